@@ -1,0 +1,17 @@
+"""Federated learning as a Lightning strategy: ``Trainer(strategy="fedavg")``."""
+
+from lightning_fl import aggregation, algorithms, callbacks, clients, datamodules, privacy
+from lightning_fl.strategies import FederatedStrategy
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FederatedStrategy",
+    "__version__",
+    "aggregation",
+    "algorithms",
+    "callbacks",
+    "clients",
+    "datamodules",
+    "privacy",
+]

@@ -1,0 +1,122 @@
+"""How updates become one: the aggregator's interface and the weighted mean."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from lightning_fl.aggregation.transform import RoundContext
+from lightning_fl.communication import Group, Message
+from lightning_fl.tree import Flat, Layout
+from lightning_fl.types import Aggregate, Tree, Update
+
+
+class Aggregator(ABC):
+    """Turns the updates of a round into one aggregate, in four steps.
+
+    ``init`` and ``add`` run on each rank for its clients, ``merge`` once a round over all ranks, ``result`` last.
+    """
+
+    @abstractmethod
+    def init(self, like: Update, device: torch.device) -> Any:
+        """An empty accumulator for updates with the names and shapes of ``like``."""
+
+    @abstractmethod
+    def add(self, acc: Any, update: Update, ctx: RoundContext) -> Any:
+        """Takes in one client's update."""
+
+    @abstractmethod
+    def merge(self, acc: Any, group: Group, report: Message, ctx: RoundContext) -> tuple[Any, list[Message]]:
+        """Joins the ranks' accumulators; the only place with the tensor collective.
+
+        Args:
+            acc: This rank's accumulator.
+            group: The ranks of the federation.
+            report: What this rank tells the others of the round (metrics, timings); it goes through the aggregator
+                so that one that hides updates can hide it as well.
+            ctx: Facts of the round.
+
+        Returns:
+            The federation's accumulator, the same on every rank, and the reports of all ranks.
+        """
+
+    @abstractmethod
+    def result(self, acc: Any, ctx: RoundContext) -> Aggregate:
+        """The aggregate of the merged accumulator.
+
+        Raises:
+            ValueError: If the weights add up to nothing.
+        """
+
+
+@dataclass(frozen=True)
+class WeightedSum:
+    """Accumulator of :class:`WeightedMean`: running sums, so that memory does not grow with the number of clients.
+
+    In each flat buffer the weighted tensors (delta, buffers) stand before the side channels, which are not weighted.
+    """
+
+    layout: Layout
+    num_weighted: dict[torch.dtype, int]
+    sums: Flat
+    weight: float = 0.0
+    num_clients: int = 0
+
+
+class WeightedMean(Aggregator):
+    r"""The weighted mean :math:`\sum_i w_i u_i / \sum_i w_i`, as running sums and one all-reduce a dtype.
+
+    Sums run in the tensors' own dtype, at least float32; integer buffers in float64.
+    """
+
+    def init(self, like: Update, device: torch.device) -> WeightedSum:
+        layout = Layout.of(_trees(like))
+        weighted = Layout.of({"delta": like.delta, "buffers": like.buffers})
+        return WeightedSum(layout, {dtype: weighted.size(dtype) for dtype in layout.dtypes}, layout.zeros(device))
+
+    def add(self, acc: WeightedSum, update: Update, ctx: RoundContext) -> WeightedSum:
+        for dtype, flat in acc.layout.flatten(_trees(update)).items():
+            split = acc.num_weighted[dtype]
+            acc.sums[dtype][:split].add_(flat[:split], alpha=update.weight)
+            acc.sums[dtype][split:].add_(flat[split:])
+        return replace(acc, weight=acc.weight + update.weight, num_clients=acc.num_clients + 1)
+
+    def merge(
+        self, acc: WeightedSum, group: Group, report: Message, ctx: RoundContext
+    ) -> tuple[WeightedSum, list[Message]]:
+        shares = {"weight": acc.weight, "num_clients": acc.num_clients}
+        messages = group.all_gather(Message({**report.fields, **shares}, report.tensors))
+        merged = replace(
+            acc,
+            sums={dtype: group.all_reduce(flat) for dtype, flat in acc.sums.items()},
+            weight=sum(message.fields["weight"] for message in messages),
+            num_clients=sum(message.fields["num_clients"] for message in messages),
+        )
+        return merged, messages
+
+    def result(self, acc: WeightedSum, ctx: RoundContext) -> Aggregate:
+        if not acc.weight > 0:
+            raise ValueError(
+                f"The weights of round {ctx.round} add up to {acc.weight} over {acc.num_clients} updates; a weighted "
+                "mean needs a positive sum. Give the clients data, or weigh them alike with `weighting='uniform'`."
+            )
+        trees = acc.layout.unflatten(acc.sums)
+        return Aggregate(
+            delta=trees.pop("delta", {}),
+            buffers=trees.pop("buffers", {}),
+            weight=acc.weight,
+            aux={name.removeprefix("aux/"): tree for name, tree in trees.items()},
+            num_clients=acc.num_clients,
+            population=ctx.population,
+        )
+
+
+def _trees(update: Update) -> dict[str, Tree]:
+    return {
+        "delta": update.delta,
+        "buffers": update.buffers,
+        **{f"aux/{name}": tree for name, tree in update.aux.items()},
+    }

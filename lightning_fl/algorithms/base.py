@@ -1,0 +1,52 @@
+"""What every federated algorithm is: pure functions over state."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+from lightning_fl.tree import add, subtract
+from lightning_fl.types import Aggregate, Context, LocalRun, State, Tree, Update
+
+Weighting = Literal["examples", "uniform"]
+
+
+class Algorithm(ABC):
+    """A federated algorithm: a frozen dataclass of hyper-parameters whose methods take state and return state.
+
+    The defaults are FedAvg with full control left to the subclass: ``x <- x + server_lr * mean_i(y_i - x)``.
+    State is a mapping of trees and tensors, never an attribute, so that it checkpoints, moves and vectorizes.
+    """
+
+    weighting: ClassVar[Weighting] = "examples"
+    """What a client weighs in the mean unless the user says otherwise: what the paper takes."""
+    keeps_client_state: ClassVar[bool] = False
+    """Whether clients keep state between their rounds; they then train on their home rank."""
+    server_lr: float = 1.0
+
+    def server_init(self, params: Tree, population: int) -> State:
+        """The server's state before the first round; its entry ``"params"`` is the global model."""
+        return {"params": params}
+
+    def aux_like(self, params: Tree) -> Mapping[str, Tree]:
+        """Trees with the names, shapes and dtypes of the side channels that ``client_finish`` fills."""
+        return {}
+
+    def client_init(self, server: State, client: State | None, probe: object = None) -> Context:
+        """What a client needs during its local training; the entry ``"params"`` is where it starts."""
+        return {"params": server["params"]}
+
+    def grad_transform(self, grads: Tree, params: Tree, ctx: Context) -> Tree:
+        """Replaces the gradients before clipping and each optimizer step."""
+        return grads
+
+    def client_finish(
+        self, params: Tree, ctx: Context, client: State | None, run: LocalRun
+    ) -> tuple[Update, State | None]:
+        """Turns a client's trained parameters into its update and its next state."""
+        return Update(delta=subtract(params, ctx["params"])), client
+
+    def server_update(self, server: State, aggregate: Aggregate) -> State:
+        """Moves the global model by the round's aggregate."""
+        return {**server, "params": add(server["params"], aggregate.mean(), alpha=self.server_lr)}

@@ -1,0 +1,23 @@
+"""Federated averaging."""
+
+from dataclasses import dataclass
+
+from lightning_fl.algorithms.base import Algorithm
+from lightning_fl.algorithms.registry import register
+
+
+@register("fedavg")
+@dataclass(frozen=True)
+class FedAvg(Algorithm):
+    r"""Federated averaging: each client trains locally, the server averages what changed.
+
+    .. math:: x \leftarrow x + \eta_s \, \frac{\sum_i n_i (y_i - x)}{\sum_i n_i}
+
+    Args:
+        server_lr: The server's step :math:`\eta_s`; 1 is plain averaging.
+
+    Reference:
+        McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", AISTATS 2017.
+    """
+
+    server_lr: float = 1.0

@@ -1,0 +1,5 @@
+"""What a user adds to the Trainer."""
+
+from lightning_fl.callbacks.federated import FederatedCallback
+
+__all__ = ["FederatedCallback"]

@@ -1,0 +1,38 @@
+"""Hooks into the life of a round."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import lightning as L
+
+from lightning_fl.types import Aggregate, ClientId, LocalRun, Update
+
+
+class FederatedCallback(L.Callback):
+    """A Lightning callback with hooks for rounds and clients; override what you need.
+
+    The client hooks run on the rank that trains the client, the round hooks on every rank. What they are given must
+    not be changed in place.
+    """
+
+    def on_round_start(
+        self, trainer: L.Trainer, module: L.LightningModule, round: int, cohort: Sequence[ClientId]
+    ) -> None:
+        """A round begins with the clients ``cohort``."""
+
+    def on_client_start(self, trainer: L.Trainer, module: L.LightningModule, client: ClientId) -> None:
+        """A client begins its local training; the module holds what it starts from."""
+
+    def on_client_end(
+        self,
+        trainer: L.Trainer,
+        module: L.LightningModule,
+        client: ClientId,
+        run: LocalRun,
+        update: Update | None,
+    ) -> None:
+        """A client has finished; ``update`` is None if it was refused for NaN or Inf."""
+
+    def on_aggregate_end(self, trainer: L.Trainer, module: L.LightningModule, aggregate: Aggregate) -> None:
+        """The round is aggregated, and the module holds the new global model."""

@@ -1,0 +1,153 @@
+"""The plan of a round on one rank: which batch, by its index, belongs to which client."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lightning_fl.types import ClientId
+
+
+@dataclass(frozen=True)
+class LocalWork:
+    """How much a client trains in a round.
+
+    Args:
+        epochs: Passes over the client's loader.
+        steps: Optimizer steps instead of passes; the loader is cycled.
+        accumulate: Batches whose gradients one optimizer step takes together.
+        limit: Batches of one pass, as a count (int) or a share (float).
+    """
+
+    epochs: int = 1
+    steps: int | None = None
+    accumulate: int = 1
+    limit: int | float = 1.0
+
+    def pass_length(self, num_batches: int | None) -> int | None:
+        """Batches of one pass over a loader of ``num_batches``; None if the loader has no length.
+
+        Raises:
+            ValueError: If the limit leaves nothing of a loader that has batches, or is a share of an unknown length.
+        """
+        if isinstance(self.limit, int):
+            return None if num_batches is None else min(self.limit, num_batches)
+        if num_batches is None:
+            if self.limit < 1.0:
+                raise ValueError(
+                    f"limit_train_batches={self.limit} is a share, but the client's loader has no length. Give a count."
+                )
+            return None
+        limited = int(num_batches * self.limit)
+        if num_batches and not limited:
+            raise ValueError(
+                f"limit_train_batches={self.limit} leaves none of the client's {num_batches} batches. Give a count "
+                "such as limit_train_batches=1, or a larger share."
+            )
+        return limited
+
+    def segments(self, num_batches: int | None) -> list[int | None]:
+        """Numbers of batches between which no accumulation window reaches; None where it will show in training."""
+        length = self.pass_length(num_batches)
+        if length == 0:
+            return []
+        return [self.steps * self.accumulate] if self.steps is not None else [length] * self.epochs
+
+    def num_steps(self, num_batches: int | None) -> int | None:
+        """Optimizer steps that a client with ``num_batches`` a pass takes in a round."""
+        segments = self.segments(num_batches)
+        if None in segments:
+            return None
+        return sum(-(-length // self.accumulate) for length in segments if length is not None)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a batch stands in the round.
+
+    Args:
+        client: Index of its client among those of this rank.
+        starts_window: Whether gradients start to accumulate here.
+        ends_window: Whether the optimizer steps here.
+        ends_client: Whether it is its client's last batch.
+        ends_round: Whether it is this rank's last batch.
+        offset: Its index among the client's batches.
+    """
+
+    client: int
+    starts_window: bool
+    ends_window: bool
+    ends_client: bool
+    ends_round: bool
+    offset: int
+
+
+class RoundPlan:
+    """What one rank does in a round.
+
+    Args:
+        round: Number of the round.
+        cohort: The clients of the round, on all ranks.
+        clients: Those of this rank, in the order of training; each has at least one batch.
+        segments: For each of them the numbers of batches of its segments, None where unknown until :meth:`resolve`.
+        accumulate: Batches an optimizer step takes together.
+    """
+
+    def __init__(
+        self,
+        round: int,
+        cohort: Sequence[ClientId],
+        clients: Sequence[ClientId],
+        segments: Sequence[Sequence[int | None]],
+        accumulate: int = 1,
+    ) -> None:
+        self.round = round
+        self.cohort = list(cohort)
+        self.clients = list(clients)
+        self.accumulate = accumulate
+        self._segments = [(client, length) for client, lengths in enumerate(segments) for length in lengths]
+        self._ends: list[int] = []
+        self._first = [0] * len(self.clients)
+        self._extend()
+
+    @property
+    def num_batches(self) -> int | None:
+        """Batches of this rank: at least 1, since a rank without clients gets one empty batch; None if unknown."""
+        if not self.clients:
+            return 1
+        return self._ends[-1] if len(self._ends) == len(self._segments) else None
+
+    def resolve(self, num_batches: int) -> None:
+        """Tells the length of the segment at hand, before its last batch is trained."""
+        position = len(self._ends)
+        self._segments[position] = (self._segments[position][0], num_batches)
+        self._extend()
+
+    def locate(self, batch_idx: int) -> Place:
+        """The place of the batch with this index in the round."""
+        segment = bisect_right(self._ends, batch_idx)
+        client = self._segments[segment][0]
+        start = self._ends[segment - 1] if segment else 0
+        ends_segment = segment < len(self._ends) and batch_idx + 1 == self._ends[segment]
+        last_segment = segment + 1 == len(self._segments)
+        offset = batch_idx - start
+        return Place(
+            client=client,
+            starts_window=offset % self.accumulate == 0,
+            ends_window=(offset + 1) % self.accumulate == 0 or ends_segment,
+            ends_client=ends_segment and (last_segment or self._segments[segment + 1][0] != client),
+            ends_round=ends_segment and last_segment,
+            offset=batch_idx - self._first[client],
+        )
+
+    def _extend(self) -> None:
+        while len(self._ends) < len(self._segments):
+            position = len(self._ends)
+            client, length = self._segments[position]
+            start = self._ends[-1] if self._ends else 0
+            if position == 0 or self._segments[position - 1][0] != client:
+                self._first[client] = start
+            if length is None:
+                return
+            self._ends.append(start + length)

@@ -1,0 +1,85 @@
+"""All clients of a federation: their order, their data and where they are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch.utils.data import BatchSampler, DataLoader
+
+from lightning_fl.clients.loaders import ClientLoaders, Loader
+from lightning_fl.clients.placement import place_at_home, place_by_size
+from lightning_fl.types import ClientId
+
+
+class Population:
+    """The clients of a federation, in an order that is the same on every rank.
+
+    Args:
+        loaders: The clients' data, as far as this rank has it.
+        silos: Number of silos, when each rank is one and holds only its own data; None in simulation.
+    """
+
+    def __init__(self, loaders: ClientLoaders, silos: int | None = None) -> None:
+        self.loaders = loaders
+        self.silos = silos
+        self.ids: Sequence[ClientId] = _sorted(loaders) if silos is None else range(silos)
+        self._positions = None if isinstance(self.ids, range) else {client: i for i, client in enumerate(self.ids)}
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def position(self, client: ClientId) -> int:
+        """The client's place in the order of all clients."""
+        return self.ids.index(client) if self._positions is None else self._positions[client]
+
+    def place(self, cohort: Sequence[ClientId], num_ranks: int, at_home: bool) -> list[list[ClientId]]:
+        """Tells which rank trains which client of the cohort.
+
+        Args:
+            cohort: The clients of the round.
+            num_ranks: Number of ranks.
+            at_home: Whether clients keep state and so must train on their home rank.
+        """
+        if at_home or self.silos is not None:
+            return place_at_home(cohort, self.position, num_ranks)
+        return place_by_size(cohort, self._size, num_ranks)
+
+    def num_examples(self, client: ClientId, loader: Loader) -> int | None:
+        """Examples that one pass over the client's loader yields, or None if that shows only in training."""
+        told = self.loaders.num_examples(client)
+        return count_examples(loader) if told is None else told
+
+    def _size(self, client: ClientId) -> float:
+        told = self.loaders.num_examples(client)
+        if told is not None:
+            return told
+        loader = self.loaders[client]
+        return count_examples(loader) or count_batches(loader) or 1
+
+
+def _sorted(ids: Iterable[ClientId]) -> Sequence[ClientId]:
+    own = getattr(ids, "ids", None)
+    if isinstance(own, range) and own.step > 0:
+        return own
+    return sorted(ids, key=lambda client: (type(client).__name__, client))
+
+
+def count_batches(loader: Loader) -> int | None:
+    """Number of batches of one pass, or None for a loader without length."""
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def count_examples(loader: Any) -> int | None:
+    """Number of examples that one pass over a ``DataLoader`` yields, or None if it can't be told beforehand."""
+    sampler = getattr(loader, "batch_sampler", None)
+    if not isinstance(loader, DataLoader) or type(sampler) is not BatchSampler:
+        return None
+    try:
+        size = len(sampler.sampler)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+    return size // sampler.batch_size * sampler.batch_size if sampler.drop_last else size

@@ -1,0 +1,81 @@
+"""Randomness of (seed, round, client): the same wherever and in whatever order a client is trained."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from lightning_fl.types import ClientId
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A 63-bit seed from numbers and names; different parts give unrelated seeds."""
+    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def round_rng(seed: int, round: int, purpose: str) -> np.random.Generator:
+    """A NumPy generator for a choice of the whole round, such as its cohort."""
+    return np.random.default_rng(derive_seed(seed, round, purpose))
+
+
+def client_generator(seed: int, round: int, client: ClientId, purpose: str) -> torch.Generator:
+    """A torch generator for one client in one round."""
+    return torch.Generator().manual_seed(derive_seed(seed, round, purpose, client))
+
+
+@dataclass
+class ClientRandomness:
+    """Gives a client its own randomness in torch, NumPy and random, and afterwards puts back what was there."""
+
+    _saved: list[Any] = field(default_factory=list)
+    _generators: list[tuple[torch.Generator, torch.Tensor]] = field(default_factory=list)
+
+    def enter(self, seed: int, round: int, client: ClientId) -> None:
+        """Seeds the global generators for a client in a round."""
+        self.exit()
+        cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+        self._saved = [torch.get_rng_state(), cuda, np.random.get_state(), random.getstate()]
+        own = derive_seed(seed, round, "client", client)
+        torch.default_generator.manual_seed(own)
+        if cuda is not None:
+            torch.cuda.manual_seed(own)
+        np.random.seed(own % 2**32)
+        random.seed(own)
+
+    def seed_generator(self, generator: torch.Generator, seed: int) -> None:
+        """Seeds a generator that belongs to the client's loader, until :meth:`exit`."""
+        self._generators.append((generator, generator.get_state()))
+        generator.manual_seed(seed)
+
+    def exit(self) -> None:
+        """Puts the generators back; does nothing if no client has entered."""
+        for generator, state in reversed(self._generators):
+            generator.set_state(state)
+        self._generators.clear()
+        if self._saved:
+            cpu, cuda, numpy_state, python_state = self._saved
+            torch.set_rng_state(cpu)
+            if cuda is not None:
+                torch.cuda.set_rng_state(cuda)
+            np.random.set_state(numpy_state)
+            random.setstate(python_state)
+            self._saved = []
+
+
+@contextmanager
+def isolated_randomness(seed: int, round: int, client: ClientId) -> Iterator[None]:
+    """Runs a block with the randomness of a client in a round."""
+    randomness = ClientRandomness()
+    randomness.enter(seed, round, client)
+    try:
+        yield
+    finally:
+        randomness.exit()

@@ -1,0 +1,134 @@
+"""The ranks of a federation and what they can do together."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_fl.communication.message import Message
+
+MAX_MESSAGE_BYTES = 1 << 30
+
+
+class Group(ABC):
+    """The ranks of a federation.
+
+    Args:
+        rank: This process's place, from 0.
+        size: Number of processes.
+    """
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank = rank
+        self.size = size
+
+    @abstractmethod
+    def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
+        """A new tensor with the ranks' tensors joined by ``op`` (sum, mean, min, max); ``tensor`` stays as it is."""
+
+    @abstractmethod
+    def all_gather(self, message: Message) -> list[Message]:
+        """The messages of all ranks, in their order; sizes may differ."""
+
+    @abstractmethod
+    def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
+        """A new tensor: the one of rank ``root``."""
+
+    @abstractmethod
+    def barrier(self) -> None:
+        """Returns when all ranks have come here."""
+
+    def broadcast_message(self, message: Message, root: int = 0) -> Message:
+        """The message of rank ``root``."""
+        return self.all_gather(message if self.rank == root else Message())[root]
+
+
+class LocalGroup(Group):
+    """A federation in one process: every collective is the identity."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 1)
+
+    def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
+        return tensor.clone()
+
+    def all_gather(self, message: Message) -> list[Message]:
+        return [message]
+
+    def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
+        return tensor.clone()
+
+    def barrier(self) -> None:
+        return None
+
+
+_OPS = {"sum": dist.ReduceOp.SUM, "mean": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
+
+
+class TorchGroup(Group):
+    """Several processes over torch.distributed backends, in a group of their own.
+
+    The default process group is left alone: Lightning broadcasts over it before each batch, which ranks with different
+    numbers of batches would not survive, and a silo may want it for DDP or FSDP inside.
+
+    Args:
+        store: Where the ranks find each other.
+        rank: This process's place, from 0.
+        size: Number of processes.
+        device: Device of the tensors; CUDA tensors travel over NCCL, all else over Gloo.
+        timeout: How long a collective waits for the other ranks.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, size: int, device: torch.device, timeout: timedelta) -> None:
+        super().__init__(rank, size)
+        self.timeout = timeout
+        self._gloo = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, size, timeout)
+        self._nccl = None
+        if device.type == "cuda":
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = timeout
+            self._nccl = dist.ProcessGroupNCCL(dist.PrefixStore("nccl", store), rank, size, options)
+
+    def _backend(self, tensor: Tensor) -> dist.Backend:
+        return self._nccl if tensor.is_cuda and self._nccl is not None else self._gloo
+
+    def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
+        joined = tensor.detach().clone(memory_format=torch.contiguous_format)
+        options = dist.AllreduceOptions()
+        options.reduceOp = _OPS[op]
+        self._backend(joined).allreduce([joined], options).wait()
+        if op != "mean":
+            return joined
+        return joined / self.size
+
+    def all_gather(self, message: Message) -> list[Message]:
+        data = message.encode()
+        sizes = [int(size) for size in self._gather(torch.tensor([len(data)]))]
+        if max(sizes) > MAX_MESSAGE_BYTES:
+            raise ValueError(
+                f"Rank {sizes.index(max(sizes))} wants to send a message of {max(sizes)} bytes; at most "
+                f"{MAX_MESSAGE_BYTES} are taken. Does a metric keep every prediction? Use its binned form."
+            )
+        padded = torch.zeros(max(sizes), dtype=torch.uint8)
+        padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        parts = self._gather(padded)
+        return [Message.decode(bytes(part[:size].numpy())) for part, size in zip(parts, sizes, strict=True)]
+
+    def _gather(self, tensor: Tensor) -> list[Tensor]:
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        self._gloo.allgather([parts], [tensor]).wait()
+        return parts
+
+    def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
+        received = tensor.detach().clone(memory_format=torch.contiguous_format)
+        options = dist.BroadcastOptions()
+        options.rootRank = root
+        self._backend(received).broadcast([received], options).wait()
+        return received
+
+    def barrier(self) -> None:
+        self._gloo.barrier().wait()

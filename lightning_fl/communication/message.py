@@ -1,0 +1,46 @@
+"""What ranks tell each other besides the summed tensors: JSON fields and tensors, never pickles."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from lightning_fl.types import Tree
+
+_FIELDS = "__fields__"
+
+
+@dataclass(frozen=True)
+class Message:
+    """A small message between ranks.
+
+    Args:
+        fields: Anything JSON can hold.
+        tensors: Tensors by name; they arrive on the CPU.
+    """
+
+    fields: dict[str, Any] = field(default_factory=dict)
+    tensors: Tree = field(default_factory=dict)
+
+    def encode(self) -> bytes:
+        """The message as bytes, in the safetensors format."""
+        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.tensors.items()}
+        return save(tensors, metadata={_FIELDS: json.dumps(self.fields)})
+
+    @classmethod
+    def decode(cls, data: bytes) -> Message:
+        """The message that :meth:`encode` made.
+
+        Raises:
+            ValueError: If the bytes are no such message.
+        """
+        try:
+            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+            fields = json.loads(header["__metadata__"][_FIELDS])
+            return cls(fields, load(data))
+        except (SafetensorError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"A rank sent {len(data)} bytes that are no message of this library: {error}") from error

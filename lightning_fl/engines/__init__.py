@@ -1,0 +1,5 @@
+"""How a rank trains its clients."""
+
+from lightning_fl.engines.sequential import LocalResult, SequentialEngine
+
+__all__ = ["LocalResult", "SequentialEngine"]

@@ -1,0 +1,175 @@
+"""The user's optimizers and learning-rate schedules, restarted for each client."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_fl.types import Tree
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A learning-rate scheduler and when it steps.
+
+    Args:
+        scheduler: Any ``torch.optim`` scheduler that steps without a metric.
+        per_client: Whether it steps inside a client's local training, or once a round.
+    """
+
+    scheduler: Any
+    per_client: bool
+
+    @property
+    def num_steps(self) -> int:
+        """Steps taken so far."""
+        return int(self.scheduler.last_epoch)
+
+
+class OptimizerStates:
+    """Restarts optimizers and schedules for each client, and counts the steps they take.
+
+    A round begins with the options (learning rate, momentum, ...) that the schedules have reached. Each client starts
+    from these; the next round starts after the steps of the client that took the most.
+
+    Args:
+        optimizers: The user's optimizers; they stay the same objects throughout.
+        schedules: Their schedules, without ``ReduceLROnPlateau``.
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer], schedules: Sequence[Schedule]) -> None:
+        self.optimizers = list(optimizers)
+        self.schedules = list(schedules)
+        self.num_steps = 0
+        self.lr_sums: list[list[float]] = []
+        self._fresh = [_copy_state(optimizer.state) for optimizer in self.optimizers]
+        self._hooks = [
+            optimizer.register_step_post_hook(lambda optimizer, *_, index=index: self._count(index, optimizer))
+            for index, optimizer in enumerate(self.optimizers)
+        ]
+
+    def close(self) -> None:
+        """Lets go of the optimizers."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def begin_round(self) -> None:
+        """Remembers the options and schedules from which every client of the round starts."""
+        self._options = [_options(optimizer) for optimizer in self.optimizers]
+        self._schedule_states = [copy.deepcopy(schedule.scheduler.state_dict()) for schedule in self.schedules]
+        self._first_steps = [schedule.num_steps for schedule in self.schedules]
+
+    def start_client(self, kept: Tree | None) -> None:
+        """Gives the next client the round's options and schedules, and its own or a fresh optimizer state."""
+        self._restore(per_client_only=True)
+        for index, optimizer in enumerate(self.optimizers):
+            optimizer.state.clear()
+            if kept is None:
+                optimizer.state.update(_copy_state(self._fresh[index]))
+            else:
+                optimizer.state.update(_unpack(kept, index, optimizer))
+            optimizer.zero_grad(set_to_none=True)
+        self.num_steps = 0
+        self.lr_sums = [[0.0] * len(optimizer.param_groups) for optimizer in self.optimizers]
+
+    def keep(self) -> Tree:
+        """The optimizers' states as a tree, to be given to :meth:`start_client` in the client's next round."""
+        return {
+            name: value for index, optimizer in enumerate(self.optimizers) for name, value in _pack(index, optimizer)
+        }
+
+    def schedule_steps(self) -> list[int]:
+        """Steps that each schedule has taken since the round or the client began."""
+        return [schedule.num_steps - first for schedule, first in zip(self.schedules, self._first_steps, strict=True)]
+
+    def end_round(self, schedule_steps: Sequence[int]) -> None:
+        """Takes the schedules to where the next round starts: ``schedule_steps`` steps from where this one began."""
+        self._restore(per_client_only=False)
+        with warnings.catch_warnings():
+            # a rank without clients steps its schedules though its optimizers have not stepped
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            for schedule, num_steps in zip(self.schedules, schedule_steps, strict=True):
+                for _ in range(num_steps):
+                    schedule.scheduler.step()
+        for optimizer, fresh in zip(self.optimizers, self._fresh, strict=True):
+            optimizer.state.clear()
+            optimizer.state.update(_copy_state(fresh))
+            optimizer.zero_grad(set_to_none=True)
+
+    def lr_sum(self, params: Mapping[str, nn.Parameter]) -> dict[str, float]:
+        """For each parameter, the learning rates of the client's steps summed."""
+        of_param = {
+            id(param): total
+            for optimizer, totals in zip(self.optimizers, self.lr_sums, strict=True)
+            for group, total in zip(optimizer.param_groups, totals, strict=True)
+            for param in group["params"]
+        }
+        return {name: of_param.get(id(param), 0.0) for name, param in params.items()}
+
+    def _count(self, index: int, optimizer: Optimizer) -> None:
+        self.num_steps += 1
+        sums = self.lr_sums[index] if self.lr_sums else []
+        for position, group in enumerate(optimizer.param_groups[: len(sums)]):
+            sums[position] += float(group["lr"])
+
+    def _restore(self, per_client_only: bool) -> None:
+        for optimizer, options in zip(self.optimizers, self._options, strict=True):
+            for group, saved in zip(optimizer.param_groups, options, strict=True):
+                group.update(copy.deepcopy(saved))
+        for schedule, state in zip(self.schedules, self._schedule_states, strict=True):
+            if schedule.per_client or not per_client_only:
+                schedule.scheduler.load_state_dict(copy.deepcopy(state))
+
+
+def _options(optimizer: Optimizer) -> list[dict[str, Any]]:
+    return [
+        copy.deepcopy({key: value for key, value in group.items() if key != "params"})
+        for group in optimizer.param_groups
+    ]
+
+
+def _copy_state(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    return {param: copy.deepcopy(values) for param, values in state.items()}
+
+
+def _params(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+_NUMBERS: dict[type, torch.dtype] = {bool: torch.bool, int: torch.int64, float: torch.float64}
+
+
+def _pack(index: int, optimizer: Optimizer) -> list[tuple[str, Tensor]]:
+    packed = []
+    for position, param in enumerate(_params(optimizer)):
+        for key, value in optimizer.state.get(param, {}).items():
+            name = f"{index}.{position}.{key}"
+            if isinstance(value, Tensor):
+                packed.append((name, value.detach().clone()))
+            elif type(value) in _NUMBERS:
+                packed.append((f"{name}:number", torch.tensor(value, dtype=_NUMBERS[type(value)])))
+            elif value is not None:
+                raise ValueError(
+                    f"client_optimizer='keep' can keep tensors and numbers, but {type(optimizer).__name__} holds a "
+                    f"{type(value).__name__} as {key!r}. Use client_optimizer='reset' or another optimizer."
+                )
+    return packed
+
+
+def _unpack(kept: Tree, index: int, optimizer: Optimizer) -> dict[nn.Parameter, dict[str, Any]]:
+    params = _params(optimizer)
+    state: dict[nn.Parameter, dict[str, Any]] = {}
+    for name, value in kept.items():
+        own_index, position, key = name.split(".", 2)
+        if int(own_index) == index:
+            number = key.endswith(":number")
+            entry = state.setdefault(params[int(position)], {})
+            entry[key.removesuffix(":number")] = value.item() if number else value.clone()
+    return state

@@ -1,0 +1,145 @@
+"""Trains clients one after the other on the user's own module: right for any module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_fl.engines.optimizers import OptimizerStates
+from lightning_fl.engines.tensors import FederatedTensors
+from lightning_fl.tree import add, cast_like, subtract, to_sum_dtype
+from lightning_fl.types import Tree
+
+ClientOptimizer = Literal["reset", "keep"]
+
+
+@dataclass(frozen=True)
+class LocalResult:
+    """What is left of a client's local training.
+
+    Args:
+        params: The trained shared parameters, in the dtype in which they are summed.
+        buffers: The change of the shared buffers.
+        kept: What the client keeps: personal tensors, optimizer state.
+        num_steps: Optimizer steps really taken.
+        lr_sum: For each shared parameter, the learning rates of its steps summed.
+    """
+
+    params: Tree
+    buffers: Tree
+    kept: Mapping[str, Tree]
+    num_steps: int
+    lr_sum: Mapping[str, float]
+
+
+class SequentialEngine:
+    """Switches one module and its optimizers from client to client.
+
+    Args:
+        module: The user's module; whoever drives the engine runs its training steps.
+        optimizers: The user's optimizers and schedules.
+        personal: ``fnmatch`` globs of tensors that stay with their client.
+        client_optimizer: ``"reset"``: each client starts with a fresh optimizer state; ``"keep"``: with its own.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizers: OptimizerStates,
+        personal: Sequence[str] = (),
+        client_optimizer: ClientOptimizer = "reset",
+    ) -> None:
+        self.module = module
+        self.optimizers = optimizers
+        self.personal = tuple(personal)
+        self.client_optimizer = client_optimizer
+        self._loaded: Tree = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the module's shared parameters are."""
+        return next(iter(self.tensors.params.values())).device
+
+    def begin_round(self, server_params: Tree | None) -> Tree:
+        """Takes the module's tensors as the round's start.
+
+        What was changed on the module between rounds counts: a value of ``server_params`` (kept in at least float32)
+        is taken only where the module still holds its cast.
+
+        Returns:
+            The global parameters, in the dtype in which they are summed.
+        """
+        self.tensors = FederatedTensors.of(self.module, self.personal)
+        self.optimizers.begin_round()
+        params = to_sum_dtype(self.tensors.params)
+        for name, param in self.tensors.params.items():
+            if server_params is not None and name in server_params and params[name].dtype != param.dtype:
+                master = server_params[name].to(param.device)
+                params[name] = torch.where(cast_like(master, param) == param, master, params[name])
+        self._start_buffers = _clones(self.tensors.buffers)
+        self._start_personal = _clones(self.tensors.personal)
+        return params
+
+    def start_client(self, params: Tree, kept: Mapping[str, Tree]) -> None:
+        """Loads a client: the parameters it starts from, and what it has kept from its last round."""
+        self._loaded = params
+        _load(self.tensors.params, params)
+        _load(self.tensors.buffers, self._start_buffers)
+        _load(self.tensors.personal, kept.get("personal", self._start_personal))
+        self.optimizers.start_client(kept.get("optimizer"))
+
+    def transform_grads(self, transform: Callable[[Tree, Tree], Tree]) -> None:
+        """Replaces the gradients of the shared parameters by ``transform(grads, params)``."""
+        params = self.tensors.params
+        grads = {name: param.grad for name, param in params.items() if param.grad is not None}
+        for name, grad in transform(grads, {name: params[name].detach() for name in grads}).items():
+            params[name].grad = grad.to(params[name].dtype)
+
+    def finish_client(self) -> LocalResult:
+        """Reads what a client's local training has changed."""
+        tensors = self.tensors
+        kept: dict[str, Tree] = {}
+        if tensors.personal:
+            kept["personal"] = _clones(tensors.personal)
+        if self.client_optimizer == "keep":
+            kept["optimizer"] = self.optimizers.keep()
+        return LocalResult(
+            params={name: _trained(param.detach(), self._loaded[name]) for name, param in tensors.params.items()},
+            buffers=subtract(to_sum_dtype(tensors.buffers), to_sum_dtype(self._start_buffers)),
+            kept=kept,
+            num_steps=self.optimizers.num_steps,
+            lr_sum=self.optimizers.lr_sum(tensors.params),
+        )
+
+    def end_round(self, params: Tree, buffers: Tree, schedule_steps: Sequence[int]) -> None:
+        """Loads the new global model.
+
+        Args:
+            params: The new global parameters.
+            buffers: The mean change of the shared buffers.
+            schedule_steps: Steps from which the next round's schedules start, counted from this round's start.
+        """
+        _load(self.tensors.params, params)
+        _load(self.tensors.buffers, add(to_sum_dtype(self._start_buffers), buffers))
+        _load(self.tensors.personal, self._start_personal)
+        self.optimizers.end_round(schedule_steps)
+
+
+@torch.no_grad()
+def _load(tensors: Mapping[str, Tensor], values: Tree) -> None:
+    for name, tensor in tensors.items():
+        tensor.copy_(cast_like(values[name], tensor))
+
+
+def _clones(tensors: Mapping[str, Tensor]) -> Tree:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def _trained(param: Tensor, start: Tensor) -> Tensor:
+    if param.dtype == start.dtype:
+        return param.clone()
+    return start + (param.to(start.dtype) - start.to(param.dtype).to(start.dtype))

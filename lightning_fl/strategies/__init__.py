@@ -1,0 +1,19 @@
+"""The Lightning plug-in: the strategy, and the names under which a Trainer finds it."""
+
+from lightning.pytorch.strategies import StrategyRegistry
+
+from lightning_fl.algorithms import registered
+from lightning_fl.strategies.federated import FederatedStrategy
+
+__all__ = ["FederatedStrategy", "register_strategies"]
+
+
+def register_strategies() -> None:
+    """Makes each registered algorithm known as ``Trainer(strategy=name)``."""
+    for name, algorithm in registered().items():
+        if name not in StrategyRegistry:
+            description = f"Federation with {algorithm.__name__}"
+            StrategyRegistry.register(name, FederatedStrategy, description=description, algorithm=name)
+
+
+register_strategies()

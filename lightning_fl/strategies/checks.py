@@ -1,0 +1,84 @@
+"""Settings that can't be right, refused with the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_fl.clients import cohort_size
+from lightning_fl.communication import Group, Message
+
+SEVERAL_LOADERS = (
+    "There are several training loaders, or one inside a list or dict; a federation needs one: a DataLoader, or "
+    "ClientLoaders with one loader for each client. Join the data sets into one loader."
+)
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    """Makes sure that a setting has one of its values.
+
+    Raises:
+        ValueError: If it has not.
+    """
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not known; expected one of {', '.join(map(repr, choices))}.")
+
+
+def check_work(
+    num_clients: int | None, clients_per_round: int | float | None, local_epochs: int | None, local_steps: int | None
+) -> None:
+    """Checks the numbers of clients and of local epochs and steps.
+
+    Raises:
+        ValueError: If one is out of range, or both epochs and steps are given.
+    """
+    if local_epochs is not None and local_steps is not None:
+        raise ValueError(
+            f"local_epochs={local_epochs} and local_steps={local_steps} contradict each other: a client trains for "
+            "passes over its data or for optimizer steps. Give one of them."
+        )
+    counts = {"num_clients": num_clients, "local_epochs": local_epochs, "local_steps": local_steps}
+    for name, value in counts.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name}={value!r} must be a whole number, at least 1.")
+    if num_clients is not None or isinstance(clients_per_round, float):
+        cohort_size(clients_per_round, num_clients or 1)
+    elif clients_per_round is not None:
+        cohort_size(clients_per_round, max(int(clients_per_round), 1))
+
+
+def check_trainer(trainer: L.Trainer) -> None:
+    """Checks the Trainer's settings that a round can't honour.
+
+    Raises:
+        MisconfigurationException: If one of them is set.
+    """
+    if trainer.val_check_interval != 1.0:
+        raise MisconfigurationException(
+            f"val_check_interval={trainer.val_check_interval} asks for validation inside a round, where there is no "
+            "global model. Leave it at 1.0 and use check_val_every_n_epoch, which counts rounds."
+        )
+    if trainer.check_val_every_n_epoch is None:
+        raise MisconfigurationException(
+            "check_val_every_n_epoch=None counts batches over rounds, but there is a global model only at a round's "
+            "end. Give a number of rounds."
+        )
+
+
+def check_validation_data(trainer: L.Trainer, group: Group) -> None:
+    """Makes sure that all ranks validate, or none: a rank that skips validation would leave the others waiting.
+
+    Raises:
+        MisconfigurationException: On every rank, if some have validation data and some have none.
+    """
+    own = bool(sum(trainer.num_val_batches)) if trainer.num_val_batches else False
+    validates = [message.fields["validates"] for message in group.all_gather(Message({"validates": own}))]
+    if any(validates) and not all(validates):
+        without = ", ".join(str(rank) for rank, own in enumerate(validates) if not own)
+        raise MisconfigurationException(
+            f"Rank {without} has no validation data, the others have. Give each rank some, or none "
+            "(limit_val_batches=0)."
+        )

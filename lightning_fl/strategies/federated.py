@@ -1,0 +1,371 @@
+"""The Lightning strategy that turns a Trainer into a federation."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, ClassVar
+
+import lightning as L
+import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from torch import Tensor
+
+from lightning_fl.aggregation import Aggregator, Transform, WeightedMean
+from lightning_fl.algorithms import Algorithm, Weighting, get_algorithm
+from lightning_fl.clients import LocalWork, Population, RoundLoader, RoundPlan
+from lightning_fl.clients.partition import Partitioner
+from lightning_fl.clients.split import shard
+from lightning_fl.communication import Group, LocalGroup, Message, connect
+from lightning_fl.engines import SequentialEngine
+from lightning_fl.engines.optimizers import OptimizerStates, Schedule
+from lightning_fl.engines.sequential import ClientOptimizer
+from lightning_fl.strategies import lightning_internals as internals
+from lightning_fl.strategies.metrics import EvaluationMetrics
+from lightning_fl.strategies.callback import RoundCallback
+from lightning_fl.strategies.checks import SEVERAL_LOADERS, check_choice, check_trainer, check_validation_data, check_work
+from lightning_fl.strategies.handshake import join_ranks
+from lightning_fl.strategies.objects import decode_object, encode_object
+from lightning_fl.strategies.population import build_population
+from lightning_fl.strategies.round import FederationSettings
+from lightning_fl.strategies.rounds import FederatedRounds
+
+
+class FederatedStrategy(ParallelStrategy):
+    """Trains an unmodified LightningModule as a federation; a round is a Lightning epoch.
+
+    Args:
+        algorithm: A registered name such as ``"fedavg"``, or an object with its hyper-parameters.
+        num_clients: Simulated clients among which a plain training loader is split.
+        clients_per_round: Clients that take part in a round: a count (int), a share (float), or None for all.
+        local_epochs: Passes of each client over its data in a round. None: 1.
+        local_steps: Optimizer steps of each client in a round, instead of passes; its loader is cycled.
+        partition: How a plain training loader is split among simulated clients. None: IID.
+        weighting: What a client weighs in the mean: ``"examples"``, ``"uniform"``, or None for the algorithm's own.
+        client_optimizer: ``"reset"``: each client starts a round with a fresh optimizer state; ``"keep"``: with the
+            state of its last round.
+        aggregator: How updates become one. None: :class:`~lightning_fl.aggregation.WeightedMean`.
+        transforms: What happens to updates on their way, in order.
+        personal: ``fnmatch`` globs on ``state_dict`` names: tensors that never leave their client.
+        engine: How a rank trains its clients: ``"sequential"``, or ``"auto"`` for the fastest that is exact.
+        seed: Seed of cohorts, partition and local training. None: the one of ``seed_everything``, else 0.
+        split_validation: Whether the ranks of a simulation share the validation data instead of each reading all of it.
+        timeout: Seconds that a collective waits for the other ranks.
+
+    Raises:
+        ValueError: If an argument is out of range, or two contradict each other.
+
+    Example:
+        >>> import lightning as L
+        >>> import lightning_fl as fl
+        >>> strategy = fl.FederatedStrategy("fedavg", num_clients=100, clients_per_round=0.1, local_epochs=2)
+        >>> trainer = L.Trainer(strategy=strategy, max_epochs=20, logger=False, accelerator="cpu")
+    """
+
+    strategy_name: ClassVar[str] = "federated"
+    is_federated: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        algorithm: str | Algorithm = "fedavg",
+        num_clients: int | None = None,
+        clients_per_round: int | float | None = None,
+        local_epochs: int | None = None,
+        local_steps: int | None = None,
+        partition: Partitioner | None = None,
+        weighting: Weighting | None = None,
+        client_optimizer: ClientOptimizer = "reset",
+        aggregator: Aggregator | None = None,
+        transforms: Sequence[Transform] = (),
+        personal: Sequence[str] = (),
+        engine: str = "auto",
+        seed: int | None = None,
+        split_validation: bool = False,
+        timeout: float = 1800.0,
+    ) -> None:
+        super().__init__()
+        check_work(num_clients, clients_per_round, local_epochs, local_steps)
+        check_choice("weighting", weighting, (None, "examples", "uniform"))
+        check_choice("client_optimizer", client_optimizer, ("reset", "keep"))
+        check_choice("engine", engine, ("auto", "sequential"))
+        self.algorithm = get_algorithm(algorithm) if isinstance(algorithm, str) else algorithm
+        if not isinstance(self.algorithm, Algorithm):
+            raise ValueError(f"algorithm={algorithm!r} is neither a registered name nor an fl.algorithms.Algorithm.")
+        self.num_clients = num_clients
+        self.clients_per_round = clients_per_round
+        self.local_epochs = local_epochs
+        self.local_steps = local_steps
+        self.partition = partition
+        self.weighting: Weighting = weighting or self.algorithm.weighting
+        self.client_optimizer: ClientOptimizer = client_optimizer
+        self.aggregator = aggregator or WeightedMean()
+        self.transforms = tuple(transforms)
+        self.personal = (personal,) if isinstance(personal, str) else tuple(personal)
+        self.engine = engine
+        self.seed = seed
+        self.split_validation = split_validation
+        self.timeout = timedelta(seconds=timeout)
+        self.num_nodes = 1
+        self.federation: Group = LocalGroup()
+        self.rounds: FederatedRounds | None = None
+        self._last_rounds: FederatedRounds | None = None
+        self.largest_num_batches: Any = None
+        self._connected = False
+        self._in_evaluation = False
+        self._warned_of_personal = False
+
+    # ---- processes and devices
+
+    @property
+    def root_device(self) -> torch.device:
+        devices = self.parallel_devices or [torch.device("cpu")]
+        return devices[0] if devices[0].type == "cpu" else devices[self.local_rank % len(devices)]
+
+    @property
+    def num_processes(self) -> int:
+        """Processes that Lightning starts on this machine."""
+        return len(self.parallel_devices or ())
+
+    @property
+    def started_by_launcher(self) -> bool:
+        """Whether torchrun, SLURM or MPI started the ranks, rather than Lightning."""
+        return not isinstance(self.cluster_environment, LightningEnvironment)
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether there are several ranks; Lightning reads it to decide whether ``sync_dist`` means anything."""
+        return super().world_size > 1
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks; 1 while a rank trains its clients, which it does on its own."""
+        return 1 if self.in_local_phase else super().world_size
+
+    @property
+    def in_local_phase(self) -> bool:
+        """Whether ranks work on their own, so that collectives concern one rank only."""
+        return self._in_evaluation or (self.rounds is not None and self.rounds.in_local_phase)
+
+    def set_world_ranks(self) -> None:
+        """Tells the cluster environment and Lightning's rank-zero functions this process's rank."""
+        assert self.cluster_environment is not None
+        if self.started_by_launcher:
+            started, asked = super().world_size, self.num_processes * self.num_nodes
+            if asked not in (1, started) and self.root_device.type == "cpu":
+                raise MisconfigurationException(
+                    f"The launcher started {started} processes, but Trainer(devices={self.num_processes}, num_nodes="
+                    f"{self.num_nodes}) asks for {asked}. Leave devices and num_nodes out."
+                )
+        else:
+            self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
+            self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
+        rank_zero_only.rank = fabric_rank_zero_only.rank = self.global_rank
+
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        if not self.cluster_environment.creates_processes_externally and self.num_processes * self.num_nodes > 1:
+            self._launcher = internals.SubprocessLauncher(
+                self.cluster_environment, self.num_processes, self.num_nodes
+            )
+
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        if self._connected:
+            return
+        assert self.cluster_environment is not None
+        environment = self.cluster_environment
+        self.federation = connect(
+            self.global_rank,
+            super().world_size,
+            environment.main_address,
+            environment.main_port,
+            self.root_device,
+            self.timeout,
+        )
+        self._connected = True
+
+    def model_to_device(self) -> None:
+        assert self.model is not None
+        self.model.to(self.root_device)
+
+    # ---- collectives: real between the local phases, the identity within them
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        if self.in_local_phase or self.federation.size == 1 or not isinstance(tensor, Tensor):
+            return tensor
+        name = str(reduce_op).lower().rpartition(".")[2]
+        return self.federation.all_reduce(tensor, {"avg": "mean"}.get(name, name))
+
+    def barrier(self, name: str | None = None) -> None:
+        if not self.in_local_phase:
+            self.federation.barrier()
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        if self.in_local_phase or self.federation.size == 1:
+            return obj
+        return decode_object(self.federation.broadcast_message(encode_object(obj), src))
+
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        if self.in_local_phase or self.federation.size == 1:
+            return tensor
+        parts = self.federation.all_gather(Message(tensors={"value": tensor}))
+        return torch.stack([part.tensors["value"] for part in parts]).to(tensor.device)
+
+    # ---- set-up
+
+    def connect(self, model: L.LightningModule) -> None:
+        super().connect(model)
+        trainer = model.trainer
+        self._last_rounds, self.rounds = self.rounds or self._last_rounds, None
+        self._in_evaluation = False
+        internals.keep_samplers(trainer)
+        internals.adopt_loops(trainer)
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        if not any(isinstance(callback, RoundCallback) for callback in callbacks):
+            callbacks.insert(0, RoundCallback(self))
+
+    def setup(self, trainer: L.Trainer) -> None:
+        check_trainer(trainer)
+        super().setup(trainer)
+        assert self.lightning_module is not None
+        join_ranks(self.federation, self.lightning_module, self._settings)
+        self._evaluation = EvaluationMetrics(self.federation, self.lightning_module)
+
+    def setup_optimizers(self, trainer: L.Trainer) -> None:
+        with internals.seen_by_estimates(self, lambda: self.active_rounds.largest_num_batches()):
+            super().setup_optimizers(trainer)
+        if internals.has_no_optimizer(self.optimizers):
+            raise MisconfigurationException(
+                "`configure_optimizers` returned no optimizer, so clients would not train. Return one."
+            )
+
+    def process_dataloader(self, dataloader: object) -> object:
+        trainer = self._trainer
+        if not trainer.training:
+            if self.split_validation and not trainer.predicting and not self._validation_is_per_rank:
+                return shard(dataloader, self.federation.rank, self.federation.size)
+            return dataloader
+        if self.rounds is not None and not internals.has_train_loader(trainer):
+            raise MisconfigurationException(SEVERAL_LOADERS)
+        population = build_population(
+            dataloader, self.federation, self.started_by_launcher, self.num_clients, self.partition, self._seed
+        )
+        if self.rounds is None:
+            self.rounds = self._make_rounds(population)
+        else:
+            self.rounds.renew(population)
+        return self.rounds.loader
+
+    def _make_rounds(self, population: Population) -> FederatedRounds:
+        trainer = self._trainer
+        work = LocalWork(
+            self.local_epochs or 1, self.local_steps, trainer.accumulate_grad_batches, trainer.limit_train_batches
+        )
+        settings = FederationSettings(
+            self.algorithm, self.aggregator, self.transforms, self.weighting, self._seed, len(population)
+        )
+        stateful = self.algorithm.keeps_client_state or self.client_optimizer == "keep" or bool(self.personal)
+        at_home = stateful or any(transform.keeps_client_state for transform in self.transforms)
+        return FederatedRounds(
+            trainer, population, self.federation, settings, self.clients_per_round, work, at_home, self._last_rounds
+        )
+
+    # ---- hooks
+
+    def start_training(self) -> None:
+        """Called by :class:`RoundCallback` when training starts."""
+        trainer, module = self._trainer, self.lightning_module
+        assert module is not None
+        if not isinstance(trainer.train_dataloader, RoundLoader):
+            raise MisconfigurationException(SEVERAL_LOADERS)
+        check_validation_data(trainer, self.federation)
+        per_client = not module.automatic_optimization
+        schedules = [
+            Schedule(scheduler, per_client or per_step)
+            for scheduler, per_step in internals.epoch_schedulers(self.lr_scheduler_configs)
+        ]
+        optimizers = OptimizerStates(self.optimizers, schedules)
+        self.active_rounds.start(SequentialEngine(module, optimizers, self.personal, self.client_optimizer))
+
+    def on_validation_start(self) -> None:
+        self._start_evaluation()
+        if self.personal:
+            self._warn_of_personal()
+
+    def on_test_start(self) -> None:
+        self._start_evaluation()
+
+    def _warn_of_personal(self) -> None:
+        if not self._warned_of_personal:
+            self._warned_of_personal = True
+            rank_zero_warn(
+                f"The tensors personal={self.personal} live with the clients; validation of the global model uses "
+                "their common start values."
+            )
+
+    def _start_evaluation(self) -> None:
+        self._in_evaluation = True
+        self._evaluation.start(per_rank=self._validation_is_per_rank or self.split_validation)
+
+    def merge_evaluation_metrics(self, results: internals.ResultCollection) -> None:
+        """Joins the ranks' metrics of the evaluation loader at hand, before Lightning reads them."""
+        self._evaluation.merge(results)
+
+    def leave_local_phase(self) -> None:
+        """Evaluation batches are done: collectives concern all ranks again."""
+        self._in_evaluation = False
+
+    def on_exception(self, exception: BaseException) -> None:
+        self._in_evaluation = False
+        if self.rounds is not None:
+            self.rounds.interrupt()
+
+    def teardown(self) -> None:
+        if self.rounds is not None:
+            self.rounds.stop()
+        super().teardown()
+
+    # ---- what others may look at
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """One entry for each finished round: clients, examples, steps, refused clients, seconds."""
+        rounds = self.rounds or self._last_rounds
+        return [] if rounds is None else rounds.history
+
+    @property
+    def plan(self) -> RoundPlan | None:
+        """What this rank does in the round at hand."""
+        return None if self.rounds is None else self.rounds.plan
+
+    @property
+    def active_rounds(self) -> FederatedRounds:
+        """The rounds of the fit at hand."""
+        assert self.rounds is not None
+        return self.rounds
+
+    @property
+    def _trainer(self) -> L.Trainer:
+        assert self.lightning_module is not None
+        return self.lightning_module.trainer
+
+    @property
+    def _seed(self) -> int:
+        return int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed
+
+    @property
+    def _settings(self) -> dict[str, str]:
+        names = ("algorithm", "weighting", "clients_per_round", "local_epochs", "local_steps", "client_optimizer")
+        return {name: repr(getattr(self, name)) for name in (*names, "personal", "_seed")}
+
+    @property
+    def _validation_is_per_rank(self) -> bool:
+        if self.rounds is not None:
+            return self.rounds.population.silos is not None
+        simulated = getattr(getattr(self._trainer, "datamodule", None), "gives_clients", False)
+        return self.started_by_launcher and self.num_clients is None and self.partition is None and not simulated

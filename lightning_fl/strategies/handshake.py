@@ -1,0 +1,67 @@
+"""Before anything is summed, the ranks make sure that they train the same thing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning
+import torch
+from torch import nn
+
+from lightning_fl.communication import Group, Message
+
+
+def describe_module(module: nn.Module) -> dict[str, str]:
+    """Name, shape and dtype of each tensor in the module's ``state_dict``."""
+    return {
+        name: f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+        for name, tensor in module.state_dict().items()
+        if isinstance(tensor, torch.Tensor)
+    }
+
+
+def shake_hands(group: Group, module: nn.Module, settings: dict[str, str]) -> None:
+    """Compares what the ranks are about to train; every rank raises the same error.
+
+    Args:
+        group: The ranks of the federation.
+        module: This rank's module.
+        settings: This rank's settings by name.
+
+    Raises:
+        ValueError: If two ranks differ; the message names the first difference and the rank.
+    """
+    own = {
+        "version": {"lightning": lightning.__version__, "torch": torch.__version__.split("+")[0]},
+        "setting": settings,
+        "tensor": describe_module(module),
+    }
+    first, *others = [message.fields for message in group.all_gather(Message(own))]
+    for rank, other in enumerate(others, start=1):
+        for kind, expected in first.items():
+            _compare(kind, expected, other.get(kind, {}), rank)
+
+
+def join_ranks(group: Group, module: nn.Module, settings: dict[str, str]) -> None:
+    """Compares the ranks, then gives all of them the tensors of rank 0.
+
+    Raises:
+        ValueError: If two ranks differ in what they train.
+    """
+    if group.size == 1:
+        return
+    shake_hands(group, module, settings)
+    with torch.no_grad():
+        for tensor in module.state_dict().values():
+            if isinstance(tensor, torch.Tensor):
+                tensor.copy_(group.broadcast(tensor))
+
+
+def _compare(kind: str, expected: dict[str, Any], found: dict[str, Any], rank: int) -> None:
+    for name in [*expected, *found]:
+        if expected.get(name) != found.get(name):
+            raise ValueError(
+                f"Rank {rank} and rank 0 do not train the same thing: {kind} {name!r} is "
+                f"{found.get(name, 'missing')} on rank {rank} and {expected.get(name, 'missing')} on rank 0. Start "
+                "all ranks with the same module, settings and versions."
+            )

@@ -1,0 +1,268 @@
+"""Metrics over clients and ranks: means by example, torchmetrics by state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from lightning_fl.communication import Group, Message
+from lightning_fl.strategies.lightning_internals import ResultCollection, describe, placeholder
+from lightning_fl.types import Tree
+
+Entries = dict[str, dict[str, Any]]
+"""By key of the result collection: the settings of the log call, a value and its weight."""
+
+_LATE_HOOK = "on_train_batch_end"
+"""Runs once more after the round has been closed; what it logs is joined at the epoch's end."""
+
+
+class LoggedValues:
+    """Adds up, in float64, what the clients of this rank log with ``self.log`` in a round."""
+
+    def __init__(self) -> None:
+        self.entries: Entries = {}
+        self._client: Entries = {}
+        self._step_counts: dict[str, int] = {}
+
+    def after_batch(self, results: ResultCollection, num_examples: int) -> None:
+        """Takes in values logged for the step only, which Lightning does not add up."""
+        for key, result in results.items():
+            if not result.is_tensor or result.meta.on_epoch or result._forward_cache is None:
+                continue
+            if self._step_counts.get(key) != result._update_count:
+                self._step_counts[key] = result._update_count
+                weight = num_examples if result.meta.is_mean_reduction else 1
+                value = result._forward_cache.double() * (weight if result.meta.is_mean_reduction else 1)
+                _join(self._client, key, {**describe(result), "value": value, "weight": weight})
+
+    def after_client(self, results: ResultCollection, accepted: bool) -> None:
+        """Takes in what a client has logged, or drops it if its update was refused."""
+        for key, result in results.items():
+            if result.is_tensor and result.meta.on_epoch and not result.has_reset and result.meta.fx != _LATE_HOOK:
+                _join(self._client, key, _entry(result))
+                _empty(result)
+        if accepted:
+            for key, entry in self._client.items():
+                _join(self.entries, key, entry)
+        self._client = {}
+
+
+def late_entries(results: ResultCollection) -> Entries:
+    """Values of the epoch logged in a hook that runs after the round has been closed."""
+    return {
+        key: _entry(result)
+        for key, result in results.items()
+        if result.is_tensor and result.meta.on_epoch and not result.has_reset and result.meta.fx == _LATE_HOOK
+    }
+
+
+def _entry(result: Any) -> dict[str, Any]:
+    weight = result.cumulated_batch_size if result.meta.is_mean_reduction else 1
+    return {**describe(result), "value": result.value.double(), "weight": weight}
+
+
+def _empty(result: Any) -> None:
+    result.value = result._defaults["value"].to(result.value.device)
+    if result.meta.is_mean_reduction:
+        result.cumulated_batch_size = torch.zeros_like(result.cumulated_batch_size)
+    result._computed = None
+
+
+def _join(entries: Entries, key: str, entry: dict[str, Any]) -> None:
+    if key not in entries:
+        entries[key] = dict(entry)
+        return
+    old, reduction = entries[key], entry["reduction"]
+    if reduction in ("mean", "sum"):
+        old["value"] = old["value"] + entry["value"]
+    else:
+        both = torch.as_tensor(old["value"]), torch.as_tensor(entry["value"])
+        old["value"] = (torch.minimum if reduction == "min" else torch.maximum)(*both)
+    old["weight"] = old["weight"] + entry["weight"]
+
+
+def evaluation_entries(results: ResultCollection) -> Entries:
+    """What this rank has logged over the evaluation loader at hand."""
+    return {
+        key: _entry(result) if result.is_tensor else {**describe(result), "value": 0.0, "weight": 1}
+        for key, result in results.valid_items()
+        if result.meta.on_epoch and result._computed is None
+    }
+
+
+def logged_metric_entries(results: ResultCollection) -> Entries:
+    """The logged torchmetrics; their states travel by themselves."""
+    return {
+        key: {**describe(result), "value": 0.0, "weight": 1}
+        for key, result in results.items()
+        if not result.is_tensor and not result.has_reset
+    }
+
+
+def plain(entries: Entries) -> Entries:
+    """The entries with numbers instead of tensors."""
+    return {
+        key: {**entry, "value": float(entry["value"]), "weight": float(entry["weight"])}
+        for key, entry in entries.items()
+    }
+
+
+def merge_entries(reports: Iterable[Entries]) -> Entries:
+    """Joins the ranks' entries."""
+    merged: Entries = {}
+    for entries in reports:
+        for key, entry in entries.items():
+            _join(merged, key, entry)
+    return merged
+
+
+def publish(entries: Entries, results: ResultCollection, module: nn.Module, device: torch.device) -> list[str]:
+    """Writes joined values into the result collection, where Lightning reads them.
+
+    Returns:
+        Keys that this rank had not logged itself; they are to be removed before it logs again.
+    """
+    added = []
+    for key, entry in entries.items():
+        settings = {name: value for name, value in entry.items() if name not in ("value", "weight")}
+        if key not in results:
+            results[key] = placeholder(settings, device)
+            added.append(key)
+        result = results[key]
+        result.has_reset = False
+        if not entry["is_tensor"]:
+            result.value = module.get_submodule(entry["metric_attribute"])
+            continue
+        value = float(entry["value"])
+        if entry["reduction"] == "mean":
+            value = value / float(entry["weight"]) if float(entry["weight"]) else float("nan")
+        joined = torch.tensor(value, dtype=result.value.dtype, device=device)
+        if entry["on_step"]:
+            result._forward_cache = joined
+        if entry["on_epoch"]:
+            result._computed = joined
+    return added
+
+
+class MetricStates:
+    """The torchmetrics of a module, joined over ranks by their states, each in the way it declares itself."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.metrics = {name: metric for name, metric in module.named_modules() if isinstance(metric, Metric)}
+        self.mark()
+
+    def mark(self) -> None:
+        """Counts updates from here on."""
+        self._counts = {name: metric._update_count for name, metric in self.metrics.items()}
+
+    def snapshot(self) -> dict[str, tuple[int, dict[str, Any]]]:
+        """Copies of all states."""
+        return {
+            name: (metric._update_count, {key: _copy(getattr(metric, key)) for key in metric._defaults})
+            for name, metric in self.metrics.items()
+        }
+
+    def restore(self, snapshot: Mapping[str, tuple[int, dict[str, Any]]]) -> None:
+        """Puts back what :meth:`snapshot` copied."""
+        for name, (count, states) in snapshot.items():
+            metric = self.metrics[name]
+            for key, value in states.items():
+                setattr(metric, key, value)
+            metric._update_count = count
+            metric._computed = None
+
+    def report(self) -> tuple[dict[str, Any], Tree]:
+        """What to tell the other ranks: of each metric updated since :meth:`mark`, its number of updates and state."""
+        fields: dict[str, Any] = {}
+        tensors: Tree = {}
+        for name, metric in self.metrics.items():
+            if metric._update_count == self._counts[name]:
+                continue
+            lengths: dict[str, int | None] = {}
+            for key in metric._defaults:
+                state = getattr(metric, key)
+                lengths[key] = len(state) if isinstance(state, list) else None
+                for index, tensor in enumerate(state if isinstance(state, list) else [state]):
+                    tensors[f"{name}/{key}/{index}"] = tensor
+            fields[name] = {"count": metric._update_count, "lengths": lengths}
+        return fields, tensors
+
+    def merge(self, reports: Sequence[Message], device: torch.device) -> None:
+        """Joins the ranks' states into the metrics of this rank.
+
+        Raises:
+            ValueError: If a rank reports a metric or a state that this rank's module does not have.
+        """
+        for name in dict.fromkeys(name for message in reports for name in message.fields["metric_states"]):
+            metric = self.metrics.get(name)
+            told = [message for message in reports if name in message.fields["metric_states"]]
+            lengths = [message.fields["metric_states"][name]["lengths"] for message in told]
+            if metric is None or any(set(own) != set(metric._defaults) for own in lengths):
+                raise ValueError(f"The ranks' modules differ in their metric {name!r}; they must be the same.")
+            for key in metric._defaults:
+                parts = [
+                    [message.tensors[f"{name}/{key}/{index}"].to(device) for index in range(own[key] or 1)]
+                    if own[key] != 0
+                    else []
+                    for message, own in zip(told, lengths, strict=True)
+                ]
+                setattr(metric, key, _reduce(metric, key, parts))
+            metric._update_count = sum(message.fields["metric_states"][name]["count"] for message in told)
+            metric._computed = None
+
+
+def _copy(state: Any) -> Any:
+    return list(state) if isinstance(state, list) else state.clone()
+
+
+def _reduce(metric: Metric, key: str, parts: list[list[Tensor]]) -> Any:
+    if isinstance(metric._defaults[key], list):
+        return [tensor for part in parts for tensor in part]
+    stacked = torch.stack([part[0] for part in parts])
+    reduction = metric._reductions[key]
+    return stacked if reduction is None else reduction(stacked)  # type: ignore[operator]
+
+
+class EvaluationMetrics:
+    """Metrics of an evaluation, equal on all ranks.
+
+    Args:
+        group: The ranks of the federation.
+        module: The user's module.
+    """
+
+    def __init__(self, group: Group, module: LightningModule) -> None:
+        self.group = group
+        self.module = module
+        self.states = MetricStates(module)
+        self._placeholders: list[str] = []
+
+    def start(self, per_rank: bool) -> None:
+        """An evaluation begins.
+
+        Args:
+            per_rank: Whether each rank has its own data, so that the result is that of their union. Otherwise all
+                have the same data, and rank 0's values count.
+        """
+        self.per_rank = per_rank
+        self.states.mark()
+
+    def merge(self, results: ResultCollection) -> None:
+        """Joins what the ranks have logged over the loader at hand."""
+        if self.group.size == 1:
+            return
+        fields, tensors = self.states.report() if self.per_rank else ({}, {})
+        report = Message({"metrics": plain(evaluation_entries(results)), "metric_states": fields}, tensors)
+        reports = self.group.all_gather(report)
+        if not self.per_rank:
+            reports = reports[:1]
+        self.states.merge(reports, self.module.device)
+        for key in self._placeholders:
+            results.pop(key, None)
+        merged = merge_entries(message.fields["metrics"] for message in reports)
+        self._placeholders = publish(merged, results, self.module, self.module.device)

@@ -1,0 +1,135 @@
+"""Arithmetic on trees (tensors keyed by name), and their flat form: one buffer a dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_fl.types import Tree
+
+Flat = dict[torch.dtype, Tensor]
+
+
+def tree_map(function: Callable[..., Tensor], tree: Tree, *others: Tree) -> Tree:
+    """Applies ``function`` name by name; the other trees need at least the names of the first."""
+    return {name: function(tensor, *(other[name] for other in others)) for name, tensor in tree.items()}
+
+
+def subtract(left: Tree, right: Tree) -> Tree:
+    """``left - right``, name by name."""
+    return tree_map(torch.sub, left, right)
+
+
+def add(left: Tree, right: Tree, alpha: float = 1.0) -> Tree:
+    """``left + alpha * right``, name by name."""
+    return tree_map(lambda a, b: torch.add(a, b, alpha=alpha), left, right)
+
+
+def scale(tree: Tree, factor: float) -> Tree:
+    """``factor * tree``."""
+    return tree_map(lambda tensor: tensor * factor, tree)
+
+
+def zeros_like(tree: Tree) -> Tree:
+    """A tree of zeros of the same names, shapes and dtypes."""
+    return tree_map(torch.zeros_like, tree)
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which values of ``dtype`` are added up: their own, at least float32; float64 for integers."""
+    if dtype.is_floating_point or dtype.is_complex:
+        return torch.promote_types(dtype, torch.float32)
+    return torch.float64
+
+
+def to_sum_dtype(tree: Mapping[str, Tensor]) -> Tree:
+    """Copies the tree into the dtypes in which it is added up."""
+    return {name: tensor.detach().to(sum_dtype(tensor.dtype), copy=True) for name, tensor in tree.items()}
+
+
+def cast_like(value: Tensor, like: Tensor) -> Tensor:
+    """``value`` in the dtype of ``like``; integers are rounded to nearest."""
+    if value.dtype == like.dtype or like.dtype.is_floating_point or like.dtype.is_complex:
+        return value.to(like.dtype)
+    return value.round().to(like.dtype)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names, shapes and dtypes of a group of trees, and the way between them and one flat buffer a dtype.
+
+    Args:
+        entries: ``(tree, name, shape, dtype)`` of each tensor, in order.
+    """
+
+    entries: tuple[tuple[str, str, torch.Size, torch.dtype], ...]
+
+    @classmethod
+    def of(cls, trees: Mapping[str, Tree]) -> Layout:
+        """The layout of ``trees``, each dtype raised to the one in which it is summed."""
+        return cls(
+            tuple(
+                (tree, name, tensor.shape, sum_dtype(tensor.dtype))
+                for tree, tensors in trees.items()
+                for name, tensor in tensors.items()
+            )
+        )
+
+    @property
+    def dtypes(self) -> list[torch.dtype]:
+        """The dtypes in order of first use."""
+        return list(dict.fromkeys(dtype for *_, dtype in self.entries))
+
+    def size(self, dtype: torch.dtype) -> int:
+        """Number of elements of that dtype."""
+        return sum(shape.numel() for _, _, shape, own in self.entries if own == dtype)
+
+    def zeros(self, device: torch.device) -> Flat:
+        """A flat buffer of zeros a dtype."""
+        return {dtype: torch.zeros(self.size(dtype), dtype=dtype, device=device) for dtype in self.dtypes}
+
+    def flatten(self, trees: Mapping[str, Tree]) -> Flat:
+        """Copies the trees into one flat buffer a dtype.
+
+        Raises:
+            ValueError: If a tensor is missing, is one too many, or has another shape.
+        """
+        if sum(map(len, trees.values())) != len(self.entries):
+            raise ValueError(self._difference(trees))
+        parts: dict[torch.dtype, list[Tensor]] = {dtype: [] for dtype in self.dtypes}
+        for tree, name, shape, dtype in self.entries:
+            tensor = trees.get(tree, {}).get(name)
+            if tensor is None or tensor.shape != shape:
+                raise ValueError(self._difference(trees))
+            parts[dtype].append(tensor.detach().reshape(-1).to(dtype))
+        return {dtype: torch.cat(tensors) for dtype, tensors in parts.items()}
+
+    def unflatten(self, flat: Flat) -> dict[str, Tree]:
+        """Views of the flat buffers as the trees."""
+        trees: dict[str, Tree] = {}
+        offsets = dict.fromkeys(flat, 0)
+        for tree, name, shape, dtype in self.entries:
+            start, offsets[dtype] = offsets[dtype], offsets[dtype] + shape.numel()
+            trees.setdefault(tree, {})[name] = flat[dtype][start : offsets[dtype]].view(shape)
+        return trees
+
+    def _difference(self, trees: Mapping[str, Tree]) -> str:
+        expected = {(tree, name): tuple(shape) for tree, name, shape, _ in self.entries}
+        found = {(tree, name): tuple(tensor.shape) for tree, ts in trees.items() for name, tensor in ts.items()}
+        for key in [*expected, *found]:
+            if expected.get(key) != found.get(key):
+                tree, name = key
+                return (
+                    f"The update's {tree} {name!r} has shape {found.get(key, 'none (missing)')}, expected "
+                    f"{expected.get(key, 'no such tensor')}. An update must have the names and shapes of the shared "
+                    "tensors, and its side channels those of `Algorithm.aux_like`."
+                )
+        raise AssertionError("the layouts do not differ")
+
+
+def is_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no element is NaN or infinite."""
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)

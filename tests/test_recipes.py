@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_fl.cli import FederatedCLI, recipes_directory
+
+RECIPES = sorted(recipes_directory().glob("*.yaml"))
+QUIET = ("--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false")
+TOLERANCE = 0.015  # 5 of the 360 test digits: processors round differently
+
+
+def header(recipe: Path) -> str:
+    lines = recipe.read_text().splitlines()
+    return "\n".join(line.lstrip("# ") for line in lines if line.startswith("#"))
+
+
+def expected_accuracies(name: str) -> tuple[float, float]:
+    """The accuracies that a recipe's header names: the federated one and the centralised one."""
+    found = re.search(r"expected: val_acc (0\.\d+) .*centralised .* (0\.\d+)", header(recipes_directory() / name))
+    assert found, f"{name} has no line 'expected: val_acc 0.xx ..., centralised ... 0.xx'"
+    return float(found[1]), float(found[2])
+
+
+def final_accuracy(name: str, *options: str) -> float:
+    sys.argv = ["lightning-fl"]
+    trainer = FederatedCLI(["fit", "--config", str(recipes_directory() / name), *QUIET, *options]).trainer
+    return trainer.callback_metrics["val_acc"].item()
+
+
+@pytest.fixture(autouse=True)
+def keep_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", sys.argv)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_a_header_holds_what_it_promises(recipe: Path) -> None:
+    command = rf"^(lightning-fl|torchrun .* -m lightning_fl) fit --config recipes/{recipe.name}$"
+    for line in (command, r"^expected: .*\d", r"^time: .*on 2 cores$"):
+        assert re.search(line, header(recipe), re.MULTILINE)
+    assert yaml.safe_load(recipe.read_text())["seed_everything"] == 0
+
+
+def test_digits_fedavg_gives_the_expected_numbers() -> None:
+    federated, centralised = expected_accuracies("digits_fedavg.yaml")
+    assert final_accuracy("digits_fedavg.yaml") == pytest.approx(federated, abs=TOLERANCE)
+    accuracy = final_accuracy("digits_fedavg.yaml", "--trainer.strategy", "auto")
+    assert accuracy == pytest.approx(centralised, abs=TOLERANCE)
+
+
+def test_digits_silos_gives_the_expected_number(run_ranks: Callable[..., list[float]]) -> None:
+    federated, centralised = expected_accuracies("digits_silos.yaml")
+    accuracies = run_ranks(3, final_accuracy, "digits_silos.yaml")
+    assert len(set(accuracies)) == 1
+    assert accuracies[0] == pytest.approx(federated, abs=TOLERANCE)
+    accuracy = final_accuracy("digits_silos.yaml", "--trainer.strategy", "auto")
+    assert accuracy == pytest.approx(centralised, abs=TOLERANCE)
