@@ -65,8 +65,8 @@ class Scaffold(Algorithm):
     ) -> tuple[Update, State | None]:
         delta = subtract(params, ctx["params"])
         step = {name: delta[name] / run.lr_sum[name] for name in delta}
-        change = tree_map(lambda correction, taken: -correction - taken, ctx["correction"], step)
-        return Update(delta=delta, aux={"control": change}), {"control": add(ctx["own"], change)}
+        control = tree_map(lambda correction, moved: -correction - moved, ctx["correction"], step)
+        return Update(delta=delta, aux={"control": subtract(control, ctx["own"])}), {"control": control}
 
     def server_update(self, server: State, aggregate: Aggregate) -> State:
         server = super().server_update(server, aggregate)
