@@ -9,6 +9,7 @@ import warnings
 from collections import defaultdict
 from pathlib import Path
 
+import torch
 from lightning.pytorch import Trainer
 from rich.console import Console
 from rich.table import Table
@@ -35,6 +36,7 @@ def metrics_by_round(trainer: Trainer) -> dict[int, dict[str, float]]:
 
 
 def main() -> None:
+    torch.set_num_threads(1)  # the model is too small for more
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.simplefilter("ignore")

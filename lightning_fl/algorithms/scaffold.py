@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from lightning_fl.algorithms.base import Algorithm, Weighting
 from lightning_fl.algorithms.registry import register
-from lightning_fl.tree import add, subtract, tree_map, zeros_like
+from lightning_fl.tree import add, subtract, zeros_like
 from lightning_fl.types import Aggregate, Context, LocalRun, State, Tree, Update
 
 
@@ -24,7 +24,8 @@ class Scaffold(Algorithm):
         c \leftarrow c + \frac{1}{N} \sum_i (c_i^+ - c_i)
 
     The sum of the learning rates of the local steps stands where the paper has :math:`K \eta`, so a learning-rate
-    schedule is divided by what was really taken. The control is derived for plain SGD.
+    schedule is divided by what was really taken; where that is 0 a client keeps its control. The control is derived for
+    plain SGD.
 
     Args:
         server_lr: The server's step :math:`\eta_s`.
@@ -64,8 +65,10 @@ class Scaffold(Algorithm):
         self, params: Tree, ctx: Context, client: State | None, run: LocalRun
     ) -> tuple[Update, State | None]:
         delta = subtract(params, ctx["params"])
-        step = {name: delta[name] / run.lr_sum[name] for name in delta}
-        control = tree_map(lambda correction, moved: -correction - moved, ctx["correction"], step)
+        control = {
+            name: -ctx["correction"][name] - moved / run.lr_sum[name] if run.lr_sum[name] else ctx["own"][name]
+            for name, moved in delta.items()
+        }
         return Update(delta=delta, aux={"control": subtract(control, ctx["own"])}), {"control": control}
 
     def server_update(self, server: State, aggregate: Aggregate) -> State:

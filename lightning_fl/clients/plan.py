@@ -25,6 +25,11 @@ class LocalWork:
     accumulate: int = 1
     limit: int | float = 1.0
 
+    @property
+    def max_pass_length(self) -> int | None:
+        """Batches that a pass has at most, whatever the loader; None if the limit is a share."""
+        return self.limit if isinstance(self.limit, int) else None
+
     def pass_length(self, num_batches: int | None) -> int | None:
         """Batches of one pass over a loader of ``num_batches``; None if the loader has no length.
 

@@ -54,14 +54,15 @@ class RoundLoader:
             yield None
         for client in plan.clients:
             loader = self._prepare(client, self._loaders[client])
-            length = work.pass_length(count_batches(loader))
-            for segment in work.segments(count_batches(loader)):
+            num_batches = count_batches(loader)
+            for segment in work.segments(num_batches):
                 if work.steps is not None:
+                    length = work.max_pass_length if num_batches is None else work.pass_length(num_batches)
                     yield from islice(_cycle(client, loader, length), segment)
                 elif segment is not None:
                     yield from _exactly(client, loader, segment)
                 else:
-                    yield from _until_end(client, loader, work.limit, plan)
+                    yield from _until_end(client, loader, work.max_pass_length, plan)
 
 
 def _cycle(client: ClientId, loader: Loader, length: int | None) -> Iterator[Any]:
@@ -84,8 +85,8 @@ def _exactly(client: ClientId, loader: Loader, length: int) -> Iterator[Any]:
         )
 
 
-def _until_end(client: ClientId, loader: Loader, limit: int | float, plan: RoundPlan) -> Iterator[Any]:
-    batches = islice(loader, limit if isinstance(limit, int) else None)
+def _until_end(client: ClientId, loader: Loader, max_length: int | None, plan: RoundPlan) -> Iterator[Any]:
+    batches = islice(loader, max_length)
     batch, index = next(batches, _END), 0
     if batch is _END:
         raise ValueError(f"The loader of client {client!r} has no length and yielded no batch.")

@@ -31,7 +31,7 @@ def cohort_size(clients_per_round: int | float | None, population: int) -> int:
                 "a count."
             )
         return max(1, round(clients_per_round * population))
-    if not 1 <= clients_per_round:
+    if clients_per_round < 1:
         raise ValueError(f"clients_per_round={clients_per_round} must be at least 1.")
     if clients_per_round > population:
         raise ValueError(

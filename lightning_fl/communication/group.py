@@ -54,13 +54,14 @@ class LocalGroup(Group):
         super().__init__(0, 1)
 
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
-        return tensor.clone()
+        joined = tensor.detach().clone()
+        return joined / self.size if op == "mean" else joined
 
     def all_gather(self, message: Message) -> list[Message]:
         return [message]
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
-        return tensor.clone()
+        return tensor.detach().clone()
 
     def barrier(self) -> None:
         return None

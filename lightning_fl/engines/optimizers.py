@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ChainedScheduler
 
 from lightning_fl.types import Tree
 
@@ -30,7 +31,10 @@ class Schedule:
     @property
     def num_steps(self) -> int:
         """Steps taken so far."""
-        return int(self.scheduler.last_epoch)
+        scheduler = self.scheduler
+        while isinstance(scheduler, ChainedScheduler):  # counts no steps itself; its schedulers step together
+            scheduler = scheduler._schedulers[0]
+        return int(scheduler.last_epoch)
 
 
 class OptimizerStates:

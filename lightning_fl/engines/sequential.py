@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_fl.engines.optimizers import OptimizerStates
 from lightning_fl.engines.tensors import FederatedTensors
-from lightning_fl.tree import add, cast_like, subtract, to_sum_dtype
+from lightning_fl.tree import cast_like, sum_dtype, to_sum_dtype, tree_map
 from lightning_fl.types import Tree
 
 ClientOptimizer = Literal["reset", "keep"]
@@ -109,7 +109,7 @@ class SequentialEngine:
             kept["optimizer"] = self.optimizers.keep()
         return LocalResult(
             params={name: _trained(param.detach(), self._loaded[name]) for name, param in tensors.params.items()},
-            buffers=subtract(to_sum_dtype(tensors.buffers), to_sum_dtype(self._start_buffers)),
+            buffers=tree_map(_change, tensors.buffers, self._start_buffers),
             kept=kept,
             num_steps=self.optimizers.num_steps,
             lr_sum=self.optimizers.lr_sum(tensors.params),
@@ -124,7 +124,7 @@ class SequentialEngine:
             schedule_steps: Steps from which the next round's schedules start, counted from this round's start.
         """
         _load(self.tensors.params, params)
-        _load(self.tensors.buffers, add(to_sum_dtype(self._start_buffers), buffers))
+        _load(self.tensors.buffers, tree_map(_move, self._start_buffers, buffers))
         _load(self.tensors.personal, self._start_personal)
         self.optimizers.end_round(schedule_steps)
 
@@ -137,6 +137,17 @@ def _load(tensors: Mapping[str, Tensor], values: Tree) -> None:
 
 def _clones(tensors: Mapping[str, Tensor]) -> Tree:
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def _change(buffer: Tensor, start: Tensor) -> Tensor:
+    """What training has changed; 0 also where an infinity has stayed one, as in an attention mask."""
+    dtype = sum_dtype(buffer.dtype)
+    return (buffer.detach().to(dtype) - start.to(dtype)).masked_fill(buffer == start, 0)
+
+
+def _move(start: Tensor, change: Tensor) -> Tensor:
+    """``start + change``; bit for bit ``start`` where nothing changed, also integers that no float can hold."""
+    return torch.where(change == 0, start, cast_like(start.to(change.dtype) + change, start))
 
 
 def _trained(param: Tensor, start: Tensor) -> Tensor:

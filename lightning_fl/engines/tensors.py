@@ -30,7 +30,7 @@ class FederatedTensors:
 
         Args:
             module: The user's module.
-            personal: ``fnmatch`` globs on ``state_dict`` names.
+            personal: ``fnmatch`` globs on ``state_dict`` names; a tied tensor answers to each of its names.
 
         Raises:
             ValueError: If a glob matches nothing, or nothing trainable is left to share.
@@ -39,13 +39,17 @@ class FederatedTensors:
         params = {name: param for name, param in module.named_parameters() if param.requires_grad}
         buffers = {name: buffer for name, buffer in module.named_buffers() if name in persistent}
         trained: dict[str, Any] = {**params, **buffers}
+        aliases = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+        own: set[str] = set()
         for pattern in personal:
-            if not any(fnmatchcase(name, pattern) for name in trained):
+            matched = {id(tensor) for name, tensor in aliases if fnmatchcase(name, pattern)}
+            names = {name for name, tensor in trained.items() if id(tensor) in matched}
+            own |= names
+            if not names:
                 raise ValueError(
                     f"personal={pattern!r} matches none of the module's trainable parameters and persistent buffers; "
                     f"it has {', '.join(list(trained)[:8])}{', ...' if len(trained) > 8 else ''}."
                 )
-        own = {name for name in trained if any(fnmatchcase(name, pattern) for pattern in personal)}
         shared = {name: param for name, param in params.items() if name not in own}
         if not shared:
             raise ValueError(
