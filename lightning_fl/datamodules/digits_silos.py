@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from torch.utils.data import TensorDataset
 
+from lightning_fl.communication import LocalGroup
 from lightning_fl.datamodules.client_datasets import wants_clients
 from lightning_fl.datamodules.digits import DigitsDataModule
 
@@ -26,8 +28,8 @@ class DigitsSiloDataModule(DigitsDataModule):
         num_workers: Worker processes of each loader.
 
     Raises:
-        ValueError: If a share is not positive or ``test_share`` is out of range; on setup, if there are not as many
-            ranks as shares.
+        ValueError: If a share is not positive, ``silo`` has none, or ``test_share`` is out of range; on setup, if there
+            are not as many ranks as shares.
         ImportError: On setup, if scikit-learn is not installed.
     """
 
@@ -57,14 +59,14 @@ class DigitsSiloDataModule(DigitsDataModule):
             self.test_set = self._part(self.test_set, silo)
 
     def _rank(self) -> int:
-        num_ranks = 1 if self.trainer is None else self.trainer.world_size
-        if self.trainer is None or num_ranks != len(self.shares):
+        group: Any = LocalGroup() if self.trainer is None else self.trainer.strategy.federation
+        if group.size != len(self.shares):
             raise ValueError(
-                f"shares={list(self.shares)} name {len(self.shares)} silos, but there are {num_ranks} ranks. Start one "
-                f"process per silo, torchrun --nproc_per_node {len(self.shares)} -m lightning_fl fit ..., or say with "
-                "`silo` which one this process is."
+                f"shares={list(self.shares)} name {len(self.shares)} silos, but the federation has {group.size} "
+                f"rank(s). Start one process per silo, torchrun --nproc_per_node {len(self.shares)} -m lightning_fl "
+                "fit ..., or say with `silo` which one this process is."
             )
-        return self.trainer.global_rank
+        return group.rank
 
     def _part(self, dataset: TensorDataset, silo: int) -> TensorDataset:
         order = np.random.default_rng(self.seed).permutation(len(dataset))

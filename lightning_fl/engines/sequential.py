@@ -73,7 +73,7 @@ class SequentialEngine:
         Returns:
             The global parameters, in the dtype in which they are summed.
         """
-        self.tensors = FederatedTensors.of(self.module, self.personal)
+        self.tensors = FederatedTensors(self.module, self.personal)
         self.optimizers.begin_round()
         params = to_sum_dtype(self.tensors.params)
         for name, param in self.tensors.params.items():
@@ -103,7 +103,7 @@ class SequentialEngine:
         """Reads what a client's local training has changed."""
         tensors = self.tensors
         kept: dict[str, Tree] = {}
-        if tensors.personal:
+        if self.personal:
             kept["personal"] = _clones(tensors.personal)
         if self.client_optimizer == "keep":
             kept["optimizer"] = self.optimizers.keep()

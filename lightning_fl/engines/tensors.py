@@ -3,61 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
 
 from torch import Tensor, nn
 
 
-@dataclass(frozen=True)
 class FederatedTensors:
     """A module's tensors by their part in the federation, under their ``state_dict`` names; tied ones stand once.
 
+    Buffers are looked up each time, because a module may put a new tensor in a buffer's place.
+
     Args:
-        params: Trainable shared parameters: they are averaged, and the algorithm sees them.
-        buffers: Shared persistent buffers: they are averaged.
-        personal: Parameters and buffers that never leave their client.
+        module: The user's module.
+        personal: ``fnmatch`` globs on ``state_dict`` names: tensors that never leave their client.
+
+    Raises:
+        ValueError: If a glob matches nothing, or nothing trainable is left to share.
     """
 
-    params: dict[str, nn.Parameter]
-    buffers: dict[str, Tensor]
-    personal: dict[str, Tensor]
-
-    @classmethod
-    def of(cls, module: nn.Module, personal: Sequence[str] = ()) -> FederatedTensors:
-        """Sorts the tensors of ``module``.
-
-        Args:
-            module: The user's module.
-            personal: ``fnmatch`` globs on ``state_dict`` names; a tied tensor answers to each of its names.
-
-        Raises:
-            ValueError: If a glob matches nothing, or nothing trainable is left to share.
-        """
+    def __init__(self, module: nn.Module, personal: Sequence[str] = ()) -> None:
         persistent = set(module.state_dict())
         params = {name: param for name, param in module.named_parameters() if param.requires_grad}
-        buffers = {name: buffer for name, buffer in module.named_buffers() if name in persistent}
-        trained: dict[str, Any] = {**params, **buffers}
-        aliases = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-        own: set[str] = set()
+        buffers = {name: _owner(module, name) for name, _ in module.named_buffers() if name in persistent}
+        names = [*params, *buffers]
         for pattern in personal:
-            matched = {id(tensor) for name, tensor in aliases if fnmatchcase(name, pattern)}
-            names = {name for name, tensor in trained.items() if id(tensor) in matched}
-            own |= names
-            if not names:
+            if not any(fnmatchcase(name, pattern) for name in names):
                 raise ValueError(
                     f"personal={pattern!r} matches none of the module's trainable parameters and persistent buffers; "
-                    f"it has {', '.join(list(trained)[:8])}{', ...' if len(trained) > 8 else ''}."
+                    f"it has {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}."
                 )
-        shared = {name: param for name, param in params.items() if name not in own}
-        if not shared:
+        own = {name for name in names if any(fnmatchcase(name, pattern) for pattern in personal)}
+        self.params: dict[str, nn.Parameter] = {name: param for name, param in params.items() if name not in own}
+        self._personal_params = {name: param for name, param in params.items() if name in own}
+        self._buffers = {name: place for name, place in buffers.items() if name not in own}
+        self._personal_buffers = {name: place for name, place in buffers.items() if name in own}
+        if not self.params:
             raise ValueError(
                 "No trainable parameter is left to share: each is frozen or personal. Unfreeze some, or narrow "
                 f"personal={list(personal)}."
             )
-        return cls(
-            params=shared,
-            buffers={name: buffer for name, buffer in buffers.items() if name not in own},
-            personal={name: trained[name].detach() for name in trained if name in own},
-        )
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        """Shared persistent buffers: they are averaged."""
+        return {name: getattr(owner, key) for name, (owner, key) in self._buffers.items()}
+
+    @property
+    def personal(self) -> dict[str, Tensor]:
+        """Trainable parameters and persistent buffers that stay with their client."""
+        buffers = {name: getattr(owner, key) for name, (owner, key) in self._personal_buffers.items()}
+        return {**self._personal_params, **buffers}
+
+
+def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, key = name.rpartition(".")
+    return module.get_submodule(path), key

@@ -56,7 +56,7 @@ def check_trainer(trainer: L.Trainer) -> None:
     Raises:
         MisconfigurationException: If one of them is set.
     """
-    if trainer.val_check_interval != 1.0:
+    if trainer.val_check_interval != 1.0 or isinstance(trainer.val_check_interval, int):
         raise MisconfigurationException(
             f"val_check_interval={trainer.val_check_interval} asks for validation inside a round, where there is no "
             "global model. Leave it at 1.0 and use check_val_every_n_epoch, which counts rounds."
