@@ -59,7 +59,8 @@ class DigitsSiloDataModule(DigitsDataModule):
             self.test_set = self._part(self.test_set, silo)
 
     def _rank(self) -> int:
-        group: Any = LocalGroup() if self.trainer is None else self.trainer.strategy.federation
+        strategy: Any = None if self.trainer is None else self.trainer.strategy
+        group = LocalGroup() if strategy is None else strategy.federation
         if group.size != len(self.shares):
             raise ValueError(
                 f"shares={list(self.shares)} name {len(self.shares)} silos, but the federation has {group.size} "

@@ -15,7 +15,8 @@ class FederatedTensors:
 
     Args:
         module: The user's module.
-        personal: ``fnmatch`` globs on ``state_dict`` names: tensors that never leave their client.
+        personal: ``fnmatch`` globs on ``state_dict`` names: tensors that never leave their client. A tied tensor
+            answers to each of its names.
 
     Raises:
         ValueError: If a glob matches nothing, or nothing trainable is left to share.
@@ -26,13 +27,18 @@ class FederatedTensors:
         params = {name: param for name, param in module.named_parameters() if param.requires_grad}
         buffers = {name: _owner(module, name) for name, _ in module.named_buffers() if name in persistent}
         names = [*params, *buffers]
+        aliases = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+        tensors = dict(aliases)
+        own: set[str] = set()
         for pattern in personal:
-            if not any(fnmatchcase(name, pattern) for name in names):
+            matched = {id(tensor) for alias, tensor in aliases if fnmatchcase(alias, pattern)}
+            found = {name for name in names if id(tensors[name]) in matched}
+            own |= found
+            if not found:
                 raise ValueError(
                     f"personal={pattern!r} matches none of the module's trainable parameters and persistent buffers; "
                     f"it has {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}."
                 )
-        own = {name for name in names if any(fnmatchcase(name, pattern) for pattern in personal)}
         self.params: dict[str, nn.Parameter] = {name: param for name, param in params.items() if name not in own}
         self._personal_params = {name: param for name, param in params.items() if name in own}
         self._buffers = {name: place for name, place in buffers.items() if name not in own}

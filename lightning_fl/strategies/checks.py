@@ -68,17 +68,15 @@ def check_trainer(trainer: L.Trainer) -> None:
         )
 
 
-def check_validation_data(trainer: L.Trainer, group: Group) -> None:
-    """Makes sure that all ranks validate, or none: a rank that skips validation would leave the others waiting.
+def check_same_on_ranks(group: Group, what: str, own: bool) -> None:
+    """Makes sure that all ranks have something, or none: one that skips a step would leave the others waiting.
 
     Raises:
-        MisconfigurationException: On every rank, if some have validation data and some have none.
+        MisconfigurationException: On every rank, if some have it and some have not.
     """
-    own = bool(sum(trainer.num_val_batches)) if trainer.num_val_batches else False
-    validates = [message.fields["validates"] for message in group.all_gather(Message({"validates": own}))]
-    if any(validates) and not all(validates):
-        without = ", ".join(str(rank) for rank, own in enumerate(validates) if not own)
+    has = [message.fields["has"] for message in group.all_gather(Message({"has": own}))]
+    if any(has) and not all(has):
+        without = ", ".join(str(rank) for rank, own in enumerate(has) if not own)
         raise MisconfigurationException(
-            f"Rank {without} has no validation data, the others have. Give each rank some, or none "
-            "(limit_val_batches=0)."
+            f"Rank {without} has no {what}, the others have. Give each rank some, or none (limit_val_batches=0)."
         )

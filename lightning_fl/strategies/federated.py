@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, ClassVar
 
@@ -28,7 +29,7 @@ from lightning_fl.engines.sequential import ClientOptimizer
 from lightning_fl.strategies import lightning_internals as internals
 from lightning_fl.strategies.metrics import EvaluationMetrics
 from lightning_fl.strategies.callback import RoundCallback
-from lightning_fl.strategies.checks import SEVERAL_LOADERS, check_choice, check_trainer, check_validation_data, check_work
+from lightning_fl.strategies.checks import SEVERAL_LOADERS, check_choice, check_same_on_ranks, check_trainer, check_work
 from lightning_fl.strategies.handshake import join_ranks
 from lightning_fl.strategies.objects import decode_object, encode_object
 from lightning_fl.strategies.population import build_population
@@ -116,7 +117,7 @@ class FederatedStrategy(ParallelStrategy):
         self._last_rounds: FederatedRounds | None = None
         self.largest_num_batches: Any = None
         self._connected = False
-        self._in_evaluation = False
+        self._works_alone = False
         self._warned_of_personal = False
 
     # ---- processes and devices
@@ -149,7 +150,16 @@ class FederatedStrategy(ParallelStrategy):
     @property
     def in_local_phase(self) -> bool:
         """Whether ranks work on their own, so that collectives concern one rank only."""
-        return self._in_evaluation or (self.rounds is not None and self.rounds.in_local_phase)
+        return self._works_alone or (self.rounds is not None and self.rounds.in_local_phase)
+
+    @contextmanager
+    def local_phase(self) -> Iterator[None]:
+        """Makes collectives concern this rank only, inside the block."""
+        self._works_alone, before = True, self._works_alone
+        try:
+            yield
+        finally:
+            self._works_alone = before
 
     def set_world_ranks(self) -> None:
         """Tells the cluster environment and Lightning's rank-zero functions this process's rank."""
@@ -222,7 +232,7 @@ class FederatedStrategy(ParallelStrategy):
         super().connect(model)
         trainer = model.trainer
         self._last_rounds, self.rounds = self.rounds or self._last_rounds, None
-        self._in_evaluation = False
+        self._works_alone = False
         internals.keep_samplers(trainer)
         internals.adopt_loops(trainer)
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
@@ -231,6 +241,7 @@ class FederatedStrategy(ParallelStrategy):
 
     def setup(self, trainer: L.Trainer) -> None:
         check_trainer(trainer)
+        check_same_on_ranks(self.federation, "validation data", trainer.enable_validation)
         super().setup(trainer)
         assert self.lightning_module is not None
         join_ranks(self.federation, self.lightning_module, self._settings)
@@ -283,7 +294,6 @@ class FederatedStrategy(ParallelStrategy):
         assert module is not None
         if not isinstance(trainer.train_dataloader, RoundLoader):
             raise MisconfigurationException(SEVERAL_LOADERS)
-        check_validation_data(trainer, self.federation)
         per_client = not module.automatic_optimization
         schedules = [
             Schedule(scheduler, per_client or per_step)
@@ -309,8 +319,12 @@ class FederatedStrategy(ParallelStrategy):
             )
 
     def _start_evaluation(self) -> None:
-        self._in_evaluation = True
+        self._works_alone = True
         self._evaluation.start(per_rank=self._validation_is_per_rank or self.split_validation)
+
+    def check_evaluation_data(self, num_batches: int | float) -> None:
+        """Makes sure that all ranks evaluate, or none."""
+        check_same_on_ranks(self.federation, "batches to evaluate", num_batches > 0)
 
     def merge_evaluation_metrics(self, results: internals.ResultCollection) -> None:
         """Joins the ranks' metrics of the evaluation loader at hand, before Lightning reads them."""
@@ -318,10 +332,11 @@ class FederatedStrategy(ParallelStrategy):
 
     def leave_local_phase(self) -> None:
         """Evaluation batches are done: collectives concern all ranks again."""
-        self._in_evaluation = False
+        self._works_alone = False
 
-    def on_exception(self, exception: BaseException) -> None:
-        self._in_evaluation = False
+    def interrupt(self) -> None:
+        """Called by :class:`RoundCallback` when an exception ends the run."""
+        self._works_alone = False
         if self.rounds is not None:
             self.rounds.interrupt()
 

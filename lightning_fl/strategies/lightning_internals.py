@@ -109,9 +109,23 @@ class RoundFitLoop(_FitLoop):
     def max_batches(self, value: int | float) -> None:
         self.__dict__["max_batches"] = value
 
+    def setup_data(self) -> None:
+        with self.trainer.strategy.local_phase():  # type: ignore[attr-defined]
+            super().setup_data()
+
 
 class RoundEvaluationLoop(_EvaluationLoop):
-    """Lightning's evaluation loop, with metrics joined over ranks before they are read and collectives local in it."""
+    """Lightning's evaluation loop, with metrics joined over ranks before they are read and collectives local in it.
+
+    Lightning compares the loaders' lengths over the ranks, one by one; silos may have different numbers of loaders.
+    """
+
+    def setup_data(self) -> None:
+        last = self._combined_loader
+        with self.trainer.strategy.local_phase():  # type: ignore[attr-defined]
+            super().setup_data()
+        if self._combined_loader is not last:
+            self.trainer.strategy.check_evaluation_data(sum(self._max_batches))  # type: ignore[attr-defined]
 
     def _store_dataloader_outputs(self) -> None:
         self.trainer.strategy.merge_evaluation_metrics(self._results)  # type: ignore[attr-defined]

@@ -27,15 +27,14 @@ class LoggedValues:
     def __init__(self) -> None:
         self.entries: Entries = {}
         self._client: Entries = {}
-        self._step_counts: dict[str, int] = {}
+        self._counts: dict[str, int] = {}
 
     def after_batch(self, results: ResultCollection, num_examples: int) -> None:
         """Takes in values logged for the step only, which Lightning does not add up."""
         for key, result in results.items():
             if not result.is_tensor or result.meta.on_epoch or result._forward_cache is None:
                 continue
-            if self._step_counts.get(key) != result._update_count:
-                self._step_counts[key] = result._update_count
+            if self._was_updated(key, result):
                 weight = num_examples if result.meta.is_mean_reduction else 1
                 value = result._forward_cache.double() * (weight if result.meta.is_mean_reduction else 1)
                 _join(self._client, key, {**describe(result), "value": value, "weight": weight})
@@ -43,13 +42,18 @@ class LoggedValues:
     def after_client(self, results: ResultCollection, accepted: bool) -> None:
         """Takes in what a client has logged, or drops it if its update was refused."""
         for key, result in results.items():
-            if result.is_tensor and result.meta.on_epoch and not result.has_reset and result.meta.fx != _LATE_HOOK:
+            of_training = result.is_tensor and result.meta.on_epoch and result.meta.fx != _LATE_HOOK
+            if of_training and not result.has_reset and self._was_updated(key, result):
                 _join(self._client, key, _entry(result))
                 _empty(result)
         if accepted:
             for key, entry in self._client.items():
                 _join(self.entries, key, entry)
         self._client = {}
+
+    def _was_updated(self, key: str, result: Any) -> bool:
+        before, self._counts[key] = self._counts.get(key, 0), result._update_count
+        return self._counts[key] != before
 
 
 def late_entries(results: ResultCollection) -> Entries:
@@ -119,6 +123,13 @@ def merge_entries(reports: Iterable[Entries]) -> Entries:
         for key, entry in entries.items():
             _join(merged, key, entry)
     return merged
+
+
+def hide_unmerged(results: ResultCollection, merged: Entries) -> None:
+    """Hides what only refused clients have logged in this round."""
+    for key, result in results.items():
+        if result.is_tensor and result.meta.on_epoch and result.meta.fx != _LATE_HOOK and key not in merged:
+            result.has_reset = True
 
 
 def publish(entries: Entries, results: ResultCollection, module: nn.Module, device: torch.device) -> list[str]:

@@ -142,9 +142,12 @@ class FederatedRounds:
             self._publish(metrics.merge_entries(told))
 
     def interrupt(self) -> None:
-        """An exception ends the fit."""
+        """An exception ends the fit: what the round has done so far is dropped."""
         self._randomness.exit()
         self.in_local_phase = False
+        if self.round is not None:
+            self.round.abandon()
+            self.round = None
 
     def stop(self) -> None:
         """The fit is over."""
@@ -252,7 +255,9 @@ class FederatedRounds:
         num_steps = sum(fields["num_steps"] for fields in told)
         internals.set_global_step(self.trainer, self._first_step + num_steps)
         self._metric_states.merge(result.reports, self.module.device)
-        self._publish(metrics.merge_entries(fields["metrics"] for fields in told))
+        merged = metrics.merge_entries(fields["metrics"] for fields in told)
+        metrics.hide_unmerged(results, merged)
+        self._publish(merged)
         self._has_late_values = any(fields["late"] for fields in told)
         self.trainer.should_stop = any(fields["should_stop"] for fields in told)
         self._warn_of(result)
