@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -67,7 +68,12 @@ class LocalGroup(Group):
         return None
 
 
-_OPS = {"sum": dist.ReduceOp.SUM, "mean": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
+_OPS: dict[str, Any] = {
+    "sum": dist.ReduceOp.SUM,
+    "mean": dist.ReduceOp.SUM,
+    "min": dist.ReduceOp.MIN,
+    "max": dist.ReduceOp.MAX,
+}
 
 
 class TorchGroup(Group):
@@ -87,14 +93,14 @@ class TorchGroup(Group):
     def __init__(self, store: dist.Store, rank: int, size: int, device: torch.device, timeout: timedelta) -> None:
         super().__init__(rank, size)
         self.timeout = timeout
-        self._gloo = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, size, timeout)
-        self._nccl = None
+        self._gloo: Any = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, size, timeout)
+        self._nccl: Any = None
         if device.type == "cuda":
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = timeout
             self._nccl = dist.ProcessGroupNCCL(dist.PrefixStore("nccl", store), rank, size, options)
 
-    def _backend(self, tensor: Tensor) -> dist.Backend:
+    def _backend(self, tensor: Tensor) -> Any:
         return self._nccl if tensor.is_cuda and self._nccl is not None else self._gloo
 
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:

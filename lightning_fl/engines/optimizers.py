@@ -167,9 +167,9 @@ def _pack(index: int, optimizer: Optimizer) -> list[tuple[str, Tensor]]:
     return packed
 
 
-def _unpack(kept: Tree, index: int, optimizer: Optimizer) -> dict[nn.Parameter, dict[str, Any]]:
+def _unpack(kept: Tree, index: int, optimizer: Optimizer) -> dict[Any, dict[str, Any]]:
     params = _params(optimizer)
-    state: dict[nn.Parameter, dict[str, Any]] = {}
+    state: dict[Any, dict[str, Any]] = {}
     for name, value in kept.items():
         own_index, position, key = name.split(".", 2)
         if int(own_index) == index:

@@ -27,10 +27,10 @@ from lightning_fl.engines import SequentialEngine
 from lightning_fl.engines.optimizers import OptimizerStates, Schedule
 from lightning_fl.engines.sequential import ClientOptimizer
 from lightning_fl.strategies import lightning_internals as internals
-from lightning_fl.strategies.metrics import EvaluationMetrics
 from lightning_fl.strategies.callback import RoundCallback
 from lightning_fl.strategies.checks import SEVERAL_LOADERS, check_choice, check_same_on_ranks, check_trainer, check_work
 from lightning_fl.strategies.handshake import join_ranks
+from lightning_fl.strategies.metrics import EvaluationMetrics
 from lightning_fl.strategies.objects import decode_object, encode_object
 from lightning_fl.strategies.population import build_population
 from lightning_fl.strategies.round import FederationSettings
@@ -174,14 +174,13 @@ class FederatedStrategy(ParallelStrategy):
         else:
             self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
             self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
-        rank_zero_only.rank = fabric_rank_zero_only.rank = self.global_rank
+        for function in (rank_zero_only, fabric_rank_zero_only):
+            function.rank = self.global_rank  # type: ignore[attr-defined]
 
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None
         if not self.cluster_environment.creates_processes_externally and self.num_processes * self.num_nodes > 1:
-            self._launcher = internals.SubprocessLauncher(
-                self.cluster_environment, self.num_processes, self.num_nodes
-            )
+            self._launcher = internals.SubprocessLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
 
     def setup_environment(self) -> None:
         super().setup_environment()

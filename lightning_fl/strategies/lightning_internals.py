@@ -182,7 +182,7 @@ def has_no_optimizer(optimizers: list[torch.optim.Optimizer]) -> bool:
 
 def current_round(trainer: Trainer) -> int:
     """Number of the round at hand; ``trainer.current_epoch`` is one behind while a resumed loader is built."""
-    return trainer.fit_loop.epoch_progress.current.processed
+    return trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
 
 
 def global_step(trainer: Trainer) -> int:
@@ -210,7 +210,7 @@ def epoch_schedulers(configs: list[LRSchedulerConfig]) -> Iterator[tuple[Any, bo
 
 
 @contextmanager
-def seen_by_estimates(driver: Any, num_batches: Callable[[], int]) -> Iterator[None]:
+def seen_by_estimates(driver: Any, num_batches: Callable[[], int | float]) -> Iterator[None]:
     """Shows ``num_batches`` to ``trainer.estimated_stepping_batches`` inside the block."""
     driver.largest_num_batches = num_batches
     try:
@@ -219,15 +219,13 @@ def seen_by_estimates(driver: Any, num_batches: Callable[[], int]) -> Iterator[N
         driver.largest_num_batches = None
 
 
-REDUCTIONS = {"mean": torch.mean, "sum": torch.sum, "min": torch.min, "max": torch.max}
+REDUCTIONS: dict[str, Any] = {"mean": torch.mean, "sum": torch.sum, "min": torch.min, "max": torch.max}
 
 
 def describe(result: _ResultMetric) -> dict[str, Any]:
     """The settings with which a value was logged, as plain data."""
     meta = result.meta
-    reduction = next(
-        name for name in REDUCTIONS if getattr(meta, f"is_{name}_reduction")
-    )
+    reduction = next(name for name in REDUCTIONS if getattr(meta, f"is_{name}_reduction"))
     return {
         "fx": meta.fx,
         "name": meta.name,

@@ -187,9 +187,7 @@ class Round:
             "schedule_steps": self.schedule_steps,
             "refused": self.refused,
         }
-        acc, reports = self.settings.aggregator.merge(
-            self._acc, self.group, Message(fields, report.tensors), self.ctx
-        )
+        acc, reports = self.settings.aggregator.merge(self._acc, self.group, Message(fields, report.tensors), self.ctx)
         merged = time.perf_counter()
         refused = [client for message in reports for client in message.fields["refused"]]
         if refused and not any(message.fields["num_clients"] for message in reports):

@@ -209,7 +209,7 @@ class FederatedRounds:
         self._call("on_client_start", client)
 
     def _prepare(self, client: ClientId, loader: Loader) -> Loader:
-        if self.trainer.overfit_batches > 0:
+        if self.trainer.overfit_batches > 0:  # type: ignore[attr-defined]
             loader = in_order(loader)
         seed = derive_seed(self.settings.seed, self.plan.round, "loader", client)
         for generator in _generators(loader):

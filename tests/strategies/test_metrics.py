@@ -95,7 +95,11 @@ class Diverging(Logs):
 def diverge() -> tuple[bool, dict[str, float], list[Any]]:
     module = Diverging()
     fit = trainer("fedavg")
-    with pytest.warns(UserWarning, match="Round 0: the updates of 0 hold NaN or Inf") if fit.global_rank == 0 else nullcontext():
+    with (
+        pytest.warns(UserWarning, match="Round 0: the updates of 0 hold NaN or Inf")
+        if fit.global_rank == 0
+        else nullcontext()
+    ):
         fit.fit(module, image_clients(SIZES))
     finite = all(bool(torch.isfinite(param).all()) for param in module.parameters())
     return finite, {name: v.item() for name, v in fit.callback_metrics.items()}, fit.strategy.history[0]["refused"]

@@ -55,7 +55,9 @@ def test_any_number_of_ranks_gives_the_same(run_ranks: Any, options: str) -> Non
         assert all(torch.equal(weights, outcomes[0][0]) for weights, *_ in outcomes)
 
 
-def train_plain(algorithm: str, num_clients: int, options: dict[str, Any], dtype: torch.dtype = torch.float64) -> Outcome:
+def train_plain(
+    algorithm: str, num_clients: int, options: dict[str, Any], dtype: torch.dtype = torch.float64
+) -> Outcome:
     module = Plain(dtype)
     fit = trainer(FederatedStrategy(algorithm, num_clients=num_clients, **options), max_epochs=10)
     fit.fit(module, loader(24, shuffle=True))

@@ -40,7 +40,8 @@ class Mixed(Plain):
 
     def __init__(self) -> None:
         super().__init__(torch.float32)
-        self.net = nn.Sequential(nn.Flatten(), nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Linear(16, 16), nn.Linear(16, 4))
+        layers = [nn.Flatten(), nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Linear(16, 16), nn.Linear(16, 4)]
+        self.net = nn.Sequential(*layers)
         self.net[3].weight = self.net[1].weight
         self.net[4].requires_grad_(False)
         self.register_buffer("seen", torch.tensor(0))
@@ -79,9 +80,7 @@ def test_frozen_parameters_stay_and_tied_ones_stay_tied() -> None:
     module, recorder, before = fit_mixed()
     assert torch.equal(module.net[4].weight, before["net.4.weight"])
     assert module.net[3].weight is module.net[1].weight
-    torch.testing.assert_close(
-        module.net[1].weight.double(), recorder.mean("net.1.weight"), rtol=1e-5, atol=1e-6
-    )
+    torch.testing.assert_close(module.net[1].weight.double(), recorder.mean("net.1.weight"), rtol=1e-5, atol=1e-6)
     assert not torch.equal(module.net[1].weight, before["net.1.weight"])
 
 
@@ -166,9 +165,7 @@ def test_validation_sees_the_aggregated_model() -> None:
     trainer("fedavg", callbacks=[watch, recorder]).fit(module, image_clients(validate=True))
     assert torch.equal(watch.validated, weights(module))
     assert torch.equal(watch.after_last_batch, weights(module))
-    torch.testing.assert_close(
-        module.net[4].weight.double(), recorder.mean("net.4.weight"), rtol=1e-5, atol=1e-6
-    )
+    torch.testing.assert_close(module.net[4].weight.double(), recorder.mean("net.4.weight"), rtol=1e-5, atol=1e-6)
 
 
 def test_memory_does_not_grow_with_the_number_of_clients() -> None:

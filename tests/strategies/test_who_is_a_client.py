@@ -86,7 +86,12 @@ def test_clients_per_round_is_a_count_or_a_share(share: Any, size: int) -> None:
 
 @pytest.mark.parametrize(
     ("work", "steps"),
-    [({}, [1, 2, 6]), ({"local_epochs": 3}, [3, 6, 18]), ({"local_steps": 5}, [5, 5, 5]), ({"local_steps": 1}, [1] * 3)],
+    [
+        ({}, [1, 2, 6]),
+        ({"local_epochs": 3}, [3, 6, 18]),
+        ({"local_steps": 5}, [5, 5, 5]),
+        ({"local_steps": 1}, [1] * 3),
+    ],
     ids=str,
 )
 def test_work_is_passes_or_steps_and_never_changes_a_weight(work: dict[str, int], steps: list[int]) -> None:
@@ -96,7 +101,11 @@ def test_work_is_passes_or_steps_and_never_changes_a_weight(work: dict[str, int]
 
 @pytest.mark.parametrize(
     ("options", "steps"),
-    [({"limit_train_batches": 2}, [1, 2, 2]), ({"fast_dev_run": 1}, [1, 1, 1]), ({"accumulate_grad_batches": 4}, [1, 1, 2])],
+    [
+        ({"limit_train_batches": 2}, [1, 2, 2]),
+        ({"fast_dev_run": 1}, [1, 1, 1]),
+        ({"accumulate_grad_batches": 4}, [1, 1, 2]),
+    ],
     ids=str,
 )
 def test_limits_and_accumulation_count_within_a_client(options: dict[str, Any], steps: list[int]) -> None:
@@ -197,7 +206,7 @@ def some_ranks_validate() -> str:
     from tests.helpers.training import Ordinary
 
     rank = int(os.environ["RANK"])
-    with pytest.raises(MisconfigurationException, match="has no validation data|has no batches") as error:
+    with pytest.raises(MisconfigurationException, match="has no validation data") as error:
         trainer("fedavg", limit_val_batches=0 if rank == 1 else 1.0, num_sanity_val_steps=0).fit(
             Ordinary(), loader(8, seed=rank), loader(4, seed=9)
         )

@@ -1,0 +1,89 @@
+"""Federations for tests of the pure rooms: over the ranks of ``run_ranks``, and in a few lines of one process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+
+from lightning_fl.aggregation import RoundContext, WeightedMean
+from lightning_fl.algorithms import Algorithm
+from lightning_fl.communication import Group, LocalGroup, Message, connect
+from lightning_fl.tree import tree_map
+from lightning_fl.types import Aggregate, LocalRun, State, Tree, Update
+
+
+def join_ranks(timeout: float = 30.0) -> Group:
+    """The group of the ranks on which ``run_ranks`` runs a check."""
+    environ = os.environ
+    return connect(
+        rank=int(environ.get("RANK", "0")),
+        size=int(environ.get("WORLD_SIZE", "1")),
+        address=environ.get("MASTER_ADDR", ""),
+        port=int(environ.get("MASTER_PORT", "0")),
+        device=torch.device("cpu"),
+        timeout=timedelta(seconds=timeout),
+    )
+
+
+def aggregate(updates: Sequence[Update], group: Group | None = None, population: int = 0) -> Aggregate:
+    """The weighted sum of this rank's updates, and of those of the other ranks; each rank needs at least one."""
+    aggregator, ctx = WeightedMean(), RoundContext(round=0, cohort=[], population=population)
+    acc = aggregator.init(updates[0], torch.device("cpu"))
+    for update in updates:
+        acc = aggregator.add(acc, update, ctx)
+    acc, _ = aggregator.merge(acc, group or LocalGroup(), Message(), ctx)
+    return aggregator.result(acc, ctx)
+
+
+@dataclass
+class Simulation:
+    """A federation of clients that each know their gradient, without Lightning, modules or optimizers.
+
+    Args:
+        algorithm: The mathematics.
+        gradients: For each client its gradient as a function of the parameters.
+        params: The parameters before the first round.
+        num_steps: Local steps of each client.
+        lr: Learning rate of the local steps.
+        weights: Each client's weight under "examples"; under "uniform" all weigh alike.
+    """
+
+    algorithm: Algorithm
+    gradients: Sequence[Callable[[Tree], Tree]]
+    params: Tree
+    num_steps: int = 1
+    lr: float = 0.1
+    weights: Sequence[float] = ()
+    clients: dict[int, State] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.server: Mapping = self.algorithm.server_init(self.params, len(self.gradients))
+
+    def round(self, cohort: Sequence[int] | None = None) -> None:
+        """Runs one round with the clients of ``cohort``, or all."""
+        updates = [self._train(client) for client in (range(len(self.gradients)) if cohort is None else cohort)]
+        self.server = self.algorithm.server_update(self.server, aggregate(updates, population=len(self.gradients)))
+
+    def _train(self, client: int) -> Update:
+        state = self.clients.get(client)
+        ctx = self.algorithm.client_init(self.server, state)
+        params = ctx["params"]
+        for _ in range(self.num_steps):
+            grads = self.algorithm.grad_transform(self.gradients[client](params), params, ctx)
+            params = tree_map(lambda param, grad: param - self.lr * grad, params, grads)
+        weight = self.weights[client] if self.weights and self.algorithm.weighting == "examples" else 1.0
+        lr_sum = dict.fromkeys(params, self.num_steps * self.lr)
+        run = LocalRun(self.num_steps, num_examples=1, weight=weight, loss=0.0, lr_sum=lr_sum)
+        update, state = self.algorithm.client_finish(params, ctx, state, run)
+        if state is not None:
+            self.clients[client] = state
+        return Update(update.delta, update.buffers, weight, update.aux)
+
+
+def quadratics(centers: Sequence[float], steepness: Sequence[float]) -> list[Callable[[Tree], Tree]]:
+    """The gradients of ``h / 2 (x - e)^2`` for each center e and steepness h."""
+    return [lambda params, e=e, h=h: {"x": h * (params["x"] - e)} for e, h in zip(centers, steepness, strict=True)]

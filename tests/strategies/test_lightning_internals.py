@@ -1,0 +1,143 @@
+"""What lightning_internals.py relies on; a failure here means that Lightning has changed."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import fields
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.core.optimizer import _MockOptimizer
+from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
+from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.loops.optimization.automatic import _AutomaticOptimization
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata, _ResultCollection, _ResultMetric
+from packaging.version import Version
+
+from lightning_fl.strategies import lightning_internals as internals
+from tests.helpers.training import Ordinary, Plain, loader, trainer
+
+
+def parameters(function: Any) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def test_the_version_is_one_that_was_studied() -> None:
+    assert Version("2.6") <= Version(L.__version__) < Version("2.7")
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (_TrainingEpochLoop._accumulated_batches_reached, ["self"]),
+        (_TrainingEpochLoop.update_lr_schedulers, ["self", "interval", "update_plateau_schedulers"]),
+        (_TrainingEpochLoop._update_learning_rates, ["self", "interval", "update_plateau_schedulers"]),
+        (_AutomaticOptimization._make_zero_grad_fn, ["self", "batch_idx", "optimizer"]),
+        (_EvaluationLoop._store_dataloader_outputs, ["self"]),
+        (_EvaluationLoop._on_evaluation_epoch_end, ["self"]),
+        (_EvaluationLoop.setup_data, ["self"]),
+        (_FitLoop.setup_data, ["self"]),
+    ],
+    ids=lambda value: getattr(value, "__qualname__", ""),
+)
+def test_overridden_methods_are_there(function: Any, expected: list[str]) -> None:
+    assert parameters(function) == expected
+
+
+def test_overridden_properties_are_there_and_the_overrides_are_used() -> None:
+    assert isinstance(inspect.getattr_static(_TrainingEpochLoop, "_is_training_done"), property)
+    assert isinstance(inspect.getattr_static(_TrainingEpochLoop, "done"), property)
+    assert "max_batches" in vars(trainer("auto").fit_loop)
+    fit = trainer("fedavg")
+    fit.fit(Plain(), loader(20))
+    assert type(fit.fit_loop) is internals.RoundFitLoop
+    assert type(fit.fit_loop.epoch_loop) is internals.RoundEpochLoop
+    assert type(fit.fit_loop.epoch_loop.automatic_optimization) is internals.RoundOptimization
+    assert type(fit.fit_loop.epoch_loop.val_loop) is internals.RoundEvaluationLoop
+
+
+def test_logged_values_carry_what_ranks_tell_each_other() -> None:
+    told = {"fx", "name", "prog_bar", "logger", "on_step", "on_epoch", "reduce_fx", "add_dataloader_idx"}
+    assert told | {"dataloader_idx", "metric_attribute", "enable_graph", "_sync"} == {f.name for f in fields(_Metadata)}
+    settings = {
+        "fx": "training_step",
+        "name": "loss",
+        "prog_bar": False,
+        "logger": True,
+        "on_step": True,
+        "on_epoch": True,
+        "reduction": "mean",
+        "add_dataloader_idx": True,
+        "dataloader_idx": None,
+        "metric_attribute": None,
+        "is_tensor": True,
+    }
+    placeholder = internals.placeholder(settings, torch.device("cpu"))
+    assert isinstance(placeholder, _ResultMetric)
+    assert internals.describe(placeholder) == settings
+    assert set(placeholder._defaults) == {"value", "cumulated_batch_size"}
+    placeholder._computed = torch.tensor(3.0)
+    results = _ResultCollection(training=True)
+    results["training_step.loss"] = placeholder
+    assert results.metrics(on_step=False)["callback"] == {"loss": 3.0, "loss_epoch": 3.0}
+
+
+def test_a_stand_in_is_put_where_there_is_no_optimizer() -> None:
+    assert internals.has_no_optimizer([_MockOptimizer()])
+    assert not internals.has_no_optimizer(trained(Plain()).strategy.optimizers)
+
+
+def trained(module: Any) -> L.Trainer:
+    fit = trainer("auto")
+    fit.fit(module, loader(8))
+    return fit
+
+
+class Trace(L.Callback):
+    """The order of events in the last batch of an epoch."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+        norm = torch.stack([param.grad.norm() for param in module.parameters()]).norm()
+        self.events.append("gradients are not yet clipped" if norm > 1e-3 else "gradients are clipped")
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        last = trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+        self.events.append("last batch ends" if last else "batch ends")
+
+    def on_validation_start(self, *_: Any) -> None:
+        self.events.append("validation")
+
+    def on_train_epoch_end(self, *_: Any) -> None:
+        self.events.append("epoch ends")
+
+
+def test_the_first_callback_comes_where_a_round_must_end() -> None:
+    trace = Trace()
+    module = Ordinary()
+    steps: list[str] = trace.events
+    module.lr_scheduler_step = lambda scheduler, metric: (steps.append("schedule"), scheduler.step())  # type: ignore
+    fit = trainer("auto", callbacks=[trace], gradient_clip_val=1e-6, num_sanity_val_steps=0)
+    fit.fit(module, loader(8), loader(4))
+    step = ["gradients are not yet clipped", "schedule"]
+    assert trace.events == [*step, "batch ends", *step, "last batch ends", "validation", "epoch ends"]
+
+
+def test_sampler_injection_can_be_turned_off() -> None:
+    fit = trainer("auto")
+    assert fit._accelerator_connector.use_distributed_sampler is True
+    internals.keep_samplers(fit)
+    assert fit._accelerator_connector.use_distributed_sampler is False
+
+
+def test_an_empty_batch_passes_silently() -> None:
+    fit = trainer("fedavg")
+    internals.adopt_loops(fit)
+    text = inspect.getsource(_TrainingEpochLoop.advance)
+    message = next(iter(fit.fit_loop.epoch_loop._warning_cache))
+    assert message in text
