@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 from tests.helpers.distributed import WorkerPool, launches
 from tests.helpers.process_state import ProcessState
@@ -15,6 +16,8 @@ MAX_LAUNCHES = 20  # `make test` starts no more processes than this: each costs 
 MAX_RANKS = 4
 
 torch.set_num_threads(1)
+settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(autouse=True)

@@ -62,6 +62,9 @@ class ClientLoaders(Mapping[ClientId, Loader]):
             raise KeyError(client)
         return self._make(client)
 
+    def __contains__(self, client: object) -> bool:
+        return client in self._ids
+
     def __iter__(self) -> Iterator[ClientId]:
         return iter(self._ids)
 

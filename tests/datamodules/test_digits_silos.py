@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 import pytest
+from torch.utils.data import TensorDataset
 
-from lightning_fl.datamodules import DigitsDataModule
-from lightning_fl.datamodules.digits_silos import DigitsSiloDataModule
+from lightning_fl.datamodules import DigitsDataModule, DigitsSiloDataModule
 
 
-def images(dataset) -> set[bytes]:
+def images(dataset: TensorDataset) -> set[bytes]:
     return {image.numpy().tobytes() for image in dataset.tensors[0]}
 
 
@@ -27,7 +27,7 @@ def test_silos_share_no_digit_and_hold_all_together(part: str, sizes: list[int])
 
 
 def test_there_must_be_as_many_ranks_as_silos() -> None:
-    with pytest.raises(ValueError, match=r"3 silos, but there are 1 ranks. Start one process per silo, torchrun"):
+    with pytest.raises(ValueError, match=r"3 silos, but the federation has 1 rank\(s\). Start one process per silo"):
         DigitsSiloDataModule(shares=[1, 1, 3]).setup("fit")
 
 

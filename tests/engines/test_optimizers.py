@@ -1,0 +1,317 @@
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
+from torch.optim.lr_scheduler import (
+    ChainedScheduler,
+    ConstantLR,
+    CosineAnnealingLR,
+    ExponentialLR,
+    LambdaLR,
+    LinearLR,
+    MultiplicativeLR,
+    OneCycleLR,
+    SequentialLR,
+    StepLR,
+)
+
+from lightning_fl.engines.optimizers import OptimizerStates, Schedule
+
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+    "SGD": partial(SGD, lr=0.1),
+    "SGD momentum": partial(SGD, lr=0.1, momentum=0.9),
+    "Adam": partial(Adam, lr=0.1),
+    "AdamW amsgrad": partial(AdamW, lr=0.1, amsgrad=True),
+    "Adagrad": partial(Adagrad, lr=0.5, initial_accumulator_value=0.3),
+    "RMSprop": partial(RMSprop, lr=0.05, momentum=0.5),
+    "LBFGS": partial(LBFGS, lr=0.5, max_iter=2),
+}
+STATEFUL = [name for name in OPTIMIZERS if name != "SGD"]
+KEEPABLE = [name for name in OPTIMIZERS if name != "LBFGS"]
+START = torch.tensor([3.0, -2.0], dtype=torch.float64)
+
+
+class Rank:
+    """A parameter with its optimizer, which trains clients that each have a loss of their own."""
+
+    def __init__(self, make_optimizer: Callable[..., Optimizer]) -> None:
+        self.param = nn.Parameter(START.clone())
+        self.optimizer = make_optimizer([self.param])
+        self.states = OptimizerStates([self.optimizer], [])
+        self.states.begin_round()
+
+    def train(self, client: int, num_steps: int = 3) -> Tensor:
+        """Trains from wherever the parameter is, and returns where it ends."""
+        for _ in range(num_steps):
+            self.optimizer.step(partial(self._closure, client))
+        return self.param.detach().clone()
+
+    def _closure(self, client: int) -> Tensor:
+        self.optimizer.zero_grad()
+        loss = ((client + 1) * self.param**2 + self.param**4 / 10).sum()
+        loss.backward()
+        return loss
+
+    def turn(self, client: int, kept: Any, start: Tensor = START) -> Tensor:
+        """One client's local training in a round."""
+        self.param.data.copy_(start)
+        self.states.start_client(kept)
+        return self.train(client)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_with_reset_every_client_trains_as_with_a_new_optimizer(name: str) -> None:
+    federation = Rank(OPTIMIZERS[name])
+    for client in (0, 1, 0, 2):
+        assert torch.equal(federation.turn(client, None), Rank(OPTIMIZERS[name]).train(client))
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_without_reset_the_last_clients_state_would_show(name: str) -> None:
+    leaky = Rank(OPTIMIZERS[name])
+    leaky.train(0)
+    leaky.param.data.copy_(START)
+    assert not torch.equal(leaky.train(1), Rank(OPTIMIZERS[name]).train(1))
+
+
+@pytest.mark.parametrize("name", KEEPABLE)
+def test_with_keep_a_client_goes_on_as_if_nobody_else_had_trained(name: str) -> None:
+    federation, alone = Rank(OPTIMIZERS[name]), {client: Rank(OPTIMIZERS[name]) for client in range(3)}
+    kept: dict[int, Any] = dict.fromkeys(alone)
+    params = dict.fromkeys(alone, START)
+    for _ in range(3):
+        federation.states.begin_round()
+        for client in alone:
+            params[client] = federation.turn(client, kept[client], params[client])
+            kept[client] = federation.states.keep()
+            assert torch.equal(params[client], alone[client].train(client))
+        federation.states.end_round([])
+
+
+@pytest.mark.parametrize("name", KEEPABLE)
+def test_what_is_kept_is_a_tree_that_checkpoints(name: str) -> None:
+    federation = Rank(OPTIMIZERS[name])
+    federation.turn(0, None)
+    kept, file = federation.states.keep(), io.BytesIO()
+    torch.save(kept, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    assert torch.equal(federation.turn(0, kept), federation.turn(0, loaded))
+    assert bool(kept) == (name != "SGD")
+
+
+@pytest.mark.parametrize("name", KEEPABLE)
+def test_what_is_kept_does_not_change_when_others_train(name: str) -> None:
+    federation = Rank(OPTIMIZERS[name])
+    federation.turn(0, None)
+    kept = federation.states.keep()
+    copies = {key: value.clone() for key, value in kept.items()}
+    for client in (0, 1):
+        federation.turn(client, kept)
+    torch.testing.assert_close(kept, copies, rtol=0, atol=0)
+
+
+def test_numbers_are_kept_as_numbers() -> None:
+    class Counting(SGD):
+        def step(self, closure: Any = None) -> Any:
+            state = self.state[self.param_groups[0]["params"][0]]
+            state["count"], state["half"], state["odd"] = state.get("count", 0) + 1, 0.5, True
+            state["nothing"] = None
+            return super().step(closure)
+
+    federation = Rank(partial(Counting, lr=0.1))
+    federation.turn(0, None)
+    federation.turn(0, federation.states.keep())
+    state = federation.optimizer.state[federation.param]
+    assert (state["count"], state["half"], state["odd"]) == (6, 0.5, True)
+    assert type(state["count"]) is int
+
+
+def test_keep_refuses_a_state_of_lists() -> None:
+    federation = Rank(OPTIMIZERS["LBFGS"])
+    federation.turn(0, None)
+    with pytest.raises(ValueError, match=r"LBFGS holds a list as .* Use client_optimizer='reset'"):
+        federation.states.keep()
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_a_round_ends_with_a_fresh_optimizer_without_gradients(name: str) -> None:
+    federation, fresh = Rank(OPTIMIZERS[name]), Rank(OPTIMIZERS[name])
+    federation.turn(0, None)
+    federation.states.end_round([])
+    assert federation.param.grad is None
+    assert federation.optimizer.state_dict()["state"].keys() == fresh.optimizer.state_dict()["state"].keys()
+    federation.param.data.copy_(START)
+    assert torch.equal(federation.train(1), fresh.train(1))
+
+
+def test_a_client_starts_without_gradients() -> None:
+    federation = Rank(OPTIMIZERS["SGD"])
+    federation.param.grad = torch.ones(2, dtype=torch.float64)
+    federation.states.start_client(None)
+    assert federation.param.grad is None
+
+
+class Two:
+    """Two optimizers, the first with two groups of different learning rates, and a parameter without any."""
+
+    def __init__(self) -> None:
+        self.params = {name: nn.Parameter(torch.ones(1)) for name in "abcd"}
+        a, b, c, _ = self.params.values()
+        self.first = SGD([{"params": [a], "lr": 0.1}, {"params": [b], "lr": 0.01}])
+        self.second = Adam([c], lr=0.5)
+        self.schedules = [
+            Schedule(StepLR(self.first, 1, gamma=0.5), True),
+            Schedule(StepLR(self.second, 1, gamma=0.1), False),
+        ]
+        self.states = OptimizerStates([self.first, self.second], self.schedules)
+        self.states.begin_round()
+
+    def train(self, num_steps: int) -> None:
+        self.states.start_client(None)
+        for step in range(num_steps):
+            for param in self.params.values():
+                param.grad = torch.ones(1)
+            self.first.step()
+            if step % 2 == 0:
+                self.second.step()
+            self.schedules[0].scheduler.step()
+
+
+@pytest.mark.parametrize(("num_steps", "taken", "a", "c"), [(1, 2, 0.1, 0.5), (3, 5, 0.175, 1.0), (0, 0, 0.0, 0.0)])
+def test_steps_and_learning_rates_are_counted_for_each_client(num_steps: int, taken: int, a: float, c: float) -> None:
+    two = Two()
+    two.train(2)
+    two.train(num_steps)
+    assert two.states.num_steps == taken
+    assert two.states.lr_sum(two.params) == pytest.approx({"a": a, "b": a / 10, "c": c, "d": 0.0})
+
+
+def test_schedules_of_steps_and_of_rounds_count_apart() -> None:
+    two = Two()
+    two.train(3)
+    two.train(2)
+    assert two.states.schedule_steps() == [2, 0]
+    two.schedules[1].scheduler.step()
+    assert two.states.schedule_steps() == [2, 1]
+    two.train(1)
+    assert two.states.schedule_steps() == [1, 1]
+    two.states.end_round([3, 1])
+    rates = [group["lr"] for optimizer in (two.first, two.second) for group in optimizer.param_groups]
+    assert rates == pytest.approx([0.0125, 0.00125, 0.05])
+
+
+def test_after_close_nothing_is_counted() -> None:
+    two = Two()
+    two.train(1)
+    two.states.close()
+    two.first.step()
+    assert two.states.num_steps == 2
+
+
+SCHEDULES: dict[str, Callable[[Optimizer], Any]] = {
+    "StepLR": partial(StepLR, step_size=2, gamma=0.5),
+    "CosineAnnealingLR": partial(CosineAnnealingLR, T_max=20),
+    "OneCycleLR": partial(OneCycleLR, max_lr=0.1, total_steps=20),
+    "SequentialLR": lambda opt: SequentialLR(opt, [LinearLR(opt, 0.1, total_iters=4), ExponentialLR(opt, 0.9)], [4]),
+    "LambdaLR": partial(LambdaLR, lr_lambda=lambda step: 1 / (1 + step)),
+    "MultiplicativeLR": partial(MultiplicativeLR, lr_lambda=lambda step: 0.9),
+    "ChainedScheduler": lambda opt: ChainedScheduler([ConstantLR(opt, 0.5, 3), ExponentialLR(opt, 0.9)]),
+}
+FIXED = {"momentum": partial(SGD, lr=0.1, momentum=0.9), "betas": partial(Adam, lr=0.1, betas=(0.8, 0.99))}
+
+Options = tuple[float, Any]
+
+
+class Scheduled:
+    """One rank's optimizer with a schedule that steps after each step of the optimizer."""
+
+    def __init__(self, schedule: str, optimizer: str = "momentum") -> None:
+        self.param = nn.Parameter(torch.ones(1))
+        self.optimizer = FIXED[optimizer]([self.param])
+        self.schedule = Schedule(SCHEDULES[schedule](self.optimizer), True)
+
+    def options(self) -> Options:
+        group = self.optimizer.param_groups[0]
+        return group["lr"], group.get("momentum", group.get("betas"))
+
+    def trace(self, num_steps: int) -> list[Options]:
+        """The options at each of so many steps."""
+        seen = []
+        for _ in range(num_steps):
+            self.param.grad = torch.ones(1)
+            seen.append(self.options())
+            self.optimizer.step()
+            self.schedule.scheduler.step()
+        return seen
+
+
+@pytest.mark.parametrize("optimizer", FIXED)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+class TestEverySchedule:
+    def test_clients_start_at_the_rounds_start_and_rounds_after_the_largest_client(
+        self, schedule: str, optimizer: str
+    ) -> None:
+        plain, rank = Scheduled(schedule, optimizer).trace(15), Scheduled(schedule, optimizer)
+        states = OptimizerStates([rank.optimizer], [rank.schedule])
+        for start in (0, 5, 10):
+            states.begin_round()
+            largest = 0
+            for num_steps in (3, 5, 1):
+                states.start_client(None)
+                assert rank.trace(num_steps) == plain[start : start + num_steps]
+                largest = max(largest, *states.schedule_steps())
+            assert largest == 5
+            states.end_round([largest])
+
+    def test_a_rank_without_clients_keeps_up(self, schedule: str, optimizer: str) -> None:
+        plain, rank = Scheduled(schedule, optimizer).trace(11), Scheduled(schedule, optimizer)
+        states = OptimizerStates([rank.optimizer], [rank.schedule])
+        for start in (0, 5):
+            states.begin_round()
+            assert rank.options() == plain[start]
+            states.end_round([5])
+        assert rank.options() == plain[10]
+
+    def test_going_on_where_the_last_client_ended_would_show(self, schedule: str, optimizer: str) -> None:
+        leaky = Scheduled(schedule, optimizer)
+        assert leaky.trace(3) != leaky.trace(3)
+
+
+def test_onecycle_cycles_the_momentum_too() -> None:
+    momenta = {momentum for _, momentum in Scheduled("OneCycleLR").trace(15)}
+    assert len(momenta) > 5
+
+
+def test_a_schedule_once_a_round_goes_on_through_all_clients() -> None:
+    rank = Scheduled("StepLR")
+    schedule = Schedule(rank.schedule.scheduler, per_client=False)
+    states = OptimizerStates([rank.optimizer], [schedule])
+    for round in range(6):
+        states.begin_round()
+        for _ in range(3):
+            states.start_client(None)
+            assert rank.options()[0] == pytest.approx(0.1 * 0.5 ** (round // 2))
+            rank.optimizer.step()
+        schedule.scheduler.step()
+        assert states.schedule_steps() == [1]
+        states.end_round(states.schedule_steps())
+
+
+def test_options_that_a_user_changes_between_rounds_stay() -> None:
+    rank = Scheduled("StepLR")
+    states = OptimizerStates([rank.optimizer], [])
+    states.begin_round()
+    states.end_round([])
+    rank.optimizer.param_groups[0]["weight_decay"] = 0.5
+    states.begin_round()
+    states.start_client(None)
+    states.end_round([])
+    assert rank.optimizer.param_groups[0]["weight_decay"] == 0.5
