@@ -2,6 +2,7 @@
 
 from lightning_fl import aggregation, algorithms, callbacks, clients, datamodules, privacy
 from lightning_fl.strategies import FederatedStrategy
+from lightning_fl.strategies.checkpoint import load_client
 
 __version__ = "0.1.0"
 
@@ -13,5 +14,6 @@ __all__ = [
     "callbacks",
     "clients",
     "datamodules",
+    "load_client",
     "privacy",
 ]

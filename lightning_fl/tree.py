@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,6 +56,13 @@ def cast_like(value: Tensor, like: Tensor) -> Tensor:
     if value.dtype == like.dtype or like.dtype.is_floating_point or like.dtype.is_complex:
         return value.to(like.dtype)
     return value.round().to(like.dtype)
+
+
+def move(state: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
+    """The state with its tensors on ``device``."""
+    return {
+        name: move(value, device) if isinstance(value, Mapping) else value.to(device) for name, value in state.items()
+    }
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ from lightning_fl.clients.population import Population, count_batches, count_exa
 from lightning_fl.clients.round_loader import RoundLoader
 from lightning_fl.clients.sampling import cohort_size, sample_cohort
 from lightning_fl.clients.seeding import ClientRandomness, client_generator, derive_seed, round_rng
-from lightning_fl.clients.store import MemoryStore
+from lightning_fl.clients.store import ClientStore
 
 __all__ = [
     "ClientLoaders",
     "ClientRandomness",
     "LocalWork",
-    "MemoryStore",
+    "ClientStore",
     "Population",
     "RoundLoader",
     "RoundPlan",

@@ -2,22 +2,104 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lightning_fl.clients.state_files import Manifest, StateFiles
 from lightning_fl.types import ClientId, State
 
+DEFAULT_MEMORY_LIMIT = 1 << 30
 
-class MemoryStore:
-    """Client states in memory: one entry for every client that has taken part."""
 
-    def __init__(self) -> None:
-        self._states: dict[ClientId, State] = {}
+class ClientStore:
+    """The states of this rank's clients: in memory up to a limit, beyond it on disk.
+
+    Args:
+        memory_limit: Bytes of states that stay in memory; the least recently used ones go to a temporary folder.
+    """
+
+    def __init__(self, memory_limit: int = DEFAULT_MEMORY_LIMIT) -> None:
+        self.memory_limit = memory_limit
+        self._loaded: OrderedDict[ClientId, State] = OrderedDict()
+        self._num_bytes = 0
+        self._files: dict[ClientId, tuple[StateFiles, str]] = {}
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
 
     def get(self, client: ClientId) -> State | None:
         """The client's state, or None before its first round."""
-        return self._states.get(client)
+        if client in self._loaded:
+            self._loaded.move_to_end(client)
+            return self._loaded[client]
+        if client not in self._files:
+            return None
+        files, name = self._files[client]
+        state = files.read(client, name)
+        self._keep(client, state)
+        return state
 
     def put(self, client: ClientId, state: State) -> None:
         """Keeps the client's next state."""
-        self._states[client] = state
+        self._drop(client)
+        self._forget_file(client)
+        self._keep(client, state)
 
     def __len__(self) -> int:
-        return len(self._states)
+        return len(self._loaded.keys() | self._files.keys())
+
+    @property
+    def num_bytes_in_memory(self) -> int:
+        """Bytes of the states that are in memory."""
+        return self._num_bytes
+
+    def save(self, files: StateFiles) -> Manifest:
+        """Makes sure that the folder holds the current state of each client, and names the versions."""
+        for client in list(self._loaded.keys() | self._files.keys()):
+            if client not in self._files:
+                self._files[client] = files, files.write(client, self._loaded[client])
+            elif self._files[client][0].root != files.root:
+                other, name = self._files[client]
+                files.take(client, name, other)
+                self._forget_file(client)
+                self._files[client] = files, name
+        return {client: name for client, (_, name) in self._files.items()}
+
+    def restore(self, files: StateFiles, manifest: Manifest) -> None:
+        """Goes back to saved states; they are read when they are asked for."""
+        for client, name in manifest.items():
+            self._drop(client)
+            self._forget_file(client)
+            self._files[client] = files, name
+
+    def _keep(self, client: ClientId, state: State) -> None:
+        self._loaded[client] = state
+        self._num_bytes += _num_bytes(state)
+        while self._num_bytes > self.memory_limit and len(self._loaded) > 1:
+            oldest = next(iter(self._loaded))
+            if oldest not in self._files:
+                if self._scratch is None:
+                    self._scratch = tempfile.TemporaryDirectory(prefix="lightning_fl_states_")
+                scratch = StateFiles(Path(self._scratch.name))
+                self._files[oldest] = scratch, scratch.write(oldest, self._loaded[oldest])
+            self._drop(oldest)
+
+    def _forget_file(self, client: ClientId) -> None:
+        files, name = self._files.pop(client, (None, ""))
+        if files is not None and self._scratch is not None and files.root == Path(self._scratch.name):
+            files.remove(client, name)
+
+    def _drop(self, client: ClientId) -> None:
+        state = self._loaded.pop(client, None)
+        if state is not None:
+            self._num_bytes -= _num_bytes(state)
+
+
+def _num_bytes(state: Mapping[str, Any]) -> int:
+    return sum(
+        value.numel() * value.element_size() if isinstance(value, Tensor) else _num_bytes(value)
+        for value in state.values()
+    )

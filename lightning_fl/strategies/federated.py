@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning as L
@@ -28,6 +29,15 @@ from lightning_fl.engines.optimizers import OptimizerStates, Schedule
 from lightning_fl.engines.sequential import ClientOptimizer
 from lightning_fl.strategies import lightning_internals as internals
 from lightning_fl.strategies.callback import RoundCallback
+from lightning_fl.strategies.checkpoint import (
+    KEY,
+    ClientStateFiles,
+    pack,
+    read_client_states,
+    state_files,
+    unpack,
+    warn_of_plain_checkpoint,
+)
 from lightning_fl.strategies.checks import SEVERAL_LOADERS, check_choice, check_same_on_ranks, check_trainer, check_work
 from lightning_fl.strategies.handshake import join_ranks
 from lightning_fl.strategies.metrics import EvaluationMetrics
@@ -117,6 +127,7 @@ class FederatedStrategy(ParallelStrategy):
         self._last_rounds: FederatedRounds | None = None
         self.largest_num_batches: Any = None
         self._connected = False
+        self._loaded_checkpoint: tuple[Any, dict[str, Any] | None] | None = None
         self._works_alone = False
         self._warned_of_personal = False
 
@@ -229,6 +240,7 @@ class FederatedStrategy(ParallelStrategy):
 
     def connect(self, model: L.LightningModule) -> None:
         super().connect(model)
+        self._loaded_checkpoint = None
         trainer = model.trainer
         self._last_rounds, self.rounds = self.rounds or self._last_rounds, None
         self._works_alone = False
@@ -289,8 +301,7 @@ class FederatedStrategy(ParallelStrategy):
 
     def start_training(self) -> None:
         """Called by :class:`RoundCallback` when training starts."""
-        trainer, module = self._trainer, self.lightning_module
-        assert module is not None
+        trainer, module = self._trainer, self._module
         if not isinstance(trainer.train_dataloader, RoundLoader):
             raise MisconfigurationException(SEVERAL_LOADERS)
         per_client = not module.automatic_optimization
@@ -299,7 +310,20 @@ class FederatedStrategy(ParallelStrategy):
             for scheduler, per_step in internals.epoch_schedulers(self.lr_scheduler_configs)
         ]
         optimizers = OptimizerStates(self.optimizers, schedules)
+        self._resume()
         self.active_rounds.start(SequentialEngine(module, optimizers, self.personal, self.client_optimizer))
+
+    def _resume(self) -> None:
+        if self._loaded_checkpoint is None:
+            return
+        (path, packed), self._loaded_checkpoint = self._loaded_checkpoint, None
+        rounds = self.active_rounds
+        if packed is None:
+            warn_of_plain_checkpoint(path)
+            return
+        rounds.resume(unpack(packed, self.algorithm, self._module), packed["history"])
+        if rounds.at_home and packed["history"]:
+            read_client_states(path, packed["manifests"], rounds.store, rounds.population)
 
     def on_validation_start(self) -> None:
         self._start_evaluation()
@@ -334,10 +358,47 @@ class FederatedStrategy(ParallelStrategy):
         self._works_alone = False
 
     def interrupt(self) -> None:
-        """Called by :class:`RoundCallback` when an exception ends the run."""
-        self._works_alone = False
+        """Called by :class:`RoundCallback` when an exception ends the run; from here on a rank works alone."""
+        self._works_alone = True
         if self.rounds is not None:
             self.rounds.interrupt()
+
+    # ---- checkpoints
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        weights_only = "loops" not in checkpoint
+        rounds = self.rounds
+        if rounds is not None and rounds.round is not None:
+            rounds.defer_checkpoint(str(filepath), weights_only)
+            return
+        if rounds is None or weights_only:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        if rounds.interrupted_loops is not None:
+            checkpoint["loops"]["fit_loop"] = rounds.interrupted_loops
+        checkpoint[KEY] = pack(self.algorithm, rounds.state, rounds.history, self._module)
+        group = LocalGroup() if self.in_local_phase else self.federation
+        client_states = ClientStateFiles(group, filepath) if rounds.at_home else None
+        checkpoint[KEY]["manifests"] = client_states.write(rounds.store) if client_states else []
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+        if client_states is not None:
+            self.barrier()
+            if self.is_global_zero:
+                client_states.finish(checkpoint[KEY]["manifests"])
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        if self.rounds is not None and self.rounds.forget_deferred(str(filepath)):
+            return
+        super().remove_checkpoint(filepath)
+        files = state_files(filepath)
+        if self.is_global_zero and files.root.exists():
+            files.forget(Path(filepath).name)
+            files.collect()
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        self._loaded_checkpoint = checkpoint_path, checkpoint.get(KEY)
+        return checkpoint
 
     def teardown(self) -> None:
         if self.rounds is not None:
@@ -364,9 +425,13 @@ class FederatedStrategy(ParallelStrategy):
         return self.rounds
 
     @property
-    def _trainer(self) -> L.Trainer:
+    def _module(self) -> L.LightningModule:
         assert self.lightning_module is not None
-        return self.lightning_module.trainer
+        return self.lightning_module
+
+    @property
+    def _trainer(self) -> L.Trainer:
+        return self._module.trainer
 
     @property
     def _seed(self) -> int:

@@ -6,6 +6,7 @@ relies on has changed.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.loops.fit_loop import _FitLoop
@@ -112,6 +114,8 @@ class RoundFitLoop(_FitLoop):
     def setup_data(self) -> None:
         with self.trainer.strategy.local_phase():  # type: ignore[attr-defined]
             super().setup_data()
+        if self._combined_loader is not None and self.trainer.strategy.rounds is not None:  # type: ignore[attr-defined]
+            self.trainer.strategy.rounds.set_length()  # type: ignore[attr-defined]
 
 
 class RoundEvaluationLoop(_EvaluationLoop):
@@ -195,6 +199,59 @@ def set_global_step(trainer: Trainer, step: int) -> None:
     epoch_loop = trainer.fit_loop.epoch_loop
     assert isinstance(epoch_loop, RoundEpochLoop)
     epoch_loop.set_global_step(step)
+
+
+def logger_steps(trainer: Trainer) -> int:
+    """The x-axis of the loggers: batches after which an optimizer stepped, on this rank."""
+    epoch_loop = trainer.fit_loop.epoch_loop
+    steps_now = 0 if epoch_loop.batch_progress.current.ready == 0 or epoch_loop._should_accumulate() else 1
+    return epoch_loop._batches_that_stepped + steps_now
+
+
+def set_logger_steps(trainer: Trainer, steps: int) -> None:
+    """Sets the x-axis of the loggers after the round's last batch, which Lightning is about to count itself."""
+    trainer.fit_loop.epoch_loop._batches_that_stepped = steps - 1
+
+
+def loops_before_round(trainer: Trainer) -> dict[str, Any]:
+    """The progress of the loops as it was when the round before had ended; a new epoch has just been counted."""
+    state = copy.deepcopy(trainer.fit_loop.state_dict())
+    for count in ("total", "current"):
+        state["epoch_progress"][count]["ready"] -= 1
+    return state
+
+
+def pause_step_checkpoints(trainer: Trainer) -> list[tuple[ModelCheckpoint, int, Any]]:
+    """Keeps ``ModelCheckpoint`` from saving inside a round, where each rank counts its own steps."""
+    paused = []
+    for callback in _model_checkpoints(trainer):
+        paused.append((callback, callback._every_n_train_steps, callback._train_time_interval))
+        callback._every_n_train_steps, callback._train_time_interval = 0, None
+    return paused
+
+
+def resume_step_checkpoints(paused: list[tuple[ModelCheckpoint, int, Any]]) -> None:
+    """Ends what :func:`pause_step_checkpoints` began."""
+    for callback, every_n_train_steps, train_time_interval in paused:
+        callback._every_n_train_steps, callback._train_time_interval = every_n_train_steps, train_time_interval
+
+
+def save_passed_steps(trainer: Trainer, before: int, after: int) -> None:
+    """Lets ``ModelCheckpoint(every_n_train_steps=n)`` save if the round has passed a multiple of n."""
+    for callback in _model_checkpoints(trainer):
+        every = callback._every_n_train_steps
+        if every < 1 or before // every == after // every or callback._should_skip_saving_checkpoint(trainer):
+            continue
+        candidates = callback._monitor_candidates(trainer)
+        if callback.monitor is not None and callback.monitor not in candidates:
+            callback._defer_save_until_validation = True
+            continue
+        callback._save_topk_checkpoint(trainer, candidates)
+        callback._save_last_checkpoint(trainer, candidates)
+
+
+def _model_checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:
+    return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
 
 
 def train_results(trainer: Trainer) -> _ResultCollection:

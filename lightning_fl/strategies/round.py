@@ -9,10 +9,10 @@ from typing import Any
 
 from lightning_fl.aggregation import Aggregator, RoundContext, Transform
 from lightning_fl.algorithms import Algorithm, Weighting
-from lightning_fl.clients import MemoryStore, client_generator
+from lightning_fl.clients import ClientStore, client_generator
 from lightning_fl.communication import Group, Message
 from lightning_fl.engines import SequentialEngine
-from lightning_fl.tree import is_finite, scale, to_sum_dtype, zeros_like
+from lightning_fl.tree import is_finite, move, scale, to_sum_dtype, zeros_like
 from lightning_fl.types import Aggregate, ClientId, Context, LocalRun, State, Tree, Update
 
 
@@ -95,7 +95,7 @@ class Round:
         settings: FederationSettings,
         state: FederationState,
         engine: SequentialEngine,
-        store: MemoryStore,
+        store: ClientStore,
         group: Group,
         index: int,
         cohort: Sequence[ClientId],
@@ -125,7 +125,7 @@ class Round:
     def start_client(self, client: ClientId) -> None:
         """Loads a client; the caller then runs its local training."""
         self._client = client
-        self._kept = dict(self.store.get(client) or {})
+        self._kept = move(self.store.get(client) or {}, self.engine.device)
         self._context: Context = self.settings.algorithm.client_init(self.server, self._kept.get("algorithm"))
         self.engine.start_client(self._context["params"], self._kept)
 
@@ -167,7 +167,7 @@ class Round:
         self._acc = self.settings.aggregator.add(self._acc, update, replace(self.ctx, client=client))
         self.num_examples += num_examples
         if kept:
-            self.store.put(client, kept)
+            self.store.put(client, move(kept, "cpu"))
         return run, update
 
     def close(self, report: Message) -> RoundResult:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_fl.clients import (
     ClientRandomness,
     LocalWork,
-    MemoryStore,
+    ClientStore,
     Population,
     RoundLoader,
     RoundPlan,
@@ -69,12 +69,15 @@ class FederatedRounds:
         self.clients_per_round = clients_per_round
         self._last = last
         self.state = FederationState()
-        self.store = MemoryStore()
+        self.store = ClientStore()
         self.history: list[dict[str, Any]] = []
         self.in_local_phase = False
         self.round: Round | None = None
         self.engine: SequentialEngine | None = None
         self._randomness = ClientRandomness()
+        self.interrupted_loops: dict[str, Any] | None = None
+        self._has_late_values = False
+        self._deferred: dict[str, bool] = {}
         self._placeholders: list[str] = []
         self._skipped: set[ClientId] = set()
         self.renew(population)
@@ -104,6 +107,11 @@ class FederatedRounds:
     def plan_round(self) -> None:
         """A new round comes: its cohort is drawn, and the loops learn how many batches it has on this rank."""
         self.plan = self._plan(internals.current_round(self.trainer))
+        self._loops_before = internals.loops_before_round(self.trainer)
+        self.set_length()
+
+    def set_length(self) -> None:
+        """Tells the loops the length of the planned round."""
         internals.set_round_length(self.trainer, self.plan.num_batches, UNKNOWN_LENGTH)
 
     def transform_grads(self) -> None:
@@ -119,7 +127,7 @@ class FederatedRounds:
             return
         self._count(outputs, batch)
         if self.plan.num_batches is not None and self.trainer.num_training_batches != self.plan.num_batches:
-            internals.set_round_length(self.trainer, self.plan.num_batches, UNKNOWN_LENGTH)
+            self.set_length()
         place = self.plan.locate(batch_idx)
         if place.ends_client:
             self._finish_client(self.plan.clients[place.client])
@@ -148,6 +156,23 @@ class FederatedRounds:
         if self.round is not None:
             self.round.abandon()
             self.round = None
+            internals.set_global_step(self.trainer, self._first_step)
+            internals.resume_step_checkpoints(self._paused)
+            self.interrupted_loops = self._loops_before
+
+    def resume(self, state: FederationState, history: list[dict[str, Any]]) -> None:
+        """Goes on from a checkpoint."""
+        self.state, self.history = state, history
+
+    def defer_checkpoint(self, path: str, weights_only: bool) -> None:
+        """Notes a checkpoint that is asked for inside the round, to be written at its end."""
+        if not self._deferred:
+            rank_zero_warn("A checkpoint asked for inside a round is written at its end, when there is a global model.")
+        self._deferred[path] = weights_only
+
+    def forget_deferred(self, path: str) -> bool:
+        """Drops a noted checkpoint; tells whether there was one."""
+        return self._deferred.pop(path, None) is not None
 
     def stop(self) -> None:
         """The fit is over."""
@@ -194,7 +219,9 @@ class FederatedRounds:
         self._logged = metrics.LoggedValues()
         self._metric_states.mark()
         self._first_step = internals.global_step(self.trainer)
+        self._first_logger_step = internals.logger_steps(self.trainer)
         self._first_batch: str | None = None
+        self._paused = internals.pause_step_checkpoints(self.trainer)
         self._call("on_round_start", self.plan.round, self.plan.cohort)
         if self.plan.clients:
             self._start_client(self.plan.clients[0])
@@ -204,6 +231,7 @@ class FederatedRounds:
         self._snapshot = self._metric_states.snapshot()
         self._examples_seen = 0
         self._loss: float | Tensor = 0.0
+        internals.set_global_step(self.trainer, self._first_step)
         self._randomness.enter(self.settings.seed, self.plan.round, client)
         self.round.start_client(client)
         self._call("on_client_start", client)
@@ -248,12 +276,16 @@ class FederatedRounds:
             "metric_states": states,
             "first_batch": self._first_batch,
             "should_stop": self.trainer.should_stop,
+            "logger_steps": internals.logger_steps(self.trainer) - self._first_logger_step,
+            "deferred": self._deferred,
         }
         result = self.round.close(Message(fields, tensors))
         self.state, self.round, self.in_local_phase = result.state, None, False
         told = [message.fields for message in result.reports]
         num_steps = sum(fields["num_steps"] for fields in told)
         internals.set_global_step(self.trainer, self._first_step + num_steps)
+        logger_steps = sum(fields["logger_steps"] for fields in told)
+        internals.set_logger_steps(self.trainer, self._first_logger_step + logger_steps)
         self._metric_states.merge(result.reports, self.module.device)
         merged = metrics.merge_entries(fields["metrics"] for fields in told)
         metrics.hide_unmerged(results, merged)
@@ -272,6 +304,14 @@ class FederatedRounds:
             }
         )
         self._call("on_aggregate_end", result.aggregate)
+        self._write_checkpoints(told[0]["deferred"], num_steps)
+
+    def _write_checkpoints(self, deferred: dict[str, bool], num_steps: int) -> None:
+        internals.resume_step_checkpoints(self._paused)
+        self._deferred = {}
+        for path, weights_only in deferred.items():
+            self.trainer.save_checkpoint(path, weights_only)
+        internals.save_passed_steps(self.trainer, self._first_step, self._first_step + num_steps)
 
     def _publish(self, entries: metrics.Entries) -> None:
         results = internals.train_results(self.trainer)

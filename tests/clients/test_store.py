@@ -2,16 +2,16 @@ from __future__ import annotations
 
 import torch
 
-from lightning_fl.clients import MemoryStore
+from lightning_fl.clients import ClientStore
 
 
 def test_a_client_has_no_state_before_its_first_round() -> None:
-    assert MemoryStore().get("a") is None
-    assert len(MemoryStore()) == 0
+    assert ClientStore().get("a") is None
+    assert len(ClientStore()) == 0
 
 
 def test_the_last_state_of_each_client_is_kept() -> None:
-    store = MemoryStore()
+    store = ClientStore()
     states = [{"algorithm": {"control": {"w": torch.full((1,), float(value))}}} for value in range(3)]
     for client, state in zip(["a", 0, "a"], states, strict=True):
         store.put(client, state)

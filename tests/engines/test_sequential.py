@@ -18,6 +18,7 @@ from tests.helpers.federation import aggregate
 INF = float("inf")
 MASK = torch.tensor([0.0, -INF])
 HUGE = 2**60 + 1  # float64 can't hold it
+SGD = partial(torch.optim.SGD, lr=0.1)
 
 
 class Net(nn.Module):
@@ -65,7 +66,7 @@ class Federation:
         module: nn.Module,
         train: Train,
         weights: Sequence[float],
-        make_optimizer: Any = partial(torch.optim.SGD, lr=0.1),
+        make_optimizer: Any = SGD,
         **engine_options: Any,
     ) -> None:
         self.module, self.train, self.weights = module, train, weights
@@ -167,8 +168,7 @@ def test_a_non_persistent_buffer_never_travels(federation: Federation, net: Net)
     assert net.scratch.item() == 1 + 3 + 5
 
 
-@pytest.mark.parametrize("name", ["norm.running_mean", "seen"])
-def test_a_nan_or_infinity_that_training_brings_shows_in_the_change(net: Net, name: str) -> None:
+def test_a_nan_or_infinity_that_training_brings_shows_in_the_change(net: Net) -> None:
     def spoil(module: nn.Module, optimizer: torch.optim.Optimizer, client: int) -> None:
         module.get_buffer("mask")[0] = INF
         module.get_buffer("norm.running_mean")[0] = float("nan")
@@ -186,15 +186,7 @@ def test_every_client_starts_at_the_global_model(federation: Federation) -> None
         federation.round()
         for start in federation.starts:
             torch.testing.assert_close(start, before, rtol=0, atol=0)
-    assert not torch.equal(federation.ends[0]["body.weight"], federation.ends[1]["body.weight"])
-
-
-def test_without_a_start_the_next_client_would_go_on_where_the_last_one_ended(net: Net) -> None:
-    federation = Federation(net, fit, [1.0, 1.0])
-    federation.engine.start_client = lambda params, kept: None
-    federation.engine._loaded = {name: param.detach().clone() for name, param in net.named_parameters()}
-    federation.round()
-    assert not torch.equal(federation.starts[1]["body.weight"], federation.starts[0]["body.weight"])
+        assert not any(torch.equal(end["body.weight"], before["body.weight"]) for end in federation.ends)
 
 
 def test_ending_a_round_without_a_change_puts_everything_back(federation: Federation, net: Net) -> None:

@@ -1,0 +1,158 @@
+"""Client states as files: immutable versions named by their content, and the checkpoints that need them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from safetensors.torch import load, save
+from torch import Tensor
+
+from lightning_fl.types import ClientId, State
+
+_SEPARATOR = "\x1f"
+Manifest = dict[ClientId, str]
+"""For each client with state, the name of its version."""
+
+
+class StateFiles:
+    """A folder of client states.
+
+    A version is a safetensors file whose name is the digest of its content, so it never changes. A manifest names one
+    version of each client; each checkpoint names its manifests. What no checkpoint names is removed.
+
+    Args:
+        root: The folder; made when first written to.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def write(self, client: ClientId, state: State) -> str:
+        """Writes a version of a client's state and returns its name.
+
+        Raises:
+            TypeError: If the state holds anything but tensors in nested mappings.
+        """
+        data = save(_flatten(state))
+        name = hashlib.blake2b(data, digest_size=16).hexdigest()
+        _write(self._path(client, name), data)
+        return name
+
+    def read(self, client: ClientId, name: str) -> State:
+        """Reads a version.
+
+        Raises:
+            FileNotFoundError: If it is not there.
+        """
+        path = self._path(client, name)
+        if not path.exists():
+            raise FileNotFoundError(
+                f"The state of client {client!r} is not at {path}. Client states lie in the folder `client_states` "
+                "beside the checkpoint; copy it along with the checkpoint."
+            )
+        return _unflatten(load(path.read_bytes()))
+
+    def remove(self, client: ClientId, name: str) -> None:
+        """Removes a version."""
+        self._path(client, name).unlink()
+
+    def take(self, client: ClientId, name: str, other: StateFiles) -> None:
+        """Takes over a version from another folder."""
+        target = self._path(client, name)
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(other._path(client, name), target)
+            except OSError:
+                shutil.copyfile(other._path(client, name), target)
+
+    def write_manifest(self, manifest: Manifest) -> str:
+        """Writes a manifest and returns its name."""
+        data = json.dumps(sorted(manifest.items(), key=repr)).encode()
+        name = hashlib.blake2b(data, digest_size=16).hexdigest()
+        _write(self.root / "manifests" / f"{name}.json", data)
+        return name
+
+    def read_manifest(self, name: str) -> Manifest | None:
+        """Reads a manifest, or gives None if it is not there."""
+        path = self.root / "manifests" / f"{name}.json"
+        return dict(map(tuple, json.loads(path.read_text()))) if path.exists() else None
+
+    def name(self, checkpoint: str, manifests: Iterable[str], also_old: bool) -> None:
+        """Notes which manifests a checkpoint needs.
+
+        Args:
+            checkpoint: File name of the checkpoint.
+            manifests: Names of its manifests.
+            also_old: Whether those noted before stay, because the checkpoint is not yet written anew.
+        """
+        path = self.root / "checkpoints" / f"{checkpoint}.json"
+        old = json.loads(path.read_text()) if also_old and path.exists() else []
+        _write(path, json.dumps(sorted({*old, *manifests})).encode(), replace=True)
+
+    def forget(self, checkpoint: str) -> None:
+        """Notes that a checkpoint is gone."""
+        (self.root / "checkpoints" / f"{checkpoint}.json").unlink(missing_ok=True)
+
+    def collect(self) -> None:
+        """Removes manifests and versions that no checkpoint needs."""
+        named = {name for path in (self.root / "checkpoints").glob("*.json") for name in json.loads(path.read_text())}
+        needed: set[Path] = set()
+        for path in (self.root / "manifests").glob("*.json"):
+            if path.stem in named:
+                needed.update(self._path(client, name) for client, name in (self.read_manifest(path.stem) or {}).items())
+            else:
+                path.unlink()
+        for path in self.root.glob("versions/*/*.safetensors"):
+            if path not in needed:
+                path.unlink()
+                if not any(path.parent.iterdir()):
+                    path.parent.rmdir()
+
+    def _path(self, client: ClientId, name: str) -> Path:
+        return self.root / "versions" / quote(repr(client), safe="") / f"{name}.safetensors"
+
+
+def _write(path: Path, data: bytes, replace: bool = False) -> None:
+    if path.exists() and not replace:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
+    try:
+        with unfinished.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _flatten(state: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
+    flat: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if isinstance(value, Mapping):
+            flat.update(_flatten(value, f"{prefix}{name}{_SEPARATOR}"))
+        elif isinstance(value, Tensor):
+            flat[prefix + name] = value.detach().cpu().contiguous().clone()
+        else:
+            raise TypeError(f"A client's state holds a {type(value).__name__} as {name!r}; it may hold tensors only.")
+    return flat
+
+
+def _unflatten(flat: Mapping[str, Tensor]) -> dict[str, Any]:
+    state: dict[str, Any] = {}
+    for path, tensor in flat.items():
+        *parents, name = path.split(_SEPARATOR)
+        place = state
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[name] = tensor
+    return state

@@ -1,0 +1,169 @@
+"""What a federation adds to a Lightning checkpoint, and the files that lie beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_fl.algorithms import Algorithm
+from lightning_fl.clients import ClientStore, Population
+from lightning_fl.clients.state_files import StateFiles
+from lightning_fl.communication import Group, Message
+from lightning_fl.strategies.round import FederationState
+from lightning_fl.tree import move, to_sum_dtype
+from lightning_fl.types import State, Tree
+
+KEY = "lightning_fl"
+FORMAT = 1
+
+
+def state_files(checkpoint_path: str | Path) -> StateFiles:
+    """The folder of client states beside a checkpoint."""
+    return StateFiles(Path(checkpoint_path).parent / "client_states")
+
+
+def pack(
+    algorithm: Algorithm, state: FederationState, history: list[dict[str, Any]], module: nn.Module
+) -> dict[str, Any]:
+    """The federation's state as tensors and plain values, to be loaded with ``weights_only=True``.
+
+    The global parameters are left out where the module's own ``state_dict`` holds the same values.
+    """
+    server = dict(state.server)
+    params: Tree = server.pop("params", {})
+    held = dict(module.named_parameters())
+    return {
+        "format": FORMAT,
+        "algorithm": repr(algorithm),
+        "params": list(params),
+        "master": {name: value for name, value in params.items() if value.dtype != held[name].dtype},
+        "server": server,
+        "transforms": list(state.transforms),
+        "history": history,
+    }
+
+
+def unpack(packed: Mapping[str, Any], algorithm: Algorithm, module: nn.Module) -> FederationState:
+    """The state that :func:`pack` was given, on the module's device.
+
+    Raises:
+        MisconfigurationException: If another algorithm, or another format, has written it.
+    """
+    if packed["format"] != FORMAT:
+        raise MisconfigurationException(
+            f"The checkpoint has format {packed['format']} of federated state, this version reads {FORMAT}. Load it "
+            "with the version that wrote it, or take the weights only: MyModule.load_from_checkpoint(...)."
+        )
+    written_by = packed["algorithm"].partition("(")[0]
+    if written_by != type(algorithm).__name__:
+        raise MisconfigurationException(
+            f"The checkpoint was written by {written_by}, whose state {type(algorithm).__name__} can't go on from. "
+            "Resume with the same algorithm, or take the weights only: MyModule.load_from_checkpoint(...)."
+        )
+    held = dict(module.named_parameters())
+    device = next(iter(held.values())).device
+    params = {**to_sum_dtype({name: held[name] for name in packed["params"]}), **move(packed["master"], device)}
+    server: State = {"params": params, **move(packed["server"], device)} if params else {}
+    return FederationState(server, [move(state, device) for state in packed["transforms"]])
+
+
+class ClientStateFiles:
+    """Writes the clients' states beside a checkpoint, each rank those of its own clients.
+
+    Args:
+        group: The ranks of the federation.
+        path: The checkpoint's path.
+
+    Raises:
+        MisconfigurationException: If the path is not on a local file system.
+    """
+
+    def __init__(self, group: Group, path: str | Path) -> None:
+        if "://" in str(path):
+            raise MisconfigurationException(
+                f"Client states lie beside the checkpoint and need a local path, found {path}. Give "
+                "ModelCheckpoint(dirpath=...) a local folder."
+            )
+        self.group = group
+        self.name = Path(path).name
+        self.files = state_files(path)
+
+    def write(self, store: ClientStore) -> list[str]:
+        """Writes this rank's states; returns the manifests of all ranks. Called on all ranks."""
+        own = self.files.write_manifest(store.save(self.files))
+        manifests = [message.fields["manifest"] for message in self.group.all_gather(Message({"manifest": own}))]
+        self.files.name(self.name, manifests, also_old=True)
+        return manifests
+
+    def finish(self, manifests: list[str]) -> None:
+        """The checkpoint has been written: what nothing names any more goes."""
+        self.files.name(self.name, manifests, also_old=False)
+        self.files.collect()
+
+
+def read_client_states(path: str | Path, manifests: list[str], store: ClientStore, population: Population) -> None:
+    """Gives a store the client states that a checkpoint names.
+
+    Args:
+        path: The checkpoint's path.
+        manifests: Names of its manifests, one for each rank that wrote it.
+        store: Takes the states.
+        population: The clients; a silo needs its own state only.
+
+    Raises:
+        MisconfigurationException: If they do not lie beside the checkpoint.
+    """
+    files = state_files(path)
+    found = [files.read_manifest(name) for name in manifests]
+    if population.silos is None and None in found or not any(manifest is not None for manifest in found):
+        raise MisconfigurationException(
+            f"The checkpoint {path} needs the states of its clients, but they are not in {files.root}. Copy the folder "
+            "`client_states` along with the checkpoint."
+        )
+    for manifest in found:
+        if manifest is not None:
+            store.restore(files, manifest)
+
+
+def warn_of_plain_checkpoint(path: str | Path) -> None:
+    """Says that a checkpoint has no federated state."""
+    rank_zero_warn(
+        f"The checkpoint {path} was not written by a federation: its model, loops and schedules are taken, the "
+        "algorithm's state starts afresh."
+    )
+
+
+def load_client(checkpoint_path: str | Path, client_id: int | str) -> dict[str, Tensor]:
+    """One client's model: the global ``state_dict`` of a checkpoint with the client's personal tensors in place.
+
+    Args:
+        checkpoint_path: A checkpoint that a federation has written, with its folder ``client_states`` beside it.
+        client_id: The client.
+
+    Returns:
+        A ``state_dict`` for ``module.load_state_dict``.
+
+    Raises:
+        ValueError: If the checkpoint knows no such client.
+    """
+    import torch
+
+    checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
+    files = state_files(checkpoint_path)
+    names = checkpoint.get(KEY, {}).get("manifests") or []
+    manifests = [manifest for name in names if (manifest := files.read_manifest(name)) is not None]
+    versions = {client: name for manifest in manifests for client, name in manifest.items()}
+    if client_id not in versions:
+        known = ", ".join(map(repr, list(versions)[:5])) or "none"
+        raise ValueError(
+            f"The checkpoint {checkpoint_path} holds no state of client {client_id!r}; it holds those of {known}"
+            f"{', ...' if len(versions) > 5 else ''}. A client keeps state only with `personal` tensors, a kept "
+            "optimizer or an algorithm that needs it, and once it has taken part."
+        )
+    personal = files.read(client_id, versions[client_id]).get("personal", {})
+    return {**checkpoint["state_dict"], **personal}
