@@ -65,6 +65,11 @@ def move(state: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]
     }
 
 
+def leaves(state: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors of a state, in order."""
+    return [leaf for value in state.values() for leaf in (leaves(value) if isinstance(value, Mapping) else [value])]
+
+
 @dataclass(frozen=True)
 class Layout:
     """Names, shapes and dtypes of a group of trees, and the way between them and one flat buffer a dtype.

@@ -88,7 +88,7 @@ class WeightedMean(Aggregator):
         self, acc: WeightedSum, group: Group, report: Message, ctx: RoundContext
     ) -> tuple[WeightedSum, list[Message]]:
         shares = {"weight": acc.weight, "num_clients": acc.num_clients}
-        messages = group.all_gather(Message({**report.fields, **shares}, report.tensors))
+        messages = group.all_gather(Message({**report.fields, **shares}, report.tensors), f"end of round {ctx.round}")
         merged = replace(
             acc,
             sums={dtype: group.all_reduce(flat) for dtype, flat in acc.sums.items()},

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
+
+from torch.optim import Optimizer
 
 from lightning_fl.tree import add, subtract
 from lightning_fl.types import Aggregate, Context, LocalRun, State, Tree, Update
@@ -24,6 +26,10 @@ class Algorithm(ABC):
     keeps_client_state: ClassVar[bool] = False
     """Whether clients keep state between their rounds; they then train on their home rank."""
     server_lr: float = 1.0
+
+    def check_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
+        """Warns of, or refuses, client optimizers that the algorithm is not derived for."""
+        return None
 
     def server_init(self, params: Tree, population: int) -> State:
         """The server's state before the first round; its entry ``"params"`` is the global model."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
+
+from torch.optim import SGD, Optimizer
 
 from lightning_fl.algorithms.base import Algorithm, Weighting
 from lightning_fl.algorithms.registry import register
@@ -47,6 +50,16 @@ class Scaffold(Algorithm):
     def __post_init__(self) -> None:
         if self.option != 2:
             raise ValueError(f"Scaffold got option={self.option}; only option 2 is available.")
+
+    def check_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
+        plain = all(type(o) is SGD and all(group["momentum"] == 0 for group in o.param_groups) for o in optimizers)
+        if not plain:
+            names = ", ".join(type(optimizer).__name__ for optimizer in optimizers)
+            warnings.warn(
+                f"SCAFFOLD's control is derived for plain SGD, found {names}: with momentum or adaptive steps it is "
+                "no gradient, and may not correct the drift. Use torch.optim.SGD without momentum.",
+                stacklevel=2,
+            )
 
     def server_init(self, params: Tree, population: int) -> State:
         return {"params": params, "control": zeros_like(params)}

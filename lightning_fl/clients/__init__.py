@@ -12,8 +12,8 @@ from lightning_fl.clients.store import ClientStore
 __all__ = [
     "ClientLoaders",
     "ClientRandomness",
-    "LocalWork",
     "ClientStore",
+    "LocalWork",
     "Population",
     "RoundLoader",
     "RoundPlan",

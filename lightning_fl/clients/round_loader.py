@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 from lightning_fl.clients.loaders import ClientLoaders, Loader
@@ -23,50 +23,76 @@ class RoundLoader:
 
     Args:
         loaders: The clients' data.
-        plan: Gives the plan of the round at hand.
-        work: How much each client trains.
+        plan: Gives the plan of the round at hand, and how much each client trains.
         open_round: Called before a round's first batch is read.
-        prepare: Called with a client and its loader before the client's first batch is read; returns the loader.
+        open_client: Called with a client and its loader before the client's first batch is read; returns the loader.
+        resolved: Called when the last batch of a loader without length has been found.
     """
 
     def __init__(
         self,
         loaders: ClientLoaders,
-        plan: Callable[[], RoundPlan],
-        work: LocalWork,
+        plan: Callable[[], tuple[RoundPlan, LocalWork]],
         open_round: Callable[[], None],
-        prepare: Callable[[ClientId, Loader], Loader],
+        open_client: Callable[[ClientId, Loader], Loader],
+        resolved: Callable[[], None],
     ) -> None:
         self._loaders = loaders
         self._plan = plan
-        self._work = work
         self._open_round = open_round
-        self._prepare = prepare
+        self._open_client = open_client
+        self._resolved = resolved
 
     def __len__(self) -> int:
-        num_batches = self._plan().num_batches
+        num_batches = self._plan()[0].num_batches
         return UNKNOWN_LENGTH if num_batches is None else num_batches
 
     def __iter__(self) -> Iterator[Any]:
-        plan, work = self._plan(), self._work
         self._open_round()
+        plan, work = self._plan()
         if not plan.clients:
             yield None
         for client in plan.clients:
-            loader = self._prepare(client, self._loaders[client])
+            loader = self._open_client(client, self._loaders[client])
             num_batches = count_batches(loader)
-            for segment in work.segments(num_batches):
+            for number, segment in enumerate(work.segments(num_batches)):
                 if work.steps is not None:
-                    length = work.max_pass_length if num_batches is None else work.pass_length(num_batches)
-                    yield from islice(_cycle(client, loader, length), segment)
-                elif segment is not None:
+                    yield from islice(_cycle(client, loader, work.pass_length(num_batches), plan.round), segment)
+                    continue
+                begin_pass(loader, plan.round * work.epochs + number)
+                if segment is not None:
                     yield from _exactly(client, loader, segment)
                 else:
-                    yield from _until_end(client, loader, work.max_pass_length, plan)
+                    yield from self._until_end(client, loader, work.limit, plan)
+
+    def _until_end(self, client: ClientId, loader: Loader, limit: int | float, plan: RoundPlan) -> Iterator[Any]:
+        batches = islice(loader, limit if isinstance(limit, int) else None)
+        batch, index = next(batches, _END), 0
+        if batch is _END:
+            raise ValueError(f"The loader of client {client!r} has no length and yielded no batch.")
+        while batch is not _END:
+            following, index = next(batches, _END), index + 1
+            if following is _END:
+                plan.resolve(index)
+                self._resolved()
+            yield batch
+            batch = following
 
 
-def _cycle(client: ClientId, loader: Loader, length: int | None) -> Iterator[Any]:
-    while True:
+def begin_pass(loader: Any, number: int) -> None:
+    """Tells samplers that order by epoch, such as ``DistributedSampler``, which pass comes."""
+    samplers: tuple[Any, Any] = (
+        getattr(loader, "sampler", None),
+        getattr(getattr(loader, "batch_sampler", None), "sampler", None),
+    )
+    for sampler in {id(sampler): sampler for sampler in samplers}.values():
+        if callable(getattr(sampler, "set_epoch", None)):
+            sampler.set_epoch(number)
+
+
+def _cycle(client: ClientId, loader: Loader, length: int | None, round: int) -> Iterator[Any]:
+    for number in count():
+        begin_pass(loader, (round << 16) + number)
         batch = _END
         for batch in islice(loader, length):
             yield batch
@@ -83,16 +109,3 @@ def _exactly(client: ClientId, loader: Loader, length: int) -> Iterator[Any]:
             f"The loader of client {client!r} yielded {index + 1} batches, but its length promised {length}. Mend its "
             "`__len__`, or remove it if the length is not known."
         )
-
-
-def _until_end(client: ClientId, loader: Loader, max_length: int | None, plan: RoundPlan) -> Iterator[Any]:
-    batches = islice(loader, max_length)
-    batch, index = next(batches, _END), 0
-    if batch is _END:
-        raise ValueError(f"The loader of client {client!r} has no length and yielded no batch.")
-    while batch is not _END:
-        following, index = next(batches, _END), index + 1
-        if following is _END:
-            plan.resolve(index)
-        yield batch
-        batch = following

@@ -107,7 +107,9 @@ class StateFiles:
         needed: set[Path] = set()
         for path in (self.root / "manifests").glob("*.json"):
             if path.stem in named:
-                needed.update(self._path(client, name) for client, name in (self.read_manifest(path.stem) or {}).items())
+                needed.update(
+                    self._path(client, name) for client, name in (self.read_manifest(path.stem) or {}).items()
+                )
             else:
                 path.unlink()
         for path in self.root.glob("versions/*/*.safetensors"):

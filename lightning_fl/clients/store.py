@@ -75,6 +75,13 @@ class ClientStore:
             self._forget_file(client)
             self._files[client] = files, name
 
+    def drop_entry(self, name: str) -> None:
+        """Takes an entry such as ``"optimizer"`` out of all states."""
+        for client in [*self._loaded.keys(), *(self._files.keys() - self._loaded.keys())]:
+            state = self.get(client) or {}
+            if name in state:
+                self.put(client, {key: value for key, value in state.items() if key != name})
+
     def _keep(self, client: ClientId, state: State) -> None:
         self._loaded[client] = state
         self._num_bytes += _num_bytes(state)

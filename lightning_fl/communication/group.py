@@ -32,8 +32,16 @@ class Group(ABC):
         """A new tensor with the ranks' tensors joined by ``op`` (sum, mean, min, max); ``tensor`` stays as it is."""
 
     @abstractmethod
-    def all_gather(self, message: Message) -> list[Message]:
-        """The messages of all ranks, in their order; sizes may differ."""
+    def all_gather(self, message: Message, topic: str = "") -> list[Message]:
+        """The messages of all ranks, in their order; sizes may differ.
+
+        Args:
+            message: This rank's message.
+            topic: What it is about, to be told when ranks are not at the same place.
+
+        Raises:
+            RuntimeError: If another rank's message has another topic.
+        """
 
     @abstractmethod
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
@@ -45,7 +53,7 @@ class Group(ABC):
 
     def broadcast_message(self, message: Message, root: int = 0) -> Message:
         """The message of rank ``root``."""
-        return self.all_gather(message if self.rank == root else Message())[root]
+        return self.all_gather(message if self.rank == root else Message(), "broadcast")[root]
 
 
 class LocalGroup(Group):
@@ -58,7 +66,7 @@ class LocalGroup(Group):
         joined = tensor.detach().clone()
         return joined / self.size if op == "mean" else joined
 
-    def all_gather(self, message: Message) -> list[Message]:
+    def all_gather(self, message: Message, topic: str = "") -> list[Message]:
         return [message]
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
@@ -112,8 +120,8 @@ class TorchGroup(Group):
             return joined
         return joined / self.size
 
-    def all_gather(self, message: Message) -> list[Message]:
-        data = message.encode()
+    def all_gather(self, message: Message, topic: str = "") -> list[Message]:
+        data = Message({"topic": topic, "fields": message.fields}, message.tensors).encode()
         sizes = [int(size) for size in self._gather(torch.tensor([len(data)]))]
         if max(sizes) > MAX_MESSAGE_BYTES:
             raise ValueError(
@@ -123,7 +131,14 @@ class TorchGroup(Group):
         padded = torch.zeros(max(sizes), dtype=torch.uint8)
         padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         parts = self._gather(padded)
-        return [Message.decode(bytes(part[:size].numpy())) for part, size in zip(parts, sizes, strict=True)]
+        messages = [Message.decode(bytes(part[:size].numpy())) for part, size in zip(parts, sizes, strict=True)]
+        for rank, other in enumerate(messages):
+            if other.fields["topic"] != topic:
+                raise RuntimeError(
+                    f"The ranks have lost step: rank {rank} is at {other.fields['topic']!r}, rank {self.rank} at "
+                    f"{topic!r}. Do all ranks have the same callbacks, and do these act alike on each rank?"
+                )
+        return [Message(other.fields["fields"], other.tensors) for other in messages]
 
     def _gather(self, tensor: Tensor) -> list[Tensor]:
         parts = [torch.empty_like(tensor) for _ in range(self.size)]

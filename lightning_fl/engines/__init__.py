@@ -1,5 +1,6 @@
 """How a rank trains its clients."""
 
+from lightning_fl.engines.optimizers import OptimizerStates, Schedule, ScheduleEnd
 from lightning_fl.engines.sequential import LocalResult, SequentialEngine
 
-__all__ = ["LocalResult", "SequentialEngine"]
+__all__ = ["LocalResult", "OptimizerStates", "Schedule", "ScheduleEnd", "SequentialEngine"]

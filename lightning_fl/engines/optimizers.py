@@ -4,37 +4,52 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ChainedScheduler
 
 from lightning_fl.types import Tree
 
 
-@dataclass(frozen=True)
+@dataclass
 class Schedule:
-    """A learning-rate scheduler and when it steps.
+    """A learning-rate schedule that steps inside a client's local training.
 
     Args:
-        scheduler: Any ``torch.optim`` scheduler that steps without a metric.
-        per_client: Whether it steps inside a client's local training, or once a round.
+        scheduler: Any scheduler that steps without a metric.
+        step: Steps it once.
+        by_user: Whether the user's own code steps it, so that its ``last_epoch`` has to tell the steps.
+        num_steps: Steps taken in the local training of the client at hand.
     """
 
     scheduler: Any
-    per_client: bool
+    step: Callable[[], Any]
+    by_user: bool = False
+    num_steps: int = 0
 
-    @property
-    def num_steps(self) -> int:
-        """Steps taken so far."""
-        scheduler = self.scheduler
-        while isinstance(scheduler, ChainedScheduler):  # counts no steps itself; its schedulers step together
-            scheduler = scheduler._schedulers[0]
-        return int(scheduler.last_epoch)
+    def take_step(self) -> None:
+        """Steps once and counts it."""
+        self.step()
+        self.num_steps += 1
+
+
+@dataclass(frozen=True)
+class ScheduleEnd:
+    """Where a client's local training has taken the schedules.
+
+    Args:
+        num_steps: Steps of each schedule.
+        options: Each optimizer's options (learning rate, momentum, ...), one mapping a parameter group.
+        num_optimizer_steps: Steps of the optimizers; the client with the most decides where the next round starts.
+    """
+
+    num_steps: list[int]
+    options: list[list[dict[str, Any]]]
+    num_optimizer_steps: int
 
 
 class OptimizerStates:
@@ -45,12 +60,11 @@ class OptimizerStates:
 
     Args:
         optimizers: The user's optimizers; they stay the same objects throughout.
-        schedules: Their schedules, without ``ReduceLROnPlateau``.
     """
 
-    def __init__(self, optimizers: Sequence[Optimizer], schedules: Sequence[Schedule]) -> None:
+    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
         self.optimizers = list(optimizers)
-        self.schedules = list(schedules)
+        self.schedules: list[Schedule] = []
         self.num_steps = 0
         self.lr_sums: list[list[float]] = []
         self._fresh = [_copy_state(optimizer.state) for optimizer in self.optimizers]
@@ -64,15 +78,16 @@ class OptimizerStates:
         for hook in self._hooks:
             hook.remove()
 
-    def begin_round(self) -> None:
+    def begin_round(self, schedules: Sequence[Schedule] = ()) -> None:
         """Remembers the options and schedules from which every client of the round starts."""
+        self.schedules = list(schedules)
         self._options = [_options(optimizer) for optimizer in self.optimizers]
+        self._first_epochs = [getattr(schedule.scheduler, "last_epoch", 0) for schedule in self.schedules]
         self._schedule_states = [copy.deepcopy(schedule.scheduler.state_dict()) for schedule in self.schedules]
-        self._first_steps = [schedule.num_steps for schedule in self.schedules]
 
     def start_client(self, kept: Tree | None) -> None:
         """Gives the next client the round's options and schedules, and its own or a fresh optimizer state."""
-        self._restore(per_client_only=True)
+        self._restore()
         for index, optimizer in enumerate(self.optimizers):
             optimizer.state.clear()
             if kept is None:
@@ -89,19 +104,31 @@ class OptimizerStates:
             name: value for index, optimizer in enumerate(self.optimizers) for name, value in _pack(index, optimizer)
         }
 
-    def schedule_steps(self) -> list[int]:
-        """Steps that each schedule has taken since the round or the client began."""
-        return [schedule.num_steps - first for schedule, first in zip(self.schedules, self._first_steps, strict=True)]
+    def schedule_end(self) -> ScheduleEnd:
+        """Where the client at hand has taken the schedules."""
+        steps = [
+            schedule.scheduler.last_epoch - first if schedule.by_user else schedule.num_steps
+            for schedule, first in zip(self.schedules, self._first_epochs, strict=True)
+        ]
+        return ScheduleEnd(steps, [_options(optimizer) for optimizer in self.optimizers], self.num_steps)
 
-    def end_round(self, schedule_steps: Sequence[int]) -> None:
-        """Takes the schedules to where the next round starts: ``schedule_steps`` steps from where this one began."""
-        self._restore(per_client_only=False)
-        with warnings.catch_warnings():
-            # a rank without clients steps its schedules though its optimizers have not stepped
-            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-            for schedule, num_steps in zip(self.schedules, schedule_steps, strict=True):
-                for _ in range(num_steps):
-                    schedule.scheduler.step()
+    def end_round(self, end: ScheduleEnd | None) -> None:
+        """Takes schedules and options to where the next round starts.
+
+        Args:
+            end: Where the client with the most steps has taken them; None puts them back to the round's start.
+        """
+        self._restore()
+        if end is not None:
+            with warnings.catch_warnings():
+                # a rank without clients steps its schedules though its optimizers have not stepped
+                warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+                for schedule, num_steps in zip(self.schedules, end.num_steps, strict=True):
+                    for _ in range(num_steps):
+                        schedule.step()
+            for optimizer, options in zip(self.optimizers, end.options, strict=True):
+                for group, reached in zip(optimizer.param_groups, options, strict=True):
+                    group.update({name: _like(value, group.get(name)) for name, value in reached.items()})
         for optimizer, fresh in zip(self.optimizers, self._fresh, strict=True):
             optimizer.state.clear()
             optimizer.state.update(_copy_state(fresh))
@@ -123,13 +150,13 @@ class OptimizerStates:
         for position, group in enumerate(optimizer.param_groups[: len(sums)]):
             sums[position] += float(group["lr"])
 
-    def _restore(self, per_client_only: bool) -> None:
+    def _restore(self) -> None:
         for optimizer, options in zip(self.optimizers, self._options, strict=True):
             for group, saved in zip(optimizer.param_groups, options, strict=True):
                 group.update(copy.deepcopy(saved))
         for schedule, state in zip(self.schedules, self._schedule_states, strict=True):
-            if schedule.per_client or not per_client_only:
-                schedule.scheduler.load_state_dict(copy.deepcopy(state))
+            schedule.scheduler.load_state_dict(copy.deepcopy(state))
+            schedule.num_steps = 0
 
 
 def _options(optimizer: Optimizer) -> list[dict[str, Any]]:
@@ -137,6 +164,10 @@ def _options(optimizer: Optimizer) -> list[dict[str, Any]]:
         copy.deepcopy({key: value for key, value in group.items() if key != "params"})
         for group in optimizer.param_groups
     ]
+
+
+def _like(value: Any, own: Any) -> Any:
+    return torch.full_like(own, value) if isinstance(own, Tensor) else copy.deepcopy(value)
 
 
 def _copy_state(state: Mapping[Any, Any]) -> dict[Any, Any]:

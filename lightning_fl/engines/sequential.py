@@ -8,8 +8,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from lightning_fl.engines.optimizers import OptimizerStates
+from lightning_fl.engines.optimizers import OptimizerStates, Schedule, ScheduleEnd
 from lightning_fl.engines.tensors import FederatedTensors
 from lightning_fl.tree import cast_like, sum_dtype, to_sum_dtype, tree_map
 from lightning_fl.types import Tree
@@ -27,6 +28,7 @@ class LocalResult:
         kept: What the client keeps: personal tensors, optimizer state.
         num_steps: Optimizer steps really taken.
         lr_sum: For each shared parameter, the learning rates of its steps summed.
+        schedule_end: Where it has taken the schedules.
     """
 
     params: Tree
@@ -34,6 +36,7 @@ class LocalResult:
     kept: Mapping[str, Tree]
     num_steps: int
     lr_sum: Mapping[str, float]
+    schedule_end: ScheduleEnd
 
 
 class SequentialEngine:
@@ -64,7 +67,7 @@ class SequentialEngine:
         """Where the module's shared parameters are."""
         return next(iter(self.tensors.params.values())).device
 
-    def begin_round(self, server_params: Tree | None) -> Tree:
+    def begin_round(self, server_params: Tree | None, schedules: Sequence[Schedule] = ()) -> Tree:
         """Takes the module's tensors as the round's start.
 
         What was changed on the module between rounds counts: a value of ``server_params`` (kept in at least float32)
@@ -74,7 +77,7 @@ class SequentialEngine:
             The global parameters, in the dtype in which they are summed.
         """
         self.tensors = FederatedTensors(self.module, self.personal)
-        self.optimizers.begin_round()
+        self.optimizers.begin_round(schedules)
         params = to_sum_dtype(self.tensors.params)
         for name, param in self.tensors.params.items():
             if server_params is not None and name in server_params and params[name].dtype != param.dtype:
@@ -92,16 +95,22 @@ class SequentialEngine:
         _load(self.tensors.personal, kept.get("personal", self._start_personal))
         self.optimizers.start_client(kept.get("optimizer"))
 
-    def transform_grads(self, transform: Callable[[Tree, Tree], Tree]) -> None:
-        """Replaces the gradients of the shared parameters by ``transform(grads, params)``."""
-        params = self.tensors.params
+    def transform_grads(self, transform: Callable[[Tree, Tree], Tree], optimizer: Optimizer) -> None:
+        """Replaces the gradients of the shared parameters that ``optimizer`` steps by ``transform(grads, params)``."""
+        stepped = {id(param) for group in optimizer.param_groups for param in group["params"]}
+        params = {name: param for name, param in self.tensors.params.items() if id(param) in stepped}
         grads = {name: param.grad for name, param in params.items() if param.grad is not None}
         for name, grad in transform(grads, {name: params[name].detach() for name in grads}).items():
             params[name].grad = grad.to(params[name].dtype)
 
     def finish_client(self) -> LocalResult:
-        """Reads what a client's local training has changed."""
+        """Reads what a client's local training has changed.
+
+        Raises:
+            ValueError: If it has changed a frozen parameter, which the next client would inherit.
+        """
         tensors = self.tensors
+        tensors.check_frozen()
         kept: dict[str, Tree] = {}
         if self.personal:
             kept["personal"] = _clones(tensors.personal)
@@ -113,20 +122,21 @@ class SequentialEngine:
             kept=kept,
             num_steps=self.optimizers.num_steps,
             lr_sum=self.optimizers.lr_sum(tensors.params),
+            schedule_end=self.optimizers.schedule_end(),
         )
 
-    def end_round(self, params: Tree, buffers: Tree, schedule_steps: Sequence[int]) -> None:
+    def end_round(self, params: Tree, buffers: Tree, schedule_end: ScheduleEnd | None) -> None:
         """Loads the new global model.
 
         Args:
             params: The new global parameters.
             buffers: The mean change of the shared buffers.
-            schedule_steps: Steps from which the next round's schedules start, counted from this round's start.
+            schedule_end: Where the client with the most steps has taken the schedules; None: back to the start.
         """
         _load(self.tensors.params, params)
         _load(self.tensors.buffers, tree_map(_move, self._start_buffers, buffers))
         _load(self.tensors.personal, self._start_personal)
-        self.optimizers.end_round(schedule_steps)
+        self.optimizers.end_round(schedule_end)
 
 
 @torch.no_grad()

@@ -43,11 +43,26 @@ class FederatedTensors:
         self._personal_params = {name: param for name, param in params.items() if name in own}
         self._buffers = {name: place for name, place in buffers.items() if name not in own}
         self._personal_buffers = {name: place for name, place in buffers.items() if name in own}
+        self._frozen = [(name, p, p._version) for name, p in module.named_parameters() if not p.requires_grad]
         if not self.params:
             raise ValueError(
                 "No trainable parameter is left to share: each is frozen or personal. Unfreeze some, or narrow "
                 f"personal={list(personal)}."
             )
+
+    def check_frozen(self) -> None:
+        """Makes sure that no frozen parameter has been written to since the round began.
+
+        Raises:
+            ValueError: If one has.
+        """
+        for name, param, version in self._frozen:
+            if param._version != version:
+                raise ValueError(
+                    f"The frozen parameter {name!r} was changed during local training, so one client's value would "
+                    "reach the next. Register it as a buffer, which is averaged, or name it in `personal` and let it "
+                    "require gradients."
+                )
 
     @property
     def buffers(self) -> dict[str, Tensor]:

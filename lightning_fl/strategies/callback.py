@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 class RoundCallback(L.Callback):
     """Stands first in the Trainer's list, so that every other callback sees the aggregated global model."""
 
+    follows_idle_rounds = True
+
     def __init__(self, strategy: FederatedStrategy) -> None:
         self.strategy = strategy
 
@@ -28,7 +30,7 @@ class RoundCallback(L.Callback):
         self.strategy.active_rounds.plan_round()
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        self.strategy.active_rounds.transform_grads()
+        self.strategy.active_rounds.transform_grads(optimizer)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

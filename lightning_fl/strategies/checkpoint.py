@@ -96,7 +96,9 @@ class ClientStateFiles:
     def write(self, store: ClientStore) -> list[str]:
         """Writes this rank's states; returns the manifests of all ranks. Called on all ranks."""
         own = self.files.write_manifest(store.save(self.files))
-        manifests = [message.fields["manifest"] for message in self.group.all_gather(Message({"manifest": own}))]
+        manifests = [
+            message.fields["manifest"] for message in self.group.all_gather(Message({"manifest": own}), "checkpoint")
+        ]
         self.files.name(self.name, manifests, also_old=True)
         return manifests
 
@@ -120,7 +122,7 @@ def read_client_states(path: str | Path, manifests: list[str], store: ClientStor
     """
     files = state_files(path)
     found = [files.read_manifest(name) for name in manifests]
-    if population.silos is None and None in found or not any(manifest is not None for manifest in found):
+    if (population.silos is None and None in found) or not any(manifest is not None for manifest in found):
         raise MisconfigurationException(
             f"The checkpoint {path} needs the states of its clients, but they are not in {files.root}. Copy the folder "
             "`client_states` along with the checkpoint."

@@ -56,6 +56,12 @@ def check_trainer(trainer: L.Trainer) -> None:
     Raises:
         MisconfigurationException: If one of them is set.
     """
+    tuners = [type(callback).__name__ for callback in trainer.callbacks]  # type: ignore[attr-defined]
+    tuner = next((name for name in tuners if name in ("_LRCallback", "LearningRateFinder", "BatchSizeFinder")), None)
+    if tuner is not None:
+        raise MisconfigurationException(
+            "The tuner (lr_find, scale_batch_size) trains batch by batch and has no rounds. Tune with strategy='auto'."
+        )
     if trainer.val_check_interval != 1.0 or isinstance(trainer.val_check_interval, int):
         raise MisconfigurationException(
             f"val_check_interval={trainer.val_check_interval} asks for validation inside a round, where there is no "
@@ -68,15 +74,26 @@ def check_trainer(trainer: L.Trainer) -> None:
         )
 
 
-def check_same_on_ranks(group: Group, what: str, own: bool) -> None:
-    """Makes sure that all ranks have something, or none: one that skips a step would leave the others waiting.
+def check_same_on_ranks(group: Group, what: str, own: int) -> None:
+    """Makes sure that all ranks have as many of something: one that skips a step would leave the others waiting.
 
     Raises:
-        MisconfigurationException: On every rank, if some have it and some have not.
+        MisconfigurationException: On every rank, if they differ.
     """
-    has = [message.fields["has"] for message in group.all_gather(Message({"has": own}))]
-    if any(has) and not all(has):
-        without = ", ".join(str(rank) for rank, own in enumerate(has) if not own)
+    counts = [message.fields["count"] for message in group.all_gather(Message({"count": int(own)}), what)]
+    different = next((rank for rank, count in enumerate(counts) if count != counts[0]), None)
+    if different is not None:
         raise MisconfigurationException(
-            f"Rank {without} has no {what}, the others have. Give each rank some, or none (limit_val_batches=0)."
+            f"Rank {different} has {counts[different] or 'no'} {what}, rank 0 has {counts[0] or 'none'}. Give each "
+            "rank equally many, or none (limit_val_batches=0)."
         )
+
+
+def check_type(name: str, value: Any, kind: type, example: str) -> None:
+    """Makes sure that an argument has the type that it must have, or is None.
+
+    Raises:
+        ValueError: If it has not.
+    """
+    if value is not None and not isinstance(value, kind):
+        raise ValueError(f"{name}={value!r} is a {type(value).__name__}; expected {example}.")

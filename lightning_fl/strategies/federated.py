@@ -14,18 +14,20 @@ import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
 from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import Tensor
 
 from lightning_fl.aggregation import Aggregator, Transform, WeightedMean
 from lightning_fl.algorithms import Algorithm, Weighting, get_algorithm
-from lightning_fl.clients import LocalWork, Population, RoundLoader, RoundPlan
+from lightning_fl.clients import LocalWork, Population, RoundLoader
 from lightning_fl.clients.partition import Partitioner
 from lightning_fl.clients.split import shard
 from lightning_fl.communication import Group, LocalGroup, Message, connect
+from lightning_fl.communication.objects import decode_object, encode_object
 from lightning_fl.engines import SequentialEngine
-from lightning_fl.engines.optimizers import OptimizerStates, Schedule
+from lightning_fl.engines.optimizers import OptimizerStates
 from lightning_fl.engines.sequential import ClientOptimizer
 from lightning_fl.strategies import lightning_internals as internals
 from lightning_fl.strategies.callback import RoundCallback
@@ -38,13 +40,19 @@ from lightning_fl.strategies.checkpoint import (
     unpack,
     warn_of_plain_checkpoint,
 )
-from lightning_fl.strategies.checks import SEVERAL_LOADERS, check_choice, check_same_on_ranks, check_trainer, check_work
+from lightning_fl.strategies.checks import (
+    SEVERAL_LOADERS,
+    check_choice,
+    check_same_on_ranks,
+    check_trainer,
+    check_type,
+    check_work,
+)
 from lightning_fl.strategies.handshake import join_ranks
 from lightning_fl.strategies.metrics import EvaluationMetrics
-from lightning_fl.strategies.objects import decode_object, encode_object
 from lightning_fl.strategies.population import build_population
 from lightning_fl.strategies.round import FederationSettings
-from lightning_fl.strategies.rounds import FederatedRounds
+from lightning_fl.strategies.rounds import FederatedRounds, digest
 
 
 class FederatedStrategy(ParallelStrategy):
@@ -101,6 +109,12 @@ class FederatedStrategy(ParallelStrategy):
     ) -> None:
         super().__init__()
         check_work(num_clients, clients_per_round, local_epochs, local_steps)
+        check_type("partition", partition, Partitioner, "fl.datamodules.Dirichlet(0.3)")
+        check_type("aggregator", aggregator, Aggregator, "fl.aggregation.WeightedMean()")
+        check_type("transforms", transforms, Sequence, "a list of fl.aggregation.Transform")
+        check_type("personal", personal, Sequence, "a list of globs such as ['head.*']")
+        for transform in transforms:
+            check_type("transforms", transform, Transform, "fl.aggregation.Transform objects")
         check_choice("weighting", weighting, (None, "examples", "uniform"))
         check_choice("client_optimizer", client_optimizer, ("reset", "keep"))
         check_choice("engine", engine, ("auto", "sequential"))
@@ -120,12 +134,13 @@ class FederatedStrategy(ParallelStrategy):
         self.engine = engine
         self.seed = seed
         self.split_validation = split_validation
+        if not timeout > 0:
+            raise ValueError(f"timeout={timeout} must be a positive number of seconds.")
         self.timeout = timedelta(seconds=timeout)
         self.num_nodes = 1
         self.federation: Group = LocalGroup()
         self.rounds: FederatedRounds | None = None
         self._last_rounds: FederatedRounds | None = None
-        self.largest_num_batches: Any = None
         self._connected = False
         self._loaded_checkpoint: tuple[Any, dict[str, Any] | None] | None = None
         self._works_alone = False
@@ -251,20 +266,25 @@ class FederatedStrategy(ParallelStrategy):
             callbacks.insert(0, RoundCallback(self))
 
     def setup(self, trainer: L.Trainer) -> None:
-        check_trainer(trainer)
+        if trainer.state.fn == TrainerFn.FITTING:
+            check_trainer(trainer)
         check_same_on_ranks(self.federation, "validation data", trainer.enable_validation)
         super().setup(trainer)
         assert self.lightning_module is not None
         join_ranks(self.federation, self.lightning_module, self._settings)
-        self._evaluation = EvaluationMetrics(self.federation, self.lightning_module)
+        self.evaluation_metrics = EvaluationMetrics(self.federation, self.lightning_module)
 
     def setup_optimizers(self, trainer: L.Trainer) -> None:
-        with internals.seen_by_estimates(self, lambda: self.active_rounds.largest_num_batches()):
-            super().setup_optimizers(trainer)
+        super().setup_optimizers(trainer)
         if internals.has_no_optimizer(self.optimizers):
             raise MisconfigurationException(
                 "`configure_optimizers` returned no optimizer, so clients would not train. Return one."
             )
+
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        if self._works_alone and self.federation.size > 1 and not self.evaluation_metrics.first_batch:
+            self.evaluation_metrics.first_batch = digest(batch)
+        return super().batch_to_device(batch, device, dataloader_idx)
 
     def process_dataloader(self, dataloader: object) -> object:
         trainer = self._trainer
@@ -304,12 +324,7 @@ class FederatedStrategy(ParallelStrategy):
         trainer, module = self._trainer, self._module
         if not isinstance(trainer.train_dataloader, RoundLoader):
             raise MisconfigurationException(SEVERAL_LOADERS)
-        per_client = not module.automatic_optimization
-        schedules = [
-            Schedule(scheduler, per_client or per_step)
-            for scheduler, per_step in internals.epoch_schedulers(self.lr_scheduler_configs)
-        ]
-        optimizers = OptimizerStates(self.optimizers, schedules)
+        optimizers = OptimizerStates(self.optimizers)
         self._resume()
         self.active_rounds.start(SequentialEngine(module, optimizers, self.personal, self.client_optimizer))
 
@@ -342,20 +357,18 @@ class FederatedStrategy(ParallelStrategy):
             )
 
     def _start_evaluation(self) -> None:
+        results = internals.results_at_hand(self._trainer)
+        self.evaluation_metrics.start(results, per_rank=self._validation_is_per_rank or self.split_validation)
         self._works_alone = True
-        self._evaluation.start(per_rank=self._validation_is_per_rank or self.split_validation)
 
-    def check_evaluation_data(self, num_batches: int | float) -> None:
-        """Makes sure that all ranks evaluate, or none."""
-        check_same_on_ranks(self.federation, "batches to evaluate", num_batches > 0)
-
-    def merge_evaluation_metrics(self, results: internals.ResultCollection) -> None:
-        """Joins the ranks' metrics of the evaluation loader at hand, before Lightning reads them."""
-        self._evaluation.merge(results)
-
-    def leave_local_phase(self) -> None:
+    def end_evaluation(self) -> None:
         """Evaluation batches are done: collectives concern all ranks again."""
         self._works_alone = False
+        self.evaluation_metrics.end()
+
+    def check_evaluation_data(self, num_loaders: int) -> None:
+        """Makes sure that all ranks have equally many loaders to evaluate."""
+        check_same_on_ranks(self.federation, "loaders with batches to evaluate", num_loaders)
 
     def interrupt(self) -> None:
         """Called by :class:`RoundCallback` when an exception ends the run; from here on a rank works alone."""
@@ -409,14 +422,9 @@ class FederatedStrategy(ParallelStrategy):
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """One entry for each finished round: clients, examples, steps, refused clients, seconds."""
+        """One entry for each finished round: clients, examples, steps, refused and empty clients, seconds."""
         rounds = self.rounds or self._last_rounds
         return [] if rounds is None else rounds.history
-
-    @property
-    def plan(self) -> RoundPlan | None:
-        """What this rank does in the round at hand."""
-        return None if self.rounds is None else self.rounds.plan
 
     @property
     def active_rounds(self) -> FederatedRounds:
@@ -439,12 +447,18 @@ class FederatedStrategy(ParallelStrategy):
 
     @property
     def _settings(self) -> dict[str, str]:
-        names = ("algorithm", "weighting", "clients_per_round", "local_epochs", "local_steps", "client_optimizer")
-        return {name: repr(getattr(self, name)) for name in (*names, "personal", "_seed")}
+        own = ("algorithm", "weighting", "clients_per_round", "local_epochs", "local_steps", "client_optimizer")
+        of_trainer = ("max_epochs", "max_steps", "min_epochs", "check_val_every_n_epoch", "num_sanity_val_steps")
+        trainer = self._trainer
+        return {
+            **{name: repr(getattr(self, name)) for name in (*own, "personal", "_seed")},
+            **{name: repr(getattr(trainer, name)) for name in of_trainer},
+        }
 
     @property
     def _validation_is_per_rank(self) -> bool:
-        if self.rounds is not None:
-            return self.rounds.population.silos is not None
+        rounds = self.rounds or self._last_rounds
+        if rounds is not None:
+            return rounds.population.silos is not None
         simulated = getattr(getattr(self._trainer, "datamodule", None), "gives_clients", False)
         return self.started_by_launcher and self.num_clients is None and self.partition is None and not simulated

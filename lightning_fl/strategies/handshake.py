@@ -36,7 +36,7 @@ def shake_hands(group: Group, module: nn.Module, settings: dict[str, str]) -> No
         "setting": settings,
         "tensor": describe_module(module),
     }
-    first, *others = [message.fields for message in group.all_gather(Message(own))]
+    first, *others = [message.fields for message in group.all_gather(Message(own), "handshake")]
     for rank, other in enumerate(others, start=1):
         for kind, expected in first.items():
             _compare(kind, expected, other.get(kind, {}), rank)

@@ -8,26 +8,33 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, Timer
 from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
+from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.optimization.automatic import _AutomaticOptimization
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.connectors.logger_connector.result import (
     _Metadata,
     _ResultCollection,
     _ResultMetric,
     _Sync,
 )
+from lightning.pytorch.utilities.data import extract_batch_size
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import LRSchedulerConfig
+
+from lightning_fl.engines.optimizers import Schedule
 
 SubprocessLauncher = _SubprocessScriptLauncher
 ResultCollection = _ResultCollection
@@ -36,13 +43,21 @@ ResultCollection = _ResultCollection
 class RoundEpochLoop(_TrainingEpochLoop):
     """Lightning's epoch loop, in which an epoch is a round of several clients.
 
-    - ``done``: ``max_steps`` and ``should_stop`` count at the round's end only, where all ranks decide together.
-    - accumulation windows and the frequency of step schedules are counted within a client.
+    - ``max_steps`` and ``should_stop`` count at the round's end only, where all ranks decide together; so does
+      validation.
+    - Accumulation windows, the frequency of step schedules and the ``batch_idx`` of ``training_step`` are counted
+      within a client, so that they do not depend on which rank trains it.
+    - Epoch schedules step when the round is closed.
+    - A rank without clients passes through the round without the user's batch hooks.
     """
 
     @property
-    def _plan(self) -> Any:
-        return self.trainer.strategy.plan  # type: ignore[attr-defined]
+    def _rounds(self) -> Any:
+        return self.trainer.strategy.rounds  # type: ignore[attr-defined]
+
+    def _num_ready_batches_reached(self) -> bool:
+        num_batches = self._rounds.plan.num_batches
+        return num_batches is not None and self.batch_progress.current.ready >= num_batches
 
     @property
     def _is_training_done(self) -> bool:
@@ -52,30 +67,56 @@ class RoundEpochLoop(_TrainingEpochLoop):
     def done(self) -> bool:
         return self._is_training_done and self._is_validation_done
 
+    def _should_check_val_fx(self, data_fetcher: _DataFetcher) -> bool:
+        return self._num_ready_batches_reached() and self._should_check_val_epoch()
+
     def _accumulated_batches_reached(self) -> bool:
-        plan = self._plan
-        if plan is None or not plan.clients:
-            return True
-        return plan.locate(self.batch_progress.current.ready - 1).ends_window
+        plan = self._rounds.plan
+        return not plan.clients or plan.locate(self.batch_progress.current.ready - 1).ends_window
+
+    def _build_kwargs(self, kwargs: OrderedDict, batch: Any, batch_idx: int) -> OrderedDict:
+        return super()._build_kwargs(kwargs, batch, self._rounds.plan.locate(batch_idx).offset)
 
     def update_lr_schedulers(self, interval: str, update_plateau_schedulers: bool) -> None:
-        plan = self._plan
-        if interval == "epoch" or plan is None or plan.clients:
-            with warnings.catch_warnings():
-                # a rank without clients steps its epoch schedules though its optimizers have not stepped
-                warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-                super().update_lr_schedulers(interval, update_plateau_schedulers)
+        if interval == "epoch" and update_plateau_schedulers:
+            super().update_lr_schedulers(interval, update_plateau_schedulers)
+        elif interval == "step" and not update_plateau_schedulers and not self._should_accumulate():
+            self._step_client_schedules()
 
-    def _update_learning_rates(self, interval: str, update_plateau_schedulers: bool) -> None:
-        if interval == "epoch":
-            super()._update_learning_rates(interval, update_plateau_schedulers)
+    def _step_client_schedules(self) -> None:
+        if not self.trainer.lightning_module.automatic_optimization:
             return
-        current = self.batch_progress.current
-        ready, current.ready = current.ready, self._plan.locate(current.ready - 1).offset + 1
-        try:
-            super()._update_learning_rates(interval, update_plateau_schedulers)
-        finally:
-            current.ready = ready
+        offset = self._rounds.plan.locate(self.batch_progress.current.ready - 1).offset
+        for config, schedule in self._rounds.schedules:
+            if config.interval == "step" and (offset + 1) % config.frequency == 0:
+                self.scheduler_progress.increment_ready()
+                schedule.take_step()
+                self.scheduler_progress.increment_completed()
+
+    def step_epoch_schedules(self) -> None:
+        """Steps the schedules that step once a round."""
+        with warnings.catch_warnings():
+            # a rank without clients steps its schedules though its optimizers have not stepped
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            self._update_learning_rates("epoch", update_plateau_schedulers=False)
+
+    def advance(self, data_fetcher: _DataFetcher) -> None:
+        if self.restarting or self._rounds.plan.clients:
+            super().advance(data_fetcher)
+            return
+        self.val_loop.restarting = False
+        next(data_fetcher)
+        self.batch_progress.is_last_batch = True
+        self.batch_progress.increment_ready()
+        self.trainer._logger_connector.on_batch_start(None)
+        self.batch_progress.increment_started()
+        self.batch_progress.increment_processed()
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if getattr(callback, "follows_idle_rounds", isinstance(callback, Checkpoint | Timer)):
+                callback.on_train_batch_end(self.trainer, self.trainer.lightning_module, None, None, 0)
+        self.trainer._logger_connector.on_batch_end()
+        self.batch_progress.increment_completed()
+        self.trainer._logger_connector.update_train_step_metrics()
 
     def set_global_step(self, step: int) -> None:
         """Sets ``trainer.global_step``, which Lightning counts per process, so that all ranks agree."""
@@ -90,32 +131,37 @@ class RoundOptimization(_AutomaticOptimization):
     """Automatic optimization that empties the gradients at the start of a client's accumulation window."""
 
     def _make_zero_grad_fn(self, batch_idx: int, optimizer: torch.optim.Optimizer) -> Callable[[], None] | None:
-        place = self.trainer.strategy.plan.locate(batch_idx)  # type: ignore[attr-defined]
+        place = self.trainer.strategy.rounds.plan.locate(batch_idx)  # type: ignore[attr-defined]
         window_idx = 0 if place.starts_window else 1
         return super()._make_zero_grad_fn(window_idx if self.trainer.accumulate_grad_batches > 1 else 0, optimizer)
 
 
 class RoundFitLoop(_FitLoop):
-    """Lightning's fit loop, whose number of batches an LR schedule may ask for before the first round.
+    """Lightning's fit loop, with the limit on batches left to the clients.
 
-    ``trainer.estimated_stepping_batches`` multiplies ``max_batches`` by the epochs; while the optimizers are
-    configured it must see the largest client, not the sum over a rank's clients.
+    ``trainer.estimated_stepping_batches`` multiplies ``max_batches`` by the epochs. Until training starts it must see
+    the largest client, for whom schedules are made, not the sum over a rank's clients.
     """
 
     @property
     def max_batches(self) -> int | float:
-        largest = getattr(self.trainer.strategy, "largest_num_batches", None)
-        return self.__dict__["max_batches"] if largest is None else largest()
+        rounds = getattr(self.trainer.strategy, "rounds", None)
+        return self.__dict__["max_batches"] if rounds is None or rounds.has_started else rounds.largest_num_batches()
 
     @max_batches.setter
     def max_batches(self, value: int | float) -> None:
         self.__dict__["max_batches"] = value
 
     def setup_data(self) -> None:
-        with self.trainer.strategy.local_phase():  # type: ignore[attr-defined]
-            super().setup_data()
-        if self._combined_loader is not None and self.trainer.strategy.rounds is not None:  # type: ignore[attr-defined]
-            self.trainer.strategy.rounds.set_length()  # type: ignore[attr-defined]
+        strategy: Any = self.trainer.strategy
+        limit, self.trainer.limit_train_batches = self.trainer.limit_train_batches, 1.0
+        try:
+            with strategy.local_phase():
+                super().setup_data()
+        finally:
+            self.trainer.limit_train_batches = limit
+        if self._combined_loader is not None and strategy.rounds is not None:
+            strategy.rounds.set_length()
 
 
 class RoundEvaluationLoop(_EvaluationLoop):
@@ -129,14 +175,15 @@ class RoundEvaluationLoop(_EvaluationLoop):
         with self.trainer.strategy.local_phase():  # type: ignore[attr-defined]
             super().setup_data()
         if self._combined_loader is not last:
-            self.trainer.strategy.check_evaluation_data(sum(self._max_batches))  # type: ignore[attr-defined]
+            num_loaders = sum(num_batches > 0 for num_batches in self._max_batches)
+            self.trainer.strategy.check_evaluation_data(num_loaders)  # type: ignore[attr-defined]
 
     def _store_dataloader_outputs(self) -> None:
-        self.trainer.strategy.merge_evaluation_metrics(self._results)  # type: ignore[attr-defined]
-        super()._store_dataloader_outputs()
+        with self.trainer.strategy.evaluation_metrics.merged(self._results):  # type: ignore[attr-defined]
+            super()._store_dataloader_outputs()
 
     def _on_evaluation_epoch_end(self) -> None:
-        self.trainer.strategy.leave_local_phase()  # type: ignore[attr-defined]
+        self.trainer.strategy.end_evaluation()  # type: ignore[attr-defined]
         super()._on_evaluation_epoch_end()
 
 
@@ -148,7 +195,6 @@ def adopt_loops(trainer: Trainer) -> None:
     epoch_loop.automatic_optimization.__class__ = RoundOptimization
     for loop in (epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop):
         loop.__class__ = RoundEvaluationLoop
-    epoch_loop._warning_cache.add("train_dataloader yielded None. If this was on purpose, ignore this warning...")
 
 
 def keep_samplers(trainer: Trainer) -> None:
@@ -204,8 +250,8 @@ def set_global_step(trainer: Trainer, step: int) -> None:
 def logger_steps(trainer: Trainer) -> int:
     """The x-axis of the loggers: batches after which an optimizer stepped, on this rank."""
     epoch_loop = trainer.fit_loop.epoch_loop
-    steps_now = 0 if epoch_loop.batch_progress.current.ready == 0 or epoch_loop._should_accumulate() else 1
-    return epoch_loop._batches_that_stepped + steps_now
+    ended_window = epoch_loop.batch_progress.current.ready > 0 and not epoch_loop._should_accumulate()
+    return epoch_loop._batches_that_stepped + ended_window
 
 
 def set_logger_steps(trainer: Trainer, steps: int) -> None:
@@ -259,21 +305,32 @@ def train_results(trainer: Trainer) -> _ResultCollection:
     return trainer.fit_loop.epoch_loop._results
 
 
-def epoch_schedulers(configs: list[LRSchedulerConfig]) -> Iterator[tuple[Any, bool]]:
-    """Each scheduler that steps without a metric, and whether it steps every optimizer step."""
-    for config in configs:
-        if not config.reduce_on_plateau:
-            yield config.scheduler, config.interval == "step"
+def client_schedules(trainer: Trainer) -> list[tuple[LRSchedulerConfig, Schedule]]:
+    """The schedules that step inside a client's local training, as the user's module steps them.
+
+    Raises:
+        MisconfigurationException: If one of them needs a metric, of which there is none inside a round.
+    """
+    automatic = trainer.lightning_module.automatic_optimization
+    schedules = []
+    for config in trainer.lr_scheduler_configs:
+        if config.reduce_on_plateau and config.interval == "step" and automatic:
+            raise MisconfigurationException(
+                f"{type(config.scheduler).__name__} with interval='step' asks for a metric inside a round, where each "
+                "client would give another. Use interval='epoch', which is a round."
+            )
+        if not config.reduce_on_plateau and (config.interval == "step" or not automatic):
+            step = partial(call._call_lightning_module_hook, trainer, "lr_scheduler_step", config.scheduler, None)
+            schedules.append((config, Schedule(config.scheduler, step, by_user=not automatic)))
+    return schedules
 
 
-@contextmanager
-def seen_by_estimates(driver: Any, num_batches: Callable[[], int | float]) -> Iterator[None]:
-    """Shows ``num_batches`` to ``trainer.estimated_stepping_batches`` inside the block."""
-    driver.largest_num_batches = num_batches
-    try:
-        yield
-    finally:
-        driver.largest_num_batches = None
+def step_epoch_schedules(trainer: Trainer) -> None:
+    """Steps the schedules that step once a round."""
+    epoch_loop = trainer.fit_loop.epoch_loop
+    assert isinstance(epoch_loop, RoundEpochLoop)
+    if trainer.lightning_module.automatic_optimization:
+        epoch_loop.step_epoch_schedules()
 
 
 REDUCTIONS: dict[str, Any] = {"mean": torch.mean, "sum": torch.sum, "min": torch.min, "max": torch.max}
@@ -307,3 +364,65 @@ def placeholder(settings: dict[str, Any], device: torch.device) -> _ResultMetric
     result = _ResultMetric(meta, is_tensor).to(device)
     result.has_reset = False
     return result
+
+
+def results_at_hand(trainer: Trainer) -> _ResultCollection:
+    """Where Lightning collects what is logged at the moment."""
+    results = trainer._results
+    assert results is not None
+    return results
+
+
+def entry(result: _ResultMetric) -> dict[str, Any]:
+    """What was logged under a name so far: the settings, a value added up in float64, and its weight."""
+    settings = describe(result)
+    if not result.is_tensor:
+        return {**settings, "value": 0.0, "weight": 1}
+    weight = result.cumulated_batch_size if result.meta.is_mean_reduction else 1
+    return {**settings, "value": result.value.double(), "weight": weight}
+
+
+def step_entry(result: _ResultMetric, num_examples: int) -> dict[str, Any] | None:
+    """The value last logged for the step only, which Lightning does not add up; None if there is none."""
+    if result._forward_cache is None:
+        return None
+    weight = num_examples if result.meta.is_mean_reduction else 1
+    return {**describe(result), "value": result._forward_cache.double() * weight, "weight": weight}
+
+
+def num_updates(result: _ResultMetric) -> int:
+    """How often something was logged under the name since the epoch began."""
+    return result._update_count
+
+
+def is_computed(result: _ResultMetric) -> bool:
+    """Whether Lightning has read the value of the epoch."""
+    return result._computed is not None
+
+
+def empty(result: _ResultMetric) -> None:
+    """Starts adding up anew; the value of the last step stays."""
+    result.value = result._defaults["value"].to(result.value.device)  # type: ignore[union-attr]
+    if result.meta.is_mean_reduction:
+        result.cumulated_batch_size = torch.zeros_like(result.cumulated_batch_size)
+    result._computed = None
+
+
+def show(result: _ResultMetric, value: float) -> None:
+    """Puts a value where Lightning reads that of the epoch, and of the step."""
+    result.has_reset = False
+    joined = torch.tensor(value, dtype=result.value.dtype, device=result.value.device)
+    if result.meta.on_step:
+        result._forward_cache = joined
+    if result.meta.on_epoch:
+        result._computed = joined  # type: ignore[assignment]
+
+
+def batch_size(results: _ResultCollection, batch: Any) -> int:
+    """Number of examples in a batch, as Lightning sees it; 1 if it can't tell."""
+    if results.batch_size is None:
+        try:
+            results.batch_size = extract_batch_size(batch)
+        except MisconfigurationException:
+            return 1
+    return results.batch_size

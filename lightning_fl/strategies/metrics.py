@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_fl.communication import Group, Message
-from lightning_fl.strategies.lightning_internals import ResultCollection, describe, placeholder
+from lightning_fl.strategies import lightning_internals as internals
+from lightning_fl.strategies.lightning_internals import ResultCollection
 from lightning_fl.types import Tree
 
 Entries = dict[str, dict[str, Any]]
@@ -32,49 +34,26 @@ class LoggedValues:
     def after_batch(self, results: ResultCollection, num_examples: int) -> None:
         """Takes in values logged for the step only, which Lightning does not add up."""
         for key, result in results.items():
-            if not result.is_tensor or result.meta.on_epoch or result._forward_cache is None:
-                continue
-            if self._was_updated(key, result):
-                weight = num_examples if result.meta.is_mean_reduction else 1
-                value = result._forward_cache.double() * (weight if result.meta.is_mean_reduction else 1)
-                _join(self._client, key, {**describe(result), "value": value, "weight": weight})
+            if result.is_tensor and not result.meta.on_epoch and self._was_updated(key, result):
+                entry = internals.step_entry(result, num_examples)
+                if entry is not None:
+                    _join(self._client, key, entry)
 
     def after_client(self, results: ResultCollection, accepted: bool) -> None:
         """Takes in what a client has logged, or drops it if its update was refused."""
         for key, result in results.items():
             of_training = result.is_tensor and result.meta.on_epoch and result.meta.fx != _LATE_HOOK
             if of_training and not result.has_reset and self._was_updated(key, result):
-                _join(self._client, key, _entry(result))
-                _empty(result)
+                _join(self._client, key, internals.entry(result))
+                internals.empty(result)
         if accepted:
             for key, entry in self._client.items():
                 _join(self.entries, key, entry)
         self._client = {}
 
     def _was_updated(self, key: str, result: Any) -> bool:
-        before, self._counts[key] = self._counts.get(key, 0), result._update_count
+        before, self._counts[key] = self._counts.get(key, 0), internals.num_updates(result)
         return self._counts[key] != before
-
-
-def late_entries(results: ResultCollection) -> Entries:
-    """Values of the epoch logged in a hook that runs after the round has been closed."""
-    return {
-        key: _entry(result)
-        for key, result in results.items()
-        if result.is_tensor and result.meta.on_epoch and not result.has_reset and result.meta.fx == _LATE_HOOK
-    }
-
-
-def _entry(result: Any) -> dict[str, Any]:
-    weight = result.cumulated_batch_size if result.meta.is_mean_reduction else 1
-    return {**describe(result), "value": result.value.double(), "weight": weight}
-
-
-def _empty(result: Any) -> None:
-    result.value = result._defaults["value"].to(result.value.device)
-    if result.meta.is_mean_reduction:
-        result.cumulated_batch_size = torch.zeros_like(result.cumulated_batch_size)
-    result._computed = None
 
 
 def _join(entries: Entries, key: str, entry: dict[str, Any]) -> None:
@@ -90,21 +69,28 @@ def _join(entries: Entries, key: str, entry: dict[str, Any]) -> None:
     old["weight"] = old["weight"] + entry["weight"]
 
 
-def evaluation_entries(results: ResultCollection) -> Entries:
-    """What this rank has logged over the evaluation loader at hand."""
+def late_entries(results: ResultCollection) -> Entries:
+    """Values of the epoch logged in a hook that runs after the round has been closed."""
     return {
-        key: _entry(result) if result.is_tensor else {**describe(result), "value": 0.0, "weight": 1}
-        for key, result in results.valid_items()
-        if result.meta.on_epoch and result._computed is None
+        key: internals.entry(result)
+        for key, result in results.items()
+        if result.is_tensor and result.meta.on_epoch and not result.has_reset and result.meta.fx == _LATE_HOOK
     }
 
 
 def logged_metric_entries(results: ResultCollection) -> Entries:
     """The logged torchmetrics; their states travel by themselves."""
     return {
-        key: {**describe(result), "value": 0.0, "weight": 1}
-        for key, result in results.items()
-        if not result.is_tensor and not result.has_reset
+        key: internals.entry(result) for key, result in results.items() if not result.is_tensor and not result.has_reset
+    }
+
+
+def evaluation_entries(results: ResultCollection) -> Entries:
+    """What this rank has logged over the evaluation loader at hand."""
+    return {
+        key: internals.entry(result)
+        for key, result in results.valid_items()
+        if result.meta.on_epoch and not internals.is_computed(result)
     }
 
 
@@ -140,35 +126,47 @@ def publish(entries: Entries, results: ResultCollection, module: nn.Module, devi
     """
     added = []
     for key, entry in entries.items():
-        settings = {name: value for name, value in entry.items() if name not in ("value", "weight")}
         if key not in results:
-            results[key] = placeholder(settings, device)
+            settings = {name: value for name, value in entry.items() if name not in ("value", "weight")}
+            results[key] = internals.placeholder(settings, device)
             added.append(key)
         result = results[key]
-        result.has_reset = False
         if not entry["is_tensor"]:
+            result.has_reset = False
             result.value = module.get_submodule(entry["metric_attribute"])
             continue
-        value = float(entry["value"])
+        value, weight = float(entry["value"]), float(entry["weight"])
         if entry["reduction"] == "mean":
-            value = value / float(entry["weight"]) if float(entry["weight"]) else float("nan")
-        joined = torch.tensor(value, dtype=result.value.dtype, device=device)
-        if entry["on_step"]:
-            result._forward_cache = joined
-        if entry["on_epoch"]:
-            result._computed = joined
+            value = value / weight if weight else float("nan")
+        internals.show(result, value)
     return added
 
 
 class MetricStates:
-    """The torchmetrics of a module, joined over ranks by their states, each in the way it declares itself."""
+    """The torchmetrics of a module, joined over ranks by their states, each in the way it declares itself.
 
-    def __init__(self, module: nn.Module) -> None:
+    After a merge every rank holds the union. If the user does not reset a metric, the union goes on on rank 0 only, so
+    that the next merge does not count it once for each rank.
+
+    Args:
+        module: The user's module.
+        rank: This process's place in the federation.
+    """
+
+    def __init__(self, module: nn.Module, rank: int) -> None:
         self.metrics = {name: metric for name, metric in module.named_modules() if isinstance(metric, Metric)}
+        self.rank = rank
+        self._merged: dict[str, int] = {}
+        self._counts: dict[str, int] = {}
         self.mark()
 
     def mark(self) -> None:
         """Counts updates from here on."""
+        kept = {name for name, count in self._merged.items() if self.metrics[name]._update_count == count}
+        self._merged = {name: count for name, count in self._merged.items() if name in kept}
+        if self.rank != 0:
+            for name in kept:
+                self.metrics[name].reset()
         self._counts = {name: metric._update_count for name, metric in self.metrics.items()}
 
     def snapshot(self) -> dict[str, tuple[int, dict[str, Any]]]:
@@ -192,7 +190,7 @@ class MetricStates:
         fields: dict[str, Any] = {}
         tensors: Tree = {}
         for name, metric in self.metrics.items():
-            if metric._update_count == self._counts[name]:
+            if metric._update_count == self._counts[name] and not (self.rank == 0 and name in self._merged):
                 continue
             lengths: dict[str, int | None] = {}
             for key in metric._defaults:
@@ -225,6 +223,7 @@ class MetricStates:
                 setattr(metric, key, _reduce(metric, key, parts))
             metric._update_count = sum(message.fields["metric_states"][name]["count"] for message in told)
             metric._computed = None
+            self._merged[name] = metric._update_count
 
 
 def _copy(state: Any) -> Any:
@@ -242,6 +241,8 @@ def _reduce(metric: Metric, key: str, parts: list[list[Tensor]]) -> Any:
 class EvaluationMetrics:
     """Metrics of an evaluation, equal on all ranks.
 
+    Ranks that have read the same data count once, others as the union of their data.
+
     Args:
         group: The ranks of the federation.
         module: The user's module.
@@ -250,30 +251,45 @@ class EvaluationMetrics:
     def __init__(self, group: Group, module: LightningModule) -> None:
         self.group = group
         self.module = module
-        self.states = MetricStates(module)
+        self.states = MetricStates(module, group.rank)
         self._placeholders: list[str] = []
 
-    def start(self, per_rank: bool) -> None:
+    def start(self, results: ResultCollection, per_rank: bool) -> None:
         """An evaluation begins.
 
         Args:
-            per_rank: Whether each rank has its own data, so that the result is that of their union. Otherwise all
-                have the same data, and rank 0's values count.
+            results: Where Lightning collects what is logged.
+            per_rank: Whether ranks may have data of their own.
         """
-        self.per_rank = per_rank
-        self.states.mark()
-
-    def merge(self, results: ResultCollection) -> None:
-        """Joins what the ranks have logged over the loader at hand."""
-        if self.group.size == 1:
-            return
-        fields, tensors = self.states.report() if self.per_rank else ({}, {})
-        report = Message({"metrics": plain(evaluation_entries(results)), "metric_states": fields}, tensors)
-        reports = self.group.all_gather(report)
-        if not self.per_rank:
-            reports = reports[:1]
-        self.states.merge(reports, self.module.device)
         for key in self._placeholders:
             results.pop(key, None)
-        merged = merge_entries(message.fields["metrics"] for message in reports)
-        self._placeholders = publish(merged, results, self.module, self.module.device)
+        self._placeholders = []
+        self.per_rank = per_rank
+        self.first_batch = ""
+        self.states.mark()
+
+    @contextmanager
+    def merged(self, results: ResultCollection) -> Iterator[None]:
+        """Inside the block, the values of the loader at hand are those of all ranks."""
+        if self.group.size == 1:
+            yield
+            return
+        own = self.states.snapshot()
+        reports = self._gather(plain(evaluation_entries(results)))
+        self.states.merge(reports, self.module.device)
+        entries = merge_entries(message.fields["metrics"] for message in reports)
+        self._placeholders += publish(entries, results, self.module, self.module.device)
+        yield
+        self.states.restore(own)
+
+    def end(self) -> None:
+        """All loaders have been read: metrics that the user computes by hand are those of all ranks."""
+        if self.group.size > 1:
+            self.states.merge(self._gather({}), self.module.device)
+
+    def _gather(self, entries: Entries) -> list[Message]:
+        fields, tensors = self.states.report() if self.per_rank else ({}, {})
+        report = Message({"metrics": entries, "metric_states": fields, "first_batch": self.first_batch}, tensors)
+        reports = self.group.all_gather(report, "evaluation")
+        same_data = len({message.fields["first_batch"] for message in reports}) == 1
+        return reports if self.per_rank and not same_data else reports[:1]

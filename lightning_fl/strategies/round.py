@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+
+from torch.optim import Optimizer
 
 from lightning_fl.aggregation import Aggregator, RoundContext, Transform
 from lightning_fl.algorithms import Algorithm, Weighting
 from lightning_fl.clients import ClientStore, client_generator
 from lightning_fl.communication import Group, Message
-from lightning_fl.engines import SequentialEngine
-from lightning_fl.tree import is_finite, move, scale, to_sum_dtype, zeros_like
+from lightning_fl.communication.objects import decode, encode
+from lightning_fl.engines import Schedule, ScheduleEnd, SequentialEngine
+from lightning_fl.tree import is_finite, leaves, move, scale, to_sum_dtype, zeros_like
 from lightning_fl.types import Aggregate, ClientId, Context, LocalRun, State, Tree, Update
 
 
@@ -85,6 +88,7 @@ class Round:
         group: The ranks of the federation.
         index: Number of the round, from 0.
         cohort: The clients of the round, on all ranks.
+        schedules: The learning-rate schedules that step inside local training.
 
     Raises:
         ValueError: If the shared tensors have changed under an algorithm whose clients keep state for each of them.
@@ -99,6 +103,7 @@ class Round:
         group: Group,
         index: int,
         cohort: Sequence[ClientId],
+        schedules: Sequence[Schedule] = (),
     ) -> None:
         self.settings = settings
         self.engine = engine
@@ -108,9 +113,9 @@ class Round:
         self.refused: list[ClientId] = []
         self.num_steps = 0
         self.num_examples = 0
-        self.schedule_steps = [0] * len(engine.optimizers.schedules)
+        self.schedule_end: ScheduleEnd | None = None
         self._opened = time.perf_counter()
-        params = engine.begin_round(state.server.get("params"))
+        params = engine.begin_round(state.server.get("params"), schedules)
         self.server = _continue_server(settings, state.server, params)
         self.transform_states = list(state.transforms) or [{} for _ in settings.transforms]
         like = Update(
@@ -129,11 +134,13 @@ class Round:
         self._context: Context = self.settings.algorithm.client_init(self.server, self._kept.get("algorithm"))
         self.engine.start_client(self._context["params"], self._kept)
 
-    def transform_grads(self) -> None:
-        """Lets the algorithm change the gradients, after unscaling and before clipping and the optimizer step."""
+    def transform_grads(self, optimizer: Optimizer) -> None:
+        """Lets the algorithm change the gradients that ``optimizer`` is about to step, unscaled and not yet clipped."""
         if self.settings.transforms_gradients:
             algorithm, context = self.settings.algorithm, self._context
-            self.engine.transform_grads(lambda grads, params: algorithm.grad_transform(grads, params, context))
+            self.engine.transform_grads(
+                lambda grads, params: algorithm.grad_transform(grads, params, context), optimizer
+            )
 
     def finish_client(self, num_examples: int, loss: float) -> tuple[LocalRun, Update | None]:
         """Takes in the client at hand.
@@ -160,8 +167,9 @@ class Round:
         update, transform_states = self._transform(client, update)
         kept.update(transform_states)
         self.num_steps += run.num_steps
-        self.schedule_steps = list(map(max, self.schedule_steps, self.engine.optimizers.schedule_steps()))
-        if not is_finite(_tensors(update)):
+        if self.schedule_end is None or self.schedule_end.num_optimizer_steps < result.num_steps:
+            self.schedule_end = result.schedule_end
+        if not is_finite([*_tensors(update), *leaves(kept)]):
             self.refused.append(client)
             return run, None
         self._acc = self.settings.aggregator.add(self._acc, update, replace(self.ctx, client=client))
@@ -170,11 +178,12 @@ class Round:
             self.store.put(client, move(kept, "cpu"))
         return run, update
 
-    def close(self, report: Message) -> RoundResult:
+    def close(self, report: Message, look: Callable[[list[Message]], None] = lambda reports: None) -> RoundResult:
         """Joins the ranks' updates and loads the new global model; every rank calls it once a round.
 
         Args:
             report: What this rank tells the others besides.
+            look: Is shown the reports of all ranks before anything is made of them.
 
         Raises:
             ValueError: If no client has given an update that can be used.
@@ -184,11 +193,12 @@ class Round:
             **report.fields,
             "num_steps": self.num_steps,
             "num_examples": self.num_examples,
-            "schedule_steps": self.schedule_steps,
+            "schedule_end": None if self.schedule_end is None else encode(asdict(self.schedule_end)),
             "refused": self.refused,
         }
         acc, reports = self.settings.aggregator.merge(self._acc, self.group, Message(fields, report.tensors), self.ctx)
         merged = time.perf_counter()
+        look(reports)
         refused = [client for message in reports for client in message.fields["refused"]]
         if refused and not any(message.fields["num_clients"] for message in reports):
             raise ValueError(
@@ -201,11 +211,10 @@ class Round:
                 aggregate, self.transform_states[index], self.ctx
             )
         server = self.settings.algorithm.server_update(self.server, aggregate)
-        steps = [message.fields["schedule_steps"] for message in reports]
         self.engine.end_round(
             server["params"],
             scale(aggregate.buffers, 1 / aggregate.weight),
-            [max(counts) for counts in zip(*steps, strict=True)],
+            _furthest([message.fields["schedule_end"] for message in reports]),
         )
         seconds = {
             "train": trained - self._opened,
@@ -216,7 +225,7 @@ class Round:
 
     def abandon(self) -> None:
         """Puts the module back to the round's start, when the round can't be finished."""
-        self.engine.end_round(self.server["params"], zeros_like(self._like.buffers), [0] * len(self.schedule_steps))
+        self.engine.end_round(self.server["params"], zeros_like(self._like.buffers), None)
 
     def _transform(self, client: ClientId, update: Update) -> tuple[Update, dict[str, State]]:
         states = {}
@@ -248,6 +257,11 @@ def _complete(old: Any, fresh: Any) -> Any:
     if not isinstance(fresh, Mapping):
         return fresh if old is None else old
     return {name: (old or {}).get(name, value) for name, value in fresh.items()}
+
+
+def _furthest(ends: Sequence[Any]) -> ScheduleEnd | None:
+    reached = [ScheduleEnd(**decode(end)) for end in ends if end is not None]
+    return max(reached, key=lambda end: end.num_optimizer_steps, default=None)
 
 
 def _tensors(update: Update) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -11,12 +12,13 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from lightning_fl.clients import (
     ClientRandomness,
-    LocalWork,
     ClientStore,
+    LocalWork,
     Population,
     RoundLoader,
     RoundPlan,
@@ -26,13 +28,14 @@ from lightning_fl.clients import (
     sample_cohort,
 )
 from lightning_fl.clients.loaders import Loader
+from lightning_fl.clients.plan import Place
 from lightning_fl.clients.round_loader import UNKNOWN_LENGTH
 from lightning_fl.clients.split import in_order
 from lightning_fl.communication import Group, Message
-from lightning_fl.engines import SequentialEngine
+from lightning_fl.engines import Schedule, SequentialEngine
 from lightning_fl.strategies import lightning_internals as internals
 from lightning_fl.strategies import metrics
-from lightning_fl.strategies.round import FederationSettings, FederationState, Round, RoundResult
+from lightning_fl.strategies.round import FederationSettings, FederationState, Round
 from lightning_fl.types import ClientId
 
 
@@ -67,27 +70,33 @@ class FederatedRounds:
         self.work = work
         self.at_home = at_home
         self.clients_per_round = clients_per_round
-        self._last = last
         self.state = FederationState()
         self.store = ClientStore()
         self.history: list[dict[str, Any]] = []
+        self.has_started = False
         self.in_local_phase = False
+        self.interrupted_loops: dict[str, Any] | None = None
         self.round: Round | None = None
         self.engine: SequentialEngine | None = None
-        self._randomness = ClientRandomness()
-        self.interrupted_loops: dict[str, Any] | None = None
+        self.engine_module: L.LightningModule | None = None
+        self.schedules: list[tuple[Any, Schedule]] = []
+        self._last = last
         self._has_late_values = False
         self._deferred: dict[str, bool] = {}
         self._placeholders: list[str] = []
-        self._skipped: set[ClientId] = set()
+        self._warned: set[object] = set()
+        self._randomness = ClientRandomness()
         self.renew(population)
 
     def renew(self, population: Population) -> None:
         """Takes new loaders of the clients."""
         self.population = population
         self.cohort_size = cohort_size(self.clients_per_round, len(population))
-        self.loader = RoundLoader(population.loaders, lambda: self.plan, self.work, self._open_round, self._prepare)
-        self.plan = self._plan(internals.current_round(self.trainer))
+        self.loader = RoundLoader(
+            population.loaders, lambda: (self.plan, self.work), self._open_round, self._open_client, self.set_length
+        )
+        self._largest: int | float | None = None
+        self._plan(internals.current_round(self.trainer))
 
     @property
     def module(self) -> L.LightningModule:
@@ -98,15 +107,23 @@ class FederatedRounds:
 
     def start(self, engine: SequentialEngine) -> None:
         """Training is about to start."""
-        if self._last is not None and internals.current_round(self.trainer) > 0:
-            self.state, self.store, self.history = self._last.state, self._last.store, self._last.history
-        self._last = None
+        last, self._last = self._last, None
+        goes_on = last is not None and last.engine_module is self.module and internals.current_round(self.trainer) > 0
+        if last is not None and goes_on:
+            self.state, self.store, self.history = last.state, last.store, last.history
+            self.store.drop_entry("optimizer")
         self.engine = engine
-        self._metric_states = metrics.MetricStates(self.module)
+        self.engine_module = self.module
+        self.settings.algorithm.check_optimizers(engine.optimizers.optimizers)
+        self._metric_states = metrics.MetricStates(self.module, self.group.rank)
+        self.has_started = True
+        self.set_length()
 
     def plan_round(self) -> None:
         """A new round comes: its cohort is drawn, and the loops learn how many batches it has on this rank."""
-        self.plan = self._plan(internals.current_round(self.trainer))
+        index = internals.current_round(self.trainer)
+        if self.plan.round != index:
+            self._plan(index)
         self._loops_before = internals.loops_before_round(self.trainer)
         self.set_length()
 
@@ -114,27 +131,22 @@ class FederatedRounds:
         """Tells the loops the length of the planned round."""
         internals.set_round_length(self.trainer, self.plan.num_batches, UNKNOWN_LENGTH)
 
-    def transform_grads(self) -> None:
+    def transform_grads(self, optimizer: Optimizer) -> None:
         """The gradients of a step are there, unscaled and not yet clipped."""
         if self.round is not None:
-            self.round.transform_grads()
+            self.round.transform_grads(optimizer)
 
     def after_batch(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """A batch has been trained."""
-        assert self.round is not None
+        """A batch has been trained, or this rank has none in this round."""
         if not self.plan.clients:
             self._close_round()
             return
-        self._count(outputs, batch)
-        if self.plan.num_batches is not None and self.trainer.num_training_batches != self.plan.num_batches:
-            self.set_length()
         place = self.plan.locate(batch_idx)
+        self._count(outputs, batch, place)
         if place.ends_client:
             self._finish_client(self.plan.clients[place.client])
-            if place.ends_round:
-                self._close_round()
-            else:
-                self._start_client(self.plan.clients[place.client + 1])
+        if place.ends_round:
+            self._close_round()
 
     def after_round(self) -> None:
         """The epoch ends; validation has seen the global model."""
@@ -145,8 +157,8 @@ class FederatedRounds:
             )
         if self._has_late_values:
             results = internals.train_results(self.trainer)
-            late = metrics.plain(metrics.late_entries(results))
-            told = [message.fields for message in self.group.all_gather(Message(late))]
+            late = Message(metrics.plain(metrics.late_entries(results)))
+            told = [message.fields for message in self.group.all_gather(late, "late metrics")]
             self._publish(metrics.merge_entries(told))
 
     def interrupt(self) -> None:
@@ -160,13 +172,21 @@ class FederatedRounds:
             internals.resume_step_checkpoints(self._paused)
             self.interrupted_loops = self._loops_before
 
+    def stop(self) -> None:
+        """The fit is over."""
+        if self.engine is not None:
+            self.engine.optimizers.close()
+            self.engine = None
+
+    # ---- checkpoints
+
     def resume(self, state: FederationState, history: list[dict[str, Any]]) -> None:
         """Goes on from a checkpoint."""
         self.state, self.history = state, history
 
     def defer_checkpoint(self, path: str, weights_only: bool) -> None:
         """Notes a checkpoint that is asked for inside the round, to be written at its end."""
-        if not self._deferred:
+        if self._warn_once("deferred"):
             rank_zero_warn("A checkpoint asked for inside a round is written at its end, when there is a global model.")
         self._deferred[path] = weights_only
 
@@ -174,43 +194,54 @@ class FederatedRounds:
         """Drops a noted checkpoint; tells whether there was one."""
         return self._deferred.pop(path, None) is not None
 
-    def stop(self) -> None:
-        """The fit is over."""
-        if self.engine is not None:
-            self.engine.optimizers.close()
-            self.engine = None
-
     # ---- a round
 
     def largest_num_batches(self) -> int | float:
         """Batches of the client with the most in a round, rounded up to whole optimizer steps."""
-        loaders = self.population.loaders
-        steps = [self.work.num_steps(count_batches(loader)) for loader in _distinct(loaders, self.work)]
-        own = float("inf") if None in steps else float(max(step for step in steps if step is not None))
-        largest = max(float(message.fields["steps"]) for message in self.group.all_gather(Message({"steps": own})))
-        return largest if largest == float("inf") else int(largest) * self.work.accumulate
+        if self._largest is None:
+            loaders = self.population.loaders
+            clients = list(loaders)[:1] if self.work.steps is not None else loaders
+            steps = [self.work.num_steps(count_batches(loaders[client])) for client in clients]
+            own = float("inf") if None in steps else float(max(step for step in steps if step is not None))
+            told = self.group.all_gather(Message({"steps": own}), "estimated steps")
+            largest = max(float(message.fields["steps"]) for message in told)
+            self._largest = largest if largest == float("inf") else max(int(largest), 1) * self.work.accumulate
+        return self._largest
 
-    def _plan(self, index: int) -> RoundPlan:
+    def _plan(self, index: int) -> None:
         population = self.population
+        self.work = replace(self.work, accumulate=self.trainer.accumulate_grad_batches)
         cohort = sample_cohort(population.ids, self.cohort_size, self.settings.seed, index)
         clients, segments = [], []
         self._num_examples: dict[ClientId, int | None] = {}
+        self._empty: list[ClientId] = []
         for client in population.place(cohort, self.group.size, self.at_home)[self.group.rank]:
             loader = population.loaders[client]
             own = self.work.segments(count_batches(loader))
             if not own:
-                self._warn_empty(client)
+                self._empty.append(client)
                 continue
             clients.append(client)
             segments.append(own)
             self._num_examples[client] = population.num_examples(client, loader)
-        return RoundPlan(index, cohort, clients, segments, self.work.accumulate)
+        self.plan = RoundPlan(index, cohort, clients, segments, self.work.accumulate)
 
     def _open_round(self) -> None:
         assert self.engine is not None
+        if self.work.accumulate != self.trainer.accumulate_grad_batches:
+            self._plan(self.plan.round)
+            self.set_length()
         self.in_local_phase = True
+        self.schedules = internals.client_schedules(self.trainer)
         self.round = Round(
-            self.settings, self.state, self.engine, self.store, self.group, self.plan.round, self.plan.cohort
+            self.settings,
+            self.state,
+            self.engine,
+            self.store,
+            self.group,
+            self.plan.round,
+            self.plan.cohort,
+            [schedule for _, schedule in self.schedules],
         )
         results = internals.train_results(self.trainer)
         for key in self._placeholders:
@@ -223,20 +254,23 @@ class FederatedRounds:
         self._first_batch: str | None = None
         self._paused = internals.pause_step_checkpoints(self.trainer)
         self._call("on_round_start", self.plan.round, self.plan.cohort)
-        if self.plan.clients:
-            self._start_client(self.plan.clients[0])
 
-    def _start_client(self, client: ClientId) -> None:
+    def _open_client(self, client: ClientId, loader: Loader) -> Loader:
         assert self.round is not None
         self._snapshot = self._metric_states.snapshot()
         self._examples_seen = 0
+        self._examples_of_pass: int | None = None
+        self._pass_length = self.work.pass_length(count_batches(loader))
         self._loss: float | Tensor = 0.0
         internals.set_global_step(self.trainer, self._first_step)
         self._randomness.enter(self.settings.seed, self.plan.round, client)
         self.round.start_client(client)
         self._call("on_client_start", client)
-
-    def _prepare(self, client: ClientId, loader: Loader) -> Loader:
+        if getattr(loader, "persistent_workers", False) and self._warn_once("persistent workers"):
+            rank_zero_warn(
+                "A client's loader has persistent_workers=True: their random numbers are not those of the round and "
+                "client, so runs may not repeat. Leave it out."
+            )
         if self.trainer.overfit_batches > 0:  # type: ignore[attr-defined]
             loader = in_order(loader)
         seed = derive_seed(self.settings.seed, self.plan.round, "loader", client)
@@ -244,21 +278,26 @@ class FederatedRounds:
             self._randomness.seed_generator(generator, seed)
         return loader
 
-    def _count(self, outputs: Any, batch: Any) -> None:
-        num_examples = _batch_size(batch)
+    def _count(self, outputs: Any, batch: Any, place: Place) -> None:
+        results = internals.train_results(self.trainer)
+        num_examples = internals.batch_size(results, batch)
         self._examples_seen += num_examples
+        if place.offset + 1 == self._pass_length:
+            self._examples_of_pass = self._examples_seen
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor):
             self._loss = self._loss + loss.detach().double() * (num_examples * self.work.accumulate)
         if self._first_batch is None:
-            self._first_batch = _digest(batch) if self.population.silos and not self.history else ""
-        self._logged.after_batch(internals.train_results(self.trainer), num_examples)
+            self._first_batch = digest(batch) if self.population.silos and not self.history else ""
+        self._logged.after_batch(results, num_examples)
 
     def _finish_client(self, client: ClientId) -> None:
         assert self.round is not None
         told = self._num_examples[client]
+        if told is None:
+            told = self._examples_of_pass if self._examples_of_pass is not None else self._examples_seen
         loss = float(self._loss) / self._examples_seen if self._examples_seen else float("nan")
-        run, update = self.round.finish_client(self._examples_seen if told is None else told, loss)
+        run, update = self.round.finish_client(told, loss)
         self._logged.after_client(internals.train_results(self.trainer), accepted=update is not None)
         if update is None:
             self._metric_states.restore(self._snapshot)
@@ -275,12 +314,14 @@ class FederatedRounds:
             "late": bool(metrics.late_entries(results)),
             "metric_states": states,
             "first_batch": self._first_batch,
+            "empty": self._empty,
             "should_stop": self.trainer.should_stop,
-            "logger_steps": internals.logger_steps(self.trainer) - self._first_logger_step,
+            "logger_steps": internals.logger_steps(self.trainer) - self._first_logger_step if self.plan.clients else 0,
             "deferred": self._deferred,
         }
-        result = self.round.close(Message(fields, tensors))
+        result = self.round.close(Message(fields, tensors), self._warn_of_data)
         self.state, self.round, self.in_local_phase = result.state, None, False
+        internals.step_epoch_schedules(self.trainer)
         told = [message.fields for message in result.reports]
         num_steps = sum(fields["num_steps"] for fields in told)
         internals.set_global_step(self.trainer, self._first_step + num_steps)
@@ -292,7 +333,7 @@ class FederatedRounds:
         self._publish(merged)
         self._has_late_values = any(fields["late"] for fields in told)
         self.trainer.should_stop = any(fields["should_stop"] for fields in told)
-        self._warn_of(result)
+        self._warn_of_refused(result.refused)
         self.history.append(
             {
                 "round": self.plan.round,
@@ -300,16 +341,14 @@ class FederatedRounds:
                 "num_examples": sum(fields["num_examples"] for fields in told),
                 "num_steps": num_steps,
                 "refused": result.refused,
+                "empty": [client for fields in told for client in fields["empty"]],
                 "seconds": result.seconds,
             }
         )
         self._call("on_aggregate_end", result.aggregate)
-        self._write_checkpoints(told[0]["deferred"], num_steps)
-
-    def _write_checkpoints(self, deferred: dict[str, bool], num_steps: int) -> None:
         internals.resume_step_checkpoints(self._paused)
         self._deferred = {}
-        for path, weights_only in deferred.items():
+        for path, weights_only in told[0]["deferred"].items():
             self.trainer.save_checkpoint(path, weights_only)
         internals.save_passed_steps(self.trainer, self._first_step, self._first_step + num_steps)
 
@@ -325,31 +364,31 @@ class FederatedRounds:
 
     # ---- warnings
 
-    def _warn_empty(self, client: ClientId) -> None:
-        if client not in self._skipped:
-            self._skipped.add(client)
-            rank_zero_warn(
-                f"Client {client!r} has no data: its loader yields no batch, so it takes no part. Leave it out, give "
-                "it data, or check `drop_last` and the batch size."
-            )
+    def _warn_once(self, about: object) -> bool:
+        is_new = about not in self._warned
+        self._warned.add(about)
+        return is_new
 
-    def _warn_of(self, result: RoundResult) -> None:
-        if result.refused:
-            rank_zero_warn(
-                f"Round {self.plan.round}: the updates of {', '.join(map(repr, result.refused))} hold NaN or Inf and "
-                "were left out. Lower the learning rate, clip gradients, or look at these clients' data."
-            )
-        first = [message.fields["first_batch"] for message in result.reports]
+    def _warn_of_data(self, reports: list[Message]) -> None:
+        for client in (client for message in reports for client in message.fields["empty"]):
+            if self._warn_once(("empty", client)):
+                rank_zero_warn(
+                    f"Client {client!r} has no data: its loader yields no batch, so it takes no part. Leave it out, "
+                    "give it data, or check `drop_last` and the batch size."
+                )
+        first = [message.fields["first_batch"] for message in reports]
         if first[0] and len(first) > 1 and len(set(first)) == 1:
             rank_zero_warn(
                 f"All {len(first)} ranks trained on the same first batch. Started by a launcher, each rank is a silo "
                 "with its own data. To split one data set among simulated clients, give num_clients or partition."
             )
 
-
-def _distinct(loaders: Any, work: LocalWork) -> Any:
-    clients = list(loaders)[:1] if work.steps is not None else loaders
-    return (loaders[client] for client in clients)
+    def _warn_of_refused(self, refused: list[ClientId]) -> None:
+        if refused:
+            rank_zero_warn(
+                f"Round {self.plan.round}: the updates of {', '.join(map(repr, refused))} hold NaN or Inf and were "
+                "left out. Lower the learning rate, clip gradients, or look at these clients' data."
+            )
 
 
 def _generators(loader: Any) -> list[torch.Generator]:
@@ -358,16 +397,12 @@ def _generators(loader: Any) -> list[torch.Generator]:
     return list({id(generator): generator for generator in found if isinstance(generator, torch.Generator)}.values())
 
 
-def _batch_size(batch: Any) -> int:
+def digest(batch: Any) -> str:
+    """A digest of a batch's content."""
+    content = hashlib.blake2b(digest_size=16)
     for leaf in tree_leaves(batch):
         if isinstance(leaf, Tensor):
-            return leaf.size(0) if leaf.dim() else 1
-    return 1
-
-
-def _digest(batch: Any) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for leaf in tree_leaves(batch):
-        content = leaf.detach().cpu().contiguous().view(torch.uint8).numpy() if isinstance(leaf, Tensor) else leaf
-        digest.update(content.tobytes() if hasattr(content, "tobytes") else repr(content).encode())
-    return digest.hexdigest()
+            content.update(leaf.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        else:
+            content.update(repr(leaf).encode())
+    return content.hexdigest()

@@ -146,6 +146,20 @@ def test_every_client_weighs_the_same_and_keeps_state() -> None:
     assert Scaffold.keeps_client_state
 
 
+PARAM = torch.nn.Parameter(torch.ones(1))
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [torch.optim.SGD([PARAM], momentum=0.9), torch.optim.Adam([PARAM])],
+    ids=lambda optimizer: type(optimizer).__name__,
+)
+def test_optimizers_whose_steps_are_no_gradients_are_warned_of(optimizer: torch.optim.Optimizer) -> None:
+    Scaffold().check_optimizers([torch.optim.SGD([PARAM])])
+    with pytest.warns(UserWarning, match=r"derived for plain SGD, found SGD, .*Use torch\.optim\.SGD"):
+        Scaffold().check_optimizers([torch.optim.SGD([PARAM]), optimizer])
+
+
 @pytest.mark.parametrize("option", [0, 1, 3])
 def test_another_option_is_refused(option: int) -> None:
     with pytest.raises(ValueError, match=f"option={option}; only option 2"):

@@ -21,7 +21,7 @@ RunRanks = Callable[..., list[Any]]
 
 
 def tensor_of(rank: int, dtype: torch.dtype) -> Tensor:
-    return torch.tensor([[rank + 1, -rank], [0, 7]]).to(dtype).t()
+    return torch.tensor([rank + 1, -rank, 0, 7]).to(dtype)
 
 
 def reduce_tensors() -> dict[Case, Tensor]:
@@ -46,18 +46,18 @@ def test_all_reduce_joins_the_ranks_tensors_and_leaves_them_as_they_are(run_rank
 
 def reduce_odd_tensors() -> list[Tensor]:
     group = join_ranks()
-    return [
-        group.all_reduce(tensor) for tensor in (torch.tensor(1.0), torch.zeros(0), torch.ones(2, requires_grad=True))
-    ]
+    odd = [torch.tensor(1.0), torch.zeros(0), torch.ones(2, requires_grad=True), torch.tensor([[0, 1], [2, 3]]).t()]
+    return [group.all_reduce(tensor) for tensor in odd]
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_all_reduce_takes_scalars_empty_tensors_and_parameters(run_ranks: RunRanks, world_size: int) -> None:
-    for scalar, empty, parameter in run_ranks(world_size, reduce_odd_tensors):
+def test_all_reduce_takes_any_tensor(run_ranks: RunRanks, world_size: int) -> None:
+    for scalar, empty, parameter, transposed in run_ranks(world_size, reduce_odd_tensors):
         assert (scalar.shape, scalar.item()) == ((), world_size)
         assert empty.shape == (0,)
         assert parameter.tolist() == [world_size, world_size]
         assert not parameter.requires_grad
+        assert transposed.tolist() == [[0, 2 * world_size], [world_size, 3 * world_size]]
 
 
 def gather_different_sizes() -> tuple[int, list[Message]]:
@@ -108,6 +108,19 @@ def test_a_message_over_the_limit_is_refused_on_every_rank(run_ranks: RunRanks) 
         assert "Rank 1 wants to send a message of" in too_long
         assert "at most 400 are taken" in too_long
         assert not_too_long == ""
+
+
+def gather_at_different_places() -> str:
+    group = join_ranks()
+    with pytest.raises(RuntimeError) as caught:
+        group.all_gather(Message(), f"round {group.rank}")
+    return str(caught.value)
+
+
+def test_ranks_that_have_lost_step_are_told_so(run_ranks: RunRanks) -> None:
+    first, second = run_ranks(2, gather_at_different_places)
+    assert "rank 1 is at 'round 1', rank 0 at 'round 0'" in first
+    assert "rank 0 is at 'round 0', rank 1 at 'round 1'" in second
 
 
 def reduce_in_two_groups() -> tuple[float, float]:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,13 +16,14 @@ from torch.optim.lr_scheduler import (
     ExponentialLR,
     LambdaLR,
     LinearLR,
+    LRScheduler,
     MultiplicativeLR,
     OneCycleLR,
     SequentialLR,
     StepLR,
 )
 
-from lightning_fl.engines.optimizers import OptimizerStates, Schedule
+from lightning_fl.engines import OptimizerStates, Schedule, ScheduleEnd
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "SGD": partial(SGD, lr=0.1),
@@ -38,13 +39,17 @@ KEEPABLE = [name for name in OPTIMIZERS if name != "LBFGS"]
 START = torch.tensor([3.0, -2.0], dtype=torch.float64)
 
 
+def schedule_of(scheduler: Any) -> Schedule:
+    return Schedule(scheduler, scheduler.step)
+
+
 class Rank:
     """A parameter with its optimizer, which trains clients that each have a loss of their own."""
 
     def __init__(self, make_optimizer: Callable[..., Optimizer]) -> None:
         self.param = nn.Parameter(START.clone())
         self.optimizer = make_optimizer([self.param])
-        self.states = OptimizerStates([self.optimizer], [])
+        self.states = OptimizerStates([self.optimizer])
         self.states.begin_round()
 
     def train(self, client: int, num_steps: int = 3) -> Tensor:
@@ -92,7 +97,7 @@ def test_with_keep_a_client_goes_on_as_if_nobody_else_had_trained(name: str) -> 
             params[client] = federation.turn(client, kept[client], params[client])
             kept[client] = federation.states.keep()
             assert torch.equal(params[client], alone[client].train(client))
-        federation.states.end_round([])
+        federation.states.end_round(None)
 
 
 @pytest.mark.parametrize("name", KEEPABLE)
@@ -113,9 +118,21 @@ def test_what_is_kept_does_not_change_when_others_train(name: str) -> None:
     federation.turn(0, None)
     kept = federation.states.keep()
     copies = {key: value.clone() for key, value in kept.items()}
+    federation.train(1)
     for client in (0, 1):
         federation.turn(client, kept)
     torch.testing.assert_close(kept, copies, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("ends", ["start_client", "end_round"])
+def test_a_state_that_exists_from_the_start_is_there_again(ends: str) -> None:
+    federation = Rank(OPTIMIZERS["Adagrad"])
+    for client in (0, 1):
+        federation.turn(client, None)
+        assert federation.optimizer.state[federation.param]["sum"].min() > 0.3
+        getattr(federation.states, ends)(None)
+        assert federation.optimizer.state[federation.param]["sum"].tolist() == [0.3, 0.3]
+        federation.states.begin_round()
 
 
 def test_numbers_are_kept_as_numbers() -> None:
@@ -145,7 +162,7 @@ def test_keep_refuses_a_state_of_lists() -> None:
 def test_a_round_ends_with_a_fresh_optimizer_without_gradients(name: str) -> None:
     federation, fresh = Rank(OPTIMIZERS[name]), Rank(OPTIMIZERS[name])
     federation.turn(0, None)
-    federation.states.end_round([])
+    federation.states.end_round(None)
     assert federation.param.grad is None
     assert federation.optimizer.state_dict()["state"].keys() == fresh.optimizer.state_dict()["state"].keys()
     federation.param.data.copy_(START)
@@ -167,12 +184,9 @@ class Two:
         a, b, c, _ = self.params.values()
         self.first = SGD([{"params": [a], "lr": 0.1}, {"params": [b], "lr": 0.01}])
         self.second = Adam([c], lr=0.5)
-        self.schedules = [
-            Schedule(StepLR(self.first, 1, gamma=0.5), True),
-            Schedule(StepLR(self.second, 1, gamma=0.1), False),
-        ]
-        self.states = OptimizerStates([self.first, self.second], self.schedules)
-        self.states.begin_round()
+        self.schedule = schedule_of(StepLR(self.first, 1, gamma=0.5))
+        self.states = OptimizerStates([self.first, self.second])
+        self.states.begin_round([self.schedule])
 
     def train(self, num_steps: int) -> None:
         self.states.start_client(None)
@@ -182,7 +196,7 @@ class Two:
             self.first.step()
             if step % 2 == 0:
                 self.second.step()
-            self.schedules[0].scheduler.step()
+            self.schedule.take_step()
 
 
 @pytest.mark.parametrize(("num_steps", "taken", "a", "c"), [(1, 2, 0.1, 0.5), (3, 5, 0.175, 1.0), (0, 0, 0.0, 0.0)])
@@ -190,22 +204,19 @@ def test_steps_and_learning_rates_are_counted_for_each_client(num_steps: int, ta
     two = Two()
     two.train(2)
     two.train(num_steps)
-    assert two.states.num_steps == taken
+    assert two.states.num_steps == two.states.schedule_end().num_optimizer_steps == taken
+    assert two.states.schedule_end().num_steps == [num_steps]
     assert two.states.lr_sum(two.params) == pytest.approx({"a": a, "b": a / 10, "c": c, "d": 0.0})
 
 
-def test_schedules_of_steps_and_of_rounds_count_apart() -> None:
+def test_every_group_of_every_optimizer_goes_where_the_largest_client_took_it() -> None:
     two = Two()
     two.train(3)
-    two.train(2)
-    assert two.states.schedule_steps() == [2, 0]
-    two.schedules[1].scheduler.step()
-    assert two.states.schedule_steps() == [2, 1]
+    end = two.states.schedule_end()
     two.train(1)
-    assert two.states.schedule_steps() == [1, 1]
-    two.states.end_round([3, 1])
+    two.states.end_round(end)
     rates = [group["lr"] for optimizer in (two.first, two.second) for group in optimizer.param_groups]
-    assert rates == pytest.approx([0.0125, 0.00125, 0.05])
+    assert rates == pytest.approx([0.0125, 0.00125, 0.5])
 
 
 def test_after_close_nothing_is_counted() -> None:
@@ -216,6 +227,18 @@ def test_after_close_nothing_is_counted() -> None:
     assert two.states.num_steps == 2
 
 
+class Remembering(LRScheduler):
+    """Changes its own state in place."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.seen: list[float] = []
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float | Tensor]:
+        self.seen.append(0.1 / (1 + len(self.seen)))
+        return [self.seen[-1] for _ in self.optimizer.param_groups]
+
+
 SCHEDULES: dict[str, Callable[[Optimizer], Any]] = {
     "StepLR": partial(StepLR, step_size=2, gamma=0.5),
     "CosineAnnealingLR": partial(CosineAnnealingLR, T_max=20),
@@ -223,6 +246,7 @@ SCHEDULES: dict[str, Callable[[Optimizer], Any]] = {
     "SequentialLR": lambda opt: SequentialLR(opt, [LinearLR(opt, 0.1, total_iters=4), ExponentialLR(opt, 0.9)], [4]),
     "LambdaLR": partial(LambdaLR, lr_lambda=lambda step: 1 / (1 + step)),
     "MultiplicativeLR": partial(MultiplicativeLR, lr_lambda=lambda step: 0.9),
+    "Remembering": Remembering,
     "ChainedScheduler": lambda opt: ChainedScheduler([ConstantLR(opt, 0.5, 3), ExponentialLR(opt, 0.9)]),
 }
 FIXED = {"momentum": partial(SGD, lr=0.1, momentum=0.9), "betas": partial(Adam, lr=0.1, betas=(0.8, 0.99))}
@@ -236,7 +260,8 @@ class Scheduled:
     def __init__(self, schedule: str, optimizer: str = "momentum") -> None:
         self.param = nn.Parameter(torch.ones(1))
         self.optimizer = FIXED[optimizer]([self.param])
-        self.schedule = Schedule(SCHEDULES[schedule](self.optimizer), True)
+        self.schedule = schedule_of(SCHEDULES[schedule](self.optimizer))
+        self.states = OptimizerStates([self.optimizer])
 
     def options(self) -> Options:
         group = self.optimizer.param_groups[0]
@@ -249,8 +274,18 @@ class Scheduled:
             self.param.grad = torch.ones(1)
             seen.append(self.options())
             self.optimizer.step()
-            self.schedule.scheduler.step()
+            self.schedule.take_step()
         return seen
+
+    def round(self, clients: Sequence[int]) -> tuple[list[list[Options]], list[ScheduleEnd]]:
+        """The options of clients that take so many steps each, and where they take the schedule."""
+        traces, ends = [], []
+        self.states.begin_round([self.schedule])
+        for num_steps in clients:
+            self.states.start_client(None)
+            traces.append(self.trace(num_steps))
+            ends.append(self.states.schedule_end())
+        return traces, ends
 
 
 @pytest.mark.parametrize("optimizer", FIXED)
@@ -260,25 +295,27 @@ class TestEverySchedule:
         self, schedule: str, optimizer: str
     ) -> None:
         plain, rank = Scheduled(schedule, optimizer).trace(15), Scheduled(schedule, optimizer)
-        states = OptimizerStates([rank.optimizer], [rank.schedule])
         for start in (0, 5, 10):
-            states.begin_round()
-            largest = 0
-            for num_steps in (3, 5, 1):
-                states.start_client(None)
-                assert rank.trace(num_steps) == plain[start : start + num_steps]
-                largest = max(largest, *states.schedule_steps())
-            assert largest == 5
-            states.end_round([largest])
+            traces, ends = rank.round([3, 5, 1])
+            assert traces == [plain[start : start + num_steps] for num_steps in (3, 5, 1)]
+            assert [end.num_steps for end in ends] == [[3], [5], [1]]
+            rank.states.end_round(ends[1])
 
     def test_a_rank_without_clients_keeps_up(self, schedule: str, optimizer: str) -> None:
-        plain, rank = Scheduled(schedule, optimizer).trace(11), Scheduled(schedule, optimizer)
-        states = OptimizerStates([rank.optimizer], [rank.schedule])
-        for start in (0, 5):
-            states.begin_round()
-            assert rank.options() == plain[start]
-            states.end_round([5])
-        assert rank.options() == plain[10]
+        busy, idle = Scheduled(schedule, optimizer), Scheduled(schedule, optimizer)
+        for _ in range(3):
+            _, (end,) = busy.round([5])
+            idle.round([])
+            for rank in (busy, idle):
+                rank.states.end_round(end)
+            assert idle.options() == busy.options()
+        assert idle.round([2])[0] == busy.round([2])[0]
+
+    def test_a_round_that_is_given_up_is_as_if_it_had_not_been(self, schedule: str, optimizer: str) -> None:
+        rank = Scheduled(schedule, optimizer)
+        first, _ = rank.round([3])
+        rank.states.end_round(None)
+        assert rank.round([3])[0] == first
 
     def test_going_on_where_the_last_client_ended_would_show(self, schedule: str, optimizer: str) -> None:
         leaky = Scheduled(schedule, optimizer)
@@ -290,28 +327,35 @@ def test_onecycle_cycles_the_momentum_too() -> None:
     assert len(momenta) > 5
 
 
-def test_a_schedule_once_a_round_goes_on_through_all_clients() -> None:
+def test_a_schedule_that_steps_between_rounds_moves_the_next_rounds_start() -> None:
     rank = Scheduled("StepLR")
-    schedule = Schedule(rank.schedule.scheduler, per_client=False)
-    states = OptimizerStates([rank.optimizer], [schedule])
     for round in range(6):
-        states.begin_round()
+        rank.states.begin_round()
         for _ in range(3):
-            states.start_client(None)
+            rank.states.start_client(None)
             assert rank.options()[0] == pytest.approx(0.1 * 0.5 ** (round // 2))
             rank.optimizer.step()
-        schedule.scheduler.step()
-        assert states.schedule_steps() == [1]
-        states.end_round(states.schedule_steps())
+        rank.states.end_round(rank.states.schedule_end())
+        rank.schedule.take_step()
 
 
 def test_options_that_a_user_changes_between_rounds_stay() -> None:
     rank = Scheduled("StepLR")
-    states = OptimizerStates([rank.optimizer], [])
-    states.begin_round()
-    states.end_round([])
-    rank.optimizer.param_groups[0]["weight_decay"] = 0.5
+    for value in (0.5, 0.25):
+        rank.optimizer.param_groups[0]["weight_decay"] = value
+        _, (end,) = rank.round([2])
+        rank.states.end_round(end)
+        assert rank.optimizer.param_groups[0]["weight_decay"] == value
+
+
+@pytest.mark.parametrize("lr", [0.05, torch.tensor(0.05)], ids=["number", "tensor"])
+def test_a_learning_rate_that_is_a_tensor_stays_one(lr: Any) -> None:
+    optimizer = Adam([nn.Parameter(torch.ones(1))], lr=torch.tensor(0.1), capturable=False, foreach=False)
+    states = OptimizerStates([optimizer])
     states.begin_round()
     states.start_client(None)
-    states.end_round([])
-    assert rank.optimizer.param_groups[0]["weight_decay"] == 0.5
+    end = states.schedule_end()
+    end.options[0][0]["lr"] = lr
+    states.end_round(end)
+    assert isinstance(optimizer.param_groups[0]["lr"], Tensor)
+    assert optimizer.param_groups[0]["lr"].item() == pytest.approx(0.05)

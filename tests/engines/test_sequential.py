@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_fl.engines import LocalResult, SequentialEngine
-from lightning_fl.engines.optimizers import OptimizerStates
+from lightning_fl.engines import LocalResult, OptimizerStates, SequentialEngine
 from lightning_fl.tree import add, scale, subtract
 from lightning_fl.types import Tree, Update
 from tests.helpers.federation import aggregate
@@ -72,7 +71,7 @@ class Federation:
         self.module, self.train, self.weights = module, train, weights
         trainable = [param for param in module.parameters() if param.requires_grad]
         self.optimizer = make_optimizer(trainable)
-        self.engine = SequentialEngine(module, OptimizerStates([self.optimizer], []), **engine_options)
+        self.engine = SequentialEngine(module, OptimizerStates([self.optimizer]), **engine_options)
         self.kept: dict[int, Any] = {}
         self.server: Tree | None = None
         self.starts: list[Tree] = []
@@ -93,7 +92,7 @@ class Federation:
             updates.append(Update(subtract(result.params, params), result.buffers, weight))
         mean = aggregate(updates)
         self.server = add(params, mean.mean())
-        self.engine.end_round(self.server, scale(mean.buffers, 1 / mean.weight), [])
+        self.engine.end_round(self.server, scale(mean.buffers, 1 / mean.weight), self.results[-1].schedule_end)
 
     def mean_of_ends(self, name: str) -> Tensor:
         shares = torch.tensor(self.weights, dtype=torch.float64) / sum(self.weights)
@@ -195,7 +194,7 @@ def test_ending_a_round_without_a_change_puts_everything_back(federation: Federa
     federation.engine.start_client(params, {})
     fit(net, federation.optimizer, 1)
     result = federation.engine.finish_client()
-    federation.engine.end_round(params, {name: torch.zeros_like(b) for name, b in result.buffers.items()}, [])
+    federation.engine.end_round(params, {name: torch.zeros_like(b) for name, b in result.buffers.items()}, None)
     torch.testing.assert_close(clone_state(net), before, rtol=0, atol=0)
 
 
@@ -254,11 +253,32 @@ def test_gradients_are_transformed_where_there_are_any(federation: Federation, n
         seen.update(grads=grads, params=params)
         return {name: grad.double() + params[name] for name, grad in grads.items()}
 
-    engine.transform_grads(transform)
+    engine.transform_grads(transform, federation.optimizer)
     assert seen["grads"].keys() == seen["params"].keys() == {"head.bias"}
     assert net.head.weight.grad is None
     assert net.head.bias.grad.dtype == torch.float32
     torch.testing.assert_close(net.head.bias.grad, 2 + net.head.bias.detach())
+
+
+def test_only_gradients_of_the_stepping_optimizer_are_transformed() -> None:
+    module = nn.ParameterDict({name: nn.Parameter(torch.zeros(1)) for name in ("first", "second")})
+    optimizers = [SGD([param]) for param in module.values()]
+    engine = SequentialEngine(module, OptimizerStates(optimizers))
+    engine.start_client(engine.begin_round(None), {})
+    for _ in range(2):
+        for param in module.values():
+            param.grad = torch.ones(1)
+        engine.transform_grads(lambda grads, params: scale(grads, 5), optimizers[1])
+        assert [param.grad.item() for param in module.values()] == [1.0, 5.0]
+
+
+def test_a_frozen_parameter_that_training_changes_is_refused(net: Net) -> None:
+    def thaw(module: nn.Module, optimizer: torch.optim.Optimizer, client: int) -> None:
+        with torch.no_grad():
+            module.get_parameter("frozen.weight").add_(1)
+
+    with pytest.raises(ValueError, match=r"frozen parameter 'frozen\.weight' was changed during local training"):
+        Federation(net, thaw, [1.0]).round()
 
 
 class Weights(nn.Module):
