@@ -29,7 +29,7 @@ class Algorithm(ABC):
 
     def check_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
         """Warns of, or refuses, client optimizers that the algorithm is not derived for."""
-        return None
+        return
 
     def server_init(self, params: Tree, population: int) -> State:
         """The server's state before the first round; its entry ``"params"`` is the global model."""

@@ -29,6 +29,9 @@ class Population:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def __contains__(self, client: object) -> bool:
+        return client in (self.ids if self._positions is None else self._positions)
+
     def position(self, client: ClientId) -> int:
         """The client's place in the order of all clients."""
         return self.ids.index(client) if self._positions is None else self._positions[client]

@@ -57,16 +57,17 @@ class RoundLoader:
             num_batches = count_batches(loader)
             for number, segment in enumerate(work.segments(num_batches)):
                 if work.steps is not None:
-                    yield from islice(_cycle(client, loader, work.pass_length(num_batches), plan.round), segment)
+                    length = work.max_pass_length if num_batches is None else work.pass_length(num_batches)
+                    yield from islice(_cycle(client, loader, length, plan.round), segment)
                     continue
                 begin_pass(loader, plan.round * work.epochs + number)
                 if segment is not None:
                     yield from _exactly(client, loader, segment)
                 else:
-                    yield from self._until_end(client, loader, work.limit, plan)
+                    yield from self._until_end(client, loader, work.max_pass_length, plan)
 
-    def _until_end(self, client: ClientId, loader: Loader, limit: int | float, plan: RoundPlan) -> Iterator[Any]:
-        batches = islice(loader, limit if isinstance(limit, int) else None)
+    def _until_end(self, client: ClientId, loader: Loader, max_length: int | None, plan: RoundPlan) -> Iterator[Any]:
+        batches = islice(loader, max_length)
         batch, index = next(batches, _END), 0
         if batch is _END:
             raise ValueError(f"The loader of client {client!r} has no length and yielded no batch.")

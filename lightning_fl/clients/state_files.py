@@ -70,6 +70,8 @@ class StateFiles:
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
                 os.link(other._path(client, name), target)
+            except FileExistsError:
+                return
             except OSError:
                 shutil.copyfile(other._path(client, name), target)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,7 +30,7 @@ class ClientStore:
         self._loaded: OrderedDict[ClientId, State] = OrderedDict()
         self._num_bytes = 0
         self._files: dict[ClientId, tuple[StateFiles, str]] = {}
-        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._scratch: StateFiles | None = None
 
     def get(self, client: ClientId) -> State | None:
         """The client's state, or None before its first round."""
@@ -88,15 +90,20 @@ class ClientStore:
         while self._num_bytes > self.memory_limit and len(self._loaded) > 1:
             oldest = next(iter(self._loaded))
             if oldest not in self._files:
-                if self._scratch is None:
-                    self._scratch = tempfile.TemporaryDirectory(prefix="lightning_fl_states_")
-                scratch = StateFiles(Path(self._scratch.name))
+                scratch = self._scratch_files()
                 self._files[oldest] = scratch, scratch.write(oldest, self._loaded[oldest])
             self._drop(oldest)
 
+    def _scratch_files(self) -> StateFiles:
+        if self._scratch is None:
+            root = tempfile.mkdtemp(prefix="lightning_fl_states_")
+            weakref.finalize(self, shutil.rmtree, root, ignore_errors=True)
+            self._scratch = StateFiles(Path(root))
+        return self._scratch
+
     def _forget_file(self, client: ClientId) -> None:
         files, name = self._files.pop(client, (None, ""))
-        if files is not None and self._scratch is not None and files.root == Path(self._scratch.name):
+        if files is not None and files is self._scratch:
             files.remove(client, name)
 
     def _drop(self, client: ClientId) -> None:

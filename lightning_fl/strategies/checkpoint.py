@@ -108,28 +108,35 @@ class ClientStateFiles:
         self.files.collect()
 
 
-def read_client_states(path: str | Path, manifests: list[str], store: ClientStore, population: Population) -> None:
-    """Gives a store the client states that a checkpoint names.
+def read_client_states(
+    path: str | Path, manifests: list[str], store: ClientStore, population: Population, group: Group
+) -> None:
+    """Gives a store the states of the clients that live on this rank.
 
     Args:
         path: The checkpoint's path.
         manifests: Names of its manifests, one for each rank that wrote it.
         store: Takes the states.
-        population: The clients; a silo needs its own state only.
+        population: The clients.
+        group: The ranks of the federation.
 
     Raises:
-        MisconfigurationException: If they do not lie beside the checkpoint.
+        MisconfigurationException: If they do not lie beside the checkpoint; a silo needs its own only.
     """
     files = state_files(path)
     found = [files.read_manifest(name) for name in manifests]
-    if (population.silos is None and None in found) or not any(manifest is not None for manifest in found):
+    if population.silos is None and None in found or not any(manifest is not None for manifest in found):
         raise MisconfigurationException(
             f"The checkpoint {path} needs the states of its clients, but they are not in {files.root}. Copy the folder "
             "`client_states` along with the checkpoint."
         )
     for manifest in found:
-        if manifest is not None:
-            store.restore(files, manifest)
+        at_home = {
+            client: name
+            for client, name in (manifest or {}).items()
+            if client in population and population.position(client) % group.size == group.rank
+        }
+        store.restore(files, at_home)
 
 
 def warn_of_plain_checkpoint(path: str | Path) -> None:

@@ -143,6 +143,7 @@ class FederatedStrategy(ParallelStrategy):
         self._last_rounds: FederatedRounds | None = None
         self._connected = False
         self._loaded_checkpoint: tuple[Any, dict[str, Any] | None] | None = None
+        self.limit_train_batches: int | float = 1.0
         self._works_alone = False
         self._warned_of_personal = False
 
@@ -306,7 +307,7 @@ class FederatedStrategy(ParallelStrategy):
     def _make_rounds(self, population: Population) -> FederatedRounds:
         trainer = self._trainer
         work = LocalWork(
-            self.local_epochs or 1, self.local_steps, trainer.accumulate_grad_batches, trainer.limit_train_batches
+            self.local_epochs or 1, self.local_steps, trainer.accumulate_grad_batches, self.limit_train_batches
         )
         settings = FederationSettings(
             self.algorithm, self.aggregator, self.transforms, self.weighting, self._seed, len(population)
@@ -338,7 +339,7 @@ class FederatedStrategy(ParallelStrategy):
             return
         rounds.resume(unpack(packed, self.algorithm, self._module), packed["history"])
         if rounds.at_home and packed["history"]:
-            read_client_states(path, packed["manifests"], rounds.store, rounds.population)
+            read_client_states(path, packed["manifests"], rounds.store, rounds.population, self.federation)
 
     def on_validation_start(self) -> None:
         self._start_evaluation()
@@ -379,7 +380,7 @@ class FederatedStrategy(ParallelStrategy):
     # ---- checkpoints
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        weights_only = "loops" not in checkpoint
+        weights_only = "optimizer_states" not in checkpoint
         rounds = self.rounds
         if rounds is not None and rounds.round is not None:
             rounds.defer_checkpoint(str(filepath), weights_only)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -146,17 +147,37 @@ class RoundFitLoop(_FitLoop):
     @property
     def max_batches(self) -> int | float:
         rounds = getattr(self.trainer.strategy, "rounds", None)
-        return self.__dict__["max_batches"] if rounds is None or rounds.has_started else rounds.largest_num_batches()
+        if rounds is None or rounds.has_started or self._looks_itself:
+            return self.__dict__["max_batches"]
+        return rounds.largest_num_batches()
 
     @max_batches.setter
     def max_batches(self, value: int | float) -> None:
         self.__dict__["max_batches"] = value
 
+    @property
+    def _looks_itself(self) -> bool:
+        return self.__dict__.get("looks_itself", False)
+
+    @contextmanager
+    def _looking_itself(self) -> Iterator[None]:
+        before, self.__dict__["looks_itself"] = self._looks_itself, True
+        try:
+            yield
+        finally:
+            self.__dict__["looks_itself"] = before
+
+    @property
+    def done(self) -> bool:
+        with self._looking_itself():
+            return super().done
+
     def setup_data(self) -> None:
         strategy: Any = self.trainer.strategy
         limit, self.trainer.limit_train_batches = self.trainer.limit_train_batches, 1.0
+        strategy.limit_train_batches = limit
         try:
-            with strategy.local_phase():
+            with strategy.local_phase(), self._looking_itself():
                 super().setup_data()
         finally:
             self.trainer.limit_train_batches = limit
@@ -260,10 +281,10 @@ def set_logger_steps(trainer: Trainer, steps: int) -> None:
 
 
 def loops_before_round(trainer: Trainer) -> dict[str, Any]:
-    """The progress of the loops as it was when the round before had ended; a new epoch has just been counted."""
+    """The progress of the loops as it was when the round before had ended; the new one has just been started."""
     state = copy.deepcopy(trainer.fit_loop.state_dict())
-    for count in ("total", "current"):
-        state["epoch_progress"][count]["ready"] -= 1
+    for count in state["epoch_progress"].values():
+        count["ready"] = count["started"] = count["processed"]
     return state
 
 

@@ -124,7 +124,6 @@ class FederatedRounds:
         index = internals.current_round(self.trainer)
         if self.plan.round != index:
             self._plan(index)
-        self._loops_before = internals.loops_before_round(self.trainer)
         self.set_length()
 
     def set_length(self) -> None:
@@ -228,9 +227,11 @@ class FederatedRounds:
 
     def _open_round(self) -> None:
         assert self.engine is not None
-        if self.work.accumulate != self.trainer.accumulate_grad_batches:
-            self._plan(self.plan.round)
+        index = internals.current_round(self.trainer)
+        if self.plan.round != index or self.work.accumulate != self.trainer.accumulate_grad_batches:
+            self._plan(index)
             self.set_length()
+        self._loops_before = internals.loops_before_round(self.trainer)
         self.in_local_phase = True
         self.schedules = internals.client_schedules(self.trainer)
         self.round = Round(

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import combinations
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
 from lightning_fl.clients import ClientLoaders, LocalWork, RoundLoader, RoundPlan, count_batches
 from lightning_fl.clients.plan import Place
@@ -51,14 +52,20 @@ class Driver:
         self.work = work
         self.prepare = prepare
         self.clients = ClientLoaders(loaders)
-        self.loader = RoundLoader(self.clients, lambda: self.plan, work, self._open, self._prepare)
-        self.new_round()
+        self.loader = RoundLoader(
+            self.clients,
+            plan=lambda: (self.plan, self.work),
+            open_round=lambda: self.events.append("open"),
+            open_client=self._open_client,
+            resolved=lambda: self.events.append("resolved"),
+        )
+        self.new_round(0)
 
-    def new_round(self) -> None:
+    def new_round(self, round: int) -> None:
         segments = {client: self.work.segments(count_batches(self.clients[client])) for client in self.clients}
         trained = [client for client in segments if segments[client]]
         own = [segments[client] for client in trained]
-        self.plan = RoundPlan(0, list(self.clients), trained, own, self.work.accumulate)
+        self.plan = RoundPlan(round, list(self.clients), trained, own, self.work.accumulate)
 
     def run(self) -> tuple[list[Any], list[Place]]:
         batches, places = [], []
@@ -69,11 +76,8 @@ class Driver:
                 places.append(self.plan.locate(index))
         return batches, places
 
-    def _open(self) -> None:
-        self.events.append("open")
-
-    def _prepare(self, client: Any, loader: Any) -> Any:
-        self.events.append(f"prepare {client}")
+    def _open_client(self, client: Any, loader: Any) -> Any:
+        self.events.append(f"open {client}")
         return self.prepare(loader)
 
 
@@ -100,14 +104,14 @@ def test_clients_come_one_after_the_other_each_with_all_its_passes(epochs: int, 
     assert len(rounds.loader) == 8 * epochs
 
 
-def test_a_client_is_prepared_only_when_its_first_batch_is_read() -> None:
+def test_a_client_is_opened_only_when_its_first_batch_is_read() -> None:
     rounds = driver(LocalWork())
     rounds.run()
     assert rounds.events == [
         "open",
-        *("prepare a", ("a", 0)),
-        *("prepare b", ("b", 0), ("b", 1), ("b", 2), ("b", 3)),
-        *("prepare c", ("c", 0), ("c", 1), ("c", 2)),
+        *("open a", ("a", 0)),
+        *("open b", ("b", 0), ("b", 1), ("b", 2), ("b", 3)),
+        *("open c", ("c", 0), ("c", 1), ("c", 2)),
     ]
 
 
@@ -179,14 +183,33 @@ def test_the_length_is_told_before_the_last_batch_is_handed_out() -> None:
     rounds = driver(LocalWork(), sized=False, clients="bc")
     lengths = [rounds.plan.num_batches for _ in rounds.loader]
     assert lengths == [None] * 6 + [7]
+    assert rounds.events == ["open", "open b", "resolved", "open c", "resolved"]
 
 
-def test_the_next_round_runs_the_new_plan() -> None:
+def test_the_next_round_runs_the_new_plan_with_the_new_work() -> None:
     rounds = driver(LocalWork(), sized=False)
     first, _ = rounds.run()
-    rounds.new_round()
+    rounds.new_round(1)
     assert len(rounds.loader) == UNKNOWN_LENGTH
     assert rounds.run()[0] == first
+    rounds.work = LocalWork(steps=1)
+    rounds.new_round(2)
+    assert rounds.run()[0] == [("a", 0), ("b", 0), ("c", 0)]
+
+
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("work", [LocalWork(epochs=2), LocalWork(steps=10)])
+def test_samplers_that_order_by_epoch_are_told_of_each_pass(work: LocalWork, batched: bool) -> None:
+    sampler = DistributedSampler(range(50), num_replicas=1, rank=0)
+    batches_of_ten = {"batch_sampler": BatchSampler(sampler, 10, False)} if batched else {"batch_size": 10}
+    loader = DataLoader(range(50), sampler=None if batched else sampler, **batches_of_ten)
+    rounds, passes = Driver({"a": loader}, work), []
+    for round in range(2):
+        rounds.new_round(round)
+        batches, _ = rounds.run()
+        passes += [torch.cat(batches[:5]).tolist(), torch.cat(batches[5:]).tolist()]
+    assert all(sorted(one) == list(range(50)) for one in passes)
+    assert all(one != other for one, other in combinations(passes, 2))
 
 
 def test_a_rank_without_clients_goes_through_the_round_with_one_empty_batch() -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,17 @@ def test_the_last_state_of_each_client_is_kept_in_memory_or_on_disk(memory_limit
             assert store.num_bytes_in_memory <= max(memory_limit, 16)
     assert [value_of(store, client) for client in CLIENTS] == [20, 21, 22, 23]
     assert len(store) == len(CLIENTS)
+
+
+def test_the_temporary_folder_goes_with_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    store = ClientStore(memory_limit=0)
+    for index, client in enumerate(CLIENTS * 2):
+        store.put(client, state(index))
+    assert len(list(tmp_path.rglob("*.safetensors"))) == len(CLIENTS) - 1
+    del store
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_least_recently_used_state_leaves_memory_first() -> None:

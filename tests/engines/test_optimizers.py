@@ -249,7 +249,11 @@ SCHEDULES: dict[str, Callable[[Optimizer], Any]] = {
     "Remembering": Remembering,
     "ChainedScheduler": lambda opt: ChainedScheduler([ConstantLR(opt, 0.5, 3), ExponentialLR(opt, 0.9)]),
 }
-FIXED = {"momentum": partial(SGD, lr=0.1, momentum=0.9), "betas": partial(Adam, lr=0.1, betas=(0.8, 0.99))}
+FIXED: dict[str, Callable[..., Optimizer]] = {
+    "momentum": partial(SGD, lr=0.1, momentum=0.9),
+    "betas": partial(Adam, lr=0.1, betas=(0.8, 0.99)),
+    "tensor": lambda params: Adam(params, lr=torch.tensor(0.1, dtype=torch.float64), foreach=False),
+}
 
 Options = tuple[float, Any]
 
@@ -265,7 +269,7 @@ class Scheduled:
 
     def options(self) -> Options:
         group = self.optimizer.param_groups[0]
-        return group["lr"], group.get("momentum", group.get("betas"))
+        return float(group["lr"]), group.get("momentum", group.get("betas"))
 
     def trace(self, num_steps: int) -> list[Options]:
         """The options at each of so many steps."""

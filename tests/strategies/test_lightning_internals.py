@@ -34,6 +34,10 @@ def test_the_version_is_one_that_was_studied() -> None:
     [
         (_TrainingEpochLoop._accumulated_batches_reached, ["self"]),
         (_TrainingEpochLoop.update_lr_schedulers, ["self", "interval", "update_plateau_schedulers"]),
+        (_TrainingEpochLoop.advance, ["self", "data_fetcher"]),
+        (_TrainingEpochLoop._should_check_val_fx, ["self", "data_fetcher"]),
+        (_TrainingEpochLoop._num_ready_batches_reached, ["self"]),
+        (_TrainingEpochLoop._build_kwargs, ["self", "kwargs", "batch", "batch_idx"]),
         (_TrainingEpochLoop._update_learning_rates, ["self", "interval", "update_plateau_schedulers"]),
         (_AutomaticOptimization._make_zero_grad_fn, ["self", "batch_idx", "optimizer"]),
         (_EvaluationLoop._store_dataloader_outputs, ["self"]),
@@ -133,11 +137,3 @@ def test_sampler_injection_can_be_turned_off() -> None:
     assert fit._accelerator_connector.use_distributed_sampler is True
     internals.keep_samplers(fit)
     assert fit._accelerator_connector.use_distributed_sampler is False
-
-
-def test_an_empty_batch_passes_silently() -> None:
-    fit = trainer("fedavg")
-    internals.adopt_loops(fit)
-    text = inspect.getsource(_TrainingEpochLoop.advance)
-    message = next(iter(fit.fit_loop.epoch_loop._warning_cache))
-    assert message in text
