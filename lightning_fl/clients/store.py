@@ -29,6 +29,7 @@ class ClientStore:
         self.memory_limit = memory_limit
         self._loaded: OrderedDict[ClientId, State] = OrderedDict()
         self._num_bytes = 0
+        self._staged: ClientStore | None = None
         self._files: dict[ClientId, tuple[StateFiles, str]] = {}
         self._scratch: StateFiles | None = None
 
@@ -50,8 +51,28 @@ class ClientStore:
         self._forget_file(client)
         self._keep(client, state)
 
+    def stage(self, client: ClientId, state: State) -> None:
+        """Keeps the client's next state aside until :meth:`commit`."""
+        if self._staged is None:
+            self._staged = ClientStore(self.memory_limit)
+        self._staged.put(client, state)
+
+    def commit(self) -> None:
+        """The round is done: the staged states become those of their clients."""
+        staged, self._staged = self._staged, None
+        for client in [] if staged is None else staged.clients():
+            self.put(client, staged.get(client) or {})
+
+    def roll_back(self) -> None:
+        """The round is dropped, and the staged states with it."""
+        self._staged = None
+
+    def clients(self) -> list[ClientId]:
+        """The clients that have a state."""
+        return [*self._loaded, *(client for client in self._files if client not in self._loaded)]
+
     def __len__(self) -> int:
-        return len(self._loaded.keys() | self._files.keys())
+        return len(self.clients())
 
     @property
     def num_bytes_in_memory(self) -> int:
@@ -60,7 +81,7 @@ class ClientStore:
 
     def save(self, files: StateFiles) -> Manifest:
         """Makes sure that the folder holds the current state of each client, and names the versions."""
-        for client in list(self._loaded.keys() | self._files.keys()):
+        for client in self.clients():
             if client not in self._files:
                 self._files[client] = files, files.write(client, self._loaded[client])
             elif self._files[client][0].root != files.root:
@@ -79,7 +100,7 @@ class ClientStore:
 
     def drop_entry(self, name: str) -> None:
         """Takes an entry such as ``"optimizer"`` out of all states."""
-        for client in [*self._loaded.keys(), *(self._files.keys() - self._loaded.keys())]:
+        for client in self.clients():
             state = self.get(client) or {}
             if name in state:
                 self.put(client, {key: value for key, value in state.items() if key != name})

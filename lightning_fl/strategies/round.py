@@ -175,7 +175,7 @@ class Round:
         self._acc = self.settings.aggregator.add(self._acc, update, replace(self.ctx, client=client))
         self.num_examples += num_examples
         if kept:
-            self.store.put(client, move(kept, "cpu"))
+            self.store.stage(client, move(kept, "cpu"))
         return run, update
 
     def close(self, report: Message, look: Callable[[list[Message]], None] = lambda reports: None) -> RoundResult:
@@ -216,6 +216,7 @@ class Round:
             scale(aggregate.buffers, 1 / aggregate.weight),
             _furthest([message.fields["schedule_end"] for message in reports]),
         )
+        self.store.commit()
         seconds = {
             "train": trained - self._opened,
             "communicate": merged - trained,
@@ -224,7 +225,8 @@ class Round:
         return RoundResult(FederationState(server, self.transform_states), aggregate, reports, refused, seconds)
 
     def abandon(self) -> None:
-        """Puts the module back to the round's start, when the round can't be finished."""
+        """Puts the module and the clients' states back to the round's start, when the round can't be finished."""
+        self.store.roll_back()
         self.engine.end_round(self.server["params"], zeros_like(self._like.buffers), None)
 
     def _transform(self, client: ClientId, update: Update) -> tuple[Update, dict[str, State]]:
