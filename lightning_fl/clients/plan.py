@@ -112,16 +112,33 @@ class RoundPlan:
         self.clients = list(clients)
         self.accumulate = accumulate
         self._segments = [(client, length) for client, lengths in enumerate(segments) for length in lengths]
+        self._ends_empty = not self.clients
         self._ends: list[int] = []
         self._first = [0] * len(self.clients)
         self._extend()
 
     @property
     def num_batches(self) -> int | None:
-        """Batches of this rank: at least 1, since a rank without clients gets one empty batch; None if unknown."""
-        if not self.clients:
-            return 1
-        return self._ends[-1] if len(self._ends) == len(self._segments) else None
+        """Batches of this rank, None if unknown; a rank that has no client left gets one empty batch at the end."""
+        if len(self._ends) < len(self._segments):
+            return None
+        return (self._ends[-1] if self._ends else 0) + self._ends_empty
+
+    def is_empty(self, batch_idx: int) -> bool:
+        """Whether the batch with this index is the empty one at the end."""
+        return self._ends_empty and len(self._ends) == len(self._segments) and batch_idx + 1 == self.num_batches
+
+    def cut(self, batch_idx: int) -> None:
+        """Leaves out the client whose batch ``batch_idx`` was to come: the next client's batches come instead."""
+        segment = bisect_right(self._ends, batch_idx)
+        client = self._segments[segment][0]
+        start = self._ends[segment - 1] if segment else 0
+        rest = [(other, length) for other, length in self._segments[segment:] if other != client]
+        done = [(client, batch_idx - start)] if batch_idx > start else []
+        self._segments = [*self._segments[:segment], *done, *rest]
+        self._ends_empty = self._ends_empty or not rest
+        self._ends.clear()
+        self._extend()
 
     def resolve(self, num_batches: int) -> None:
         """Tells the length of the segment at hand, before its last batch is trained."""

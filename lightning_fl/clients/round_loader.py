@@ -16,6 +16,16 @@ UNKNOWN_LENGTH = sys.maxsize // 2
 _END = object()
 
 
+def raise_error(client: ClientId, error: Exception) -> None:
+    """Raises what a client's loader has raised, with the client named."""
+    if f"client {client!r}" in str(error):
+        raise error
+    raise ValueError(
+        f"The loader of client {client!r} raised {type(error).__name__}: {error}. Mend it, or let the round go on "
+        "without such clients with FederatedStrategy(on_client_error='skip')."
+    ) from error
+
+
 class RoundLoader:
     """The batches of this rank's clients, client after client; sized and lazy.
 
@@ -26,7 +36,8 @@ class RoundLoader:
         plan: Gives the plan of the round at hand, and how much each client trains.
         open_round: Called before a round's first batch is read.
         open_client: Called with a client and its loader before the client's first batch is read; returns the loader.
-        resolved: Called when the last batch of a loader without length has been found.
+        resolved: Called when the number of batches has become known or has changed.
+        failed: Called when a client's loader raises; raises itself, or returns for the client to be left out.
     """
 
     def __init__(
@@ -36,12 +47,14 @@ class RoundLoader:
         open_round: Callable[[], None],
         open_client: Callable[[ClientId, Loader], Loader],
         resolved: Callable[[], None],
+        failed: Callable[[ClientId, Exception], None] = raise_error,
     ) -> None:
         self._loaders = loaders
         self._plan = plan
         self._open_round = open_round
         self._open_client = open_client
         self._resolved = resolved
+        self._failed = failed
 
     def __len__(self) -> int:
         num_batches = self._plan()[0].num_batches
@@ -49,22 +62,42 @@ class RoundLoader:
 
     def __iter__(self) -> Iterator[Any]:
         self._open_round()
-        plan, work = self._plan()
-        if not plan.clients:
-            yield None
+        plan, _ = self._plan()
+        self._num_yielded = 0
         for client in plan.clients:
-            loader = self._open_client(client, self._loaders[client])
-            num_batches = count_batches(loader)
-            for number, segment in enumerate(work.segments(num_batches)):
-                if work.steps is not None:
-                    length = work.max_pass_length if num_batches is None else work.pass_length(num_batches)
-                    yield from islice(_cycle(client, loader, length, plan.round), segment)
-                    continue
-                begin_pass(loader, plan.round * work.epochs + number)
-                if segment is not None:
-                    yield from _exactly(client, loader, segment)
-                else:
-                    yield from self._until_end(client, loader, work.max_pass_length, plan)
+            try:
+                loader = self._loaders[client]
+            except Exception as error:
+                self._leave_out(client, error)
+                continue
+            loader = self._open_client(client, loader)
+            try:
+                for batch in self._batches(client, loader):
+                    self._num_yielded += 1
+                    yield batch
+            except Exception as error:
+                self._leave_out(client, error)
+        if plan.is_empty(self._num_yielded):
+            yield None
+
+    def _leave_out(self, client: ClientId, error: Exception) -> None:
+        self._failed(client, error)
+        self._plan()[0].cut(self._num_yielded)
+        self._resolved()
+
+    def _batches(self, client: ClientId, loader: Loader) -> Iterator[Any]:
+        plan, work = self._plan()
+        num_batches = count_batches(loader)
+        for number, segment in enumerate(work.segments(num_batches)):
+            if work.steps is not None:
+                length = work.max_pass_length if num_batches is None else work.pass_length(num_batches)
+                yield from islice(_cycle(client, loader, length, plan.round), segment)
+                continue
+            begin_pass(loader, plan.round * work.epochs + number)
+            if segment is not None:
+                yield from _exactly(client, loader, segment)
+            else:
+                yield from self._until_end(client, loader, work.max_pass_length, plan)
 
     def _until_end(self, client: ClientId, loader: Loader, max_length: int | None, plan: RoundPlan) -> Iterator[Any]:
         batches = islice(loader, max_length)

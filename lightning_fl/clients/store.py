@@ -60,8 +60,9 @@ class ClientStore:
     def commit(self) -> None:
         """The round is done: the staged states become those of their clients."""
         staged, self._staged = self._staged, None
-        for client in [] if staged is None else staged.clients():
-            self.put(client, staged.get(client) or {})
+        if staged is not None:
+            for client in staged.clients():
+                self.put(client, staged.get(client) or {})
 
     def roll_back(self) -> None:
         """The round is dropped, and the staged states with it."""

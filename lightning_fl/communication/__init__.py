@@ -1,7 +1,7 @@
 """How ranks reach each other: groups, collectives, messages."""
 
-from lightning_fl.communication.group import Group, LocalGroup, TorchGroup
+from lightning_fl.communication.group import Group, LocalGroup, RankLost, TorchGroup
 from lightning_fl.communication.message import Message
 from lightning_fl.communication.rendezvous import connect
 
-__all__ = ["Group", "LocalGroup", "Message", "TorchGroup", "connect"]
+__all__ = ["Group", "LocalGroup", "Message", "RankLost", "TorchGroup", "connect"]

@@ -15,6 +15,10 @@ from lightning_fl.communication.message import Message
 MAX_MESSAGE_BYTES = 1 << 30
 
 
+class RankLost(RuntimeError):
+    """Another rank has left the federation, or has not answered in time."""
+
+
 class Group(ABC):
     """The ranks of a federation.
 
@@ -108,6 +112,15 @@ class TorchGroup(Group):
             options._timeout = timeout
             self._nccl = dist.ProcessGroupNCCL(dist.PrefixStore("nccl", store), rank, size, options)
 
+    def _wait(self, work: Any) -> None:
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise RankLost(
+                "Another rank has left the federation, or has not come to the same place within "
+                f"{self.timeout.total_seconds():g} s ({str(error).splitlines()[0]})."
+            ) from error
+
     def _backend(self, tensor: Tensor) -> Any:
         return self._nccl if tensor.is_cuda and self._nccl is not None else self._gloo
 
@@ -115,7 +128,7 @@ class TorchGroup(Group):
         joined = tensor.detach().clone(memory_format=torch.contiguous_format)
         options = dist.AllreduceOptions()
         options.reduceOp = _OPS[op]
-        self._backend(joined).allreduce([joined], options).wait()
+        self._wait(self._backend(joined).allreduce([joined], options))
         if op != "mean":
             return joined
         return joined / self.size
@@ -142,15 +155,15 @@ class TorchGroup(Group):
 
     def _gather(self, tensor: Tensor) -> list[Tensor]:
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        self._gloo.allgather([parts], [tensor]).wait()
+        self._wait(self._gloo.allgather([parts], [tensor]))
         return parts
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
         received = tensor.detach().clone(memory_format=torch.contiguous_format)
         options = dist.BroadcastOptions()
         options.rootRank = root
-        self._backend(received).broadcast([received], options).wait()
+        self._wait(self._backend(received).broadcast([received], options))
         return received
 
     def barrier(self) -> None:
-        self._gloo.barrier().wait()
+        self._wait(self._gloo.barrier())

@@ -40,7 +40,7 @@ class FederatedTensors:
                     f"it has {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}."
                 )
         self.params: dict[str, nn.Parameter] = {name: param for name, param in params.items() if name not in own}
-        self._personal_params = {name: param for name, param in params.items() if name in own}
+        self.personal_params = {name: param for name, param in params.items() if name in own}
         self._buffers = {name: place for name, place in buffers.items() if name not in own}
         self._personal_buffers = {name: place for name, place in buffers.items() if name in own}
         self._frozen = [(name, p, p._version) for name, p in module.named_parameters() if not p.requires_grad]
@@ -73,7 +73,7 @@ class FederatedTensors:
     def personal(self) -> dict[str, Tensor]:
         """Trainable parameters and persistent buffers that stay with their client."""
         buffers = {name: getattr(owner, key) for name, (owner, key) in self._personal_buffers.items()}
-        return {**self._personal_params, **buffers}
+        return {**self.personal_params, **buffers}
 
 
 def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -125,7 +125,7 @@ def read_client_states(
     """
     files = state_files(path)
     found = [files.read_manifest(name) for name in manifests]
-    if population.silos is None and None in found or not any(manifest is not None for manifest in found):
+    if (population.silos is None and None in found) or not any(manifest is not None for manifest in found):
         raise MisconfigurationException(
             f"The checkpoint {path} needs the states of its clients, but they are not in {files.root}. Copy the folder "
             "`client_states` along with the checkpoint."

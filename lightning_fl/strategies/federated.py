@@ -52,7 +52,7 @@ from lightning_fl.strategies.handshake import join_ranks
 from lightning_fl.strategies.metrics import EvaluationMetrics
 from lightning_fl.strategies.population import build_population
 from lightning_fl.strategies.round import FederationSettings
-from lightning_fl.strategies.rounds import FederatedRounds, digest
+from lightning_fl.strategies.rounds import FederatedRounds, OnClientError, digest
 
 
 class FederatedStrategy(ParallelStrategy):
@@ -74,6 +74,8 @@ class FederatedStrategy(ParallelStrategy):
         engine: How a rank trains its clients: ``"sequential"``, or ``"auto"`` for the fastest that is exact.
         seed: Seed of cohorts, partition and local training. None: the one of ``seed_everything``, else 0.
         split_validation: Whether the ranks of a simulation share the validation data instead of each reading all of it.
+        on_client_error: Whether a client whose loader raises ends the run (``"raise"``) or is left out of the round
+            with a warning (``"skip"``).
         timeout: Seconds that a collective waits for the other ranks.
 
     Raises:
@@ -105,6 +107,7 @@ class FederatedStrategy(ParallelStrategy):
         engine: str = "auto",
         seed: int | None = None,
         split_validation: bool = False,
+        on_client_error: OnClientError = "raise",
         timeout: float = 1800.0,
     ) -> None:
         super().__init__()
@@ -117,6 +120,7 @@ class FederatedStrategy(ParallelStrategy):
             check_type("transforms", transform, Transform, "fl.aggregation.Transform objects")
         check_choice("weighting", weighting, (None, "examples", "uniform"))
         check_choice("client_optimizer", client_optimizer, ("reset", "keep"))
+        check_choice("on_client_error", on_client_error, ("raise", "skip"))
         check_choice("engine", engine, ("auto", "sequential"))
         self.algorithm = get_algorithm(algorithm) if isinstance(algorithm, str) else algorithm
         if not isinstance(self.algorithm, Algorithm):
@@ -134,6 +138,7 @@ class FederatedStrategy(ParallelStrategy):
         self.engine = engine
         self.seed = seed
         self.split_validation = split_validation
+        self.on_client_error: OnClientError = on_client_error
         if not timeout > 0:
             raise ValueError(f"timeout={timeout} must be a positive number of seconds.")
         self.timeout = timedelta(seconds=timeout)
@@ -235,7 +240,9 @@ class FederatedStrategy(ParallelStrategy):
         if self.in_local_phase or self.federation.size == 1 or not isinstance(tensor, Tensor):
             return tensor
         name = str(reduce_op).lower().rpartition(".")[2]
-        return self.federation.all_reduce(tensor, {"avg": "mean"}.get(name, name))
+        name = {"avg": "mean"}.get(name, name)
+        check_choice("reduce_op", name, ("sum", "mean", "min", "max"))
+        return self.federation.all_reduce(tensor, name)
 
     def barrier(self, name: str | None = None) -> None:
         if not self.in_local_phase:
@@ -315,7 +322,15 @@ class FederatedStrategy(ParallelStrategy):
         stateful = self.algorithm.keeps_client_state or self.client_optimizer == "keep" or bool(self.personal)
         at_home = stateful or any(transform.keeps_client_state for transform in self.transforms)
         return FederatedRounds(
-            trainer, population, self.federation, settings, self.clients_per_round, work, at_home, self._last_rounds
+            trainer,
+            population,
+            self.federation,
+            settings,
+            self.clients_per_round,
+            work,
+            at_home,
+            self.on_client_error,
+            self._last_rounds,
         )
 
     # ---- hooks

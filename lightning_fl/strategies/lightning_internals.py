@@ -19,7 +19,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, Timer
 from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
-from lightning.pytorch.loops.fetchers import _DataFetcher
+from lightning.pytorch.loops.fetchers import _DataFetcher, _DataLoaderIterDataFetcher
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.optimization.automatic import _AutomaticOptimization
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
@@ -39,6 +39,17 @@ from lightning_fl.engines.optimizers import Schedule
 
 SubprocessLauncher = _SubprocessScriptLauncher
 ResultCollection = _ResultCollection
+
+
+class _Fetched:
+    """A batch that has been fetched already, for Lightning to fetch."""
+
+    def __init__(self, data_fetcher: _DataFetcher) -> None:
+        self._item = next(data_fetcher)
+        self.done = data_fetcher.done
+
+    def __next__(self) -> Any:
+        return self._item
 
 
 class RoundEpochLoop(_TrainingEpochLoop):
@@ -72,8 +83,8 @@ class RoundEpochLoop(_TrainingEpochLoop):
         return self._num_ready_batches_reached() and self._should_check_val_epoch()
 
     def _accumulated_batches_reached(self) -> bool:
-        plan = self._rounds.plan
-        return not plan.clients or plan.locate(self.batch_progress.current.ready - 1).ends_window
+        plan, batch_idx = self._rounds.plan, self.batch_progress.current.ready - 1
+        return batch_idx < 0 or plan.is_empty(batch_idx) or plan.locate(batch_idx).ends_window
 
     def _build_kwargs(self, kwargs: OrderedDict, batch: Any, batch_idx: int) -> OrderedDict:
         return super()._build_kwargs(kwargs, batch, self._rounds.plan.locate(batch_idx).offset)
@@ -102,11 +113,19 @@ class RoundEpochLoop(_TrainingEpochLoop):
             self._update_learning_rates("epoch", update_plateau_schedulers=False)
 
     def advance(self, data_fetcher: _DataFetcher) -> None:
-        if self.restarting or self._rounds.plan.clients:
+        goes_back_to_validation = self.restarting and self._should_check_val_fx(data_fetcher)
+        if goes_back_to_validation or isinstance(data_fetcher, _DataLoaderIterDataFetcher):
             super().advance(data_fetcher)
             return
+        fetched = _Fetched(data_fetcher)
+        if self._rounds.plan.is_empty(self.batch_progress.current.ready):
+            self._advance_without_client()
+        else:
+            super().advance(fetched)  # type: ignore[arg-type]
+
+    def _advance_without_client(self) -> None:
+        batch_idx = self.batch_progress.current.ready
         self.val_loop.restarting = False
-        next(data_fetcher)
         self.batch_progress.is_last_batch = True
         self.batch_progress.increment_ready()
         self.trainer._logger_connector.on_batch_start(None)
@@ -114,7 +133,7 @@ class RoundEpochLoop(_TrainingEpochLoop):
         self.batch_progress.increment_processed()
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if getattr(callback, "follows_idle_rounds", isinstance(callback, Checkpoint | Timer)):
-                callback.on_train_batch_end(self.trainer, self.trainer.lightning_module, None, None, 0)
+                callback.on_train_batch_end(self.trainer, self.trainer.lightning_module, None, None, batch_idx)
         self.trainer._logger_connector.on_batch_end()
         self.batch_progress.increment_completed()
         self.trainer._logger_connector.update_train_step_metrics()
@@ -232,8 +251,7 @@ def set_round_length(trainer: Trainer, num_batches: int | None, fetch_limit: int
         fetch_limit: What the fetcher takes for the length while it is unknown; without a length it would prefetch.
     """
     fit_loop = trainer.fit_loop
-    fit_loop.max_batches = float("inf") if num_batches is None else num_batches
-    trainer.val_check_batch = fit_loop.max_batches
+    fit_loop.max_batches = trainer.val_check_batch = float("inf") if num_batches is None else num_batches
     assert fit_loop._combined_loader is not None
     assert fit_loop._data_fetcher is not None
     length = fetch_limit if num_batches is None else num_batches

@@ -169,7 +169,9 @@ class Round:
         self.num_steps += run.num_steps
         if self.schedule_end is None or self.schedule_end.num_optimizer_steps < result.num_steps:
             self.schedule_end = result.schedule_end
-        if not is_finite([*_tensors(update), *leaves(kept)]):
+        personal = self.engine.tensors.personal_params.values()
+        stateful = leaves({name: value for name, value in kept.items() if name != "personal"})
+        if not is_finite([*_tensors(update), *stateful, *personal]):
             self.refused.append(client)
             return run, None
         self._acc = self.settings.aggregator.add(self._acc, update, replace(self.ctx, client=client))
@@ -177,6 +179,11 @@ class Round:
         if kept:
             self.store.stage(client, move(kept, "cpu"))
         return run, update
+
+    def drop_client(self) -> bool:
+        """Leaves out the client at hand; tells whether there was one."""
+        client, self._client = self._client, None
+        return client is not None
 
     def close(self, report: Message, look: Callable[[list[Message]], None] = lambda reports: None) -> RoundResult:
         """Joins the ranks' updates and loads the new global model; every rank calls it once a round.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -29,14 +29,16 @@ from lightning_fl.clients import (
 )
 from lightning_fl.clients.loaders import Loader
 from lightning_fl.clients.plan import Place
-from lightning_fl.clients.round_loader import UNKNOWN_LENGTH
+from lightning_fl.clients.round_loader import UNKNOWN_LENGTH, raise_error
 from lightning_fl.clients.split import in_order
-from lightning_fl.communication import Group, Message
+from lightning_fl.communication import Group, Message, RankLost
 from lightning_fl.engines import Schedule, SequentialEngine
 from lightning_fl.strategies import lightning_internals as internals
 from lightning_fl.strategies import metrics
-from lightning_fl.strategies.round import FederationSettings, FederationState, Round
+from lightning_fl.strategies.round import FederationSettings, FederationState, Round, RoundResult
 from lightning_fl.types import ClientId
+
+OnClientError = Literal["raise", "skip"]
 
 
 class FederatedRounds:
@@ -50,6 +52,7 @@ class FederatedRounds:
         clients_per_round: A count, a share, or None for all.
         work: How much a client trains in a round.
         at_home: Whether clients keep state and so must train on their home rank.
+        on_client_error: Whether a client whose loader raises ends the run or is left out.
         last: The rounds of the Trainer's last ``fit``, which go on if this one does not start at round 0.
     """
 
@@ -62,6 +65,7 @@ class FederatedRounds:
         clients_per_round: int | float | None,
         work: LocalWork,
         at_home: bool,
+        on_client_error: OnClientError = "raise",
         last: FederatedRounds | None = None,
     ) -> None:
         self.trainer = trainer
@@ -69,6 +73,7 @@ class FederatedRounds:
         self.settings = settings
         self.work = work
         self.at_home = at_home
+        self.on_client_error = on_client_error
         self.clients_per_round = clients_per_round
         self.state = FederationState()
         self.store = ClientStore()
@@ -93,7 +98,12 @@ class FederatedRounds:
         self.population = population
         self.cohort_size = cohort_size(self.clients_per_round, len(population))
         self.loader = RoundLoader(
-            population.loaders, lambda: (self.plan, self.work), self._open_round, self._open_client, self.set_length
+            population.loaders,
+            lambda: (self.plan, self.work),
+            self._open_round,
+            self._open_client,
+            self.set_length,
+            self._fail_client,
         )
         self._largest: int | float | None = None
         self._plan(internals.current_round(self.trainer))
@@ -137,7 +147,7 @@ class FederatedRounds:
 
     def after_batch(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """A batch has been trained, or this rank has none in this round."""
-        if not self.plan.clients:
+        if self.plan.is_empty(batch_idx):
             self._close_round()
             return
         place = self.plan.locate(batch_idx)
@@ -214,9 +224,14 @@ class FederatedRounds:
         clients, segments = [], []
         self._num_examples: dict[ClientId, int | None] = {}
         self._empty: list[ClientId] = []
+        self._failed: dict[ClientId, str] = {}
         for client in population.place(cohort, self.group.size, self.at_home)[self.group.rank]:
-            loader = population.loaders[client]
-            own = self.work.segments(count_batches(loader))
+            try:
+                loader = population.loaders[client]
+                own = self.work.segments(count_batches(loader))
+            except Exception as error:
+                self._fail_client(client, error)
+                continue
             if not own:
                 self._empty.append(client)
                 continue
@@ -279,6 +294,15 @@ class FederatedRounds:
             self._randomness.seed_generator(generator, seed)
         return loader
 
+    def _fail_client(self, client: ClientId, error: Exception) -> None:
+        if self.on_client_error == "raise":
+            raise_error(client, error)
+        self._failed[client] = f"{type(error).__name__}: {error}"
+        if self.round is not None and self.round.drop_client():
+            self._logged.after_client(internals.train_results(self.trainer), accepted=False)
+            self._metric_states.restore(self._snapshot)
+            self._randomness.exit()
+
     def _count(self, outputs: Any, batch: Any, place: Place) -> None:
         results = internals.train_results(self.trainer)
         num_examples = internals.batch_size(results, batch)
@@ -316,11 +340,12 @@ class FederatedRounds:
             "metric_states": states,
             "first_batch": self._first_batch,
             "empty": self._empty,
+            "failed": list(self._failed.items()),
             "should_stop": self.trainer.should_stop,
             "logger_steps": internals.logger_steps(self.trainer) - self._first_logger_step if self.plan.clients else 0,
             "deferred": self._deferred,
         }
-        result = self.round.close(Message(fields, tensors), self._warn_of_data)
+        result = self._join_ranks(Message(fields, tensors))
         self.state, self.round, self.in_local_phase = result.state, None, False
         internals.step_epoch_schedules(self.trainer)
         told = [message.fields for message in result.reports]
@@ -342,6 +367,7 @@ class FederatedRounds:
                 "num_examples": sum(fields["num_examples"] for fields in told),
                 "num_steps": num_steps,
                 "refused": result.refused,
+                "failed": [client for fields in told for client, _ in fields["failed"]],
                 "empty": [client for fields in told for client in fields["empty"]],
                 "seconds": result.seconds,
             }
@@ -352,6 +378,16 @@ class FederatedRounds:
         for path, weights_only in told[0]["deferred"].items():
             self.trainer.save_checkpoint(path, weights_only)
         internals.save_passed_steps(self.trainer, self._first_step, self._first_step + num_steps)
+
+    def _join_ranks(self, report: Message) -> RoundResult:
+        assert self.round is not None
+        try:
+            return self.round.close(report, self._warn_of_data)
+        except RankLost as error:
+            raise RankLost(
+                f"Round {self.plan.round}: {error} The round is dropped. Start all ranks again with "
+                "trainer.fit(..., ckpt_path='last'); they go on after the last checkpoint."
+            ) from error
 
     def _publish(self, entries: metrics.Entries) -> None:
         results = internals.train_results(self.trainer)
@@ -377,6 +413,10 @@ class FederatedRounds:
                     f"Client {client!r} has no data: its loader yields no batch, so it takes no part. Leave it out, "
                     "give it data, or check `drop_last` and the batch size."
                 )
+        for client, error in (pair for message in reports for pair in message.fields["failed"]):
+            rank_zero_warn(
+                f"Round {self.plan.round}: the loader of client {client!r} raised {error}, so it was left out."
+            )
         first = [message.fields["first_batch"] for message in reports]
         if first[0] and len(first) > 1 and len(set(first)) == 1:
             rank_zero_warn(

@@ -1,0 +1,224 @@
+"""What goes wrong in a federation: a client's data, a rank that dies or hangs, a signal."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+import lightning_fl as fl
+from lightning_fl import FederatedStrategy
+from tests.helpers.distributed import run_script
+from tests.helpers.training import Plain, image_clients, loader, trainer, weights
+
+
+class Breaks:
+    """A loader that raises after some batches."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def __len__(self) -> int:
+        return 3
+
+    def __iter__(self) -> Iterator[Any]:
+        for index, batch in enumerate(loader(12)):
+            if index == self.after:
+                raise OSError("disk failed")
+            yield batch
+
+
+def no_loader() -> DataLoader:
+    raise FileNotFoundError("no such file")
+
+
+def clients(broken: Any, position: int) -> fl.datamodules.ClientLoaders:
+    whole: list[Any] = [lambda seed=seed: loader(8, seed=seed) for seed in range(3)]
+    if broken is not None:
+        whole.insert(position, broken)
+    names = ["a", "b", "c"]
+    if broken is not None:
+        names.insert(position, ["0", "aa", "z"][min(position, 2)] if position < 3 else "z")
+    return fl.datamodules.ClientLoaders(dict(zip(names, whole, strict=True)))
+
+
+@pytest.mark.parametrize("broken", [Breaks(0), Breaks(2), no_loader], ids=["at once", "half way", "no loader"])
+@pytest.mark.parametrize("position", [0, 1, 3], ids=["first", "between", "last"])
+def test_a_client_whose_loader_raises_is_left_out(broken: Any, position: int) -> None:
+    module, without = Plain(), Plain()
+    strategy = FederatedStrategy("fedavg", on_client_error="skip")
+    with pytest.warns(UserWarning, match="the loader of client .* raised .*, so it was left out"):
+        trainer(strategy, 2).fit(module, clients(broken, position))
+    trainer("fedavg", 2).fit(without, clients(None, 0))
+    torch.testing.assert_close(weights(module), weights(without), rtol=1e-12, atol=0)
+    assert [len(entry["failed"]) for entry in strategy.history] == [1, 1]
+
+
+@pytest.mark.parametrize("broken", [Breaks(1), no_loader], ids=["half way", "no loader"])
+def test_a_client_whose_loader_raises_is_named(broken: Any) -> None:
+    module = Plain()
+    before = weights(module)
+    with pytest.raises(ValueError, match=r"loader of client 'aa' raised .*on_client_error='skip'"):
+        trainer("fedavg").fit(module, clients(broken, 1))
+    assert torch.equal(weights(module), before)
+
+
+def leave_out_on_ranks() -> tuple[torch.Tensor, list[Any]]:
+    import warnings
+
+    module = Plain()
+    strategy = FederatedStrategy("fedavg", on_client_error="skip")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer(strategy, 2).fit(module, clients(Breaks(1), 3))
+    return weights(module), [entry["failed"] for entry in strategy.history]
+
+
+def test_ranks_agree_on_who_was_left_out(run_ranks: Any) -> None:
+    alone, failed = leave_out_on_ranks()
+    for found, also_failed in run_ranks(4, leave_out_on_ranks):
+        torch.testing.assert_close(found, alone, rtol=1e-9, atol=1e-12)
+        assert also_failed == failed == [["z"], ["z"]]
+
+
+class Leaves(fl.callbacks.FederatedCallback):
+    """In round 1, rank 1 sleeps or raises."""
+
+    def __init__(self, how: str) -> None:
+        self.how = how
+
+    def on_client_start(self, trainer: Any, module: Any, client: Any) -> None:
+        if trainer.current_epoch == 1 and trainer.global_rank == 1:
+            if self.how == "hangs":
+                time.sleep(6)
+            raise KeyError("crash")
+
+
+def lose_rank_1(how: str) -> tuple[str, float]:
+    module = Plain()
+    strategy = FederatedStrategy("fedavg", timeout=2.0)
+    start = time.monotonic()
+    try:
+        trainer(strategy, 3, callbacks=[Leaves(how)]).fit(module, loader(8, seed=int(os.environ["RANK"])))
+    except (RuntimeError, KeyError) as error:
+        return f"{type(error).__name__}: {error}", time.monotonic() - start
+    return "no error", 0.0
+
+
+def test_a_rank_that_hangs_ends_the_others_within_the_timeout(run_ranks: Any) -> None:
+    message, seconds = run_ranks(2, lose_rank_1, "hangs")[0]
+    assert message.startswith("RankLost: Round 1: Another rank has left the federation, or has not come")
+    assert "ckpt_path='last'" in message
+    assert seconds < 6
+
+
+SCRIPT = """
+import os, signal, sys
+import lightning_fl as fl
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from tests.helpers.training import Plain, image_clients, trainer
+from lightning_fl import FederatedStrategy
+from lightning_fl.aggregation import WeightedMean
+
+where, number, directory = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+die = lambda: os.kill(os.getpid(), number)
+
+class Dies(fl.callbacks.FederatedCallback):
+    def on_client_end(self, trainer, module, client, run, update):
+        if where == "training" and trainer.current_epoch == 2 and client == 1:
+            die()
+
+class DyingMean(WeightedMean):
+    def result(self, acc, ctx):
+        if where == "aggregating" and ctx.round == 2:
+            die()
+        return super().result(acc, ctx)
+
+if where == "saving":
+    import lightning.fabric.utilities.cloud_io as cloud_io
+    import torch
+    save, count = torch.save, 0
+    def dying_save(*args, **kwargs):
+        global count
+        count += 1
+        if count == 3:
+            die()
+        save(*args, **kwargs)
+    torch.save = dying_save
+
+saver = ModelCheckpoint(directory, filename="{epoch}", save_last=True)
+callbacks = [Dies(), saver, OnExceptionCheckpoint(directory, "cut")]
+strategy = FederatedStrategy("scaffold", aggregator=DyingMean())
+fit = trainer(strategy, 5, enable_checkpointing=True, callbacks=callbacks)
+fit.fit(Plain(), image_clients((5, 7, 11)))
+print("not killed")
+"""
+
+
+def run_until_killed(tmp_path: Path, where: str, number: int) -> Any:
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    return run_script(
+        [sys.executable, "-W", "ignore", str(script), where, str(number), str(tmp_path)], cwd=tmp_path, check=False
+    )
+
+
+def resumed(checkpoint: Path) -> torch.Tensor:
+    module = Plain()
+    trainer("scaffold", 5).fit(module, image_clients((5, 7, 11)), ckpt_path=checkpoint, weights_only=True)
+    return weights(module)
+
+
+def uninterrupted() -> torch.Tensor:
+    module = Plain()
+    trainer("scaffold", 5).fit(module, image_clients((5, 7, 11)))
+    return weights(module)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize("where", ["training", "aggregating", "saving"])
+def test_killed_anywhere_the_last_complete_round_is_there(tmp_path: Path, where: str) -> None:
+    ended = run_until_killed(tmp_path, where, signal.SIGKILL)
+    assert ended.returncode == -signal.SIGKILL
+    assert torch.equal(resumed(tmp_path / "last.ckpt"), uninterrupted())
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_a_signal_drops_the_round_and_the_checkpoint_on_exception_resumes(tmp_path: Path, number: int) -> None:
+    ended = run_until_killed(tmp_path, "training", number)
+    assert "not killed" not in ended.stdout
+    assert torch.equal(resumed(tmp_path / "cut.ckpt"), uninterrupted())
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    def fit(max_epochs: int) -> None:
+        callback = ModelCheckpoint(tmp_path, filename="{epoch}", save_last=True)
+        trainer("scaffold", max_epochs, enable_checkpointing=True, callbacks=[callback]).fit(
+            Plain(), image_clients((5, 7, 11))
+        )
+
+    fit(1)
+    (tmp_path / "last.ckpt").rename(tmp_path / "kept.ckpt")
+    before = (tmp_path / "kept.ckpt").read_bytes()
+    real_fsync = os.fsync
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"), pytest.warns(UserWarning, match="exists and is not empty"):
+        fit(2)
+    monkeypatch.setattr(os, "fsync", real_fsync)
+    assert (tmp_path / "kept.ckpt").read_bytes() == before
+    assert not list(tmp_path.rglob("*.unfinished"))
