@@ -34,6 +34,11 @@ def scale(tree: Tree, factor: float) -> Tree:
     return tree_map(lambda tensor: tensor * factor, tree)
 
 
+def norm(tree: Tree) -> float:
+    """Euclidean norm of all elements together."""
+    return float(sum(torch.linalg.vector_norm(tensor.float()).double() ** 2 for tensor in tree.values()) ** 0.5)
+
+
 def zeros_like(tree: Tree) -> Tree:
     """A tree of zeros of the same names, shapes and dtypes."""
     return tree_map(torch.zeros_like, tree)

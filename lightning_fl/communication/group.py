@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -19,6 +21,21 @@ class RankLost(RuntimeError):
     """Another rank has left the federation, or has not answered in time."""
 
 
+@dataclass
+class Traffic:
+    """What a rank has spent on the others so far.
+
+    Args:
+        num_bytes: Bytes of payload handed to collectives.
+        seconds_waiting: Seconds in small messages, which wait for the slowest rank.
+        seconds_reducing: Seconds in the sums of tensors.
+    """
+
+    num_bytes: int = 0
+    seconds_waiting: float = 0.0
+    seconds_reducing: float = 0.0
+
+
 class Group(ABC):
     """The ranks of a federation.
 
@@ -30,6 +47,7 @@ class Group(ABC):
     def __init__(self, rank: int, size: int) -> None:
         self.rank = rank
         self.size = size
+        self.traffic = Traffic()
 
     @abstractmethod
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
@@ -128,14 +146,20 @@ class TorchGroup(Group):
         joined = tensor.detach().clone(memory_format=torch.contiguous_format)
         options = dist.AllreduceOptions()
         options.reduceOp = _OPS[op]
+        start = time.perf_counter()
         self._wait(self._backend(joined).allreduce([joined], options))
+        self.traffic.seconds_reducing += time.perf_counter() - start
+        self.traffic.num_bytes += joined.numel() * joined.element_size()
         if op != "mean":
             return joined
         return joined / self.size
 
     def all_gather(self, message: Message, topic: str = "") -> list[Message]:
         data = Message({"topic": topic, "fields": message.fields}, message.tensors).encode()
+        start = time.perf_counter()
         sizes = [int(size) for size in self._gather(torch.tensor([len(data)]))]
+        self.traffic.seconds_waiting += time.perf_counter() - start
+        self.traffic.num_bytes += len(data)
         if max(sizes) > MAX_MESSAGE_BYTES:
             raise ValueError(
                 f"Rank {sizes.index(max(sizes))} wants to send a message of {max(sizes)} bytes; at most "

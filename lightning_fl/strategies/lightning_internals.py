@@ -405,6 +405,11 @@ def placeholder(settings: dict[str, Any], device: torch.device) -> _ResultMetric
     return result
 
 
+def log_to_loggers(trainer: Trainer, figures: dict[str, float]) -> None:
+    """Gives figures to the loggers, at the step at which Lightning logs the epoch's metrics."""
+    trainer._logger_connector.log_metrics(dict(figures))  # type: ignore[arg-type]
+
+
 def results_at_hand(trainer: Trainer) -> _ResultCollection:
     """Where Lightning collects what is logged at the moment."""
     results = trainer._results

@@ -15,7 +15,7 @@ from lightning_fl.clients import ClientStore, client_generator
 from lightning_fl.communication import Group, Message
 from lightning_fl.communication.objects import decode, encode
 from lightning_fl.engines import Schedule, ScheduleEnd, SequentialEngine
-from lightning_fl.tree import is_finite, leaves, move, scale, to_sum_dtype, zeros_like
+from lightning_fl.tree import is_finite, leaves, move, norm, scale, to_sum_dtype, zeros_like
 from lightning_fl.types import Aggregate, ClientId, Context, LocalRun, State, Tree, Update
 
 
@@ -68,6 +68,7 @@ class RoundResult:
         reports: What each rank told of the round.
         refused: Clients whose update was not finite.
         seconds: This rank's seconds of ``train``, ``wait``, ``communicate`` and ``server``.
+        num_bytes: Bytes that this rank has handed to the others.
     """
 
     state: FederationState
@@ -75,6 +76,19 @@ class RoundResult:
     reports: list[Message]
     refused: list[ClientId]
     seconds: dict[str, float]
+    num_bytes: int
+
+    @property
+    def spread(self) -> float:
+        """How far the clients' updates point apart, ``1 - |mean|^2 / mean |update|^2``: 0 if they are the same."""
+        squares = sum(message.fields["squared_norm"] for message in self.reports)
+        mean_square = squares / max(sum(message.fields["weight"] for message in self.reports), 1e-300)
+        return 1 - self.norm**2 / mean_square if mean_square > 0 else 0.0
+
+    @property
+    def norm(self) -> float:
+        """Euclidean norm of the mean update."""
+        return norm(self.aggregate.mean())
 
 
 class Round:
@@ -114,7 +128,9 @@ class Round:
         self.num_steps = 0
         self.num_examples = 0
         self.schedule_end: ScheduleEnd | None = None
+        self._squared_norm = 0.0
         self._opened = time.perf_counter()
+        self._traffic = replace(group.traffic)
         params = engine.begin_round(state.server.get("params"), schedules)
         self.server = _continue_server(settings, state.server, params)
         self.transform_states = list(state.transforms) or [{} for _ in settings.transforms]
@@ -176,6 +192,7 @@ class Round:
             return run, None
         self._acc = self.settings.aggregator.add(self._acc, update, replace(self.ctx, client=client))
         self.num_examples += num_examples
+        self._squared_norm += update.weight * norm(update.delta) ** 2
         if kept:
             self.store.stage(client, move(kept, "cpu"))
         return run, update
@@ -202,6 +219,7 @@ class Round:
             "num_examples": self.num_examples,
             "schedule_end": None if self.schedule_end is None else encode(asdict(self.schedule_end)),
             "refused": self.refused,
+            "squared_norm": self._squared_norm,
         }
         acc, reports = self.settings.aggregator.merge(self._acc, self.group, Message(fields, report.tensors), self.ctx)
         merged = time.perf_counter()
@@ -224,12 +242,16 @@ class Round:
             _furthest([message.fields["schedule_end"] for message in reports]),
         )
         self.store.commit()
+        traffic = self.group.traffic
         seconds = {
             "train": trained - self._opened,
-            "communicate": merged - trained,
+            "wait": traffic.seconds_waiting - self._traffic.seconds_waiting,
+            "communicate": traffic.seconds_reducing - self._traffic.seconds_reducing,
             "server": time.perf_counter() - merged,
         }
-        return RoundResult(FederationState(server, self.transform_states), aggregate, reports, refused, seconds)
+        num_bytes = traffic.num_bytes - self._traffic.num_bytes
+        state = FederationState(server, self.transform_states)
+        return RoundResult(state, aggregate, reports, refused, seconds, num_bytes)
 
     def abandon(self) -> None:
         """Puts the module and the clients' states back to the round's start, when the round can't be finished."""

@@ -369,9 +369,13 @@ class FederatedRounds:
                 "refused": result.refused,
                 "failed": [client for fields in told for client, _ in fields["failed"]],
                 "empty": [client for fields in told for client in fields["empty"]],
+                "update_norm": result.norm,
+                "update_spread": result.spread,
+                "num_bytes": result.num_bytes,
                 "seconds": result.seconds,
             }
         )
+        internals.log_to_loggers(self.trainer, _figures(self.history[-1]))
         self._call("on_aggregate_end", result.aggregate)
         internals.resume_step_checkpoints(self._paused)
         self._deferred = {}
@@ -430,6 +434,12 @@ class FederatedRounds:
                 f"Round {self.plan.round}: the updates of {', '.join(map(repr, refused))} hold NaN or Inf and were "
                 "left out. Lower the learning rate, clip gradients, or look at these clients' data."
             )
+
+
+def _figures(entry: dict[str, Any]) -> dict[str, float]:
+    names = ("num_clients", "num_examples", "num_steps", "update_norm", "update_spread", "num_bytes")
+    seconds = {f"fl/seconds_{phase}": value for phase, value in entry["seconds"].items()}
+    return {"fl/round": entry["round"], **{f"fl/{name}": entry[name] for name in names}, **seconds}
 
 
 def _generators(loader: Any) -> list[torch.Generator]:

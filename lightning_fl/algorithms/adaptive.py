@@ -1,0 +1,132 @@
+"""FedAdagrad, FedAdam and FedYogi: adaptive server optimizers."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_fl.algorithms.base import Algorithm, check_hyperparameter
+from lightning_fl.algorithms.registry import register
+from lightning_fl.tree import tree_map
+from lightning_fl.types import Aggregate, State, Tree
+
+
+@dataclass(frozen=True)
+class AdaptiveServer(Algorithm):
+    r"""What adaptive server optimizers share: a first moment, and a step that the second moment scales.
+
+    .. math::
+        \Delta &= \mathrm{mean}_i (y_i - x) \\
+        m &\leftarrow \beta_1 m + (1 - \beta_1) \Delta \\
+        x &\leftarrow x + \eta_s \frac{m}{\sqrt{v} + \tau}
+
+    As in the paper :math:`v` starts at :math:`\tau^2` and no moment is corrected for its start. Flower starts
+    :math:`v` at 0, and ``torch.optim.Adam`` corrects both moments: ``FedOpt(torch.optim.Adam)`` gives the latter.
+    """
+
+    server_lr: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.99
+    tau: float = 1e-3
+
+    def __post_init__(self) -> None:
+        check_hyperparameter(self, "beta1", 0 <= self.beta1 < 1, "a number in [0, 1)")
+        check_hyperparameter(self, "beta2", 0 <= self.beta2 < 1, "a number in [0, 1)")
+        check_hyperparameter(self, "tau", self.tau > 0, "a positive number")
+
+    @abstractmethod
+    def second_moment(self, moment: Tensor, change: Tensor) -> Tensor:
+        """The next second moment."""
+
+    def server_init(self, params: Tree, population: int) -> State:
+        first = tree_map(torch.zeros_like, params)
+        second = tree_map(lambda param: torch.full_like(param, self.tau**2), params)
+        return {"params": params, "first_moment": first, "second_moment": second}
+
+    def server_update(self, server: State, aggregate: Aggregate) -> State:
+        change = aggregate.mean()
+        first = tree_map(lambda m, delta: self.beta1 * m + (1 - self.beta1) * delta, server["first_moment"], change)
+        second = tree_map(self.second_moment, server["second_moment"], change)
+        params = tree_map(
+            lambda x, m, v: x + self.server_lr * m / (v.sqrt() + self.tau), server["params"], first, second
+        )
+        return {"params": params, "first_moment": first, "second_moment": second}
+
+
+@register("fedadagrad")
+@dataclass(frozen=True)
+class FedAdagrad(AdaptiveServer):
+    r"""FedAdagrad: the server divides by the root of all squared changes so far.
+
+    .. math:: v \leftarrow v + \Delta^2, \qquad x \leftarrow x + \eta_s \frac{m}{\sqrt{v} + \tau}
+
+    The mean change :math:`\Delta`, its momentum :math:`m` and the start :math:`v = \tau^2` are as in :class:`FedAdam`.
+
+    Args:
+        server_lr: The server's step :math:`\eta_s`. Default 0.1.
+        beta1: Momentum of the mean change. Default 0.9; the paper's experiments take 0 for FedAdagrad.
+        beta2: Taken like its siblings' so that configurations can be exchanged, and not used.
+        tau: The degree of adaptivity :math:`\tau`; larger is closer to plain momentum. Default 0.001.
+
+    Reference:
+        Reddi et al., "Adaptive Federated Optimization", ICLR 2021.
+    """
+
+    def second_moment(self, moment: Tensor, change: Tensor) -> Tensor:
+        return moment + change.square()
+
+
+@register("fedadam")
+@dataclass(frozen=True)
+class FedAdam(AdaptiveServer):
+    r"""FedAdam: the server divides by the root of a moving average of the squared changes.
+
+    .. math::
+        \Delta &= \mathrm{mean}_i (y_i - x) \\
+        m &\leftarrow \beta_1 m + (1 - \beta_1) \Delta, \qquad v \leftarrow \beta_2 v + (1 - \beta_2) \Delta^2 \\
+        x &\leftarrow x + \eta_s \frac{m}{\sqrt{v} + \tau}
+
+    As in the paper :math:`v` starts at :math:`\tau^2`, and there is no bias correction. Flower starts :math:`v` at 0;
+    ``torch.optim.Adam``, which :class:`FedOpt` can run, corrects the bias of both moments.
+
+    Args:
+        server_lr: The server's step :math:`\eta_s`. Default 0.1.
+        beta1: Momentum of the mean change. Default 0.9.
+        beta2: Momentum of its square. Default 0.99.
+        tau: The degree of adaptivity :math:`\tau`; larger is closer to plain momentum. Default 0.001.
+
+    Reference:
+        Reddi et al., "Adaptive Federated Optimization", ICLR 2021.
+    """
+
+    def second_moment(self, moment: Tensor, change: Tensor) -> Tensor:
+        return self.beta2 * moment + (1 - self.beta2) * change.square()
+
+
+@register("fedyogi")
+@dataclass(frozen=True)
+class FedYogi(AdaptiveServer):
+    r"""FedYogi: like FedAdam, but the second moment moves by steps that do not grow with itself.
+
+    .. math::
+        v \leftarrow v - (1 - \beta_2) \, \Delta^2 \, \mathrm{sign}(v - \Delta^2), \qquad
+        x \leftarrow x + \eta_s \frac{m}{\sqrt{v} + \tau}
+
+    The mean change :math:`\Delta`, its momentum :math:`m` and the start :math:`v = \tau^2` are as in :class:`FedAdam`.
+
+    Args:
+        server_lr: The server's step :math:`\eta_s`. Default 0.1.
+        beta1: Momentum of the mean change. Default 0.9.
+        beta2: How slowly the second moment moves. Default 0.99.
+        tau: The degree of adaptivity :math:`\tau`; larger is closer to plain momentum. Default 0.001.
+
+    Reference:
+        Reddi et al., "Adaptive Federated Optimization", ICLR 2021.
+    """
+
+    def second_moment(self, moment: Tensor, change: Tensor) -> Tensor:
+        square = change.square()
+        return moment - (1 - self.beta2) * square * torch.sign(moment - square)

@@ -1,0 +1,39 @@
+"""DiLoCo: many local steps, and an outer Nesterov step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from lightning_fl.algorithms.base import Weighting
+from lightning_fl.algorithms.fedavgm import FedAvgM
+from lightning_fl.algorithms.registry import register
+
+
+@register("diloco")
+@dataclass(frozen=True)
+class DiLoCo(FedAvgM):
+    r"""DiLoCo: replicas that train for hundreds of steps on their own, and an outer optimizer with Nesterov momentum.
+
+    This is :class:`FedAvgM` with the outer optimizer of the paper, which averages its replicas evenly. The paper's inner
+    half is not the algorithm's to set: give the strategy ``local_steps=500`` and ``client_optimizer="keep"``, and let
+    the module return ``torch.optim.AdamW``.
+
+    Args:
+        server_lr: The outer learning rate. Default 0.7.
+        momentum: The outer momentum. Default 0.9.
+        nesterov: Whether the outer momentum is Nesterov's. Default True.
+
+    Reference:
+        Douillard et al., "DiLoCo: Distributed Low-Communication Training of Language Models", 2023.
+
+    Example:
+        >>> import lightning_fl as fl
+        >>> strategy = fl.FederatedStrategy("diloco", num_clients=8, local_steps=500, client_optimizer="keep")
+    """
+
+    server_lr: float = 0.7
+    momentum: float = 0.9
+    nesterov: bool = True
+
+    weighting: ClassVar[Weighting] = "uniform"

@@ -1,0 +1,52 @@
+"""FedAvgM: server momentum."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lightning_fl.algorithms.base import Algorithm, check_hyperparameter
+from lightning_fl.algorithms.registry import register
+from lightning_fl.tree import add, zeros_like
+from lightning_fl.types import Aggregate, State, Tree
+
+
+@register("fedavgm")
+@dataclass(frozen=True)
+class FedAvgM(Algorithm):
+    r"""FedAvgM: the server moves with momentum along the mean change of its clients.
+
+    .. math::
+        \Delta &= \mathrm{mean}_i (y_i - x) \\
+        v &\leftarrow \beta v + \Delta \\
+        x &\leftarrow x + \eta_s v \qquad \text{or, with Nesterov,} \qquad x \leftarrow x + \eta_s (\Delta + \beta v)
+
+    The momentum is not damped, as in the paper and in ``torch.optim.SGD``: a steady change moves the model by
+    :math:`1 / (1 - \beta)` times itself, 10 times at the default. Lower ``server_lr`` if that diverges.
+
+    Args:
+        server_lr: The server's step :math:`\eta_s`. Default 1.
+        momentum: What is kept of the last round's velocity, :math:`\beta`. Default 0.9; 0 is FedAvg.
+        nesterov: Whether to look ahead by one step of the velocity. Default False.
+
+    Raises:
+        ValueError: If ``momentum`` is not in [0, 1).
+
+    Reference:
+        Hsu et al., "Measuring the Effects of Non-Identical Data Distribution for Federated Visual Classification", 2019.
+    """
+
+    server_lr: float = 1.0
+    momentum: float = 0.9
+    nesterov: bool = False
+
+    def __post_init__(self) -> None:
+        check_hyperparameter(self, "momentum", 0 <= self.momentum < 1, "a number in [0, 1)")
+
+    def server_init(self, params: Tree, population: int) -> State:
+        return {"params": params, "velocity": zeros_like(params)}
+
+    def server_update(self, server: State, aggregate: Aggregate) -> State:
+        change = aggregate.mean()
+        velocity = add(change, server["velocity"], alpha=self.momentum)
+        step = add(change, velocity, alpha=self.momentum) if self.nesterov else velocity
+        return {"params": add(server["params"], step, alpha=self.server_lr), "velocity": velocity}

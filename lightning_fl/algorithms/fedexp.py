@@ -1,0 +1,60 @@
+"""FedExP: an adaptive server step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from lightning_fl.algorithms.base import Algorithm, Weighting, check_hyperparameter
+from lightning_fl.algorithms.registry import register
+from lightning_fl.tree import add, scalar_like, squared_norm, subtract
+from lightning_fl.types import Aggregate, Context, LocalRun, State, Tree, Update
+
+
+@register("fedexp")
+@dataclass(frozen=True)
+class FedExP(Algorithm):
+    r"""FedExP: the more the clients' changes point different ways, the longer the server's step.
+
+    .. math::
+        \Delta &= \mathrm{mean}_i \, \Delta_i, \qquad \Delta_i = y_i - x \\
+        x &\leftarrow x + \max\left(1, \frac{\mathrm{mean}_i \lVert \Delta_i \rVert^2}
+        {2 (\lVert \Delta \rVert^2 + \varepsilon)}\right) \Delta
+
+    In the paper every client weighs the same; with ``weighting="examples"`` both means are weighted. Steps beyond 1 make
+    the model swing from round to round; the paper evaluates the average of the last two models, here the model is the
+    last one (``torch.optim.swa_utils`` or Lightning's weight averaging can do the other).
+
+    Args:
+        eps: Keeps the step bounded when the changes cancel. Default 0.001; it is squared in the model's own unit, so
+            raise it to about the mean squared norm of the changes if the model swings. Infinity is FedAvg.
+
+    Raises:
+        ValueError: If ``eps`` is not positive.
+
+    Reference:
+        Jhunjhunwala et al., "FedExP: Speeding Up Federated Averaging via Extrapolation", ICLR 2023.
+    """
+
+    eps: float = 1e-3
+
+    weighting: ClassVar[Weighting] = "uniform"
+
+    def __post_init__(self) -> None:
+        check_hyperparameter(self, "eps", self.eps > 0, "a positive number")
+
+    def aux_like(self, params: Tree) -> Mapping[str, Tree]:
+        return {"squares": {"sum": scalar_like(params)}}
+
+    def client_finish(
+        self, params: Tree, ctx: Context, client: State | None, run: LocalRun
+    ) -> tuple[Update, State | None]:
+        delta = subtract(params, ctx["params"])
+        return Update(delta=delta, aux={"squares": {"sum": run.weight * squared_norm(delta)}}), client
+
+    def server_update(self, server: State, aggregate: Aggregate) -> State:
+        change = aggregate.mean()
+        mean_of_squares = aggregate.aux["squares"]["sum"] / aggregate.weight
+        step = float(mean_of_squares / (2 * (squared_norm(change) + self.eps)))
+        return {**server, "params": add(server["params"], change, alpha=max(1.0, step))}

@@ -1,0 +1,93 @@
+"""FedNova: averaging of normalised changes, for clients that do different amounts of work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch.optim import SGD, Optimizer
+
+from lightning_fl.algorithms.base import Algorithm, check_hyperparameter
+from lightning_fl.algorithms.fedprox import add_proximal
+from lightning_fl.algorithms.registry import register
+from lightning_fl.tree import add, scalar_like, scale, subtract
+from lightning_fl.types import Aggregate, Context, LocalRun, State, Tree, Update
+
+
+@register("fednova")
+@dataclass(frozen=True)
+class FedNova(Algorithm):
+    r"""FedNova: each client's change is divided by the work it did, so that busy clients do not pull the optimum.
+
+    .. math::
+        x \leftarrow x + \eta_s \, \tau \, \sum_i p_i \frac{y_i - x}{a_i}, \qquad \tau = \sum_i p_i a_i
+
+    with :math:`p_i` the clients' shares of the weight and :math:`a_i` (the paper's :math:`\lVert a_i \rVert_1`) how far
+    local training would have gone on a gradient of 1, in units of the learning rate: the number of steps
+    :math:`\tau_i` of plain SGD, :math:`(\tau_i - \rho (1 - \rho^{\tau_i}) / (1 - \rho)) / (1 - \rho)` with momentum
+    :math:`\rho`, :math:`(1 - (1 - \eta \mu)^{\tau_i}) / (\eta \mu)` with the proximal term. It is measured at each step
+    of ``torch.optim.SGD``, so Nesterov momentum, dampening and learning-rate schedules count as what they do; the unit
+    is then the first learning rate of the client's round. Weight decay is part of the loss. Other optimizers are
+    refused, and so is a kept momentum, which holds work of earlier rounds. The authors' code adds server momentum; here
+    it is left out.
+
+    Args:
+        server_lr: The server's step :math:`\eta_s`. Default 1.
+        mu: Strength of FedProx's pull on local training. Default 0; above 0 it takes one plain SGD at a constant
+            learning rate.
+
+    Raises:
+        ValueError: If ``mu`` is negative.
+
+    Reference:
+        Wang et al., "Tackling the Objective Inconsistency Problem in Heterogeneous Federated Optimization",
+        NeurIPS 2020.
+    """
+
+    server_lr: float = 1.0
+    mu: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_hyperparameter(self, "mu", self.mu >= 0, "a number that is not negative")
+
+    def check_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
+        names = [type(optimizer).__name__ for optimizer in optimizers if type(optimizer) is not SGD]
+        if names:
+            raise ValueError(
+                f"FedNova divides by the work of local training, which is unknown for {', '.join(names)}. Use "
+                "torch.optim.SGD, with momentum if you like, or another algorithm."
+            )
+
+    def aux_like(self, params: Tree) -> Mapping[str, Tree]:
+        return {"work": {"sum": scalar_like(params)}}
+
+    def grad_transform(self, grads: Tree, params: Tree, ctx: Context) -> Tree:
+        return add_proximal(grads, params, ctx["params"], self.mu) if self.mu else grads
+
+    def client_finish(
+        self, params: Tree, ctx: Context, client: State | None, run: LocalRun
+    ) -> tuple[Update, State | None]:
+        delta, work = subtract(params, ctx["params"]), self._work(run)
+        normalised = scale(delta, 1 / work) if work else delta
+        return Update(delta=normalised, aux={"work": {"sum": scalar_like(params, run.weight * work)}}), client
+
+    def server_update(self, server: State, aggregate: Aggregate) -> State:
+        work = float(aggregate.aux["work"]["sum"]) / aggregate.weight
+        return {**server, "params": add(server["params"], aggregate.mean(), alpha=self.server_lr * work)}
+
+    def _work(self, run: LocalRun) -> float:
+        if run.normalizer is None:
+            raise ValueError(
+                "FedNova does not know how to measure the work of this local training. It takes torch.optim.SGD whose "
+                "parameter groups share momentum and schedule, started afresh in each round: use one group, and "
+                "client_optimizer='reset' with momentum."
+            )
+        if not self.mu or not run.normalizer:
+            return run.normalizer
+        lr = max(run.lr_sum.values()) / run.num_steps
+        if run.normalizer != run.num_steps:
+            raise ValueError(
+                f"FedNova(mu={self.mu}) found work of {run.normalizer:g} in {run.num_steps} steps; the proximal term is "
+                "worked out for one plain SGD at a constant learning rate. Use that, or mu=0."
+            )
+        return (1 - (1 - lr * self.mu) ** run.num_steps) / (lr * self.mu)
