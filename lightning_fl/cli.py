@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import StrategyRegistry
 
 # These imports register the strategy names and let YAML files name this package's classes without their modules.
@@ -18,6 +18,7 @@ import lightning_fl.algorithms
 import lightning_fl.callbacks
 import lightning_fl.datamodules
 import lightning_fl.models
+from lightning_fl.callbacks import DryRun
 
 
 class FederatedCLI(LightningCLI):
@@ -36,6 +37,18 @@ class FederatedCLI(LightningCLI):
             parser_kwargs={"prog": "lightning-fl", "description": "Federated learning with a Lightning Trainer"},
             args=None if args is None else list(args),
         )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds this package's own options."""
+        parser.add_argument(
+            "--dry-run", dest="dry_run", action="store_true", help="Show clients and cost, do not train."
+        )
+
+    def before_fit(self) -> None:
+        """With ``--dry-run`` the Trainer stops before the first batch."""
+        if self.config[self.subcommand].dry_run:
+            self.trainer.num_sanity_val_steps = 0
+            self.trainer.callbacks.append(DryRun())  # type: ignore[attr-defined]
 
     def before_instantiate_classes(self) -> None:
         """Refuses unknown strategy names before Lightning does, which would not list the federated ones."""

@@ -44,6 +44,17 @@ def zeros_like(tree: Tree) -> Tree:
     return tree_map(torch.zeros_like, tree)
 
 
+def scalar_like(tree: Tree, value: float = 0.0) -> Tensor:
+    """``value`` as a tensor without dimensions, of the dtype and on the device of the tree's first tensor."""
+    first = next(iter(tree.values()))
+    return torch.tensor(value, dtype=first.dtype, device=first.device)
+
+
+def squared_norm(tree: Tree) -> Tensor:
+    """The sum of the squares of all elements."""
+    return sum((tensor.square().sum() for tensor in tree.values()), start=scalar_like(tree))
+
+
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which values of ``dtype`` are added up: their own, at least float32; float64 for integers."""
     if dtype.is_floating_point or dtype.is_complex:

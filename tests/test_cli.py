@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_fl import FederatedStrategy
 from lightning_fl.algorithms import FedAvg, Scaffold
@@ -119,3 +120,18 @@ def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_package_runs_as_a_module() -> None:
     assert "{fit,validate,test,predict}" in run_script(["python", "-m", "lightning_fl", "--help"]).stdout
+
+
+def test_a_dry_run_shows_clients_and_cost_and_trains_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = FederatedCLI(["fit", "--config", write_config(), "--trainer.strategy", "scaffold", "--dry-run"]).trainer
+    printed = " ".join(capsys.readouterr().out.split())
+    assert trainer.global_step == 0
+    assert "2 simulated clients, 2 in a round" in printed
+    assert "Scaffold(server_lr=1.0, option=2)" in printed
+    assert "4 with 0.00 MB" in printed
+    assert trainer.strategy.history == []
+
+
+def test_a_dry_run_of_a_plain_strategy_is_refused() -> None:
+    with pytest.raises(MisconfigurationException, match="DryRun shows a federation, but the strategy is SingleDevice"):
+        FederatedCLI(["fit", "--config", write_config(), "--trainer.strategy", "auto", "--dry-run"])

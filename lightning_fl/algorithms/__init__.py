@@ -1,8 +1,34 @@
 """The mathematics: one algorithm a file, pure functions over state."""
 
+from lightning_fl.algorithms.adaptive import FedAdagrad, FedAdam, FedYogi
 from lightning_fl.algorithms.base import Algorithm, Weighting
+from lightning_fl.algorithms.diloco import DiLoCo
 from lightning_fl.algorithms.fedavg import FedAvg
+from lightning_fl.algorithms.fedavgm import FedAvgM
+from lightning_fl.algorithms.feddyn import FedDyn
+from lightning_fl.algorithms.fedexp import FedExP
+from lightning_fl.algorithms.fednova import FedNova
+from lightning_fl.algorithms.fedopt import FedOpt
+from lightning_fl.algorithms.fedprox import FedProx
 from lightning_fl.algorithms.registry import get_algorithm, register, registered
 from lightning_fl.algorithms.scaffold import Scaffold
 
-__all__ = ["Algorithm", "FedAvg", "Scaffold", "Weighting", "get_algorithm", "register", "registered"]
+__all__ = [
+    "Algorithm",
+    "DiLoCo",
+    "FedAdagrad",
+    "FedAdam",
+    "FedAvg",
+    "FedAvgM",
+    "FedDyn",
+    "FedExP",
+    "FedNova",
+    "FedOpt",
+    "FedProx",
+    "FedYogi",
+    "Scaffold",
+    "Weighting",
+    "get_algorithm",
+    "register",
+    "registered",
+]

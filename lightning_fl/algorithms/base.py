@@ -56,3 +56,13 @@ class Algorithm(ABC):
     def server_update(self, server: State, aggregate: Aggregate) -> State:
         """Moves the global model by the round's aggregate."""
         return {**server, "params": add(server["params"], aggregate.mean(), alpha=self.server_lr)}
+
+
+def check_hyperparameter(algorithm: Algorithm, name: str, holds: bool, expected: str) -> None:
+    """Refuses a hyper-parameter that is out of range.
+
+    Raises:
+        ValueError: If ``holds`` is false.
+    """
+    if not holds:
+        raise ValueError(f"{type(algorithm).__name__} got {name}={getattr(algorithm, name)!r}; expected {expected}.")

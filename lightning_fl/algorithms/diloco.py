@@ -15,9 +15,9 @@ from lightning_fl.algorithms.registry import register
 class DiLoCo(FedAvgM):
     r"""DiLoCo: replicas that train for hundreds of steps on their own, and an outer optimizer with Nesterov momentum.
 
-    This is :class:`FedAvgM` with the outer optimizer of the paper, which averages its replicas evenly. The paper's inner
-    half is not the algorithm's to set: give the strategy ``local_steps=500`` and ``client_optimizer="keep"``, and let
-    the module return ``torch.optim.AdamW``.
+    This is :class:`FedAvgM` with the outer optimizer of the paper, in which all replicas weigh the same. The inner half
+    is for the strategy and the module to set: ``local_steps=500``, ``client_optimizer="keep"`` and
+    ``torch.optim.AdamW``.
 
     Args:
         server_lr: The outer learning rate. Default 0.7.

@@ -32,7 +32,8 @@ class FedAvgM(Algorithm):
         ValueError: If ``momentum`` is not in [0, 1).
 
     Reference:
-        Hsu et al., "Measuring the Effects of Non-Identical Data Distribution for Federated Visual Classification", 2019.
+        Hsu et al., "Measuring the Effects of Non-Identical Data Distribution for Federated Visual Classification",
+        2019.
     """
 
     server_lr: float = 1.0

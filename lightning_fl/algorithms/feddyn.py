@@ -30,8 +30,8 @@ class FedDyn(Algorithm):
     mean and :math:`h` are weighted instead, which is exact if all clients take part.
 
     Args:
-        alpha: The strength :math:`\alpha` of the pull. Default 0.01; the paper tries 0.001 to 0.1, and local steps
-            beyond :math:`2 / \alpha` diverge.
+        alpha: The strength :math:`\alpha` of the pull. Default 0.01; the paper tries 0.001 to 0.1. Local training
+            needs a learning rate well below :math:`2 / \alpha`.
 
     Raises:
         ValueError: If ``alpha`` is not positive.

@@ -22,13 +22,13 @@ class FedExP(Algorithm):
         x &\leftarrow x + \max\left(1, \frac{\mathrm{mean}_i \lVert \Delta_i \rVert^2}
         {2 (\lVert \Delta \rVert^2 + \varepsilon)}\right) \Delta
 
-    In the paper every client weighs the same; with ``weighting="examples"`` both means are weighted. Steps beyond 1 make
-    the model swing from round to round; the paper evaluates the average of the last two models, here the model is the
-    last one (``torch.optim.swa_utils`` or Lightning's weight averaging can do the other).
+    In the paper every client weighs the same; with ``weighting="examples"`` both means are weighted. Long steps make
+    the model swing from round to round. The paper therefore evaluates the average of the last two models; here the
+    model is the last one.
 
     Args:
-        eps: Keeps the step bounded when the changes cancel. Default 0.001; it is squared in the model's own unit, so
-            raise it to about the mean squared norm of the changes if the model swings. Infinity is FedAvg.
+        eps: Keeps the step bounded when the changes cancel. Default 0.001. It is added to a squared norm of the
+            model's change: raise it towards that of a client's change if the model swings. Infinity is FedAvg.
 
     Raises:
         ValueError: If ``eps`` is not positive.

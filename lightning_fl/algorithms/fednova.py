@@ -87,7 +87,7 @@ class FedNova(Algorithm):
         lr = max(run.lr_sum.values()) / run.num_steps
         if run.normalizer != run.num_steps:
             raise ValueError(
-                f"FedNova(mu={self.mu}) found work of {run.normalizer:g} in {run.num_steps} steps; the proximal term is "
-                "worked out for one plain SGD at a constant learning rate. Use that, or mu=0."
+                f"FedNova(mu={self.mu}) found work of {run.normalizer:g} in {run.num_steps} steps; the proximal term "
+                "is worked out for one plain SGD at a constant learning rate. Use that, or mu=0."
             )
         return (1 - (1 - lr * self.mu) ** run.num_steps) / (lr * self.mu)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from lightning_fl.types import Tree
 
@@ -52,6 +53,28 @@ class ScheduleEnd:
     num_optimizer_steps: int
 
 
+class UnitRun:
+    """How far SGD goes on a gradient of 1, in units of its first learning rate: FedNova's normalizer.
+
+    Momentum, dampening and schedules count as what they do; weight decay is part of the loss.
+    """
+
+    def __init__(self) -> None:
+        self.length = 0.0
+        self._unit = 0.0
+        self._buffer: float | None = None
+
+    def step(self, group: Mapping[str, Any]) -> None:
+        """Takes a step with the options of a parameter group."""
+        momentum, lr, move = group["momentum"], float(group["lr"]), 1.0
+        if momentum:
+            self._buffer = 1.0 if self._buffer is None else momentum * self._buffer + 1 - group["dampening"]
+            move = 1 + momentum * self._buffer if group["nesterov"] else self._buffer
+        self._unit = self._unit or lr
+        if lr:
+            self.length += lr / self._unit * move
+
+
 class OptimizerStates:
     """Restarts optimizers and schedules for each client, and counts the steps they take.
 
@@ -67,6 +90,7 @@ class OptimizerStates:
         self.schedules: list[Schedule] = []
         self.num_steps = 0
         self.lr_sums: list[list[float]] = []
+        self._unit_runs: list[list[UnitRun]] | None = None
         self._fresh = [_copy_state(optimizer.state) for optimizer in self.optimizers]
         self._hooks = [
             optimizer.register_step_post_hook(lambda optimizer, *_, index=index: self._count(index, optimizer))
@@ -97,6 +121,9 @@ class OptimizerStates:
             optimizer.zero_grad(set_to_none=True)
         self.num_steps = 0
         self.lr_sums = [[0.0] * len(optimizer.param_groups) for optimizer in self.optimizers]
+        is_measured = not kept and all(type(optimizer) is SGD for optimizer in self.optimizers)
+        groups = [optimizer.param_groups for optimizer in self.optimizers]
+        self._unit_runs = [[UnitRun() for _ in group] for group in groups] if is_measured else None
 
     def keep(self) -> Tree:
         """The optimizers' states as a tree, to be given to :meth:`start_client` in the client's next round."""
@@ -144,8 +171,30 @@ class OptimizerStates:
         }
         return {name: of_param.get(id(param), 0.0) for name, param in params.items()}
 
+    def normalizer(self, params: Mapping[str, nn.Parameter]) -> float | None:
+        """FedNova's normalizer of the client's local training.
+
+        Returns:
+            None if it is unknown: for other optimizers than ``torch.optim.SGD``, for a kept momentum, and if parameter
+            groups went differently far.
+        """
+        if self._unit_runs is None:
+            return None
+        shared = {id(param) for param in params.values()}
+        lengths = [
+            run.length
+            for optimizer, runs in zip(self.optimizers, self._unit_runs, strict=True)
+            for group, run in zip(optimizer.param_groups, runs, strict=True)
+            if run.length and any(id(param) in shared for param in group["params"])
+        ]
+        longest = max(lengths, default=0.0)
+        return longest if all(math.isclose(length, longest, rel_tol=1e-9) for length in lengths) else None
+
     def _count(self, index: int, optimizer: Optimizer) -> None:
         self.num_steps += 1
+        if self._unit_runs is not None:
+            for run, group in zip(self._unit_runs[index], optimizer.param_groups, strict=False):
+                run.step(group)
         sums = self.lr_sums[index] if self.lr_sums else []
         for position, group in enumerate(optimizer.param_groups[: len(sums)]):
             sums[position] += float(group["lr"])

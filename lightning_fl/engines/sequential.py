@@ -28,6 +28,7 @@ class LocalResult:
         kept: What the client keeps: personal tensors, optimizer state.
         num_steps: Optimizer steps really taken.
         lr_sum: For each shared parameter, the learning rates of its steps summed.
+        normalizer: FedNova's ``|a_i|_1``, or None if it is unknown for the optimizer.
         schedule_end: Where it has taken the schedules.
     """
 
@@ -36,6 +37,7 @@ class LocalResult:
     kept: Mapping[str, Tree]
     num_steps: int
     lr_sum: Mapping[str, float]
+    normalizer: float | None
     schedule_end: ScheduleEnd
 
 
@@ -122,6 +124,7 @@ class SequentialEngine:
             kept=kept,
             num_steps=self.optimizers.num_steps,
             lr_sum=self.optimizers.lr_sum(tensors.params),
+            normalizer=self.optimizers.normalizer(tensors.params),
             schedule_end=self.optimizers.schedule_end(),
         )
 

@@ -88,7 +88,7 @@ class RoundResult:
     @property
     def norm(self) -> float:
         """Euclidean norm of the mean update."""
-        return norm(self.aggregate.mean())
+        return norm(self.aggregate.delta) / self.aggregate.weight
 
 
 class Round:
@@ -172,7 +172,7 @@ class Round:
         client, self._client = self._client, None
         result = self.engine.finish_client()
         weight = float(num_examples) if self.settings.weighting == "examples" else 1.0
-        run = LocalRun(result.num_steps, num_examples, weight, loss, result.lr_sum)
+        run = LocalRun(result.num_steps, num_examples, weight, loss, result.lr_sum, result.normalizer)
         kept: dict[str, Any] = dict(result.kept)
         update, algorithm_state = self.settings.algorithm.client_finish(
             result.params, self._context, self._kept.get("algorithm"), run

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import FrozenInstanceError, dataclass
 
 import pytest
@@ -13,12 +14,12 @@ from tests.helpers.federation import Simulation, quadratics
 
 PARAMS = {"x": torch.tensor([10.0], dtype=torch.float64)}
 CENTERS, STEEPNESS, WEIGHTS = (0.0, 1.0, 4.0), (1.0, 2.0, 0.5), (0.25, 0.5, 0.25)
-RUN = LocalRun(num_steps=2, num_examples=3, weight=3.0, loss=0.1, lr_sum={"x": 0.2})
+RUN = LocalRun(num_steps=2, num_examples=3, weight=3.0, loss=0.1, lr_sum={"x": 0.2}, normalizer=2.0)
 
 
-def total(delta: float, weight: float, population: int = 4) -> Aggregate:
+def total(delta: float, weight: float, aux: Mapping[str, Tree] | None = None) -> Aggregate:
     tree = {"x": torch.tensor([delta], dtype=torch.float64)}
-    return Aggregate(tree, {}, weight, {"control": tree}, num_clients=2, population=population)
+    return Aggregate(tree, {}, weight, aux or {}, num_clients=2, population=4)
 
 
 def assert_trees_of_tensors(state: object) -> None:
@@ -87,7 +88,7 @@ def run_once(algorithm: Algorithm, params: Tree) -> None:
     ctx = algorithm.client_init(server, None)
     algorithm.grad_transform(trained, params, ctx)
     update, client = algorithm.client_finish(trained, ctx, None, RUN)
-    for state in (server, client or {}, algorithm.server_update(server, total(8.0, 4.0))):
+    for state in (server, client or {}, algorithm.server_update(server, total(8.0, 4.0, update.aux))):
         assert_trees_of_tensors(state)
     assert update.aux.keys() == algorithm.aux_like(params).keys()
     assert algorithm.keeps_client_state == (client is not None)

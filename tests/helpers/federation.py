@@ -47,7 +47,7 @@ class Simulation:
         algorithm: The mathematics.
         gradients: For each client its gradient as a function of the parameters.
         params: The parameters before the first round.
-        num_steps: Local steps of each client.
+        num_steps: Local steps of each client, one number for all or one each.
         lr: Learning rate of the local steps.
         weights: Each client's weight under "examples"; under "uniform" all weigh alike.
     """
@@ -55,7 +55,7 @@ class Simulation:
     algorithm: Algorithm
     gradients: Sequence[Callable[[Tree], Tree]]
     params: Tree
-    num_steps: int = 1
+    num_steps: int | Sequence[int] = 1
     lr: float = 0.1
     weights: Sequence[float] = ()
     clients: dict[int, State] = field(default_factory=dict)
@@ -72,12 +72,13 @@ class Simulation:
         state = self.clients.get(client)
         ctx = self.algorithm.client_init(self.server, state)
         params = ctx["params"]
-        for _ in range(self.num_steps):
+        num_steps = self.num_steps if isinstance(self.num_steps, int) else self.num_steps[client]
+        for _ in range(num_steps):
             grads = self.algorithm.grad_transform(self.gradients[client](params), params, ctx)
             params = tree_map(lambda param, grad: param - self.lr * grad, params, grads)
         weight = self.weights[client] if self.weights and self.algorithm.weighting == "examples" else 1.0
-        lr_sum = dict.fromkeys(params, self.num_steps * self.lr)
-        run = LocalRun(self.num_steps, num_examples=1, weight=weight, loss=0.0, lr_sum=lr_sum)
+        lr_sum = dict.fromkeys(params, num_steps * self.lr)
+        run = LocalRun(num_steps, 1, weight, 0.0, lr_sum, normalizer=float(num_steps))
         update, state = self.algorithm.client_finish(params, ctx, state, run)
         if state is not None:
             self.clients[client] = state
