@@ -29,10 +29,12 @@ class StateFiles:
 
     Args:
         root: The folder; made when first written to.
+        durable: Whether a file has reached the disk when it is written.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, durable: bool = True) -> None:
         self.root = root
+        self.durable = durable
 
     def write(self, client: ClientId, state: State) -> str:
         """Writes a version of a client's state and returns its name.
@@ -42,7 +44,7 @@ class StateFiles:
         """
         data = save(_flatten(state))
         name = hashlib.blake2b(data, digest_size=16).hexdigest()
-        _write(self._path(client, name), data)
+        _write(self._path(client, name), data, durable=self.durable)
         return name
 
     def read(self, client: ClientId, name: str) -> State:
@@ -124,7 +126,7 @@ class StateFiles:
         return self.root / "versions" / quote(repr(client), safe="") / f"{name}.safetensors"
 
 
-def _write(path: Path, data: bytes, replace: bool = False) -> None:
+def _write(path: Path, data: bytes, replace: bool = False, durable: bool = True) -> None:
     if path.exists() and not replace:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -132,8 +134,9 @@ def _write(path: Path, data: bytes, replace: bool = False) -> None:
     try:
         with unfinished.open("wb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)

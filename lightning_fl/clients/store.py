@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_fl.clients.state_files import Manifest, StateFiles
 from lightning_fl.types import ClientId, State
 
-DEFAULT_MEMORY_LIMIT = 1 << 30
+DEFAULT_MEMORY_LIMIT = 1 << 29
 
 
 class ClientStore:
@@ -63,6 +63,7 @@ class ClientStore:
         if staged is not None:
             for client in staged.clients():
                 self.put(client, staged.get(client) or {})
+                staged._drop(client)
 
     def roll_back(self) -> None:
         """The round is dropped, and the staged states with it."""
@@ -120,7 +121,7 @@ class ClientStore:
         if self._scratch is None:
             root = tempfile.mkdtemp(prefix="lightning_fl_states_")
             weakref.finalize(self, shutil.rmtree, root, ignore_errors=True)
-            self._scratch = StateFiles(Path(root))
+            self._scratch = StateFiles(Path(root), durable=False)
         return self._scratch
 
     def _forget_file(self, client: ClientId) -> None:

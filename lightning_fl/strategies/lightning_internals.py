@@ -7,6 +7,7 @@ relies on has changed.
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, Timer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, Timer, WeightAveraging
 from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.loops.fetchers import _DataFetcher, _DataLoaderIterDataFetcher
@@ -333,6 +334,30 @@ def save_passed_steps(trainer: Trainer, before: int, after: int) -> None:
             continue
         callback._save_topk_checkpoint(trainer, candidates)
         callback._save_last_checkpoint(trainer, candidates)
+
+
+def pause_step_averages(trainer: Trainer) -> list[tuple[WeightAveraging, int]]:
+    """Keeps ``WeightAveraging`` from taking in what single clients train; each rank trains other ones."""
+    averages = [callback for callback in trainer.callbacks if isinstance(callback, WeightAveraging)]  # type: ignore[attr-defined]
+    paused = [(callback, callback._latest_update_step) for callback in averages]
+    for callback in averages:
+        callback._latest_update_step = sys.maxsize
+    return paused
+
+
+def resume_step_averages(paused: list[tuple[WeightAveraging, int]]) -> None:
+    """Ends what :func:`pause_step_averages` began."""
+    for callback, latest_update_step in paused:
+        callback._latest_update_step = latest_update_step
+
+
+def average_passed_steps(trainer: Trainer, paused: list[tuple[WeightAveraging, int]], before: int, after: int) -> None:
+    """Ends what :func:`pause_step_averages` began: the global model is taken in, if it would have been at a step."""
+    for callback, _ in paused:
+        if any(callback.should_update(step_idx=step) for step in range(before, after)):
+            assert callback._average_model is not None
+            callback._average_model.update_parameters(trainer.lightning_module)
+        callback._latest_update_step = after
 
 
 def _model_checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:

@@ -178,6 +178,7 @@ class FederatedRounds:
             self.round.abandon()
             self.round = None
             internals.set_global_step(self.trainer, self._first_step)
+            internals.resume_step_averages(self._averages)
             internals.resume_step_checkpoints(self._paused)
             self.interrupted_loops = self._loops_before
 
@@ -269,6 +270,8 @@ class FederatedRounds:
         self._first_logger_step = internals.logger_steps(self.trainer)
         self._first_batch: str | None = None
         self._paused = internals.pause_step_checkpoints(self.trainer)
+        is_alone = self.group.size == 1 and len(self.population) == 1
+        self._averages = [] if is_alone else internals.pause_step_averages(self.trainer)
         self._call("on_round_start", self.plan.round, self.plan.cohort)
 
     def _open_client(self, client: ClientId, loader: Loader) -> Loader:
@@ -376,6 +379,7 @@ class FederatedRounds:
             }
         )
         internals.log_to_loggers(self.trainer, _figures(self.history[-1]))
+        internals.average_passed_steps(self.trainer, self._averages, self._first_step, self._first_step + num_steps)
         self._call("on_aggregate_end", result.aggregate)
         internals.resume_step_checkpoints(self._paused)
         self._deferred = {}

@@ -47,8 +47,8 @@ class Simulation:
         algorithm: The mathematics.
         gradients: For each client its gradient as a function of the parameters.
         params: The parameters before the first round.
-        num_steps: Local steps of each client, one number for all or one each.
-        lr: Learning rate of the local steps.
+        num_steps: Local steps, one number for all clients or one each.
+        lr: Learning rate of the local steps, one for all clients or one each.
         weights: Each client's weight under "examples"; under "uniform" all weigh alike.
     """
 
@@ -56,12 +56,23 @@ class Simulation:
     gradients: Sequence[Callable[[Tree], Tree]]
     params: Tree
     num_steps: int | Sequence[int] = 1
-    lr: float = 0.1
+    lr: float | Sequence[float] = 0.1
     weights: Sequence[float] = ()
     clients: dict[int, State] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.server: Mapping = self.algorithm.server_init(self.params, len(self.gradients))
+
+    @property
+    def x(self) -> float:
+        """The global model of a federation whose only parameter is one number ``x``."""
+        return float(self.server["params"]["x"])
+
+    def rounds(self, num_rounds: int) -> float:
+        """Runs rounds with all clients, and tells where they have taken the only parameter."""
+        for _ in range(num_rounds):
+            self.round()
+        return self.x
 
     def round(self, cohort: Sequence[int] | None = None) -> None:
         """Runs one round with the clients of ``cohort``, or all."""
@@ -73,11 +84,12 @@ class Simulation:
         ctx = self.algorithm.client_init(self.server, state)
         params = ctx["params"]
         num_steps = self.num_steps if isinstance(self.num_steps, int) else self.num_steps[client]
+        lr = self.lr if isinstance(self.lr, float) else self.lr[client]
         for _ in range(num_steps):
             grads = self.algorithm.grad_transform(self.gradients[client](params), params, ctx)
-            params = tree_map(lambda param, grad: param - self.lr * grad, params, grads)
+            params = tree_map(lambda param, grad: param - lr * grad, params, grads)
         weight = self.weights[client] if self.weights and self.algorithm.weighting == "examples" else 1.0
-        lr_sum = dict.fromkeys(params, num_steps * self.lr)
+        lr_sum = dict.fromkeys(params, num_steps * lr)
         run = LocalRun(num_steps, 1, weight, 0.0, lr_sum, normalizer=float(num_steps))
         update, state = self.algorithm.client_finish(params, ctx, state, run)
         if state is not None:
