@@ -1,7 +1,7 @@
 """SCAFFOLD with many clients whose states do not fit in memory: ``python benchmarks/client_state.py``.
 
-10,000 clients, 100 in a round, a model of 1 million parameters; goes on until 2,000 distinct clients have taken part, then
-resumes from the checkpoint for one more round. Prints the peak memory of the process, in a folder that is removed.
+10,000 clients, 100 in a round, a model of 1 million parameters; goes on until 2,000 distinct clients have taken part,
+then resumes from the checkpoint for one more round. Prints the peak memory of the process.
 """
 
 from __future__ import annotations

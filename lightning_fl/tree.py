@@ -162,3 +162,10 @@ class Layout:
 def is_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether no element is NaN or infinite."""
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+
+
+def fingerprint(tensor: Tensor) -> int:
+    """A number that changes with the tensor's bits."""
+    values = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return int(values.view(kinds[values.element_size()]).sum(dtype=torch.int64))

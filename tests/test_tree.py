@@ -11,7 +11,9 @@ from lightning_fl.tree import (
     add,
     cast_like,
     is_finite,
+    scalar_like,
     scale,
+    squared_norm,
     subtract,
     sum_dtype,
     to_sum_dtype,
@@ -35,6 +37,13 @@ def test_arithmetic_goes_by_name_and_keeps_the_first_order() -> None:
     assert plain(scale(LEFT, 2)) == {"a": [2.0, 4.0], "b": 6.0}
     assert plain(zeros_like(LEFT)) == {"a": [0.0, 0.0], "b": 0.0}
     assert list(add(LEFT, RIGHT)) == ["a", "b"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_scalar_is_like_the_tree(dtype: torch.dtype) -> None:
+    tree = {"a": torch.tensor([[3.0, 4.0]], dtype=dtype), "b": torch.tensor(-12.0, dtype=dtype)}
+    for found, expected in ((squared_norm(tree), 169.0), (scalar_like(tree, 2.5), 2.5), (scalar_like(tree), 0.0)):
+        assert (found.item(), found.dtype, found.shape) == (expected, dtype, torch.Size())
 
 
 def test_the_first_tree_tells_the_names() -> None:

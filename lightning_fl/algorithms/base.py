@@ -1,7 +1,6 @@
 """What every federated algorithm is: pure functions over state."""
 
-from __future__ import annotations
-
+# Annotations are not postponed here: jsonargparse would look them up in the modules of the subclasses.
 from abc import ABC
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal

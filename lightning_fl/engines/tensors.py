@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
+import torch
 from torch import Tensor, nn
 
 
@@ -43,7 +44,8 @@ class FederatedTensors:
         self.personal_params = {name: param for name, param in params.items() if name in own}
         self._buffers = {name: place for name, place in buffers.items() if name not in own}
         self._personal_buffers = {name: place for name, place in buffers.items() if name in own}
-        self._frozen = [(name, p, p._version) for name, p in module.named_parameters() if not p.requires_grad]
+        frozen = {name: param for name, param in module.named_parameters() if not param.requires_grad}
+        self._frozen = [(name, param, param._version, _sample(param)) for name, param in frozen.items()]
         if not self.params:
             raise ValueError(
                 "No trainable parameter is left to share: each is frozen or personal. Unfreeze some, or narrow "
@@ -56,8 +58,8 @@ class FederatedTensors:
         Raises:
             ValueError: If one has.
         """
-        for name, param, version in self._frozen:
-            if param._version != version:
+        for name, param, version, sample in self._frozen:
+            if param._version != version or not torch.equal(_sample(param), sample):
                 raise ValueError(
                     f"The frozen parameter {name!r} was changed during local training, so one client's value would "
                     "reach the next. Register it as a buffer, which is averaged, or name it in `personal` and let it "
@@ -70,10 +72,22 @@ class FederatedTensors:
         return {name: getattr(owner, key) for name, (owner, key) in self._buffers.items()}
 
     @property
+    def all(self) -> dict[str, Tensor]:
+        """Every parameter and persistent buffer."""
+        frozen: dict[str, Tensor] = {name: param for name, param, *_ in self._frozen}
+        return {**self.params, **frozen, **self.personal, **self.buffers}
+
+    @property
     def personal(self) -> dict[str, Tensor]:
         """Trainable parameters and persistent buffers that stay with their client."""
         buffers = {name: getattr(owner, key) for name, (owner, key) in self._personal_buffers.items()}
         return {**self.personal_params, **buffers}
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """The bytes of up to some 1,000 elements: writing to ``tensor.data`` leaves the version as it is."""
+    elements = tensor.detach().reshape(-1)
+    return elements[:: max(1, len(elements) // 1000)].clone().view(torch.uint8)
 
 
 def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:

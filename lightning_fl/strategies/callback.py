@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
 
 if TYPE_CHECKING:
@@ -42,3 +43,11 @@ class RoundCallback(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self.strategy.interrupt()
+
+
+def has_batch_end_hooks(trainer: L.Trainer) -> bool:
+    """Whether the user's module or callbacks do something after each training batch."""
+    callbacks = [type(callback) for callback in trainer.callbacks]  # type: ignore[attr-defined]
+    of_users = [kind for kind in callbacks if not kind.__module__.startswith(("lightning.", "lightning_fl."))]
+    overrides = any(kind.on_train_batch_end is not L.Callback.on_train_batch_end for kind in of_users)
+    return overrides or is_overridden("on_train_batch_end", trainer.lightning_module)

@@ -62,9 +62,10 @@ def check_trainer(trainer: L.Trainer) -> None:
         raise MisconfigurationException(
             "The tuner (lr_find, scale_batch_size) trains batch by batch and has no rounds. Tune with strategy='auto'."
         )
-    if trainer.val_check_interval != 1.0 or isinstance(trainer.val_check_interval, int):
+    val_check_interval = getattr(trainer, "val_check_interval", "a time")  # Lightning sets none if it is a time
+    if val_check_interval != 1.0 or isinstance(val_check_interval, int):
         raise MisconfigurationException(
-            f"val_check_interval={trainer.val_check_interval} asks for validation inside a round, where there is no "
+            f"val_check_interval={val_check_interval} asks for validation inside a round, where there is no "
             "global model. Leave it at 1.0 and use check_val_every_n_epoch, which counts rounds."
         )
     if trainer.check_val_every_n_epoch is None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, Timer, WeightAveraging
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, Timer, WeightAveraging
 from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.loops.fetchers import _DataFetcher, _DataLoaderIterDataFetcher
@@ -139,6 +139,10 @@ class RoundEpochLoop(_TrainingEpochLoop):
         self.batch_progress.increment_completed()
         self.trainer._logger_connector.update_train_step_metrics()
 
+    def on_advance_end(self, data_fetcher: _DataFetcher) -> None:
+        self._rounds.settle()
+        super().on_advance_end(data_fetcher)
+
     def set_global_step(self, step: int) -> None:
         """Sets ``trainer.global_step``, which Lightning counts per process, so that all ranks agree."""
         for total in (
@@ -191,6 +195,10 @@ class RoundFitLoop(_FitLoop):
     def done(self) -> bool:
         with self._looking_itself():
             return super().done
+
+    def on_advance_end(self) -> None:
+        super().on_advance_end()
+        self.trainer.strategy.rounds.agree_to_stop()  # type: ignore[attr-defined]
 
     def setup_data(self) -> None:
         strategy: Any = self.trainer.strategy
@@ -307,19 +315,29 @@ def loops_before_round(trainer: Trainer) -> dict[str, Any]:
     return state
 
 
-def pause_step_checkpoints(trainer: Trainer) -> list[tuple[ModelCheckpoint, int, Any]]:
-    """Keeps ``ModelCheckpoint`` from saving inside a round, where each rank counts its own steps."""
-    paused = []
-    for callback in _model_checkpoints(trainer):
-        paused.append((callback, callback._every_n_train_steps, callback._train_time_interval))
-        callback._every_n_train_steps, callback._train_time_interval = 0, None
+def pause_by_step(trainer: Trainer, averages: bool) -> list[tuple[Callback, dict[str, Any]]]:
+    """Keeps ``ModelCheckpoint`` and ``WeightAveraging`` from acting inside a round, where ranks train different clients.
+
+    Args:
+        trainer: The Trainer.
+        averages: Whether ``WeightAveraging`` is meant too.
+    """
+    paused: list[tuple[Callback, dict[str, Any]]] = []
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        settings: dict[str, Any] = {}
+        if isinstance(callback, ModelCheckpoint):
+            settings = {"_every_n_train_steps": 0, "_train_time_interval": None}
+        elif isinstance(callback, WeightAveraging) and averages:
+            settings = {"_latest_update_step": sys.maxsize}
+        paused.append((callback, {name: getattr(callback, name) for name in settings}))
+        vars(callback).update(settings)
     return paused
 
 
-def resume_step_checkpoints(paused: list[tuple[ModelCheckpoint, int, Any]]) -> None:
-    """Ends what :func:`pause_step_checkpoints` began."""
-    for callback, every_n_train_steps, train_time_interval in paused:
-        callback._every_n_train_steps, callback._train_time_interval = every_n_train_steps, train_time_interval
+def resume_by_step(paused: list[tuple[Callback, dict[str, Any]]]) -> None:
+    """Ends what :func:`pause_by_step` began."""
+    for callback, settings in paused:
+        vars(callback).update(settings)
 
 
 def save_passed_steps(trainer: Trainer, before: int, after: int) -> None:
@@ -336,28 +354,14 @@ def save_passed_steps(trainer: Trainer, before: int, after: int) -> None:
         callback._save_last_checkpoint(trainer, candidates)
 
 
-def pause_step_averages(trainer: Trainer) -> list[tuple[WeightAveraging, int]]:
-    """Keeps ``WeightAveraging`` from taking in what single clients train; each rank trains other ones."""
-    averages = [callback for callback in trainer.callbacks if isinstance(callback, WeightAveraging)]  # type: ignore[attr-defined]
-    paused = [(callback, callback._latest_update_step) for callback in averages]
-    for callback in averages:
-        callback._latest_update_step = sys.maxsize
-    return paused
-
-
-def resume_step_averages(paused: list[tuple[WeightAveraging, int]]) -> None:
-    """Ends what :func:`pause_step_averages` began."""
-    for callback, latest_update_step in paused:
-        callback._latest_update_step = latest_update_step
-
-
-def average_passed_steps(trainer: Trainer, paused: list[tuple[WeightAveraging, int]], before: int, after: int) -> None:
-    """Ends what :func:`pause_step_averages` began: the global model is taken in, if it would have been at a step."""
-    for callback, _ in paused:
-        if any(callback.should_update(step_idx=step) for step in range(before, after)):
-            assert callback._average_model is not None
-            callback._average_model.update_parameters(trainer.lightning_module)
-        callback._latest_update_step = after
+def average_passed_steps(trainer: Trainer, before: int, after: int) -> None:
+    """Lets ``WeightAveraging`` take in the global model if it would have taken in one at a step of the round."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, WeightAveraging) and callback._latest_update_step <= before:
+            if any(callback.should_update(step_idx=step) for step in range(before, after)):
+                assert callback._average_model is not None
+                callback._average_model.update_parameters(trainer.lightning_module)
+            callback._latest_update_step = after
 
 
 def _model_checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:
@@ -485,6 +489,13 @@ def show(result: _ResultMetric, value: float) -> None:
         result._forward_cache = joined
     if result.meta.on_epoch:
         result._computed = joined  # type: ignore[assignment]
+
+
+def show_metric(result: _ResultMetric, metric: Any) -> None:
+    """Lets Lightning read the epoch's value from a torchmetric, also where a value of an earlier epoch is kept."""
+    result.has_reset = False
+    result.value = metric
+    result._computed = None
 
 
 def batch_size(results: _ResultCollection, batch: Any) -> int:

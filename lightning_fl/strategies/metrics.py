@@ -132,8 +132,7 @@ def publish(entries: Entries, results: ResultCollection, module: nn.Module, devi
             added.append(key)
         result = results[key]
         if not entry["is_tensor"]:
-            result.has_reset = False
-            result.value = module.get_submodule(entry["metric_attribute"])
+            internals.show_metric(result, module.get_submodule(entry["metric_attribute"]))
             continue
         value, weight = float(entry["value"]), float(entry["weight"])
         if entry["reduction"] == "mean":

@@ -35,10 +35,15 @@ from lightning_fl.communication import Group, Message, RankLost
 from lightning_fl.engines import Schedule, SequentialEngine
 from lightning_fl.strategies import lightning_internals as internals
 from lightning_fl.strategies import metrics
+from lightning_fl.strategies.callback import has_batch_end_hooks
 from lightning_fl.strategies.round import FederationSettings, FederationState, Round, RoundResult
+from lightning_fl.tree import fingerprint
 from lightning_fl.types import ClientId
 
 OnClientError = Literal["raise", "skip"]
+
+
+_GO_ON = "Start all ranks again with trainer.fit(..., ckpt_path='last'); they go on after the last checkpoint."
 
 
 class FederatedRounds:
@@ -87,6 +92,7 @@ class FederatedRounds:
         self.schedules: list[tuple[Any, Schedule]] = []
         self._last = last
         self._has_late_values = False
+        self._is_unsettled = False
         self._deferred: dict[str, bool] = {}
         self._placeholders: list[str] = []
         self._warned: set[object] = set()
@@ -157,6 +163,24 @@ class FederatedRounds:
         if place.ends_round:
             self._close_round()
 
+    def settle(self) -> None:
+        """The users' hooks after the round's last batch have run; what they made of the global model goes to all ranks.
+
+        A rank without clients has no batch, and so none of these hooks.
+        """
+        is_new, self._is_unsettled = self._is_unsettled, False
+        if not is_new or self.group.size == 1 or not has_batch_end_hooks(self.trainer):
+            return
+        assert self.engine is not None
+        own = {name: fingerprint(tensor) for name, tensor in self.engine.tensors.all.items()}
+        message = Message({"own": own, "trained": bool(self.plan.clients)})
+        told = self._gather(message, "after the last batch")
+        source = next((rank for rank, fields in enumerate(told) if fields["trained"]), 0)
+        with torch.no_grad():
+            for name, tensor in self.engine.tensors.all.items():
+                if any(fields["own"][name] != told[0]["own"][name] for fields in told):
+                    tensor.copy_(self.group.broadcast(tensor, source))
+
     def after_round(self) -> None:
         """The epoch ends; validation has seen the global model."""
         if self.round is not None:
@@ -167,8 +191,13 @@ class FederatedRounds:
         if self._has_late_values:
             results = internals.train_results(self.trainer)
             late = Message(metrics.plain(metrics.late_entries(results)))
-            told = [message.fields for message in self.group.all_gather(late, "late metrics")]
+            told = self._gather(late, "late metrics")
             self._publish(metrics.merge_entries(told))
+
+    def agree_to_stop(self) -> None:
+        """The epoch has ended: if one rank's hooks have asked to stop since the round's end, all ranks stop."""
+        told = self._gather(Message({"should_stop": self.trainer.should_stop}), "after the hooks")
+        self.trainer.should_stop = any(fields["should_stop"] for fields in told)
 
     def interrupt(self) -> None:
         """An exception ends the fit: what the round has done so far is dropped."""
@@ -178,8 +207,7 @@ class FederatedRounds:
             self.round.abandon()
             self.round = None
             internals.set_global_step(self.trainer, self._first_step)
-            internals.resume_step_averages(self._averages)
-            internals.resume_step_checkpoints(self._paused)
+            internals.resume_by_step(self._paused)
             self.interrupted_loops = self._loops_before
 
     def stop(self) -> None:
@@ -269,9 +297,8 @@ class FederatedRounds:
         self._first_step = internals.global_step(self.trainer)
         self._first_logger_step = internals.logger_steps(self.trainer)
         self._first_batch: str | None = None
-        self._paused = internals.pause_step_checkpoints(self.trainer)
-        is_alone = self.group.size == 1 and len(self.population) == 1
-        self._averages = [] if is_alone else internals.pause_step_averages(self.trainer)
+        self._is_alone = self.group.size == 1 and len(self.population) == 1
+        self._paused = internals.pause_by_step(self.trainer, averages=not self._is_alone)
         self._call("on_round_start", self.plan.round, self.plan.cohort)
 
     def _open_client(self, client: ClientId, loader: Loader) -> Loader:
@@ -350,6 +377,7 @@ class FederatedRounds:
         }
         result = self._join_ranks(Message(fields, tensors))
         self.state, self.round, self.in_local_phase = result.state, None, False
+        self._is_unsettled = True
         internals.step_epoch_schedules(self.trainer)
         told = [message.fields for message in result.reports]
         num_steps = sum(fields["num_steps"] for fields in told)
@@ -379,23 +407,27 @@ class FederatedRounds:
             }
         )
         internals.log_to_loggers(self.trainer, _figures(self.history[-1]))
-        internals.average_passed_steps(self.trainer, self._averages, self._first_step, self._first_step + num_steps)
         self._call("on_aggregate_end", result.aggregate)
-        internals.resume_step_checkpoints(self._paused)
+        internals.resume_by_step(self._paused)
+        if not self._is_alone:
+            internals.average_passed_steps(self.trainer, self._first_step, self._first_step + num_steps)
         self._deferred = {}
         for path, weights_only in told[0]["deferred"].items():
             self.trainer.save_checkpoint(path, weights_only)
         internals.save_passed_steps(self.trainer, self._first_step, self._first_step + num_steps)
+
+    def _gather(self, message: Message, topic: str) -> list[dict[str, Any]]:
+        try:
+            return [told.fields for told in self.group.all_gather(message, topic)]
+        except RankLost as error:
+            raise RankLost(f"After round {self.plan.round}: {error} {_GO_ON}") from error
 
     def _join_ranks(self, report: Message) -> RoundResult:
         assert self.round is not None
         try:
             return self.round.close(report, self._warn_of_data)
         except RankLost as error:
-            raise RankLost(
-                f"Round {self.plan.round}: {error} The round is dropped. Start all ranks again with "
-                "trainer.fit(..., ckpt_path='last'); they go on after the last checkpoint."
-            ) from error
+            raise RankLost(f"Round {self.plan.round}: {error} The round is dropped. {_GO_ON}") from error
 
     def _publish(self, entries: metrics.Entries) -> None:
         results = internals.train_results(self.trainer)

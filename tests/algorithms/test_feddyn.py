@@ -38,20 +38,14 @@ def test_it_reaches_the_optimum_in_the_known_number_of_rounds(alpha: float, num_
 
 
 def test_a_client_ends_with_its_own_gradient_where_it_ended() -> None:
-    federation = exact(FedDyn(alpha=1.0), 1.0)
+    federation, own = exact(FedDyn(alpha=1.0), 1.0), [0.0] * 3
     for _ in range(4):
-        start = federation.x
-        before = {client: state["gradient"].clone() for client, state in _gradients(federation).items()}
+        start, before = federation.x, own
         federation.round()
-        for client, state in federation.clients.items():
-            own = state["gradient"]["x"]
-            moved = (before.get(client, torch.zeros(1)) - own) / 1.0  # alpha (y_i - x)
-            gradient = STEEPNESS[client] * (start + moved - CENTERS[client])
-            assert own.item() == pytest.approx(gradient.item(), abs=1e-12)
-
-
-def _gradients(federation: Simulation) -> dict[int, dict[str, torch.Tensor]]:
-    return {client: {"gradient": state["gradient"]["x"]} for client, state in federation.clients.items()}
+        own = [federation.clients[client]["gradient"]["x"].item() for client in range(3)]
+        ends = [start + old - new for old, new in zip(before, own, strict=True)]  # g_i falls by alpha (y_i - x)
+        gradients = [h * (y - e) for h, y, e in zip(STEEPNESS, ends, CENTERS, strict=True)]
+        assert own == pytest.approx(gradients, abs=1e-12)
 
 
 def test_the_servers_gradient_is_the_mean_over_all_clients_also_with_sampling() -> None:

@@ -105,7 +105,9 @@ def test_every_form_of_model_checkpoint_resumes(options: dict[str, Any]) -> None
     def run(ckpt_path: Any = None, **more: Any) -> Tensor:
         module = Ordinary(torch.float64)
         clients = image_clients((1, 7, 23), validate=True)
-        trainer(FederatedStrategy(client_optimizer="keep"), 4, **more).fit(module, clients, ckpt_path=ckpt_path, weights_only=True)
+        trainer(FederatedStrategy(client_optimizer="keep"), 4, **more).fit(
+            module, clients, ckpt_path=ckpt_path, weights_only=True
+        )
         return weights(module)
 
     callback = ModelCheckpoint("ckpt", save_top_k=-1, **options)

@@ -73,7 +73,9 @@ class Gan(Plain):
 
     def configure_optimizers(self) -> Any:
         optimizers = [self.make(self.net.parameters()), self.make(self.critic.parameters())]
-        return optimizers, [ExponentialLR(optimizer, gamma) for optimizer, gamma in zip(optimizers, (0.9, 0.5), strict=True)]
+        return optimizers, [
+            ExponentialLR(optimizer, gamma) for optimizer, gamma in zip(optimizers, (0.9, 0.5), strict=True)
+        ]
 
 
 class Skips(Plain):

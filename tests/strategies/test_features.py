@@ -18,10 +18,11 @@ from lightning.pytorch.callbacks import (
     EMAWeightAveraging,
     GradientAccumulationScheduler,
     LearningRateMonitor,
+    ModelCheckpoint,
     StochasticWeightAveraging,
     Timer,
 )
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import SGD
 from torch.optim.lr_scheduler import ExponentialLR
 
@@ -66,6 +67,16 @@ class Finetuned(Plain):
         return SGD([param for param in self.parameters() if param.requires_grad], lr=0.1)
 
 
+class Unscheduled(Ordinary):
+    """Has BatchNorm, for whose statistics weight averaging trains one more epoch, without steps."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.float64)
+
+    def configure_optimizers(self) -> Any:
+        return SGD(self.parameters(), lr=0.1)
+
+
 class UnfreezeLater(BaseFinetuning):
     def freeze_before_training(self, pl_module: Any) -> None:
         self.freeze(pl_module.backbone)
@@ -87,6 +98,10 @@ CALLBACKS: dict[str, tuple[Callable[[], L.LightningModule], Callable[[], L.Callb
         Plain,
         lambda: StochasticWeightAveraging(0.05, swa_epoch_start=1, annealing_epochs=1),
     ),
+    "stochastic weight averaging with BatchNorm": (
+        Unscheduled,
+        lambda: StochasticWeightAveraging(0.05, swa_epoch_start=1, annealing_epochs=1),
+    ),
     "finetuning": (Finetuned, UnfreezeLater),
     "backbone finetuning": (Finetuned, lambda: BackboneFinetuning(unfreeze_backbone_at_epoch=1)),
 }
@@ -98,6 +113,27 @@ def test_callbacks(name: str) -> None:
     make, callback = CALLBACKS[name]
     _, plain = assert_equals_plain(make, lambda: {"callbacks": [callback()]}, rounds=4)
     assert (plain.current_epoch < 4) == (name == "early stopping")
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step", "ignore:The.*does not have any trainable")
+@pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:The dirpath has changed")
+@pytest.mark.parametrize("name", CALLBACKS)
+def test_callbacks_go_on_from_a_checkpoint(name: str) -> None:
+    make, callback = CALLBACKS[name]
+
+    def train(ckpt_path: str | None = None) -> tuple[Tensor, int]:
+        module = make()
+        saver = ModelCheckpoint("again" if ckpt_path else "ckpt", filename="{epoch}", save_top_k=-1)
+        run = trainer("fedavg", 4, callbacks=[callback(), saver], enable_checkpointing=True)
+        clients = image_clients((5, 7, 11), validate=isinstance(module, Ordinary))
+        run.fit(module, clients, ckpt_path=ckpt_path, weights_only=True)
+        return weights(module), run.global_step
+
+    is_over_or_unfrozen = name == "early stopping" or "finetuning" in name
+    whole, steps = train()
+    resumed, resumed_steps = train("ckpt/epoch=0.ckpt" if is_over_or_unfrozen else "ckpt/epoch=1.ckpt")
+    assert torch.equal(resumed, whole)
+    assert resumed_steps == steps
 
 
 @pytest.mark.parametrize(
@@ -112,6 +148,9 @@ def test_callbacks(name: str) -> None:
         {"check_val_every_n_epoch": 2},
         {"fast_dev_run": True},
         {"fast_dev_run": 3},
+        {"detect_anomaly": True},
+        {"deterministic": True},
+        {"profiler": "simple"},
     ],
     ids=str,
 )
@@ -127,89 +166,6 @@ def test_bfloat16_autocast() -> None:
 def test_sixteen_bit_autocast_falls_back_to_bfloat16_as_in_a_plain_trainer() -> None:
     with pytest.warns(UserWarning, match="AMP with fp16 is not supported on CPU. Using"):
         assert_equals_plain(partial(Plain, torch.float32), lambda: {"precision": "16-mixed"}, rtol=1e-5)
-
-
-def test_several_validation_loaders() -> None:
-    class Several(Ordinary):
-        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-            super().validation_step(batch, batch_idx)
-
-    metrics = []
-    for strategy, data in (
-        (FederatedStrategy(client_optimizer="keep"), fl.datamodules.ClientLoaders([loader()])),
-        ("auto", loader()),
-    ):
-        run = trainer(strategy, 2)
-        run.fit(Several(torch.float64), data, [loader(8, seed=9), loader(10, seed=10)])
-        metrics.append({name: value.item() for name, value in run.callback_metrics.items() if "dataloader" in name})
-    assert len(metrics[0]) == 4
-    assert metrics[0] == pytest.approx(metrics[1], rel=1e-6)
-
-
-@pytest.mark.parametrize("shuffle", [False, True])
-def test_loader_workers_change_nothing(shuffle: bool) -> None:
-    def train(num_workers: int) -> Tensor:
-        module = Plain()
-        data = loader(8, num_workers=num_workers, shuffle=shuffle)
-        trainer(FederatedStrategy(num_clients=2)).fit(module, data)
-        return weights(module)
-
-    assert torch.equal(train(1), train(0))
-
-
-class Reloaded(L.LightningDataModule):
-    """Gives other data each time it is asked."""
-
-    def __init__(self, federated: bool) -> None:
-        super().__init__()
-        self.federated = federated
-        self.num_asked = 0
-
-    def train_dataloader(self) -> Any:
-        self.num_asked += 1
-        data = loader(8 + 4 * self.num_asked, seed=self.num_asked)
-        return fl.datamodules.ClientLoaders([data]) if self.federated else data
-
-
-def test_loaders_that_are_made_anew_each_epoch() -> None:
-    outcomes = []
-    for strategy in (FederatedStrategy(client_optimizer="keep"), "auto"):
-        module, data = Plain(), Reloaded(strategy != "auto")
-        run = trainer(strategy, 3, reload_dataloaders_every_n_epochs=1)
-        run.fit(module, datamodule=data)
-        assert data.num_asked == 3
-        outcomes.append((weights(module), run.global_step))
-    torch.testing.assert_close(outcomes[0][0], outcomes[1][0], rtol=1e-10, atol=1e-12)
-    assert outcomes[0][1] == outcomes[1][1] == 3 + 4 + 5
-
-
-class Evaluated(Ordinary):
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("test_loss", nn.functional.cross_entropy(self.net(batch[0].double()), batch[1]))
-
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return self.net(batch[0].double())
-
-
-def test_evaluation_after_fit_and_a_second_fit() -> None:
-    def run(strategy: Any, data: Any) -> tuple[Tensor, Any, Tensor, int]:
-        module = Evaluated(torch.float64)
-        again = trainer(strategy, 1)
-        module.configure_optimizers = lambda: SGD(module.parameters(), lr=0.1)  # type: ignore[method-assign]
-        again.fit(module, data, loader(8, seed=9))
-        metrics = again.validate(module, loader(8, seed=9), verbose=False)
-        metrics += again.test(module, loader(6, seed=8), verbose=False)
-        predicted = torch.cat(again.predict(module, loader(6, seed=8)))
-        again.fit_loop.max_epochs = 3
-        again.fit(module, data, loader(8, seed=9))
-        return weights(module), metrics, predicted, again.global_step
-
-    found, expected = run("fedavg", fl.datamodules.ClientLoaders([loader()])), run("auto", loader())
-    for value, plain in zip(found[::2], expected[::2], strict=True):
-        torch.testing.assert_close(value, plain, rtol=1e-9, atol=1e-11)
-    for metrics, plain_metrics in zip(found[1], expected[1], strict=True):
-        assert metrics == pytest.approx(plain_metrics, rel=1e-6)
-    assert found[3] == expected[3]
 
 
 def test_learning_rate_monitor_sees_the_rate_of_each_round() -> None:

@@ -15,7 +15,6 @@ from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, Model
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
-from torchmetrics.aggregation import SumMetric
 
 import lightning_fl as fl
 from lightning_fl import FederatedStrategy
@@ -116,73 +115,16 @@ def test_callbacks_do_the_same_on_any_number_of_ranks(run_ranks: Any, name: str)
         assert found[2] == pytest.approx(expected[2], rel=1e-6)
 
 
-class ByHand(Ordinary):
-    """Counts examples with metrics of its own: over all loaders, and one that is never reset."""
-
-    def __init__(self) -> None:
-        super().__init__(torch.float64)
-        self.seen, self.ever, self.trained = SumMetric(), SumMetric(), SumMetric()
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        self.trained.update(len(batch[1]))
-        return super().training_step(batch, batch_idx)
-
-    def on_train_epoch_end(self) -> None:
-        self.log("trained", self.trained.compute())
-
+class TwoLoaders(Ordinary):
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         super().validation_step(batch, batch_idx)
-        for metric in (self.seen, self.ever):
-            metric.update(len(batch[1]))
-        self.log("examples", float(len(batch[1])), reduce_fx="sum")
-        if rank() == 1 and batch_idx >= 2:
-            self.log("rare", 3.0)
-
-    def on_validation_epoch_end(self) -> None:
-        self.log("seen", self.seen.compute())
-        self.log("ever", self.ever.compute())
-        self.seen.reset()
-
-
-def validate_silos() -> dict[str, float]:
-    run = trainer("fedavg", 3, num_sanity_val_steps=0)
-    own = [loader(8 + 4 * rank(), seed=5 + rank()), loader(4 + 8 * rank(), seed=9 + rank())]
-    run.fit(ByHand(), loader(8 + 4 * rank(), seed=rank()), own)
-    return metrics_of(run)
-
-
-def test_metrics_by_hand_over_the_loaders_of_silos_count_each_example_once(run_ranks: Any) -> None:
-    union = (8 + 12) + (4 + 12)
-    for metrics in run_ranks(2, validate_silos):
-        assert metrics["seen"] == union
-        assert metrics["ever"] == 3 * union
-        assert metrics["trained"] == 3 * (8 + 12)
-        assert {metrics[name] for name in metrics if name.startswith("rare")} == {3.0}
-
-
-def simulate() -> dict[str, float]:
-    run, module = trainer("fedavg", 2, num_sanity_val_steps=0), ByHand()
-    run.fit(module, clients(), loader(20, seed=9))
-    fitted = metrics_of(run)
-    after = run.validate(module, loader(20, seed=9), verbose=False)[0]
-    return {**fitted, **{f"after/{name}": value for name, value in after.items()}}
-
-
-def test_validation_of_a_simulation_is_not_summed_over_ranks(run_ranks: Any) -> None:
-    for metrics in [simulate(), *run_ranks(2, simulate)]:
-        assert metrics["examples"] == metrics["seen"] == metrics["after/examples"] == metrics["after/seen"] == 20
-        assert metrics["ever"] == 40
-        assert metrics["after/ever"] == 60
-        assert metrics["trained"] == 2 * sum(SIZES)
 
 
 def different_loaders(sanity: int) -> str:
     loaders = [loader(8, seed=8), loader(4, seed=9)]
     run = trainer("fedavg", num_sanity_val_steps=sanity)
-    module = ByHand()
-    return raised(
-        MisconfigurationException, lambda: run.fit(module, loader(8, seed=rank()), loaders[: 2 - rank()])
-    )
+    module = TwoLoaders()
+    return raised(MisconfigurationException, lambda: run.fit(module, loader(8, seed=rank()), loaders[: 2 - rank()]))
 
 
 def different_settings(name: str) -> str:
@@ -260,6 +202,54 @@ def test_collectives_give_every_rank_the_same(run_ranks: Any) -> None:
         assert last == 1
         assert gathered.tolist() == [0.0, 1.0]
         assert total == 7
+
+
+HOOKS = ("on_train_epoch_start", "on_train_batch_end", "on_validation_end", "on_train_epoch_end")
+
+
+def stop_from_one_rank() -> list[tuple[int, Tensor]]:
+    def stop(trainer: L.Trainer, *_: Any) -> None:
+        trainer.should_stop = trainer.should_stop or rank() == 1
+
+    found = []
+    for hook in HOOKS:
+        module, callback = WithoutSchedule(torch.float64), L.Callback()
+        setattr(callback, hook, stop)
+        run = trainer("fedavg", 3, callbacks=[callback], num_sanity_val_steps=0)
+        run.fit(module, clients(), loader(8, seed=9))
+        found.append((run.current_epoch, weights(module)))
+    return found
+
+
+def test_one_rank_that_wants_to_stop_stops_all_at_the_rounds_end(run_ranks: Any) -> None:
+    first, second = run_ranks(2, stop_from_one_rank)
+    for hook, (rounds, model), (other_rounds, other_model) in zip(HOOKS, first, second, strict=True):
+        assert rounds == other_rounds == 1, hook
+        assert torch.equal(model, other_model), hook
+
+
+class Growing(L.LightningDataModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_asked = 0
+
+    def train_dataloader(self) -> fl.datamodules.ClientLoaders:
+        self.num_asked += 1
+        return fl.datamodules.ClientLoaders([loader(4 * (client + self.num_asked)) for client in range(3)])
+
+
+def train_on_growing_data() -> tuple[Tensor, int]:
+    module = Plain()
+    run = trainer("fedavg", 3, reload_dataloaders_every_n_epochs=1)
+    run.fit(module, datamodule=Growing())
+    return weights(module), run.global_step
+
+
+def test_loaders_made_anew_each_round_do_the_same_on_any_number_of_ranks(run_ranks: Any) -> None:
+    expected, steps = train_on_growing_data()
+    for found, found_steps in run_ranks(2, train_on_growing_data):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+        assert found_steps == steps
 
 
 def checkpoint_by_step(directory: str, every: int) -> list[Tensor]:

@@ -1,0 +1,211 @@
+"""Every algorithm through every property: a new algorithm is one entry in ``ENTRIES``."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from jsonargparse import ArgumentError, ArgumentParser
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import StrategyRegistry
+from torch import Tensor
+
+from lightning_fl import FederatedStrategy
+from lightning_fl.algorithms import (
+    Algorithm,
+    DiLoCo,
+    FedAdagrad,
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+    FedDyn,
+    FedExP,
+    FedNova,
+    FedOpt,
+    FedProx,
+    FedYogi,
+    Scaffold,
+    registered,
+)
+from lightning_fl.tree import leaves, sum_dtype
+from tests.helpers.training import Plain, image_clients, minimise, quadratic_clients, trainer, weights
+
+EXAMPLES, UNIFORM, OPTIMUM = 1.1359075905, 1.2057623030, 8 / 7
+"""Where federated averaging with 5 local steps settles, by the clients' weights, and the uniform optimum."""
+ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An algorithm under contract.
+
+    Args:
+        algorithm: With hyper-parameters under which it converges on the quadratics.
+        fixed_point: Where it then settles with 5 local steps.
+        init_args: Hyper-parameters as YAML gives them.
+        neutral: The setting in which it is federated averaging; None if there is none.
+    """
+
+    algorithm: Algorithm
+    fixed_point: float
+    init_args: dict[str, Any] = field(default_factory=dict)
+    neutral: Algorithm | None = None
+
+
+ADAPTIVE: dict[str, float] = {"server_lr": 10.0, "beta1": 0.5, "tau": 10.0}
+ADAMW = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.25}}
+ENTRIES: dict[str, Entry] = {
+    "fedavg": Entry(FedAvg(), EXAMPLES, {"server_lr": 0.5}, FedAvg()),
+    "fedprox": Entry(FedProx(0.1), 1.1358449779, {"mu": 0.5}, FedProx(mu=0.0)),
+    "fedavgm": Entry(FedAvgM(momentum=0.5), EXAMPLES, {"nesterov": True}, FedAvgM(momentum=0.0)),
+    "fedadagrad": Entry(FedAdagrad(**ADAPTIVE), EXAMPLES, ADAPTIVE),
+    "fedadam": Entry(FedAdam(**ADAPTIVE), EXAMPLES, {"beta2": 0.5}),
+    "fedyogi": Entry(FedYogi(**ADAPTIVE), EXAMPLES, {"tau": 0.5}),
+    "fedopt": Entry(FedOpt(partial(torch.optim.SGD, lr=0.5, momentum=0.5)), EXAMPLES, {"optimizer": ADAMW}, FedOpt()),
+    "scaffold": Entry(Scaffold(), OPTIMUM, {"server_lr": 0.5}),
+    "fednova": Entry(FedNova(), EXAMPLES, {"mu": 0.5}),
+    "feddyn": Entry(FedDyn(alpha=1.0), OPTIMUM, {"alpha": 0.5}),
+    "fedexp": Entry(FedExP(eps=1.0), UNIFORM, {"eps": 0.5}, FedExP(eps=float("inf"))),
+    "diloco": Entry(DiLoCo(momentum=0.5), UNIFORM, {"momentum": 0.5}, DiLoCo(server_lr=1.0, momentum=0.0)),
+}
+every_algorithm = pytest.mark.parametrize("name", ENTRIES)
+
+
+def fit(algorithm: Algorithm, module: Any = None, max_epochs: int = ROUNDS, **options: Any) -> tuple[L.Trainer, Tensor]:
+    """Trains three clients with uneven numbers of batches; options of ``fit`` and the strategy are told apart."""
+    module = Plain() if module is None else module
+    ckpt_path = options.pop("ckpt_path", None)
+    of_trainer = {key: options.pop(key) for key in ("callbacks", "enable_checkpointing") if key in options}
+    run = trainer(FederatedStrategy(algorithm, **options), max_epochs, **of_trainer)
+    run.fit(module, image_clients((1, 7, 23)), ckpt_path=ckpt_path, weights_only=True)
+    return run, weights(module)
+
+
+def states(run: L.Trainer) -> list[Mapping[str, Any]]:
+    """The server's state, and those of the clients."""
+    rounds = run.strategy.active_rounds
+    kept = [state["algorithm"] for client in range(3) if (state := rounds.store.get(client))]
+    return [rounds.state.server, *kept]
+
+
+def test_every_registered_algorithm_is_under_contract() -> None:
+    builtin = {name for name, algorithm in registered().items() if algorithm.__module__.startswith("lightning_fl.")}
+    assert ENTRIES.keys() == builtin
+    assert all(type(ENTRIES[name].algorithm) is registered()[name] for name in ENTRIES)
+    assert builtin <= set(StrategyRegistry.available_strategies())
+
+
+@every_algorithm
+def test_it_settles_at_its_fixed_point(name: str) -> None:
+    entry = ENTRIES[name]
+    x = minimise(FederatedStrategy(entry.algorithm, local_steps=5), rounds=70)
+    assert x == pytest.approx(entry.fixed_point, rel=1e-8)
+
+
+@pytest.mark.parametrize("name", [name for name, entry in ENTRIES.items() if entry.neutral is not None])
+def test_the_neutral_setting_is_federated_averaging_bit_for_bit(name: str) -> None:
+    neutral = ENTRIES[name].neutral
+    assert neutral is not None
+    assert torch.equal(fit(neutral)[1], fit(FedAvg(), weighting=neutral.weighting)[1])
+
+
+@every_algorithm
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_states_are_trees_of_tensors_and_keep_shapes_and_dtypes(name: str, dtype: torch.dtype) -> None:
+    module, algorithm = Plain(dtype), ENTRIES[name].algorithm
+    before, hyperparameters = {key: value.clone() for key, value in module.state_dict().items()}, repr(algorithm)
+    run, _ = fit(algorithm, module)
+    for key, value in module.state_dict().items():
+        assert (value.dtype, value.shape) == (before[key].dtype, before[key].shape)
+        assert not torch.equal(value, before[key])
+    server, *clients = states(run)
+    assert len(clients) == (3 if algorithm.keeps_client_state else 0)
+    for state in (server, *clients):
+        assert all(isinstance(leaf, Tensor) and not leaf.requires_grad for leaf in leaves(state))
+        for tree in (value for value in state.values() if value.keys() == before.keys()):
+            for key, value in tree.items():
+                assert (value.dtype, value.shape) == (sum_dtype(dtype), before[key].shape)
+    assert repr(algorithm) == hyperparameters
+
+
+@every_algorithm
+def test_frozen_parameters_stay(name: str) -> None:
+    module = Plain()
+    module.net[1].requires_grad_(False)
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    fit(ENTRIES[name].algorithm, module)
+    changed = {key for key, value in module.state_dict().items() if not torch.equal(value, before[key])}
+    assert changed == {"net.3.weight", "net.3.bias"}
+
+
+@every_algorithm
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_run_with_sampling_resumes_exactly(name: str) -> None:
+    algorithm, options = ENTRIES[name].algorithm, {"clients_per_round": 2}
+    callback = ModelCheckpoint("ckpt", filename="{epoch}", save_top_k=-1)
+    run, whole = fit(algorithm, **options, callbacks=[callback], enable_checkpointing=True)
+    resumed, found = fit(algorithm, **options, ckpt_path="ckpt/epoch=1.ckpt")
+    assert torch.equal(found, whole)
+    for state, expected in zip(states(resumed), states(run), strict=True):
+        torch.testing.assert_close(state, expected, rtol=0, atol=0)
+
+
+@every_algorithm
+def test_permuting_clients_changes_nothing(name: str) -> None:
+    e, h, sizes = (0.0, 1.0, 4.0), (1.0, 2.0, 0.5), (1, 2, 1)
+    strategies = (FederatedStrategy(ENTRIES[name].algorithm, local_steps=3) for _ in range(2))
+    x, permuted = (
+        minimise(strategy, 4, clients)
+        for strategy, clients in zip(strategies, (None, quadratic_clients(e[::-1], h[::-1], sizes[::-1])), strict=True)
+    )
+    assert permuted == pytest.approx(x, rel=1e-12)
+
+
+@every_algorithm
+def test_it_pickles(name: str) -> None:
+    algorithm = ENTRIES[name].algorithm
+    assert repr(pickle.loads(pickle.dumps(algorithm))) == repr(algorithm)
+
+
+def from_yaml(kind: type[Algorithm], init_args: dict[str, Any]) -> Algorithm:
+    """What a YAML file gives that names the class alone, also after it has been saved and read again."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--algorithm", type=Algorithm)
+    config = parser.parse_object({"algorithm": {"class_path": kind.__name__, "init_args": init_args}})
+    return parser.instantiate_classes(parser.parse_string(parser.dump(config))).algorithm
+
+
+@every_algorithm
+def test_yaml_gives_it_by_its_short_class_name(name: str) -> None:
+    kind, init_args = registered()[name], ENTRIES[name].init_args
+    assert from_yaml(kind, {}) == kind()
+    if name == "fedopt":
+        found = repr(from_yaml(kind, init_args))
+        assert found.startswith("FedOpt(optimizer=AdamW(lr=0.25, ")
+        assert " at 0x" not in found  # ranks compare it
+    else:
+        assert from_yaml(kind, init_args) == kind(**init_args)
+
+
+@every_algorithm
+def test_yaml_with_a_wrong_type_is_refused(name: str) -> None:
+    for key in ENTRIES[name].init_args:
+        with pytest.raises(ArgumentError, match=key):
+            from_yaml(registered()[name], {key: "abc"})
+
+
+def train_all() -> dict[str, Tensor]:
+    return {name: fit(entry.algorithm)[1] for name, entry in ENTRIES.items()}
+
+
+def test_two_ranks_train_what_one_does(run_ranks: Any) -> None:
+    alone = train_all()
+    for found in run_ranks(2, train_all):
+        for name, expected in alone.items():
+            torch.testing.assert_close(found[name], expected, rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
