@@ -45,9 +45,12 @@ class RoundCallback(L.Callback):
         self.strategy.interrupt()
 
 
-def has_batch_end_hooks(trainer: L.Trainer) -> bool:
-    """Whether the user's module or callbacks do something after each training batch."""
+def has_hooks(trainer: L.Trainer, *names: str) -> bool:
+    """Whether the user's module or callbacks have one of these hooks; Lightning's own act alike on all ranks."""
     callbacks = [type(callback) for callback in trainer.callbacks]  # type: ignore[attr-defined]
     of_users = [kind for kind in callbacks if not kind.__module__.startswith(("lightning.", "lightning_fl."))]
-    overrides = any(kind.on_train_batch_end is not L.Callback.on_train_batch_end for kind in of_users)
-    return overrides or is_overridden("on_train_batch_end", trainer.lightning_module)
+    return any(
+        is_overridden(name, trainer.lightning_module)
+        or any(getattr(kind, name) is not getattr(L.Callback, name) for kind in of_users)
+        for name in names
+    )

@@ -26,20 +26,13 @@ from lightning.pytorch.loops.optimization.automatic import _AutomaticOptimizatio
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer import call
-from lightning.pytorch.trainer.connectors.logger_connector.result import (
-    _Metadata,
-    _ResultCollection,
-    _ResultMetric,
-    _Sync,
-)
-from lightning.pytorch.utilities.data import extract_batch_size
+from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 
 from lightning_fl.engines.optimizers import Schedule
 
 SubprocessLauncher = _SubprocessScriptLauncher
-ResultCollection = _ResultCollection
 
 
 class _Fetched:
@@ -316,12 +309,7 @@ def loops_before_round(trainer: Trainer) -> dict[str, Any]:
 
 
 def pause_by_step(trainer: Trainer, averages: bool) -> list[tuple[Callback, dict[str, Any]]]:
-    """Keeps ``ModelCheckpoint`` and ``WeightAveraging`` from acting inside a round, where ranks train different clients.
-
-    Args:
-        trainer: The Trainer.
-        averages: Whether ``WeightAveraging`` is meant too.
-    """
+    """Keeps ``ModelCheckpoint``, and ``WeightAveraging`` if told so, from acting on single clients inside a round."""
     paused: list[tuple[Callback, dict[str, Any]]] = []
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         settings: dict[str, Any] = {}
@@ -342,7 +330,8 @@ def resume_by_step(paused: list[tuple[Callback, dict[str, Any]]]) -> None:
 
 def save_passed_steps(trainer: Trainer, before: int, after: int) -> None:
     """Lets ``ModelCheckpoint(every_n_train_steps=n)`` save if the round has passed a multiple of n."""
-    for callback in _model_checkpoints(trainer):
+    callbacks = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    for callback in callbacks:
         every = callback._every_n_train_steps
         if every < 1 or before // every == after // every or callback._should_skip_saving_checkpoint(trainer):
             continue
@@ -356,16 +345,12 @@ def save_passed_steps(trainer: Trainer, before: int, after: int) -> None:
 
 def average_passed_steps(trainer: Trainer, before: int, after: int) -> None:
     """Lets ``WeightAveraging`` take in the global model if it would have taken in one at a step of the round."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, WeightAveraging) and callback._latest_update_step <= before:
-            if any(callback.should_update(step_idx=step) for step in range(before, after)):
-                assert callback._average_model is not None
-                callback._average_model.update_parameters(trainer.lightning_module)
-            callback._latest_update_step = after
-
-
-def _model_checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:
-    return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    callbacks = [c for c in trainer.callbacks if isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
+    for callback in callbacks:
+        if any(callback.should_update(step_idx=step) for step in range(before, after)):
+            assert callback._average_model is not None
+            callback._average_model.update_parameters(trainer.lightning_module)
+        callback._latest_update_step = after
 
 
 def train_results(trainer: Trainer) -> _ResultCollection:
@@ -401,39 +386,6 @@ def step_epoch_schedules(trainer: Trainer) -> None:
         epoch_loop.step_epoch_schedules()
 
 
-REDUCTIONS: dict[str, Any] = {"mean": torch.mean, "sum": torch.sum, "min": torch.min, "max": torch.max}
-
-
-def describe(result: _ResultMetric) -> dict[str, Any]:
-    """The settings with which a value was logged, as plain data."""
-    meta = result.meta
-    reduction = next(name for name in REDUCTIONS if getattr(meta, f"is_{name}_reduction"))
-    return {
-        "fx": meta.fx,
-        "name": meta.name,
-        "prog_bar": meta.prog_bar,
-        "logger": meta.logger,
-        "on_step": meta.on_step,
-        "on_epoch": meta.on_epoch,
-        "reduction": reduction,
-        "add_dataloader_idx": meta.add_dataloader_idx,
-        "dataloader_idx": meta.dataloader_idx,
-        "metric_attribute": meta.metric_attribute,
-        "is_tensor": result.is_tensor,
-    }
-
-
-def placeholder(settings: dict[str, Any], device: torch.device) -> _ResultMetric:
-    """A logged value for a rank on which nothing was logged under that name."""
-    settings = dict(settings)
-    is_tensor = settings.pop("is_tensor")
-    meta = _Metadata(reduce_fx=REDUCTIONS[settings.pop("reduction")], **settings)
-    meta.sync = _Sync()
-    result = _ResultMetric(meta, is_tensor).to(device)
-    result.has_reset = False
-    return result
-
-
 def log_to_loggers(trainer: Trainer, figures: dict[str, float]) -> None:
     """Gives figures to the loggers, at the step at which Lightning logs the epoch's metrics."""
     trainer._logger_connector.log_metrics(dict(figures))  # type: ignore[arg-type]
@@ -444,65 +396,3 @@ def results_at_hand(trainer: Trainer) -> _ResultCollection:
     results = trainer._results
     assert results is not None
     return results
-
-
-def entry(result: _ResultMetric) -> dict[str, Any]:
-    """What was logged under a name so far: the settings, a value added up in float64, and its weight."""
-    settings = describe(result)
-    if not result.is_tensor:
-        return {**settings, "value": 0.0, "weight": 1}
-    weight = result.cumulated_batch_size if result.meta.is_mean_reduction else 1
-    return {**settings, "value": result.value.double(), "weight": weight}
-
-
-def step_entry(result: _ResultMetric, num_examples: int) -> dict[str, Any] | None:
-    """The value last logged for the step only, which Lightning does not add up; None if there is none."""
-    if result._forward_cache is None:
-        return None
-    weight = num_examples if result.meta.is_mean_reduction else 1
-    return {**describe(result), "value": result._forward_cache.double() * weight, "weight": weight}
-
-
-def num_updates(result: _ResultMetric) -> int:
-    """How often something was logged under the name since the epoch began."""
-    return result._update_count
-
-
-def is_computed(result: _ResultMetric) -> bool:
-    """Whether Lightning has read the value of the epoch."""
-    return result._computed is not None
-
-
-def empty(result: _ResultMetric) -> None:
-    """Starts adding up anew; the value of the last step stays."""
-    result.value = result._defaults["value"].to(result.value.device)  # type: ignore[union-attr]
-    if result.meta.is_mean_reduction:
-        result.cumulated_batch_size = torch.zeros_like(result.cumulated_batch_size)
-    result._computed = None
-
-
-def show(result: _ResultMetric, value: float) -> None:
-    """Puts a value where Lightning reads that of the epoch, and of the step."""
-    result.has_reset = False
-    joined = torch.tensor(value, dtype=result.value.dtype, device=result.value.device)
-    if result.meta.on_step:
-        result._forward_cache = joined
-    if result.meta.on_epoch:
-        result._computed = joined  # type: ignore[assignment]
-
-
-def show_metric(result: _ResultMetric, metric: Any) -> None:
-    """Lets Lightning read the epoch's value from a torchmetric, also where a value of an earlier epoch is kept."""
-    result.has_reset = False
-    result.value = metric
-    result._computed = None
-
-
-def batch_size(results: _ResultCollection, batch: Any) -> int:
-    """Number of examples in a batch, as Lightning sees it; 1 if it can't tell."""
-    if results.batch_size is None:
-        try:
-            results.batch_size = extract_batch_size(batch)
-        except MisconfigurationException:
-            return 1
-    return results.batch_size

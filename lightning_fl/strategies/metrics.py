@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_fl.communication import Group, Message
-from lightning_fl.strategies import lightning_internals as internals
-from lightning_fl.strategies.lightning_internals import ResultCollection
+from lightning_fl.strategies import lightning_results as logged
+from lightning_fl.strategies.lightning_results import ResultCollection
 from lightning_fl.types import Tree
 
 Entries = dict[str, dict[str, Any]]
@@ -35,7 +35,7 @@ class LoggedValues:
         """Takes in values logged for the step only, which Lightning does not add up."""
         for key, result in results.items():
             if result.is_tensor and not result.meta.on_epoch and self._was_updated(key, result):
-                entry = internals.step_entry(result, num_examples)
+                entry = logged.step_entry(result, num_examples)
                 if entry is not None:
                     _join(self._client, key, entry)
 
@@ -44,15 +44,15 @@ class LoggedValues:
         for key, result in results.items():
             of_training = result.is_tensor and result.meta.on_epoch and result.meta.fx != _LATE_HOOK
             if of_training and not result.has_reset and self._was_updated(key, result):
-                _join(self._client, key, internals.entry(result))
-                internals.empty(result)
+                _join(self._client, key, logged.entry(result))
+                logged.empty(result)
         if accepted:
             for key, entry in self._client.items():
                 _join(self.entries, key, entry)
         self._client = {}
 
     def _was_updated(self, key: str, result: Any) -> bool:
-        before, self._counts[key] = self._counts.get(key, 0), internals.num_updates(result)
+        before, self._counts[key] = self._counts.get(key, 0), logged.num_updates(result)
         return self._counts[key] != before
 
 
@@ -72,7 +72,7 @@ def _join(entries: Entries, key: str, entry: dict[str, Any]) -> None:
 def late_entries(results: ResultCollection) -> Entries:
     """Values of the epoch logged in a hook that runs after the round has been closed."""
     return {
-        key: internals.entry(result)
+        key: logged.entry(result)
         for key, result in results.items()
         if result.is_tensor and result.meta.on_epoch and not result.has_reset and result.meta.fx == _LATE_HOOK
     }
@@ -81,16 +81,16 @@ def late_entries(results: ResultCollection) -> Entries:
 def logged_metric_entries(results: ResultCollection) -> Entries:
     """The logged torchmetrics; their states travel by themselves."""
     return {
-        key: internals.entry(result) for key, result in results.items() if not result.is_tensor and not result.has_reset
+        key: logged.entry(result) for key, result in results.items() if not result.is_tensor and not result.has_reset
     }
 
 
 def evaluation_entries(results: ResultCollection) -> Entries:
     """What this rank has logged over the evaluation loader at hand."""
     return {
-        key: internals.entry(result)
+        key: logged.entry(result)
         for key, result in results.valid_items()
-        if result.meta.on_epoch and not internals.is_computed(result)
+        if result.meta.on_epoch and not logged.is_computed(result)
     }
 
 
@@ -128,16 +128,16 @@ def publish(entries: Entries, results: ResultCollection, module: nn.Module, devi
     for key, entry in entries.items():
         if key not in results:
             settings = {name: value for name, value in entry.items() if name not in ("value", "weight")}
-            results[key] = internals.placeholder(settings, device)
+            results[key] = logged.placeholder(settings, device)
             added.append(key)
         result = results[key]
         if not entry["is_tensor"]:
-            internals.show_metric(result, module.get_submodule(entry["metric_attribute"]))
+            logged.show_metric(result, module.get_submodule(entry["metric_attribute"]))
             continue
         value, weight = float(entry["value"]), float(entry["weight"])
         if entry["reduction"] == "mean":
             value = value / weight if weight else float("nan")
-        internals.show(result, value)
+        logged.show(result, value)
     return added
 
 

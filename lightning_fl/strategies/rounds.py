@@ -34,12 +34,14 @@ from lightning_fl.clients.split import in_order
 from lightning_fl.communication import Group, Message, RankLost
 from lightning_fl.engines import Schedule, SequentialEngine
 from lightning_fl.strategies import lightning_internals as internals
+from lightning_fl.strategies import lightning_results as logged
 from lightning_fl.strategies import metrics
-from lightning_fl.strategies.callback import has_batch_end_hooks
+from lightning_fl.strategies.callback import has_hooks
 from lightning_fl.strategies.round import FederationSettings, FederationState, Round, RoundResult
 from lightning_fl.tree import fingerprint
 from lightning_fl.types import ClientId
 
+HOOKS_AFTER_THE_ROUND = ("on_train_batch_end", "on_validation_end", "on_validation_epoch_end", "on_train_epoch_end")
 OnClientError = Literal["raise", "skip"]
 
 
@@ -169,7 +171,7 @@ class FederatedRounds:
         A rank without clients has no batch, and so none of these hooks.
         """
         is_new, self._is_unsettled = self._is_unsettled, False
-        if not is_new or self.group.size == 1 or not has_batch_end_hooks(self.trainer):
+        if not is_new or self.group.size == 1 or not has_hooks(self.trainer, "on_train_batch_end"):
             return
         assert self.engine is not None
         own = {name: fingerprint(tensor) for name, tensor in self.engine.tensors.all.items()}
@@ -196,6 +198,8 @@ class FederatedRounds:
 
     def agree_to_stop(self) -> None:
         """The epoch has ended: if one rank's hooks have asked to stop since the round's end, all ranks stop."""
+        if self.group.size == 1 or not has_hooks(self.trainer, *HOOKS_AFTER_THE_ROUND):
+            return
         told = self._gather(Message({"should_stop": self.trainer.should_stop}), "after the hooks")
         self.trainer.should_stop = any(fields["should_stop"] for fields in told)
 
@@ -335,7 +339,7 @@ class FederatedRounds:
 
     def _count(self, outputs: Any, batch: Any, place: Place) -> None:
         results = internals.train_results(self.trainer)
-        num_examples = internals.batch_size(results, batch)
+        num_examples = logged.batch_size(results, batch)
         self._examples_seen += num_examples
         if place.offset + 1 == self._pass_length:
             self._examples_of_pass = self._examples_seen

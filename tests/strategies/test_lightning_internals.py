@@ -18,6 +18,7 @@ from lightning.pytorch.trainer.connectors.logger_connector.result import _Metada
 from packaging.version import Version
 
 from lightning_fl.strategies import lightning_internals as internals
+from lightning_fl.strategies import lightning_results as logged
 from tests.helpers.training import Ordinary, Plain, loader, trainer
 
 
@@ -79,9 +80,9 @@ def test_logged_values_carry_what_ranks_tell_each_other() -> None:
         "metric_attribute": None,
         "is_tensor": True,
     }
-    placeholder = internals.placeholder(settings, torch.device("cpu"))
+    placeholder = logged.placeholder(settings, torch.device("cpu"))
     assert isinstance(placeholder, _ResultMetric)
-    assert internals.describe(placeholder) == settings
+    assert logged.describe(placeholder) == settings
     assert set(placeholder._defaults) == {"value", "cumulated_batch_size"}
     placeholder._computed = torch.tensor(3.0)
     results = _ResultCollection(training=True)

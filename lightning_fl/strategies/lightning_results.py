@@ -1,0 +1,111 @@
+"""What Lightning collects from ``self.log``: its private parts, in one place with ``lightning_internals.py``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch.trainer.connectors.logger_connector.result import (
+    _Metadata,
+    _ResultCollection,
+    _ResultMetric,
+    _Sync,
+)
+from lightning.pytorch.utilities.data import extract_batch_size
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+ResultCollection = _ResultCollection
+
+REDUCTIONS: dict[str, Any] = {"mean": torch.mean, "sum": torch.sum, "min": torch.min, "max": torch.max}
+
+
+def describe(result: _ResultMetric) -> dict[str, Any]:
+    """The settings with which a value was logged, as plain data."""
+    meta = result.meta
+    reduction = next(name for name in REDUCTIONS if getattr(meta, f"is_{name}_reduction"))
+    return {
+        "fx": meta.fx,
+        "name": meta.name,
+        "prog_bar": meta.prog_bar,
+        "logger": meta.logger,
+        "on_step": meta.on_step,
+        "on_epoch": meta.on_epoch,
+        "reduction": reduction,
+        "add_dataloader_idx": meta.add_dataloader_idx,
+        "dataloader_idx": meta.dataloader_idx,
+        "metric_attribute": meta.metric_attribute,
+        "is_tensor": result.is_tensor,
+    }
+
+
+def placeholder(settings: dict[str, Any], device: torch.device) -> _ResultMetric:
+    """A logged value for a rank on which nothing was logged under that name."""
+    settings = dict(settings)
+    is_tensor = settings.pop("is_tensor")
+    meta = _Metadata(reduce_fx=REDUCTIONS[settings.pop("reduction")], **settings)
+    meta.sync = _Sync()
+    result = _ResultMetric(meta, is_tensor).to(device)
+    result.has_reset = False
+    return result
+
+
+def entry(result: _ResultMetric) -> dict[str, Any]:
+    """What was logged under a name so far: the settings, a value added up in float64, and its weight."""
+    settings = describe(result)
+    if not result.is_tensor:
+        return {**settings, "value": 0.0, "weight": 1}
+    weight = result.cumulated_batch_size if result.meta.is_mean_reduction else 1
+    return {**settings, "value": result.value.double(), "weight": weight}
+
+
+def step_entry(result: _ResultMetric, num_examples: int) -> dict[str, Any] | None:
+    """The value last logged for the step only, which Lightning does not add up; None if there is none."""
+    if result._forward_cache is None:
+        return None
+    weight = num_examples if result.meta.is_mean_reduction else 1
+    return {**describe(result), "value": result._forward_cache.double() * weight, "weight": weight}
+
+
+def num_updates(result: _ResultMetric) -> int:
+    """How often something was logged under the name since the epoch began."""
+    return result._update_count
+
+
+def is_computed(result: _ResultMetric) -> bool:
+    """Whether Lightning has read the value of the epoch."""
+    return result._computed is not None
+
+
+def empty(result: _ResultMetric) -> None:
+    """Starts adding up anew; the value of the last step stays."""
+    result.value = result._defaults["value"].to(result.value.device)  # type: ignore[union-attr]
+    if result.meta.is_mean_reduction:
+        result.cumulated_batch_size = torch.zeros_like(result.cumulated_batch_size)
+    result._computed = None
+
+
+def show(result: _ResultMetric, value: float) -> None:
+    """Puts a value where Lightning reads that of the epoch, and of the step."""
+    result.has_reset = False
+    joined = torch.tensor(value, dtype=result.value.dtype, device=result.value.device)
+    if result.meta.on_step:
+        result._forward_cache = joined
+    if result.meta.on_epoch:
+        result._computed = joined  # type: ignore[assignment]
+
+
+def show_metric(result: _ResultMetric, metric: Any) -> None:
+    """Lets Lightning read the epoch's value from a torchmetric, also where a value of an earlier epoch is kept."""
+    result.has_reset = False
+    result.value = metric
+    result._computed = None
+
+
+def batch_size(results: _ResultCollection, batch: Any) -> int:
+    """Number of examples in a batch, as Lightning sees it; 1 if it can't tell."""
+    if results.batch_size is None:
+        try:
+            results.batch_size = extract_batch_size(batch)
+        except MisconfigurationException:
+            return 1
+    return results.batch_size
