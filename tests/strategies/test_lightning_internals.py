@@ -45,6 +45,8 @@ def test_the_version_is_one_that_was_studied() -> None:
         (_EvaluationLoop._on_evaluation_epoch_end, ["self"]),
         (_EvaluationLoop.setup_data, ["self"]),
         (_FitLoop.setup_data, ["self"]),
+        (_FitLoop.on_advance_end, ["self"]),
+        (_TrainingEpochLoop.on_advance_end, ["self", "data_fetcher"]),
     ],
     ids=lambda value: getattr(value, "__qualname__", ""),
 )
