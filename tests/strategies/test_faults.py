@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +199,43 @@ def test_a_signal_drops_the_round_and_the_checkpoint_on_exception_resumes(tmp_pa
     ended = run_until_killed(tmp_path, "training", number)
     assert "not killed" not in ended.stdout
     assert torch.equal(resumed(tmp_path / "cut.ckpt"), uninterrupted())
+
+
+SILO_SCRIPT = """
+import os, signal
+import lightning_fl as fl
+from lightning.pytorch.callbacks import ModelCheckpoint
+from tests.helpers.training import Plain, loader, trainer
+
+class Dies(fl.callbacks.FederatedCallback):
+    def on_client_end(self, trainer, module, client, run, update):
+        if trainer.global_rank == 1 and trainer.current_epoch == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+saver = ModelCheckpoint("checkpoints", filename="{epoch}", save_last=True)
+fit = trainer("fedavg", 5, enable_checkpointing=True, callbacks=[Dies(), saver])
+fit.fit(Plain(), loader(8, seed=fit.global_rank))
+"""
+
+
+def test_when_a_silo_dies_the_others_end_and_say_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(SILO_SCRIPT)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    where = ["--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(port)]
+
+    def silo(rank: int) -> Any:
+        words = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", *where, "--node-rank", str(rank)]
+        return run_script([*words, "train.py"], cwd=tmp_path, check=False, num_processes=2)
+
+    with ThreadPoolExecutor() as pool:
+        survivor, dead = pool.map(silo, range(2))
+    assert "SIGKILL" in dead.stderr
+    assert survivor.returncode == 1
+    assert "RankLost: Round 2: Another rank has left the federation" in survivor.stderr
+    assert "ckpt_path='last'" in survivor.stderr
+    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 1
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
