@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
 
 if TYPE_CHECKING:
@@ -47,10 +46,10 @@ class RoundCallback(L.Callback):
 
 def has_hooks(trainer: L.Trainer, *names: str) -> bool:
     """Whether the user's module or callbacks have one of these hooks; Lightning's own act alike on all ranks."""
-    callbacks = [type(callback) for callback in trainer.callbacks]  # type: ignore[attr-defined]
-    of_users = [kind for kind in callbacks if not kind.__module__.startswith(("lightning.", "lightning_fl."))]
-    return any(
-        is_overridden(name, trainer.lightning_module)
-        or any(getattr(kind, name) is not getattr(L.Callback, name) for kind in of_users)
-        for name in names
-    )
+    holders = [trainer.lightning_module, *trainer.callbacks]  # type: ignore[attr-defined]
+    return any(_is_of_user(getattr(holder, name, None)) for holder in holders for name in names)
+
+
+def _is_of_user(hook: Any) -> bool:
+    function = getattr(hook, "__func__", hook)
+    return function is not None and not getattr(function, "__module__", "").startswith(("lightning.", "lightning_fl."))
