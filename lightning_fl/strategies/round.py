@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from torch.optim import Optimizer
@@ -85,7 +86,7 @@ class RoundResult:
         mean_square = squares / max(sum(message.fields["weight"] for message in self.reports), 1e-300)
         return 1 - self.norm**2 / mean_square if mean_square > 0 else 0.0
 
-    @property
+    @cached_property
     def norm(self) -> float:
         """Euclidean norm of the mean update."""
         return norm(self.aggregate.delta) / self.aggregate.weight

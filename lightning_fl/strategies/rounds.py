@@ -242,7 +242,7 @@ class FederatedRounds:
         """Batches of the client with the most in a round, rounded up to whole optimizer steps."""
         if self._largest is None:
             loaders = self.population.loaders
-            clients = list(loaders)[:1] if self.work.steps is not None else loaders
+            clients = [next(iter(loaders))] if self.work.steps is not None else loaders
             steps = [self.work.num_steps(count_batches(loaders[client])) for client in clients]
             own = float("inf") if None in steps else float(max(step for step in steps if step is not None))
             told = self.group.all_gather(Message({"steps": own}), "estimated steps")
