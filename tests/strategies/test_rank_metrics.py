@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torchmetrics.aggregation import SumMetric
 
+from lightning_fl import FederatedStrategy
 from tests.helpers.training import Ordinary, loader, trainer
 from tests.strategies.test_rank_features import SIZES, clients, metrics_of, rank
 
@@ -70,3 +72,28 @@ def test_validation_of_a_simulation_is_not_summed_over_ranks(run_ranks: Any) -> 
         assert metrics["ever"] == 40
         assert metrics["after/ever"] == 60
         assert metrics["trained"] == 2 * sum(SIZES)
+
+
+def validate_in_parts(split: bool) -> tuple[dict[str, float], int]:
+    class Counted(Ordinary):
+        num_validated = 0
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.num_validated += len(batch[1])
+            super().validation_step(batch, batch_idx)
+
+    module = Counted(torch.float64)
+    strategy = FederatedStrategy("fedavg", num_clients=4, split_validation=split)
+    run = trainer(strategy, 2, num_sanity_val_steps=0)
+    run.fit(module, loader(16), loader(11, seed=9))
+    return {name: value.item() for name, value in run.callback_metrics.items()}, module.num_validated
+
+
+def test_ranks_share_the_validation_data_and_agree_with_one_rank(run_ranks: Any) -> None:
+    alone, num_validated = validate_in_parts(split=False)
+    shared = run_ranks(2, validate_in_parts, True)
+    for metrics, _ in shared:
+        assert metrics == pytest.approx(alone, rel=1e-6)
+    assert [count for _, count in shared] == [12, 10]
+    assert num_validated == sum(count for _, count in shared)
+    assert [count for _, count in run_ranks(2, validate_in_parts, False)] == [num_validated] * 2
