@@ -12,6 +12,7 @@ from lightning_fl.clients.plan import LocalWork, RoundPlan
 from lightning_fl.clients.population import count_batches
 from lightning_fl.types import ClientId
 
+LoadTogether = Callable[[ClientId, Callable[[Loader], Loader]], list[Any]]
 UNKNOWN_LENGTH = sys.maxsize // 2
 _END = object()
 
@@ -38,6 +39,8 @@ class RoundLoader:
         open_client: Called with a client and its loader before the client's first batch is read; returns the loader.
         resolved: Called when the number of batches has become known or has changed.
         failed: Called when a client's loader raises; raises itself, or returns for the client to be left out.
+        open_together: Called with the index of a unit of several clients, and a function that reads a client's
+            batches; returns the unit's batches, or None once it has split the unit.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class RoundLoader:
         open_client: Callable[[ClientId, Loader], Loader],
         resolved: Callable[[], None],
         failed: Callable[[ClientId, Exception], None] = raise_error,
+        open_together: Callable[[int, LoadTogether], Iterator[Any] | None] = lambda index, load: None,
     ) -> None:
         self._loaders = loaders
         self._plan = plan
@@ -55,6 +59,7 @@ class RoundLoader:
         self._open_client = open_client
         self._resolved = resolved
         self._failed = failed
+        self._open_together = open_together
 
     def __len__(self) -> int:
         num_batches = self._plan()[0].num_batches
@@ -64,7 +69,18 @@ class RoundLoader:
         self._open_round()
         plan, _ = self._plan()
         self._num_yielded = 0
-        for client in plan.clients:
+        position = -1
+        while (position := position + 1) < len(plan.units):
+            if len(plan.units[position]) > 1:
+                batches = self._open_together(position, self._load)
+                if batches is None:
+                    position -= 1
+                    continue
+                for batch in batches:
+                    self._num_yielded += 1
+                    yield batch
+                continue
+            client = plan.units[position][0]
             try:
                 loader = self._loaders[client]
             except Exception as error:
@@ -79,6 +95,9 @@ class RoundLoader:
                 self._leave_out(client, error)
         if plan.is_empty(self._num_yielded):
             yield None
+
+    def _load(self, client: ClientId, prepare: Callable[[Loader], Loader]) -> list[Any]:
+        return list(self._batches(client, prepare(self._loaders[client])))
 
     def _leave_out(self, client: ClientId, error: Exception) -> None:
         self._failed(client, error)

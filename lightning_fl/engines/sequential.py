@@ -85,8 +85,8 @@ class SequentialEngine:
             if server_params is not None and name in server_params and params[name].dtype != param.dtype:
                 master = server_params[name].to(param.device)
                 params[name] = torch.where(cast_like(master, param) == param, master, params[name])
-        self._start_buffers = _clones(self.tensors.buffers)
-        self._start_personal = _clones(self.tensors.personal)
+        self._start_buffers = clones(self.tensors.buffers)
+        self._start_personal = clones(self.tensors.personal)
         return params
 
     def start_client(self, params: Tree, kept: Mapping[str, Tree]) -> None:
@@ -115,12 +115,12 @@ class SequentialEngine:
         tensors.check_frozen()
         kept: dict[str, Tree] = {}
         if self.personal:
-            kept["personal"] = _clones(tensors.personal)
+            kept["personal"] = clones(tensors.personal)
         if self.client_optimizer == "keep":
             kept["optimizer"] = self.optimizers.keep()
         return LocalResult(
-            params={name: _trained(param.detach(), self._loaded[name]) for name, param in tensors.params.items()},
-            buffers=tree_map(_change, tensors.buffers, self._start_buffers),
+            params={name: trained(param.detach(), self._loaded[name]) for name, param in tensors.params.items()},
+            buffers=tree_map(change, tensors.buffers, self._start_buffers),
             kept=kept,
             num_steps=self.optimizers.num_steps,
             lr_sum=self.optimizers.lr_sum(tensors.params),
@@ -148,11 +148,12 @@ def _load(tensors: Mapping[str, Tensor], values: Tree) -> None:
         tensor.copy_(cast_like(values[name], tensor))
 
 
-def _clones(tensors: Mapping[str, Tensor]) -> Tree:
+def clones(tensors: Mapping[str, Tensor]) -> Tree:
+    """Copies of the tensors."""
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
-def _change(buffer: Tensor, start: Tensor) -> Tensor:
+def change(buffer: Tensor, start: Tensor) -> Tensor:
     """What training has changed; 0 also where an infinity has stayed one, as in an attention mask."""
     dtype = sum_dtype(buffer.dtype)
     return (buffer.detach().to(dtype) - start.to(dtype)).masked_fill(buffer == start, 0)
@@ -163,7 +164,8 @@ def _move(start: Tensor, change: Tensor) -> Tensor:
     return torch.where(change == 0, start, cast_like(start.to(change.dtype) + change, start))
 
 
-def _trained(param: Tensor, start: Tensor) -> Tensor:
+def trained(param: Tensor, start: Tensor) -> Tensor:
+    """The trained parameter in the dtype of ``start``, of which only what training has changed counts."""
     if param.dtype == start.dtype:
         return param.clone()
     return start + (param.to(start.dtype) - start.to(param.dtype).to(start.dtype))

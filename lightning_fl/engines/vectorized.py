@@ -1,0 +1,145 @@
+"""Trains many clients at once: one step of a module whose tensors are stacked over the clients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
+
+from lightning_fl.engines.linear import StackedLinears
+from lightning_fl.engines.optimizers import ScheduleEnd
+from lightning_fl.engines.sequential import LocalResult, SequentialEngine, change, clones, trained
+from lightning_fl.engines.stacking import stack
+from lightning_fl.tree import cast_like
+from lightning_fl.types import Tree
+
+Step = Callable[..., tuple[Tensor, Any]]
+"""Calls the user's step; returns the loss and tensors to be handed on."""
+
+
+class _Caller(nn.Module):
+    """Gives ``torch.func.functional_call`` a ``forward`` that is the user's step."""
+
+    def __init__(self, module: nn.Module, step: Step) -> None:
+        super().__init__()
+        self.module = module
+        self.step = step
+
+    def forward(self, *args: Any) -> tuple[Tensor, Any]:
+        return self.step(*args)
+
+
+class VectorizedEngine(SequentialEngine):
+    """Advances several clients in one step, each with its own parameters, buffers and optimizer state.
+
+    The clients stand along the first dimension of stacked tensors; ``torch.func.vmap`` runs the user's step over them
+    and the user's own optimizer steps the stacked parameters, which is right for every optimizer that treats elements
+    alone. A client alone is trained as by :class:`SequentialEngine`.
+    """
+
+    def start_clients(self, starts: Sequence[Tree], kept: Sequence[Mapping[str, Tree]]) -> None:
+        """Loads several clients: the parameters they start from, and what they have kept from their last rounds."""
+        size, tensors = len(starts), self.tensors
+        self._start, _ = stack(starts)
+        personal, _ = stack([own.get("personal", self._start_personal) for own in kept])
+        values = {**self._start, **self._start_buffers, **personal}
+        params = {**tensors.params, **tensors.personal_params}
+        buffers = {name: tensor for name, tensor in {**tensors.buffers, **tensors.personal}.items() if name not in params}
+        self._stacked = {name: _spread(values[name], param, size).requires_grad_() for name, param in params.items()}
+        self._stacked_buffers = {name: _spread(values[name], buffer, size) for name, buffer in buffers.items()}
+        self.optimizers.start_clients({id(param): self._stacked[name] for name, param in params.items()})
+
+    def step(self, step: Step, batch: Any, *args: Any, randomness: str = "error") -> tuple[Tensor, Any]:
+        """Runs the user's step for each client on its own part of a stacked batch.
+
+        Args:
+            step: Calls the user's step with a client's batch and ``args``.
+            batch: The clients' batches, each of their tensors stacked.
+            args: Handed to ``step`` as they are.
+            randomness: Of ``torch.func.vmap``: ``"error"`` refuses random numbers, ``"different"`` draws each
+                client's own.
+
+        Returns:
+            The losses, of shape ``[clients]``, and the other tensors, stacked.
+        """
+        caller = _Caller(self.module, step)
+        dims = tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, batch)
+
+        def of_one(params: Tree, buffers: Tree, batch: Any) -> tuple[Tensor, Any, Tree]:
+            tensors = {f"module.{name}": tensor for name, tensor in {**params, **buffers}.items()}
+            loss, others = functional_call(caller, tensors, (batch, *args))
+            replaced = {
+                name: tensors[f"module.{name}"]
+                for name, buffer in buffers.items()
+                if tensors[f"module.{name}"] is not buffer
+            }
+            return loss, others, replaced
+
+        run = vmap(of_one, in_dims=(0, 0, dims), randomness=randomness)
+        with StackedLinears():
+            losses, others, replaced = run(self._stacked, self._stacked_buffers, batch)
+        for name, value in replaced.items():
+            self._stacked_buffers[name] = value.detach().to(self._stacked_buffers[name].dtype)
+        return losses, others
+
+    def transform_stacked_grads(self, transform: Callable[[Tree, Tree], Tree], optimizer: Optimizer) -> None:
+        """Replaces the stacked gradients of shared parameters that ``optimizer`` steps."""
+        stepped = {id(param) for group in optimizer.param_groups for param in group["params"]}
+        params = {name: self._stacked[name] for name in self.tensors.params if id(self._stacked[name]) in stepped}
+        grads = {name: param.grad for name, param in params.items() if param.grad is not None}
+        for name, grad in transform(grads, {name: params[name].detach() for name in grads}).items():
+            params[name].grad = grad.to(params[name].dtype)
+
+    def clip_norms(self, optimizer: Optimizer, max_norm: float) -> None:
+        """Scales each client's gradients so that their norm is at most ``max_norm``, as for a client alone."""
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if not grads:
+            return
+        norms = torch.stack([torch.linalg.vector_norm(grad.flatten(1), dim=1) for grad in grads])
+        factors = (max_norm / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp(max=1.0)
+        for grad in grads:
+            grad.mul_(factors.to(grad.dtype).view(-1, *[1] * (grad.dim() - 1)))
+
+    def finish_clients(self) -> LocalResult:
+        """Reads what the clients' local training has changed; its trees are stacked over the clients."""
+        tensors = self.tensors
+        tensors.check_frozen()
+        kept: dict[str, Tree] = {}
+        if self.personal:
+            own = {name: (self._stacked | self._stacked_buffers)[name] for name in tensors.personal}
+            kept["personal"] = clones(own)
+        params = {name: self._stacked[name] for name in tensors.params}
+        buffers = {name: self._stacked_buffers[name] for name in tensors.buffers}
+        facts = self.optimizers
+        result = LocalResult(
+            params={name: trained(param.detach(), self._start[name]) for name, param in params.items()},
+            buffers={name: change(buffer, self._start_buffers[name]) for name, buffer in buffers.items()},
+            kept=kept,
+            num_steps=facts.num_steps,
+            lr_sum=facts.lr_sum(params),
+            normalizer=facts.normalizer(params),
+            schedule_end=facts.schedule_end(),
+        )
+        self.leave_clients()
+        return result
+
+    def leave_clients(self) -> None:
+        """Gives the optimizers the module's own parameters back."""
+        self.optimizers.leave_clients()
+        self._stacked, self._stacked_buffers = {}, {}
+
+    def end_round(self, params: Tree, buffers: Tree, schedule_end: ScheduleEnd | None) -> None:
+        self.leave_clients()
+        super().end_round(params, buffers, schedule_end)
+
+
+@torch.no_grad()
+def _spread(value: Tensor, like: Tensor, size: int) -> Tensor:
+    """``value`` in the dtype of ``like``, repeated for each client unless it is stacked already."""
+    cast = cast_like(value, like)
+    return cast.detach().clone() if value.dim() > like.dim() else cast.expand(size, *like.shape).clone()
