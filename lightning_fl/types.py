@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -32,6 +32,20 @@ class Update:
     buffers: Tree = field(default_factory=dict)
     weight: float = 1.0
     aux: Mapping[str, Tree] = field(default_factory=dict)
+
+    def part(self, index: int) -> Update:
+        """The update of the client at ``index``, of updates whose tensors are stacked over several clients."""
+        return self._map(lambda tensor: tensor[index])
+
+    def select(self, chosen: Tensor) -> Update:
+        """Stacked updates of some of the clients only, as indices or as a mask."""
+        return self._map(lambda tensor: tensor[chosen])
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Update:
+        def of(tree: Tree) -> Tree:
+            return {name: function(tensor) for name, tensor in tree.items()}
+
+        return Update(of(self.delta), of(self.buffers), self.weight, {name: of(tree) for name, tree in self.aux.items()})
 
 
 @dataclass(frozen=True)

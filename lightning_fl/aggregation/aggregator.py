@@ -28,6 +28,19 @@ class Aggregator(ABC):
     def add(self, acc: Any, update: Update, ctx: RoundContext) -> Any:
         """Takes in one client's update."""
 
+    def add_together(self, acc: Any, updates: Update, num_clients: int, ctx: RoundContext) -> Any:
+        """Takes in the updates of clients that were trained together.
+
+        Args:
+            acc: This rank's accumulator.
+            updates: Their updates, each tensor stacked over the clients; ``weight`` is that of each of them.
+            num_clients: Number of clients.
+            ctx: Facts of the round.
+        """
+        for index in range(num_clients):
+            acc = self.add(acc, updates.part(index), ctx)
+        return acc
+
     @abstractmethod
     def merge(self, acc: Any, group: Group, report: Message, ctx: RoundContext) -> tuple[Any, list[Message]]:
         """Joins the ranks' accumulators; the only place with the tensor collective.
@@ -83,6 +96,15 @@ class WeightedMean(Aggregator):
             acc.sums[dtype][:split].add_(flat[:split], alpha=update.weight)
             acc.sums[dtype][split:].add_(flat[split:])
         return replace(acc, weight=acc.weight + update.weight, num_clients=acc.num_clients + 1)
+
+    def add_together(self, acc: WeightedSum, updates: Update, num_clients: int, ctx: RoundContext) -> WeightedSum:
+        sums = acc.layout.unflatten(acc.sums)
+        for tree, tensors in _trees(updates).items():
+            alpha = 1.0 if tree.startswith("aux/") else updates.weight
+            for name, tensor in tensors.items():
+                sums[tree][name].add_(tensor.sum(0), alpha=alpha)
+        weight = acc.weight + num_clients * updates.weight
+        return replace(acc, weight=weight, num_clients=acc.num_clients + num_clients)
 
     def merge(
         self, acc: WeightedSum, group: Group, report: Message, ctx: RoundContext

@@ -83,5 +83,5 @@ def num_bytes(value: Any) -> int:
 
 def are_finite(tree: Mapping[str, Any]) -> Tensor:
     """For each client whether all its elements of a stacked tree are finite; shape ``[num_clients]``."""
-    flags = [torch.isfinite(leaf).flatten(1).all(1) for leaf in pytree.tree_leaves(tree)]
+    flags = [torch.isfinite(leaf).reshape(len(leaf), -1).all(1) for leaf in pytree.tree_leaves(tree)]
     return torch.stack(flags).all(0)

@@ -39,8 +39,16 @@ class LoggedValues:
                 if entry is not None:
                     _join(self._client, key, entry)
 
-    def after_client(self, results: ResultCollection, accepted: bool) -> None:
-        """Takes in what a client has logged, or drops it if its update was refused."""
+    def after_client(
+        self, results: ResultCollection, accepted: bool, corrected: Mapping[str, Mapping[str, Any]] | None = None
+    ) -> None:
+        """Takes in what a client, or several together, have logged, or drops it if no update was accepted.
+
+        Args:
+            results: Where Lightning collects what is logged.
+            accepted: Whether an update was accepted.
+            corrected: Values and weights of accepted clients only, where others have logged together with them.
+        """
         for key, result in results.items():
             of_training = result.is_tensor and result.meta.on_epoch and result.meta.fx != _LATE_HOOK
             if of_training and not result.has_reset and self._was_updated(key, result):
@@ -48,7 +56,7 @@ class LoggedValues:
                 logged.empty(result)
         if accepted:
             for key, entry in self._client.items():
-                _join(self.entries, key, entry)
+                _join(self.entries, key, {**entry, **(corrected or {}).get(key, {})})
         self._client = {}
 
     def _was_updated(self, key: str, result: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -15,8 +16,10 @@ from lightning_fl.algorithms import Algorithm, Weighting
 from lightning_fl.clients import ClientStore, Sampling, client_generator
 from lightning_fl.communication import Group, Message
 from lightning_fl.communication.objects import decode, encode
-from lightning_fl.engines import Schedule, ScheduleEnd, SequentialEngine
-from lightning_fl.tree import is_finite, leaves, move, norm, scale, to_sum_dtype, zeros_like
+from lightning_fl.engines import Schedule, ScheduleEnd, SequentialEngine, VectorizedEngine
+from lightning_fl.engines.stacking import are_finite, part
+from lightning_fl.strategies.unit import Unit
+from lightning_fl.tree import clone, is_finite, leaves, move, norm, scale, to_sum_dtype, zeros_like
 from lightning_fl.types import Aggregate, ClientId, Context, LocalRun, State, Tree, Update
 
 
@@ -145,6 +148,7 @@ class Round:
         self._like = like
         self._acc = settings.aggregator.init(like, engine.device)
         self._client: ClientId | None = None
+        self._unit: Unit | None = None
 
     def start_client(self, client: ClientId) -> None:
         """Loads a client; the caller then runs its local training."""
@@ -155,11 +159,74 @@ class Round:
 
     def transform_grads(self, optimizer: Optimizer) -> None:
         """Lets the algorithm change the gradients that ``optimizer`` is about to step, unscaled and not yet clipped."""
-        if self.settings.transforms_gradients:
+        if not self.settings.transforms_gradients:
+            return
+        if self._unit is not None:
+            self._vectorized.transform_stacked_grads(self._unit.transform_grads, optimizer)
+        else:
             algorithm, context = self.settings.algorithm, self._context
             self.engine.transform_grads(
                 lambda grads, params: algorithm.grad_transform(grads, params, context), optimizer
             )
+
+    def start_clients(self, clients: Sequence[ClientId]) -> None:
+        """Loads several clients; the caller then runs their local training, in which each step is one of all of them.
+
+        Raises:
+            NotStackable: If what the algorithm gives them can't stand side by side.
+        """
+        kept = [move(self.store.get(client) or {}, self.engine.device) for client in clients]
+        unit = Unit(self.settings.algorithm, self.server, clients, kept)
+        self._vectorized.start_clients(unit.starts, kept)
+        self._unit = unit
+
+    def leave_clients(self) -> None:
+        """Forgets the clients loaded by :meth:`start_clients`, before they have trained."""
+        self._unit = None
+        self._vectorized.leave_clients()
+
+    def finish_clients(
+        self, num_examples: int, losses: Sequence[float]
+    ) -> tuple[LocalRun, list[bool], Callable[[int], Update | None]]:
+        """Takes in the clients that have trained together.
+
+        Args:
+            num_examples: Examples that one pass of the loader of each of them yields.
+            losses: Their mean training losses.
+
+        Returns:
+            The facts of the training; for each client whether its update was finite and so taken in; and a function
+            that gives the update of the client at an index, or None.
+        """
+        assert self._unit is not None
+        unit, self._unit = self._unit, None
+        result = self._vectorized.finish_clients()
+        weight = float(num_examples) if self.settings.weighting == "examples" else 1.0
+        run = LocalRun(result.num_steps, num_examples, weight, math.nan, result.lr_sum, result.normalizer)
+        update, states = unit.finish(result.params, run, losses)
+        update = replace(update, buffers=result.buffers, weight=weight)
+        kept: dict[str, Any] = {**result.kept, **({} if states is None else {"algorithm": states})}
+        self._count_run(run, result.schedule_end, len(unit.clients))
+        each: list[Update | None] = []
+        if self.settings.transforms:
+            for index, (client, own) in enumerate(zip(unit.clients, unit.kept, strict=True)):
+                each.append(self._take_in(client, own, update.part(index), clone(part(kept, index))))
+            taken = [own is not None for own in each]
+        else:
+            finite = are_finite(self._to_be_finite(update, kept))
+            taken = finite.tolist()
+            self._add_together(update if all(taken) else update.select(finite), sum(taken))
+            self.refused += [client for client, is_taken in zip(unit.clients, taken, strict=True) if not is_taken]
+            for index, client in enumerate(unit.clients):
+                if kept and taken[index]:
+                    self.store.stage(client, move(clone(part(kept, index)), "cpu"))
+        self.num_examples += num_examples * sum(taken)
+        return run, taken, lambda index: each[index] if each else update.part(index) if taken[index] else None
+
+    def _add_together(self, updates: Update, num_clients: int) -> None:
+        if num_clients:
+            self._acc = self.settings.aggregator.add_together(self._acc, updates, num_clients, self.ctx)
+            self._squared_norm += updates.weight * norm(updates.delta) ** 2
 
     def finish_client(self, num_examples: int, loss: float) -> tuple[LocalRun, Update | None]:
         """Takes in the client at hand.
@@ -183,22 +250,31 @@ class Round:
         update = replace(update, buffers=result.buffers, weight=weight)
         if algorithm_state is not None:
             kept["algorithm"] = algorithm_state
-        update, transform_states = self._transform(client, update)
-        kept.update(transform_states)
-        self.num_steps += run.num_steps
-        if self.schedule_end is None or self.schedule_end.num_optimizer_steps < result.num_steps:
-            self.schedule_end = result.schedule_end
-        personal = self.engine.tensors.personal_params.values()
-        stateful = leaves({name: value for name, value in kept.items() if name != "personal"})
-        if not is_finite([*_tensors(update), *stateful, *personal]):
+        self._count_run(run, result.schedule_end)
+        taken = self._take_in(client, self._kept, update, kept)
+        if taken is not None:
+            self.num_examples += num_examples
+        return run, taken
+
+    def _count_run(self, run: LocalRun, schedule_end: ScheduleEnd, num_clients: int = 1) -> None:
+        self.num_steps += num_clients * run.num_steps
+        if self.schedule_end is None or self.schedule_end.num_optimizer_steps < run.num_steps:
+            self.schedule_end = schedule_end
+
+    def _take_in(
+        self, client: ClientId, before: Mapping[str, Any], update: Update, kept: dict[str, Any]
+    ) -> Update | None:
+        """Adds an update, and stages what its client keeps; None if one of them is not finite."""
+        update, transform_states = self._transform(client, before, update)
+        kept = {**kept, **transform_states}
+        if not is_finite(leaves(self._to_be_finite(update, kept))):
             self.refused.append(client)
-            return run, None
+            return None
         self._acc = self.settings.aggregator.add(self._acc, update, replace(self.ctx, client=client))
-        self.num_examples += num_examples
         self._squared_norm += update.weight * norm(update.delta) ** 2
         if kept:
             self.store.stage(client, move(kept, "cpu"))
-        return run, update
+        return update
 
     def drop_client(self) -> bool:
         """Leaves out the client at hand; tells whether there was one."""
@@ -262,6 +338,11 @@ class Round:
         state = FederationState(server, self.transform_states)
         return RoundResult(state, aggregate, reports, refused, seconds, num_bytes)
 
+    @property
+    def _vectorized(self) -> VectorizedEngine:
+        assert isinstance(self.engine, VectorizedEngine)
+        return self.engine
+
     def abandon(self) -> None:
         """Puts the module and the clients' states back to the round's start, when the round can't be finished."""
         self.store.roll_back()
@@ -272,13 +353,21 @@ class Round:
         aux = {name: zeros_like(tree) for name, tree in like.aux.items()}
         return Aggregate(zeros_like(like.delta), zeros_like(like.buffers), 0.0, aux, 0, self.ctx.population)
 
-    def _transform(self, client: ClientId, update: Update) -> tuple[Update, dict[str, State]]:
+    def _to_be_finite(self, update: Update, kept: Mapping[str, Any]) -> dict[str, Any]:
+        """What of a client must be finite; a personal buffer may hold an infinity, as an attention mask does."""
+        own = self.engine.tensors.personal_params
+        personal = {name: value for name, value in kept.get("personal", {}).items() if name in own}
+        return {**kept, "personal": personal, "update": {"delta": update.delta, "buffers": update.buffers, **update.aux}}
+
+    def _transform(
+        self, client: ClientId, before: Mapping[str, Any], update: Update
+    ) -> tuple[Update, dict[str, State]]:
         states = {}
         for index, transform in enumerate(self.settings.transforms):
             generator = client_generator(self.settings.seed, self.ctx.round, client, f"transform {index}")
             ctx = replace(self.ctx, client=client, generator=generator)
             key = f"transform {index}"
-            update, states[key] = transform.client(update, self._kept.get(key, {}), ctx)
+            update, states[key] = transform.client(update, before.get(key, {}), ctx)
         return update, {key: state for key, state in states.items() if state}
 
 
@@ -307,11 +396,6 @@ def _complete(old: Any, fresh: Any) -> Any:
 def _furthest(ends: Sequence[Any]) -> ScheduleEnd | None:
     reached = [ScheduleEnd(**decode(end)) for end in ends if end is not None]
     return max(reached, key=lambda end: end.num_optimizer_steps, default=None)
-
-
-def _tensors(update: Update) -> list[Any]:
-    trees = [update.delta, update.buffers, *update.aux.values()]
-    return [tensor for tree in trees for tensor in tree.values()]
 
 
 def _some(values: Sequence[Any]) -> str:

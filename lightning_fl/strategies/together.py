@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lightning_fl.clients.loaders import Loader
-from lightning_fl.engines import VectorizedEngine
-from lightning_fl.engines.stacking import NotStackable, num_bytes, part, signature, stack
+from lightning_fl.engines import Vectorized, VectorizedEngine
+from lightning_fl.engines.stacking import num_bytes, part, signature, stack
 from lightning_fl.strategies.capture import Capture
-from lightning_fl.strategies.vectorizing import Vectorized, check_same_step, loader_kind
+from lightning_fl.strategies.vectorizing import check_same_step, loader_kind
 from lightning_fl.types import ClientId
 
 
@@ -36,18 +36,27 @@ class ClientsTogether:
     Args:
         module: The user's module.
         engine: Trains the units.
-        settings: How many clients train together, and whether random numbers may differ from those of a client alone.
+        settings: How many clients train together.
         batch_size: Tells the number of examples in a client's batch.
+        allows_random: Whether random numbers in a step may differ from those that a client alone would draw.
     """
 
     def __init__(
-        self, module: Any, engine: VectorizedEngine, settings: Vectorized, batch_size: Callable[[Any], int]
+        self,
+        module: Any,
+        engine: VectorizedEngine,
+        settings: Vectorized,
+        batch_size: Callable[[Any], int],
+        allows_random: bool = False,
     ) -> None:
         self.engine = engine
         self.settings = settings
+        self.allows_random = allows_random
+        self.randomness = "error"
         self.capture = Capture(module)
         self.is_checked = False
         self.unit: Sequence[ClientId] = ()
+        self.batch_size = 0
         self._batch_size = batch_size
 
     def group(
@@ -114,23 +123,20 @@ class ClientsTogether:
             NotVectorizable: If it does not; says why.
         """
         if not self.is_checked:
-            check_same_step(self.engine, self.capture, batch.content, args, self.settings.randomness)
+            self.randomness = check_same_step(self.engine, self.capture, batch.content, args, self.allows_random)
             self.is_checked = True
 
     def training_step(self, batch: StackedBatch, *args: Any) -> Tensor:
         """The step of all clients; returns the sum of their losses, so that each gets its own gradient."""
-        losses, tensors = self.engine.step(self.capture, batch.content, *args, randomness=self.settings.randomness)
-        batch_size = self._batch_size(part(batch.content, 0))
-        self.losses = self.losses + losses.detach().double() * batch_size
-        self.num_examples += batch_size
-        self.capture.tell(tensors, len(self.unit), batch_size)
+        losses, tensors = self.engine.step(self.capture, batch.content, *args, randomness=self.randomness)
+        self.batch_size = self._batch_size(part(batch.content, 0))
+        self.losses = self.losses + losses.detach().double() * self.batch_size
+        self.num_examples += self.batch_size
+        self.capture.tell(tensors, len(self.unit), self.batch_size)
         return losses.sum()
 
     def finish(self) -> list[float]:
         """The unit's last step is done; returns the clients' mean losses."""
-        losses = (self.losses / max(self.num_examples, 1)).tolist()
+        losses: list[float] = (self.losses / max(self.num_examples, 1)).tolist()
         self.unit = ()
         return losses
-
-
-__all__ = ["ClientsTogether", "NotStackable", "StackedBatch"]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader
 from torchmetrics import Metric
@@ -38,35 +38,6 @@ BATCH_HOOKS = (
     "lr_scheduler_step",
 )
 """Hooks that would see a batch, gradients or parameters of several clients where they expect those of one."""
-
-
-@dataclass(frozen=True)
-class Vectorized:
-    """The engine that advances many clients in one step.
-
-    Args:
-        clients_per_step: The most clients that train in one step. None: as many as fit in ``stacked_bytes``.
-        stacked_bytes: Bytes of stacked parameters on a rank when ``clients_per_step`` is None. Default 16 MiB, about
-            what a CPU's cache holds; a GPU takes more.
-        batch_bytes: Bytes of batches held in memory at once. Default 1 GiB.
-
-    Raises:
-        ValueError: If a number is below 1.
-
-    Example:
-        >>> import lightning_fl as fl
-        >>> strategy = fl.FederatedStrategy("fedavg", engine=fl.engines.Vectorized(clients_per_step=20))
-    """
-
-    clients_per_step: int | None = None
-    stacked_bytes: int = 16 * 2**20
-    batch_bytes: int = 2**30
-
-    def __post_init__(self) -> None:
-        for name in ("clients_per_step", "stacked_bytes", "batch_bytes"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"Vectorized got {name}={value}; expected at least 1.")
 
 
 def loader_kind(loader: Loader) -> Any:
@@ -118,21 +89,41 @@ def why_slower(module: nn.Module, max_clients: int) -> str | None:
 
 
 def check_same_step(
-    engine: VectorizedEngine, capture: Capture, batch: Any, args: tuple[Any, ...], randomness: str
-) -> None:
+    engine: VectorizedEngine, capture: Capture, batch: Any, args: tuple[Any, ...], allows_random: bool
+) -> str:
     """Compares one step of several clients with the same step of two of them alone; leaves nothing changed.
+
+    Returns:
+        What ``torch.func.vmap`` is to do about random numbers: ``"error"``, or ``"different"`` if the step draws some
+        and that is allowed.
 
     Raises:
         NotVectorizable: If the step can't run under ``vmap``, gives other losses or gradients, or changes more than
             it returns.
     """
+    try:
+        _check(engine, capture, batch, args, "error")
+    except NotVectorizable as error:
+        if not allows_random or "random operation" not in str(error):
+            raise
+        rank_zero_warn(
+            "training_step draws random numbers (dropout, say). Clients that train together draw others than alone: "
+            "the results are equal in distribution, not in value. engine='sequential' draws each client's own."
+        )
+        _check(engine, capture, batch, args, "different")
+        return "different"
+    return "error"
+
+
+def _check(engine: VectorizedEngine, capture: Capture, batch: Any, args: tuple[Any, ...], randomness: str) -> None:
     module = capture.module
     before, buffers, outside = _attributes(module), engine.copy_buffers(), _outside(engine, module)
     try:
-        losses, _ = engine.step(capture, batch, *args, randomness=randomness)
-        if losses.dim() != 1:
-            raise NotVectorizable(f"training_step returned a loss of shape {tuple(losses.shape[1:])}, not a number")
-        grads = engine.gradients(losses.sum())
+        with torch.enable_grad():
+            losses, _ = engine.step(capture, batch, *args, randomness=randomness)
+            if losses.dim() != 1:
+                raise NotVectorizable(f"training_step returned a loss of shape {tuple(losses.shape[1:])}, not a number")
+            grads = engine.gradients(losses.sum())
         changed = _changed(before, _attributes(module))
         if changed:
             raise NotVectorizable(f"training_step changes self.{changed}, which would hold values of several clients")
@@ -141,7 +132,8 @@ def check_same_step(
             raise NotVectorizable(f"training_step writes to {written[0]}, which all clients share")
         engine.put_buffers(buffers)
         if randomness == "error":
-            _compare(engine, capture, batch, args, losses.detach(), grads)
+            with torch.enable_grad():
+                _compare(engine, capture, batch, args, losses.detach(), grads)
     except NotVectorizable:
         raise
     except Exception as error:
