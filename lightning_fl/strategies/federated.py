@@ -50,9 +50,10 @@ from lightning_fl.strategies.checks import (
 )
 from lightning_fl.strategies.handshake import join_ranks
 from lightning_fl.strategies.metrics import EvaluationMetrics
+from lightning_fl.strategies.notices import digest
 from lightning_fl.strategies.population import build_population
 from lightning_fl.strategies.round import FederationSettings
-from lightning_fl.strategies.rounds import FederatedRounds, OnClientError, digest
+from lightning_fl.strategies.rounds import FederatedRounds, OnClientError
 
 
 class FederatedStrategy(ParallelStrategy):

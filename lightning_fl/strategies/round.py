@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_fl.aggregation import Aggregator, RoundContext, Transform
@@ -144,11 +145,22 @@ class Round:
         self._acc = settings.aggregator.init(like, engine.device)
         self._client: ClientId | None = None
 
-    def start_client(self, client: ClientId) -> None:
-        """Loads a client; the caller then runs its local training."""
+    def start_client(self, client: ClientId, probe: Callable[[Mapping[str, Tensor]], Any] | None = None) -> None:
+        """Loads a client; the caller then runs its local training.
+
+        Args:
+            client: The client.
+            probe: Called with the module's shared parameters while they are the global model; measures what the
+                algorithm's ``probe`` asks for.
+        """
         self._client = client
         self._kept = move(self.store.get(client) or {}, self.engine.device)
-        self._context: Context = self.settings.algorithm.client_init(self.server, self._kept.get("algorithm"))
+        measured = None
+        if probe is not None:
+            self.engine.start_client(self.server["params"], self._kept)
+            measured = probe(self.engine.tensors.params)
+        kept = self._kept.get("algorithm")
+        self._context: Context = self.settings.algorithm.client_init(self.server, kept, measured)
         self.engine.start_client(self._context["params"], self._kept)
 
     def transform_grads(self, optimizer: Optimizer) -> None:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
 
 from lightning_fl.clients import (
     ClientRandomness,
@@ -29,7 +26,7 @@ from lightning_fl.clients import (
 )
 from lightning_fl.clients.loaders import Loader
 from lightning_fl.clients.plan import Place
-from lightning_fl.clients.round_loader import UNKNOWN_LENGTH, raise_error
+from lightning_fl.clients.round_loader import UNKNOWN_LENGTH, one_pass, raise_error
 from lightning_fl.clients.split import in_order
 from lightning_fl.communication import Group, Message, RankLost
 from lightning_fl.engines import Schedule, SequentialEngine
@@ -37,6 +34,9 @@ from lightning_fl.strategies import lightning_internals as internals
 from lightning_fl.strategies import lightning_results as logged
 from lightning_fl.strategies import metrics
 from lightning_fl.strategies.callback import has_hooks
+from lightning_fl.strategies.checks import check_algorithm
+from lightning_fl.strategies.notices import Notices, digest
+from lightning_fl.strategies.probe import probe
 from lightning_fl.strategies.round import FederationSettings, FederationState, Round, RoundResult
 from lightning_fl.tree import fingerprint
 from lightning_fl.types import ClientId
@@ -97,7 +97,7 @@ class FederatedRounds:
         self._is_unsettled = False
         self._deferred: dict[str, bool] = {}
         self._placeholders: list[str] = []
-        self._warned: set[object] = set()
+        self._notices = Notices()
         self._randomness = ClientRandomness()
         self.renew(population)
 
@@ -132,6 +132,7 @@ class FederatedRounds:
             self.store.drop_entry("optimizer")
         self.engine = engine
         self.engine_module = self.module
+        check_algorithm(self.settings.algorithm, self.trainer)
         self.settings.algorithm.check_optimizers(engine.optimizers.optimizers)
         self._metric_states = metrics.MetricStates(self.module, self.group.rank)
         self.has_started = True
@@ -228,8 +229,7 @@ class FederatedRounds:
 
     def defer_checkpoint(self, path: str, weights_only: bool) -> None:
         """Notes a checkpoint that is asked for inside the round, to be written at its end."""
-        if self._warn_once("deferred"):
-            rank_zero_warn("A checkpoint asked for inside a round is written at its end, when there is a global model.")
+        self._notices.deferred_checkpoint()
         self._deferred[path] = weights_only
 
     def forget_deferred(self, path: str) -> bool:
@@ -313,20 +313,33 @@ class FederatedRounds:
         self._pass_length = self.work.pass_length(count_batches(loader))
         self._loss: float | Tensor = 0.0
         internals.set_global_step(self.trainer, self._first_step)
-        self._randomness.enter(self.settings.seed, self.plan.round, client)
-        self.round.start_client(client)
-        self._call("on_client_start", client)
-        if getattr(loader, "persistent_workers", False) and self._warn_once("persistent workers"):
-            rank_zero_warn(
-                "A client's loader has persistent_workers=True: their random numbers are not those of the round and "
-                "client, so runs may not repeat. Leave it out."
-            )
+        self._notices.loader(loader)
         if self.trainer.overfit_batches > 0:  # type: ignore[attr-defined]
             loader = in_order(loader)
+        self._seed(client, loader)
+        self.round.start_client(client, self._make_probe(client, loader))
+        self._call("on_client_start", client)
+        return loader
+
+    def _seed(self, client: ClientId, loader: Loader, purpose: str = "client") -> None:
+        self._randomness.enter(self.settings.seed, self.plan.round, client, purpose)
         seed = derive_seed(self.settings.seed, self.plan.round, "loader", client)
         for generator in _generators(loader):
             self._randomness.seed_generator(generator, seed)
-        return loader
+
+    def _make_probe(self, client: ClientId, loader: Loader) -> Callable[[Mapping[str, Tensor]], Any] | None:
+        kind = self.settings.algorithm.probe
+        if kind is None:
+            return None
+
+        def measure(params: Mapping[str, Tensor]) -> Any:
+            self._seed(client, loader, "probe")
+            batches = one_pass(loader, self.plan.round * self.work.epochs, self.work)
+            measured = probe(self.trainer, kind, batches, params)
+            self._seed(client, loader)  # training sees the same random numbers as without a probe
+            return measured
+
+        return measure
 
     def _fail_client(self, client: ClientId, error: Exception) -> None:
         if self.on_client_error == "raise":
@@ -394,7 +407,7 @@ class FederatedRounds:
         self._publish(merged)
         self._has_late_values = any(fields["late"] for fields in told)
         self.trainer.should_stop = any(fields["should_stop"] for fields in told)
-        self._warn_of_refused(result.refused)
+        self._notices.refused(self.plan.round, result.refused)
         self.history.append(
             {
                 "round": self.plan.round,
@@ -429,7 +442,7 @@ class FederatedRounds:
     def _join_ranks(self, report: Message) -> RoundResult:
         assert self.round is not None
         try:
-            return self.round.close(report, self._warn_of_data)
+            return self.round.close(report, lambda reports: self._notices.data(self.plan.round, reports))
         except RankLost as error:
             raise RankLost(f"Round {self.plan.round}: {error} The round is dropped. {_GO_ON}") from error
 
@@ -443,38 +456,6 @@ class FederatedRounds:
             if method is not None:
                 method(self.trainer, self.module, *args)
 
-    # ---- warnings
-
-    def _warn_once(self, about: object) -> bool:
-        is_new = about not in self._warned
-        self._warned.add(about)
-        return is_new
-
-    def _warn_of_data(self, reports: list[Message]) -> None:
-        for client in (client for message in reports for client in message.fields["empty"]):
-            if self._warn_once(("empty", client)):
-                rank_zero_warn(
-                    f"Client {client!r} has no data: its loader yields no batch, so it takes no part. Leave it out, "
-                    "give it data, or check `drop_last` and the batch size."
-                )
-        for client, error in (pair for message in reports for pair in message.fields["failed"]):
-            rank_zero_warn(
-                f"Round {self.plan.round}: the loader of client {client!r} raised {error}, so it was left out."
-            )
-        first = [message.fields["first_batch"] for message in reports]
-        if first[0] and len(first) > 1 and len(set(first)) == 1:
-            rank_zero_warn(
-                f"All {len(first)} ranks trained on the same first batch. Started by a launcher, each rank is a silo "
-                "with its own data. To split one data set among simulated clients, give num_clients or partition."
-            )
-
-    def _warn_of_refused(self, refused: list[ClientId]) -> None:
-        if refused:
-            rank_zero_warn(
-                f"Round {self.plan.round}: the updates of {', '.join(map(repr, refused))} hold NaN or Inf and were "
-                "left out. Lower the learning rate, clip gradients, or look at these clients' data."
-            )
-
 
 def _figures(entry: dict[str, Any]) -> dict[str, float]:
     names = ("num_clients", "num_examples", "num_steps", "update_norm", "update_spread", "num_bytes")
@@ -486,14 +467,3 @@ def _generators(loader: Any) -> list[torch.Generator]:
     samplers = [getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None)]
     found = [getattr(holder, "generator", None) for holder in (loader, *samplers)]
     return list({id(generator): generator for generator in found if isinstance(generator, torch.Generator)}.values())
-
-
-def digest(batch: Any) -> str:
-    """A digest of a batch's content."""
-    content = hashlib.blake2b(digest_size=16)
-    for leaf in tree_leaves(batch):
-        if isinstance(leaf, Tensor):
-            content.update(leaf.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        else:
-            content.update(repr(leaf).encode())
-    return content.hexdigest()
