@@ -1,7 +1,7 @@
 """The mathematics: one algorithm a file, pure functions over state."""
 
 from lightning_fl.algorithms.adaptive import FedAdagrad, FedAdam, FedYogi
-from lightning_fl.algorithms.base import Algorithm, Weighting
+from lightning_fl.algorithms.base import Algorithm, ProbeKind, Weighting
 from lightning_fl.algorithms.diloco import DiLoCo
 from lightning_fl.algorithms.fedavg import FedAvg
 from lightning_fl.algorithms.fedavgm import FedAvgM
@@ -10,6 +10,8 @@ from lightning_fl.algorithms.fedexp import FedExP
 from lightning_fl.algorithms.fednova import FedNova
 from lightning_fl.algorithms.fedopt import FedOpt
 from lightning_fl.algorithms.fedprox import FedProx
+from lightning_fl.algorithms.mimelite import MimeLite
+from lightning_fl.algorithms.qfedavg import QFedAvg
 from lightning_fl.algorithms.registry import get_algorithm, register, registered
 from lightning_fl.algorithms.scaffold import Scaffold
 
@@ -26,6 +28,9 @@ __all__ = [
     "FedOpt",
     "FedProx",
     "FedYogi",
+    "MimeLite",
+    "ProbeKind",
+    "QFedAvg",
     "Scaffold",
     "Weighting",
     "get_algorithm",

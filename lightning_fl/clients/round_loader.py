@@ -27,6 +27,14 @@ def raise_error(client: ClientId, error: Exception) -> None:
     ) from error
 
 
+class LoaderFailed(Exception):
+    """A client's loader has raised ``error`` outside its local training."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 class RoundLoader:
     """The batches of this rank's clients, client after client; sized and lazy.
 
@@ -37,6 +45,7 @@ class RoundLoader:
         plan: Gives the plan of the round at hand, and how much the client that trains the most trains.
         open_round: Called before a round's first batch is read.
         open_client: Called with a client and its loader before the client's first batch is read; returns the loader.
+            May raise :class:`LoaderFailed`.
         resolved: Called when the number of batches has become known or has changed.
         failed: Called when a client's loader raises; raises itself, or returns for the client to be left out.
         work_of: How much a client trains in the round at hand. None: all as much as ``plan`` says.
@@ -89,7 +98,11 @@ class RoundLoader:
             except Exception as error:
                 self._leave_out(client, error)
                 continue
-            loader = self._open_client(client, loader)
+            try:
+                loader = self._open_client(client, loader)
+            except LoaderFailed as failed:
+                self._leave_out(client, failed.error)
+                continue
             try:
                 for batch in self._batches(client, loader):
                     self._num_yielded += 1
@@ -144,6 +157,30 @@ def begin_pass(loader: Any, number: int) -> None:
     for sampler in {id(sampler): sampler for sampler in samplers}.values():
         if callable(getattr(sampler, "set_epoch", None)):
             sampler.set_epoch(number)
+
+
+def one_pass(loader: Loader, number: int, work: LocalWork) -> Iterator[Any]:
+    """The batches of one pass over a client's loader, outside its local training.
+
+    Raises:
+        LoaderFailed: If the loader raises, or can't be read once more than training reads it.
+    """
+    try:
+        num_batches = count_batches(loader)
+        length = work.max_pass_length if num_batches is None else work.pass_length(num_batches)
+        if isinstance(loader, Iterator):
+            raise ValueError(
+                "it is an iterator, which can be read once only, and the algorithm needs a pass of its own"
+            )
+        if length is None and work.steps is not None:
+            raise ValueError(
+                "it has no length, so that the pass which the algorithm needs may never end; give "
+                "limit_train_batches=n, or the loader a length"
+            )
+        begin_pass(loader, number)
+        yield from islice(loader, length)
+    except Exception as error:
+        raise LoaderFailed(error) from error
 
 
 def _cycle(client: ClientId, loader: Loader, length: int | None, round: int) -> Iterator[Any]:

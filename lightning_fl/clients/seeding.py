@@ -72,12 +72,12 @@ class ClientRandomness:
     _saved: list[Any] = field(default_factory=list)
     _generators: list[tuple[torch.Generator, torch.Tensor]] = field(default_factory=list)
 
-    def enter(self, seed: int, round: int, client: ClientId) -> None:
-        """Seeds the global generators for a client in a round."""
+    def enter(self, seed: int, round: int, client: ClientId, purpose: str = "client") -> None:
+        """Seeds the global generators for a client in a round, anew for each purpose."""
         self.exit()
         cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
         self._saved = [torch.get_rng_state(), cuda, np.random.get_state(), random.getstate()]
-        own = derive_seed(seed, round, "client", client)
+        own = derive_seed(seed, round, purpose, client)
         torch.default_generator.manual_seed(own)
         if cuda is not None:
             torch.cuda.manual_seed(own)
@@ -105,10 +105,10 @@ class ClientRandomness:
 
 
 @contextmanager
-def isolated_randomness(seed: int, round: int, client: ClientId) -> Iterator[None]:
+def isolated_randomness(seed: int, round: int, client: ClientId, purpose: str = "client") -> Iterator[None]:
     """Runs a block with the randomness of a client in a round."""
     randomness = ClientRandomness()
-    randomness.enter(seed, round, client)
+    randomness.enter(seed, round, client, purpose)
     try:
         yield
     finally:

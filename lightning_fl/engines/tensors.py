@@ -26,7 +26,7 @@ class FederatedTensors:
     def __init__(self, module: nn.Module, personal: Sequence[str] = ()) -> None:
         persistent = set(module.state_dict())
         params = {name: param for name, param in module.named_parameters() if param.requires_grad}
-        buffers = {name: _owner(module, name) for name, _ in module.named_buffers() if name in persistent}
+        buffers = {name: owner(module, name) for name, _ in module.named_buffers() if name in persistent}
         names = [*params, *buffers]
         aliases = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
         tensors = dict(aliases)
@@ -90,6 +90,7 @@ def _sample(tensor: Tensor) -> Tensor:
     return elements[:: max(1, len(elements) // 1000)].clone().view(torch.uint8)
 
 
-def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+def owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The submodule that holds a tensor, and the tensor's name in it."""
     path, _, key = name.rpartition(".")
     return module.get_submodule(path), key

@@ -230,6 +230,8 @@ def _is_additive(metric: Metric | MetricCollection | None) -> bool:
     assert metric is not None
     reductions = list(metric._reductions.values())
     additive = (dim_zero_sum, dim_zero_cat, dim_zero_max, dim_zero_min)
-    return bool(reductions) and type(metric).__module__.startswith("torchmetrics.") and all(
-        reduction in additive for reduction in reductions
+    return (
+        bool(reductions)
+        and type(metric).__module__.startswith("torchmetrics.")
+        and all(reduction in additive for reduction in reductions)
     )

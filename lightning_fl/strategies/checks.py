@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_fl.algorithms import Algorithm
 from lightning_fl.clients import Amount, Cohort, Participation, Stragglers, cohort_size
 from lightning_fl.communication import Group, Message
 
@@ -15,6 +16,8 @@ SEVERAL_LOADERS = (
     "There are several training loaders, or one inside a list or dict; a federation needs one: a DataLoader, or "
     "ClientLoaders with one loader for each client. Join the data sets into one loader."
 )
+
+_MEASURED = {"loss": "mean loss", "grad": "mean gradient"}
 
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
@@ -77,6 +80,25 @@ def check_trainer(trainer: L.Trainer) -> None:
         raise MisconfigurationException(
             "check_val_every_n_epoch=None counts batches over rounds, but there is a global model only at a round's "
             "end. Give a number of rounds."
+        )
+
+
+def check_algorithm(algorithm: Algorithm, trainer: L.Trainer) -> None:
+    """Checks that the module trains in a way that the algorithm can look into.
+
+    Raises:
+        MisconfigurationException: If it does not.
+    """
+    name = type(algorithm).__name__
+    if algorithm.probe is not None and not trainer.lightning_module.automatic_optimization:
+        raise MisconfigurationException(
+            f"{name} measures the {_MEASURED[algorithm.probe]} of each client's data by calling `training_step`, which "
+            "with manual optimization would train. Use automatic optimization, or another algorithm."
+        )
+    if algorithm.probe == "grad" and trainer.precision == "16-mixed":
+        raise MisconfigurationException(
+            f"{name} measures gradients outside the steps whose loss precision='16-mixed' scales, so that they may "
+            "underflow. Use precision='bf16-mixed' or '32-true'."
         )
 
 

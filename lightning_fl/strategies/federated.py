@@ -26,7 +26,7 @@ from lightning_fl.clients.partition import Partitioner
 from lightning_fl.clients.split import shard
 from lightning_fl.communication import Group, LocalGroup, Message, connect
 from lightning_fl.communication.objects import decode_object, encode_object
-from lightning_fl.engines import SequentialEngine
+from lightning_fl.engines import Vectorized
 from lightning_fl.engines.optimizers import OptimizerStates
 from lightning_fl.engines.sequential import ClientOptimizer
 from lightning_fl.strategies import lightning_internals as internals
@@ -48,11 +48,13 @@ from lightning_fl.strategies.checks import (
     check_type,
     check_work,
 )
+from lightning_fl.strategies.choice import choose_engine
 from lightning_fl.strategies.handshake import join_ranks
 from lightning_fl.strategies.metrics import EvaluationMetrics
+from lightning_fl.strategies.notices import digest
 from lightning_fl.strategies.population import build_population
 from lightning_fl.strategies.round import FederationSettings
-from lightning_fl.strategies.rounds import FederatedRounds, OnClientError, digest
+from lightning_fl.strategies.rounds import FederatedRounds, OnClientError
 
 
 class FederatedStrategy(ParallelStrategy):
@@ -72,7 +74,8 @@ class FederatedStrategy(ParallelStrategy):
         aggregator: How updates become one. None: :class:`~lightning_fl.aggregation.WeightedMean`.
         transforms: What happens to updates on their way, in order.
         personal: ``fnmatch`` globs on ``state_dict`` names: tensors that never leave their client.
-        engine: How a rank trains its clients: ``"sequential"``, or ``"auto"`` for the fastest that is exact.
+        engine: How a rank trains its clients: ``"sequential"``, one after the other; ``"vectorized"`` (or an
+            ``fl.engines.Vectorized(...)``), many in one step; ``"auto"`` for the faster one where it is exact.
         seed: Seed of cohorts, partition and local training. None: the one of ``seed_everything``, else 0.
         split_validation: Whether the ranks of a simulation share the validation data instead of each reading all of it.
         on_client_error: Whether a client whose loader raises ends the run (``"raise"``) or is left out of the round
@@ -107,7 +110,7 @@ class FederatedStrategy(ParallelStrategy):
         aggregator: Aggregator | None = None,
         transforms: Sequence[Transform] = (),
         personal: Sequence[str] = (),
-        engine: str = "auto",
+        engine: str | Vectorized = "auto",
         seed: int | None = None,
         split_validation: bool = False,
         on_client_error: OnClientError = "raise",
@@ -132,7 +135,8 @@ class FederatedStrategy(ParallelStrategy):
         check_choice("weighting", weighting, (None, "examples", "uniform"))
         check_choice("client_optimizer", client_optimizer, ("reset", "keep"))
         check_choice("on_client_error", on_client_error, ("raise", "skip"))
-        check_choice("engine", engine, ("auto", "sequential"))
+        if not isinstance(engine, Vectorized):
+            check_choice("engine", engine, ("auto", "sequential", "vectorized"))
         self.algorithm = get_algorithm(algorithm) if isinstance(algorithm, str) else algorithm
         if not isinstance(self.algorithm, Algorithm):
             raise ValueError(f"algorithm={algorithm!r} is neither a registered name nor an fl.algorithms.Algorithm.")
@@ -350,9 +354,17 @@ class FederatedStrategy(ParallelStrategy):
         trainer, module = self._trainer, self._module
         if not isinstance(trainer.train_dataloader, RoundLoader):
             raise MisconfigurationException(SEVERAL_LOADERS)
-        optimizers = OptimizerStates(self.optimizers)
         self._resume()
-        self.active_rounds.start(SequentialEngine(module, optimizers, self.personal, self.client_optimizer))
+        optimizers = OptimizerStates(self.optimizers)
+        engine, together = choose_engine(self, trainer, optimizers)
+        self.active_rounds.start(engine, together)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        together = self.active_rounds.together
+        if together is None or not together.unit:
+            return super().training_step(*args, **kwargs)
+        with self.precision_plugin.train_step_context():
+            return together.training_step(*args, **kwargs)
 
     def _resume(self) -> None:
         if self._loaded_checkpoint is None:

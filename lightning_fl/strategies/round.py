@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_fl.aggregation import Aggregator, RoundContext, Transform
@@ -150,11 +151,22 @@ class Round:
         self._client: ClientId | None = None
         self._unit: Unit | None = None
 
-    def start_client(self, client: ClientId) -> None:
-        """Loads a client; the caller then runs its local training."""
+    def start_client(self, client: ClientId, probe: Callable[[Mapping[str, Tensor]], Any] | None = None) -> None:
+        """Loads a client; the caller then runs its local training.
+
+        Args:
+            client: The client.
+            probe: Called with the module's shared parameters while they are the global model; measures what the
+                algorithm's ``probe`` asks for.
+        """
         self._client = client
         self._kept = move(self.store.get(client) or {}, self.engine.device)
-        self._context: Context = self.settings.algorithm.client_init(self.server, self._kept.get("algorithm"))
+        measured = None
+        if probe is not None:
+            self.engine.start_client(self.server["params"], self._kept)
+            measured = probe(self.engine.tensors.params)
+        kept = self._kept.get("algorithm")
+        self._context: Context = self.settings.algorithm.client_init(self.server, kept, measured)
         self.engine.start_client(self._context["params"], self._kept)
 
     def transform_grads(self, optimizer: Optimizer) -> None:
@@ -357,7 +369,11 @@ class Round:
         """What of a client must be finite; a personal buffer may hold an infinity, as an attention mask does."""
         own = self.engine.tensors.personal_params
         personal = {name: value for name, value in kept.get("personal", {}).items() if name in own}
-        return {**kept, "personal": personal, "update": {"delta": update.delta, "buffers": update.buffers, **update.aux}}
+        return {
+            **kept,
+            "personal": personal,
+            "update": {"delta": update.delta, "buffers": update.buffers, **update.aux},
+        }
 
     def _transform(
         self, client: ClientId, before: Mapping[str, Any], update: Update

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import chain
 from typing import Any, Literal
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
 
 from lightning_fl.clients import (
     ClientRandomness,
@@ -29,7 +28,7 @@ from lightning_fl.clients import (
 )
 from lightning_fl.clients.loaders import Loader
 from lightning_fl.clients.plan import Place
-from lightning_fl.clients.round_loader import UNKNOWN_LENGTH, raise_error
+from lightning_fl.clients.round_loader import UNKNOWN_LENGTH, LoadTogether, one_pass, raise_error
 from lightning_fl.clients.split import in_order
 from lightning_fl.communication import Group, Message, RankLost
 from lightning_fl.engines import Schedule, SequentialEngine
@@ -37,8 +36,12 @@ from lightning_fl.strategies import lightning_internals as internals
 from lightning_fl.strategies import lightning_results as logged
 from lightning_fl.strategies import metrics
 from lightning_fl.strategies.callback import has_hooks
+from lightning_fl.strategies.checks import check_algorithm
 from lightning_fl.strategies.history import figures, round_entry
+from lightning_fl.strategies.notices import Notices, digest
+from lightning_fl.strategies.probe import probe
 from lightning_fl.strategies.round import FederationSettings, FederationState, Round, RoundResult
+from lightning_fl.strategies.together import ClientsTogether, NotStackable, NotVectorizable
 from lightning_fl.tree import fingerprint
 from lightning_fl.types import ClientId
 
@@ -86,6 +89,7 @@ class FederatedRounds:
         self.state = FederationState()
         self.store = ClientStore()
         self.history: list[dict[str, Any]] = []
+        self.together: ClientsTogether | None = None
         self.has_started = False
         self.in_local_phase = False
         self.interrupted_loops: dict[str, Any] | None = None
@@ -98,7 +102,7 @@ class FederatedRounds:
         self._is_unsettled = False
         self._deferred: dict[str, bool] = {}
         self._placeholders: list[str] = []
-        self._warned: set[object] = set()
+        self._notices = Notices()
         self._randomness = ClientRandomness()
         self.renew(population)
 
@@ -114,6 +118,7 @@ class FederatedRounds:
             self.set_length,
             self._fail_client,
             lambda client: self.works[client],
+            self._open_together,
         )
         self._largest: int | float | None = None
         self._plan(internals.current_round(self.trainer))
@@ -125,8 +130,13 @@ class FederatedRounds:
 
     # ---- hooks of Lightning, in the order in which they come
 
-    def start(self, engine: SequentialEngine) -> None:
-        """Training is about to start."""
+    def start(self, engine: SequentialEngine, together: ClientsTogether | None = None) -> None:
+        """Training is about to start.
+
+        Args:
+            engine: Trains the clients.
+            together: Lets those with equally much work train side by side. None: each alone.
+        """
         last, self._last = self._last, None
         goes_on = last is not None and last.engine_module is self.module and internals.current_round(self.trainer) > 0
         if last is not None and goes_on:
@@ -134,9 +144,13 @@ class FederatedRounds:
             self.store.drop_entry("optimizer")
         self.engine = engine
         self.engine_module = self.module
+        check_algorithm(self.settings.algorithm, self.trainer)
         self.settings.algorithm.check_optimizers(engine.optimizers.optimizers)
         self._metric_states = metrics.MetricStates(self.module, self.group.rank)
         self.has_started = True
+        self.together = together
+        if together is not None:
+            self._plan(internals.current_round(self.trainer))
         self.set_length()
 
     def plan_round(self) -> None:
@@ -161,9 +175,16 @@ class FederatedRounds:
             self._close_round()
             return
         place = self.plan.locate(batch_idx)
-        self._count(outputs, batch, place)
-        if place.ends_client:
-            self._finish_client(self.plan.clients[place.client])
+        unit = self.plan.units[place.client]
+        if len(unit) > 1:
+            assert self.together is not None
+            self._logged.after_batch(internals.train_results(self.trainer), self.together.batch_size * len(unit))
+            if place.ends_client:
+                self._finish_together(unit)
+        else:
+            self._count(outputs, batch, place)
+            if place.ends_client:
+                self._finish_client(unit[0])
         if place.ends_round:
             self._close_round()
 
@@ -230,8 +251,7 @@ class FederatedRounds:
 
     def defer_checkpoint(self, path: str, weights_only: bool) -> None:
         """Notes a checkpoint that is asked for inside the round, to be written at its end."""
-        if self._warn_once("deferred"):
-            rank_zero_warn("A checkpoint asked for inside a round is written at its end, when there is a global model.")
+        self._notices.deferred_checkpoint()
         self._deferred[path] = weights_only
 
     def forget_deferred(self, path: str) -> bool:
@@ -258,7 +278,7 @@ class FederatedRounds:
         drawn = self.draws.cohort(index)
         self.works: Mapping[ClientId, LocalWork] = self.draws.works(index, drawn, self.work)
         self.dropped = [client for client in drawn if client not in self.works]
-        clients, segments = [], []
+        clients, segments, loaders = [], [], []
         self._num_examples: dict[ClientId, int | None] = {}
         self._empty: list[ClientId] = []
         self._failed: dict[ClientId, str] = {}
@@ -274,8 +294,13 @@ class FederatedRounds:
                 continue
             clients.append(client)
             segments.append(own)
+            loaders.append(loader)
             self._num_examples[client] = population.num_examples(client, loader)
-        self.plan = RoundPlan(index, list(self.works), clients, segments, self.work.accumulate)
+        units = None
+        if self.together is not None:
+            examples = [self._num_examples[client] for client in clients]
+            units, segments = self.together.group(clients, segments, examples, loaders)
+        self.plan = RoundPlan(index, list(self.works), clients, segments, self.work.accumulate, units)
 
     def _open_round(self) -> None:
         assert self.engine is not None
@@ -304,10 +329,84 @@ class FederatedRounds:
         self._metric_states.mark()
         self._first_step = internals.global_step(self.trainer)
         self._first_logger_step = internals.logger_steps(self.trainer)
+        self._more_logger_steps = 0
         self._first_batch: str | None = None
         self._is_alone = self.group.size == 1 and len(self.population) == 1
         self._paused = internals.pause_by_step(self.trainer, averages=not self._is_alone)
         self._call("on_round_start", self.plan.round, self.plan.cohort)
+
+    def _open_together(self, index: int, load: LoadTogether) -> Iterator[Any] | None:
+        assert self.together is not None
+        unit, together, passes = self.plan.units[index], self.together, {}
+        for client in unit:
+            try:
+                passes[client] = load(client, partial(self._prepare, client))
+            except Exception as error:
+                self._fail_client(client, error)
+            finally:
+                self._randomness.exit()
+            if len(passes) == 1 and (most := together.affordable(passes[client])) < len(unit):
+                return self._split(index, [unit[start : start + most] for start in range(0, len(unit), most)])
+        parts = together.split(unit, passes)
+        if parts != [list(unit)]:
+            return self._split(index, parts)
+        batches = together.stacked(list(passes.values()))
+        first = next(batches)
+        try:
+            self._start_together(unit, first)
+        except (NotStackable, NotVectorizable) as error:
+            return self._train_alone(index, str(error))
+        return chain([first], batches)
+
+    def _start_together(self, unit: Sequence[ClientId], batch: Any) -> None:
+        assert self.round is not None
+        assert self.together is not None
+        self._snapshot = self._metric_states.snapshot()
+        internals.set_global_step(self.trainer, self._first_step)
+        self._randomness.enter(self.settings.seed, self.plan.round, unit[0])
+        self.round.start_clients(unit)
+        self.together.start(unit, batch)
+        for client in unit:
+            self._call("on_client_start", client)
+
+    def _finish_together(self, unit: Sequence[ClientId]) -> None:
+        assert self.round is not None
+        assert self.together is not None
+        examples = self._num_examples[unit[0]]
+        assert examples is not None
+        run, taken, update_of = self.round.finish_clients(examples, losses := self.together.finish())
+        corrected = None
+        if not all(taken):
+            self._metric_states.restore(self._snapshot)
+            corrected = self.together.only(taken)
+        self._logged.after_client(internals.train_results(self.trainer), any(taken), corrected)
+        self._more_logger_steps += run.num_steps * (len(unit) - 1)
+        if has_hooks(self.trainer, "on_client_end"):
+            for index, client in enumerate(unit):
+                self._call("on_client_end", client, replace(run, loss=losses[index]), update_of(index))
+        self._randomness.exit()
+
+    def _split(self, index: int, parts: Sequence[Sequence[ClientId]]) -> None:
+        self.plan.split(index, parts)
+        self.set_length()
+
+    def _train_alone(self, index: int, reason: str) -> None:
+        assert self.round is not None
+        assert self.together is not None
+        self.round.leave_clients()
+        self._randomness.exit()
+        self.together.refuse(reason)
+        self._notices.alone(reason)
+        self.together = None
+        for later in reversed(range(index, len(self.plan.units))):
+            self._split(later, [(client,) for client in self.plan.units[later]])
+
+    def _prepare(self, client: ClientId, loader: Loader) -> Loader:
+        self._notices.loader(loader)
+        if self.trainer.overfit_batches > 0:  # type: ignore[attr-defined]
+            loader = in_order(loader)
+        self._seed(client, loader)
+        return loader
 
     def _open_client(self, client: ClientId, loader: Loader) -> Loader:
         assert self.round is not None
@@ -317,20 +416,30 @@ class FederatedRounds:
         self._pass_length = self.work.pass_length(count_batches(loader))
         self._loss: float | Tensor = 0.0
         internals.set_global_step(self.trainer, self._first_step)
-        self._randomness.enter(self.settings.seed, self.plan.round, client)
-        self.round.start_client(client)
+        loader = self._prepare(client, loader)
+        self.round.start_client(client, self._make_probe(client, loader))
         self._call("on_client_start", client)
-        if getattr(loader, "persistent_workers", False) and self._warn_once("persistent workers"):
-            rank_zero_warn(
-                "A client's loader has persistent_workers=True: their random numbers are not those of the round and "
-                "client, so runs may not repeat. Leave it out."
-            )
-        if self.trainer.overfit_batches > 0:  # type: ignore[attr-defined]
-            loader = in_order(loader)
+        return loader
+
+    def _seed(self, client: ClientId, loader: Loader, purpose: str = "client") -> None:
+        self._randomness.enter(self.settings.seed, self.plan.round, client, purpose)
         seed = derive_seed(self.settings.seed, self.plan.round, "loader", client)
         for generator in _generators(loader):
             self._randomness.seed_generator(generator, seed)
-        return loader
+
+    def _make_probe(self, client: ClientId, loader: Loader) -> Callable[[Mapping[str, Tensor]], Any] | None:
+        kind = self.settings.algorithm.probe
+        if kind is None:
+            return None
+
+        def measure(params: Mapping[str, Tensor]) -> Any:
+            self._seed(client, loader, "probe")
+            batches = one_pass(loader, self.plan.round * self.work.epochs, self.work)
+            measured = probe(self.trainer, kind, batches, params)
+            self._seed(client, loader)  # training sees the same random numbers as without a probe
+            return measured
+
+        return measure
 
     def _fail_client(self, client: ClientId, error: Exception) -> None:
         if self.on_client_error == "raise":
@@ -380,7 +489,7 @@ class FederatedRounds:
             "empty": self._empty,
             "failed": list(self._failed.items()),
             "should_stop": self.trainer.should_stop,
-            "logger_steps": internals.logger_steps(self.trainer) - self._first_logger_step if self.plan.clients else 0,
+            "logger_steps": self._own_logger_steps(),
             "deferred": self._deferred,
         }
         result = self._join_ranks(Message(fields, tensors))
@@ -398,7 +507,7 @@ class FederatedRounds:
         self._publish(merged)
         self._has_late_values = any(fields["late"] for fields in told)
         self.trainer.should_stop = any(fields["should_stop"] for fields in told)
-        self._warn_of_refused(result)
+        self._notices.refused(self.plan.round, result.refused, result.aggregate.num_clients)
         self.history.append(round_entry(self.plan.round, result, self.dropped))
         internals.log_to_loggers(self.trainer, figures(self.history[-1]))
         self._call("on_aggregate_end", result.aggregate)
@@ -410,6 +519,11 @@ class FederatedRounds:
             self.trainer.save_checkpoint(path, weights_only)
         internals.save_passed_steps(self.trainer, self._first_step, self._first_step + num_steps)
 
+    def _own_logger_steps(self) -> int:
+        if not self.plan.clients:
+            return 0
+        return internals.logger_steps(self.trainer) - self._first_logger_step + self._more_logger_steps
+
     def _gather(self, message: Message, topic: str) -> list[dict[str, Any]]:
         try:
             return [told.fields for told in self.group.all_gather(message, topic)]
@@ -419,7 +533,7 @@ class FederatedRounds:
     def _join_ranks(self, report: Message) -> RoundResult:
         assert self.round is not None
         try:
-            return self.round.close(report, self._warn_of_data)
+            return self.round.close(report, lambda reports: self._notices.data(self.plan.round, reports))
         except RankLost as error:
             raise RankLost(f"Round {self.plan.round}: {error} The round is dropped. {_GO_ON}") from error
 
@@ -433,53 +547,8 @@ class FederatedRounds:
             if method is not None:
                 method(self.trainer, self.module, *args)
 
-    # ---- warnings
-
-    def _warn_once(self, about: object) -> bool:
-        is_new = about not in self._warned
-        self._warned.add(about)
-        return is_new
-
-    def _warn_of_data(self, reports: list[Message]) -> None:
-        for client in (client for message in reports for client in message.fields["empty"]):
-            if self._warn_once(("empty", client)):
-                rank_zero_warn(
-                    f"Client {client!r} has no data: its loader yields no batch, so it takes no part. Leave it out, "
-                    "give it data, or check `drop_last` and the batch size."
-                )
-        for client, error in (pair for message in reports for pair in message.fields["failed"]):
-            rank_zero_warn(
-                f"Round {self.plan.round}: the loader of client {client!r} raised {error}, so it was left out."
-            )
-        first = [message.fields["first_batch"] for message in reports]
-        if first[0] and len(first) > 1 and len(set(first)) == 1:
-            rank_zero_warn(
-                f"All {len(first)} ranks trained on the same first batch. Started by a launcher, each rank is a silo "
-                "with its own data. To split one data set among simulated clients, give num_clients or partition."
-            )
-
-    def _warn_of_refused(self, result: RoundResult) -> None:
-        if result.refused:
-            rank_zero_warn(
-                f"Round {self.plan.round}: the updates of {', '.join(map(repr, result.refused))} hold NaN or Inf and "
-                "were left out. Lower the learning rate, clip gradients, or look at these clients' data."
-            )
-        if not result.aggregate.num_clients:
-            rank_zero_info(f"Round {self.plan.round}: no client takes part.")
-
 
 def _generators(loader: Any) -> list[torch.Generator]:
     samplers = [getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None)]
     found = [getattr(holder, "generator", None) for holder in (loader, *samplers)]
     return list({id(generator): generator for generator in found if isinstance(generator, torch.Generator)}.values())
-
-
-def digest(batch: Any) -> str:
-    """A digest of a batch's content."""
-    content = hashlib.blake2b(digest_size=16)
-    for leaf in tree_leaves(batch):
-        if isinstance(leaf, Tensor):
-            content.update(leaf.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        else:
-            content.update(repr(leaf).encode())
-    return content.hexdigest()

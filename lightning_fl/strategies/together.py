@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import lightning as L
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lightning_fl.clients.loaders import Loader
 from lightning_fl.engines import Vectorized, VectorizedEngine
-from lightning_fl.engines.stacking import num_bytes, part, signature, stack
-from lightning_fl.strategies.capture import Capture
+from lightning_fl.engines.stacking import NotStackable, num_bytes, part, signature, stack
+from lightning_fl.strategies import lightning_results as logged
+from lightning_fl.strategies.capture import Capture, NotVectorizable
 from lightning_fl.strategies.vectorizing import check_same_step, loader_kind
 from lightning_fl.types import ClientId
+
+__all__ = ["ClientsTogether", "NotStackable", "NotVectorizable", "StackedBatch"]
 
 
 class StackedBatch:
@@ -34,61 +39,57 @@ class ClientsTogether:
     """Groups a rank's clients into units, and runs the steps of a unit.
 
     Args:
-        module: The user's module.
+        trainer: The Trainer.
         engine: Trains the units.
         settings: How many clients train together.
-        batch_size: Tells the number of examples in a client's batch.
-        allows_random: Whether random numbers in a step may differ from those that a client alone would draw.
+        is_asked_for: Whether the user has asked for it, so that what stands against it is an error, and random
+            numbers in a step may be others than a client alone would draw.
     """
 
     def __init__(
-        self,
-        module: Any,
-        engine: VectorizedEngine,
-        settings: Vectorized,
-        batch_size: Callable[[Any], int],
-        allows_random: bool = False,
+        self, trainer: L.Trainer, engine: VectorizedEngine, settings: Vectorized, is_asked_for: bool = False
     ) -> None:
+        self.trainer = trainer
         self.engine = engine
         self.settings = settings
-        self.allows_random = allows_random
-        self.randomness = "error"
-        self.capture = Capture(module)
-        self.is_checked = False
+        self.is_asked_for = is_asked_for
+        self.capture = Capture(trainer.lightning_module)
         self.unit: Sequence[ClientId] = ()
         self.batch_size = 0
-        self._batch_size = batch_size
-
-    def group(
-        self,
-        clients: Sequence[ClientId],
-        segments: Sequence[Sequence[int | None]],
-        weights: Sequence[int | None],
-        loaders: Sequence[Loader],
-    ) -> tuple[list[list[ClientId]], list[Sequence[int | None]]]:
-        """Puts clients with equally much work together; returns the units and their segments."""
-        groups: dict[Any, list[list[ClientId]]] = {}
-        units: list[list[ClientId]] = []
-        own: list[Sequence[int | None]] = []
-        for client, lengths, weight, loader in zip(clients, segments, weights, loaders, strict=True):
-            kind = loader_kind(loader)
-            key = None if kind is None or weight is None or None in lengths else (kind, weight, tuple(lengths))
-            open_units = groups.setdefault(key, [])
-            if key is not None and open_units and len(open_units[-1]) < self.max_clients:
-                open_units[-1].append(client)
-                continue
-            units.append([client])
-            own.append(lengths)
-            open_units.append(units[-1])
-        return units, own
+        self._is_checked = False
+        self._randomness = "error"
 
     @property
     def max_clients(self) -> int:
         """The most clients that train together."""
         return self.settings.clients_per_step or self.engine.max_clients(self.settings.stacked_bytes)
 
+    def group(
+        self,
+        clients: Sequence[ClientId],
+        segments: Sequence[Sequence[int | None]],
+        examples: Sequence[int | None],
+        loaders: Sequence[Loader],
+    ) -> tuple[list[list[ClientId]], list[Sequence[int | None]]]:
+        """Puts clients with equally much work together; returns the units and their segments."""
+        fullest: dict[Any, list[ClientId]] = {}
+        units: list[list[ClientId]] = []
+        own: list[Sequence[int | None]] = []
+        for client, lengths, num_examples, loader in zip(clients, segments, examples, loaders, strict=True):
+            kind = loader_kind(loader)
+            key = (kind, num_examples, tuple(lengths))
+            is_known = kind is not None and num_examples is not None and None not in lengths
+            if is_known and key in fullest and len(fullest[key]) < self.max_clients:
+                fullest[key].append(client)
+                continue
+            units.append([client])
+            own.append(lengths)
+            if is_known:
+                fullest[key] = units[-1]
+        return units, own
+
     def split(self, unit: Sequence[ClientId], passes: Mapping[ClientId, list[Any]]) -> list[list[ClientId]]:
-        """Divides a unit into clients whose batches can be stacked, and not more than memory allows.
+        """Divides a unit into clients whose batches can be stacked.
 
         Args:
             unit: The clients.
@@ -109,34 +110,61 @@ class ClientsTogether:
         for batches in zip(*passes, strict=True):
             yield StackedBatch(stack(batches, share=False)[0])
 
-    def start(self, unit: Sequence[ClientId]) -> None:
-        """The clients of a unit have been loaded into the engine."""
+    def start(self, unit: Sequence[ClientId], batch: StackedBatch) -> None:
+        """The clients of a unit have been loaded into the engine; ``batch`` is their first.
+
+        Raises:
+            NotVectorizable: If one step of the unit would not do what a step of each client does; says why. It is
+                checked at the first unit.
+        """
         self.unit = unit
         self.losses: Any = 0.0
         self.num_examples = 0
         self.capture.forget()
+        if not self._is_checked:
+            strategy = self.trainer.strategy
+            content = strategy.batch_to_device(batch).content
+            with strategy.precision_plugin.train_step_context():
+                args = logged.step_arguments(self.trainer.lightning_module, 0)
+                self._randomness = check_same_step(self.engine, self.capture, content, args, self.is_asked_for)
+            self._is_checked = True
 
-    def check(self, batch: StackedBatch, *args: Any) -> None:
-        """Makes sure, once, that one step of the unit does what a step of each client would do.
+    def refuse(self, reason: str) -> None:
+        """Clients can't train together.
 
         Raises:
-            NotVectorizable: If it does not; says why.
+            MisconfigurationException: If the user has asked for it.
         """
-        if not self.is_checked:
-            self.randomness = check_same_step(self.engine, self.capture, batch.content, args, self.allows_random)
-            self.is_checked = True
+        self.unit = ()
+        if self.is_asked_for:
+            raise MisconfigurationException(
+                f"engine='vectorized' can't train several clients in one step: {reason}. Change that, or let each "
+                "client train alone with engine='sequential' ('auto' chooses)."
+            )
 
     def training_step(self, batch: StackedBatch, *args: Any) -> Tensor:
         """The step of all clients; returns the sum of their losses, so that each gets its own gradient."""
-        losses, tensors = self.engine.step(self.capture, batch.content, *args, randomness=self.randomness)
-        self.batch_size = self._batch_size(part(batch.content, 0))
+        losses, tensors = self.engine.step(self.capture, batch.content, *args, randomness=self._randomness)
+        self.batch_size = logged.count_examples(part(batch.content, 0))
         self.losses = self.losses + losses.detach().double() * self.batch_size
         self.num_examples += self.batch_size
         self.capture.tell(tensors, len(self.unit), self.batch_size)
         return losses.sum()
+
+    def clip_norms(self, optimizer: torch.optim.Optimizer, max_norm: float) -> bool:
+        """Clips each client's gradients by their norm; tells whether several clients train at the moment."""
+        if self.unit:
+            self.engine.clip_norms(optimizer, max_norm)
+        return bool(self.unit)
 
     def finish(self) -> list[float]:
         """The unit's last step is done; returns the clients' mean losses."""
         losses: list[float] = (self.losses / max(self.num_examples, 1)).tolist()
         self.unit = ()
         return losses
+
+    def only(self, taken: Sequence[bool]) -> Mapping[str, Mapping[str, Any]]:
+        """Tells the torchmetrics of those clients whose updates were taken in, and returns what they have logged."""
+        accepted = torch.tensor(taken).nonzero().flatten()
+        self.capture.update_metrics(accepted)
+        return self.capture.entries(accepted)

@@ -58,7 +58,10 @@ def why_not(trainer: L.Trainer, module: L.LightningModule, strategy: Any) -> str
     names = [type(optimizer).__name__ for optimizer in optimizers]
     if not module.automatic_optimization:
         return "the module optimizes by hand (automatic_optimization=False)"
-    if any(type(o).__module__.split(".")[:2] != ["torch", "optim"] or type(o).__name__ not in ELEMENTWISE for o in optimizers):
+    if any(
+        type(o).__module__.split(".")[:2] != ["torch", "optim"] or type(o).__name__ not in ELEMENTWISE
+        for o in optimizers
+    ):
         return f"{', '.join(names)} is not known to treat each element of a parameter alone"
     if any(group.get("fused") for optimizer in optimizers for group in optimizer.param_groups):
         return f"{names[0]}(fused=True) counts its steps on the device"
@@ -72,7 +75,9 @@ def why_not(trainer: L.Trainer, module: L.LightningModule, strategy: Any) -> str
     datamodule = getattr(trainer, "datamodule", None)
     transfer = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
     if hook is None and datamodule is not None:
-        hook = next((n for n in transfer if getattr(type(datamodule), n) is not getattr(L.LightningDataModule, n)), None)
+        hook = next(
+            (n for n in transfer if getattr(type(datamodule), n) is not getattr(L.LightningDataModule, n)), None
+        )
     if hook is not None:
         return f"the hook {hook} would see several clients at once"
     return None
@@ -153,7 +158,9 @@ def _compare(
             raise NotVectorizable(f"the loss of a client together is {losses[client]:g}, alone {loss:g}")
         for name, grad in own.items():
             together = grads[name][client]
-            if not torch.allclose(together, grad, rtol=1e-2, atol=1e-4 * float(grad.abs().max()) + 1e-7, equal_nan=True):
+            if not torch.allclose(
+                together, grad, rtol=1e-2, atol=1e-4 * float(grad.abs().max()) + 1e-7, equal_nan=True
+            ):
                 raise NotVectorizable(f"the gradient of {name} together differs from that of a client alone")
 
 
