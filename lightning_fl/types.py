@@ -45,9 +45,8 @@ class Update:
         def of(tree: Tree) -> Tree:
             return {name: function(tensor) for name, tensor in tree.items()}
 
-        return Update(
-            of(self.delta), of(self.buffers), self.weight, {name: of(tree) for name, tree in self.aux.items()}
-        )
+        aux = {name: of(tree) for name, tree in self.aux.items()}
+        return Update(of(self.delta), of(self.buffers), self.weight, aux)
 
 
 @dataclass(frozen=True)

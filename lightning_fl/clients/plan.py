@@ -125,6 +125,7 @@ class RoundPlan:
         self.round = round
         self.cohort = list(cohort)
         self.clients = list(clients)
+        self.units: list[tuple[ClientId, ...]]
         self.units = [(client,) for client in clients] if units is None else [tuple(unit) for unit in units]
         self.accumulate = accumulate
         self._segments = [(client, length) for client, lengths in enumerate(segments) for length in lengths]

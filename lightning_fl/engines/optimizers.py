@@ -187,7 +187,7 @@ class OptimizerStates:
             optimizer.state.update(_copy_state(fresh))
             optimizer.zero_grad(set_to_none=True)
 
-    def lr_sum(self, params: Mapping[str, nn.Parameter]) -> dict[str, float]:
+    def lr_sum(self, params: Mapping[str, Tensor]) -> dict[str, float]:
         """For each parameter, the learning rates of the client's steps summed."""
         of_param = {
             id(param): total
@@ -197,7 +197,7 @@ class OptimizerStates:
         }
         return {name: of_param.get(id(param), 0.0) for name, param in params.items()}
 
-    def normalizer(self, params: Mapping[str, nn.Parameter]) -> float | None:
+    def normalizer(self, params: Mapping[str, Tensor]) -> float | None:
         """FedNova's normalizer of the client's local training.
 
         Returns:

@@ -79,9 +79,8 @@ class VectorizedEngine(SequentialEngine):
         personal, _ = stack([own.get("personal", self._start_personal) for own in kept])
         values = {**self._start, **self._start_buffers, **personal}
         params = {**tensors.params, **tensors.personal_params}
-        buffers = {
-            name: tensor for name, tensor in {**tensors.buffers, **tensors.personal}.items() if name not in params
-        }
+        every = {**tensors.buffers, **tensors.personal}
+        buffers = {name: buffer for name, buffer in every.items() if name not in params}
         self._stacked = {name: _spread(values[name], param, size).requires_grad_() for name, param in params.items()}
         self._stacked_buffers = {name: _spread(values[name], buffer, size) for name, buffer in buffers.items()}
         self.optimizers.start_clients({id(param): self._stacked[name] for name, param in params.items()})

@@ -20,14 +20,10 @@ from lightning_fl.strategies.metrics import Entries
 
 _SIGNATURE = inspect.signature(LightningModule.log)
 _REDUCTIONS: dict[Any, Callable[[Tensor], Tensor]] = {
-    name: reduce
-    for reduce, names in {
-        torch.mean: ("mean", "avg", torch.mean),
-        torch.sum: ("sum", torch.sum),
-        torch.amin: ("min", torch.min),
-        torch.amax: ("max", torch.max),
-    }.items()
-    for name in names
+    **dict.fromkeys(("mean", "avg", torch.mean), torch.mean),
+    **dict.fromkeys(("sum", torch.sum), torch.sum),
+    **dict.fromkeys(("min", torch.min), torch.amin),
+    **dict.fromkeys(("max", torch.max), torch.amax),
 }
 
 

@@ -351,7 +351,7 @@ class FederatedStrategy(ParallelStrategy):
 
     def start_training(self) -> None:
         """Called by :class:`RoundCallback` when training starts."""
-        trainer, module = self._trainer, self._module
+        trainer = self._trainer
         if not isinstance(trainer.train_dataloader, RoundLoader):
             raise MisconfigurationException(SEVERAL_LOADERS)
         self._resume()

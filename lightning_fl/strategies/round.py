@@ -369,11 +369,7 @@ class Round:
         """What of a client must be finite; a personal buffer may hold an infinity, as an attention mask does."""
         own = self.engine.tensors.personal_params
         personal = {name: value for name, value in kept.get("personal", {}).items() if name in own}
-        return {
-            **kept,
-            "personal": personal,
-            "update": {"delta": update.delta, "buffers": update.buffers, **update.aux},
-        }
+        return {**kept, "personal": personal, "delta": update.delta, "buffers": update.buffers, "aux": update.aux}
 
     def _transform(
         self, client: ClientId, before: Mapping[str, Any], update: Update

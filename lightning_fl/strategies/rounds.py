@@ -278,7 +278,8 @@ class FederatedRounds:
         drawn = self.draws.cohort(index)
         self.works: Mapping[ClientId, LocalWork] = self.draws.works(index, drawn, self.work)
         self.dropped = [client for client in drawn if client not in self.works]
-        clients, segments, loaders = [], [], []
+        clients, loaders = [], []
+        segments: list[Sequence[int | None]] = []
         self._num_examples: dict[ClientId, int | None] = {}
         self._empty: list[ClientId] = []
         self._failed: dict[ClientId, str] = {}
@@ -346,16 +347,19 @@ class FederatedRounds:
             finally:
                 self._randomness.exit()
             if len(passes) == 1 and (most := together.affordable(passes[client])) < len(unit):
-                return self._split(index, [unit[start : start + most] for start in range(0, len(unit), most)])
+                self._split(index, [unit[start : start + most] for start in range(0, len(unit), most)])
+                return None
         parts = together.split(unit, passes)
         if parts != [list(unit)]:
-            return self._split(index, parts)
+            self._split(index, parts)
+            return None
         batches = together.stacked(list(passes.values()))
         first = next(batches)
         try:
             self._start_together(unit, first)
         except (NotStackable, NotVectorizable) as error:
-            return self._train_alone(index, str(error))
+            self._train_alone(index, str(error))
+            return None
         return chain([first], batches)
 
     def _start_together(self, unit: Sequence[ClientId], batch: Any) -> None:

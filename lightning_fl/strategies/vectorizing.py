@@ -10,9 +10,11 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import BatchSampler, DataLoader
 from torchmetrics import Metric
 
+from lightning_fl.clients import count_examples
 from lightning_fl.clients.loaders import Loader
 from lightning_fl.engines import VectorizedEngine
 from lightning_fl.engines.stacking import part, signature
@@ -21,12 +23,11 @@ from lightning_fl.strategies.capture import Capture, NotVectorizable
 
 ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop")
 """Optimizers of ``torch.optim`` that treat each element alone, so that they step stacked parameters as single ones."""
+TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 BATCH_HOOKS = (
+    *TRANSFER_HOOKS,
     "on_train_batch_start",
     "on_train_batch_end",
-    "on_before_batch_transfer",
-    "transfer_batch_to_device",
-    "on_after_batch_transfer",
     "backward",
     "on_before_backward",
     "on_after_backward",
@@ -46,7 +47,7 @@ def loader_kind(loader: Loader) -> Any:
         sampler: Any = loader.batch_sampler
         if type(sampler) is not BatchSampler:
             return None
-        return len(sampler.sampler), sampler.batch_size, sampler.drop_last
+        return count_examples(loader), sampler.batch_size, sampler.drop_last
     if isinstance(loader, Sequence) and len(loader):
         return len(loader), signature(loader[0]), signature(loader[-1])
     return None
@@ -58,29 +59,32 @@ def why_not(trainer: L.Trainer, module: L.LightningModule, strategy: Any) -> str
     names = [type(optimizer).__name__ for optimizer in optimizers]
     if not module.automatic_optimization:
         return "the module optimizes by hand (automatic_optimization=False)"
-    if any(
-        type(o).__module__.split(".")[:2] != ["torch", "optim"] or type(o).__name__ not in ELEMENTWISE
-        for o in optimizers
-    ):
+    if not all(_is_elementwise(optimizer) for optimizer in optimizers):
         return f"{', '.join(names)} is not known to treat each element of a parameter alone"
     if any(group.get("fused") for optimizer in optimizers for group in optimizer.param_groups):
         return f"{names[0]}(fused=True) counts its steps on the device"
     if strategy.client_optimizer == "keep":
         return "client_optimizer='keep' gives each client its own number of steps"
-    if getattr(algorithm, "probe", None) or getattr(algorithm, "has_phases", False):
+    if algorithm.probe is not None:
         return f"{type(algorithm).__name__} looks at each client's data by itself"
     if trainer.precision == "16-mixed":
         return "precision='16-mixed' skips a step when one client's gradients overflow"
-    hook = next((name for name in BATCH_HOOKS if has_hooks(trainer, name)), None)
-    datamodule = getattr(trainer, "datamodule", None)
-    transfer = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
-    if hook is None and datamodule is not None:
-        hook = next(
-            (n for n in transfer if getattr(type(datamodule), n) is not getattr(L.LightningDataModule, n)), None
-        )
-    if hook is not None:
+    hooks = [name for name in BATCH_HOOKS if has_hooks(trainer, name)]
+    for hook in hooks + _transfer_hooks(getattr(trainer, "datamodule", None)):
         return f"the hook {hook} would see several clients at once"
     return None
+
+
+def _is_elementwise(optimizer: Optimizer) -> bool:
+    kind = type(optimizer)
+    return kind.__module__.startswith("torch.optim.") and kind.__name__ in ELEMENTWISE
+
+
+def _transfer_hooks(datamodule: Any) -> list[str]:
+    base = L.LightningDataModule
+    return [
+        name for name in TRANSFER_HOOKS if datamodule and getattr(type(datamodule), name) is not getattr(base, name)
+    ]
 
 
 def why_slower(module: nn.Module, max_clients: int) -> str | None:
@@ -156,11 +160,9 @@ def _compare(
         loss, own = engine.step_alone(capture, client, part(batch, client), *args)
         if not torch.allclose(losses[client], loss, rtol=1e-3, atol=1e-5, equal_nan=True):
             raise NotVectorizable(f"the loss of a client together is {losses[client]:g}, alone {loss:g}")
+        tiny = 1e-4 * max(float(grad.abs().max()) for grad in own.values()) + 1e-7
         for name, grad in own.items():
-            together = grads[name][client]
-            if not torch.allclose(
-                together, grad, rtol=1e-2, atol=1e-4 * float(grad.abs().max()) + 1e-7, equal_nan=True
-            ):
+            if not torch.allclose(grads[name][client], grad, rtol=1e-2, atol=tiny, equal_nan=True):
                 raise NotVectorizable(f"the gradient of {name} together differs from that of a client alone")
 
 
@@ -203,7 +205,7 @@ def _put_back(module: nn.Module, before: dict[tuple[str, str], tuple[Any, Any]])
     for path, name in set(_attributes(module)) - set(before):
         object.__delattr__(owners[path], name)
     for (path, name), (value, items) in before.items():
-        vars(owners[path])[name] = value
+        object.__setattr__(owners[path], name, value)
         if isinstance(value, list):
             value[:] = items
         elif isinstance(value, dict | set):
