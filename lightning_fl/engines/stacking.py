@@ -28,15 +28,25 @@ def stack(values: Sequence[Any], share: bool = True) -> tuple[Any, Any]:
     Raises:
         NotStackable: If the values differ in structure, shape, dtype, or in something that is no tensor.
     """
+    first = values[0]
+    if type(first) in (tuple, list, dict):
+        keys = first.keys() if type(first) is dict else range(len(first))
+        for value in values:
+            if type(value) is not type(first) or (value.keys() if type(value) is dict else range(len(value))) != keys:
+                raise NotStackable("they differ in structure")
+        pairs = [stack([value[key] for value in values], share) for key in keys]
+        stacked, dims = ([pair[side] for pair in pairs] for side in (0, 1))
+        if type(first) is dict:
+            return dict(zip(keys, stacked, strict=True)), dict(zip(keys, dims, strict=True))
+        return type(first)(stacked), type(first)(dims)
+    if isinstance(first, Tensor):
+        return _stack_leaf(values, share)
     flat = [pytree.tree_flatten(value) for value in values]
     spec = flat[0][1]
     if any(own != spec for _, own in flat[1:]):
         raise NotStackable("they differ in structure")
-    stacked, dims = [], []
-    for leaves in zip(*(leaves for leaves, _ in flat), strict=True):
-        leaf, dim = _stack_leaf(leaves, share)
-        stacked.append(leaf)
-        dims.append(dim)
+    pairs = [_stack_leaf(leaves, share) for leaves in zip(*(leaves for leaves, _ in flat), strict=True)]
+    stacked, dims = ([pair[side] for pair in pairs] for side in (0, 1))
     return pytree.tree_unflatten(stacked, spec), pytree.tree_unflatten(dims, spec)
 
 
@@ -68,11 +78,14 @@ def select(value: Any, indices: Tensor) -> Any:
     return pytree.tree_map(lambda leaf: leaf[indices] if isinstance(leaf, Tensor) else leaf, value)
 
 
-def signature(value: Any) -> tuple[Any, ...]:
+def signature(value: Any) -> Any:
     """What must be alike for values to be stacked: structure, shapes, dtypes, and leaves that are no tensors."""
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype
+    if type(value) in (tuple, list):
+        return type(value), *map(signature, value)
     leaves, spec = pytree.tree_flatten(value)
-    kinds = [(leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves]
-    return (str(spec), *kinds)
+    return str(spec), *((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
 
 
 def num_bytes(value: Any) -> int:
@@ -81,7 +94,8 @@ def num_bytes(value: Any) -> int:
     return sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, Tensor))
 
 
-def are_finite(tree: Mapping[str, Any]) -> Tensor:
+def are_finite(tree: Mapping[str, Any], num_clients: int) -> Tensor:
     """For each client whether all its elements of a stacked tree are finite; shape ``[num_clients]``."""
-    flags = [torch.isfinite(leaf).reshape(len(leaf), -1).all(1) for leaf in pytree.tree_leaves(tree)]
-    return torch.stack(flags).all(0)
+    leaves = [leaf for leaf in pytree.tree_leaves(tree) if not bool(torch.isfinite(leaf.sum()))]
+    flags = [torch.isfinite(leaf).reshape(num_clients, -1).all(1) for leaf in leaves]
+    return torch.stack([torch.ones(num_clients, dtype=torch.bool), *(flag.cpu() for flag in flags)]).all(0)

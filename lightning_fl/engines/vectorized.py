@@ -83,6 +83,9 @@ class VectorizedEngine(SequentialEngine):
         buffers = {name: buffer for name, buffer in every.items() if name not in params}
         self._stacked = {name: _spread(values[name], param, size).requires_grad_() for name, param in params.items()}
         self._stacked_buffers = {name: _spread(values[name], buffer, size) for name, buffer in buffers.items()}
+        self._is_tied = len(dict(self.module.named_parameters(remove_duplicate=False))) != len(
+            dict(self.module.named_parameters())
+        )
         self.optimizers.start_clients({id(param): self._stacked[name] for name, param in params.items()})
 
     def step(self, step: Step, batch: Any, *args: Any, randomness: str = "error") -> tuple[Tensor, Any]:
@@ -103,7 +106,7 @@ class VectorizedEngine(SequentialEngine):
 
         def of_one(params: Tree, buffers: Tree, batch: Any) -> tuple[Tensor, Any, Tree]:
             tensors = {f"module.{name}": tensor for name, tensor in {**params, **buffers}.items()}
-            loss, others = functional_call(caller, tensors, (batch, *args))
+            loss, others = functional_call(caller, tensors, (batch, *args), tie_weights=self._is_tied)
             replaced = {
                 name: tensors[f"module.{name}"]
                 for name, buffer in buffers.items()

@@ -225,7 +225,7 @@ class Round:
                 each.append(self._take_in(client, own, update.part(index), clone(part(kept, index))))
             taken = [own is not None for own in each]
         else:
-            finite = are_finite(self._to_be_finite(update, kept))
+            finite = are_finite(self._to_be_finite(update, kept), len(unit.clients))
             taken = finite.tolist()
             self._add_together(update if all(taken) else update.select(finite), sum(taken))
             self.refused += [client for client, is_taken in zip(unit.clients, taken, strict=True) if not is_taken]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from typing import Any, Literal
 
 import lightning as L
@@ -341,26 +340,25 @@ class FederatedRounds:
         unit, together, passes = self.plan.units[index], self.together, {}
         for client in unit:
             try:
-                passes[client] = load(client, partial(self._prepare, client))
+                passes[client] = load(client, partial(self._prepare_together, client))
             except Exception as error:
                 self._fail_client(client, error)
-            finally:
-                self._randomness.exit()
             if len(passes) == 1 and (most := together.affordable(passes[client])) < len(unit):
                 self._split(index, [unit[start : start + most] for start in range(0, len(unit), most)])
                 return None
-        parts = together.split(unit, passes)
-        if parts != [list(unit)]:
-            self._split(index, parts)
-            return None
-        batches = together.stacked(list(passes.values()))
-        first = next(batches)
         try:
-            self._start_together(unit, first)
+            if len(passes) < len(unit):
+                raise NotStackable("some have failed")
+            batches = together.stacked(list(passes.values()))
+        except NotStackable:
+            self._split(index, together.split(unit, passes))
+            return None
+        try:
+            self._start_together(unit, batches[0])
         except (NotStackable, NotVectorizable) as error:
             self._train_alone(index, str(error))
             return None
-        return chain([first], batches)
+        return iter(batches)
 
     def _start_together(self, unit: Sequence[ClientId], batch: Any) -> None:
         assert self.round is not None
@@ -390,7 +388,12 @@ class FederatedRounds:
                 self._call("on_client_end", client, replace(run, loss=losses[index]), update_of(index))
         self._randomness.exit()
 
+    def _prepare_together(self, client: ClientId, loader: Loader) -> Loader:
+        """Seeds the client's reading; reading a list draws no random numbers."""
+        return loader if type(loader) in (list, tuple) else self._prepare(client, loader)
+
     def _split(self, index: int, parts: Sequence[Sequence[ClientId]]) -> None:
+        self._randomness.exit()
         self.plan.split(index, parts)
         self.set_length()
 

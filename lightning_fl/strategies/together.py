@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -96,19 +96,23 @@ class ClientsTogether:
             passes: The batches of those whose loader did not fail.
         """
         groups: dict[Any, list[ClientId]] = {}
-        for client in unit:
-            if client in passes:
-                groups.setdefault(tuple(map(signature, passes[client])), []).append(client)
+        for client in filter(passes.__contains__, unit):
+            groups.setdefault(tuple(map(signature, passes[client])), []).append(client)
         return list(groups.values())
 
     def affordable(self, batches: list[Any]) -> int:
         """How many clients with batches like these may be in memory at once."""
         return max(1, self.settings.batch_bytes // max(1, sum(map(num_bytes, batches))))
 
-    def stacked(self, passes: Sequence[list[Any]]) -> Iterator[StackedBatch]:
-        """The clients' batches side by side, one after the other."""
-        for batches in zip(*passes, strict=True):
-            yield StackedBatch(stack(batches, share=False)[0])
+    def stacked(self, passes: Sequence[list[Any]]) -> list[StackedBatch]:
+        """The clients' batches side by side.
+
+        Raises:
+            NotStackable: If they differ in number or shape.
+        """
+        if any(len(batches) != len(passes[0]) for batches in passes):
+            raise NotStackable("they differ in their number of batches")
+        return [StackedBatch(stack(batches, share=False)[0]) for batches in zip(*passes, strict=True)]
 
     def start(self, unit: Sequence[ClientId], batch: StackedBatch) -> None:
         """The clients of a unit have been loaded into the engine; ``batch`` is their first.
