@@ -262,7 +262,8 @@ class FederatedRounds:
         self._num_examples: dict[ClientId, int | None] = {}
         self._empty: list[ClientId] = []
         self._failed: dict[ClientId, str] = {}
-        for client in population.place(self.works, self.group.size, self.at_home)[self.group.rank]:
+        cohort = list(self.works)
+        for client in population.place(cohort, self.group.size, self.at_home, self.works)[self.group.rank]:
             try:
                 loader = population.loaders[client]
                 own = self.works[client].segments(count_batches(loader))
@@ -275,7 +276,7 @@ class FederatedRounds:
             clients.append(client)
             segments.append(own)
             self._num_examples[client] = population.num_examples(client, loader)
-        self.plan = RoundPlan(index, list(self.works), clients, segments, self.work.accumulate)
+        self.plan = RoundPlan(index, cohort, clients, segments, self.work.accumulate)
 
     def _open_round(self) -> None:
         assert self.engine is not None
