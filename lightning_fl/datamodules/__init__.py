@@ -11,6 +11,9 @@ from lightning_fl.datamodules.digits import DigitsDataModule
 from lightning_fl.datamodules.digits_silos import DigitsSiloDataModule
 from lightning_fl.datamodules.mnist import FashionMNISTDataModule, MNISTDataModule
 from lightning_fl.datamodules.partitioned import PartitionedDataModule
+from lightning_fl.datamodules.synthetic import SyntheticDataModule
+from lightning_fl.datamodules.table_schema import TableSchema
+from lightning_fl.datamodules.tabular import TabularDataModule
 
 __all__ = [
     "IID",
@@ -30,5 +33,8 @@ __all__ = [
     "PartitionedDataModule",
     "Partitioner",
     "Shards",
+    "SyntheticDataModule",
+    "TableSchema",
+    "TabularDataModule",
     "save_mapping",
 ]

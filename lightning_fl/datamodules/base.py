@@ -24,10 +24,12 @@ class CentralDataModule(L.LightningDataModule):
     test data.
 
     Args:
-        batch_size: Examples in a batch.
+        batch_size: Examples in a training batch.
         val_share: Share of the training data kept for validation, in [0, 1).
         seed: Seed of every split.
         num_workers: Worker processes of each loader.
+        eval_batch_size: Examples in a batch of validation, test and prediction. None: the larger of ``batch_size`` and
+            256.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -37,9 +39,17 @@ class CentralDataModule(L.LightningDataModule):
     val_set: Dataset
     test_set: Dataset
 
-    def __init__(self, *, batch_size: int = 32, val_share: float = 0.0, seed: int = 0, num_workers: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        batch_size: int = 32,
+        val_share: float = 0.0,
+        seed: int = 0,
+        num_workers: int = 0,
+        eval_batch_size: int | None = None,
+    ) -> None:
         super().__init__()
-        check_batch_size(batch_size)
+        self.eval_batch_size = check_batch_sizes(batch_size, eval_batch_size)
         if not 0 <= val_share < 1:
             raise ValueError(f"val_share={val_share} must be at least 0 and below 1; 0 validates on the test data.")
         self.batch_size = batch_size
@@ -81,17 +91,19 @@ class CentralDataModule(L.LightningDataModule):
         return self._loader(self.test_set)
 
     def _loader(self, dataset: Dataset, shuffle: bool = False) -> DataLoader:
-        return DataLoader(dataset, batch_size=self.batch_size, shuffle=shuffle, num_workers=self.num_workers)
+        size = self.batch_size if shuffle else self.eval_batch_size
+        return DataLoader(dataset, batch_size=size, shuffle=shuffle, num_workers=self.num_workers)
 
 
-def check_batch_size(batch_size: int) -> None:
-    """Refuses a batch size below 1.
+def check_batch_sizes(batch_size: int, eval_batch_size: int | None) -> int:
+    """The batch size of evaluation, by default the larger of the training's and 256.
 
     Raises:
-        ValueError: If it is.
+        ValueError: If one is below 1.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1.")
+    if batch_size < 1 or (eval_batch_size is not None and eval_batch_size < 1):
+        raise ValueError(f"batch_size={batch_size} and eval_batch_size={eval_batch_size} must be at least 1.")
+    return max(batch_size, 256) if eval_batch_size is None else eval_batch_size
 
 
 def _cut(order: np.ndarray, val_share: float) -> tuple[np.ndarray, np.ndarray]:

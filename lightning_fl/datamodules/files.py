@@ -28,11 +28,13 @@ class ImageFilesDataModule(CentralDataModule):
         download: Whether to download the files if they are missing.
         scaling: ``"unit"``: pixels in [0, 1]. ``"channel"``: mean 0 and variance 1 in each channel of the training
             data. ``"pixel"``: the same at each place of the image.
-        batch_size: Examples in a batch.
+        batch_size: Examples in a training batch.
         val_share: Share of the training data kept for validation, in [0, 1). 0: validation uses the test data.
         transform: Applied to each float image of the training data, such as an augmentation.
         seed: Seed of the validation split.
         num_workers: Worker processes of each loader.
+        eval_batch_size: Examples in a batch of validation, test and prediction. None: the larger of ``batch_size`` and
+            256.
 
     Raises:
         ValueError: If an argument is out of range; on setup, if a file is corrupt or cut short.
@@ -60,8 +62,15 @@ class ImageFilesDataModule(CentralDataModule):
         transform: Transform | None = None,
         seed: int = 0,
         num_workers: int = 0,
+        eval_batch_size: int | None = None,
     ) -> None:
-        super().__init__(batch_size=batch_size, val_share=val_share, seed=seed, num_workers=num_workers)
+        super().__init__(
+            batch_size=batch_size,
+            val_share=val_share,
+            seed=seed,
+            num_workers=num_workers,
+            eval_batch_size=eval_batch_size,
+        )
         self.root = root
         self.download = download
         self.scaling = scaling

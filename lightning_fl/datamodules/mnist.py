@@ -25,11 +25,13 @@ class MNISTDataModule(ImageFilesDataModule):
         download: Whether to download the files if they are missing.
         scaling: ``"unit"``: pixels in [0, 1]. ``"channel"``: mean 0 and variance 1 over the pixels of the training
             data. ``"pixel"``: the same at each place of the image.
-        batch_size: Examples in a batch.
+        batch_size: Examples in a training batch.
         val_share: Share of the training data kept for validation, in [0, 1). 0: validation uses the test data.
         transform: Applied to each float image of the training data, such as an augmentation.
         seed: Seed of the validation split.
         num_workers: Worker processes of each loader.
+        eval_batch_size: Examples in a batch of validation, test and prediction. None: the larger of ``batch_size`` and
+            256.
 
     Raises:
         ValueError: If an argument is out of range; on setup, if a file is corrupt or cut short.
