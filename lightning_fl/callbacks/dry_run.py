@@ -79,7 +79,7 @@ def _shared(strategy: FederatedStrategy, module: nn.Module) -> tuple[int, int]:
 def _placement(strategy: FederatedStrategy) -> Table:
     rounds, size = strategy.active_rounds, strategy.federation.size
     table = Table("rank", "clients", "who", title="The first round's cohort")
-    for rank, clients in enumerate(rounds.population.place(rounds.works, size, rounds.at_home)):
+    for rank, clients in enumerate(rounds.population.place(rounds.plan.cohort, size, rounds.at_home, rounds.works)):
         who = ", ".join(map(str, clients[:12])) + (", ..." if len(clients) > 12 else "")
         table.add_row(str(rank), str(len(clients)), who)
     return table

@@ -6,10 +6,11 @@ from lightning_fl.clients.placement import place_at_home, place_by_size
 from lightning_fl.clients.plan import LocalWork, RoundPlan
 from lightning_fl.clients.population import Population, count_batches, count_examples
 from lightning_fl.clients.round_loader import RoundLoader
-from lightning_fl.clients.sampling import Cohort, Poisson, RoundRobin, Sampling, Uniform, Weighted, cohort_size
+from lightning_fl.clients.sampling import Cohort, Poisson, RoundRobin, Sampling, Uniform, cohort_size
 from lightning_fl.clients.seeding import ClientRandomness, client_generator, derive_seed, round_rng
 from lightning_fl.clients.store import ClientStore
 from lightning_fl.clients.uneven import Amount, Between, PerClient, Stragglers
+from lightning_fl.clients.weighted import Weighted
 
 __all__ = [
     "Amount",

@@ -65,7 +65,7 @@ class LocalWork:
         if length is None:
             return [None] * math.ceil(self.part * self.epochs)
         a_pass = -(-length // self.accumulate)
-        passes, steps = divmod(math.ceil(self.part * self.epochs * a_pass), a_pass)
+        passes, steps = divmod(math.ceil(self.part * (self.epochs * a_pass)), a_pass)
         return [*[length] * passes, *[min(steps * self.accumulate, length)] * (steps > 0)]
 
     def load(self, size: float) -> float:

@@ -37,17 +37,26 @@ class Population:
         """The client's place in the order of all clients."""
         return self.ids.index(client) if self._positions is None else self._positions[client]
 
-    def place(self, works: Mapping[ClientId, LocalWork], num_ranks: int, at_home: bool) -> list[list[ClientId]]:
+    def place(
+        self,
+        cohort: Sequence[ClientId],
+        num_ranks: int,
+        at_home: bool,
+        works: Mapping[ClientId, LocalWork] | None = None,
+    ) -> list[list[ClientId]]:
         """Tells which rank trains which client of the cohort.
 
         Args:
-            works: The clients of the round, and how much each of them trains.
+            cohort: The clients of the round.
             num_ranks: Number of ranks.
             at_home: Whether clients keep state and so must train on their home rank.
+            works: How much each of them trains. None: one pass over its data.
         """
         if at_home or self.silos is not None:
-            return place_at_home(list(works), self.position, num_ranks)
-        return place_by_size(list(works), lambda client: works[client].load(self._size(client)), num_ranks)
+            return place_at_home(cohort, self.position, num_ranks)
+        if works is None:
+            return place_by_size(cohort, self._size, num_ranks)
+        return place_by_size(cohort, lambda client: works[client].load(self._size(client)), num_ranks)
 
     def num_examples(self, client: ClientId, loader: Loader) -> int | None:
         """Examples that one pass over the client's loader yields, or None if that shows only in training."""

@@ -196,75 +196,6 @@ class Poisson(Cohort):
 
 
 @dataclass(frozen=True)
-class Weighted(Cohort):
-    r"""``clients_per_round`` different clients; the larger a client's weight, the more often it takes part.
-
-    Client :math:`i` takes part in a round with probability exactly :math:`\min(1, m w_i / \sum_j w_j)`, where the
-    weights of clients that are in each round are left out of the sum and of :math:`m`. Drawn by systematic sampling in
-    a random order. Together with ``weighting="uniform"`` the mean of a round is then unbiased for the weighted mean of
-    all clients.
-
-    Args:
-        weights: ``"examples"``: the number of examples of each client; or a mapping of all clients to numbers that are
-            not negative, such as the share of time that a device is online. A client of weight 0 never takes part.
-
-    Raises:
-        ValueError: If ``weights`` is neither; when training starts, if they don't fit the clients.
-
-    Reference:
-        Li et al., "On the Convergence of FedAvg on Non-IID Data", ICLR 2020 (sampling by size); Madow, "On the Theory
-        of Systematic Sampling, II", 1949.
-    """
-
-    weights: Literal["examples"] | Mapping[int | str, float] = "examples"
-
-    def __post_init__(self) -> None:
-        """Checks the arguments."""
-        if self.weights != "examples" and not isinstance(self.weights, Mapping):
-            raise ValueError(f"Weighted got weights={self.weights!r}; expected 'examples' or a mapping by client.")
-
-    def __repr__(self) -> str:
-        return f"Weighted({describe(self.weights)})"
-
-    def prepare(self, population: Population, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
-        """The positions of clients of positive weight, and their probabilities to take part."""
-        weights = self._weights(population)
-        if not (np.isfinite(weights).all() and (weights >= 0).all()):
-            raise ValueError(f"{self!r} holds weights that are negative, infinite or NaN.")
-        positions = np.flatnonzero(weights)
-        if len(positions) < sampling.size:
-            raise ValueError(
-                f"{self!r} gives {len(positions)} clients a weight above 0, but {int(sampling.size)} take part in each "
-                "round. Lower clients_per_round, or give more clients a weight."
-            )
-        return positions, _inclusion(weights[positions], int(sampling.size))
-
-    def draw(self, sampling: Sampling, round: int, rng: Randomness, prepared: Any) -> np.ndarray:
-        """See :meth:`Cohort.draw`."""
-        positions, inclusion = prepared
-        order = rng.permutation(len(positions))
-        ends = np.cumsum(inclusion[order])
-        points = (rng.random(1) + np.arange(int(sampling.size))) * (ends[-1] / sampling.size)
-        return positions[order[np.minimum(np.searchsorted(ends, points, side="right"), len(order) - 1)]]
-
-    def _weights(self, population: Population) -> np.ndarray:
-        if isinstance(self.weights, Mapping):
-            missing = [client for client in population.ids if client not in self.weights]
-            unknown = [client for client in self.weights if client not in population]
-            if missing or unknown:
-                what, client = ("no weight for", missing[0]) if missing else ("a weight for the unknown", unknown[0])
-                raise ValueError(f"{self!r} has {what} client {client!r}. Give a weight to each client and no other.")
-            return np.array([self.weights[client] for client in population.ids], dtype=np.float64)
-        sizes = population.all_sizes()
-        if sizes is None:
-            raise ValueError(
-                "Weighted('examples') has to know the number of examples of each client before training. Give a "
-                "mapping, Weighted({client: weight, ...}), or ClientLoaders(..., num_examples=...)."
-            )
-        return np.array(sizes, dtype=np.float64)
-
-
-@dataclass(frozen=True)
 class RoundRobin(Cohort):
     """Clients take turns in the order of their ids, ``clients_per_round`` at a time.
 
@@ -282,16 +213,3 @@ def describe(values: Any) -> str:
         return repr(values)
     checksum = sum(crc32(repr(item).encode()) for item in values.items())
     return f"<{len(values)} clients, checksum {checksum:x}>"
-
-
-def _inclusion(weights: np.ndarray, size: int) -> np.ndarray:
-    """Probabilities in proportion to the weights that add up to ``size``, none above 1."""
-    inclusion = np.zeros(len(weights))
-    certain = np.zeros(len(weights), dtype=bool)
-    while not certain.all():
-        inclusion = np.where(certain, 1.0, (size - certain.sum()) * weights / weights[~certain].sum())
-        above = inclusion > 1 + 1e-12
-        if not above.any():
-            break
-        certain |= above
-    return np.minimum(inclusion, 1.0)

@@ -282,7 +282,8 @@ class FederatedRounds:
         self._num_examples: dict[ClientId, int | None] = {}
         self._empty: list[ClientId] = []
         self._failed: dict[ClientId, str] = {}
-        for client in population.place(self.works, self.group.size, self.at_home)[self.group.rank]:
+        cohort = list(self.works)
+        for client in population.place(cohort, self.group.size, self.at_home, self.works)[self.group.rank]:
             try:
                 loader = population.loaders[client]
                 own = self.works[client].segments(count_batches(loader))
@@ -300,7 +301,7 @@ class FederatedRounds:
         if self.together is not None:
             examples = [self._num_examples[client] for client in clients]
             units, segments = self.together.group(clients, segments, examples, loaders)
-        self.plan = RoundPlan(index, list(self.works), clients, segments, self.work.accumulate, units)
+        self.plan = RoundPlan(index, cohort, clients, segments, self.work.accumulate, units)
 
     def _open_round(self) -> None:
         assert self.engine is not None
