@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count, islice
 from typing import Any
 
@@ -47,7 +47,7 @@ class RoundLoader:
             May raise :class:`LoaderFailed`.
         resolved: Called when the number of batches has become known or has changed.
         failed: Called when a client's loader raises; raises itself, or returns for the client to be left out.
-        work_of: How much a client trains in the round at hand. None: all as much as ``plan`` says.
+        work_of: How much a client trains in the round at hand, phase by phase. None: all as much as ``plan`` says.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class RoundLoader:
         open_client: Callable[[ClientId, Loader], Loader],
         resolved: Callable[[], None],
         failed: Callable[[ClientId, Exception], None] = raise_error,
-        work_of: Callable[[ClientId], LocalWork] | None = None,
+        work_of: Callable[[ClientId], Sequence[LocalWork]] | None = None,
     ) -> None:
         self._loaders = loaders
         self._plan = plan
@@ -66,7 +66,7 @@ class RoundLoader:
         self._open_client = open_client
         self._resolved = resolved
         self._failed = failed
-        self._work_of = work_of or (lambda client: plan()[1])
+        self._work_of = work_of or (lambda client: [plan()[1]])
 
     def __len__(self) -> int:
         num_batches = self._plan()[0].num_batches
@@ -76,7 +76,7 @@ class RoundLoader:
         self._open_round()
         plan, _ = self._plan()
         self._num_yielded = 0
-        for client in plan.clients:
+        for client in dict.fromkeys(plan.clients):
             try:
                 loader = self._loaders[client]
             except Exception as error:
@@ -102,18 +102,23 @@ class RoundLoader:
         self._resolved()
 
     def _batches(self, client: ClientId, loader: Loader) -> Iterator[Any]:
-        plan, work = self._plan()
+        plan, most = self._plan()
         num_batches = count_batches(loader)
-        for number, segment in enumerate(self._work_of(client).segments(num_batches)):
-            if work.steps is not None:
-                length = work.max_pass_length if num_batches is None else work.pass_length(num_batches)
-                yield from islice(_cycle(client, loader, length, plan.round), segment)
-                continue
-            begin_pass(loader, plan.round * work.epochs + number)
-            if segment is not None:
-                yield from _exactly(client, loader, segment)
-            else:
-                yield from self._until_end(client, loader, work.max_pass_length, plan)
+        works = self._work_of(client)
+        num_passes = most.epochs if len(works) == 1 else sum(work.epochs for work in works)
+        number = plan.round * num_passes
+        for phase, work in enumerate(works):
+            for segment in work.segments(num_batches):
+                if work.steps is not None:
+                    length = work.max_pass_length if num_batches is None else work.pass_length(num_batches)
+                    yield from islice(_cycle(client, loader, length, plan.round * len(works) + phase), segment)
+                    continue
+                begin_pass(loader, number)
+                number += 1
+                if segment is not None:
+                    yield from _exactly(client, loader, segment)
+                else:
+                    yield from self._until_end(client, loader, work.max_pass_length, plan)
 
     def _until_end(self, client: ClientId, loader: Loader, max_length: int | None, plan: RoundPlan) -> Iterator[Any]:
         batches = islice(loader, max_length)

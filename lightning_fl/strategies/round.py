@@ -163,15 +163,23 @@ class Round:
             measured = probe(self.engine.tensors.params)
         kept = self._kept.get("algorithm")
         self._context: Context = self.settings.algorithm.client_init(self.server, kept, measured)
-        self.engine.start_client(self._context["params"], self._kept)
+        self._phases = iter(self.settings.algorithm.phases())
+        self.phase = next(self._phases)
+        self.engine.start_client(self._context["params"], self._kept, self.phase)
+
+    def next_phase(self) -> None:
+        """Goes on to the next phase of the client at hand."""
+        self.phase = next(self._phases)
+        self.engine.next_phase(self.phase)
 
     def transform_grads(self, optimizer: Optimizer) -> None:
         """Lets the algorithm change the gradients that ``optimizer`` is about to step, unscaled and not yet clipped."""
-        if self.settings.transforms_gradients:
-            algorithm, context = self.settings.algorithm, self._context
-            self.engine.transform_grads(
-                lambda grads, params: algorithm.grad_transform(grads, params, context), optimizer
-            )
+        context, transform = self._context, self.phase.grad_transform
+        if transform is None and self.settings.transforms_gradients:
+            transform = self.settings.algorithm.grad_transform
+        self.engine.hold_still(optimizer)
+        if transform is not None:
+            self.engine.transform_grads(lambda grads, params: transform(grads, params, context), optimizer)
 
     def finish_client(self, num_examples: int, loss: float) -> tuple[LocalRun, Update | None]:
         """Takes in the client at hand.
@@ -197,10 +205,12 @@ class Round:
             kept["algorithm"] = algorithm_state
         update, transform_states = self._transform(client, update)
         kept.update(transform_states)
-        self.num_steps += run.num_steps
-        if self.schedule_end is None or self.schedule_end.num_optimizer_steps < result.num_steps:
-            self.schedule_end = result.schedule_end
-        personal = self.engine.tensors.personal_params.values()
+        self.num_steps += result.num_steps_of_all
+        end = result.schedule_end
+        if self.schedule_end is None or self.schedule_end.num_optimizer_steps < end.num_optimizer_steps:
+            self.schedule_end = end
+        trainable = self.engine.tensors.trainable
+        personal = [value for name, value in kept.get("personal", {}).items() if name in trainable]
         stateful = leaves({name: value for name, value in kept.items() if name != "personal"})
         if not is_finite([*_tensors(update), *stateful, *personal]):
             self.refused.append(client)
