@@ -3,8 +3,8 @@
 W1: logistic regression, 1,000 clients of 60 examples, 100 a round, batches of 10.
 W2: the FedAvg CNN, 100 clients of 300 examples, 10 a round, batches of 32.
 W3: a 784-200-200-10 MLP, 100 clients of 600 examples, 10 a round, batches of 10.
-FedAvg, one local epoch, SGD at 0.05. Printed is the median over the rounds of the time of a round divided by the time of
-the plain loop's round that was run right beside it, and the largest difference of the final weights.
+FedAvg, one local epoch, SGD at 0.05. Printed is the median over the rounds of the time of a round divided by the time
+of the plain loop's round that was run right beside it, and the largest difference of the final weights.
 
     python benchmarks/simulation.py --workload W1 --engine auto --threads 1
     torchrun --standalone --nproc-per-node=2 benchmarks/simulation.py --workload W1

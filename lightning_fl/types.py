@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
@@ -75,8 +75,35 @@ class Aggregate:
 
 
 @dataclass(frozen=True)
+class Phase:
+    """A stretch of a client's local training, with optimizers and schedules as at the round's start.
+
+    Args:
+        trains: What the optimizers move: ``"all"`` tensors, the ``"shared"`` or the ``"personal"`` ones, or ``fnmatch``
+            globs on ``state_dict`` names. The others hold still.
+        epochs: Passes over the client's data. None: as many epochs or steps as the strategy says.
+        steps: Optimizer steps instead of passes.
+        model: ``"global"``: the model that began as the global one and whose change is sent; ``"own"``: a whole model
+            of the client's own, which is kept from round to round and never sent. It begins as the global model of
+            the client's first round.
+        grad_transform: Replaces the gradients in this phase. None: the algorithm's does.
+    """
+
+    trains: str | tuple[str, ...] = "all"
+    epochs: int | None = None
+    steps: int | None = None
+    model: Literal["global", "own"] = "global"
+    grad_transform: Callable[[Tree, Tree, Context], Tree] | None = None
+
+    @property
+    def has_own_work(self) -> bool:
+        """Whether it says itself how long it is."""
+        return self.epochs is not None or self.steps is not None
+
+
+@dataclass(frozen=True)
 class LocalRun:
-    """Facts of one client's local training, measured by the engine.
+    """Facts of one client's local training, measured by the engine; of several phases those that train what is sent.
 
     Args:
         num_steps: Optimizer steps really taken (a ``GradScaler`` can skip one).

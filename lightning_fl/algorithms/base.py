@@ -5,10 +5,11 @@ from abc import ABC
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
+from torch import nn
 from torch.optim import Optimizer
 
 from lightning_fl.tree import add, subtract
-from lightning_fl.types import Aggregate, Context, LocalRun, State, Tree, Update
+from lightning_fl.types import Aggregate, Context, LocalRun, Phase, State, Tree, Update
 
 Weighting = Literal["examples", "uniform"]
 ProbeKind = Literal["loss", "grad"]
@@ -51,6 +52,14 @@ class Algorithm(ABC):
                 mean loss, a tensor without dimensions in float64; ``"grad"`` the mean gradient, a tree.
         """
         return {"params": server["params"]}
+
+    def phases(self) -> tuple[Phase, ...]:
+        """The stretches of a client's local training, one after the other."""
+        return (Phase(),)
+
+    def personal(self, module: nn.Module, named: Sequence[str]) -> Sequence[str]:
+        """``fnmatch`` globs of the tensors that stay with their client; ``named`` are those that the user gave."""
+        return named
 
     def grad_transform(self, grads: Tree, params: Tree, ctx: Context) -> Tree:
         """Replaces the gradients before clipping and each optimizer step."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count, islice
 from typing import Any
 
@@ -48,7 +48,7 @@ class RoundLoader:
             May raise :class:`LoaderFailed`.
         resolved: Called when the number of batches has become known or has changed.
         failed: Called when a client's loader raises; raises itself, or returns for the client to be left out.
-        work_of: How much a client trains in the round at hand. None: all as much as ``plan`` says.
+        work_of: How much a client trains in the round at hand, phase by phase. None: all as much as ``plan`` says.
         open_together: Called with the index of a unit of several clients, and a function that reads a client's
             batches; returns the unit's batches, or None once it has split the unit.
     """
@@ -61,7 +61,7 @@ class RoundLoader:
         open_client: Callable[[ClientId, Loader], Loader],
         resolved: Callable[[], None],
         failed: Callable[[ClientId, Exception], None] = raise_error,
-        work_of: Callable[[ClientId], LocalWork] | None = None,
+        work_of: Callable[[ClientId], Sequence[LocalWork]] | None = None,
         open_together: Callable[[int, LoadTogether], Iterator[Any] | None] = lambda index, load: None,
     ) -> None:
         self._loaders = loaders
@@ -70,7 +70,7 @@ class RoundLoader:
         self._open_client = open_client
         self._resolved = resolved
         self._failed = failed
-        self._work_of = work_of or (lambda client: plan()[1])
+        self._work_of = work_of or (lambda client: [plan()[1]])
         self._open_together = open_together
 
     def __len__(self) -> int:
@@ -81,7 +81,7 @@ class RoundLoader:
         self._open_round()
         plan, _ = self._plan()
         self._num_yielded = 0
-        position = -1
+        position, opened = -1, set()
         while (position := position + 1) < len(plan.units):
             if len(plan.units[position]) > 1:
                 batches = self._open_together(position, self._load)
@@ -93,6 +93,9 @@ class RoundLoader:
                     yield batch
                 continue
             client = plan.units[position][0]
+            if client in opened:
+                continue
+            opened.add(client)
             try:
                 loader = self._loaders[client]
             except Exception as error:
@@ -121,18 +124,23 @@ class RoundLoader:
         self._resolved()
 
     def _batches(self, client: ClientId, loader: Loader) -> Iterator[Any]:
-        plan, work = self._plan()
+        plan, most = self._plan()
         num_batches = count_batches(loader)
-        for number, segment in enumerate(self._work_of(client).segments(num_batches)):
-            if work.steps is not None:
-                length = work.max_pass_length if num_batches is None else work.pass_length(num_batches)
-                yield from islice(_cycle(client, loader, length, plan.round), segment)
-                continue
-            begin_pass(loader, plan.round * work.epochs + number)
-            if segment is not None:
-                yield from _exactly(client, loader, segment)
-            else:
-                yield from self._until_end(client, loader, work.max_pass_length, plan)
+        works = self._work_of(client)
+        num_passes = most.epochs if len(works) == 1 else sum(work.epochs for work in works)
+        number = plan.round * num_passes
+        for phase, work in enumerate(works):
+            for segment in work.segments(num_batches):
+                if work.steps is not None:
+                    length = work.max_pass_length if num_batches is None else work.pass_length(num_batches)
+                    yield from islice(_cycle(client, loader, length, plan.round * len(works) + phase), segment)
+                    continue
+                begin_pass(loader, number)
+                number += 1
+                if segment is not None:
+                    yield from _exactly(client, loader, segment)
+                else:
+                    yield from self._until_end(client, loader, work.max_pass_length, plan)
 
     def _until_end(self, client: ClientId, loader: Loader, max_length: int | None, plan: RoundPlan) -> Iterator[Any]:
         batches = islice(loader, max_length)

@@ -14,8 +14,9 @@ from torch.utils._pytree import tree_map
 
 from lightning_fl.engines.linear import StackedLinears
 from lightning_fl.engines.optimizers import ScheduleEnd
-from lightning_fl.engines.sequential import LocalResult, SequentialEngine, change, clones, trained
+from lightning_fl.engines.sequential import LocalResult, SequentialEngine, change, trained
 from lightning_fl.engines.stacking import stack
+from lightning_fl.engines.tensors import clones
 from lightning_fl.tree import cast_like
 from lightning_fl.types import Tree
 
@@ -188,6 +189,7 @@ class VectorizedEngine(SequentialEngine):
             lr_sum=facts.lr_sum(params),
             normalizer=facts.normalizer(params),
             schedule_end=facts.schedule_end(),
+            num_steps_of_all=facts.num_steps,
         )
         self.leave_clients()
         return result

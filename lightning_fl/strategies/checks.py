@@ -83,6 +83,21 @@ def check_trainer(trainer: L.Trainer) -> None:
         )
 
 
+def check_phases(algorithm: Algorithm, local_epochs: Any, local_steps: Any) -> None:
+    """Makes sure that the strategy's amount of local work means something to the algorithm.
+
+    Raises:
+        ValueError: If it would be ignored.
+    """
+    given = {"local_epochs": local_epochs, "local_steps": local_steps}
+    name, value = next(((name, value) for name, value in given.items() if value is not None), ("", None))
+    if value is not None and all(phase.has_own_work for phase in algorithm.phases()):
+        raise ValueError(
+            f"{type(algorithm).__name__} says itself how much a client trains, so {name}={value!r} would be ignored. "
+            "Leave it out."
+        )
+
+
 def check_algorithm(algorithm: Algorithm, trainer: L.Trainer) -> None:
     """Checks that the module trains in a way that the algorithm can look into.
 
@@ -90,6 +105,9 @@ def check_algorithm(algorithm: Algorithm, trainer: L.Trainer) -> None:
         MisconfigurationException: If it does not.
     """
     name = type(algorithm).__name__
+    sent = [phase for phase in algorithm.phases() if phase.model == "global" and phase.trains != "personal"]
+    if not sent:
+        raise MisconfigurationException(f"{name} has no phase that trains what is sent, so nothing would be learned.")
     if algorithm.probe is not None and not trainer.lightning_module.automatic_optimization:
         raise MisconfigurationException(
             f"{name} measures the {_MEASURED[algorithm.probe]} of each client's data by calling `training_step`, which "

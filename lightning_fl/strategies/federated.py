@@ -44,6 +44,7 @@ from lightning_fl.strategies.checkpoint import (
 from lightning_fl.strategies.checks import (
     SEVERAL_LOADERS,
     check_choice,
+    check_phases,
     check_same_on_ranks,
     check_trainer,
     check_type,
@@ -150,7 +151,9 @@ class FederatedStrategy(ParallelStrategy):
         self.client_optimizer: ClientOptimizer = client_optimizer
         self.aggregator = aggregator or WeightedMean()
         self.transforms = tuple(transforms)
-        self.personal = (personal,) if isinstance(personal, str) else tuple(personal)
+        check_phases(self.algorithm, local_epochs, local_steps)
+        self._named_personal = (personal,) if isinstance(personal, str) else tuple(personal)
+        self.personal = self._named_personal
         self.engine = engine
         self.seed = seed
         self.split_validation = split_validation
@@ -295,6 +298,7 @@ class FederatedStrategy(ParallelStrategy):
         check_same_on_ranks(self.federation, "validation data", trainer.enable_validation)
         super().setup(trainer)
         assert self.lightning_module is not None
+        self.personal = tuple(self.algorithm.personal(self.lightning_module, self._named_personal))
         join_ranks(self.federation, self.lightning_module, self._settings)
         self.evaluation_metrics = EvaluationMetrics(self.federation, self.lightning_module)
 
@@ -335,6 +339,7 @@ class FederatedStrategy(ParallelStrategy):
             self.algorithm, self.aggregator, self.transforms, self.weighting, self._seed, size, sampling
         )
         stateful = self.algorithm.keeps_client_state or self.client_optimizer == "keep" or bool(self.personal)
+        stateful |= any(phase.model == "own" for phase in self.algorithm.phases())
         at_home = stateful or any(transform.keeps_client_state for transform in self.transforms)
         return FederatedRounds(
             trainer,

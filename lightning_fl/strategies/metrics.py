@@ -29,6 +29,7 @@ class LoggedValues:
     def __init__(self) -> None:
         self.entries: Entries = {}
         self._client: Entries = {}
+        self._phase: Entries = {}
         self._counts: dict[str, int] = {}
 
     def after_batch(self, results: ResultCollection, num_examples: int) -> None:
@@ -37,7 +38,19 @@ class LoggedValues:
             if result.is_tensor and not result.meta.on_epoch and self._was_updated(key, result):
                 entry = logged.step_entry(result, num_examples)
                 if entry is not None:
-                    _join(self._client, key, entry)
+                    _join(self._phase, key, entry)
+
+    def after_phase(self, results: ResultCollection, counts: bool) -> None:
+        """Takes in what a client has logged in a phase, or drops it."""
+        for key, result in results.items():
+            of_training = result.is_tensor and result.meta.on_epoch and result.meta.fx != _LATE_HOOK
+            if of_training and not result.has_reset and self._was_updated(key, result):
+                _join(self._phase, key, logged.entry(result))
+                logged.empty(result)
+        if counts:
+            for key, entry in self._phase.items():
+                _join(self._client, key, entry)
+        self._phase = {}
 
     def after_client(
         self, results: ResultCollection, accepted: bool, corrected: Mapping[str, Mapping[str, Any]] | None = None
@@ -49,11 +62,7 @@ class LoggedValues:
             accepted: Whether an update was accepted.
             corrected: Values and weights of accepted clients only, where others have logged together with them.
         """
-        for key, result in results.items():
-            of_training = result.is_tensor and result.meta.on_epoch and result.meta.fx != _LATE_HOOK
-            if of_training and not result.has_reset and self._was_updated(key, result):
-                _join(self._client, key, logged.entry(result))
-                logged.empty(result)
+        self.after_phase(results, accepted)
         if accepted:
             for key, entry in self._client.items():
                 _join(self.entries, key, {**entry, **(corrected or {}).get(key, {})})

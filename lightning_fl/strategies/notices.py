@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lightning_fl.communication import Message
-from lightning_fl.types import ClientId
+from lightning_fl.strategies.round import RoundResult
 
 
 class Notices:
@@ -51,14 +51,14 @@ class Notices:
                 "with its own data. To split one data set among simulated clients, give num_clients or partition."
             )
 
-    def refused(self, round: int, clients: Sequence[ClientId], num_accepted: int) -> None:
-        """The round has ended; updates of ``clients`` were left out of it."""
-        if clients:
+    def result(self, round: int, result: RoundResult) -> None:
+        """A round has been closed."""
+        if result.refused:
             rank_zero_warn(
-                f"Round {round}: the updates of {', '.join(map(repr, clients))} hold NaN or Inf and were left out. "
-                "Lower the learning rate, clip gradients, or look at these clients' data."
+                f"Round {round}: the updates of {', '.join(map(repr, result.refused))} hold NaN or Inf and were left "
+                "out. Lower the learning rate, clip gradients, or look at these clients' data."
             )
-        if not num_accepted:
+        if not result.aggregate.num_clients:
             rank_zero_info(f"Round {round}: no client takes part.")
 
     def alone(self, reason: str) -> None:

@@ -17,7 +17,7 @@ from lightning_fl.algorithms import Algorithm, Weighting
 from lightning_fl.clients import ClientStore, Sampling, client_generator
 from lightning_fl.communication import Group, Message
 from lightning_fl.communication.objects import decode, encode
-from lightning_fl.engines import Schedule, ScheduleEnd, SequentialEngine, VectorizedEngine
+from lightning_fl.engines import LocalResult, Schedule, ScheduleEnd, SequentialEngine, VectorizedEngine
 from lightning_fl.engines.stacking import are_finite, part
 from lightning_fl.strategies.unit import Unit
 from lightning_fl.tree import clone, is_finite, leaves, move, norm, scale, to_sum_dtype, zeros_like
@@ -167,19 +167,27 @@ class Round:
             measured = probe(self.engine.tensors.params)
         kept = self._kept.get("algorithm")
         self._context: Context = self.settings.algorithm.client_init(self.server, kept, measured)
-        self.engine.start_client(self._context["params"], self._kept)
+        self._phases = iter(self.settings.algorithm.phases())
+        self.phase = next(self._phases)
+        self.engine.start_client(self._context["params"], self._kept, self.phase)
+
+    def next_phase(self) -> None:
+        """Goes on to the next phase of the client at hand."""
+        self.phase = next(self._phases)
+        self.engine.next_phase(self.phase)
 
     def transform_grads(self, optimizer: Optimizer) -> None:
         """Lets the algorithm change the gradients that ``optimizer`` is about to step, unscaled and not yet clipped."""
-        if not self.settings.transforms_gradients:
-            return
         if self._unit is not None:
-            self._vectorized.transform_stacked_grads(self._unit.transform_grads, optimizer)
-        else:
-            algorithm, context = self.settings.algorithm, self._context
-            self.engine.transform_grads(
-                lambda grads, params: algorithm.grad_transform(grads, params, context), optimizer
-            )
+            if self.settings.transforms_gradients:
+                self._vectorized.transform_stacked_grads(self._unit.transform_grads, optimizer)
+            return
+        context, transform = self._context, self.phase.grad_transform
+        if transform is None and self.settings.transforms_gradients:
+            transform = self.settings.algorithm.grad_transform
+        self.engine.hold_still(optimizer)
+        if transform is not None:
+            self.engine.transform_grads(lambda grads, params: transform(grads, params, context), optimizer)
 
     def start_clients(self, clients: Sequence[ClientId]) -> None:
         """Loads several clients; the caller then runs their local training, in which each step is one of all of them.
@@ -218,7 +226,7 @@ class Round:
         update, states = unit.finish(result.params, run, losses)
         update = replace(update, buffers=result.buffers, weight=weight)
         kept: dict[str, Any] = {**result.kept, **({} if states is None else {"algorithm": states})}
-        self._count_run(run, result.schedule_end, len(unit.clients))
+        self._count_run(result, len(unit.clients))
         each: list[Update | None] = []
         if self.settings.transforms:
             for index, (client, own) in enumerate(zip(unit.clients, unit.kept, strict=True)):
@@ -262,16 +270,17 @@ class Round:
         update = replace(update, buffers=result.buffers, weight=weight)
         if algorithm_state is not None:
             kept["algorithm"] = algorithm_state
-        self._count_run(run, result.schedule_end)
+        self._count_run(result)
         taken = self._take_in(client, self._kept, update, kept)
         if taken is not None:
             self.num_examples += num_examples
         return run, taken
 
-    def _count_run(self, run: LocalRun, schedule_end: ScheduleEnd, num_clients: int = 1) -> None:
-        self.num_steps += num_clients * run.num_steps
-        if self.schedule_end is None or self.schedule_end.num_optimizer_steps < run.num_steps:
-            self.schedule_end = schedule_end
+    def _count_run(self, result: LocalResult, num_clients: int = 1) -> None:
+        self.num_steps += num_clients * result.num_steps_of_all
+        end = result.schedule_end
+        if self.schedule_end is None or self.schedule_end.num_optimizer_steps < end.num_optimizer_steps:
+            self.schedule_end = end
 
     def _take_in(
         self, client: ClientId, before: Mapping[str, Any], update: Update, kept: dict[str, Any]
@@ -367,7 +376,7 @@ class Round:
 
     def _to_be_finite(self, update: Update, kept: Mapping[str, Any]) -> dict[str, Any]:
         """What of a client must be finite; a personal buffer may hold an infinity, as an attention mask does."""
-        own = self.engine.tensors.personal_params
+        own = self.engine.tensors.trainable
         personal = {name: value for name, value in kept.get("personal", {}).items() if name in own}
         return {**kept, "personal": personal, "delta": update.delta, "buffers": update.buffers, "aux": update.aux}
 

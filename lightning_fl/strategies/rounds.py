@@ -31,6 +31,7 @@ from lightning_fl.clients.round_loader import UNKNOWN_LENGTH, LoadTogether, one_
 from lightning_fl.clients.split import in_order
 from lightning_fl.communication import Group, Message, RankLost
 from lightning_fl.engines import Schedule, SequentialEngine
+from lightning_fl.engines.phases import optimizer_entry
 from lightning_fl.strategies import lightning_internals as internals
 from lightning_fl.strategies import lightning_results as logged
 from lightning_fl.strategies import metrics
@@ -116,7 +117,7 @@ class FederatedRounds:
             self._open_client,
             self.set_length,
             self._fail_client,
-            lambda client: self.works[client],
+            lambda client: self._phase_works(self.works[client]),
             self._open_together,
         )
         self._largest: int | float | None = None
@@ -140,7 +141,8 @@ class FederatedRounds:
         goes_on = last is not None and last.engine_module is self.module and internals.current_round(self.trainer) > 0
         if last is not None and goes_on:
             self.state, self.store, self.history = last.state, last.store, last.history
-            self.store.drop_entry("optimizer")
+            for index in range(len(self.settings.algorithm.phases())):
+                self.store.drop_entry(optimizer_entry(index))
         self.engine = engine
         self.engine_module = self.module
         check_algorithm(self.settings.algorithm, self.trainer)
@@ -183,7 +185,7 @@ class FederatedRounds:
         else:
             self._count(outputs, batch, place)
             if place.ends_client:
-                self._finish_client(unit[0])
+                self._finish_phase(place.client)
         if place.ends_round:
             self._close_round()
 
@@ -263,8 +265,10 @@ class FederatedRounds:
         """Batches of the client with the most in a round, rounded up to whole optimizer steps."""
         if self._largest is None:
             loaders = self.population.loaders
-            clients = [next(iter(loaders))] if self.work.steps is not None else loaders  # here all do the most
-            steps = [self.work.num_steps(count_batches(loaders[client])) for client in clients]
+            all_by_steps = all(work.steps is not None for work in self._phase_works(self.work))
+            clients = [next(iter(loaders))] if all_by_steps else loaders  # here all do the most
+            phases = self._phase_works(self.work)
+            steps = [work.num_steps(count_batches(loaders[client])) for client in clients for work in phases]
             own = float("inf") if None in steps else float(max(step for step in steps if step is not None))
             told = self.group.all_gather(Message({"steps": own}), "estimated steps")
             largest = max(float(message.fields["steps"]) for message in told)
@@ -286,22 +290,25 @@ class FederatedRounds:
         for client in population.place(cohort, self.group.size, self.at_home, self.works)[self.group.rank]:
             try:
                 loader = population.loaders[client]
-                own = self.works[client].segments(count_batches(loader))
+                own = [work.segments(count_batches(loader)) for work in self._phase_works(self.works[client])]
             except Exception as error:
                 self._fail_client(client, error)
                 continue
-            if not own:
+            if not all(own):
                 self._empty.append(client)
                 continue
-            clients.append(client)
-            segments.append(own)
-            loaders.append(loader)
+            clients += [client] * len(own)
+            segments += own
+            loaders += [loader] * len(own)
             self._num_examples[client] = population.num_examples(client, loader)
         units = None
         if self.together is not None:
             examples = [self._num_examples[client] for client in clients]
             units, segments = self.together.group(clients, segments, examples, loaders)
         self.plan = RoundPlan(index, cohort, clients, segments, self.work.accumulate, units)
+
+    def _phase_works(self, work: LocalWork) -> list[LocalWork]:
+        return [work.for_phase(phase) for phase in self.settings.algorithm.phases()]
 
     def _open_round(self) -> None:
         assert self.engine is not None
@@ -418,8 +425,8 @@ class FederatedRounds:
 
     def _open_client(self, client: ClientId, loader: Loader) -> Loader:
         assert self.round is not None
-        self._snapshot = self._metric_states.snapshot()
-        self._examples_seen = 0
+        self._snapshot = self._before_phase = self._metric_states.snapshot()
+        self._examples_seen = self._examples_of_loss = 0
         self._examples_of_pass: int | None = None
         self._pass_length = self.work.pass_length(count_batches(loader))
         self._loss: float | Tensor = 0.0
@@ -465,18 +472,39 @@ class FederatedRounds:
         if place.offset + 1 == self._pass_length:
             self._examples_of_pass = self._examples_seen
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-        if isinstance(loss, Tensor):
+        if self._phase_counts:
+            self._examples_of_loss += num_examples
+        if isinstance(loss, Tensor) and self._phase_counts:
             self._loss = self._loss + loss.detach().double() * (num_examples * self.work.accumulate)
         if self._first_batch is None:
             self._first_batch = digest(batch) if self.population.silos and not self.history else ""
         self._logged.after_batch(results, num_examples)
+
+    @property
+    def _phase_counts(self) -> bool:
+        """Whether what is logged in the phase at hand is about the model that is sent."""
+        assert self.round is not None
+        return self.round.phase.model == "global"
+
+    def _finish_phase(self, index: int) -> None:
+        assert self.round is not None
+        units, counts = self.plan.units, self._phase_counts
+        self._logged.after_phase(internals.train_results(self.trainer), counts)
+        if not counts:
+            self._metric_states.restore(self._before_phase)
+        if units[index : index + 2] == [units[index]] * 2:
+            self._before_phase = self._metric_states.snapshot()
+            self._examples_seen = 0
+            self.round.next_phase()
+        else:
+            self._finish_client(units[index][0])
 
     def _finish_client(self, client: ClientId) -> None:
         assert self.round is not None
         told = self._num_examples[client]
         if told is None:
             told = self._examples_of_pass if self._examples_of_pass is not None else self._examples_seen
-        loss = float(self._loss) / self._examples_seen if self._examples_seen else float("nan")
+        loss = float(self._loss) / self._examples_of_loss if self._examples_of_loss else float("nan")
         run, update = self.round.finish_client(told, loss)
         self._logged.after_client(internals.train_results(self.trainer), accepted=update is not None)
         if update is None:
@@ -515,7 +543,7 @@ class FederatedRounds:
         self._publish(merged)
         self._has_late_values = any(fields["late"] for fields in told)
         self.trainer.should_stop = any(fields["should_stop"] for fields in told)
-        self._notices.refused(self.plan.round, result.refused, result.aggregate.num_clients)
+        self._notices.result(self.plan.round, result)
         self.history.append(round_entry(self.plan.round, result, self.dropped))
         internals.log_to_loggers(self.trainer, figures(self.history[-1]))
         self._call("on_aggregate_end", result.aggregate)

@@ -65,7 +65,7 @@ def why_not(trainer: L.Trainer, module: L.LightningModule, strategy: Any) -> str
         return f"{names[0]}(fused=True) counts its steps on the device"
     if strategy.client_optimizer == "keep":
         return "client_optimizer='keep' gives each client its own number of steps"
-    if algorithm.probe is not None:
+    if algorithm.probe is not None or len(algorithm.phases()) > 1:
         return f"{type(algorithm).__name__} looks at each client's data by itself"
     if trainer.precision == "16-mixed":
         return "precision='16-mixed' skips a step when one client's gradients overflow"
