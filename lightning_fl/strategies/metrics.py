@@ -39,8 +39,8 @@ class LoggedValues:
                 if entry is not None:
                     _join(self._client, key, entry)
 
-    def after_client(self, results: ResultCollection, accepted: bool) -> None:
-        """Takes in what a client has logged, or drops it if its update was refused."""
+    def after_client(self, results: ResultCollection, accepted: bool) -> dict[str, float]:
+        """Takes in what a client has logged, or drops it if its update was refused; tells its own values."""
         for key, result in results.items():
             of_training = result.is_tensor and result.meta.on_epoch and result.meta.fx != _LATE_HOOK
             if of_training and not result.has_reset and self._was_updated(key, result):
@@ -49,7 +49,8 @@ class LoggedValues:
         if accepted:
             for key, entry in self._client.items():
                 _join(self.entries, key, entry)
-        self._client = {}
+        own, self._client = self._client, {}
+        return {entry["name"]: _value(entry) for entry in own.values()}
 
     def _was_updated(self, key: str, result: Any) -> bool:
         before, self._counts[key] = self._counts.get(key, 0), logged.num_updates(result)
@@ -67,6 +68,14 @@ def _join(entries: Entries, key: str, entry: dict[str, Any]) -> None:
         both = torch.as_tensor(old["value"]), torch.as_tensor(entry["value"])
         old["value"] = (torch.minimum if reduction == "min" else torch.maximum)(*both)
     old["weight"] = old["weight"] + entry["weight"]
+
+
+def _value(entry: dict[str, Any]) -> float:
+    """The number that an entry, added up over batches or clients, stands for."""
+    value, weight = float(entry["value"]), float(entry["weight"])
+    if entry["reduction"] != "mean":
+        return value
+    return value / weight if weight else float("nan")
 
 
 def late_entries(results: ResultCollection) -> Entries:
@@ -134,10 +143,7 @@ def publish(entries: Entries, results: ResultCollection, module: nn.Module, devi
         if not entry["is_tensor"]:
             logged.show_metric(result, module.get_submodule(entry["metric_attribute"]))
             continue
-        value, weight = float(entry["value"]), float(entry["weight"])
-        if entry["reduction"] == "mean":
-            value = value / weight if weight else float("nan")
-        logged.show(result, value)
+        logged.show(result, _value(entry))
     return added
 
 

@@ -357,10 +357,10 @@ class FederatedRounds:
             told = self._examples_of_pass if self._examples_of_pass is not None else self._examples_seen
         loss = float(self._loss) / self._examples_seen if self._examples_seen else float("nan")
         run, update = self.round.finish_client(told, loss)
-        self._logged.after_client(internals.train_results(self.trainer), accepted=update is not None)
+        own = self._logged.after_client(internals.train_results(self.trainer), accepted=update is not None)
         if update is None:
             self._metric_states.restore(self._snapshot)
-        self._call("on_client_end", client, run, update)
+        self._call("on_client_end", client, replace(run, logged=own), update)
         self._randomness.exit()
 
     def _close_round(self) -> None:
