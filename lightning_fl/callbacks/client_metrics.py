@@ -20,11 +20,11 @@ from lightning_fl.communication import Message
 from lightning_fl.strategies import FederatedStrategy
 from lightning_fl.strategies import lightning_internals as internals
 from lightning_fl.tracking import loggers
+from lightning_fl.tracking.metrics import is_higher_better
 from lightning_fl.tracking.run import CLIENTS_STEM, Row, append_rows, read_clients, to_json, write_file
 from lightning_fl.types import Aggregate, ClientId, LocalRun, Update
 
 SHARE_OF_WORST = 0.1
-HIGHER_IS_BETTER = ("acc", "f1", "auroc", "auc", "precision", "recall", "score", "r2", "iou", "dice")
 
 
 class ClientMetrics(FederatedCallback):
@@ -167,7 +167,7 @@ def _summary(name: str, values: Sequence[float]) -> dict[str, float]:
         return {}
     ordered = np.sort(np.asarray(values, dtype=float))
     count = max(1, round(SHARE_OF_WORST * len(ordered)))
-    worst = ordered[:count] if any(word in name.lower() for word in HIGHER_IS_BETTER) else ordered[-count:]
+    worst = ordered[:count] if is_higher_better(name) else ordered[-count:]
     return {
         f"{name}_mean": float(ordered.mean()),
         f"{name}_variance": float(ordered.var()),

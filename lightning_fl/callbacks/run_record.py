@@ -211,16 +211,8 @@ def _versions() -> dict[str, str]:
 
 
 def command_line() -> str:
-    """The command that started this process, with torchrun in front if that has started it."""
+    """The command that started this process, as far as Python can tell."""
     words = list(sys.orig_argv[1:])
     while words and words[0].startswith("-") and words[0] not in ("-m", "-c"):
         words.pop(0)
-    if words and Path(words[0]).name == "lightning-fl":
-        words = ["-m", "lightning_fl", *words[1:]]
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        nodes = int(os.environ.get("GROUP_WORLD_SIZE", 1))
-        where = ["--standalone"] if nodes == 1 else ["--nnodes", str(nodes)]
-        return shlex.join(["torchrun", *where, "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", "1"), *words])
-    if words[:2] == ["-m", "lightning_fl"]:
-        return shlex.join(["lightning-fl", *words[2:]])
     return shlex.join(["python", *words])
