@@ -31,6 +31,11 @@ from lightning_fl.strategies import FederatedStrategy
 __all__ = ["COMMANDS", "FederatedCLI", "check_strategy_name", "federated_strategy_names", "main", "recipes_directory"]
 
 
+FIT_EXAMPLES = """examples: lightning-fl fit --config config.yaml;
+lightning-fl fit --config config.yaml --trainer.strategy scaffold --trainer.max_epochs 50;
+torchrun --standalone --nproc_per_node 3 -m lightning_fl fit --config silos.yaml"""
+
+
 class FederatedCLI(LightningCLI):
     """LightningCLI with this package's strategies, models and datamodules; a run repeats unless told otherwise.
 
@@ -49,6 +54,7 @@ class FederatedCLI(LightningCLI):
                 "prog": "lightning-fl",
                 "description": "Federated learning with a Lightning Trainer.",
                 "epilog": other_commands(),
+                "fit": {"usage": "lightning-fl fit --config CONFIG [options]", "epilog": FIT_EXAMPLES},
             },
             args=None if args is None else list(args),
         )
@@ -68,12 +74,18 @@ class FederatedCLI(LightningCLI):
         elif self.trainer.loggers and not any(isinstance(callback, RunRecord) for callback in callbacks):
             command = command_line(self.words)
             callbacks.insert(0, RunRecord(command=command))
-        configured = self.config_init[self.subcommand].trainer.callbacks or []
-        chosen = any(isinstance(callback, ProgressBar) for callback in configured)
+        configured = self.config[self.subcommand].trainer.callbacks or []
+        chosen = any("ProgressBar" in callback.class_path for callback in configured)
         if isinstance(self.trainer.strategy, FederatedStrategy) and not chosen:
             for index, callback in enumerate(callbacks):
                 if isinstance(callback, ProgressBar):
                     callbacks[index] = FederatedProgressBar()
+
+    def after_fit(self) -> None:
+        """Tells where the run's record is."""
+        records = [one for one in self.trainer.callbacks if isinstance(one, RunRecord)]  # type: ignore[attr-defined]
+        if records and records[0].path is not None and self.trainer.is_global_zero:
+            print(f"A page about this run: lightning-fl report {records[0].path}")
 
     def before_instantiate_classes(self) -> None:
         """Refuses unknown strategy names before Lightning does, which would not list the federated ones."""
@@ -149,12 +161,16 @@ def main(args: Sequence[str] | None = None) -> None:
     if words and words[0] in COMMANDS:
         COMMANDS[words[0]](words[1:])
         return
+    known = [*FederatedCLI.subcommands(), *COMMANDS]
+    if not words or (words[0] not in known and not words[0].startswith("-")):
+        close = difflib.get_close_matches(words[0] if words else "", known, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else " New here? `lightning-fl init DIR` writes a first project."
+        found = f"There is no command {words[0]!r}" if words else "No command was given"
+        raise commands.fail(f"{found}; the commands are {', '.join(known)}.{hint}")
     try:
         FederatedCLI(args)
     except UnknownStrategyError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"lightning-fl: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise commands.fail(error) from None
 
 
 def prepare_process() -> None:
@@ -162,6 +178,7 @@ def prepare_process() -> None:
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.* is deprecated", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within Python")
     warnings.filterwarnings("ignore", message="The '.*_dataloader' does not have many workers")
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     if not any(isinstance(one, _WithoutTips) for one in logger.filters):

@@ -56,13 +56,14 @@ class RunRecord(L.Callback):
         self.folder = None if folder is None else Path(folder)
         self.command = command
         self._rows: list[Row] = []
-        self._path: Path | None = None
+        self.path: Path | None = None
+        """The run's folder, once training has started."""
         self._last_step = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Writes what is known before the first round."""
-        self._path = run_folder(trainer, self.folder)
-        if self._path is None:
+        self.path = run_folder(trainer, self.folder)
+        if self.path is None:
             return
         strategy = trainer.strategy
         settings = describe_settings(trainer)
@@ -84,15 +85,15 @@ class RunRecord(L.Callback):
         self._start = time.perf_counter() - (self._rows[-1]["time"] if self._rows else 0.0)
         self._last_step = trainer.global_step
         if trainer.is_global_zero:
-            write_file(self._path / RUN_FILE, to_json(self._facts) + "\n")
-            write_file(self._path / ROUNDS_FILE, "".join(to_json(row) + "\n" for row in self._rows))
+            write_file(self.path / RUN_FILE, to_json(self._facts) + "\n")
+            write_file(self.path / ROUNDS_FILE, "".join(to_json(row) + "\n" for row in self._rows))
         loggers.log_settings(trainer, settings)
         if summary is not None:
             loggers.log_partition(trainer, summary)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Adds the round at hand, after the global model's validation."""
-        if self._path is None:
+        if self.path is None:
             return
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         row: Row = {"round": trainer.current_epoch, "num_steps": trainer.global_step - self._last_step}
@@ -102,7 +103,7 @@ class RunRecord(L.Callback):
         self._last_step = trainer.global_step
         self._rows.append(row)
         if trainer.is_global_zero:
-            append_rows(self._path / ROUNDS_FILE, [row])
+            append_rows(self.path / ROUNDS_FILE, [row])
         loggers.log_by_round(trainer, row["round"], metrics)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -115,11 +116,11 @@ class RunRecord(L.Callback):
         self._close(trainer, stopped)
 
     def _close(self, trainer: L.Trainer, status: str) -> None:
-        if self._path is None or not trainer.is_global_zero:
+        if self.path is None or not trainer.is_global_zero:
             return
         checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", "")
         self._facts.update(status=status, checkpoint=checkpoint)
-        write_file(self._path / RUN_FILE, to_json(self._facts) + "\n")
+        write_file(self.path / RUN_FILE, to_json(self._facts) + "\n")
 
     def state_dict(self) -> dict[str, Any]:
         """The rounds so far, so that a run that goes on from a checkpoint has them all."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import os
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -14,11 +15,13 @@ from types import ModuleType
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 PROGRAM = "lightning-fl"
+USER_ERRORS: tuple[type[Exception], ...] = (MisconfigurationException, ValueError, OSError, ImportError)
 
 
 def fail(message: object) -> SystemExit:
-    """Tells the user in one line what is wrong; to be raised."""
-    print(f"{PROGRAM}: error: {message}", file=sys.stderr)
+    """Tells the user in one line what is wrong, on the first rank; to be raised."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{PROGRAM}: error: {message}", file=sys.stderr)
     return SystemExit(2)
 
 
@@ -26,18 +29,21 @@ def command(module: ModuleType) -> Callable[[Sequence[str]], None]:
     """Makes a command of a module, which is called with the words after the command's name.
 
     What goes wrong for the user's part (``ValueError``, ``OSError``, a missing extra, a wrong configuration) ends in
-    one line.
+    one line. A command with ``SETS_UP_A_RUN`` takes the options of ``fit`` too, and shows where the user's own code
+    raises an error.
     """
+    sets_up_a_run = getattr(module, "SETS_UP_A_RUN", False)
+    errors = (MisconfigurationException,) if sets_up_a_run else USER_ERRORS
 
     def run(words: Sequence[str]) -> None:
         parser = make_parser(module)
         args, rest = parser.parse_known_args(list(words))
-        if rest and not getattr(module, "TAKES_MORE", False):
+        if rest and not sets_up_a_run:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         args.rest = rest
         try:
             module.run(args)
-        except (ValueError, OSError, ImportError, MisconfigurationException) as error:
+        except errors as error:
             raise fail(error) from None
 
     return run

@@ -16,6 +16,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -66,35 +67,57 @@ def short_names(runs: Sequence[Run]) -> list[str]:
 
 def print_table(runs: Sequence[Run], names: Sequence[str], metric: str, target: float | None, console: Console) -> None:
     """Prints a row for each run."""
-    better = max if is_higher_better(metric) else min
-    direction = "highest" if better is max else "lowest"
-    columns = ["run", "algorithm", "rounds", f"last {metric}", f"{direction} (round)"]
+    is_higher = is_higher_better(metric)
+    columns: dict[str, list[str]] = {"run": list(names), "algorithm": [_algorithm(one) for one in runs]}
+    columns["rounds"] = [str(len(one.rounds)) for one in runs]
+    columns[f"last {metric}"] = [f"{one.metric(metric)[1][-1]:.4g}" for one in runs]
+    best = [_best(one, metric, is_higher) for one in runs]
+    columns["highest" if is_higher else "lowest"] = [value for value, _ in best]
+    columns["in round"] = [number for _, number in best]
     if target is not None:
-        columns.append(f"reached {target:g} in")
-    table = Table(*columns, "local steps", "sent by rank 0", "time")
-    for one, name in zip(runs, names, strict=True):
-        rounds, values = one.metric(metric)
-        finite = [(value, number) for number, value in zip(rounds, values, strict=True) if math.isfinite(value)]
-        best, best_round = better(finite, key=lambda pair: pair[0]) if finite else (math.nan, 0)
-        cells = [name, one.algorithm, str(len(one.rounds)), f"{values[-1]:.4g}", f"{best:.4g} ({best_round})"]
-        if target is not None:
-            reached = [number for value, number in finite if (value >= target if better is max else value <= target)]
-            cells.append(f"round {reached[0]}" if reached else "never")
-        steps, sent = one.total("num_steps"), one.total("num_bytes")
-        cells.append("?" if steps is None else f"{steps:,.0f}")
-        cells.append("-" if sent is None else f"{sent / 1e6:,.1f} MB")
-        cells.append("?" if one.seconds is None else f"{one.seconds:,.1f} s")
+        columns[f"{target:g} in round"] = [_reached(one, metric, target, is_higher) for one in runs]
+    columns["steps"] = [f"{one.total('num_steps') or 0:,.0f}" for one in runs]
+    sent = [one.total("num_bytes") or 0 for one in runs]
+    if any(sent):
+        columns["MB sent"] = [f"{num_bytes / 1e6:,.1f}" for num_bytes in sent]
+    columns["seconds"] = [f"{one.seconds or 0:,.1f}" for one in runs]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in columns:
+        table.add_column(name, overflow="fold", justify="left" if name in ("run", "algorithm") else "right")
+    for cells in zip(*columns.values(), strict=True):
         table.add_row(*cells)
     console.print(table)
 
 
+def _algorithm(run: Run) -> str:
+    return run.settings.get("algorithm", "centralised").partition("(")[0]
+
+
+def _finite(run: Run, metric: str) -> list[tuple[float, int]]:
+    rounds, values = run.metric(metric)
+    return [(value, number) for number, value in zip(rounds, values, strict=True) if math.isfinite(value)]
+
+
+def _best(run: Run, metric: str, is_higher: bool) -> tuple[str, str]:
+    sign = 1 if is_higher else -1
+    best = max(_finite(run, metric), key=lambda pair: sign * pair[0], default=None)
+    return ("-", "-") if best is None else (f"{best[0]:.4g}", str(best[1]))
+
+
+def _reached(run: Run, metric: str, target: float, is_higher: bool) -> str:
+    reached = [number for value, number in _finite(run, metric) if (value >= target if is_higher else value <= target)]
+    return str(reached[0]) if reached else "never"
+
+
 def print_differences(runs: Sequence[Run], names: Sequence[str], console: Console) -> None:
-    """Prints the settings in which the runs differ."""
+    """Prints the settings in which the runs differ; what only some have, such as a federation's, counts among those."""
     keys = dict.fromkeys(key for one in runs for key in one.settings)
-    differing = [key for key in keys if len({one.settings.get(key) for one in runs}) > 1]
+    found = {key: {one.settings[key] for one in runs if key in one.settings} for key in keys}
+    differing = [key for key, values in found.items() if len(values) > 1]
     if not differing:
         return
-    table = Table("setting", *names, title="In which they differ", title_justify="left")
+    console.print("Settings in which they differ:")
+    table = Table("setting", *names, box=box.SIMPLE_HEAD, pad_edge=False)
     for key in differing:
         table.add_row(key, *(one.settings.get(key, "-") for one in runs))
     console.print(table)

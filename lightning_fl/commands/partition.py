@@ -23,7 +23,7 @@ from rich.table import Table
 from lightning_fl.strategies import FederatedStrategy
 from lightning_fl.tracking import PartitionSummary, plots, summarise
 
-TAKES_MORE = True
+SETS_UP_A_RUN = True
 MAX_ROWS = 30
 MAX_COLUMNS = 12
 
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     from lightning_fl.cli import FederatedCLI
 
     if args.max_clients < 1:
-        raise ValueError(f"--max-clients {args.max_clients} must be at least 1.")
+        raise MisconfigurationException(f"--max-clients {args.max_clients} must be at least 1.")
     look = LookAtPartition(args.max_clients)
 
     class PartitionCLI(FederatedCLI):
@@ -94,7 +94,8 @@ def show(summary: PartitionSummary, console: Console) -> None:
     """Prints who has what."""
     shows_labels = 0 < len(summary.labels) <= MAX_COLUMNS
     columns = list(summary.labels) if shows_labels else []
-    table = Table(title="Who has what", title_justify="left", caption=_how_to_read(summary), caption_justify="left")
+    console.print("Who has what: examples of each label" if shows_labels else "Who has what")
+    table = Table()
     table.add_column("client")
     for column in ("examples", *columns):
         table.add_column(column, justify="right")
@@ -106,7 +107,7 @@ def show(summary: PartitionSummary, console: Console) -> None:
         table.add_row(str(summary.ids[row]), _size(summary.sizes[row]), *counts)
     console.print(table)
     for line in facts(summary):
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 def facts(summary: PartitionSummary) -> list[str]:
@@ -128,14 +129,6 @@ def facts(summary: PartitionSummary) -> list[str]:
     else:
         lines.append("label skew: unknown, since the data holds no labels that can be counted")
     return lines
-
-
-def _how_to_read(summary: PartitionSummary) -> str:
-    if not len(summary.counts):
-        return ""
-    if len(summary.labels) > MAX_COLUMNS:
-        return f"{len(summary.labels)} labels: see the picture"
-    return "Columns: a client's examples of each label"
 
 
 def _rows_shown(count: int) -> list[int | None]:

@@ -1,25 +1,28 @@
 """The data: a CSV file with a column that says to which site a row belongs. Put your own file and columns here."""
 
+import csv
+
 import lightning as L
-import numpy as np
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
 
 import lightning_fl as fl
 
+CLIENT, LABEL = "site", "failed"
+FEATURES = ("temperature", "vibration", "pressure", "current")
+
 
 def read_sites(path: str) -> dict[str, tuple[TensorDataset, TensorDataset]]:
     """For each site its rows for training and, every fifth, for validation."""
-    rows = np.genfromtxt(path, delimiter=",", names=True, dtype=None, encoding="utf-8")
-    features = [name for name in rows.dtype.names if name not in ("site", "failed")]
-    x = torch.tensor(np.stack([rows[name] for name in features], axis=1), dtype=torch.float32)
-    y = torch.tensor(rows["failed"], dtype=torch.int64)
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
     sites = {}
-    for site in np.unique(rows["site"]):
-        own = torch.from_numpy(np.flatnonzero(rows["site"] == site))
+    for site in sorted({row[CLIENT] for row in rows}):
+        own = [row for row in rows if row[CLIENT] == site]
+        x = torch.tensor([[float(row[name]) for name in FEATURES] for row in own])
+        y = torch.tensor([int(row[LABEL]) for row in own])
         is_val = torch.arange(len(own)) % 5 == 0
-        train, val = own[~is_val], own[is_val]
-        sites[str(site)] = TensorDataset(x[train], y[train]), TensorDataset(x[val], y[val])
+        sites[site] = TensorDataset(x[~is_val], y[~is_val]), TensorDataset(x[is_val], y[is_val])
     return sites
 
 
