@@ -112,6 +112,7 @@ class LocalRun:
         loss: Mean training loss over the examples processed; NaN if the module returned none.
         lr_sum: For each tensor, the learning rates of its optimizer steps summed.
         normalizer: FedNova's ``|a_i|_1``, or None if it is unknown for the optimizer.
+        logged: The client's own value of what the module has logged with ``self.log`` as a number.
     """
 
     num_steps: int
@@ -120,3 +121,4 @@ class LocalRun:
     loss: float
     lr_sum: Mapping[str, float]
     normalizer: float | None = None
+    logged: Mapping[str, float] = field(default_factory=dict)

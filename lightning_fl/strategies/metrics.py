@@ -54,19 +54,23 @@ class LoggedValues:
 
     def after_client(
         self, results: ResultCollection, accepted: bool, corrected: Mapping[str, Mapping[str, Any]] | None = None
-    ) -> None:
+    ) -> dict[str, float]:
         """Takes in what a client, or several together, have logged, or drops it if no update was accepted.
 
         Args:
             results: Where Lightning collects what is logged.
             accepted: Whether an update was accepted.
             corrected: Values and weights of accepted clients only, where others have logged together with them.
+
+        Returns:
+            What was logged, by name.
         """
         self.after_phase(results, accepted)
         if accepted:
             for key, entry in self._client.items():
                 _join(self.entries, key, {**entry, **(corrected or {}).get(key, {})})
-        self._client = {}
+        own, self._client = self._client, {}
+        return {entry["name"]: _value(entry) for entry in own.values()}
 
     def _was_updated(self, key: str, result: Any) -> bool:
         before, self._counts[key] = self._counts.get(key, 0), logged.num_updates(result)
@@ -84,6 +88,14 @@ def _join(entries: Entries, key: str, entry: dict[str, Any]) -> None:
         both = torch.as_tensor(old["value"]), torch.as_tensor(entry["value"])
         old["value"] = (torch.minimum if reduction == "min" else torch.maximum)(*both)
     old["weight"] = old["weight"] + entry["weight"]
+
+
+def _value(entry: dict[str, Any]) -> float:
+    """The number that an entry, added up over batches or clients, stands for."""
+    value, weight = float(entry["value"]), float(entry["weight"])
+    if entry["reduction"] != "mean":
+        return value
+    return value / weight if weight else float("nan")
 
 
 def late_entries(results: ResultCollection) -> Entries:
@@ -151,10 +163,7 @@ def publish(entries: Entries, results: ResultCollection, module: nn.Module, devi
         if not entry["is_tensor"]:
             logged.show_metric(result, module.get_submodule(entry["metric_attribute"]))
             continue
-        value, weight = float(entry["value"]), float(entry["weight"])
-        if entry["reduction"] == "mean":
-            value = value / weight if weight else float("nan")
-        logged.show(result, value)
+        logged.show(result, _value(entry))
     return added
 
 

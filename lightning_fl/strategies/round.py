@@ -205,9 +205,7 @@ class Round:
         self._unit = None
         self._vectorized.leave_clients()
 
-    def finish_clients(
-        self, num_examples: int, losses: Sequence[float]
-    ) -> tuple[LocalRun, list[bool], Callable[[int], Update | None]]:
+    def finish_clients(self, num_examples: int, losses: Sequence[float]) -> tuple[LocalRun, list[bool]]:
         """Takes in the clients that have trained together.
 
         Args:
@@ -215,8 +213,7 @@ class Round:
             losses: Their mean training losses.
 
         Returns:
-            The facts of the training; for each client whether its update was finite and so taken in; and a function
-            that gives the update of the client at an index, or None.
+            The facts of the training, and for each client whether its update was finite and so taken in.
         """
         assert self._unit is not None
         unit, self._unit = self._unit, None
@@ -227,11 +224,9 @@ class Round:
         update = replace(update, buffers=result.buffers, weight=weight)
         kept: dict[str, Any] = {**result.kept, **({} if states is None else {"algorithm": states})}
         self._count_run(result, len(unit.clients))
-        each: list[Update | None] = []
         if self.settings.transforms:
-            for index, (client, own) in enumerate(zip(unit.clients, unit.kept, strict=True)):
-                each.append(self._take_in(client, own, update.part(index), clone(part(kept, index))))
-            taken = [own is not None for own in each]
+            each = enumerate(zip(unit.clients, unit.kept, strict=True))
+            taken = [self._take_in(c, own, update.part(i), clone(part(kept, i))) is not None for i, (c, own) in each]
         else:
             finite = are_finite(self._to_be_finite(update, kept), len(unit.clients))
             taken = finite.tolist()
@@ -241,7 +236,7 @@ class Round:
                 if kept and taken[index]:
                     self.store.stage(client, move(clone(part(kept, index)), "cpu"))
         self.num_examples += num_examples * sum(taken)
-        return run, taken, lambda index: each[index] if each else update.part(index) if taken[index] else None
+        return run, taken
 
     def _add_together(self, updates: Update, num_clients: int) -> None:
         if num_clients:

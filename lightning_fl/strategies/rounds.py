@@ -376,24 +376,19 @@ class FederatedRounds:
         self._randomness.enter(self.settings.seed, self.plan.round, unit[0])
         self.round.start_clients(unit)
         self.together.start(unit, batch)
-        for client in unit:
-            self._call("on_client_start", client)
 
     def _finish_together(self, unit: Sequence[ClientId]) -> None:
         assert self.round is not None
         assert self.together is not None
         examples = self._num_examples[unit[0]]
         assert examples is not None
-        run, taken, update_of = self.round.finish_clients(examples, losses := self.together.finish())
+        run, taken = self.round.finish_clients(examples, self.together.finish())
         corrected = None
         if not all(taken):
             self._metric_states.restore(self._snapshot)
             corrected = self.together.only(taken)
         self._logged.after_client(internals.train_results(self.trainer), any(taken), corrected)
         self._more_logger_steps += run.num_steps * (len(unit) - 1)
-        if has_hooks(self.trainer, "on_client_end"):
-            for index, client in enumerate(unit):
-                self._call("on_client_end", client, replace(run, loss=losses[index]), update_of(index))
         self._randomness.exit()
 
     def _prepare_together(self, client: ClientId, loader: Loader) -> Loader:
@@ -506,10 +501,10 @@ class FederatedRounds:
             told = self._examples_of_pass if self._examples_of_pass is not None else self._examples_seen
         loss = float(self._loss) / self._examples_of_loss if self._examples_of_loss else float("nan")
         run, update = self.round.finish_client(told, loss)
-        self._logged.after_client(internals.train_results(self.trainer), accepted=update is not None)
+        own = self._logged.after_client(internals.train_results(self.trainer), accepted=update is not None)
         if update is None:
             self._metric_states.restore(self._snapshot)
-        self._call("on_client_end", client, run, update)
+        self._call("on_client_end", client, replace(run, logged=own), update)
         self._randomness.exit()
 
     def _close_round(self) -> None:

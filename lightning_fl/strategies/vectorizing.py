@@ -72,7 +72,16 @@ def why_not(trainer: L.Trainer, module: L.LightningModule, strategy: Any) -> str
     hooks = [name for name in BATCH_HOOKS if has_hooks(trainer, name)]
     for hook in hooks + _transfer_hooks(getattr(trainer, "datamodule", None)):
         return f"the hook {hook} would see several clients at once"
+    for hook in _client_hooks(trainer):
+        return f"{hook} looks at each client by itself"
     return None
+
+
+def _client_hooks(trainer: L.Trainer) -> list[str]:
+    names = ("on_client_start", "on_client_end")
+    found = [getattr(c, name, None) for c in trainer.callbacks for name in names]  # type: ignore[attr-defined]
+    own = [getattr(hook, "__qualname__", "a hook") for hook in found if hook is not None]
+    return [name for name in own if not name.startswith("FederatedCallback.")]
 
 
 def _is_elementwise(optimizer: Optimizer) -> bool:
