@@ -55,8 +55,8 @@ class Aggregate:
     population: int
 
     def mean(self) -> Tree:
-        """The weighted mean of the clients' changes, ``delta / weight``."""
-        return {name: total / self.weight for name, total in self.delta.items()}
+        """The weighted mean of the clients' changes, ``delta / weight``; zero if no client has taken part."""
+        return {name: total / (self.weight or 1.0) for name, total in self.delta.items()}
 
 
 @dataclass(frozen=True)

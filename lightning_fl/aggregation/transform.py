@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import torch
 
+from lightning_fl.clients.sampling import Sampling
 from lightning_fl.types import Aggregate, ClientId, State, Update
 
 
@@ -20,6 +21,7 @@ class RoundContext:
         round: Number of the round, from 0.
         cohort: The clients of this round, on all ranks.
         population: Number of clients in the federation.
+        sampling: How the cohorts are drawn; None where nobody has said.
         client: The client at hand, or None in server halves.
         generator: Randomness of (seed, round, client); not for privacy.
     """
@@ -27,6 +29,7 @@ class RoundContext:
     round: int
     cohort: Sequence[ClientId]
     population: int
+    sampling: Sampling | None = None
     client: ClientId | None = None
     generator: torch.Generator | None = None
 
@@ -39,11 +42,17 @@ class Transform(ABC):
 
     keeps_client_state: ClassVar[bool] = False
     """Whether the client half keeps state between a client's rounds, such as an error-feedback residual."""
+    needs_secure_sampling: bool = False
+    """Whether cohorts must come from the operating system's randomness, so that nobody can foretell them."""
 
     def client(self, update: Update, state: State, ctx: RoundContext) -> tuple[Update, State]:
         """Changes one client's update; ``state`` is the client's own, empty before its first round."""
         return update, state
 
     def server(self, aggregate: Aggregate, state: State, ctx: RoundContext) -> tuple[Aggregate, State]:
-        """Changes the round's aggregate, a sum that is not yet divided; ``state`` is the federation's."""
+        """Changes the round's aggregate, a sum that is not yet divided; ``state`` is the federation's.
+
+        A round without clients comes here too, with zeros of weight 0; the model stays as it is unless the weight
+        becomes positive.
+        """
         return aggregate, state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,12 +19,14 @@ class LocalWork:
         steps: Optimizer steps instead of passes; the loader is cycled.
         accumulate: Batches whose gradients one optimizer step takes together.
         limit: Batches of one pass, as a count (int) or a share (float).
+        part: The part of it that gets done, in (0, 1]: a straggler stops earlier, but not before its first step.
     """
 
     epochs: int = 1
     steps: int | None = None
     accumulate: int = 1
     limit: int | float = 1.0
+    part: float = 1.0
 
     @property
     def max_pass_length(self) -> int | None:
@@ -57,7 +60,17 @@ class LocalWork:
         length = self.pass_length(num_batches)
         if length == 0:
             return []
-        return [self.steps * self.accumulate] if self.steps is not None else [length] * self.epochs
+        if self.steps is not None:
+            return [math.ceil(self.part * self.steps) * self.accumulate]
+        if length is None:
+            return [None] * math.ceil(self.part * self.epochs)
+        a_pass = -(-length // self.accumulate)
+        passes, steps = divmod(math.ceil(self.part * (self.epochs * a_pass)), a_pass)
+        return [*[length] * passes, *[min(steps * self.accumulate, length)] * (steps > 0)]
+
+    def load(self, size: float) -> float:
+        """How long a client with ``size`` examples is busy, beside others that train as many epochs or steps."""
+        return self.part * (self.epochs * size if self.steps is None else self.steps)
 
     def num_steps(self, num_batches: int | None) -> int | None:
         """Optimizer steps that a client with ``num_batches`` a pass takes in a round."""

@@ -33,11 +33,12 @@ class RoundLoader:
 
     Args:
         loaders: The clients' data.
-        plan: Gives the plan of the round at hand, and how much each client trains.
+        plan: Gives the plan of the round at hand, and how much the client that trains the most trains.
         open_round: Called before a round's first batch is read.
         open_client: Called with a client and its loader before the client's first batch is read; returns the loader.
         resolved: Called when the number of batches has become known or has changed.
         failed: Called when a client's loader raises; raises itself, or returns for the client to be left out.
+        work_of: How much a client trains in the round at hand. None: all as much as ``plan`` says.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class RoundLoader:
         open_client: Callable[[ClientId, Loader], Loader],
         resolved: Callable[[], None],
         failed: Callable[[ClientId, Exception], None] = raise_error,
+        work_of: Callable[[ClientId], LocalWork] | None = None,
     ) -> None:
         self._loaders = loaders
         self._plan = plan
@@ -55,6 +57,7 @@ class RoundLoader:
         self._open_client = open_client
         self._resolved = resolved
         self._failed = failed
+        self._work_of = work_of or (lambda client: plan()[1])
 
     def __len__(self) -> int:
         num_batches = self._plan()[0].num_batches
@@ -88,7 +91,7 @@ class RoundLoader:
     def _batches(self, client: ClientId, loader: Loader) -> Iterator[Any]:
         plan, work = self._plan()
         num_batches = count_batches(loader)
-        for number, segment in enumerate(work.segments(num_batches)):
+        for number, segment in enumerate(self._work_of(client).segments(num_batches)):
             if work.steps is not None:
                 length = work.max_pass_length if num_batches is None else work.pass_length(num_batches)
                 yield from islice(_cycle(client, loader, length, plan.round), segment)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,6 +25,39 @@ def derive_seed(*parts: int | str) -> int:
 def round_rng(seed: int, round: int, purpose: str) -> np.random.Generator:
     """A NumPy generator for a choice of the whole round, such as its cohort."""
     return np.random.default_rng(derive_seed(seed, round, purpose))
+
+
+class Randomness(Protocol):
+    """What cohorts are drawn with: a NumPy generator, or :class:`SystemRandomness`."""
+
+    def random(self, size: int) -> np.ndarray:
+        """Numbers in [0, 1)."""
+
+    def choice(self, a: int, size: int, *, replace: bool, shuffle: bool) -> np.ndarray:
+        """``size`` different integers below ``a``."""
+
+    def permutation(self, x: int) -> np.ndarray:
+        """The integers below ``x`` in random order."""
+
+
+class SystemRandomness:
+    """Randomness of the operating system, which nobody can foretell or repeat, in the form of a NumPy generator."""
+
+    def random(self, size: int) -> np.ndarray:
+        """Numbers in [0, 1), multiples of ``2**-53``."""
+        return (self._words(size) >> np.uint64(11)) * 2.0**-53
+
+    def choice(self, a: int, size: int, *, replace: bool, shuffle: bool) -> np.ndarray:
+        """``size`` different integers below ``a``, each subset equally likely."""
+        assert not replace
+        return np.array(random.SystemRandom().sample(range(a), size), dtype=np.int64)
+
+    def permutation(self, x: int) -> np.ndarray:
+        """The integers below ``x`` in random order."""
+        return np.argsort(self._words(x))
+
+    def _words(self, size: int) -> np.ndarray:
+        return np.frombuffer(os.urandom(8 * size), dtype=np.uint64)
 
 
 def client_generator(seed: int, round: int, client: ClientId, purpose: str) -> torch.Generator:

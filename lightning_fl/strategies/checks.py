@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_fl.clients import cohort_size
+from lightning_fl.clients import Amount, Cohort, Participation, Stragglers, cohort_size
 from lightning_fl.communication import Group, Message
 
 SEVERAL_LOADERS = (
@@ -27,14 +27,15 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
         raise ValueError(f"{name}={value!r} is not known; expected one of {', '.join(map(repr, choices))}.")
 
 
-def check_work(
-    num_clients: int | None, clients_per_round: int | float | None, local_epochs: int | None, local_steps: int | None
-) -> None:
+def check_work(num_clients: int | None, participation: Participation) -> None:
     """Checks the numbers of clients and of local epochs and steps.
 
     Raises:
         ValueError: If one is out of range, or both epochs and steps are given.
     """
+    local_epochs, local_steps = participation.local_epochs, participation.local_steps
+    check_type("cohort", participation.cohort, Cohort, "a cohort such as fl.clients.Poisson(0.01)")
+    check_type("stragglers", participation.stragglers, Stragglers, "fl.clients.Stragglers(0.9)")
     if local_epochs is not None and local_steps is not None:
         raise ValueError(
             f"local_epochs={local_epochs} and local_steps={local_steps} contradict each other: a client trains for "
@@ -42,8 +43,12 @@ def check_work(
         )
     counts = {"num_clients": num_clients, "local_epochs": local_epochs, "local_steps": local_steps}
     for name, value in counts.items():
+        if name != "num_clients" and isinstance(value, Amount):
+            continue
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"{name}={value!r} must be a whole number, at least 1.")
+    clients_per_round = participation.clients_per_round
+    participation.cohort.check(clients_per_round)
     if num_clients is not None or isinstance(clients_per_round, float):
         cohort_size(clients_per_round, num_clients or 1)
     elif clients_per_round is not None:

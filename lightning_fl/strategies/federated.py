@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lightning_fl.aggregation import Aggregator, Transform, WeightedMean
 from lightning_fl.algorithms import Algorithm, Weighting, get_algorithm
-from lightning_fl.clients import LocalWork, Population, RoundLoader
+from lightning_fl.clients import Amount, Cohort, Participation, Population, RoundLoader, Stragglers, Uniform
 from lightning_fl.clients.partition import Partitioner
 from lightning_fl.clients.split import shard
 from lightning_fl.communication import Group, LocalGroup, Message, connect
@@ -62,7 +62,8 @@ class FederatedStrategy(ParallelStrategy):
         algorithm: A registered name such as ``"fedavg"``, or an object with its hyper-parameters.
         num_clients: Simulated clients among which a plain training loader is split.
         clients_per_round: Clients that take part in a round: a count (int), a share (float), or None for all.
-        local_epochs: Passes of each client over its data in a round. None: 1.
+        local_epochs: Passes of each client over its data in a round. None: 1. An uneven amount is an
+            :class:`~lightning_fl.clients.Amount`, such as ``fl.clients.Between(1, 5)``.
         local_steps: Optimizer steps of each client in a round, instead of passes; its loader is cycled.
         partition: How a plain training loader is split among simulated clients. None: IID.
         weighting: What a client weighs in the mean: ``"examples"``, ``"uniform"``, or None for the algorithm's own.
@@ -76,6 +77,8 @@ class FederatedStrategy(ParallelStrategy):
         split_validation: Whether the ranks of a simulation share the validation data instead of each reading all of it.
         on_client_error: Whether a client whose loader raises ends the run (``"raise"``) or is left out of the round
             with a warning (``"skip"``).
+        cohort: How the clients of a round are chosen. None: :class:`~lightning_fl.clients.Uniform`.
+        stragglers: Clients that do not finish their local training. None: all do.
         timeout: Seconds that a collective waits for the other ranks.
 
     Raises:
@@ -96,8 +99,8 @@ class FederatedStrategy(ParallelStrategy):
         algorithm: str | Algorithm = "fedavg",
         num_clients: int | None = None,
         clients_per_round: int | float | None = None,
-        local_epochs: int | None = None,
-        local_steps: int | None = None,
+        local_epochs: int | Amount | None = None,
+        local_steps: int | Amount | None = None,
         partition: Partitioner | None = None,
         weighting: Weighting | None = None,
         client_optimizer: ClientOptimizer = "reset",
@@ -108,16 +111,24 @@ class FederatedStrategy(ParallelStrategy):
         seed: int | None = None,
         split_validation: bool = False,
         on_client_error: OnClientError = "raise",
+        cohort: Cohort | None = None,
+        stragglers: Stragglers | None = None,
         timeout: float = 1800.0,
     ) -> None:
         super().__init__()
-        check_work(num_clients, clients_per_round, local_epochs, local_steps)
+        self.cohort = cohort or Uniform()
+        self.stragglers = stragglers
         check_type("partition", partition, Partitioner, "fl.datamodules.Dirichlet(0.3)")
         check_type("aggregator", aggregator, Aggregator, "fl.aggregation.WeightedMean()")
         check_type("transforms", transforms, Sequence, "a list of fl.aggregation.Transform")
         check_type("personal", personal, Sequence, "a list of globs such as ['head.*']")
         for transform in transforms:
             check_type("transforms", transform, Transform, "fl.aggregation.Transform objects")
+        secure = any(transform.needs_secure_sampling for transform in transforms)
+        self.participation = Participation(
+            self.cohort, clients_per_round, local_epochs, local_steps, stragglers, secure
+        )
+        check_work(num_clients, self.participation)
         check_choice("weighting", weighting, (None, "examples", "uniform"))
         check_choice("client_optimizer", client_optimizer, ("reset", "keep"))
         check_choice("on_client_error", on_client_error, ("raise", "skip"))
@@ -313,11 +324,10 @@ class FederatedStrategy(ParallelStrategy):
 
     def _make_rounds(self, population: Population) -> FederatedRounds:
         trainer = self._trainer
-        work = LocalWork(
-            self.local_epochs or 1, self.local_steps, trainer.accumulate_grad_batches, self.limit_train_batches
-        )
+        size = len(population)
+        sampling = self.cohort.sampling(size, self.clients_per_round)
         settings = FederationSettings(
-            self.algorithm, self.aggregator, self.transforms, self.weighting, self._seed, len(population)
+            self.algorithm, self.aggregator, self.transforms, self.weighting, self._seed, size, sampling
         )
         stateful = self.algorithm.keeps_client_state or self.client_optimizer == "keep" or bool(self.personal)
         at_home = stateful or any(transform.keeps_client_state for transform in self.transforms)
@@ -326,8 +336,8 @@ class FederatedStrategy(ParallelStrategy):
             population,
             self.federation,
             settings,
-            self.clients_per_round,
-            work,
+            self.participation,
+            self.limit_train_batches,
             at_home,
             self.on_client_error,
             self._last_rounds,
@@ -463,11 +473,11 @@ class FederatedStrategy(ParallelStrategy):
 
     @property
     def _settings(self) -> dict[str, str]:
-        own = ("algorithm", "weighting", "clients_per_round", "local_epochs", "local_steps", "client_optimizer")
+        own = ("algorithm", "weighting", "client_optimizer", "cohort", "clients_per_round", "stragglers")
         of_trainer = ("max_epochs", "max_steps", "min_epochs", "check_val_every_n_epoch", "num_sanity_val_steps")
         trainer = self._trainer
         return {
-            **{name: repr(getattr(self, name)) for name in (*own, "personal", "_seed")},
+            **{name: repr(getattr(self, name)) for name in (*own, "local_epochs", "local_steps", "personal", "_seed")},
             **{name: repr(getattr(trainer, name)) for name in of_trainer},
         }
 

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_fl.aggregation import Aggregator, RoundContext, Transform
 from lightning_fl.algorithms import Algorithm, Weighting
-from lightning_fl.clients import ClientStore, client_generator
+from lightning_fl.clients import ClientStore, Sampling, client_generator
 from lightning_fl.communication import Group, Message
 from lightning_fl.communication.objects import decode, encode
 from lightning_fl.engines import Schedule, ScheduleEnd, SequentialEngine
@@ -31,6 +31,7 @@ class FederationSettings:
         weighting: What a client weighs in the mean.
         seed: Seed of all randomness that privacy does not rest on.
         population: Number of clients in the federation.
+        sampling: How the cohorts are drawn.
     """
 
     algorithm: Algorithm
@@ -39,6 +40,7 @@ class FederationSettings:
     weighting: Weighting
     seed: int
     population: int
+    sampling: Sampling | None = None
 
     @property
     def transforms_gradients(self) -> bool:
@@ -89,7 +91,7 @@ class RoundResult:
     @cached_property
     def norm(self) -> float:
         """Euclidean norm of the mean update."""
-        return norm(self.aggregate.delta) / self.aggregate.weight
+        return norm(self.aggregate.delta) / (self.aggregate.weight or 1.0)
 
 
 class Round:
@@ -124,7 +126,7 @@ class Round:
         self.engine = engine
         self.store = store
         self.group = group
-        self.ctx = RoundContext(round=index, cohort=cohort, population=settings.population)
+        self.ctx = RoundContext(index, cohort, settings.population, settings.sampling)
         self.refused: list[ClientId] = []
         self.num_steps = 0
         self.num_examples = 0
@@ -206,6 +208,9 @@ class Round:
     def close(self, report: Message, look: Callable[[list[Message]], None] = lambda reports: None) -> RoundResult:
         """Joins the ranks' updates and loads the new global model; every rank calls it once a round.
 
+        A round in which nobody was there to train leaves the model and the algorithm's state as they are, unless a
+        transform gives it weight, as one that adds noise for differential privacy does.
+
         Args:
             report: What this rank tells the others besides.
             look: Is shown the reports of all ranks before anything is made of them.
@@ -231,15 +236,18 @@ class Round:
                 f"Round {self.ctx.round} has no update left: those of all its clients ({_some(refused)}) hold NaN or "
                 "Inf. The global model is as it was. Lower the learning rate, clip gradients, or look at their data."
             )
-        aggregate = self.settings.aggregator.result(acc, self.ctx)
+        is_empty = len(self.ctx.cohort) < self.ctx.population and not any(
+            message.fields["num_clients"] for message in reports
+        )
+        aggregate = self._nothing() if is_empty else self.settings.aggregator.result(acc, self.ctx)
         for index, transform in reversed(list(enumerate(self.settings.transforms))):
             aggregate, self.transform_states[index] = transform.server(
                 aggregate, self.transform_states[index], self.ctx
             )
-        server = self.settings.algorithm.server_update(self.server, aggregate)
+        server = self.settings.algorithm.server_update(self.server, aggregate) if aggregate.weight else self.server
         self.engine.end_round(
             server["params"],
-            scale(aggregate.buffers, 1 / aggregate.weight),
+            scale(aggregate.buffers, 1 / (aggregate.weight or 1.0)),
             _furthest([message.fields["schedule_end"] for message in reports]),
         )
         self.store.commit()
@@ -258,6 +266,11 @@ class Round:
         """Puts the module and the clients' states back to the round's start, when the round can't be finished."""
         self.store.roll_back()
         self.engine.end_round(self.server["params"], zeros_like(self._like.buffers), None)
+
+    def _nothing(self) -> Aggregate:
+        like = self._like
+        aux = {name: zeros_like(tree) for name, tree in like.aux.items()}
+        return Aggregate(zeros_like(like.delta), zeros_like(like.buffers), 0.0, aux, 0, self.ctx.population)
 
     def _transform(self, client: ClientId, update: Update) -> tuple[Update, dict[str, State]]:
         states = {}

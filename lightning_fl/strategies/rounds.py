@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
@@ -18,14 +18,14 @@ from torch.utils._pytree import tree_leaves
 from lightning_fl.clients import (
     ClientRandomness,
     ClientStore,
+    Draws,
     LocalWork,
+    Participation,
     Population,
     RoundLoader,
     RoundPlan,
-    cohort_size,
     count_batches,
     derive_seed,
-    sample_cohort,
 )
 from lightning_fl.clients.loaders import Loader
 from lightning_fl.clients.plan import Place
@@ -37,6 +37,7 @@ from lightning_fl.strategies import lightning_internals as internals
 from lightning_fl.strategies import lightning_results as logged
 from lightning_fl.strategies import metrics
 from lightning_fl.strategies.callback import has_hooks
+from lightning_fl.strategies.history import figures, round_entry
 from lightning_fl.strategies.round import FederationSettings, FederationState, Round, RoundResult
 from lightning_fl.tree import fingerprint
 from lightning_fl.types import ClientId
@@ -56,8 +57,8 @@ class FederatedRounds:
         population: All clients.
         group: The ranks of the federation.
         settings: What does not change from round to round.
-        clients_per_round: A count, a share, or None for all.
-        work: How much a client trains in a round.
+        participation: Who takes part in a round, and how much each client trains.
+        limit: Batches of one local pass, as a count or a share.
         at_home: Whether clients keep state and so must train on their home rank.
         on_client_error: Whether a client whose loader raises ends the run or is left out.
         last: The rounds of the Trainer's last ``fit``, which go on if this one does not start at round 0.
@@ -69,8 +70,8 @@ class FederatedRounds:
         population: Population,
         group: Group,
         settings: FederationSettings,
-        clients_per_round: int | float | None,
-        work: LocalWork,
+        participation: Participation,
+        limit: int | float,
         at_home: bool,
         on_client_error: OnClientError = "raise",
         last: FederatedRounds | None = None,
@@ -78,10 +79,10 @@ class FederatedRounds:
         self.trainer = trainer
         self.group = group
         self.settings = settings
-        self.work = work
+        self.participation = participation
+        self.work = participation.most_work(limit)
         self.at_home = at_home
         self.on_client_error = on_client_error
-        self.clients_per_round = clients_per_round
         self.state = FederationState()
         self.store = ClientStore()
         self.history: list[dict[str, Any]] = []
@@ -104,7 +105,7 @@ class FederatedRounds:
     def renew(self, population: Population) -> None:
         """Takes new loaders of the clients."""
         self.population = population
-        self.cohort_size = cohort_size(self.clients_per_round, len(population))
+        self.draws = Draws(self.participation, population, self.settings.seed, self.group)
         self.loader = RoundLoader(
             population.loaders,
             lambda: (self.plan, self.work),
@@ -112,6 +113,7 @@ class FederatedRounds:
             self._open_client,
             self.set_length,
             self._fail_client,
+            lambda client: self.works[client],
         )
         self._largest: int | float | None = None
         self._plan(internals.current_round(self.trainer))
@@ -242,7 +244,7 @@ class FederatedRounds:
         """Batches of the client with the most in a round, rounded up to whole optimizer steps."""
         if self._largest is None:
             loaders = self.population.loaders
-            clients = [next(iter(loaders))] if self.work.steps is not None else loaders
+            clients = [next(iter(loaders))] if self.work.steps is not None else loaders  # here all do the most
             steps = [self.work.num_steps(count_batches(loaders[client])) for client in clients]
             own = float("inf") if None in steps else float(max(step for step in steps if step is not None))
             told = self.group.all_gather(Message({"steps": own}), "estimated steps")
@@ -253,15 +255,18 @@ class FederatedRounds:
     def _plan(self, index: int) -> None:
         population = self.population
         self.work = replace(self.work, accumulate=self.trainer.accumulate_grad_batches)
-        cohort = sample_cohort(population.ids, self.cohort_size, self.settings.seed, index)
+        drawn = self.draws.cohort(index)
+        self.works: Mapping[ClientId, LocalWork] = self.draws.works(index, drawn, self.work)
+        self.dropped = [client for client in drawn if client not in self.works]
         clients, segments = [], []
         self._num_examples: dict[ClientId, int | None] = {}
         self._empty: list[ClientId] = []
         self._failed: dict[ClientId, str] = {}
-        for client in population.place(cohort, self.group.size, self.at_home)[self.group.rank]:
+        cohort = list(self.works)
+        for client in population.place(cohort, self.group.size, self.at_home, self.works)[self.group.rank]:
             try:
                 loader = population.loaders[client]
-                own = self.work.segments(count_batches(loader))
+                own = self.works[client].segments(count_batches(loader))
             except Exception as error:
                 self._fail_client(client, error)
                 continue
@@ -394,23 +399,9 @@ class FederatedRounds:
         self._publish(merged)
         self._has_late_values = any(fields["late"] for fields in told)
         self.trainer.should_stop = any(fields["should_stop"] for fields in told)
-        self._warn_of_refused(result.refused)
-        self.history.append(
-            {
-                "round": self.plan.round,
-                "num_clients": result.aggregate.num_clients,
-                "num_examples": sum(fields["num_examples"] for fields in told),
-                "num_steps": num_steps,
-                "refused": result.refused,
-                "failed": [client for fields in told for client, _ in fields["failed"]],
-                "empty": [client for fields in told for client in fields["empty"]],
-                "update_norm": result.norm,
-                "update_spread": result.spread,
-                "num_bytes": result.num_bytes,
-                "seconds": result.seconds,
-            }
-        )
-        internals.log_to_loggers(self.trainer, _figures(self.history[-1]))
+        self._warn_of_refused(result)
+        self.history.append(round_entry(self.plan.round, result, self.dropped))
+        internals.log_to_loggers(self.trainer, figures(self.history[-1]))
         self._call("on_aggregate_end", result.aggregate)
         internals.resume_by_step(self._paused)
         if not self._is_alone:
@@ -468,18 +459,14 @@ class FederatedRounds:
                 "with its own data. To split one data set among simulated clients, give num_clients or partition."
             )
 
-    def _warn_of_refused(self, refused: list[ClientId]) -> None:
-        if refused:
+    def _warn_of_refused(self, result: RoundResult) -> None:
+        if result.refused:
             rank_zero_warn(
-                f"Round {self.plan.round}: the updates of {', '.join(map(repr, refused))} hold NaN or Inf and were "
-                "left out. Lower the learning rate, clip gradients, or look at these clients' data."
+                f"Round {self.plan.round}: the updates of {', '.join(map(repr, result.refused))} hold NaN or Inf and "
+                "were left out. Lower the learning rate, clip gradients, or look at these clients' data."
             )
-
-
-def _figures(entry: dict[str, Any]) -> dict[str, float]:
-    names = ("num_clients", "num_examples", "num_steps", "update_norm", "update_spread", "num_bytes")
-    seconds = {f"fl/seconds_{phase}": value for phase, value in entry["seconds"].items()}
-    return {"fl/round": entry["round"], **{f"fl/{name}": entry[name] for name in names}, **seconds}
+        if not result.aggregate.num_clients:
+            rank_zero_info(f"Round {self.plan.round}: no client takes part.")
 
 
 def _generators(loader: Any) -> list[torch.Generator]:
