@@ -39,10 +39,10 @@ class Epsilon(float):
 
 @dataclass(frozen=True)
 class Gaussian:
-    r"""One release of a sum with Gaussian noise: :math:`\sum_i x_i + \mathcal{N}(0, \sigma^2 C^2)`, all :math:`|x_i| \le C`.
+    r"""One release of a sum with noise, :math:`\sum_i x_i + \mathcal{N}(0, z^2 C^2)`, of contributions of norm at most C.
 
     Args:
-        noise_multiplier: The standard deviation of the noise :math:`\sigma`, relative to the largest norm :math:`C` of
+        noise_multiplier: The standard deviation of the noise :math:`z`, relative to the largest norm :math:`C` of
             one contribution (also where neighbours replace one contribution, which moves the sum by up to 2C). 0: no
             noise.
         sampling: How the contributors were drawn. Default: everybody contributes, or it is not known who.

@@ -91,7 +91,8 @@ def _rdp(entries: Sequence[Entry], delta: float, relation: Relation) -> float:
 
     accountant = rdp.RdpAccountant(neighboring_relation=dpa.NeighboringRelation[relation.upper()])
     log = logging.getLogger("absl")
-    level, _ = log.level, log.setLevel(logging.ERROR)  # it tells of orders that it leaves out, which loosens the bound
+    level = log.level
+    log.setLevel(logging.ERROR)  # it tells of orders that it leaves out, which only loosens the bound
     try:
         for sigma, sampling, count in entries:
             accountant.compose(*_rdp_event(dpa, sigma / _scale(relation), sampling, count, relation))
@@ -175,8 +176,8 @@ def subsample(inner: Any, rate: float, grid: float = GRID) -> Any:
         Balle, Barthe and Gaboardi, "Privacy Amplification by Subsampling", NeurIPS 2018; Doroshenko et al., "Connect
         the Dots", PETS 2022.
     """
-    from dp_accounting.pld import privacy_loss_distribution as pld
     from dp_accounting.pld import pld_pmf
+    from dp_accounting.pld import privacy_loss_distribution as pld
 
     def plain(epsilon: np.ndarray) -> np.ndarray:
         """The larger delta of the mechanism's two orders, continued symmetrically below 0."""

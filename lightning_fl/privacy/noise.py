@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_fl.tree import Flat
+
 NUM_SUMMED = 2
 CHUNK = 1 << 14
 MAX_DEVIATIONS = 8.0
@@ -36,11 +38,11 @@ def warn_of_test_seed() -> None:
 class SecureNoise:
     """A stream of normal samples out of reach of ``seed_everything``: AES-256 in counter mode, keyed by the system.
 
-    Each sample is the sum of two independent Box-Muller normals over the root of 2, in float64 from 53-bit uniforms: the
-    attack that inverts a float sampler then has to search two at once (Holohan and Braghin, "Secure Random Sampling in
-    Differential Privacy", ESORICS 2021). It remains floating-point arithmetic, for which the proof does not hold to the
-    letter: the gaps between floats depend on the value (Mironov, CCS 2012), the sum to which noise is added is itself
-    rounded, and no sample lies beyond 12.1 standard deviations. An exact proof takes integer noise.
+    Each sample is the sum of two independent Box-Muller normals over the root of 2, in float64 from 53-bit uniforms:
+    the attack that inverts a float sampler then has to search two at once (Holohan and Braghin, "Secure Random Sampling
+    in Differential Privacy", ESORICS 2021). It remains floating-point arithmetic, for which the proof does not hold to
+    the letter: the gaps between floats depend on the value (Mironov, CCS 2012), the sum to which noise is added is
+    itself rounded, and no sample lies beyond 12.1 standard deviations. An exact proof takes integer noise.
 
     Args:
         insecure_test_seed: A seed that makes the samples repeat. They are then predictable and protect nothing.
@@ -116,7 +118,31 @@ def check_deviation(noise: Tensor, std: float) -> None:
     slack = MAX_DEVIATIONS / math.sqrt(2 * size)
     if not found > 0 or not 1 - slack <= found <= 1 + slack:
         raise PrivacyError(
-            f"The noise that was added to {size} values has standard deviation {found * std:.6g}, recorded is {std:.6g}. "
-            "The run stops before anything is released. If the values are very large against the noise, they "
+            f"The noise added to {size} values has standard deviation {found * std:.6g}, recorded is {std:.6g}. The "
+            "run stops before anything is released. If the values are very large against the noise, they "
             "swallow it: lower the clip, or train in float32 or float64."
         )
+
+
+def add_noise(flat: Flat, std: float, source: SecureNoise) -> Flat:
+    """Adds normal noise to flat tensors, in float64, and checks the noise as it was added.
+
+    Args:
+        flat: One tensor a dtype; complex ones count as pairs of real numbers.
+        std: Standard deviation of the noise on each number. 0: nothing is added.
+        source: Where the noise comes from.
+
+    Raises:
+        PrivacyError: If what was added has not the standard deviation.
+    """
+    if not std:
+        return flat
+    noisy, added = {}, []
+    for dtype, values in flat.items():
+        real = torch.view_as_real(values) if values.is_complex() else values
+        noise = source.normal(real.numel(), std).to(real.device).view_as(real)
+        result = (real.double() + noise).to(real.dtype)
+        added.append((result.double() - real.double()).reshape(-1))
+        noisy[dtype] = torch.view_as_complex(result) if values.is_complex() else result
+    check_deviation(torch.cat(added), std)
+    return noisy

@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+LEAST_PROBABILITY = 1e-12
+"""What is less likely than that is taken for a fault."""
+
 Participation = Literal["visible", "hidden"]
 
 
@@ -23,7 +26,12 @@ class Sampling(ABC):
         """The number of contributors to expect, by which a sum is divided."""
 
     def check(self, drawn: int, population: int) -> str | None:
-        """What shows that ``drawn`` of ``population`` contributors are not such a draw; None if nothing does."""
+        """What shows that more have been drawn than the description allows; None if nothing does.
+
+        Args:
+            drawn: Contributors drawn so far, over all releases.
+            population: How many there were to draw from, over all releases.
+        """
         return None
 
     def state_dict(self) -> dict[str, Any]:
@@ -37,9 +45,6 @@ class Full(Sampling):
 
     def expected(self, population: int) -> float:
         return float(population)
-
-    def check(self, drawn: int, population: int) -> str | None:
-        return None if drawn == population else f"{drawn} of {population} were drawn, but all should take part"
 
 
 @dataclass(frozen=True)
@@ -63,8 +68,9 @@ class Poisson(Sampling):
         return self.rate * population
 
     def check(self, drawn: int, population: int) -> str | None:
-        # Chernoff: a binomial count lies this far from its mean with at most probability exp(-n KL).
-        if population * _divergence(drawn / population, self.rate) <= math.log(1e12):
+        # Chernoff: a binomial count lies this far above its mean with at most probability exp(-n KL).
+        share = drawn / population
+        if share <= self.rate or population * _divergence(share, self.rate) <= -math.log(LEAST_PROBABILITY):
             return None
         return f"{drawn} of {population} were drawn, which Poisson sampling at rate {self.rate:g} does not give"
 
@@ -92,7 +98,7 @@ class FixedSize(Sampling):
         return float(self.cohort)
 
     def check(self, drawn: int, population: int) -> str | None:
-        if population % self.population == 0 and drawn == self.cohort * (population // self.population):
+        if drawn * self.population <= self.cohort * population:
             return None
         return f"{drawn} of {population} were drawn, expected {self.cohort} of {self.population}"
 
@@ -153,8 +159,8 @@ def load_sampling(state: Mapping[str, Any]) -> Sampling:
     """
     if not isinstance(state, Mapping) or state.get("kind") not in KINDS:
         raise ValueError(f"{state!r} describes no sampling; expected a kind of {', '.join(KINDS)}.")
-    fields = {key: load_sampling(value) if isinstance(value, Mapping) else value for key, value in state.items()}
-    kind = KINDS[fields.pop("kind")]
+    kind, fields = KINDS[state["kind"]], {key: value for key, value in state.items() if key != "kind"}
+    fields = {key: load_sampling(value) if isinstance(value, Mapping) else value for key, value in fields.items()}
     try:
         return kind(**fields)
     except TypeError as error:

@@ -37,7 +37,7 @@ from lightning_fl.strategies import lightning_internals as internals
 from lightning_fl.strategies import lightning_results as logged
 from lightning_fl.strategies import metrics
 from lightning_fl.strategies.callback import has_hooks
-from lightning_fl.strategies.history import figures, round_entry
+from lightning_fl.strategies.history import figures, round_entry, words
 from lightning_fl.strategies.round import FederationSettings, FederationState, Round, RoundResult
 from lightning_fl.tree import fingerprint
 from lightning_fl.types import ClientId
@@ -297,6 +297,7 @@ class FederatedRounds:
             self.plan.cohort,
             [schedule for _, schedule in self.schedules],
         )
+        self.state = replace(self.state, transforms=list(self.round.transform_states))
         results = internals.train_results(self.trainer)
         for key in self._placeholders:
             results.pop(key, None)
@@ -401,7 +402,11 @@ class FederatedRounds:
         self.trainer.should_stop = any(fields["should_stop"] for fields in told)
         self._warn_of_refused(result)
         self.history.append(round_entry(self.plan.round, result, self.dropped))
-        internals.log_to_loggers(self.trainer, figures(self.history[-1]))
+        internals.log_to_loggers(self.trainer, figures(self.history[-1], result.hides_clients))
+        self._log_words(words(self.history[-1]))
+        if result.stop_reason is not None:
+            rank_zero_info(result.stop_reason)
+            self.trainer.should_stop = True
         self._call("on_aggregate_end", result.aggregate)
         internals.resume_by_step(self._paused)
         if not self._is_alone:
@@ -410,6 +415,11 @@ class FederatedRounds:
         for path, weights_only in told[0]["deferred"].items():
             self.trainer.save_checkpoint(path, weights_only)
         internals.save_passed_steps(self.trainer, self._first_step, self._first_step + num_steps)
+
+    def _log_words(self, words: dict[str, str]) -> None:
+        if words and self._warn_once(tuple(words.items())):
+            for logger in self.trainer.loggers:
+                logger.log_hyperparams(words)
 
     def _gather(self, message: Message, topic: str) -> list[dict[str, Any]]:
         try:
