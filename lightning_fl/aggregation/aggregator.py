@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -19,6 +19,10 @@ class Aggregator(ABC):
 
     ``init`` and ``add`` run on each rank for its clients, ``merge`` once a round over all ranks, ``result`` last.
     """
+
+    is_sum: ClassVar[bool] = False
+    """Whether the aggregate is the weighted sum of the updates, up to floating-point rounding: then one client moves it
+    by no more than its weight times the norm of its update."""
 
     @abstractmethod
     def init(self, like: Update, device: torch.device) -> Any:
@@ -84,6 +88,8 @@ class WeightedMean(Aggregator):
 
     Sums run in the tensors' own dtype, at least float32; integer buffers in float64.
     """
+
+    is_sum = True
 
     def init(self, like: Update, device: torch.device) -> WeightedSum:
         layout = Layout.of(_trees(like))

@@ -170,7 +170,7 @@ def describe_settings(trainer: L.Trainer) -> dict[str, str]:
         settings.update(
             algorithm=repr(algorithm),
             num_clients=f"{len(rounds.population)} {kind}",
-            clients_per_round=str(rounds.cohort_size),
+            clients_per_round=str(len(rounds.plan.cohort)),
             ranks=str(strategy.federation.size),
             seed=str(rounds.settings.seed),
         )

@@ -1,1 +1,26 @@
 """Differential privacy and secure aggregation."""
+
+from lightning_fl.privacy.accounting import Epsilon, Gaussian, Ledger
+from lightning_fl.privacy.calibration import noise_multiplier_for
+from lightning_fl.privacy.client_level import ClientLevelDP, PrivacyBudgetExceeded
+from lightning_fl.privacy.clipping import AdaptiveClip
+from lightning_fl.privacy.noise import InsecureNoiseWarning, PrivacyError, SecureNoise
+from lightning_fl.privacy.sampling import FixedSize, Full, LocalSteps, Poisson, Sampling
+
+__all__ = [
+    "AdaptiveClip",
+    "ClientLevelDP",
+    "Epsilon",
+    "FixedSize",
+    "Full",
+    "Gaussian",
+    "InsecureNoiseWarning",
+    "Ledger",
+    "LocalSteps",
+    "Poisson",
+    "PrivacyBudgetExceeded",
+    "PrivacyError",
+    "Sampling",
+    "SecureNoise",
+    "noise_multiplier_for",
+]

@@ -147,10 +147,13 @@ class FederatedStrategy(ParallelStrategy):
         self.local_epochs = local_epochs
         self.local_steps = local_steps
         self.partition = partition
-        self.weighting: Weighting = weighting or self.algorithm.weighting
+        required = next((transform.weighting for transform in transforms if transform.weighting is not None), None)
+        self.weighting: Weighting = weighting or required or self.algorithm.weighting
         self.client_optimizer: ClientOptimizer = client_optimizer
         self.aggregator = aggregator or WeightedMean()
         self.transforms = tuple(transforms)
+        for number, transform in enumerate(self.transforms, start=1):
+            transform.check(self.transforms[number:], self.aggregator, self.weighting)
         check_phases(self.algorithm, local_epochs, local_steps)
         self._named_personal = (personal,) if isinstance(personal, str) else tuple(personal)
         self.personal = self._named_personal
@@ -335,8 +338,9 @@ class FederatedStrategy(ParallelStrategy):
         trainer = self._trainer
         size = len(population)
         sampling = self.cohort.sampling(size, self.clients_per_round)
+        silos = population.silos is not None
         settings = FederationSettings(
-            self.algorithm, self.aggregator, self.transforms, self.weighting, self._seed, size, sampling
+            self.algorithm, self.aggregator, self.transforms, self.weighting, self._seed, size, sampling, silos
         )
         stateful = self.algorithm.keeps_client_state or self.client_optimizer == "keep" or bool(self.personal)
         stateful |= any(phase.model == "own" for phase in self.algorithm.phases())

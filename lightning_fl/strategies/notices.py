@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -60,6 +61,15 @@ class Notices:
             )
         if not result.aggregate.num_clients:
             rank_zero_info(f"Round {round}: no client takes part.")
+
+        if result.stop_reason is not None:
+            rank_zero_info(result.stop_reason)
+
+    def words(self, trainer: L.Trainer, words: Mapping[str, str]) -> None:
+        """A round tells the loggers something in words."""
+        if words and self._is_new(tuple(words.items())):
+            for logger in trainer.loggers:
+                logger.log_hyperparams(dict(words))
 
     def alone(self, reason: str) -> None:
         """Clients train one after the other though ``engine="auto"`` would have trained them together."""

@@ -36,6 +36,7 @@ class FederationSettings:
         seed: Seed of all randomness that privacy does not rest on.
         population: Number of clients in the federation.
         sampling: How the cohorts are drawn.
+        silos: Whether each rank is a silo with its own data.
     """
 
     algorithm: Algorithm
@@ -45,6 +46,12 @@ class FederationSettings:
     seed: int
     population: int
     sampling: Sampling | None = None
+    silos: bool = False
+
+    @property
+    def hides_clients(self) -> bool:
+        """Whether a transform must not let on who has taken part; a client that is refused then counts as zeros."""
+        return any(transform.hides_clients for transform in self.transforms)
 
     @property
     def transforms_gradients(self) -> bool:
@@ -76,6 +83,9 @@ class RoundResult:
         refused: Clients whose update was not finite.
         seconds: This rank's seconds of ``train``, ``wait``, ``communicate`` and ``server``.
         num_bytes: Bytes that this rank has handed to the others.
+        facts: What the transforms report.
+        hides_clients: Whether exact facts about the clients must not reach the loggers.
+        stop_reason: Why no other round may follow; None if one may.
     """
 
     state: FederationState
@@ -84,6 +94,9 @@ class RoundResult:
     refused: list[ClientId]
     seconds: dict[str, float]
     num_bytes: int
+    facts: dict[str, float | str]
+    hides_clients: bool
+    stop_reason: str | None
 
     @property
     def spread(self) -> float:
@@ -130,7 +143,9 @@ class Round:
         self.engine = engine
         self.store = store
         self.group = group
-        self.ctx = RoundContext(index, cohort, settings.population, settings.sampling)
+        self.ctx = RoundContext(
+            index, cohort, settings.population, settings.sampling, group=group, silos=settings.silos
+        )
         self.refused: list[ClientId] = []
         self.num_steps = 0
         self.num_examples = 0
@@ -140,12 +155,17 @@ class Round:
         self._traffic = replace(group.traffic)
         params = engine.begin_round(state.server.get("params"), schedules)
         self.server = _continue_server(settings, state.server, params)
-        self.transform_states = list(state.transforms) or [{} for _ in settings.transforms]
+        states = [*state.transforms, *({} for _ in settings.transforms[len(state.transforms) :])]
+        for number, transform in enumerate(settings.transforms):
+            states[number] = transform.start_round(states[number], self.ctx)
+        self.transform_states: list[State] = states
         like = Update(
             delta=params,
             buffers=to_sum_dtype(engine.tensors.buffers),
             aux=settings.algorithm.aux_like(params),
         )
+        for transform in settings.transforms:
+            like = transform.like(like)
         self._like = like
         self._acc = settings.aggregator.init(like, engine.device)
         self._client: ClientId | None = None
@@ -281,16 +301,18 @@ class Round:
         self, client: ClientId, before: Mapping[str, Any], update: Update, kept: dict[str, Any]
     ) -> Update | None:
         """Adds an update, and stages what its client keeps; None if one of them is not finite."""
+        is_sound = is_finite(leaves(self._to_be_finite(update, kept)))
         update, transform_states = self._transform(client, before, update)
-        kept = {**kept, **transform_states}
-        if not is_finite(leaves(self._to_be_finite(update, kept))):
+        is_sound = is_sound and is_finite(leaves(transform_states))
+        if not is_sound:
             self.refused.append(client)
+        if not is_finite(leaves(self._to_be_finite(update, {}))) or not (is_sound or self.settings.hides_clients):
             return None
         self._acc = self.settings.aggregator.add(self._acc, update, replace(self.ctx, client=client))
         self._squared_norm += update.weight * norm(update.delta) ** 2
-        if kept:
-            self.store.stage(client, move(kept, "cpu"))
-        return update
+        if is_sound and (kept or transform_states):
+            self.store.stage(client, move({**kept, **transform_states}, "cpu"))
+        return update if is_sound else None
 
     def drop_client(self) -> bool:
         """Leaves out the client at hand; tells whether there was one."""
@@ -352,7 +374,12 @@ class Round:
         }
         num_bytes = traffic.num_bytes - self._traffic.num_bytes
         state = FederationState(server, self.transform_states)
-        return RoundResult(state, aggregate, reports, refused, seconds, num_bytes)
+        transforms = list(zip(self.settings.transforms, self.transform_states, strict=False))
+        facts = {key: value for one, own in transforms for key, value in one.report(own, self.ctx).items()}
+        reasons = (one.stop_reason(own, self.ctx) for one, own in transforms)
+        stop_reason = next((reason for reason in reasons if reason is not None), None)
+        hidden = self.settings.hides_clients
+        return RoundResult(state, aggregate, reports, refused, seconds, num_bytes, facts, hidden, stop_reason)
 
     @property
     def _vectorized(self) -> VectorizedEngine:
@@ -381,7 +408,8 @@ class Round:
         states = {}
         for index, transform in enumerate(self.settings.transforms):
             generator = client_generator(self.settings.seed, self.ctx.round, client, f"transform {index}")
-            ctx = replace(self.ctx, client=client, generator=generator)
+            server = self.transform_states[index]
+            ctx = replace(self.ctx, client=client, generator=generator, server=server)
             key = f"transform {index}"
             update, states[key] = transform.client(update, before.get(key, {}), ctx)
         return update, {key: state for key, state in states.items() if state}

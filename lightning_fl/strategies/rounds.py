@@ -37,7 +37,7 @@ from lightning_fl.strategies import lightning_results as logged
 from lightning_fl.strategies import metrics
 from lightning_fl.strategies.callback import has_hooks
 from lightning_fl.strategies.checks import check_algorithm
-from lightning_fl.strategies.history import figures, round_entry
+from lightning_fl.strategies.history import figures, round_entry, words
 from lightning_fl.strategies.notices import Notices, digest
 from lightning_fl.strategies.probe import probe
 from lightning_fl.strategies.round import FederationSettings, FederationState, Round, RoundResult
@@ -329,6 +329,7 @@ class FederatedRounds:
             self.plan.cohort,
             [schedule for _, schedule in self.schedules],
         )
+        self.state = replace(self.state, transforms=list(self.round.transform_states))
         results = internals.train_results(self.trainer)
         for key in self._placeholders:
             results.pop(key, None)
@@ -540,7 +541,9 @@ class FederatedRounds:
         self.trainer.should_stop = any(fields["should_stop"] for fields in told)
         self._notices.result(self.plan.round, result)
         self.history.append(round_entry(self.plan.round, result, self.dropped))
-        internals.log_to_loggers(self.trainer, figures(self.history[-1]))
+        internals.log_to_loggers(self.trainer, figures(self.history[-1], result.hides_clients))
+        self._notices.words(self.trainer, words(self.history[-1]))
+        self.trainer.should_stop |= result.stop_reason is not None
         self._call("on_aggregate_end", result.aggregate)
         internals.resume_by_step(self._paused)
         if not self._is_alone:

@@ -11,7 +11,7 @@ import numpy as np
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 from lightning_fl.clients import Population
-from lightning_fl.clients.partition import targets
+from lightning_fl.clients.targets import targets
 from lightning_fl.communication import Group, Message
 
 NUM_BINS = 10
