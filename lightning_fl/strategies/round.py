@@ -10,12 +10,13 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from lightning_fl.aggregation import Aggregator, RoundContext, Transform
+from lightning_fl.aggregation import Aggregator, ClientLost, RoundContext, Transform
 from lightning_fl.algorithms import Algorithm, Weighting
 from lightning_fl.clients import ClientStore, client_generator
 from lightning_fl.communication import Group, Message
 from lightning_fl.communication.objects import decode, encode
 from lightning_fl.engines import Schedule, ScheduleEnd, SequentialEngine
+from lightning_fl.strategies.hidden_report import hide, reveal
 from lightning_fl.tree import is_finite, leaves, move, norm, scale, to_sum_dtype, zeros_like
 from lightning_fl.types import Aggregate, ClientId, Context, LocalRun, State, Tree, Update
 
@@ -68,6 +69,7 @@ class RoundResult:
         aggregate: The round's aggregate after the transforms.
         reports: What each rank told of the round.
         refused: Clients whose update was not finite.
+        lost: Clients that have vanished before their update was taken in.
         seconds: This rank's seconds of ``train``, ``wait``, ``communicate`` and ``server``.
         num_bytes: Bytes that this rank has handed to the others.
     """
@@ -76,6 +78,7 @@ class RoundResult:
     aggregate: Aggregate
     reports: list[Message]
     refused: list[ClientId]
+    lost: list[ClientId]
     seconds: dict[str, float]
     num_bytes: int
 
@@ -126,6 +129,7 @@ class Round:
         self.group = group
         self.ctx = RoundContext(round=index, cohort=cohort, population=settings.population)
         self.refused: list[ClientId] = []
+        self.lost: list[ClientId] = []
         self.num_steps = 0
         self.num_examples = 0
         self.schedule_end: ScheduleEnd | None = None
@@ -167,7 +171,8 @@ class Round:
             loss: Its mean training loss.
 
         Returns:
-            The facts of its local training, and its update, or None if that was not finite and so refused.
+            The facts of its local training, and its update, or None if that was refused because it was not finite, or
+            has got lost.
         """
         assert self._client is not None
         client, self._client = self._client, None
@@ -191,7 +196,11 @@ class Round:
         if not is_finite([*_tensors(update), *stateful, *personal]):
             self.refused.append(client)
             return run, None
-        self._acc = self.settings.aggregator.add(self._acc, update, replace(self.ctx, client=client))
+        try:
+            self._acc = self.settings.aggregator.add(self._acc, update, replace(self.ctx, client=client))
+        except ClientLost:
+            self.lost.append(client)
+            return run, None
         self.num_examples += num_examples
         self._squared_norm += update.weight * norm(update.delta) ** 2
         if kept:
@@ -220,12 +229,18 @@ class Round:
             "num_examples": self.num_examples,
             "schedule_end": None if self.schedule_end is None else encode(asdict(self.schedule_end)),
             "refused": self.refused,
+            "lost": self.lost,
             "squared_norm": self._squared_norm,
         }
-        acc, reports = self.settings.aggregator.merge(self._acc, self.group, Message(fields, report.tensors), self.ctx)
+        own = Message(fields, report.tensors)
+        hides = self.settings.aggregator.hides_reports and self.group.size > 1
+        acc, reports = self.settings.aggregator.merge(self._acc, self.group, hide(own) if hides else own, self.ctx)
+        reports = reveal(reports) if hides else reports
         merged = time.perf_counter()
         look(reports)
-        refused = [client for message in reports for client in message.fields["refused"]]
+        refused, lost = (
+            [client for message in reports for client in message.fields[kind]] for kind in ("refused", "lost")
+        )
         if refused and not any(message.fields["num_clients"] for message in reports):
             raise ValueError(
                 f"Round {self.ctx.round} has no update left: those of all its clients ({_some(refused)}) hold NaN or "
@@ -252,7 +267,7 @@ class Round:
         }
         num_bytes = traffic.num_bytes - self._traffic.num_bytes
         state = FederationState(server, self.transform_states)
-        return RoundResult(state, aggregate, reports, refused, seconds, num_bytes)
+        return RoundResult(state, aggregate, reports, refused, lost, seconds, num_bytes)
 
     def abandon(self) -> None:
         """Puts the module and the clients' states back to the round's start, when the round can't be finished."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
@@ -13,8 +12,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
 
+from lightning_fl.aggregation import FederationFacts
 from lightning_fl.clients import (
     ClientRandomness,
     ClientStore,
@@ -36,6 +35,7 @@ from lightning_fl.engines import Schedule, SequentialEngine
 from lightning_fl.strategies import lightning_internals as internals
 from lightning_fl.strategies import lightning_results as logged
 from lightning_fl.strategies import metrics
+from lightning_fl.strategies.batches import digest, generators
 from lightning_fl.strategies.callback import has_hooks
 from lightning_fl.strategies.round import FederationSettings, FederationState, Round, RoundResult
 from lightning_fl.tree import fingerprint
@@ -115,6 +115,13 @@ class FederatedRounds:
         )
         self._largest: int | float | None = None
         self._plan(internals.current_round(self.trainer))
+
+    @property
+    def facts(self) -> FederationFacts:
+        """What everyone may know before training starts."""
+        is_uniform, population = self.settings.weighting == "uniform", self.population
+        max_weight = (lambda: 1.0) if is_uniform else population.max_examples
+        return FederationFacts(population.silos is not None, self.cohort_size, True, max_weight)
 
     @property
     def module(self) -> L.LightningModule:
@@ -324,7 +331,7 @@ class FederatedRounds:
         if self.trainer.overfit_batches > 0:  # type: ignore[attr-defined]
             loader = in_order(loader)
         seed = derive_seed(self.settings.seed, self.plan.round, "loader", client)
-        for generator in _generators(loader):
+        for generator in generators(loader):
             self._randomness.seed_generator(generator, seed)
         return loader
 
@@ -402,6 +409,7 @@ class FederatedRounds:
                 "num_examples": sum(fields["num_examples"] for fields in told),
                 "num_steps": num_steps,
                 "refused": result.refused,
+                "lost": result.lost,
                 "failed": [client for fields in told for client, _ in fields["failed"]],
                 "empty": [client for fields in told for client in fields["empty"]],
                 "update_norm": result.norm,
@@ -480,20 +488,3 @@ def _figures(entry: dict[str, Any]) -> dict[str, float]:
     names = ("num_clients", "num_examples", "num_steps", "update_norm", "update_spread", "num_bytes")
     seconds = {f"fl/seconds_{phase}": value for phase, value in entry["seconds"].items()}
     return {"fl/round": entry["round"], **{f"fl/{name}": entry[name] for name in names}, **seconds}
-
-
-def _generators(loader: Any) -> list[torch.Generator]:
-    samplers = [getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None)]
-    found = [getattr(holder, "generator", None) for holder in (loader, *samplers)]
-    return list({id(generator): generator for generator in found if isinstance(generator, torch.Generator)}.values())
-
-
-def digest(batch: Any) -> str:
-    """A digest of a batch's content."""
-    content = hashlib.blake2b(digest_size=16)
-    for leaf in tree_leaves(batch):
-        if isinstance(leaf, Tensor):
-            content.update(leaf.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        else:
-            content.update(repr(leaf).encode())
-    return content.hexdigest()
