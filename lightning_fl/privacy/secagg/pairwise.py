@@ -53,7 +53,8 @@ class PairwiseClient(Secret):
             RetryRefused: If the vector has left before among others.
         """
         participant = self._participant
-        assert not self._is_done, "the masks of a sum are used once"
+        if self._is_done:
+            raise ProtocolError("A client was asked for the masks of a sum again; they are used once.")
         self._is_done = True
         roster = roster_of(adverts)
         participant.check(roster, participant.terms.threshold)
