@@ -25,6 +25,7 @@ import lightning_fl.tracking
 from lightning_fl import commands
 from lightning_fl.callbacks import DryRun, FederatedProgressBar, RunRecord
 from lightning_fl.commands import algorithms, compare, init, partition, recipes, report
+from lightning_fl.commands.keys import keys
 from lightning_fl.commands.recipes import recipes_directory
 from lightning_fl.strategies import FederatedStrategy
 
@@ -136,7 +137,8 @@ def command_line(words: Sequence[str]) -> str:
 
 _MODULES = (init, partition, report, compare, recipes, algorithms)
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
-    module.__name__.rpartition(".")[2]: commands.command(module) for module in _MODULES
+    **{module.__name__.rpartition(".")[2]: commands.command(module) for module in _MODULES},
+    "keys": keys,
 }
 """Commands beside LightningCLI's, each called with the words after its name."""
 

@@ -6,6 +6,7 @@ from lightning_fl.privacy.client_level import ClientLevelDP, PrivacyBudgetExceed
 from lightning_fl.privacy.clipping import AdaptiveClip
 from lightning_fl.privacy.noise import InsecureNoiseWarning, PrivacyError, SecureNoise
 from lightning_fl.privacy.sampling import FixedSize, Full, LocalSteps, Poisson, Sampling
+from lightning_fl.privacy.secagg import SecureAggregation
 
 __all__ = [
     "AdaptiveClip",
@@ -21,6 +22,7 @@ __all__ = [
     "PrivacyBudgetExceeded",
     "PrivacyError",
     "Sampling",
+    "SecureAggregation",
     "SecureNoise",
     "noise_multiplier_for",
 ]

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import Tensor
 
-from lightning_fl.aggregation import Aggregator, Transform, WeightedMean
+from lightning_fl.aggregation import Aggregator, FederationFacts, Transform, WeightedMean
 from lightning_fl.algorithms import Algorithm, Weighting, get_algorithm
 from lightning_fl.clients import Amount, Cohort, Participation, Population, RoundLoader, Stragglers, Uniform
 from lightning_fl.clients.partition import Partitioner
@@ -30,6 +30,7 @@ from lightning_fl.engines import Vectorized
 from lightning_fl.engines.optimizers import OptimizerStates
 from lightning_fl.engines.sequential import ClientOptimizer
 from lightning_fl.strategies import lightning_internals as internals
+from lightning_fl.strategies.batches import digest
 from lightning_fl.strategies.callback import RoundCallback
 from lightning_fl.strategies.checkpoint import (
     KEY,
@@ -53,7 +54,6 @@ from lightning_fl.strategies.checks import (
 from lightning_fl.strategies.choice import choose_engine
 from lightning_fl.strategies.handshake import join_ranks
 from lightning_fl.strategies.metrics import EvaluationMetrics
-from lightning_fl.strategies.notices import digest
 from lightning_fl.strategies.population import build_population
 from lightning_fl.strategies.round import FederationSettings
 from lightning_fl.strategies.rounds import FederatedRounds, OnClientError
@@ -303,7 +303,7 @@ class FederatedStrategy(ParallelStrategy):
         assert self.lightning_module is not None
         self.personal = tuple(self.algorithm.personal(self.lightning_module, self._named_personal))
         join_ranks(self.federation, self.lightning_module, self._settings)
-        self.evaluation_metrics = EvaluationMetrics(self.federation, self.lightning_module)
+        self.evaluation_metrics = EvaluationMetrics(self.federation, self.lightning_module, self.aggregator)
 
     def setup_optimizers(self, trainer: L.Trainer) -> None:
         super().setup_optimizers(trainer)
@@ -367,6 +367,7 @@ class FederatedStrategy(ParallelStrategy):
         self._resume()
         optimizers = OptimizerStates(self.optimizers)
         engine, together = choose_engine(self, trainer, optimizers)
+        self.aggregator.open(self.federation, self.active_rounds.facts)
         self.active_rounds.start(engine, together)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -405,8 +406,10 @@ class FederatedStrategy(ParallelStrategy):
             )
 
     def _start_evaluation(self) -> None:
-        results = internals.results_at_hand(self._trainer)
-        self.evaluation_metrics.start(results, per_rank=self._validation_is_per_rank or self.split_validation)
+        results, silos = internals.results_at_hand(self._trainer), self._validation_is_per_rank
+        if silos and self.federation.size > 1:
+            self.aggregator.open(self.federation, FederationFacts(silos, self.federation.size, is_training=False))
+        self.evaluation_metrics.start(results, silos or self.split_validation, silos)
         self._works_alone = True
 
     def end_evaluation(self) -> None:
@@ -501,6 +504,7 @@ class FederatedStrategy(ParallelStrategy):
         return {
             **{name: repr(getattr(self, name)) for name in (*own, "local_epochs", "local_steps", "personal", "_seed")},
             **{name: repr(getattr(trainer, name)) for name in of_trainer},
+            "aggregator": type(self.aggregator).__name__,
         }
 
     @property

@@ -10,9 +10,12 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_sum
 
+from lightning_fl.aggregation import Aggregator
 from lightning_fl.communication import Group, Message
 from lightning_fl.strategies import lightning_results as logged
+from lightning_fl.strategies.hidden_report import hide, reveal
 from lightning_fl.strategies.lightning_results import ResultCollection
 from lightning_fl.types import Tree
 
@@ -223,7 +226,10 @@ class MetricStates:
                 lengths[key] = len(state) if isinstance(state, list) else None
                 for index, tensor in enumerate(state if isinstance(state, list) else [state]):
                     tensors[f"{name}/{key}/{index}"] = tensor
-            fields[name] = {"count": metric._update_count, "lengths": lengths}
+            is_sum = all(length is None for length in lengths.values()) and all(
+                metric._reductions[key] is dim_zero_sum for key in metric._defaults
+            )
+            fields[name] = {"count": metric._update_count, "lengths": lengths, "is_sum": is_sum}
         return fields, tensors
 
     def merge(self, reports: Sequence[Message], device: torch.device) -> None:
@@ -271,21 +277,25 @@ class EvaluationMetrics:
     Args:
         group: The ranks of the federation.
         module: The user's module.
+        aggregator: Joins what ranks with data of their own report, and may hide it.
     """
 
-    def __init__(self, group: Group, module: LightningModule) -> None:
+    def __init__(self, group: Group, module: LightningModule, aggregator: Aggregator) -> None:
         self.group = group
         self.module = module
+        self.aggregator = aggregator
         self.states = MetricStates(module, group.rank)
         self._placeholders: list[str] = []
 
-    def start(self, results: ResultCollection, per_rank: bool) -> None:
+    def start(self, results: ResultCollection, per_rank: bool, silos: bool) -> None:
         """An evaluation begins.
 
         Args:
             results: Where Lightning collects what is logged.
             per_rank: Whether ranks may have data of their own.
+            silos: Whether it is that of silos.
         """
+        self.hides = silos and self.aggregator.hides_reports and self.group.size > 1
         for key in self._placeholders:
             results.pop(key, None)
         self._placeholders = []
@@ -315,6 +325,8 @@ class EvaluationMetrics:
     def _gather(self, entries: Entries) -> list[Message]:
         fields, tensors = self.states.report() if self.per_rank else ({}, {})
         report = Message({"metrics": entries, "metric_states": fields, "first_batch": self.first_batch}, tensors)
+        if self.hides:
+            return reveal(self.aggregator.gather(self.group, hide(report), "evaluation"))
         reports = self.group.all_gather(report, "evaluation")
         same_data = len({message.fields["first_batch"] for message in reports}) == 1
         return reports if self.per_rank and not same_data else reports[:1]

@@ -12,13 +12,14 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_fl.aggregation import Aggregator, RoundContext, Transform
+from lightning_fl.aggregation import Aggregator, ClientLost, RoundContext, Transform
 from lightning_fl.algorithms import Algorithm, Weighting
 from lightning_fl.clients import ClientStore, Sampling, client_generator
 from lightning_fl.communication import Group, Message
 from lightning_fl.communication.objects import decode, encode
 from lightning_fl.engines import LocalResult, Schedule, ScheduleEnd, SequentialEngine, VectorizedEngine
 from lightning_fl.engines.stacking import are_finite, part
+from lightning_fl.strategies.hidden_report import hide, reveal
 from lightning_fl.strategies.unit import Unit
 from lightning_fl.tree import clone, is_finite, leaves, move, norm, scale, to_sum_dtype, zeros_like
 from lightning_fl.types import Aggregate, ClientId, Context, LocalRun, State, Tree, Update
@@ -81,6 +82,7 @@ class RoundResult:
         aggregate: The round's aggregate after the transforms.
         reports: What each rank told of the round.
         refused: Clients whose update was not finite.
+        lost: Clients that have vanished before their update was taken in.
         seconds: This rank's seconds of ``train``, ``wait``, ``communicate`` and ``server``.
         num_bytes: Bytes that this rank has handed to the others.
         facts: What the transforms report.
@@ -92,6 +94,7 @@ class RoundResult:
     aggregate: Aggregate
     reports: list[Message]
     refused: list[ClientId]
+    lost: list[ClientId]
     seconds: dict[str, float]
     num_bytes: int
     facts: dict[str, float | str]
@@ -147,6 +150,7 @@ class Round:
             index, cohort, settings.population, settings.sampling, group=group, silos=settings.silos
         )
         self.refused: list[ClientId] = []
+        self.lost: list[ClientId] = []
         self.num_steps = 0
         self.num_examples = 0
         self.schedule_end: ScheduleEnd | None = None
@@ -244,7 +248,7 @@ class Round:
         update = replace(update, buffers=result.buffers, weight=weight)
         kept: dict[str, Any] = {**result.kept, **({} if states is None else {"algorithm": states})}
         self._count_run(result, len(unit.clients))
-        if self.settings.transforms:
+        if self.settings.transforms or not self.settings.aggregator.adds_together:
             each = enumerate(zip(unit.clients, unit.kept, strict=True))
             taken = [self._take_in(c, own, update.part(i), clone(part(kept, i))) is not None for i, (c, own) in each]
         else:
@@ -271,7 +275,8 @@ class Round:
             loss: Its mean training loss.
 
         Returns:
-            The facts of its local training, and its update, or None if that was not finite and so refused.
+            The facts of its local training, and its update, or None if that was refused because it was not finite, or
+            has got lost.
         """
         assert self._client is not None
         client, self._client = self._client, None
@@ -308,7 +313,11 @@ class Round:
             self.refused.append(client)
         if not is_finite(leaves(self._to_be_finite(update, {}))) or not (is_sound or self.settings.hides_clients):
             return None
-        self._acc = self.settings.aggregator.add(self._acc, update, replace(self.ctx, client=client))
+        try:
+            self._acc = self.settings.aggregator.add(self._acc, update, replace(self.ctx, client=client))
+        except ClientLost:
+            self.lost.append(client)
+            return None
         self._squared_norm += update.weight * norm(update.delta) ** 2
         if is_sound and (kept or transform_states):
             self.store.stage(client, move({**kept, **transform_states}, "cpu"))
@@ -339,12 +348,18 @@ class Round:
             "num_examples": self.num_examples,
             "schedule_end": None if self.schedule_end is None else encode(asdict(self.schedule_end)),
             "refused": self.refused,
+            "lost": self.lost,
             "squared_norm": self._squared_norm,
         }
-        acc, reports = self.settings.aggregator.merge(self._acc, self.group, Message(fields, report.tensors), self.ctx)
+        own = Message(fields, report.tensors)
+        hides = self.settings.aggregator.hides_reports and self.group.size > 1
+        acc, reports = self.settings.aggregator.merge(self._acc, self.group, hide(own) if hides else own, self.ctx)
+        reports = reveal(reports) if hides else reports
         merged = time.perf_counter()
         look(reports)
-        refused = [client for message in reports for client in message.fields["refused"]]
+        refused, lost = (
+            [client for message in reports for client in message.fields[kind]] for kind in ("refused", "lost")
+        )
         if refused and not any(message.fields["num_clients"] for message in reports):
             raise ValueError(
                 f"Round {self.ctx.round} has no update left: those of all its clients ({_some(refused)}) hold NaN or "
@@ -379,7 +394,7 @@ class Round:
         reasons = (one.stop_reason(own, self.ctx) for one, own in transforms)
         stop_reason = next((reason for reason in reasons if reason is not None), None)
         hidden = self.settings.hides_clients
-        return RoundResult(state, aggregate, reports, refused, seconds, num_bytes, facts, hidden, stop_reason)
+        return RoundResult(state, aggregate, reports, refused, lost, seconds, num_bytes, facts, hidden, stop_reason)
 
     @property
     def _vectorized(self) -> VectorizedEngine:

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_fl.aggregation import FederationFacts
 from lightning_fl.clients import (
     ClientRandomness,
     ClientStore,
@@ -35,10 +36,11 @@ from lightning_fl.engines.phases import optimizer_entry
 from lightning_fl.strategies import lightning_internals as internals
 from lightning_fl.strategies import lightning_results as logged
 from lightning_fl.strategies import metrics
+from lightning_fl.strategies.batches import digest, generators
 from lightning_fl.strategies.callback import has_hooks
 from lightning_fl.strategies.checks import check_algorithm
 from lightning_fl.strategies.history import figures, round_entry, words
-from lightning_fl.strategies.notices import Notices, digest
+from lightning_fl.strategies.notices import Notices
 from lightning_fl.strategies.probe import probe
 from lightning_fl.strategies.round import FederationSettings, FederationState, Round, RoundResult
 from lightning_fl.strategies.together import ClientsTogether, NotStackable, NotVectorizable
@@ -122,6 +124,16 @@ class FederatedRounds:
         )
         self._largest: int | float | None = None
         self._plan(internals.current_round(self.trainer))
+
+    @property
+    def facts(self) -> FederationFacts:
+        """What everyone may know before training starts."""
+        is_uniform, population = self.settings.weighting == "uniform", self.population
+        max_weight = (lambda: 1.0) if is_uniform else population.max_examples
+        sampling = self.settings.sampling
+        is_random = sampling is not None and sampling.kind == "poisson"
+        cohort_size = len(population) if is_random else len(self.plan.cohort)
+        return FederationFacts(population.silos is not None, cohort_size, True, max_weight)
 
     @property
     def module(self) -> L.LightningModule:
@@ -435,7 +447,7 @@ class FederatedRounds:
     def _seed(self, client: ClientId, loader: Loader, purpose: str = "client") -> None:
         self._randomness.enter(self.settings.seed, self.plan.round, client, purpose)
         seed = derive_seed(self.settings.seed, self.plan.round, "loader", client)
-        for generator in _generators(loader):
+        for generator in generators(loader):
             self._randomness.seed_generator(generator, seed)
 
     def _make_probe(self, client: ClientId, loader: Loader) -> Callable[[Mapping[str, Tensor]], Any] | None:
@@ -580,9 +592,3 @@ class FederatedRounds:
             method: Callable[..., None] | None = getattr(callback, hook, None)
             if method is not None:
                 method(self.trainer, self.module, *args)
-
-
-def _generators(loader: Any) -> list[torch.Generator]:
-    samplers = [getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None)]
-    found = [getattr(holder, "generator", None) for holder in (loader, *samplers)]
-    return list({id(generator): generator for generator in found if isinstance(generator, torch.Generator)}.values())
