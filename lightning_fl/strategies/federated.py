@@ -48,11 +48,11 @@ from lightning_fl.strategies.checks import (
     check_phases,
     check_same_on_ranks,
     check_trainer,
-    check_type,
+    check_types,
     check_work,
 )
 from lightning_fl.strategies.choice import choose_engine
-from lightning_fl.strategies.handshake import join_ranks
+from lightning_fl.strategies.handshake import join_ranks, settings_of
 from lightning_fl.strategies.metrics import EvaluationMetrics
 from lightning_fl.strategies.population import build_population
 from lightning_fl.strategies.round import FederationSettings
@@ -123,12 +123,7 @@ class FederatedStrategy(ParallelStrategy):
         super().__init__(checkpoint_io=WholeCheckpointIO())
         self.cohort = cohort or Uniform()
         self.stragglers = stragglers
-        check_type("partition", partition, Partitioner, "fl.datamodules.Dirichlet(0.3)")
-        check_type("aggregator", aggregator, Aggregator, "fl.aggregation.WeightedMean()")
-        check_type("transforms", transforms, Sequence, "a list of fl.aggregation.Transform")
-        check_type("personal", personal, Sequence, "a list of globs such as ['head.*']")
-        for transform in transforms:
-            check_type("transforms", transform, Transform, "fl.aggregation.Transform objects")
+        check_types(partition, aggregator, transforms, personal)
         secure = any(transform.needs_secure_sampling for transform in transforms)
         self.participation = Participation(
             self.cohort, clients_per_round, local_epochs, local_steps, stragglers, secure
@@ -302,7 +297,7 @@ class FederatedStrategy(ParallelStrategy):
         super().setup(trainer)
         assert self.lightning_module is not None
         self.personal = tuple(self.algorithm.personal(self.lightning_module, self._named_personal))
-        join_ranks(self.federation, self.lightning_module, self._settings)
+        join_ranks(self.federation, self.lightning_module, settings_of(self, trainer))
         self.evaluation_metrics = EvaluationMetrics(self.federation, self.lightning_module, self.aggregator)
 
     def setup_optimizers(self, trainer: L.Trainer) -> None:
@@ -495,17 +490,6 @@ class FederatedStrategy(ParallelStrategy):
     @property
     def _seed(self) -> int:
         return int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed
-
-    @property
-    def _settings(self) -> dict[str, str]:
-        own = ("algorithm", "weighting", "client_optimizer", "cohort", "clients_per_round", "stragglers")
-        of_trainer = ("max_epochs", "max_steps", "min_epochs", "check_val_every_n_epoch", "num_sanity_val_steps")
-        trainer = self._trainer
-        return {
-            **{name: repr(getattr(self, name)) for name in (*own, "local_epochs", "local_steps", "personal", "_seed")},
-            **{name: repr(getattr(trainer, name)) for name in of_trainer},
-            "aggregator": type(self.aggregator).__name__,
-        }
 
     @property
     def _validation_is_per_rank(self) -> bool:
