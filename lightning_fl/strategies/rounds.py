@@ -335,9 +335,7 @@ class FederatedRounds:
 
     def _seed(self, client: ClientId, loader: Loader, purpose: str = "client") -> None:
         self._randomness.enter(self.settings.seed, self.plan.round, client, purpose)
-        seed = derive_seed(self.settings.seed, self.plan.round, "loader", client)
-        for generator in _generators(loader):
-            self._randomness.seed_generator(generator, seed)
+        self._randomness.seed_loader(loader, derive_seed(self.settings.seed, self.plan.round, "loader", client))
 
     def _make_probe(self, client: ClientId, loader: Loader) -> Callable[[Mapping[str, Tensor]], Any] | None:
         kind = self.settings.algorithm.probe
@@ -474,9 +472,3 @@ class FederatedRounds:
             method: Callable[..., None] | None = getattr(callback, hook, None)
             if method is not None:
                 method(self.trainer, self.module, *args)
-
-
-def _generators(loader: Any) -> list[torch.Generator]:
-    samplers = [getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None)]
-    found = [getattr(holder, "generator", None) for holder in (loader, *samplers)]
-    return list({id(generator): generator for generator in found if isinstance(generator, torch.Generator)}.values())
