@@ -215,3 +215,24 @@ def test_validation_with_personal_tensors_warns_unless_they_are_evaluated() -> N
     strategy = FederatedStrategy("fedavg", personal=["net.3.*"])
     with pytest.warns(UserWarning, match="PersonalizedEvaluation evaluates each client's model"):
         trainer(strategy).fit(Validated(), clients())
+
+
+def evaluate_silos() -> Any:
+    evaluation = PersonalizedEvaluation()
+    run = trainer("fedavg", 2, callbacks=[evaluation])
+    train, val = (DataLoader(images(n, seed + run.global_rank), batch_size=4) for n, seed in ((8, 0), (6, 10)))
+    run.fit(Validated(), train, val)
+    return evaluation.metrics
+
+
+def test_each_silo_is_evaluated_on_its_own_validation_data(run_ranks: Any) -> None:
+    first, second = run_ranks(2, evaluate_silos)
+    assert first == second
+    simulated = PersonalizedEvaluation()
+    data = [[images(n, seed + rank) for rank in range(2)] for n, seed in ((8, 0), (6, 10))]
+    trainer("fedavg", 2, callbacks=[simulated]).fit(
+        Validated(), fl.datamodules.ClientDatasets(*data, batch_size=4, shuffle=False)
+    )
+    for client in range(2):
+        for kind, values in simulated.metrics[client].items():
+            assert first[client][kind] == pytest.approx(values, rel=1e-6)
