@@ -16,7 +16,7 @@ from lightning_fl.algorithms.fedrep import FedRep
 from lightning_fl.algorithms.fedsgd import FedSGD
 from lightning_fl.algorithms.mimelite import MimeLite
 from lightning_fl.algorithms.qfedavg import QFedAvg
-from lightning_fl.algorithms.registry import get_algorithm, register, registered
+from lightning_fl.algorithms.registry import get_algorithm, load_entry_points, register, registered
 from lightning_fl.algorithms.scaffold import Scaffold
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "Scaffold",
     "Weighting",
     "get_algorithm",
+    "load_entry_points",
     "register",
     "registered",
 ]

@@ -3,7 +3,15 @@
 from lightning_fl.callbacks.client_metrics import ClientMetrics
 from lightning_fl.callbacks.dry_run import DryRun
 from lightning_fl.callbacks.federated import FederatedCallback
+from lightning_fl.callbacks.personalized_evaluation import PersonalizedEvaluation
 from lightning_fl.callbacks.progress import FederatedProgressBar
 from lightning_fl.callbacks.run_record import RunRecord
 
-__all__ = ["ClientMetrics", "DryRun", "FederatedCallback", "FederatedProgressBar", "RunRecord"]
+__all__ = [
+    "ClientMetrics",
+    "DryRun",
+    "FederatedCallback",
+    "FederatedProgressBar",
+    "PersonalizedEvaluation",
+    "RunRecord",
+]

@@ -85,6 +85,13 @@ class ClientRandomness:
         np.random.seed(own % 2**32)
         random.seed(own)
 
+    def seed_loader(self, loader: Any, seed: int) -> None:
+        """Seeds the generators of a client's loader and its samplers, until :meth:`exit`."""
+        samplers = [getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None)]
+        found = [getattr(holder, "generator", None) for holder in (loader, *samplers)]
+        for generator in {id(own): own for own in found if isinstance(own, torch.Generator)}.values():
+            self.seed_generator(generator, seed)
+
     def seed_generator(self, generator: torch.Generator, seed: int) -> None:
         """Seeds a generator that belongs to the client's loader, until :meth:`exit`."""
         self._generators.append((generator, generator.get_state()))

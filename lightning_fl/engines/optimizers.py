@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -186,6 +187,25 @@ class OptimizerStates:
             optimizer.state.clear()
             optimizer.state.update(_copy_state(fresh))
             optimizer.zero_grad(set_to_none=True)
+
+    @contextmanager
+    def aside(self) -> Iterator[Optimizer]:
+        """Lends the only optimizer for training outside the rounds, fresh and as the last round began.
+
+        Yields:
+            The optimizer. Afterwards its options and the schedules are what they were.
+        """
+        (optimizer,) = self.optimizers
+        options = [_options(optimizer) for optimizer in self.optimizers]
+        states = [copy.deepcopy(schedule.scheduler.state_dict()) for schedule in self.schedules]
+        try:
+            self.start_client(None)
+            yield optimizer
+        finally:
+            self._options, before = options, self._options
+            self._schedule_states, first = states, self._schedule_states
+            self.end_round(None)
+            self._options, self._schedule_states = before, first
 
     def lr_sum(self, params: Mapping[str, Tensor]) -> dict[str, float]:
         """For each parameter, the learning rates of the client's steps summed."""

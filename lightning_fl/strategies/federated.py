@@ -393,11 +393,12 @@ class FederatedStrategy(ParallelStrategy):
         self._start_evaluation()
 
     def _warn_of_personal(self) -> None:
-        if not self._warned_of_personal:
+        callbacks = self._trainer.callbacks  # type: ignore[attr-defined]
+        if not self._warned_of_personal and not any(getattr(c, "evaluates_clients", False) for c in callbacks):
             self._warned_of_personal = True
             rank_zero_warn(
-                f"The tensors personal={self.personal} live with the clients; validation of the global model uses "
-                "their common start values."
+                f"The tensors personal={list(self.personal)} live with the clients; validation of the global model "
+                "uses their common start values. fl.callbacks.PersonalizedEvaluation evaluates each client's model."
             )
 
     def _start_evaluation(self) -> None:

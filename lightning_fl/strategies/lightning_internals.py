@@ -413,6 +413,16 @@ def step_aside(trainer: Trainer, hook: str, batch: Any, batch_idx: int) -> tuple
     return call._call_strategy_hook(trainer, hook, batch, *([batch_idx] if takes_index else [])), batch
 
 
+def hook_aside(trainer: Trainer, hook: str) -> None:
+    """Calls one of the module's epoch hooks outside the loops, so that it may log."""
+    call._call_lightning_module_hook(trainer, hook)
+
+
+def logged_aside(results: _ResultCollection) -> dict[str, float]:
+    """What was logged by epoch since :func:`logging_aside` began, under the names that the user gave."""
+    return {name: float(value) for name, value in results.metrics(on_step=False)["callback"].items()}
+
+
 def log_to_loggers(trainer: Trainer, figures: dict[str, float]) -> None:
     """Gives figures to the loggers, at the step at which Lightning logs the epoch's metrics."""
     trainer._logger_connector.log_metrics(dict(figures))  # type: ignore[arg-type]

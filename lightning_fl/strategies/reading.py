@@ -13,7 +13,6 @@ from lightning_fl.clients import ClientRandomness, LocalWork, derive_seed
 from lightning_fl.clients.loaders import Loader
 from lightning_fl.clients.round_loader import one_pass
 from lightning_fl.clients.split import in_order
-from lightning_fl.strategies.batches import generators
 from lightning_fl.strategies.notices import Notices
 from lightning_fl.strategies.probe import probe
 from lightning_fl.types import ClientId
@@ -71,6 +70,4 @@ class ClientReading:
 
     def _enter(self, round: int, client: ClientId, loader: Loader, purpose: str = "client") -> None:
         self._randomness.enter(self.seed, round, client, purpose)
-        own = derive_seed(self.seed, round, "loader", client)
-        for generator in generators(loader):
-            self._randomness.seed_generator(generator, own)
+        self._randomness.seed_loader(loader, derive_seed(self.seed, round, "loader", client))
