@@ -48,8 +48,8 @@ class CharTransformer(Classifier):
     r"""A small causal transformer over characters, with the norm before each block.
 
     Reads int64 ``[batch, length]`` and predicts the next character as :class:`CharLSTM` does. With :math:`V`
-    characters, width :math:`d`, length :math:`T` and :math:`L` blocks it has :math:`2 V d + V + T d + L (12 d^2 + 13 d) + 2 d`
-    parameters.
+    characters, width :math:`d`, length :math:`T` and :math:`L` blocks it has
+    :math:`2 V d + V + T d + L (12 d^2 + 13 d) + 2 d` parameters.
 
     Args:
         vocabulary_size: Number of characters; 81 are those of ``ShakespeareDataModule``.
