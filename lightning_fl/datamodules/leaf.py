@@ -64,6 +64,7 @@ class LEAFDataModule(NaturalDataModule):
             seed=seed,
             num_workers=num_workers,
             eval_batch_size=eval_batch_size,
+            brings_test=True,
         )
         self.root = root
         self.shape = shape

@@ -61,6 +61,7 @@ class TorchDataModule(NaturalDataModule):
             seed=seed,
             num_workers=num_workers,
             eval_batch_size=eval_batch_size,
+            brings_test=test is not None,
         )
         self._train, self._test, self.client = train, test, client
 

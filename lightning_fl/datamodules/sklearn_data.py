@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ def load(function: str, user: str) -> tuple[np.ndarray, np.ndarray]:
         ImportError: If scikit-learn is not installed.
     """
     try:
-        from sklearn import datasets
+        datasets = import_module("sklearn.datasets")
     except ImportError as error:
         raise ImportError(
             f'{user} needs scikit-learn, which is not installed: pip install "lightning-fl[data]"'
