@@ -75,7 +75,10 @@ class ClientMetrics(FederatedCallback):
         self._rank = strategy.federation.rank
         self._only_numbers = all(isinstance(client, int) for client in strategy.active_rounds.population.ids)
         if self._path is not None and trainer.is_global_zero:
-            earlier = [row for row in read_clients(self._path) if row["round"] < trainer.current_epoch]
+            goes_on = trainer.current_epoch > 0
+            earlier = (
+                [row for row in read_clients(self._path) if row["round"] < trainer.current_epoch] if goes_on else []
+            )
             self._remove_tables(self._path)
             write_file(self._lines(self._path), "".join(to_json(row) + "\n" for row in earlier))
 

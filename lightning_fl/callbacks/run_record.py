@@ -160,7 +160,7 @@ def describe_settings(trainer: L.Trainer) -> dict[str, str]:
     settings = {}
     if isinstance(strategy, FederatedStrategy):
         algorithm, rounds = strategy.algorithm, strategy.active_rounds
-        kind = "clients" if rounds.population.silos is None else "silos"
+        kind = "simulated" if rounds.population.silos is None else "silos"
         names = [name for name in inspect.signature(FederatedStrategy).parameters if hasattr(strategy, name)]
         given = {name: getattr(strategy, name) for name in names}
         settings = {name: _text(value) for name, value in given.items() if value not in (None, (), [])}
@@ -169,7 +169,8 @@ def describe_settings(trainer: L.Trainer) -> dict[str, str]:
             settings.update({f"algorithm.{name}": _text(value) for name, value in own})
         settings.update(
             algorithm=repr(algorithm),
-            num_clients=f"{len(rounds.population)} {kind}",
+            clients=kind,
+            num_clients=str(len(rounds.population)),
             clients_per_round=str(len(rounds.plan.cohort)),
             ranks=str(strategy.federation.size),
             seed=str(rounds.settings.seed),

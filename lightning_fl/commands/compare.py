@@ -81,9 +81,10 @@ def print_table(runs: Sequence[Run], names: Sequence[str], metric: str, target: 
     if any(sent):
         columns["MB sent"] = [f"{num_bytes / 1e6:,.1f}" for num_bytes in sent]
     columns["seconds"] = [f"{one.seconds or 0:,.1f}" for one in runs]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for name in columns:
-        table.add_column(name, overflow="fold", justify="left" if name in ("run", "algorithm") else "right")
+        is_word = name in ("run", "algorithm")
+        table.add_column(name, justify="left" if is_word else "right", no_wrap=is_word)
     for cells in zip(*columns.values(), strict=True):
         table.add_row(*cells)
     console.print(table)

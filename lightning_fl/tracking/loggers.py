@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 from lightning_fl.tracking import plots
 from lightning_fl.tracking.partition import PartitionSummary
+from lightning_fl.tracking.run import as_number
 from lightning_fl.tracking.silo_logger import SiloWandbLogger
 
 MAX_TABLE_ROWS = 1000
@@ -21,10 +22,10 @@ def _writing(trainer: L.Trainer) -> list[Any]:
     return [one for one in trainer.loggers if trainer.is_global_zero or isinstance(one, SiloWandbLogger)]
 
 
-def log_settings(trainer: L.Trainer, settings: Mapping[str, Any]) -> None:
+def log_settings(trainer: L.Trainer, settings: Mapping[str, str]) -> None:
     """Adds the strategy's settings to the hyper-parameters of each logger, under ``fl/``."""
     for logger in _writing(trainer):
-        logger.log_hyperparams({f"fl/{name}": value for name, value in settings.items()})
+        logger.log_hyperparams({f"fl/{name}": as_number(value) for name, value in settings.items()})
         if isinstance(logger, TensorBoardLogger):
             rows = [[name, str(value)] for name, value in settings.items()]
             logger.experiment.add_text("fl/settings", markdown_table(["setting", "value"], rows))

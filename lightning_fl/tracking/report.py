@@ -89,7 +89,7 @@ def _head(run: Run) -> str:
     status = str(run.facts.get("status", "?"))
     mark = ' class="bad"' if status.startswith("failed") else ""
     lead = (
-        f"{escape(run.algorithm)}, {escape(run.settings.get('num_clients', 'no clients: a centralised run'))}. "
+        f"{escape(run.algorithm)}, {escape(_clients_in_words(run))}. "
         f"Started {escape(str(run.facts.get('started', '?')))}, <span{mark}>{escape(status)}</span>."
     )
     cards = [(f"{len(run.rounds):,}", "rounds")]
@@ -107,10 +107,17 @@ def _head(run: Run) -> str:
     steps, sent = run.total("num_steps"), run.total("num_bytes")
     if steps is not None:
         cards.append((f"{steps:,.0f}", "local steps, all clients"))
-    if sent is not None:
+    if sent:
         cards.append((_bytes(sent), "sent by this rank"))
     boxes = "".join(f'<div class="card"><b>{escape(big)}</b><span>{escape(small)}</span></div>' for big, small in cards)
     return f'<h1>{escape(run.name)}</h1>\n<p class="lead">{lead}</p>\n<div class="cards">{boxes}</div>'
+
+
+def _clients_in_words(run: Run) -> str:
+    if "num_clients" not in run.settings:
+        return "no clients: a centralised run"
+    kind = "silos" if run.settings.get("clients") == "silos" else "simulated clients"
+    return f"{run.settings['num_clients']} {kind}"
 
 
 def _curves(run: Run) -> str:
@@ -147,10 +154,13 @@ def _worst_clients(run: Run) -> str:
     last: dict[Any, dict[str, Any]] = {row["client"]: row for row in run.clients}
     known = [row for row in last.values() if row.get("loss") is not None]
     worst = sorted(known, key=lambda row: row["loss"], reverse=True)[:10]
-    columns = [name for name in worst[0] if name not in ("refused", "weight")] if worst else []
+    if not worst:
+        return ""
+    hidden = {"refused", "weight", *(["rank"] if len({row.get("rank") for row in known}) == 1 else [])}
+    columns = [name for name in worst[0] if name not in hidden]
     rows = [[row["round"] + 1 if name == "round" else row.get(name) for name in columns] for row in worst]
-    title = "<h3>Highest loss in a client's last round</h3>" if worst else ""
-    return title + _table(columns, rows) if worst else ""
+    names = [name.removeprefix("num_") for name in columns]
+    return "<h3>Highest loss in a client's last round</h3>" + _table(names, rows)
 
 
 def _partition(run: Run) -> str:

@@ -179,11 +179,12 @@ def read_clients(folder: Path) -> list[Row]:
         return pyarrow.parquet.read_table(parquet).to_pylist()
     if table.exists():
         with table.open(newline="") as file:
-            return [{key: _number(value) for key, value in row.items()} for row in csv.DictReader(file)]
+            return [{key: as_number(value) for key, value in row.items()} for row in csv.DictReader(file)]
     return []
 
 
-def _number(text: str) -> Any:
+def as_number(text: str) -> Any:
+    """The number, truth value or nothing that a text stands for, else the text itself."""
     if text in ("", "True", "False"):
         return {"": None, "True": True, "False": False}[text]
     try:
