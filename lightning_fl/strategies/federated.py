@@ -34,6 +34,7 @@ from lightning_fl.strategies.callback import RoundCallback
 from lightning_fl.strategies.checkpoint import (
     KEY,
     ClientStateFiles,
+    WholeCheckpointIO,
     pack,
     read_client_states,
     state_files,
@@ -115,7 +116,7 @@ class FederatedStrategy(ParallelStrategy):
         stragglers: Stragglers | None = None,
         timeout: float = 1800.0,
     ) -> None:
-        super().__init__()
+        super().__init__(checkpoint_io=WholeCheckpointIO())
         self.cohort = cohort or Uniform()
         self.stragglers = stragglers
         check_type("partition", partition, Partitioner, "fl.datamodules.Dirichlet(0.3)")
