@@ -7,6 +7,7 @@ from lightning_fl.privacy.clipping import AdaptiveClip
 from lightning_fl.privacy.noise import InsecureNoiseWarning, PrivacyError, SecureNoise
 from lightning_fl.privacy.sampling import FixedSize, Full, LocalSteps, Poisson, Sampling
 from lightning_fl.privacy.secagg import SecureAggregation
+from lightning_fl.privacy.state import load_ledger
 
 __all__ = [
     "AdaptiveClip",
@@ -24,5 +25,6 @@ __all__ = [
     "Sampling",
     "SecureAggregation",
     "SecureNoise",
+    "load_ledger",
     "noise_multiplier_for",
 ]

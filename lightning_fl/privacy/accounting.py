@@ -39,7 +39,7 @@ class Epsilon(float):
 
 @dataclass(frozen=True)
 class Gaussian:
-    r"""One release of a sum with noise, :math:`\sum_i x_i + \mathcal{N}(0, z^2 C^2)`, of terms of norm at most C.
+    r"""One release of a sum with noise: :math:`\sum_i x_i + \mathcal{N}(0, z^2 C^2)`, with norms of at most C.
 
     Args:
         noise_multiplier: The standard deviation of the noise :math:`z`, relative to the largest norm :math:`C` of

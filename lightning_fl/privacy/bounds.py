@@ -22,7 +22,7 @@ Relation = Literal["add_or_remove_one", "replace_one"]
 Entry = tuple[float, Sampling, int]
 """A Gaussian release: noise multiplier, sampling, how often."""
 GRID = 1e-4
-MAX_FINE_EPSILON = 50.0  # for larger ones the grid is as much coarser, so that time and memory stay bounded
+MAX_FINE_EPSILON, MAX_EPSILON = 50.0, 1e5  # in between the grid is as much coarser, to bound time and memory
 
 
 def dp_accounting() -> Any:
@@ -67,10 +67,13 @@ def epsilon_of(
         return _rdp(entries, delta, relation)
     if all(isinstance(sampling, Full) for _, sampling, _ in entries):
         return _analytic(entries, delta, relation)
-    by_rdp = _rdp(entries, delta, relation)
+    by_rdp = math.inf
+    if relation == "replace_one" and any(isinstance(sampling, FixedSize) for _, sampling, _ in entries):
+        by_rdp = _rdp(entries, delta, relation)
     if all(isinstance(sampling, Full | FixedSize) for _, sampling, _ in entries):
         return min(by_rdp, _analytic(entries, delta, relation))
-    coarsening = math.ceil(math.log2(max(by_rdp / MAX_FINE_EPSILON, 1.0))) if by_rdp < math.inf else 10
+    about = min(_rdp(entries, delta, "add_or_remove_one"), MAX_EPSILON)
+    coarsening = math.ceil(math.log2(max(about / MAX_FINE_EPSILON, 1.0)))
     return min(by_rdp, _pld(entries, delta, relation, grid * 2.0**coarsening))
 
 

@@ -23,7 +23,14 @@ from lightning_fl.privacy.clipping import (
     trees_of,
     with_trees,
 )
-from lightning_fl.privacy.noise import PrivacyError, SecureNoise, add_noise, check_source, warn_of_test_seed
+from lightning_fl.privacy.noise import (
+    PrivacyError,
+    SecureNoise,
+    add_noise,
+    check_added,
+    check_source,
+    warn_of_test_seed,
+)
 from lightning_fl.privacy.sampling import FixedSize, Full, Poisson, Sampling
 from lightning_fl.privacy.state import load_ledger, pack, unpack
 from lightning_fl.tree import Flat, Layout, is_finite
@@ -143,8 +150,8 @@ class ClientLevelDP(Transform):
     def like(self, update: Update) -> Update:
         if update.buffers:
             warnings.warn(
-                f"Under ClientLevelDP buffers ({', '.join(update.buffers)}) are clipped and get noise like parameters. "
-                "It may make a running variance negative, and changes masks and counters. Replace BatchNorm by "
+                f"Under ClientLevelDP buffers ({', '.join(update.buffers)}) are clipped and noised like parameters. "
+                "Noise may make a running variance negative, and changes masks and counters. Replace BatchNorm by "
                 "GroupNorm, keep the buffers personal, or register them with persistent=False.",
                 stacklevel=2,
             )
@@ -282,11 +289,15 @@ class ClientLevelDP(Transform):
         self, flat: Flat, bits: Tensor, clip: float, cohort: float, source: SecureNoise
     ) -> tuple[Flat, Tensor]:
         """What is clipped, and the bits of an adaptive clip, with the noise that covers both together."""
-        if not isinstance(self.clip, AdaptiveClip) or not self.noise_multiplier:
-            return add_noise(flat, self.noise_multiplier * clip, source), bits
-        on_bits = self.clip.noise_on_bits(self.noise_multiplier, cohort)
-        flat = add_noise(flat, noise_on_model(self.noise_multiplier, on_bits) * clip, source)
-        return flat, add_noise({bits.dtype: bits[None]}, on_bits, source)[bits.dtype][0]
+        on_model, on_bits = self.noise_multiplier, 0.0
+        if isinstance(self.clip, AdaptiveClip) and self.noise_multiplier:
+            on_bits = self.clip.noise_on_bits(self.noise_multiplier, cohort)
+            on_model = noise_on_model(self.noise_multiplier, on_bits)
+        flat_bits = {bits.dtype: bits[None]}
+        noisy, noisy_bits = add_noise(flat, on_model * clip, source), add_noise(flat_bits, on_bits, source)
+        check_added(flat, noisy, on_model * clip)
+        check_added(flat_bits, noisy_bits, on_bits)
+        return noisy, noisy_bits[bits.dtype][0]
 
     def _check_cohort(self, before: Tensor | None, sampling: Sampling, ctx: RoundContext) -> dict[str, Any]:
         """Adds up how many were drawn since the sampling last changed, and whether that can be so."""

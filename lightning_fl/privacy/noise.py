@@ -125,24 +125,34 @@ def check_deviation(noise: Tensor, std: float) -> None:
 
 
 def add_noise(flat: Flat, std: float, source: SecureNoise) -> Flat:
-    """Adds normal noise to flat tensors, in float64, and checks the noise as it was added.
+    """Adds normal noise to flat tensors, in float64.
 
     Args:
         flat: One tensor a dtype; complex ones count as pairs of real numbers.
         std: Standard deviation of the noise on each number. 0: nothing is added.
         source: Where the noise comes from.
-
-    Raises:
-        PrivacyError: If what was added has not the standard deviation.
     """
     if not std:
         return flat
-    noisy, added = {}, []
+    noisy = {}
     for dtype, values in flat.items():
-        real = torch.view_as_real(values) if values.is_complex() else values
+        real = _real(values)
         noise = source.normal(real.numel(), std).to(real.device).view_as(real)
         result = (real.double() + noise).to(real.dtype)
-        added.append((result.double() - real.double()).reshape(-1))
         noisy[dtype] = torch.view_as_complex(result) if values.is_complex() else result
-    check_deviation(torch.cat(added), std)
     return noisy
+
+
+def check_added(before: Flat, after: Flat, std: float) -> None:
+    """Makes sure that what was added to flat tensors has the standard deviation that the ledger records.
+
+    Raises:
+        PrivacyError: If it has not.
+    """
+    added = [_real(after[dtype]).double() - _real(values).double() for dtype, values in before.items()]
+    if added:
+        check_deviation(torch.cat([noise.reshape(-1) for noise in added]), std)
+
+
+def _real(values: Tensor) -> Tensor:
+    return torch.view_as_real(values) if values.is_complex() else values
