@@ -357,8 +357,8 @@ class FederatedRounds:
         self.together.refuse(reason)
         self._notices.alone(reason)
         self.together = None
-        for later in reversed(range(index, len(self.plan.units))):
-            self._split(later, [(client,) for client in self.plan.units[later]])
+        self.plan.separate(index)
+        self.set_length()
 
     def _open_client(self, client: ClientId, loader: Loader) -> Loader:
         assert self.round is not None
