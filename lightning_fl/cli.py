@@ -19,6 +19,7 @@ import lightning_fl.callbacks
 import lightning_fl.datamodules
 import lightning_fl.models
 from lightning_fl.callbacks import DryRun
+from lightning_fl.commands.privacy import privacy
 
 
 class FederatedCLI(LightningCLI):
@@ -99,7 +100,7 @@ def list_recipes(args: Sequence[str]) -> None:
         print(f"{recipe}\n    {recipe.read_text().splitlines()[0].lstrip('# ')}")
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"recipes": list_recipes}
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"privacy": privacy, "recipes": list_recipes}
 """Commands beside LightningCLI's, each called with the words after its name."""
 
 
