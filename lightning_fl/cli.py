@@ -26,6 +26,7 @@ from lightning_fl import commands
 from lightning_fl.callbacks import DryRun, FederatedProgressBar, RunRecord
 from lightning_fl.commands import algorithms, compare, init, partition, recipes, report
 from lightning_fl.commands.keys import keys
+from lightning_fl.commands.privacy import privacy
 from lightning_fl.commands.recipes import recipes_directory
 from lightning_fl.strategies import FederatedStrategy
 
@@ -139,6 +140,7 @@ _MODULES = (init, partition, report, compare, recipes, algorithms)
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     **{module.__name__.rpartition(".")[2]: commands.command(module) for module in _MODULES},
     "keys": keys,
+    "privacy": privacy,
 }
 """Commands beside LightningCLI's, each called with the words after its name."""
 
