@@ -37,6 +37,7 @@ from lightning_fl.strategies import lightning_results as logged
 from lightning_fl.strategies import metrics
 from lightning_fl.strategies.batches import digest, generators
 from lightning_fl.strategies.callback import has_hooks
+from lightning_fl.strategies.hidden_report import refuse_number_of_steps
 from lightning_fl.strategies.round import FederationSettings, FederationState, Round, RoundResult
 from lightning_fl.tree import fingerprint
 from lightning_fl.types import ClientId
@@ -248,6 +249,7 @@ class FederatedRounds:
     def largest_num_batches(self) -> int | float:
         """Batches of the client with the most in a round, rounded up to whole optimizer steps."""
         if self._largest is None:
+            self._check_steps("trainer.estimated_stepping_batches")
             loaders = self.population.loaders
             clients = [next(iter(loaders))] if self.work.steps is not None else loaders
             steps = [self.work.num_steps(count_batches(loaders[client])) for client in clients]
@@ -256,6 +258,10 @@ class FederatedRounds:
             largest = max(float(message.fields["steps"]) for message in told)
             self._largest = largest if largest == float("inf") else max(int(largest), 1) * self.work.accumulate
         return self._largest
+
+    def _check_steps(self, what: str) -> None:
+        if self.settings.aggregator.hides_reports and self.population.silos is not None and self.work.steps is None:
+            refuse_number_of_steps(what)
 
     def _plan(self, index: int) -> None:
         population = self.population
@@ -289,6 +295,8 @@ class FederatedRounds:
         self._loops_before = internals.loops_before_round(self.trainer)
         self.in_local_phase = True
         self.schedules = internals.client_schedules(self.trainer)
+        if self.schedules:
+            self._check_steps("A schedule that steps inside local training")
         self.round = Round(
             self.settings,
             self.state,
