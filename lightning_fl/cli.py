@@ -99,7 +99,13 @@ def list_recipes(args: Sequence[str]) -> None:
         print(f"{recipe}\n    {recipe.read_text().splitlines()[0].lstrip('# ')}")
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"recipes": list_recipes}
+def list_algorithms(args: Sequence[str]) -> None:
+    """Prints each algorithm's name, its first sentence and its hyper-parameters with their defaults."""
+    for name, algorithm in sorted(lightning_fl.algorithms.registered().items()):
+        print(f"{name}\n    {(algorithm.__doc__ or '').strip().splitlines()[0]}\n    {algorithm()!r}")
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"recipes": list_recipes, "algorithms": list_algorithms}
 """Commands beside LightningCLI's, each called with the words after its name."""
 
 
