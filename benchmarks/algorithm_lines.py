@@ -1,4 +1,6 @@
-"""Code lines of each algorithm, without docstrings, imports, comments and blanks: ``python benchmarks/algorithm_lines.py``.
+"""Lines of code of each algorithm, without docstrings, imports, comments and blanks.
+
+Run it with ``python benchmarks/algorithm_lines.py``.
 
 Where several algorithms stand in one file, it is the file that is counted.
 """

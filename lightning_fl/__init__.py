@@ -1,6 +1,6 @@
 """Federated learning as a Lightning strategy: ``Trainer(strategy="fedavg")``."""
 
-from lightning_fl import aggregation, algorithms, callbacks, clients, datamodules, privacy
+from lightning_fl import aggregation, algorithms, callbacks, clients, datamodules, engines, privacy
 from lightning_fl.strategies import FederatedStrategy, register_strategies
 from lightning_fl.strategies.checkpoint import load_client
 
@@ -14,6 +14,7 @@ __all__ = [
     "callbacks",
     "clients",
     "datamodules",
+    "engines",
     "load_client",
     "privacy",
 ]

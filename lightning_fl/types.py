@@ -33,6 +33,21 @@ class Update:
     weight: float = 1.0
     aux: Mapping[str, Tree] = field(default_factory=dict)
 
+    def part(self, index: int) -> Update:
+        """The update of the client at ``index``, of updates whose tensors are stacked over several clients."""
+        return self._map(lambda tensor: tensor[index])
+
+    def select(self, chosen: Tensor) -> Update:
+        """Stacked updates of some of the clients only, as indices or as a mask."""
+        return self._map(lambda tensor: tensor[chosen])
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Update:
+        def of(tree: Tree) -> Tree:
+            return {name: function(tensor) for name, tensor in tree.items()}
+
+        aux = {name: of(tree) for name, tree in self.aux.items()}
+        return Update(of(self.delta), of(self.buffers), self.weight, aux)
+
 
 @dataclass(frozen=True)
 class Aggregate:
@@ -97,6 +112,7 @@ class LocalRun:
         loss: Mean training loss over the examples processed; NaN if the module returned none.
         lr_sum: For each tensor, the learning rates of its optimizer steps summed.
         normalizer: FedNova's ``|a_i|_1``, or None if it is unknown for the optimizer.
+        logged: The client's own value of what the module has logged with ``self.log`` as a number.
     """
 
     num_steps: int
@@ -105,3 +121,4 @@ class LocalRun:
     loss: float
     lr_sum: Mapping[str, float]
     normalizer: float | None = None
+    logged: Mapping[str, float] = field(default_factory=dict)

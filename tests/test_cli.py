@@ -113,13 +113,6 @@ def test_registered_names_are_known() -> None:
         check_strategy_name(strategy)
 
 
-def test_algorithms_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["algorithms"])
-    shown = capsys.readouterr().out
-    assert "fedprox\n    FedProx: federated averaging in which" in shown
-    assert "    FedProx(mu=0.01, server_lr=1.0)\n" in shown
-
-
 def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     main(["recipes"])
     assert str(recipes_directory() / "digits_fedavg.yaml") in capsys.readouterr().out

@@ -89,7 +89,7 @@ class Place:
     """Where a batch stands in the round.
 
     Args:
-        client: Index of its client, or phase of a client, among those of this rank.
+        client: Index among the plan's ``units``: of its client, a phase of its client, or the clients trained together.
         starts_window: Whether gradients start to accumulate here.
         ends_window: Whether the optimizer steps here.
         ends_client: Whether it is the last batch of its client, or phase of a client.
@@ -115,6 +115,7 @@ class RoundPlan:
             phases stands there once for each.
         segments: For each of them the numbers of batches of its segments, None where unknown until :meth:`resolve`.
         accumulate: Batches an optimizer step takes together.
+        units: The clients again, those together that train side by side and so share ``segments``. None: each alone.
     """
 
     def __init__(
@@ -124,15 +125,18 @@ class RoundPlan:
         clients: Sequence[ClientId],
         segments: Sequence[Sequence[int | None]],
         accumulate: int = 1,
+        units: Sequence[Sequence[ClientId]] | None = None,
     ) -> None:
         self.round = round
         self.cohort = list(cohort)
         self.clients = list(clients)
+        self.units: list[tuple[ClientId, ...]]
+        self.units = [(client,) for client in clients] if units is None else [tuple(unit) for unit in units]
         self.accumulate = accumulate
         self._segments = [(client, length) for client, lengths in enumerate(segments) for length in lengths]
         self._ends_empty = not self.clients
         self._ends: list[int] = []
-        self._first = [0] * len(self.clients)
+        self._first = [0] * len(self.units)
         self._extend()
 
     @property
@@ -156,6 +160,19 @@ class RoundPlan:
         done = [(client, batch_idx - start)] if batch_idx > start else []
         self._segments = [*self._segments[:segment], *done, *rest]
         self._ends_empty = self._ends_empty or not rest
+        self._ends.clear()
+        self._extend()
+
+    def split(self, index: int, parts: Sequence[Sequence[ClientId]]) -> None:
+        """Divides the clients of the unit at ``index``, of which no batch has been trained, among several units."""
+        own = [length for unit, length in self._segments if unit == index]
+        before = [(unit, length) for unit, length in self._segments if unit < index]
+        middle = [(index + number, length) for number in range(len(parts)) for length in own]
+        after = [(unit + len(parts) - 1, length) for unit, length in self._segments if unit > index]
+        self._segments = [*before, *middle, *after]
+        self.units[index : index + 1] = [tuple(part) for part in parts]
+        self._first = [0] * len(self.units)
+        self._ends_empty = self._ends_empty or not (middle or after)
         self._ends.clear()
         self._extend()
 

@@ -12,6 +12,7 @@ from lightning_fl.clients.plan import LocalWork, RoundPlan
 from lightning_fl.clients.population import count_batches
 from lightning_fl.types import ClientId
 
+LoadTogether = Callable[[ClientId, Callable[[Loader], Loader]], list[Any]]
 UNKNOWN_LENGTH = sys.maxsize // 2
 _END = object()
 
@@ -48,6 +49,8 @@ class RoundLoader:
         resolved: Called when the number of batches has become known or has changed.
         failed: Called when a client's loader raises; raises itself, or returns for the client to be left out.
         work_of: How much a client trains in the round at hand, phase by phase. None: all as much as ``plan`` says.
+        open_together: Called with the index of a unit of several clients, and a function that reads a client's
+            batches; returns the unit's batches, or None once it has split the unit.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class RoundLoader:
         resolved: Callable[[], None],
         failed: Callable[[ClientId, Exception], None] = raise_error,
         work_of: Callable[[ClientId], Sequence[LocalWork]] | None = None,
+        open_together: Callable[[int, LoadTogether], Iterator[Any] | None] = lambda index, load: None,
     ) -> None:
         self._loaders = loaders
         self._plan = plan
@@ -67,6 +71,7 @@ class RoundLoader:
         self._resolved = resolved
         self._failed = failed
         self._work_of = work_of or (lambda client: [plan()[1]])
+        self._open_together = open_together
 
     def __len__(self) -> int:
         num_batches = self._plan()[0].num_batches
@@ -76,7 +81,21 @@ class RoundLoader:
         self._open_round()
         plan, _ = self._plan()
         self._num_yielded = 0
-        for client in dict.fromkeys(plan.clients):
+        position, opened = -1, set()
+        while (position := position + 1) < len(plan.units):
+            if len(plan.units[position]) > 1:
+                batches = self._open_together(position, self._load)
+                if batches is None:
+                    position -= 1
+                    continue
+                for batch in batches:
+                    self._num_yielded += 1
+                    yield batch
+                continue
+            client = plan.units[position][0]
+            if client in opened:
+                continue
+            opened.add(client)
             try:
                 loader = self._loaders[client]
             except Exception as error:
@@ -95,6 +114,9 @@ class RoundLoader:
                 self._leave_out(client, error)
         if plan.is_empty(self._num_yielded):
             yield None
+
+    def _load(self, client: ClientId, prepare: Callable[[Loader], Loader]) -> list[Any]:
+        return list(self._batches(client, prepare(self._loaders[client])))
 
     def _leave_out(self, client: ClientId, error: Exception) -> None:
         self._failed(client, error)

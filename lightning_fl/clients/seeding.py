@@ -74,12 +74,13 @@ class ClientRandomness:
 
     def enter(self, seed: int, round: int, client: ClientId, purpose: str = "client") -> None:
         """Seeds the global generators for a client in a round, anew for each purpose."""
-        self.exit()
-        cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-        self._saved = [torch.get_rng_state(), cuda, np.random.get_state(), random.getstate()]
+        self._put_generators_back()
+        if not self._saved:
+            cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+            self._saved = [torch.get_rng_state(), cuda, np.random.get_state(), random.getstate()]
         own = derive_seed(seed, round, purpose, client)
         torch.default_generator.manual_seed(own)
-        if cuda is not None:
+        if self._saved[1] is not None:
             torch.cuda.manual_seed(own)
         np.random.seed(own % 2**32)
         random.seed(own)
@@ -98,9 +99,7 @@ class ClientRandomness:
 
     def exit(self) -> None:
         """Puts the generators back; does nothing if no client has entered."""
-        for generator, state in reversed(self._generators):
-            generator.set_state(state)
-        self._generators.clear()
+        self._put_generators_back()
         if self._saved:
             cpu, cuda, numpy_state, python_state = self._saved
             torch.set_rng_state(cpu)
@@ -109,6 +108,11 @@ class ClientRandomness:
             np.random.set_state(numpy_state)
             random.setstate(python_state)
             self._saved = []
+
+    def _put_generators_back(self) -> None:
+        for generator, state in reversed(self._generators):
+            generator.set_state(state)
+        self._generators.clear()
 
 
 @contextmanager

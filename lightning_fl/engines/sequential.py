@@ -153,8 +153,8 @@ class SequentialEngine:
         if self.personal or own:
             kept["personal"] = own or clones(tensors.personal)
         return LocalResult(
-            params={name: _trained(param.detach(), self._loaded[name]) for name, param in tensors.params.items()},
-            buffers=tree_map(_change, tensors.buffers, self._start_buffers),
+            params={name: trained(param.detach(), self._loaded[name]) for name, param in tensors.params.items()},
+            buffers=tree_map(change, tensors.buffers, self._start_buffers),
             kept=kept,
             num_steps=phases.num_steps,
             lr_sum=phases.lr_sum,
@@ -177,7 +177,7 @@ class SequentialEngine:
         self.optimizers.end_round(schedule_end)
 
 
-def _change(buffer: Tensor, start: Tensor) -> Tensor:
+def change(buffer: Tensor, start: Tensor) -> Tensor:
     """What training has changed; 0 also where an infinity has stayed one, as in an attention mask."""
     dtype = sum_dtype(buffer.dtype)
     return (buffer.detach().to(dtype) - start.to(dtype)).masked_fill(buffer == start, 0)
@@ -188,7 +188,8 @@ def _move(start: Tensor, change: Tensor) -> Tensor:
     return torch.where(change == 0, start, cast_like(start.to(change.dtype) + change, start))
 
 
-def _trained(param: Tensor, start: Tensor) -> Tensor:
+def trained(param: Tensor, start: Tensor) -> Tensor:
+    """The trained parameter in the dtype of ``start``, of which only what training has changed counts."""
     if param.dtype == start.dtype:
         return param.clone()
     return start + (param.to(start.dtype) - start.to(param.dtype).to(start.dtype))

@@ -8,8 +8,10 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_fl.aggregation import Aggregator, Transform
 from lightning_fl.algorithms import Algorithm
 from lightning_fl.clients import Amount, Cohort, Participation, Stragglers, cohort_size
+from lightning_fl.clients.partition import Partitioner
 from lightning_fl.communication import Group, Message
 
 SEVERAL_LOADERS = (
@@ -18,6 +20,20 @@ SEVERAL_LOADERS = (
 )
 
 _MEASURED = {"loss": "mean loss", "grad": "mean gradient"}
+
+
+def check_types(partition: Any, aggregator: Any, transforms: Any, personal: Any) -> None:
+    """Makes sure that the strategy's parts are of the right kind.
+
+    Raises:
+        ValueError: If one is not; says what is expected.
+    """
+    check_type("partition", partition, Partitioner, "fl.datamodules.Dirichlet(0.3)")
+    check_type("aggregator", aggregator, Aggregator, "fl.aggregation.WeightedMean()")
+    check_type("transforms", transforms, Sequence, "a list of fl.aggregation.Transform")
+    check_type("personal", personal, Sequence, "a list of globs such as ['head.*']")
+    for transform in transforms:
+        check_type("transforms", transform, Transform, "fl.aggregation.Transform objects")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:

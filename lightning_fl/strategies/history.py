@@ -24,6 +24,7 @@ def round_entry(round: int, result: RoundResult, dropped: Sequence[ClientId]) ->
         "num_examples": sum(fields["num_examples"] for fields in told),
         "num_steps": sum(fields["num_steps"] for fields in told),
         "refused": result.refused,
+        "lost": result.lost,
         "failed": [client for fields in told for client, _ in fields["failed"]],
         "empty": [client for fields in told for client in fields["empty"]],
         "dropped": list(dropped),
@@ -31,11 +32,27 @@ def round_entry(round: int, result: RoundResult, dropped: Sequence[ClientId]) ->
         "update_spread": result.spread,
         "num_bytes": result.num_bytes,
         "seconds": result.seconds,
+        **result.facts,
     }
 
 
-def figures(entry: dict[str, Any]) -> dict[str, float]:
-    """What goes to the loggers of a round's entry."""
-    names = ("num_clients", "num_examples", "num_steps", "update_norm", "update_spread", "num_bytes")
+OF_CLIENTS = ("num_clients", "num_examples", "num_steps", "update_spread")
+"""What tells exact facts about the clients of a round."""
+
+
+def figures(entry: dict[str, Any], hides_clients: bool = False) -> dict[str, float]:
+    """What goes to the loggers of a round's entry.
+
+    Args:
+        entry: The entry.
+        hides_clients: Whether to leave out exact facts about the clients.
+    """
+    hidden = OF_CLIENTS if hides_clients else ()
+    numbers = {name: value for name, value in entry.items() if isinstance(value, int | float) and name not in hidden}
     seconds = {f"fl/seconds_{phase}": value for phase, value in entry["seconds"].items()}
-    return {"fl/round": entry["round"], **{f"fl/{name}": entry[name] for name in names}, **seconds}
+    return {**{f"fl/{name}": value for name, value in numbers.items()}, **seconds}
+
+
+def words(entry: dict[str, Any]) -> dict[str, str]:
+    """What loggers are told once, in words."""
+    return {f"fl/{name}": value for name, value in entry.items() if isinstance(value, str)}

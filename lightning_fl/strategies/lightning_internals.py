@@ -433,3 +433,13 @@ def results_at_hand(trainer: Trainer) -> _ResultCollection:
     results = trainer._results
     assert results is not None
     return results
+
+
+def clip_norms_with(precision: Any, clip: Callable[[torch.optim.Optimizer, float], bool]) -> None:
+    """Lets ``clip`` clip gradients by norm before Lightning does; it returns whether it has."""
+
+    def clip_grad_by_norm(optimizer: torch.optim.Optimizer, clip_val: int | float) -> None:
+        if not clip(optimizer, float(clip_val)):
+            type(precision).clip_grad_by_norm(precision, optimizer, clip_val)
+
+    precision.clip_grad_by_norm = clip_grad_by_norm

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
+import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from lightning_fl.communication import Message
 from lightning_fl.strategies.round import RoundResult
@@ -61,18 +58,21 @@ class Notices:
         if not result.aggregate.num_clients:
             rank_zero_info(f"Round {round}: no client takes part.")
 
+        if result.stop_reason is not None:
+            rank_zero_info(result.stop_reason)
+
+    def words(self, trainer: L.Trainer, words: Mapping[str, str]) -> None:
+        """A round tells the loggers something in words."""
+        if words and self._is_new(tuple(words.items())):
+            for logger in trainer.loggers:
+                logger.log_hyperparams(dict(words))
+
+    def alone(self, reason: str) -> None:
+        """Clients train one after the other though ``engine="auto"`` would have trained them together."""
+        if self._is_new("alone"):
+            rank_zero_info(f"Clients train one after the other: {reason}.")
+
     def _is_new(self, about: object) -> bool:
         is_new = about not in self._given
         self._given.add(about)
         return is_new
-
-
-def digest(batch: Any) -> str:
-    """A digest of a batch's content."""
-    content = hashlib.blake2b(digest_size=16)
-    for leaf in tree_leaves(batch):
-        if isinstance(leaf, Tensor):
-            content.update(leaf.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        else:
-            content.update(repr(leaf).encode())
-    return content.hexdigest()
