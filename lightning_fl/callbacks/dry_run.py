@@ -57,7 +57,7 @@ def _facts(strategy: FederatedStrategy, module: nn.Module) -> Table:
     table = Table("what", "value", title="A round of this run, without training")
     for what, value in {
         "algorithm": repr(strategy.algorithm),
-        "clients": f"{len(rounds.population):,} {kind}, {rounds.draws.sampling.size:,g} in a round",
+        "clients": f"{len(rounds.population):,} {kind}, {rounds.planner.draws.sampling.size:,g} in a round",
         "cohort": repr(strategy.cohort),
         "weighting": strategy.weighting,
         "a client trains": f"{work}, optimizer state: {strategy.client_optimizer}",
@@ -79,7 +79,9 @@ def _shared(strategy: FederatedStrategy, module: nn.Module) -> tuple[int, int]:
 def _placement(strategy: FederatedStrategy) -> Table:
     rounds, size = strategy.active_rounds, strategy.federation.size
     table = Table("rank", "clients", "who", title="The first round's cohort")
-    for rank, clients in enumerate(rounds.population.place(rounds.plan.cohort, size, rounds.at_home, rounds.works)):
+    for rank, clients in enumerate(
+        rounds.population.place(rounds.plan.cohort, size, rounds.at_home, rounds.planned.works)
+    ):
         who = ", ".join(map(str, clients[:12])) + (", ..." if len(clients) > 12 else "")
         table.add_row(str(rank), str(len(clients)), who)
     return table

@@ -76,6 +76,13 @@ class Population:
             sizes.append(size)
         return sizes
 
+    def max_examples(self) -> int | None:
+        """The most examples of a client; None for silos, whose sizes are their own, and where sizes show only later."""
+        if self.silos is not None:
+            return None
+        told = [self.loaders.num_examples(client) for client in self.ids]
+        return None if None in told else max(told)  # type: ignore[type-var]
+
     def _size(self, client: ClientId) -> float:
         told = self.loaders.num_examples(client)
         if told is not None:

@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from types import MethodType
 from typing import Any
 
 import lightning as L
@@ -55,6 +56,7 @@ class NaturalDataModule(L.LightningDataModule):
         num_workers: Worker processes of each loader.
         eval_batch_size: Examples in a batch of validation, test and prediction. None: the larger of ``batch_size`` and
             256.
+        brings_test: Whether :meth:`read` may bring data for test, so that there is some without a client's share.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -69,6 +71,7 @@ class NaturalDataModule(L.LightningDataModule):
         seed: int = 0,
         num_workers: int = 0,
         eval_batch_size: int | None = None,
+        brings_test: bool = False,
     ) -> None:
         super().__init__()
         self.eval_batch_size = check_batch_sizes(batch_size, eval_batch_size)
@@ -78,6 +81,9 @@ class NaturalDataModule(L.LightningDataModule):
         self.seed = seed
         self.num_workers = num_workers
         self._data: ClientData | None = None
+        if val_share == test_share == 0 and not brings_test:
+            for name in ("val_dataloader", "test_dataloader", "predict_dataloader"):
+                setattr(self, name, MethodType(getattr(L.LightningDataModule, name), self))
 
     @abstractmethod
     def read(self) -> ClientData:

@@ -113,7 +113,7 @@ class TableSchema:
                 f"The target {self.target!r} of {name} has the unknown labels {', '.join(unknown[:5])}; expected one "
                 f"of {', '.join(map(str, self.classes))}."
             )
-        return torch.from_numpy(column.map(position).to_numpy(dtype=np.int64))
+        return torch.from_numpy(column.map(position).to_numpy(dtype=np.int64, copy=True))
 
 
 def fit_schema(

@@ -198,7 +198,7 @@ def read_tables(path: str | Path | Sequence[str]) -> Any:
         try:
             tables.append((pandas.read_parquet if _kind(file) == "parquet" else pandas.read_csv)(file))
         except (ValueError, OSError, EOFError) as error:
-            raise ValueError(f"{file} can't be read: {error}. It may be corrupt or cut short.") from error
+            raise ValueError(f"{file} can't be read: {str(error).strip()}. It may be corrupt or cut short.") from error
         if tables[-1].columns.tolist() != tables[0].columns.tolist():
             raise ValueError(f"The columns of {file} differ from those of {files[0]}.")
         if len(tables[-1]) == 0:

@@ -2,5 +2,25 @@
 
 from lightning_fl.models.classifier import Classifier, MLPClassifier
 from lightning_fl.models.images import FedAvgCNN, LeNet, LogisticRegression, TwoNN
+from lightning_fl.models.libraries import TimmClassifier, TorchvisionClassifier, TransformersClassifier
+from lightning_fl.models.resnet import ResNet18GN, ResNet20GN
+from lightning_fl.models.tabular import TabularMLP, TabularRegressor
+from lightning_fl.models.text import CharLSTM, CharTransformer
 
-__all__ = ["Classifier", "FedAvgCNN", "LeNet", "LogisticRegression", "MLPClassifier", "TwoNN"]
+__all__ = [
+    "CharLSTM",
+    "CharTransformer",
+    "Classifier",
+    "FedAvgCNN",
+    "LeNet",
+    "LogisticRegression",
+    "MLPClassifier",
+    "ResNet18GN",
+    "ResNet20GN",
+    "TabularMLP",
+    "TabularRegressor",
+    "TimmClassifier",
+    "TorchvisionClassifier",
+    "TransformersClassifier",
+    "TwoNN",
+]

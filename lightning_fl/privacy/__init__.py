@@ -6,6 +6,7 @@ from lightning_fl.privacy.client_level import ClientLevelDP, PrivacyBudgetExceed
 from lightning_fl.privacy.clipping import AdaptiveClip
 from lightning_fl.privacy.noise import InsecureNoiseWarning, PrivacyError, SecureNoise
 from lightning_fl.privacy.sampling import FixedSize, Full, LocalSteps, Poisson, Sampling
+from lightning_fl.privacy.secagg import SecureAggregation
 from lightning_fl.privacy.state import load_ledger
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "PrivacyBudgetExceeded",
     "PrivacyError",
     "Sampling",
+    "SecureAggregation",
     "SecureNoise",
     "load_ledger",
     "noise_multiplier_for",

@@ -8,13 +8,32 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_fl.aggregation import Aggregator, Transform
+from lightning_fl.algorithms import Algorithm
 from lightning_fl.clients import Amount, Cohort, Participation, Stragglers, cohort_size
+from lightning_fl.clients.partition import Partitioner
 from lightning_fl.communication import Group, Message
 
 SEVERAL_LOADERS = (
     "There are several training loaders, or one inside a list or dict; a federation needs one: a DataLoader, or "
     "ClientLoaders with one loader for each client. Join the data sets into one loader."
 )
+
+_MEASURED = {"loss": "mean loss", "grad": "mean gradient"}
+
+
+def check_types(partition: Any, aggregator: Any, transforms: Any, personal: Any) -> None:
+    """Makes sure that the strategy's parts are of the right kind.
+
+    Raises:
+        ValueError: If one is not; says what is expected.
+    """
+    check_type("partition", partition, Partitioner, "fl.datamodules.Dirichlet(0.3)")
+    check_type("aggregator", aggregator, Aggregator, "fl.aggregation.WeightedMean()")
+    check_type("transforms", transforms, Sequence, "a list of fl.aggregation.Transform")
+    check_type("personal", personal, Sequence, "a list of globs such as ['head.*']")
+    for transform in transforms:
+        check_type("transforms", transform, Transform, "fl.aggregation.Transform objects")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
@@ -77,6 +96,43 @@ def check_trainer(trainer: L.Trainer) -> None:
         raise MisconfigurationException(
             "check_val_every_n_epoch=None counts batches over rounds, but there is a global model only at a round's "
             "end. Give a number of rounds."
+        )
+
+
+def check_phases(algorithm: Algorithm, local_epochs: Any, local_steps: Any) -> None:
+    """Makes sure that the strategy's amount of local work means something to the algorithm.
+
+    Raises:
+        ValueError: If it would be ignored.
+    """
+    given = {"local_epochs": local_epochs, "local_steps": local_steps}
+    name, value = next(((name, value) for name, value in given.items() if value is not None), ("", None))
+    if value is not None and all(phase.has_own_work for phase in algorithm.phases()):
+        raise ValueError(
+            f"{type(algorithm).__name__} says itself how much a client trains, so {name}={value!r} would be ignored. "
+            "Leave it out."
+        )
+
+
+def check_algorithm(algorithm: Algorithm, trainer: L.Trainer) -> None:
+    """Checks that the module trains in a way that the algorithm can look into.
+
+    Raises:
+        MisconfigurationException: If it does not.
+    """
+    name = type(algorithm).__name__
+    sent = [phase for phase in algorithm.phases() if phase.model == "global" and phase.trains != "personal"]
+    if not sent:
+        raise MisconfigurationException(f"{name} has no phase that trains what is sent, so nothing would be learned.")
+    if algorithm.probe is not None and not trainer.lightning_module.automatic_optimization:
+        raise MisconfigurationException(
+            f"{name} measures the {_MEASURED[algorithm.probe]} of each client's data by calling `training_step`, which "
+            "with manual optimization would train. Use automatic optimization, or another algorithm."
+        )
+    if algorithm.probe == "grad" and trainer.precision == "16-mixed":
+        raise MisconfigurationException(
+            f"{name} measures gradients outside the steps whose loss precision='16-mixed' scales, so that they may "
+            "underflow. Use precision='bf16-mixed' or '32-true'."
         )
 
 

@@ -24,6 +24,7 @@ def round_entry(round: int, result: RoundResult, dropped: Sequence[ClientId]) ->
         "num_examples": sum(fields["num_examples"] for fields in told),
         "num_steps": sum(fields["num_steps"] for fields in told),
         "refused": result.refused,
+        "lost": result.lost,
         "failed": [client for fields in told for client, _ in fields["failed"]],
         "empty": [client for fields in told for client in fields["empty"]],
         "dropped": list(dropped),

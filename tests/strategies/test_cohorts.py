@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -20,7 +21,7 @@ from lightning_fl import FederatedStrategy
 from lightning_fl.aggregation import RoundContext, Transform
 from lightning_fl.clients import Between, PerClient, Poisson, RoundRobin, Stragglers, Uniform, Weighted
 from lightning_fl.types import Aggregate, State
-from tests.helpers.training import Ordinary, Plain, image_clients, minimise, trainer, weights
+from tests.helpers.training import Ordinary, Plain, image_clients, loader, minimise, trainer, weights
 
 NUM_CLIENTS = [1, 0, 3, 0, 2, 0]  # of 4 clients with Poisson(0.2) and seed 0 in rounds 0 to 5
 
@@ -185,6 +186,20 @@ def test_ranks_agree_on_a_secure_cohort(run_ranks: Any) -> None:
     assert one["poisson"][2] == other["poisson"][2]
 
 
+def train_silos() -> tuple[Tensor, list[Any]]:
+    module, rank = Plain(), int(os.environ["RANK"])
+    strategy = FederatedStrategy(cohort=Poisson(0.5), local_epochs=Between(1, 3), seed=1)
+    trainer(strategy, 6).fit(module, loader(8 + 8 * rank, seed=rank))
+    return weights(module), [(entry["num_clients"], entry["num_steps"]) for entry in strategy.history]
+
+
+def test_silos_are_drawn_too(run_ranks: Any) -> None:
+    one, other = run_ranks(2, train_silos)
+    assert torch.equal(one[0], other[0])
+    assert one[1] == other[1]
+    assert {num_clients for num_clients, _ in one[1]} == {0, 1, 2}
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_it_goes_on_exactly(name: str) -> None:
@@ -226,7 +241,7 @@ def test_a_cohort_is_secure_if_it_or_a_transform_says_so(options: dict[str, Any]
     for _ in range(2):
         callback, strategy = Cohorts(), FederatedStrategy(**options)
         trainer(strategy, 5, callbacks=[callback]).fit(Plain(), image_clients([2] * 12))
-        assert strategy.active_rounds.draws.is_secure == is_secure
+        assert strategy.active_rounds.planner.draws.is_secure == is_secure
         assert callback.trained == [client for cohort in callback.cohorts for client in cohort]
         runs.append(callback.cohorts)
     assert (runs[0] == runs[1]) == (not is_secure)
