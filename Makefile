@@ -9,8 +9,8 @@ help:
 	@echo "make demo      trains 10 simulated clients on handwritten digits, beside the centralised baseline"
 	@echo "make test      the quick tests"
 	@echo "make test-all  all tests"
-	@echo "make audit     attacks on the shipped privacy, with what they prove beside what is claimed"
 	@echo "make experiments  published experiments whose numbers are not in docs/experiments yet: hours"
+	@echo "make audit     attacks on the shipped privacy, with what they prove beside what is claimed"
 	@echo "make lint      ruff and mypy"
 	@echo "make docs      builds the documentation into site/"
 	@echo "make clean     removes what the others made, $(VENV) included"
@@ -34,11 +34,11 @@ test: $(INSTALLED)
 test-all: $(INSTALLED)
 	$(BIN)/python -m pytest -m "slow or not slow"
 
-audit: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow -rP tests/audit
-
 experiments: $(INSTALLED)
 	$(BIN)/python benchmarks/experiments.py
+
+audit: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow -rP tests/audit
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -72,6 +72,18 @@ def reveal(reports: list[Message]) -> list[Message]:
     return [Message(joined, tensors), *(Message({**message.fields, **empty}, {}) for message in others)]
 
 
+def refuse_number_of_steps(what: str) -> None:
+    """Refuses what would tell the silos how much data each of them has.
+
+    Raises:
+        MisconfigurationException: Always.
+    """
+    raise MisconfigurationException(
+        f"{what} needs the number of steps of the largest silo, which secure aggregation keeps to itself. Let all take "
+        "equally many, FederatedStrategy(local_steps=...), or step schedules by epoch."
+    )
+
+
 def _hide_entry(key: str, entry: dict[str, Any], sums: dict[str, float]) -> dict[str, Any]:
     if entry["reduction"] not in ("mean", "sum"):
         raise MisconfigurationException(

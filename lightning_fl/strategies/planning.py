@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from lightning_fl.clients import Draws, LocalWork, Participation, Population, RoundPlan, count_batches
 from lightning_fl.communication import Group, Message
+from lightning_fl.strategies.hidden_report import refuse_number_of_steps
 from lightning_fl.strategies.round import FederationSettings
 from lightning_fl.strategies.together import ClientsTogether
 from lightning_fl.types import ClientId
@@ -105,11 +106,19 @@ class Planner:
     def largest_num_batches(self, work: LocalWork) -> int | float:
         """Batches of the client with the most in a round, rounded up to whole optimizer steps."""
         if self._largest is None:
+            self.check_steps("trainer.estimated_stepping_batches", work)
             loaders = self.population.loaders
-            clients = [next(iter(loaders))] if work.steps is not None else loaders  # here all do the most
-            steps = [work.num_steps(count_batches(loaders[client])) for client in clients]
+            phases = self.phases(work)
+            all_by_steps = all(phase.steps is not None for phase in phases)
+            clients = [next(iter(loaders))] if all_by_steps else loaders  # here all do the most
+            steps = [phase.num_steps(count_batches(loaders[client])) for client in clients for phase in phases]
             own = float("inf") if None in steps else float(max(step for step in steps if step is not None))
             told = self.group.all_gather(Message({"steps": own}), "estimated steps")
             largest = max(float(message.fields["steps"]) for message in told)
             self._largest = largest if largest == float("inf") else max(int(largest), 1) * work.accumulate
         return self._largest
+
+    def check_steps(self, what: str, work: LocalWork) -> None:
+        """Refuses ``what`` needs the numbers of steps of silos whose sizes are hidden."""
+        if self.settings.aggregator.hides_reports and self.population.silos is not None and work.steps is None:
+            refuse_number_of_steps(what)

@@ -342,17 +342,20 @@ class Round:
             ValueError: If no client has given an update that can be used.
         """
         trained = time.perf_counter()
+        hides = self.settings.aggregator.hides_reports and self.group.size > 1
+        end = self.schedule_end
+        if hides and end is not None and not any(end.num_steps):
+            end = replace(end, num_optimizer_steps=0)
         fields = {
             **report.fields,
             "num_steps": self.num_steps,
             "num_examples": self.num_examples,
-            "schedule_end": None if self.schedule_end is None else encode(asdict(self.schedule_end)),
+            "schedule_end": None if end is None else encode(asdict(end)),
             "refused": self.refused,
             "lost": self.lost,
             "squared_norm": self._squared_norm,
         }
         own = Message(fields, report.tensors)
-        hides = self.settings.aggregator.hides_reports and self.group.size > 1
         acc, reports = self.settings.aggregator.merge(self._acc, self.group, hide(own) if hides else own, self.ctx)
         reports = reveal(reports) if hides else reports
         merged = time.perf_counter()

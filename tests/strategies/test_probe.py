@@ -214,7 +214,7 @@ def test_a_loader_that_raises_is_that_clients_fault() -> None:
     strategy = FederatedStrategy(Measures(), on_client_error="skip")
     with pytest.warns(UserWarning, match="client 'b' raised OSError"):
         trainer(strategy, 2).fit(module, clients("b"))
-    trainer("fedavg", 2).fit(without, clients())
+    trainer(FederatedStrategy("fedavg", engine="sequential"), 2).fit(without, clients())
     assert torch.equal(weights(module), weights(without))
 
 

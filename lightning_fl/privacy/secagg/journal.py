@@ -46,7 +46,7 @@ class Journal:
             )
         self._rosters[vector.hex()] = roster.hex()
         if self.path is not None:
-            with self.path.open("a") as file:
+            with os.fdopen(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a") as file:
                 file.write(f"{vector.hex()} {roster.hex()}\n")
                 file.flush()
                 os.fsync(file.fileno())

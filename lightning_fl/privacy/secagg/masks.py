@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_fl.privacy.secagg.primitives import keystream
 
-BLOCK_BYTES = 1 << 17
+BLOCK_BYTES = 1 << 18
 """A block of words and its mask stay in the processor's cache."""
 _ZEROS = bytes(BLOCK_BYTES)
 _SPARE = 15  # update_into wants room for a block of the cipher
@@ -24,10 +24,27 @@ def apply_masks(words: Tensor, masks: Sequence[tuple[bytes, int]]) -> None:
         words: int32 or int64, shape ``[d]``, contiguous, on any device.
         masks: For each mask its 32-byte key, and 1 to add it or -1 to take it off.
     """
-    streams = [(Keystream(key), sign) for key, sign in masks]
+    room = Room()
+    streams = [(Keystream(key, room), sign) for key, sign in masks]
     for block in words.split(BLOCK_BYTES // words.element_size()):
         for stream, sign in streams:
-            block.add_(stream.words(len(block), words.dtype).to(block.device), alpha=sign)
+            mask = stream.words(block.numel(), words.dtype)
+            mask = mask.to(words.device) if words.is_cuda else mask
+            if sign > 0:
+                block.add_(mask)
+            else:
+                block.sub_(mask)
+
+
+class Room:
+    """Memory for a block of words, which many streams may share."""
+
+    def __init__(self) -> None:
+        self.data = bytearray(BLOCK_BYTES + _SPARE)
+        self.views = {
+            dtype: torch.frombuffer(self.data, dtype=dtype, count=BLOCK_BYTES // dtype.itemsize)
+            for dtype in (torch.int32, torch.int64)
+        }
 
 
 class Keystream:
@@ -35,17 +52,18 @@ class Keystream:
 
     Args:
         key: 32 bytes; None takes them from the operating system.
+        room: Where the words are put.
     """
 
-    def __init__(self, key: bytes | None = None) -> None:
+    def __init__(self, key: bytes | None = None, room: Room | None = None) -> None:
         assert sys.byteorder == "little", "masks are defined on little-endian machines"
         self._encryptor = keystream(os.urandom(32) if key is None else key)
-        self._buffer = bytearray(BLOCK_BYTES + _SPARE)
+        self._room = room or Room()
 
     def words(self, count: int, dtype: torch.dtype = torch.int32) -> Tensor:
         """The next words, at most a block of them; they are overwritten by the next call."""
         num_bytes = count * dtype.itemsize
         assert num_bytes <= BLOCK_BYTES, f"a block has {BLOCK_BYTES} bytes, asked for {num_bytes}"
-        if num_bytes:
-            self._encryptor.update_into(memoryview(_ZEROS)[:num_bytes], self._buffer)
-        return torch.frombuffer(self._buffer, dtype=dtype, count=count) if count else torch.empty(0, dtype=dtype)
+        zeros = _ZEROS if num_bytes == BLOCK_BYTES else _ZEROS[:num_bytes]
+        self._encryptor.update_into(zeros, self._room.data)
+        return self._room.views[dtype][:count]
