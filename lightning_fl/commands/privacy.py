@@ -1,9 +1,20 @@
-"""``lightning-fl privacy``: plans a differentially private run without training."""
+"""Plans a differentially private run: epsilon for a noise multiplier, or the noise for an epsilon, over the rounds.
+
+Every number is an upper bound at --delta. A release is a round under client-level privacy, and a step under DP-SGD.
+
+Examples:
+  what 100 rounds cost, with each of 1000 clients in a round with probability 0.1:
+    lightning-fl privacy --noise-multiplier 1.0 --rate 0.1 --rounds 100 --clients 1000
+  how much noise lets them cost no more than 8:
+    lightning-fl privacy --epsilon 8 --rate 0.1 --rounds 100 --clients 1000
+  cohorts of exactly 100 of 1000 clients; DP-SGD with batches of about 256 of 60000 examples:
+    lightning-fl privacy --noise-multiplier 1.0 --cohort 100 --clients 1000 --rounds 100
+    lightning-fl privacy --noise-multiplier 1.1 --rate 0.0042666667 --rounds 14062
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -11,53 +22,9 @@ from rich.table import Table
 from lightning_fl.privacy import FixedSize, Full, Gaussian, Ledger, Poisson, Sampling, noise_multiplier_for
 from lightning_fl.privacy.bounds import Relation, default_relation
 
-EXAMPLES = """\
-examples:
-  what 100 rounds cost, with each of 1000 clients in a round with probability 0.1:
-    lightning-fl privacy --noise-multiplier 1.0 --rate 0.1 --rounds 100 --clients 1000
-  how much noise lets them cost no more than 8:
-    lightning-fl privacy --epsilon 8 --rate 0.1 --rounds 100 --clients 1000
-  cohorts of exactly 100 of 1000 clients; DP-SGD with batches of about 256 of 60000 examples:
-    lightning-fl privacy --noise-multiplier 1.0 --cohort 100 --clients 1000 --rounds 100
-    lightning-fl privacy --noise-multiplier 1.1 --rate 0.004267 --rounds 14062
-"""
 
-
-def privacy(args: Sequence[str], console: Console | None = None) -> None:
-    """Prints what a setting costs, or how much noise a budget takes, over the rounds.
-
-    Args:
-        args: The words of the command line.
-        console: Where to print; None prints to the terminal.
-
-    Raises:
-        SystemExit: If the words can't be right.
-    """
-    parser = _parser()
-    given = parser.parse_args(args)
-    console = console or Console()
-    try:
-        sampling = _sampling(given.rate, given.cohort, given.clients, given.local)
-        delta = given.delta if given.delta is not None else min(1e-5, (given.clients or 1) ** -1.1)
-        relation = "replace_one" if given.local else default_relation([(1.0, sampling, 1)])
-        noise_multiplier = given.noise_multiplier
-        if noise_multiplier is None:
-            noise_multiplier = noise_multiplier_for(
-                given.epsilon, delta, given.rounds, sampling, given.method, relation
-            )
-        console.print(_facts(noise_multiplier, sampling, delta, relation, given.local))
-        console.print(_table(noise_multiplier, sampling, given.rounds, delta, relation))
-    except (ValueError, ImportError) as error:
-        parser.error(str(error))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="lightning-fl privacy",
-        description="Plans a differentially private run: epsilon for a noise multiplier, or the noise for an epsilon.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's own options."""
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--noise-multiplier", type=float, help="noise, relative to the clip norm")
     what.add_argument("--epsilon", type=float, help="what all rounds together may cost")
@@ -68,7 +35,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--delta", type=float, help="default: 1e-5, or clients ** -1.1 if that is less")
     parser.add_argument("--local", action="store_true", help="local noise: any two updates of a client are neighbours")
     parser.add_argument("--method", choices=("pld", "rdp"), default="pld", help="the accountant for --epsilon")
-    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prints the setting and what it costs."""
+    sampling = _sampling(args.rate, args.cohort, args.clients, args.local)
+    delta = args.delta if args.delta is not None else min(1e-5, max(args.clients or 1, 1) ** -1.1)
+    relation: Relation = "replace_one" if args.local else default_relation([(1.0, sampling, 1)])
+    noise = args.noise_multiplier
+    if noise is None:
+        noise = noise_multiplier_for(args.epsilon, delta, args.rounds, sampling, args.method, relation)
+    costs = _table(noise, sampling, args.rounds, delta, relation)
+    console = Console()
+    console.print(_facts(noise, sampling, delta, relation, args.local))
+    console.print(costs)
 
 
 def _sampling(rate: float | None, cohort: int | None, clients: int | None, local: bool) -> Sampling:
