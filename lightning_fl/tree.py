@@ -81,6 +81,11 @@ def move(state: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]
     }
 
 
+def clone(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The state with copies of its tensors."""
+    return {name: clone(value) if isinstance(value, Mapping) else value.clone() for name, value in state.items()}
+
+
 def leaves(state: Mapping[str, Any]) -> list[Tensor]:
     """The tensors of a state, in order."""
     return [leaf for value in state.values() for leaf in (leaves(value) if isinstance(value, Mapping) else [value])]

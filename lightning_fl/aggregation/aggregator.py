@@ -42,6 +42,11 @@ class Aggregator(ABC):
     ``init`` and ``add`` run on each rank for its clients, ``merge`` once a round over all ranks, ``result`` last.
     """
 
+    is_sum: ClassVar[bool] = False
+    """Whether the aggregate is the weighted sum of the updates, up to floating-point rounding: then one client moves it
+    by no more than its weight times the norm of its update."""
+    adds_together: ClassVar[bool] = False
+    """Whether there is an :meth:`add_together`."""
     hides_reports: ClassVar[bool] = False
     """Whether :meth:`merge` and :meth:`gather` tell only the sums of what stands in a report's field ``"sums"``, a
     dict of numbers by name. The first report that they give then holds the sums of all ranks."""
@@ -75,6 +80,17 @@ class Aggregator(ABC):
         Raises:
             ClientLost: If the client has vanished; the round goes on without it.
         """
+
+    def add_together(self, acc: Any, updates: Update, num_clients: int, ctx: RoundContext) -> Any:
+        """Takes in the updates of clients that were trained together.
+
+        Args:
+            acc: This rank's accumulator.
+            updates: Their updates, each tensor stacked over the clients; ``weight`` is that of each of them.
+            num_clients: Number of clients.
+            ctx: Facts of the round.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def merge(self, acc: Any, group: Group, report: Message, ctx: RoundContext) -> tuple[Any, list[Message]]:
@@ -124,6 +140,9 @@ class WeightedMean(Aggregator):
     Sums run in the tensors' own dtype, at least float32; integer buffers in float64.
     """
 
+    is_sum = True
+    adds_together = True
+
     def init(self, like: Update, device: torch.device) -> WeightedSum:
         layout = Layout.of(update_trees(like))
         weighted = Layout.of({"delta": like.delta, "buffers": like.buffers})
@@ -135,6 +154,15 @@ class WeightedMean(Aggregator):
             acc.sums[dtype][:split].add_(flat[:split], alpha=update.weight)
             acc.sums[dtype][split:].add_(flat[split:])
         return replace(acc, weight=acc.weight + update.weight, num_clients=acc.num_clients + 1)
+
+    def add_together(self, acc: WeightedSum, updates: Update, num_clients: int, ctx: RoundContext) -> WeightedSum:
+        sums = acc.layout.unflatten(acc.sums)
+        for tree, tensors in update_trees(updates).items():
+            alpha = 1.0 if tree.startswith("aux/") else updates.weight
+            for name, tensor in tensors.items():
+                sums[tree][name].add_(tensor.sum(0), alpha=alpha)
+        weight = acc.weight + num_clients * updates.weight
+        return replace(acc, weight=weight, num_clients=acc.num_clients + num_clients)
 
     def merge(
         self, acc: WeightedSum, group: Group, report: Message, ctx: RoundContext

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch.utils.data import ConcatDataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import Dataset, IterableDataset, Subset
 
+from lightning_fl.clients.targets import label_groups
+from lightning_fl.types import ClientId
+
+DEFAULT_NUM_CLIENTS = 10
 _STREAM = 0x5117
-_LABEL_KEYS = ("label", "labels", "target")
 
 
 class Partitioner(ABC):
@@ -21,35 +24,63 @@ class Partitioner(ABC):
     A partitioner of your own overrides :meth:`split` and draws its randomness from the ``rng`` it is given.
     """
 
-    def __call__(self, dataset: Any, num_clients: int, seed: int = 0) -> list[torch.Tensor]:
+    names_clients: bool = False
+    """Whether the data says who the clients are, so that ``num_clients`` is left out."""
+
+    changes_examples: bool = False
+    """Whether clients see examples other than those of the data set, see :meth:`client_dataset`."""
+
+    def __call__(self, dataset: Any, num_clients: int | None = None, seed: int = 0) -> list[torch.Tensor]:
         """Splits ``dataset`` among ``num_clients`` clients; equal arguments give equal splits.
 
         Args:
             dataset: A map-style data set.
-            num_clients: Number of clients, at least 1 and at most the number of samples.
+            num_clients: Number of clients, at least 1 and at most the number of samples. None: 10, or those that the
+                data names.
             seed: Seed of the split, at least 0.
 
         Returns:
             For each client the indices of its samples: int64, sorted, shape ``[num_samples_of_client]``.
 
         Raises:
-            ValueError: If the data set has no length or the number of clients does not fit it.
+            ValueError: If the data set has no length, the number of clients does not fit it, or a partitioner of your
+                own leaves out a sample or gives one away twice.
         """
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
             raise ValueError(
                 f"{type(dataset).__name__} cannot be partitioned: a map-style data set with a length is needed. Give "
                 "each client its own loader with fl.datamodules.ClientLoaders."
             )
+        if num_clients is None or num_clients > 0:
+            num_clients = len(self.client_ids(dataset, num_clients))
         if not 1 <= num_clients <= len(dataset):
             raise ValueError(
                 f"num_clients={num_clients} does not fit a data set of {len(dataset)} samples: it must be at least 1 "
                 "and at most the number of samples. Change num_clients or use more data."
             )
         parts = self.split(dataset, num_clients, np.random.default_rng([seed, _STREAM]))
-        return [torch.from_numpy(np.sort(part).astype(np.int64)) for part in parts]
+        owner = _owners(parts, len(dataset), str(self))
+        ends = np.cumsum(np.bincount(owner, minlength=num_clients))[:-1]
+        return list(torch.from_numpy(np.argsort(owner, kind="stable")).tensor_split(torch.from_numpy(ends)))
+
+    def client_ids(self, dataset: Any, num_clients: int | None = None) -> Sequence[ClientId]:
+        """The clients' ids in the order of the parts: ``0 .. num_clients-1`` unless the data names them."""
+        return range(DEFAULT_NUM_CLIENTS if num_clients is None else num_clients)
+
+    def client_dataset(self, dataset: Any, part: torch.Tensor, client: int, num_clients: int, seed: int) -> Dataset:
+        """What a client sees of the data set.
+
+        Args:
+            dataset: The data set that was split.
+            part: The indices of the client's samples, or of some of them.
+            client: The client's position, ``0 .. num_clients-1``.
+            num_clients: Number of clients.
+            seed: Seed of the split.
+        """
+        return Subset(dataset, part.tolist())
 
     @abstractmethod
-    def split(self, dataset: Any, num_clients: int, rng: np.random.Generator) -> list[np.ndarray]:
+    def split(self, dataset: Any, num_clients: int, rng: np.random.Generator) -> Sequence[np.ndarray]:
         """The clients' sample indices, in any order.
 
         Args:
@@ -63,7 +94,7 @@ class Partitioner(ABC):
 class IID(Partitioner):
     """Shuffles the samples and deals them out evenly: the clients' sizes differ by at most 1."""
 
-    def split(self, dataset: Any, num_clients: int, rng: np.random.Generator) -> list[np.ndarray]:
+    def split(self, dataset: Any, num_clients: int, rng: np.random.Generator) -> Sequence[np.ndarray]:
         """See :meth:`Partitioner.split`."""
         return np.array_split(rng.permutation(len(dataset)), num_clients)
 
@@ -92,6 +123,7 @@ class Dirichlet(Partitioner):
         per: Which of the two conventions, ``"class"`` or ``"client"``.
         min_size: Smallest number of samples of a client. A draw that gives a client less is repeated.
         max_tries: Number of draws before giving up.
+        num_bins: Number of groups of equal size that stand for the classes when targets are numbers.
 
     Raises:
         ValueError: If an argument is out of range; when called, if no draw met ``min_size`` or the labels are no
@@ -108,6 +140,7 @@ class Dirichlet(Partitioner):
     per: Literal["class", "client"] = "class"
     min_size: int = 1
     max_tries: int = 100
+    num_bins: int = 10
 
     def __post_init__(self) -> None:
         """Checks the arguments."""
@@ -122,15 +155,11 @@ class Dirichlet(Partitioner):
         if self.max_tries < 1:
             raise ValueError(f"max_tries={self.max_tries} must be at least 1.")
 
-    def split(self, dataset: Any, num_clients: int, rng: np.random.Generator) -> list[np.ndarray]:
+    def split(self, dataset: Any, num_clients: int, rng: np.random.Generator) -> Sequence[np.ndarray]:
         """See :meth:`Partitioner.split`."""
-        _, labels, class_sizes = np.unique(targets(dataset), return_inverse=True, return_counts=True)
-        counts = self._draw_counts(class_sizes, num_clients, rng)
-        owner = np.empty(len(labels), dtype=np.int64)
-        for label in range(len(class_sizes)):
-            members = rng.permutation(np.flatnonzero(labels == label))
-            owner[members] = np.repeat(np.arange(num_clients), counts[:, label])
-        return np.split(np.argsort(owner, kind="stable"), np.cumsum(counts.sum(axis=1))[:-1])
+        groups = label_groups(dataset, self.num_bins)
+        counts = self._draw_counts(np.bincount(groups), num_clients, rng)
+        return deal_groups(groups, counts, rng)
 
     def _draw_counts(self, class_sizes: np.ndarray, num_clients: int, rng: np.random.Generator) -> np.ndarray:
         """Samples of each client and class, ``[num_clients, num_classes]``, with at least ``min_size`` a client."""
@@ -189,63 +218,31 @@ def _apportion(total: int, mix: np.ndarray, rng: np.random.Generator) -> np.ndar
     return counts
 
 
-def targets(dataset: Any) -> np.ndarray:
-    """The class labels of a data set, int64, shape ``[num_samples]``.
-
-    Taken from the attributes ``targets`` or ``labels``, the last tensor of a ``TensorDataset``, or the same of what a
-    ``Subset`` or ``ConcatDataset`` is made of; else read sample by sample: the last entry of a tuple or list, or the
-    entry ``label``, ``labels`` or ``target`` of a mapping.
+def deal_groups(groups: np.ndarray, counts: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
+    """Deals the samples of each group out at random.
 
     Args:
-        dataset: A map-style data set.
-
-    Raises:
-        ValueError: If the samples hold no labels or those are not one integer each.
+        groups: The group of each sample, int64 of shape ``[num_samples]``.
+        counts: How many samples of each group a client gets, int64 of shape ``[num_clients, num_groups]``.
+        rng: Source of randomness.
     """
-    labels = _stored_targets(dataset)
-    if labels is None:
-        labels = _as_array([_target_of(dataset[index]) for index in range(len(dataset))])
-    if labels.ndim != 1 or labels.dtype.kind not in "iub":
+    owner = np.empty(len(groups), dtype=np.int64)
+    shuffled = rng.permutation(len(groups))
+    members = shuffled[np.argsort(groups[shuffled], kind="stable")]
+    owner[members] = np.repeat(np.tile(np.arange(len(counts)), counts.shape[1]), counts.T.ravel())
+    return np.split(np.argsort(owner, kind="stable"), np.cumsum(counts.sum(axis=1))[:-1])
+
+
+def _owners(parts: Sequence[np.ndarray], num_samples: int, name: str) -> np.ndarray:
+    """The client of each sample; refuses parts that are no partition."""
+    samples = np.concatenate([np.asarray(part, dtype=np.int64) for part in parts])
+    inside = samples[(samples >= 0) & (samples < num_samples)]
+    times = np.bincount(inside, minlength=num_samples)
+    if len(inside) != len(samples) or (times != 1).any():
         raise ValueError(
-            f"The targets of {type(dataset).__name__} are {labels.dtype} of shape {list(labels.shape)}; a split by "
-            "label needs one integer class label a sample. Split other targets with IID()."
+            f"{name} gave {(times == 0).sum()} of {num_samples} samples to no client, {(times > 1).sum()} to several, "
+            f"and {len(samples) - len(inside)} that do not exist; every sample must go to exactly one client."
         )
-    return labels.astype(np.int64)
-
-
-def _stored_targets(dataset: Any) -> np.ndarray | None:
-    if isinstance(dataset, Subset):
-        labels = _stored_targets(dataset.dataset)
-        return None if labels is None else labels[np.asarray(dataset.indices, dtype=np.int64)]
-    if isinstance(dataset, ConcatDataset):
-        pieces = [_stored_targets(piece) for piece in dataset.datasets]
-        return None if any(piece is None for piece in pieces) else np.concatenate(pieces)  # type: ignore[arg-type]
-    if isinstance(dataset, TensorDataset):
-        return _as_array(dataset.tensors[-1])
-    for name in ("targets", "labels"):
-        values: Any = getattr(dataset, name, None)
-        if hasattr(values, "__len__") and len(values) == len(dataset):
-            return _as_array(values)
-    return None
-
-
-def _target_of(sample: Any) -> Any:
-    if isinstance(sample, Mapping):
-        for key in _LABEL_KEYS:
-            if key in sample:
-                return _as_array(sample[key]).tolist()
-    elif isinstance(sample, tuple | list) and len(sample) > 1:
-        return _as_array(sample[-1]).tolist()
-    raise ValueError(
-        f"No label was found in a sample of type {type(sample).__name__}: expected a tuple or list that ends with the "
-        f"label, or a mapping with one of the keys {', '.join(_LABEL_KEYS)}. Split data without labels with IID()."
-    )
-
-
-def _as_array(values: Any) -> np.ndarray:
-    if isinstance(values, torch.Tensor):
-        return (values.float() if values.dtype == torch.bfloat16 else values).detach().cpu().numpy()
-    try:
-        return np.asarray(values)
-    except ValueError:
-        return np.asarray(values, dtype=object)
+    owner = np.empty(num_samples, dtype=np.int64)
+    owner[samples] = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+    return owner

@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, Subset
 
 from lightning_fl.clients.loaders import ClientLoaders
+from lightning_fl.clients.partition import Partitioner
+from lightning_fl.types import ClientId
 
 _REMEDY = "Give each client its own loader with fl.datamodules.ClientLoaders or fl.datamodules.ClientDatasets."
 
@@ -49,7 +51,12 @@ def check_splittable(loader: Any) -> None:
         )
 
 
-def split_loader(loader: DataLoader, parts: Sequence[Tensor]) -> ClientLoaders:
+def split_loader(
+    loader: DataLoader,
+    parts: Sequence[Tensor],
+    ids: Sequence[ClientId] | None = None,
+    view: Callable[[int, Tensor], Dataset] | None = None,
+) -> ClientLoaders:
     """Splits a loader among clients: each reads its own part of the data set in the way of the given loader.
 
     The clients' loaders are made when they are asked for. They keep the batch size, shuffling, collation, workers and
@@ -58,35 +65,51 @@ def split_loader(loader: DataLoader, parts: Sequence[Tensor]) -> ClientLoaders:
     Args:
         loader: A plain ``DataLoader`` over a map-style data set.
         parts: For each client the indices of its samples, each of shape ``[num_samples_of_client]``; may be empty.
+        ids: The clients' ids. None: ``0 .. len(parts)-1``.
+        view: Makes the data set that a client sees from its position and part. None: a ``Subset``.
 
     Raises:
         ValueError: If the loader cannot be split, see :func:`check_splittable`.
     """
     check_splittable(loader)
     size = loader.batch_size
+    clients = range(len(parts)) if ids is None else ids
+    position = (
+        clients.index if isinstance(clients, range) else {client: i for i, client in enumerate(clients)}.__getitem__
+    )
+    see = view or (lambda _, part: Subset(loader.dataset, part.tolist()))
     return ClientLoaders(
-        range(len(parts)),
-        lambda client: _rebuild(loader, Subset(loader.dataset, parts[client].tolist())),
-        num_examples=None if size is None else lambda client: num_yielded(len(parts[client]), size, loader.drop_last),
+        clients,
+        lambda client: _rebuild(loader, see(position(client), parts[position(client)])),
+        num_examples=None
+        if size is None
+        else lambda client: num_yielded(len(parts[position(client)]), size, loader.drop_last),
     )
 
 
 def partition_loader(
-    loader: DataLoader, partitioner: Callable[[Any, int, int], Sequence[Tensor]], num_clients: int, seed: int = 0
+    loader: DataLoader, partitioner: Partitioner, num_clients: int | None = None, seed: int = 0
 ) -> ClientLoaders:
     """Partitions the data set of a loader and splits the loader accordingly.
 
     Args:
         loader: A plain ``DataLoader`` over a map-style data set.
-        partitioner: Maps data set, number of clients and seed to the clients' indices.
-        num_clients: Number of clients.
+        partitioner: Says which samples a client gets, and what it sees of them.
+        num_clients: Number of clients. None: the partitioner's choice.
         seed: Seed of the partition.
 
     Raises:
         ValueError: If the loader cannot be split, or the data set cannot be partitioned.
     """
     check_splittable(loader)
-    return split_loader(loader, partitioner(loader.dataset, num_clients, seed))
+    dataset = loader.dataset
+    parts = partitioner(dataset, num_clients, seed)
+    return split_loader(
+        loader,
+        parts,
+        partitioner.client_ids(dataset, num_clients),
+        lambda client, part: partitioner.client_dataset(dataset, part, client, len(parts), seed),
+    )
 
 
 def in_order(loader: Any) -> Any:
@@ -115,7 +138,14 @@ def num_yielded(num_samples: int, batch_size: int, drop_last: bool) -> int:
     return num_samples // batch_size * batch_size if drop_last else num_samples
 
 
-def _rebuild(loader: DataLoader, dataset: Any, shuffle: bool | None = None) -> DataLoader:
+def over(loader: DataLoader, dataset: Any, evaluate: bool = False) -> DataLoader:
+    """A loader like ``loader`` over another data set; to evaluate, in order and with every sample."""
+    return _rebuild(loader, dataset, False if evaluate else None, False if evaluate else None)
+
+
+def _rebuild(
+    loader: DataLoader, dataset: Any, shuffle: bool | None = None, drop_last: bool | None = None
+) -> DataLoader:
     sampler_generator = getattr(loader.sampler, "generator", None)
     return DataLoader(
         dataset,
@@ -124,7 +154,7 @@ def _rebuild(loader: DataLoader, dataset: Any, shuffle: bool | None = None) -> D
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
-        drop_last=loader.drop_last,
+        drop_last=loader.drop_last if drop_last is None else drop_last,
         timeout=loader.timeout,
         worker_init_fn=loader.worker_init_fn,
         multiprocessing_context=loader.multiprocessing_context,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import lightning as L
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import Dataset, TensorDataset
+
+from lightning_fl.datamodules.base import CentralDataModule
+from lightning_fl.datamodules.sklearn_data import check_test_share, load, stratified_split
 
 
-class DigitsDataModule(L.LightningDataModule):
+class DigitsDataModule(CentralDataModule):
     """The 1,797 handwritten digits of scikit-learn, split by class into training and test data.
 
     Images are float32 in [0, 1] of shape ``[1, 8, 8]``, labels int64 in 0 to 9. Validation and prediction use the test
@@ -26,47 +28,13 @@ class DigitsDataModule(L.LightningDataModule):
     """
 
     def __init__(self, batch_size: int = 32, test_share: float = 0.2, seed: int = 0, num_workers: int = 0) -> None:
-        super().__init__()
-        if not 0 < test_share < 1:
-            raise ValueError(f"test_share={test_share} must lie between 0 and 1; 0.2 keeps a fifth for testing.")
-        self.batch_size = batch_size
-        self.test_share = test_share
-        self.seed = seed
-        self.num_workers = num_workers
+        super().__init__(batch_size=batch_size, seed=seed, num_workers=num_workers)
+        self.test_share = check_test_share(test_share)
 
-    def setup(self, stage: str | None = None) -> None:
+    def read(self) -> tuple[Dataset, Dataset]:
         """Reads and splits the digits."""
-        try:
-            from sklearn.datasets import load_digits
-            from sklearn.model_selection import train_test_split
-        except ImportError as error:
-            raise ImportError(
-                'DigitsDataModule needs scikit-learn, which is not installed: pip install "lightning-fl[data]"'
-            ) from error
-        pixels, labels = load_digits(return_X_y=True)
+        pixels, labels = load("load_digits", "DigitsDataModule")
         x = torch.from_numpy((pixels / 16).astype(np.float32)).reshape(-1, 1, 8, 8)
         y = torch.from_numpy(labels.astype(np.int64))
-        train, test = train_test_split(
-            np.arange(len(labels)), test_size=self.test_share, stratify=labels, random_state=self.seed
-        )
-        self.train_set = TensorDataset(x[train], y[train])
-        self.test_set = TensorDataset(x[test], y[test])
-
-    def train_dataloader(self) -> DataLoader:
-        """Shuffled training data."""
-        return self._loader(self.train_set, shuffle=True)
-
-    def val_dataloader(self) -> DataLoader:
-        """Test data."""
-        return self._loader(self.test_set)
-
-    def test_dataloader(self) -> DataLoader:
-        """Test data."""
-        return self._loader(self.test_set)
-
-    def predict_dataloader(self) -> DataLoader:
-        """Test data."""
-        return self._loader(self.test_set)
-
-    def _loader(self, dataset: TensorDataset, shuffle: bool = False) -> DataLoader:
-        return DataLoader(dataset, batch_size=self.batch_size, shuffle=shuffle, num_workers=self.num_workers)
+        train, test = stratified_split(labels, self.test_share, self.seed)
+        return TensorDataset(x[train], y[train]), TensorDataset(x[test], y[test])

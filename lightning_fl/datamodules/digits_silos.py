@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 from lightning_fl.communication import LocalGroup
 from lightning_fl.datamodules.client_datasets import wants_clients
@@ -50,13 +50,13 @@ class DigitsSiloDataModule(DigitsDataModule):
         self.shares = shares
         self.silo = silo
 
-    def setup(self, stage: str | None = None) -> None:
+    def read(self) -> tuple[Dataset, Dataset]:
         """Reads the digits and keeps the silo's own."""
-        super().setup(stage)
-        if wants_clients(self.trainer):
-            silo = self._rank() if self.silo is None else self.silo
-            self.train_set = self._part(self.train_set, silo)
-            self.test_set = self._part(self.test_set, silo)
+        train, test = super().read()
+        if not wants_clients(self.trainer):
+            return train, test
+        silo = self._rank() if self.silo is None else self.silo
+        return self._part(train, silo), self._part(test, silo)
 
     def _rank(self) -> int:
         strategy: Any = None if self.trainer is None else self.trainer.strategy
@@ -69,7 +69,8 @@ class DigitsSiloDataModule(DigitsDataModule):
             )
         return group.rank
 
-    def _part(self, dataset: TensorDataset, silo: int) -> TensorDataset:
+    def _part(self, dataset: Dataset, silo: int) -> TensorDataset:
+        assert isinstance(dataset, TensorDataset)
         order = np.random.default_rng(self.seed).permutation(len(dataset))
         ends = np.round(len(dataset) * np.cumsum(self.shares) / sum(self.shares)).astype(int)
         return TensorDataset(*dataset[np.split(order, ends[:-1])[silo]])

@@ -1,5 +1,26 @@
 """Small reference models that the recipes use."""
 
 from lightning_fl.models.classifier import Classifier, MLPClassifier
+from lightning_fl.models.images import FedAvgCNN, LeNet, LogisticRegression, TwoNN
+from lightning_fl.models.libraries import TimmClassifier, TorchvisionClassifier, TransformersClassifier
+from lightning_fl.models.resnet import ResNet18GN, ResNet20GN
+from lightning_fl.models.tabular import TabularMLP, TabularRegressor
+from lightning_fl.models.text import CharLSTM, CharTransformer
 
-__all__ = ["Classifier", "MLPClassifier"]
+__all__ = [
+    "CharLSTM",
+    "CharTransformer",
+    "Classifier",
+    "FedAvgCNN",
+    "LeNet",
+    "LogisticRegression",
+    "MLPClassifier",
+    "ResNet18GN",
+    "ResNet20GN",
+    "TabularMLP",
+    "TabularRegressor",
+    "TimmClassifier",
+    "TorchvisionClassifier",
+    "TransformersClassifier",
+    "TwoNN",
+]

@@ -16,8 +16,9 @@ from torchmetrics.classification import MulticlassAccuracy
 class Classifier(L.LightningModule):
     """Trains a network on the cross-entropy of its class scores by SGD.
 
-    Batches are pairs ``(x, y)``, ``y`` int64 of shape ``[batch]``. Logged for every epoch: ``train_loss``,
-    ``val_loss``, ``val_acc``, ``test_loss`` and ``test_acc``; accuracy is the share of examples classified correctly.
+    Batches are pairs ``(x, y)``, ``y`` int64 of shape ``[batch]``; or of shape ``[batch, length]`` for a class at each
+    place of a sequence, with scores of shape ``[batch, num_classes, length]``. Logged for every epoch: ``train_loss``,
+    ``val_loss``, ``val_acc``, ``test_loss`` and ``test_acc``; accuracy is the share classified correctly.
 
     Args:
         net: Maps ``x`` to class scores (logits) of shape ``[batch, num_classes]``.
@@ -35,13 +36,18 @@ class Classifier(L.LightningModule):
         self.val_acc = MulticlassAccuracy(num_classes, average="micro")
         self.test_acc = MulticlassAccuracy(num_classes, average="micro")
 
+    def unpack(self, batch: Any) -> tuple[Any, Tensor]:
+        """What a batch holds: the input of the network and the classes."""
+        x, y = batch
+        return x, y
+
     def forward(self, x: Tensor) -> Tensor:
         """Class scores of shape ``[batch, num_classes]``."""
         return self.net(x)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss of a batch."""
-        x, y = batch
+        x, y = self.unpack(batch)
         loss = cross_entropy(self(x), y)
         self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(y))
         return loss
@@ -64,7 +70,7 @@ class Classifier(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=self.momentum)
 
     def _evaluate(self, batch: Any, stage: str, accuracy: MulticlassAccuracy) -> None:
-        x, y = batch
+        x, y = self.unpack(batch)
         scores = self(x)
         accuracy.update(scores, y)
         self.log(f"{stage}_loss", cross_entropy(scores, y), prog_bar=True, batch_size=len(y))

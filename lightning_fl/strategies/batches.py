@@ -10,13 +10,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 
-def generators(loader: Any) -> list[torch.Generator]:
-    """The generators from which a loader draws its order."""
-    samplers = [getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None)]
-    found = [getattr(holder, "generator", None) for holder in (loader, *samplers)]
-    return list({id(generator): generator for generator in found if isinstance(generator, torch.Generator)}.values())
-
-
 def digest(batch: Any) -> str:
     """A digest of a batch's content."""
     content = hashlib.blake2b(digest_size=16)

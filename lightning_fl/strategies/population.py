@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor
 
 from lightning_fl.clients import ClientLoaders, Population
-from lightning_fl.clients.partition import IID
+from lightning_fl.clients.partition import DEFAULT_NUM_CLIENTS, IID, Partitioner
 from lightning_fl.clients.split import partition_loader
 from lightning_fl.communication import Group
-
-DEFAULT_NUM_CLIENTS = 10
-
-Partition = Callable[[Any, int, int], Sequence[Tensor]]
 
 
 def build_population(
@@ -24,7 +18,7 @@ def build_population(
     group: Group,
     started_by_launcher: bool,
     num_clients: int | None,
-    partition: Partition | None,
+    partition: Partitioner | None,
     seed: int,
 ) -> Population:
     """Finds the clients behind a training loader.
@@ -49,7 +43,7 @@ def build_population(
         return Population(loader)
     if num_clients is None and partition is None and started_by_launcher and group.size > 1:
         return Population(ClientLoaders({group.rank: loader}), silos=group.size)
-    if num_clients is None:
+    if num_clients is None and not (partition and partition.names_clients):
         num_clients = DEFAULT_NUM_CLIENTS
         rank_zero_info(
             f"Simulating {num_clients} clients with equal random parts of the training data. Change it with "

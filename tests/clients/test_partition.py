@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,9 +9,22 @@ import pytest
 import torch
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset, TensorDataset
 
-from lightning_fl.clients.partition import IID, Dirichlet, Partitioner, targets
+from lightning_fl.clients.feature_skew import FeatureNoise
+from lightning_fl.clients.label_skew import LabelsPerClient, Shards
+from lightning_fl.clients.partition import IID, Dirichlet, Partitioner
+from lightning_fl.clients.quantity_skew import DirichletSizes, LognormalSizes
+from lightning_fl.clients.targets import targets
 
-PARTITIONERS = [IID(), Dirichlet(0.3), Dirichlet(0.3, per="client")]
+PARTITIONERS = [
+    IID(),
+    Dirichlet(0.3),
+    Dirichlet(0.3, per="client"),
+    Shards(2),
+    DirichletSizes(0.5),
+    LognormalSizes(1.0),
+    FeatureNoise(0.1),
+    LabelsPerClient(10, sigma=1.0),
+]
 
 
 def labelled(num_per_class: int, num_classes: int = 10) -> TensorDataset:
@@ -225,16 +239,13 @@ def test_targets_skips_an_attribute_of_another_length() -> None:
 @pytest.mark.parametrize(
     "dataset",
     [
-        TensorDataset(X, torch.tensor([0.5, 1.0, 2.0])),
-        TensorDataset(X, Y.bfloat16()),
-        TensorDataset(X, torch.zeros(3, 2, dtype=torch.int64)),
-        Items([(0.0, 0.5), (0.0, 1.5)]),
+        TensorDataset(X, torch.full((3, 2), 2)),
         Items([(0.0, "cat"), (0.0, "dog")]),
         Items([(0.0, [1]), (0.0, [1, 2])]),
     ],
 )
 def test_targets_that_are_no_class_labels_are_refused(dataset: Dataset) -> None:
-    with pytest.raises(ValueError, match=r"needs one integer class label a sample. Split other targets with IID\(\)"):
+    with pytest.raises(ValueError, match=r"needs a class label .* Split other targets with IID\(\)"):
         Dirichlet(0.3)(dataset, 2)
 
 
@@ -242,3 +253,38 @@ def test_targets_that_are_no_class_labels_are_refused(dataset: Dataset) -> None:
 def test_samples_without_a_label_are_refused(sample: object) -> None:
     with pytest.raises(ValueError, match=r"No label was found.*Split data without labels with IID\(\)"):
         Dirichlet(0.3)(Items([sample] * 3), 2)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ([[0, 1], [2]], "1 of 4 samples to no client, 0 to several, and 0 that do not exist"),
+        ([[0, 1, 2, 3], [3]], "0 of 4 samples to no client, 1 to several"),
+        ([[0, 1, 2, 3], [4]], "and 1 that do not exist"),
+    ],
+)
+def test_a_partitioner_of_the_user_must_give_every_sample_to_one_client(parts: list[list[int]], message: str) -> None:
+    class Own(Partitioner):
+        def split(self, dataset: object, num_clients: int, rng: np.random.Generator) -> list[np.ndarray]:
+            return [np.array(part) for part in parts]
+
+    with pytest.raises(ValueError, match=message):
+        Own()(range(4), 2)
+
+
+@pytest.mark.parametrize("partitioner", PARTITIONERS, ids=str)
+def test_ten_thousand_clients_are_quick(partitioner: Partitioner) -> None:
+    if isinstance(partitioner, Dirichlet) and partitioner.per == "class":
+        partitioner = Dirichlet(0.3, min_size=0)
+    dataset = labelled(6000) if partitioner != LabelsPerClient(10, sigma=1.0) else labelled(10_000)
+    start = time.perf_counter()
+    parts = partitioner(dataset, 10_000)
+    assert time.perf_counter() - start < 10
+    assert len(parts) == 10_000
+
+
+def test_a_draw_that_cannot_succeed_ends_soon() -> None:
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match=r"In 100 draws .* at most 0 samples, expected at least 1"):
+        Dirichlet(0.3)(labelled(6000), 10_000)
+    assert time.perf_counter() - start < 10

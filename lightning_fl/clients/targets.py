@@ -1,0 +1,161 @@
+"""The targets and columns of a map-style data set, and the groups that a split by label shares out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import ConcatDataset, Subset, TensorDataset
+
+_LABEL_KEYS = ("label", "labels", "target")
+Find = Callable[[Any], np.ndarray | None]
+
+
+def targets(dataset: Any) -> np.ndarray:
+    """The targets of a data set.
+
+    Taken from the attributes ``targets`` or ``labels``, the last tensor of a ``TensorDataset``, or the same of what a
+    ``Subset`` or ``ConcatDataset`` is made of; else read sample by sample: the last entry of a tuple or list, or the
+    entry ``label``, ``labels`` or ``target`` of a mapping.
+
+    Args:
+        dataset: A map-style data set.
+
+    Returns:
+        Class labels, int64 of shape ``[num_samples]``; regression targets, float64 of shape ``[num_samples]``; or
+        several labels a sample, bool of shape ``[num_samples, num_labels]``.
+
+    Raises:
+        ValueError: If the samples hold no targets, or targets of another kind.
+    """
+    values = _stored(dataset, _own_targets)
+    if values is None:
+        values = _as_array([_target_of(dataset[index]) for index in range(len(dataset))])
+    if values.ndim == 2 and values.shape[1] == 1:
+        values = values[:, 0]
+    if values.ndim == 1 and values.dtype.kind in "iub":
+        return values.astype(np.int64)
+    if values.ndim == 1 and values.dtype.kind == "f":
+        if not np.isfinite(values).all():
+            raise ValueError(
+                f"{(~np.isfinite(values)).sum()} of the {len(values)} targets of {type(dataset).__name__} are NaN or "
+                "infinite; leave those samples out or mend them."
+            )
+        return values.astype(np.float64)
+    if values.ndim == 2 and values.dtype.kind in "iubf" and np.isin(values, (0, 1)).all():
+        return values.astype(bool)
+    raise ValueError(
+        f"The targets of {type(dataset).__name__} are {values.dtype} of shape {list(values.shape)}; a split by label "
+        "needs a class label (an integer), a number, or a row of zeros and ones (one for each label) a sample. Split "
+        "other targets with IID()."
+    )
+
+
+def label_groups(dataset: Any, num_bins: int = 10) -> np.ndarray:
+    """The group of each sample in a split by label, int64 of shape ``[num_samples]``, from 0 without gaps.
+
+    Class labels are groups as they are. Regression targets with more than ``num_bins`` values are cut at their
+    quantiles. Of several labels a sample's rarest one is its group; samples without a label are a group of their own.
+
+    Args:
+        dataset: A map-style data set.
+        num_bins: Number of groups of regression targets, at least 1.
+
+    Raises:
+        ValueError: See :func:`targets`.
+    """
+    values = targets(dataset)
+    if values.dtype == np.bool_:
+        by_rarity = np.argsort(values.sum(axis=0), kind="stable")
+        first = values[:, by_rarity].argmax(axis=1)
+        values = np.where(values.any(axis=1), by_rarity[first], -1)
+    elif values.dtype == np.float64 and len(np.unique(values)) > num_bins:
+        edges = np.quantile(values, np.arange(1, num_bins) / num_bins)
+        values = np.searchsorted(edges, values, side="right")
+    return np.unique(values, return_inverse=True)[1].astype(np.int64)
+
+
+def column(dataset: Any, name: str | int) -> np.ndarray:
+    """One column of a data set, of shape ``[num_samples]``.
+
+    Args:
+        dataset: A map-style data set.
+        name: A name: of an attribute with one value a sample, of a Hugging Face column, or of an entry of samples
+            that are mappings. Or the position of an entry of samples that are tuples.
+
+    Raises:
+        ValueError: If the data set has no such column, or it holds more than one value a sample.
+    """
+    values = _stored(dataset, lambda data: _own_column(data, name))
+    if values is None:
+        try:
+            values = _as_array([_as_array(dataset[index][name]).tolist() for index in range(len(dataset))])
+        except (KeyError, IndexError, TypeError) as error:
+            raise ValueError(
+                f"{type(dataset).__name__} has no column {name!r}: found neither an attribute of that name with one "
+                "value a sample, nor such an entry in its samples."
+            ) from error
+    if values.ndim != 1 or values.dtype.kind not in "iubUOS":
+        raise ValueError(
+            f"Column {name!r} of {type(dataset).__name__} is {values.dtype} of shape {list(values.shape)}; expected "
+            "one integer or string a sample."
+        )
+    return values
+
+
+def _stored(dataset: Any, find: Find) -> np.ndarray | None:
+    """What ``find`` takes from a data set without reading its samples, through subsets and concatenations."""
+    if isinstance(dataset, Subset):
+        values = _stored(dataset.dataset, find)
+        return None if values is None else values[np.asarray(dataset.indices, dtype=np.int64)]
+    if isinstance(dataset, ConcatDataset):
+        pieces = [_stored(piece, find) for piece in dataset.datasets]
+        return None if any(piece is None for piece in pieces) else np.concatenate(pieces)  # type: ignore[arg-type]
+    return find(dataset)
+
+
+def _own_targets(dataset: Any) -> np.ndarray | None:
+    if isinstance(dataset, TensorDataset):
+        return _as_array(dataset.tensors[-1])
+    for name in ("targets", "labels"):
+        values = _attribute(dataset, name)
+        if values is not None:
+            return values
+    return None
+
+
+def _own_column(dataset: Any, name: str | int) -> np.ndarray | None:
+    if isinstance(name, int):
+        return _as_array(dataset.tensors[name]) if isinstance(dataset, TensorDataset) else None
+    if name in (getattr(dataset, "column_names", None) or ()):
+        return _as_array(list(dataset[name]))
+    return _attribute(dataset, name)
+
+
+def _attribute(dataset: Any, name: str) -> np.ndarray | None:
+    values: Any = getattr(dataset, name, None)
+    return _as_array(values) if hasattr(values, "__len__") and len(values) == len(dataset) else None
+
+
+def _target_of(sample: Any) -> Any:
+    if isinstance(sample, Mapping):
+        for key in _LABEL_KEYS:
+            if key in sample:
+                return _as_array(sample[key]).tolist()
+    elif isinstance(sample, tuple | list) and len(sample) > 1:
+        return _as_array(sample[-1]).tolist()
+    raise ValueError(
+        f"No label was found in a sample of type {type(sample).__name__}: expected a tuple or list that ends with the "
+        f"label, or a mapping with one of the keys {', '.join(_LABEL_KEYS)}. Split data without labels with IID()."
+    )
+
+
+def _as_array(values: Any) -> np.ndarray:
+    if isinstance(values, torch.Tensor):
+        return (values.float() if values.dtype == torch.bfloat16 else values).detach().cpu().numpy()
+    try:
+        return np.asarray(values)
+    except ValueError:
+        return np.asarray(values, dtype=object)

@@ -1,0 +1,214 @@
+"""Tables with a column that says whose each row is: CSV or Parquet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from lightning_fl.clients.holdout import Part
+from lightning_fl.clients.loaders import ClientLoaders
+from lightning_fl.datamodules.natural import ClientData, NaturalDataModule
+from lightning_fl.datamodules.table_schema import TableSchema, Task, check_columns, fit_schema
+from lightning_fl.types import ClientId
+
+_EVERYONE = "everyone"
+
+
+class TabularDataModule(NaturalDataModule):
+    r"""A table in CSV or Parquet files, whose column ``client`` says whose each row is.
+
+    Numeric columns are standardised, the others become one column for each of their values, both by the training rows;
+    ``schema`` holds how, and after ``setup()`` the sizes for the model are in ``num_features`` and ``num_classes``.
+    Batches are pairs of float32 features ``[batch, num_features]`` and targets ``[batch]``, int64 classes or float32
+    numbers. Without ``client`` the table is a data set in one place: a federation splits it among simulated clients, or
+    takes it as the data of this silo.
+
+    Args:
+        path: A ``.csv``, ``.csv.gz`` or ``.parquet`` file, a list of such files, or a folder of them.
+        target: The column to predict.
+        client: The column that names the client of a row.
+        features: The columns to predict from. None: all others.
+        drop: Columns to leave out.
+        task: ``"classification"`` or ``"regression"``. ``"auto"``: classification unless the target is a number with
+            more than 20 values.
+        missing: ``"error"`` refuses rows with missing features; ``"mean"`` puts the mean, or no category.
+        schema: How columns become numbers, as a file that ``TableSchema.save`` wrote: silos that train together need
+            the same one. None: taken from the training rows.
+        batch_size: Examples in a training batch.
+        val_share: Share of each client's rows kept for validation, in [0, 1).
+        test_share: Share of each client's rows kept for test, in [0, 1).
+        seed: Seed of the splits.
+        num_workers: Worker processes of each loader.
+        eval_batch_size: Examples in a batch of validation, test and prediction. None: the larger of ``batch_size`` and
+            256.
+
+    Raises:
+        ValueError: If an argument is out of range; on setup, if a file is corrupt, a column is missing, or a value is
+            missing or of the wrong kind.
+        FileNotFoundError: On setup, if there is no such file.
+        ImportError: On setup, if pandas is not installed.
+
+    Example:
+        >>> from pathlib import Path
+        >>> rows = [f"{age},{shop},{age > 40}" for age in range(20, 60) for shop in ("north", "south")]
+        >>> _ = Path("visits.csv").write_text("\n".join(["age,shop,returns", *rows]))
+        >>> data = TabularDataModule("visits.csv", target="returns", client="shop")
+        >>> data.setup()
+        >>> data.client_ids, data.num_features, data.num_classes
+        (['north', 'south'], 1, 2)
+    """
+
+    def __init__(
+        self,
+        path: str | Path | list[str],
+        target: str,
+        client: str | None = None,
+        features: list[str] | None = None,
+        drop: Sequence[str] = (),
+        task: Task = "auto",
+        missing: Literal["error", "mean"] = "error",
+        schema: str | Path | None = None,
+        batch_size: int = 32,
+        val_share: float = 0.0,
+        test_share: float = 0.2,
+        seed: int = 0,
+        num_workers: int = 0,
+        eval_batch_size: int | None = None,
+    ) -> None:
+        super().__init__(
+            batch_size=batch_size,
+            val_share=val_share,
+            test_share=test_share,
+            seed=seed,
+            num_workers=num_workers,
+            eval_batch_size=eval_batch_size,
+        )
+        if task not in ("auto", "classification", "regression"):
+            raise ValueError(f"task={task!r} is unknown; expected 'auto', 'classification' or 'regression'.")
+        if missing not in ("error", "mean"):
+            raise ValueError(f"missing={missing!r} is unknown; expected 'error' or 'mean'.")
+        if schema is not None and (features is not None or drop or task != "auto"):
+            raise ValueError("schema says which columns are read and how; leave out features, drop and task.")
+        if target == client:
+            raise ValueError(f"target and client are both {target!r}; a column is one or the other.")
+        self.path, self.target, self.client = path, target, client
+        self.features, self.drop, self.task, self.missing = features, drop, task, missing
+        self.schema_path = schema
+
+    def read(self) -> ClientData:
+        """Reads the table and turns it into tensors, each client's rows together."""
+        table = read_tables(self.path)
+        name = str(self.path)
+        named = [self.target, *([self.client] if self.client else []), *(self.features or ()), *self.drop]
+        check_columns(table, named, name)
+        ids: list[ClientId] = [_EVERYONE]
+        if self.client is None:
+            sizes = np.array([len(table)])
+        else:
+            absent = int(table[self.client].isna().sum())
+            if absent:
+                raise ValueError(f"{absent} rows of {name} name no client in column {self.client!r}.")
+            keys, owner, sizes = np.unique(
+                table[self.client].to_numpy(dtype=object).astype(_key_type(table[self.client])),
+                return_inverse=True,
+                return_counts=True,
+            )
+            ids = keys.tolist()
+            table = table.iloc[np.argsort(owner, kind="stable")].reset_index(drop=True)
+        starts = dict(zip(ids, (np.cumsum(sizes) - sizes).tolist(), strict=True))
+        counts = dict(zip(ids, sizes.tolist(), strict=True))
+        self._rows = {
+            part: np.concatenate([starts[i] + self.holdout.indices(counts[i], part, self.seed, i) for i in ids])
+            for part in ("train", "val", "test")
+        }
+        self.schema = self._make_schema(table, name)
+        x, y = self.schema.encode(table, name, self.missing)
+        self._tensors = (x, y)
+
+        def open_client(client: ClientId) -> Dataset:
+            rows = slice(starts[client], starts[client] + counts[client])
+            return TensorDataset(x[rows], y[rows])
+
+        return ClientData(ids, counts.__getitem__, open_client)
+
+    @property
+    def num_features(self) -> int:
+        """Number of features of an example, after ``setup()``."""
+        return len(self.schema.feature_names)
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes, after ``setup()``; None for a regression."""
+        return None if self.schema.classes is None else len(self.schema.classes)
+
+    def pooled(self, part: Part = "train") -> Dataset:
+        """All clients' rows for training, validation or test together."""
+        self.setup()
+        x, y = self._tensors
+        return TensorDataset(x[self._rows[part]], y[self._rows[part]])
+
+    def train_dataloader(self) -> ClientLoaders | DataLoader:
+        """The clients' loaders; one loader over all rows without ``client`` or if the strategy is not federated."""
+        return self._loader(self.pooled(), train=True) if self.client is None else super().train_dataloader()
+
+    def _make_schema(self, table: Any, name: str) -> TableSchema:
+        if self.schema_path is not None:
+            schema = TableSchema.load(self.schema_path)
+            if schema.target != self.target:
+                raise ValueError(f"{self.schema_path} is for the target {schema.target!r}, not {self.target!r}.")
+            return schema
+        out = {self.target, self.client, *self.drop}
+        columns = self.features or [column for column in table.columns if column not in out]
+        if not columns:
+            raise ValueError(f"{name} has no column left to predict {self.target!r} from.")
+        return fit_schema(table, self._rows["train"], self.target, columns, self.task, name)
+
+
+def read_tables(path: str | Path | Sequence[str]) -> Any:
+    """One pandas ``DataFrame`` of a table in one or several files.
+
+    Args:
+        path: A ``.csv``, ``.csv.gz`` or ``.parquet`` file, a list of such files, or a folder of them.
+
+    Raises:
+        FileNotFoundError: If there is no such file, or the folder has none.
+        ValueError: If a file can't be read, is of another kind, has no rows, or other columns than the first.
+        ImportError: If pandas, or pyarrow for Parquet, is not installed.
+    """
+    try:
+        import pandas
+    except ImportError as error:
+        raise ImportError('TabularDataModule needs pandas: pip install "lightning-fl[data]"') from error
+    if isinstance(path, str | Path):
+        files = sorted(f for f in Path(path).iterdir() if _kind(f)) if Path(path).is_dir() else [Path(path)]
+    else:
+        files = [Path(file) for file in path]
+    if not files:
+        raise FileNotFoundError(f"{path} has no .csv, .csv.gz or .parquet file.")
+    tables = []
+    for file in files:
+        if not file.exists():
+            raise FileNotFoundError(f"There is no file {file}; its folder is {file.parent.resolve()}.")
+        if not _kind(file):
+            raise ValueError(f"{file} is neither .csv, .csv.gz nor .parquet.")
+        try:
+            tables.append((pandas.read_parquet if _kind(file) == "parquet" else pandas.read_csv)(file))
+        except (ValueError, OSError, EOFError) as error:
+            raise ValueError(f"{file} can't be read: {str(error).strip()}. It may be corrupt or cut short.") from error
+        if tables[-1].columns.tolist() != tables[0].columns.tolist():
+            raise ValueError(f"The columns of {file} differ from those of {files[0]}.")
+        if len(tables[-1]) == 0:
+            raise ValueError(f"{file} has no rows.")
+    return pandas.concat(tables, ignore_index=True)
+
+
+def _kind(file: Path) -> str | None:
+    return "parquet" if file.suffix == ".parquet" else "csv" if file.name.endswith((".csv", ".csv.gz")) else None
+
+
+def _key_type(column: Any) -> type:
+    return int if column.dtype.kind in "iub" else str
