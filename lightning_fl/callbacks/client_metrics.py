@@ -19,6 +19,7 @@ from lightning_fl.callbacks.run_record import run_folder
 from lightning_fl.communication import Message
 from lightning_fl.strategies import FederatedStrategy
 from lightning_fl.strategies import lightning_internals as internals
+from lightning_fl.strategies.hidden_report import check_telling
 from lightning_fl.tracking import loggers
 from lightning_fl.tracking.metrics import is_higher_better
 from lightning_fl.tracking.run import CLIENTS_STEM, Row, append_rows, read_clients, to_json, write_file
@@ -71,6 +72,7 @@ class ClientMetrics(FederatedCallback):
                 f"ClientMetrics looks at clients, but the strategy is {type(strategy).__name__}. Leave it out, or "
                 "choose a federated strategy, such as Trainer(strategy='fedavg')."
             )
+        check_telling("ClientMetrics", strategy.active_rounds.settings)
         self._path = run_folder(trainer, self.folder)
         self._rank = strategy.federation.rank
         self._only_numbers = all(isinstance(client, int) for client in strategy.active_rounds.population.ids)

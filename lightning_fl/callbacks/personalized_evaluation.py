@@ -14,6 +14,7 @@ from lightning_fl.communication import Message
 from lightning_fl.engines.tensors import clones, load
 from lightning_fl.strategies import FederatedStrategy
 from lightning_fl.strategies.aside import train_aside, validate_aside
+from lightning_fl.strategies.hidden_report import check_telling
 from lightning_fl.strategies.lightning_internals import log_to_loggers
 from lightning_fl.strategies.rounds import FederatedRounds
 from lightning_fl.tree import move
@@ -175,6 +176,7 @@ class PersonalizedEvaluation(L.Callback):
                 f"PersonalizedEvaluation evaluates the clients of a federation, but the strategy is "
                 f"{type(trainer.strategy).__name__}. Choose a federated one, such as Trainer(strategy='fedavg')."
             )
+        check_telling("PersonalizedEvaluation", trainer.strategy.active_rounds.settings)
         if getattr(type(module), "validation_step", None) is L.LightningModule.validation_step:
             raise MisconfigurationException("PersonalizedEvaluation calls `validation_step`, which the module lacks.")
         trains = self.finetune_epochs != 0 or self.local_epochs != 0

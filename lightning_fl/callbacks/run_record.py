@@ -21,6 +21,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_fl.strategies import FederatedStrategy
+from lightning_fl.strategies.hidden_report import hides_silos
 from lightning_fl.tracking import loggers
 from lightning_fl.tracking.partition import summarise
 from lightning_fl.tracking.run import ROUNDS_FILE, RUN_FILE, Row, append_rows, to_json, write_file
@@ -69,8 +70,8 @@ class RunRecord(L.Callback):
         settings = describe_settings(trainer)
         summary = None
         if isinstance(strategy, FederatedStrategy):
-            population = strategy.active_rounds.population
-            if population.silos is None or strategy.weighting == "examples":
+            population, hides = strategy.active_rounds.population, hides_silos(strategy.active_rounds.settings)
+            if population.silos is None or (strategy.weighting == "examples" and not hides):
                 summary = summarise(population, strategy.federation, MAX_CLIENTS, share_labels=False)
         self._facts = {
             "command": self.command or command_line(),

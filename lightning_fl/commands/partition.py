@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_fl.strategies import FederatedStrategy
+from lightning_fl.strategies.hidden_report import check_telling
 from lightning_fl.tracking import PartitionSummary, plots, summarise
 
 SETS_UP_A_RUN = True
@@ -86,6 +87,7 @@ class LookAtPartition(L.Callback):
         trainer.should_stop = True
         assert isinstance(trainer.strategy, FederatedStrategy)
         strategy = trainer.strategy
+        check_telling("lightning-fl partition", strategy.active_rounds.settings)
         found = summarise(strategy.active_rounds.population, strategy.federation, self.max_clients, read_samples=True)
         self.summary = found if trainer.is_global_zero else None
 

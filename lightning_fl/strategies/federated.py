@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
-from lightning_fl.aggregation import Aggregator, FederationFacts, Transform, WeightedMean
+from lightning_fl.aggregation import Aggregator, Transform, WeightedMean
 from lightning_fl.algorithms import Algorithm, Weighting, get_algorithm
 from lightning_fl.clients import Amount, Cohort, Participation, Population, RoundLoader, Stragglers, Uniform
 from lightning_fl.clients.partition import Partitioner
@@ -395,8 +395,6 @@ class FederatedStrategy(ParallelStrategy):
 
     def _start_evaluation(self) -> None:
         results, silos = internals.results_at_hand(self._trainer), self._validation_is_per_rank
-        if silos and self.federation.size > 1:
-            self.aggregator.open(self.federation, FederationFacts(silos, self.federation.size, is_training=False))
         self.evaluation_metrics.start(results, silos or self.split_validation, silos)
         self._works_alone = True
 

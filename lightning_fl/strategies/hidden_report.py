@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_fl.clients import LocalWork
 from lightning_fl.communication import Message
+
+if TYPE_CHECKING:
+    from lightning_fl.strategies.round import FederationSettings
+
+Schedules = TypeVar("Schedules", bound=list[Any])
 
 _COUNTS = ("num_steps", "num_examples", "logger_steps", "squared_norm")
 
@@ -72,16 +78,42 @@ def reveal(reports: list[Message]) -> list[Message]:
     return [Message(joined, tensors), *(Message({**message.fields, **empty}, {}) for message in others)]
 
 
-def refuse_number_of_steps(what: str) -> None:
+def hides_silos(settings: FederationSettings) -> bool:
+    """Whether silos must not tell each other anything of their data."""
+    return settings.silos and settings.aggregator.hides_reports
+
+
+def check_telling(what: str, settings: FederationSettings) -> None:
+    """Refuses what would show each silo's figures to the others.
+
+    Raises:
+        MisconfigurationException: If silos hide them.
+    """
+    if hides_silos(settings):
+        raise MisconfigurationException(
+            f"{what} shows every silo's own figures to the others, which secure aggregation is there to prevent. Leave "
+            "it out, or the secure aggregation."
+        )
+
+
+def check_steps(what: str, settings: FederationSettings, work: LocalWork) -> None:
     """Refuses what would tell the silos how much data each of them has.
 
     Raises:
-        MisconfigurationException: Always.
+        MisconfigurationException: If silos hide it, and take differently many steps.
     """
-    raise MisconfigurationException(
-        f"{what} needs the number of steps of the largest silo, which secure aggregation keeps to itself. Let all take "
-        "equally many, FederatedStrategy(local_steps=...), or step schedules by epoch."
-    )
+    if hides_silos(settings) and work.steps is None:
+        raise MisconfigurationException(
+            f"{what} needs the number of steps of the largest silo, which secure aggregation keeps to itself. Let all "
+            "take equally many, FederatedStrategy(local_steps=...), or step schedules by epoch."
+        )
+
+
+def check_schedules(schedules: Schedules, settings: FederationSettings, work: LocalWork) -> Schedules:
+    """The schedules, unless where they end would tell how much data a silo has."""
+    if schedules:
+        check_steps("A schedule that steps inside local training", settings, work)
+    return schedules
 
 
 def _hide_entry(key: str, entry: dict[str, Any], sums: dict[str, float]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_sum
 
-from lightning_fl.aggregation import Aggregator
+from lightning_fl.aggregation import Aggregator, FederationFacts
 from lightning_fl.communication import Group, Message
 from lightning_fl.strategies import lightning_results as logged
 from lightning_fl.strategies.hidden_report import hide, reveal
@@ -296,6 +296,8 @@ class EvaluationMetrics:
             silos: Whether it is that of silos.
         """
         self.hides = silos and self.aggregator.hides_reports and self.group.size > 1
+        if self.hides:
+            self.aggregator.open(self.group, FederationFacts(silos, self.group.size, is_training=False))
         for key in self._placeholders:
             results.pop(key, None)
         self._placeholders = []

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lightning_fl.clients import Draws, LocalWork, Participation, Population, RoundPlan, count_batches
 from lightning_fl.communication import Group, Message
-from lightning_fl.strategies.hidden_report import refuse_number_of_steps
+from lightning_fl.strategies.hidden_report import check_steps
 from lightning_fl.strategies.round import FederationSettings
 from lightning_fl.strategies.together import ClientsTogether
 from lightning_fl.types import ClientId
@@ -106,7 +106,7 @@ class Planner:
     def largest_num_batches(self, work: LocalWork) -> int | float:
         """Batches of the client with the most in a round, rounded up to whole optimizer steps."""
         if self._largest is None:
-            self.check_steps("trainer.estimated_stepping_batches", work)
+            check_steps("trainer.estimated_stepping_batches", self.settings, work)
             loaders = self.population.loaders
             phases = self.phases(work)
             all_by_steps = all(phase.steps is not None for phase in phases)
@@ -117,8 +117,3 @@ class Planner:
             largest = max(float(message.fields["steps"]) for message in told)
             self._largest = largest if largest == float("inf") else max(int(largest), 1) * work.accumulate
         return self._largest
-
-    def check_steps(self, what: str, work: LocalWork) -> None:
-        """Refuses ``what`` needs the numbers of steps of silos whose sizes are hidden."""
-        if self.settings.aggregator.hides_reports and self.population.silos is not None and work.steps is None:
-            refuse_number_of_steps(what)

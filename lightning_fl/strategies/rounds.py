@@ -33,6 +33,7 @@ from lightning_fl.strategies import metrics
 from lightning_fl.strategies.agreement import Agreement, naming_round
 from lightning_fl.strategies.batches import digest
 from lightning_fl.strategies.checks import check_algorithm
+from lightning_fl.strategies.hidden_report import check_schedules
 from lightning_fl.strategies.history import figures, round_entry, words
 from lightning_fl.strategies.notices import Notices
 from lightning_fl.strategies.planning import Planner
@@ -268,9 +269,7 @@ class FederatedRounds:
             self.set_length()
         self._loops_before = internals.loops_before_round(self.trainer)
         self.in_local_phase = True
-        self.schedules = internals.client_schedules(self.trainer)
-        if self.schedules:
-            self.planner.check_steps("A schedule that steps inside local training", self.work)
+        self.schedules = check_schedules(internals.client_schedules(self.trainer), self.settings, self.work)
         self.round = Round(
             self.settings,
             self.state,
