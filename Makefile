@@ -4,12 +4,13 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-all experiments lint docs clean
+.PHONY: help demo test test-all audit experiments lint docs clean
 help:
 	@echo "make demo      trains 10 simulated clients on handwritten digits, beside the centralised baseline"
 	@echo "make test      the quick tests"
 	@echo "make test-all  all tests"
 	@echo "make experiments  published experiments whose numbers are not in docs/experiments yet: hours"
+	@echo "make audit     attacks on the shipped privacy, with what they prove beside what is claimed"
 	@echo "make lint      ruff and mypy"
 	@echo "make docs      builds the documentation into site/"
 	@echo "make clean     removes what the others made, $(VENV) included"
@@ -35,6 +36,9 @@ test-all: $(INSTALLED)
 
 experiments: $(INSTALLED)
 	$(BIN)/python benchmarks/experiments.py
+
+audit: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow -rP tests/audit
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -141,10 +141,13 @@ def table(experiment: Experiment, rows: list[dict[str, Any]]) -> str:
     for name in experiment.variants:
         pairs = [[result(rows, name, s, experiment.last, c) for s in experiment.seeds] for c in ("val_acc", "val_loss")]
         cells = ["" if acc is None else f"{acc:.3f} ({loss:.2f})" for acc, loss in zip(*pairs, strict=True)]
-        means = [
-            statistics.mean(value for value in values if value is not None) if any(values) else 0 for values in pairs
-        ]
-        lines.append(f"| {name} | {' | '.join(cells)} | {means[0]:.3f} ({means[1]:.2f}) |")
+        done = [pair for pair in zip(*pairs, strict=True) if None not in pair]
+        mean = (
+            f"{statistics.mean(acc for acc, _ in done):.3f} ({statistics.mean(loss for _, loss in done):.2f})"
+            if done
+            else ""
+        )
+        lines.append(f"| {name} | {' | '.join(cells)} | {mean} |")
     return "\n".join(lines)
 
 

@@ -15,9 +15,10 @@ from lightning_fl.types import Aggregate, Context, LocalRun, State, Tree, Update
 @register("qfedavg")
 @dataclass(frozen=True)
 class QFedAvg(Algorithm):
-    r"""q-FedAvg: minimises :math:`\sum_i p_i F_i^{q+1} / (q + 1)`, so that clients end with more equal losses.
+    r"""q-FedAvg: clients with a larger loss count more, so that all end with more equal losses.
 
     .. math::
+        \min_x \sum_i \frac{p_i}{q + 1} F_i(x)^{q + 1}: \qquad
         x \leftarrow x + \frac{\sum_i p_i F_i^q (y_i - x)}
         {\sum_i p_i \left( F_i^q + q F_i^{q-1} L \lVert y_i - x \rVert^2 \right)}, \qquad F_i = F_i(x)
 

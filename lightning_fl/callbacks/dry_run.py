@@ -52,7 +52,9 @@ def _facts(strategy: FederatedStrategy, module: nn.Module) -> Table:
     rounds = strategy.active_rounds
     shared, num_bytes = _shared(strategy, module)
     kind = "silos" if rounds.population.silos is not None else "simulated clients"
-    work = f"{rounds.work.steps} steps" if rounds.work.steps is not None else f"{rounds.work.epochs} local epochs"
+    works = [rounds.work.for_phase(phase) for phase in strategy.algorithm.phases()]
+    amounts = [f"{w.epochs} local epochs" if w.steps is None else f"{w.steps} steps" for w in works]
+    work = ", then ".join(amounts)
     work = work if rounds.participation.is_even else f"at most {work}"
     table = Table("what", "value", title="A round of this run, without training")
     for what, value in {

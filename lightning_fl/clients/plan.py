@@ -176,6 +176,22 @@ class RoundPlan:
         self._ends.clear()
         self._extend()
 
+    def separate(self, index: int) -> None:
+        """Lets the clients of the units from ``index`` on train alone, in the order of ``clients``."""
+        lengths = {
+            client: [length for unit, length in self._segments if unit == position]
+            for position, unit in enumerate(self.units)
+            for client in unit
+            if position >= index
+        }
+        rest = [client for client in self.clients if client in lengths]
+        own = [(index + number, length) for number, client in enumerate(rest) for length in lengths[client]]
+        self._segments = [(unit, length) for unit, length in self._segments if unit < index] + own
+        self.units[index:] = [(client,) for client in rest]
+        self._first = [0] * len(self.units)
+        self._ends.clear()
+        self._extend()
+
     def resolve(self, num_batches: int) -> None:
         """Tells the length of the segment at hand, before its last batch is trained."""
         position = len(self._ends)

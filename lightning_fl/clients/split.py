@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, Subset
 
+from lightning_fl.clients.gather import gathered
 from lightning_fl.clients.loaders import ClientLoaders
 from lightning_fl.clients.partition import Partitioner
 from lightning_fl.types import ClientId
@@ -146,13 +147,14 @@ def over(loader: DataLoader, dataset: Any, evaluate: bool = False) -> DataLoader
 def _rebuild(
     loader: DataLoader, dataset: Any, shuffle: bool | None = None, drop_last: bool | None = None
 ) -> DataLoader:
+    dataset, collate_fn = gathered(dataset, loader.collate_fn)
     sampler_generator = getattr(loader.sampler, "generator", None)
     return DataLoader(
         dataset,
         batch_size=loader.batch_size,
         shuffle=isinstance(loader.sampler, RandomSampler) and len(dataset) > 0 if shuffle is None else shuffle,
         num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
+        collate_fn=collate_fn,
         pin_memory=loader.pin_memory,
         drop_last=loader.drop_last if drop_last is None else drop_last,
         timeout=loader.timeout,

@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 
+from lightning_fl.clients.gather import gathered
 from lightning_fl.clients.loaders import ClientLoaders
 from lightning_fl.clients.split import num_yielded
 from lightning_fl.types import ClientId
@@ -93,13 +94,16 @@ class ClientDatasets(L.LightningDataModule):
         return self._loader(_union(self._test))
 
     def _client_loader(self, client: ClientId) -> DataLoader:
-        return self._loader(_open(self._train[client]), shuffle=self.shuffle, drop_last=self.drop_last)
+        dataset, collate_fn = gathered(_open(self._train[client]), None)
+        return self._loader(dataset, self.shuffle, self.drop_last, collate_fn)
 
     def _num_examples(self, client: ClientId) -> int:
         num_samples = len(_open(self._train[client]))  # type: ignore[arg-type]
         return num_yielded(num_samples, self.batch_size or max(num_samples, 1), self.drop_last)
 
-    def _loader(self, dataset: Dataset, shuffle: bool = False, drop_last: bool = False) -> DataLoader:
+    def _loader(
+        self, dataset: Dataset, shuffle: bool = False, drop_last: bool = False, collate_fn: Any = None
+    ) -> DataLoader:
         num_samples = len(dataset)  # type: ignore[arg-type]
         return DataLoader(
             dataset,
@@ -107,6 +111,7 @@ class ClientDatasets(L.LightningDataModule):
             shuffle=shuffle and num_samples > 0,
             num_workers=self.num_workers,
             drop_last=drop_last,
+            collate_fn=collate_fn,
         )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning_fl.privacy.bounds import Entry, Method, Relation, default_relation, epsilon_of
+from lightning_fl.privacy.bounds import GRID, Entry, Method, Relation, default_relation, epsilon_of
 from lightning_fl.privacy.sampling import Full, Sampling, load_sampling
 
 
@@ -93,7 +93,9 @@ class Ledger:
             raise ValueError(f"count={count!r} must be a whole number, at least 1.")
         self._counts[event] = self._counts.get(event, 0) + count
 
-    def epsilon(self, delta: float, method: Method = "pld", relation: Relation | None = None) -> Epsilon:
+    def epsilon(
+        self, delta: float, method: Method = "pld", relation: Relation | None = None, grid: float = GRID
+    ) -> Epsilon:
         """An upper bound on epsilon for everything recorded.
 
         Args:
@@ -101,6 +103,8 @@ class Ledger:
             method: ``"pld"``: privacy loss distributions, the tightest; ``"rdp"``: Renyi differential privacy.
             relation: What two neighbouring data sets differ in: ``"add_or_remove_one"`` contributor (or one set to
                 zero), or ``"replace_one"``. None: the first, unless something was drawn without replacement.
+
+            grid: Distance of the privacy losses that ``"pld"`` tells apart; a coarser one is faster and gives more.
 
         Returns:
             A float that also knows ``delta``, ``method`` and ``relation``.
@@ -116,7 +120,7 @@ class Ledger:
         if relation not in (None, "add_or_remove_one", "replace_one"):
             raise ValueError(f"relation={relation!r} is not known; expected 'add_or_remove_one' or 'replace_one'.")
         relation = relation or default_relation(self.entries)
-        return Epsilon(epsilon_of(self.entries, float(delta), method, relation), delta, method, relation)
+        return Epsilon(epsilon_of(self.entries, float(delta), method, relation, grid), delta, method, relation)
 
     @property
     def entries(self) -> tuple[Entry, ...]:

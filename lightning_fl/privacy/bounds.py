@@ -72,14 +72,24 @@ def epsilon_of(
         by_rdp = _rdp(entries, delta, relation)
     if all(isinstance(sampling, Full | FixedSize) for _, sampling, _ in entries):
         return min(by_rdp, _analytic(entries, delta, relation))
-    about = min(_rdp(entries, delta, "add_or_remove_one"), MAX_EPSILON)
-    coarsening = math.ceil(math.log2(max(about / MAX_FINE_EPSILON, 1.0)))
+    coarsening = math.ceil(math.log2(max(min(_about(entries, relation), MAX_EPSILON) / MAX_FINE_EPSILON, 1.0)))
     return min(by_rdp, _pld(entries, delta, relation, grid * 2.0**coarsening))
 
 
 def _scale(relation: Relation) -> float:
     """The sensitivity of a sum of contributions of norm 1."""
     return 2.0 if relation == "replace_one" else 1.0
+
+
+def _about(entries: Sequence[Entry], relation: Relation) -> float:
+    """Roughly the epsilon, by the central limit of many releases: only to choose a grid."""
+    total = 0.0
+    for sigma, sampling, count in entries:
+        steps = sampling.num_steps if isinstance(sampling, LocalSteps) else 1
+        rate = sampling.rate if isinstance(sampling, Poisson) else 1.0
+        precision = (_scale(relation) / sigma) ** 2
+        total += count * steps * min(precision, rate**2 * math.expm1(min(precision, 100.0)))
+    return total / 2 + 5 * total**0.5
 
 
 def _analytic(entries: Sequence[Entry], delta: float, relation: Relation) -> float:

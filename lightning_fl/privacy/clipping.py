@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_fl.privacy.noise import PrivacyError
-from lightning_fl.tree import is_finite, scale, zeros_like
+from lightning_fl.tree import scale, zeros_like
 from lightning_fl.types import Aggregate, Tree, Update
 
 ROUNDING = 1e-6
@@ -109,20 +109,26 @@ def with_trees(update: Update, trees: Mapping[str, Tree]) -> Update:
 
 def joint_norm(trees: Iterable[Tree]) -> float:
     """Euclidean norm of all elements of all trees together, in float64."""
-    norms = [torch.linalg.vector_norm(_real(tensor).double()) for tree in trees for tensor in tree.values()]
+    norms = [torch.linalg.vector_norm(_real(tensor), dtype=torch.float64) for tree in trees for tensor in tree.values()]
     return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
 
 
 def clip_update(update: Update, clip: float) -> Update:
     """The update, shortened to the norm ``clip`` if it is longer; zeros if it holds NaN or infinities."""
     trees = trees_of(update)
-    if not is_finite(tensor for tree in trees.values() for tensor in tree.values()):
-        return with_trees(update, {name: zeros_like(tree) for name, tree in trees.items()})
     norm = joint_norm(trees.values())
+    if not norm < math.inf:
+        return with_trees(update, {name: zeros_like(tree) for name, tree in trees.items()})
     if norm <= clip:
         return update
     factor = clip / norm * (1 - ROUNDING)
     return with_trees(update, {name: scale(tree, factor) for name, tree in trees.items()})
+
+
+def centred_bit(update: Update, clip: float) -> Tensor:
+    """One half if the update is within the clip norm, minus one half if it is not, 0 if it holds NaN or infinities."""
+    norm = joint_norm(trees_of(update).values())
+    return torch.tensor((0.5 if norm <= clip else -0.5) if norm < math.inf else 0.0, dtype=torch.float64)
 
 
 def check_clipped(update: Update, clip: float) -> None:

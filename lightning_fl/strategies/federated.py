@@ -16,7 +16,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_z
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 from lightning_fl.aggregation import Aggregator, Transform, WeightedMean
@@ -54,6 +54,7 @@ from lightning_fl.strategies.checks import (
 from lightning_fl.strategies.choice import choose_engine
 from lightning_fl.strategies.handshake import join_ranks, settings_of
 from lightning_fl.strategies.metrics import EvaluationMetrics
+from lightning_fl.strategies.notices import Notices
 from lightning_fl.strategies.population import build_population
 from lightning_fl.strategies.round import FederationSettings
 from lightning_fl.strategies.rounds import FederatedRounds, OnClientError
@@ -167,7 +168,7 @@ class FederatedStrategy(ParallelStrategy):
         self._loaded_checkpoint: tuple[Any, dict[str, Any] | None] | None = None
         self.limit_train_batches: int | float = 1.0
         self._works_alone = False
-        self._warned_of_personal = False
+        self._notices = Notices()
 
     # ---- processes and devices
 
@@ -387,19 +388,10 @@ class FederatedStrategy(ParallelStrategy):
     def on_validation_start(self) -> None:
         self._start_evaluation()
         if self.personal:
-            self._warn_of_personal()
+            self._notices.personal(self._trainer, self.personal)
 
     def on_test_start(self) -> None:
         self._start_evaluation()
-
-    def _warn_of_personal(self) -> None:
-        callbacks = self._trainer.callbacks  # type: ignore[attr-defined]
-        if not self._warned_of_personal and not any(getattr(c, "evaluates_clients", False) for c in callbacks):
-            self._warned_of_personal = True
-            rank_zero_warn(
-                f"The tensors personal={list(self.personal)} live with the clients; validation of the global model "
-                "uses their common start values. fl.callbacks.PersonalizedEvaluation evaluates each client's model."
-            )
 
     def _start_evaluation(self) -> None:
         results, silos = internals.results_at_hand(self._trainer), self._validation_is_per_rank

@@ -23,6 +23,15 @@ class Notices:
         if self._is_new("deferred"):
             rank_zero_warn("A checkpoint asked for inside a round is written at its end, when there is a global model.")
 
+    def personal(self, trainer: L.Trainer, personal: Sequence[str]) -> None:
+        """The global model is validated, and some of its tensors live with the clients."""
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        if not any(getattr(c, "evaluates_clients", False) for c in callbacks) and self._is_new("personal"):
+            rank_zero_warn(
+                f"The tensors personal={list(personal)} live with the clients; validation of the global model uses "
+                "their common start values. fl.callbacks.PersonalizedEvaluation evaluates each client's model."
+            )
+
     def loader(self, loader: Any) -> None:
         """A client's loader is about to be read."""
         if getattr(loader, "persistent_workers", False) and self._is_new("persistent workers"):

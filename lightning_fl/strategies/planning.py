@@ -108,8 +108,10 @@ class Planner:
         if self._largest is None:
             check_steps("trainer.estimated_stepping_batches", self.settings, work)
             loaders = self.population.loaders
-            clients = [next(iter(loaders))] if work.steps is not None else loaders  # here all do the most
-            steps = [work.num_steps(count_batches(loaders[client])) for client in clients]
+            phases = self.phases(work)
+            all_by_steps = all(phase.steps is not None for phase in phases)
+            clients = [next(iter(loaders))] if all_by_steps else loaders  # here all do the most
+            steps = [phase.num_steps(count_batches(loaders[client])) for client in clients for phase in phases]
             own = float("inf") if None in steps else float(max(step for step in steps if step is not None))
             told = self.group.all_gather(Message({"steps": own}), "estimated steps")
             largest = max(float(message.fields["steps"]) for message in told)

@@ -248,8 +248,6 @@ class FederatedRounds:
         """Drops a noted checkpoint; tells whether there was one."""
         return self._deferred.pop(path, None) is not None
 
-    # ---- a round
-
     @property
     def plan(self) -> RoundPlan:
         """What this rank does in the round at hand, or the next one."""
@@ -358,8 +356,8 @@ class FederatedRounds:
         self.together.refuse(reason)
         self._notices.alone(reason)
         self.together = None
-        for later in reversed(range(index, len(self.plan.units))):
-            self._split(later, [(client,) for client in self.plan.units[later]])
+        self.plan.separate(index)
+        self.set_length()
 
     def _open_client(self, client: ClientId, loader: Loader) -> Loader:
         assert self.round is not None

@@ -20,6 +20,7 @@ from lightning_fl.engines import VectorizedEngine
 from lightning_fl.engines.stacking import part, signature
 from lightning_fl.strategies.callback import has_hooks
 from lightning_fl.strategies.capture import Capture, NotVectorizable
+from lightning_fl.types import Phase
 
 ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop")
 """Optimizers of ``torch.optim`` that treat each element alone, so that they step stacked parameters as single ones."""
@@ -65,7 +66,7 @@ def why_not(trainer: L.Trainer, module: L.LightningModule, strategy: Any) -> str
         return f"{names[0]}(fused=True) counts its steps on the device"
     if strategy.client_optimizer == "keep":
         return "client_optimizer='keep' gives each client its own number of steps"
-    if algorithm.probe is not None or len(algorithm.phases()) > 1:
+    if algorithm.probe is not None or algorithm.phases() != (Phase(),):
         return f"{type(algorithm).__name__} looks at each client's data by itself"
     if trainer.precision == "16-mixed":
         return "precision='16-mixed' skips a step when one client's gradients overflow"

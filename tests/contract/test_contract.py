@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
@@ -15,6 +15,7 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_fl import FederatedStrategy
@@ -140,15 +141,21 @@ ENTRIES: dict[str, Entry] = {
 every_algorithm = pytest.mark.parametrize("name", ENTRIES)
 
 
-def fit(algorithm: Algorithm, module: Any = None, max_epochs: int = ROUNDS, **options: Any) -> tuple[L.Trainer, Tensor]:
-    """Trains three clients with uneven numbers of batches; options of ``fit`` and the strategy are told apart."""
+SIZES = (1, 7, 23)
+TWINS = (7, 23, 7, 1, 7, 1, 23)
+
+
+def fit(
+    algorithm: Algorithm, module: Any = None, max_epochs: int = ROUNDS, sizes: Sequence[int] = SIZES, **options: Any
+) -> tuple[L.Trainer, Tensor]:
+    """Trains clients with uneven numbers of batches; options of ``fit`` and the strategy are told apart."""
     entry = next(entry for entry in ENTRIES.values() if type(entry.algorithm) is type(algorithm))
     module = entry.module() if module is None else module
     options = {**entry.options, **options}
     ckpt_path = options.pop("ckpt_path", None)
     of_trainer = {key: options.pop(key) for key in ("callbacks", "enable_checkpointing") if key in options}
     run = trainer(FederatedStrategy(algorithm, **options), max_epochs, **of_trainer)
-    run.fit(module, image_clients((1, 7, 23)), ckpt_path=ckpt_path, weights_only=True)
+    run.fit(module, image_clients(sizes), ckpt_path=ckpt_path, weights_only=True)
     return run, weights(module)
 
 
@@ -266,6 +273,19 @@ def test_yaml_with_a_wrong_type_is_refused(name: str) -> None:
     for key in ENTRIES[name].init_args:
         with pytest.raises(ArgumentError, match=key):
             from_yaml(registered()[name], {key: "abc"})
+
+
+@every_algorithm
+def test_clients_train_together_as_they_do_alone(name: str) -> None:
+    algorithm = ENTRIES[name].algorithm
+    _, alone = fit(algorithm, sizes=TWINS, engine="sequential")
+    if algorithm.probe is not None or len(algorithm.phases()) > 1:
+        with pytest.raises(MisconfigurationException, match="looks at each client's data by itself"):
+            fit(algorithm, sizes=TWINS, engine="vectorized")
+        return
+    run, together = fit(algorithm, sizes=TWINS, engine="vectorized")
+    assert sorted(map(len, run.strategy.active_rounds.plan.units)) == [2, 2, 3]
+    torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-11)
 
 
 def train_all() -> dict[str, Tensor]:

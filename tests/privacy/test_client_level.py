@@ -219,7 +219,8 @@ def test_a_cohort_is_recorded_as_what_it_is(cohorts: Cohorts | None, mode: Any, 
     assert load_ledger(state) == wanted
     report = transform.report(state, RoundContext(0, [0], 1000, cohorts))
     relation = "replace_one" if mode == "local" or isinstance(expected, FixedSize) else "add_or_remove_one"
-    assert report["dp_epsilon"] == wanted.epsilon(1e-5, relation=relation)
+    epsilon = wanted.epsilon(1e-5, relation=relation)
+    assert epsilon <= report["dp_epsilon"] <= epsilon + 1e-3
     assert {key: report[key] for key in ("dp_delta", "dp_noise_multiplier", "dp_clip", "dp_mode", "dp_unit")} == {
         "dp_delta": 1e-5,
         "dp_noise_multiplier": 1.0,

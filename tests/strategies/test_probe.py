@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,11 @@ from torch.utils.data import DataLoader
 import lightning_fl as fl
 from lightning_fl import FederatedStrategy
 from lightning_fl.algorithms import FedAvg, ProbeKind
+from lightning_fl.clients.round_loader import one_pass
+from lightning_fl.strategies import lightning_internals as internals
 from lightning_fl.strategies.checks import check_algorithm
+from lightning_fl.strategies.probe import probe
+from lightning_fl.strategies.reading import ClientReading
 from lightning_fl.types import Context, LocalRun, State, Tree, Update
 from tests.helpers.training import Ordinary, Plain, Quadratic, image_clients, images, loader, trainer, weights
 
@@ -103,22 +108,43 @@ class Records(DummyLogger):
 @pytest.mark.parametrize("kind", ["loss", "grad"])
 @pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}, {"limit_train_batches": 2}], ids=str)
 def test_training_is_what_it_is_without_a_probe(kind: ProbeKind, options: dict[str, Any]) -> None:
-    def train(algorithm: FedAvg) -> tuple[Tensor, list[Any], list[Any], Any]:
-        module, witness, logger = Random(), Witness(), Records()
-        run = trainer(
-            FederatedStrategy(algorithm), 2, callbacks=[witness], log_every_n_steps=1, **options, logger=logger
-        )
-        run.fit(module, image_clients((5, 7, 23), validate=True))
-        return weights(module), witness.seen, logger.records, torch.get_rng_state()
-
-    torch.manual_seed(1)
-    probed = train(Measures(kind=kind))
-    torch.manual_seed(1)
-    plain = train(FedAvg())
+    probed, plain = train(Measures(kind=kind), **options), train(FedAvg(), **options)
     assert torch.equal(probed[0], plain[0])
     assert probed[1] == plain[1]
     assert probed[2] == plain[2]
     assert torch.equal(probed[3], plain[3])
+
+
+def test_a_probe_that_leaves_a_trace_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def inside_training(trainer: L.Trainer, training: bool) -> Iterator[Any]:
+        trainer.lightning_module._current_fx_name = "training_step"
+        yield internals.train_results(trainer)
+
+    plain = train(FedAvg())
+    monkeypatch.setattr("lightning_fl.strategies.probe.outside_training", inside_training)
+    probed = train(Measures())
+    assert torch.equal(probed[0], plain[0])  # the weights start anew
+    assert probed[1] != plain[1]
+    assert probed[2] != plain[2]
+
+
+def careless(self: ClientReading, kind: Any, round: int, client: Any, loader: Any, work: Any) -> Any:
+    return kind and (lambda params: probe(self.trainer, kind, one_pass(loader, 0, work), params))
+
+
+def test_a_probe_that_draws_from_the_trainings_randomness_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = train(FedAvg())
+    monkeypatch.setattr(ClientReading, "make_probe", careless)
+    assert not torch.equal(train(Measures())[0], plain[0])
+
+
+def train(algorithm: FedAvg, **options: Any) -> tuple[Tensor, list[Any], list[Any], Any]:
+    torch.manual_seed(1)
+    module, witness, logger = Random(), Witness(), Records()
+    run = trainer(FederatedStrategy(algorithm), 2, callbacks=[witness], log_every_n_steps=1, **options, logger=logger)
+    run.fit(module, image_clients((5, 7, 23), validate=True))
+    return weights(module), witness.seen, logger.records, torch.get_rng_state()
 
 
 CENTERS, STEEPNESS = torch.arange(7.0).double(), torch.linspace(0.5, 2.0, 7).double()
@@ -214,7 +240,7 @@ def test_a_loader_that_raises_is_that_clients_fault() -> None:
     strategy = FederatedStrategy(Measures(), on_client_error="skip")
     with pytest.warns(UserWarning, match="client 'b' raised OSError"):
         trainer(strategy, 2).fit(module, clients("b"))
-    trainer("fedavg", 2).fit(without, clients())
+    trainer(FederatedStrategy("fedavg", engine="sequential"), 2).fit(without, clients())
     assert torch.equal(weights(module), weights(without))
 
 
