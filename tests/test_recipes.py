@@ -9,6 +9,8 @@ import pytest
 import yaml
 
 from lightning_fl.cli import FederatedCLI, recipes_directory
+from lightning_fl.privacy.secagg.keys import KeyFolder
+from tests.helpers.distributed import run_script
 
 RECIPES = sorted(recipes_directory().glob("*.yaml"))
 QUIET = ("--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false")
@@ -60,3 +62,46 @@ def test_digits_silos_gives_the_expected_number(run_ranks: Callable[..., list[fl
     assert accuracies[0] == pytest.approx(federated, abs=TOLERANCE)
     accuracy = final_accuracy("digits_silos.yaml", "--trainer.strategy", "auto")
     assert accuracy == pytest.approx(centralised, abs=TOLERANCE)
+
+
+@pytest.mark.slow
+def test_digits_secagg_gives_the_number_of_the_plain_silos(
+    run_ranks: Callable[..., list[float]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = [KeyFolder(tmp_path / f"silo{rank}") for rank in range(3)]
+    public = [folder.create() for folder in folders]
+    for folder in folders:
+        folder.trust(public)
+    accuracies = run_ranks(3, final_accuracy_with_keys, "digits_secagg.yaml", str(tmp_path / "silo{rank}"))
+    assert len(set(accuracies)) == 1
+    assert accuracies[0] == pytest.approx(expected_accuracies("digits_secagg.yaml")[0], abs=TOLERANCE)
+
+
+def final_accuracy_with_keys(name: str, keys: str) -> float:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIGHTNING_FL_KEYS", keys)
+        return final_accuracy(name)
+
+
+@pytest.mark.slow
+def test_digits_secagg_dropouts_gives_the_expected_numbers() -> None:
+    federated, centralised = expected_accuracies("digits_secagg_dropouts.yaml")
+    assert final_accuracy("digits_secagg_dropouts.yaml") == pytest.approx(federated, abs=TOLERANCE)
+    accuracy = final_accuracy("digits_secagg_dropouts.yaml", "--trainer.strategy", "auto")
+    assert accuracy == pytest.approx(centralised, abs=TOLERANCE)
+
+
+@pytest.mark.slow
+def test_the_secagg_recipe_from_the_command_line_stops_without_keys_and_runs_with_them(tmp_path: Path) -> None:
+    """What the header says, word for word, with real processes."""
+    train = [
+        *("python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3", "-m", "lightning_fl"),
+        *("fit", "--config", str(recipes_directory() / "digits_secagg.yaml"), "--trainer.max_epochs", "1"),
+    ]
+    stopped = run_script(train, cwd=tmp_path, num_processes=4, check=False)
+    assert stopped.returncode != 0
+    commands = [line.strip() for line in stopped.stderr.splitlines() if line.startswith("  lightning-fl keys ")]
+    assert len(set(commands)) == 6
+    for command in dict.fromkeys(commands):
+        run_script(["python", "-m", "lightning_fl", *command.split()[1:]], cwd=tmp_path)
+    assert "max_epochs=1` reached" in run_script(train, cwd=tmp_path, num_processes=4).stderr

@@ -141,6 +141,11 @@ class SecureAggregation(Aggregator):
             if self.max_weight is None:
                 known = facts.max_weight() or DEFAULT_MAX_WEIGHT
                 self.ranges = replace(self.ranges, max_weight=2.0 ** math.ceil(math.log2(known)))
+        if self.keys is not None and not facts.silos:
+            warnings.warn(
+                f"keys={self.keys!r} is not used: simulated clients have identities for the occasion. Leave it out.",
+                stacklevel=2,
+            )
         if facts.is_training or self._session is None or self._session.is_simulated is facts.silos:
             self._session = open_session(group, facts.silos, self.keys)
 
@@ -184,16 +189,14 @@ class SecureAggregation(Aggregator):
             self._has_warned = True
             warnings.warn(
                 f"{sums.num_clipped} of {sums.num_clients} clients had coordinates beyond clip={self.ranges.clip:g} or "
-                f"aux_clip={self.ranges.aux_clip:g}; they were clipped. If "
-                "that should not be, give SecureAggregation a larger one.",
+                f"aux_clip={self.ranges.aux_clip:g}; they were clipped. If that should not be, give "
+                "SecureAggregation a larger one.",
                 stacklevel=2,
             )
-        shares = [{"weight": sums.weight, "num_clients": sums.num_clients}] + [{"weight": 0.0, "num_clients": 0}] * (
-            len(messages) - 1
-        )
+        of_all, of_others = {"weight": sums.weight, "num_clients": sums.num_clients}, {"weight": 0.0, "num_clients": 0}
         told = [
-            Message({**message.fields, **share}, message.tensors)
-            for message, share in zip(messages, shares, strict=True)
+            Message({**message.fields, **(of_others if rank else of_all)}, message.tensors)
+            for rank, message in enumerate(messages)
         ]
         return replace(acc, sums=sums), told
 

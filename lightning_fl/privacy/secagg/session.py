@@ -6,7 +6,6 @@ import os
 from collections import Counter
 
 from lightning_fl.communication import Group, Message
-from lightning_fl.privacy.secagg.errors import SecureAggregationError
 from lightning_fl.privacy.secagg.journal import Journal
 from lightning_fl.privacy.secagg.keys import KeyFolder
 from lightning_fl.privacy.secagg.participant import Trusted, fingerprint
@@ -88,22 +87,27 @@ def open_session(group: Group, silos: bool, keys: str | None) -> Session:
     if any(fields["problem"] for fields in told):
         raise ValueError(_how_to_make_keys(told))
     if silos:
-        _check_trust(told, group.rank, trusted, place)
+        doubts = Message({"doubts": _doubts(told, group.rank, trusted, place)})
+        found = [message.fields["doubts"] for message in group.all_gather(doubts, "trust")]
+        if any(found):
+            raise ValueError("\n".join(filter(None, found)))
     session = digest(*(bytes.fromhex(fields["nonce"]) for fields in told))
     return Session(session, identity, trusted, journal)
 
 
-def _check_trust(told: list[dict[str, str]], rank: int, trusted: Trusted, place: str) -> None:
+def _doubts(told: list[dict[str, str]], rank: int, trusted: Trusted, place: str) -> str:
+    """Whom this rank does not trust, and what to do."""
     identities = [bytes.fromhex(fields["identity"]) for fields in told]
     strangers = [other for other, identity in enumerate(identities) if identity not in (trusted or ())]
     if strangers:
         who = ", ".join(f"rank {other} ({fingerprint(identities[other])})" for other in strangers)
-        raise ValueError(
+        return (
             f"Rank {rank} does not trust {who}. If its people confirm that fingerprint, take their identity.pub and "
             f"run: lightning-fl keys trust {place} <identity.pub>"
         )
     if len(set(identities)) != len(identities):
-        raise SecureAggregationError("Two ranks have the same identity; each silo needs one of its own.")
+        return f"Rank {rank} sees two ranks with the same identity; each silo needs one of its own."
+    return ""
 
 
 def _how_to_make_keys(told: list[dict[str, str]]) -> str:

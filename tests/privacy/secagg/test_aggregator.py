@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import pickle
+import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -119,6 +120,13 @@ def test_an_aggregator_that_needs_each_update_is_refused() -> None:
     with pytest.raises(ValueError, match="Median has to see each client's update"):
         fl.FederatedStrategy("fedavg", aggregator=SecureAggregation(aggregator=Median()))
     SecureAggregation(aggregator=WeightedMean())
+
+
+def test_differential_privacy_beside_it_is_refused() -> None:
+    """Rounding lengthens an update a little, so its bound would not hold."""
+    private = fl.privacy.ClientLevelDP(noise_multiplier=1.0, clip=1.0, delta=1e-5)
+    with pytest.raises(ValueError, match="SecureAggregation is no sum"):
+        fl.FederatedStrategy("fedavg", aggregator=SecureAggregation(), transforms=[private], weighting="uniform")
 
 
 @pytest.mark.parametrize("num_clients", [1, 2])
@@ -321,7 +329,9 @@ def test_a_rank_from_another_model_is_named() -> None:
 
     results = Ranks(3).run(merge)
     assert all(isinstance(result, Exception) for result in results)
-    assert any("participant 3" in str(result) and "another global model" in str(result) for result in results)
+    told = [str(result) for result in results if isinstance(result, SecureAggregationError)]
+    assert told
+    assert all(re.search("participant [123] .* starts from another global model", text) for text in told)
 
 
 def assert_no_sum(results: Sequence[Any], message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -190,16 +191,18 @@ def with_keys(keys: str) -> None:
 
 def test_a_silo_that_one_does_not_trust(run_ranks: RunRanks, keys: str) -> None:
     Path(keys.replace("{rank}", "2"), "trusted").unlink()
-    with pytest.raises(RuntimeError, match=r"Rank 2 does not trust rank 0 \([0-9a-f]{16}\).*lightning-fl keys trust"):
-        run_ranks(3, with_keys, keys, timeout=20)
+    for told in run_ranks(3, expect_error, ValueError, "with_keys", keys):
+        assert re.search(r"Rank 2 does not trust rank 0 \([0-9a-f]{16}\), rank 1.*lightning-fl keys trust", told)
 
 
-def two_silos(keys: str) -> None:
-    with_keys(keys)
+def test_one_identity_for_two_silos(run_ranks: RunRanks, keys: str) -> None:
+    one = keys.replace("{rank}", "1")
+    for told in run_ranks(3, expect_error, ValueError, "with_keys", one):
+        assert "two ranks with the same identity" in told
 
 
 def test_two_silos_are_refused(run_ranks: RunRanks, keys: str) -> None:
-    for message in run_ranks(2, expect_error, ValueError, "two_silos", keys):
+    for message in run_ranks(2, expect_error, ValueError, "with_keys", keys):
         assert "no sum over fewer than 3" in message
 
 
@@ -236,9 +239,16 @@ def with_step_schedule(keys: str) -> None:
     trainer(fl.FederatedStrategy(aggregator=SecureAggregation(keys=keys))).fit(Scheduled(), loader(8, seed=rank()))
 
 
+def with_client_metrics(keys: str) -> None:
+    strategy = fl.FederatedStrategy(aggregator=SecureAggregation(keys=keys))
+    callbacks = [fl.callbacks.ClientMetrics()]
+    trainer(strategy, callbacks=callbacks).fit(Plain(), loader(8, seed=rank()))
+
+
 @pytest.mark.parametrize(
     ("arrange", "message"),
     [
+        ("with_client_metrics", "ClientMetrics shows every silo's own figures"),
         ("with_largest", "'worst' is logged with reduce_fx='max'"),
         ("with_predictions", "'auroc' keeps more than sums"),
         ("with_step_schedule", "steps of the largest silo"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import logging
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,32 @@ def test_an_interrupted_round_can_be_trained_again() -> None:
             fit.fit(module, image_clients(SIZES))
         fit.fit(module, image_clients(SIZES))
         assert strategy.history[0]["num_clients"] == 4
+
+
+def train_on_ranks() -> tuple[Tensor, dict[str, float], list[Any]]:
+    model, metrics, strategy = train("scaffold", SecureAggregation(), rounds=1)
+    return model, metrics, strategy.history
+
+
+@pytest.mark.filterwarnings("ignore:SCAFFOLD's control is derived")
+def test_simulated_clients_on_several_ranks(run_ranks: Any) -> None:
+    plain, metrics, strategy = train("scaffold", None, rounds=1)
+    for model, found, history in run_ranks(3, train_on_ranks_quietly):
+        assert (model - plain).abs().max() < 1e-5
+        assert found == pytest.approx(metrics, rel=1e-4)
+        assert history[0]["num_examples"] == strategy.history[0]["num_examples"]
+
+
+def train_on_ranks_quietly() -> Any:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "SCAFFOLD's control is derived")
+        return train_on_ranks()
+
+
+def test_keys_of_a_simulation_would_be_ignored() -> None:
+    strategy = fl.FederatedStrategy(aggregator=SecureAggregation(keys="keys"), num_clients=4)
+    with pytest.warns(UserWarning, match="keys='keys' is not used: simulated clients"):
+        trainer(strategy).fit(Plain(), loader(24))
 
 
 # ---- secrets
