@@ -10,6 +10,7 @@ import yaml
 
 from lightning_fl.cli import FederatedCLI, recipes_directory
 from lightning_fl.privacy.secagg.keys import KeyFolder
+from tests.helpers.data_files import write_mnist
 from tests.helpers.distributed import run_script
 
 RECIPES = sorted(recipes_directory().glob("*.yaml"))
@@ -46,6 +47,38 @@ def test_a_header_holds_what_it_promises(recipe: Path) -> None:
     for line in (command, r"^expected: .*\d", r"^time: .*on 2 cores$"):
         assert re.search(line, header(recipe), re.MULTILINE)
     assert yaml.safe_load(recipe.read_text())["seed_everything"] == 0
+
+
+def write_small_data(folder: Path) -> None:
+    """Stands in for the data that recipes need files for."""
+    write_mnist(folder / "data" / "fashion-mnist", num_train=11_000, num_test=10, zipped=False)
+    rows = [f"{i % 12},{i % 24},EWR,{i},{i - 50.5},{'AA' if i % 3 else 'UA'},{i % 5 == 0}" for i in range(300)]
+    rows += ["1,2,JFK,3,4,UA,True", "1,2,LGA,3,4,UA,False"] * 10
+    (folder / "data" / "flights.csv").write_text(
+        "\n".join(["month,hour,origin,distance,dep_delay,carrier,late", *rows])
+    )
+    (folder / "data" / "shakespeare").mkdir()
+    lines = "\n\n".join(f"ROLE {'ABCDEFGHIJ'[i % 10]}.\n{'To be, or not to be. ' * 50}" for i in range(20))
+    (folder / "data" / "shakespeare" / "play.txt").write_text(lines)
+
+
+QUICK = [recipe.name for recipe in RECIPES if "torchrun" not in header(recipe) and recipe.name != "digits_fedavg.yaml"]
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_every_recipe_runs_for_a_round_on_data_of_its_kind(tmp_path: Path, name: str) -> None:
+    write_small_data(tmp_path)
+    brief = ("max_epochs=1", "limit_train_batches=1", "limit_val_batches=1", "check_val_every_n_epoch=1")
+    options = [f"--trainer.{option}" for option in (*brief, "enable_checkpointing=false")]
+    assert 0 <= final_accuracy(name, *options) <= 1
+
+
+def test_digits_central_is_the_baseline_of_the_federation() -> None:
+    central = yaml.safe_load((recipes_directory() / "digits_central.yaml").read_text())
+    federated = yaml.safe_load((recipes_directory() / "digits_fedavg.yaml").read_text())
+    assert central["model"] == federated["model"]
+    assert central["data"] == federated["data"]["init_args"]["data"]
+    assert central["trainer"]["max_epochs"] == federated["trainer"]["max_epochs"]
 
 
 def test_digits_fedavg_gives_the_expected_numbers() -> None:

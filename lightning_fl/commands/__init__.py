@@ -43,6 +43,8 @@ def command(module: ModuleType) -> Callable[[Sequence[str]], None]:
         args.rest = rest
         try:
             module.run(args)
+        except BrokenPipeError:  # the reader, such as `head`, has seen enough
+            sys.stderr.close()
         except errors as error:
             raise fail(error) from None
 

@@ -3,13 +3,13 @@
 Every number is an upper bound at --delta. A release is a round under client-level privacy, and a step under DP-SGD.
 
 Examples:
-  what 100 rounds cost, with each of 1000 clients in a round with probability 0.1:
-    lightning-fl privacy --noise-multiplier 1.0 --rate 0.1 --rounds 100 --clients 1000
-  how much noise lets them cost no more than 8:
-    lightning-fl privacy --epsilon 8 --rate 0.1 --rounds 100 --clients 1000
-  cohorts of exactly 100 of 1000 clients; DP-SGD with batches of about 256 of 60000 examples:
-    lightning-fl privacy --noise-multiplier 1.0 --cohort 100 --clients 1000 --rounds 100
-    lightning-fl privacy --noise-multiplier 1.1 --rate 0.0042666667 --rounds 14062
+  lightning-fl privacy --noise-multiplier 1.0 --rate 0.1 --rounds 100 --clients 1000
+  lightning-fl privacy --epsilon 8 --rate 0.1 --rounds 100 --clients 1000
+  lightning-fl privacy --noise-multiplier 1.0 --cohort 100 --clients 1000 --rounds 100
+  lightning-fl privacy --noise-multiplier 1.1 --rate 0.0042666667 --steps 14062
+
+They tell what 100 rounds cost in which each of 1000 clients takes part with probability 0.1; how much noise lets them
+cost 8; what cohorts of exactly 100 clients cost; and what DP-SGD costs on 60000 examples with batches of about 256.
 """
 
 from __future__ import annotations

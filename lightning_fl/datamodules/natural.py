@@ -45,7 +45,7 @@ class NaturalDataModule(L.LightningDataModule):
     A federated strategy trains on the clients' loaders, made when they are asked for; any other strategy gets one
     shuffled loader over all the clients' training data, which is the centralised baseline. Each client keeps a part of
     its samples for validation and test. Validation and test of the global model use the union of them;
-    ``client_val_dataloader()`` and ``client_test_dataloader()`` give them by client. Without ``val_share`` validation
+    ``client_val_dataloaders()`` and ``client_test_dataloaders()`` give them by client. Without ``val_share`` validation
     uses the test data. Subclasses override :meth:`read`.
 
     Args:
@@ -56,7 +56,7 @@ class NaturalDataModule(L.LightningDataModule):
         num_workers: Worker processes of each loader.
         eval_batch_size: Examples in a batch of validation, test and prediction. None: the larger of ``batch_size`` and
             256.
-        brings_test: Whether :meth:`read` may bring data for test, so that there is some without a client's share.
+        brings_test: Whether :meth:`read` may bring data for test, so that no share of the clients' is needed.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -142,11 +142,11 @@ class NaturalDataModule(L.LightningDataModule):
         """All clients' test data."""
         return self._evaluation_loader("test")
 
-    def client_val_dataloader(self) -> ClientLoaders:
+    def client_val_dataloaders(self) -> ClientLoaders:
         """Each client's own validation data, in order; its test data without ``val_share``."""
         return self._client_loaders("val" if self.holdout.val_share > 0 else "test")
 
-    def client_test_dataloader(self) -> ClientLoaders:
+    def client_test_dataloaders(self) -> ClientLoaders:
         """Each client's own test data, in order."""
         return self._client_loaders("test")
 

@@ -45,8 +45,8 @@ class PartitionedDataModule(L.LightningDataModule):
     centralised baseline.
 
     With ``val_share`` or ``test_share`` each client keeps a part of its samples for its own validation or test, which
-    ``client_val_dataloader()`` and ``client_test_dataloader()`` give by client. Validation and test of the global model
-    stay those of the datamodule inside; if it has none, they are the union of the clients' own.
+    ``client_val_dataloaders()`` and ``client_test_dataloaders()`` give by client. Validation and test of the global
+    model stay those of the datamodule inside; if it has none, they are the union of the clients' own.
 
     Args:
         data: The datamodule. It trains on one ``DataLoader`` over a map-style data set.
@@ -114,11 +114,11 @@ class PartitionedDataModule(L.LightningDataModule):
             return self._pooled_loader("train")
         return self.data.train_dataloader()
 
-    def client_val_dataloader(self) -> ClientLoaders:
+    def client_val_dataloaders(self) -> ClientLoaders:
         """Each client's own validation data, in order."""
         return self._client_loaders("val")
 
-    def client_test_dataloader(self) -> ClientLoaders:
+    def client_test_dataloaders(self) -> ClientLoaders:
         """Each client's own test data, in order."""
         return self._client_loaders("test")
 

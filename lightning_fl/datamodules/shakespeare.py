@@ -151,12 +151,10 @@ def speeches(play: str) -> Iterator[tuple[str, str]]:
     for line in [*play.splitlines(), "END."]:
         text = line.strip()
         name = _SPEAKER.fullmatch(text) if after_gap or text == "END." else None
-        if name and not _NO_SPEAKER.fullmatch(name[1]):
+        if name:
             if speaker and said:
                 yield speaker, "\n".join(said)
-            speaker, said = name[1].upper(), []
-        elif name:
-            speaker = None
+            speaker, said = None if _NO_SPEAKER.fullmatch(name[1]) else name[1].upper(), []
         elif text and speaker:
             said.append(text)
         after_gap = not text

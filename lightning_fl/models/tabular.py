@@ -16,7 +16,7 @@ from lightning_fl.models.classifier import Classifier
 
 
 class TabularMLP(Classifier):
-    """A multilayer perceptron for classes from a table, with a layer norm and dropout in each hidden layer.
+    """A multilayer perceptron for classes from a table: linear layers with ReLU and dropout between them.
 
     Args:
         in_features: Number of features, ``num_features`` of ``TabularDataModule``.
@@ -33,7 +33,7 @@ class TabularMLP(Classifier):
         hidden: Sequence[int] = (64, 32),
         num_classes: int = 2,
         dropout: float = 0.0,
-        lr: float = 0.1,
+        lr: float = 0.03,
         momentum: float = 0.0,
     ) -> None:
         super().__init__(_perceptron(in_features, hidden, num_classes, dropout), num_classes, lr, momentum)
@@ -118,5 +118,5 @@ class TabularRegressor(L.LightningModule):
 def _perceptron(in_features: int, hidden: Sequence[int], num_outputs: int, dropout: float) -> nn.Sequential:
     layers: list[nn.Module] = []
     for width_in, width in pairwise([in_features, *hidden]):
-        layers += [nn.Linear(width_in, width), nn.LayerNorm(width), nn.ReLU(), nn.Dropout(dropout)]
+        layers += [nn.Linear(width_in, width), nn.ReLU(), nn.Dropout(dropout)]
     return nn.Sequential(*layers, nn.Linear([in_features, *hidden][-1], num_outputs))

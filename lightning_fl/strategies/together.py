@@ -72,6 +72,7 @@ class ClientsTogether:
         loaders: Sequence[Loader],
     ) -> tuple[list[list[ClientId]], list[Sequence[int | None]]]:
         """Puts clients with equally much work together; returns the units and their segments."""
+        most = self.max_clients
         fullest: dict[Any, list[ClientId]] = {}
         units: list[list[ClientId]] = []
         own: list[Sequence[int | None]] = []
@@ -79,7 +80,7 @@ class ClientsTogether:
             kind = loader_kind(loader)
             key = (kind, num_examples, tuple(lengths))
             is_known = kind is not None and num_examples is not None and None not in lengths
-            if is_known and key in fullest and len(fullest[key]) < self.max_clients:
+            if is_known and key in fullest and len(fullest[key]) < most:
                 fullest[key].append(client)
                 continue
             units.append([client])

@@ -47,7 +47,7 @@ def together(clients: ClientLoaders) -> list[int]:
 
 def test_each_client_keeps_its_own_validation_and_test_data() -> None:
     data = People(val_share=0.2, test_share=0.3)
-    train, val, test = data.train_dataloader(), data.client_val_dataloader(), data.client_test_dataloader()
+    train, val, test = data.train_dataloader(), data.client_val_dataloaders(), data.client_test_dataloaders()
     assert isinstance(train, ClientLoaders)
     for client, size in SIZES.items():
         parts = [numbers(loaders[client]) for loaders in (train, val, test)]
@@ -78,7 +78,7 @@ def test_any_other_strategy_gets_all_training_data_in_one_loader() -> None:
 
 def test_test_data_of_the_source_is_taken_as_it_is() -> None:
     data = People(with_test=True, val_share=0.2)
-    assert list(data.client_test_dataloader()) == ["bob", "zoe"]
+    assert list(data.client_test_dataloaders()) == ["bob", "zoe"]
     assert numbers(data.test_dataloader()) == [103, 104, 103, 104]
     assert sum(len(numbers(loader)) for loader in data.train_dataloader().values()) == 16 - 2 - 1
 
@@ -94,10 +94,11 @@ def test_without_validation_data_a_trainer_validates_nothing() -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(MLPClassifier(1, (), 2, lr=1e-3), data)
+    with pytest.warns(match="have no `val_dataloader`"):
+        trainer.fit(MLPClassifier(1, (), 2, lr=1e-3), data)
     assert "val_loss" not in trainer.callback_metrics
     with pytest.raises(ValueError, match="keep no data for their test; set test_share"):
-        data.client_test_dataloader()
+        data.client_test_dataloaders()
 
 
 @pytest.mark.parametrize("options", [{"batch_size": 0}, {"eval_batch_size": 0}, {"val_share": 0.6, "test_share": 0.4}])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,15 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, TensorDataset
 
-from lightning_fl.datamodules import IID, ClientLoaders, DigitsDataModule, Dirichlet, PartitionedDataModule
+from lightning_fl.datamodules import (
+    IID,
+    ClientLoaders,
+    DigitsDataModule,
+    Dirichlet,
+    FeatureNoise,
+    NaturalColumn,
+    PartitionedDataModule,
+)
 from lightning_fl.models import MLPClassifier
 
 PLAIN = SimpleNamespace(strategy=SimpleNamespace())
@@ -175,3 +184,48 @@ def test_the_same_configuration_is_the_centralised_baseline() -> None:
     trainer.fit(MLPClassifier(), data)
     assert trainer.global_step == 3 * 45
     assert trainer.callback_metrics["val_acc"] > 0.8
+
+
+def test_clients_keep_a_part_of_their_samples_for_themselves() -> None:
+    data = PartitionedDataModule(Numbers(shuffle=True), IID(), num_clients=3, seed=5, val_share=0.25, test_share=0.25)
+    whole = samples_of(PartitionedDataModule(Numbers(), IID(), num_clients=3, seed=5).train_dataloader())
+    parts = [data.train_dataloader(), data.client_val_dataloaders(), data.client_test_dataloaders()]
+    assert [sorted(chain(*client)) for client in zip(*map(samples_of, parts), strict=True)] == whole
+    assert isinstance(parts[1][0].sampler, SequentialSampler)
+    assert data.test_dataloader() == ["the test loader"]
+    validated = sorted(int(number) for x, _ in data.val_dataloader() for number in x)
+    assert validated == sorted(chain(*samples_of(parts[1])))
+    data.trainer = PLAIN
+    pooled = data.train_dataloader()
+    assert isinstance(pooled.sampler, RandomSampler)
+    trained = sorted(int(number) for x, _ in pooled for number in x)
+    assert trained == sorted(chain(*samples_of(parts[0])))
+
+
+def test_the_baseline_sees_the_noise_that_clients_see() -> None:
+    inner = Numbers()
+    inner.train_dataloader = lambda: DataLoader(TensorDataset(torch.zeros(20, 3), torch.arange(20)), batch_size=20)
+    data = PartitionedDataModule(inner, FeatureNoise(1.0), num_clients=2)
+    noisy = {
+        int(label): x
+        for loader in data.train_dataloader().values()
+        for xs, ys in loader
+        for x, label in zip(xs, ys, strict=True)
+    }
+    data.trainer = PLAIN
+    for xs, ys in data.train_dataloader():
+        assert all(torch.equal(x, noisy[int(label)]) for x, label in zip(xs, ys, strict=True))
+
+
+def test_clients_that_the_data_names() -> None:
+    inner = Numbers()
+    inner.train_dataloader = lambda: DataLoader(TensorDataset(torch.arange(20), torch.arange(20) % 3))
+    clients = PartitionedDataModule(inner, NaturalColumn(1)).train_dataloader()
+    assert list(clients) == [0, 1, 2]
+
+
+def test_a_part_that_clients_do_not_keep_is_refused() -> None:
+    with pytest.raises(ValueError, match="The clients keep no data for their val; set val_share"):
+        PartitionedDataModule(Numbers(), IID()).client_val_dataloaders()
+    with pytest.raises(ValueError, match="sum to less than 1"):
+        PartitionedDataModule(Numbers(), IID(), val_share=0.5, test_share=0.5)

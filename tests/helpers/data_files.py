@@ -25,7 +25,7 @@ def write_mnist(folder: Path, num_train: int = 60, num_test: int = 20, zipped: b
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
     for prefix, number in (("t10k", num_test), ("train", num_train)):
-        images = rng.integers(0, 256, (number, 28, 28))
+        images = rng.integers(0, 256, (number, 28, 28), dtype=np.uint8)
         labels = np.arange(number) % 10
         images[:, 0, 0] = labels
         for name, values in ((f"{prefix}-images-idx3-ubyte", images), (f"{prefix}-labels-idx1-ubyte", labels)):

@@ -12,6 +12,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorD
 from lightning_fl.clients import ClientLoaders, Population
 from lightning_fl.communication import LocalGroup
 from lightning_fl.tracking import PartitionSummary, summarise
+from tests.helpers.federation import join_ranks
 
 
 def labelled(labels: Any) -> TensorDataset:
@@ -119,3 +120,19 @@ def test_of_many_clients_only_so_many_are_made() -> None:
     assert found.num_clients == 1_000_000
     assert found.ids == [0, 249_999, 499_999, 749_999, 999_999]
     assert len(made) == 5
+
+
+def look_as_silo(share_labels: bool) -> dict[str, Any]:
+    group = join_ranks()
+    loader = DataLoader(labelled([0, 0, 2] if group.rank else [1, 2]), batch_size=2)
+    population = Population(ClientLoaders({group.rank: loader}), silos=group.size)
+    return summarise(population, group, share_labels=share_labels).as_dict()
+
+
+def test_silos_tell_their_labels_only_if_asked_to(run_ranks: Any) -> None:
+    shared = run_ranks(2, look_as_silo, True)
+    assert shared[0] == shared[1]
+    assert (shared[0]["ids"], shared[0]["sizes"]) == ([0, 1], [2, 3])
+    assert (shared[0]["labels"], shared[0]["counts"]) == (["0", "1", "2"], [[0, 1, 1], [2, 0, 1]])
+    kept = run_ranks(2, look_as_silo, False)[0]
+    assert (kept["sizes"], kept["labels"], kept["counts"]) == ([2, 3], (), ())

@@ -1,0 +1,108 @@
+"""Every datamodule, partitioner and model is built from YAML with a short class path."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.cli import LightningCLI
+from torch.utils.data import TensorDataset
+
+from lightning_fl import datamodules, models
+from lightning_fl.datamodules import Partitioner
+from tests.helpers.data_files import write_mnist
+
+ARGUMENTS: dict[str, str] = {
+    "ClientDatasets": "",
+    "PartitionedDataModule": "data: DigitsDataModule\npartitioner: IID",
+    "TabularDataModule": "path: a.csv\ntarget: y\nclient: shop\ndrop: [z]",
+    "LEAFDataModule": "root: data\nshape: [1, 28, 28]",
+    "FEMNISTDataModule": "root: data",
+    "LEAFShakespeareDataModule": "root: data",
+    "ShakespeareDataModule": "root: data",
+    "ImageFolderDataModule": "root: data\nclasses: [cat, dog]",
+    "HuggingFaceDataModule": "path: some/set\nfeatures: [a, b]",
+    "TorchDataModule": "train: {class_path: tests.datamodules.test_yaml.Numbers, init_args: {size: 6}}",
+    "Dirichlet": "alpha: 0.3",
+    "DirichletSizes": "alpha: 0.3",
+    "LognormalSizes": "sigma: 1.0",
+    "LabelsPerClient": "num_labels: 2",
+    "FeatureNoise": "sigma: 0.1\npartitioner: {class_path: Shards, init_args: {shards_per_client: 3}}",
+    "NaturalColumn": "name: shop",
+    "MappingFile": "path: clients.json",
+    "MLPClassifier": "",
+    "TabularMLP": "in_features: 3",
+    "TabularRegressor": "in_features: 3",
+}
+ABSTRACT = {"CentralDataModule", "NaturalDataModule", "ClientDatasets", "Classifier"}
+
+
+class Numbers(TensorDataset):
+    def __init__(self, size: int) -> None:
+        super().__init__(torch.arange(size))
+
+
+def concrete(room: object, base: type) -> list[str]:
+    found = [
+        name for name in room.__all__ if inspect.isclass(getattr(room, name)) and issubclass(getattr(room, name), base)
+    ]
+    return [name for name in found if name not in ABSTRACT and not inspect.isabstract(getattr(room, name))]
+
+
+def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: str) -> LightningCLI:
+    (tmp_path / "config.yaml").write_text(config + "trainer: {logger: false, accelerator: cpu}\n")
+    monkeypatch.setattr("sys.argv", ["train", "--config", str(tmp_path / "config.yaml")])
+    return LightningCLI(subclass_mode_model=True, subclass_mode_data=True, run=False, seed_everything_default=False)
+
+
+def section(key: str, name: str, indent: str = "") -> str:
+    arguments = "".join(f"{indent}    {line}\n" for line in ARGUMENTS.get(name, "").splitlines())
+    return f"{indent}{key}:\n{indent}  class_path: {name}\n" + (
+        f"{indent}  init_args:\n{arguments}" if arguments else ""
+    )
+
+
+@pytest.mark.parametrize("name", concrete(datamodules, L.LightningDataModule))
+def test_datamodules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    cli = build(tmp_path, monkeypatch, section("data", name) + section("model", "LogisticRegression"))
+    assert type(cli.datamodule) is getattr(datamodules, name)
+
+
+@pytest.mark.parametrize("name", concrete(datamodules, Partitioner))
+def test_partitioners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    data = "data:\n  class_path: PartitionedDataModule\n  init_args:\n    data: DigitsDataModule\n"
+    cli = build(tmp_path, monkeypatch, data + section("partitioner", name, "    ") + section("model", "TwoNN"))
+    assert type(cli.datamodule.partitioner) is getattr(datamodules, name)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in concrete(models, L.LightningModule) if not name.startswith(("Timm", "Torch", "Transf"))]
+)
+def test_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    cli = build(tmp_path, monkeypatch, section("data", "DigitsDataModule") + section("model", name))
+    assert type(cli.model) is getattr(models, name)
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "auto"])
+def test_one_configuration_trains_federated_and_centralised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
+) -> None:
+    write_mnist(tmp_path / "data" / "fashion-mnist", num_train=100)
+    data = (
+        "data:\n  class_path: lightning_fl.datamodules.PartitionedDataModule\n  init_args:\n    num_clients: 5\n"
+        "    data: {class_path: lightning_fl.datamodules.FashionMNISTDataModule, init_args: {batch_size: 10}}\n"
+        "    partitioner: {class_path: lightning_fl.datamodules.LabelsPerClient, init_args: {num_labels: 4}}\n"
+    )
+    config = data + "model:\n  class_path: lightning_fl.models.TwoNN\ntrainer:\n"
+    options = f"  strategy: {strategy}\n  max_epochs: 1\n  enable_checkpointing: false\n  enable_progress_bar: false\n"
+    (tmp_path / "run.yaml").write_text(
+        config + options + "  logger: false\n  accelerator: cpu\n  enable_model_summary: false\n"
+    )
+    monkeypatch.setattr("sys.argv", ["train", "--config", str(tmp_path / "run.yaml")])
+    cli = LightningCLI(subclass_mode_model=True, subclass_mode_data=True, run=False, seed_everything_default=0)
+    cli.trainer.fit(cli.model, cli.datamodule)
+    assert cli.trainer.global_step == 10
+    assert "val_acc" in cli.trainer.callback_metrics
