@@ -24,8 +24,7 @@ import lightning_fl.models
 import lightning_fl.tracking
 from lightning_fl import commands
 from lightning_fl.callbacks import DryRun, FederatedProgressBar, RunRecord
-from lightning_fl.commands import algorithms, compare, init, partition, privacy, recipes, report
-from lightning_fl.commands.keys import keys
+from lightning_fl.commands import algorithms, compare, init, keys, partition, privacy, recipes, report
 from lightning_fl.commands.recipes import recipes_directory
 from lightning_fl.strategies import FederatedStrategy
 
@@ -135,10 +134,9 @@ def command_line(words: Sequence[str]) -> str:
     return shlex.join(["torchrun", *where, *processes, "-m", "lightning_fl", *words])
 
 
-_MODULES = (init, partition, report, compare, recipes, algorithms, privacy)
+_MODULES = (init, partition, report, compare, recipes, algorithms, privacy, keys)
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
-    **{module.__name__.rpartition(".")[2]: commands.command(module) for module in _MODULES},
-    "keys": keys,
+    module.__name__.rpartition(".")[2]: commands.command(module) for module in _MODULES
 }
 """Commands beside LightningCLI's, each called with the words after its name."""
 
