@@ -4,11 +4,12 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-all lint docs clean
+.PHONY: help demo test test-all experiments lint docs clean
 help:
 	@echo "make demo      trains 10 simulated clients on handwritten digits, beside the centralised baseline"
 	@echo "make test      the quick tests"
 	@echo "make test-all  all tests"
+	@echo "make experiments  runs the recipes whose data is there and compares them with their headers: an hour"
 	@echo "make lint      ruff and mypy"
 	@echo "make docs      builds the documentation into site/"
 	@echo "make clean     removes what the others made, $(VENV) included"
@@ -31,6 +32,9 @@ test: $(INSTALLED)
 
 test-all: $(INSTALLED)
 	$(BIN)/python -m pytest -m "slow or not slow"
+
+experiments: $(INSTALLED)
+	$(BIN)/python benchmarks/recipes.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

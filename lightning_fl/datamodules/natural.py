@@ -56,7 +56,7 @@ class NaturalDataModule(L.LightningDataModule):
         num_workers: Worker processes of each loader.
         eval_batch_size: Examples in a batch of validation, test and prediction. None: the larger of ``batch_size`` and
             256.
-        brings_test: Whether :meth:`read` may bring data for test, so that no share of the clients' is needed.
+        brings_test: Whether :meth:`read` may bring data for test, so that there is some without a client's share.
 
     Raises:
         ValueError: If an argument is out of range.
