@@ -1,7 +1,7 @@
 """Federated learning as a Lightning strategy: ``Trainer(strategy="fedavg")``."""
 
-from lightning_fl import aggregation, algorithms, callbacks, clients, datamodules, privacy
-from lightning_fl.strategies import FederatedStrategy
+from lightning_fl import aggregation, algorithms, callbacks, clients, datamodules, engines, privacy
+from lightning_fl.strategies import FederatedStrategy, register_strategies
 from lightning_fl.strategies.checkpoint import load_client
 
 __version__ = "0.1.0"
@@ -14,6 +14,10 @@ __all__ = [
     "callbacks",
     "clients",
     "datamodules",
+    "engines",
     "load_client",
     "privacy",
 ]
+
+algorithms.load_entry_points()  # last, because they import this package
+register_strategies()

@@ -81,6 +81,11 @@ def move(state: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]
     }
 
 
+def clone(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The state with copies of its tensors."""
+    return {name: clone(value) if isinstance(value, Mapping) else value.clone() for name, value in state.items()}
+
+
 def leaves(state: Mapping[str, Any]) -> list[Tensor]:
     """The tensors of a state, in order."""
     return [leaf for value in state.values() for leaf in (leaves(value) if isinstance(value, Mapping) else [value])]
@@ -120,20 +125,27 @@ class Layout:
         """A flat buffer of zeros a dtype."""
         return {dtype: torch.zeros(self.size(dtype), dtype=dtype, device=device) for dtype in self.dtypes}
 
+    def check(self, trees: Mapping[str, Tree]) -> None:
+        """Makes sure that the trees have this layout.
+
+        Raises:
+            ValueError: If a tensor is missing, is one too many, or has another shape.
+        """
+        has_others = sum(map(len, trees.values())) != len(self.entries)
+        shapes = {(tree, name): tensor.shape for tree, tensors in trees.items() for name, tensor in tensors.items()}
+        if has_others or any(shapes.get((tree, name)) != shape for tree, name, shape, _ in self.entries):
+            raise ValueError(self._difference(trees))
+
     def flatten(self, trees: Mapping[str, Tree]) -> Flat:
         """Copies the trees into one flat buffer a dtype.
 
         Raises:
             ValueError: If a tensor is missing, is one too many, or has another shape.
         """
-        if sum(map(len, trees.values())) != len(self.entries):
-            raise ValueError(self._difference(trees))
+        self.check(trees)
         parts: dict[torch.dtype, list[Tensor]] = {dtype: [] for dtype in self.dtypes}
-        for tree, name, shape, dtype in self.entries:
-            tensor = trees.get(tree, {}).get(name)
-            if tensor is None or tensor.shape != shape:
-                raise ValueError(self._difference(trees))
-            parts[dtype].append(tensor.detach().reshape(-1).to(dtype))
+        for tree, name, _, dtype in self.entries:
+            parts[dtype].append(trees[tree][name].detach().reshape(-1).to(dtype))
         return {dtype: torch.cat(tensors) for dtype, tensors in parts.items()}
 
     def unflatten(self, flat: Flat) -> dict[str, Tree]:

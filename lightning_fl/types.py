@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
@@ -33,6 +33,21 @@ class Update:
     weight: float = 1.0
     aux: Mapping[str, Tree] = field(default_factory=dict)
 
+    def part(self, index: int) -> Update:
+        """The update of the client at ``index``, of updates whose tensors are stacked over several clients."""
+        return self._map(lambda tensor: tensor[index])
+
+    def select(self, chosen: Tensor) -> Update:
+        """Stacked updates of some of the clients only, as indices or as a mask."""
+        return self._map(lambda tensor: tensor[chosen])
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Update:
+        def of(tree: Tree) -> Tree:
+            return {name: function(tensor) for name, tensor in tree.items()}
+
+        aux = {name: of(tree) for name, tree in self.aux.items()}
+        return Update(of(self.delta), of(self.buffers), self.weight, aux)
+
 
 @dataclass(frozen=True)
 class Aggregate:
@@ -55,13 +70,40 @@ class Aggregate:
     population: int
 
     def mean(self) -> Tree:
-        """The weighted mean of the clients' changes, ``delta / weight``."""
-        return {name: total / self.weight for name, total in self.delta.items()}
+        """The weighted mean of the clients' changes, ``delta / weight``; zero if no client has taken part."""
+        return {name: total / (self.weight or 1.0) for name, total in self.delta.items()}
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of a client's local training, with optimizers and schedules as at the round's start.
+
+    Args:
+        trains: What the optimizers move: ``"all"`` tensors, the ``"shared"`` or the ``"personal"`` ones, or ``fnmatch``
+            globs on ``state_dict`` names. The others hold still.
+        epochs: Passes over the client's data. None: as many epochs or steps as the strategy says.
+        steps: Optimizer steps instead of passes.
+        model: ``"global"``: the model that began as the global one and whose change is sent; ``"own"``: a whole model
+            of the client's own, which is kept from round to round and never sent. It begins as the global model of
+            the client's first round.
+        grad_transform: Replaces the gradients in this phase. None: the algorithm's does.
+    """
+
+    trains: str | tuple[str, ...] = "all"
+    epochs: int | None = None
+    steps: int | None = None
+    model: Literal["global", "own"] = "global"
+    grad_transform: Callable[[Tree, Tree, Context], Tree] | None = None
+
+    @property
+    def has_own_work(self) -> bool:
+        """Whether it says itself how long it is."""
+        return self.epochs is not None or self.steps is not None
 
 
 @dataclass(frozen=True)
 class LocalRun:
-    """Facts of one client's local training, measured by the engine.
+    """Facts of one client's local training, measured by the engine; of several phases those that train what is sent.
 
     Args:
         num_steps: Optimizer steps really taken (a ``GradScaler`` can skip one).
@@ -70,6 +112,7 @@ class LocalRun:
         loss: Mean training loss over the examples processed; NaN if the module returned none.
         lr_sum: For each tensor, the learning rates of its optimizer steps summed.
         normalizer: FedNova's ``|a_i|_1``, or None if it is unknown for the optimizer.
+        logged: The client's own value of what the module has logged with ``self.log`` as a number.
     """
 
     num_steps: int
@@ -78,3 +121,4 @@ class LocalRun:
     loss: float
     lr_sum: Mapping[str, float]
     normalizer: float | None = None
+    logged: Mapping[str, float] = field(default_factory=dict)

@@ -15,7 +15,7 @@ INTERNALS = [PACKAGE / "strategies" / f"lightning_{name}.py" for name in ("inter
 MAX_LINES = 500
 
 LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities")
-ON_TOP = ("lightning_fl.callbacks", "lightning_fl.datamodules", "lightning_fl.cli", "lightning_fl.models")
+ON_TOP = tuple(f"lightning_fl.{room}" for room in ("callbacks", "cli", "commands", "datamodules", "models", "tracking"))
 WITHOUT_LIGHTNING = (*LIGHTNING, "lightning_fl.strategies", *ON_TOP)
 FORBIDDEN = {
     "types.py": WITHOUT_LIGHTNING,

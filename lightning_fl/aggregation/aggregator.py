@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -14,19 +15,82 @@ from lightning_fl.tree import Flat, Layout
 from lightning_fl.types import Aggregate, Tree, Update
 
 
+class ClientLost(Exception):
+    """A client has vanished before its update could be taken in."""
+
+
+@dataclass(frozen=True)
+class FederationFacts:
+    """What everyone in a federation may know before it trains or evaluates.
+
+    Args:
+        silos: Whether each rank is a silo with its own data.
+        cohort_size: Clients in a round.
+        is_training: Whether training is about to start, rather than an evaluation.
+        max_weight: Tells the largest weight of a client, or None if nobody may know.
+    """
+
+    silos: bool
+    cohort_size: int
+    is_training: bool
+    max_weight: Callable[[], float | None] = lambda: None
+
+
 class Aggregator(ABC):
     """Turns the updates of a round into one aggregate, in four steps.
 
     ``init`` and ``add`` run on each rank for its clients, ``merge`` once a round over all ranks, ``result`` last.
     """
 
+    is_sum: ClassVar[bool] = False
+    """Whether the aggregate is the weighted sum of the updates, up to floating-point rounding: then one client moves it
+    by no more than its weight times the norm of its update."""
+    adds_together: ClassVar[bool] = False
+    """Whether there is an :meth:`add_together`."""
+    hides_reports: ClassVar[bool] = False
+    """Whether :meth:`merge` and :meth:`gather` tell only the sums of what stands in a report's field ``"sums"``, a
+    dict of numbers by name. The first report that they give then holds the sums of all ranks."""
+
+    def open(self, group: Group, facts: FederationFacts) -> None:
+        """Called on every rank before ranks tell each other anything, at least once.
+
+        Args:
+            group: The ranks of the federation.
+            facts: Who is going to train or evaluate.
+
+        Raises:
+            ValueError: If updates can't be joined among these; on every rank.
+        """
+        return
+
     @abstractmethod
     def init(self, like: Update, device: torch.device) -> Any:
-        """An empty accumulator for updates with the names and shapes of ``like``."""
+        """An empty accumulator.
+
+        Args:
+            like: An update with the names and shapes of all that will come; in a round, its delta and buffers hold the
+                global model.
+            device: Where the updates will be.
+        """
 
     @abstractmethod
     def add(self, acc: Any, update: Update, ctx: RoundContext) -> Any:
-        """Takes in one client's update."""
+        """Takes in one client's update.
+
+        Raises:
+            ClientLost: If the client has vanished; the round goes on without it.
+        """
+
+    def add_together(self, acc: Any, updates: Update, num_clients: int, ctx: RoundContext) -> Any:
+        """Takes in the updates of clients that were trained together.
+
+        Args:
+            acc: This rank's accumulator.
+            updates: Their updates, each tensor stacked over the clients; ``weight`` is that of each of them.
+            num_clients: Number of clients.
+            ctx: Facts of the round.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def merge(self, acc: Any, group: Group, report: Message, ctx: RoundContext) -> tuple[Any, list[Message]]:
@@ -42,6 +106,10 @@ class Aggregator(ABC):
         Returns:
             The federation's accumulator, the same on every rank, and the reports of all ranks.
         """
+
+    def gather(self, group: Group, report: Message, topic: str) -> list[Message]:
+        """The reports of all ranks, outside a round: what an evaluation has found."""
+        return group.all_gather(report, topic)
 
     @abstractmethod
     def result(self, acc: Any, ctx: RoundContext) -> Aggregate:
@@ -72,17 +140,29 @@ class WeightedMean(Aggregator):
     Sums run in the tensors' own dtype, at least float32; integer buffers in float64.
     """
 
+    is_sum = True
+    adds_together = True
+
     def init(self, like: Update, device: torch.device) -> WeightedSum:
-        layout = Layout.of(_trees(like))
+        layout = Layout.of(update_trees(like))
         weighted = Layout.of({"delta": like.delta, "buffers": like.buffers})
         return WeightedSum(layout, {dtype: weighted.size(dtype) for dtype in layout.dtypes}, layout.zeros(device))
 
     def add(self, acc: WeightedSum, update: Update, ctx: RoundContext) -> WeightedSum:
-        for dtype, flat in acc.layout.flatten(_trees(update)).items():
+        for dtype, flat in acc.layout.flatten(update_trees(update)).items():
             split = acc.num_weighted[dtype]
             acc.sums[dtype][:split].add_(flat[:split], alpha=update.weight)
             acc.sums[dtype][split:].add_(flat[split:])
         return replace(acc, weight=acc.weight + update.weight, num_clients=acc.num_clients + 1)
+
+    def add_together(self, acc: WeightedSum, updates: Update, num_clients: int, ctx: RoundContext) -> WeightedSum:
+        sums = acc.layout.unflatten(acc.sums)
+        for tree, tensors in update_trees(updates).items():
+            alpha = 1.0 if tree.startswith("aux/") else updates.weight
+            for name, tensor in tensors.items():
+                sums[tree][name].add_(tensor.sum(0), alpha=alpha)
+        weight = acc.weight + num_clients * updates.weight
+        return replace(acc, weight=weight, num_clients=acc.num_clients + num_clients)
 
     def merge(
         self, acc: WeightedSum, group: Group, report: Message, ctx: RoundContext
@@ -114,7 +194,8 @@ class WeightedMean(Aggregator):
         )
 
 
-def _trees(update: Update) -> dict[str, Tree]:
+def update_trees(update: Update) -> dict[str, Tree]:
+    """The trees of an update by name, in the order in which they are laid out flat."""
     return {
         "delta": update.delta,
         "buffers": update.buffers,

@@ -1,34 +1,50 @@
 """The mathematics: one algorithm a file, pure functions over state."""
 
 from lightning_fl.algorithms.adaptive import FedAdagrad, FedAdam, FedYogi
-from lightning_fl.algorithms.base import Algorithm, Weighting
+from lightning_fl.algorithms.base import Algorithm, ProbeKind, Weighting
 from lightning_fl.algorithms.diloco import DiLoCo
+from lightning_fl.algorithms.ditto import Ditto
 from lightning_fl.algorithms.fedavg import FedAvg
 from lightning_fl.algorithms.fedavgm import FedAvgM
 from lightning_fl.algorithms.feddyn import FedDyn
 from lightning_fl.algorithms.fedexp import FedExP
 from lightning_fl.algorithms.fednova import FedNova
 from lightning_fl.algorithms.fedopt import FedOpt
+from lightning_fl.algorithms.fedper import FedBN, FedPer, LGFedAvg
 from lightning_fl.algorithms.fedprox import FedProx
-from lightning_fl.algorithms.registry import get_algorithm, register, registered
+from lightning_fl.algorithms.fedrep import FedRep
+from lightning_fl.algorithms.fedsgd import FedSGD
+from lightning_fl.algorithms.mimelite import MimeLite
+from lightning_fl.algorithms.qfedavg import QFedAvg
+from lightning_fl.algorithms.registry import get_algorithm, load_entry_points, register, registered
 from lightning_fl.algorithms.scaffold import Scaffold
 
 __all__ = [
     "Algorithm",
     "DiLoCo",
+    "Ditto",
     "FedAdagrad",
     "FedAdam",
     "FedAvg",
     "FedAvgM",
+    "FedBN",
     "FedDyn",
     "FedExP",
     "FedNova",
     "FedOpt",
+    "FedPer",
     "FedProx",
+    "FedRep",
+    "FedSGD",
     "FedYogi",
+    "LGFedAvg",
+    "MimeLite",
+    "ProbeKind",
+    "QFedAvg",
     "Scaffold",
     "Weighting",
     "get_algorithm",
+    "load_entry_points",
     "register",
     "registered",
 ]

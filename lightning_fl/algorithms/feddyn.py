@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from lightning_fl.algorithms.base import Algorithm, Weighting, check_hyperparameter
 from lightning_fl.algorithms.fedprox import add_proximal
@@ -51,7 +51,7 @@ class FedDyn(Algorithm):
     def server_init(self, params: Tree, population: int) -> State:
         return {"params": params, "gradient": zeros_like(params)}
 
-    def client_init(self, server: State, client: State | None, probe: object = None) -> Context:
+    def client_init(self, server: State, client: State | None, probe: Any = None) -> Context:
         own = client["gradient"] if client else zeros_like(server["params"])
         return {"params": server["params"], "gradient": own}
 
@@ -66,8 +66,7 @@ class FedDyn(Algorithm):
         return Update(delta=delta), {"gradient": add(ctx["gradient"], delta, alpha=-self.alpha)}
 
     def server_update(self, server: State, aggregate: Aggregate) -> State:
-        change = aggregate.mean()
         share = aggregate.num_clients / aggregate.population
-        gradient = add(server["gradient"], change, alpha=-self.alpha * share)
-        mean = add(server["params"], change)
+        gradient = add(server["gradient"], aggregate.delta, alpha=-self.alpha * share / aggregate.weight)
+        mean = add(server["params"], aggregate.delta, alpha=1 / aggregate.weight)
         return {"params": add(mean, gradient, alpha=-1 / self.alpha), "gradient": gradient}

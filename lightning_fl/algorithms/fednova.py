@@ -73,7 +73,8 @@ class FedNova(Algorithm):
 
     def server_update(self, server: State, aggregate: Aggregate) -> State:
         work = float(aggregate.aux["work"]["sum"]) / aggregate.weight
-        return {**server, "params": add(server["params"], aggregate.mean(), alpha=self.server_lr * work)}
+        step = self.server_lr * work / aggregate.weight
+        return {**server, "params": add(server["params"], aggregate.delta, alpha=step)}
 
     def _work(self, run: LocalRun) -> float:
         if run.normalizer is None:

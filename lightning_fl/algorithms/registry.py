@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Callable
+from importlib.metadata import entry_points
 from typing import TypeVar
 
 from lightning_fl.algorithms.base import Algorithm
 
 AlgorithmClass = TypeVar("AlgorithmClass", bound=type[Algorithm])
+
+ENTRY_POINTS = "lightning_fl.algorithms"
+"""The entry-point group in which an installed package names its algorithms."""
 
 _ALGORITHMS: dict[str, type[Algorithm]] = {}
 
@@ -27,6 +32,28 @@ def register(name: str) -> Callable[[AlgorithmClass], AlgorithmClass]:
         return algorithm
 
     return decorate
+
+
+def load_entry_points() -> None:
+    """Registers the algorithms that installed packages bring under the entry-point group ``lightning_fl.algorithms``.
+
+    One that can't be loaded, is no algorithm or takes a name that is taken is left out with a warning.
+    """
+    for entry_point in entry_points(group=ENTRY_POINTS):
+        name = entry_point.name.lower()
+        try:
+            algorithm = entry_point.load()
+            if not (isinstance(algorithm, type) and issubclass(algorithm, Algorithm)):
+                raise ValueError(f"{entry_point.value} is no subclass of fl.algorithms.Algorithm.")
+            if _ALGORITHMS.get(name) is not algorithm:  # it may have registered itself when it was loaded
+                register(name)(algorithm)
+        except Exception as error:
+            package = entry_point.dist.name if entry_point.dist else "a package"
+            warnings.warn(
+                f"The algorithm {entry_point.name!r} of {package} is left out: {type(error).__name__}: {error} Mend "
+                f"its entry point {entry_point.value!r}, or uninstall it.",
+                stacklevel=2,
+            )
 
 
 def registered() -> dict[str, type[Algorithm]]:

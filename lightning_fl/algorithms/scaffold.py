@@ -5,11 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch.optim import SGD, Optimizer
 
-from lightning_fl.algorithms.base import Algorithm, Weighting
+from lightning_fl.algorithms.base import Algorithm, ProbeKind, Weighting, check_hyperparameter
 from lightning_fl.algorithms.registry import register
 from lightning_fl.tree import add, subtract, zeros_like
 from lightning_fl.types import Aggregate, Context, LocalRun, State, Tree, Update
@@ -22,20 +22,22 @@ class Scaffold(Algorithm):
 
     .. math::
         g &\leftarrow g - c_i + c \\
-        c_i^+ &= c_i - c + \frac{x - y_i}{\sum_k \eta_k} \quad \text{(option II)} \\
+        c_i^+ &= \nabla F_i(x) \quad \text{(option I)} \qquad \text{or} \qquad
+        c_i^+ = c_i - c + \frac{x - y_i}{\sum_k \eta_k} \quad \text{(option II)} \\
         x &\leftarrow x + \eta_s \, \mathrm{mean}_i (y_i - x), \qquad
         c \leftarrow c + \frac{1}{N} \sum_i (c_i^+ - c_i)
 
-    The sum of the learning rates of the local steps stands where the paper has :math:`K \eta`, so a learning-rate
-    schedule is divided by what was really taken; where that is 0 a client keeps its control. The control is derived for
-    plain SGD.
+    In option II the sum of the learning rates of the local steps stands where the paper has :math:`K \eta`, so a
+    learning-rate schedule is divided by what was really taken; where that is 0 a client keeps its control. It is
+    derived for plain SGD. Other frameworks divide by the last learning rate, or weigh the controls by examples.
 
     Args:
-        server_lr: The server's step :math:`\eta_s`.
-        option: How a client renews its control; 2 reuses the local steps and costs nothing.
+        server_lr: The server's step :math:`\eta_s`. Default 1.
+        option: How a client renews its control. Default 2: from its local steps, at no cost; 1: the gradient of its
+            data at the global model, one more pass over them in each round, which takes any local optimizer.
 
     Raises:
-        ValueError: If ``option`` is not 2.
+        ValueError: If ``option`` is neither 1 nor 2.
 
     Reference:
         Karimireddy et al., "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning", ICML 2020.
@@ -48,16 +50,21 @@ class Scaffold(Algorithm):
     keeps_client_state: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.option != 2:
-            raise ValueError(f"Scaffold got option={self.option}; only option 2 is available.")
+        check_hyperparameter(self, "option", self.option in (1, 2), "1 or 2")
+
+    @property
+    def probe(self) -> ProbeKind | None:  # type: ignore[override]
+        """Option I asks for the gradient at the global model."""
+        return "grad" if self.option == 1 else None
 
     def check_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
         plain = all(type(o) is SGD and all(group["momentum"] == 0 for group in o.param_groups) for o in optimizers)
-        if not plain:
+        if not plain and self.option == 2:
             names = ", ".join(type(optimizer).__name__ for optimizer in optimizers)
             warnings.warn(
                 f"SCAFFOLD's control is derived for plain SGD, found {names}: with momentum or adaptive steps it is "
-                "no gradient, and may not correct the drift. Use torch.optim.SGD without momentum.",
+                "no gradient, and may not correct the drift. Use torch.optim.SGD without momentum, or "
+                "Scaffold(option=1).",
                 stacklevel=2,
             )
 
@@ -67,9 +74,10 @@ class Scaffold(Algorithm):
     def aux_like(self, params: Tree) -> Mapping[str, Tree]:
         return {"control": params}
 
-    def client_init(self, server: State, client: State | None, probe: object = None) -> Context:
+    def client_init(self, server: State, client: State | None, probe: Any = None) -> Context:
         own = client["control"] if client else zeros_like(server["params"])
-        return {"params": server["params"], "own": own, "correction": subtract(server["control"], own)}
+        context = {"params": server["params"], "own": own, "correction": subtract(server["control"], own)}
+        return context if probe is None else {**context, "gradient": probe}
 
     def grad_transform(self, grads: Tree, params: Tree, ctx: Context) -> Tree:
         return add(grads, ctx["correction"])
@@ -78,7 +86,7 @@ class Scaffold(Algorithm):
         self, params: Tree, ctx: Context, client: State | None, run: LocalRun
     ) -> tuple[Update, State | None]:
         delta = subtract(params, ctx["params"])
-        control = {
+        control = ctx.get("gradient") or {
             name: -ctx["correction"][name] - moved / run.lr_sum[name] if run.lr_sum[name] else ctx["own"][name]
             for name, moved in delta.items()
         }

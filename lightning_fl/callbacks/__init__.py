@@ -1,6 +1,17 @@
 """What a user adds to the Trainer."""
 
+from lightning_fl.callbacks.client_metrics import ClientMetrics
 from lightning_fl.callbacks.dry_run import DryRun
 from lightning_fl.callbacks.federated import FederatedCallback
+from lightning_fl.callbacks.personalized_evaluation import PersonalizedEvaluation
+from lightning_fl.callbacks.progress import FederatedProgressBar
+from lightning_fl.callbacks.run_record import RunRecord
 
-__all__ = ["DryRun", "FederatedCallback"]
+__all__ = [
+    "ClientMetrics",
+    "DryRun",
+    "FederatedCallback",
+    "FederatedProgressBar",
+    "PersonalizedEvaluation",
+    "RunRecord",
+]

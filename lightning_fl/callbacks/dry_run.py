@@ -52,11 +52,15 @@ def _facts(strategy: FederatedStrategy, module: nn.Module) -> Table:
     rounds = strategy.active_rounds
     shared, num_bytes = _shared(strategy, module)
     kind = "silos" if rounds.population.silos is not None else "simulated clients"
-    work = f"{rounds.work.steps} steps" if rounds.work.steps is not None else f"{rounds.work.epochs} local epochs"
+    works = [rounds.work.for_phase(phase) for phase in strategy.algorithm.phases()]
+    amounts = [f"{w.epochs} local epochs" if w.steps is None else f"{w.steps} steps" for w in works]
+    work = ", then ".join(amounts)
+    work = work if rounds.participation.is_even else f"at most {work}"
     table = Table("what", "value", title="A round of this run, without training")
     for what, value in {
         "algorithm": repr(strategy.algorithm),
-        "clients": f"{len(rounds.population):,} {kind}, {rounds.cohort_size:,} in a round",
+        "clients": f"{len(rounds.population):,} {kind}, {rounds.planner.draws.sampling.size:,g} in a round",
+        "cohort": repr(strategy.cohort),
         "weighting": strategy.weighting,
         "a client trains": f"{work}, optimizer state: {strategy.client_optimizer}",
         "ranks": str(strategy.federation.size),
@@ -77,7 +81,9 @@ def _shared(strategy: FederatedStrategy, module: nn.Module) -> tuple[int, int]:
 def _placement(strategy: FederatedStrategy) -> Table:
     rounds, size = strategy.active_rounds, strategy.federation.size
     table = Table("rank", "clients", "who", title="The first round's cohort")
-    for rank, clients in enumerate(rounds.population.place(rounds.plan.cohort, size, rounds.at_home)):
+    for rank, clients in enumerate(
+        rounds.population.place(rounds.plan.cohort, size, rounds.at_home, rounds.planned.works)
+    ):
         who = ", ".join(map(str, clients[:12])) + (", ..." if len(clients) > 12 else "")
         table.add_row(str(rank), str(len(clients)), who)
     return table

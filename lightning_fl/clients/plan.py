@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from lightning_fl.types import ClientId
+from lightning_fl.types import ClientId, Phase
 
 
 @dataclass(frozen=True)
@@ -18,12 +19,14 @@ class LocalWork:
         steps: Optimizer steps instead of passes; the loader is cycled.
         accumulate: Batches whose gradients one optimizer step takes together.
         limit: Batches of one pass, as a count (int) or a share (float).
+        part: The part of it that gets done, in (0, 1]: a straggler stops earlier, but not before its first step.
     """
 
     epochs: int = 1
     steps: int | None = None
     accumulate: int = 1
     limit: int | float = 1.0
+    part: float = 1.0
 
     @property
     def max_pass_length(self) -> int | None:
@@ -57,7 +60,21 @@ class LocalWork:
         length = self.pass_length(num_batches)
         if length == 0:
             return []
-        return [self.steps * self.accumulate] if self.steps is not None else [length] * self.epochs
+        if self.steps is not None:
+            return [math.ceil(self.part * self.steps) * self.accumulate]
+        if length is None:
+            return [None] * math.ceil(self.part * self.epochs)
+        a_pass = -(-length // self.accumulate)
+        passes, steps = divmod(math.ceil(self.part * (self.epochs * a_pass)), a_pass)
+        return [*[length] * passes, *[min(steps * self.accumulate, length)] * (steps > 0)]
+
+    def for_phase(self, phase: Phase) -> LocalWork:
+        """How much of it is a phase."""
+        return replace(self, epochs=phase.epochs or 1, steps=phase.steps) if phase.has_own_work else self
+
+    def load(self, size: float) -> float:
+        """How long a client with ``size`` examples is busy, beside others that train as many epochs or steps."""
+        return self.part * (self.epochs * size if self.steps is None else self.steps)
 
     def num_steps(self, num_batches: int | None) -> int | None:
         """Optimizer steps that a client with ``num_batches`` a pass takes in a round."""
@@ -72,12 +89,12 @@ class Place:
     """Where a batch stands in the round.
 
     Args:
-        client: Index of its client among those of this rank.
+        client: Index among the plan's ``units``: of its client, a phase of its client, or the clients trained together.
         starts_window: Whether gradients start to accumulate here.
         ends_window: Whether the optimizer steps here.
-        ends_client: Whether it is its client's last batch.
+        ends_client: Whether it is the last batch of its client, or phase of a client.
         ends_round: Whether it is this rank's last batch.
-        offset: Its index among the client's batches.
+        offset: Its index among the client's batches, or those of the phase.
     """
 
     client: int
@@ -94,9 +111,11 @@ class RoundPlan:
     Args:
         round: Number of the round.
         cohort: The clients of the round, on all ranks.
-        clients: Those of this rank, in the order of training; each has at least one batch.
+        clients: Those of this rank, in the order of training; each has at least one batch. One that trains in several
+            phases stands there once for each.
         segments: For each of them the numbers of batches of its segments, None where unknown until :meth:`resolve`.
         accumulate: Batches an optimizer step takes together.
+        units: The clients again, those together that train side by side and so share ``segments``. None: each alone.
     """
 
     def __init__(
@@ -106,15 +125,18 @@ class RoundPlan:
         clients: Sequence[ClientId],
         segments: Sequence[Sequence[int | None]],
         accumulate: int = 1,
+        units: Sequence[Sequence[ClientId]] | None = None,
     ) -> None:
         self.round = round
         self.cohort = list(cohort)
         self.clients = list(clients)
+        self.units: list[tuple[ClientId, ...]]
+        self.units = [(client,) for client in clients] if units is None else [tuple(unit) for unit in units]
         self.accumulate = accumulate
         self._segments = [(client, length) for client, lengths in enumerate(segments) for length in lengths]
         self._ends_empty = not self.clients
         self._ends: list[int] = []
-        self._first = [0] * len(self.clients)
+        self._first = [0] * len(self.units)
         self._extend()
 
     @property
@@ -133,10 +155,24 @@ class RoundPlan:
         segment = bisect_right(self._ends, batch_idx)
         client = self._segments[segment][0]
         start = self._ends[segment - 1] if segment else 0
-        rest = [(other, length) for other, length in self._segments[segment:] if other != client]
+        name = self.clients[client]
+        rest = [(other, length) for other, length in self._segments[segment:] if self.clients[other] != name]
         done = [(client, batch_idx - start)] if batch_idx > start else []
         self._segments = [*self._segments[:segment], *done, *rest]
         self._ends_empty = self._ends_empty or not rest
+        self._ends.clear()
+        self._extend()
+
+    def split(self, index: int, parts: Sequence[Sequence[ClientId]]) -> None:
+        """Divides the clients of the unit at ``index``, of which no batch has been trained, among several units."""
+        own = [length for unit, length in self._segments if unit == index]
+        before = [(unit, length) for unit, length in self._segments if unit < index]
+        middle = [(index + number, length) for number in range(len(parts)) for length in own]
+        after = [(unit + len(parts) - 1, length) for unit, length in self._segments if unit > index]
+        self._segments = [*before, *middle, *after]
+        self.units[index : index + 1] = [tuple(part) for part in parts]
+        self._first = [0] * len(self.units)
+        self._ends_empty = self._ends_empty or not (middle or after)
         self._ends.clear()
         self._extend()
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch.utils.data import BatchSampler, DataLoader
 
 from lightning_fl.clients.loaders import ClientLoaders, Loader
 from lightning_fl.clients.placement import place_at_home, place_by_size
+from lightning_fl.clients.plan import LocalWork
 from lightning_fl.types import ClientId
 
 
@@ -36,22 +37,51 @@ class Population:
         """The client's place in the order of all clients."""
         return self.ids.index(client) if self._positions is None else self._positions[client]
 
-    def place(self, cohort: Sequence[ClientId], num_ranks: int, at_home: bool) -> list[list[ClientId]]:
+    def place(
+        self,
+        cohort: Sequence[ClientId],
+        num_ranks: int,
+        at_home: bool,
+        works: Mapping[ClientId, LocalWork] | None = None,
+    ) -> list[list[ClientId]]:
         """Tells which rank trains which client of the cohort.
 
         Args:
             cohort: The clients of the round.
             num_ranks: Number of ranks.
             at_home: Whether clients keep state and so must train on their home rank.
+            works: How much each of them trains. None: one pass over its data.
         """
         if at_home or self.silos is not None:
             return place_at_home(cohort, self.position, num_ranks)
-        return place_by_size(cohort, self._size, num_ranks)
+        if works is None:
+            return place_by_size(cohort, self._size, num_ranks)
+        return place_by_size(cohort, lambda client: works[client].load(self._size(client)), num_ranks)
 
     def num_examples(self, client: ClientId, loader: Loader) -> int | None:
         """Examples that one pass over the client's loader yields, or None if that shows only in training."""
         told = self.loaders.num_examples(client)
         return count_examples(loader) if told is None else told
+
+    def all_sizes(self) -> list[int] | None:
+        """The examples of each client in the order of ``ids``, or None if this rank can't tell beforehand."""
+        if self.silos is not None:
+            return None
+        sizes: list[int] = []
+        for client in self.ids:
+            told = self.loaders.num_examples(client)
+            size = count_examples(self.loaders[client]) if told is None else told
+            if size is None:
+                return None
+            sizes.append(size)
+        return sizes
+
+    def max_examples(self) -> int | None:
+        """The most examples of a client; None for silos, whose sizes are their own, and where sizes show only later."""
+        if self.silos is not None:
+            return None
+        told = [self.loaders.num_examples(client) for client in self.ids]
+        return None if None in told else max(told)  # type: ignore[type-var]
 
     def _size(self, client: ClientId) -> float:
         told = self.loaders.num_examples(client)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count, islice
 from typing import Any
 
@@ -12,6 +12,7 @@ from lightning_fl.clients.plan import LocalWork, RoundPlan
 from lightning_fl.clients.population import count_batches
 from lightning_fl.types import ClientId
 
+LoadTogether = Callable[[ClientId, Callable[[Loader], Loader]], list[Any]]
 UNKNOWN_LENGTH = sys.maxsize // 2
 _END = object()
 
@@ -26,6 +27,14 @@ def raise_error(client: ClientId, error: Exception) -> None:
     ) from error
 
 
+class LoaderFailed(Exception):
+    """A client's loader has raised ``error`` outside its local training."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 class RoundLoader:
     """The batches of this rank's clients, client after client; sized and lazy.
 
@@ -33,11 +42,15 @@ class RoundLoader:
 
     Args:
         loaders: The clients' data.
-        plan: Gives the plan of the round at hand, and how much each client trains.
+        plan: Gives the plan of the round at hand, and how much the client that trains the most trains.
         open_round: Called before a round's first batch is read.
         open_client: Called with a client and its loader before the client's first batch is read; returns the loader.
+            May raise :class:`LoaderFailed`.
         resolved: Called when the number of batches has become known or has changed.
         failed: Called when a client's loader raises; raises itself, or returns for the client to be left out.
+        work_of: How much a client trains in the round at hand, phase by phase. None: all as much as ``plan`` says.
+        open_together: Called with the index of a unit of several clients, and a function that reads a client's
+            batches; returns the unit's batches, or None once it has split the unit.
     """
 
     def __init__(
@@ -48,6 +61,8 @@ class RoundLoader:
         open_client: Callable[[ClientId, Loader], Loader],
         resolved: Callable[[], None],
         failed: Callable[[ClientId, Exception], None] = raise_error,
+        work_of: Callable[[ClientId], Sequence[LocalWork]] | None = None,
+        open_together: Callable[[int, LoadTogether], Iterator[Any] | None] = lambda index, load: None,
     ) -> None:
         self._loaders = loaders
         self._plan = plan
@@ -55,6 +70,8 @@ class RoundLoader:
         self._open_client = open_client
         self._resolved = resolved
         self._failed = failed
+        self._work_of = work_of or (lambda client: [plan()[1]])
+        self._open_together = open_together
 
     def __len__(self) -> int:
         num_batches = self._plan()[0].num_batches
@@ -64,13 +81,31 @@ class RoundLoader:
         self._open_round()
         plan, _ = self._plan()
         self._num_yielded = 0
-        for client in plan.clients:
+        position, opened = -1, set()
+        while (position := position + 1) < len(plan.units):
+            if len(plan.units[position]) > 1:
+                batches = self._open_together(position, self._load)
+                if batches is None:
+                    position -= 1
+                    continue
+                for batch in batches:
+                    self._num_yielded += 1
+                    yield batch
+                continue
+            client = plan.units[position][0]
+            if client in opened:
+                continue
+            opened.add(client)
             try:
                 loader = self._loaders[client]
             except Exception as error:
                 self._leave_out(client, error)
                 continue
-            loader = self._open_client(client, loader)
+            try:
+                loader = self._open_client(client, loader)
+            except LoaderFailed as failed:
+                self._leave_out(client, failed.error)
+                continue
             try:
                 for batch in self._batches(client, loader):
                     self._num_yielded += 1
@@ -80,24 +115,32 @@ class RoundLoader:
         if plan.is_empty(self._num_yielded):
             yield None
 
+    def _load(self, client: ClientId, prepare: Callable[[Loader], Loader]) -> list[Any]:
+        return list(self._batches(client, prepare(self._loaders[client])))
+
     def _leave_out(self, client: ClientId, error: Exception) -> None:
         self._failed(client, error)
         self._plan()[0].cut(self._num_yielded)
         self._resolved()
 
     def _batches(self, client: ClientId, loader: Loader) -> Iterator[Any]:
-        plan, work = self._plan()
+        plan, most = self._plan()
         num_batches = count_batches(loader)
-        for number, segment in enumerate(work.segments(num_batches)):
-            if work.steps is not None:
-                length = work.max_pass_length if num_batches is None else work.pass_length(num_batches)
-                yield from islice(_cycle(client, loader, length, plan.round), segment)
-                continue
-            begin_pass(loader, plan.round * work.epochs + number)
-            if segment is not None:
-                yield from _exactly(client, loader, segment)
-            else:
-                yield from self._until_end(client, loader, work.max_pass_length, plan)
+        works = self._work_of(client)
+        num_passes = most.epochs if len(works) == 1 else sum(work.epochs for work in works)
+        number = plan.round * num_passes
+        for phase, work in enumerate(works):
+            for segment in work.segments(num_batches):
+                if work.steps is not None:
+                    length = work.max_pass_length if num_batches is None else work.pass_length(num_batches)
+                    yield from islice(_cycle(client, loader, length, plan.round * len(works) + phase), segment)
+                    continue
+                begin_pass(loader, number)
+                number += 1
+                if segment is not None:
+                    yield from _exactly(client, loader, segment)
+                else:
+                    yield from self._until_end(client, loader, work.max_pass_length, plan)
 
     def _until_end(self, client: ClientId, loader: Loader, max_length: int | None, plan: RoundPlan) -> Iterator[Any]:
         batches = islice(loader, max_length)
@@ -122,6 +165,30 @@ def begin_pass(loader: Any, number: int) -> None:
     for sampler in {id(sampler): sampler for sampler in samplers}.values():
         if callable(getattr(sampler, "set_epoch", None)):
             sampler.set_epoch(number)
+
+
+def one_pass(loader: Loader, number: int, work: LocalWork) -> Iterator[Any]:
+    """The batches of one pass over a client's loader, outside its local training.
+
+    Raises:
+        LoaderFailed: If the loader raises, or can't be read once more than training reads it.
+    """
+    try:
+        num_batches = count_batches(loader)
+        length = work.max_pass_length if num_batches is None else work.pass_length(num_batches)
+        if isinstance(loader, Iterator):
+            raise ValueError(
+                "it is an iterator, which can be read once only, and the algorithm needs a pass of its own"
+            )
+        if length is None and work.steps is not None:
+            raise ValueError(
+                "it has no length, so that the pass which the algorithm needs may never end; give "
+                "limit_train_batches=n, or the loader a length"
+            )
+        begin_pass(loader, number)
+        yield from islice(loader, length)
+    except Exception as error:
+        raise LoaderFailed(error) from error
 
 
 def _cycle(client: ClientId, loader: Loader, length: int | None, round: int) -> Iterator[Any]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -26,6 +27,39 @@ def round_rng(seed: int, round: int, purpose: str) -> np.random.Generator:
     return np.random.default_rng(derive_seed(seed, round, purpose))
 
 
+class Randomness(Protocol):
+    """What cohorts are drawn with: a NumPy generator, or :class:`SystemRandomness`."""
+
+    def random(self, size: int) -> np.ndarray:
+        """Numbers in [0, 1)."""
+
+    def choice(self, a: int, size: int, *, replace: bool, shuffle: bool) -> np.ndarray:
+        """``size`` different integers below ``a``."""
+
+    def permutation(self, x: int) -> np.ndarray:
+        """The integers below ``x`` in random order."""
+
+
+class SystemRandomness:
+    """Randomness of the operating system, which nobody can foretell or repeat, in the form of a NumPy generator."""
+
+    def random(self, size: int) -> np.ndarray:
+        """Numbers in [0, 1), multiples of ``2**-53``."""
+        return (self._words(size) >> np.uint64(11)) * 2.0**-53
+
+    def choice(self, a: int, size: int, *, replace: bool, shuffle: bool) -> np.ndarray:
+        """``size`` different integers below ``a``, each subset equally likely."""
+        assert not replace
+        return np.array(random.SystemRandom().sample(range(a), size), dtype=np.int64)
+
+    def permutation(self, x: int) -> np.ndarray:
+        """The integers below ``x`` in random order."""
+        return np.argsort(self._words(x))
+
+    def _words(self, size: int) -> np.ndarray:
+        return np.frombuffer(os.urandom(8 * size), dtype=np.uint64)
+
+
 def client_generator(seed: int, round: int, client: ClientId, purpose: str) -> torch.Generator:
     """A torch generator for one client in one round."""
     return torch.Generator().manual_seed(derive_seed(seed, round, purpose, client))
@@ -38,17 +72,25 @@ class ClientRandomness:
     _saved: list[Any] = field(default_factory=list)
     _generators: list[tuple[torch.Generator, torch.Tensor]] = field(default_factory=list)
 
-    def enter(self, seed: int, round: int, client: ClientId) -> None:
-        """Seeds the global generators for a client in a round."""
-        self.exit()
-        cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-        self._saved = [torch.get_rng_state(), cuda, np.random.get_state(), random.getstate()]
-        own = derive_seed(seed, round, "client", client)
+    def enter(self, seed: int, round: int, client: ClientId, purpose: str = "client") -> None:
+        """Seeds the global generators for a client in a round, anew for each purpose."""
+        self._put_generators_back()
+        if not self._saved:
+            cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+            self._saved = [torch.get_rng_state(), cuda, np.random.get_state(), random.getstate()]
+        own = derive_seed(seed, round, purpose, client)
         torch.default_generator.manual_seed(own)
-        if cuda is not None:
+        if self._saved[1] is not None:
             torch.cuda.manual_seed(own)
         np.random.seed(own % 2**32)
         random.seed(own)
+
+    def seed_loader(self, loader: Any, seed: int) -> None:
+        """Seeds the generators of a client's loader and its samplers, until :meth:`exit`."""
+        samplers = [getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None)]
+        found = [getattr(holder, "generator", None) for holder in (loader, *samplers)]
+        for generator in {id(own): own for own in found if isinstance(own, torch.Generator)}.values():
+            self.seed_generator(generator, seed)
 
     def seed_generator(self, generator: torch.Generator, seed: int) -> None:
         """Seeds a generator that belongs to the client's loader, until :meth:`exit`."""
@@ -57,9 +99,7 @@ class ClientRandomness:
 
     def exit(self) -> None:
         """Puts the generators back; does nothing if no client has entered."""
-        for generator, state in reversed(self._generators):
-            generator.set_state(state)
-        self._generators.clear()
+        self._put_generators_back()
         if self._saved:
             cpu, cuda, numpy_state, python_state = self._saved
             torch.set_rng_state(cpu)
@@ -69,12 +109,17 @@ class ClientRandomness:
             random.setstate(python_state)
             self._saved = []
 
+    def _put_generators_back(self) -> None:
+        for generator, state in reversed(self._generators):
+            generator.set_state(state)
+        self._generators.clear()
+
 
 @contextmanager
-def isolated_randomness(seed: int, round: int, client: ClientId) -> Iterator[None]:
+def isolated_randomness(seed: int, round: int, client: ClientId, purpose: str = "client") -> Iterator[None]:
     """Runs a block with the randomness of a client in a round."""
     randomness = ClientRandomness()
-    randomness.enter(seed, round, client)
+    randomness.enter(seed, round, client, purpose)
     try:
         yield
     finally:

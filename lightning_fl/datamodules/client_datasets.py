@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -60,6 +61,7 @@ class ClientDatasets(L.LightningDataModule):
             raise ValueError(f"batch_size={batch_size} must be at least 1, or None for one batch of all the examples.")
         self._train = _by_client(train)
         self._val = _sources("val", val)
+        self._val_by_client = _by_client(val) if isinstance(val, Mapping | Sequence) else {}
         self._test = _sources("test", test)
         self.batch_size = batch_size
         self.shuffle = shuffle
@@ -75,6 +77,14 @@ class ClientDatasets(L.LightningDataModule):
         if wants_clients(self.trainer):
             return ClientLoaders(self._train.keys(), self._client_loader, num_examples=self._num_examples)
         return self._loader(_union(self._train.values()), shuffle=self.shuffle, drop_last=self.drop_last)
+
+    def client_val_dataloaders(self) -> Mapping[ClientId, Callable[[], DataLoader]]:
+        """By client what opens the loader of its own validation data; empty if ``val`` is one data set for all."""
+        own = {client: source for client, source in self._val_by_client.items() if client in self._train}
+        return {client: partial(self._open_loader, source) for client, source in own.items()}
+
+    def _open_loader(self, source: Source) -> DataLoader:
+        return self._loader(_open(source))
 
     def _val_dataloader(self) -> DataLoader:
         return self._loader(_union(self._val))

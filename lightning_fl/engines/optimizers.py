@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +92,7 @@ class OptimizerStates:
         self.num_steps = 0
         self.lr_sums: list[list[float]] = []
         self._unit_runs: list[list[UnitRun]] | None = None
+        self._alone: list[list[list[nn.Parameter]]] = []
         self._fresh = [_copy_state(optimizer.state) for optimizer in self.optimizers]
         self._hooks = [
             optimizer.register_step_post_hook(lambda optimizer, *_, index=index: self._count(index, optimizer))
@@ -124,6 +126,31 @@ class OptimizerStates:
         is_measured = not kept and all(type(optimizer) is SGD for optimizer in self.optimizers)
         groups = [optimizer.param_groups for optimizer in self.optimizers]
         self._unit_runs = [[UnitRun() for _ in group] for group in groups] if is_measured else None
+
+    def start_clients(self, stacked: Mapping[int, Tensor]) -> None:
+        """Lets several clients train together, with fresh optimizer states, until :meth:`leave_clients`.
+
+        Args:
+            stacked: By ``id`` of a parameter, the clients' parameters that take its place, stacked.
+        """
+        self.start_client(None)
+        self._alone = [[group["params"] for group in optimizer.param_groups] for optimizer in self.optimizers]
+        for optimizer in self.optimizers:
+            fresh = dict(optimizer.state)
+            optimizer.state.clear()
+            for group in optimizer.param_groups:
+                group["params"] = [stacked.get(id(param), param) for param in group["params"]]
+            for param, values in fresh.items():
+                if id(param) in stacked:
+                    optimizer.state[stacked[id(param)]] = _stack_state(values, param, stacked[id(param)])
+
+    def leave_clients(self) -> None:
+        """Gives the optimizers their own parameters back, if several clients have trained together."""
+        for optimizer, groups in zip(self.optimizers, self._alone, strict=False):
+            optimizer.state.clear()
+            for group, params in zip(optimizer.param_groups, groups, strict=True):
+                group["params"] = params
+        self._alone = []
 
     def keep(self) -> Tree:
         """The optimizers' states as a tree, to be given to :meth:`start_client` in the client's next round."""
@@ -161,7 +188,26 @@ class OptimizerStates:
             optimizer.state.update(_copy_state(fresh))
             optimizer.zero_grad(set_to_none=True)
 
-    def lr_sum(self, params: Mapping[str, nn.Parameter]) -> dict[str, float]:
+    @contextmanager
+    def aside(self) -> Iterator[Optimizer]:
+        """Lends the only optimizer for training outside the rounds, fresh and as the last round began.
+
+        Yields:
+            The optimizer. Afterwards its options and the schedules are what they were.
+        """
+        (optimizer,) = self.optimizers
+        options = [_options(optimizer) for optimizer in self.optimizers]
+        states = [copy.deepcopy(schedule.scheduler.state_dict()) for schedule in self.schedules]
+        try:
+            self.start_client(None)
+            yield optimizer
+        finally:
+            self._options, before = options, self._options
+            self._schedule_states, first = states, self._schedule_states
+            self.end_round(None)
+            self._options, self._schedule_states = before, first
+
+    def lr_sum(self, params: Mapping[str, Tensor]) -> dict[str, float]:
         """For each parameter, the learning rates of the client's steps summed."""
         of_param = {
             id(param): total
@@ -171,7 +217,7 @@ class OptimizerStates:
         }
         return {name: of_param.get(id(param), 0.0) for name, param in params.items()}
 
-    def normalizer(self, params: Mapping[str, nn.Parameter]) -> float | None:
+    def normalizer(self, params: Mapping[str, Tensor]) -> float | None:
         """FedNova's normalizer of the client's local training.
 
         Returns:
@@ -221,6 +267,14 @@ def _like(value: Any, own: Any) -> Any:
 
 def _copy_state(state: Mapping[Any, Any]) -> dict[Any, Any]:
     return {param: copy.deepcopy(values) for param, values in state.items()}
+
+
+def _stack_state(values: Mapping[str, Any], param: Tensor, stacked: Tensor) -> dict[str, Any]:
+    def repeat(value: Any) -> Any:
+        is_elementwise = isinstance(value, Tensor) and value.shape == param.shape and value.dim() > 0
+        return value.expand(stacked.shape).clone() if is_elementwise else copy.deepcopy(value)
+
+    return {key: repeat(value) for key, value in values.items()}
 
 
 def _params(optimizer: Optimizer) -> list[nn.Parameter]:

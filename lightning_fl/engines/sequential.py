@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_fl.engines.optimizers import OptimizerStates, Schedule, ScheduleEnd
-from lightning_fl.engines.tensors import FederatedTensors
+from lightning_fl.engines.phases import LocalPhases
+from lightning_fl.engines.tensors import FederatedTensors, clones, load
 from lightning_fl.tree import cast_like, sum_dtype, to_sum_dtype, tree_map
-from lightning_fl.types import Tree
+from lightning_fl.types import Phase, Tree
 
 ClientOptimizer = Literal["reset", "keep"]
+ONE_PHASE = Phase()
 
 
 @dataclass(frozen=True)
@@ -26,10 +28,11 @@ class LocalResult:
         params: The trained shared parameters, in the dtype in which they are summed.
         buffers: The change of the shared buffers.
         kept: What the client keeps: personal tensors, optimizer state.
-        num_steps: Optimizer steps really taken.
+        num_steps: Optimizer steps really taken, in the phases that train what is sent.
         lr_sum: For each shared parameter, the learning rates of its steps summed.
         normalizer: FedNova's ``|a_i|_1``, or None if it is unknown for the optimizer.
-        schedule_end: Where it has taken the schedules.
+        schedule_end: Where the longest phase has taken the schedules.
+        num_steps_of_all: Optimizer steps of all phases.
     """
 
     params: Tree
@@ -39,6 +42,7 @@ class LocalResult:
     lr_sum: Mapping[str, float]
     normalizer: float | None
     schedule_end: ScheduleEnd
+    num_steps_of_all: int
 
 
 class SequentialEngine:
@@ -63,6 +67,8 @@ class SequentialEngine:
         self.personal = tuple(personal)
         self.client_optimizer = client_optimizer
         self._loaded: Tree = {}
+        self._kept: Mapping[str, Tree] = {}
+        self._phases: LocalPhases | None = None
 
     @property
     def device(self) -> torch.device:
@@ -85,17 +91,44 @@ class SequentialEngine:
             if server_params is not None and name in server_params and params[name].dtype != param.dtype:
                 master = server_params[name].to(param.device)
                 params[name] = torch.where(cast_like(master, param) == param, master, params[name])
-        self._start_buffers = _clones(self.tensors.buffers)
-        self._start_personal = _clones(self.tensors.personal)
+        self._start_buffers = clones(self.tensors.buffers)
+        self._start_personal = clones(self.tensors.personal)
         return params
 
-    def start_client(self, params: Tree, kept: Mapping[str, Tree]) -> None:
-        """Loads a client: the parameters it starts from, and what it has kept from its last round."""
-        self._loaded = params
-        _load(self.tensors.params, params)
-        _load(self.tensors.buffers, self._start_buffers)
-        _load(self.tensors.personal, kept.get("personal", self._start_personal))
-        self.optimizers.start_client(kept.get("optimizer"))
+    def start_client(self, params: Tree, kept: Mapping[str, Tree], phase: Phase = ONE_PHASE) -> None:
+        """Loads a client for its first phase.
+
+        Args:
+            params: The parameters it starts from.
+            kept: What it has kept from its last round.
+            phase: Its first phase.
+        """
+        self._loaded, self._kept = params, kept
+        load(self.tensors.params, params)
+        load(self.tensors.buffers, self._start_buffers)
+        load(self.tensors.personal, kept.get("personal", self._start_personal))
+        own = {**params, **self._start_buffers, **self._start_personal, **kept.get("personal", {})}
+        self._phases = LocalPhases(self.tensors, own)
+        self._start_phase(phase)
+
+    def next_phase(self, phase: Phase) -> None:
+        """Ends the phase at hand and begins another."""
+        self._end_phase()
+        self._start_phase(phase)
+
+    def _start_phase(self, phase: Phase) -> None:
+        assert self._phases is not None
+        self._phases.start(phase)
+        self.optimizers.start_client(self._kept.get(self._phases.optimizer_entry))
+
+    def _end_phase(self) -> None:
+        assert self._phases is not None
+        self._phases.end(self.optimizers, keep=self.client_optimizer == "keep")
+
+    def hold_still(self, optimizer: Optimizer) -> None:
+        """Takes away the gradients of what the phase at hand does not train."""
+        if self._phases is not None:
+            self._phases.hold_still(optimizer)
 
     def transform_grads(self, transform: Callable[[Tree, Tree], Tree], optimizer: Optimizer) -> None:
         """Replaces the gradients of the shared parameters that ``optimizer`` steps by ``transform(grads, params)``."""
@@ -111,21 +144,23 @@ class SequentialEngine:
         Raises:
             ValueError: If it has changed a frozen parameter, which the next client would inherit.
         """
-        tensors = self.tensors
+        assert self._phases is not None
+        tensors, phases = self.tensors, self._phases
         tensors.check_frozen()
-        kept: dict[str, Tree] = {}
-        if self.personal:
-            kept["personal"] = _clones(tensors.personal)
-        if self.client_optimizer == "keep":
-            kept["optimizer"] = self.optimizers.keep()
+        self._end_phase()
+        own = phases.leave_own()
+        kept: dict[str, Tree] = dict(phases.kept)
+        if self.personal or own:
+            kept["personal"] = own or clones(tensors.personal)
         return LocalResult(
-            params={name: _trained(param.detach(), self._loaded[name]) for name, param in tensors.params.items()},
-            buffers=tree_map(_change, tensors.buffers, self._start_buffers),
+            params={name: trained(param.detach(), self._loaded[name]) for name, param in tensors.params.items()},
+            buffers=tree_map(change, tensors.buffers, self._start_buffers),
             kept=kept,
-            num_steps=self.optimizers.num_steps,
-            lr_sum=self.optimizers.lr_sum(tensors.params),
-            normalizer=self.optimizers.normalizer(tensors.params),
-            schedule_end=self.optimizers.schedule_end(),
+            num_steps=phases.num_steps,
+            lr_sum=phases.lr_sum,
+            normalizer=phases.normalizer,
+            schedule_end=phases.schedule_end,
+            num_steps_of_all=phases.num_steps_of_all,
         )
 
     def end_round(self, params: Tree, buffers: Tree, schedule_end: ScheduleEnd | None) -> None:
@@ -136,23 +171,13 @@ class SequentialEngine:
             buffers: The mean change of the shared buffers.
             schedule_end: Where the client with the most steps has taken the schedules; None: back to the start.
         """
-        _load(self.tensors.params, params)
-        _load(self.tensors.buffers, tree_map(_move, self._start_buffers, buffers))
-        _load(self.tensors.personal, self._start_personal)
+        load(self.tensors.params, params)
+        load(self.tensors.buffers, tree_map(_move, self._start_buffers, buffers))
+        load(self.tensors.personal, self._start_personal)
         self.optimizers.end_round(schedule_end)
 
 
-@torch.no_grad()
-def _load(tensors: Mapping[str, Tensor], values: Tree) -> None:
-    for name, tensor in tensors.items():
-        tensor.copy_(cast_like(values[name], tensor))
-
-
-def _clones(tensors: Mapping[str, Tensor]) -> Tree:
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
-
-
-def _change(buffer: Tensor, start: Tensor) -> Tensor:
+def change(buffer: Tensor, start: Tensor) -> Tensor:
     """What training has changed; 0 also where an infinity has stayed one, as in an attention mask."""
     dtype = sum_dtype(buffer.dtype)
     return (buffer.detach().to(dtype) - start.to(dtype)).masked_fill(buffer == start, 0)
@@ -163,7 +188,8 @@ def _move(start: Tensor, change: Tensor) -> Tensor:
     return torch.where(change == 0, start, cast_like(start.to(change.dtype) + change, start))
 
 
-def _trained(param: Tensor, start: Tensor) -> Tensor:
+def trained(param: Tensor, start: Tensor) -> Tensor:
+    """The trained parameter in the dtype of ``start``, of which only what training has changed counts."""
     if param.dtype == start.dtype:
         return param.clone()
     return start + (param.to(start.dtype) - start.to(param.dtype).to(start.dtype))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
+
+from lightning_fl.tree import cast_like
+from lightning_fl.types import Tree
 
 
 class FederatedTensors:
@@ -26,7 +29,7 @@ class FederatedTensors:
     def __init__(self, module: nn.Module, personal: Sequence[str] = ()) -> None:
         persistent = set(module.state_dict())
         params = {name: param for name, param in module.named_parameters() if param.requires_grad}
-        buffers = {name: _owner(module, name) for name, _ in module.named_buffers() if name in persistent}
+        buffers = {name: owner(module, name) for name, _ in module.named_buffers() if name in persistent}
         names = [*params, *buffers]
         aliases = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
         tensors = dict(aliases)
@@ -78,10 +81,45 @@ class FederatedTensors:
         return {**self.params, **frozen, **self.personal, **self.buffers}
 
     @property
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Every trainable parameter, shared or personal."""
+        return {**self.params, **self.personal_params}
+
+    def select(self, names: str | Sequence[str]) -> set[str]:
+        """The trainable parameters that ``"all"``, ``"shared"``, ``"personal"`` or ``fnmatch`` globs stand for.
+
+        Raises:
+            ValueError: If that is none.
+        """
+        groups = {"all": self.trainable, "shared": self.params, "personal": self.personal_params}
+        if isinstance(names, str):
+            chosen = set(groups[names]) if names in groups else {n for n in self.trainable if fnmatchcase(n, names)}
+        else:
+            chosen = {name for name in self.trainable if any(fnmatchcase(name, glob) for glob in names)}
+        if not chosen:
+            remedy = " Name some in FederatedStrategy(personal=...)." if names == "personal" else ""
+            raise ValueError(
+                f"A phase of local training has nothing to train: {names!r} is no trainable parameter.{remedy}"
+            )
+        return chosen
+
+    @property
     def personal(self) -> dict[str, Tensor]:
         """Trainable parameters and persistent buffers that stay with their client."""
         buffers = {name: getattr(owner, key) for name, (owner, key) in self._personal_buffers.items()}
         return {**self.personal_params, **buffers}
+
+
+@torch.no_grad()
+def load(tensors: Mapping[str, Tensor], values: Tree) -> None:
+    """Copies values into the tensors of the same names."""
+    for name, tensor in tensors.items():
+        tensor.copy_(cast_like(values[name], tensor))
+
+
+def clones(tensors: Mapping[str, Tensor]) -> Tree:
+    """Copies of the tensors."""
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
 def _sample(tensor: Tensor) -> Tensor:
@@ -90,6 +128,7 @@ def _sample(tensor: Tensor) -> Tensor:
     return elements[:: max(1, len(elements) // 1000)].clone().view(torch.uint8)
 
 
-def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+def owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The submodule that holds a tensor, and the tensor's name in it."""
     path, _, key = name.rpartition(".")
     return module.get_submodule(path), key

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
@@ -70,6 +72,28 @@ def unpack(packed: Mapping[str, Any], algorithm: Algorithm, module: nn.Module) -
     params = {**to_sum_dtype({name: held[name] for name in packed["params"]}), **move(packed["master"], device)}
     server: State = {"params": params, **move(packed["server"], device)} if params else {}
     return FederationState(server, [move(state, device) for state in packed["transforms"]])
+
+
+class WholeCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoint files, each put in place when it is complete and has reached the disk.
+
+    Lightning writes to the folder for temporary files first; from there to another file system it copies over the last
+    checkpoint, and a full disk or a kill leaves half of it.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Writes beside the file and then renames; a path that is a URL is left to Lightning."""
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        unfinished = Path(path).with_name(f"{os.getpid()}.unfinished")
+        try:
+            super().save_checkpoint(checkpoint, unfinished, storage_options)
+            with unfinished.open("rb") as file:
+                os.fsync(file.fileno())
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
 
 class ClientStateFiles:

@@ -8,13 +8,32 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_fl.clients import cohort_size
+from lightning_fl.aggregation import Aggregator, Transform
+from lightning_fl.algorithms import Algorithm
+from lightning_fl.clients import Amount, Cohort, Participation, Stragglers, cohort_size
+from lightning_fl.clients.partition import Partitioner
 from lightning_fl.communication import Group, Message
 
 SEVERAL_LOADERS = (
     "There are several training loaders, or one inside a list or dict; a federation needs one: a DataLoader, or "
     "ClientLoaders with one loader for each client. Join the data sets into one loader."
 )
+
+_MEASURED = {"loss": "mean loss", "grad": "mean gradient"}
+
+
+def check_types(partition: Any, aggregator: Any, transforms: Any, personal: Any) -> None:
+    """Makes sure that the strategy's parts are of the right kind.
+
+    Raises:
+        ValueError: If one is not; says what is expected.
+    """
+    check_type("partition", partition, Partitioner, "fl.datamodules.Dirichlet(0.3)")
+    check_type("aggregator", aggregator, Aggregator, "fl.aggregation.WeightedMean()")
+    check_type("transforms", transforms, Sequence, "a list of fl.aggregation.Transform")
+    check_type("personal", personal, Sequence, "a list of globs such as ['head.*']")
+    for transform in transforms:
+        check_type("transforms", transform, Transform, "fl.aggregation.Transform objects")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
@@ -27,14 +46,15 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
         raise ValueError(f"{name}={value!r} is not known; expected one of {', '.join(map(repr, choices))}.")
 
 
-def check_work(
-    num_clients: int | None, clients_per_round: int | float | None, local_epochs: int | None, local_steps: int | None
-) -> None:
+def check_work(num_clients: int | None, participation: Participation) -> None:
     """Checks the numbers of clients and of local epochs and steps.
 
     Raises:
         ValueError: If one is out of range, or both epochs and steps are given.
     """
+    local_epochs, local_steps = participation.local_epochs, participation.local_steps
+    check_type("cohort", participation.cohort, Cohort, "a cohort such as fl.clients.Poisson(0.01)")
+    check_type("stragglers", participation.stragglers, Stragglers, "fl.clients.Stragglers(0.9)")
     if local_epochs is not None and local_steps is not None:
         raise ValueError(
             f"local_epochs={local_epochs} and local_steps={local_steps} contradict each other: a client trains for "
@@ -42,8 +62,12 @@ def check_work(
         )
     counts = {"num_clients": num_clients, "local_epochs": local_epochs, "local_steps": local_steps}
     for name, value in counts.items():
+        if name != "num_clients" and isinstance(value, Amount):
+            continue
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"{name}={value!r} must be a whole number, at least 1.")
+    clients_per_round = participation.clients_per_round
+    participation.cohort.check(clients_per_round)
     if num_clients is not None or isinstance(clients_per_round, float):
         cohort_size(clients_per_round, num_clients or 1)
     elif clients_per_round is not None:
@@ -72,6 +96,43 @@ def check_trainer(trainer: L.Trainer) -> None:
         raise MisconfigurationException(
             "check_val_every_n_epoch=None counts batches over rounds, but there is a global model only at a round's "
             "end. Give a number of rounds."
+        )
+
+
+def check_phases(algorithm: Algorithm, local_epochs: Any, local_steps: Any) -> None:
+    """Makes sure that the strategy's amount of local work means something to the algorithm.
+
+    Raises:
+        ValueError: If it would be ignored.
+    """
+    given = {"local_epochs": local_epochs, "local_steps": local_steps}
+    name, value = next(((name, value) for name, value in given.items() if value is not None), ("", None))
+    if value is not None and all(phase.has_own_work for phase in algorithm.phases()):
+        raise ValueError(
+            f"{type(algorithm).__name__} says itself how much a client trains, so {name}={value!r} would be ignored. "
+            "Leave it out."
+        )
+
+
+def check_algorithm(algorithm: Algorithm, trainer: L.Trainer) -> None:
+    """Checks that the module trains in a way that the algorithm can look into.
+
+    Raises:
+        MisconfigurationException: If it does not.
+    """
+    name = type(algorithm).__name__
+    sent = [phase for phase in algorithm.phases() if phase.model == "global" and phase.trains != "personal"]
+    if not sent:
+        raise MisconfigurationException(f"{name} has no phase that trains what is sent, so nothing would be learned.")
+    if algorithm.probe is not None and not trainer.lightning_module.automatic_optimization:
+        raise MisconfigurationException(
+            f"{name} measures the {_MEASURED[algorithm.probe]} of each client's data by calling `training_step`, which "
+            "with manual optimization would train. Use automatic optimization, or another algorithm."
+        )
+    if algorithm.probe == "grad" and trainer.precision == "16-mixed":
+        raise MisconfigurationException(
+            f"{name} measures gradients outside the steps whose loss precision='16-mixed' scales, so that they may "
+            "underflow. Use precision='bf16-mixed' or '32-true'."
         )
 
 

@@ -16,24 +16,26 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_z
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
-from lightning_fl.aggregation import Aggregator, Transform, WeightedMean
+from lightning_fl.aggregation import Aggregator, FederationFacts, Transform, WeightedMean
 from lightning_fl.algorithms import Algorithm, Weighting, get_algorithm
-from lightning_fl.clients import LocalWork, Population, RoundLoader
+from lightning_fl.clients import Amount, Cohort, Participation, Population, RoundLoader, Stragglers, Uniform
 from lightning_fl.clients.partition import Partitioner
 from lightning_fl.clients.split import shard
 from lightning_fl.communication import Group, LocalGroup, Message, connect
 from lightning_fl.communication.objects import decode_object, encode_object
-from lightning_fl.engines import SequentialEngine
+from lightning_fl.engines import Vectorized
 from lightning_fl.engines.optimizers import OptimizerStates
 from lightning_fl.engines.sequential import ClientOptimizer
 from lightning_fl.strategies import lightning_internals as internals
+from lightning_fl.strategies.batches import digest
 from lightning_fl.strategies.callback import RoundCallback
 from lightning_fl.strategies.checkpoint import (
     KEY,
     ClientStateFiles,
+    WholeCheckpointIO,
     pack,
     read_client_states,
     state_files,
@@ -43,16 +45,19 @@ from lightning_fl.strategies.checkpoint import (
 from lightning_fl.strategies.checks import (
     SEVERAL_LOADERS,
     check_choice,
+    check_phases,
     check_same_on_ranks,
     check_trainer,
-    check_type,
+    check_types,
     check_work,
 )
-from lightning_fl.strategies.handshake import join_ranks
+from lightning_fl.strategies.choice import choose_engine
+from lightning_fl.strategies.handshake import join_ranks, settings_of
 from lightning_fl.strategies.metrics import EvaluationMetrics
+from lightning_fl.strategies.notices import Notices
 from lightning_fl.strategies.population import build_population
 from lightning_fl.strategies.round import FederationSettings
-from lightning_fl.strategies.rounds import FederatedRounds, OnClientError, digest
+from lightning_fl.strategies.rounds import FederatedRounds, OnClientError
 
 
 class FederatedStrategy(ParallelStrategy):
@@ -62,7 +67,8 @@ class FederatedStrategy(ParallelStrategy):
         algorithm: A registered name such as ``"fedavg"``, or an object with its hyper-parameters.
         num_clients: Simulated clients among which a plain training loader is split.
         clients_per_round: Clients that take part in a round: a count (int), a share (float), or None for all.
-        local_epochs: Passes of each client over its data in a round. None: 1.
+        local_epochs: Passes of each client over its data in a round. None: 1. An uneven amount is an
+            :class:`~lightning_fl.clients.Amount`, such as ``fl.clients.Between(1, 5)``.
         local_steps: Optimizer steps of each client in a round, instead of passes; its loader is cycled.
         partition: How a plain training loader is split among simulated clients. None: IID.
         weighting: What a client weighs in the mean: ``"examples"``, ``"uniform"``, or None for the algorithm's own.
@@ -71,11 +77,14 @@ class FederatedStrategy(ParallelStrategy):
         aggregator: How updates become one. None: :class:`~lightning_fl.aggregation.WeightedMean`.
         transforms: What happens to updates on their way, in order.
         personal: ``fnmatch`` globs on ``state_dict`` names: tensors that never leave their client.
-        engine: How a rank trains its clients: ``"sequential"``, or ``"auto"`` for the fastest that is exact.
+        engine: How a rank trains its clients: ``"sequential"``, one after the other; ``"vectorized"`` (or an
+            ``fl.engines.Vectorized(...)``), many in one step; ``"auto"`` for the faster one where it is exact.
         seed: Seed of cohorts, partition and local training. None: the one of ``seed_everything``, else 0.
         split_validation: Whether the ranks of a simulation share the validation data instead of each reading all of it.
         on_client_error: Whether a client whose loader raises ends the run (``"raise"``) or is left out of the round
             with a warning (``"skip"``).
+        cohort: How the clients of a round are chosen. None: :class:`~lightning_fl.clients.Uniform`.
+        stragglers: Clients that do not finish their local training. None: all do.
         timeout: Seconds that a collective waits for the other ranks.
 
     Raises:
@@ -96,32 +105,36 @@ class FederatedStrategy(ParallelStrategy):
         algorithm: str | Algorithm = "fedavg",
         num_clients: int | None = None,
         clients_per_round: int | float | None = None,
-        local_epochs: int | None = None,
-        local_steps: int | None = None,
+        local_epochs: int | Amount | None = None,
+        local_steps: int | Amount | None = None,
         partition: Partitioner | None = None,
         weighting: Weighting | None = None,
         client_optimizer: ClientOptimizer = "reset",
         aggregator: Aggregator | None = None,
         transforms: Sequence[Transform] = (),
         personal: Sequence[str] = (),
-        engine: str = "auto",
+        engine: str | Vectorized = "auto",
         seed: int | None = None,
         split_validation: bool = False,
         on_client_error: OnClientError = "raise",
+        cohort: Cohort | None = None,
+        stragglers: Stragglers | None = None,
         timeout: float = 1800.0,
     ) -> None:
-        super().__init__()
-        check_work(num_clients, clients_per_round, local_epochs, local_steps)
-        check_type("partition", partition, Partitioner, "fl.datamodules.Dirichlet(0.3)")
-        check_type("aggregator", aggregator, Aggregator, "fl.aggregation.WeightedMean()")
-        check_type("transforms", transforms, Sequence, "a list of fl.aggregation.Transform")
-        check_type("personal", personal, Sequence, "a list of globs such as ['head.*']")
-        for transform in transforms:
-            check_type("transforms", transform, Transform, "fl.aggregation.Transform objects")
+        super().__init__(checkpoint_io=WholeCheckpointIO())
+        self.cohort = cohort or Uniform()
+        self.stragglers = stragglers
+        check_types(partition, aggregator, transforms, personal)
+        secure = any(transform.needs_secure_sampling for transform in transforms)
+        self.participation = Participation(
+            self.cohort, clients_per_round, local_epochs, local_steps, stragglers, secure
+        )
+        check_work(num_clients, self.participation)
         check_choice("weighting", weighting, (None, "examples", "uniform"))
         check_choice("client_optimizer", client_optimizer, ("reset", "keep"))
         check_choice("on_client_error", on_client_error, ("raise", "skip"))
-        check_choice("engine", engine, ("auto", "sequential"))
+        if not isinstance(engine, Vectorized):
+            check_choice("engine", engine, ("auto", "sequential", "vectorized"))
         self.algorithm = get_algorithm(algorithm) if isinstance(algorithm, str) else algorithm
         if not isinstance(self.algorithm, Algorithm):
             raise ValueError(f"algorithm={algorithm!r} is neither a registered name nor an fl.algorithms.Algorithm.")
@@ -130,11 +143,16 @@ class FederatedStrategy(ParallelStrategy):
         self.local_epochs = local_epochs
         self.local_steps = local_steps
         self.partition = partition
-        self.weighting: Weighting = weighting or self.algorithm.weighting
+        required = next((transform.weighting for transform in transforms if transform.weighting is not None), None)
+        self.weighting: Weighting = weighting or required or self.algorithm.weighting
         self.client_optimizer: ClientOptimizer = client_optimizer
         self.aggregator = aggregator or WeightedMean()
         self.transforms = tuple(transforms)
-        self.personal = (personal,) if isinstance(personal, str) else tuple(personal)
+        for number, transform in enumerate(self.transforms, start=1):
+            transform.check(self.transforms[number:], self.aggregator, self.weighting)
+        check_phases(self.algorithm, local_epochs, local_steps)
+        self._named_personal = (personal,) if isinstance(personal, str) else tuple(personal)
+        self.personal = self._named_personal
         self.engine = engine
         self.seed = seed
         self.split_validation = split_validation
@@ -150,7 +168,7 @@ class FederatedStrategy(ParallelStrategy):
         self._loaded_checkpoint: tuple[Any, dict[str, Any] | None] | None = None
         self.limit_train_batches: int | float = 1.0
         self._works_alone = False
-        self._warned_of_personal = False
+        self._notices = Notices()
 
     # ---- processes and devices
 
@@ -279,8 +297,9 @@ class FederatedStrategy(ParallelStrategy):
         check_same_on_ranks(self.federation, "validation data", trainer.enable_validation)
         super().setup(trainer)
         assert self.lightning_module is not None
-        join_ranks(self.federation, self.lightning_module, self._settings)
-        self.evaluation_metrics = EvaluationMetrics(self.federation, self.lightning_module)
+        self.personal = tuple(self.algorithm.personal(self.lightning_module, self._named_personal))
+        join_ranks(self.federation, self.lightning_module, settings_of(self, trainer))
+        self.evaluation_metrics = EvaluationMetrics(self.federation, self.lightning_module, self.aggregator)
 
     def setup_optimizers(self, trainer: L.Trainer) -> None:
         super().setup_optimizers(trainer)
@@ -313,21 +332,22 @@ class FederatedStrategy(ParallelStrategy):
 
     def _make_rounds(self, population: Population) -> FederatedRounds:
         trainer = self._trainer
-        work = LocalWork(
-            self.local_epochs or 1, self.local_steps, trainer.accumulate_grad_batches, self.limit_train_batches
-        )
+        size = len(population)
+        sampling = self.cohort.sampling(size, self.clients_per_round)
+        silos = population.silos is not None
         settings = FederationSettings(
-            self.algorithm, self.aggregator, self.transforms, self.weighting, self._seed, len(population)
+            self.algorithm, self.aggregator, self.transforms, self.weighting, self._seed, size, sampling, silos
         )
         stateful = self.algorithm.keeps_client_state or self.client_optimizer == "keep" or bool(self.personal)
+        stateful |= any(phase.model == "own" for phase in self.algorithm.phases())
         at_home = stateful or any(transform.keeps_client_state for transform in self.transforms)
         return FederatedRounds(
             trainer,
             population,
             self.federation,
             settings,
-            self.clients_per_round,
-            work,
+            self.participation,
+            self.limit_train_batches,
             at_home,
             self.on_client_error,
             self._last_rounds,
@@ -337,12 +357,21 @@ class FederatedStrategy(ParallelStrategy):
 
     def start_training(self) -> None:
         """Called by :class:`RoundCallback` when training starts."""
-        trainer, module = self._trainer, self._module
+        trainer = self._trainer
         if not isinstance(trainer.train_dataloader, RoundLoader):
             raise MisconfigurationException(SEVERAL_LOADERS)
-        optimizers = OptimizerStates(self.optimizers)
         self._resume()
-        self.active_rounds.start(SequentialEngine(module, optimizers, self.personal, self.client_optimizer))
+        optimizers = OptimizerStates(self.optimizers)
+        engine, together = choose_engine(self, trainer, optimizers)
+        self.aggregator.open(self.federation, self.active_rounds.facts)
+        self.active_rounds.start(engine, together)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        together = self.active_rounds.together
+        if together is None or not together.unit:
+            return super().training_step(*args, **kwargs)
+        with self.precision_plugin.train_step_context():
+            return together.training_step(*args, **kwargs)
 
     def _resume(self) -> None:
         if self._loaded_checkpoint is None:
@@ -359,22 +388,16 @@ class FederatedStrategy(ParallelStrategy):
     def on_validation_start(self) -> None:
         self._start_evaluation()
         if self.personal:
-            self._warn_of_personal()
+            self._notices.personal(self._trainer, self.personal)
 
     def on_test_start(self) -> None:
         self._start_evaluation()
 
-    def _warn_of_personal(self) -> None:
-        if not self._warned_of_personal:
-            self._warned_of_personal = True
-            rank_zero_warn(
-                f"The tensors personal={self.personal} live with the clients; validation of the global model uses "
-                "their common start values."
-            )
-
     def _start_evaluation(self) -> None:
-        results = internals.results_at_hand(self._trainer)
-        self.evaluation_metrics.start(results, per_rank=self._validation_is_per_rank or self.split_validation)
+        results, silos = internals.results_at_hand(self._trainer), self._validation_is_per_rank
+        if silos and self.federation.size > 1:
+            self.aggregator.open(self.federation, FederationFacts(silos, self.federation.size, is_training=False))
+        self.evaluation_metrics.start(results, silos or self.split_validation, silos)
         self._works_alone = True
 
     def end_evaluation(self) -> None:
@@ -460,16 +483,6 @@ class FederatedStrategy(ParallelStrategy):
     @property
     def _seed(self) -> int:
         return int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed
-
-    @property
-    def _settings(self) -> dict[str, str]:
-        own = ("algorithm", "weighting", "clients_per_round", "local_epochs", "local_steps", "client_optimizer")
-        of_trainer = ("max_epochs", "max_steps", "min_epochs", "check_val_every_n_epoch", "num_sanity_val_steps")
-        trainer = self._trainer
-        return {
-            **{name: repr(getattr(self, name)) for name in (*own, "personal", "_seed")},
-            **{name: repr(getattr(trainer, name)) for name in of_trainer},
-        }
 
     @property
     def _validation_is_per_rank(self) -> bool:

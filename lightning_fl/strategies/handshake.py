@@ -65,3 +65,15 @@ def _compare(kind: str, expected: dict[str, Any], found: dict[str, Any], rank: i
                 f"{found.get(name, 'missing')} on rank {rank} and {expected.get(name, 'missing')} on rank 0. Start "
                 "all ranks with the same module, settings and versions."
             )
+
+
+def settings_of(strategy: Any, trainer: lightning.Trainer) -> dict[str, str]:
+    """The settings of a federation that must be the same on all ranks."""
+    own = ("algorithm", "weighting", "client_optimizer", "cohort", "clients_per_round", "stragglers")
+    of_trainer = ("max_epochs", "max_steps", "min_epochs", "check_val_every_n_epoch", "num_sanity_val_steps")
+    names = (*own, "local_epochs", "local_steps", "personal", "_seed")
+    return {
+        **{name: repr(getattr(strategy, name)) for name in names},
+        **{name: repr(getattr(trainer, name)) for name in of_trainer},
+        "aggregator": type(strategy.aggregator).__name__,
+    }

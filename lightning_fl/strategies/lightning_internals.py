@@ -28,6 +28,7 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 
 from lightning_fl.engines.optimizers import Schedule
@@ -386,6 +387,42 @@ def step_epoch_schedules(trainer: Trainer) -> None:
         epoch_loop.step_epoch_schedules()
 
 
+@contextmanager
+def logging_aside(trainer: Trainer, training: bool) -> Iterator[_ResultCollection]:
+    """Collects what the module logs inside the block apart from what the loops collect.
+
+    Lightning knows one place for what is logged in an epoch; a step outside its loops must leave no trace there.
+    """
+    epoch_loop, connector = trainer.fit_loop.epoch_loop, trainer._logger_connector
+    before = epoch_loop._results, connector._current_fx, connector._first_loop_iter
+    epoch_loop._results, connector._current_fx, connector._first_loop_iter = _ResultCollection(training), None, False
+    try:
+        yield epoch_loop._results
+    finally:
+        epoch_loop._results, connector._current_fx, connector._first_loop_iter = before
+
+
+def step_aside(trainer: Trainer, hook: str, batch: Any, batch_idx: int) -> tuple[Any, Any]:
+    """Calls ``training_step`` or ``validation_step`` as the loops do, but no callback; also gives the batch it saw."""
+    module = trainer.lightning_module
+    batch = module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), dataloader_idx=0)
+    batch = call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=0)
+    results = results_at_hand(trainer)
+    results.batch, results.batch_size = batch, None
+    takes_index = is_param_in_hook_signature(getattr(module, hook), "batch_idx", min_args=2)
+    return call._call_strategy_hook(trainer, hook, batch, *([batch_idx] if takes_index else [])), batch
+
+
+def hook_aside(trainer: Trainer, hook: str) -> None:
+    """Calls one of the module's epoch hooks outside the loops, so that it may log."""
+    call._call_lightning_module_hook(trainer, hook)
+
+
+def logged_aside(results: _ResultCollection) -> dict[str, float]:
+    """What was logged by epoch since :func:`logging_aside` began, under the names that the user gave."""
+    return {name: float(value) for name, value in results.metrics(on_step=False)["callback"].items()}
+
+
 def log_to_loggers(trainer: Trainer, figures: dict[str, float]) -> None:
     """Gives figures to the loggers, at the step at which Lightning logs the epoch's metrics."""
     trainer._logger_connector.log_metrics(dict(figures))  # type: ignore[arg-type]
@@ -396,3 +433,13 @@ def results_at_hand(trainer: Trainer) -> _ResultCollection:
     results = trainer._results
     assert results is not None
     return results
+
+
+def clip_norms_with(precision: Any, clip: Callable[[torch.optim.Optimizer, float], bool]) -> None:
+    """Lets ``clip`` clip gradients by norm before Lightning does; it returns whether it has."""
+
+    def clip_grad_by_norm(optimizer: torch.optim.Optimizer, clip_val: int | float) -> None:
+        if not clip(optimizer, float(clip_val)):
+            type(precision).clip_grad_by_norm(precision, optimizer, clip_val)
+
+    precision.clip_grad_by_norm = clip_grad_by_norm

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from lightning import LightningModule
 from lightning.pytorch.trainer.connectors.logger_connector.result import (
     _Metadata,
     _ResultCollection,
@@ -13,6 +14,7 @@ from lightning.pytorch.trainer.connectors.logger_connector.result import (
 )
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
 ResultCollection = _ResultCollection
 
@@ -99,6 +101,19 @@ def show_metric(result: _ResultMetric, metric: Any) -> None:
     result.has_reset = False
     result.value = metric
     result._computed = None
+
+
+def count_examples(batch: Any) -> int:
+    """Number of examples in a batch, as Lightning counts them; 1 if it can't tell."""
+    try:
+        return extract_batch_size(batch)
+    except MisconfigurationException:
+        return 1
+
+
+def step_arguments(module: LightningModule, batch_idx: int) -> tuple[Any, ...]:
+    """What Lightning gives ``training_step`` besides the batch."""
+    return (batch_idx,) if is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2) else ()
 
 
 def batch_size(results: _ResultCollection, batch: Any) -> int:

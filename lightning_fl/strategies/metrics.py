@@ -10,9 +10,12 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_sum
 
+from lightning_fl.aggregation import Aggregator
 from lightning_fl.communication import Group, Message
 from lightning_fl.strategies import lightning_results as logged
+from lightning_fl.strategies.hidden_report import hide, reveal
 from lightning_fl.strategies.lightning_results import ResultCollection
 from lightning_fl.types import Tree
 
@@ -29,6 +32,7 @@ class LoggedValues:
     def __init__(self) -> None:
         self.entries: Entries = {}
         self._client: Entries = {}
+        self._phase: Entries = {}
         self._counts: dict[str, int] = {}
 
     def after_batch(self, results: ResultCollection, num_examples: int) -> None:
@@ -37,19 +41,39 @@ class LoggedValues:
             if result.is_tensor and not result.meta.on_epoch and self._was_updated(key, result):
                 entry = logged.step_entry(result, num_examples)
                 if entry is not None:
-                    _join(self._client, key, entry)
+                    _join(self._phase, key, entry)
 
-    def after_client(self, results: ResultCollection, accepted: bool) -> None:
-        """Takes in what a client has logged, or drops it if its update was refused."""
+    def after_phase(self, results: ResultCollection, counts: bool) -> None:
+        """Takes in what a client has logged in a phase, or drops it."""
         for key, result in results.items():
             of_training = result.is_tensor and result.meta.on_epoch and result.meta.fx != _LATE_HOOK
             if of_training and not result.has_reset and self._was_updated(key, result):
-                _join(self._client, key, logged.entry(result))
+                _join(self._phase, key, logged.entry(result))
                 logged.empty(result)
+        if counts:
+            for key, entry in self._phase.items():
+                _join(self._client, key, entry)
+        self._phase = {}
+
+    def after_client(
+        self, results: ResultCollection, accepted: bool, corrected: Mapping[str, Mapping[str, Any]] | None = None
+    ) -> dict[str, float]:
+        """Takes in what a client, or several together, have logged, or drops it if no update was accepted.
+
+        Args:
+            results: Where Lightning collects what is logged.
+            accepted: Whether an update was accepted.
+            corrected: Values and weights of accepted clients only, where others have logged together with them.
+
+        Returns:
+            What was logged, by name.
+        """
+        self.after_phase(results, accepted)
         if accepted:
             for key, entry in self._client.items():
-                _join(self.entries, key, entry)
-        self._client = {}
+                _join(self.entries, key, {**entry, **(corrected or {}).get(key, {})})
+        own, self._client = self._client, {}
+        return {entry["name"]: _value(entry) for entry in own.values()}
 
     def _was_updated(self, key: str, result: Any) -> bool:
         before, self._counts[key] = self._counts.get(key, 0), logged.num_updates(result)
@@ -67,6 +91,14 @@ def _join(entries: Entries, key: str, entry: dict[str, Any]) -> None:
         both = torch.as_tensor(old["value"]), torch.as_tensor(entry["value"])
         old["value"] = (torch.minimum if reduction == "min" else torch.maximum)(*both)
     old["weight"] = old["weight"] + entry["weight"]
+
+
+def _value(entry: dict[str, Any]) -> float:
+    """The number that an entry, added up over batches or clients, stands for."""
+    value, weight = float(entry["value"]), float(entry["weight"])
+    if entry["reduction"] != "mean":
+        return value
+    return value / weight if weight else float("nan")
 
 
 def late_entries(results: ResultCollection) -> Entries:
@@ -134,10 +166,7 @@ def publish(entries: Entries, results: ResultCollection, module: nn.Module, devi
         if not entry["is_tensor"]:
             logged.show_metric(result, module.get_submodule(entry["metric_attribute"]))
             continue
-        value, weight = float(entry["value"]), float(entry["weight"])
-        if entry["reduction"] == "mean":
-            value = value / weight if weight else float("nan")
-        logged.show(result, value)
+        logged.show(result, _value(entry))
     return added
 
 
@@ -197,7 +226,10 @@ class MetricStates:
                 lengths[key] = len(state) if isinstance(state, list) else None
                 for index, tensor in enumerate(state if isinstance(state, list) else [state]):
                     tensors[f"{name}/{key}/{index}"] = tensor
-            fields[name] = {"count": metric._update_count, "lengths": lengths}
+            is_sum = all(length is None for length in lengths.values()) and all(
+                metric._reductions[key] is dim_zero_sum for key in metric._defaults
+            )
+            fields[name] = {"count": metric._update_count, "lengths": lengths, "is_sum": is_sum}
         return fields, tensors
 
     def merge(self, reports: Sequence[Message], device: torch.device) -> None:
@@ -245,21 +277,25 @@ class EvaluationMetrics:
     Args:
         group: The ranks of the federation.
         module: The user's module.
+        aggregator: Joins what ranks with data of their own report, and may hide it.
     """
 
-    def __init__(self, group: Group, module: LightningModule) -> None:
+    def __init__(self, group: Group, module: LightningModule, aggregator: Aggregator) -> None:
         self.group = group
         self.module = module
+        self.aggregator = aggregator
         self.states = MetricStates(module, group.rank)
         self._placeholders: list[str] = []
 
-    def start(self, results: ResultCollection, per_rank: bool) -> None:
+    def start(self, results: ResultCollection, per_rank: bool, silos: bool) -> None:
         """An evaluation begins.
 
         Args:
             results: Where Lightning collects what is logged.
             per_rank: Whether ranks may have data of their own.
+            silos: Whether it is that of silos.
         """
+        self.hides = silos and self.aggregator.hides_reports and self.group.size > 1
         for key in self._placeholders:
             results.pop(key, None)
         self._placeholders = []
@@ -289,6 +325,8 @@ class EvaluationMetrics:
     def _gather(self, entries: Entries) -> list[Message]:
         fields, tensors = self.states.report() if self.per_rank else ({}, {})
         report = Message({"metrics": entries, "metric_states": fields, "first_batch": self.first_batch}, tensors)
+        if self.hides:
+            return reveal(self.aggregator.gather(self.group, hide(report), "evaluation"))
         reports = self.group.all_gather(report, "evaluation")
         same_data = len({message.fields["first_batch"] for message in reports}) == 1
         return reports if self.per_rank and not same_data else reports[:1]

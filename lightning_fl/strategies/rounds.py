@@ -2,50 +2,46 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import lightning as L
-import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
 
+from lightning_fl.aggregation import FederationFacts
 from lightning_fl.clients import (
-    ClientRandomness,
     ClientStore,
-    LocalWork,
+    Participation,
     Population,
     RoundLoader,
     RoundPlan,
-    cohort_size,
     count_batches,
-    derive_seed,
-    sample_cohort,
 )
 from lightning_fl.clients.loaders import Loader
 from lightning_fl.clients.plan import Place
-from lightning_fl.clients.round_loader import UNKNOWN_LENGTH, raise_error
-from lightning_fl.clients.split import in_order
-from lightning_fl.communication import Group, Message, RankLost
+from lightning_fl.clients.round_loader import UNKNOWN_LENGTH, LoadTogether, raise_error
+from lightning_fl.communication import Group, Message
 from lightning_fl.engines import Schedule, SequentialEngine
+from lightning_fl.engines.phases import optimizer_entry
 from lightning_fl.strategies import lightning_internals as internals
 from lightning_fl.strategies import lightning_results as logged
 from lightning_fl.strategies import metrics
-from lightning_fl.strategies.callback import has_hooks
+from lightning_fl.strategies.agreement import Agreement, naming_round
+from lightning_fl.strategies.batches import digest
+from lightning_fl.strategies.checks import check_algorithm
+from lightning_fl.strategies.history import figures, round_entry, words
+from lightning_fl.strategies.notices import Notices
+from lightning_fl.strategies.planning import Planner
+from lightning_fl.strategies.reading import ClientReading
 from lightning_fl.strategies.round import FederationSettings, FederationState, Round, RoundResult
-from lightning_fl.tree import fingerprint
+from lightning_fl.strategies.together import ClientsTogether, NotStackable, NotVectorizable
 from lightning_fl.types import ClientId
 
-HOOKS_AFTER_THE_ROUND = ("on_train_batch_end", "on_validation_end", "on_validation_epoch_end", "on_train_epoch_end")
 OnClientError = Literal["raise", "skip"]
-
-
-_GO_ON = "Start all ranks again with trainer.fit(..., ckpt_path='last'); they go on after the last checkpoint."
 
 
 class FederatedRounds:
@@ -56,8 +52,8 @@ class FederatedRounds:
         population: All clients.
         group: The ranks of the federation.
         settings: What does not change from round to round.
-        clients_per_round: A count, a share, or None for all.
-        work: How much a client trains in a round.
+        participation: Who takes part in a round, and how much each client trains.
+        limit: Batches of one local pass, as a count or a share.
         at_home: Whether clients keep state and so must train on their home rank.
         on_client_error: Whether a client whose loader raises ends the run or is left out.
         last: The rounds of the Trainer's last ``fit``, which go on if this one does not start at round 0.
@@ -69,8 +65,8 @@ class FederatedRounds:
         population: Population,
         group: Group,
         settings: FederationSettings,
-        clients_per_round: int | float | None,
-        work: LocalWork,
+        participation: Participation,
+        limit: int | float,
         at_home: bool,
         on_client_error: OnClientError = "raise",
         last: FederatedRounds | None = None,
@@ -78,13 +74,14 @@ class FederatedRounds:
         self.trainer = trainer
         self.group = group
         self.settings = settings
-        self.work = work
+        self.participation = participation
+        self.work = participation.most_work(limit)
         self.at_home = at_home
         self.on_client_error = on_client_error
-        self.clients_per_round = clients_per_round
         self.state = FederationState()
         self.store = ClientStore()
         self.history: list[dict[str, Any]] = []
+        self.together: ClientsTogether | None = None
         self.has_started = False
         self.in_local_phase = False
         self.interrupted_loops: dict[str, Any] | None = None
@@ -97,14 +94,15 @@ class FederatedRounds:
         self._is_unsettled = False
         self._deferred: dict[str, bool] = {}
         self._placeholders: list[str] = []
-        self._warned: set[object] = set()
-        self._randomness = ClientRandomness()
+        self._notices = Notices()
+        self._agreement = Agreement(trainer, group)
+        self._reading = ClientReading(trainer, settings.seed, self._notices)
         self.renew(population)
 
     def renew(self, population: Population) -> None:
         """Takes new loaders of the clients."""
         self.population = population
-        self.cohort_size = cohort_size(self.clients_per_round, len(population))
+        self.planner = Planner(population, self.participation, self.settings, self.group, self.at_home, self._failure)
         self.loader = RoundLoader(
             population.loaders,
             lambda: (self.plan, self.work),
@@ -112,9 +110,20 @@ class FederatedRounds:
             self._open_client,
             self.set_length,
             self._fail_client,
+            lambda client: self.planner.phases(self.planned.works[client]),
+            self._open_together,
         )
-        self._largest: int | float | None = None
         self._plan(internals.current_round(self.trainer))
+
+    @property
+    def facts(self) -> FederationFacts:
+        """What everyone may know before training starts."""
+        is_uniform, population = self.settings.weighting == "uniform", self.population
+        max_weight = (lambda: 1.0) if is_uniform else population.max_examples
+        sampling = self.settings.sampling
+        is_random = sampling is not None and sampling.kind == "poisson"
+        cohort_size = len(population) if is_random else len(self.plan.cohort)
+        return FederationFacts(population.silos is not None, cohort_size, True, max_weight)
 
     @property
     def module(self) -> L.LightningModule:
@@ -123,18 +132,28 @@ class FederatedRounds:
 
     # ---- hooks of Lightning, in the order in which they come
 
-    def start(self, engine: SequentialEngine) -> None:
-        """Training is about to start."""
+    def start(self, engine: SequentialEngine, together: ClientsTogether | None = None) -> None:
+        """Training is about to start.
+
+        Args:
+            engine: Trains the clients.
+            together: Lets those with equally much work train side by side. None: each alone.
+        """
         last, self._last = self._last, None
         goes_on = last is not None and last.engine_module is self.module and internals.current_round(self.trainer) > 0
         if last is not None and goes_on:
             self.state, self.store, self.history = last.state, last.store, last.history
-            self.store.drop_entry("optimizer")
+            for index in range(len(self.settings.algorithm.phases())):
+                self.store.drop_entry(optimizer_entry(index))
         self.engine = engine
         self.engine_module = self.module
+        check_algorithm(self.settings.algorithm, self.trainer)
         self.settings.algorithm.check_optimizers(engine.optimizers.optimizers)
         self._metric_states = metrics.MetricStates(self.module, self.group.rank)
         self.has_started = True
+        self.together = together
+        if together is not None:
+            self._plan(internals.current_round(self.trainer))
         self.set_length()
 
     def plan_round(self) -> None:
@@ -159,29 +178,25 @@ class FederatedRounds:
             self._close_round()
             return
         place = self.plan.locate(batch_idx)
-        self._count(outputs, batch, place)
-        if place.ends_client:
-            self._finish_client(self.plan.clients[place.client])
+        unit = self.plan.units[place.client]
+        if len(unit) > 1:
+            assert self.together is not None
+            self._logged.after_batch(internals.train_results(self.trainer), self.together.batch_size * len(unit))
+            if place.ends_client:
+                self._finish_together(unit)
+        else:
+            self._count(outputs, batch, place)
+            if place.ends_client:
+                self._finish_phase(place.client)
         if place.ends_round:
             self._close_round()
 
     def settle(self) -> None:
-        """The users' hooks after the round's last batch have run; what they made of the global model goes to all ranks.
-
-        A rank without clients has no batch, and so none of these hooks.
-        """
+        """The hooks after the round's last batch have run."""
         is_new, self._is_unsettled = self._is_unsettled, False
-        if not is_new or self.group.size == 1 or not has_hooks(self.trainer, "on_train_batch_end"):
-            return
-        assert self.engine is not None
-        own = {name: fingerprint(tensor) for name, tensor in self.engine.tensors.all.items()}
-        message = Message({"own": own, "trained": bool(self.plan.clients)})
-        told = self._gather(message, "after the last batch")
-        source = next((rank for rank, fields in enumerate(told) if fields["trained"]), 0)
-        with torch.no_grad():
-            for name, tensor in self.engine.tensors.all.items():
-                if any(fields["own"][name] != told[0]["own"][name] for fields in told):
-                    tensor.copy_(self.group.broadcast(tensor, source))
+        if is_new:
+            assert self.engine is not None
+            self._agreement.settle(self.plan.round, self.engine.tensors.all, bool(self.plan.clients))
 
     def after_round(self) -> None:
         """The epoch ends; validation has seen the global model."""
@@ -193,19 +208,16 @@ class FederatedRounds:
         if self._has_late_values:
             results = internals.train_results(self.trainer)
             late = Message(metrics.plain(metrics.late_entries(results)))
-            told = self._gather(late, "late metrics")
+            told = self._agreement.gather(self.plan.round, late, "late metrics")
             self._publish(metrics.merge_entries(told))
 
     def agree_to_stop(self) -> None:
         """The epoch has ended: if one rank's hooks have asked to stop since the round's end, all ranks stop."""
-        if self.group.size == 1 or not has_hooks(self.trainer, *HOOKS_AFTER_THE_ROUND):
-            return
-        told = self._gather(Message({"should_stop": self.trainer.should_stop}), "after the hooks")
-        self.trainer.should_stop = any(fields["should_stop"] for fields in told)
+        self._agreement.stop(self.plan.round)
 
     def interrupt(self) -> None:
         """An exception ends the fit: what the round has done so far is dropped."""
-        self._randomness.exit()
+        self._reading.leave()
         self.in_local_phase = False
         if self.round is not None:
             self.round.abandon()
@@ -228,8 +240,7 @@ class FederatedRounds:
 
     def defer_checkpoint(self, path: str, weights_only: bool) -> None:
         """Notes a checkpoint that is asked for inside the round, to be written at its end."""
-        if self._warn_once("deferred"):
-            rank_zero_warn("A checkpoint asked for inside a round is written at its end, when there is a global model.")
+        self._notices.deferred_checkpoint()
         self._deferred[path] = weights_only
 
     def forget_deferred(self, path: str) -> bool:
@@ -238,40 +249,18 @@ class FederatedRounds:
 
     # ---- a round
 
+    @property
+    def plan(self) -> RoundPlan:
+        """What this rank does in the round at hand, or the next one."""
+        return self.planned.plan
+
     def largest_num_batches(self) -> int | float:
         """Batches of the client with the most in a round, rounded up to whole optimizer steps."""
-        if self._largest is None:
-            loaders = self.population.loaders
-            clients = [next(iter(loaders))] if self.work.steps is not None else loaders
-            steps = [self.work.num_steps(count_batches(loaders[client])) for client in clients]
-            own = float("inf") if None in steps else float(max(step for step in steps if step is not None))
-            told = self.group.all_gather(Message({"steps": own}), "estimated steps")
-            largest = max(float(message.fields["steps"]) for message in told)
-            self._largest = largest if largest == float("inf") else max(int(largest), 1) * self.work.accumulate
-        return self._largest
+        return self.planner.largest_num_batches(self.work)
 
     def _plan(self, index: int) -> None:
-        population = self.population
         self.work = replace(self.work, accumulate=self.trainer.accumulate_grad_batches)
-        cohort = sample_cohort(population.ids, self.cohort_size, self.settings.seed, index)
-        clients, segments = [], []
-        self._num_examples: dict[ClientId, int | None] = {}
-        self._empty: list[ClientId] = []
-        self._failed: dict[ClientId, str] = {}
-        for client in population.place(cohort, self.group.size, self.at_home)[self.group.rank]:
-            try:
-                loader = population.loaders[client]
-                own = self.work.segments(count_batches(loader))
-            except Exception as error:
-                self._fail_client(client, error)
-                continue
-            if not own:
-                self._empty.append(client)
-                continue
-            clients.append(client)
-            segments.append(own)
-            self._num_examples[client] = population.num_examples(client, loader)
-        self.plan = RoundPlan(index, cohort, clients, segments, self.work.accumulate)
+        self.planned = self.planner.plan(index, self.work, self.together)
 
     def _open_round(self) -> None:
         assert self.engine is not None
@@ -292,6 +281,7 @@ class FederatedRounds:
             self.plan.cohort,
             [schedule for _, schedule in self.schedules],
         )
+        self.state = replace(self.state, transforms=list(self.round.transform_states))
         results = internals.train_results(self.trainer)
         for key in self._placeholders:
             results.pop(key, None)
@@ -300,42 +290,101 @@ class FederatedRounds:
         self._metric_states.mark()
         self._first_step = internals.global_step(self.trainer)
         self._first_logger_step = internals.logger_steps(self.trainer)
+        self._more_logger_steps = 0
         self._first_batch: str | None = None
         self._is_alone = self.group.size == 1 and len(self.population) == 1
         self._paused = internals.pause_by_step(self.trainer, averages=not self._is_alone)
         self._call("on_round_start", self.plan.round, self.plan.cohort)
 
+    def _open_together(self, index: int, load: LoadTogether) -> Iterator[Any] | None:
+        assert self.together is not None
+        unit, together, passes = self.plan.units[index], self.together, {}
+        for client in unit:
+            try:
+                passes[client] = load(client, partial(self._reading.prepare_together, self.plan.round, client))
+            except Exception as error:
+                self._fail_client(client, error)
+            if len(passes) == 1 and (most := together.affordable(passes[client])) < len(unit):
+                self._split(index, [unit[start : start + most] for start in range(0, len(unit), most)])
+                return None
+        try:
+            if len(passes) < len(unit):
+                raise NotStackable("some have failed")
+            batches = together.stacked(list(passes.values()))
+        except NotStackable:
+            self._split(index, together.split(unit, passes))
+            return None
+        try:
+            self._start_together(unit, batches[0])
+        except (NotStackable, NotVectorizable) as error:
+            self._train_alone(index, str(error))
+            return None
+        return iter(batches)
+
+    def _start_together(self, unit: Sequence[ClientId], batch: Any) -> None:
+        assert self.round is not None
+        assert self.together is not None
+        self._snapshot = self._metric_states.snapshot()
+        internals.set_global_step(self.trainer, self._first_step)
+        self._reading.enter(self.plan.round, unit[0])
+        self.round.start_clients(unit)
+        self.together.start(unit, batch)
+
+    def _finish_together(self, unit: Sequence[ClientId]) -> None:
+        assert self.round is not None
+        assert self.together is not None
+        examples = self.planned.num_examples[unit[0]]
+        assert examples is not None
+        run, taken = self.round.finish_clients(examples, self.together.finish())
+        corrected = None
+        if not all(taken):
+            self._metric_states.restore(self._snapshot)
+            corrected = self.together.only(taken)
+        self._logged.after_client(internals.train_results(self.trainer), any(taken), corrected)
+        self._more_logger_steps += run.num_steps * (len(unit) - 1)
+        self._reading.leave()
+
+    def _split(self, index: int, parts: Sequence[Sequence[ClientId]]) -> None:
+        self._reading.leave()
+        self.plan.split(index, parts)
+        self.set_length()
+
+    def _train_alone(self, index: int, reason: str) -> None:
+        assert self.round is not None
+        assert self.together is not None
+        self.round.leave_clients()
+        self._reading.leave()
+        self.together.refuse(reason)
+        self._notices.alone(reason)
+        self.together = None
+        for later in reversed(range(index, len(self.plan.units))):
+            self._split(later, [(client,) for client in self.plan.units[later]])
+
     def _open_client(self, client: ClientId, loader: Loader) -> Loader:
         assert self.round is not None
-        self._snapshot = self._metric_states.snapshot()
-        self._examples_seen = 0
+        self._snapshot = self._before_phase = self._metric_states.snapshot()
+        self._examples_seen = self._examples_of_loss = 0
         self._examples_of_pass: int | None = None
         self._pass_length = self.work.pass_length(count_batches(loader))
         self._loss: float | Tensor = 0.0
         internals.set_global_step(self.trainer, self._first_step)
-        self._randomness.enter(self.settings.seed, self.plan.round, client)
-        self.round.start_client(client)
+        index, kind = self.plan.round, self.settings.algorithm.probe
+        loader = self._reading.prepare(index, client, loader)
+        self.round.start_client(client, self._reading.make_probe(kind, index, client, loader, self.work))
         self._call("on_client_start", client)
-        if getattr(loader, "persistent_workers", False) and self._warn_once("persistent workers"):
-            rank_zero_warn(
-                "A client's loader has persistent_workers=True: their random numbers are not those of the round and "
-                "client, so runs may not repeat. Leave it out."
-            )
-        if self.trainer.overfit_batches > 0:  # type: ignore[attr-defined]
-            loader = in_order(loader)
-        seed = derive_seed(self.settings.seed, self.plan.round, "loader", client)
-        for generator in _generators(loader):
-            self._randomness.seed_generator(generator, seed)
         return loader
 
     def _fail_client(self, client: ClientId, error: Exception) -> None:
-        if self.on_client_error == "raise":
-            raise_error(client, error)
-        self._failed[client] = f"{type(error).__name__}: {error}"
+        self.planned.failed[client] = self._failure(client, error)
         if self.round is not None and self.round.drop_client():
             self._logged.after_client(internals.train_results(self.trainer), accepted=False)
             self._metric_states.restore(self._snapshot)
-            self._randomness.exit()
+            self._reading.leave()
+
+    def _failure(self, client: ClientId, error: Exception) -> str:
+        if self.on_client_error == "raise":
+            raise_error(client, error)
+        return f"{type(error).__name__}: {error}"
 
     def _count(self, outputs: Any, batch: Any, place: Place) -> None:
         results = internals.train_results(self.trainer)
@@ -344,24 +393,45 @@ class FederatedRounds:
         if place.offset + 1 == self._pass_length:
             self._examples_of_pass = self._examples_seen
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-        if isinstance(loss, Tensor):
+        if self._phase_counts:
+            self._examples_of_loss += num_examples
+        if isinstance(loss, Tensor) and self._phase_counts:
             self._loss = self._loss + loss.detach().double() * (num_examples * self.work.accumulate)
         if self._first_batch is None:
             self._first_batch = digest(batch) if self.population.silos and not self.history else ""
         self._logged.after_batch(results, num_examples)
 
+    @property
+    def _phase_counts(self) -> bool:
+        """Whether what is logged in the phase at hand is about the model that is sent."""
+        assert self.round is not None
+        return self.round.phase.model == "global"
+
+    def _finish_phase(self, index: int) -> None:
+        assert self.round is not None
+        units, counts = self.plan.units, self._phase_counts
+        self._logged.after_phase(internals.train_results(self.trainer), counts)
+        if not counts:
+            self._metric_states.restore(self._before_phase)
+        if units[index : index + 2] == [units[index]] * 2:
+            self._before_phase = self._metric_states.snapshot()
+            self._examples_seen = 0
+            self.round.next_phase()
+        else:
+            self._finish_client(units[index][0])
+
     def _finish_client(self, client: ClientId) -> None:
         assert self.round is not None
-        told = self._num_examples[client]
+        told = self.planned.num_examples[client]
         if told is None:
             told = self._examples_of_pass if self._examples_of_pass is not None else self._examples_seen
-        loss = float(self._loss) / self._examples_seen if self._examples_seen else float("nan")
+        loss = float(self._loss) / self._examples_of_loss if self._examples_of_loss else float("nan")
         run, update = self.round.finish_client(told, loss)
-        self._logged.after_client(internals.train_results(self.trainer), accepted=update is not None)
+        own = self._logged.after_client(internals.train_results(self.trainer), accepted=update is not None)
         if update is None:
             self._metric_states.restore(self._snapshot)
-        self._call("on_client_end", client, run, update)
-        self._randomness.exit()
+        self._call("on_client_end", client, replace(run, logged=own), update)
+        self._reading.leave()
 
     def _close_round(self) -> None:
         assert self.round is not None
@@ -373,10 +443,10 @@ class FederatedRounds:
             "late": bool(metrics.late_entries(results)),
             "metric_states": states,
             "first_batch": self._first_batch,
-            "empty": self._empty,
-            "failed": list(self._failed.items()),
+            "empty": self.planned.empty,
+            "failed": list(self.planned.failed.items()),
             "should_stop": self.trainer.should_stop,
-            "logger_steps": internals.logger_steps(self.trainer) - self._first_logger_step if self.plan.clients else 0,
+            "logger_steps": self._own_logger_steps(),
             "deferred": self._deferred,
         }
         result = self._join_ranks(Message(fields, tensors))
@@ -394,23 +464,11 @@ class FederatedRounds:
         self._publish(merged)
         self._has_late_values = any(fields["late"] for fields in told)
         self.trainer.should_stop = any(fields["should_stop"] for fields in told)
-        self._warn_of_refused(result.refused)
-        self.history.append(
-            {
-                "round": self.plan.round,
-                "num_clients": result.aggregate.num_clients,
-                "num_examples": sum(fields["num_examples"] for fields in told),
-                "num_steps": num_steps,
-                "refused": result.refused,
-                "failed": [client for fields in told for client, _ in fields["failed"]],
-                "empty": [client for fields in told for client in fields["empty"]],
-                "update_norm": result.norm,
-                "update_spread": result.spread,
-                "num_bytes": result.num_bytes,
-                "seconds": result.seconds,
-            }
-        )
-        internals.log_to_loggers(self.trainer, _figures(self.history[-1]))
+        self._notices.result(self.plan.round, result)
+        self.history.append(round_entry(self.plan.round, result, self.planned.dropped))
+        internals.log_to_loggers(self.trainer, figures(self.history[-1], result.hides_clients))
+        self._notices.words(self.trainer, words(self.history[-1]))
+        self.trainer.should_stop |= result.stop_reason is not None
         self._call("on_aggregate_end", result.aggregate)
         internals.resume_by_step(self._paused)
         if not self._is_alone:
@@ -420,18 +478,15 @@ class FederatedRounds:
             self.trainer.save_checkpoint(path, weights_only)
         internals.save_passed_steps(self.trainer, self._first_step, self._first_step + num_steps)
 
-    def _gather(self, message: Message, topic: str) -> list[dict[str, Any]]:
-        try:
-            return [told.fields for told in self.group.all_gather(message, topic)]
-        except RankLost as error:
-            raise RankLost(f"After round {self.plan.round}: {error} {_GO_ON}") from error
+    def _own_logger_steps(self) -> int:
+        if not self.plan.clients:
+            return 0
+        return internals.logger_steps(self.trainer) - self._first_logger_step + self._more_logger_steps
 
     def _join_ranks(self, report: Message) -> RoundResult:
         assert self.round is not None
-        try:
-            return self.round.close(report, self._warn_of_data)
-        except RankLost as error:
-            raise RankLost(f"Round {self.plan.round}: {error} The round is dropped. {_GO_ON}") from error
+        with naming_round(f"Round {self.plan.round}", "The round is dropped. "):
+            return self.round.close(report, lambda reports: self._notices.data(self.plan.round, reports))
 
     def _publish(self, entries: metrics.Entries) -> None:
         results = internals.train_results(self.trainer)
@@ -442,58 +497,3 @@ class FederatedRounds:
             method: Callable[..., None] | None = getattr(callback, hook, None)
             if method is not None:
                 method(self.trainer, self.module, *args)
-
-    # ---- warnings
-
-    def _warn_once(self, about: object) -> bool:
-        is_new = about not in self._warned
-        self._warned.add(about)
-        return is_new
-
-    def _warn_of_data(self, reports: list[Message]) -> None:
-        for client in (client for message in reports for client in message.fields["empty"]):
-            if self._warn_once(("empty", client)):
-                rank_zero_warn(
-                    f"Client {client!r} has no data: its loader yields no batch, so it takes no part. Leave it out, "
-                    "give it data, or check `drop_last` and the batch size."
-                )
-        for client, error in (pair for message in reports for pair in message.fields["failed"]):
-            rank_zero_warn(
-                f"Round {self.plan.round}: the loader of client {client!r} raised {error}, so it was left out."
-            )
-        first = [message.fields["first_batch"] for message in reports]
-        if first[0] and len(first) > 1 and len(set(first)) == 1:
-            rank_zero_warn(
-                f"All {len(first)} ranks trained on the same first batch. Started by a launcher, each rank is a silo "
-                "with its own data. To split one data set among simulated clients, give num_clients or partition."
-            )
-
-    def _warn_of_refused(self, refused: list[ClientId]) -> None:
-        if refused:
-            rank_zero_warn(
-                f"Round {self.plan.round}: the updates of {', '.join(map(repr, refused))} hold NaN or Inf and were "
-                "left out. Lower the learning rate, clip gradients, or look at these clients' data."
-            )
-
-
-def _figures(entry: dict[str, Any]) -> dict[str, float]:
-    names = ("num_clients", "num_examples", "num_steps", "update_norm", "update_spread", "num_bytes")
-    seconds = {f"fl/seconds_{phase}": value for phase, value in entry["seconds"].items()}
-    return {"fl/round": entry["round"], **{f"fl/{name}": entry[name] for name in names}, **seconds}
-
-
-def _generators(loader: Any) -> list[torch.Generator]:
-    samplers = [getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None)]
-    found = [getattr(holder, "generator", None) for holder in (loader, *samplers)]
-    return list({id(generator): generator for generator in found if isinstance(generator, torch.Generator)}.values())
-
-
-def digest(batch: Any) -> str:
-    """A digest of a batch's content."""
-    content = hashlib.blake2b(digest_size=16)
-    for leaf in tree_leaves(batch):
-        if isinstance(leaf, Tensor):
-            content.update(leaf.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        else:
-            content.update(repr(leaf).encode())
-    return content.hexdigest()

@@ -85,7 +85,8 @@ def run_once(algorithm: Algorithm, params: Tree) -> None:
     trained = {"x": params["x"] - 1}
     server = algorithm.server_init(params, population=4)
     inputs = copy.deepcopy([server, params, trained])
-    ctx = algorithm.client_init(server, None)
+    measured = {"loss": torch.tensor(2.0, dtype=torch.float64), "grad": trained}
+    ctx = algorithm.client_init(server, None, measured.get(algorithm.probe))
     algorithm.grad_transform(trained, params, ctx)
     update, client = algorithm.client_finish(trained, ctx, None, RUN)
     for state in (server, client or {}, algorithm.server_update(server, total(8.0, 4.0, update.aux))):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -13,7 +14,8 @@ from lightning_fl.clients.plan import Place
 segments_of_clients = st.lists(st.lists(st.integers(1, 6), min_size=1, max_size=3), min_size=1, max_size=4)
 accumulations = st.integers(1, 4)
 limits = st.integers(1, 5) | st.floats(0.2, 1.0)
-works = st.builds(LocalWork, st.integers(1, 3), st.none() | st.integers(1, 6), accumulations, limits)
+parts = st.just(1.0) | st.floats(0.0, 1.0, exclude_min=True)
+works = st.builds(LocalWork, st.integers(1, 3), st.none() | st.integers(1, 6), accumulations, limits, parts)
 
 
 def enumerate_windows(segments: Sequence[Sequence[int]], accumulate: int) -> list[list[tuple[int, int]]]:
@@ -114,7 +116,10 @@ def test_the_optimizer_steps_as_often_as_the_work_says(work: LocalWork, lengths:
     for client, length in enumerate(length for length in lengths if work.segments(length)):
         steps = sum(place.ends_window for place in places if place.client == client)
         assert steps == work.num_steps(length)
-        assert work.steps is None or steps == work.steps
+        whole = replace(work, part=1.0).num_steps(length)
+        assert whole is not None
+        assert steps == max(1, math.ceil(work.part * whole))
+        assert work.steps is None or whole == work.steps
 
 
 def test_a_rank_without_clients_has_one_empty_batch() -> None:
@@ -171,6 +176,14 @@ def test_a_share_that_leaves_nothing_or_of_nothing_known_is_refused(
         (LocalWork(steps=7, accumulate=3), 5, [21], 7),
         (LocalWork(steps=7, accumulate=3), None, [21], 7),
         (LocalWork(steps=7), 0, [], 0),
+        (LocalWork(epochs=2, part=0.1), 5, [1], 1),
+        (LocalWork(epochs=2, part=0.5), 5, [5], 5),
+        (LocalWork(epochs=2, part=0.51), 5, [5, 1], 6),
+        (LocalWork(epochs=2, accumulate=2, part=0.9), 5, [5, 5], 6),
+        (LocalWork(epochs=2, accumulate=2, part=0.7), 5, [5, 4], 5),
+        (LocalWork(epochs=4, part=0.6), None, [None, None, None], None),
+        (LocalWork(steps=7, accumulate=3, part=0.5), 5, [12], 4),
+        (LocalWork(epochs=2, part=0.5), 0, [], 0),
     ],
 )
 def test_the_work_is_passes_or_exactly_so_many_steps(

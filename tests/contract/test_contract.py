@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
@@ -14,27 +15,45 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import StrategyRegistry
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_fl import FederatedStrategy
 from lightning_fl.algorithms import (
     Algorithm,
     DiLoCo,
+    Ditto,
     FedAdagrad,
     FedAdam,
     FedAvg,
     FedAvgM,
+    FedBN,
     FedDyn,
     FedExP,
     FedNova,
     FedOpt,
+    FedPer,
     FedProx,
+    FedRep,
+    FedSGD,
     FedYogi,
+    LGFedAvg,
+    MimeLite,
+    QFedAvg,
     Scaffold,
     registered,
 )
 from lightning_fl.tree import leaves, sum_dtype
-from tests.helpers.training import Plain, image_clients, minimise, quadratic_clients, trainer, weights
+from tests.helpers.training import (
+    Plain,
+    Quadratic,
+    WithNorm,
+    WithOwn,
+    image_clients,
+    minimise,
+    quadratic_clients,
+    trainer,
+    weights,
+)
 
 EXAMPLES, UNIFORM, OPTIMUM = 1.1359075905, 1.2057623030, 8 / 7
 """Where federated averaging with 5 local steps settles, by the clients' weights, and the uniform optimum."""
@@ -50,12 +69,48 @@ class Entry:
         fixed_point: Where it then settles with 5 local steps.
         init_args: Hyper-parameters as YAML gives them.
         neutral: The setting in which it is federated averaging; None if there is none.
+        personal: Whether the user has to name personal tensors.
+        lr: The clients' learning rate on the quadratics.
+        rounds: Until it has settled there.
     """
 
     algorithm: Algorithm
     fixed_point: float
     init_args: dict[str, Any] = field(default_factory=dict)
     neutral: Algorithm | None = None
+    personal: bool = False
+    lr: float = 0.1
+    rounds: int = 70
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What a strategy needs besides to train a small network."""
+        return {"personal": ["net.3.bias"]} if self.personal else {}
+
+    def minimise(self, rounds: int, local_steps: int, clients: Any = None) -> float:
+        """Where the quadratics take it."""
+        kind = WithOwn if self.personal else WithNorm if isinstance(self.algorithm, FedBN) else Quadratic
+        own_work = all(phase.has_own_work for phase in self.algorithm.phases())
+        steps = {} if own_work else {"local_steps": local_steps}
+        strategy = FederatedStrategy(self.algorithm, **steps, personal=["own"] if self.personal else [])
+        return minimise(strategy, rounds, clients, self.lr, kind)
+
+    def module(self, dtype: torch.dtype = torch.float64) -> Plain:
+        """A small network."""
+        return (Normed if isinstance(self.algorithm, FedBN) else Plain)(dtype)
+
+
+class Norm(nn.BatchNorm1d):
+    """Trains its weights and keeps its statistics, so that a batch may hold one example."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)
+
+
+class Normed(Plain):
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__(dtype)
+        self.net.append(Norm(4).to(dtype))
 
 
 ADAPTIVE: dict[str, float] = {"server_lr": 10.0, "beta1": 0.5, "tau": 10.0}
@@ -72,6 +127,14 @@ ENTRIES: dict[str, Entry] = {
     "fednova": Entry(FedNova(), EXAMPLES, {"mu": 0.5}),
     "feddyn": Entry(FedDyn(alpha=1.0), OPTIMUM, {"alpha": 0.5}),
     "fedexp": Entry(FedExP(eps=1.0), UNIFORM, {"eps": 0.5}, FedExP(eps=float("inf"))),
+    "mimelite": Entry(MimeLite(beta1=0.5), 1.1576394666, {"beta2": 0.99}, MimeLite(beta1=0.0)),
+    "qfedavg": Entry(QFedAvg(q=0.5), 1.3926633662, {"q": 0.5}, QFedAvg(q=0.0)),
+    "fedsgd": Entry(FedSGD(), 1.0909090909, {"server_lr": 0.5}, lr=0.5),
+    "fedper": Entry(FedPer(), EXAMPLES, {"server_lr": 0.5}, FedPer(), personal=True),
+    "lgfedavg": Entry(LGFedAvg(), EXAMPLES, {"server_lr": 0.5}, LGFedAvg(), personal=True),
+    "fedbn": Entry(FedBN(), EXAMPLES, {"server_lr": 0.5}),
+    "fedrep": Entry(FedRep(head_epochs=2), EXAMPLES, {"head_epochs": 2}, personal=True),
+    "ditto": Entry(Ditto(lam=0.5), EXAMPLES, {"lam": 0.5}, Ditto()),
     "diloco": Entry(DiLoCo(momentum=0.5), UNIFORM, {"momentum": 0.5}, DiLoCo(server_lr=1.0, momentum=0.0)),
 }
 every_algorithm = pytest.mark.parametrize("name", ENTRIES)
@@ -79,7 +142,9 @@ every_algorithm = pytest.mark.parametrize("name", ENTRIES)
 
 def fit(algorithm: Algorithm, module: Any = None, max_epochs: int = ROUNDS, **options: Any) -> tuple[L.Trainer, Tensor]:
     """Trains three clients with uneven numbers of batches; options of ``fit`` and the strategy are told apart."""
-    module = Plain() if module is None else module
+    entry = next(entry for entry in ENTRIES.values() if type(entry.algorithm) is type(algorithm))
+    module = entry.module() if module is None else module
+    options = {**entry.options, **options}
     ckpt_path = options.pop("ckpt_path", None)
     of_trainer = {key: options.pop(key) for key in ("callbacks", "enable_checkpointing") if key in options}
     run = trainer(FederatedStrategy(algorithm, **options), max_epochs, **of_trainer)
@@ -88,9 +153,9 @@ def fit(algorithm: Algorithm, module: Any = None, max_epochs: int = ROUNDS, **op
 
 
 def states(run: L.Trainer) -> list[Mapping[str, Any]]:
-    """The server's state, and those of the clients."""
+    """The server's state, and what each client keeps: the algorithm's state, personal tensors."""
     rounds = run.strategy.active_rounds
-    kept = [state["algorithm"] for client in range(3) if (state := rounds.store.get(client))]
+    kept = [state for client in range(3) for state in (rounds.store.get(client) or {}).values()]
     return [rounds.state.server, *kept]
 
 
@@ -104,44 +169,49 @@ def test_every_registered_algorithm_is_under_contract() -> None:
 @every_algorithm
 def test_it_settles_at_its_fixed_point(name: str) -> None:
     entry = ENTRIES[name]
-    x = minimise(FederatedStrategy(entry.algorithm, local_steps=5), rounds=70)
-    assert x == pytest.approx(entry.fixed_point, rel=1e-8)
+    assert entry.minimise(entry.rounds, local_steps=5) == pytest.approx(entry.fixed_point, rel=1e-8)
 
 
 @pytest.mark.parametrize("name", [name for name, entry in ENTRIES.items() if entry.neutral is not None])
-def test_the_neutral_setting_is_federated_averaging_bit_for_bit(name: str) -> None:
+def test_the_neutral_setting_is_federated_averaging(name: str) -> None:
     neutral = ENTRIES[name].neutral
     assert neutral is not None
-    assert torch.equal(fit(neutral)[1], fit(FedAvg(), weighting=neutral.weighting)[1])
+    options = ENTRIES[name].options
+    found, expected = fit(neutral)[1], fit(FedAvg(), weighting=neutral.weighting, **options)[1]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
 
 
 @every_algorithm
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_states_are_trees_of_tensors_and_keep_shapes_and_dtypes(name: str, dtype: torch.dtype) -> None:
-    module, algorithm = Plain(dtype), ENTRIES[name].algorithm
+    module, algorithm = ENTRIES[name].module(dtype), ENTRIES[name].algorithm
     before, hyperparameters = {key: value.clone() for key, value in module.state_dict().items()}, repr(algorithm)
     run, _ = fit(algorithm, module)
     for key, value in module.state_dict().items():
         assert (value.dtype, value.shape) == (before[key].dtype, before[key].shape)
-        assert not torch.equal(value, before[key])
+        is_personal = any(fnmatchcase(key, glob) for glob in run.strategy.personal)
+        assert torch.equal(value, before[key]) == is_personal
     server, *clients = states(run)
-    assert len(clients) == (3 if algorithm.keeps_client_state else 0)
+    keeps = algorithm.keeps_client_state or run.strategy.personal or algorithm.phases()[-1].model == "own"
+    assert len(clients) == (3 if keeps else 0)
     for state in (server, *clients):
         assert all(isinstance(leaf, Tensor) and not leaf.requires_grad for leaf in leaves(state))
-        for tree in (value for value in state.values() if value.keys() == before.keys()):
+        trees = [state, *(value for value in state.values() if isinstance(value, Mapping))]
+        for tree in (tree for tree in trees if tree.keys() == before.keys()):
             for key, value in tree.items():
-                assert (value.dtype, value.shape) == (sum_dtype(dtype), before[key].shape)
+                expected = dtype if algorithm.phases()[-1].model == "own" and state is not server else sum_dtype(dtype)
+                assert (value.dtype, value.shape) == (expected, before[key].shape)
     assert repr(algorithm) == hyperparameters
 
 
 @every_algorithm
 def test_frozen_parameters_stay(name: str) -> None:
-    module = Plain()
+    module = ENTRIES[name].module()
     module.net[1].requires_grad_(False)
     before = {key: value.clone() for key, value in module.state_dict().items()}
     fit(ENTRIES[name].algorithm, module)
     changed = {key for key, value in module.state_dict().items() if not torch.equal(value, before[key])}
-    assert changed == {"net.3.weight", "net.3.bias"}
+    assert changed == {"net.3.weight", "net.3.bias"} - set(ENTRIES[name].options.get("personal", ()))
 
 
 @every_algorithm
@@ -159,10 +229,8 @@ def test_a_run_with_sampling_resumes_exactly(name: str) -> None:
 @every_algorithm
 def test_permuting_clients_changes_nothing(name: str) -> None:
     e, h, sizes = (0.0, 1.0, 4.0), (1.0, 2.0, 0.5), (1, 2, 1)
-    strategies = (FederatedStrategy(ENTRIES[name].algorithm, local_steps=3) for _ in range(2))
     x, permuted = (
-        minimise(strategy, 4, clients)
-        for strategy, clients in zip(strategies, (None, quadratic_clients(e[::-1], h[::-1], sizes[::-1])), strict=True)
+        ENTRIES[name].minimise(4, 3, clients) for clients in (None, quadratic_clients(e[::-1], h[::-1], sizes[::-1]))
     )
     assert permuted == pytest.approx(x, rel=1e-12)
 

@@ -81,7 +81,8 @@ class Simulation:
 
     def _train(self, client: int) -> Update:
         state = self.clients.get(client)
-        ctx = self.algorithm.client_init(self.server, state)
+        probe = self.gradients[client](self.server["params"]) if self.algorithm.probe == "grad" else None
+        ctx = self.algorithm.client_init(self.server, state, probe)
         params = ctx["params"]
         num_steps = self.num_steps if isinstance(self.num_steps, int) else self.num_steps[client]
         lr = self.lr if isinstance(self.lr, float) else self.lr[client]

@@ -56,8 +56,30 @@ def quadratic_clients(
     return fl.datamodules.ClientDatasets(datasets, batch_size=None)
 
 
-def minimise(strategy: Any, rounds: int, clients: Any = None, lr: float = 0.1, **kwargs: Any) -> float:
-    module = Quadratic(lr=lr)
+class WithOwn(Quadratic):
+    """The same with a second number beside x, to be personal, which wants to the same place."""
+
+    def __init__(self, start: float = 10.0, lr: float = 0.1) -> None:
+        super().__init__(start, lr)
+        self.own = nn.Parameter(torch.tensor([start], dtype=torch.float64))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        e, h = batch
+        return super().training_step(batch, batch_idx) + (0.5 * h * (self.own - e) ** 2).mean()
+
+
+class WithNorm(Quadratic):
+    """The same with a BatchNorm layer that it does not use."""
+
+    def __init__(self, start: float = 10.0, lr: float = 0.1) -> None:
+        super().__init__(start, lr)
+        self.norm = nn.BatchNorm1d(2)
+
+
+def minimise(
+    strategy: Any, rounds: int, clients: Any = None, lr: float = 0.1, kind: type[Quadratic] = Quadratic, **kwargs: Any
+) -> float:
+    module = kind(lr=lr)
     trainer(strategy, rounds, **kwargs).fit(module, quadratic_clients() if clients is None else clients)
     return module.x.item()
 

@@ -176,3 +176,20 @@ def test_the_server_step_of_fedexp_is_the_one_of_the_paper() -> None:
 @pytest.mark.parametrize("algorithm", [FedNova(), FedNova(mu=0.5)], ids=str)
 def test_a_learning_rate_of_zero_moves_nothing(algorithm: Algorithm) -> None:
     assert minimise(FederatedStrategy(algorithm), 2, lr=0.0) == 10.0
+
+
+def test_scaffold_option_1_reaches_the_optimum() -> None:
+    strategy = FederatedStrategy(fl.algorithms.Scaffold(option=1), local_steps=5)
+    assert minimise(strategy, 80) == pytest.approx(8 / 7, rel=1e-9)
+    control = strategy.active_rounds.store.get(2)["algorithm"]["control"]["x"].item()
+    assert control == pytest.approx(0.5 * (8 / 7 - 4.0), abs=1e-8)
+
+
+def test_qfedavg_evens_out_the_clients_losses() -> None:
+    """Tends to the point where the largest loss is smallest, as q grows: h (x - e)^2 / 2 equal for clients 1 and 2."""
+    largest = []
+    for q in (0.0, 1.0, 5.0):
+        x = minimise(FederatedStrategy(fl.algorithms.QFedAvg(q=q), local_steps=5), 150)
+        largest.append(max(h * (x - e) ** 2 / 2 for e, h in zip(CENTERS, STEEPNESS, strict=True)))
+    assert largest == sorted(largest, reverse=True)
+    assert largest[2] < 0.7 * largest[0]

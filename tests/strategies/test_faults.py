@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -14,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 import lightning_fl as fl
@@ -238,26 +241,71 @@ def test_when_a_silo_dies_the_others_end_and_say_what_to_do(tmp_path: Path) -> N
     assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 1
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning.pytorch.callbacks import ModelCheckpoint
+class SmallDisk:
+    """A file system of 512 KiB on which others may leave little room.
 
-    def fit(max_epochs: int) -> None:
-        callback = ModelCheckpoint(tmp_path, filename="{epoch}", save_last=True)
-        trainer("scaffold", max_epochs, enable_checkpointing=True, callbacks=[callback]).fit(
-            Plain(), image_clients((5, 7, 11))
-        )
+    Args:
+        path: Where it is mounted.
+    """
 
-    fit(1)
-    (tmp_path / "last.ckpt").rename(tmp_path / "kept.ckpt")
-    before = (tmp_path / "kept.ckpt").read_bytes()
-    real_fsync = os.fsync
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def leave(self, num_bytes: int) -> None:
+        """Fills it but for ``num_bytes``."""
+        free = shutil.disk_usage(self.path).free
+        (self.path / "of others").write_bytes(bytes(free - num_bytes))
+
+    def clear(self) -> None:
+        """Gives the room back."""
+        (self.path / "of others").unlink()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    """Needs the right to mount; where there is none, ``test_a_failing_disk_...`` alone has to do."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", path], capture_output=True).returncode:
+        pytest.skip("may not mount a file system")
+    yield SmallDisk(path)
+    subprocess.run(["umount", path], check=True)
+
+
+def fit_scaffold(directory: Path, max_epochs: int, **kwargs: Any) -> torch.Tensor:
+    module = Plain()
+    callback = ModelCheckpoint(directory, filename="{epoch}", save_last=True)
+    run = trainer("scaffold", max_epochs, enable_checkpointing=True, callbacks=[callback])
+    run.fit(module, image_clients((5, 7, 11)), **kwargs)
+    return weights(module)
+
+
+@pytest.mark.parametrize("room", [2 << 12, 6 << 12, 8 << 12], ids=["client state", "checkpoint", "second checkpoint"])
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`", "ignore:.*exists and is not empty")
+def test_a_full_disk_leaves_the_last_checkpoint_whole(small_disk: SmallDisk, tmp_path: Path, room: int) -> None:
+    expected = fit_scaffold(tmp_path / "elsewhere", 3)
+    fit_scaffold(small_disk.path, 1)
+    before = (small_disk.path / "last.ckpt").read_bytes()
+    small_disk.leave(room)
+    with pytest.raises(OSError, match="No space left"):
+        fit_scaffold(small_disk.path, 3, ckpt_path=small_disk.path / "last.ckpt")
+    assert (small_disk.path / "last.ckpt").read_bytes() == before
+    assert not list(small_disk.path.rglob("*.unfinished"))
+    for checkpoint in small_disk.path.glob("*.ckpt"):
+        torch.load(checkpoint, weights_only=True)
+    small_disk.clear()
+    assert torch.equal(fit_scaffold(small_disk.path, 3, ckpt_path="last"), expected)
+
+
+def test_a_failing_disk_leaves_the_last_checkpoint_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit_scaffold(tmp_path, 1)
+    before = (tmp_path / "last.ckpt").read_bytes()
 
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"), pytest.warns(UserWarning, match="exists and is not empty"):
-        fit(2)
-    monkeypatch.setattr(os, "fsync", real_fsync)
-    assert (tmp_path / "kept.ckpt").read_bytes() == before
+        fit_scaffold(tmp_path, 2)
+    assert (tmp_path / "last.ckpt").read_bytes() == before
     assert not list(tmp_path.rglob("*.unfinished"))

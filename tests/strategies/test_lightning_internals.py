@@ -14,6 +14,7 @@ from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.optimization.automatic import _AutomaticOptimization
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata, _ResultCollection, _ResultMetric
 from packaging.version import Version
 
@@ -47,6 +48,9 @@ def test_the_version_is_one_that_was_studied() -> None:
         (_FitLoop.setup_data, ["self"]),
         (_FitLoop.on_advance_end, ["self"]),
         (_TrainingEpochLoop.on_advance_end, ["self", "data_fetcher"]),
+        (L.LightningModule._on_before_batch_transfer, ["self", "batch", "dataloader_idx"]),
+        (call._call_strategy_hook, ["trainer", "hook_name", "args", "kwargs"]),
+        (call._call_lightning_module_hook, ["trainer", "hook_name", "args", "pl_module", "kwargs"]),
     ],
     ids=lambda value: getattr(value, "__qualname__", ""),
 )
@@ -140,3 +144,21 @@ def test_sampler_injection_can_be_turned_off() -> None:
     assert fit._accelerator_connector.use_distributed_sampler is True
     internals.keep_samplers(fit)
     assert fit._accelerator_connector.use_distributed_sampler is False
+
+
+def test_what_is_logged_aside_leaves_no_trace_and_can_be_read() -> None:
+    class Aside(L.Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+            connector, results = trainer._logger_connector, trainer._results
+            before = (connector._current_fx, connector._first_loop_iter, dict(results), module._current_fx_name)
+            with internals.logging_aside(trainer, training=False) as aside:
+                assert trainer._results is aside
+                internals.step_aside(trainer, "validation_step", batch, batch_idx)
+                self.logged = internals.logged_aside(aside)
+            assert trainer._results is results
+            after = (connector._current_fx, connector._first_loop_iter, dict(results), module._current_fx_name)
+            assert after == before
+
+    aside = Aside()
+    trainer("fedavg", callbacks=[aside], limit_val_batches=0).fit(Ordinary(), loader(20), loader(4))
+    assert aside.logged.keys() == {"val_loss", "val_acc"}

@@ -1,0 +1,199 @@
+"""Published experiments: a recipe, some variants of it, several seeds; numbers and plot go to docs/experiments/.
+
+    python benchmarks/experiments.py    # what is not there yet
+    python benchmarks/experiments.py fedprox --seeds 1 3 --only "FedAvg, all finish"
+
+A finished run is never repeated: remove its lines from the CSV file to do so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import yaml
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+RESULTS = REPOSITORY / "docs" / "experiments"
+COLUMNS = ("variant", "seed", "round", "val_loss", "val_acc")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A recipe and its variants.
+
+    Args:
+        title: One line.
+        text: What it shows, as Markdown.
+        recipe: File in ``recipes/``.
+        seeds: Seeds of data, cohorts and training.
+        variants: By name what each changes in the recipe, as a second configuration file.
+        last: Rounds at the end whose mean is the result of a run.
+    """
+
+    title: str
+    text: str
+    recipe: str
+    seeds: Sequence[int]
+    variants: dict[str, dict[str, Any]]
+    last: int = 10
+
+
+def variant(algorithm: Any, stragglers: dict[str, Any] | None, **data: Any) -> dict[str, Any]:
+    """A configuration with another algorithm, other stragglers and other data."""
+    init_args = {"algorithm": algorithm, "stragglers": stragglers}
+    strategy = {"class_path": "lightning_fl.FederatedStrategy", "init_args": init_args}
+    return {"trainer": {"strategy": strategy}, "data": {"init_args": data}}
+
+
+FEDPROX = {"class_path": "FedProx", "init_args": {"mu": 1.0}}
+FEDPROX_TEXT = """\
+30 clients whose softmax models and features differ (Synthetic(1, 1)), or are alike (IID); 10 of them a round, 20 local
+epochs of SGD at 0.01 in batches of 10, logistic regression. FedProx has `mu=1`. With stragglers, 90% of each cohort do
+not finish: FedAvg leaves them out, FedProx takes what they have done, as in its paper (Li et al., MLSys 2020). Expected
+are the paper's orderings: with stragglers FedProx is ahead by several points of accuracy, on Synthetic(1, 1) it has the
+smaller loss, and on IID data, where nothing has to be held back, FedAvg is ahead."""
+EXPERIMENTS = {
+    "fedprox": Experiment(
+        "FedProx on Synthetic(1, 1)",
+        FEDPROX_TEXT,
+        "synthetic_fedprox.yaml",
+        range(5),
+        {
+            "FedAvg, 90% stragglers left out": variant("fedavg", {"share": 0.9, "policy": "drop"}),
+            "FedProx, 90% stragglers": variant(FEDPROX, {"share": 0.9, "policy": "partial"}),
+            "FedAvg, all finish": variant("fedavg", None),
+            "FedProx, all finish": variant(FEDPROX, None),
+            "FedAvg, IID": variant("fedavg", None, iid=True),
+            "FedProx, IID": variant(FEDPROX, None, iid=True),
+        },
+    ),
+}
+
+
+def run(experiment: Experiment, name: str, seed: int) -> list[dict[str, Any]]:
+    """Trains one variant with one seed by ``lightning-fl fit``; the rows of its rounds."""
+    with tempfile.TemporaryDirectory() as folder:
+        change = experiment.variants[name]
+        change = {
+            **change,
+            "data": {"init_args": {**change["data"]["init_args"], "seed": seed}},
+            "seed_everything": seed,
+        }
+        (Path(folder) / "variant.yaml").write_text(yaml.safe_dump(change))
+        words = ["--config", str(REPOSITORY / "recipes" / experiment.recipe), "--config", f"{folder}/variant.yaml"]
+        quiet = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+        command = [sys.executable, "-m", "lightning_fl", "fit", *words, *quiet]
+        subprocess.run(
+            [*command, f"--trainer.logger.init_args.save_dir={folder}", "--trainer.logger.init_args.version=run"],
+            check=True,
+            stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            cwd=folder,
+        )
+        (metrics,) = Path(folder).rglob("metrics.csv")
+        with metrics.open() as file:
+            logged = [row for row in csv.DictReader(file) if row["val_acc"]]
+    numbers = [{name: round(float(row[name]), 5) for name in ("val_loss", "val_acc")} for row in logged]
+    return [{"variant": name, "seed": seed, "round": index + 1, **row} for index, row in enumerate(numbers)]
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows that are there."""
+    if not path.exists():
+        return []
+    with path.open() as file:
+        kinds = (str, int, int, float, float)
+        return [{k: kind(row[k]) for k, kind in zip(COLUMNS, kinds, strict=True)} for row in csv.DictReader(file)]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes the rows in an order that does not depend on that of the runs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(sorted(rows, key=lambda row: (row["variant"], row["seed"], row["round"])))
+
+
+def result(rows: list[dict[str, Any]], name: str, seed: int, last: int, column: str) -> float | None:
+    """The mean of a run's last rounds, or None if the run is not there."""
+    values = [row[column] for row in rows if (row["variant"], row["seed"]) == (name, seed)]
+    return statistics.mean(values[-last:]) if values else None
+
+
+def table(experiment: Experiment, rows: list[dict[str, Any]]) -> str:
+    """Accuracy and loss of each run at its end, as Markdown."""
+    lines = [f"| variant | {' | '.join(f'seed {seed}' for seed in experiment.seeds)} | mean |"]
+    lines.append("|---" * (len(experiment.seeds) + 2) + "|")
+    for name in experiment.variants:
+        pairs = [[result(rows, name, s, experiment.last, c) for s in experiment.seeds] for c in ("val_acc", "val_loss")]
+        cells = ["" if acc is None else f"{acc:.3f} ({loss:.2f})" for acc, loss in zip(*pairs, strict=True)]
+        means = [
+            statistics.mean(value for value in values if value is not None) if any(values) else 0 for values in pairs
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} | {means[0]:.3f} ({means[1]:.2f}) |")
+    return "\n".join(lines)
+
+
+def page(name: str, experiment: Experiment, rows: list[dict[str, Any]]) -> str:
+    """The experiment's page in the documentation."""
+    how = (
+        f"`make experiments` runs what is missing, each run by `lightning-fl fit --config recipes/{experiment.recipe}`"
+    )
+    reading = f"Accuracy (and loss) on all clients' test data, the mean of the last {experiment.last} rounds of a run"
+    return (
+        f"# {experiment.title}\n\n{experiment.text}\n\n{reading}; an empty cell has not been run.\n\n"
+        f"{table(experiment, rows)}\n\n![Accuracy by round]({name}.png)\n\n"
+        f"{how} with the variant's settings. Every round of every run is in [{name}.csv]({name}.csv).\n"
+    )
+
+
+def plot(path: Path, experiment: Experiment, rows: list[dict[str, Any]]) -> None:
+    """Mean accuracy over the seeds by round."""
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for name in experiment.variants:
+        by_round: dict[int, list[float]] = {}
+        for row in rows:
+            if row["variant"] == name:
+                by_round.setdefault(row["round"], []).append(row["val_acc"])
+        axes.plot(list(by_round), [statistics.mean(values) for values in by_round.values()], label=name)
+    axes.set(title=experiment.title, xlabel="round", ylabel="accuracy on all clients' test data")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120, bbox_inches="tight", metadata={"Software": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", choices=[*EXPERIMENTS, []], help="experiments; none is all")
+    parser.add_argument("--seeds", type=int, nargs="+", help="only these seeds")
+    parser.add_argument("--only", nargs="+", help="only these variants")
+    words = parser.parse_args()
+    for name in words.names or EXPERIMENTS:
+        experiment, path = EXPERIMENTS[name], RESULTS / f"{name}.csv"
+        for seed in words.seeds or experiment.seeds:
+            for kind in words.only or experiment.variants:
+                if result(read(path), kind, seed, 1, "val_acc") is None:
+                    rows = run(experiment, kind, seed)
+                    write(path, [*read(path), *rows])
+                    print(f"{name}, {kind}, seed {seed}: accuracy {rows[-1]['val_acc']:.3f}", flush=True)
+        rows = read(path)
+        plot(path.with_suffix(".png"), experiment, rows)
+        path.with_suffix(".md").write_text(page(name, experiment, rows))
+        print(table(experiment, rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Ditto: a global model, and a model of each client's own that is held near it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from lightning_fl.algorithms.base import Algorithm, check_hyperparameter
+from lightning_fl.algorithms.fedprox import add_proximal
+from lightning_fl.algorithms.registry import register
+from lightning_fl.types import Context, Phase, Tree
+
+
+@register("ditto")
+@dataclass(frozen=True)
+class Ditto(Algorithm):
+    r"""Ditto: federated averaging, and beside it a whole model of each client's own that is pulled to the global one.
+
+    .. math::
+        x &\leftarrow x + \eta_s \, \mathrm{mean}_i (y_i - x) \\
+        v_i &\leftarrow v_i - \eta \left( \nabla F_i(v_i) + \lambda (v_i - x) \right)
+        \qquad \text{(with } x \text{ as the round began)}
+
+    First the client trains as in FedAvg, bit for bit, then its own model for as long again. What is logged in training
+    is about the first. A client's own model begins as the global model of its first round; in the paper as the first
+    global model, which is the same for clients that take part from the start. It is part of the client's state:
+    ``fl.load_client`` gives it, and :class:`~lightning_fl.callbacks.PersonalizedEvaluation` evaluates it.
+
+    Args:
+        lam: The strength :math:`\lambda` of the pull. Default 1; 0 is local training, and the paper tries 0.05 to 2.
+        own_epochs: Passes over its data with which a client trains its own model. Default None: as much local work as
+            the global model gets.
+        server_lr: The server's step :math:`\eta_s`. Default 1.
+
+    Raises:
+        ValueError: If ``lam`` is negative or ``own_epochs`` not positive; with ``personal`` tensors, which would be
+            kept twice.
+
+    Reference:
+        Li et al., "Ditto: Fair and Robust Federated Learning Through Personalization", ICML 2021.
+    """
+
+    lam: float = 1.0
+    own_epochs: int | None = None
+    server_lr: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_hyperparameter(self, "lam", self.lam >= 0, "a number that is not negative")
+        check_hyperparameter(self, "own_epochs", self.own_epochs is None or self.own_epochs >= 1, "None or at least 1")
+
+    def personal(self, module: nn.Module, named: Sequence[str]) -> Sequence[str]:
+        if named:
+            raise ValueError(
+                f"Ditto keeps a whole model for each client, found personal={list(named)} besides. Leave it out, or "
+                "take FedPer."
+            )
+        return ()
+
+    def phases(self) -> tuple[Phase, ...]:
+        return Phase(), Phase(model="own", epochs=self.own_epochs, grad_transform=self._pull)
+
+    def _pull(self, grads: Tree, params: Tree, ctx: Context) -> Tree:
+        return add_proximal(grads, params, ctx["params"], self.lam)

@@ -1,0 +1,112 @@
+"""FedPer, LG-FedAvg and FedBN: federated averaging of a part of the model, the rest of which stays with its client."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_fl.algorithms.base import Algorithm
+from lightning_fl.algorithms.fedavg import FedAvg
+from lightning_fl.algorithms.registry import register
+
+
+def need_personal(algorithm: Algorithm, named: Sequence[str], what: str) -> Sequence[str]:
+    """The tensors that the user named as personal.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    if not named:
+        name = type(algorithm).__name__
+        raise ValueError(f"{name} keeps a part of the model with each client: name {what}, in FederatedStrategy.")
+    return named
+
+
+@register("fedper")
+@dataclass(frozen=True)
+class FedPer(FedAvg):
+    r"""FedPer: the body of the model is averaged, its head stays with each client.
+
+    .. math:: x \leftarrow x + \eta_s \, \mathrm{mean}_i (y_i - x), \qquad
+        (y_i, h_i) \text{ trained together from } (x, h_i)
+
+    This is ``FederatedStrategy("fedavg", personal=["head.*"])``, and refuses to run without a head. See :class:`FedRep`
+    for training them in turn.
+
+    Args:
+        server_lr: The server's step :math:`\eta_s`. Default 1.
+
+    Raises:
+        ValueError: When training starts, if ``personal`` names no tensor.
+
+    Reference:
+        Arivazhagan et al., "Federated Learning with Personalization Layers", 2019.
+    """
+
+    def personal(self, module: nn.Module, named: Sequence[str]) -> Sequence[str]:
+        return need_personal(self, named, "the head, such as personal=['head.*']")
+
+
+@register("lgfedavg")
+@dataclass(frozen=True)
+class LGFedAvg(FedAvg):
+    r"""LG-FedAvg: each client keeps its own representation of its data, and the head above them is averaged.
+
+    .. math:: x \leftarrow x + \eta_s \, \mathrm{mean}_i (y_i - x), \qquad
+        (y_i, \ell_i) \text{ trained together from } (x, \ell_i)
+
+    This is FedPer the other way round: ``FederatedStrategy("lgfedavg", personal=["body.*"])``. The paper begins with
+    rounds of FedAvg; start from their checkpoint to do so too (``MyModule.load_from_checkpoint``).
+
+    Args:
+        server_lr: The server's step :math:`\eta_s`. Default 1.
+
+    Raises:
+        ValueError: When training starts, if ``personal`` names no tensor.
+
+    Reference:
+        Liang et al., "Think Locally, Act Globally: Federated Learning with Local and Global Representations", 2020.
+    """
+
+    def personal(self, module: nn.Module, named: Sequence[str]) -> Sequence[str]:
+        return need_personal(self, named, "the layers next to the data, such as personal=['body.*']")
+
+
+@register("fedbn")
+@dataclass(frozen=True)
+class FedBN(FedAvg):
+    r"""FedBN: all is averaged but BatchNorm, whose weights and statistics stay with each client.
+
+    .. math:: x \leftarrow x + \eta_s \, \mathrm{mean}_i (y_i - x), \qquad x \text{ without BatchNorm}
+
+    The module's BatchNorm layers are found by their class; ``personal`` may name more tensors. For clients whose
+    inputs look different, such as hospitals with different scanners.
+
+    Args:
+        server_lr: The server's step :math:`\eta_s`. Default 1.
+
+    Raises:
+        ValueError: When training starts, if the module has no BatchNorm layer.
+
+    Reference:
+        Li et al., "FedBN: Federated Learning on Non-IID Features via Local Batch Normalization", ICLR 2021.
+    """
+
+    def personal(self, module: nn.Module, named: Sequence[str]) -> Sequence[str]:
+        layers = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, _BatchNorm)]
+        own = [f"{name}.{tensor}" for name, layer in layers for tensor in layer.state_dict()]
+        own = [name for name in own if _can_be_personal(module, name)]
+        if not own:
+            raise ValueError(
+                "FedBN keeps BatchNorm with the clients, but the module has none. Take fedavg, or name other layers: "
+                "FederatedStrategy('fedavg', personal=['norm*'])."
+            )
+        return [*named, *own]
+
+
+def _can_be_personal(module: nn.Module, name: str) -> bool:
+    params = dict(module.named_parameters(remove_duplicate=False))
+    return name not in params or params[name].requires_grad

@@ -1,0 +1,211 @@
+"""What each client did in each round."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from lightning_fl.callbacks.federated import FederatedCallback
+from lightning_fl.callbacks.run_record import run_folder
+from lightning_fl.communication import Message
+from lightning_fl.strategies import FederatedStrategy
+from lightning_fl.strategies import lightning_internals as internals
+from lightning_fl.tracking import loggers
+from lightning_fl.tracking.metrics import is_higher_better
+from lightning_fl.tracking.run import CLIENTS_STEM, Row, append_rows, read_clients, to_json, write_file
+from lightning_fl.types import Aggregate, ClientId, LocalRun, Update
+
+SHARE_OF_WORST = 0.1
+
+
+class ClientMetrics(FederatedCallback):
+    r"""Notes what each client did in each round: loss, logged values, examples, steps, seconds and drift.
+
+    Drift is :math:`\lVert y_i - x \rVert`, how far a client has moved the shared parameters :math:`x`, before any
+    transform. ``clients.parquet`` in the run's folder (``clients.csv`` without pyarrow) has a row for each client and
+    round; while the run goes on the rows stand in ``clients.jsonl``, so a run that is killed loses none. The loggers
+    get, for the cohort of each round, mean, variance and mean of the worst tenth (at least one client) under
+    ``clients/``, and at the end a table with each client's last round.
+
+    Values logged as numbers in ``training_step``, such as ``self.log("train_acc", accuracy_of_batch)``, stand under
+    their names; logged torchmetrics do not, since their states hold several clients.
+
+    The rows of all ranks go to rank 0. They are facts about single clients that leave them in the clear: do not use it
+    where differential privacy or secure aggregation is to protect clients from who sees this run's files.
+
+    Args:
+        folder: Where to write. None: the folder of the first logger.
+        names: The logged values to sum up under ``clients/``, besides loss and drift.
+
+    Raises:
+        MisconfigurationException: When training starts, if the strategy is not federated, or there is neither a
+            logger nor a ``folder``.
+
+    Example:
+        >>> import lightning as L
+        >>> callbacks = [ClientMetrics("runs/first")]
+        >>> trainer = L.Trainer(strategy="fedavg", callbacks=callbacks, logger=False, accelerator="cpu")
+    """
+
+    def __init__(self, folder: str | Path | None = None, names: Sequence[str] = ()) -> None:
+        self.folder = None if folder is None else Path(folder)
+        self.names = tuple(names)
+        self._path: Path | None = None
+        self._own: list[Row] = []
+        self._last: dict[ClientId, Row] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Finds the folder; rows of an earlier run that goes on there stay."""
+        strategy = trainer.strategy
+        if not isinstance(strategy, FederatedStrategy):
+            raise MisconfigurationException(
+                f"ClientMetrics looks at clients, but the strategy is {type(strategy).__name__}. Leave it out, or "
+                "choose a federated strategy, such as Trainer(strategy='fedavg')."
+            )
+        self._path = run_folder(trainer, self.folder)
+        self._rank = strategy.federation.rank
+        self._only_numbers = all(isinstance(client, int) for client in strategy.active_rounds.population.ids)
+        if self._path is not None and trainer.is_global_zero:
+            goes_on = trainer.current_epoch > 0
+            earlier = (
+                [row for row in read_clients(self._path) if row["round"] < trainer.current_epoch] if goes_on else []
+            )
+            self._remove_tables(self._path)
+            write_file(self._lines(self._path), "".join(to_json(row) + "\n" for row in earlier))
+
+    def on_client_start(self, trainer: L.Trainer, module: L.LightningModule, client: ClientId) -> None:
+        """Notes what the client starts from, and when."""
+        self._start = {name: param.detach().clone() for name, param in _shared(trainer).items()}
+        self._time = time.perf_counter()
+
+    def on_client_end(
+        self,
+        trainer: L.Trainer,
+        module: L.LightningModule,
+        client: ClientId,
+        run: LocalRun,
+        update: Update | None,
+    ) -> None:
+        """Adds the client's row."""
+        row: Row = {
+            "round": trainer.current_epoch,
+            "client": client if self._only_numbers else str(client),
+            "rank": self._rank,
+            "num_examples": run.num_examples,
+            "num_steps": run.num_steps,
+            "weight": run.weight,
+            "seconds": time.perf_counter() - self._time,
+            "loss": run.loss,
+            "drift": _distance(_shared(trainer), self._start),
+            "refused": update is None,
+        }
+        self._own.append({**row, **{name: value for name, value in run.logged.items() if name not in row}})
+        self._start = {}
+
+    def on_aggregate_end(self, trainer: L.Trainer, module: L.LightningModule, aggregate: Aggregate) -> None:
+        """Brings the ranks' rows together on rank 0, and logs what they come to."""
+        strategy = trainer.strategy
+        assert isinstance(strategy, FederatedStrategy)
+        own, self._own = self._own, []
+        told = strategy.federation.all_gather(Message({"rows": own}), "client metrics")
+        rows = [row for message in told for row in message.fields["rows"]]
+        self._last.update({row["client"]: row for row in rows})
+        figures = {}
+        for name in ("loss", "drift", *self.names):
+            figures.update(_summary(name, [row[name] for row in rows if row.get(name) is not None]))
+        internals.log_to_loggers(trainer, {f"clients/{name}": value for name, value in figures.items()})
+        if own and strategy.active_rounds.population.silos is not None:
+            loggers.log_own_silo(trainer, own[-1])
+        if self._path is not None and trainer.is_global_zero:
+            append_rows(self._lines(self._path), rows)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Writes the table and shows it to the loggers."""
+        self._own = []
+        if not trainer.is_global_zero:
+            return
+        if self._path is not None:
+            write_table(self._path)
+        rows = sorted(self._last.values(), key=lambda row: -math.inf if math.isnan(row["loss"]) else -row["loss"])
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        loggers.log_table(trainer, "clients/last_round", columns, [[row.get(name) for name in columns] for row in rows])
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Drops the rows of the round that is not finished."""
+        self._own = []
+
+    def _lines(self, folder: Path) -> Path:
+        return folder / f"{CLIENTS_STEM}.jsonl"
+
+    def _remove_tables(self, folder: Path) -> None:
+        for suffix in ("parquet", "csv"):
+            (folder / f"{CLIENTS_STEM}.{suffix}").unlink(missing_ok=True)
+
+
+def _shared(trainer: L.Trainer) -> dict[str, Any]:
+    assert isinstance(trainer.strategy, FederatedStrategy)
+    engine = trainer.strategy.active_rounds.engine
+    assert engine is not None
+    return engine.tensors.params
+
+
+def _distance(params: dict[str, Any], start: dict[str, Tensor]) -> float:
+    with torch.no_grad():
+        norms = [torch.linalg.vector_norm((params[name] - start[name]).double()) for name in start]
+        return float(torch.linalg.vector_norm(torch.stack(norms)))
+
+
+def _summary(name: str, values: Sequence[float]) -> dict[str, float]:
+    """Mean and variance over the clients, and the mean of those that do worst: highest, or lowest for an accuracy."""
+    if not values:
+        return {}
+    ordered = np.sort(np.asarray(values, dtype=float))
+    count = max(1, round(SHARE_OF_WORST * len(ordered)))
+    worst = ordered[:count] if is_higher_better(name) else ordered[-count:]
+    return {
+        f"{name}_mean": float(ordered.mean()),
+        f"{name}_variance": float(ordered.var()),
+        f"{name}_worst_decile": float(worst.mean()),
+    }
+
+
+def write_table(folder: Path) -> Path:
+    """Turns ``clients.jsonl`` into ``clients.parquet``, or ``clients.csv`` without pyarrow, and removes it."""
+    lines = folder / f"{CLIENTS_STEM}.jsonl"
+    rows = read_clients(folder)
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        return _write_csv(lines, rows)
+    path = lines.with_suffix(".parquet")
+    unfinished = path.with_name(f".{path.name}")
+    names = dict.fromkeys(name for row in rows for name in row)
+    table = pyarrow.table({name: [row.get(name) for row in rows] for name in names})
+    pyarrow.parquet.write_table(table, unfinished)
+    unfinished.replace(path)
+    lines.unlink()
+    return path
+
+
+def _write_csv(lines: Path, rows: Sequence[Row]) -> Path:
+    import csv
+    import io
+
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    path = lines.with_suffix(".csv")
+    write_file(path, text.getvalue())
+    lines.unlink()
+    return path

@@ -1,0 +1,218 @@
+"""Each client's own metrics of the global, the personalized and the purely local model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_fl.clients import ClientLoaders, ClientRandomness, count_batches, derive_seed
+from lightning_fl.clients.seeding import isolated_randomness
+from lightning_fl.communication import Message
+from lightning_fl.engines.tensors import clones, load
+from lightning_fl.strategies import FederatedStrategy
+from lightning_fl.strategies.aside import train_aside, validate_aside
+from lightning_fl.strategies.lightning_internals import log_to_loggers
+from lightning_fl.strategies.rounds import FederatedRounds
+from lightning_fl.tree import move
+from lightning_fl.types import ClientId, Tree
+
+
+class PersonalizedEvaluation(L.Callback):
+    r"""Evaluates on each client's own validation data what federation and personalization have given that client.
+
+    Three models are compared, with the module's own ``validation_step``:
+
+    - ``"global"``: the global model, with the common start values of personal tensors;
+    - ``"personalized"``: the global model with the client's personal tensors in place, or with Ditto the client's own
+      model; then trained for ``finetune_epochs`` on the client's training data;
+    - ``"local"``: the model of the first round, trained on the client's training data alone.
+
+    Training here is plain: without the algorithm, schedules, callbacks and logging, with a fresh optimizer at the
+    learning rates of the last round's start. Nothing of it reaches the federation. Each client is evaluated on its home
+    rank, also those that have not taken part yet.
+
+    Args:
+        val: By client the loader of its validation data, or a function that makes it. None: the datamodule's own, as
+            ``fl.datamodules.ClientDatasets(train=[...], val=[...])`` has; a silo's is its validation loader.
+        finetune_epochs: Passes of the personalized model over the client's training data. None: 1, or 0 for clients
+            that have personal tensors or a model of their own.
+        local_epochs: Passes of the local model; 0 leaves it out. None: as many as a client makes that takes part in all
+            rounds so far.
+        every_n_rounds: Evaluate after every so many rounds, and log the means, weighted by examples, as
+            ``personalized/val_loss`` and so on. None: once, after the last round.
+
+    Raises:
+        ValueError: If a number is out of range.
+        MisconfigurationException: When training starts, if there is nothing to evaluate or no way to do it.
+
+    Example:
+        >>> import lightning_fl as fl
+        >>> evaluation = fl.callbacks.PersonalizedEvaluation(finetune_epochs=1, local_epochs=0)
+        >>> evaluation.metrics  # after fit: {client: {"global": {"val_loss": ...}, "personalized": ..., "local": ...}}
+        {}
+    """
+
+    evaluates_clients = True
+
+    def __init__(
+        self,
+        val: Mapping[ClientId, Any] | None = None,
+        finetune_epochs: int | None = None,
+        local_epochs: int | None = None,
+        every_n_rounds: int | None = None,
+    ) -> None:
+        for name, value, least in (("finetune", finetune_epochs, 0), ("local", local_epochs, 0)):
+            if value is not None and value < least:
+                raise ValueError(f"{name}_epochs={value} must be None, or a whole number that is not negative.")
+        if every_n_rounds is not None and every_n_rounds < 1:
+            raise ValueError(f"every_n_rounds={every_n_rounds} must be None, or a whole number, at least 1.")
+        self.val = val
+        self.finetune_epochs = finetune_epochs
+        self.local_epochs = local_epochs
+        self.every_n_rounds = every_n_rounds
+        self.metrics: dict[ClientId, dict[str, dict[str, float]]] = {}
+        """By client and model what ``validation_step`` logged, the same on every rank."""
+        self.num_examples: dict[ClientId, int] = {}
+        """By client its examples of validation data."""
+        self._first: Tree = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Finds the clients' validation data, and keeps the first model for the local ones."""
+        self._check(trainer, pl_module)
+        self._loaders = self._find_loaders(trainer)
+        if trainer.current_epoch == 0 and self.local_epochs != 0:
+            self._first = clones(pl_module.state_dict())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The first model, for a run that goes on from a checkpoint."""
+        return {"first": self._first}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from a checkpoint."""
+        self._first = state_dict["first"]
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Evaluates if it is the round to do so."""
+        if self.every_n_rounds is not None and (trainer.current_epoch + 1) % self.every_n_rounds == 0:
+            self._evaluate(trainer)
+            self.log_dict(self.means())  # type: ignore[attr-defined]
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Evaluates if it has not been done in between."""
+        if self.every_n_rounds is None and trainer.strategy.history:  # type: ignore[attr-defined]
+            self._evaluate(trainer)
+            log_to_loggers(trainer, self.means())
+
+    def means(self) -> dict[str, float]:
+        """The clients' metrics, averaged by examples, under names such as ``personalized/val_loss``."""
+        sums: dict[str, tuple[float, int]] = {}
+        for client, kinds in self.metrics.items():
+            for key, value in ((f"{kind}/{name}", value) for kind in kinds for name, value in kinds[kind].items()):
+                total, num_examples = sums.get(key, (0.0, 0))
+                own = self.num_examples[client]
+                sums[key] = total + own * value, num_examples + own
+        return {key: total / num_examples for key, (total, num_examples) in sums.items()}
+
+    def _evaluate(self, trainer: L.Trainer) -> None:
+        strategy: Any = trainer.strategy
+        rounds: FederatedRounds = strategy.active_rounds
+        ids = [client for client in rounds.population.ids if client in self._loaders]
+        placed = rounds.population.place(ids, strategy.federation.size, at_home=True)
+        with strategy.local_phase():
+            own = []
+            for client in placed[strategy.federation.rank]:
+                with isolated_randomness(rounds.settings.seed, len(rounds.history), client, "evaluation"):
+                    own.append((client, *self._evaluate_client(trainer, client)))
+        told = strategy.federation.all_gather(Message({"clients": own}), "evaluation of the clients")
+        found = {client: rest for message in told for client, *rest in message.fields["clients"]}
+        self.metrics = {client: found[client][0] for client in rounds.population.ids if client in found}
+        self.num_examples = {client: found[client][1] for client in self.metrics}
+
+    def _evaluate_client(self, trainer: L.Trainer, client: ClientId) -> tuple[dict[str, dict[str, float]], int]:
+        module, strategy = trainer.lightning_module, trainer.strategy
+        assert isinstance(strategy, FederatedStrategy)
+        rounds = strategy.active_rounds
+        assert rounds.engine is not None
+        loader, tensors = self._loader(trainer, client), rounds.engine.tensors.all
+        before, kept = clones(tensors), move(rounds.store.get(client) or {}, module.device).get("personal", {})
+        num_passes = self.local_epochs
+        if num_passes is None:
+            num_passes = _num_passes(rounds, client)
+        finetune_epochs = self.finetune_epochs if self.finetune_epochs is not None else int(not kept)
+        starts: dict[str, tuple[Tree, int]] = {"global": (before, 0)}
+        starts["personalized"] = {**before, **kept}, finetune_epochs
+        if num_passes:
+            starts["local"] = {name: self._first[name].to(module.device) for name in before}, num_passes
+        metrics: dict[str, dict[str, float]] = {}
+        try:
+            for kind, (start, num_epochs) in starts.items():
+                load(tensors, start)
+                if num_epochs:
+                    self._train(trainer, rounds, client, num_epochs)
+                metrics[kind], num_examples = validate_aside(trainer, loader)
+        finally:
+            load(tensors, before)
+        return metrics, num_examples
+
+    def _train(self, trainer: L.Trainer, rounds: FederatedRounds, client: ClientId, num_epochs: int) -> None:
+        assert rounds.engine is not None
+        randomness, seed = ClientRandomness(), rounds.settings.seed
+        loader = rounds.population.loaders[client]
+        randomness.enter(seed, len(rounds.history), client, "evaluation")
+        randomness.seed_loader(loader, derive_seed(seed, len(rounds.history), "evaluation loader", client))
+        try:
+            with rounds.engine.optimizers.aside() as optimizer:
+                train_aside(trainer, loader, optimizer, num_epochs)
+        finally:
+            randomness.exit()
+
+    def _check(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if not isinstance(trainer.strategy, FederatedStrategy):
+            raise MisconfigurationException(
+                f"PersonalizedEvaluation evaluates the clients of a federation, but the strategy is "
+                f"{type(trainer.strategy).__name__}. Choose a federated one, such as Trainer(strategy='fedavg')."
+            )
+        if getattr(type(module), "validation_step", None) is L.LightningModule.validation_step:
+            raise MisconfigurationException("PersonalizedEvaluation calls `validation_step`, which the module lacks.")
+        trains = self.finetune_epochs != 0 or self.local_epochs != 0
+        if trains and (not module.automatic_optimization or trainer.precision == "16-mixed"):
+            raise MisconfigurationException(
+                "PersonalizedEvaluation can train only with automatic optimization and without a gradient scaler. Set "
+                "finetune_epochs=0 and local_epochs=0, or use automatic optimization and precision='bf16-mixed'."
+            )
+
+    def _find_loaders(self, trainer: L.Trainer) -> Mapping[ClientId, Any]:
+        strategy: Any = trainer.strategy
+        population = strategy.active_rounds.population
+        loaders: Mapping[ClientId, Any] = self.val or {}
+        if self.val is None and population.silos is not None:
+            return dict.fromkeys(population.ids)
+        if self.val is None:
+            loaders = getattr(getattr(trainer, "datamodule", None), "client_val_dataloaders", dict)()
+        unknown = [client for client in loaders if client not in population]
+        if unknown or not loaders:
+            found = f"data of the unknown client {unknown[0]!r}" if unknown else "none"
+            raise MisconfigurationException(
+                f"PersonalizedEvaluation needs validation data of the federation's clients, found {found}. Give it "
+                "val={client: loader, ...}, or fl.datamodules.ClientDatasets(train=[...], val=[...]) with one data set "
+                "for each client."
+            )
+        return loaders if isinstance(loaders, ClientLoaders) else ClientLoaders(loaders)
+
+    def _loader(self, trainer: L.Trainer, client: ClientId) -> Any:
+        if isinstance(self._loaders, ClientLoaders):
+            return self._loaders[client]
+        own = trainer.val_dataloaders  # a silo's
+        return own[0] if isinstance(own, list | tuple) and len(own) == 1 else own or ()
+
+
+def _num_passes(rounds: FederatedRounds, client: ClientId) -> int:
+    """Passes over its data that a client makes that takes part in all rounds so far."""
+    work = rounds.work
+    if work.steps is None:
+        return len(rounds.history) * work.epochs
+    num_batches = count_batches(rounds.population.loaders[client]) or 1
+    return max(1, round(len(rounds.history) * work.steps * work.accumulate / num_batches))

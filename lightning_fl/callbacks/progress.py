@@ -1,0 +1,153 @@
+"""Progress of a federation: rounds, the cohort at hand, the global metric, the time left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ProgressBar
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from lightning_fl.callbacks.federated import FederatedCallback
+from lightning_fl.strategies import FederatedStrategy
+from lightning_fl.types import Aggregate, ClientId, LocalRun, Update
+
+MAX_LINES = 20
+SECONDS_OF_SPEED = 3600.0
+"""The time left is that at the speed of the last hour: a round may take many minutes."""
+
+
+class FederatedProgressBar(ProgressBar, FederatedCallback):
+    """Shows the rounds with the time left and the global metrics, and below them how far the cohort is.
+
+    ``lightning-fl fit`` takes it unless the configuration names another. What the module logs with ``prog_bar=True``
+    is shown. With several ranks it is rank 0's clients whose progress shows. Where the output is no terminal, such as
+    in a file, a line is printed for about every twentieth part of the rounds.
+
+    Args:
+        metrics: Names of the metrics to show. None: those logged with ``prog_bar=True``.
+        console: Where to print. None: the terminal.
+
+    Example:
+        >>> import lightning as L
+        >>> trainer = L.Trainer(strategy="fedavg", callbacks=[FederatedProgressBar()], logger=False, accelerator="cpu")
+    """
+
+    def __init__(self, metrics: Sequence[str] | None = None, console: Console | None = None) -> None:
+        super().__init__()
+        self.metrics = None if metrics is None else tuple(metrics)
+        self.console = console or Console()
+        self._enabled = True
+        self._bars: _Bars | None = None
+        self._num_rounds: int | None = None
+
+    def enable(self) -> None:
+        """Turns the bar on."""
+        self._enabled = True
+
+    def disable(self) -> None:
+        """Turns the bar off, as Lightning does on all ranks but the first."""
+        self._enabled = False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Shows the empty bars."""
+        max_epochs = trainer.max_epochs
+        self._num_rounds = max_epochs if max_epochs is not None and max_epochs > 0 else None
+        if self._enabled and self.console.is_terminal:
+            self._bars = _Bars(self.console, self._num_rounds, trainer.current_epoch)
+
+    def on_round_start(
+        self, trainer: L.Trainer, module: L.LightningModule, round: int, cohort: Sequence[ClientId]
+    ) -> None:
+        """Begins the cohort's bar."""
+        if self._bars is not None and isinstance(trainer.strategy, FederatedStrategy):
+            num_here = len(trainer.strategy.active_rounds.plan.clients)
+            self._bars.begin_cohort(num_here, len(cohort))
+
+    def on_client_end(
+        self, trainer: L.Trainer, module: L.LightningModule, client: ClientId, run: LocalRun, update: Update | None
+    ) -> None:
+        """Moves the cohort's bar on by one client."""
+        if self._bars is not None:
+            self._bars.end_client()
+
+    def on_aggregate_end(self, trainer: L.Trainer, module: L.LightningModule, aggregate: Aggregate) -> None:
+        """The cohort is done; the global model is about to be validated."""
+        if self._bars is not None:
+            self._bars.tell("validation")
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Moves the bar of the rounds on by one, with the global model's metrics."""
+        done = trainer.current_epoch + 1
+        if self._bars is not None:
+            self._bars.end_round(done, self._shown(trainer))
+        elif self._enabled and self._is_due(done):
+            of = "" if self._num_rounds is None else f"/{self._num_rounds}"
+            self.console.print(f"round {done}{of}  {self._shown(trainer)}", highlight=False, soft_wrap=True)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leaves the rounds' bar on the screen."""
+        self._close()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Gives the terminal back."""
+        self._close()
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Prints above the bars."""
+        self.console.print(*args, highlight=False)
+
+    def _close(self) -> None:
+        bars, self._bars = self._bars, None
+        if bars is not None:
+            bars.close()
+
+    def _is_due(self, done: int) -> bool:
+        every = max(1, (self._num_rounds or 1) // MAX_LINES)
+        return done % every == 0 or done == self._num_rounds
+
+    def _shown(self, trainer: L.Trainer) -> str:
+        if self.metrics is None:
+            found: dict[str, Any] = dict(trainer.progress_bar_metrics)
+        else:
+            found = {name: trainer.callback_metrics[name] for name in self.metrics if name in trainer.callback_metrics}
+        return "  ".join(f"{name} {float(value):.4g}" for name, value in found.items())
+
+
+class _TimeLeft(TimeRemainingColumn):
+    """The time left for the rounds; a cohort is soon done."""
+
+    def render(self, task: Task) -> Text:
+        return Text.assemble(super().render(task), " left") if task.description == "rounds" else Text()
+
+
+class _Bars:
+    """A bar for the rounds and one for the cohort at hand."""
+
+    def __init__(self, console: Console, num_rounds: int | None, done: int) -> None:
+        told = TextColumn("{task.fields[told]}")
+        columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), _TimeLeft(), told)
+        self._progress = Progress(*columns, console=console, speed_estimate_period=SECONDS_OF_SPEED)
+        self._rounds = self._progress.add_task("rounds", total=num_rounds, completed=done, told="")
+        self._cohort = self._progress.add_task("clients", total=None, told="")
+        self._progress.start()
+
+    def begin_cohort(self, num_here: int, num_clients: int) -> None:
+        told = "" if num_here == num_clients else f"on this rank, of {num_clients} in the round"
+        self._progress.update(self._cohort, completed=0, total=num_here, told=told)
+
+    def end_client(self) -> None:
+        self._progress.advance(self._cohort)
+
+    def tell(self, text: str) -> None:
+        self._progress.update(self._cohort, told=text)
+
+    def end_round(self, done: int, metrics: str) -> None:
+        self._progress.update(self._rounds, completed=done, told=metrics)
+
+    def close(self) -> None:
+        self._progress.update(self._cohort, visible=False)
+        self._progress.stop()

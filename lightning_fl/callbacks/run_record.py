@@ -1,0 +1,220 @@
+"""A run's record: what ``lightning-fl report`` and ``compare`` read, and what loggers show besides the metrics."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_fl.strategies import FederatedStrategy
+from lightning_fl.tracking import loggers
+from lightning_fl.tracking.partition import summarise
+from lightning_fl.tracking.run import ROUNDS_FILE, RUN_FILE, Row, append_rows, to_json, write_file
+
+MAX_CLIENTS = 200
+
+
+class RunRecord(L.Callback):
+    """Keeps a record of the run in its folder, and shows loggers the federation besides the metrics.
+
+    ``lightning-fl fit`` adds it by itself. The folder is the logger's, beside ``checkpoints``. It gets ``run.json``
+    (settings, versions, who has what, the command line) and ``rounds.jsonl`` (a line for each round: the figures of
+    ``strategy.history`` and the global metrics), which ``lightning-fl report`` and ``compare`` read. A run without a
+    federation is recorded too, an epoch as a round, to be compared with.
+
+    TensorBoard and W&B get the strategy's settings, the table and the picture of who has what, and all metrics once
+    more against the round, under ``round/``. Silos are asked for their number of examples, and only when clients weigh
+    by it; how many they have of each label stays with them.
+
+    Args:
+        folder: Where to write. None: the folder of the first logger.
+        command: The command line to reproduce the run. None: the one that started this process.
+
+    Raises:
+        MisconfigurationException: When training starts, if there is neither a logger nor a ``folder``.
+
+    Example:
+        >>> import lightning as L
+        >>> trainer = L.Trainer(strategy="fedavg", callbacks=[RunRecord("runs/first")], logger=False, accelerator="cpu")
+    """
+
+    def __init__(self, folder: str | Path | None = None, command: str | None = None) -> None:
+        self.folder = None if folder is None else Path(folder)
+        self.command = command
+        self._rows: list[Row] = []
+        self.path: Path | None = None
+        """The run's folder, once training has started."""
+        self._last_step = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Writes what is known before the first round."""
+        self.path = run_folder(trainer, self.folder)
+        if self.path is None:
+            return
+        strategy = trainer.strategy
+        settings = describe_settings(trainer)
+        summary = None
+        if isinstance(strategy, FederatedStrategy):
+            population = strategy.active_rounds.population
+            if population.silos is None or strategy.weighting == "examples":
+                summary = summarise(population, strategy.federation, MAX_CLIENTS, share_labels=False)
+        self._facts = {
+            "command": self.command or command_line(),
+            "directory": os.getcwd(),
+            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "status": "running",
+            "settings": settings,
+            "versions": _versions(),
+            "partition": None if summary is None else summary.as_dict(),
+        }
+        self._rows = [row for row in self._rows if row["round"] < trainer.current_epoch]
+        self._start = time.perf_counter() - (self._rows[-1]["time"] if self._rows else 0.0)
+        self._last_step = trainer.global_step
+        if trainer.is_global_zero:
+            write_file(self.path / RUN_FILE, to_json(self._facts) + "\n")
+            write_file(self.path / ROUNDS_FILE, "".join(to_json(row) + "\n" for row in self._rows))
+        loggers.log_settings(trainer, settings)
+        if summary is not None:
+            loggers.log_partition(trainer, summary)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Adds the round at hand, after the global model's validation."""
+        if self.path is None:
+            return
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        row: Row = {"round": trainer.current_epoch, "num_steps": trainer.global_step - self._last_step}
+        if isinstance(trainer.strategy, FederatedStrategy):
+            row.update(trainer.strategy.history[-1])
+        row.update(time=time.perf_counter() - self._start, metrics=metrics)
+        self._last_step = trainer.global_step
+        self._rows.append(row)
+        if trainer.is_global_zero:
+            append_rows(self.path / ROUNDS_FILE, [row])
+        loggers.log_by_round(trainer, row["round"], metrics)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Notes that the run came to its end."""
+        self._close(trainer, "finished")
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Notes what ended the run."""
+        stopped = "stopped by the user" if isinstance(exception, KeyboardInterrupt) else f"failed: {exception!r}"
+        self._close(trainer, stopped)
+
+    def _close(self, trainer: L.Trainer, status: str) -> None:
+        if self.path is None or not trainer.is_global_zero:
+            return
+        checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        self._facts.update(status=status, checkpoint=checkpoint)
+        write_file(self.path / RUN_FILE, to_json(self._facts) + "\n")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rounds so far, so that a run that goes on from a checkpoint has them all."""
+        return {"rows": to_json({"rows": self._rows})}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over the rounds of the run that is gone on with."""
+        self._rows = json.loads(state_dict["rows"])["rows"]
+
+
+def run_folder(trainer: L.Trainer, folder: Path | None) -> Path | None:
+    """Where the run's files go, the same on every rank; None for a run that leaves none, as with ``fast_dev_run``.
+
+    Raises:
+        MisconfigurationException: If there is neither a logger nor a folder.
+    """
+    if folder is not None:
+        return folder
+    first = trainer.loggers[0] if trainer.loggers else None
+    if isinstance(first, DummyLogger):
+        return None
+    if first is None:
+        raise MisconfigurationException(
+            "The run's record has no folder, because the Trainer has no logger. Give it one, "
+            "fl.callbacks.RunRecord(folder='runs/first'), or let the Trainer have a logger."
+        )
+    if isinstance(first, TensorBoardLogger | CSVLogger):
+        return Path(trainer.log_dir or ".")
+    version = first.version if isinstance(first.version, str) else f"version_{first.version}"
+    own = str(Path(first.save_dir or trainer.default_root_dir, str(first.name), version))
+    return Path(trainer.strategy.broadcast(own))
+
+
+def describe_settings(trainer: L.Trainer) -> dict[str, str]:
+    """The settings of a run that a reader wants to know, as text."""
+    strategy = trainer.strategy
+    settings = {}
+    if isinstance(strategy, FederatedStrategy):
+        algorithm, rounds = strategy.algorithm, strategy.active_rounds
+        kind = "simulated" if rounds.population.silos is None else "silos"
+        names = [name for name in inspect.signature(FederatedStrategy).parameters if hasattr(strategy, name)]
+        given = {name: getattr(strategy, name) for name in names}
+        settings = {name: _text(value) for name, value in given.items() if value not in (None, (), [])}
+        if dataclasses.is_dataclass(algorithm):
+            own = ((field.name, getattr(algorithm, field.name)) for field in dataclasses.fields(algorithm))
+            settings.update({f"algorithm.{name}": _text(value) for name, value in own})
+        settings.update(
+            algorithm=repr(algorithm),
+            clients=kind,
+            num_clients=str(len(rounds.population)),
+            clients_per_round=str(len(rounds.plan.cohort)),
+            ranks=str(strategy.federation.size),
+            seed=str(rounds.settings.seed),
+        )
+        if strategy.local_steps is None:
+            settings["local_epochs"] = str(rounds.work.epochs)
+    else:
+        settings["strategy"] = type(strategy).__name__
+    data = getattr(trainer, "datamodule", None)
+    if data is not None:
+        partitioner = getattr(data, "partitioner", None)
+        settings["data"] = type(data).__name__ + (f" with {_text(partitioner)}" if partitioner is not None else "")
+    settings.update(
+        max_epochs=str(trainer.max_epochs),
+        precision=str(trainer.precision),
+        accumulate_grad_batches=str(trainer.accumulate_grad_batches),
+        module=type(trainer.lightning_module).__name__,
+        num_parameters=f"{sum(param.numel() for param in trainer.lightning_module.parameters()):,}",
+    )
+    return settings
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str | timedelta):
+        return str(value)
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_text, value))}]"
+    return type(value).__name__ if type(value).__repr__ is object.__repr__ else repr(value)
+
+
+def _versions() -> dict[str, str]:
+    import lightning_fl
+
+    return {
+        "lightning_fl": lightning_fl.__version__,
+        "lightning": L.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def command_line() -> str:
+    """The command that started this process, as far as Python can tell."""
+    words = list(sys.orig_argv[1:])
+    while words and words[0].startswith("-") and words[0] not in ("-m", "-c"):
+        words.pop(0)
+    return shlex.join(["python", *words])

@@ -1,0 +1,127 @@
+"""Who takes part in each round, and how much each of them trains: the settings, and what is drawn from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from lightning_fl.clients.plan import LocalWork
+from lightning_fl.clients.population import Population
+from lightning_fl.clients.sampling import ClientsPerRound, Cohort, Uniform
+from lightning_fl.clients.seeding import SystemRandomness, round_rng
+from lightning_fl.clients.uneven import Amount, Stragglers
+from lightning_fl.communication import Group, Message
+from lightning_fl.types import ClientId
+
+
+@dataclass(frozen=True)
+class Participation:
+    """The settings of a federation that decide who takes part in a round and how much each client trains.
+
+    Args:
+        cohort: Draws the clients of a round.
+        clients_per_round: How many: a count, a share, or None for what the cohort takes by itself.
+        local_epochs: Passes of each client over its data.
+        local_steps: Optimizer steps of each client instead of passes.
+        stragglers: Clients that do not finish.
+        secure: Whether cohorts are drawn from the operating system's randomness, even if ``cohort.secure`` is not set.
+    """
+
+    cohort: Cohort = field(default_factory=Uniform)
+    clients_per_round: ClientsPerRound = None
+    local_epochs: int | Amount | None = None
+    local_steps: int | Amount | None = None
+    stragglers: Stragglers | None = None
+    secure: bool = False
+
+    def most_work(self, limit: int | float = 1.0) -> LocalWork:
+        """What the client that trains the most does in a round."""
+        amounts = (self.local_epochs, self.local_steps)
+        epochs, steps = (amount.most if isinstance(amount, Amount) else amount for amount in amounts)
+        return LocalWork(epochs or 1, steps, limit=limit)
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all clients train equally much."""
+        amounts = (self.local_epochs, self.local_steps)
+        return self.stragglers is None and not any(isinstance(amount, Amount) for amount in amounts)
+
+
+class Draws:
+    """What is drawn for each round, alike on all ranks: a function of (seed, round), unless it has to be secure.
+
+    A secure cohort is drawn on rank 0 from the operating system's randomness and told to the others. It is drawn once
+    a round, and anew when a run goes on from a checkpoint.
+
+    Args:
+        participation: The settings.
+        population: All clients.
+        seed: Seed of the federation.
+        group: The ranks of the federation.
+
+    Raises:
+        ValueError: If the settings do not fit the clients.
+    """
+
+    def __init__(self, participation: Participation, population: Population, seed: int, group: Group) -> None:
+        self.participation = participation
+        self.population = population
+        self.seed = seed
+        self.group = group
+        self.sampling = participation.cohort.sampling(len(population), participation.clients_per_round)
+        self._prepared: Any = participation.cohort.prepare(population, self.sampling)
+        self._secure_cohort: tuple[int, list[int]] | None = None
+        for amount in (participation.local_epochs, participation.local_steps):
+            if isinstance(amount, Amount):
+                amount.check(population)
+
+    @property
+    def is_secure(self) -> bool:
+        """Whether cohorts come from the operating system's randomness."""
+        is_random = self.sampling.kind != "full"
+        return is_random and (self.participation.secure or self.participation.cohort.secure)
+
+    def cohort(self, round: int) -> list[ClientId]:
+        """The clients of a round in the order of all clients; with :attr:`is_secure` called on all ranks together."""
+        positions = self._secure_positions(round) if self.is_secure else self._positions(round)
+        return [self.population.ids[position] for position in positions]
+
+    def works(self, round: int, cohort: list[ClientId], most: LocalWork) -> Mapping[ClientId, LocalWork]:
+        """How much each client of a cohort trains; stragglers that are dropped are left out.
+
+        Args:
+            round: Number of the round.
+            cohort: The clients of the round.
+            most: What the client that trains the most does.
+        """
+        settings, works = self.participation, dict.fromkeys(cohort, most)
+        for name, amount in (("epochs", settings.local_epochs), ("steps", settings.local_steps)):
+            if isinstance(amount, Amount):
+                drawn = amount.draw(cohort, round_rng(self.seed, round, "local work"))
+                works = {client: replace(most, **{name: n}) for client, n in zip(cohort, drawn, strict=True)}
+        if settings.stragglers is not None:
+            parts = settings.stragglers.draw(len(cohort), round_rng(self.seed, round, "stragglers"))
+            works = {c: replace(works[c], part=part) for c, part in zip(cohort, parts.tolist(), strict=True) if part}
+        return works
+
+    def _positions(self, round: int, secure: bool = False) -> list[int]:
+        rng = SystemRandomness() if secure else round_rng(self.seed, round, "cohort")
+        drawn = np.unique(self.participation.cohort.draw(self.sampling, round, rng, self._prepared), return_counts=True)
+        positions, counts = drawn[0].tolist(), drawn[1]
+        if positions and (counts.max() > 1 or positions[0] < 0 or positions[-1] >= len(self.population)):
+            raise ValueError(
+                f"{self.participation.cohort!r} drew a client twice or one that does not exist in round {round}; "
+                f"expected different integers below {len(self.population)}."
+            )
+        return positions
+
+    def _secure_positions(self, round: int) -> list[int]:
+        if self._secure_cohort is None or self._secure_cohort[0] != round:
+            own = self._positions(round, secure=True) if self.group.rank == 0 else []
+            told = self.group.broadcast_message(Message(tensors={"cohort": torch.tensor(own, dtype=torch.int64)}))
+            self._secure_cohort = round, told.tensors["cohort"].tolist()
+        return self._secure_cohort[1]

@@ -1,0 +1,67 @@
+"""Writes a first project that runs as it is: a module, a datamodule with a small CSV file, YAML, a script for silos.
+
+Change it piece by piece into your own; README.md in it says how.
+
+Examples:
+  lightning-fl init first_federation
+  cd first_federation && lightning-fl fit --config config.yaml
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import numpy as np
+
+STARTER = Path(__file__).parent / "starter"
+SITES = {"north": (240, 0.15, 0.0), "east": (120, 0.35, 0.4), "south": (90, 0.6, 0.8), "west": (60, 0.85, 1.2)}
+"""Of each site: examples, share of failures, shift of its sensors."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's own options."""
+    parser.add_argument("directory", nargs="?", type=Path, default=Path("."), metavar="DIR", help="default: here")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Writes the files, and none of them if one is there already."""
+    files = {path.name: path.read_text() for path in sorted(STARTER.iterdir()) if path.is_file()}
+    files["readings.csv"] = readings()
+    there = [name for name in files if (args.directory / name).exists()]
+    if there:
+        raise ValueError(f"{args.directory} already has {', '.join(there)}. Name another folder: lightning-fl init DIR")
+    args.directory.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        path = args.directory / name
+        path.write_text(text)
+        if name.endswith(".sh"):
+            path.chmod(0o755)
+    print(f"A federation of {len(SITES)} sites in {args.directory.resolve()}:")
+    for name in files:
+        print(f"  {name}")
+    print("\nTry:")
+    if args.directory.resolve() != Path(os.getcwd()).resolve():
+        print(f"  cd {args.directory}")
+    for line in (
+        "lightning-fl partition --config config.yaml   # who has what",
+        "lightning-fl fit --config config.yaml         # a federation of the sites, simulated in this process",
+        "lightning-fl report logs/sites                # a page about it: report.html",
+    ):
+        print(f"  {line}")
+
+
+def readings() -> str:
+    """Made-up readings of machines at four sites, whose sensors and failures differ; the same at every call."""
+    rng = np.random.default_rng(0)
+    lines = ["site,temperature,vibration,pressure,current,failed"]
+    for site, (count, share, shift) in SITES.items():
+        failed = rng.random(count) < share
+        values = rng.normal(size=(count, 4)) + shift
+        values[failed] += (1.2, 1.6, -0.8, 0.9)
+        lines += [
+            ",".join([site, *(f"{value:.3f}" for value in row), str(int(label))])
+            for row, label in zip(values, failed, strict=True)
+        ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,76 @@
+"""Lists the recipes that come with the package, shows one, or copies it to where you are.
+
+A recipe is a YAML file for `lightning-fl fit`; its header holds the exact command, the number to expect and the time.
+
+Examples:
+  lightning-fl recipes
+  lightning-fl recipes show digits_fedavg
+  lightning-fl recipes copy digits_fedavg
+  lightning-fl fit --config digits_fedavg.yaml
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from pathlib import Path
+
+import lightning_fl
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's own options."""
+    parser.add_argument("action", nargs="?", choices=("list", "show", "copy"), default="list")
+    parser.add_argument("name", nargs="?", help="a recipe's name, for show and copy")
+    parser.add_argument("to", nargs="?", type=Path, default=Path("."), help="where to copy it (default: here)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Lists, shows or copies."""
+    if args.action == "list":
+        list_recipes()
+        return
+    if args.name is None:
+        raise ValueError(f"`recipes {args.action}` needs a name; `lightning-fl recipes` lists them.")
+    recipe = find_recipe(args.name)
+    if args.action == "show":
+        print(recipe.read_text(), end="")
+    else:
+        target = args.to / recipe.name if args.to.is_dir() else args.to
+        with target.open("x") as file:
+            file.write(recipe.read_text())
+        print(f"lightning-fl fit --config {target}")
+
+
+def recipes_directory() -> Path:
+    """Where the recipes lie: in the installed package, or beside it in a checkout."""
+    package = Path(lightning_fl.__file__).parent
+    return package / "recipes" if (package / "recipes").is_dir() else package.parent / "recipes"
+
+
+def all_recipes() -> dict[str, Path]:
+    """The recipes by name."""
+    return {path.stem: path for path in sorted(recipes_directory().rglob("*.yaml"))}
+
+
+def find_recipe(name: str) -> Path:
+    """The recipe of that name, with or without ``.yaml``.
+
+    Raises:
+        ValueError: If there is none; the message names the closest.
+    """
+    found = all_recipes()
+    stem = Path(name).name.removesuffix(".yaml")
+    if stem not in found:
+        close = difflib.get_close_matches(stem, found, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"There is no recipe {name!r}; there are {', '.join(found)}.{hint}")
+    return found[stem]
+
+
+def list_recipes() -> None:
+    """Prints each recipe's name, what it is, what it takes and gives, and where it lies."""
+    for name, path in all_recipes().items():
+        header = [line.lstrip("# ") for line in path.read_text().splitlines() if line.startswith("#")]
+        told = [line for line in header if line.startswith(("expected:", "time:"))]
+        print("\n    ".join([name, header[0] if header else "", *told, str(path)]))

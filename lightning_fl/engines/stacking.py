@@ -1,0 +1,101 @@
+"""Clients side by side: their values stacked along a new first dimension, and taken apart again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+class NotStackable(ValueError):
+    """Raised for values of clients that can't stand side by side; says why."""
+
+
+def stack(values: Sequence[Any], share: bool = True) -> tuple[Any, Any]:
+    """Stacks equally shaped values, leaf by leaf.
+
+    Args:
+        values: One value a client: tensors, or nested containers of them.
+        share: Whether a tensor that all clients have in common is left as it is rather than stacked.
+
+    Returns:
+        The value with a first dimension over the clients in each tensor, and along it ``in_dims`` for
+        ``torch.func.vmap``: 0 for what was stacked, None for what all clients have in common and stays as it is.
+
+    Raises:
+        NotStackable: If the values differ in structure, shape, dtype, or in something that is no tensor.
+    """
+    first = values[0]
+    if type(first) in (tuple, list, dict):
+        keys = first.keys() if type(first) is dict else range(len(first))
+        for value in values:
+            if type(value) is not type(first) or (value.keys() if type(value) is dict else range(len(value))) != keys:
+                raise NotStackable("they differ in structure")
+        pairs = [stack([value[key] for value in values], share) for key in keys]
+        stacked, dims = ([pair[side] for pair in pairs] for side in (0, 1))
+        if type(first) is dict:
+            return dict(zip(keys, stacked, strict=True)), dict(zip(keys, dims, strict=True))
+        return type(first)(stacked), type(first)(dims)
+    if isinstance(first, Tensor):
+        return _stack_leaf(values, share)
+    flat = [pytree.tree_flatten(value) for value in values]
+    spec = flat[0][1]
+    if any(own != spec for _, own in flat[1:]):
+        raise NotStackable("they differ in structure")
+    pairs = [_stack_leaf(leaves, share) for leaves in zip(*(leaves for leaves, _ in flat), strict=True)]
+    stacked, dims = ([pair[side] for pair in pairs] for side in (0, 1))
+    return pytree.tree_unflatten(stacked, spec), pytree.tree_unflatten(dims, spec)
+
+
+def _stack_leaf(leaves: Sequence[Any], share: bool) -> tuple[Any, int | None]:
+    first = leaves[0]
+    if share and all(leaf is first for leaf in leaves):
+        return first, None
+    if not isinstance(first, Tensor):
+        if any(leaf != first for leaf in leaves):
+            raise NotStackable(f"they differ in a {type(first).__name__}, and only tensors can be stacked")
+        return first, None
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor) or leaf.shape != first.shape or leaf.dtype != first.dtype:
+            raise NotStackable(f"they differ in shape: {_kind(first)} and {_kind(leaf)}")
+    return torch.stack(list(leaves)), 0
+
+
+def _kind(leaf: Any) -> str:
+    return f"{tuple(leaf.shape)} of {leaf.dtype}" if isinstance(leaf, Tensor) else type(leaf).__name__
+
+
+def part(value: Any, index: int) -> Any:
+    """What belongs to the client at ``index`` of a value whose tensors are all stacked."""
+    return pytree.tree_map(lambda leaf: leaf[index] if isinstance(leaf, Tensor) else leaf, value)
+
+
+def select(value: Any, indices: Tensor) -> Any:
+    """The stacked value of the clients at ``indices`` only."""
+    return pytree.tree_map(lambda leaf: leaf[indices] if isinstance(leaf, Tensor) else leaf, value)
+
+
+def signature(value: Any) -> Any:
+    """What must be alike for values to be stacked: structure, shapes, dtypes, and leaves that are no tensors."""
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype
+    if type(value) in (tuple, list):
+        return type(value), *map(signature, value)
+    leaves, spec = pytree.tree_flatten(value)
+    return str(spec), *((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
+
+
+def num_bytes(value: Any) -> int:
+    """Bytes of all tensors in a value."""
+    leaves = pytree.tree_leaves(value)
+    return sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, Tensor))
+
+
+def are_finite(tree: Mapping[str, Any], num_clients: int) -> Tensor:
+    """For each client whether all its elements of a stacked tree are finite; shape ``[num_clients]``."""
+    leaves = [leaf for leaf in pytree.tree_leaves(tree) if not bool(torch.isfinite(leaf.sum()))]
+    flags = [torch.isfinite(leaf).reshape(num_clients, -1).all(1) for leaf in leaves]
+    return torch.stack([torch.ones(num_clients, dtype=torch.bool), *(flag.cpu() for flag in flags)]).all(0)

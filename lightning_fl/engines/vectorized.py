@@ -1,0 +1,216 @@
+"""Trains many clients at once: one step of a module whose tensors are stacked over the clients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
+
+from lightning_fl.engines.linear import StackedLinears
+from lightning_fl.engines.optimizers import ScheduleEnd
+from lightning_fl.engines.sequential import LocalResult, SequentialEngine, change, trained
+from lightning_fl.engines.stacking import stack
+from lightning_fl.engines.tensors import clones
+from lightning_fl.tree import cast_like
+from lightning_fl.types import Tree
+
+Step = Callable[..., tuple[Tensor, Any]]
+"""Calls the user's step; returns the loss and tensors to be handed on."""
+
+
+@dataclass(frozen=True)
+class Vectorized:
+    """The engine that advances many clients in one step, with its settings.
+
+    Args:
+        clients_per_step: The most clients that train in one step. None: as many as fit in ``stacked_bytes``.
+        stacked_bytes: Bytes of the clients' parameters that stand side by side. Default 16 MiB, for a CPU's cache; a
+            GPU takes more.
+        batch_bytes: Bytes of their batches in memory at once. Default 1 GiB.
+
+    Raises:
+        ValueError: If a number is below 1.
+
+    Example:
+        >>> import lightning_fl as fl
+        >>> strategy = fl.FederatedStrategy("fedavg", engine=fl.engines.Vectorized(clients_per_step=20))
+    """
+
+    clients_per_step: int | None = None
+    stacked_bytes: int = 16 * 2**20
+    batch_bytes: int = 2**30
+
+    def __post_init__(self) -> None:
+        for name in ("clients_per_step", "stacked_bytes", "batch_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"Vectorized got {name}={value}; expected at least 1.")
+
+
+class _Caller(nn.Module):
+    """Gives ``torch.func.functional_call`` a ``forward`` that is the user's step."""
+
+    def __init__(self, module: nn.Module, step: Step) -> None:
+        super().__init__()
+        self.module = module
+        self.step = step
+
+    def forward(self, *args: Any) -> tuple[Tensor, Any]:
+        return self.step(*args)
+
+
+class VectorizedEngine(SequentialEngine):
+    """Advances several clients in one step, each with its own parameters, buffers and optimizer state.
+
+    The clients stand along the first dimension of stacked tensors; ``torch.func.vmap`` runs the user's step over them
+    and the user's own optimizer steps the stacked parameters, which is right for every optimizer that treats elements
+    alone. A client alone is trained as by :class:`SequentialEngine`.
+    """
+
+    def start_clients(self, starts: Sequence[Tree], kept: Sequence[Mapping[str, Tree]]) -> None:
+        """Loads several clients: the parameters they start from, and what they have kept from their last rounds."""
+        size, tensors = len(starts), self.tensors
+        self._start, _ = stack(starts)
+        personal, _ = stack([own.get("personal", self._start_personal) for own in kept])
+        values = {**self._start, **self._start_buffers, **personal}
+        params = {**tensors.params, **tensors.personal_params}
+        every = {**tensors.buffers, **tensors.personal}
+        buffers = {name: buffer for name, buffer in every.items() if name not in params}
+        self._stacked = {name: _spread(values[name], param, size).requires_grad_() for name, param in params.items()}
+        self._stacked_buffers = {name: _spread(values[name], buffer, size) for name, buffer in buffers.items()}
+        self._is_tied = len(dict(self.module.named_parameters(remove_duplicate=False))) != len(
+            dict(self.module.named_parameters())
+        )
+        self.optimizers.start_clients({id(param): self._stacked[name] for name, param in params.items()})
+
+    def step(self, step: Step, batch: Any, *args: Any, randomness: str = "error") -> tuple[Tensor, Any]:
+        """Runs the user's step for each client on its own part of a stacked batch.
+
+        Args:
+            step: Calls the user's step with a client's batch and ``args``.
+            batch: The clients' batches, each of their tensors stacked.
+            args: Handed to ``step`` as they are.
+            randomness: Of ``torch.func.vmap``: ``"error"`` refuses random numbers, ``"different"`` draws each
+                client's own.
+
+        Returns:
+            The losses, of shape ``[clients]``, and the other tensors, stacked.
+        """
+        caller = _Caller(self.module, step)
+        dims = tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, batch)
+
+        def of_one(params: Tree, buffers: Tree, batch: Any) -> tuple[Tensor, Any, Tree]:
+            tensors = {f"module.{name}": tensor for name, tensor in {**params, **buffers}.items()}
+            loss, others = functional_call(caller, tensors, (batch, *args), tie_weights=self._is_tied)
+            replaced = {
+                name: tensors[f"module.{name}"]
+                for name, buffer in buffers.items()
+                if tensors[f"module.{name}"] is not buffer
+            }
+            return loss, others, replaced
+
+        run = vmap(of_one, in_dims=(0, 0, dims), randomness=randomness)
+        with StackedLinears():
+            losses, others, replaced = run(self._stacked, self._stacked_buffers, batch)
+        for name, value in replaced.items():
+            self._stacked_buffers[name] = value.detach().to(self._stacked_buffers[name].dtype)
+        return losses, others
+
+    def step_alone(self, step: Step, index: int, batch: Any, *args: Any) -> tuple[Tensor, Tree]:
+        """Loss and gradients of the step of the client at ``index`` alone, without ``vmap``."""
+        params = {name: param[index].detach().requires_grad_() for name, param in self._stacked.items()}
+        buffers = {name: buffer[index].clone() for name, buffer in self._stacked_buffers.items()}
+        tensors = {f"module.{name}": tensor for name, tensor in {**params, **buffers}.items()}
+        loss, _ = functional_call(_Caller(self.module, step), tensors, (batch, *args))
+        return loss.detach(), _gradients(loss, params)
+
+    def gradients(self, loss: Tensor) -> Tree:
+        """Gradients of ``loss`` for the stacked parameters that it depends on."""
+        return _gradients(loss, self._stacked)
+
+    def copy_buffers(self) -> Tree:
+        """The clients' buffers as they are."""
+        return clones(self._stacked_buffers)
+
+    def put_buffers(self, buffers: Tree) -> None:
+        """Puts back what :meth:`copy_buffers` copied."""
+        self._stacked_buffers = clones(buffers)
+
+    @property
+    def stacked_names(self) -> set[str]:
+        """Names of the tensors of which each client has its own."""
+        return {*self._stacked, *self._stacked_buffers}
+
+    def max_clients(self, stacked_bytes: int) -> int:
+        """How many clients' parameters take no more than ``stacked_bytes``; at least 1."""
+        params = [param for param in self.module.parameters() if param.requires_grad]
+        return max(1, stacked_bytes // max(1, sum(param.numel() * param.element_size() for param in params)))
+
+    def transform_stacked_grads(self, transform: Callable[[Tree, Tree], Tree], optimizer: Optimizer) -> None:
+        """Replaces the stacked gradients of shared parameters that ``optimizer`` steps."""
+        stepped = {id(param) for group in optimizer.param_groups for param in group["params"]}
+        params = {name: self._stacked[name] for name in self.tensors.params if id(self._stacked[name]) in stepped}
+        grads = {name: param.grad for name, param in params.items() if param.grad is not None}
+        for name, grad in transform(grads, {name: params[name].detach() for name in grads}).items():
+            params[name].grad = grad.to(params[name].dtype)
+
+    def clip_norms(self, optimizer: Optimizer, max_norm: float) -> None:
+        """Scales each client's gradients so that their norm is at most ``max_norm``, as for a client alone."""
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if not grads:
+            return
+        norms = torch.stack([torch.linalg.vector_norm(grad.flatten(1), dim=1) for grad in grads])
+        factors = (max_norm / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp(max=1.0)
+        for grad in grads:
+            grad.mul_(factors.to(grad.dtype).view(-1, *[1] * (grad.dim() - 1)))
+
+    def finish_clients(self) -> LocalResult:
+        """Reads what the clients' local training has changed; its trees are stacked over the clients."""
+        tensors = self.tensors
+        tensors.check_frozen()
+        kept: dict[str, Tree] = {}
+        if self.personal:
+            own = {name: (self._stacked | self._stacked_buffers)[name] for name in tensors.personal}
+            kept["personal"] = clones(own)
+        params = {name: self._stacked[name] for name in tensors.params}
+        buffers = {name: self._stacked_buffers[name] for name in tensors.buffers}
+        facts = self.optimizers
+        result = LocalResult(
+            params={name: trained(param.detach(), self._start[name]) for name, param in params.items()},
+            buffers={name: change(buffer, self._start_buffers[name]) for name, buffer in buffers.items()},
+            kept=kept,
+            num_steps=facts.num_steps,
+            lr_sum=facts.lr_sum(params),
+            normalizer=facts.normalizer(params),
+            schedule_end=facts.schedule_end(),
+            num_steps_of_all=facts.num_steps,
+        )
+        self.leave_clients()
+        return result
+
+    def leave_clients(self) -> None:
+        """Gives the optimizers the module's own parameters back."""
+        self.optimizers.leave_clients()
+        self._stacked, self._stacked_buffers = {}, {}
+
+    def end_round(self, params: Tree, buffers: Tree, schedule_end: ScheduleEnd | None) -> None:
+        self.leave_clients()
+        super().end_round(params, buffers, schedule_end)
+
+
+def _gradients(loss: Tensor, params: Tree) -> Tree:
+    grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
+    return {name: grad for name, grad in zip(params, grads, strict=True) if grad is not None}
+
+
+@torch.no_grad()
+def _spread(value: Tensor, like: Tensor, size: int) -> Tensor:
+    """``value`` in the dtype of ``like``, repeated for each client unless it is stacked already."""
+    cast = cast_like(value, like)
+    return cast.detach().clone() if value.dim() > like.dim() else cast.expand(size, *like.shape).clone()

@@ -1,0 +1,158 @@
+"""Noise that privacy rests on: normal samples from a cipher that the operating system has keyed."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import warnings
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_fl.tree import Flat
+
+NUM_SUMMED = 2
+CHUNK = 1 << 14
+MAX_DEVIATIONS = 8.0
+
+
+class PrivacyError(RuntimeError):
+    """What privacy rests on does not hold, so the run stops."""
+
+
+class InsecureNoiseWarning(UserWarning):
+    """Noise comes from a test seed, so nothing about the run is private."""
+
+
+def warn_of_test_seed() -> None:
+    """Says that a test seed makes a run NOT PRIVATE."""
+    warnings.warn(
+        "insecure_test_seed makes the noise predictable: this run is NOT PRIVATE. Use it in tests only.",
+        InsecureNoiseWarning,
+        stacklevel=3,
+    )
+
+
+class SecureNoise:
+    """A stream of normal samples out of reach of ``seed_everything``: AES-256 in counter mode, keyed by the system.
+
+    Each sample is the sum of two independent Box-Muller normals over the root of 2, in float64 from 53-bit uniforms:
+    the attack that inverts a float sampler then has to search two at once (Holohan and Braghin, "Secure Random Sampling
+    in Differential Privacy", ESORICS 2021). It remains floating-point arithmetic, for which the proof does not hold to
+    the letter: the gaps between floats depend on the value (Mironov, CCS 2012), the sum to which noise is added is
+    itself rounded, and no sample lies beyond 12.1 standard deviations. An exact proof takes integer noise.
+
+    Args:
+        insecure_test_seed: A seed that makes the samples repeat. They are then predictable and protect nothing.
+        purpose: Tells apart streams of the same test seed.
+
+    Raises:
+        ImportError: If ``cryptography`` is not installed.
+    """
+
+    def __init__(self, insecure_test_seed: int | None = None, *purpose: int | str) -> None:
+        try:
+            from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+        except ImportError as error:
+            raise ImportError(
+                "Noise for privacy needs cryptography, which is not installed: pip install 'lightning-fl[privacy]'"
+            ) from error
+        if insecure_test_seed is None:
+            key = os.urandom(32)
+        else:
+            key = hashlib.sha256(repr((insecure_test_seed, *purpose)).encode()).digest()
+        self._stream = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
+
+    def normal(self, size: int, std: float = 1.0) -> Tensor:
+        """Independent samples of the normal distribution with mean 0.
+
+        Args:
+            size: Number of samples.
+            std: Standard deviation.
+
+        Returns:
+            A float64 tensor of shape ``(size,)`` on the CPU.
+        """
+        samples = torch.empty(size, dtype=torch.float64)
+        for chunk in samples.split(CHUNK):
+            chunk.copy_(self._standard_normal(len(chunk)))
+        return samples.mul_(std)
+
+    def _standard_normal(self, size: int) -> Tensor:
+        radius, angle = self._uniform(2 * NUM_SUMMED * size).view(2, NUM_SUMMED, size)
+        radius = radius.neg_().add_(1.0).log_().mul_(-2.0 / NUM_SUMMED).sqrt_()  # 1 - u lies in (0, 1]
+        return angle.mul_(2 * math.pi).cos_().mul_(radius).sum(0)
+
+    def _uniform(self, size: int) -> Tensor:
+        """Uniform samples in [0, 1), multiples of 2^-53."""
+        words = np.frombuffer(self._stream.update(bytes(8 * size)), dtype="<u8") >> np.uint64(11)
+        return torch.from_numpy(words.astype(np.float64)).mul_(2.0**-53)
+
+
+def check_source() -> None:
+    """Makes sure that two streams differ.
+
+    Raises:
+        PrivacyError: If they do not, so that noise would repeat.
+    """
+    if torch.equal(SecureNoise().normal(16), SecureNoise().normal(16)):
+        raise PrivacyError("The noise repeats: two fresh streams gave the same samples. The run stops.")
+
+
+def check_deviation(noise: Tensor, std: float) -> None:
+    """Makes sure that noise has the standard deviation that the ledger records.
+
+    Args:
+        noise: What was added.
+        std: What is recorded.
+
+    Raises:
+        PrivacyError: If it is missing, or its deviation can't be due to chance.
+    """
+    size = noise.numel()
+    if not size or not std:
+        return
+    found = float((noise.double() / std).square().mean().sqrt())
+    slack = MAX_DEVIATIONS / math.sqrt(2 * size)
+    if not found > 0 or not 1 - slack <= found <= 1 + slack:
+        raise PrivacyError(
+            f"The noise added to {size} values has standard deviation {found * std:.6g}, recorded is {std:.6g}. The "
+            "run stops before anything is released. If the values are very large against the noise, they "
+            "swallow it: lower the clip, or train in float32 or float64."
+        )
+
+
+def add_noise(flat: Flat, std: float, source: SecureNoise) -> Flat:
+    """Adds normal noise to flat tensors, in float64.
+
+    Args:
+        flat: One tensor a dtype; complex ones count as pairs of real numbers.
+        std: Standard deviation of the noise on each number. 0: nothing is added.
+        source: Where the noise comes from.
+    """
+    if not std:
+        return flat
+    noisy = {}
+    for dtype, values in flat.items():
+        real = _real(values)
+        noise = source.normal(real.numel(), std).to(real.device).view_as(real)
+        result = (real.double() + noise).to(real.dtype)
+        noisy[dtype] = torch.view_as_complex(result) if values.is_complex() else result
+    return noisy
+
+
+def check_added(before: Flat, after: Flat, std: float) -> None:
+    """Makes sure that what was added to flat tensors has the standard deviation that the ledger records.
+
+    Raises:
+        PrivacyError: If it has not.
+    """
+    added = [_real(after[dtype]).double() - _real(values).double() for dtype, values in before.items()]
+    if added:
+        check_deviation(torch.cat([noise.reshape(-1) for noise in added]), std)
+
+
+def _real(values: Tensor) -> Tensor:
+    return torch.view_as_real(values) if values.is_complex() else values

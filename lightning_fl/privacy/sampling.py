@@ -1,0 +1,185 @@
+"""How those who take part are drawn, as far as privacy accounting needs to know."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+LEAST_PROBABILITY = 1e-12
+"""What is less likely than that is taken for a fault."""
+
+Participation = Literal["visible", "hidden"]
+
+
+class Sampling(ABC):
+    """How the contributors to a release are drawn.
+
+    What amplifies privacy is that nobody can predict the draw: describe only draws from the operating system's
+    randomness by these classes. A draw from a known seed, or one that is not known, is :class:`Full`: no amplification.
+    """
+
+    @abstractmethod
+    def expected(self, population: int) -> float:
+        """The number of contributors to expect, by which a sum is divided."""
+
+    def check(self, drawn: int, population: int) -> str | None:
+        """What shows that more have been drawn than the description allows; None if nothing does.
+
+        Args:
+            drawn: Contributors drawn so far, over all releases.
+            population: How many there were to draw from, over all releases.
+        """
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The description as plain data."""
+        return {"kind": type(self).__name__, **asdict(self)}  # type: ignore[call-overload]
+
+
+@dataclass(frozen=True)
+class Full(Sampling):
+    """Everybody contributes, or it is not known who: no amplification."""
+
+    def expected(self, population: int) -> float:
+        return float(population)
+
+
+@dataclass(frozen=True)
+class Poisson(Sampling):
+    """Each one contributes with probability ``rate``, independently of the others.
+
+    Args:
+        rate: The probability, in (0, 1].
+
+    Raises:
+        ValueError: If the rate is out of range.
+    """
+
+    rate: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.rate <= 1:
+            raise ValueError(f"Poisson got rate={self.rate}; expected a probability in (0, 1], such as 256 / 60000.")
+
+    def expected(self, population: int) -> float:
+        return self.rate * population
+
+    def check(self, drawn: int, population: int) -> str | None:
+        # Chernoff: a binomial count lies this far above its mean with at most probability exp(-n KL).
+        share = drawn / population
+        if share <= self.rate or population * _divergence(share, self.rate) <= -math.log(LEAST_PROBABILITY):
+            return None
+        return f"{drawn} of {population} were drawn, which Poisson sampling at rate {self.rate:g} does not give"
+
+
+@dataclass(frozen=True)
+class FixedSize(Sampling):
+    """``cohort`` of ``population`` are drawn uniformly, without replacement.
+
+    Args:
+        cohort: Number of those drawn.
+        population: Number of all.
+
+    Raises:
+        ValueError: If ``cohort`` is not between 1 and ``population``.
+    """
+
+    cohort: int
+    population: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.cohort <= self.population:
+            raise ValueError(f"FixedSize got cohort={self.cohort} of population={self.population}; expected 1 to all.")
+
+    def expected(self, population: int) -> float:
+        return float(self.cohort)
+
+    def check(self, drawn: int, population: int) -> str | None:
+        if drawn * self.population <= self.cohort * population:
+            return None
+        return f"{drawn} of {population} were drawn, expected {self.cohort} of {self.population}"
+
+
+@dataclass(frozen=True)
+class LocalSteps(Sampling):
+    r"""A round of local training under example-level privacy: clients are drawn once, then each draws its batches.
+
+    The steps of a round share the draw of their client, so they compose first and are sampled by clients afterwards:
+    a rate of :math:`q_\text{client} q_\text{batch}` for every step would claim too much.
+
+    Args:
+        clients: How the clients of a round are drawn.
+        batches: How a client draws the batch of a step.
+        num_steps: Steps of a client in a round.
+        participation: ``"visible"``: whoever looks at the results may know in which rounds a client took part; it may
+            show in the client's other examples, so this is what holds in general. ``"hidden"``: nobody can tell, which
+            takes clients that hold nothing but the protected example.
+
+    Raises:
+        ValueError: If ``num_steps`` is not positive, or a draw is itself one of local steps.
+    """
+
+    clients: Sampling
+    batches: Sampling
+    num_steps: int
+    participation: Participation = "visible"
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1:
+            raise ValueError(f"LocalSteps got num_steps={self.num_steps}; expected at least 1.")
+        if isinstance(self.clients, LocalSteps) or isinstance(self.batches, LocalSteps):
+            raise ValueError("LocalSteps takes Poisson, FixedSize or Full for clients and for batches.")
+        if self.participation not in ("visible", "hidden"):
+            raise ValueError(f"participation={self.participation!r} is not known; expected 'visible' or 'hidden'.")
+
+    def expected(self, population: int) -> float:
+        return self.clients.expected(population)
+
+    def state_dict(self) -> dict[str, Any]:
+        own = {"num_steps": self.num_steps, "participation": self.participation}
+        return {
+            "kind": "LocalSteps",
+            "clients": self.clients.state_dict(),
+            "batches": self.batches.state_dict(),
+            **own,
+        }
+
+
+KINDS: dict[str, type[Sampling]] = {kind.__name__: kind for kind in (Full, Poisson, FixedSize, LocalSteps)}
+
+
+def load_sampling(state: Mapping[str, Any]) -> Sampling:
+    """The description that :meth:`Sampling.state_dict` has turned into plain data.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if not isinstance(state, Mapping) or state.get("kind") not in KINDS:
+        raise ValueError(f"{state!r} describes no sampling; expected a kind of {', '.join(KINDS)}.")
+    kind, fields = KINDS[state["kind"]], {key: value for key, value in state.items() if key != "kind"}
+    fields = {key: load_sampling(value) if isinstance(value, Mapping) else value for key, value in fields.items()}
+    try:
+        return kind(**fields)
+    except TypeError as error:
+        raise ValueError(f"{state!r} describes no sampling: {error}.") from error
+
+
+def client_rate(sampling: Sampling) -> float:
+    """The probability that one contributor is drawn."""
+    if isinstance(sampling, Poisson):
+        return sampling.rate
+    if isinstance(sampling, FixedSize):
+        return sampling.cohort / sampling.population
+    return 1.0
+
+
+def _divergence(found: float, expected: float) -> float:
+    """Kullback-Leibler divergence of two coins."""
+    total = 0.0
+    for p, q in ((found, expected), (1 - found, 1 - expected)):
+        if p > 0:
+            total += p * math.log(p / q) if q > 0 else math.inf
+    return total

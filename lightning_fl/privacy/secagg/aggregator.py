@@ -1,0 +1,334 @@
+"""Secure aggregation as an aggregator: the federation learns the weighted sum of the updates and nothing else."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_fl.aggregation import Aggregator, ClientLost, FederationFacts, RoundContext, WeightedMean
+from lightning_fl.communication import Group, Message
+from lightning_fl.privacy.secagg.dropouts import num_dropouts, plan_dropouts
+from lightning_fl.privacy.secagg.errors import ProtocolError, SecureAggregationError
+from lightning_fl.privacy.secagg.masks import apply_masks
+from lightning_fl.privacy.secagg.messages import Terms
+from lightning_fl.privacy.secagg.packing import NUM_CHECKS, Packing, Ranges, Sums, split_report, with_report
+from lightning_fl.privacy.secagg.pairwise import PairwiseClient
+from lightning_fl.privacy.secagg.participant import MIN_CLIENTS, two_thirds
+from lightning_fl.privacy.secagg.primitives import digest, library
+from lightning_fl.privacy.secagg.quantize import WORDS
+from lightning_fl.privacy.secagg.session import Session, open_session
+from lightning_fl.privacy.secagg.simulate import Simulation
+from lightning_fl.types import Aggregate, ClientId, Update
+
+Protocol = Literal["pairwise", "bonawitz"]
+DEFAULT_MAX_WEIGHT = 65536.0
+
+
+@dataclass(frozen=True)
+class SecureSum:
+    """Accumulator of :class:`SecureAggregation`.
+
+    Args:
+        packing: Where in the vector each tensor stands.
+        words: The vectors of this rank's clients, added up; it leaves the rank with masks only.
+        model: Hash of the global model from which the clients train.
+        clients: This rank's clients whose update is in it.
+        simulation: The clients of the double-masking protocol, once the first has finished.
+        sums: What all vectors add up to, after the merge.
+    """
+
+    packing: Packing
+    words: Tensor
+    model: bytes
+    clients: tuple[ClientId, ...] = ()
+    simulation: Simulation | None = None
+    sums: Sums | None = None
+
+
+class SecureAggregation(Aggregator):
+    r"""The weighted mean, of which the federation learns only the sums :math:`\sum_i w_i u_i` and :math:`\sum_i w_i`.
+
+    Every client adds masks to its update that cancel in the sum of all. Its weight, side channels, buffers and what it
+    reports of the round are in the same masked vector. Coordinates are rounded to integers without bias: a sum over n
+    clients is within ``n * clip * max_weight / (2^b - 1)`` of the exact one, with b = 29 for 3 clients, 27 for 10 and
+    24 for 100 in words of 32 bits.
+
+    ``"pairwise"`` costs one sum of integers and no extra bytes, and needs every client that has advertised itself at
+    the round's end. ``"bonawitz"`` gives the survivors' sum while floor(2n/3) + 1 clients stay; it runs between the
+    simulated clients of one process.
+
+    Args:
+        protocol: ``"pairwise"`` or ``"bonawitz"``.
+        clip: Largest magnitude of a coordinate of an update; what is beyond is clipped, with a warning.
+        aux_clip: The same for side channels such as SCAFFOLD's.
+        max_weight: Largest weight of a client, a bound that the federation may know. None: 1 under
+            ``weighting="uniform"``, the most examples of a simulated client, 65536 between silos.
+        modulus_bits: 32, or 64 for twice the bytes and finer steps.
+        min_clients: A sum over fewer clients is not made; at least 3.
+        keys: Folder of the silo's keys, in which ``{rank}`` stands for its rank. None: the variable
+            ``LIGHTNING_FL_KEYS``, or ``keys/silo{rank}``. Simulated clients need none.
+        dropout: For simulations: the share of each round's clients that vanish, at random stages.
+        dropout_seed: Seed of who vanishes when.
+        aggregator: What the sum is used for; only the weighted mean can be had from a sum.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        ModuleNotFoundError: If ``cryptography`` is not installed.
+
+    Reference:
+        Bonawitz et al., "Practical Secure Aggregation for Privacy-Preserving Machine Learning", CCS 2017.
+    """
+
+    hides_reports: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        protocol: Protocol = "pairwise",
+        clip: float = 16.0,
+        aux_clip: float = 1024.0,
+        max_weight: float | None = None,
+        modulus_bits: int = 32,
+        min_clients: int = MIN_CLIENTS,
+        keys: str | None = None,
+        dropout: float = 0.0,
+        dropout_seed: int = 0,
+        aggregator: Aggregator | None = None,
+    ) -> None:
+        if protocol not in ("pairwise", "bonawitz"):
+            raise ValueError(f"protocol={protocol!r} is not known; expected 'pairwise' or 'bonawitz'.")
+        if aggregator is not None and type(aggregator) is not WeightedMean:
+            raise ValueError(
+                f"{type(aggregator).__name__} has to see each client's update, and secure aggregation shows only their "
+                "sum. Take one of the two: the aggregator alone, or SecureAggregation() with the weighted mean."
+            )
+        if min_clients < MIN_CLIENTS:
+            raise ValueError(
+                f"min_clients={min_clients} is too few: in a sum of two, each learns the other's update by taking its "
+                f"own off. At least {MIN_CLIENTS}."
+            )
+        if max_weight is not None and not max_weight > 0:
+            raise ValueError(f"max_weight={max_weight} must be a positive number.")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout={dropout} must be a share from 0 to below 1.")
+        library()
+        self.protocol: Protocol = protocol
+        self.ranges = Ranges(clip, aux_clip, max_weight or DEFAULT_MAX_WEIGHT, modulus_bits)
+        self.max_weight = max_weight
+        for tree in ("delta", "aux"):
+            self.ranges.quantizer(tree, min_clients)
+        self.min_clients = min_clients
+        self.keys = keys
+        self.dropout = dropout
+        self.dropout_seed = dropout_seed
+        self._session: Session | None = None
+        self._has_warned = False
+
+    def __repr__(self) -> str:
+        settings = {"protocol": self.protocol, **vars(self.ranges), "min_clients": self.min_clients}
+        return f"SecureAggregation({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_session": None}
+
+    def open(self, group: Group, facts: FederationFacts) -> None:
+        if facts.is_training:
+            self._check_cohort(facts.cohort_size, group, facts.silos)
+            if self.max_weight is None:
+                known = facts.max_weight() or DEFAULT_MAX_WEIGHT
+                self.ranges = replace(self.ranges, max_weight=2.0 ** math.ceil(math.log2(known)))
+        if facts.is_training or self._session is None or self._session.is_simulated is facts.silos:
+            self._session = open_session(group, facts.silos, self.keys)
+
+    def init(self, like: Update, device: torch.device) -> SecureSum:
+        packing = Packing(like, self.ranges)
+        words = packing.zeros(device) if self.protocol == "pairwise" else torch.empty(0, dtype=packing.dtype)
+        return SecureSum(packing, words, model_digest(like))
+
+    def add(self, acc: SecureSum, update: Update, ctx: RoundContext) -> SecureSum:
+        assert ctx.client is not None
+        num_clients = len(ctx.cohort)
+        if self.protocol == "bonawitz":
+            acc = self._simulate(acc, ctx)
+            assert acc.simulation is not None
+            number = ctx.cohort.index(ctx.client) + 1
+            if not acc.simulation.is_waiting_for(number):
+                raise ClientLost
+            words = acc.packing.zeros(next(iter(update.delta.values())).device)
+            acc.packing.add(words, update, num_clients)
+            vector = self._opened.vector_id(acc.model, ctx.round)
+            acc.simulation.send(number, with_report(words, [], {}, 1).cpu(), vector)
+        else:
+            if plan_dropouts(self.dropout, self.dropout_seed, ctx, stages=("advertise",)).get(ctx.client):
+                raise ClientLost
+            acc.packing.add(acc.words, update, num_clients)
+        return replace(acc, clients=(*acc.clients, ctx.client))
+
+    def merge(
+        self, acc: SecureSum, group: Group, report: Message, ctx: RoundContext
+    ) -> tuple[SecureSum, list[Message]]:
+        if self.protocol == "bonawitz":
+            simulation = self._simulate(acc, ctx).simulation
+            assert simulation is not None
+            total, survivors = simulation.finish()
+            words, _ = split_report(total, [], len(survivors))
+            messages = [report]
+        else:
+            words, messages = self._sum(acc, group, report, ctx)
+        sums = acc.packing.unpack(words, len(ctx.cohort))
+        if sums.num_clipped and group.rank == 0 and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"{sums.num_clipped} of {sums.num_clients} clients had coordinates beyond clip={self.ranges.clip:g} or "
+                f"aux_clip={self.ranges.aux_clip:g}; they were clipped. If "
+                "that should not be, give SecureAggregation a larger one.",
+                stacklevel=2,
+            )
+        shares = [{"weight": sums.weight, "num_clients": sums.num_clients}] + [{"weight": 0.0, "num_clients": 0}] * (
+            len(messages) - 1
+        )
+        told = [
+            Message({**message.fields, **share}, message.tensors)
+            for message, share in zip(messages, shares, strict=True)
+        ]
+        return replace(acc, sums=sums), told
+
+    def gather(self, group: Group, report: Message, topic: str) -> list[Message]:
+        session = self._opened
+        settings = digest(repr(self).encode())
+        attempt = session.next_attempt(topic)
+        terms = Terms(session.session, digest(topic.encode()), settings, 0, attempt, group.size, self.min_clients)
+        client = PairwiseClient(group.rank + 1, session.identity(group.rank), terms, session.trusted, session.journal)
+        figures = report.fields.get("sums", {})
+        messages, adverts, names = _exchange(group, report, [client], 0, topic)
+        words = with_report(torch.empty(0, dtype=WORDS[self.ranges.modulus_bits]), names, figures, 1)
+        client.mask(words, adverts, digest(topic.encode(), repr(sorted(figures.items())).encode()))
+        _, sums = split_report(group.all_reduce(words), names, group.size)
+        return _with_sums(messages, sums)
+
+    def result(self, acc: SecureSum, ctx: RoundContext) -> Aggregate:
+        sums = acc.sums
+        assert sums is not None, "merge comes before result"
+        if not sums.weight > 0:
+            raise ValueError(
+                f"The weights of round {ctx.round} add up to {sums.weight} over {sums.num_clients} updates; a weighted "
+                "mean needs a positive sum. Give the clients data, or weigh them alike with `weighting='uniform'`."
+            )
+        trees = dict(sums.trees)
+        return Aggregate(
+            delta=trees.pop("delta", {}),
+            buffers=trees.pop("buffers", {}),
+            weight=sums.weight,
+            aux={name.removeprefix("aux/"): tree for name, tree in trees.items()},
+            num_clients=sums.num_clients,
+            population=ctx.population,
+        )
+
+    @property
+    def _opened(self) -> Session:
+        assert self._session is not None, "open comes first"
+        return self._session
+
+    def _check_cohort(self, cohort_size: int, group: Group, silos: bool) -> None:
+        if cohort_size < self.min_clients:
+            raise ValueError(
+                f"A round has {cohort_size} client(s), and secure aggregation makes no sum over fewer than "
+                f"{self.min_clients}: each could take its own update off. Give it more clients."
+            )
+        if silos and self.dropout:
+            raise ValueError(f"dropout={self.dropout} is for simulations; silos vanish by themselves. Leave it out.")
+        for tree in ("delta", "aux"):
+            self.ranges.quantizer(tree, cohort_size)
+        left = cohort_size - num_dropouts(self.dropout, cohort_size)
+        needed = two_thirds(cohort_size) if self.protocol == "bonawitz" else self.min_clients
+        if left < needed:
+            raise ValueError(
+                f"dropout={self.dropout} leaves {left} of {cohort_size} clients, and protocol={self.protocol!r} needs "
+                f"{needed}. Give a smaller one."
+            )
+        if self.protocol == "bonawitz" and (silos or group.size > 1):
+            raise ValueError(
+                "protocol='bonawitz' runs between the simulated clients of one process; between ranks there is no "
+                "coordinator yet. Take protocol='pairwise', or one process."
+            )
+
+    def _terms(self, acc: SecureSum, ctx: RoundContext, threshold: int) -> Terms:
+        session, num_clients = self._opened, len(ctx.cohort)
+        settings = digest(repr(self).encode(), acc.packing.digest)
+        attempt = session.next_attempt(ctx.round)
+        return Terms(session.session, acc.model, settings, ctx.round, attempt, num_clients, threshold)
+
+    def _sum(self, acc: SecureSum, group: Group, report: Message, ctx: RoundContext) -> tuple[Tensor, list[Message]]:
+        session = self._opened
+        if session.is_simulated:
+            parties = [*acc.clients, *report.fields.get("refused", [])]
+        else:
+            parties = [client for client in ctx.cohort if client == group.rank]
+        terms = self._terms(acc, ctx, self.min_clients)
+        clients = [
+            PairwiseClient(
+                ctx.cohort.index(party) + 1, session.identity(party), terms, session.trusted, session.journal
+            )
+            for party in parties
+        ]
+        messages, adverts, names = _exchange(group, report, clients, len(acc.clients), f"end of round {ctx.round}")
+        accepted = sum(message.fields["num_updates"] for message in messages)
+        if accepted < self.min_clients:
+            raise SecureAggregationError(
+                f"Round {ctx.round} has {accepted} update(s) left, and a secure sum is not made over fewer than "
+                f"{self.min_clients}. Nothing has left its client, and the global model is as it was."
+            )
+        words = with_report(acc.words, names, report.fields.get("sums", {}), len(clients))
+        vector = session.vector_id(acc.model, ctx.round)
+        apply_masks(words, [mask for client in clients for mask in client.masks(adverts, vector)])
+        words, sums = split_report(group.all_reduce(words), names, len(adverts))
+        return words, _with_sums(messages, sums)
+
+    def _simulate(self, acc: SecureSum, ctx: RoundContext) -> SecureSum:
+        if acc.simulation is not None:
+            return acc
+        session, num_clients = self._opened, len(ctx.cohort)
+        dropouts = plan_dropouts(self.dropout, self.dropout_seed, ctx)
+        simulation = Simulation(
+            self._terms(acc, ctx, two_thirds(num_clients)),
+            {number: session.identity(client) for number, client in enumerate(ctx.cohort, start=1)},
+            acc.packing.num_words + NUM_CHECKS,
+            acc.packing.dtype,
+            {ctx.cohort.index(client) + 1: stage for client, stage in dropouts.items()},
+            journal=session.journal,
+        )
+        return replace(acc, simulation=simulation)
+
+
+def model_digest(like: Update) -> bytes:
+    """A hash of the global model: parameters and shared buffers, bit for bit."""
+    parts: list[bytes | memoryview] = []
+    for name, tensor in [*like.delta.items(), *like.buffers.items()]:
+        raw: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        parts += [name.encode(), memoryview(raw)]
+    return digest(*parts)
+
+
+def _exchange(
+    group: Group, report: Message, clients: list[PairwiseClient], num_updates: int, topic: str
+) -> tuple[list[Message], list[bytes], list[str]]:
+    """Everyone is alive and shows its keys; gives the reports without their sums, the adverts, and the sums' names."""
+    figures = report.fields.get("sums", {})
+    public = {name: value for name, value in report.fields.items() if name != "sums"}
+    adverts = [client.advertise().hex() for client in clients]
+    own = {**public, "adverts": adverts, "num_updates": num_updates, "names": sorted(figures)}
+    messages = group.all_gather(Message(own, report.tensors), topic)
+    try:
+        told = [bytes.fromhex(advert) for message in messages for advert in message.fields["adverts"]]
+    except (TypeError, ValueError) as error:
+        raise ProtocolError(f"A rank sent keys that are no hexadecimal text: {error}") from error
+    return messages, told, sorted({name for message in messages for name in message.fields["names"]})
+
+
+def _with_sums(messages: list[Message], sums: dict[str, float]) -> list[Message]:
+    first, *others = messages
+    return [Message({**first.fields, "sums": sums}, first.tensors), *others]

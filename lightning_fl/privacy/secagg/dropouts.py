@@ -1,0 +1,31 @@
+"""Who vanishes when, in simulations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightning_fl.aggregation import RoundContext
+from lightning_fl.clients.seeding import round_rng
+from lightning_fl.types import ClientId
+
+STAGES = ("advertise", "share", "send", "agree", "unmask")
+"""The messages of a client in the double-masking protocol, in order; who vanishes at one sends it no more."""
+
+
+def num_dropouts(share: float, num_clients: int) -> int:
+    """How many clients of a round vanish."""
+    return round(share * num_clients)
+
+
+def plan_dropouts(share: float, seed: int, ctx: RoundContext, stages: Sequence[str] = STAGES) -> dict[ClientId, str]:
+    """Draws the clients of a round that vanish, and the stage at which each does.
+
+    Args:
+        share: Share of the round's clients.
+        seed: Seed of the draw.
+        ctx: Facts of the round.
+        stages: The stages to draw from.
+    """
+    rng = round_rng(seed, ctx.round, "dropouts")
+    who = rng.permutation(len(ctx.cohort))[: num_dropouts(share, len(ctx.cohort))]
+    return {ctx.cohort[index]: stages[int(rng.integers(len(stages)))] for index in sorted(who.tolist())}

@@ -1,0 +1,149 @@
+"""A silo's key files: who it is, and whom it trusts."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightning_fl.privacy.secagg.participant import fingerprint
+from lightning_fl.privacy.secagg.primitives import KEY_BYTES, SigningKey
+
+IDENTITY, PUBLIC, TRUSTED, JOURNAL = "identity.key", "identity.pub", "trusted", "sent"
+PREFIX = "lightning-fl-ed25519"
+
+
+@dataclass(frozen=True)
+class PublicIdentity:
+    """An identity that others may know: a line ``lightning-fl-ed25519 <base64> <name>``.
+
+    Args:
+        key: The Ed25519 key, 32 bytes.
+        name: What people call it; nothing rests on it.
+    """
+
+    key: bytes
+    name: str = ""
+
+    def __str__(self) -> str:
+        return f"{PREFIX} {base64.b64encode(self.key).decode()} {self.name}".rstrip()
+
+    @property
+    def fingerprint(self) -> str:
+        """A short name of the key, for people to compare."""
+        return fingerprint(self.key)
+
+    @classmethod
+    def parse(cls, line: str) -> PublicIdentity:
+        """The identity that a line holds.
+
+        Raises:
+            ValueError: If it holds none.
+        """
+        words = line.split(maxsplit=2)
+        try:
+            key = base64.b64decode(words[1], validate=True) if words[0] == PREFIX else b""
+        except (IndexError, binascii.Error):
+            key = b""
+        if len(key) != KEY_BYTES:
+            raise ValueError(f"{line.strip()[:80]!r} is no public key; expected a line '{PREFIX} <key> <name>'.")
+        return cls(key, words[2].strip() if len(words) > 2 else "")
+
+
+class KeyFolder:
+    """A folder with a silo's identity (mode 0600), its public key, whom it trusts, and its journal.
+
+    Args:
+        path: The folder.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def journal_path(self) -> Path:
+        """The file that remembers among whom vectors have left."""
+        return self.path / JOURNAL
+
+    def exists(self) -> bool:
+        """Whether the folder holds an identity."""
+        return (self.path / IDENTITY).exists()
+
+    def create(self, name: str = "") -> PublicIdentity:
+        """Makes an identity.
+
+        Raises:
+            ValueError: If there is one; it is never overwritten.
+        """
+        if self.exists():
+            raise ValueError(
+                f"{self.path / IDENTITY} exists and stays as it is: others trust that key. Take another folder, or "
+                "move it away."
+            )
+        key = SigningKey()
+        self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        public = PublicIdentity(key.public, name or self.path.name)
+        _write(self.path / IDENTITY, base64.b64encode(key.private_bytes()).decode() + "\n")
+        (self.path / PUBLIC).write_text(f"{public}\n")
+        return public
+
+    def identity(self) -> SigningKey:
+        """The silo's identity.
+
+        Raises:
+            ValueError: If there is none, it is damaged, or others may read it.
+        """
+        path = self.path / IDENTITY
+        if not path.exists():
+            raise ValueError(f"{path} does not exist. Make an identity: lightning-fl keys create {self.path}")
+        _check_mode(path)
+        try:
+            return SigningKey(base64.b64decode(path.read_text().strip(), validate=True))
+        except ValueError:
+            raise ValueError(f"{path} holds no identity. Put it back, or make a new one in another folder.") from None
+
+    def public(self) -> PublicIdentity:
+        """The silo's public key, to be given to the other silos."""
+        lines = (self.path / PUBLIC).read_text().splitlines() if (self.path / PUBLIC).exists() else []
+        name = PublicIdentity.parse(lines[0]).name if lines else self.path.name
+        return PublicIdentity(self.identity().public, name)
+
+    def trusted(self) -> list[PublicIdentity]:
+        """Whom the silo trusts, besides itself.
+
+        Raises:
+            ValueError: If the file is damaged, or others may write it.
+        """
+        path = self.path / TRUSTED
+        if not path.exists():
+            return []
+        _check_mode(path)
+        return [PublicIdentity.parse(line) for line in path.read_text().splitlines() if line.strip()]
+
+    def trust(self, identities: list[PublicIdentity]) -> list[PublicIdentity]:
+        """Adds identities to those that the silo trusts; gives the new ones. Its own key is left out."""
+        known = {identity.key for identity in self.trusted()} | {self.identity().public}
+        new = [identity for identity in identities if identity.key not in known]
+        new = list({identity.key: identity for identity in new}.values())
+        if new:
+            _write(self.path / TRUSTED, "".join(f"{identity}\n" for identity in [*self.trusted(), *new]))
+        return new
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes a file of mode 0600, whole or not at all."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _check_mode(path: Path) -> None:
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if mode & 0o077:
+        raise ValueError(f"{path} has mode {mode:04o}: others on this machine can read or change it. chmod 600 {path}")

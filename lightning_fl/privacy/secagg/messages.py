@@ -1,0 +1,338 @@
+"""What participants send each other: fixed binary forms, little-endian, each with one encoding and a checked size.
+
+A message is ``LFSA``, the version, its kind, the length of what follows, and that. Numbers are 4 bytes; lists carry
+their length and stand in rising order of the participants' numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, TypeVar
+
+from lightning_fl.privacy.secagg.errors import ProtocolError
+from lightning_fl.privacy.secagg.primitives import KEY_BYTES, SEAL_BYTES, SIGNATURE_BYTES, digest
+from lightning_fl.privacy.secagg.shamir import SHARE_BYTES
+
+MAGIC = b"LFSA"
+VERSION = 1
+HEADER_BYTES = len(MAGIC) + 2 + 8
+SEALED_BYTES = 2 * SHARE_BYTES + SEAL_BYTES
+MAX_NUMBER = (1 << 31) - 1
+
+Item = TypeVar("Item")
+
+
+class Reader:
+    """Takes the parts of a message one after the other.
+
+    Args:
+        data: The message.
+        kind: Which kind it must be.
+
+    Raises:
+        ProtocolError: If it is no such message; so do all methods.
+    """
+
+    def __init__(self, data: bytes, kind: int) -> None:
+        self._data = memoryview(data)
+        self._position = 0
+        header = bytes(self._take(HEADER_BYTES))
+        if header[: len(MAGIC) + 2] != MAGIC + bytes([VERSION, kind]):
+            raise ProtocolError(f"Expected a message of kind {kind} in version {VERSION}, found {header[:6].hex()}.")
+        if int.from_bytes(header[6:], "little") != len(data) - HEADER_BYTES:
+            raise ProtocolError(f"A message of kind {kind} has {len(data)} bytes, not as many as it says.")
+
+    def number(self) -> int:
+        """A whole number."""
+        value = int.from_bytes(self._take(4), "little")
+        if value > MAX_NUMBER:
+            raise ProtocolError(f"A message holds the number {value}; none is above {MAX_NUMBER}.")
+        return value
+
+    def raw(self, size: int) -> bytes:
+        """That many bytes."""
+        return bytes(self._take(size))
+
+    def rest(self) -> memoryview:
+        """All that is left."""
+        return self._take(len(self._data) - self._position)
+
+    def entries(self, read: Callable[[], Item]) -> dict[int, Item]:
+        """A list by participant, in rising order."""
+        found: dict[int, Item] = {}
+        last = 0
+        for _ in range(self.number()):
+            number = self.number()
+            if number <= last:
+                raise ProtocolError(f"A list names participant {number} after {last}: twice, or out of order.")
+            found[number], last = read(), number
+        return found
+
+    def end(self) -> None:
+        """Nothing must be left."""
+        if self._position != len(self._data):
+            raise ProtocolError(f"A message has {len(self._data) - self._position} bytes too many.")
+
+    def _take(self, size: int) -> memoryview:
+        start, self._position = self._position, self._position + size
+        if self._position > len(self._data):
+            raise ProtocolError(f"A message ends after {len(self._data)} bytes, in the middle of a field.")
+        return self._data[start : self._position]
+
+
+def _message(kind: int, *parts: bytes | memoryview) -> bytes:
+    content = b"".join(parts)
+    return MAGIC + bytes([VERSION, kind]) + len(content).to_bytes(8, "little") + content
+
+
+def _number(value: int) -> bytes:
+    return value.to_bytes(4, "little")
+
+
+def _entries(entries: Mapping[int, bytes]) -> bytes:
+    return _number(len(entries)) + b"".join(_number(number) + entries[number] for number in sorted(entries))
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What all participants of a secure sum agree on; bound into every key and signature.
+
+    Args:
+        session: 32 bytes to which every participant has contributed.
+        model: Hash of the global model from which all have trained.
+        settings: Hash of the layout and the ranges of the vector.
+        round: Number of the round.
+        attempt: How often the sum of this round has been tried before.
+        num_clients: Clients of the round; it fixes scale and threshold.
+        threshold: How many must stay for a sum to be told.
+    """
+
+    session: bytes
+    model: bytes
+    settings: bytes
+    round: int
+    attempt: int
+    num_clients: int
+    threshold: int
+
+    SIZE: ClassVar[int] = 3 * 32 + 4 * 4
+
+    def encode(self) -> bytes:
+        """The terms as a part of a message."""
+        numbers = (self.round, self.attempt, self.num_clients, self.threshold)
+        return self.session + self.model + self.settings + b"".join(map(_number, numbers))
+
+    @classmethod
+    def read(cls, reader: Reader) -> Terms:
+        """The terms at the reader's place."""
+        session, model, settings = (reader.raw(32) for _ in range(3))
+        round, attempt, num_clients, threshold = (reader.number() for _ in range(4))
+        return cls(session, model, settings, round, attempt, num_clients, threshold)
+
+
+@dataclass(frozen=True)
+class Advert:
+    """A participant's keys for one secure sum, signed by its identity.
+
+    Args:
+        number: The participant's number in the round, from 1.
+        identity: Its Ed25519 key.
+        mask_key: X25519, for the masks.
+        channel_key: X25519, for sealed shares; zeros where none are sent.
+        terms: What it has agreed to.
+        signature: Over all of it.
+    """
+
+    number: int
+    identity: bytes
+    mask_key: bytes
+    channel_key: bytes
+    terms: Terms
+    signature: bytes = b""
+
+    KIND: ClassVar[int] = 1
+
+    @property
+    def signed(self) -> bytes:
+        """What the signature is over."""
+        keys = self.identity + self.mask_key + self.channel_key
+        return b"lightning_fl secagg advert" + _number(self.number) + keys + self.terms.encode()
+
+    def encode(self) -> bytes:
+        """The message."""
+        keys = self.identity + self.mask_key + self.channel_key
+        return _message(self.KIND, _number(self.number), keys, self.terms.encode(), self.signature)
+
+    @classmethod
+    def decode(cls, data: bytes) -> Advert:
+        """The advert that :meth:`encode` made."""
+        reader = Reader(data, cls.KIND)
+        number = reader.number()
+        identity, mask_key, channel_key = (reader.raw(KEY_BYTES) for _ in range(3))
+        advert = cls(number, identity, mask_key, channel_key, Terms.read(reader), reader.raw(SIGNATURE_BYTES))
+        reader.end()
+        return advert
+
+
+ADVERT_BYTES = HEADER_BYTES + 4 + 3 * KEY_BYTES + Terms.SIZE + SIGNATURE_BYTES
+
+
+@dataclass(frozen=True)
+class Roster:
+    """All adverts, to all participants."""
+
+    adverts: Mapping[int, Advert]
+
+    KIND: ClassVar[int] = 2
+
+    def encode(self) -> bytes:
+        """The message."""
+        return _message(self.KIND, _entries({number: advert.encode() for number, advert in self.adverts.items()}))
+
+    @classmethod
+    def decode(cls, data: bytes) -> Roster:
+        """The roster that :meth:`encode` made."""
+        reader = Reader(data, cls.KIND)
+        adverts = reader.entries(lambda: Advert.decode(reader.raw(ADVERT_BYTES)))
+        reader.end()
+        wrong = [number for number, advert in adverts.items() if advert.number != number]
+        if wrong:
+            raise ProtocolError(f"The roster lists the advert of {adverts[wrong[0]].number} as that of {wrong[0]}.")
+        return cls(adverts)
+
+    @property
+    def digest(self) -> bytes:
+        """A hash of who takes part with which keys."""
+        return digest(self.encode())
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Sealed shares: from one participant by recipient, or to one participant by sender.
+
+    Args:
+        number: The participant that sends, or is sent, them.
+        sealed: By the other's number.
+    """
+
+    number: int
+    sealed: Mapping[int, bytes]
+
+    KIND: ClassVar[int] = 3
+
+    def encode(self) -> bytes:
+        """The message."""
+        return _message(self.KIND, _number(self.number), _entries(self.sealed))
+
+    @classmethod
+    def decode(cls, data: bytes) -> Shares:
+        """The shares that :meth:`encode` made."""
+        reader = Reader(data, cls.KIND)
+        shares = cls(reader.number(), reader.entries(lambda: reader.raw(SEALED_BYTES)))
+        reader.end()
+        return shares
+
+
+@dataclass(frozen=True)
+class MaskedVector:
+    """A participant's masked vector.
+
+    Args:
+        number: The participant.
+        words: The words as little-endian bytes.
+    """
+
+    number: int
+    words: bytes | memoryview
+
+    KIND: ClassVar[int] = 4
+
+    def encode(self) -> bytes:
+        """The message."""
+        return _message(self.KIND, _number(self.number), self.words)
+
+    @classmethod
+    def decode(cls, data: bytes, num_bytes: int) -> MaskedVector:
+        """The vector that :meth:`encode` made, which must have that many bytes."""
+        reader = Reader(data, cls.KIND)
+        number, words = reader.number(), reader.rest()
+        if len(words) != num_bytes:
+            raise ProtocolError(f"Participant {number} sent a vector of {len(words)} bytes, expected {num_bytes}.")
+        return cls(number, words)
+
+
+@dataclass(frozen=True)
+class Survivors:
+    """Whose vectors have arrived."""
+
+    numbers: Sequence[int]
+
+    KIND: ClassVar[int] = 5
+
+    def encode(self) -> bytes:
+        """The message."""
+        return _message(self.KIND, _entries(dict.fromkeys(self.numbers, b"")))
+
+    @classmethod
+    def decode(cls, data: bytes) -> Survivors:
+        """The list that :meth:`encode` made."""
+        reader = Reader(data, cls.KIND)
+        numbers = list(reader.entries(lambda: None))
+        reader.end()
+        return cls(numbers)
+
+    def signed(self, context: bytes) -> bytes:
+        """What participants sign, to show each other that they were told the same list."""
+        return b"lightning_fl secagg survivors" + context + self.encode()
+
+
+@dataclass(frozen=True)
+class Signatures:
+    """Signatures over the list of survivors, by participant."""
+
+    by_number: Mapping[int, bytes]
+
+    KIND: ClassVar[int] = 6
+
+    def encode(self) -> bytes:
+        """The message."""
+        return _message(self.KIND, _entries(self.by_number))
+
+    @classmethod
+    def decode(cls, data: bytes) -> Signatures:
+        """The signatures that :meth:`encode` made."""
+        reader = Reader(data, cls.KIND)
+        signatures = cls(reader.entries(lambda: reader.raw(SIGNATURE_BYTES)))
+        reader.end()
+        return signatures
+
+
+@dataclass(frozen=True)
+class Unmasking:
+    """One participant's shares: of the own masks of those who stayed, of the mask keys of those who left.
+
+    Args:
+        number: The participant that answers.
+        own_masks: By survivor.
+        mask_keys: By those who have left.
+    """
+
+    number: int
+    own_masks: Mapping[int, bytes]
+    mask_keys: Mapping[int, bytes]
+
+    KIND: ClassVar[int] = 7
+
+    def encode(self) -> bytes:
+        """The message."""
+        return _message(self.KIND, _number(self.number), _entries(self.own_masks), _entries(self.mask_keys))
+
+    @classmethod
+    def decode(cls, data: bytes) -> Unmasking:
+        """The shares that :meth:`encode` made."""
+        reader = Reader(data, cls.KIND)
+        number = reader.number()
+        own_masks, mask_keys = (reader.entries(lambda: reader.raw(SHARE_BYTES)) for _ in range(2))
+        reader.end()
+        return cls(number, own_masks, mask_keys)

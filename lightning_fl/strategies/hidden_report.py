@@ -1,0 +1,107 @@
+"""A rank's report of a round or an evaluation, split into what may be told and figures of which only the sum may."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_fl.communication import Message
+
+_COUNTS = ("num_steps", "num_examples", "logger_steps", "squared_norm")
+
+
+def hide(report: Message) -> Message:
+    """Moves all that tells of a client's data into the field ``"sums"``, numbers by name.
+
+    What stays: names and settings of metrics, shapes of their states, who was refused, empty or failed, wishes to stop
+    or to save.
+
+    Raises:
+        MisconfigurationException: If a metric is not a mean or a sum, so that a sum would not give it.
+    """
+    public, sums = dict(report.fields), {}
+    for name in _COUNTS:
+        if name in public:
+            sums[name] = float(public[name])
+            public[name] = 0
+    public["metrics"] = {key: _hide_entry(key, entry, sums) for key, entry in public["metrics"].items()}
+    public["metric_states"] = {
+        name: _hide_state(name, state, report, sums) for name, state in public["metric_states"].items()
+    }
+    public["first_batch"] = ""
+    if public.get("late"):
+        raise MisconfigurationException(
+            "Something is logged with on_epoch=True in `on_train_batch_end`, whose last values come after the round's "
+            "secure sum. Under secure aggregation log it in `training_step`."
+        )
+    if "failed" in public:
+        public["failed"] = [(client, "an error that it alone has seen") for client, _ in public["failed"]]
+    return Message({**public, "sums": sums})
+
+
+def reveal(reports: list[Message]) -> list[Message]:
+    """Puts the sums of all ranks, which the first report holds, where the ranks' own figures stood."""
+    first, *others = reports
+    sums: dict[str, float] = first.fields["sums"]
+    counts = {name: sums[name] if name == "squared_norm" else round(sums[name]) for name in _COUNTS if name in sums}
+    settings: dict[str, Any] = {}
+    states: dict[str, Any] = {}
+    for message in reports:
+        settings.update(message.fields["metrics"])
+        states.update(message.fields["metric_states"])
+    tensors = {}
+    for name, state in states.items():
+        for key, (shape, dtype) in state["shapes"].items():
+            values = [sums[f"state {name} {key} {index}"] for index in range(math.prod(shape))]
+            value = torch.tensor(values, dtype=torch.float64).reshape(shape)
+            kind = getattr(torch, dtype)
+            tensors[f"{name}/{key}/0"] = value.to(kind) if kind.is_floating_point else value.round().to(kind)
+    joined = {
+        **first.fields,
+        **counts,
+        "metrics": {key: _reveal_entry(key, entry, sums) for key, entry in settings.items()},
+        "metric_states": {
+            name: {"count": round(sums[f"state {name}"]), "lengths": dict.fromkeys(state["shapes"])}
+            for name, state in states.items()
+        },
+    }
+    empty: dict[str, Any] = {"metrics": {}, "metric_states": {}}
+    return [Message(joined, tensors), *(Message({**message.fields, **empty}, {}) for message in others)]
+
+
+def _hide_entry(key: str, entry: dict[str, Any], sums: dict[str, float]) -> dict[str, Any]:
+    if entry["reduction"] not in ("mean", "sum"):
+        raise MisconfigurationException(
+            f"{entry['name']!r} is logged with reduce_fx={entry['reduction']!r}, which a secure sum can't give: each "
+            "rank would learn the others' values. Log a mean or a sum, or leave it out."
+        )
+    value = float(entry["value"])
+    is_finite = math.isfinite(value)
+    sums[f"metric {key} value"] = value if is_finite else 0.0
+    sums[f"metric {key} not finite"] = float(not is_finite)
+    sums[f"metric {key} weight"] = float(entry["weight"])
+    return {**entry, "value": 0.0, "weight": 0.0}
+
+
+def _reveal_entry(key: str, entry: dict[str, Any], sums: dict[str, float]) -> dict[str, Any]:
+    value = math.nan if round(sums[f"metric {key} not finite"]) else sums[f"metric {key} value"]
+    return {**entry, "value": value, "weight": sums[f"metric {key} weight"]}
+
+
+def _hide_state(name: str, state: dict[str, Any], report: Message, sums: dict[str, float]) -> dict[str, Any]:
+    if not state["is_sum"]:
+        raise MisconfigurationException(
+            f"The torchmetric {name!r} keeps more than sums (its predictions, a maximum, ...), which a secure sum "
+            "can't give. Take its binned form (thresholds=...), or leave it out."
+        )
+    sums[f"state {name}"] = float(state["count"])
+    shapes = {}
+    for key in state["lengths"]:
+        tensor = report.tensors[f"{name}/{key}/0"]
+        shapes[key] = list(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+        for index, value in enumerate(tensor.double().reshape(-1).tolist()):
+            sums[f"state {name} {key} {index}"] = value
+    return {"shapes": shapes}

@@ -1,0 +1,117 @@
+"""What one rank does in a round, worked out before it begins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from lightning_fl.clients import Draws, LocalWork, Participation, Population, RoundPlan, count_batches
+from lightning_fl.communication import Group, Message
+from lightning_fl.strategies.round import FederationSettings
+from lightning_fl.strategies.together import ClientsTogether
+from lightning_fl.types import ClientId
+
+
+@dataclass(frozen=True)
+class PlannedRound:
+    """A round as one rank sees it.
+
+    Args:
+        plan: Which batch belongs to which client.
+        works: How much each client of the cohort trains.
+        dropped: Stragglers that are left out.
+        num_examples: Of each client of this rank the examples of one pass, None where that shows only in training.
+        empty: Clients of this rank without data.
+        failed: What the loaders of clients of this rank have raised.
+    """
+
+    plan: RoundPlan
+    works: Mapping[ClientId, LocalWork]
+    dropped: list[ClientId]
+    num_examples: dict[ClientId, int | None]
+    empty: list[ClientId]
+    failed: dict[ClientId, str]
+
+
+class Planner:
+    """Plans the rounds of one rank.
+
+    Args:
+        population: All clients.
+        participation: Who takes part in a round, and how much each client trains.
+        settings: What does not change from round to round.
+        group: The ranks of the federation.
+        at_home: Whether clients keep state and so must train on their home rank.
+        failure: Describes what a client's loader has raised, or raises itself.
+    """
+
+    def __init__(
+        self,
+        population: Population,
+        participation: Participation,
+        settings: FederationSettings,
+        group: Group,
+        at_home: bool,
+        failure: Callable[[ClientId, Exception], str],
+    ) -> None:
+        self.population = population
+        self.settings = settings
+        self.group = group
+        self.at_home = at_home
+        self._failure = failure
+        self.draws = Draws(participation, population, settings.seed, group)
+        self._largest: int | float | None = None
+
+    def plan(self, index: int, work: LocalWork, together: ClientsTogether | None) -> PlannedRound:
+        """The round ``index``.
+
+        Args:
+            index: Number of the round.
+            work: How much the client that trains the most trains.
+            together: Lets clients train side by side. None: each alone.
+        """
+        population = self.population
+        drawn = self.draws.cohort(index)
+        works = self.draws.works(index, drawn, work)
+        clients, loaders = [], []
+        segments: list[Sequence[int | None]] = []
+        examples: dict[ClientId, int | None] = {}
+        empty: list[ClientId] = []
+        failed: dict[ClientId, str] = {}
+        for client in population.place(list(works), self.group.size, self.at_home, works)[self.group.rank]:
+            try:
+                loader = population.loaders[client]
+                own = [phase.segments(count_batches(loader)) for phase in self.phases(works[client])]
+            except Exception as error:
+                failed[client] = self._failure(client, error)
+                continue
+            if not all(own):
+                empty.append(client)
+                continue
+            clients += [client] * len(own)
+            segments += own
+            loaders += [loader] * len(own)
+            examples[client] = population.num_examples(client, loader)
+        units = None
+        if together is not None:
+            units, segments = together.group(clients, segments, [examples[client] for client in clients], loaders)
+        plan = RoundPlan(index, list(works), clients, segments, work.accumulate, units)
+        return PlannedRound(plan, works, [client for client in drawn if client not in works], examples, empty, failed)
+
+    def phases(self, work: LocalWork) -> list[LocalWork]:
+        """A client's work, phase by phase."""
+        return [work.for_phase(phase) for phase in self.settings.algorithm.phases()]
+
+    def largest_num_batches(self, work: LocalWork) -> int | float:
+        """Batches of the client with the most in a round, rounded up to whole optimizer steps."""
+        if self._largest is None:
+            loaders = self.population.loaders
+            phases = self.phases(work)
+            all_by_steps = all(phase.steps is not None for phase in phases)
+            clients = [next(iter(loaders))] if all_by_steps else loaders  # here all do the most
+            steps = [phase.num_steps(count_batches(loaders[client])) for client in clients for phase in phases]
+            own = float("inf") if None in steps else float(max(step for step in steps if step is not None))
+            told = self.group.all_gather(Message({"steps": own}), "estimated steps")
+            largest = max(float(message.fields["steps"]) for message in told)
+            self._largest = largest if largest == float("inf") else max(int(largest), 1) * work.accumulate
+        return self._largest

@@ -1,0 +1,174 @@
+"""Clients that train side by side in Lightning's loop: one batch of the loop is a batch of each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lightning_fl.clients.loaders import Loader
+from lightning_fl.engines import Vectorized, VectorizedEngine
+from lightning_fl.engines.stacking import NotStackable, num_bytes, part, signature, stack
+from lightning_fl.strategies import lightning_results as logged
+from lightning_fl.strategies.capture import Capture, NotVectorizable
+from lightning_fl.strategies.vectorizing import check_same_step, loader_kind
+from lightning_fl.types import ClientId
+
+__all__ = ["ClientsTogether", "NotStackable", "NotVectorizable", "StackedBatch"]
+
+
+class StackedBatch:
+    """The batches of several clients, stacked; Lightning moves it to a device as one."""
+
+    def __init__(self, content: Any) -> None:
+        self.content = content
+
+    def to(self, device: torch.device, **kwargs: Any) -> StackedBatch:
+        """The batch on ``device``."""
+        return StackedBatch(
+            pytree.tree_map(lambda leaf: leaf.to(device, **kwargs) if isinstance(leaf, Tensor) else leaf, self.content)
+        )
+
+
+class ClientsTogether:
+    """Groups a rank's clients into units, and runs the steps of a unit.
+
+    Args:
+        trainer: The Trainer.
+        engine: Trains the units.
+        settings: How many clients train together.
+        is_asked_for: Whether the user has asked for it, so that what stands against it is an error, and random
+            numbers in a step may be others than a client alone would draw.
+    """
+
+    def __init__(
+        self, trainer: L.Trainer, engine: VectorizedEngine, settings: Vectorized, is_asked_for: bool = False
+    ) -> None:
+        self.trainer = trainer
+        self.engine = engine
+        self.settings = settings
+        self.is_asked_for = is_asked_for
+        self.capture = Capture(trainer.lightning_module)
+        self.unit: Sequence[ClientId] = ()
+        self.batch_size = 0
+        self._is_checked = False
+        self._randomness = "error"
+
+    @property
+    def max_clients(self) -> int:
+        """The most clients that train together."""
+        return self.settings.clients_per_step or self.engine.max_clients(self.settings.stacked_bytes)
+
+    def group(
+        self,
+        clients: Sequence[ClientId],
+        segments: Sequence[Sequence[int | None]],
+        examples: Sequence[int | None],
+        loaders: Sequence[Loader],
+    ) -> tuple[list[list[ClientId]], list[Sequence[int | None]]]:
+        """Puts clients with equally much work together; returns the units and their segments."""
+        fullest: dict[Any, list[ClientId]] = {}
+        units: list[list[ClientId]] = []
+        own: list[Sequence[int | None]] = []
+        for client, lengths, num_examples, loader in zip(clients, segments, examples, loaders, strict=True):
+            kind = loader_kind(loader)
+            key = (kind, num_examples, tuple(lengths))
+            is_known = kind is not None and num_examples is not None and None not in lengths
+            if is_known and key in fullest and len(fullest[key]) < self.max_clients:
+                fullest[key].append(client)
+                continue
+            units.append([client])
+            own.append(lengths)
+            if is_known:
+                fullest[key] = units[-1]
+        return units, own
+
+    def split(self, unit: Sequence[ClientId], passes: Mapping[ClientId, list[Any]]) -> list[list[ClientId]]:
+        """Divides a unit into clients whose batches can be stacked.
+
+        Args:
+            unit: The clients.
+            passes: The batches of those whose loader did not fail.
+        """
+        groups: dict[Any, list[ClientId]] = {}
+        for client in filter(passes.__contains__, unit):
+            groups.setdefault(tuple(map(signature, passes[client])), []).append(client)
+        return list(groups.values())
+
+    def affordable(self, batches: list[Any]) -> int:
+        """How many clients with batches like these may be in memory at once."""
+        return max(1, self.settings.batch_bytes // max(1, sum(map(num_bytes, batches))))
+
+    def stacked(self, passes: Sequence[list[Any]]) -> list[StackedBatch]:
+        """The clients' batches side by side.
+
+        Raises:
+            NotStackable: If they differ in number or shape.
+        """
+        if any(len(batches) != len(passes[0]) for batches in passes):
+            raise NotStackable("they differ in their number of batches")
+        return [StackedBatch(stack(batches, share=False)[0]) for batches in zip(*passes, strict=True)]
+
+    def start(self, unit: Sequence[ClientId], batch: StackedBatch) -> None:
+        """The clients of a unit have been loaded into the engine; ``batch`` is their first.
+
+        Raises:
+            NotVectorizable: If one step of the unit would not do what a step of each client does; says why. It is
+                checked at the first unit.
+        """
+        self.unit = unit
+        self.losses: Any = 0.0
+        self.num_examples = 0
+        self.capture.forget()
+        if not self._is_checked:
+            strategy = self.trainer.strategy
+            content = strategy.batch_to_device(batch).content
+            with strategy.precision_plugin.train_step_context():
+                args = logged.step_arguments(self.trainer.lightning_module, 0)
+                self._randomness = check_same_step(self.engine, self.capture, content, args, self.is_asked_for)
+            self._is_checked = True
+
+    def refuse(self, reason: str) -> None:
+        """Clients can't train together.
+
+        Raises:
+            MisconfigurationException: If the user has asked for it.
+        """
+        self.unit = ()
+        if self.is_asked_for:
+            raise MisconfigurationException(
+                f"engine='vectorized' can't train several clients in one step: {reason}. Change that, or let each "
+                "client train alone with engine='sequential' ('auto' chooses)."
+            )
+
+    def training_step(self, batch: StackedBatch, *args: Any) -> Tensor:
+        """The step of all clients; returns the sum of their losses, so that each gets its own gradient."""
+        losses, tensors = self.engine.step(self.capture, batch.content, *args, randomness=self._randomness)
+        self.batch_size = logged.count_examples(part(batch.content, 0))
+        self.losses = self.losses + losses.detach().double() * self.batch_size
+        self.num_examples += self.batch_size
+        self.capture.tell(tensors, len(self.unit), self.batch_size)
+        return losses.sum()
+
+    def clip_norms(self, optimizer: torch.optim.Optimizer, max_norm: float) -> bool:
+        """Clips each client's gradients by their norm; tells whether several clients train at the moment."""
+        if self.unit:
+            self.engine.clip_norms(optimizer, max_norm)
+        return bool(self.unit)
+
+    def finish(self) -> list[float]:
+        """The unit's last step is done; returns the clients' mean losses."""
+        losses: list[float] = (self.losses / max(self.num_examples, 1)).tolist()
+        self.unit = ()
+        return losses
+
+    def only(self, taken: Sequence[bool]) -> Mapping[str, Mapping[str, Any]]:
+        """Tells the torchmetrics of those clients whose updates were taken in, and returns what they have logged."""
+        accepted = torch.tensor(taken).nonzero().flatten()
+        self.capture.update_metrics(accepted)
+        return self.capture.entries(accepted)

@@ -1,0 +1,229 @@
+"""When several clients may train in one step: what is refused, and how it is checked."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import BatchSampler, DataLoader
+from torchmetrics import Metric
+
+from lightning_fl.clients import count_examples
+from lightning_fl.clients.loaders import Loader
+from lightning_fl.engines import VectorizedEngine
+from lightning_fl.engines.stacking import part, signature
+from lightning_fl.strategies.callback import has_hooks
+from lightning_fl.strategies.capture import Capture, NotVectorizable
+from lightning_fl.types import Phase
+
+ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop")
+"""Optimizers of ``torch.optim`` that treat each element alone, so that they step stacked parameters as single ones."""
+TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+BATCH_HOOKS = (
+    *TRANSFER_HOOKS,
+    "on_train_batch_start",
+    "on_train_batch_end",
+    "backward",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_zero_grad",
+    "on_before_optimizer_step",
+    "optimizer_step",
+    "optimizer_zero_grad",
+    "configure_gradient_clipping",
+    "lr_scheduler_step",
+)
+"""Hooks that would see a batch, gradients or parameters of several clients where they expect those of one."""
+
+
+def loader_kind(loader: Loader) -> Any:
+    """What the batches of a loader look like, as far as it shows without reading it; None if it does not."""
+    if isinstance(loader, DataLoader):
+        sampler: Any = loader.batch_sampler
+        if type(sampler) is not BatchSampler:
+            return None
+        return count_examples(loader), sampler.batch_size, sampler.drop_last
+    if isinstance(loader, Sequence) and len(loader):
+        return len(loader), signature(loader[0]), signature(loader[-1])
+    return None
+
+
+def why_not(trainer: L.Trainer, module: L.LightningModule, strategy: Any) -> str | None:
+    """Why this fit's clients can't train in one step; None if nothing is known against it."""
+    optimizers, algorithm = strategy.optimizers, strategy.algorithm
+    names = [type(optimizer).__name__ for optimizer in optimizers]
+    if not module.automatic_optimization:
+        return "the module optimizes by hand (automatic_optimization=False)"
+    if not all(_is_elementwise(optimizer) for optimizer in optimizers):
+        return f"{', '.join(names)} is not known to treat each element of a parameter alone"
+    if any(group.get("fused") for optimizer in optimizers for group in optimizer.param_groups):
+        return f"{names[0]}(fused=True) counts its steps on the device"
+    if strategy.client_optimizer == "keep":
+        return "client_optimizer='keep' gives each client its own number of steps"
+    if algorithm.probe is not None or algorithm.phases() != (Phase(),):
+        return f"{type(algorithm).__name__} looks at each client's data by itself"
+    if trainer.precision == "16-mixed":
+        return "precision='16-mixed' skips a step when one client's gradients overflow"
+    hooks = [name for name in BATCH_HOOKS if has_hooks(trainer, name)]
+    for hook in hooks + _transfer_hooks(getattr(trainer, "datamodule", None)):
+        return f"the hook {hook} would see several clients at once"
+    for hook in _client_hooks(trainer):
+        return f"{hook} looks at each client by itself"
+    return None
+
+
+def _client_hooks(trainer: L.Trainer) -> list[str]:
+    names = ("on_client_start", "on_client_end")
+    found = [getattr(c, name, None) for c in trainer.callbacks for name in names]  # type: ignore[attr-defined]
+    own = [getattr(hook, "__qualname__", "a hook") for hook in found if hook is not None]
+    return [name for name in own if not name.startswith("FederatedCallback.")]
+
+
+def _is_elementwise(optimizer: Optimizer) -> bool:
+    kind = type(optimizer)
+    return kind.__module__.startswith("torch.optim.") and kind.__name__ in ELEMENTWISE
+
+
+def _transfer_hooks(datamodule: Any) -> list[str]:
+    base = L.LightningDataModule
+    return [
+        name for name in TRANSFER_HOOKS if datamodule and getattr(type(datamodule), name) is not getattr(base, name)
+    ]
+
+
+def why_slower(module: nn.Module, max_clients: int) -> str | None:
+    """Why training clients in one step would not be faster; None if it should be."""
+    convolutions = (nn.modules.conv._ConvNd, nn.RNNBase)
+    if next(module.parameters()).device.type == "cpu" and any(isinstance(m, convolutions) for m in module.modules()):
+        return "convolutions and recurrent layers of several clients are no faster together on a CPU"
+    if max_clients < 4:
+        return "the model is so large that its own arithmetic takes most of the time"
+    return None
+
+
+def check_same_step(
+    engine: VectorizedEngine, capture: Capture, batch: Any, args: tuple[Any, ...], allows_random: bool
+) -> str:
+    """Compares one step of several clients with the same step of two of them alone; leaves nothing changed.
+
+    Returns:
+        What ``torch.func.vmap`` is to do about random numbers: ``"error"``, or ``"different"`` if the step draws some
+        and that is allowed.
+
+    Raises:
+        NotVectorizable: If the step can't run under ``vmap``, gives other losses or gradients, or changes more than
+            it returns.
+    """
+    try:
+        _check(engine, capture, batch, args, "error")
+    except NotVectorizable as error:
+        if not allows_random or "random operation" not in str(error):
+            raise
+        rank_zero_warn(
+            "training_step draws random numbers (dropout, say). Clients that train together draw others than alone: "
+            "the results are equal in distribution, not in value. engine='sequential' draws each client's own."
+        )
+        _check(engine, capture, batch, args, "different")
+        return "different"
+    return "error"
+
+
+def _check(engine: VectorizedEngine, capture: Capture, batch: Any, args: tuple[Any, ...], randomness: str) -> None:
+    module = capture.module
+    before, buffers, outside = _attributes(module), engine.copy_buffers(), _outside(engine, module)
+    try:
+        with torch.enable_grad():
+            losses, _ = engine.step(capture, batch, *args, randomness=randomness)
+            if losses.dim() != 1:
+                raise NotVectorizable(f"training_step returned a loss of shape {tuple(losses.shape[1:])}, not a number")
+            grads = engine.gradients(losses.sum())
+        changed = _changed(before, _attributes(module))
+        if changed:
+            raise NotVectorizable(f"training_step changes self.{changed}, which would hold values of several clients")
+        written = [name for name, tensor, version in outside if tensor._version != version]
+        if written:
+            raise NotVectorizable(f"training_step writes to {written[0]}, which all clients share")
+        engine.put_buffers(buffers)
+        if randomness == "error":
+            with torch.enable_grad():
+                _compare(engine, capture, batch, args, losses.detach(), grads)
+    except NotVectorizable:
+        raise
+    except Exception as error:
+        raise NotVectorizable(_first_line(error)) from error
+    finally:
+        _put_back(module, before)
+        engine.put_buffers(buffers)
+        capture.forget()
+
+
+def _compare(
+    engine: VectorizedEngine, capture: Capture, batch: Any, args: tuple[Any, ...], losses: Tensor, grads: Any
+) -> None:
+    for client in (0, len(losses) - 1):
+        loss, own = engine.step_alone(capture, client, part(batch, client), *args)
+        if not torch.allclose(losses[client], loss, rtol=1e-3, atol=1e-5, equal_nan=True):
+            raise NotVectorizable(f"the loss of a client together is {losses[client]:g}, alone {loss:g}")
+        tiny = 1e-4 * max(float(grad.abs().max()) for grad in own.values()) + 1e-7
+        for name, grad in own.items():
+            if not torch.allclose(grads[name][client], grad, rtol=1e-2, atol=tiny, equal_nan=True):
+                raise NotVectorizable(f"the gradient of {name} together differs from that of a client alone")
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+
+
+def _attributes(module: nn.Module) -> dict[tuple[str, str], tuple[Any, Any]]:
+    """By submodule and attribute, each Python value and a shallow copy of it if it is a container."""
+    skip = {"_parameters", "_buffers", "_modules", "_trainer", "_current_fx_name", "_metric_attributes"}
+    return {
+        (path, name): (value, copy.copy(value) if isinstance(value, list | dict | set) else None)
+        for path, owner in module.named_modules()
+        if not isinstance(owner, Metric)
+        for name, value in vars(owner).items()
+        if name not in skip
+    }
+
+
+def _changed(before: dict[Any, Any], after: dict[Any, Any]) -> str | None:
+    for key in [*before, *after]:
+        old, new = before.get(key), after.get(key)
+        is_same = old is not None and new is not None and old[0] is new[0] and _same_items(old[1], new[1])
+        if not is_same:
+            return ".".join(filter(None, key))
+    return None
+
+
+def _same_items(old: Any, new: Any) -> bool:
+    if not isinstance(old, list | dict | set):
+        return True
+    if len(old) != len(new):
+        return False
+    pairs = zip(old.values(), new.values(), strict=True) if isinstance(old, dict) else zip(old, new, strict=True)
+    return all(a is b for a, b in pairs)
+
+
+def _put_back(module: nn.Module, before: dict[tuple[str, str], tuple[Any, Any]]) -> None:
+    owners = dict(module.named_modules())
+    for path, name in set(_attributes(module)) - set(before):
+        object.__delattr__(owners[path], name)
+    for (path, name), (value, items) in before.items():
+        object.__setattr__(owners[path], name, value)
+        if isinstance(value, list):
+            value[:] = items
+        elif isinstance(value, dict | set):
+            value.clear()
+            value.update(items)
+
+
+def _outside(engine: VectorizedEngine, module: nn.Module) -> list[tuple[str, Tensor, int]]:
+    stacked = engine.stacked_names
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return [(name, tensor, tensor._version) for name, tensor in tensors.items() if name not in stacked]

@@ -1,0 +1,83 @@
+"""What loggers are told besides Lightning's metrics: settings, the partition, metrics against the round."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+
+from lightning_fl.tracking import plots
+from lightning_fl.tracking.partition import PartitionSummary
+from lightning_fl.tracking.run import as_number
+from lightning_fl.tracking.silo_logger import SiloWandbLogger
+
+MAX_TABLE_ROWS = 1000
+
+
+def _writing(trainer: L.Trainer) -> list[Any]:
+    """The loggers that write on this rank."""
+    return [one for one in trainer.loggers if trainer.is_global_zero or isinstance(one, SiloWandbLogger)]
+
+
+def log_settings(trainer: L.Trainer, settings: Mapping[str, str]) -> None:
+    """Adds the strategy's settings to the hyper-parameters of each logger, under ``fl/``."""
+    for logger in _writing(trainer):
+        logger.log_hyperparams({f"fl/{name}": as_number(value) for name, value in settings.items()})
+        if isinstance(logger, TensorBoardLogger):
+            rows = [[name, str(value)] for name, value in settings.items()]
+            logger.experiment.add_text("fl/settings", markdown_table(["setting", "value"], rows))
+
+
+def log_partition(trainer: L.Trainer, summary: PartitionSummary) -> None:
+    """Gives TensorBoard and W&B who has what: a table, and a picture if matplotlib is installed."""
+    columns = ["client", "examples", *summary.labels]
+    rows = [
+        [str(client), size, *(summary.counts[row] if len(summary.counts) else ())]
+        for row, (client, size) in enumerate(zip(summary.ids, summary.sizes, strict=True))
+    ]
+    log_table(trainer, "fl/partition_table", columns, rows)
+    for logger in _writing(trainer):
+        if plots.is_available() and isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_figure("fl/partition", plots.partition_figure(summary), 0)
+        elif plots.is_available() and isinstance(logger, WandbLogger):
+            from PIL import Image
+
+            picture = Image.open(io.BytesIO(plots.as_png(plots.partition_figure(summary))))
+            logger.log_image("fl/partition", [picture])
+
+
+def log_table(trainer: L.Trainer, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Gives TensorBoard and W&B a table, of at most 1,000 rows."""
+    rows = rows[:MAX_TABLE_ROWS]
+    for logger in _writing(trainer):
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_text(name, markdown_table(columns, rows), trainer.current_epoch)
+        elif isinstance(logger, WandbLogger):
+            logger.log_table(name, columns=list(columns), data=[list(row) for row in rows])
+
+
+def log_by_round(trainer: L.Trainer, round: int, metrics: Mapping[str, float]) -> None:
+    """Gives TensorBoard and W&B a round's metrics once more, with the round as x-axis; rounds count from 1."""
+    for logger in _writing(trainer):
+        if isinstance(logger, TensorBoardLogger):
+            for name, value in metrics.items():
+                logger.experiment.add_scalar(f"round/{name}", value, round + 1)
+        elif isinstance(logger, WandbLogger):
+            logger.experiment.define_metric("round/*", step_metric="round/number")
+            logger.experiment.log({"round/number": round + 1, **{f"round/{key}": metrics[key] for key in metrics}})
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table as Markdown."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def log_own_silo(trainer: L.Trainer, row: Mapping[str, Any]) -> None:
+    """Gives this silo's own figures to the loggers of which each silo has one, under ``silo/``."""
+    for logger in _writing(trainer):
+        if isinstance(logger, SiloWandbLogger):
+            logger.log_metrics({f"silo/{name}": value for name, value in row.items() if isinstance(value, float)})

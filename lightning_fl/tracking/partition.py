@@ -1,0 +1,197 @@
+"""Who has what: the clients' sizes and labels, and one number for how much they differ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from torch.utils.data import ConcatDataset, Subset, TensorDataset
+
+from lightning_fl.clients import Population
+from lightning_fl.clients.targets import targets
+from lightning_fl.communication import Group, Message
+
+NUM_BINS = 10
+MAX_CLASSES = 200
+
+
+@dataclass(frozen=True)
+class PartitionSummary:
+    r"""The clients' sizes and labels.
+
+    Args:
+        num_clients: All clients, of which this summary may show fewer.
+        ids: The clients shown.
+        sizes: For each of them, examples in one pass over its data; None if that shows only in training.
+        labels: Names of the classes, or of ten equally frequent ranges of a numeric target; empty if unknown.
+        counts: For each client shown, its examples of each label; empty if unknown.
+    """
+
+    num_clients: int
+    ids: Sequence[int | str]
+    sizes: Sequence[int | None]
+    labels: Sequence[str] = ()
+    counts: Sequence[Sequence[int]] = ()
+
+    @property
+    def label_skew(self) -> float | None:
+        r"""How much the clients' labels differ: 0 if all have the same mix, towards 1 if none share a label.
+
+        The mean total variation distance of the clients' label shares :math:`p_i` from those of all clients together,
+        weighted by size: :math:`\sum_i \frac{n_i}{n} \frac{1}{2} \lVert p_i - p \rVert_1`.
+        """
+        return _label_skew(np.asarray(self.counts, dtype=float)) if len(self.counts) else None
+
+    @property
+    def label_skew_if_iid(self) -> float | None:
+        """What :attr:`label_skew` would be by chance, were the examples dealt out at random in the same sizes."""
+        if not len(self.counts):
+            return None
+        counts = np.asarray(self.counts)
+        total = counts.sum()
+        if not total:
+            return None
+        rng = np.random.default_rng(0)
+        draws = [rng.multinomial(size, counts.sum(axis=0) / total) for size in counts.sum(axis=1)]
+        return _label_skew(np.asarray(draws, dtype=float))
+
+    @property
+    def known_sizes(self) -> list[int]:
+        """The sizes that are known before training."""
+        return [size for size in self.sizes if size is not None]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The summary as JSON can hold it."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> PartitionSummary:
+        """The summary that :meth:`as_dict` gave."""
+        return cls(**{name: fields[name] for name in ("num_clients", "ids", "sizes", "labels", "counts")})
+
+
+def _label_skew(counts: np.ndarray) -> float | None:
+    sizes = counts.sum(axis=1)
+    if not sizes.sum():
+        return None
+    shares = counts[sizes > 0] / sizes[sizes > 0, None]
+    pooled = counts.sum(axis=0) / sizes.sum()
+    distances = 0.5 * np.abs(shares - pooled).sum(axis=1)
+    return float((distances * sizes[sizes > 0]).sum() / sizes.sum())
+
+
+def summarise(
+    population: Population, group: Group, max_clients: int = 1000, read_samples: bool = False, share_labels: bool = True
+) -> PartitionSummary:
+    """Looks at the clients' data without training; every rank calls it.
+
+    Labels are taken where a data set keeps them (``targets``, ``labels``, the last tensor of a ``TensorDataset``).
+
+    Args:
+        population: The clients.
+        group: The ranks of the federation. Silos each look at their own data and tell the others.
+        max_clients: Clients to look at; of more, evenly spaced ones are taken.
+        read_samples: Whether data sets that do not keep their labels are read sample by sample.
+        share_labels: Whether silos tell each other how many examples of each label they have.
+    """
+    ids = list(population.ids) if len(population) <= max_clients else _spread(population.ids, max_clients)
+    if population.silos is None:
+        found = _look(population, ids, read_samples)
+        return _join(len(population), [found])
+    own = _look(population, list(population.loaders), read_samples and share_labels)
+    values = own["values"] if share_labels and own["kind"] == "classes" else {}
+    told = group.all_gather(Message({**own, "values": values}), "partition")
+    return _join(len(population), [message.fields for message in told])
+
+
+def _spread(ids: Sequence[Any], count: int) -> list[Any]:
+    return [ids[position] for position in np.linspace(0, len(ids) - 1, count).astype(int)]
+
+
+def _look(population: Population, ids: Sequence[Any], read_samples: bool) -> dict[str, Any]:
+    """What is known of clients, as JSON can hold it; ``values`` maps a label to each client's count of it."""
+    sizes: list[int | None] = []
+    labels: list[np.ndarray | None] = []
+    cache: dict[int, tuple[Any, np.ndarray | None]] = {}
+    for client in ids:
+        loader = population.loaders[client]
+        sizes.append(population.num_examples(client, loader))
+        dataset = getattr(loader, "dataset", None)
+        labels.append(None if dataset is None else _labels(dataset, cache, read_samples))
+    kind, values = _count(labels)
+    return {"ids": list(ids), "sizes": sizes, "kind": kind, "values": values}
+
+
+def _labels(dataset: Any, cache: dict[int, tuple[Any, np.ndarray | None]], read_samples: bool) -> np.ndarray | None:
+    if isinstance(dataset, Subset):
+        whole = _labels(dataset.dataset, cache, read_samples)
+        return None if whole is None else whole[np.asarray(dataset.indices, dtype=np.int64)]
+    if isinstance(dataset, ConcatDataset):
+        parts = [_labels(part, cache, read_samples) for part in dataset.datasets]
+        known = [part for part in parts if part is not None]
+        return np.concatenate(known) if known and len(known) == len(parts) else None
+    if id(dataset) not in cache:
+        cache[id(dataset)] = dataset, _stored(dataset, read_samples)
+    return cache[id(dataset)][1]
+
+
+def _stored(dataset: Any, read_samples: bool) -> np.ndarray | None:
+    values = dataset.tensors[-1] if isinstance(dataset, TensorDataset) and len(dataset.tensors) > 1 else None
+    for name in ("targets", "labels"):
+        if values is None and hasattr(getattr(dataset, name, None), "__len__"):
+            values = getattr(dataset, name)
+    if values is None and read_samples:
+        try:
+            return targets(dataset)
+        except ValueError:
+            return None
+    try:
+        array = np.asarray(values)
+        fits = array.dtype.kind in "iubf" and array.ndim in (1, 2) and len(array) == len(dataset)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    return array if fits else None
+
+
+def _count(labels: Sequence[np.ndarray | None]) -> tuple[str, dict[str, list[int]]]:
+    known = [part for part in labels if part is not None and part.size]
+    shapes = {(part.ndim, part.shape[1:]) for part in known}
+    if not known or any(part is None for part in labels) or len(shapes) != 1:
+        return "unknown", {}
+    parts = [part if part is not None and part.size else known[0][:0] for part in labels]
+    if known[0].ndim == 2:
+        is_multi_label = all(np.isin(part, (0, 1)).all() for part in known)
+        counts = np.stack([part.sum(axis=0) for part in parts]).astype(int)
+        return ("classes", _by_label(range(counts.shape[1]), counts)) if is_multi_label else ("unknown", {})
+    classes = np.unique(np.concatenate(known))
+    if classes.dtype.kind == "f" or len(classes) > MAX_CLASSES:
+        edges = np.unique(np.nanquantile(np.concatenate(known), np.linspace(0, 1, NUM_BINS + 1)))
+        if len(edges) < 2:
+            return "unknown", {}
+        names = [f"{low:.3g} to {high:.3g}" for low, high in pairwise(edges)]
+        return "ranges", _by_label(names, np.stack([np.histogram(part, edges)[0] for part in parts]))
+    counts = np.stack([np.bincount(np.searchsorted(classes, part), minlength=len(classes)) for part in parts])
+    return "classes", _by_label(classes.tolist(), counts)
+
+
+def _by_label(names: Sequence[Any], counts: np.ndarray) -> dict[str, list[int]]:
+    return {str(name): column.tolist() for name, column in zip(names, counts.T, strict=True)}
+
+
+def _join(num_clients: int, found: Sequence[Mapping[str, Any]]) -> PartitionSummary:
+    ids = [client for fields in found for client in fields["ids"]]
+    sizes = [size for fields in found for size in fields["sizes"]]
+    if not all(fields["values"] for fields in found):
+        return PartitionSummary(num_clients, ids, sizes)
+    names = list(dict.fromkeys(name for fields in found for name in fields["values"]))
+    if all(name.lstrip("-").isdigit() for name in names):
+        names.sort(key=int)
+    counts = [
+        [fields["values"].get(name, [0] * len(fields["ids"]))[row] for name in names]
+        for fields in found
+        for row in range(len(fields["ids"]))
+    ]
+    return PartitionSummary(num_clients, ids, sizes, names, counts)

@@ -1,0 +1,224 @@
+"""Pictures of a federation: who has what, curves over the rounds, what each client did in each round."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lightning_fl.tracking.partition import PartitionSummary
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]
+"""By label: rounds and values."""
+MAX_LABELLED_CLIENTS = 40
+MAX_LEGEND = 12
+GREY = "#5f6b7a"
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of a size in inches, without touching pyplot's global state.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('Pictures need matplotlib: pip install "lightning-fl[tracking]"') from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def is_available() -> bool:
+    """Whether matplotlib is installed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def as_png(figure: Figure, dpi: int = 120) -> bytes:
+    """The figure as a PNG file."""
+    return _saved(figure, "png", dpi)
+
+
+def as_svg(figure: Figure) -> bytes:
+    """The figure as an SVG file with its text as outlines, so that it looks alike everywhere."""
+    return _saved(figure, "svg", 120)
+
+
+def _saved(figure: Figure, kind: str, dpi: int) -> bytes:
+    file = io.BytesIO()
+    metadata = {"Date": None} if kind == "svg" else None
+    figure.savefig(file, format=kind, dpi=dpi, metadata=metadata)
+    return file.getvalue()
+
+
+def partition_figure(summary: PartitionSummary) -> Figure:
+    """A bar for each client, as long as it has examples and in the colours of its labels."""
+    num_shown = len(summary.ids)
+    with_labels = len(summary.counts) > 0
+    figure = new_figure(8, min(2.2 + 0.26 * num_shown, 9) if num_shown <= MAX_LABELLED_CLIENTS else 4.5)
+    axes = _axes(figure)
+    if num_shown > MAX_LABELLED_CLIENTS:
+        _many_clients(axes, summary)
+    else:
+        _few_clients(axes, summary)
+    if with_labels:
+        columns = math.ceil(min(len(summary.labels), 20) / 20)
+        axes.legend(
+            title="label", fontsize=8, title_fontsize=8, frameon=False, ncols=columns, loc="center left",
+            bbox_to_anchor=(1, 0.5), reverse=num_shown > MAX_LABELLED_CLIENTS,
+        )  # fmt: skip
+    axes.set_title(_partition_title(summary), fontsize=10, loc="left")
+    return figure
+
+
+def _partition_title(summary: PartitionSummary) -> str:
+    shown = f"{len(summary.ids):,} of " if len(summary.ids) < summary.num_clients else ""
+    skew = "" if summary.label_skew is None else f", label skew {summary.label_skew:.2f}"
+    iid = "" if summary.label_skew_if_iid is None else f" (by chance {summary.label_skew_if_iid:.2f})"
+    return f"{shown}{summary.num_clients:,} clients{skew}{iid}"
+
+
+def _layers(summary: PartitionSummary, order: Sequence[int]) -> list[tuple[str | None, np.ndarray, Any]]:
+    """Label, examples of it by client, colour; one layer of the sizes if no labels are known."""
+    if not len(summary.counts):
+        return [(None, np.asarray([summary.sizes[row] or 0 for row in order]), "#4c78a8")]
+    counts = np.asarray(summary.counts)[list(order)]
+    colours = label_colours(len(summary.labels))
+    return [
+        (name if column < 20 else None, counts[:, column], colours[column])
+        for column, name in enumerate(summary.labels)
+    ]
+
+
+def _few_clients(axes: Axes, summary: PartitionSummary) -> None:
+    rows = np.arange(len(summary.ids))
+    left = np.zeros(len(rows))
+    for name, values, colour in _layers(summary, rows.tolist()):
+        axes.barh(rows, values, left=left, color=colour, label=name, height=0.8, edgecolor="white", linewidth=0.4)
+        left += values
+    axes.set_yticks(rows, [str(client) for client in summary.ids], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_ylabel("client", fontsize=9)
+    axes.set_xlabel("examples", fontsize=9)
+
+
+def _many_clients(axes: Axes, summary: PartitionSummary) -> None:
+    order = np.argsort([-(size or 0) for size in summary.sizes], kind="stable").tolist()
+    rows = np.arange(len(order))
+    bottom = np.zeros(len(rows))
+    for name, values, colour in _layers(summary, order):
+        axes.bar(rows, values, bottom=bottom, color=colour, label=name, width=1.0, linewidth=0)
+        bottom += values
+    axes.set_xlim(-0.5, len(rows) - 0.5)
+    axes.set_xlabel("clients, the largest first", fontsize=9)
+    axes.set_ylabel("examples", fontsize=9)
+
+
+def label_colours(count: int) -> list[Any]:
+    """Distinct colours of up to 20 labels, a gradient for more."""
+    from matplotlib import colormaps
+
+    if count <= 10:
+        return [colormaps["tab10"](index) for index in range(count)]
+    if count <= 20:
+        return [colormaps["tab20"](index) for index in range(count)]
+    return [colormaps["turbo"](value) for value in np.linspace(0.03, 0.97, count)]
+
+
+def curves_figure(curves: Curves, ylabel: str, width: float = 6.4, height: float = 3.4) -> Figure:
+    """Lines over the rounds; a point where there is only one."""
+    figure = new_figure(width, height)
+    draw_curves(_axes(figure), curves, ylabel)
+    return figure
+
+
+def draw_curves(axes: Axes, curves: Curves, ylabel: str) -> None:
+    """Draws lines over the rounds."""
+    for label, (rounds, values) in curves.items():
+        axes.plot(rounds, values, label=label, linewidth=1.8, marker="o" if len(rounds) < 3 else None)
+    axes.set_xlabel("round", fontsize=9)
+    axes.set_ylabel(ylabel, fontsize=9)
+    axes.grid(visible=True, color="#e3e7ec", linewidth=0.8)
+    _count_rounds(axes)
+    if 1 < len(curves) <= MAX_LEGEND:
+        axes.legend(fontsize=8, frameon=False)
+
+
+def panels_figure(panels: Mapping[str, Curves], columns: int = 2) -> Figure:
+    """A panel for each y-axis label."""
+    rows = math.ceil(len(panels) / columns)
+    figure = new_figure(5.2 * min(columns, len(panels)), 3.1 * rows)
+    for index, (ylabel, curves) in enumerate(panels.items()):
+        draw_curves(_axes(figure, rows, min(columns, len(panels)), index + 1), curves, ylabel)
+    return figure
+
+
+def phases_figure(rounds: Sequence[float], seconds: Mapping[str, Sequence[float]]) -> Figure:
+    """What each round's time went to, stacked."""
+    figure = new_figure(6.4, 3.0)
+    axes = _axes(figure)
+    axes.stackplot(rounds, list(seconds.values()), labels=list(seconds), alpha=0.9, step="mid")
+    axes.set_xlim(min(rounds) - 0.5, max(rounds) + 0.5)
+    axes.set_xlabel("round", fontsize=9)
+    axes.set_ylabel("seconds", fontsize=9)
+    _count_rounds(axes)
+    axes.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def heat_map_figure(rows: Iterable[Mapping[str, Any]], value: str, label: str) -> Figure:
+    """A cell for each client and round; white where a client took no part, a cross where its update was refused."""
+    rows = list(rows)
+    clients = sorted({row["client"] for row in rows}, key=lambda client: (isinstance(client, str), client))
+    rounds = sorted({row["round"] for row in rows})
+    column = {number: index for index, number in enumerate(rounds)}
+    line = {client: index for index, client in enumerate(clients)}
+    grid = np.full((len(clients), len(rounds)), np.nan)
+    for row in rows:
+        found = row.get(value)
+        grid[line[row["client"]], column[row["round"]]] = math.nan if found is None else found
+    figure = new_figure(6.4, min(1.6 + 0.22 * len(clients), 7))
+    axes = _axes(figure)
+    extent = (0.5, len(rounds) + 0.5, len(clients) - 0.5, -0.5)
+    finite = grid[np.isfinite(grid)]
+    top = np.quantile(finite, 0.99) if finite.size else 1.0
+    image = axes.imshow(grid, aspect="auto", cmap="viridis", interpolation="nearest", extent=extent, vmax=top)
+    refused = [row for row in rows if row.get("refused")]
+    if refused:
+        places = [(column[row["round"]] + 1, line[row["client"]]) for row in refused]
+        across, down = zip(*places, strict=True)
+        axes.scatter(across, down, marker="x", color="#d62728", s=24, label="refused")
+        axes.legend(fontsize=8, loc="upper right")
+    figure.colorbar(image, ax=axes, label=label, extend="max" if finite.size and finite.max() > top else "neither")
+    if len(clients) <= MAX_LABELLED_CLIENTS:
+        axes.set_yticks(range(len(clients)), [str(client) for client in clients], fontsize=8)
+    axes.set_ylabel("client", fontsize=9)
+    axes.set_xlabel("round", fontsize=9)
+    _count_rounds(axes)
+    return figure
+
+
+def _count_rounds(axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _axes(figure: Figure, rows: int = 1, columns: int = 1, index: int = 1) -> Axes:
+    axes = figure.add_subplot(rows, columns, index)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color("#c3cad2")
+    axes.tick_params(colors=GREY, labelsize=8)
+    return axes

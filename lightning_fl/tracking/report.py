@@ -1,0 +1,302 @@
+"""One self-contained HTML page about a run."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_fl.tracking import plots
+from lightning_fl.tracking.metrics import best_metric, is_higher_better
+from lightning_fl.tracking.run import Run, write_file
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MAX_PANELS = 8
+PHASES = {"train": "local training", "wait": "waiting for ranks", "communicate": "summing", "server": "server update"}
+
+STYLE = """
+:root { color-scheme: light; --ink: #1c2430; --soft: #5f6b7a; --line: #e3e7ec; --accent: #1f5fbf; }
+* { box-sizing: border-box; }
+body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: var(--ink); background: #f5f7f9;
+  margin: 0; }
+main { max-width: 1120px; margin: 0 auto; padding: 28px 20px 60px; }
+h1 { font-size: 26px; margin: 0 0 2px; overflow-wrap: anywhere; }
+h2 { font-size: 18px; margin: 0 0 10px; }
+.lead { color: var(--soft); margin: 0 0 20px; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin-bottom: 18px; }
+.card, section { background: #fff; border: 1px solid var(--line); border-radius: 8px; padding: 14px 16px; }
+.card b { display: block; font-size: 22px; font-weight: 600; overflow-wrap: anywhere; }
+.card span { color: var(--soft); font-size: 13px; }
+section { margin-bottom: 18px; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(440px, 1fr)); gap: 14px; }
+figure { margin: 0; }
+figcaption { color: var(--soft); font-size: 13px; }
+img { max-width: 100%; height: auto; display: block; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 13.5px; width: 100%; }
+th, td { text-align: left; padding: 4px 12px 4px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { color: var(--soft); font-weight: 500; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
+pre { background: #f5f7f9; border: 1px solid var(--line); border-radius: 6px; padding: 10px 12px; overflow-x: auto;
+  font-size: 13px; margin: 0 0 10px; }
+summary { cursor: pointer; color: var(--accent); }
+.bad { color: #b3261e; }
+@media (max-width: 520px) { .figures { grid-template-columns: 1fr; } }
+@media print { body { background: #fff; } section { break-inside: avoid; } }
+"""
+
+
+def write_report(run: Run, path: Path) -> None:
+    """Writes the page.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        ValueError: If the run has not finished a round.
+    """
+    write_file(path, render(run))
+
+
+def render(run: Run) -> str:
+    """The page as text."""
+    if not run.rounds:
+        raise ValueError(f"{run.path} has no finished round to report on. Its status: {run.facts.get('status', '?')}.")
+    sections = [
+        _section("Metrics of the global model", _curves(run)),
+        _section("Clients, round by round", _clients(run)),
+        _section("Who has what", _partition(run)),
+        _section("Updates, time and traffic", _costs(run)),
+        _section("Left out", _left_out(run)),
+        _section("Settings", _settings(run)),
+        _section("Do it again", _again(run)),
+    ]
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(run.name)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
+        f"{_head(run)}\n{''.join(sections)}</main>\n</body>\n</html>\n"
+    )
+
+
+def _section(title: str, content: str) -> str:
+    return f"<section>\n<h2>{title}</h2>\n{content}\n</section>\n" if content else ""
+
+
+def _head(run: Run) -> str:
+    status = str(run.facts.get("status", "?"))
+    mark = ' class="bad"' if status.startswith("failed") else ""
+    lead = (
+        f"{escape(run.algorithm)}, {escape(_clients_in_words(run))}. "
+        f"Started {escape(str(run.facts.get('started', '?')))}, <span{mark}>{escape(status)}</span>."
+    )
+    cards = [(f"{len(run.rounds):,}", "rounds")]
+    if run.metric_names:
+        name = best_metric([run])
+        rounds, values = run.metric(name)
+        choose = max if is_higher_better(name) else min
+        finite = [(value, number) for number, value in zip(rounds, values, strict=True) if value == value]
+        cards.append((_number(values[-1]), f"{name} in the last round"))
+        if finite:
+            best, number = choose(finite, key=lambda pair: pair[0])
+            cards.append((_number(best), f"{'highest' if choose is max else 'lowest'} {name}, round {number}"))
+    if run.seconds is not None:
+        cards.append((_duration(run.seconds), "training and validation"))
+    steps, sent = run.total("num_steps"), run.total("num_bytes")
+    if steps is not None:
+        cards.append((f"{steps:,.0f}", "local steps, all clients"))
+    if sent:
+        cards.append((_bytes(sent), "sent by this rank"))
+    boxes = "".join(f'<div class="card"><b>{escape(big)}</b><span>{escape(small)}</span></div>' for big, small in cards)
+    return f'<h1>{escape(run.name)}</h1>\n<p class="lead">{lead}</p>\n<div class="cards">{boxes}</div>'
+
+
+def _clients_in_words(run: Run) -> str:
+    if "num_clients" not in run.settings:
+        return "no clients: a centralised run"
+    kind = "silos" if run.settings.get("clients") == "silos" else "simulated clients"
+    return f"{run.settings['num_clients']} {kind}"
+
+
+def _curves(run: Run) -> str:
+    """A panel for each kind of metric: train_loss and val_loss share one."""
+    kinds: dict[str, dict[str, Any]] = {}
+    for name in run.metric_names:
+        kind = name.split("_", 1)[1] if name.startswith(("train_", "val_", "test_")) else name
+        kinds.setdefault(kind, {})[name] = run.metric(name)
+    shown = list(kinds.items())[:MAX_PANELS]
+    figures = [_image(plots.curves_figure(curves, kind), f"{', '.join(curves)} by round") for kind, curves in shown]
+    more = len(kinds) - len(shown)
+    note = f"<p>{more} more metrics are in rounds.jsonl.</p>" if more else ""
+    return _figures(figures) + note if figures else "<p>The module logged no metric.</p>"
+
+
+def _clients(run: Run) -> str:
+    if not run.clients:
+        if "algorithm" not in run.settings:
+            return ""
+        return "<p>Add the callback <code>fl.callbacks.ClientMetrics()</code> to see loss and drift of each client.</p>"
+    captions = {
+        "loss": "training loss: a row that stays bright is a client whom the model does not serve",
+        "drift": "how far local training moved the model: rows much brighter than others pull it to themselves",
+    }
+    figures = [
+        _image(plots.heat_map_figure(run.clients, name, name), caption)
+        for name, caption in captions.items()
+        if any(row.get(name) is not None for row in run.clients)
+    ]
+    return _figures(figures) + _worst_clients(run)
+
+
+def _worst_clients(run: Run) -> str:
+    last: dict[Any, dict[str, Any]] = {row["client"]: row for row in run.clients}
+    known = [row for row in last.values() if row.get("loss") is not None]
+    worst = sorted(known, key=lambda row: row["loss"], reverse=True)[:10]
+    if not worst:
+        return ""
+    hidden = {"refused", "weight", *(["rank"] if len({row.get("rank") for row in known}) == 1 else [])}
+    columns = [name for name in worst[0] if name not in hidden]
+    rows = [[row["round"] + 1 if name == "round" else row.get(name) for name in columns] for row in worst]
+    names = [name.removeprefix("num_") for name in columns]
+    return "<h3>Highest loss in a client's last round</h3>" + _table(names, rows)
+
+
+def _partition(run: Run) -> str:
+    summary = run.partition
+    if summary is None or not summary.known_sizes:
+        return ""
+    sizes = summary.known_sizes
+    words = f"{summary.num_clients:,} clients with {min(sizes):,} to {max(sizes):,} examples"
+    if len(summary.ids) < summary.num_clients:
+        words += f" (of {len(summary.ids):,} looked at)"
+    if summary.label_skew is not None and summary.label_skew_if_iid is not None:
+        words += (
+            f". Label skew {summary.label_skew:.2f}: 0 if all had the same mix of labels, 1 if none had one in common; "
+            f"dealt out at random it would be {summary.label_skew_if_iid:.2f}"
+        )
+    columns = ["client", "examples", *summary.labels]
+    rows = [
+        [client, summary.sizes[row], *(summary.counts[row] if len(summary.counts) else ())]
+        for row, client in enumerate(summary.ids)
+    ]
+    table = f"<details><summary>as a table</summary>{_table(columns, rows)}</details>"
+    return f"<p>{words}.</p>{_image(plots.partition_figure(summary), 'examples by client and label')}{table}"
+
+
+def _costs(run: Run) -> str:
+    rows = [row for row in run.rounds if "seconds" in row]
+    if not rows:
+        return ""
+    rounds = [row["round"] + 1 for row in rows]
+    figures = []
+    norms = {"norm of the mean update": [row.get("update_norm") for row in rows]}
+    spread = {"spread of the updates": [row.get("update_spread") for row in rows]}
+    for curves, caption in (
+        (norms, "how far the global model moved; it should fall as training settles"),
+        (spread, "0: all clients pull the same way, near 1: they cancel out"),
+    ):
+        drawn = {name: (rounds, [float("nan") if v is None else v for v in values]) for name, values in curves.items()}
+        figures.append(_image(plots.curves_figure(drawn, next(iter(drawn)), height=2.8), caption))
+    phases = {label: [row["seconds"].get(name) or 0.0 for row in rows] for name, label in PHASES.items()}
+    figures.append(_image(plots.phases_figure(rounds, phases), "where the time of each round went, without validation"))
+    totals = {label: sum(values) for label, values in phases.items()}
+    everything = run.seconds or sum(totals.values())
+    totals["validation, saving, logging"] = max(0.0, everything - sum(totals.values()))
+    table = _table(
+        ["phase", "seconds", "share"],
+        [[label, f"{value:.2f}", f"{value / everything:.0%}"] for label, value in totals.items()],
+    )
+    sent = run.total("num_bytes") or 0
+    words = (
+        f"This rank handed {_bytes(sent)} to the others, {_bytes(sent / len(rows))} a round."
+        if sent
+        else "One process simulated all clients, so nothing was sent."
+    )
+    return f"{_figures(figures)}<p>{words}</p>{table}"
+
+
+def _left_out(run: Run) -> str:
+    reasons = {"refused": "update with NaN or Inf", "failed": "its loader raised an error", "empty": "no data"}
+    rows = [
+        [row["round"] + 1, reasons[key], ", ".join(map(str, row[key][:20])) + (", ..." if len(row[key]) > 20 else "")]
+        for row in run.rounds
+        for key in reasons
+        if row.get(key)
+    ]
+    more = f"<p>and {len(rows) - 50} more</p>" if len(rows) > 50 else ""
+    return _table(["round", "why", "clients"], rows[:50]) + more if rows else ""
+
+
+def _settings(run: Run) -> str:
+    rows = [[name.replace("_", " "), value] for name, value in run.settings.items()]
+    versions = ", ".join(f"{name} {version}" for name, version in dict(run.facts.get("versions", {})).items())
+    if versions:
+        rows.append(["versions", versions])
+    config = run.path / "config.yaml"
+    text = config.read_text() if config.is_file() else ""
+    details = f"<details><summary>config.yaml</summary><pre>{escape(text)}</pre></details>" if text else ""
+    return _table(["setting", "value"], rows) + details
+
+
+def _again(run: Run) -> str:
+    commands = f"cd {run.facts.get('directory', '.')}\n{run.facts.get('command', '?')}"
+    words = ""
+    if (run.path / "config.yaml").is_file():
+        words = "<p>The folder's config.yaml holds every setting, also those that the command line changed.</p>"
+    checkpoint = run.facts.get("checkpoint")
+    kept = f"<p>Best checkpoint: <code>{escape(str(checkpoint))}</code></p>" if checkpoint else ""
+    return f"<pre>{escape(commands)}</pre>{words}{kept}"
+
+
+def _figures(figures: Iterable[str]) -> str:
+    return f'<div class="figures">{"".join(figures)}</div>'
+
+
+def _image(figure: Figure, caption: str) -> str:
+    data = base64.b64encode(plots.as_svg(figure)).decode()
+    text = escape(caption)
+    return (
+        f'<figure><img alt="{text}" src="data:image/svg+xml;base64,{data}"><figcaption>{text}</figcaption></figure>\n'
+    )
+
+
+def _table(columns: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
+    by_column = [[row[index] for row in rows] for index in range(len(columns))]
+    numeric = [all(cell is None or isinstance(cell, int | float) for cell in cells) for cells in by_column]
+    head = _line("th", map(str, columns), numeric)
+    body = "\n".join(_line("td", map(_cell, row), numeric) for row in rows)
+    return f'<div class="wide"><table><thead>{head}</thead><tbody>\n{body}\n</tbody></table></div>'
+
+
+def _line(tag: str, cells: Iterable[str], numeric: Sequence[bool]) -> str:
+    kinds = (' class="number"' if is_number else "" for is_number in numeric)
+    joined = "".join(f"<{tag}{kind}>{escape(cell)}</{tag}>" for cell, kind in zip(cells, kinds, strict=True))
+    return f"<tr>{joined}</tr>"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return _number(value) if isinstance(value, float) else str(value)
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            break
+        count /= 1000
+    return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"

@@ -1,0 +1,197 @@
+"""A run's folder: the files that a run leaves for ``lightning-fl report`` and ``compare``, and how they are read."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lightning_fl.tracking.partition import PartitionSummary
+
+RUN_FILE = "run.json"
+ROUNDS_FILE = "rounds.jsonl"
+CLIENTS_STEM = "clients"
+"""``clients.parquet``, ``clients.csv`` without pyarrow, and ``clients.jsonl`` while the run goes on."""
+
+Row = dict[str, Any]
+
+
+def to_json(value: Any) -> str:
+    """JSON on one line, with null for numbers that are NaN or infinite."""
+    return json.dumps(_plain(value), allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return value if value is None or isinstance(value, str | bool | int) else str(value)
+
+
+def write_file(path: Path, text: str) -> None:
+    """Writes a file as a whole: a reader sees the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text(text)
+    unfinished.replace(path)
+
+
+def append_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Adds rows to a file of JSON lines."""
+    with path.open("a") as file:
+        file.writelines(to_json(row) + "\n" for row in rows)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file of JSON lines; a last line that was cut off is left out.
+
+    Raises:
+        ValueError: If a line before the last is not a JSON object.
+    """
+    rows = []
+    lines = path.read_text().splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError(f"a {type(row).__name__}, expected an object")
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}, line {number}, is damaged: {error}") from error
+        rows.append(row)
+    return rows
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as read from its folder.
+
+    Args:
+        path: The folder.
+        facts: What ``run.json`` says: settings, versions, the command line, how the run ended.
+        rounds: One row for each round, with its global metrics under ``"metrics"``.
+        clients: One row for each client and round, if the run had :class:`~lightning_fl.callbacks.ClientMetrics`.
+    """
+
+    path: Path
+    facts: Mapping[str, Any]
+    rounds: list[Row]
+    clients: list[Row] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, path: str | Path) -> Run:
+        """Reads a run's folder; of a folder that holds several runs, the one last started.
+
+        Raises:
+            ValueError: If there is no run in it, or a file is damaged.
+        """
+        folder = find_run(Path(path))
+        try:
+            facts = json.loads((folder / RUN_FILE).read_text())
+            if not isinstance(facts, dict):
+                raise ValueError(f"found a {type(facts).__name__}, expected an object")
+        except ValueError as error:
+            raise ValueError(f"{folder / RUN_FILE} is damaged: {error}") from error
+        rounds = read_rows(folder / ROUNDS_FILE) if (folder / ROUNDS_FILE).exists() else []
+        return cls(folder, facts, rounds, read_clients(folder))
+
+    @property
+    def name(self) -> str:
+        """The last two parts of the folder's path, such as ``digits_fedavg/version_0``."""
+        return "/".join(self.path.resolve().parts[-2:])
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """The strategy's and the Trainer's settings, as text."""
+        return dict(self.facts.get("settings", {}))
+
+    @property
+    def algorithm(self) -> str:
+        """The algorithm with its hyper-parameters, or the strategy's name if the run was not federated."""
+        return self.settings.get("algorithm", self.settings.get("strategy", "?"))
+
+    @property
+    def partition(self) -> PartitionSummary | None:
+        """Who had what, if it was looked at."""
+        fields = self.facts.get("partition")
+        return None if fields is None else PartitionSummary.from_dict(fields)
+
+    @cached_property
+    def metric_names(self) -> list[str]:
+        """Names of all global metrics, in the order in which they first came."""
+        return list(dict.fromkeys(name for row in self.rounds for name in row.get("metrics", {})))
+
+    def metric(self, name: str) -> tuple[list[int], list[float]]:
+        """The rounds, counted from 1, and a metric's values in them; NaN where it was no finite number."""
+        rows = [row for row in self.rounds if name in row.get("metrics", {})]
+        values = [row["metrics"][name] for row in rows]
+        return [row["round"] + 1 for row in rows], [math.nan if value is None else value for value in values]
+
+    def total(self, name: str) -> float | None:
+        """The sum of a figure over the rounds, such as ``num_bytes``; None if the rows don't have it."""
+        values = [row[name] for row in self.rounds if row.get(name) is not None]
+        return sum(values) if values else None
+
+    @property
+    def seconds(self) -> float | None:
+        """Seconds from the start of training to the end of the last round, validation included."""
+        return self.rounds[-1].get("time") if self.rounds else None
+
+
+def find_run(path: Path) -> Path:
+    """The folder of a run: ``path`` itself, or the one below it that was started last.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if (path / RUN_FILE).is_file():
+        return path
+    below = sorted(path.glob(f"**/{RUN_FILE}"), key=lambda file: file.stat().st_mtime) if path.is_dir() else []
+    if not below:
+        found = "is a folder without" if path.is_dir() else "is no folder, so there is no"
+        raise ValueError(
+            f"{path} {found} {RUN_FILE}. Give the folder of a run, such as logs/NAME/version_0; `lightning-fl fit` "
+            "writes one unless the Trainer has no logger, a script with the callback fl.callbacks.RunRecord()."
+        )
+    return below[-1].parent
+
+
+def read_clients(folder: Path) -> list[Row]:
+    """The rows of :class:`~lightning_fl.callbacks.ClientMetrics`, from whichever file there is."""
+    parquet, table, lines = (folder / f"{CLIENTS_STEM}.{suffix}" for suffix in ("parquet", "csv", "jsonl"))
+    if lines.exists():
+        return read_rows(lines)
+    if parquet.exists():
+        try:
+            import pyarrow.parquet
+        except ImportError as error:
+            raise ValueError(f'{parquet} needs pyarrow to be read: pip install "lightning-fl[tracking]"') from error
+        return pyarrow.parquet.read_table(parquet).to_pylist()
+    if table.exists():
+        with table.open(newline="") as file:
+            return [{key: as_number(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    return []
+
+
+def as_number(text: str) -> Any:
+    """The number, truth value or nothing that a text stands for, else the text itself."""
+    if text in ("", "True", "False"):
+        return {"": None, "True": True, "False": False}[text]
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        return text

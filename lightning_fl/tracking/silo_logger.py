@@ -1,0 +1,68 @@
+"""Weights & Biases with a run for each silo."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+
+class SiloWandbLogger(WandbLogger):
+    """W&B with one run per silo, all in one group; Lightning's own logger has one run for the federation, on rank 0.
+
+    Each run has the global metrics and, with :class:`~lightning_fl.callbacks.ClientMetrics`, the silo's own loss,
+    seconds and drift under ``silo/``.
+
+    Args:
+        group: The federation's name, the same for all silos.
+        name: The silo's name. None: ``silo-RANK``.
+        kwargs: See :class:`lightning.pytorch.loggers.WandbLogger`.
+    """
+
+    def __init__(self, group: str, name: str | None = None, **kwargs: Any) -> None:
+        super().__init__(name=name or f"silo-{os.environ.get('RANK', '0')}", group=group, **kwargs)
+
+    @property
+    def experiment(self) -> Any:
+        """This silo's run."""
+        with _on_every_rank():
+            return super().experiment
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        with _on_every_rank():
+            super().log_metrics(metrics, step)
+
+    def log_hyperparams(self, params: Any) -> None:
+        with _on_every_rank():
+            super().log_hyperparams(params)
+
+    def log_table(self, *args: Any, **kwargs: Any) -> None:
+        with _on_every_rank():
+            super().log_table(*args, **kwargs)
+
+    def log_image(self, *args: Any, **kwargs: Any) -> None:
+        with _on_every_rank():
+            super().log_image(*args, **kwargs)
+
+    def finalize(self, status: str) -> None:
+        with _on_every_rank():
+            super().finalize(status)
+
+
+@contextmanager
+def _on_every_rank() -> Iterator[None]:
+    """Inside the block Lightning's functions for rank 0 run on this rank."""
+    functions: tuple[Any, ...] = (rank_zero_only, fabric_rank_zero_only)
+    before = [getattr(function, "rank", 0) for function in functions]
+    for function in functions:
+        function.rank = 0
+    try:
+        yield
+    finally:
+        for function, rank in zip(functions, before, strict=True):
+            function.rank = rank

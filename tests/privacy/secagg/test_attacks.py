@@ -1,0 +1,373 @@
+"""An adversarial coordinator speaks the real messages to unmodified clients; each attack ends in the client."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lightning_fl.privacy.secagg import ProtocolError, RetryRefused, SecureAggregationError
+from lightning_fl.privacy.secagg.bonawitz_client import BonawitzClient
+from lightning_fl.privacy.secagg.journal import Journal
+from lightning_fl.privacy.secagg.messages import Advert, Roster, Shares, Signatures, Survivors, Terms, Unmasking
+from lightning_fl.privacy.secagg.participant import Participant
+from lightning_fl.privacy.secagg.primitives import AgreementKey, SigningKey
+from tests.helpers.secagg import VECTOR, Federation, identities, terms
+
+
+def assert_ended(client: BonawitzClient, call: Callable[[], bytes], message: str) -> None:
+    """The call is refused, and the client has forgotten its secrets and answers nothing more."""
+    with pytest.raises(SecureAggregationError, match=message):
+        call()
+    assert client.next_stage is None
+    for again in (lambda: client.agree(Survivors([1, 2, 3]).encode()), lambda: client.unmask(Signatures({}).encode())):
+        with pytest.raises(ProtocolError, match="answer no more"):
+            again()
+
+
+def test_an_honest_coordinator_gets_the_sum() -> None:
+    federation = Federation()
+    signatures = federation.signatures()
+    answers = [client.unmask(signatures) for client in federation.clients.values()]
+    words, survivors = federation.server.finish(answers)
+    assert survivors == [1, 2, 3, 4]
+    assert torch.equal(words, torch.stack(list(federation.inputs.values())).sum(0, dtype=torch.int32))
+
+
+# ---- before it starts: terms
+
+
+@pytest.mark.parametrize(("num_clients", "threshold"), [(2, 2), (1, 1), (4, 2), (5, 3), (9, 6), (4, 1)])
+def test_a_threshold_or_round_that_is_too_small(num_clients: int, threshold: int) -> None:
+    with pytest.raises(SecureAggregationError, match="could tell single updates"):
+        BonawitzClient(1, SigningKey(), terms(num_clients, threshold), None, Journal())
+
+
+# ---- the list of participants
+
+
+def rosters(federation: Federation) -> dict[int, Advert]:
+    return {number: Advert.decode(advert) for number, advert in federation.advertise().items()}
+
+
+def assert_roster_refused(federation: Federation, adverts: dict[int, Advert], message: str) -> None:
+    client = federation.clients[1]
+    assert_ended(client, lambda: client.share(Roster(adverts).encode()), message)
+
+
+def signed(federation: Federation, number: int, identity: SigningKey | None = None, **changes: object) -> Advert:
+    """What participant ``number`` would have signed with other keys, for another sum, or as somebody else."""
+    agreed = replace(federation.agreed, **changes)  # type: ignore[type-var, arg-type]
+    own = Participant(number, identity or federation.keys[number], agreed, None, AgreementKey(), AgreementKey())
+    return own.advert()
+
+
+@pytest.mark.parametrize("key", ["mask_key", "channel_key", "identity"])
+def test_a_swapped_key(key: str) -> None:
+    federation = Federation()
+    adverts = rosters(federation)
+    adverts[2] = replace(adverts[2], **{key: AgreementKey().public})
+    assert_roster_refused(federation, adverts, "signature of participant 2|trusted")
+
+
+@pytest.mark.parametrize("key", ["mask_key", "channel_key", "identity"])
+def test_a_key_of_the_client_itself_in_the_name_of_another(key: str) -> None:
+    federation = Federation()
+    adverts = rosters(federation)
+    adverts[2] = replace(adverts[2], **{key: getattr(adverts[1], key)})
+    assert_roster_refused(federation, adverts, "signature of participant 2")
+
+
+@pytest.mark.parametrize("key", ["mask_key", "channel_key"])
+def test_one_key_for_two_participants_who_conspire(key: str) -> None:
+    federation = Federation()
+    adverts = rosters(federation)
+    copied = replace(adverts[3], **{key: getattr(adverts[2], key)})
+    adverts[3] = replace(copied, signature=federation.keys[3].sign(copied.signed))
+    assert_roster_refused(federation, adverts, "same key")
+
+
+def test_one_identity_twice() -> None:
+    federation = Federation()
+    adverts = rosters(federation)
+    adverts[3] = signed(federation, 3, federation.keys[2])
+    assert_roster_refused(federation, adverts, "same key")
+
+
+def test_an_identity_that_nobody_knows() -> None:
+    federation = Federation()
+    adverts = rosters(federation)
+    adverts[4] = signed(federation, 4, SigningKey())
+    assert_roster_refused(federation, adverts, "not among the trusted identities")
+
+
+def test_an_unsigned_participant() -> None:
+    federation = Federation()
+    adverts = rosters(federation)
+    adverts[4] = replace(adverts[4], signature=bytes(64))
+    assert_roster_refused(federation, adverts, "signature of participant 4")
+
+
+def test_a_number_beyond_the_round() -> None:
+    federation = Federation()
+    adverts = rosters(federation)
+    adverts[5] = signed(federation, 5, SigningKey())
+    assert_roster_refused(federation, adverts, "no participant 5")
+
+
+def test_a_key_of_low_order() -> None:
+    federation = Federation()
+    adverts = rosters(federation)
+    bad = replace(adverts[2], channel_key=bytes(32))
+    adverts[2] = replace(bad, signature=federation.keys[2].sign(bad.signed))
+    assert_roster_refused(federation, adverts, "low order")
+
+
+def test_a_mask_key_of_low_order() -> None:
+    """Client 2 conspires: all else in its messages is in order."""
+    federation = Federation()
+    federation.clients[2]._own.participant.mask_key.public = bytes(32)
+    client, bundle = federation.clients[1], federation.bundles()[1]
+    assert_ended(client, lambda: client.send(bundle, federation.inputs[1], VECTOR), "low order")
+
+
+@pytest.mark.parametrize("who", [[1, 2], [1]])
+def test_a_list_below_the_threshold(who: list[int]) -> None:
+    federation = Federation()
+    adverts = rosters(federation)
+    assert_roster_refused(federation, {number: adverts[number] for number in who}, "a secure sum needs 3")
+
+
+@pytest.mark.parametrize("own", ["missing", "of another session"])
+def test_a_list_without_the_client(own: str) -> None:
+    federation = Federation()
+    adverts = rosters(federation)
+    del adverts[1]
+    if own != "missing":
+        adverts[1] = signed(federation, 1)
+    assert_roster_refused(federation, adverts, "lacks number 1")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": b"other" + bytes(27)}, "another global model"),
+        ({"settings": bytes(32)}, "other settings"),
+        ({"session": bytes(32)}, "another session"),
+        ({"round": 3}, "another round"),
+        ({"attempt": 7}, "another attempt"),
+        ({"num_clients": 5}, "another num_clients"),
+        ({"threshold": 4}, "another threshold"),
+    ],
+)
+def test_terms_that_differ(change: dict[str, object], message: str) -> None:
+    """A model of its own for each client, and messages replayed from another round, attempt or session."""
+    federation = Federation()
+    adverts = rosters(federation)
+    adverts[2] = signed(federation, 2, **change)
+    assert_roster_refused(federation, adverts, message)
+
+
+def test_another_list_for_each_client() -> None:
+    """The honest keys of client 4 for some and a second advert that it has signed for others: nothing fits together."""
+    federation = Federation()
+    adverts = rosters(federation)
+    other = {**adverts, 4: signed(federation, 4)}
+    shares = {number: Shares.decode(federation.clients[number].share(Roster(adverts).encode())) for number in (1, 3)}
+    shares[2] = Shares.decode(federation.clients[2].share(Roster(other).encode()))
+    client = federation.clients[1]
+    bundle = Shares(1, {2: shares[2].sealed[1], 3: shares[3].sealed[1]})
+    assert_ended(client, lambda: client.send(bundle.encode(), federation.inputs[1], VECTOR), "changed on its way")
+
+
+# ---- shares
+
+
+def assert_bundle_refused(federation: Federation, bundle: bytes, message: str) -> None:
+    client, words = federation.clients[1], federation.inputs[1].clone()
+    assert_ended(client, lambda: client.send(bundle, words, VECTOR), message)
+    assert torch.equal(words, federation.inputs[1])
+
+
+def test_a_flipped_bit_in_a_share() -> None:
+    federation = Federation()
+    bundle = Shares.decode(federation.bundles()[1])
+    flipped = bytearray(bundle.sealed[2])
+    flipped[5] ^= 1
+    assert_bundle_refused(federation, Shares(1, {**bundle.sealed, 2: bytes(flipped)}).encode(), "changed on its way")
+
+
+def test_a_truncated_share() -> None:
+    federation = Federation()
+    assert_bundle_refused(federation, federation.bundles()[1][:-1], "bytes")
+
+
+def test_a_share_for_somebody_else() -> None:
+    federation = Federation()
+    bundles = {number: Shares.decode(bundle) for number, bundle in federation.bundles().items()}
+    wrong = {**bundles[1].sealed, 2: bundles[3].sealed[2]}
+    assert_bundle_refused(federation, Shares(1, wrong).encode(), "meant for somebody else")
+
+
+def test_the_shares_of_one_in_the_name_of_another() -> None:
+    federation = Federation()
+    bundle = Shares.decode(federation.bundles()[1])
+    wrong = {**bundle.sealed, 2: bundle.sealed[3], 3: bundle.sealed[2]}
+    assert_bundle_refused(federation, Shares(1, wrong).encode(), "changed on its way")
+
+
+def test_a_bundle_of_somebody_else() -> None:
+    federation = Federation()
+    assert_bundle_refused(federation, federation.bundles()[2], "not for this client")
+
+
+def test_shares_of_a_stranger() -> None:
+    federation = Federation()
+    bundle = Shares.decode(federation.bundles()[1])
+    assert_bundle_refused(federation, Shares(1, {**bundle.sealed, 9: bundle.sealed[2]}).encode(), "not in the round")
+
+
+def test_too_few_have_shared() -> None:
+    federation = Federation()
+    bundle = Shares.decode(federation.bundles()[1])
+    assert_bundle_refused(
+        federation, Shares(1, {2: bundle.sealed[2]}).encode(), "2 clients have shared .* 3 are needed"
+    )
+
+
+def test_replayed_shares_of_an_earlier_session() -> None:
+    old, federation = Federation(), Federation()
+    federation.bundles()
+    assert_bundle_refused(federation, old.bundles()[1], "changed on its way")
+
+
+# ---- survivors
+
+
+@pytest.mark.parametrize(
+    ("survivors", "message"),
+    [
+        ([2, 3, 4], "lacks this client"),
+        ([1, 2, 3, 4, 5], "shared no secrets"),
+        ([1, 2], "2 clients have arrived, 3 are needed"),
+        ([1], "3 are needed"),
+    ],
+)
+def test_lists_of_survivors_that_can_not_be(survivors: list[int], message: str) -> None:
+    federation = Federation()
+    federation.send()
+    client = federation.clients[1]
+    assert_ended(client, lambda: client.agree(Survivors(survivors).encode()), message)
+
+
+def test_a_second_list_of_survivors() -> None:
+    """To have the victim among the survivors and among those who left, the coordinator asks twice."""
+    federation = Federation()
+    federation.agree()
+    client = federation.clients[1]
+    assert_ended(client, lambda: client.agree(Survivors([1, 2, 3]).encode()), "asked to agree, but would unmask")
+
+
+def test_other_survivors_for_each_client() -> None:
+    """Clients 1 and 2 are told that 4 has left, clients 3 and 4 that it stays: no list finds enough signatures."""
+    federation = Federation()
+    federation.send()
+    lists = {1: [1, 2, 3], 2: [1, 2, 3], 3: [1, 2, 3, 4], 4: [1, 2, 3, 4]}
+    signatures: dict[int, bytes] = {}
+    for number, survivors in lists.items():
+        signatures |= Signatures.decode(federation.clients[number].agree(Survivors(survivors).encode())).by_number
+    some = {1: [1, 2, 3], 3: [1, 3, 4]}
+    for number, signers in some.items():
+        client = federation.clients[number]
+        request = Signatures({signer: signatures[signer] for signer in signers}).encode()
+        assert_ended(client, lambda client=client, request=request: client.unmask(request), "signature of participant")
+
+
+def test_too_few_signatures() -> None:
+    federation = Federation()
+    signatures = Signatures.decode(federation.signatures()).by_number
+    client = federation.clients[1]
+    request = Signatures({number: signatures[number] for number in (1, 2)}).encode()
+    assert_ended(client, lambda: client.unmask(request), "2 clients have signed .* 3 of them are needed")
+
+
+def test_signatures_of_one_in_the_name_of_others() -> None:
+    federation = Federation()
+    signatures = Signatures.decode(federation.signatures()).by_number
+    client = federation.clients[1]
+    request = Signatures(dict.fromkeys((1, 2, 3), signatures[1])).encode()
+    assert_ended(client, lambda: client.unmask(request), "signature of participant 2")
+
+
+def test_signatures_of_clients_that_have_left() -> None:
+    federation = Federation()
+    signatures = Signatures.decode(federation.signatures([1, 2, 3])).by_number
+    client = federation.clients[1]
+    request = Signatures({**signatures, 4: signatures[3]}).encode()
+    assert_ended(client, lambda: client.unmask(request), "4 clients have signed")
+
+
+def test_replayed_signatures_of_an_earlier_session() -> None:
+    old, federation = Federation(), Federation()
+    federation.agree()
+    client = federation.clients[1]
+    assert_ended(client, lambda: client.unmask(old.signatures()), "signature of participant")
+
+
+def test_a_client_never_gives_both_secrets_of_one() -> None:
+    federation = Federation()
+    signatures = federation.signatures([1, 2, 3])
+    for number in (1, 2, 3):
+        answer = Unmasking.decode(federation.clients[number].unmask(signatures))
+        assert set(answer.own_masks) == {1, 2, 3}
+        assert set(answer.mask_keys) == {4}
+
+
+# ---- order and repetition
+
+
+def test_each_step_is_taken_once_and_in_order() -> None:
+    federation = Federation()
+    client = federation.clients[1]
+    assert_ended(client, lambda: client.unmask(Signatures({}).encode()), "asked to unmask, but would advertise")
+    federation = Federation()
+    signatures = federation.signatures()
+    client = federation.clients[1]
+    client.unmask(signatures)
+    assert_ended(client, lambda: client.unmask(signatures), "asked to unmask, but would answer no more")
+
+
+def test_a_vector_leaves_once_even_if_the_round_is_said_to_have_failed() -> None:
+    """The coordinator drops the round and asks again, among others or the same: the client's journal refuses."""
+    keys, journal = identities(4), Journal()
+    for attempt in range(2):
+        federation = Federation()
+        federation.agreed = terms(4, attempt=attempt)
+        trusted = [key.public for key in keys.values()]
+        federation.keys = keys
+        federation.clients = {
+            number: BonawitzClient(number, key, federation.agreed, trusted, journal if number == 1 else Journal())
+            for number, key in keys.items()
+        }
+        bundles = federation.bundles()
+        client, words = federation.clients[1], federation.inputs[1].clone()
+        if attempt == 0:
+            client.send(bundles[1], words, VECTOR)
+            continue
+        with pytest.raises(RetryRefused):
+            client.send(bundles[1], words, VECTOR)
+        assert torch.equal(words, federation.inputs[1])
+
+
+def test_the_terms_are_compared_field_by_field() -> None:
+    assert {field for field in Terms.__dataclass_fields__ if field != "SIZE"} == {
+        "session",
+        "model",
+        "settings",
+        "round",
+        "attempt",
+        "num_clients",
+        "threshold",
+    }

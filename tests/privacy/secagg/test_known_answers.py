@@ -1,0 +1,217 @@
+"""Published vectors of the primitives, and frozen ones of our own wire format."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightning_fl.privacy.secagg.errors import ProtocolError
+from lightning_fl.privacy.secagg.masks import Keystream, apply_masks
+from lightning_fl.privacy.secagg.messages import (
+    Advert,
+    MaskedVector,
+    Roster,
+    Shares,
+    Signatures,
+    Survivors,
+    Terms,
+    Unmasking,
+)
+from lightning_fl.privacy.secagg.participant import Participant, context_of, mask_of
+from lightning_fl.privacy.secagg.primitives import (
+    AgreementKey,
+    SigningKey,
+    derive,
+    digest,
+    keystream,
+    library,
+    seal,
+    unseal,
+    verify,
+)
+
+h = bytes.fromhex
+
+
+def test_x25519_rfc_7748() -> None:
+    """Section 5.2, first vector, and Bob's key of section 6.1."""
+    key = AgreementKey(h("a546e36bf0527c9d3b16154b82465edd62144c0ac1fc5a18506a2244ba449ac4"))
+    secret = key.agree(h("e6db6867583030db3594c1a424b15f7c726624ec26b3353b10a903a6d0ab1c4c"))
+    assert secret == h("c3da55379de9c6908e94ea4df28d084f32eccf03491c71f754b4075577a28552")
+    bob = AgreementKey(h("5dab087e624a8a4b79e17f8b83800ee66f3bb1292618b6fd1c2f8b27ff88e0eb"))
+    assert bob.public == h("de9edb7d7b7dc1b4d35b61c2ece435373f8343c85b78674dadfc7e146f882b4f")
+
+
+@pytest.mark.parametrize("low_order", ["00" * 32, "01" + "00" * 31, "ec" + "ff" * 30 + "7f"])
+def test_x25519_refuses_points_of_low_order(low_order: str) -> None:
+    with pytest.raises(ProtocolError, match="low order"):
+        AgreementKey().agree(h(low_order))
+
+
+@pytest.mark.parametrize(
+    ("private", "public", "text", "signature"),
+    [
+        (
+            "9d61b19deffd5a60ba844af492ec2cc44449c5697b326919703bac031cae7f60",
+            "d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a",
+            "",
+            "e5564300c360ac729086e2cc806e828a84877f1eb8e5d974d873e065224901555fb8821590a33bacc61e39701cf9b46bd25bf5f0595bbe2"
+            "4655141438e7a100b",
+        ),
+        (
+            "4ccd089b28ff96da9db6c346ec114e0f5b8a319f35aba624da8cf6ed4fb8a6fb",
+            "3d4017c3e843895a92b70aa74d1b7ebc9c982ccf2ec4968cc0cd55f12af4660c",
+            "72",
+            "92a009a9f0d4cab8720e820b5f642540a2b27b5416503f8fb3762223ebdb69da085ac1e43e15996e458f3613d0f11d8c387b2eaeb4302ae"
+            "eb00d291612bb0c00",
+        ),
+    ],
+)
+def test_ed25519_rfc_8032_section_7_1(private: str, public: str, text: str, signature: str) -> None:
+    key = SigningKey(h(private))
+    assert key.public == h(public)
+    assert key.sign(h(text)) == h(signature)
+    verify(key.public, h(signature), h(text), "the RFC")
+    with pytest.raises(ProtocolError, match="signature of the RFC"):
+        verify(key.public, h(signature), h(text) + b"x", "the RFC")
+
+
+def test_hkdf_rfc_5869_a_1() -> None:
+    """The first 32 of its 42 bytes: HKDF's output of another length is a prefix."""
+    key = derive(h("0b" * 22), h("000102030405060708090a0b0c"), h("f0f1f2f3f4f5f6f7f8f9"))
+    assert key == h("3cb25f25faacd57a90434f64d0362f2a2d2d0a90cf1a5a4c5db02d56ecc4c5bf")
+
+
+def test_aes_256_ctr_sp_800_38a_f_5_5() -> None:
+    lib = library()
+    key = h("603deb1015ca71be2b73aef0857d77811f352c073b6108d72d9810a30914dff4")
+    encryptor = lib.Cipher(lib.algorithms.AES(key), lib.modes.CTR(h("f0f1f2f3f4f5f6f7f8f9fafbfcfdfeff"))).encryptor()
+    text = h(
+        "6bc1bee22e409f96e93d7e117393172aae2d8a571e03ac9c9eb76fac45af8e5130c81c46a35ce411e5fbc1191a0a52eff69f2445df4f9b17"
+        "ad2b417be66c3710"
+    )
+    assert encryptor.update(text) == h(
+        "601ec313775789a5b7a7f504bbf3d228f443e3ca4d62b59aca84e990cacaf5c52b0930daa23de94ce87017ba2d84988ddfc9c58db67aada6"
+        "13c2dd08457941a6"
+    )
+
+
+def test_our_keystream_starts_at_counter_0() -> None:
+    """The zero block under the zero key: NIST's AESAVS, AES-256."""
+    assert keystream(bytes(32)).update(bytes(16)) == h("dc95c078a2408989ad48a21492842087")
+    words = Keystream(bytes(32)).words(4).tolist()
+    assert words == torch.frombuffer(bytearray(h("dc95c078a2408989ad48a21492842087")), dtype=torch.int32).tolist()
+
+
+def test_chacha20_poly1305_rfc_8439_section_2_8_2() -> None:
+    text = (
+        b"Ladies and Gentlemen of the class of '99: If I could offer you only one tip for the future, "
+        b"sunscreen would be it."
+    )
+    cipher = library().ChaCha20Poly1305(h("808182838485868788898a8b8c8d8e8f909192939495969798999a9b9c9d9e9f"))
+    sealed = cipher.encrypt(h("070000004041424344454647"), text, h("50515253c0c1c2c3c4c5c6c7"))
+    assert sealed == h(
+        "d31a8d34648e60db7b86afbc53ef7ec2a4aded51296e08fea9e2b5a736ee62d63dbea45e8ca9671282fafb69da92728b1a71de0a9e060b29"
+        "05d6a5b67ecd3b3692ddbd7f2d778b8c9803aee328091b58fab324e4fad675945585808b4831d7bc3ff4def08e4b7a9de576d26586cec64b"
+        "61161ae10b594f09e26a7e902ecbd0600691"
+    )
+    assert unseal(bytes(32), seal(bytes(32), text, b"header"), b"header") == text
+
+
+def participants() -> tuple[list[Participant], Roster]:
+    terms = Terms(bytes(range(32)), bytes([1]) * 32, bytes([2]) * 32, 7, 1, 3, 3)
+    made = [
+        Participant(
+            number,
+            SigningKey(bytes([number]) * 32),
+            terms,
+            None,
+            AgreementKey(bytes([16 + number]) * 32),
+            AgreementKey(bytes([32 + number]) * 32),
+        )
+        for number in (1, 2, 3)
+    ]
+    return made, Roster({participant.number: participant.advert() for participant in made})
+
+
+def test_frozen_adverts_and_masks() -> None:
+    (first, *_), roster = participants()
+    assert digest(roster.adverts[1].encode()).hex() == (
+        "9f4716c31e08a19f244c3a21e2a26566149a1cd25ec034a48da55e28de20d690"
+    )
+    assert digest(roster.encode()).hex() == "555001fb94a862daaec75190d5fd40b6ddf0f430fb09bbacd955bdb4bfefd7a3"
+    context = context_of(first.terms, roster)
+    assert context.hex() == "80bdd5fedbe95d60b8393abc14d507c14cac4ddb21b26cac427110b9fa6a4abe"
+    key, sign = mask_of(first.mask_key, 1, roster.adverts[2], first.terms.session, context)
+    assert (key.hex(), sign) == ("9b7d41fdc73ee085bfc4002fb65cc556d8e1b69ce7e8fb4883aaf284e4afa766", 1)
+    words = torch.zeros(8, dtype=torch.int32)
+    apply_masks(words, [(key, sign)])
+    assert words.tolist() == [
+        -317780323,
+        -767439488,
+        1127189900,
+        -884192877,
+        -781265332,
+        -758304065,
+        -29073923,
+        -1080185633,
+    ]
+    wide = torch.zeros(2, dtype=torch.int64)
+    apply_masks(wide, [(key, sign)])
+    assert wide.tolist() == [-3296127498641797475, -3797579488943960692]
+
+
+FROZEN = {
+    "818fc8b6475f785adc56e110c13a734459f8f58aed1298d34f546dc34a577779": Shares(1, {2: bytes(range(82)), 3: bytes(82)}),
+    "81fbc88b1333a6a59f6edd950dd4e963913fd2cc93bee6200bd2f09f556601bf": MaskedVector(2, bytes(range(16))),
+    "5383e553d418198301bd50a6420bbb7b8124661bf822831063cd8f3cabff334a": Survivors([1, 3]),
+    "b43252f58b4c0d27f30b5a91eb737620612cb5c0570e2f83bab99ae7e2bbfafe": Signatures({1: bytes(range(64))}),
+    "02429c0d650263fe9497151c02f81e65fb3fd9a74d16d1e61754c83a32f9f1ec": Unmasking(
+        3, {1: bytes(range(33))}, {2: bytes(33)}
+    ),
+}
+
+
+def decode(message: object, data: bytes) -> object:
+    kind = type(message)
+    return MaskedVector.decode(data, 16) if kind is MaskedVector else kind.decode(data)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("expected", FROZEN)
+def test_frozen_messages(expected: str) -> None:
+    message = FROZEN[expected]
+    data = message.encode()  # type: ignore[attr-defined]
+    assert digest(data).hex() == expected
+    assert decode(message, data) == message
+
+
+@pytest.mark.parametrize("message", [*FROZEN.values(), participants()[1].adverts[1], participants()[1]], ids=type)
+def test_a_message_of_another_length_or_kind_is_refused(message: object) -> None:
+    data = message.encode()  # type: ignore[attr-defined]
+    for wrong in (b"", data[:-1], data + b"x", data[:4] + b"\x02" + data[5:], data[:5] + b"\x63" + data[6:]):
+        with pytest.raises(ProtocolError):
+            decode(message, wrong)
+    for cut in range(0, len(data), max(1, len(data) // 40)):
+        with pytest.raises(ProtocolError):
+            decode(message, data[:cut])
+
+
+def test_lists_have_one_encoding() -> None:
+    data = bytearray(Survivors([1, 3]).encode())
+    data[-8:] = (3).to_bytes(4, "little") + (1).to_bytes(4, "little")
+    with pytest.raises(ProtocolError, match="out of order"):
+        Survivors.decode(bytes(data))
+    data[-8:] = (1).to_bytes(4, "little") * 2
+    with pytest.raises(ProtocolError, match="twice"):
+        Survivors.decode(bytes(data))
+
+
+@pytest.mark.parametrize("field", range(0, 300, 7))
+def test_a_bit_flipped_in_an_advert_is_noticed(field: int) -> None:
+    made, roster = participants()
+    data = bytearray(roster.adverts[2].encode())
+    data[field % len(data)] ^= 1
+    with pytest.raises(ProtocolError):  # noqa: PT012
+        changed = Advert.decode(bytes(data))
+        made[0].check(Roster({**roster.adverts, changed.number: changed}), 3)
+        made[0].check(Roster.decode(Roster({1: roster.adverts[1], 2: changed, 3: roster.adverts[3]}).encode()), 3)
