@@ -9,7 +9,7 @@ help:
 	@echo "make demo      trains 10 simulated clients on handwritten digits, beside the centralised baseline"
 	@echo "make test      the quick tests"
 	@echo "make test-all  all tests"
-	@echo "make experiments  published experiments whose numbers are not in docs/experiments yet: hours"
+	@echo "make experiments  compares the recipes with their headers, then the published experiments: hours"
 	@echo "make audit     attacks on the shipped privacy, with what they prove beside what is claimed"
 	@echo "make lint      ruff and mypy"
 	@echo "make docs      builds the documentation into site/"
@@ -35,6 +35,7 @@ test-all: $(INSTALLED)
 	$(BIN)/python -m pytest -m "slow or not slow"
 
 experiments: $(INSTALLED)
+	$(BIN)/python benchmarks/recipes.py
 	$(BIN)/python benchmarks/experiments.py
 
 audit: $(INSTALLED)

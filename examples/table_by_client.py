@@ -27,7 +27,7 @@ def train(strategy: str) -> float:
     L.seed_everything(0, verbose=False)
     data = fl.datamodules.TabularDataModule("visits.csv", "returns", client="hospital", drop=["weight"], batch_size=64)
     data.setup()
-    model = TabularMLP(data.num_features, num_classes=data.num_classes)
+    model = TabularMLP(data.num_features, num_classes=data.num_classes, lr=0.1)
     trainer = L.Trainer(strategy=strategy, max_epochs=10, accelerator="cpu", logger=False, enable_checkpointing=False)
     trainer.fit(model, data)
     return trainer.callback_metrics["val_acc"].item()
