@@ -84,9 +84,9 @@ EXPERIMENTS = {
 
 
 FASHION_TEXT = """\
-10 clients with all of Fashion-MNIST between them, all of them in each round, one local epoch of SGD at 0.05 in batches of
-64, the LeNet of NIID-Bench (Li et al., ICDE 2022, which trains 10 local epochs), 10 rounds. Each algorithm has the
-hyper-parameters named, and nothing was tuned. Once the labels are spread by Dirichlet(0.5), once each client has two."""
+10 clients with all of Fashion-MNIST between them, all of them in each round, one local epoch of SGD at 0.05 in batches
+of 64, the LeNet of NIID-Bench (Li et al., ICDE 2022, which trains 10 local epochs), 10 rounds. Each algorithm has the
+hyper-parameters named, and nothing was tuned. Labels are spread by Dirichlet(0.5), or each client has two of them."""
 SIDE_BY_SIDE: dict[str, Any] = {
     "FedAvg": "fedavg",
     "FedProx, mu 0.01": {"class_path": "FedProx", "init_args": {"mu": 0.01}},
