@@ -69,7 +69,7 @@ QUICK = [recipe.name for recipe in RECIPES if "torchrun" not in header(recipe) a
 def test_every_recipe_runs_for_a_round_on_data_of_its_kind(tmp_path: Path, name: str) -> None:
     write_small_data(tmp_path)
     brief = ("max_epochs=1", "limit_train_batches=1", "limit_val_batches=1", "check_val_every_n_epoch=1")
-    options = [f"--trainer.{option}" for option in (*brief, "enable_checkpointing=false")]
+    options = [f"--trainer.{option}" for option in brief]
     assert 0 <= final_accuracy(name, *options) <= 1
 
 

@@ -2,38 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
+from torch.utils.data import Subset, TensorDataset, default_collate
 
 
-class GatheredTensors(Dataset):
-    """A ``TensorDataset``, or a part of one, that gives a batch as ``default_collate`` would make it.
+class _Batch(list):
+    """A batch that is collated already."""
 
-    Args:
-        tensors: The columns, each of shape ``[num_samples, ...]``.
-        indices: Of the examples that belong to it. None: all.
-    """
 
-    def __init__(self, tensors: Sequence[Tensor], indices: Tensor | None = None) -> None:
-        self.tensors = tuple(tensors)
-        self.indices = indices
+class GatheredTensors(TensorDataset):
+    """A ``TensorDataset`` that gives a batch as ``default_collate`` would make it."""
 
-    def __len__(self) -> int:
-        return len(self.tensors[0]) if self.indices is None else len(self.indices)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
-        own = index if self.indices is None else int(self.indices[index])
-        return tuple(tensor[own] for tensor in self.tensors)
-
-    def __getitems__(self, indices: list[int]) -> list[Tensor]:
+    def __getitems__(self, indices: list[int]) -> list[torch.Tensor]:
         """The batch of these examples."""
         own = torch.tensor(indices, dtype=torch.int64)
-        own = own if self.indices is None else self.indices[own]
-        return [tensor[own] for tensor in self.tensors]
+        return _Batch(tensor[own] for tensor in self.tensors)
+
+
+class GatheredSubset(Subset):
+    """A part of a ``TensorDataset`` that gives a batch as ``default_collate`` would make it."""
+
+    def __getitems__(self, indices: list[int]) -> list[torch.Tensor]:
+        """The batch of these examples."""
+        own = torch.tensor([self.indices[index] for index in indices], dtype=torch.int64)
+        return _Batch(tensor[own] for tensor in self.dataset.tensors)  # type: ignore[attr-defined]
 
 
 def gathered(dataset: Any, collate_fn: Callable[..., Any] | None) -> tuple[Any, Callable[..., Any] | None]:
@@ -43,12 +38,14 @@ def gathered(dataset: Any, collate_fn: Callable[..., Any] | None) -> tuple[Any, 
         dataset: A map-style data set.
         collate_fn: The loader's; None: the default one.
     """
-    inner = dataset.dataset if type(dataset) is Subset else dataset
-    if type(inner) is not TensorDataset or collate_fn not in (None, default_collate):
+    if collate_fn not in (None, default_collate):
         return dataset, collate_fn
-    indices = torch.as_tensor(dataset.indices, dtype=torch.int64) if inner is not dataset else None
-    return GatheredTensors(inner.tensors, indices), _as_it_is
+    if type(dataset) is TensorDataset:
+        return GatheredTensors(*dataset.tensors), _collate
+    if type(dataset) is Subset and type(dataset.dataset) is TensorDataset:
+        return GatheredSubset(dataset.dataset, dataset.indices), _collate
+    return dataset, collate_fn
 
 
-def _as_it_is(batch: Any) -> Any:
-    return batch
+def _collate(batch: Any) -> Any:
+    return list(batch) if isinstance(batch, _Batch) else default_collate(batch)

@@ -37,6 +37,14 @@ def test_an_empty_batch_has_the_shapes_of_a_batch() -> None:
     ]
 
 
+def test_a_part_of_it_is_read_as_any_data_set() -> None:
+    sooner, collate_fn = gathered(TensorDataset(*TENSORS), None)
+    (batch,) = DataLoader([sooner[5], sooner[2]], batch_size=2, collate_fn=collate_fn)
+    torch.testing.assert_close(batch, [TENSORS[0][[5, 2]], TENSORS[1][[5, 2]]])
+    (batch,) = DataLoader(Subset(sooner, [5, 2]), batch_size=2, collate_fn=collate_fn)
+    torch.testing.assert_close(batch, [TENSORS[0][[5, 2]], TENSORS[1][[5, 2]]])
+
+
 def test_what_is_read_in_a_way_of_its_own_stays_as_it_is() -> None:
     class Own(TensorDataset):
         def __getitem__(self, index: Any) -> Any:

@@ -139,7 +139,7 @@ def test_the_regressor_works_in_the_unit_of_the_target() -> None:
 def test_the_tabular_classifier_learns() -> None:
     L.seed_everything(0, verbose=False)
     x = torch.randn(256, 3)
-    metrics = fit(TabularMLP(3, (16,)), DataLoader(TensorDataset(x, (x[:, 0] > 0).long()), batch_size=32), epochs=10)
+    metrics = fit(TabularMLP(3, (16,)), DataLoader(TensorDataset(x, (x[:, 0] > 0).long()), batch_size=32), epochs=30)
     assert metrics["val_acc"] > 0.95
 
 
