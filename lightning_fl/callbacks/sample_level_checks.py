@@ -34,7 +34,9 @@ def check_settings(trainer: L.Trainer, module: L.LightningModule) -> None:
             "Use Trainer(strategy='fedavg'), with num_clients=1 to train on all data in one place"
         )
     if not module.automatic_optimization:
-        raise refuse("the module optimizes by hand, past the clipping. Set automatic_optimization=True")
+        raise refuse(
+            "the module optimizes by hand, past the clipping. Set automatic_optimization=True, with one optimizer"
+        )
     if trainer.accumulate_grad_batches != 1:
         raise refuse(
             f"accumulate_grad_batches={trainer.accumulate_grad_batches} adds up batches of which each needs noise of "
@@ -73,8 +75,6 @@ def check_training(trainer: L.Trainer, module: L.LightningModule) -> Optimizer:
     strategy: Any = trainer.strategy
     if strategy.active_rounds.together is not None:
         raise refuse("engine='vectorized' trains several clients in one step. Use engine='sequential'")
-    if len(trainer.optimizers) != 1:
-        raise refuse(f"there are {len(trainer.optimizers)} optimizers; a step must release one gradient. Use one")
     if isinstance(trainer.optimizers[0], torch.optim.LBFGS):
         raise refuse("LBFGS looks at a batch several times in a step. Use another optimizer")
     for callback in trainer.callbacks:  # type: ignore[attr-defined]

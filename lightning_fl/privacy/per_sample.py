@@ -173,7 +173,7 @@ def clipped_sum(samples: Tree, clip: float) -> Tree:
     """
     if not samples:
         return {}
-    flat = {name: _at_least_float32(sample).flatten(1) for name, sample in samples.items()}
+    flat = {name: _at_least_float32(sample).unsqueeze(-1).flatten(1) for name, sample in samples.items()}
     norms = torch.stack([torch.linalg.vector_norm(sample, dim=1) for sample in flat.values()])
     norms = torch.linalg.vector_norm(norms, dim=0)
     is_finite = norms.isfinite()
