@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import lightning as L
 
+from lightning_fl.clients import ClientLoaders
 from lightning_fl.types import Aggregate, ClientId, LocalRun, Update
 
 
@@ -15,6 +17,19 @@ class FederatedCallback(L.Callback):
     The client hooks run on the rank that trains the client, the round hooks on every rank. What they are given must
     not be changed in place.
     """
+
+    keeps_client_state: ClassVar[bool] = False
+    """Whether it keeps something in the clients' states, so that each must train on its home rank."""
+
+    def wrap_loaders(self, loaders: ClientLoaders) -> ClientLoaders:
+        """The clients' loaders have been found; may put others in their place, for the same clients."""
+        return loaders
+
+    def run_training_step(
+        self, trainer: L.Trainer, module: L.LightningModule, step: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Runs ``step``, the module's ``training_step``, on a batch of one client; what it returns is trained on."""
+        return step(*args, **kwargs)
 
     def on_round_start(
         self, trainer: L.Trainer, module: L.LightningModule, round: int, cohort: Sequence[ClientId]

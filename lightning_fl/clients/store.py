@@ -16,6 +16,7 @@ from lightning_fl.clients.state_files import Manifest, StateFiles
 from lightning_fl.types import ClientId, State
 
 DEFAULT_MEMORY_LIMIT = 1 << 29
+LEDGER = "ledger"
 
 
 class ClientStore:
@@ -62,8 +63,13 @@ class ClientStore:
         staged, self._staged = self._staged, None
         if staged is not None:
             for client in staged.clients():
-                self.put(client, staged.get(client) or {})
+                ledger = {name: value for name, value in (self.get(client) or {}).items() if name == LEDGER}
+                self.put(client, {**ledger, **(staged.get(client) or {})})
                 staged._drop(client)
+
+    def record(self, client: ClientId, ledger: Tensor) -> None:
+        """Keeps what has been spent of the client's privacy: at once, whatever becomes of the round."""
+        self.put(client, {**(self.get(client) or {}), LEDGER: ledger})
 
     def roll_back(self) -> None:
         """The round is dropped, and the staged states with it."""

@@ -31,7 +31,7 @@ from lightning_fl.engines.optimizers import OptimizerStates
 from lightning_fl.engines.sequential import ClientOptimizer
 from lightning_fl.strategies import lightning_internals as internals
 from lightning_fl.strategies.batches import digest
-from lightning_fl.strategies.callback import RoundCallback
+from lightning_fl.strategies.callback import RoundCallback, run_training_step
 from lightning_fl.strategies.checkpoint import (
     KEY,
     ClientStateFiles,
@@ -321,9 +321,8 @@ class FederatedStrategy(ParallelStrategy):
             return dataloader
         if self.rounds is not None and not internals.has_train_loader(trainer):
             raise MisconfigurationException(SEVERAL_LOADERS)
-        population = build_population(
-            dataloader, self.federation, self.started_by_launcher, self.num_clients, self.partition, self._seed
-        )
+        asked = self.started_by_launcher, self.num_clients, self.partition
+        population = build_population(dataloader, self.federation, *asked, self._seed, trainer.callbacks)  # type: ignore[attr-defined]
         if self.rounds is None:
             self.rounds = self._make_rounds(population)
         else:
@@ -340,7 +339,8 @@ class FederatedStrategy(ParallelStrategy):
         )
         stateful = self.algorithm.keeps_client_state or self.client_optimizer == "keep" or bool(self.personal)
         stateful |= any(phase.model == "own" for phase in self.algorithm.phases())
-        at_home = stateful or any(transform.keeps_client_state for transform in self.transforms)
+        keepers = (*self.transforms, *trainer.callbacks)  # type: ignore[attr-defined]
+        at_home = stateful or any(getattr(keeper, "keeps_client_state", False) for keeper in keepers)
         return FederatedRounds(
             trainer,
             population,
@@ -369,7 +369,7 @@ class FederatedStrategy(ParallelStrategy):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         together = self.active_rounds.together
         if together is None or not together.unit:
-            return super().training_step(*args, **kwargs)
+            return run_training_step(self._trainer, super().training_step, *args, **kwargs)
         with self.precision_plugin.train_step_context():
             return together.training_step(*args, **kwargs)
 

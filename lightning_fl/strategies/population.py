@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -20,6 +21,7 @@ def build_population(
     num_clients: int | None,
     partition: Partitioner | None,
     seed: int,
+    callbacks: Sequence[Any] = (),
 ) -> Population:
     """Finds the clients behind a training loader.
 
@@ -30,10 +32,26 @@ def build_population(
         num_clients: Simulated clients, if the user said how many.
         partition: How the data is split among simulated clients, if the user said so.
         seed: Seed of the split.
+        callbacks: Those with a method ``wrap_loaders`` may replace the clients' loaders.
 
     Raises:
         MisconfigurationException: If the loader does not fit the settings or can't be split.
     """
+    population = _find(loader, group, started_by_launcher, num_clients, partition, seed)
+    for callback in callbacks:
+        if hasattr(callback, "wrap_loaders"):
+            population = Population(callback.wrap_loaders(population.loaders), population.silos)
+    return population
+
+
+def _find(
+    loader: Any,
+    group: Group,
+    started_by_launcher: bool,
+    num_clients: int | None,
+    partition: Partitioner | None,
+    seed: int,
+) -> Population:
     if isinstance(loader, ClientLoaders):
         if num_clients is not None or partition is not None:
             raise MisconfigurationException(

@@ -1,0 +1,64 @@
+"""The examples of a batch: its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+def num_rows(batch: Any) -> int:
+    """Number of examples in a batch: the first dimension of its tensors.
+
+    Raises:
+        ValueError: If it holds no tensor, or tensors that differ in it.
+    """
+    sizes = sorted({tensor.shape[0] if tensor.dim() else -1 for tensor in _tensors(batch)})
+    if len(sizes) != 1 or sizes[0] < 0:
+        found = f"tensors whose first dimensions are {sizes}" if sizes else f"no tensor in a {type(batch).__name__}"
+        raise ValueError(
+            f"A batch holds {found}; to tell its examples apart, sample-level privacy needs tensors, possibly in lists "
+            "and dicts, whose first dimension is the example. Collate batches so."
+        )
+    return sizes[0]
+
+
+def take_rows(batch: Any, rows: slice | list[int]) -> Any:
+    """Some of the examples of a batch.
+
+    Raises:
+        ValueError: If the batch has another form than tensors in lists, tuples and dicts.
+    """
+    size = num_rows(batch)
+
+    def take(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value[rows]
+        if isinstance(value, Mapping):
+            return {key: take(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            is_nested = any(isinstance(item, Tensor | list | tuple | Mapping) for item in value)
+            items: Any = [take(item) for item in value]
+            if len(value) == size and not is_nested:
+                items = value[rows] if isinstance(rows, slice) else [value[row] for row in rows]
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        if value is None or isinstance(value, int | float | str):
+            return value
+        raise ValueError(
+            f"A batch holds a {type(value).__name__}, which can't be divided into examples; sample-level privacy needs "
+            "batches of tensors, possibly in lists, tuples and dicts. Collate batches so."
+        )
+
+    return take(batch)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)

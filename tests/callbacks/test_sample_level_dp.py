@@ -1,0 +1,487 @@
+"""Sample-level privacy through the real Trainer: DP-SGD, one ledger a client, checks that stop the run."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import dp_accounting
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from dp_accounting.pld import PLDAccountant
+from lightning.pytorch.loggers import CSVLogger
+from opacus.grad_sample import GradSampleHooks
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.data import DataLoader
+
+import lightning_fl as fl
+from lightning_fl import FederatedStrategy
+from lightning_fl.algorithms import FedAvg, FedProx
+from lightning_fl.callbacks import SampleLevelDP
+from lightning_fl.clients.plan import LocalWork
+from lightning_fl.privacy import Gaussian, InsecureNoiseWarning, Ledger, Poisson, PrivacyBudgetExceeded, PrivacyError
+from lightning_fl.privacy.poisson import PoissonBatches, PoissonLoader
+from tests.helpers.training import Plain, image_clients, images, trainer, weights
+
+SIZES = (3, 20, 50)
+
+
+def private(**options: Any) -> SampleLevelDP:
+    given = {"noise_multiplier": 1.0, **options}
+    if "target_epsilon" in options:
+        del given["noise_multiplier"]
+    return SampleLevelDP(**given)
+
+
+def fit(
+    callback: SampleLevelDP, rounds: int = 1, module: L.LightningModule | None = None, data: Any = None, **options: Any
+) -> tuple[L.Trainer, Tensor]:
+    """Trains a small network; gives the Trainer, and the weights."""
+    of_strategy = ("algorithm", "local_epochs", "local_steps", "clients_per_round", "engine", "personal", "seed")
+    strategy = FederatedStrategy(**{name: options.pop(name) for name in of_strategy if name in options})
+    of_fit = {name: options.pop(name) for name in ("ckpt_path", "weights_only") if name in options}
+    module = Plain() if module is None else module
+    run = trainer(strategy, rounds, **{**options, "callbacks": [callback, *options.get("callbacks", ())]})
+    run.fit(module, image_clients(SIZES, 8) if data is None else data, **of_fit)
+    return run, weights(module)
+
+
+# ---- what a client does
+
+
+def test_without_noise_it_is_a_loop_that_clips_each_example() -> None:
+    clip, rounds, module = 0.05, 3, Plain()
+    params, data = dict(module.named_parameters()), images(12)
+    for _ in range(rounds):
+        total = [torch.zeros_like(param) for param in params.values()]
+        for x, y in data:
+            loss = functional.cross_entropy(module.net(x[None].double()), y[None])
+            grads = torch.autograd.grad(loss, list(params.values()))
+            norm = math.sqrt(sum(float(grad.square().sum()) for grad in grads))
+            total = [old + grad * min(1.0, clip / norm) for old, grad in zip(total, grads, strict=True)]
+        with torch.no_grad():
+            for param, grad in zip(params.values(), total, strict=True):
+                param -= 0.1 * grad / len(data)
+    expected = weights(module)
+    for options in ({}, {"max_physical_batch_size": 5}, {"grad_sample_mode": "functorch"}):
+        callback = private(noise_multiplier=0.0, max_grad_norm=clip, **options)
+        with pytest.warns(UserWarning, match="only clips: this run is NOT PRIVATE"):
+            _, found = fit(callback, rounds, data=image_clients((12,), 99))
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+
+
+class Still(Plain):
+    """Learns nothing: the model moves by the noise alone."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) * 0.0
+
+
+def test_the_noise_has_the_recorded_deviation() -> None:
+    rounds, clip, sigma = 6, 0.5, 3.0
+    start = weights(Plain())
+    _, found = fit(private(noise_multiplier=sigma, max_grad_norm=clip), rounds, Still(), image_clients((40,), 10))
+    moved, steps = found - start, rounds * 4
+    assert float(moved.std()) == pytest.approx(0.1 * sigma * clip / 10 * steps**0.5, rel=5 / (2 * len(moved)) ** 0.5)
+
+
+def test_a_batch_of_nobody_is_a_step_of_noise() -> None:
+    class Watch(fl.callbacks.FederatedCallback):
+        def __init__(self) -> None:
+            self.sizes: list[int] = []
+
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+            self.sizes.append(len(batch[0]))
+            self.before = weights(module)
+
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if len(batch[0]) == 0 and not trainer.is_last_batch:
+                assert (weights(module) != self.before).all()
+
+    class Strict(Plain):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            assert len(batch[0])
+            self.log("loss", (loss := super().training_step(batch, batch_idx)), on_step=True, on_epoch=True)
+            return loss
+
+    watch = Watch()
+    run, found = fit(private(), 2, Strict(), image_clients((30,), 1), callbacks=[watch])
+    assert len(watch.sizes) == 60
+    assert 0 in watch.sizes
+    assert found.isfinite().all()
+    assert math.isfinite(run.callback_metrics["loss_epoch"])
+
+
+def test_large_batches_go_in_parts_and_log_the_same() -> None:
+    class Logs(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sizes: list[int] = []
+
+        def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+            self.sizes.append(len(batch[0]))
+            loss = super().training_step(batch, batch_idx)
+            self.log("loss", loss, on_step=False, on_epoch=True)
+            return {"loss": loss}
+
+    logged, kept = [], []
+    for most in (None, 7):
+        module = Logs()
+        with pytest.warns(InsecureNoiseWarning):
+            callback = private(max_physical_batch_size=most, insecure_test_seed=1)
+        run, found = fit(callback, 2, module, image_clients((60,), 30), local_epochs=2)
+        logged.append(float(run.callback_metrics["loss"]))
+        kept.append(found)
+        assert (max(module.sizes) <= 7) == (most == 7)
+    assert logged[0] == pytest.approx(logged[1], rel=1e-12)
+    torch.testing.assert_close(kept[0], kept[1], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore::lightning_fl.privacy.InsecureNoiseWarning")
+def test_the_algorithm_sees_the_private_gradient_and_is_not_clipped() -> None:
+    clip, lr, seen = 0.5, 0.05, []
+
+    class Prox(FedProx):
+        def grad_transform(self, grads: Any, params: Any, ctx: Any) -> Any:
+            changed = super().grad_transform(grads, params, ctx)
+            seen.append([flat(tree).clone() for tree in (params, grads, changed)])
+            return changed
+
+    def flat(tree: Any) -> Tensor:
+        return torch.cat([value.detach().flatten() for value in tree.values()])
+
+    moved = {}
+    for name, algorithm in {"fedavg": FedAvg(), "fedprox": Prox(mu=10.0)}.items():
+        callback = private(noise_multiplier=0.5, max_grad_norm=clip, insecure_test_seed=3)
+        _, found = fit(callback, 1, Plain(lr=lr), image_clients((40,), 8), algorithm=algorithm, local_epochs=6)
+        moved[name] = float((found - weights(Plain())).norm())
+    assert moved["fedprox"] < 0.7 * moved["fedavg"]
+    for (params, grads, changed), (following, *_) in itertools.pairwise(seen):
+        torch.testing.assert_close(following, params - lr * changed, rtol=0, atol=1e-12)  # not clipped nor noised again
+        torch.testing.assert_close(changed, grads + 10.0 * (params - seen[0][0]), rtol=0, atol=1e-12)
+        assert (grads != 0).all()  # noise on what the batch does not reach, too
+
+
+@pytest.mark.filterwarnings("ignore::lightning_fl.privacy.InsecureNoiseWarning")
+@pytest.mark.parametrize("algorithm", ["scaffold", "fedadam", "fednova", "fedrep", "ditto"])
+def test_other_algorithms_train_under_it(algorithm: str) -> None:
+    options = {"personal": ("net.3.*",)} if algorithm == "fedrep" else {}
+    run, found = fit(private(insecure_test_seed=0), 2, algorithm=algorithm, **options)
+    assert found.isfinite().all()
+    assert (found != weights(Plain())).any()
+    ledgers = run.callbacks[1].ledgers(run)  # type: ignore[attr-defined]
+    per_round = {"fedrep": 11, "ditto": 2}.get(algorithm, 1)
+    assert {client: sum(count for _, count in own) for client, own in ledgers.items()} == {
+        client: 2 * per_round * -(-size // 8) for client, size in enumerate(SIZES)
+    }
+
+
+def test_weights_are_the_numbers_of_examples_not_of_those_drawn() -> None:
+    seen: dict[Any, list[float]] = {}
+
+    class Watch(fl.callbacks.FederatedCallback):
+        def on_client_end(self, trainer: Any, module: Any, client: Any, run: Any, update: Any) -> None:
+            seen.setdefault(client, []).append(run.weight)
+
+    fit(private(), 3, callbacks=[Watch()])
+    assert seen == {client: [float(size)] * 3 for client, size in enumerate(SIZES)}
+
+
+# ---- what it amounts to
+
+
+def directly(sigma: float, rate: float, steps: int, delta: float) -> float:
+    event = dp_accounting.GaussianDpEvent(sigma)
+    event = dp_accounting.PoissonSampledDpEvent(rate, event) if rate < 1 else event
+    accountant = PLDAccountant()
+    accountant.compose(event, steps)
+    return accountant.get_epsilon(delta)
+
+
+def test_each_client_has_the_epsilon_of_its_own_steps_and_the_largest_is_logged(tmp_path: Path) -> None:
+    callback = private(noise_multiplier=2.0, max_grad_norm=0.7, delta=1e-6)
+    logger = CSVLogger(tmp_path)
+    run, _ = fit(callback, 3, logger=logger, local_epochs=2)
+    expected = {
+        client: directly(2.0, min(1.0, 8 / size), 3 * 2 * -(-size // 8), 1e-6) for client, size in enumerate(SIZES)
+    }
+    found = callback.epsilons(run)
+    assert found == {client: pytest.approx(value, abs=2e-4) for client, value in expected.items()}
+    rows = list(csv.DictReader((Path(logger.log_dir) / "metrics.csv").read_text().splitlines()))
+    logged = [float(row["fl/dp_epsilon"]) for row in rows if row.get("fl/dp_epsilon")]
+    assert logged == sorted(logged)
+    assert len(logged) == 3
+    assert max(expected.values()) - 2e-4 <= logged[-1] <= max(expected.values()) + 5e-3
+    entry = run.strategy.history[-1]  # type: ignore[attr-defined]
+    facts = {
+        "delta": 1e-6,
+        "noise_multiplier": 2.0,
+        "clip": 0.7,
+        "mode": "sample",
+        "unit": "example",
+        "is_private": 1.0,
+    }
+    assert {name: entry[f"dp_{name}"] for name in facts} == facts
+    assert "whoever sees what a client sends" in entry["dp_adversary"]
+    assert "dp_unit: example" in (Path(logger.log_dir) / "hparams.yaml").read_text()
+
+
+def test_a_client_pays_for_the_rounds_in_which_it_takes_part() -> None:
+    seen: list[Any] = []
+
+    class Watch(fl.callbacks.FederatedCallback):
+        def on_round_start(self, trainer: Any, module: Any, round: int, cohort: Any) -> None:
+            seen.extend(cohort)
+
+    callback = private()
+    run, _ = fit(callback, 5, data=image_clients((16,) * 4, 8), clients_per_round=2, callbacks=[Watch()])
+    steps = {client: sum(count for _, count in own) for client, own in callback.ledgers(run).items()}
+    assert steps == {client: 2 * seen.count(client) for client in set(seen)}
+
+
+@pytest.mark.filterwarnings("ignore::lightning_fl.privacy.InsecureNoiseWarning")
+@pytest.mark.parametrize("algorithm", ["fedavg", "scaffold"])
+def test_resuming_is_not_stopping(tmp_path: Path, algorithm: str) -> None:
+    def run(callback: SampleLevelDP, rounds: int, **options: Any) -> tuple[Tensor, dict[Any, Ledger]]:
+        done, found = fit(callback, rounds, algorithm=algorithm, **options)
+        done.save_checkpoint(tmp_path / f"{rounds}.ckpt")
+        return found, callback.ledgers(done)
+
+    options = {"insecure_test_seed": 5}
+    whole, expected = run(private(**options), 4)
+    run(private(**options), 2)
+    last: dict[str, Any] = {"ckpt_path": str(tmp_path / "2.ckpt"), "weights_only": True}
+    found, ledgers = run(private(**options), 4, **last)
+    assert torch.equal(found, whole)
+    assert ledgers == expected
+    _, changed = run(private(noise_multiplier=2.0, **options), 4, **last)
+    both = Ledger()
+    for sigma in (1.0, 2.0):
+        both.record(Gaussian(sigma, Poisson(8 / 50)), 14)
+    assert changed[2] == both
+
+
+def test_a_round_that_fails_is_paid_for() -> None:
+    class Fails(fl.callbacks.FederatedCallback):
+        def on_aggregate_end(self, trainer: Any, module: Any, aggregate: Any) -> None:
+            self.done = True
+
+        def on_client_end(self, trainer: Any, module: Any, client: Any, run: Any, update: Any) -> None:
+            if trainer.current_epoch == 1 and client == 1:
+                raise RuntimeError("lost")
+
+    callback, strategy = private(), FederatedStrategy()
+    run = trainer(strategy, 2, callbacks=[callback, Fails()])
+    with pytest.raises(RuntimeError, match="lost"):
+        run.fit(Plain(), image_clients(SIZES, 8))
+    steps = {client: sum(count for _, count in own) for client, own in callback.ledgers(run).items()}
+    assert steps == {0: 2, 1: 6, 2: 7}
+
+
+def test_a_client_whose_update_is_refused_is_paid_for() -> None:
+    class Breaks(fl.callbacks.FederatedCallback):
+        def on_client_start(self, trainer: Any, module: Any, client: Any) -> None:
+            if client == 0:
+                for group in trainer.optimizers[0].param_groups:
+                    group["lr"] = math.nan
+
+    callback = private()
+    with pytest.warns(UserWarning, match="hold NaN or Inf"):
+        run, found = fit(callback, 1, callbacks=[Breaks()])
+    assert found.isfinite().all()
+    assert {client: sum(count for _, count in own) for client, own in callback.ledgers(run).items()} == {
+        0: 1,
+        1: 3,
+        2: 7,
+    }
+
+
+def test_rounds_without_it_make_epsilon_infinite() -> None:
+    module, clients, strategy = Plain(), image_clients(SIZES, 8), FederatedStrategy(client_optimizer="keep")
+    first = trainer(strategy, 1)
+    first.fit(module, clients)
+    first.fit_loop.max_epochs = 2
+    first.callbacks.append(private())  # type: ignore[attr-defined]
+    first.fit(module, clients)
+    entry = strategy.history[-1]
+    assert (entry["dp_epsilon"], entry["dp_is_private"], entry["dp_guarantee"]) == (math.inf, 0.0, "NOT PRIVATE")
+
+
+def test_target_epsilon_takes_the_least_noise_that_is_enough() -> None:
+    callback = private(target_epsilon=4.0)
+    run, _ = fit(callback, 3, data=image_clients((20, 50), 8))
+    sigma = run.strategy.history[-1]["dp_noise_multiplier"]  # type: ignore[attr-defined]
+    assert 3.9 < max(callback.epsilons(run).values()) <= 4.0
+    steps = {20: 9, 50: 21}
+    assert max(directly(sigma, 8 / size, count, 1e-5) for size, count in steps.items()) <= 4.0 + 2e-4
+    assert max(directly(sigma - 5e-3, 8 / size, count, 1e-5) for size, count in steps.items()) > 4.0
+
+
+def test_training_stops_before_a_round_that_would_exceed_the_budget() -> None:
+    callback = private(max_epsilon=8.0, method="rdp")
+    run, _ = fit(callback, 50, data=image_clients((40,), 8))
+    num_rounds = len(run.strategy.history)  # type: ignore[attr-defined]
+    assert 1 <= num_rounds < 50
+    ledger = callback.ledger(run, 0)
+    assert ledger.epsilon(1e-5, "rdp") <= 8.0
+    ledger.record(Gaussian(1.0, Poisson(8 / 40)), 5)
+    assert ledger.epsilon(1e-5, "rdp") > 8.0
+    with pytest.raises(PrivacyBudgetExceeded, match="Round 0 would make"):
+        fit(private(max_epsilon=0.1, method="rdp"), 1)
+
+
+# ---- what is broken stops the run
+
+
+def breaks(monkeypatch: pytest.MonkeyPatch, target: Any, name: str, broken: Any) -> str:
+    monkeypatch.setattr(target, name, broken)
+    with pytest.raises(PrivacyError) as error:
+        fit(private(), 6, data=image_clients((200, 200), 20))
+    return str(error.value)
+
+
+def fixed_batches(self: PoissonBatches) -> Any:
+    size = round(self.rate * self.num_examples)
+    order = np.random.default_rng(0).permutation(self.num_examples)
+    return iter([order[start : start + size].tolist() for start in range(0, self.num_examples, size)])
+
+
+def test_batches_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "Poisson" in breaks(monkeypatch, PoissonBatches, "__iter__", fixed_batches)
+
+
+def test_batches_in_turn_that_pass_the_first_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_fl.callbacks.sample_level_dp.check_sampler", lambda: None)
+    assert "each example is drawn varies" in breaks(monkeypatch, PoissonBatches, "__iter__", fixed_batches)
+
+
+def test_a_loader_that_was_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "draws no Poisson batches" in breaks(
+        monkeypatch, SampleLevelDP, "wrap_loaders", lambda self, loaders: loaders
+    )
+
+
+def test_batches_from_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    iterate = DataLoader.__iter__
+    assert "not drawn by Poisson" in breaks(monkeypatch, PoissonLoader, "__iter__", lambda self: iterate(self))
+
+
+def test_gradients_that_are_not_per_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "none per sample" in breaks(
+        monkeypatch, GradSampleHooks, "capture_backprops_hook", lambda self, *args, **kwargs: None
+    )
+
+
+def test_gradients_that_are_not_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unclipped(samples: Any, clip: float) -> Any:
+        return {name: sample.sum(0) for name, sample in samples.items()}
+
+    monkeypatch.setattr("lightning_fl.privacy.sgd.clipped_sum", unclipped)
+    assert "clipped" in breaks(monkeypatch, fl.privacy.per_sample, "clipped_sum", unclipped)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_noise_of_another_deviation(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
+    normal = fl.privacy.SecureNoise.normal
+
+    def weaker(self: Any, size: int, std: float = 1.0) -> Tensor:
+        return normal(self, size, std * (share if std != 1.0 or size > 100 else 1.0))
+
+    assert "recorded is" in breaks(monkeypatch, fl.privacy.SecureNoise, "normal", weaker)
+
+
+def test_noise_that_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    def same(self: Any, size: int, std: float = 1.0) -> Tensor:
+        return std * torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    assert "repeats" in breaks(monkeypatch, fl.privacy.SecureNoise, "normal", same)
+
+
+def test_noise_that_repeats_from_step_to_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_fl.privacy import sgd
+    from lightning_fl.privacy.noise import add_noise
+
+    def same(flat: Any, std: float, source: Any) -> Any:
+        return add_noise(flat, std, fl.privacy.SecureNoise(0))
+
+    assert "repeats" in breaks(monkeypatch, sgd, "add_noise", same)
+
+
+def test_more_steps_than_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "more steps than its ledger" in breaks(monkeypatch, LocalWork, "num_steps", lambda self, num_batches: 3)
+
+
+def test_a_gradient_that_was_not_made_private(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "gradient that is not private" in breaks(
+        monkeypatch, SampleLevelDP, "on_after_backward", lambda self, trainer, module: None
+    )
+
+
+def test_a_step_that_is_skipped() -> None:
+    class Skips(Plain):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return None
+
+    with pytest.raises(PrivacyError, match="returned NoneType instead of a loss"):
+        fit(private(), module=Skips())
+
+
+def test_a_buffer_that_changes() -> None:
+    class Counts(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("total", torch.zeros(1))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.total += batch[0].sum()
+            return super().training_step(batch, batch_idx)
+
+    with pytest.raises(PrivacyError, match="changed the buffer total"):
+        fit(private(), module=Counts())
+
+
+def test_the_module_is_as_it_was_afterwards() -> None:
+    module = Plain()
+    before = {name: set(vars(layer)) for name, layer in module.named_modules()}
+    fit(private(), module=module)
+    with pytest.raises(RuntimeError, match="stop here"):
+        fit(private(), module=module, callbacks=[Stops()])
+    own = {"_trainer", "_hparams"}
+    assert {name: set(vars(layer)) - own for name, layer in module.named_modules()} == {
+        name: attributes - own for name, attributes in before.items()
+    }
+    assert not any(layer._forward_hooks or layer._backward_hooks for layer in module.modules())
+
+
+class Stops(L.Callback):
+    def on_train_batch_end(self, *args: Any) -> None:
+        raise RuntimeError("stop here")
+
+
+# ---- ranks
+
+
+def on_ranks() -> tuple[Tensor, dict[Any, list[Any]], float]:
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", InsecureNoiseWarning)
+        callback = private(insecure_test_seed=2, method="rdp")
+    run, found = fit(callback, 2, data=image_clients((10, 20, 30, 40), 8))
+    ledgers = {client: own.state_dict()["events"] for client, own in callback.ledgers(run).items()}
+    return found, ledgers, run.strategy.history[-1]["dp_epsilon"]  # type: ignore[attr-defined]
+
+
+def test_two_ranks_train_and_report_what_one_does(run_ranks: Any) -> None:
+    ((whole, ledgers, epsilon),) = run_ranks(1, on_ranks)
+    ranks = run_ranks(2, on_ranks)
+    assert all(own == pytest.approx(epsilon) for *_, own in ranks)
+    assert {client: events for _, own, _ in ranks for client, events in own.items()} == ledgers
+    for found, *_ in ranks:
+        torch.testing.assert_close(found, whole, rtol=1e-9, atol=1e-12)
