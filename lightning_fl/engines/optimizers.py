@@ -270,11 +270,11 @@ def _copy_state(state: Mapping[Any, Any]) -> dict[Any, Any]:
 
 
 def _stack_state(values: Mapping[str, Any], param: Tensor, stacked: Tensor) -> dict[str, Any]:
-    def repeat(value: Any) -> Any:
-        is_elementwise = isinstance(value, Tensor) and value.shape == param.shape and value.dim() > 0
+    def repeat(key: str, value: Any) -> Any:
+        is_elementwise = isinstance(value, Tensor) and value.shape == param.shape and key != "step"
         return value.expand(stacked.shape).clone() if is_elementwise else copy.deepcopy(value)
 
-    return {key: repeat(value) for key, value in values.items()}
+    return {key: repeat(key, value) for key, value in values.items()}
 
 
 def _params(optimizer: Optimizer) -> list[nn.Parameter]:

@@ -16,7 +16,7 @@ from lightning_fl.engines.linear import StackedLinears
 from lightning_fl.engines.optimizers import ScheduleEnd
 from lightning_fl.engines.sequential import LocalResult, SequentialEngine, change, trained
 from lightning_fl.engines.stacking import stack
-from lightning_fl.engines.tensors import clones
+from lightning_fl.engines.tensors import clones, load
 from lightning_fl.tree import cast_like
 from lightning_fl.types import Tree
 
@@ -123,12 +123,20 @@ class VectorizedEngine(SequentialEngine):
         return losses, others
 
     def step_alone(self, step: Step, index: int, batch: Any, *args: Any) -> tuple[Tensor, Tree]:
-        """Loss and gradients of the step of the client at ``index`` alone, without ``vmap``."""
-        params = {name: param[index].detach().requires_grad_() for name, param in self._stacked.items()}
-        buffers = {name: buffer[index].clone() for name, buffer in self._stacked_buffers.items()}
-        tensors = {f"module.{name}": tensor for name, tensor in {**params, **buffers}.items()}
-        loss, _ = functional_call(_Caller(self.module, step), tensors, (batch, *args))
-        return loss.detach(), _gradients(loss, params)
+        """Loss and gradients of the module's own step for the client at ``index``, with neither stacking nor ``vmap``.
+
+        The module's tensors are those of the client meanwhile.
+        """
+        own = {**self._stacked, **self._stacked_buffers}
+        tensors = {name: tensor for name, tensor in self.tensors.all.items() if name in own}
+        before = clones(tensors)
+        load(tensors, {name: own[name][index].detach() for name in tensors})
+        try:
+            params = {name: tensor for name, tensor in tensors.items() if name in self._stacked}
+            loss, _ = step(batch, *args)
+            return loss.detach(), _gradients(loss, params)
+        finally:
+            load({name: tensor for name, tensor in self.tensors.all.items() if name in before}, before)
 
     def gradients(self, loss: Tensor) -> Tree:
         """Gradients of ``loss`` for the stacked parameters that it depends on."""
@@ -165,7 +173,7 @@ class VectorizedEngine(SequentialEngine):
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not grads:
             return
-        norms = torch.stack([torch.linalg.vector_norm(grad.flatten(1), dim=1) for grad in grads])
+        norms = torch.stack([torch.linalg.vector_norm(grad.reshape(len(grad), -1), dim=1) for grad in grads])
         factors = (max_norm / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp(max=1.0)
         for grad in grads:
             grad.mul_(factors.to(grad.dtype).view(-1, *[1] * (grad.dim() - 1)))

@@ -16,7 +16,14 @@ from lightning_fl.engines import Vectorized, VectorizedEngine
 from lightning_fl.engines.stacking import NotStackable, num_bytes, part, signature, stack
 from lightning_fl.strategies import lightning_results as logged
 from lightning_fl.strategies.capture import Capture, NotVectorizable
-from lightning_fl.strategies.vectorizing import check_same_step, loader_kind
+from lightning_fl.strategies.vectorizing import (
+    check_same_step,
+    check_unchanged,
+    check_undrawn,
+    loader_kind,
+    own_attributes,
+    random_states,
+)
 from lightning_fl.types import ClientId
 
 __all__ = ["ClientsTogether", "NotStackable", "NotVectorizable", "StackedBatch"]
@@ -149,7 +156,18 @@ class ClientsTogether:
 
     def training_step(self, batch: StackedBatch, *args: Any) -> Tensor:
         """The step of all clients; returns the sum of their losses, so that each gets its own gradient."""
-        losses, tensors = self.engine.step(self.capture, batch.content, *args, randomness=self._randomness)
+        module = self.capture.module
+        before, drawn = own_attributes(module), random_states()
+        try:
+            losses, tensors = self.engine.step(self.capture, batch.content, *args, randomness=self._randomness)
+            check_unchanged(before, own_attributes(module))
+            if self._randomness == "error":
+                check_undrawn(drawn)
+        except Exception as error:
+            raise MisconfigurationException(
+                f"training_step can't run for {len(self.unit)} clients in one step, though it could at first: {error}. "
+                "Let each client train alone with FederatedStrategy(engine='sequential')."
+            ) from error
         self.batch_size = logged.count_examples(part(batch.content, 0))
         self.losses = self.losses + losses.detach().double() * self.batch_size
         self.num_examples += self.batch_size

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import BatchSampler, DataLoader
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
 
 from lightning_fl.clients import count_examples
 from lightning_fl.clients.loaders import Loader
@@ -22,6 +24,7 @@ from lightning_fl.strategies.callback import has_hooks
 from lightning_fl.strategies.capture import Capture, NotVectorizable
 from lightning_fl.types import Phase
 
+Attributes = dict[tuple[str, str], tuple[Any, Any]]
 ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop")
 """Optimizers of ``torch.optim`` that treat each element alone, so that they step stacked parameters as single ones."""
 TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
@@ -40,6 +43,7 @@ BATCH_HOOKS = (
     "lr_scheduler_step",
 )
 """Hooks that would see a batch, gradients or parameters of several clients where they expect those of one."""
+PARAMETER_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
 def loader_kind(loader: Loader) -> Any:
@@ -64,6 +68,10 @@ def why_not(trainer: L.Trainer, module: L.LightningModule, strategy: Any) -> str
         return f"{', '.join(names)} is not known to treat each element of a parameter alone"
     if any(group.get("fused") for optimizer in optimizers for group in optimizer.param_groups):
         return f"{names[0]}(fused=True) counts its steps on the device"
+    if any(_has_hooks_of_user(optimizer) for optimizer in optimizers):
+        return f"hooks on {names[0]} would see the parameters of several clients"
+    if any(getattr(param, name, None) for param in module.parameters() for name in PARAMETER_HOOKS):
+        return "hooks on a parameter would see its gradients of several clients"
     if strategy.client_optimizer == "keep":
         return "client_optimizer='keep' gives each client its own number of steps"
     if algorithm.probe is not None or algorithm.phases() != (Phase(),):
@@ -83,6 +91,11 @@ def _client_hooks(trainer: L.Trainer) -> list[str]:
     found = [getattr(c, name, None) for c in trainer.callbacks for name in names]  # type: ignore[attr-defined]
     own = [getattr(hook, "__qualname__", "a hook") for hook in found if hook is not None]
     return [name for name in own if not name.startswith("FederatedCallback.")]
+
+
+def _has_hooks_of_user(optimizer: Optimizer) -> bool:
+    hooks = [*optimizer._optimizer_step_pre_hooks.values(), *optimizer._optimizer_step_post_hooks.values()]
+    return any(not getattr(hook, "__module__", "").startswith("lightning_fl.") for hook in hooks)
 
 
 def _is_elementwise(optimizer: Optimizer) -> bool:
@@ -136,16 +149,17 @@ def check_same_step(
 
 def _check(engine: VectorizedEngine, capture: Capture, batch: Any, args: tuple[Any, ...], randomness: str) -> None:
     module = capture.module
-    before, buffers, outside = _attributes(module), engine.copy_buffers(), _outside(engine, module)
+    before, buffers, outside = attributes(module), engine.copy_buffers(), _outside(engine, module)
+    drawn = random_states()
     try:
         with torch.enable_grad():
             losses, _ = engine.step(capture, batch, *args, randomness=randomness)
             if losses.dim() != 1:
                 raise NotVectorizable(f"training_step returned a loss of shape {tuple(losses.shape[1:])}, not a number")
             grads = engine.gradients(losses.sum())
-        changed = _changed(before, _attributes(module))
-        if changed:
-            raise NotVectorizable(f"training_step changes self.{changed}, which would hold values of several clients")
+        check_unchanged(before, attributes(module))
+        if randomness == "error":
+            check_undrawn(drawn)
         written = [name for name, tensor, version in outside if tensor._version != version]
         if written:
             raise NotVectorizable(f"training_step writes to {written[0]}, which all clients share")
@@ -176,20 +190,70 @@ def _compare(
                 raise NotVectorizable(f"the gradient of {name} together differs from that of a client alone")
 
 
+def check_unchanged(before: Attributes, after: Attributes) -> None:
+    """Makes sure that a step has not set attributes of the module.
+
+    Raises:
+        NotVectorizable: If it has; names one.
+    """
+    changed = _changed(before, after)
+    if changed:
+        raise NotVectorizable(f"training_step changes self.{changed}, which would hold values of several clients")
+
+
+def random_states() -> tuple[Any, ...]:
+    """Where the global generators of torch, NumPy and Python stand."""
+    numpy_state: Any = np.random.get_state()
+    return torch.get_rng_state().numpy().tobytes(), numpy_state[1].tobytes(), numpy_state[2], hash(random.getstate())
+
+
+def check_undrawn(before: tuple[Any, ...]) -> None:
+    """Makes sure that a step has drawn no random numbers.
+
+    Raises:
+        NotVectorizable: If it has.
+    """
+    if random_states() != before:
+        raise NotVectorizable("training_step draws random numbers (a random operation), one for all clients")
+
+
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
 
 
-def _attributes(module: nn.Module) -> dict[tuple[str, str], tuple[Any, Any]]:
+def attributes(module: nn.Module) -> Attributes:
     """By submodule and attribute, each Python value and a shallow copy of it if it is a container."""
-    skip = {"_parameters", "_buffers", "_modules", "_trainer", "_current_fx_name", "_metric_attributes"}
     return {
-        (path, name): (value, copy.copy(value) if isinstance(value, list | dict | set) else None)
+        (path, name): entry
         for path, owner in module.named_modules()
-        if not isinstance(owner, Metric)
-        for name, value in vars(owner).items()
-        if name not in skip
+        if not _is_metric(module, path)
+        for (_, name), entry in own_attributes(owner).items()
     }
+
+
+def own_attributes(module: nn.Module) -> Attributes:
+    """The same of the module alone, without its submodules."""
+    return {
+        ("", name): (value, copy.copy(value) if isinstance(value, list | dict | set) else None)
+        for name, value in vars(module).items()
+        if name not in _OF_TORCH_AND_LIGHTNING
+    }
+
+
+_OF_TORCH_AND_LIGHTNING = {
+    "_parameters",
+    "_buffers",
+    "_modules",
+    "_trainer",
+    "_current_fx_name",
+    "_metric_attributes",
+}
+
+
+def _is_metric(module: nn.Module, path: str) -> bool:
+    parts = path.split(".")
+    prefixes = [".".join(parts[: length + 1]) for length in range(len(parts))]
+    return any(isinstance(module.get_submodule(prefix), Metric | MetricCollection) for prefix in prefixes)
 
 
 def _changed(before: dict[Any, Any], after: dict[Any, Any]) -> str | None:
@@ -210,9 +274,9 @@ def _same_items(old: Any, new: Any) -> bool:
     return all(a is b for a, b in pairs)
 
 
-def _put_back(module: nn.Module, before: dict[tuple[str, str], tuple[Any, Any]]) -> None:
+def _put_back(module: nn.Module, before: Attributes) -> None:
     owners = dict(module.named_modules())
-    for path, name in set(_attributes(module)) - set(before):
+    for path, name in set(attributes(module)) - set(before):
         object.__delattr__(owners[path], name)
     for (path, name), (value, items) in before.items():
         object.__setattr__(owners[path], name, value)

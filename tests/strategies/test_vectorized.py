@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -268,9 +269,42 @@ class Momentum(Plain):
         return torch.optim.LBFGS(self.parameters())
 
 
+class Decaying(Plain):
+    """Holds its parameters where ``functional_call`` does not find them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decayed = list(self.parameters())
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) + sum(param.square().sum() for param in self.decayed)
+
+
+class Mixing(Plain):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) * np.random.rand()
+
+
+class Masking(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[1].weight.register_post_accumulate_grad_hook(lambda param: param.grad.clamp_(-1e-3, 1e-3))
+
+
+class Stepping(Plain):
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        optimizer.register_step_pre_hook(lambda *_: None)
+        return optimizer
+
+
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
+        (Decaying, "gradient"),
+        (Mixing, "random"),
+        (Masking, "hooks on a parameter"),
+        (Stepping, "hooks on SGD"),
         (Item, "item"),
         (Appending, "changes self.losses"),
         (Dropping, "random operation"),
@@ -367,6 +401,32 @@ def test_random_augmentation_is_that_of_each_client() -> None:
             return x + torch.randn(x.shape), y
 
     both(Plain, fl.datamodules.ClientDatasets([Noisy(*images(7, seed).tensors) for seed in range(3)], batch_size=4))
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adagrad", "Adam"])
+def test_parameters_without_dimensions(name: str) -> None:
+    class Scaled(Plain):
+        def __init__(self) -> None:
+            super().__init__(make_optimizer=lambda params: getattr(torch.optim, name)(params, lr=0.05))
+            self.scale = nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) * self.scale.square()
+
+    both(Scaled, gradient_clip_val=0.1)
+
+
+@pytest.mark.parametrize("engine", ["auto", "vectorized"])
+def test_what_shows_only_later_ends_the_fit(engine: str) -> None:
+    class Later(Plain):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            if self.current_epoch == 1:
+                self.last = loss
+            return loss
+
+    with pytest.raises(MisconfigurationException, match=r"changes self.last.*engine='sequential'"):
+        fit(engine, Later())
 
 
 def test_wrong_settings() -> None:
