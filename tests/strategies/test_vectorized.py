@@ -285,10 +285,15 @@ class Mixing(Plain):
         return super().training_step(batch, batch_idx) * np.random.rand()
 
 
+def clip_gradient(param: Tensor) -> None:
+    assert param.grad is not None
+    param.grad.clamp_(-1e-3, 1e-3)
+
+
 class Masking(Plain):
     def __init__(self) -> None:
         super().__init__()
-        self.net[1].weight.register_post_accumulate_grad_hook(lambda param: param.grad.clamp_(-1e-3, 1e-3))
+        self.net[1].weight.register_post_accumulate_grad_hook(clip_gradient)
 
 
 class Stepping(Plain):
