@@ -98,7 +98,14 @@ def run(recipe: Path) -> tuple[dict[str, object], list[tuple[int, float]]] | Non
     off = abs(found - expectation.value) > expectation.tolerance
     wanted = f"{expectation.value} within {expectation.tolerance}"
     print(f"{recipe.stem}: {expectation.metric} {found:.4f}, expected {wanted}{' OFF' if off else ''}, {seconds:.0f} s")
-    values = (recipe.stem, expectation.metric, expectation.value, expectation.tolerance, round(found, 4), round(seconds))
+    values = (
+        recipe.stem,
+        expectation.metric,
+        expectation.value,
+        expectation.tolerance,
+        round(found, 4),
+        round(seconds),
+    )
     return dict(zip(COLUMNS, values, strict=True)), points
 
 
