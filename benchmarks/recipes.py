@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import os
 import re
 import statistics
 import subprocess
@@ -27,6 +28,7 @@ import matplotlib.pyplot as plt
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "docs" / "experiments"
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", **os.environ}  # the models are small
 COLUMNS = ("recipe", "metric", "expected", "tolerance", "found", "seconds")
 EXPECTED = re.compile(
     r"^# expected: (?P<metric>[\w/]+) (?P<value>[\d.]+) within (?P<tolerance>[\d.]+)"
@@ -85,7 +87,9 @@ def run(recipe: Path) -> tuple[dict[str, object], list[tuple[int, float]]] | Non
         quiet = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
         callbacks = ["--trainer.callbacks", "null"] if "ModelCheckpoint" in recipe.read_text() else []
         start = time.perf_counter()
-        result = subprocess.run([*command(recipe), *logger, *quiet, *callbacks], capture_output=True, text=True)
+        result = subprocess.run(
+            [*command(recipe), *logger, *quiet, *callbacks], capture_output=True, text=True, env=ENVIRONMENT
+        )
         seconds = time.perf_counter() - start
         if result.returncode:
             reason = result.stderr.strip().splitlines()[-1]
@@ -97,9 +101,18 @@ def run(recipe: Path) -> tuple[dict[str, object], list[tuple[int, float]]] | Non
     found = expectation.of(points)
     off = abs(found - expectation.value) > expectation.tolerance
     wanted = f"{expectation.value} within {expectation.tolerance}"
-    print(f"{recipe.stem}: {expectation.metric} {found:.4f}, expected {wanted}{' OFF' if off else ''}, {seconds:.0f} s")
-    expected = expectation.metric, expectation.value, expectation.tolerance
-    values = (recipe.stem, *expected, round(found, 4), round(seconds))
+    print(
+        f"{recipe.stem}: {expectation.metric} {found:.4f}, expected {wanted}{' OFF' if off else ''}, {seconds:.0f} s",
+        flush=True,
+    )
+    values = (
+        recipe.stem,
+        expectation.metric,
+        expectation.value,
+        expectation.tolerance,
+        round(found, 4),
+        round(seconds),
+    )
     return dict(zip(COLUMNS, values, strict=True)), points
 
 
@@ -141,6 +154,7 @@ def plot() -> None:
         axes.plot(
             [int(number) for number, _ in rows[1:]],
             [float(value) for _, value in rows[1:]],
+            marker=".",
             label=f"{file.stem.removeprefix('recipe_')} ({rows[0][1]})",
         )
     axes.set(xlabel="round", ylabel="accuracy on the test data", ylim=(0, 1), title="The recipes")

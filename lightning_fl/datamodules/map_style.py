@@ -37,6 +37,7 @@ class TorchDataModule(NaturalDataModule):
         num_workers: Worker processes of each loader.
         eval_batch_size: Examples in a batch of validation, test and prediction. None: the larger of ``batch_size`` and
             256.
+        brings_test: Whether :meth:`load` may bring data for test although ``test`` is None.
 
     Raises:
         ValueError: If an argument is out of range; on setup, if there is no such column.
@@ -53,6 +54,7 @@ class TorchDataModule(NaturalDataModule):
         seed: int = 0,
         num_workers: int = 0,
         eval_batch_size: int | None = None,
+        brings_test: bool = False,
     ) -> None:
         super().__init__(
             batch_size=batch_size,
@@ -61,7 +63,7 @@ class TorchDataModule(NaturalDataModule):
             seed=seed,
             num_workers=num_workers,
             eval_batch_size=eval_batch_size,
-            brings_test=test is not None,
+            brings_test=brings_test or test is not None,
         )
         self._train, self._test, self.client = train, test, client
 
@@ -151,7 +153,18 @@ class HuggingFaceDataModule(TorchDataModule):
         eval_batch_size: int | None = None,
     ) -> None:
         nothing: Any = None
-        super().__init__(nothing, None, client, batch_size, val_share, test_share, seed, num_workers, eval_batch_size)
+        super().__init__(
+            nothing,
+            None,
+            client,
+            batch_size,
+            val_share,
+            test_share,
+            seed,
+            num_workers,
+            eval_batch_size,
+            brings_test=test_split is not None,
+        )
         self.path, self.name, self.features, self.target = path, name, features, target
         self.train_split, self.test_split, self.transform, self.download = train_split, test_split, transform, download
 

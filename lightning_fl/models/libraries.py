@@ -77,7 +77,8 @@ class TransformersClassifier(Classifier):
     Args:
         name: Folder or name of the model.
         num_classes: Number of classes, at least 2.
-        pretrained: Whether to take its weights; else only its configuration, with random weights.
+        pretrained: Whether to take its weights (but not those of a head for another number of classes); else only its
+            configuration, with random weights.
         local_files_only: Whether to take only what is on disk, and download nothing.
         lr: Learning rate.
         momentum: Momentum of SGD.
@@ -99,7 +100,7 @@ class TransformersClassifier(Classifier):
         options = {"num_labels": num_classes, "local_files_only": local_files_only}
         auto = library.AutoModelForSequenceClassification
         if pretrained:
-            net = auto.from_pretrained(name, **options)
+            net = auto.from_pretrained(name, ignore_mismatched_sizes=True, **options)
         else:
             net = auto.from_config(library.AutoConfig.from_pretrained(name, **options))
         super().__init__(net, num_classes, lr, momentum)

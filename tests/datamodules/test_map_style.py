@@ -108,6 +108,7 @@ def test_a_hugging_face_data_set_by_writer(library: SimpleNamespace) -> None:
     assert (x.shape, y.dtype, y.item()) == ((1, 4, 4), torch.int64, 2)
     assert torch.allclose(x, torch.full((1, 4, 4), 102 / 255))
     assert data.client_dataset("b", "test")[0][1] == 3
+    assert len(data.test_dataloader().dataset) == 4
 
 
 def test_columns_of_numbers_join_and_targets_are_known_without_reading_rows(
