@@ -14,24 +14,22 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_fl.callbacks import sample_level_accounting as accounting
 from lightning_fl.callbacks.federated import FederatedCallback
 from lightning_fl.callbacks.sample_level_checks import check_settings, check_training
-from lightning_fl.clients import ClientLoaders, LocalWork, derive_seed
+from lightning_fl.clients import ClientLoaders, derive_seed
 from lightning_fl.clients.loaders import Loader
 from lightning_fl.clients.seeding import Randomness, isolated_randomness
-from lightning_fl.clients.store import LEDGER
-from lightning_fl.communication import Message
 from lightning_fl.privacy.accounting import Epsilon, Gaussian, Ledger
 from lightning_fl.privacy.bounds import Method
 from lightning_fl.privacy.client_level import GRID, PrivacyBudgetExceeded
 from lightning_fl.privacy.noise import PrivacyError, check_source, warn_of_test_seed
-from lightning_fl.privacy.per_client import largest_epsilon, noise_multiplier_for_all
+from lightning_fl.privacy.per_client import exceeding, largest_epsilon
 from lightning_fl.privacy.per_sample import GradSampleMode, PerSampleGradients, check_per_sample, opacus_hooks
 from lightning_fl.privacy.poisson import DrawCheck, PoissonLoader, check_sampler, poisson_loaders
 from lightning_fl.privacy.rows import num_rows, take_rows
-from lightning_fl.privacy.sampling import Sampling
 from lightning_fl.privacy.sgd import NoiseWatch, NoisySum
-from lightning_fl.privacy.state import pack, unpack
+from lightning_fl.privacy.state import pack
 from lightning_fl.strategies import FederatedStrategy
 from lightning_fl.strategies import lightning_internals as internals
 from lightning_fl.strategies.aside import outside_training
@@ -165,7 +163,11 @@ class SampleLevelDP(FederatedCallback):
         params = {
             name: param for name, param in pl_module.named_parameters() if param.requires_grad and id(param) in trained
         }
-        self._sigma = self._find_noise_multiplier(trainer)
+        if self.target_epsilon is None:
+            assert self.noise_multiplier is not None
+            self._sigma = self.noise_multiplier
+        else:
+            self._sigma = accounting.calibrate(trainer, _rounds(trainer), self.target_epsilon, self.delta, self.method)
         self._draws = DrawCheck()
         self._drawn.clear()
         self._watch = NoiseWatch()
@@ -199,19 +201,17 @@ class SampleLevelDP(FederatedCallback):
             check_source()
         self._was_without |= round > self._next_round
         self._round, self._is_checked = round, False
-        rounds = _rounds(trainer)
         if self.max_epsilon is not None:
-            spent = [
-                self.ledger(trainer, client) + self._cost(rounds, client)[0]
-                for client in dict.fromkeys(rounds.plan.clients)
-            ]
-            self._check_budget(spent)
+            rounds = _rounds(trainer)
+            here = dict.fromkeys(rounds.plan.clients)
+            cost = {client: accounting.cost_of(rounds, client, self._sigma) for client in here}
+            self._check_budget([accounting.ledger_of(rounds, client) + own for client, own in cost.items()])
 
     def on_client_start(self, trainer: L.Trainer, module: L.LightningModule, client: ClientId) -> None:
         """Records what the client is about to release."""
         rounds = _rounds(trainer)
-        cost, loader = self._cost(rounds, client)
-        rounds.store.record(client, pack((self.ledger(trainer, client) + cost).state_dict()))
+        cost, loader = accounting.cost_of(rounds, client, self._sigma), accounting.loader_of(rounds, client)
+        rounds.store.record(client, pack((accounting.ledger_of(rounds, client) + cost).state_dict()))
         self._client, self._loader, self._left = client, loader, sum(count for _, count in cost)
         self._counts = np.zeros(loader.num_examples, dtype=np.int64)
         self._sizes: list[int] = []
@@ -306,22 +306,16 @@ class SampleLevelDP(FederatedCallback):
             )
 
     def on_aggregate_end(self, trainer: L.Trainer, module: L.LightningModule, aggregate: Aggregate) -> None:
-        """Logs what the round's models amount to, and stops if no client may take part once more."""
+        """Logs what the round's models amount to, and stops if a client could not take part once more."""
         self._next_round = max(self._next_round, self._round + 1)
-        strategy, rounds = _strategy(trainer), _rounds(trainer)
+        rounds = _rounds(trainer)
         spent, _ = largest_epsilon(self.ledgers(trainer).values(), self.delta, self.method, GRID)
         epsilon = math.inf if self._was_without else float(spent)
-        is_over = False
-        if self.max_epsilon is not None:
-            each = [
-                self.ledger(trainer, client) + self._cost(rounds, client, rounds.work)[0]
-                for client in self._clients(rounds)
-            ]
-            is_over = largest_epsilon(each, self.delta, self.method, GRID)[0] > self.max_epsilon
-        told = [
-            message.fields
-            for message in strategy.federation.all_gather(Message({"epsilon": epsilon, "over": is_over}), "epsilon")
-        ]
+        is_last, is_over = self._round + 1 == trainer.max_epochs, False
+        if self.max_epsilon is not None and not is_last:
+            each = accounting.with_another_round(rounds, self._sigma)
+            is_over = exceeding(each, self.max_epsilon, self.delta, self.method) is not None
+        told = accounting.gather(rounds, {"epsilon": epsilon, "over": is_over})
         facts = self._facts(max(fields["epsilon"] for fields in told))
         prefix = "dp_example" if "dp_epsilon" in rounds.history[-1] else "dp"
         facts = {f"{prefix}_{name}": value for name, value in facts.items()}
@@ -333,7 +327,7 @@ class SampleLevelDP(FederatedCallback):
             self._words = words
             for logger in trainer.loggers:
                 logger.log_hyperparams(words)
-        if any(fields["over"] for fields in told):
+        if any(fields["over"] for fields in told) and len(told) == rounds.group.size:
             trainer.should_stop = True
             rank_zero_info(
                 f"Training stops: another round would exceed max_epsilon={self.max_epsilon:g} for a client that takes "
@@ -344,11 +338,7 @@ class SampleLevelDP(FederatedCallback):
 
     def ledger(self, trainer: L.Trainer, client: ClientId) -> Ledger:
         """What a client that lives on this rank has released."""
-        ledger = Ledger()
-        state = _rounds(trainer).store.get(client) or {}
-        if LEDGER in state:
-            ledger.load_state_dict(unpack(state[LEDGER]))
-        return ledger
+        return accounting.ledger_of(_rounds(trainer), client)
 
     def ledgers(self, trainer: L.Trainer) -> dict[ClientId, Ledger]:
         """What each client that lives on this rank has released; those that have never taken part are left out."""
@@ -390,57 +380,10 @@ class SampleLevelDP(FederatedCallback):
             randomness = np.random.default_rng(derive_seed(self.insecure_test_seed, self._round, "batches", client))
         return PoissonLoader(loader, self._drawn.append, randomness)  # type: ignore[arg-type]
 
-    def _cost(
-        self, rounds: FederatedRounds, client: ClientId, work: LocalWork | None = None
-    ) -> tuple[Ledger, PoissonLoader]:
-        """What a client releases in a round, and its loader; ``work`` is None for what it has in the round at hand."""
-        loader = rounds.population.loaders[client]
-        if not isinstance(loader, PoissonLoader):
-            raise PrivacyError(
-                f"The loader of client {client!r} is a {type(loader).__name__} and draws no Poisson batches. "
-                "The run stops."
-            )
-        work = work or rounds.planned.works.get(client, rounds.work)
-        steps = [part.num_steps(len(loader)) for part in rounds.planner.phases(work)]
-        ledger = Ledger()
-        count = sum(step for step in steps if step is not None)
-        if count:
-            ledger.record(Gaussian(self._sigma, loader.sampling), count)
-        return ledger, loader
-
-    def _clients(self, rounds: FederatedRounds) -> list[ClientId]:
-        """The clients that live on this rank."""
-        population, group = rounds.population, rounds.group
-        return population.place(list(population.ids), group.size, at_home=True)[group.rank]
-
-    def _find_noise_multiplier(self, trainer: L.Trainer) -> float:
-        if self.target_epsilon is None:
-            assert self.noise_multiplier is not None
-            return self.noise_multiplier
-        num_rounds, rounds = trainer.max_epochs, _rounds(trainer)
-        if num_rounds is None or num_rounds < 1:
-            raise MisconfigurationException(
-                f"target_epsilon={self.target_epsilon} needs the number of rounds, found max_epochs={num_rounds}. "
-                "Set it."
-            )
-        counts: dict[Sampling, int] = {}
-        self._sigma = 1.0
-        for client in self._clients(rounds):
-            cost, _ = self._cost(rounds, client, rounds.work)
-            for event, count in cost:
-                counts[event.sampling] = max(counts.get(event.sampling, 0), count * num_rounds)
-        own = noise_multiplier_for_all(self.target_epsilon, self.delta, counts, self.method) if counts else 0.0
-        told = _strategy(trainer).federation.all_gather(Message({"noise": own}), "noise multiplier")
-        found = max(float(message.fields["noise"]) for message in told)
-        rank_zero_info(
-            f"noise_multiplier={found:.4f} keeps each client's epsilon within {self.target_epsilon:g} for {num_rounds} "
-            f"rounds, at delta={self.delta:g}."
-        )
-        return found
-
     def _check_budget(self, ledgers: Sequence[Ledger]) -> None:
-        epsilon, _ = largest_epsilon(ledgers, self.delta, self.method, GRID)
-        if self.max_epsilon is not None and epsilon > self.max_epsilon:
+        assert self.max_epsilon is not None
+        epsilon = exceeding(ledgers, self.max_epsilon, self.delta, self.method)
+        if epsilon is not None:
             raise PrivacyBudgetExceeded(
                 f"Round {self._round} would make a client's epsilon {float(epsilon):.4g}, more than "
                 f"max_epsilon={self.max_epsilon:g}. Stop here, or raise max_epsilon or the noise before you start."
@@ -504,12 +447,7 @@ def _loss(outputs: Any) -> Tensor:
     return loss
 
 
-def _strategy(trainer: L.Trainer) -> FederatedStrategy:
-    assert isinstance(trainer.strategy, FederatedStrategy)
-    return trainer.strategy
-
-
 def _rounds(trainer: L.Trainer) -> FederatedRounds:
-    rounds = _strategy(trainer).rounds
-    assert rounds is not None
-    return rounds
+    strategy = trainer.strategy
+    assert isinstance(strategy, FederatedStrategy)
+    return strategy.active_rounds

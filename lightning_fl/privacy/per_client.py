@@ -41,6 +41,15 @@ def largest_epsilon(
     return largest, of
 
 
+def exceeding(ledgers: Iterable[Ledger], budget: float, delta: float, method: Method = "pld") -> Epsilon | None:
+    """The epsilon of a ledger that has more than ``budget``; None if none has."""
+    bounds = {ledger.entries: (rough_epsilon(ledger.entries, delta), ledger) for ledger in ledgers}
+    for bound, ledger in sorted(bounds.values(), key=lambda pair: -pair[0]):
+        if bound > budget and (found := ledger.epsilon(delta, method)) > budget:
+            return found
+    return None
+
+
 def rough_epsilon(entries: Sequence[Entry], delta: float) -> float:
     """An upper bound on epsilon that takes milliseconds, for samples of examples by Poisson or all of them."""
     if not entries:

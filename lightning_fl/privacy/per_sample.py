@@ -180,7 +180,9 @@ def clipped_sum(samples: Tree, clip: float) -> Tree:
     factors = torch.where(is_finite, (clip * (1 - ROUNDING) / norms).clamp(max=1.0), torch.zeros_like(norms))
     if not bool(is_finite.all()):
         flat = {name: torch.where(is_finite[:, None], sample, 0) for name, sample in flat.items()}
-    return {name: (factors @ flat[name]).view(sample.shape[1:]) for name, sample in samples.items()}
+    return {
+        name: (factors.to(flat[name].dtype) @ flat[name]).view(sample.shape[1:]) for name, sample in samples.items()
+    }
 
 
 def check_clipped_sum(total: Tree, size: int, clip: float) -> None:
