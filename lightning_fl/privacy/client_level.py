@@ -78,7 +78,8 @@ class ClientLevelDP(Transform):
         delta: The delta of the logged epsilon. None: 1e-5, or ``population ** -1.1`` if that is less.
         max_epsilon: Training stops before a round that would make epsilon larger. None: no limit.
         method: The accountant, as for :meth:`Ledger.epsilon`.
-        insecure_test_seed: Makes the noise repeat, for tests; the run is then NOT PRIVATE.
+        insecure_test_seed: Makes the noise repeat, for tests; the run is then NOT PRIVATE, and stays so if it goes on
+            without the seed.
 
     Raises:
         ValueError: If an argument is out of range; when the strategy is built, if something beside it breaks the bound.
@@ -177,6 +178,12 @@ class ClientLevelDP(Transform):
         ledger, gap = load_ledger(state), ctx.round - (int(state["round"]) + 1 if state else 0)
         if gap > 0:
             ledger.record(Gaussian(0.0), gap)  # earlier rounds that were not private
+        num_insecure = int(state.get("insecure", 0))
+        if self.insecure_test_seed is not None:
+            num_insecure += 1
+        elif num_insecure:
+            ledger.record(Gaussian(0.0), num_insecure)  # their noise can be worked out from the seed
+            num_insecure = 0
         event = Gaussian(self.noise_multiplier, self.sampling(ctx))
         drawn = self._check_cohort(state.get("drawn"), event.sampling, ctx)
         ledger.record(event)
@@ -190,6 +197,7 @@ class ClientLevelDP(Transform):
         return {
             "ledger": pack(ledger.state_dict()),
             "round": torch.tensor(ctx.round),
+            "insecure": torch.tensor(num_insecure),
             "clip": state["clip"] if adapts else torch.tensor(clip, dtype=torch.float64),
             "drawn": pack(drawn),
         }
