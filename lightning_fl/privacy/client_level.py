@@ -41,7 +41,7 @@ _NO_BITS = torch.zeros((), dtype=torch.float64)
 GRID = 5e-4  # of the epsilon of each round: a fifth of the time of the ledger's own, and larger by about 1e-3 at most
 ADVERSARIES = {
     "central": "whoever sees the global model of every round, but not the server, nor who takes part",
-    "local": "the server, and whoever sees the clients' updates",
+    "local": "the server, and whoever sees the clients' updates, but not the metrics and counts, which are exact",
 }
 
 
@@ -65,8 +65,9 @@ class ClientLevelDP(Transform):
 
     The noise comes from the operating system. In ``"central"`` mode the server draws it once for the federation; a
     federation of silos has no server to trust with that. In ``"local"`` mode each client adds it to its own update, so
-    that nobody is trusted, at the price of :math:`\sqrt{m}` times the noise; the server sees who takes part and may
-    compare any two updates of a client, so nothing is amplified and neighbours replace each other.
+    that nobody is trusted with an update, at the price of :math:`\sqrt{m}` times the noise; the server sees who takes part
+    and may compare any two updates of a client, so nothing is amplified and neighbours replace each other. What silos log
+    and count they tell each other exactly: log nothing of a silo's data that the others may not know.
 
     Cohorts are drawn from the operating system's randomness; Poisson ones amplify the most. What a round releases is
     in the ledger before its clients train, and stays there if the round fails and is run again.

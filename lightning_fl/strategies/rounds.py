@@ -13,14 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_fl.aggregation import FederationFacts
-from lightning_fl.clients import (
-    ClientStore,
-    Participation,
-    Population,
-    RoundLoader,
-    RoundPlan,
-    count_batches,
-)
+from lightning_fl.clients import ClientStore, Participation, Population, RoundLoader, RoundPlan, count_batches
 from lightning_fl.clients.loaders import Loader
 from lightning_fl.clients.plan import Place
 from lightning_fl.clients.round_loader import UNKNOWN_LENGTH, LoadTogether, raise_error
@@ -397,7 +390,8 @@ class FederatedRounds:
         if isinstance(loss, Tensor) and self._phase_counts:
             self._loss = self._loss + loss.detach().double() * (num_examples * self.work.accumulate)
         if self._first_batch is None:
-            self._first_batch = digest(batch) if self.population.silos and not self.history else ""
+            tells = self.population.silos and not self.history and not self.settings.hides_clients
+            self._first_batch = digest(batch) if tells else ""
         self._logged.after_batch(results, num_examples)
 
     @property

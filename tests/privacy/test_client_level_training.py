@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 import lightning_fl as fl
@@ -30,6 +32,7 @@ from lightning_fl.privacy import (
     SecureNoise,
     load_ledger,
 )
+from lightning_fl.strategies.notices import Notices
 from tests.helpers.training import Plain, image_clients, loader, trainer, weights
 
 SIZES = (4,) * 8
@@ -269,24 +272,35 @@ def test_breaking_a_part_stops_the_run(
     assert torch.equal(weights(module), before)
 
 
-def silos(mode: str) -> tuple[str, Tensor]:
-    module, strategy = Plain(), FederatedStrategy("fedavg", transforms=[private(mode=mode)])
+def silos(mode: str | None) -> tuple[str, Tensor, list[str]]:
+    transforms = [] if mode is None else [private(mode=mode)]
+    module, strategy = Plain(), FederatedStrategy("fedavg", transforms=transforms)
     error = ""
-    try:
-        run = trainer(strategy, 2)
-        run.fit(module, loader(8, seed=strategy.global_rank))
-    except ValueError as refused:
-        error = str(refused)
-    return error, weights(module)
+    with patch.object(Notices, "data") as data:
+        try:
+            run = trainer(strategy, 2)
+            run.fit(module, loader(8, seed=strategy.global_rank))
+        except ValueError as refused:
+            error = str(refused)
+    hashes = [message.fields["first_batch"] for call in data.call_args_list for message in call.args[1]]
+    return error, weights(module), [text for text in hashes if text]
 
 
 def test_silos_take_local_noise_only(run_ranks: Any) -> None:
-    for error, _ in run_ranks(2, silos, "central"):
+    for error, *_ in run_ranks(2, silos, "central"):
         assert "needs a server that adds the noise" in error
-    (error, first), (_, second) = run_ranks(2, silos, "local")
+    (error, first, hashes), (_, second, _) = run_ranks(2, silos, "local")
     assert error == ""
     assert torch.equal(first, second)
     assert not torch.equal(first, weights(Plain()))
+    assert not hashes
+    assert run_ranks(2, silos, None)[0][2]  # where nothing is hidden, silos find out that they hold the same data
+
+
+@pytest.mark.parametrize("callback", [fl.callbacks.ClientMetrics, fl.callbacks.PersonalizedEvaluation])
+def test_what_shows_single_clients_is_refused(callback: Any) -> None:
+    with pytest.raises(MisconfigurationException, match="exact figures of single clients, which ClientLevelDP"):
+        fit(private(), callbacks=[callback()])
 
 
 def test_yaml_gives_it_by_its_short_class_name() -> None:
