@@ -11,7 +11,7 @@ import torch
 
 from lightning_fl.clients.plan import LocalWork
 from lightning_fl.clients.population import Population
-from lightning_fl.clients.sampling import ClientsPerRound, Cohort, Uniform
+from lightning_fl.clients.sampling import ClientsPerRound, Cohort, Uniform, describe_sampling
 from lightning_fl.clients.seeding import SystemRandomness, derive_seed, round_rng
 from lightning_fl.clients.uneven import Amount, Stragglers
 from lightning_fl.communication import Group, Message
@@ -72,7 +72,7 @@ class Draws:
         self.population = population
         self.seed = seed
         self.group = group
-        self.sampling = participation.cohort.sampling(len(population), participation.clients_per_round)
+        self.sampling = describe_sampling(participation.cohort, len(population), participation.clients_per_round)
         self._prepared: Any = participation.cohort.prepare(population, self.sampling)
         self._secure_cohort: tuple[int, list[int]] | None = None
         for amount in (participation.local_epochs, participation.local_steps):

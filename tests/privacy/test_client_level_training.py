@@ -118,9 +118,23 @@ def test_poisson_cohorts_are_recorded_and_an_empty_one_still_releases_noise() ->
     assert strategy.history[-1]["dp_epsilon"] == ledger_of(strategy).epsilon(1e-5, "rdp")
 
 
+class First(fl.clients.Uniform):
+    """Always the same clients: what it inherits as its description does not hold."""
+
+    def draw(self, sampling: Any, round: int, rng: Any, prepared: Any) -> Any:
+        return torch.arange(int(sampling.size)).numpy()
+
+
+class Described(First):
+    def sampling(self, num_clients: int, clients_per_round: Any) -> Any:
+        return super().sampling(num_clients, clients_per_round)
+
+
 @pytest.mark.parametrize(
     ("options", "sampling"),
     [
+        ({"clients_per_round": 3, "cohort": First()}, Full()),
+        ({"clients_per_round": 3, "cohort": Described()}, FixedSize(3, 8)),
         ({}, Full()),
         ({"clients_per_round": 3}, FixedSize(3, 8)),
         ({"clients_per_round": 3, "cohort": fl.clients.RoundRobin()}, Full()),
