@@ -234,7 +234,9 @@ def test_the_loggers_get_numbers_each_round_and_words_once() -> None:
     assert 0 < epsilons[0] < epsilons[1]
     for key, value in {"dp_delta": 1e-5, "dp_noise_multiplier": 1.0, "dp_clip": 0.5, "dp_is_private": 1.0}.items():
         assert [float(row[f"fl/{key}"]) for row in rows] == [value, value]
-    assert not {"fl/num_clients", "fl/num_examples", "fl/num_steps", "fl/update_spread"} & rows[0].keys()
+    exact = {"fl/num_clients", "fl/num_examples", "fl/num_steps", "fl/update_spread", "fl/num_bytes"}
+    assert not exact & rows[0].keys()
+    assert not [name for name in rows[0] if name.startswith("fl/seconds")]
     words = yaml.safe_load(Path(logger.log_dir, "hparams.yaml").read_text())
     assert words["fl/dp_guarantee"] == "epsilon-delta, add_or_remove_one"
     assert (words["fl/dp_mode"], words["fl/dp_unit"]) == ("central", "client")
