@@ -70,7 +70,8 @@ class ClientLevelDP(Transform):
     and count they tell each other exactly: log nothing of a silo's data that the others may not know.
 
     Cohorts are drawn from the operating system's randomness; Poisson ones amplify the most. What a round releases is
-    in the ledger before its clients train, and stays there if the round fails and is run again.
+    in the ledger before its clients train, and stays there if the round fails and is run again by the same Trainer;
+    checkpoints written from then on hold it.
 
     Args:
         clip: The clip norm :math:`C`, or :class:`AdaptiveClip`.
