@@ -457,7 +457,7 @@ class FederatedRounds:
         self._publish(merged)
         self._has_late_values = any(fields["late"] for fields in told)
         self.trainer.should_stop = any(fields["should_stop"] for fields in told)
-        self._notices.result(self.plan.round, result)
+        self._notices.result(self.plan.round, result, self.trainer, merged)
         self.history.append(round_entry(self.plan.round, result, self.planned.dropped))
         internals.log_to_loggers(self.trainer, figures(self.history[-1], result.hides_clients))
         self._notices.words(self.trainer, words(self.history[-1]))

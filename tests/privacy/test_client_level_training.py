@@ -319,6 +319,36 @@ def test_what_shows_single_clients_is_refused(callback: Any) -> None:
         fit(private(), callbacks=[callback()])
 
 
+class Monitored(Plain):
+    """Logs its training loss, which a schedule waits for."""
+
+    def __init__(self, monitor: str | None) -> None:
+        super().__init__()
+        self.monitor = monitor
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.log("own_loss", loss, on_epoch=True, on_step=self.monitor == "own_loss_epoch")
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": self.monitor}}
+
+
+@pytest.mark.parametrize("monitor", ["own_loss", "own_loss_epoch"])
+def test_a_schedule_by_exact_figures_is_warned_of(monitor: str, recwarn: Any) -> None:
+    for transforms in ([], [private()]):
+        assert not [warning for warning in recwarn if "exact figure" in str(warning.message)]
+        strategy, module = FederatedStrategy("fedavg", transforms=transforms), Monitored(monitor)
+        if transforms:
+            with pytest.warns(UserWarning, match="ReduceLROnPlateau decides by 'own_loss"):
+                trainer(strategy, 2).fit(module, image_clients(SIZES))
+        else:
+            trainer(strategy, 2).fit(module, image_clients(SIZES))
+
+
 def test_yaml_gives_it_by_its_short_class_name() -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--transform", type=Transform)
