@@ -65,9 +65,9 @@ class ClientLevelDP(Transform):
 
     The noise comes from the operating system. In ``"central"`` mode the server draws it once for the federation; a
     federation of silos has no server to trust with that. In ``"local"`` mode each client adds it to its own update, so
-    that nobody is trusted with an update, at the price of :math:`\sqrt{m}` times the noise; the server sees who takes part
-    and may compare any two updates of a client, so nothing is amplified and neighbours replace each other. What silos log
-    and count they tell each other exactly: log nothing of a silo's data that the others may not know.
+    that nobody is trusted with an update, at the price of :math:`\sqrt{m}` times the noise; the server sees who takes
+    part and may compare any two updates of a client, so nothing is amplified and neighbours replace each other. What
+    silos log and count they tell each other exactly: log nothing of a silo's data that the others may not know.
 
     Cohorts are drawn from the operating system's randomness; Poisson ones amplify the most. What a round releases is
     in the ledger before its clients train, and stays there if the round fails and is run again by the same Trainer;

@@ -97,7 +97,7 @@ def check_telling(what: str, settings: FederationSettings) -> None:
     if settings.hides_clients:
         names = ", ".join(type(transform).__name__ for transform in settings.transforms if transform.hides_clients)
         raise MisconfigurationException(
-            f"{what} shows exact figures of single clients, which {names} is there to prevent. Leave it out, or {names}."
+            f"{what} shows exact figures of single clients, which {names} is there to prevent. Leave out one of them."
         )
 
 

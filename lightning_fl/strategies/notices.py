@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+from weakref import WeakSet
 
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import nn
 
 from lightning_fl.communication import Message
 from lightning_fl.strategies.metrics import Entries
 from lightning_fl.strategies.round import RoundResult
+
+_TRAINED: WeakSet[nn.Module] = WeakSet()
+"""Modules that have been trained with hidden clients."""
 
 
 def _forms(name: str) -> tuple[str, ...]:
@@ -88,6 +93,15 @@ class Notices:
                     "choices, and so the models, tell of it beyond the epsilon. Monitor a metric of public validation "
                     "data instead."
                 )
+
+    def new_ledger(self, module: nn.Module) -> None:
+        """Clients that are hidden start to train a module, and what has been released before is not known."""
+        if module in _TRAINED:
+            rank_zero_warn(
+                "This module has been trained with differential privacy before, and its epsilon starts anew: that of "
+                "this fit is not that of both. Add their ledgers, go on with fit(ckpt_path=...), or take a new module."
+            )
+        _TRAINED.add(module)
 
     def words(self, trainer: L.Trainer, words: Mapping[str, str]) -> None:
         """A round tells the loggers something in words."""

@@ -139,6 +139,8 @@ class FederatedRounds:
             self.state, self.store, self.history = last.state, last.store, last.history
             for index in range(len(self.settings.algorithm.phases())):
                 self.store.drop_entry(optimizer_entry(index))
+        if self.settings.hides_clients and not self.state.transforms:
+            self._notices.new_ledger(self.module)
         self.engine = engine
         self.engine_module = self.module
         check_algorithm(self.settings.algorithm, self.trainer)

@@ -349,6 +349,18 @@ def test_a_schedule_by_exact_figures_is_warned_of(monitor: str, recwarn: Any) ->
             trainer(strategy, 2).fit(module, image_clients(SIZES))
 
 
+def test_a_second_fit_of_a_module_warns_that_its_ledger_is_new(recwarn: Any) -> None:
+    module, clients = Plain(), image_clients(SIZES)
+    run = trainer(FederatedStrategy("fedavg", transforms=[private()]), 1)
+    run.fit(module, clients)
+    run.fit_loop.max_epochs = 2
+    run.fit(module, clients)
+    assert ledger_of(run.strategy) == recorded((Gaussian(1.0), 2))
+    assert not [warning for warning in recwarn if "epsilon starts anew" in str(warning.message)]
+    with pytest.warns(UserWarning, match="epsilon starts anew"):
+        trainer(FederatedStrategy("fedavg", transforms=[private()]), 1).fit(module, clients)
+
+
 def test_yaml_gives_it_by_its_short_class_name() -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--transform", type=Transform)
