@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,8 +11,8 @@ import torch
 
 from lightning_fl.clients.plan import LocalWork
 from lightning_fl.clients.population import Population
-from lightning_fl.clients.sampling import ClientsPerRound, Cohort, Uniform
-from lightning_fl.clients.seeding import SystemRandomness, round_rng
+from lightning_fl.clients.sampling import ClientsPerRound, Cohort, Uniform, describe_sampling
+from lightning_fl.clients.seeding import SystemRandomness, derive_seed, round_rng
 from lightning_fl.clients.uneven import Amount, Stragglers
 from lightning_fl.communication import Group, Message
 from lightning_fl.types import ClientId
@@ -72,7 +72,7 @@ class Draws:
         self.population = population
         self.seed = seed
         self.group = group
-        self.sampling = participation.cohort.sampling(len(population), participation.clients_per_round)
+        self.sampling = describe_sampling(participation.cohort, len(population), participation.clients_per_round)
         self._prepared: Any = participation.cohort.prepare(population, self.sampling)
         self._secure_cohort: tuple[int, list[int]] | None = None
         for amount in (participation.local_epochs, participation.local_steps):
@@ -93,6 +93,9 @@ class Draws:
     def works(self, round: int, cohort: list[ClientId], most: LocalWork) -> Mapping[ClientId, LocalWork]:
         """How much each client of a cohort trains; stragglers that are dropped are left out.
 
+        Under secure participation a client's work does not depend on who else takes part: otherwise one client more
+        would change the updates of all others, and privacy by sampling would be lost.
+
         Args:
             round: Number of the round.
             cohort: The clients of the round.
@@ -101,12 +104,28 @@ class Draws:
         settings, works = self.participation, dict.fromkeys(cohort, most)
         for name, amount in (("epochs", settings.local_epochs), ("steps", settings.local_steps)):
             if isinstance(amount, Amount):
-                drawn = amount.draw(cohort, round_rng(self.seed, round, "local work"))
+                drawn = self._each(cohort, round, "local work", amount.draw)
                 works = {client: replace(most, **{name: n}) for client, n in zip(cohort, drawn, strict=True)}
         if settings.stragglers is not None:
-            parts = settings.stragglers.draw(len(cohort), round_rng(self.seed, round, "stragglers"))
-            works = {c: replace(works[c], part=part) for c, part in zip(cohort, parts.tolist(), strict=True) if part}
+            stragglers = settings.stragglers
+            parts = self._each(
+                cohort, round, "stragglers", lambda clients, rng: stragglers.draw(len(clients), rng).tolist()
+            )
+            works = {c: replace(works[c], part=part) for c, part in zip(cohort, parts, strict=True) if part}
         return works
+
+    def _each(
+        self,
+        cohort: list[ClientId],
+        round: int,
+        purpose: str,
+        draw: Callable[[list[ClientId], np.random.Generator], Sequence[Any]],
+    ) -> list[Any]:
+        """One value for each client, drawn for the cohort as a whole, or for each alone if participation is secure."""
+        if not (self.participation.secure or self.participation.cohort.secure):
+            return list(draw(cohort, round_rng(self.seed, round, purpose)))
+        seeds = [derive_seed(self.seed, round, purpose, client) for client in cohort]
+        return [draw([c], np.random.default_rng(seed))[0] for c, seed in zip(cohort, seeds, strict=True)]
 
     def _positions(self, round: int, secure: bool = False) -> list[int]:
         rng = SystemRandomness() if secure else round_rng(self.seed, round, "cohort")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 from zlib import crc32
 
@@ -115,6 +115,19 @@ class Cohort(ABC):
         Returns:
             Different integers in ``[0, num_clients)``, in any order: int64, shape ``[cohort_size]``.
         """
+
+
+def describe_sampling(cohort: Cohort, num_clients: int, clients_per_round: ClientsPerRound) -> Sampling:
+    """What a cohort says of itself, unless a subclass has changed how it draws and not what it says: then ``"other"``.
+
+    Raises:
+        ValueError: If ``clients_per_round`` does not fit the number of clients.
+    """
+    sampling = cohort.sampling(num_clients, clients_per_round)
+    first = next(kind for kind in type(cohort).__mro__ if not {"draw", "sampling"}.isdisjoint(vars(kind)))
+    if "sampling" in vars(first) or sampling.kind == "full":
+        return sampling
+    return replace(sampling, kind="other")
 
 
 @dataclass(frozen=True)

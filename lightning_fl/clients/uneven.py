@@ -35,7 +35,7 @@ class Amount(ABC):
         """The amount of each client in one round, from 1 to :attr:`most`.
 
         Args:
-            clients: The clients of the round.
+            clients: The clients of the round; each by itself where participation is secure.
             rng: The only source of randomness.
         """
 
@@ -125,7 +125,8 @@ class Stragglers:
 
     A straggler of policy ``"partial"`` delivers what it has done: a uniformly random number of optimizer steps, from 1
     to all of its work (whole passes, if its loader has no length). One of policy ``"drop"`` is left out of the round.
-    Stragglers depend on (seed, round) only, so that runs of different algorithms have the same ones.
+    Stragglers depend on (seed, round) only, so that runs of different algorithms have the same ones. Under secure
+    participation, as differential privacy needs it, each client straggles on its own with probability ``share``.
 
     FedProx's experiments are ``Stragglers(0.9)`` for FedProx beside ``Stragglers(0.9, policy="drop")`` for FedAvg, with
     20 local epochs; the authors draw whole epochs.

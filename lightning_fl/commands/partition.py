@@ -87,7 +87,8 @@ class LookAtPartition(L.Callback):
         trainer.should_stop = True
         assert isinstance(trainer.strategy, FederatedStrategy)
         strategy = trainer.strategy
-        check_telling("lightning-fl partition", strategy.active_rounds.settings)
+        if strategy.active_rounds.settings.silos:
+            check_telling("lightning-fl partition", strategy.active_rounds.settings)
         found = summarise(strategy.active_rounds.population, strategy.federation, self.max_clients, read_samples=True)
         self.summary = found if trainer.is_global_zero else None
 

@@ -110,7 +110,7 @@ class Ledger:
             A float that also knows ``delta``, ``method`` and ``relation``.
 
         Raises:
-            ValueError: If an argument is out of range.
+            ValueError: If an argument is out of range, or ``"add_or_remove_one"`` is asked for of draws of fixed size.
             ImportError: If dp-accounting is not installed.
         """
         if not 0 < delta < 1:

@@ -42,7 +42,25 @@ def dp_accounting() -> Any:
 
 def default_relation(entries: Sequence[Entry]) -> Relation:
     """What a neighbour is if nobody says: sampling without replacement has bounds for replacing only."""
-    return "replace_one" if any(isinstance(sampling, FixedSize) for _, sampling, _ in entries) else "add_or_remove_one"
+    return "replace_one" if any(map(_is_fixed_size, entries)) else "add_or_remove_one"
+
+
+def check_relation(entries: Sequence[Entry], relation: Relation) -> None:
+    """Makes sure that there is a bound: with draws of a fixed size, who is removed leaves their place to another.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if relation == "add_or_remove_one" and any(map(_is_fixed_size, entries)):
+        raise ValueError(
+            "relation='add_or_remove_one' has no bound where something was drawn with FixedSize: removing one brings "
+            "in another, which moves the sum by up to twice the clip norm. Ask for 'replace_one', or draw by Poisson."
+        )
+
+
+def _is_fixed_size(entry: Entry) -> bool:
+    sampling = entry[1]
+    return isinstance(sampling.batches if isinstance(sampling, LocalSteps) else sampling, FixedSize)
 
 
 @lru_cache(maxsize=256)
@@ -57,7 +75,11 @@ def epsilon_of(
         method: The accountant.
         relation: What neighbours differ in.
         grid: Distance of the privacy losses that PLD tells apart; a coarser one is faster and looser.
+
+    Raises:
+        ValueError: If there is no bound for these neighbours.
     """
+    check_relation(entries, relation)
     entries = tuple((sigma, sampling, count) for sigma, sampling, count in entries if count)
     if not entries:
         return 0.0

@@ -41,7 +41,7 @@ _NO_BITS = torch.zeros((), dtype=torch.float64)
 GRID = 5e-4  # of the epsilon of each round: a fifth of the time of the ledger's own, and larger by about 1e-3 at most
 ADVERSARIES = {
     "central": "whoever sees the global model of every round, but not the server, nor who takes part",
-    "local": "the server, and whoever sees the clients' updates",
+    "local": "the server, and whoever sees the clients' updates, but not the metrics and counts, which are exact",
 }
 
 
@@ -65,11 +65,13 @@ class ClientLevelDP(Transform):
 
     The noise comes from the operating system. In ``"central"`` mode the server draws it once for the federation; a
     federation of silos has no server to trust with that. In ``"local"`` mode each client adds it to its own update, so
-    that nobody is trusted, at the price of :math:`\sqrt{m}` times the noise; the server sees who takes part and may
-    compare any two updates of a client, so nothing is amplified and neighbours replace each other.
+    that nobody is trusted with an update, at the price of :math:`\sqrt{m}` times the noise; the server sees who takes
+    part and may compare any two updates of a client, so nothing is amplified and neighbours replace each other. What
+    silos log and count they tell each other exactly: log nothing of a silo's data that the others may not know.
 
     Cohorts are drawn from the operating system's randomness; Poisson ones amplify the most. What a round releases is
-    in the ledger before its clients train, and stays there if the round fails and is run again.
+    in the ledger before its clients train, and stays there if the round fails and is run again by the same Trainer;
+    checkpoints written from then on hold it.
 
     Args:
         clip: The clip norm :math:`C`, or :class:`AdaptiveClip`.
@@ -78,7 +80,8 @@ class ClientLevelDP(Transform):
         delta: The delta of the logged epsilon. None: 1e-5, or ``population ** -1.1`` if that is less.
         max_epsilon: Training stops before a round that would make epsilon larger. None: no limit.
         method: The accountant, as for :meth:`Ledger.epsilon`.
-        insecure_test_seed: Makes the noise repeat, for tests; the run is then NOT PRIVATE.
+        insecure_test_seed: Makes the noise repeat, for tests; the run is then NOT PRIVATE, and stays so if it goes on
+            without the seed.
 
     Raises:
         ValueError: If an argument is out of range; when the strategy is built, if something beside it breaks the bound.
@@ -177,6 +180,12 @@ class ClientLevelDP(Transform):
         ledger, gap = load_ledger(state), ctx.round - (int(state["round"]) + 1 if state else 0)
         if gap > 0:
             ledger.record(Gaussian(0.0), gap)  # earlier rounds that were not private
+        num_insecure = int(state.get("insecure", 0))
+        if self.insecure_test_seed is not None:
+            num_insecure += 1
+        elif num_insecure:
+            ledger.record(Gaussian(0.0), num_insecure)  # their noise can be worked out from the seed
+            num_insecure = 0
         event = Gaussian(self.noise_multiplier, self.sampling(ctx))
         drawn = self._check_cohort(state.get("drawn"), event.sampling, ctx)
         ledger.record(event)
@@ -190,6 +199,7 @@ class ClientLevelDP(Transform):
         return {
             "ledger": pack(ledger.state_dict()),
             "round": torch.tensor(ctx.round),
+            "insecure": torch.tensor(num_insecure),
             "clip": state["clip"] if adapts else torch.tensor(clip, dtype=torch.float64),
             "drawn": pack(drawn),
         }

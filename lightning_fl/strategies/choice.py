@@ -26,7 +26,8 @@ def choose_engine(
         return SequentialEngine(module, optimizers, strategy.personal, strategy.client_optimizer), None
     engine = VectorizedEngine(module, optimizers, strategy.personal, strategy.client_optimizer)
     settings = strategy.engine if isinstance(strategy.engine, Vectorized) else Vectorized()
-    together = ClientsTogether(trainer, engine, settings, is_asked_for=strategy.engine != "auto")
+    is_asked_for, is_secure = strategy.engine != "auto", strategy.participation.secure
+    together = ClientsTogether(trainer, engine, settings, is_asked_for, allows_random=is_asked_for and not is_secure)
     reason = why_not(trainer, module, strategy)
     if reason is not None:
         together.refuse(reason)

@@ -23,6 +23,7 @@ from lightning_fl.aggregation import Aggregator, Transform, WeightedMean
 from lightning_fl.algorithms import Algorithm, Weighting, get_algorithm
 from lightning_fl.clients import Amount, Cohort, Participation, Population, RoundLoader, Stragglers, Uniform
 from lightning_fl.clients.partition import Partitioner
+from lightning_fl.clients.sampling import describe_sampling
 from lightning_fl.clients.split import shard
 from lightning_fl.communication import Group, LocalGroup, Message, connect
 from lightning_fl.communication.objects import decode_object, encode_object
@@ -332,7 +333,7 @@ class FederatedStrategy(ParallelStrategy):
     def _make_rounds(self, population: Population) -> FederatedRounds:
         trainer = self._trainer
         size = len(population)
-        sampling = self.cohort.sampling(size, self.clients_per_round)
+        sampling = describe_sampling(self.cohort, size, self.clients_per_round)
         silos = population.silos is not None
         settings = FederationSettings(
             self.algorithm, self.aggregator, self.transforms, self.weighting, self._seed, size, sampling, silos

@@ -84,15 +84,20 @@ def hides_silos(settings: FederationSettings) -> bool:
 
 
 def check_telling(what: str, settings: FederationSettings) -> None:
-    """Refuses what would show each silo's figures to the others.
+    """Refuses what would show each silo's figures to the others, or each client's beside a private model.
 
     Raises:
-        MisconfigurationException: If silos hide them.
+        MisconfigurationException: If silos hide them, or a transform hides the clients of a round.
     """
     if hides_silos(settings):
         raise MisconfigurationException(
             f"{what} shows every silo's own figures to the others, which secure aggregation is there to prevent. Leave "
             "it out, or the secure aggregation."
+        )
+    if settings.hides_clients:
+        names = ", ".join(type(transform).__name__ for transform in settings.transforms if transform.hides_clients)
+        raise MisconfigurationException(
+            f"{what} shows exact figures of single clients, which {names} is there to prevent. Leave out one of them."
         )
 
 

@@ -36,8 +36,8 @@ def round_entry(round: int, result: RoundResult, dropped: Sequence[ClientId]) ->
     }
 
 
-OF_CLIENTS = ("num_clients", "num_examples", "num_steps", "update_spread")
-"""What tells exact facts about the clients of a round."""
+OF_CLIENTS = ("num_clients", "num_examples", "num_steps", "update_spread", "num_bytes")
+"""What tells exact facts about the clients of a round; so do the seconds that it took."""
 
 
 def figures(entry: dict[str, Any], hides_clients: bool = False) -> dict[str, float]:
@@ -49,7 +49,8 @@ def figures(entry: dict[str, Any], hides_clients: bool = False) -> dict[str, flo
     """
     hidden = OF_CLIENTS if hides_clients else ()
     numbers = {name: value for name, value in entry.items() if isinstance(value, int | float) and name not in hidden}
-    seconds = {f"fl/seconds_{phase}": value for phase, value in entry["seconds"].items()}
+    told = {} if hides_clients else entry["seconds"]
+    seconds = {f"fl/seconds_{phase}": value for phase, value in told.items()}
     return {**{f"fl/{name}": value for name, value in numbers.items()}, **seconds}
 
 

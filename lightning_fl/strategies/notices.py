@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+from weakref import WeakSet
 
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import nn
 
 from lightning_fl.communication import Message
+from lightning_fl.strategies.metrics import Entries
 from lightning_fl.strategies.round import RoundResult
+
+_TRAINED: WeakSet[nn.Module] = WeakSet()
+"""Modules that have been trained with hidden clients."""
+
+
+def _forms(name: str) -> tuple[str, ...]:
+    return name, f"{name}_epoch", f"{name}_step"
 
 
 class Notices:
@@ -57,8 +67,10 @@ class Notices:
                 "with its own data. To split one data set among simulated clients, give num_clients or partition."
             )
 
-    def result(self, round: int, result: RoundResult) -> None:
-        """A round has been closed."""
+    def result(self, round: int, result: RoundResult, trainer: L.Trainer, logged: Entries) -> None:
+        """A round has been closed, in which the clients have logged something."""
+        if result.hides_clients:
+            self._monitors(trainer, {name for entry in logged.values() for name in _forms(entry["name"])})
         if result.refused:
             rank_zero_warn(
                 f"Round {round}: the updates of {', '.join(map(repr, result.refused))} hold NaN or Inf and were left "
@@ -69,6 +81,27 @@ class Notices:
 
         if result.stop_reason is not None:
             rank_zero_info(result.stop_reason)
+
+    def _monitors(self, trainer: L.Trainer, names: set[str]) -> None:
+        """Something decides by exact metrics of training in which clients are hidden."""
+        schedules = [(config.scheduler, config.monitor) for config in trainer.lr_scheduler_configs if config.monitor]
+        callbacks = [(c, getattr(c, "monitor", None)) for c in trainer.callbacks]  # type: ignore[attr-defined]
+        for judge, monitor in [*schedules, *callbacks]:
+            if monitor in names and self._is_new(("monitor", type(judge), monitor)):
+                rank_zero_warn(
+                    f"{type(judge).__name__} decides by {monitor!r}, an exact figure of the clients' own data: its "
+                    "choices, and so the models, tell of it beyond the epsilon. Monitor a metric of public validation "
+                    "data instead."
+                )
+
+    def new_ledger(self, module: nn.Module) -> None:
+        """Clients that are hidden start to train a module, and what has been released before is not known."""
+        if module in _TRAINED:
+            rank_zero_warn(
+                "This module has been trained with differential privacy before, and its epsilon starts anew: that of "
+                "this fit is not that of both. Add their ledgers, go on with fit(ckpt_path=...), or take a new module."
+            )
+        _TRAINED.add(module)
 
     def words(self, trainer: L.Trainer, words: Mapping[str, str]) -> None:
         """A round tells the loggers something in words."""

@@ -368,9 +368,8 @@ class Round:
                 f"Round {self.ctx.round} has no update left: those of all its clients ({_some(refused)}) hold NaN or "
                 "Inf. The global model is as it was. Lower the learning rate, clip gradients, or look at their data."
             )
-        is_empty = len(self.ctx.cohort) < self.ctx.population and not any(
-            message.fields["num_clients"] for message in reports
-        )
+        may_be_empty = self.settings.hides_clients or len(self.ctx.cohort) < self.ctx.population
+        is_empty = may_be_empty and not any(message.fields["num_clients"] for message in reports)
         aggregate = self._nothing() if is_empty else self.settings.aggregator.result(acc, self.ctx)
         for index, transform in reversed(list(enumerate(self.settings.transforms))):
             aggregate, self.transform_states[index] = transform.server(

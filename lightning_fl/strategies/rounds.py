@@ -13,14 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_fl.aggregation import FederationFacts
-from lightning_fl.clients import (
-    ClientStore,
-    Participation,
-    Population,
-    RoundLoader,
-    RoundPlan,
-    count_batches,
-)
+from lightning_fl.clients import ClientStore, Participation, Population, RoundLoader, RoundPlan, count_batches
 from lightning_fl.clients.loaders import Loader
 from lightning_fl.clients.plan import Place
 from lightning_fl.clients.round_loader import UNKNOWN_LENGTH, LoadTogether, raise_error
@@ -146,6 +139,8 @@ class FederatedRounds:
             self.state, self.store, self.history = last.state, last.store, last.history
             for index in range(len(self.settings.algorithm.phases())):
                 self.store.drop_entry(optimizer_entry(index))
+        if self.settings.hides_clients and not self.state.transforms:
+            self._notices.new_ledger(self.module)
         self.engine = engine
         self.engine_module = self.module
         check_algorithm(self.settings.algorithm, self.trainer)
@@ -397,7 +392,8 @@ class FederatedRounds:
         if isinstance(loss, Tensor) and self._phase_counts:
             self._loss = self._loss + loss.detach().double() * (num_examples * self.work.accumulate)
         if self._first_batch is None:
-            self._first_batch = digest(batch) if self.population.silos and not self.history else ""
+            tells = self.population.silos and not self.history and not self.settings.hides_clients
+            self._first_batch = digest(batch) if tells else ""
         self._logged.after_batch(results, num_examples)
 
     @property
@@ -463,7 +459,7 @@ class FederatedRounds:
         self._publish(merged)
         self._has_late_values = any(fields["late"] for fields in told)
         self.trainer.should_stop = any(fields["should_stop"] for fields in told)
-        self._notices.result(self.plan.round, result)
+        self._notices.result(self.plan.round, result, self.trainer, merged)
         self.history.append(round_entry(self.plan.round, result, self.planned.dropped))
         internals.log_to_loggers(self.trainer, figures(self.history[-1], result.hides_clients))
         self._notices.words(self.trainer, words(self.history[-1]))

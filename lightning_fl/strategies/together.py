@@ -49,17 +49,24 @@ class ClientsTogether:
         trainer: The Trainer.
         engine: Trains the units.
         settings: How many clients train together.
-        is_asked_for: Whether the user has asked for it, so that what stands against it is an error, and random
-            numbers in a step may be others than a client alone would draw.
+        is_asked_for: Whether the user has asked for it, so that what stands against it is an error.
+        allows_random: Whether random numbers in a step may be others than a client alone would draw, and depend on who
+            trains beside it.
     """
 
     def __init__(
-        self, trainer: L.Trainer, engine: VectorizedEngine, settings: Vectorized, is_asked_for: bool = False
+        self,
+        trainer: L.Trainer,
+        engine: VectorizedEngine,
+        settings: Vectorized,
+        is_asked_for: bool = False,
+        allows_random: bool = False,
     ) -> None:
         self.trainer = trainer
         self.engine = engine
         self.settings = settings
         self.is_asked_for = is_asked_for
+        self.allows_random = allows_random
         self.capture = Capture(trainer.lightning_module)
         self.unit: Sequence[ClientId] = ()
         self.batch_size = 0
@@ -138,7 +145,7 @@ class ClientsTogether:
             content = strategy.batch_to_device(batch).content
             with strategy.precision_plugin.train_step_context():
                 args = logged.step_arguments(self.trainer.lightning_module, 0)
-                self._randomness = check_same_step(self.engine, self.capture, content, args, self.is_asked_for)
+                self._randomness = check_same_step(self.engine, self.capture, content, args, self.allows_random)
             self._is_checked = True
 
     def refuse(self, reason: str) -> None:

@@ -198,6 +198,14 @@ def test_a_test_seed_repeats_warns_and_is_not_private() -> None:
     assert not (flat(first) == flat(run_round(transform, [update()], round=1, state=state)[0])).any()
     report = transform.report(state, RoundContext(0, [0], 1000, POISSON))
     assert (report["dp_is_private"], report["dp_guarantee"]) == (0.0, "NOT PRIVATE (insecure_test_seed)")
+    for number, secure in enumerate([replace(transform, insecure_test_seed=None)] * 2, start=1):
+        context = RoundContext(number, [0], 1000, POISSON)
+        state = secure.start_round(state, context)
+        report = secure.report(state, context)
+        assert (report["dp_is_private"], report["dp_epsilon"]) == (0.0, float("inf"))
+        assert (0.0, Full(), 1) in load_ledger(state).entries
+    with pytest.raises(PrivacyBudgetExceeded):
+        replace(secure, max_epsilon=1e6).start_round(state, RoundContext(3, [0], 1000, POISSON))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 import lightning_fl as fl
@@ -30,6 +32,7 @@ from lightning_fl.privacy import (
     SecureNoise,
     load_ledger,
 )
+from lightning_fl.strategies.notices import Notices
 from tests.helpers.training import Plain, image_clients, loader, trainer, weights
 
 SIZES = (4,) * 8
@@ -115,9 +118,23 @@ def test_poisson_cohorts_are_recorded_and_an_empty_one_still_releases_noise() ->
     assert strategy.history[-1]["dp_epsilon"] == ledger_of(strategy).epsilon(1e-5, "rdp")
 
 
+class First(fl.clients.Uniform):
+    """Always the same clients: what it inherits as its description does not hold."""
+
+    def draw(self, sampling: Any, round: int, rng: Any, prepared: Any) -> Any:
+        return torch.arange(int(sampling.size)).numpy()
+
+
+class Described(First):
+    def sampling(self, num_clients: int, clients_per_round: Any) -> Any:
+        return super().sampling(num_clients, clients_per_round)
+
+
 @pytest.mark.parametrize(
     ("options", "sampling"),
     [
+        ({"clients_per_round": 3, "cohort": First()}, Full()),
+        ({"clients_per_round": 3, "cohort": Described()}, FixedSize(3, 8)),
         ({}, Full()),
         ({"clients_per_round": 3}, FixedSize(3, 8)),
         ({"clients_per_round": 3, "cohort": fl.clients.RoundRobin()}, Full()),
@@ -217,7 +234,9 @@ def test_the_loggers_get_numbers_each_round_and_words_once() -> None:
     assert 0 < epsilons[0] < epsilons[1]
     for key, value in {"dp_delta": 1e-5, "dp_noise_multiplier": 1.0, "dp_clip": 0.5, "dp_is_private": 1.0}.items():
         assert [float(row[f"fl/{key}"]) for row in rows] == [value, value]
-    assert not {"fl/num_clients", "fl/num_examples", "fl/num_steps", "fl/update_spread"} & rows[0].keys()
+    exact = {"fl/num_clients", "fl/num_examples", "fl/num_steps", "fl/update_spread", "fl/num_bytes"}
+    assert not exact & rows[0].keys()
+    assert not [name for name in rows[0] if name.startswith("fl/seconds")]
     words = yaml.safe_load(Path(logger.log_dir, "hparams.yaml").read_text())
     assert words["fl/dp_guarantee"] == "epsilon-delta, add_or_remove_one"
     assert (words["fl/dp_mode"], words["fl/dp_unit"]) == ("central", "client")
@@ -269,24 +288,77 @@ def test_breaking_a_part_stops_the_run(
     assert torch.equal(weights(module), before)
 
 
-def silos(mode: str) -> tuple[str, Tensor]:
-    module, strategy = Plain(), FederatedStrategy("fedavg", transforms=[private(mode=mode)])
+def silos(mode: str | None) -> tuple[str, Tensor, list[str]]:
+    transforms = [] if mode is None else [private(mode=mode)]
+    module, strategy = Plain(), FederatedStrategy("fedavg", transforms=transforms)
     error = ""
-    try:
-        run = trainer(strategy, 2)
-        run.fit(module, loader(8, seed=strategy.global_rank))
-    except ValueError as refused:
-        error = str(refused)
-    return error, weights(module)
+    with patch.object(Notices, "data") as data:
+        try:
+            run = trainer(strategy, 2)
+            run.fit(module, loader(8, seed=strategy.global_rank))
+        except ValueError as refused:
+            error = str(refused)
+    hashes = [message.fields["first_batch"] for call in data.call_args_list for message in call.args[1]]
+    return error, weights(module), [text for text in hashes if text]
 
 
 def test_silos_take_local_noise_only(run_ranks: Any) -> None:
-    for error, _ in run_ranks(2, silos, "central"):
+    for error, *_ in run_ranks(2, silos, "central"):
         assert "needs a server that adds the noise" in error
-    (error, first), (_, second) = run_ranks(2, silos, "local")
+    (error, first, hashes), (_, second, _) = run_ranks(2, silos, "local")
     assert error == ""
     assert torch.equal(first, second)
     assert not torch.equal(first, weights(Plain()))
+    assert not hashes
+    assert run_ranks(2, silos, None)[0][2]  # where nothing is hidden, silos find out that they hold the same data
+
+
+@pytest.mark.parametrize("callback", [fl.callbacks.ClientMetrics, fl.callbacks.PersonalizedEvaluation])
+def test_what_shows_single_clients_is_refused(callback: Any) -> None:
+    with pytest.raises(MisconfigurationException, match="exact figures of single clients, which ClientLevelDP"):
+        fit(private(), callbacks=[callback()])
+
+
+class Monitored(Plain):
+    """Logs its training loss, which a schedule waits for."""
+
+    def __init__(self, monitor: str | None) -> None:
+        super().__init__()
+        self.monitor = monitor
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.log("own_loss", loss, on_epoch=True, on_step=self.monitor == "own_loss_epoch")
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": self.monitor}}
+
+
+@pytest.mark.parametrize("monitor", ["own_loss", "own_loss_epoch"])
+def test_a_schedule_by_exact_figures_is_warned_of(monitor: str, recwarn: Any) -> None:
+    for transforms in ([], [private()]):
+        assert not [warning for warning in recwarn if "exact figure" in str(warning.message)]
+        strategy, module = FederatedStrategy("fedavg", transforms=transforms), Monitored(monitor)
+        if transforms:
+            with pytest.warns(UserWarning, match="ReduceLROnPlateau decides by 'own_loss"):
+                trainer(strategy, 2).fit(module, image_clients(SIZES))
+        else:
+            trainer(strategy, 2).fit(module, image_clients(SIZES))
+
+
+def test_a_second_fit_of_a_module_warns_that_its_ledger_is_new(recwarn: Any) -> None:
+    module, clients = Plain(), image_clients(SIZES)
+    run = trainer(FederatedStrategy("fedavg", transforms=[private()]), 1)
+    run.fit(module, clients)
+    run.fit_loop.max_epochs = 2
+    run.fit(module, clients)
+    assert ledger_of(run.strategy) == recorded((Gaussian(1.0), 2))
+    assert not [warning for warning in recwarn if "epsilon starts anew" in str(warning.message)]
+    with pytest.warns(UserWarning, match="epsilon starts anew"):
+        trainer(FederatedStrategy("fedavg", transforms=[private()]), 1).fit(module, clients)
 
 
 def test_yaml_gives_it_by_its_short_class_name() -> None:

@@ -110,8 +110,21 @@ def test_sampling_without_replacement_has_noise_relative_to_twice_the_clip() -> 
         assert epsilon == pytest.approx(20.987, abs=1e-3)
         assert epsilon.relation == "replace_one"
     assert ledger(1.0, Poisson(0.01), 1000).epsilon(1e-5, relation="replace_one") == pytest.approx(2.8434, abs=1e-3)
-    unamplified = drawn.epsilon(1e-5, relation="add_or_remove_one")
-    assert unamplified == pytest.approx(exact_gaussian(1000**0.5, 1e-5), rel=1e-6)
+
+
+def test_draws_of_a_fixed_size_have_no_bound_for_removing_one() -> None:
+    """One of x and -x is drawn: if x is removed, -x is drawn for sure, 2 away; noise as if it were 1 claims 4.377."""
+    nested = LocalSteps(Full(), FixedSize(10, 100), 1)
+    for sampling in (FixedSize(1, 2), nested, LocalSteps(Poisson(0.1), FixedSize(10, 100), 10)):
+        own = ledger(1.0, sampling)
+        with pytest.raises(ValueError, match="no bound"):
+            own.epsilon(1e-5, relation="add_or_remove_one")
+        with pytest.raises(ValueError, match="no bound"):
+            noise_multiplier_for(2.0, 1e-5, 10, sampling, relation="add_or_remove_one")
+        assert own.epsilon(1e-5).relation == "replace_one"
+    assert ledger(1.0, nested).epsilon(1e-5) == pytest.approx(exact_gaussian(2.0, 1e-5), rel=1e-3)
+    clients = ledger(1.0, LocalSteps(FixedSize(10, 100), Poisson(0.1), 2))  # examples do not change who is a client
+    assert clients.epsilon(1e-5).relation == "add_or_remove_one"
 
 
 def test_local_steps_share_the_draw_of_their_client() -> None:
