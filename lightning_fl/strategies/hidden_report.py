@@ -117,8 +117,8 @@ def check_steps(what: str, settings: FederationSettings, work: LocalWork) -> Non
     if hides_silos(settings) and by_epochs:
         raise MisconfigurationException(
             f"{what} needs the number of steps of the largest silo, which secure aggregation keeps to itself. Let all "
-            "take equally many, FederatedStrategy(local_steps=...) with an algorithm none of whose phases goes by epochs "
-            "of its own, or step schedules by epoch."
+            "take equally many, FederatedStrategy(local_steps=...), with an algorithm that has no phase of epochs of "
+            "its own, or step schedules by epoch."
         )
 
 

@@ -55,7 +55,7 @@ class SecureAggregation(Aggregator):
     r"""The weighted mean, of which the federation learns only the sums :math:`\sum_i w_i u_i` and :math:`\sum_i w_i`.
 
     Every client adds masks to its update that cancel in the sum of all. Its weight, side channels, buffers and what it
-    reports of the round are in the same masked vector. Coordinates are rounded to integers without bias: a sum over n
+    reports of the round are in the same masked vector. Coordinates are rounded at random to integers: a sum over n
     clients is within ``n * clip * max_weight / (2^b - 1)`` of the exact one, with b = 29 for 3 clients, 27 for 10 and
     24 for 100 in words of 32 bits.
 
@@ -139,6 +139,7 @@ class SecureAggregation(Aggregator):
     def open(self, group: Group, facts: FederationFacts) -> None:
         if facts.is_training:
             self._check_cohort(facts.cohort_size, group, facts.silos)
+            self._check_least(facts.min_cohort_size)
             if self.max_weight is None:
                 known = facts.max_weight() or DEFAULT_MAX_WEIGHT
                 self.ranges = replace(self.ranges, max_weight=2.0 ** math.ceil(math.log2(known)))
@@ -265,6 +266,14 @@ class SecureAggregation(Aggregator):
             raise ValueError(
                 "protocol='bonawitz' runs between the simulated clients of one process; between ranks there is no "
                 "coordinator yet. Take protocol='pairwise', or one process."
+            )
+
+    def _check_least(self, least: int | None) -> None:
+        if least is not None and least < self.min_clients:
+            raise ValueError(
+                f"Rounds may have {least} client(s) by chance, and secure aggregation makes no sum over fewer than "
+                f"{self.min_clients}, so training would end in the middle. Draw cohorts of a fixed size: "
+                "clients_per_round=... without cohort=Poisson(...)."
             )
 
     def _terms(self, acc: SecureSum, ctx: RoundContext, threshold: int) -> Terms:

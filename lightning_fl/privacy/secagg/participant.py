@@ -120,8 +120,8 @@ def context_of(terms: Terms, roster: Roster) -> bytes:
 
 
 def fingerprint(identity: bytes) -> str:
-    """A short name of an identity, for people to compare."""
-    return digest(b"identity", identity).hex()[:16]
+    """A name of an identity for people to compare: 128 bits of its hash."""
+    return digest(b"identity", identity).hex()[:32]
 
 
 def _check_terms(own: Terms, other: Terms, whose: str) -> None:

@@ -10,14 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+import lightning_fl as fl
 from lightning_fl.aggregation import FederationFacts, RoundContext
-from lightning_fl.communication import Group, Message
+from lightning_fl.clients import LocalWork
+from lightning_fl.communication import Group, LocalGroup, Message
 from lightning_fl.privacy.secagg import RetryRefused, SecureAggregation, SecureAggregationError
 from lightning_fl.privacy.secagg.keys import KeyFolder
-from lightning_fl.strategies.hidden_report import hide, reveal
+from lightning_fl.strategies.hidden_report import check_steps, hide, reveal
+from lightning_fl.strategies.round import FederationSettings
 from lightning_fl.types import Update
-from tests.privacy.secagg.test_aggregator import CPU, Ranks, assert_no_sum, updates
+from tests.helpers.training import Plain, loader, trainer, weights
+from tests.privacy.secagg.test_aggregator import CPU, Ranks, aggregate, assert_no_sum, updates
 
 EVERYONE = range(4)
 
@@ -74,8 +79,8 @@ def test_a_restart_in_which_a_silo_has_an_update_at_last_is_refused(keys: str) -
 
 
 def test_a_silo_without_update_adds_nothing_to_the_figures(keys: str) -> None:
-    for aggregate, messages in train(keys, [0, 1, 3]):
-        assert aggregate.num_clients == 3
+    for found, messages in train(keys, [0, 1, 3]):
+        assert found.num_clients == 3
         assert messages[0].fields["sums"] == {"num_steps": 10 + 11 + 13}
 
 
@@ -124,3 +129,40 @@ def test_an_evaluation_again_with_the_figures_of_fewer_silos_is_refused(keys: st
     results = evaluate(keys, lambda rank: figures if rank < 3 else {})
     assert any(isinstance(result, RetryRefused) for result in results)
     assert all(isinstance(result, Exception) for result in results)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "local_steps"),
+    [(fl.algorithms.FedRep(), 3), (fl.algorithms.Ditto(own_epochs=2), 3), (fl.algorithms.FedAvg(), None)],
+)
+def test_schedules_by_step_need_equally_many_in_every_phase(algorithm: Any, local_steps: int | None) -> None:
+    """The head of FedRep, and one's own model in Ditto, train by epochs of their own."""
+    settings = FederationSettings(algorithm, SecureAggregation(), [], "uniform", 0, 3, silos=True)
+    with pytest.raises(MisconfigurationException, match="the number of steps of the largest silo"):
+        check_steps("It", settings, LocalWork(steps=local_steps))
+    check_steps("It", replace(settings, silos=False), LocalWork(steps=local_steps))
+    check_steps("It", replace(settings, algorithm=fl.algorithms.FedAvg()), LocalWork(steps=3))
+
+
+@pytest.mark.parametrize("least", [0, 2])
+def test_cohorts_that_may_be_too_small_are_refused_before_training(least: int) -> None:
+    with pytest.raises(ValueError, match=f"may have {least} .* by chance"):
+        SecureAggregation().open(LocalGroup(), FederationFacts(False, 10, True, min_cohort_size=least))
+    SecureAggregation().open(LocalGroup(), FederationFacts(False, 10, True, min_cohort_size=3))
+
+
+def test_poisson_cohorts_are_refused_before_training() -> None:
+    strategy = fl.FederatedStrategy(aggregator=SecureAggregation(), num_clients=6, cohort=fl.clients.Poisson(0.9))
+    module = Plain()
+    before = weights(module)
+    with pytest.raises(ValueError, match="by chance"):
+        trainer(strategy).fit(module, loader(24))
+    assert torch.equal(weights(module), before)
+
+
+@pytest.mark.parametrize("protocol", ["pairwise", "bonawitz"])
+def test_tensors_without_elements(protocol: Any) -> None:
+    given = [Update({"none": torch.zeros(0, 3), "one": torch.ones(1)}) for _ in range(3)]
+    found = aggregate(SecureAggregation(protocol), given)
+    assert found.delta["none"].shape == (0, 3)
+    assert found.delta["one"].item() == pytest.approx(3.0)
