@@ -28,12 +28,14 @@ class FederationFacts:
         cohort_size: Clients in a round.
         is_training: Whether training is about to start, rather than an evaluation.
         max_weight: Tells the largest weight of a client, or None if nobody may know.
+        min_cohort_size: The fewest clients that a round may have. None: ``cohort_size``.
     """
 
     silos: bool
     cohort_size: int
     is_training: bool
     max_weight: Callable[[], float | None] = lambda: None
+    min_cohort_size: int | None = None
 
 
 class Aggregator(ABC):

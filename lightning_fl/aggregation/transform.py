@@ -11,7 +11,7 @@ import torch
 
 from lightning_fl.clients.sampling import Sampling
 from lightning_fl.communication import Group, LocalGroup
-from lightning_fl.types import Aggregate, ClientId, State, Update
+from lightning_fl.types import Aggregate, ClientId, State, Tree, Update
 
 if TYPE_CHECKING:
     from lightning_fl.aggregation.aggregator import Aggregator
@@ -31,6 +31,7 @@ class RoundContext:
         group: The ranks of the federation; server halves run on all of them.
         silos: Whether each rank is a silo with its own data, rather than a part of one simulation.
         server: In client halves, the state of the transform's server half.
+        frozen: The module's parameters that do not train, which all clients must have alike.
     """
 
     round: int
@@ -42,6 +43,7 @@ class RoundContext:
     group: Group = field(default_factory=LocalGroup)
     silos: bool = False
     server: State = field(default_factory=dict)
+    frozen: Tree = field(default_factory=dict)
 
 
 class Transform(ABC):

@@ -77,8 +77,12 @@ class FederatedTensors:
     @property
     def all(self) -> dict[str, Tensor]:
         """Every parameter and persistent buffer."""
-        frozen: dict[str, Tensor] = {name: param for name, param, *_ in self._frozen}
-        return {**self.params, **frozen, **self.personal, **self.buffers}
+        return {**self.params, **self.frozen, **self.personal, **self.buffers}
+
+    @property
+    def frozen(self) -> Tree:
+        """Parameters that do not require gradients."""
+        return {name: param for name, param, *_ in self._frozen}
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -58,6 +59,16 @@ def reveal(reports: list[Message]) -> list[Message]:
     for message in reports:
         settings.update(message.fields["metrics"])
         states.update(message.fields["metric_states"])
+    few = [entry["name"] for key, entry in settings.items() if f"metric {key} value" not in sums]
+    few += [name for name in states if f"state {name}" not in sums]
+    if few:
+        warnings.warn(
+            f"Too few silos have logged {', '.join(map(repr, dict.fromkeys(few)))} for a secure sum that is not their "
+            "own, so it is left out. Let all silos log the same.",
+            stacklevel=2,
+        )
+    settings = {key: entry for key, entry in settings.items() if f"metric {key} value" in sums}
+    states = {name: state for name, state in states.items() if f"state {name}" in sums}
     tensors = {}
     for name, state in states.items():
         for key, (shape, dtype) in state["shapes"].items():
@@ -105,12 +116,14 @@ def check_steps(what: str, settings: FederationSettings, work: LocalWork) -> Non
     """Refuses what would tell the silos how much data each of them has.
 
     Raises:
-        MisconfigurationException: If silos hide it, and take differently many steps.
+        MisconfigurationException: If silos hide it, and may take differently many steps in a phase of local training.
     """
-    if hides_silos(settings) and work.steps is None:
+    by_epochs = any(work.for_phase(phase).steps is None for phase in settings.algorithm.phases())
+    if hides_silos(settings) and by_epochs:
         raise MisconfigurationException(
             f"{what} needs the number of steps of the largest silo, which secure aggregation keeps to itself. Let all "
-            "take equally many, FederatedStrategy(local_steps=...), or step schedules by epoch."
+            "take equally many, FederatedStrategy(local_steps=...), with an algorithm that has no phase of epochs of "
+            "its own, or step schedules by epoch."
         )
 
 

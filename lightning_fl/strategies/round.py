@@ -158,6 +158,7 @@ class Round:
         self._opened = time.perf_counter()
         self._traffic = replace(group.traffic)
         params = engine.begin_round(state.server.get("params"), schedules)
+        self.ctx = replace(self.ctx, frozen=engine.tensors.frozen)
         self.server = _continue_server(settings, state.server, params)
         states = [*state.transforms, *({} for _ in settings.transforms[len(state.transforms) :])]
         for number, transform in enumerate(settings.transforms):

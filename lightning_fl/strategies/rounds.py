@@ -117,7 +117,8 @@ class FederatedRounds:
         sampling = self.settings.sampling
         is_random = sampling is not None and sampling.kind == "poisson"
         cohort_size = len(population) if is_random else len(self.plan.cohort)
-        return FederationFacts(population.silos is not None, cohort_size, True, max_weight)
+        least = 0 if is_random and sampling is not None and sampling.rate < 1 else None
+        return FederationFacts(population.silos is not None, cohort_size, True, max_weight, least)
 
     @property
     def module(self) -> L.LightningModule:

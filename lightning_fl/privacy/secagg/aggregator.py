@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -17,13 +18,13 @@ from lightning_fl.privacy.secagg.errors import ProtocolError, SecureAggregationE
 from lightning_fl.privacy.secagg.masks import apply_masks
 from lightning_fl.privacy.secagg.messages import Terms
 from lightning_fl.privacy.secagg.packing import NUM_CHECKS, Packing, Ranges, Sums, split_report, with_report
-from lightning_fl.privacy.secagg.pairwise import PairwiseClient
+from lightning_fl.privacy.secagg.pairwise import PairwiseClient, roster_of, with_update
 from lightning_fl.privacy.secagg.participant import MIN_CLIENTS, two_thirds
 from lightning_fl.privacy.secagg.primitives import digest, library
 from lightning_fl.privacy.secagg.quantize import WORDS
 from lightning_fl.privacy.secagg.session import Session, open_session
 from lightning_fl.privacy.secagg.simulate import Simulation
-from lightning_fl.types import Aggregate, ClientId, Update
+from lightning_fl.types import Aggregate, ClientId, Tree, Update
 
 Protocol = Literal["pairwise", "bonawitz"]
 DEFAULT_MAX_WEIGHT = 65536.0
@@ -54,7 +55,7 @@ class SecureAggregation(Aggregator):
     r"""The weighted mean, of which the federation learns only the sums :math:`\sum_i w_i u_i` and :math:`\sum_i w_i`.
 
     Every client adds masks to its update that cancel in the sum of all. Its weight, side channels, buffers and what it
-    reports of the round are in the same masked vector. Coordinates are rounded to integers without bias: a sum over n
+    reports of the round are in the same masked vector. Coordinates are rounded at random to integers: a sum over n
     clients is within ``n * clip * max_weight / (2^b - 1)`` of the exact one, with b = 29 for 3 clients, 27 for 10 and
     24 for 100 in words of 32 bits.
 
@@ -138,6 +139,7 @@ class SecureAggregation(Aggregator):
     def open(self, group: Group, facts: FederationFacts) -> None:
         if facts.is_training:
             self._check_cohort(facts.cohort_size, group, facts.silos)
+            self._check_least(facts.min_cohort_size)
             if self.max_weight is None:
                 known = facts.max_weight() or DEFAULT_MAX_WEIGHT
                 self.ranges = replace(self.ranges, max_weight=2.0 ** math.ceil(math.log2(known)))
@@ -205,9 +207,11 @@ class SecureAggregation(Aggregator):
         settings = digest(repr(self).encode())
         attempt = session.next_attempt(topic)
         terms = Terms(session.session, digest(topic.encode()), settings, 0, attempt, group.size, self.min_clients)
-        client = PairwiseClient(group.rank + 1, session.identity(group.rank), terms, session.trusted, session.journal)
         figures = report.fields.get("sums", {})
-        messages, adverts, names = _exchange(group, report, [client], 0, topic)
+        number, identity = group.rank + 1, session.identity(group.rank)
+        client = PairwiseClient(number, identity, terms, session.trusted, session.journal, bool(figures))
+        messages, adverts, names = _exchange(group, report, figures, [client], self._least_listed, topic)
+        figures = {name: value for name, value in figures.items() if name in names}
         words = with_report(torch.empty(0, dtype=WORDS[self.ranges.modulus_bits]), names, figures, 1)
         client.mask(words, adverts, digest(topic.encode(), repr(sorted(figures.items())).encode()))
         _, sums = split_report(group.all_reduce(words), names, group.size)
@@ -236,6 +240,11 @@ class SecureAggregation(Aggregator):
         assert self._session is not None, "open comes first"
         return self._session
 
+    @property
+    def _least_listed(self) -> int:
+        """How many ranks must list a figure for its sum to be made: that of one silo would be its own."""
+        return 1 if self._opened.is_simulated else self.min_clients
+
     def _check_cohort(self, cohort_size: int, group: Group, silos: bool) -> None:
         if cohort_size < self.min_clients:
             raise ValueError(
@@ -259,11 +268,20 @@ class SecureAggregation(Aggregator):
                 "coordinator yet. Take protocol='pairwise', or one process."
             )
 
+    def _check_least(self, least: int | None) -> None:
+        if least is not None and least < self.min_clients:
+            raise ValueError(
+                f"Rounds may have {least} client(s) by chance, and secure aggregation makes no sum over fewer than "
+                f"{self.min_clients}, so training would end in the middle. Draw cohorts of a fixed size: "
+                "clients_per_round=... without cohort=Poisson(...)."
+            )
+
     def _terms(self, acc: SecureSum, ctx: RoundContext, threshold: int) -> Terms:
         session, num_clients = self._opened, len(ctx.cohort)
         settings = digest(repr(self).encode(), acc.packing.digest)
         attempt = session.next_attempt(ctx.round)
-        return Terms(session.session, acc.model, settings, ctx.round, attempt, num_clients, threshold)
+        model = digest(acc.model, tensors_digest(ctx.frozen))
+        return Terms(session.session, model, settings, ctx.round, attempt, num_clients, threshold)
 
     def _sum(self, acc: SecureSum, group: Group, report: Message, ctx: RoundContext) -> tuple[Tensor, list[Message]]:
         session = self._opened
@@ -274,18 +292,26 @@ class SecureAggregation(Aggregator):
         terms = self._terms(acc, ctx, self.min_clients)
         clients = [
             PairwiseClient(
-                ctx.cohort.index(party) + 1, session.identity(party), terms, session.trusted, session.journal
+                ctx.cohort.index(party) + 1,
+                session.identity(party),
+                terms,
+                session.trusted,
+                session.journal,
+                party in acc.clients,
             )
             for party in parties
         ]
-        messages, adverts, names = _exchange(group, report, clients, len(acc.clients), f"end of round {ctx.round}")
-        accepted = sum(message.fields["num_updates"] for message in messages)
+        tells = session.is_simulated or acc.clients  # a silo without an update adds zeros, also to the figures
+        figures = report.fields.get("sums", {}) if tells else {}
+        topic = f"end of round {ctx.round}"
+        messages, adverts, names = _exchange(group, report, figures, clients, self._least_listed, topic)
+        accepted = len(with_update(roster_of(adverts)))  # signed; each client checks the signatures before it masks
         if accepted < self.min_clients:
             raise SecureAggregationError(
                 f"Round {ctx.round} has {accepted} update(s) left, and a secure sum is not made over fewer than "
                 f"{self.min_clients}. Nothing has left its client, and the global model is as it was."
             )
-        words = with_report(acc.words, names, report.fields.get("sums", {}), len(clients))
+        words = with_report(acc.words, names, figures, len(clients))
         vector = session.vector_id(acc.model, ctx.round)
         apply_masks(words, [mask for client in clients for mask in client.masks(adverts, vector)])
         words, sums = split_report(group.all_reduce(words), names, len(adverts))
@@ -308,28 +334,42 @@ class SecureAggregation(Aggregator):
 
 
 def model_digest(like: Update) -> bytes:
-    """A hash of the global model: parameters and shared buffers, bit for bit."""
+    """A hash of what is trained and shared of the global model: parameters and buffers, bit for bit."""
+    return tensors_digest({**like.delta, **like.buffers})
+
+
+def tensors_digest(tensors: Tree) -> bytes:
+    """A hash of tensors with their names, bit for bit."""
     parts: list[bytes | memoryview] = []
-    for name, tensor in [*like.delta.items(), *like.buffers.items()]:
+    for name, tensor in tensors.items():
         raw: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         parts += [name.encode(), memoryview(raw)]
     return digest(*parts)
 
 
 def _exchange(
-    group: Group, report: Message, clients: list[PairwiseClient], num_updates: int, topic: str
+    group: Group,
+    report: Message,
+    figures: dict[str, float],
+    clients: list[PairwiseClient],
+    least_listed: int,
+    topic: str,
 ) -> tuple[list[Message], list[bytes], list[str]]:
-    """Everyone is alive and shows its keys; gives the reports without their sums, the adverts, and the sums' names."""
-    figures = report.fields.get("sums", {})
+    """Everyone is alive and shows its keys.
+
+    Returns:
+        The reports without their sums, the adverts, and the names of the figures that enough ranks list.
+    """
     public = {name: value for name, value in report.fields.items() if name != "sums"}
     adverts = [client.advertise().hex() for client in clients]
-    own = {**public, "adverts": adverts, "num_updates": num_updates, "names": sorted(figures)}
+    own = {**public, "adverts": adverts, "names": sorted(figures)}
     messages = group.all_gather(Message(own, report.tensors), topic)
     try:
         told = [bytes.fromhex(advert) for message in messages for advert in message.fields["adverts"]]
     except (TypeError, ValueError) as error:
         raise ProtocolError(f"A rank sent keys that are no hexadecimal text: {error}") from error
-    return messages, told, sorted({name for message in messages for name in message.fields["names"]})
+    listed = Counter(name for message in messages for name in set(message.fields["names"]))
+    return messages, told, sorted(name for name, num_ranks in listed.items() if num_ranks >= least_listed)
 
 
 def _with_sums(messages: list[Message], sums: dict[str, float]) -> list[Message]:

@@ -6,6 +6,7 @@ import base64
 import binascii
 import os
 import stat
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +51,7 @@ class PublicIdentity:
             key = b""
         if len(key) != KEY_BYTES:
             raise ValueError(f"{line.strip()[:80]!r} is no public key; expected a line '{PREFIX} <key> <name>'.")
-        return cls(key, words[2].strip() if len(words) > 2 else "")
+        return cls(key, _printable(words[2].strip()) if len(words) > 2 else "")
 
 
 class KeyFolder:
@@ -76,7 +77,7 @@ class KeyFolder:
         """Makes an identity.
 
         Raises:
-            ValueError: If there is one; it is never overwritten.
+            ValueError: If there is one, which is never overwritten, or others may write into the folder.
         """
         if self.exists():
             raise ValueError(
@@ -85,9 +86,13 @@ class KeyFolder:
             )
         key = SigningKey()
         self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        public = PublicIdentity(key.public, name or self.path.name)
-        _write(self.path / IDENTITY, base64.b64encode(key.private_bytes()).decode() + "\n")
-        (self.path / PUBLIC).write_text(f"{public}\n")
+        _check_folder(self.path)
+        public = PublicIdentity(key.public, _printable(name or self.path.name))
+        try:
+            _write(self.path / IDENTITY, base64.b64encode(key.private_bytes()).decode() + "\n", is_new=True)
+        except FileExistsError:
+            raise ValueError(f"{self.path / IDENTITY} was made by somebody else just now; it stays.") from None
+        _write(self.path / PUBLIC, f"{public}\n", mode=0o644)
         return public
 
     def identity(self) -> SigningKey:
@@ -133,17 +138,45 @@ class KeyFolder:
         return new
 
 
-def _write(path: Path, text: str) -> None:
-    """Writes a file of mode 0600, whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def _write(path: Path, text: str, mode: int = 0o600, is_new: bool = False) -> None:
+    """Writes a file, whole or not at all; if it is to be new, never over another."""
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            os.fchmod(descriptor, mode)
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        if is_new:
+            os.link(temporary, path)
+        else:
+            os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _printable(name: str) -> str:
+    """A name without escape codes, which could draw another fingerprint over a key's own."""
+    return "".join(character for character in name if character.isprintable())
+
+
+def _check_folder(path: Path) -> None:
+    status = path.stat()
+    mode = stat.S_IMODE(status.st_mode)
+    if mode & 0o022:
+        raise ValueError(f"{path} has mode {mode:04o}: others on this machine can put files into it. chmod 700 {path}")
+    _check_owner(path, status.st_uid)
+
+
+def _check_owner(path: Path, owner: int) -> None:
+    if owner not in (os.geteuid(), 0):
+        raise ValueError(f"{path} belongs to user {owner}, who can change it. Take a folder of your own.")
 
 
 def _check_mode(path: Path) -> None:
-    mode = stat.S_IMODE(path.stat().st_mode)
+    _check_folder(path.parent)
+    status = path.stat()
+    _check_owner(path, status.st_uid)
+    mode = stat.S_IMODE(status.st_mode)
     if mode & 0o077:
         raise ValueError(f"{path} has mode {mode:04o}: others on this machine can read or change it. chmod 600 {path}")

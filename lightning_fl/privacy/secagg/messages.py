@@ -15,7 +15,7 @@ from lightning_fl.privacy.secagg.primitives import KEY_BYTES, SEAL_BYTES, SIGNAT
 from lightning_fl.privacy.secagg.shamir import SHARE_BYTES
 
 MAGIC = b"LFSA"
-VERSION = 1
+VERSION = 2
 HEADER_BYTES = len(MAGIC) + 2 + 8
 SEALED_BYTES = 2 * SHARE_BYTES + SEAL_BYTES
 MAX_NUMBER = (1 << 31) - 1
@@ -141,6 +141,7 @@ class Advert:
         mask_key: X25519, for the masks.
         channel_key: X25519, for sealed shares; zeros where none are sent.
         terms: What it has agreed to.
+        has_update: Whether it puts an update or figures into the sum, rather than zeros.
         signature: Over all of it.
     """
 
@@ -149,6 +150,7 @@ class Advert:
     mask_key: bytes
     channel_key: bytes
     terms: Terms
+    has_update: bool = True
     signature: bytes = b""
 
     KIND: ClassVar[int] = 1
@@ -157,12 +159,15 @@ class Advert:
     def signed(self) -> bytes:
         """What the signature is over."""
         keys = self.identity + self.mask_key + self.channel_key
-        return b"lightning_fl secagg advert" + _number(self.number) + keys + self.terms.encode()
+        return (
+            b"lightning_fl secagg advert" + _number(self.number) + keys + self.terms.encode() + bytes([self.has_update])
+        )
 
     def encode(self) -> bytes:
         """The message."""
         keys = self.identity + self.mask_key + self.channel_key
-        return _message(self.KIND, _number(self.number), keys, self.terms.encode(), self.signature)
+        has_update = bytes([self.has_update])
+        return _message(self.KIND, _number(self.number), keys, self.terms.encode(), has_update, self.signature)
 
     @classmethod
     def decode(cls, data: bytes) -> Advert:
@@ -170,12 +175,14 @@ class Advert:
         reader = Reader(data, cls.KIND)
         number = reader.number()
         identity, mask_key, channel_key = (reader.raw(KEY_BYTES) for _ in range(3))
-        advert = cls(number, identity, mask_key, channel_key, Terms.read(reader), reader.raw(SIGNATURE_BYTES))
+        terms, has_update, signature = Terms.read(reader), reader.raw(1), reader.raw(SIGNATURE_BYTES)
         reader.end()
-        return advert
+        if has_update not in (b"\0", b"\1"):
+            raise ProtocolError(f"An advert says {has_update.hex()} of whether it has an update; expected 00 or 01.")
+        return cls(number, identity, mask_key, channel_key, terms, has_update == b"\1", signature)
 
 
-ADVERT_BYTES = HEADER_BYTES + 4 + 3 * KEY_BYTES + Terms.SIZE + SIGNATURE_BYTES
+ADVERT_BYTES = HEADER_BYTES + 4 + 3 * KEY_BYTES + Terms.SIZE + 1 + SIGNATURE_BYTES
 
 
 @dataclass(frozen=True)

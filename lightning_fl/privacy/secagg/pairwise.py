@@ -25,14 +25,23 @@ class PairwiseClient(Secret):
         identity: Who it is.
         terms: What it agrees to.
         trusted: Whom it sums with; None in simulations.
-        journal: Remembers among whom its vectors have left.
+        journal: Remembers with whose updates its own has been summed.
+        has_update: Whether it puts an update or figures into the sum; without any it adds zeros to help the others.
 
     Reference:
         Bonawitz et al., "Practical Secure Aggregation for Privacy-Preserving Machine Learning", CCS 2017, section 4.
     """
 
-    def __init__(self, number: int, identity: SigningKey, terms: Terms, trusted: Trusted, journal: Journal) -> None:
-        self._participant = Participant(number, identity, terms, trusted, AgreementKey())
+    def __init__(
+        self,
+        number: int,
+        identity: SigningKey,
+        terms: Terms,
+        trusted: Trusted,
+        journal: Journal,
+        has_update: bool = True,
+    ) -> None:
+        self._participant = Participant(number, identity, terms, trusted, AgreementKey(), has_update=has_update)
         self._journal = journal
         self._is_done = False
 
@@ -50,7 +59,7 @@ class PairwiseClient(Secret):
         Raises:
             ProtocolError: If an advert is not what an honest participant would send, or masks were asked for before.
             SecureAggregationError: If fewer than 3 participants are left.
-            RetryRefused: If the vector has left before among others.
+            RetryRefused: If the vector has been summed before with the updates of others.
         """
         participant = self._participant
         if self._is_done:
@@ -62,7 +71,8 @@ class PairwiseClient(Secret):
         others = [advert for advert in roster.adverts.values() if advert.number != participant.number]
         session = participant.terms.session
         masks = [mask_of(participant.mask_key, participant.number, other, session, context) for other in others]
-        self._journal.claim(vector, identities_digest(roster))
+        if participant.has_update:
+            self._journal.claim(vector, digest(*sorted(advert.identity for advert in with_update(roster))))
         return masks
 
     def mask(self, words: Tensor, adverts: list[bytes], vector: bytes) -> None:
@@ -83,6 +93,6 @@ def roster_of(adverts: list[bytes]) -> Roster:
     return roster
 
 
-def identities_digest(roster: Roster) -> bytes:
-    """A hash of who takes part."""
-    return digest(*sorted(advert.identity for advert in roster.adverts.values()))
+def with_update(roster: Roster) -> list[Advert]:
+    """The adverts of those who put more than zeros into the sum."""
+    return [advert for advert in roster.adverts.values() if advert.has_update]

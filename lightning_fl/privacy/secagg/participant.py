@@ -32,6 +32,7 @@ class Participant(Secret):
         trusted: Whom it sums with.
         mask_key: For the masks; made for this sum only.
         channel_key: For sealed shares; None where none are sent.
+        has_update: Whether it puts more than zeros into the sum.
     """
 
     number: int
@@ -40,11 +41,12 @@ class Participant(Secret):
     trusted: Trusted
     mask_key: AgreementKey
     channel_key: AgreementKey | None = None
+    has_update: bool = True
 
     def advert(self) -> Advert:
         """Its keys, signed."""
         channel = bytes(KEY_BYTES) if self.channel_key is None else self.channel_key.public
-        advert = Advert(self.number, self.identity.public, self.mask_key.public, channel, self.terms)
+        advert = Advert(self.number, self.identity.public, self.mask_key.public, channel, self.terms, self.has_update)
         return replace(advert, signature=self.identity.sign(advert.signed))
 
     def check(self, roster: Roster, minimum: int) -> None:
@@ -60,7 +62,8 @@ class Participant(Secret):
         """
         adverts = roster.adverts
         own = adverts.get(self.number)
-        if own is None or (own.identity, own.mask_key) != (self.identity.public, self.mask_key.public):
+        sent = self.identity.public, self.mask_key.public, self.has_update
+        if own is None or (own.identity, own.mask_key, own.has_update) != sent:
             raise ProtocolError(f"The list of participants lacks number {self.number} with the keys that it has sent.")
         if len(adverts) < max(minimum, MIN_CLIENTS):
             raise SecureAggregationError(
@@ -117,8 +120,8 @@ def context_of(terms: Terms, roster: Roster) -> bytes:
 
 
 def fingerprint(identity: bytes) -> str:
-    """A short name of an identity, for people to compare."""
-    return digest(b"identity", identity).hex()[:16]
+    """A name of an identity for people to compare: 128 bits of its hash."""
+    return digest(b"identity", identity).hex()[:32]
 
 
 def _check_terms(own: Terms, other: Terms, whose: str) -> None:

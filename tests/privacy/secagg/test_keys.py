@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import stat
 from pathlib import Path
@@ -97,3 +98,51 @@ def test_secrets_are_neither_pickled_copied_nor_shown(tmp_path: Path) -> None:
             with pytest.raises(TypeError, match="holds a secret"):
                 copied(secret)
         assert repr(secret) == f"<{type(secret).__name__}, secret>"
+
+
+def test_of_two_that_create_at_once_one_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both have seen that there is no identity."""
+    folder = KeyFolder(tmp_path / "silo")
+    monkeypatch.setattr(KeyFolder, "exists", lambda self: False)
+    first = folder.create("first")
+    with pytest.raises(ValueError, match="made by somebody else just now"):
+        folder.create("second")
+    assert folder.identity().public == first.key
+    assert PublicIdentity.parse((tmp_path / "silo" / "identity.pub").read_text()) == first
+    assert sorted(path.name for path in (tmp_path / "silo").iterdir()) == ["identity.key", "identity.pub"]
+
+
+def test_a_folder_that_others_may_write_is_refused(tmp_path: Path) -> None:
+    folder = KeyFolder(tmp_path / "silo")
+    folder.create()
+    folder.trust([PublicIdentity(SigningKey().public, "other")])
+    for wrong in (0o777, 0o720):
+        (tmp_path / "silo").chmod(wrong)
+        for use in (folder.identity, folder.trusted):
+            with pytest.raises(ValueError, match="others on this machine can put files into it"):
+                use()
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    with pytest.raises(ValueError, match="chmod 700"):
+        KeyFolder(tmp_path / "open").create()
+    assert not list((tmp_path / "open").iterdir())
+
+
+def test_somebody_elses_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = KeyFolder(tmp_path / "silo")
+    folder.create()
+    if os.geteuid() == 0:
+        os.chown(tmp_path / "silo", 4321, -1)
+    else:
+        monkeypatch.setattr("os.geteuid", lambda: 4321)
+    with pytest.raises(ValueError, match="belongs to user"):
+        folder.identity()
+
+
+def test_a_name_draws_nothing_over_the_fingerprint() -> None:
+    line = str(PublicIdentity(SigningKey().public, "hospital-b\x1b[E    fingerprint 0123\x1b[8m"))
+    assert PublicIdentity.parse(line).name == "hospital-b[E    fingerprint 0123[8m"
+
+
+def test_a_fingerprint_has_128_bits() -> None:
+    assert len(PublicIdentity(SigningKey().public).fingerprint) == 32

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -19,6 +21,7 @@ from lightning_fl.privacy.secagg.messages import (
 )
 from lightning_fl.privacy.secagg.participant import Participant, context_of, mask_of
 from lightning_fl.privacy.secagg.primitives import (
+    SIGNATURE_BYTES,
     AgreementKey,
     SigningKey,
     derive,
@@ -137,36 +140,36 @@ def participants() -> tuple[list[Participant], Roster]:
 def test_frozen_adverts_and_masks() -> None:
     (first, *_), roster = participants()
     assert digest(roster.adverts[1].encode()).hex() == (
-        "9f4716c31e08a19f244c3a21e2a26566149a1cd25ec034a48da55e28de20d690"
+        "b784324272465f779f8d36cd58099f0790093463a5e0c31346be29d81d4448ce"
     )
-    assert digest(roster.encode()).hex() == "555001fb94a862daaec75190d5fd40b6ddf0f430fb09bbacd955bdb4bfefd7a3"
+    assert digest(roster.encode()).hex() == "568c08c19ce7f524a283d3c4c8facbe5a1b8095e1dedd3ffb30e77b8ac858594"
     context = context_of(first.terms, roster)
-    assert context.hex() == "80bdd5fedbe95d60b8393abc14d507c14cac4ddb21b26cac427110b9fa6a4abe"
+    assert context.hex() == "6d2f16d72184b1e24ba2ed45cc3c04396c5c5731d7cb14a92d1375e9963b84ec"
     key, sign = mask_of(first.mask_key, 1, roster.adverts[2], first.terms.session, context)
-    assert (key.hex(), sign) == ("9b7d41fdc73ee085bfc4002fb65cc556d8e1b69ce7e8fb4883aaf284e4afa766", 1)
+    assert (key.hex(), sign) == ("1e63959c17f947d855572130bc093ffc93fbc7477b2b23745a2198e4873ae66e", 1)
     words = torch.zeros(8, dtype=torch.int32)
     apply_masks(words, [(key, sign)])
     assert words.tolist() == [
-        -317780323,
-        -767439488,
-        1127189900,
-        -884192877,
-        -781265332,
-        -758304065,
-        -29073923,
-        -1080185633,
+        1872442155,
+        -700265014,
+        2006169780,
+        -398488030,
+        1958856916,
+        -1097685359,
+        -1330609986,
+        1491096849,
     ]
     wide = torch.zeros(2, dtype=torch.int64)
     apply_masks(wide, [(key, sign)])
-    assert wide.tolist() == [-3296127498641797475, -3797579488943960692]
+    assert wide.tolist() == [-3007615331790539989, -1711493054691297100]
 
 
 FROZEN = {
-    "818fc8b6475f785adc56e110c13a734459f8f58aed1298d34f546dc34a577779": Shares(1, {2: bytes(range(82)), 3: bytes(82)}),
-    "81fbc88b1333a6a59f6edd950dd4e963913fd2cc93bee6200bd2f09f556601bf": MaskedVector(2, bytes(range(16))),
-    "5383e553d418198301bd50a6420bbb7b8124661bf822831063cd8f3cabff334a": Survivors([1, 3]),
-    "b43252f58b4c0d27f30b5a91eb737620612cb5c0570e2f83bab99ae7e2bbfafe": Signatures({1: bytes(range(64))}),
-    "02429c0d650263fe9497151c02f81e65fb3fd9a74d16d1e61754c83a32f9f1ec": Unmasking(
+    "2c86a2493883d4ed2d5a64052a9ff0ee920510737a7f11488e2966af8febfe6f": Shares(1, {2: bytes(range(82)), 3: bytes(82)}),
+    "42a2016fb7cdc0b8c5857fa6ceeeb8cc2cc194a96683174ee7e3a5a27a2d4886": MaskedVector(2, bytes(range(16))),
+    "6ce716620d13f1c4db55fc61072b45e12cbc7c282037077ab6eb64b2ff4ac11c": Survivors([1, 3]),
+    "472af9de75b3dc496236dc6191e0163e734bf9fd883a2424c0e0ba97c7cfc513": Signatures({1: bytes(range(64))}),
+    "4332cb8ffdc981833ed7ada2e9dee9bd79ebb4a46fc95912e2a4dc4fdb233703": Unmasking(
         3, {1: bytes(range(33))}, {2: bytes(33)}
     ),
 }
@@ -188,7 +191,7 @@ def test_frozen_messages(expected: str) -> None:
 @pytest.mark.parametrize("message", [*FROZEN.values(), participants()[1].adverts[1], participants()[1]], ids=type)
 def test_a_message_of_another_length_or_kind_is_refused(message: object) -> None:
     data = message.encode()  # type: ignore[attr-defined]
-    for wrong in (b"", data[:-1], data + b"x", data[:4] + b"\x02" + data[5:], data[:5] + b"\x63" + data[6:]):
+    for wrong in (b"", data[:-1], data + b"x", data[:4] + b"\x01" + data[5:], data[:5] + b"\x63" + data[6:]):
         with pytest.raises(ProtocolError):
             decode(message, wrong)
     for cut in range(0, len(data), max(1, len(data) // 40)):
@@ -204,6 +207,15 @@ def test_lists_have_one_encoding() -> None:
     data[-8:] = (1).to_bytes(4, "little") * 2
     with pytest.raises(ProtocolError, match="twice"):
         Survivors.decode(bytes(data))
+
+
+def test_an_advert_says_plainly_whether_it_has_an_update() -> None:
+    made, _ = participants()
+    data = bytearray(replace(made[0], has_update=False).advert().encode())
+    assert not Advert.decode(bytes(data)).has_update
+    data[-SIGNATURE_BYTES - 1] = 2
+    with pytest.raises(ProtocolError, match="whether it has an update"):
+        Advert.decode(bytes(data))
 
 
 @pytest.mark.parametrize("field", range(0, 300, 7))

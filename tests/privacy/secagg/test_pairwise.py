@@ -145,6 +145,7 @@ def test_two_clients_are_refused() -> None:
     [
         ({"mask_key": AgreementKey().public}, "signature of participant 2"),
         ({"number": 3}, "same number"),
+        ({"has_update": False}, "signature of participant 2"),
         ({"signature": bytes(64)}, "signature of participant 2"),
     ],
 )

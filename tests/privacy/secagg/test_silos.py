@@ -192,7 +192,7 @@ def with_keys(keys: str) -> None:
 def test_a_silo_that_one_does_not_trust(run_ranks: RunRanks, keys: str) -> None:
     Path(keys.replace("{rank}", "2"), "trusted").unlink()
     for told in run_ranks(3, expect_error, ValueError, "with_keys", keys):
-        assert re.search(r"Rank 2 does not trust rank 0 \([0-9a-f]{16}\), rank 1.*lightning-fl keys trust", told)
+        assert re.search(r"Rank 2 does not trust rank 0 \([0-9a-f]{32}\), rank 1.*lightning-fl keys trust", told)
 
 
 def test_one_identity_for_two_silos(run_ranks: RunRanks, keys: str) -> None:
