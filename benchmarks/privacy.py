@@ -2,8 +2,9 @@
 
     python benchmarks/privacy.py
 
-Both train with the same draws, clip norm and noise multiplier; the Trainer's side draws them again, takes its noise from
-the cipher and checks itself in every round. Prints the seconds of a step and the median ratio of runs side by side.
+Both train with the same draws, clip norm and noise multiplier; the Trainer's side draws them again, takes its noise
+from the cipher and checks itself in every round. Prints the seconds of a step and the median ratio of runs side by
+side.
 """
 
 from __future__ import annotations

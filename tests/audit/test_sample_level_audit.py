@@ -1,9 +1,9 @@
 """An attack on the shipped callback through ``Trainer.fit``: what it proves stays below the claimed epsilon.
 
 One client holds many canaries, examples that each push a weight of their own as far as the clip lets them, up in the
-first round and down in the second. A coin decides which of them are there. The attacker guesses all coins from what the
-client sends. The errors of its guesses, with their 99.9% confidence limits, bound epsilon from below: where all examples
-are in each batch, by the Gaussian that has such errors, else by the odds of a right guess.
+first round and down in the second. A coin decides which of them are there. The attacker guesses all coins from what
+the client sends. The errors of its guesses, with their 99.9% confidence limits, bound epsilon from below: where all
+examples are in each batch, by the Gaussian that has such errors, else by the odds of a right guess.
 
 Reference:
     Nasr et al., "Tight Auditing of Differentially Private Machine Learning", USENIX Security 2023.
