@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+PLAIN = (type(None), bool, int, float, complex, str, bytes)
+
 
 class NotStackable(ValueError):
     """Raised for values of clients that can't stand side by side; says why."""
@@ -55,7 +57,7 @@ def _stack_leaf(leaves: Sequence[Any], share: bool) -> tuple[Any, int | None]:
     if share and all(leaf is first for leaf in leaves):
         return first, None
     if not isinstance(first, Tensor):
-        if any(leaf != first for leaf in leaves):
+        if type(first) not in PLAIN or any(type(leaf) is not type(first) or leaf != first for leaf in leaves):
             raise NotStackable(f"they differ in a {type(first).__name__}, and only tensors can be stacked")
         return first, None
     for leaf in leaves:

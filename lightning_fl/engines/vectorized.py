@@ -84,9 +84,8 @@ class VectorizedEngine(SequentialEngine):
         buffers = {name: buffer for name, buffer in every.items() if name not in params}
         self._stacked = {name: _spread(values[name], param, size).requires_grad_() for name, param in params.items()}
         self._stacked_buffers = {name: _spread(values[name], buffer, size) for name, buffer in buffers.items()}
-        self._is_tied = len(dict(self.module.named_parameters(remove_duplicate=False))) != len(
-            dict(self.module.named_parameters())
-        )
+        named = (self.module.named_parameters, self.module.named_buffers)
+        self._is_tied = any(len([*each(remove_duplicate=False)]) != len([*each()]) for each in named)
         self.optimizers.start_clients({id(param): self._stacked[name] for name, param in params.items()})
 
     def step(self, step: Step, batch: Any, *args: Any, randomness: str = "error") -> tuple[Tensor, Any]:

@@ -139,6 +139,8 @@ class Capture:
         for metric in self.metrics:
             for method in ("forward", "update"):
                 patch(metric, method, lambda *args, m=metric, n=method, **kwargs: self._note(m, n, args, kwargs))
+            for method in ("compute", "reset"):
+                patch(metric, method, lambda *args, n=method, **kwargs: _refuse(n))
         try:
             yield
         finally:
@@ -178,7 +180,13 @@ def _values(value: Any, num_clients: int) -> Tensor:
     if isinstance(value, _MetricResult):
         assert value.values is not None
         return value.values
-    return value if isinstance(value, Tensor) else torch.full((num_clients,), float(value))
+    if not isinstance(value, Tensor):
+        return torch.full((num_clients,), float(value))
+    return value if value.is_floating_point() else value.to(torch.get_default_dtype())
+
+
+def _refuse(method: str) -> None:
+    raise NotVectorizable(f"training_step calls {method}() of a torchmetric, which has not seen the batch by then")
 
 
 def _reduction(arguments: Mapping[str, Any]) -> Callable[[Tensor], Tensor]:
@@ -203,7 +211,8 @@ def _outermost_metrics(module: torch.nn.Module) -> Iterator[Metric | MetricColle
 
 def _update(call: _Call, args: Any, kwargs: Any, num_clients: int) -> None:
     method = getattr(call.metric, call.method)
-    if not call.result.is_used and _is_additive(call.metric):
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    if not call.result.is_used and len({_has_rows(leaf) for leaf in tensors}) == 1 and _is_additive(call.metric):
         args, kwargs = pytree.tree_map(lambda leaf: leaf.flatten(0, 1) if _has_rows(leaf) else leaf, (args, kwargs))
         method(*args, **kwargs)
         return

@@ -216,6 +216,8 @@ class FederatedRounds:
         """An exception ends the fit: what the round has done so far is dropped."""
         self._reading.leave()
         self.in_local_phase = False
+        if self.together is not None:
+            self.together.unit = ()
         if self.round is not None:
             self.round.abandon()
             self.round = None
@@ -307,7 +309,8 @@ class FederatedRounds:
                 raise NotStackable("some have failed")
             batches = together.stacked(list(passes.values()))
         except NotStackable:
-            self._split(index, together.split(unit, passes))
+            parts = together.split(unit, passes)
+            self._split(index, parts if parts != [list(unit)] else [[client] for client in unit])
             return None
         try:
             self._start_together(unit, batches[0])

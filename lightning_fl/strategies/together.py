@@ -127,7 +127,8 @@ class ClientsTogether:
         """
         if any(len(batches) != len(passes[0]) for batches in passes):
             raise NotStackable("they differ in their number of batches")
-        return [StackedBatch(stack(batches, share=False)[0]) for batches in zip(*passes, strict=True)]
+        convert = self.trainer.precision_plugin.convert_input
+        return [StackedBatch(convert(stack(batches, share=False)[0])) for batches in zip(*passes, strict=True)]
 
     def start(self, unit: Sequence[ClientId], batch: StackedBatch) -> None:
         """The clients of a unit have been loaded into the engine; ``batch`` is their first.
@@ -170,7 +171,9 @@ class ClientsTogether:
             check_unchanged(before, own_attributes(module))
             if self._randomness == "error":
                 check_undrawn(drawn)
-        except Exception as error:
+        except (NotVectorizable, RuntimeError) as error:
+            if not isinstance(error, NotVectorizable) and not any(word in str(error) for word in ("vmap", "functorch")):
+                raise
             raise MisconfigurationException(
                 f"training_step can't run for {len(self.unit)} clients in one step, though it could at first: {error}. "
                 "Let each client train alone with FederatedStrategy(engine='sequential')."
@@ -196,5 +199,6 @@ class ClientsTogether:
     def only(self, taken: Sequence[bool]) -> Mapping[str, Mapping[str, Any]]:
         """Tells the torchmetrics of those clients whose updates were taken in, and returns what they have logged."""
         accepted = torch.tensor(taken).nonzero().flatten()
+        logged = self.capture.entries(accepted)
         self.capture.update_metrics(accepted)
-        return self.capture.entries(accepted)
+        return logged

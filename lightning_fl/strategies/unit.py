@@ -75,7 +75,7 @@ class Unit:
             return update.delta, dict(update.aux), own if keeps_state else {}
 
         delta, aux, states = vmap(finish, in_dims=(0, self._dims, state_dims, 0))(
-            params, self._context, state, torch.tensor(losses)
+            params, self._context, state, torch.tensor(losses, dtype=torch.float64)
         )
         return Update(delta=delta, aux=aux), states if keeps_state else None
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Sequence, Sized
 from typing import Any
 
 import lightning as L
@@ -24,7 +25,7 @@ from lightning_fl.strategies.callback import has_hooks
 from lightning_fl.strategies.capture import Capture, NotVectorizable
 from lightning_fl.types import Phase
 
-Attributes = dict[tuple[str, str], tuple[Any, Any]]
+Attributes = dict[tuple[str, str], tuple[Any, Any, Any]]
 ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop")
 """Optimizers of ``torch.optim`` that treat each element alone, so that they step stacked parameters as single ones."""
 TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
@@ -54,7 +55,10 @@ def loader_kind(loader: Loader) -> Any:
             return None
         return count_examples(loader), sampler.batch_size, sampler.drop_last
     if isinstance(loader, Sequence) and len(loader):
-        return len(loader), signature(loader[0]), signature(loader[-1])
+        try:
+            return len(loader), signature(loader[0]), signature(loader[-1])
+        except Exception:  # it will be raised, and its client named, when the loader is read
+            return None
     return None
 
 
@@ -72,6 +76,15 @@ def why_not(trainer: L.Trainer, module: L.LightningModule, strategy: Any) -> str
         return f"hooks on {names[0]} would see the parameters of several clients"
     if any(getattr(param, name, None) for param in module.parameters() for name in PARAMETER_HOOKS):
         return "hooks on a parameter would see its gradients of several clients"
+    if any(m._backward_hooks or m._backward_pre_hooks for m in module.modules()):
+        return "backward hooks of a submodule do not run for several clients at once"
+    if any(isinstance(m, nn.Embedding) and m.padding_idx is not None for m in module.modules()):
+        return "torch.func.vmap gives the padding of an embedding a gradient"
+    own = set(map(id, module.parameters()))
+    if any(id(param) not in own for o in optimizers for group in o.param_groups for param in group["params"]):
+        return "an optimizer has parameters that are not the module's"
+    if type(module).log is not L.LightningModule.log:
+        return "the module logs in a way of its own"
     if strategy.client_optimizer == "keep":
         return "client_optimizer='keep' gives each client its own number of steps"
     if algorithm.probe is not None or algorithm.phases() != (Phase(),):
@@ -150,6 +163,7 @@ def check_same_step(
 def _check(engine: VectorizedEngine, capture: Capture, batch: Any, args: tuple[Any, ...], randomness: str) -> None:
     module = capture.module
     before, buffers, outside = attributes(module), engine.copy_buffers(), _outside(engine, module)
+    held = [(m._buffers, dict(m._buffers)) for m in module.modules()]
     drawn = random_states()
     try:
         with torch.enable_grad():
@@ -160,7 +174,8 @@ def _check(engine: VectorizedEngine, capture: Capture, batch: Any, args: tuple[A
         check_unchanged(before, attributes(module))
         if randomness == "error":
             check_undrawn(drawn)
-        written = [name for name, tensor, version in outside if tensor._version != version]
+        now = dict(module.named_buffers())
+        written = [n for n, t, version in outside if t._version != version or now.get(n, t) is not t]
         if written:
             raise NotVectorizable(f"training_step writes to {written[0]}, which all clients share")
         engine.put_buffers(buffers)
@@ -173,6 +188,8 @@ def _check(engine: VectorizedEngine, capture: Capture, batch: Any, args: tuple[A
         raise NotVectorizable(_first_line(error)) from error
     finally:
         _put_back(module, before)
+        for owner, own in held:
+            owner.update(own)
         engine.put_buffers(buffers)
         capture.forget()
 
@@ -184,9 +201,10 @@ def _compare(
         loss, own = engine.step_alone(capture, client, part(batch, client), *args)
         if not torch.allclose(losses[client], loss, rtol=1e-3, atol=1e-5, equal_nan=True):
             raise NotVectorizable(f"the loss of a client together is {losses[client]:g}, alone {loss:g}")
-        tiny = 1e-4 * max(float(grad.abs().max()) for grad in own.values()) + 1e-7
+        largest = max(float(grad.nan_to_num(0, 0, 0).abs().max()) for grad in own.values())
         for name, grad in own.items():
-            if not torch.allclose(grads[name][client], grad, rtol=1e-2, atol=tiny, equal_nan=True):
+            eps = torch.finfo(grad.dtype).eps
+            if not torch.allclose(grads[name][client], grad, rtol=1e3 * eps, atol=100 * eps * largest, equal_nan=True):
                 raise NotVectorizable(f"the gradient of {name} together differs from that of a client alone")
 
 
@@ -234,10 +252,28 @@ def attributes(module: nn.Module) -> Attributes:
 def own_attributes(module: nn.Module) -> Attributes:
     """The same of the module alone, without its submodules."""
     return {
-        ("", name): (value, copy.copy(value) if isinstance(value, list | dict | set) else None)
+        ("", name): (value, copy.copy(value) if isinstance(value, list | dict | set) else None, _marks(value))
         for name, value in vars(module).items()
         if name not in _OF_TORCH_AND_LIGHTNING
     }
+
+
+def _marks(value: Any, depth: int = 3) -> Any:
+    """What changes if something in the value does: identities, and versions of tensors."""
+    if isinstance(value, Tensor):
+        return id(value), value._version
+    if isinstance(value, np.ndarray):
+        return id(value), value.tobytes()
+    if depth == 0 or isinstance(value, nn.Module | type) or callable(value):
+        return id(value)
+    if isinstance(value, Sized) and len(value) > 1000:
+        return id(value), len(value)
+    if isinstance(value, dict):
+        return id(value), [(key, _marks(item, depth - 1)) for key, item in value.items()]
+    if isinstance(value, list | tuple | set | deque):
+        return id(value), [_marks(item, depth - 1) for item in value]
+    own = getattr(value, "__dict__", None)
+    return id(value), None if own is None else _marks(own, depth - 1)
 
 
 _OF_TORCH_AND_LIGHTNING = {
@@ -256,29 +292,16 @@ def _is_metric(module: nn.Module, path: str) -> bool:
     return any(isinstance(module.get_submodule(prefix), Metric | MetricCollection) for prefix in prefixes)
 
 
-def _changed(before: dict[Any, Any], after: dict[Any, Any]) -> str | None:
-    for key in [*before, *after]:
-        old, new = before.get(key), after.get(key)
-        is_same = old is not None and new is not None and old[0] is new[0] and _same_items(old[1], new[1])
-        if not is_same:
-            return ".".join(filter(None, key))
-    return None
-
-
-def _same_items(old: Any, new: Any) -> bool:
-    if not isinstance(old, list | dict | set):
-        return True
-    if len(old) != len(new):
-        return False
-    pairs = zip(old.values(), new.values(), strict=True) if isinstance(old, dict) else zip(old, new, strict=True)
-    return all(a is b for a, b in pairs)
+def _changed(before: Attributes, after: Attributes) -> str | None:
+    keys = (key for key in {**before, **after} if before.get(key, (0,))[-1] != after.get(key, (0,))[-1])
+    return next((".".join(filter(None, key)) for key in keys), None)
 
 
 def _put_back(module: nn.Module, before: Attributes) -> None:
     owners = dict(module.named_modules())
     for path, name in set(attributes(module)) - set(before):
         object.__delattr__(owners[path], name)
-    for (path, name), (value, items) in before.items():
+    for (path, name), (value, items, _) in before.items():
         object.__setattr__(owners[path], name, value)
         if isinstance(value, list):
             value[:] = items

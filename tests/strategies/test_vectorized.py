@@ -18,17 +18,13 @@ import lightning_fl as fl
 from lightning_fl.aggregation import Transform
 from tests.helpers.training import Ordinary, Plain, image_clients, images, minimise, quadratic_clients, trainer, weights
 
-OF_TRAINER = ("gradient_clip_val", "gradient_clip_algorithm", "accumulate_grad_batches")
+OF_TRAINER = ("gradient_clip_val", "gradient_clip_algorithm", "accumulate_grad_batches", "precision")
 TWINS = (7, 23, 7, 1, 7, 1, 23)
 
 
 def fit(engine: Any, module: Any, data: Any = None, rounds: int = 2, **options: Any) -> Any:
     """The Trainer after a fit; options of the Trainer and of the strategy are told apart."""
-    of_trainer = {
-        key: options.pop(key) for key in list(options) if key in ("gradient_clip_val", "precision", "callbacks")
-    }
-    of_trainer |= {key: options.pop(key) for key in list(options) if key in ("gradient_clip_algorithm",)}
-    of_trainer |= {key: options.pop(key) for key in list(options) if key in ("accumulate_grad_batches",)}
+    of_trainer = {key: options.pop(key) for key in OF_TRAINER if key in options}
     strategy = fl.FederatedStrategy(options.pop("algorithm", "fedavg"), engine=engine, seed=5, **options)
     run = trainer(strategy, rounds, **of_trainer)
     run.fit(module, image_clients(TWINS) if data is None else data)
@@ -432,6 +428,46 @@ def test_what_shows_only_later_ends_the_fit(engine: str) -> None:
 
     with pytest.raises(MisconfigurationException, match=r"changes self.last.*engine='sequential'"):
         fit(engine, Later())
+
+
+def test_an_aggregator_with_an_add_of_its_own_is_asked_for_each_client() -> None:
+    class Halving(fl.aggregation.WeightedMean):
+        def add(self, acc: Any, update: Any, ctx: Any) -> Any:
+            halved = {name: delta / 2 for name, delta in update.delta.items()}
+            return super().add(acc, fl.types.Update(halved, update.buffers, update.weight, update.aux), ctx)
+
+    both(Plain, aggregator=Halving())
+
+
+@pytest.mark.filterwarnings("ignore:You called .* needs to be floating")
+def test_integers_are_logged_as_numbers() -> None:
+    class Counting(Plain):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.log("hits", (batch[1] == 0).sum(), on_step=False, on_epoch=True)
+            return super().training_step(batch, batch_idx)
+
+    _, together = both(Counting)
+    assert "hits" in together.callback_metrics
+
+
+@pytest.mark.filterwarnings("ignore:Trying to infer the `batch_size`")
+@pytest.mark.parametrize("leaf", [float("nan"), np.ones(2)], ids=["nan", "array"])
+def test_batches_that_cannot_stand_side_by_side_are_trained_alone(leaf: Any) -> None:
+    class Second(Plain):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step(batch[:2], batch_idx)
+
+    batches = [next(iter(image_clients((7,)).train_dataloader()[0])) for _ in range(3)]
+    data = fl.datamodules.ClientLoaders([[(*batch, leaf)] for batch in batches])
+    modules = Second(), Second()
+    for engine, module in zip(("sequential", "vectorized"), modules, strict=True):
+        fit(engine, module, data)
+    torch.testing.assert_close(weights(modules[0]), weights(modules[1]))
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_true_precision(precision: str) -> None:
+    both(lambda: Plain(torch.float32), rtol=1e-2 if precision == "bf16-true" else 1e-9, precision=precision)
 
 
 def test_wrong_settings() -> None:
