@@ -67,7 +67,8 @@ class SampleLevelDP(FederatedCallback):
         max_physical_batch_size: Examples that go through the network at once; larger batches go in parts. None: all.
         method: The accountant, as for :meth:`fl.privacy.Ledger.epsilon`.
         grad_sample_mode: ``"hooks"``: Opacus's rules for known layers; ``"functorch"`` for all, slower.
-        insecure_test_seed: Makes batches and noise repeat, for tests; the run is then NOT PRIVATE.
+        insecure_test_seed: Makes batches and noise repeat, for tests; the run is then NOT PRIVATE, and stays so if it
+            goes on without the seed.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -133,7 +134,7 @@ class SampleLevelDP(FederatedCallback):
         if insecure_test_seed is not None:
             warn_of_test_seed()
         self._next_round = 0
-        self._was_without = False
+        self._was_without = self._was_insecure = False
         self._round = 0
         self._client: ClientId | None = None
         self._drawn: deque[np.ndarray] = deque()
@@ -172,7 +173,8 @@ class SampleLevelDP(FederatedCallback):
         self._drawn.clear()
         self._watch = NoiseWatch()
         if trainer.current_epoch == 0:
-            self._next_round, self._was_without = 0, False
+            self._next_round, self._was_without, self._was_insecure = 0, False, False
+        self._was_without |= self._was_insecure and self.insecure_test_seed is None
         self._detach()
         try:
             self._gradients = PerSampleGradients(pl_module, params, self.grad_sample_mode)
@@ -308,6 +310,7 @@ class SampleLevelDP(FederatedCallback):
     def on_aggregate_end(self, trainer: L.Trainer, module: L.LightningModule, aggregate: Aggregate) -> None:
         """Logs what the round's models amount to, and stops if a client could not take part once more."""
         self._next_round = max(self._next_round, self._round + 1)
+        self._was_insecure |= self.insecure_test_seed is not None
         rounds = _rounds(trainer)
         spent, _ = largest_epsilon(self.ledgers(trainer).values(), self.delta, self.method, GRID)
         epsilon = math.inf if self._was_without else float(spent)
@@ -338,7 +341,10 @@ class SampleLevelDP(FederatedCallback):
 
     def ledger(self, trainer: L.Trainer, client: ClientId) -> Ledger:
         """What a client that lives on this rank has released."""
-        return accounting.ledger_of(_rounds(trainer), client)
+        ledger = accounting.ledger_of(_rounds(trainer), client)
+        if self._was_without:
+            ledger.record(Gaussian(0.0))  # earlier rounds that were not private
+        return ledger
 
     def ledgers(self, trainer: L.Trainer) -> dict[ClientId, Ledger]:
         """What each client that lives on this rank has released; those that have never taken part are left out."""
@@ -350,12 +356,14 @@ class SampleLevelDP(FederatedCallback):
         return {client: own.epsilon(self.delta, self.method) for client, own in self.ledgers(trainer).items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Which rounds were private."""
-        return {"next_round": self._next_round, "was_without": self._was_without}
+        """Whether the rounds so far were private."""
+        insecure = self._was_insecure
+        return {"next_round": self._next_round, "was_without": self._was_without, "was_insecure": insecure}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from a checkpoint."""
         self._next_round, self._was_without = state_dict["next_round"], state_dict["was_without"]
+        self._was_insecure = state_dict["was_insecure"]
 
     def _facts(self, epsilon: float) -> dict[str, float | str]:
         is_private = epsilon < math.inf and self.insecure_test_seed is None

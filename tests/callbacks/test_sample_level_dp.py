@@ -261,6 +261,9 @@ def test_resuming_is_not_stopping(tmp_path: Path, algorithm: str) -> None:
     assert torch.equal(found, whole)
     assert ledgers == expected
     _, changed = run(private(noise_multiplier=2.0, **options), 4, **last)
+    without_seed = private()
+    run(without_seed, 3, **last)
+    assert without_seed.state_dict()["was_without"]
     both = Ledger()
     for sigma in (1.0, 2.0):
         both.record(Gaussian(sigma, Poisson(8 / 50)), 14)
