@@ -173,6 +173,11 @@ class SampleLevelDP(FederatedCallback):
         self._drawn.clear()
         self._watch = NoiseWatch()
         if trainer.current_epoch == 0:
+            if self._next_round:
+                rank_zero_warn(
+                    "This fit starts at round 0, and its clients with ledgers of their own. If they hold the examples "
+                    "of the last fit, add what that has released: SampleLevelDP.ledgers(trainer) gives both."
+                )
             self._next_round, self._was_without, self._was_insecure = 0, False, False
         self._was_without |= self._was_insecure and self.insecure_test_seed is None
         self._detach()

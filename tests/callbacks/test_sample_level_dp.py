@@ -5,17 +5,15 @@ from __future__ import annotations
 import csv
 import itertools
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import dp_accounting
-import lightning as L
-import numpy as np
 import pytest
 import torch
 from dp_accounting.pld import PLDAccountant
 from lightning.pytorch.loggers import CSVLogger
-from opacus.grad_sample import GradSampleHooks
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader
@@ -24,33 +22,9 @@ import lightning_fl as fl
 from lightning_fl import FederatedStrategy
 from lightning_fl.algorithms import FedAvg, FedProx
 from lightning_fl.callbacks import SampleLevelDP
-from lightning_fl.clients.plan import LocalWork
-from lightning_fl.privacy import Gaussian, InsecureNoiseWarning, Ledger, Poisson, PrivacyBudgetExceeded, PrivacyError
-from lightning_fl.privacy.poisson import PoissonBatches, PoissonLoader
+from lightning_fl.privacy import Gaussian, InsecureNoiseWarning, Ledger, Poisson, PrivacyBudgetExceeded
+from tests.helpers.privacy import SIZES, fit, private
 from tests.helpers.training import Plain, image_clients, images, trainer, weights
-
-SIZES = (3, 20, 50)
-
-
-def private(**options: Any) -> SampleLevelDP:
-    given = {"noise_multiplier": 1.0, **options}
-    if "target_epsilon" in options:
-        del given["noise_multiplier"]
-    return SampleLevelDP(**given)
-
-
-def fit(
-    callback: SampleLevelDP, rounds: int = 1, module: L.LightningModule | None = None, data: Any = None, **options: Any
-) -> tuple[L.Trainer, Tensor]:
-    """Trains a small network; gives the Trainer, and the weights."""
-    of_strategy = ("algorithm", "local_epochs", "local_steps", "clients_per_round", "engine", "personal", "seed")
-    strategy = FederatedStrategy(**{name: options.pop(name) for name in of_strategy if name in options})
-    of_fit = {name: options.pop(name) for name in ("ckpt_path", "weights_only") if name in options}
-    module = Plain() if module is None else module
-    run = trainer(strategy, rounds, **{**options, "callbacks": [callback, *options.get("callbacks", ())]})
-    run.fit(module, image_clients(SIZES, 8) if data is None else data, **of_fit)
-    return run, weights(module)
-
 
 # ---- what a client does
 
@@ -339,134 +313,6 @@ def test_training_stops_before_a_round_that_would_exceed_the_budget() -> None:
         fit(private(max_epsilon=0.1, method="rdp"), 1)
 
 
-# ---- what is broken stops the run
-
-
-def breaks(monkeypatch: pytest.MonkeyPatch, target: Any, name: str, broken: Any) -> str:
-    monkeypatch.setattr(target, name, broken)
-    with pytest.raises(PrivacyError) as error:
-        fit(private(), 6, data=image_clients((200, 200), 20))
-    return str(error.value)
-
-
-def fixed_batches(self: PoissonBatches) -> Any:
-    size = round(self.rate * self.num_examples)
-    order = np.random.default_rng(0).permutation(self.num_examples)
-    return iter([order[start : start + size].tolist() for start in range(0, self.num_examples, size)])
-
-
-def test_batches_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "Poisson" in breaks(monkeypatch, PoissonBatches, "__iter__", fixed_batches)
-
-
-def test_batches_in_turn_that_pass_the_first_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_fl.callbacks.sample_level_dp.check_sampler", lambda: None)
-    assert "each example is drawn varies" in breaks(monkeypatch, PoissonBatches, "__iter__", fixed_batches)
-
-
-def test_a_loader_that_was_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "draws no Poisson batches" in breaks(
-        monkeypatch, SampleLevelDP, "wrap_loaders", lambda self, loaders: loaders
-    )
-
-
-def test_batches_from_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    iterate = DataLoader.__iter__
-    assert "not drawn by Poisson" in breaks(monkeypatch, PoissonLoader, "__iter__", lambda self: iterate(self))
-
-
-def test_gradients_that_are_not_per_sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "none per sample" in breaks(
-        monkeypatch, GradSampleHooks, "capture_backprops_hook", lambda self, *args, **kwargs: None
-    )
-
-
-def test_gradients_that_are_not_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unclipped(samples: Any, clip: float) -> Any:
-        return {name: sample.sum(0) for name, sample in samples.items()}
-
-    monkeypatch.setattr("lightning_fl.privacy.sgd.clipped_sum", unclipped)
-    assert "clipped" in breaks(monkeypatch, fl.privacy.per_sample, "clipped_sum", unclipped)  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize("share", [0.0, 0.5])
-def test_noise_of_another_deviation(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
-    normal = fl.privacy.SecureNoise.normal
-
-    def weaker(self: Any, size: int, std: float = 1.0) -> Tensor:
-        return normal(self, size, std * (share if std != 1.0 or size > 100 else 1.0))
-
-    assert "recorded is" in breaks(monkeypatch, fl.privacy.SecureNoise, "normal", weaker)
-
-
-def test_noise_that_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
-    def same(self: Any, size: int, std: float = 1.0) -> Tensor:
-        return std * torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-
-    assert "repeats" in breaks(monkeypatch, fl.privacy.SecureNoise, "normal", same)
-
-
-def test_noise_that_repeats_from_step_to_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_fl.privacy import sgd
-    from lightning_fl.privacy.noise import add_noise
-
-    def same(flat: Any, std: float, source: Any) -> Any:
-        return add_noise(flat, std, fl.privacy.SecureNoise(0))
-
-    assert "repeats" in breaks(monkeypatch, sgd, "add_noise", same)
-
-
-def test_more_steps_than_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "more steps than its ledger" in breaks(monkeypatch, LocalWork, "num_steps", lambda self, num_batches: 3)
-
-
-def test_a_gradient_that_was_not_made_private(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "gradient that is not private" in breaks(
-        monkeypatch, SampleLevelDP, "on_after_backward", lambda self, trainer, module: None
-    )
-
-
-def test_a_step_that_is_skipped() -> None:
-    class Skips(Plain):
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
-            return None
-
-    with pytest.raises(PrivacyError, match="returned NoneType instead of a loss"):
-        fit(private(), module=Skips())
-
-
-def test_a_buffer_that_changes() -> None:
-    class Counts(Plain):
-        def __init__(self) -> None:
-            super().__init__()
-            self.register_buffer("total", torch.zeros(1))
-
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            self.total += batch[0].sum()
-            return super().training_step(batch, batch_idx)
-
-    with pytest.raises(PrivacyError, match="changed the buffer total"):
-        fit(private(), module=Counts())
-
-
-def test_the_module_is_as_it_was_afterwards() -> None:
-    module = Plain()
-    before = {name: set(vars(layer)) for name, layer in module.named_modules()}
-    fit(private(), module=module)
-    with pytest.raises(RuntimeError, match="stop here"):
-        fit(private(), module=module, callbacks=[Stops()])
-    own = {"_trainer", "_hparams"}
-    assert {name: set(vars(layer)) - own for name, layer in module.named_modules()} == {
-        name: attributes - own for name, attributes in before.items()
-    }
-    assert not any(layer._forward_hooks or layer._backward_hooks for layer in module.modules())
-
-
-class Stops(L.Callback):
-    def on_train_batch_end(self, *args: Any) -> None:
-        raise RuntimeError("stop here")
-
-
 # ---- ranks
 
 
@@ -488,3 +334,33 @@ def test_two_ranks_train_and_report_what_one_does(run_ranks: Any) -> None:
     assert {client: events for _, own, _ in ranks for client, events in own.items()} == ledgers
     for found, *_ in ranks:
         torch.testing.assert_close(found, whole, rtol=1e-9, atol=1e-12)
+
+
+def as_silos() -> tuple[dict[Any, list[Any]], float]:
+    callback = private(method="rdp")
+    rank = int(os.environ.get("RANK", "0"))
+    run = trainer(FederatedStrategy(), 2, callbacks=[callback])
+    run.fit(Plain(), DataLoader(images(10 + 10 * rank, rank), 8))
+    ledgers = {client: own.state_dict()["events"] for client, own in callback.ledgers(run).items()}
+    return ledgers, run.strategy.history[-1]["dp_epsilon"]  # type: ignore[attr-defined]
+
+
+def test_silos_each_have_a_ledger_and_hear_of_the_largest_epsilon(run_ranks: Any) -> None:
+    (first, largest), (second, also) = run_ranks(2, as_silos)
+    assert largest == also
+    assert [list(first), list(second)] == [[0], [1]]
+    ledgers = [Ledger(), Ledger()]
+    for ledger, (size, steps) in zip(ledgers, ((10, 4), (20, 6)), strict=True):
+        ledger.record(Gaussian(1.0, Poisson(8 / size)), steps)
+    assert [first[0], second[1]] == [ledger.state_dict()["events"] for ledger in ledgers]
+    assert largest == pytest.approx(max(ledger.epsilon(1e-5, "rdp") for ledger in ledgers), abs=1e-6)
+
+
+def test_beside_a_secure_sum() -> None:
+    callback = private(method="rdp")
+    aggregator = fl.privacy.SecureAggregation(protocol="bonawitz")
+    run = trainer(FederatedStrategy(aggregator=aggregator), 2, callbacks=[callback])
+    module = Plain(torch.float32)
+    run.fit(module, image_clients((10, 20, 30), 8))
+    assert weights(module).isfinite().all()
+    assert sum(count for own in callback.ledgers(run).values() for _, count in own) == 2 * (2 + 3 + 4)

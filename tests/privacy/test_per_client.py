@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
+from lightning_fl.callbacks.sample_level_accounting import gather
+from lightning_fl.communication import Message
 from lightning_fl.privacy import Full, Gaussian, Ledger, Poisson, Sampling
 from lightning_fl.privacy.per_client import largest_epsilon, noise_multiplier_for_all, rough_epsilon
 
@@ -46,3 +50,16 @@ def test_the_least_noise_for_all() -> None:
     assert max(own.epsilon(DELTA, "rdp") for own in spent) <= 4.0 < max(own.epsilon(DELTA, "rdp") for own in less)
     with pytest.raises(ValueError, match="out of reach"):
         noise_multiplier_for_all(1e-9, 1e-12, {Full(): 1000})
+
+
+def test_silos_that_hide_their_sizes_do_not_tell_their_epsilon() -> None:
+    def all_gather(message: Message, topic: str) -> list[Message]:
+        return [message, Message({"epsilon": 2.0})]
+
+    for hides, silos, count in ((True, 3, 1), (True, None, 2), (False, 3, 2)):
+        rounds = SimpleNamespace(
+            settings=SimpleNamespace(aggregator=SimpleNamespace(hides_reports=hides)),
+            population=SimpleNamespace(silos=silos),
+            group=SimpleNamespace(all_gather=all_gather),
+        )
+        assert len(gather(rounds, {"epsilon": 1.0})) == count  # type: ignore[arg-type]
