@@ -13,7 +13,7 @@ from rich.text import Text
 
 from lightning_fl.callbacks.federated import FederatedCallback
 from lightning_fl.strategies import FederatedStrategy
-from lightning_fl.types import Aggregate, ClientId, LocalRun, Update
+from lightning_fl.types import Aggregate, ClientId
 
 MAX_LINES = 20
 SECONDS_OF_SPEED = 3600.0
@@ -64,20 +64,25 @@ class FederatedProgressBar(ProgressBar, FederatedCallback):
     ) -> None:
         """Begins the cohort's bar."""
         if self._bars is not None and isinstance(trainer.strategy, FederatedStrategy):
-            num_here = len(trainer.strategy.active_rounds.plan.clients)
+            num_here = sum(map(len, trainer.strategy.active_rounds.plan.units))
             self._bars.begin_cohort(num_here, len(cohort))
 
-    def on_client_end(
-        self, trainer: L.Trainer, module: L.LightningModule, client: ClientId, run: LocalRun, update: Update | None
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Moves the cohort's bar on by one client."""
-        if self._bars is not None:
-            self._bars.end_client()
+        """Moves the cohort's bar on by the clients whose last batch it was."""
+        if self._bars is None or not isinstance(trainer.strategy, FederatedStrategy):
+            return
+        plan = trainer.strategy.active_rounds.plan
+        if not plan.is_empty(batch_idx):
+            place = plan.locate(batch_idx)
+            if place.ends_client and not place.ends_round:
+                self._bars.end_clients(len(plan.units[place.client]))
 
     def on_aggregate_end(self, trainer: L.Trainer, module: L.LightningModule, aggregate: Aggregate) -> None:
         """The cohort is done; the global model is about to be validated."""
         if self._bars is not None:
-            self._bars.tell("validation")
+            self._bars.end_cohort("validation")
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Moves the bar of the rounds on by one, with the global model's metrics."""
@@ -139,11 +144,12 @@ class _Bars:
         told = "" if num_here == num_clients else f"on this rank, of {num_clients} in the round"
         self._progress.update(self._cohort, completed=0, total=num_here, told=told)
 
-    def end_client(self) -> None:
-        self._progress.advance(self._cohort)
+    def end_clients(self, num_clients: int) -> None:
+        self._progress.advance(self._cohort, num_clients)
 
-    def tell(self, text: str) -> None:
-        self._progress.update(self._cohort, told=text)
+    def end_cohort(self, told: str) -> None:
+        total = self._progress.tasks[self._cohort].total
+        self._progress.update(self._cohort, completed=total, told=told, refresh=True)
 
     def end_round(self, done: int, metrics: str) -> None:
         self._progress.update(self._rounds, completed=done, told=metrics)
