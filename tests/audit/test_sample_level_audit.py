@@ -31,7 +31,7 @@ from lightning_fl.privacy.poisson import PoissonBatches
 from tests.helpers.training import trainer
 
 pytestmark = pytest.mark.slow
-NUM_CANARIES, CLIP, DELTA = 400, 0.5, 1e-5
+NUM_CANARIES, CLIP, DELTA = 2000, 0.5, 1e-5
 COINS = torch.randint(2, (NUM_CANARIES,), generator=torch.Generator().manual_seed(0)).double()
 
 
