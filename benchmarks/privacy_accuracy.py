@@ -117,7 +117,8 @@ def plot(path: Path, rows: list[dict[str, Any]]) -> None:
         for row in (row for row in rows if row["level"] == level and row["epsilon"] == math.inf):
             axes.axhline(row["val_acc"], color=color, linestyle=":", linewidth=1)
     axes.set_xscale("log", base=2)
-    axes.set_xlabel(f"epsilon at delta {DELTA:g}, of one ... more or less")
+    axes.set_xticks(EPSILONS[:-1], [f"{epsilon:g}" for epsilon in EPSILONS[:-1]])
+    axes.set_xlabel("epsilon at delta 1e-5")
     axes.set_ylabel("accuracy on the test data")
     axes.legend(title="private are")
     figure.tight_layout()

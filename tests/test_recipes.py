@@ -138,3 +138,14 @@ def test_the_secagg_recipe_from_the_command_line_stops_without_keys_and_runs_wit
     for command in dict.fromkeys(commands):
         run_script(["python", "-m", "lightning_fl", *command.split()[1:]], cwd=tmp_path)
     assert "max_epochs=1` reached" in run_script(train, cwd=tmp_path, num_processes=4).stderr
+
+
+@pytest.mark.slow
+def test_digits_dp_gives_the_expected_numbers_within_its_epsilon() -> None:
+    private, centralised = re.findall(r"0\.\d\d", header(recipes_directory() / "digits_dp.yaml"))[::2]
+    sys.argv = ["lightning-fl"]
+    trainer = FederatedCLI(["fit", "--config", str(recipes_directory() / "digits_dp.yaml"), *QUIET]).trainer
+    assert trainer.callback_metrics["val_acc"].item() == pytest.approx(float(private), abs=0.03)
+    assert 7.9 < trainer.strategy.history[-1]["dp_epsilon"] <= 8.0 + 2e-3
+    without = ("--trainer.strategy", "auto", "--trainer.callbacks", "null", "--model.lr", "0.5")
+    assert final_accuracy("digits_dp.yaml", *without) == pytest.approx(float(centralised), abs=TOLERANCE)

@@ -107,3 +107,19 @@ def test_a_store_moves_to_another_folder(files: StateFiles, tmp_path: Path) -> N
     restored = ClientStore()
     restored.restore(other, store.save(other))
     assert [value_of(restored, client) for client in CLIENTS] == [0, 1, 2, 3]
+
+
+def test_a_ledger_stays_whatever_becomes_of_the_round(files: StateFiles) -> None:
+    store, first, second = ClientStore(), torch.tensor([1]), torch.tensor([2])
+    store.record("a", first)
+    store.stage("a", state(1.0))
+    store.roll_back()
+    assert store.get("a") == {"ledger": first}
+    store.record("a", second)
+    store.stage("a", state(3.0))
+    store.commit()
+    assert value_of(store, "a") == 3.0
+    assert (store.get("a") or {})["ledger"] is second
+    other = ClientStore()
+    other.restore(files, store.save(files))
+    assert torch.equal((other.get("a") or {})["ledger"], second)
