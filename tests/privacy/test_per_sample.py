@@ -162,6 +162,20 @@ def test_the_check_accepts_means_over_examples(kind: str, size: int) -> None:
     assert problem(network, inputs, cross_entropy(network), size) is None
 
 
+def test_the_check_takes_examples_without_a_gradient_for_zero() -> None:
+    make, inputs = NETWORKS["linear"]
+    network = make()
+
+    def loss_of(batch: Any) -> Tensor:
+        each = functional.cross_entropy(network(batch[0]), batch[1], reduction="none")
+        return (each * batch[0][:, 0]).mean()
+
+    for value in (math.nan, math.inf, 0.0):
+        x = inputs(5)
+        x[0, 0] = value
+        assert problem(network, lambda n, x=x: x, loss_of) is None
+
+
 def contrast(network: nn.Module) -> Loss:
     def loss(batch: Any) -> Tensor:
         scores = network(batch[0])
