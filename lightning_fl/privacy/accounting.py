@@ -12,10 +12,9 @@ from lightning_fl.privacy.sampling import Full, Sampling, load_sampling
 
 
 class Epsilon(float):
-    """An upper bound on epsilon: a number that says what it holds for.
+    """An upper bound on epsilon that says what it holds for; infinite if something was released without noise.
 
-    Args:
-        value: The number; infinite if something has been released without noise.
+    Attributes:
         delta: The delta at which it holds.
         method: How it was computed.
         relation: What two neighbouring data sets differ in.
