@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -47,8 +47,6 @@ class Aggregator(ABC):
     is_sum: ClassVar[bool] = False
     """Whether the aggregate is the weighted sum of the updates, up to floating-point rounding: then one client moves it
     by no more than its weight times the norm of its update."""
-    adds_together: ClassVar[bool] = False
-    """Whether there is an :meth:`add_together`."""
     hides_reports: ClassVar[bool] = False
     """Whether :meth:`merge` and :meth:`gather` tell only the sums of what stands in a report's field ``"sums"``, a
     dict of numbers by name. The first report that they give then holds the sums of all ranks."""
@@ -82,6 +80,12 @@ class Aggregator(ABC):
         Raises:
             ClientLost: If the client has vanished; the round goes on without it.
         """
+
+    @property
+    def adds_together(self) -> bool:
+        """Whether :meth:`add_together` does for several updates what :meth:`add` does for one."""
+        owner = {name: next(c for c in type(self).__mro__ if name in vars(c)) for name in ("add", "add_together")}
+        return issubclass(owner["add_together"], owner["add"])
 
     def add_together(self, acc: Any, updates: Update, num_clients: int, ctx: RoundContext) -> Any:
         """Takes in the updates of clients that were trained together.
@@ -143,7 +147,6 @@ class WeightedMean(Aggregator):
     """
 
     is_sum = True
-    adds_together = True
 
     def init(self, like: Update, device: torch.device) -> WeightedSum:
         layout = Layout.of(update_trees(like))
@@ -180,20 +183,29 @@ class WeightedMean(Aggregator):
         return merged, messages
 
     def result(self, acc: WeightedSum, ctx: RoundContext) -> Aggregate:
-        if not acc.weight > 0:
-            raise ValueError(
-                f"The weights of round {ctx.round} add up to {acc.weight} over {acc.num_clients} updates; a weighted "
-                "mean needs a positive sum. Give the clients data, or weigh them alike with `weighting='uniform'`."
-            )
-        trees = acc.layout.unflatten(acc.sums)
-        return Aggregate(
-            delta=trees.pop("delta", {}),
-            buffers=trees.pop("buffers", {}),
-            weight=acc.weight,
-            aux={name.removeprefix("aux/"): tree for name, tree in trees.items()},
-            num_clients=acc.num_clients,
-            population=ctx.population,
+        return aggregate_of(acc.layout.unflatten(acc.sums), acc.weight, acc.num_clients, ctx)
+
+
+def aggregate_of(trees: Mapping[str, Tree], weight: float, num_clients: int, ctx: RoundContext) -> Aggregate:
+    """The aggregate of sums of what :func:`update_trees` gives.
+
+    Raises:
+        ValueError: If the weights add up to nothing.
+    """
+    if not weight > 0:
+        raise ValueError(
+            f"The weights of round {ctx.round} add up to {weight} over {num_clients} updates; a weighted mean needs a "
+            "positive sum. Give the clients data, or weigh them alike with `weighting='uniform'`."
         )
+    rest = dict(trees)
+    return Aggregate(
+        delta=rest.pop("delta", {}),
+        buffers=rest.pop("buffers", {}),
+        weight=weight,
+        aux={name.removeprefix("aux/"): tree for name, tree in rest.items()},
+        num_clients=num_clients,
+        population=ctx.population,
+    )
 
 
 def update_trees(update: Update) -> dict[str, Tree]:

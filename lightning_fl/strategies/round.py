@@ -55,13 +55,6 @@ class FederationSettings:
         return any(transform.hides_clients for transform in self.transforms)
 
     @property
-    def adds_together(self) -> bool:
-        """Whether the aggregator takes in several updates at once, in the way in which it takes in one."""
-        kind = type(self.aggregator)
-        owner = {name: next(c for c in kind.__mro__ if name in vars(c)) for name in ("add", "add_together")}
-        return self.aggregator.adds_together and issubclass(owner["add_together"], owner["add"])
-
-    @property
     def transforms_gradients(self) -> bool:
         """Whether the algorithm changes gradients at all."""
         return type(self.algorithm).grad_transform is not Algorithm.grad_transform
@@ -256,7 +249,7 @@ class Round:
         update = replace(update, buffers=result.buffers, weight=weight)
         kept: dict[str, Any] = {**result.kept, **({} if states is None else {"algorithm": states})}
         self._count_run(result, len(unit.clients))
-        if self.settings.transforms or not self.settings.adds_together:
+        if self.settings.transforms or not self.settings.aggregator.adds_together:
             each = enumerate(zip(unit.clients, unit.kept, strict=True))
             taken = [self._take_in(c, own, update.part(i), clone(part(kept, i))) is not None for i, (c, own) in each]
         else:

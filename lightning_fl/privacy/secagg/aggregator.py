@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_fl.aggregation import Aggregator, ClientLost, FederationFacts, RoundContext, WeightedMean
+from lightning_fl.aggregation.aggregator import aggregate_of
 from lightning_fl.communication import Group, Message
 from lightning_fl.privacy.secagg.dropouts import num_dropouts, plan_dropouts
 from lightning_fl.privacy.secagg.errors import ProtocolError, SecureAggregationError
@@ -220,20 +221,7 @@ class SecureAggregation(Aggregator):
     def result(self, acc: SecureSum, ctx: RoundContext) -> Aggregate:
         sums = acc.sums
         assert sums is not None, "merge comes before result"
-        if not sums.weight > 0:
-            raise ValueError(
-                f"The weights of round {ctx.round} add up to {sums.weight} over {sums.num_clients} updates; a weighted "
-                "mean needs a positive sum. Give the clients data, or weigh them alike with `weighting='uniform'`."
-            )
-        trees = dict(sums.trees)
-        return Aggregate(
-            delta=trees.pop("delta", {}),
-            buffers=trees.pop("buffers", {}),
-            weight=sums.weight,
-            aux={name.removeprefix("aux/"): tree for name, tree in trees.items()},
-            num_clients=sums.num_clients,
-            population=ctx.population,
-        )
+        return aggregate_of(sums.trees, sums.weight, sums.num_clients, ctx)
 
     @property
     def _opened(self) -> Session:
