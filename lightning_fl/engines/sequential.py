@@ -133,10 +133,15 @@ class SequentialEngine:
     def transform_grads(self, transform: Callable[[Tree, Tree], Tree], optimizer: Optimizer) -> None:
         """Replaces the gradients of the shared parameters that ``optimizer`` steps by ``transform(grads, params)``."""
         stepped = {id(param) for group in optimizer.param_groups for param in group["params"]}
-        params = {name: param for name, param in self.tensors.params.items() if id(param) in stepped}
+        params = {name: param for name, param in self._shared_params.items() if id(param) in stepped}
         grads = {name: param.grad for name, param in params.items() if param.grad is not None}
         for name, grad in transform(grads, {name: params[name].detach() for name in grads}).items():
             params[name].grad = grad.to(params[name].dtype)
+
+    @property
+    def _shared_params(self) -> Mapping[str, Tensor]:
+        """The shared parameters that are being trained."""
+        return self.tensors.params
 
     def finish_client(self) -> LocalResult:
         """Reads what a client's local training has changed.

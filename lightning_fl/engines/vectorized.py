@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from lightning_fl.engines.linear import StackedLinears
-from lightning_fl.engines.optimizers import ScheduleEnd
+from lightning_fl.engines.optimizers import Schedule, ScheduleEnd
 from lightning_fl.engines.sequential import LocalResult, SequentialEngine, change, trained
 from lightning_fl.engines.stacking import stack
 from lightning_fl.engines.tensors import clones, load
@@ -72,6 +72,10 @@ class VectorizedEngine(SequentialEngine):
     and the user's own optimizer steps the stacked parameters, which is right for every optimizer that treats elements
     alone. A client alone is trained as by :class:`SequentialEngine`.
     """
+
+    def begin_round(self, server_params: Tree | None, schedules: Sequence[Schedule] = ()) -> Tree:
+        self.leave_clients()
+        return super().begin_round(server_params, schedules)
 
     def start_clients(self, starts: Sequence[Tree], kept: Sequence[Mapping[str, Tree]]) -> None:
         """Loads several clients: the parameters they start from, and what they have kept from their last rounds."""
@@ -159,13 +163,9 @@ class VectorizedEngine(SequentialEngine):
         params = [param for param in self.module.parameters() if param.requires_grad]
         return max(1, stacked_bytes // max(1, sum(param.numel() * param.element_size() for param in params)))
 
-    def transform_stacked_grads(self, transform: Callable[[Tree, Tree], Tree], optimizer: Optimizer) -> None:
-        """Replaces the stacked gradients of shared parameters that ``optimizer`` steps."""
-        stepped = {id(param) for group in optimizer.param_groups for param in group["params"]}
-        params = {name: self._stacked[name] for name in self.tensors.params if id(self._stacked[name]) in stepped}
-        grads = {name: param.grad for name, param in params.items() if param.grad is not None}
-        for name, grad in transform(grads, {name: params[name].detach() for name in grads}).items():
-            params[name].grad = grad.to(params[name].dtype)
+    @property
+    def _shared_params(self) -> Mapping[str, Tensor]:
+        return {name: self._stacked.get(name, param) for name, param in self.tensors.params.items()}
 
     def clip_norms(self, optimizer: Optimizer, max_norm: float) -> None:
         """Scales each client's gradients so that their norm is at most ``max_norm``, as for a client alone."""
@@ -204,7 +204,8 @@ class VectorizedEngine(SequentialEngine):
     def leave_clients(self) -> None:
         """Gives the optimizers the module's own parameters back."""
         self.optimizers.leave_clients()
-        self._stacked, self._stacked_buffers = {}, {}
+        self._stacked = {}
+        self._stacked_buffers = {}
 
     def end_round(self, params: Tree, buffers: Tree, schedule_end: ScheduleEnd | None) -> None:
         self.leave_clients()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_fl.engines import OptimizerStates, SequentialEngine, Vectorized, VectorizedEngine
 from lightning_fl.strategies import lightning_internals as internals
@@ -29,13 +28,10 @@ def choose_engine(
     is_asked_for, is_secure = strategy.engine != "auto", strategy.participation.secure
     together = ClientsTogether(trainer, engine, settings, is_asked_for, allows_random=is_asked_for and not is_secure)
     reason = why_not(trainer, module, strategy)
-    if reason is not None:
-        together.refuse(reason)
-    elif not together.is_asked_for:
+    if reason is None and not is_asked_for:
         reason = why_slower(module, together.max_clients)
     if reason is not None:
-        if len(strategy.active_rounds.population) > 1:
-            rank_zero_info(f"Clients train one after the other: {reason}.")
+        together.refuse(reason)
         return engine, None
     internals.clip_norms_with(strategy.precision_plugin, together.clip_norms)
     return engine, together

@@ -109,11 +109,6 @@ class Notices:
             for logger in trainer.loggers:
                 logger.log_hyperparams(dict(words))
 
-    def alone(self, reason: str) -> None:
-        """Clients train one after the other though ``engine="auto"`` would have trained them together."""
-        if self._is_new("alone"):
-            rank_zero_info(f"Clients train one after the other: {reason}.")
-
     def _is_new(self, about: object) -> bool:
         is_new = about not in self._given
         self._given.add(about)

@@ -205,7 +205,7 @@ class Round:
         """Lets the algorithm change the gradients that ``optimizer`` is about to step, unscaled and not yet clipped."""
         if self._unit is not None:
             if self.settings.transforms_gradients:
-                self._vectorized.transform_stacked_grads(self._unit.transform_grads, optimizer)
+                self.engine.transform_grads(self._unit.transform_grads, optimizer)
             return
         context, transform = self._context, self.phase.grad_transform
         if transform is None and self.settings.transforms_gradients:
@@ -308,11 +308,17 @@ class Round:
     ) -> Update | None:
         """Adds an update, and stages what its client keeps; None if one of them is not finite."""
         is_sound = is_finite(leaves(self._to_be_finite(update, kept)))
-        update, transform_states = self._transform(client, before, update)
-        is_sound = is_sound and is_finite(leaves(transform_states))
+        is_sendable = is_sound
+        transform_states: dict[str, State] = {}
+        if self.settings.transforms:
+            update, transform_states = self._transform(client, before, update)
+            is_sound = is_sound and is_finite(leaves(transform_states))
+            is_sendable = is_finite(leaves(self._to_be_finite(update, {}))) and (
+                is_sound or self.settings.hides_clients
+            )
         if not is_sound:
             self.refused.append(client)
-        if not is_finite(leaves(self._to_be_finite(update, {}))) or not (is_sound or self.settings.hides_clients):
+        if not is_sendable:
             return None
         try:
             self._acc = self.settings.aggregator.add(self._acc, update, replace(self.ctx, client=client))

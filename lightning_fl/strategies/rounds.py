@@ -353,7 +353,6 @@ class FederatedRounds:
         self.round.leave_clients()
         self._reading.leave()
         self.together.refuse(reason)
-        self._notices.alone(reason)
         self.together = None
         self.plan.separate(index)
         self.set_length()

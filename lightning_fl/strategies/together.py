@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -150,7 +151,7 @@ class ClientsTogether:
             self._is_checked = True
 
     def refuse(self, reason: str) -> None:
-        """Clients can't train together.
+        """Clients can't train together, or had better not; says so.
 
         Raises:
             MisconfigurationException: If the user has asked for it.
@@ -161,6 +162,8 @@ class ClientsTogether:
                 f"engine='vectorized' can't train several clients in one step: {reason}. Change that, or let each "
                 "client train alone with engine='sequential' ('auto' chooses)."
             )
+        if len(self.trainer.strategy.active_rounds.population) > 1:  # type: ignore[attr-defined]
+            rank_zero_info(f"Clients train one after the other: {reason}.")
 
     def training_step(self, batch: StackedBatch, *args: Any) -> Tensor:
         """The step of all clients; returns the sum of their losses, so that each gets its own gradient."""
