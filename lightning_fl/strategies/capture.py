@@ -108,7 +108,7 @@ class Capture:
         """Drops the notes of the clients at hand."""
         self.steps = []
 
-    def entries(self, accepted: Tensor, fx: str = "training_step") -> Entries:
+    def entries(self, accepted: Tensor) -> Entries:
         """Value and weight, by key of Lightning's results, of what the clients at ``accepted`` have logged."""
         logged: dict[str, list[tuple[Any, Tensor, float]]] = {}
         for step in self.steps:
@@ -116,7 +116,7 @@ class Capture:
                 if call.metric is None and not isinstance(kwargs["value"], Metric):
                     values = _values(kwargs["value"], step.num_clients)[accepted].double()
                     size = kwargs["batch_size"] or step.batch_size
-                    logged.setdefault(f"{fx}.{kwargs['name']}", []).append((_reduction(kwargs), values, size))
+                    logged.setdefault(f"training_step.{kwargs['name']}", []).append((_reduction(kwargs), values, size))
         return {key: _join(values) for key, values in logged.items()}
 
     def update_metrics(self, accepted: Tensor) -> None:

@@ -103,14 +103,6 @@ def show_metric(result: _ResultMetric, metric: Any) -> None:
     result._computed = None
 
 
-def count_examples(batch: Any) -> int:
-    """Number of examples in a batch, as Lightning counts them; 1 if it can't tell."""
-    try:
-        return extract_batch_size(batch)
-    except MisconfigurationException:
-        return 1
-
-
 def step_arguments(module: LightningModule, batch_idx: int) -> tuple[Any, ...]:
     """What Lightning gives ``training_step`` besides the batch."""
     return (batch_idx,) if is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2) else ()
@@ -119,8 +111,18 @@ def step_arguments(module: LightningModule, batch_idx: int) -> tuple[Any, ...]:
 def batch_size(results: _ResultCollection, batch: Any) -> int:
     """Number of examples in a batch, as Lightning sees it; 1 if it can't tell."""
     if results.batch_size is None:
-        try:
-            results.batch_size = extract_batch_size(batch)
-        except MisconfigurationException:
-            return 1
-    return results.batch_size
+        results.batch_size = _extracted(batch)
+    return 1 if results.batch_size is None else results.batch_size
+
+
+def count_examples(batch: Any) -> int:
+    """Number of examples in a batch that is not the one at hand in Lightning's loop; 1 if it can't tell."""
+    found = _extracted(batch)
+    return 1 if found is None else found
+
+
+def _extracted(batch: Any) -> int | None:
+    try:
+        return extract_batch_size(batch)
+    except MisconfigurationException:
+        return None

@@ -25,7 +25,7 @@ from lightning_fl.strategies.callback import has_hooks
 from lightning_fl.strategies.capture import Capture, NotVectorizable
 from lightning_fl.types import Phase
 
-Attributes = dict[tuple[str, str], tuple[Any, Any, Any]]
+Attributes = dict[str, tuple[Any, Any, Any]]
 ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop")
 """Optimizers of ``torch.optim`` that treat each element alone, so that they step stacked parameters as single ones."""
 TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
@@ -239,20 +239,19 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
 
 
-def attributes(module: nn.Module) -> Attributes:
-    """By submodule and attribute, each Python value and a shallow copy of it if it is a container."""
-    return {
-        (path, name): entry
-        for path, owner in module.named_modules()
-        if not _is_metric(module, path)
-        for (_, name), entry in own_attributes(owner).items()
-    }
+def attributes(module: nn.Module, path: str = "") -> Attributes:
+    """What :func:`own_attributes` gives of a module and its submodules, torchmetrics left out."""
+    found = {f"{path}{name}": entry for name, entry in own_attributes(module).items()}
+    for name, child in module.named_children():
+        if not isinstance(child, Metric | MetricCollection):
+            found.update(attributes(child, f"{path}{name}."))
+    return found
 
 
 def own_attributes(module: nn.Module) -> Attributes:
-    """The same of the module alone, without its submodules."""
+    """By attribute, each Python value, a shallow copy of it if it is a container, and marks that show its changes."""
     return {
-        ("", name): (value, copy.copy(value) if isinstance(value, list | dict | set) else None, _marks(value))
+        name: (value, copy.copy(value) if isinstance(value, list | dict | set) else None, _marks(value))
         for name, value in vars(module).items()
         if name not in _OF_TORCH_AND_LIGHTNING
     }
@@ -286,23 +285,18 @@ _OF_TORCH_AND_LIGHTNING = {
 }
 
 
-def _is_metric(module: nn.Module, path: str) -> bool:
-    parts = path.split(".")
-    prefixes = [".".join(parts[: length + 1]) for length in range(len(parts))]
-    return any(isinstance(module.get_submodule(prefix), Metric | MetricCollection) for prefix in prefixes)
-
-
 def _changed(before: Attributes, after: Attributes) -> str | None:
     keys = (key for key in {**before, **after} if before.get(key, (0,))[-1] != after.get(key, (0,))[-1])
-    return next((".".join(filter(None, key)) for key in keys), None)
+    return next(keys, None)
 
 
 def _put_back(module: nn.Module, before: Attributes) -> None:
-    owners = dict(module.named_modules())
-    for path, name in set(attributes(module)) - set(before):
-        object.__delattr__(owners[path], name)
-    for (path, name), (value, items, _) in before.items():
-        object.__setattr__(owners[path], name, value)
+    for key in set(attributes(module)) - set(before):
+        path, _, name = key.rpartition(".")
+        object.__delattr__(module.get_submodule(path), name)
+    for key, (value, items, _) in before.items():
+        path, _, name = key.rpartition(".")
+        object.__setattr__(module.get_submodule(path), name, value)
         if isinstance(value, list):
             value[:] = items
         elif isinstance(value, dict | set):
