@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from lightning_fl.engines.linear import StackedLinears
 from lightning_fl.engines.optimizers import Schedule, ScheduleEnd
+from lightning_fl.engines.recording import Recording, record, with_gradients
 from lightning_fl.engines.sequential import LocalResult, SequentialEngine, change, trained
 from lightning_fl.engines.stacking import stack
 from lightning_fl.engines.tensors import clones, load
@@ -33,6 +34,10 @@ class Vectorized:
         stacked_bytes: Bytes of the clients' parameters that stand side by side. Default 16 MiB, for a CPU's cache; a
             GPU takes more.
         batch_bytes: Bytes of their batches in memory at once. Default 1 GiB.
+        record: Whether the step's tensor operations are recorded and then replayed without the Python in
+            ``training_step``, which is run again when an attribute of the module has changed. A step that looks at the
+            Trainer or at ``batch_idx`` is never recorded. Turn it off for one that depends on something else that
+            changes, such as a global variable or the time. Default True.
 
     Raises:
         ValueError: If a number is below 1.
@@ -45,6 +50,7 @@ class Vectorized:
     clients_per_step: int | None = None
     stacked_bytes: int = 16 * 2**20
     batch_bytes: int = 2**30
+    record: bool = True
 
     def __post_init__(self) -> None:
         for name in ("clients_per_step", "stacked_bytes", "batch_bytes"):
@@ -105,6 +111,13 @@ class VectorizedEngine(SequentialEngine):
         Returns:
             The losses, of shape ``[clients]``, and the other tensors, stacked.
         """
+        losses, others, replaced = self._run(step, self._stacked, self._stacked_buffers, batch, args, randomness)
+        self._stacked_buffers.update({name: value.detach() for name, value in replaced.items()})
+        return losses, others
+
+    def _run(
+        self, step: Step, params: Tree, buffers: Tree, batch: Any, args: tuple[Any, ...], randomness: str
+    ) -> tuple[Tensor, Any, Tree]:
         caller = _Caller(self.module, step)
         dims = tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, batch)
 
@@ -112,18 +125,56 @@ class VectorizedEngine(SequentialEngine):
             tensors = {f"module.{name}": tensor for name, tensor in {**params, **buffers}.items()}
             loss, others = functional_call(caller, tensors, (batch, *args), tie_weights=self._is_tied)
             replaced = {
-                name: tensors[f"module.{name}"]
+                name: tensors[f"module.{name}"].to(buffer.dtype)
                 for name, buffer in buffers.items()
                 if tensors[f"module.{name}"] is not buffer
             }
             return loss, others, replaced
 
-        run = vmap(of_one, in_dims=(0, 0, dims), randomness=randomness)
         with StackedLinears():
-            losses, others, replaced = run(self._stacked, self._stacked_buffers, batch)
-        for name, value in replaced.items():
-            self._stacked_buffers[name] = value.detach().to(self._stacked_buffers[name].dtype)
-        return losses, others
+            losses, others, replaced = vmap(of_one, in_dims=(0, 0, dims), randomness=randomness)(params, buffers, batch)
+        return losses, others, replaced
+
+    def record(self, step: Step, batch: Any, *args: Any, randomness: str = "error") -> Recording:
+        """Records :meth:`step`, gradients included, for batches of the same shapes; changes nothing."""
+        leaves, spec = tree_flatten(batch)
+        names, is_tensor = list(self._stacked), [isinstance(leaf, Tensor) for leaf in leaves]
+        with_grads: list[str] = []
+        replaced_names: list[str] = []
+
+        def run(*tensors: Tensor) -> list[Tensor]:
+            given = iter(tensors)
+            params = {name: next(given).detach().requires_grad_() for name in names}
+            buffers = {name: next(given) for name in self._stacked_buffers}
+            own = [next(given) if is_one else leaf for leaf, is_one in zip(leaves, is_tensor, strict=True)]
+            losses, others, replaced = self._run(step, params, buffers, tree_unflatten(own, spec), args, randomness)
+            grads = _gradients(losses.sum(), params)
+            with_grads[:], replaced_names[:] = grads, replaced
+            return [losses, *grads.values(), *replaced.values(), *others]
+
+        with torch.enable_grad():
+            program = record(run, self._inputs(leaves))
+        return Recording(program, with_grads, replaced_names)
+
+    def replay(self, recording: Recording, batch: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """The recorded step.
+
+        Returns:
+            The sum of the losses, whose ``backward`` sets the gradients; the losses; and the other tensors.
+        """
+        losses, grads, replaced, others = recording.run(self._inputs(tree_flatten(batch)[0]))
+        self._stacked_buffers.update(zip(recording.replaced, replaced, strict=True))
+        return with_gradients(losses.sum(), grads, [self._stacked[n] for n in recording.with_grads]), losses, others
+
+    def try_out(self, recording: Recording, batch: Any) -> tuple[Tensor, Tree]:
+        """Losses and gradients of the recorded step; changes nothing."""
+        inputs = [tensor.detach().clone() for tensor in self._inputs(tree_flatten(batch)[0])]
+        losses, grads, _, _ = recording.run(inputs)
+        return losses, dict(zip(recording.with_grads, grads, strict=True))
+
+    def _inputs(self, batch: Sequence[Any]) -> list[Tensor]:
+        tensors = [leaf for leaf in batch if isinstance(leaf, Tensor)]
+        return [*self._stacked.values(), *self._stacked_buffers.values(), *tensors]
 
     def step_alone(self, step: Step, index: int, batch: Any, *args: Any) -> tuple[Tensor, Tree]:
         """Loss and gradients of the module's own step for the client at ``index``, with neither stacking nor ``vmap``.
@@ -141,9 +192,14 @@ class VectorizedEngine(SequentialEngine):
         finally:
             load({name: tensor for name, tensor in self.tensors.all.items() if name in before}, before)
 
-    def gradients(self, loss: Tensor) -> Tree:
-        """Gradients of ``loss`` for the stacked parameters that it depends on."""
-        return _gradients(loss, self._stacked)
+    def gradients(self, loss: Tensor, keep: bool = False) -> Tree:
+        """Gradients of ``loss`` for the stacked parameters that it depends on.
+
+        Args:
+            loss: What is differentiated.
+            keep: Whether it will be differentiated again.
+        """
+        return _gradients(loss, self._stacked, keep)
 
     def copy_buffers(self) -> Tree:
         """The clients' buffers as they are."""
@@ -212,8 +268,8 @@ class VectorizedEngine(SequentialEngine):
         super().end_round(params, buffers, schedule_end)
 
 
-def _gradients(loss: Tensor, params: Tree) -> Tree:
-    grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
+def _gradients(loss: Tensor, params: Tree, keep: bool = False) -> Tree:
+    grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True, retain_graph=keep)
     return {name: grad for name, grad in zip(params, grads, strict=True) if grad is not None}
 
 

@@ -34,8 +34,8 @@ class NotVectorizable(Exception):
 class _MetricResult:
     """Stands for what a torchmetric's ``forward`` will return once its call is made."""
 
-    def __init__(self) -> None:
-        self.is_used = False
+    def __init__(self, is_used: bool = False) -> None:
+        self.is_used = is_used
         self.values: Tensor | None = None
 
 
@@ -83,6 +83,33 @@ class Capture:
             raise NotVectorizable(f"training_step returned a {type(loss).__name__} as its loss, not a tensor")
         tensors = [leaf for call in self._calls for leaf in call.leaves if isinstance(leaf, Tensor)]
         return loss, [tensor.detach() for tensor in tensors]
+
+    @property
+    def calls(self) -> list[_Call]:
+        """What the step that has just run has told."""
+        return self._calls
+
+    @property
+    def logs_numbers(self) -> bool:
+        """Whether the step that has just run has logged Python numbers."""
+        logged = [
+            pytree.tree_unflatten(call.leaves, call.spec)[1]["value"] for call in self._calls if call.metric is None
+        ]
+        return any(isinstance(value, int | float) for value in logged)
+
+    def repeat(self, calls: Sequence[_Call]) -> None:
+        """Notes calls of an earlier step as those of the step that has just run."""
+        results = {id(call.result): _MetricResult(call.result.is_used) for call in calls}
+        self._calls = [
+            _Call(
+                call.metric,
+                call.method,
+                call.spec,
+                [results.get(id(leaf), leaf) for leaf in call.leaves],
+                results[id(call.result)],
+            )
+            for call in calls
+        ]
 
     def tell(self, tensors: Sequence[Tensor], num_clients: int, batch_size: int) -> None:
         """Makes the calls of the step that has just run, once for all clients.

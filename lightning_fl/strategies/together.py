@@ -17,14 +17,9 @@ from lightning_fl.engines import Vectorized, VectorizedEngine
 from lightning_fl.engines.stacking import NotStackable, num_bytes, part, signature, stack
 from lightning_fl.strategies import lightning_results as logged
 from lightning_fl.strategies.capture import Capture, NotVectorizable
-from lightning_fl.strategies.vectorizing import (
-    check_same_step,
-    check_unchanged,
-    check_undrawn,
-    loader_kind,
-    own_attributes,
-    random_states,
-)
+from lightning_fl.strategies.replay import Replay
+from lightning_fl.strategies.vectorizing import check_same_step, loader_kind
+from lightning_fl.strategies.watching import check_unchanged, check_undrawn, own_attributes, random_states
 from lightning_fl.types import ClientId
 
 __all__ = ["ClientsTogether", "NotStackable", "NotVectorizable", "StackedBatch"]
@@ -69,6 +64,7 @@ class ClientsTogether:
         self.is_asked_for = is_asked_for
         self.allows_random = allows_random
         self.capture = Capture(trainer.lightning_module)
+        self.replay = Replay(engine, self.capture) if settings.record else None
         self.unit: Sequence[ClientId] = ()
         self.batch_size = 0
         self._is_checked = False
@@ -149,6 +145,8 @@ class ClientsTogether:
                 args = logged.step_arguments(self.trainer.lightning_module, 0)
                 self._randomness = check_same_step(self.engine, self.capture, content, args, self.allows_random)
             self._is_checked = True
+        if self.replay is not None:
+            self.replay.start()
 
     def refuse(self, reason: str) -> None:
         """Clients can't train together, or had better not; says so.
@@ -167,13 +165,24 @@ class ClientsTogether:
 
     def training_step(self, batch: StackedBatch, *args: Any) -> Tensor:
         """The step of all clients; returns the sum of their losses, so that each gets its own gradient."""
+        content = batch.content
+        if self.replay is None:
+            loss, losses, tensors = self._step(content, args)
+        else:
+            loss, losses, tensors = self.replay(content, args, self._randomness, self._step)
+        self.batch_size = logged.count_examples(part(content, 0))
+        self.losses = self.losses + losses.detach().double() * self.batch_size
+        self.num_examples += self.batch_size
+        self.capture.tell(tensors, len(self.unit), self.batch_size)
+        return loss
+
+    def _step(self, content: Any, args: tuple[Any, ...]) -> tuple[Tensor, Tensor, list[Tensor]]:
         module = self.capture.module
         before, drawn = own_attributes(module), random_states()
         try:
-            losses, tensors = self.engine.step(self.capture, batch.content, *args, randomness=self._randomness)
+            losses, tensors = self.engine.step(self.capture, content, *args, randomness=self._randomness)
             check_unchanged(before, own_attributes(module))
-            if self._randomness == "error":
-                check_undrawn(drawn)
+            check_undrawn(drawn)
         except (NotVectorizable, RuntimeError) as error:
             if not isinstance(error, NotVectorizable) and not any(word in str(error) for word in ("vmap", "functorch")):
                 raise
@@ -181,11 +190,7 @@ class ClientsTogether:
                 f"training_step can't run for {len(self.unit)} clients in one step, though it could at first: {error}. "
                 "Let each client train alone with FederatedStrategy(engine='sequential')."
             ) from error
-        self.batch_size = logged.count_examples(part(batch.content, 0))
-        self.losses = self.losses + losses.detach().double() * self.batch_size
-        self.num_examples += self.batch_size
-        self.capture.tell(tensors, len(self.unit), self.batch_size)
-        return losses.sum()
+        return losses.sum(), losses, tensors
 
     def clip_norms(self, optimizer: torch.optim.Optimizer, max_norm: float) -> bool:
         """Clips each client's gradients by their norm; tells whether several clients train at the moment."""

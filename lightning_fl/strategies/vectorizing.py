@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import copy
-import random
-from collections import deque
-from collections.abc import Sequence, Sized
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import BatchSampler, DataLoader
-from torchmetrics import Metric, MetricCollection
 
 from lightning_fl.clients import count_examples
 from lightning_fl.clients.loaders import Loader
@@ -23,9 +18,9 @@ from lightning_fl.engines import VectorizedEngine
 from lightning_fl.engines.stacking import part, signature
 from lightning_fl.strategies.callback import has_hooks
 from lightning_fl.strategies.capture import Capture, NotVectorizable
+from lightning_fl.strategies.watching import attributes, check_unchanged, check_undrawn, put_back, random_states
 from lightning_fl.types import Phase
 
-Attributes = dict[str, tuple[Any, Any, Any]]
 ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop")
 """Optimizers of ``torch.optim`` that treat each element alone, so that they step stacked parameters as single ones."""
 TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
@@ -44,6 +39,8 @@ BATCH_HOOKS = (
     "lr_scheduler_step",
 )
 """Hooks that would see a batch, gradients or parameters of several clients where they expect those of one."""
+_DRAWN = "random operation"
+"""What ``torch.func.vmap`` complains of when random numbers are drawn."""
 PARAMETER_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
@@ -149,7 +146,7 @@ def check_same_step(
     try:
         _check(engine, capture, batch, args, "error")
     except NotVectorizable as error:
-        if not allows_random or "random operation" not in str(error):
+        if not allows_random or _DRAWN not in str(error):
             raise
         rank_zero_warn(
             "training_step draws random numbers (dropout, say). Clients that train together draw others than alone: "
@@ -172,8 +169,7 @@ def _check(engine: VectorizedEngine, capture: Capture, batch: Any, args: tuple[A
                 raise NotVectorizable(f"training_step returned a loss of shape {tuple(losses.shape[1:])}, not a number")
             grads = engine.gradients(losses.sum())
         check_unchanged(before, attributes(module))
-        if randomness == "error":
-            check_undrawn(drawn)
+        check_undrawn(drawn)
         now = dict(module.named_buffers())
         written = [n for n, t, version in outside if t._version != version or now.get(n, t) is not t]
         if written:
@@ -187,7 +183,7 @@ def _check(engine: VectorizedEngine, capture: Capture, batch: Any, args: tuple[A
     except Exception as error:
         raise NotVectorizable(_first_line(error)) from error
     finally:
-        _put_back(module, before)
+        put_back(module, before)
         for owner, own in held:
             owner.update(own)
         engine.put_buffers(buffers)
@@ -208,100 +204,8 @@ def _compare(
                 raise NotVectorizable(f"the gradient of {name} together differs from that of a client alone")
 
 
-def check_unchanged(before: Attributes, after: Attributes) -> None:
-    """Makes sure that a step has not set attributes of the module.
-
-    Raises:
-        NotVectorizable: If it has; names one.
-    """
-    changed = _changed(before, after)
-    if changed:
-        raise NotVectorizable(f"training_step changes self.{changed}, which would hold values of several clients")
-
-
-def random_states() -> tuple[Any, ...]:
-    """Where the global generators of torch, NumPy and Python stand."""
-    numpy_state: Any = np.random.get_state()
-    return torch.get_rng_state().numpy().tobytes(), numpy_state[1].tobytes(), numpy_state[2], hash(random.getstate())
-
-
-def check_undrawn(before: tuple[Any, ...]) -> None:
-    """Makes sure that a step has drawn no random numbers.
-
-    Raises:
-        NotVectorizable: If it has.
-    """
-    if random_states() != before:
-        raise NotVectorizable("training_step draws random numbers (a random operation), one for all clients")
-
-
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-
-
-def attributes(module: nn.Module, path: str = "") -> Attributes:
-    """What :func:`own_attributes` gives of a module and its submodules, torchmetrics left out."""
-    found = {f"{path}{name}": entry for name, entry in own_attributes(module).items()}
-    for name, child in module.named_children():
-        if not isinstance(child, Metric | MetricCollection):
-            found.update(attributes(child, f"{path}{name}."))
-    return found
-
-
-def own_attributes(module: nn.Module) -> Attributes:
-    """By attribute, each Python value, a shallow copy of it if it is a container, and marks that show its changes."""
-    return {
-        name: (value, copy.copy(value) if isinstance(value, list | dict | set) else None, _marks(value))
-        for name, value in vars(module).items()
-        if name not in _OF_TORCH_AND_LIGHTNING
-    }
-
-
-def _marks(value: Any, depth: int = 3) -> Any:
-    """What changes if something in the value does: identities, and versions of tensors."""
-    if isinstance(value, Tensor):
-        return id(value), value._version
-    if isinstance(value, np.ndarray):
-        return id(value), value.tobytes()
-    if depth == 0 or isinstance(value, nn.Module | type) or callable(value):
-        return id(value)
-    if isinstance(value, Sized) and len(value) > 1000:
-        return id(value), len(value)
-    if isinstance(value, dict):
-        return id(value), [(key, _marks(item, depth - 1)) for key, item in value.items()]
-    if isinstance(value, list | tuple | set | deque):
-        return id(value), [_marks(item, depth - 1) for item in value]
-    own = getattr(value, "__dict__", None)
-    return id(value), None if own is None else _marks(own, depth - 1)
-
-
-_OF_TORCH_AND_LIGHTNING = {
-    "_parameters",
-    "_buffers",
-    "_modules",
-    "_trainer",
-    "_current_fx_name",
-    "_metric_attributes",
-}
-
-
-def _changed(before: Attributes, after: Attributes) -> str | None:
-    keys = (key for key in {**before, **after} if before.get(key, (0,))[-1] != after.get(key, (0,))[-1])
-    return next(keys, None)
-
-
-def _put_back(module: nn.Module, before: Attributes) -> None:
-    for key in set(attributes(module)) - set(before):
-        path, _, name = key.rpartition(".")
-        object.__delattr__(module.get_submodule(path), name)
-    for key, (value, items, _) in before.items():
-        path, _, name = key.rpartition(".")
-        object.__setattr__(module.get_submodule(path), name, value)
-        if isinstance(value, list):
-            value[:] = items
-        elif isinstance(value, dict | set):
-            value.clear()
-            value.update(items)
 
 
 def _outside(engine: VectorizedEngine, module: nn.Module) -> list[tuple[str, Tensor, int]]:

@@ -1,0 +1,123 @@
+"""Steps of clients that train together, replayed without the user's Python while nothing it depends on has changed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_debug
+from torch import Tensor
+
+from lightning_fl.engines import VectorizedEngine
+from lightning_fl.engines.recording import Recording
+from lightning_fl.engines.stacking import signature
+from lightning_fl.strategies.capture import Capture, NotVectorizable
+from lightning_fl.strategies.watching import Attributes, attributes, changed_attribute, check_unchanged
+from lightning_fl.types import Tree
+
+Outcome = tuple[Tensor, Tensor, list[Tensor]]
+Step = Callable[[Any, tuple[Any, ...]], Outcome]
+
+MAX_RECORDINGS = 16
+MAX_CHANGES = 3
+
+
+class _Unsteady:
+    """Stands for the Trainer or the batch index while a step is recorded; it can be handed on but not looked at."""
+
+    def _look(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise NotVectorizable("it looks at the Trainer or at batch_idx")
+
+    __getattr__ = __bool__ = __hash__ = __str__ = __repr__ = __format__ = _look
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _look
+
+
+UNSTEADY: Any = _Unsteady()
+
+
+class Replay:
+    """Records a step when batches of its shapes come for the second time, and replays it from the third time on.
+
+    Args:
+        engine: Runs the steps.
+        capture: Notes what they log.
+    """
+
+    def __init__(self, engine: VectorizedEngine, capture: Capture) -> None:
+        self.engine = engine
+        self.capture = capture
+        self._recordings: dict[Any, Recording] = {}
+        self._calls: dict[Any, list[Any]] = {}
+        self._times: Counter[Any] = Counter()
+        self._attributes: Attributes = {}
+        self._num_changes = -1
+
+    def start(self) -> None:
+        """Other clients begin; forgets the recordings if an attribute of the module has changed since."""
+        now = attributes(self.capture.module)
+        if changed_attribute(self._attributes, now):
+            self._num_changes += 1
+            self._attributes = now
+            self._recordings.clear()
+            self._times.clear()
+
+    def __call__(self, batch: Any, args: tuple[Any, ...], randomness: str, step: Step) -> Outcome:
+        """One step of all clients.
+
+        Args:
+            batch: Their batches, stacked.
+            args: The other arguments of ``training_step``.
+            randomness: Of ``torch.func.vmap``.
+            step: Runs it with the user's Python.
+
+        Returns:
+            The sum of the losses, the losses, and the tensors that the step logs.
+        """
+        key = signature(batch)
+        if key in self._recordings:
+            self.capture.repeat(self._calls[key])
+            return self.engine.replay(self._recordings[key], batch)
+        self._times[key] += 1
+        if self._times[key] != 2 or self._num_changes > MAX_CHANGES or len(self._recordings) == MAX_RECORDINGS:
+            return step(batch, args)
+        try:
+            recording, losses, grads = self._record(batch, args, randomness)
+        except Exception as error:
+            rank_zero_debug(f"training_step is run at each step: {error}")
+            return step(batch, args)
+        outcome = step(batch, args)
+        if randomness != "error" or self._agree(losses, grads, outcome):
+            self._recordings[key], self._calls[key] = recording, self.capture.calls
+        return outcome
+
+    def _record(self, batch: Any, args: tuple[Any, ...], randomness: str) -> tuple[Recording, Tensor, Tree]:
+        if torch.is_autocast_enabled(self.engine.device.type):
+            raise NotVectorizable("a recorded step has no autocast")
+        with _out_of_reach(self.capture.module):
+            recording = self.engine.record(self.capture, batch, *(UNSTEADY for _ in args), randomness=randomness)
+        check_unchanged(self._attributes, attributes(self.capture.module))
+        if self.capture.logs_numbers:
+            raise NotVectorizable("it logs a number that is no tensor, which may be another one the next time")
+        return recording, *self.engine.try_out(recording, batch)
+
+    def _agree(self, losses: Tensor, grads: Tree, outcome: Outcome) -> bool:
+        loss, own_losses, _ = outcome
+        own = self.engine.gradients(loss, keep=True)
+        pairs = [(losses, own_losses), *((grads[name], own[name]) for name in own)]
+        return own.keys() == grads.keys() and all(torch.allclose(a, b, rtol=1e-4, equal_nan=True) for a, b in pairs)
+
+
+@contextmanager
+def _out_of_reach(module: LightningModule) -> Iterator[None]:
+    trainers = [(m, m._trainer) for m in module.modules() if isinstance(m, LightningModule)]
+    for owner, _ in trainers:
+        object.__setattr__(owner, "_trainer", UNSTEADY)
+    try:
+        yield
+    finally:
+        for owner, trainer in trainers:
+            object.__setattr__(owner, "_trainer", trainer)
