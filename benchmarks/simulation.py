@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import statistics
 import time
@@ -126,7 +127,7 @@ class Clock(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.seconds.append(time.perf_counter() - self._started)
-        self.plain_seconds.append(self._time_plain() if trainer.is_global_zero else 0.0)
+        self.plain_seconds.append(self._time_plain() if trainer.is_global_zero else math.nan)
         trainer.strategy.barrier()
 
     def _time_plain(self) -> float:

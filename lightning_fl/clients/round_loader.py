@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import count, islice
 from typing import Any
 
-from lightning_fl.clients.loaders import ClientLoaders, Loader
+from lightning_fl.clients.loaders import Loader
 from lightning_fl.clients.plan import LocalWork, RoundPlan
 from lightning_fl.clients.population import count_batches
 from lightning_fl.types import ClientId
@@ -41,7 +41,7 @@ class RoundLoader:
     A rank without clients yields one batch ``None``, so that it passes through the round's hooks as the others do.
 
     Args:
-        loaders: The clients' data.
+        load: Makes a client's loader.
         plan: Gives the plan of the round at hand, and how much the client that trains the most trains.
         open_round: Called before a round's first batch is read.
         open_client: Called with a client and its loader before the client's first batch is read; returns the loader.
@@ -55,7 +55,7 @@ class RoundLoader:
 
     def __init__(
         self,
-        loaders: ClientLoaders,
+        load: Callable[[ClientId], Loader],
         plan: Callable[[], tuple[RoundPlan, LocalWork]],
         open_round: Callable[[], None],
         open_client: Callable[[ClientId, Loader], Loader],
@@ -64,7 +64,7 @@ class RoundLoader:
         work_of: Callable[[ClientId], Sequence[LocalWork]] | None = None,
         open_together: Callable[[int, LoadTogether], Iterator[Any] | None] = lambda index, load: None,
     ) -> None:
-        self._loaders = loaders
+        self._make = load
         self._plan = plan
         self._open_round = open_round
         self._open_client = open_client
@@ -97,7 +97,7 @@ class RoundLoader:
                 continue
             opened.add(client)
             try:
-                loader = self._loaders[client]
+                loader = self._make(client)
             except Exception as error:
                 self._leave_out(client, error)
                 continue
@@ -116,7 +116,7 @@ class RoundLoader:
             yield None
 
     def _load(self, client: ClientId, prepare: Callable[[Loader], Loader]) -> list[Any]:
-        return list(self._batches(client, prepare(self._loaders[client])))
+        return list(self._batches(client, prepare(self._make(client))))
 
     def _leave_out(self, client: ClientId, error: Exception) -> None:
         self._failed(client, error)

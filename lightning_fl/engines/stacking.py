@@ -57,7 +57,9 @@ def _stack_leaf(leaves: Sequence[Any], share: bool) -> tuple[Any, int | None]:
     if share and all(leaf is first for leaf in leaves):
         return first, None
     if not isinstance(first, Tensor):
-        if type(first) not in PLAIN or any(type(leaf) is not type(first) or leaf != first for leaf in leaves):
+        if type(first) not in PLAIN or any(
+            type(leaf) is not type(first) or repr(leaf) != repr(first) for leaf in leaves
+        ):
             raise NotStackable(f"they differ in a {type(first).__name__}, and only tensors can be stacked")
         return first, None
     for leaf in leaves:
@@ -87,7 +89,9 @@ def signature(value: Any) -> Any:
     if type(value) in (tuple, list):
         return type(value), *map(signature, value)
     leaves, spec = pytree.tree_flatten(value)
-    return str(spec), *((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
+    return str(spec), *(
+        (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else (type(leaf), repr(leaf)) for leaf in leaves
+    )
 
 
 def num_bytes(value: Any) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lightning_fl.clients import Draws, LocalWork, Participation, Population, RoundPlan, count_batches
+from lightning_fl.clients.loaders import Loader
 from lightning_fl.communication import Group, Message
 from lightning_fl.strategies.hidden_report import check_steps
 from lightning_fl.strategies.round import FederationSettings
@@ -24,6 +25,7 @@ class PlannedRound:
         num_examples: Of each client of this rank the examples of one pass, None where that shows only in training.
         empty: Clients of this rank without data.
         failed: What the loaders of clients of this rank have raised.
+        loaders: Loaders of those of them that train together first; the planning has looked at them.
     """
 
     plan: RoundPlan
@@ -32,6 +34,11 @@ class PlannedRound:
     num_examples: dict[ClientId, int | None]
     empty: list[ClientId]
     failed: dict[ClientId, str]
+    loaders: dict[ClientId, Loader]
+
+    def take_loader(self, client: ClientId, population: Population) -> Loader:
+        """A client's loader: that of the planning the first time, a new one from then on."""
+        return self.loaders.pop(client) if client in self.loaders else population.loaders[client]
 
 
 class Planner:
@@ -93,11 +100,13 @@ class Planner:
             segments += own
             loaders += [loader] * len(own)
             examples[client] = population.num_examples(client, loader)
-        units = None
+        units, kept = None, {}
         if together is not None:
+            kept = dict(zip(clients[: together.max_clients], loaders, strict=False))
             units, segments = together.group(clients, segments, [examples[client] for client in clients], loaders)
         plan = RoundPlan(index, list(works), clients, segments, work.accumulate, units)
-        return PlannedRound(plan, works, [client for client in drawn if client not in works], examples, empty, failed)
+        dropped = [client for client in drawn if client not in works]
+        return PlannedRound(plan, works, dropped, examples, empty, failed, kept)
 
     def phases(self, work: LocalWork) -> list[LocalWork]:
         """A client's work, phase by phase."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any, Literal
 
 import lightning as L
@@ -98,7 +99,7 @@ class FederatedRounds:
         self.population = population
         self.planner = Planner(population, self.participation, self.settings, self.group, self.at_home, self._failure)
         self.loader = RoundLoader(
-            population.loaders,
+            lambda client: self.planned.take_loader(client, population),
             lambda: (self.plan, self.work),
             self._open_round,
             self._open_client,
@@ -304,20 +305,22 @@ class FederatedRounds:
             if len(passes) == 1 and (most := together.affordable(passes[client])) < len(unit):
                 self._split(index, [unit[start : start + most] for start in range(0, len(unit), most)])
                 return None
+        parts = together.split(unit, passes)
+        if parts != [list(unit)]:
+            self._split(index, parts)
+            return None
+        batches = together.stacked(list(passes.values()))
         try:
-            if len(passes) < len(unit):
-                raise NotStackable("some have failed")
-            batches = together.stacked(list(passes.values()))
+            first = next(batches)
         except NotStackable:
-            parts = together.split(unit, passes)
-            self._split(index, parts if parts != [list(unit)] else [[client] for client in unit])
+            self._split(index, [[client] for client in unit])
             return None
         try:
-            self._start_together(unit, batches[0])
+            self._start_together(unit, first)
         except (NotStackable, NotVectorizable) as error:
             self._train_alone(index, str(error))
             return None
-        return iter(batches)
+        return chain([first], batches)
 
     def _start_together(self, unit: Sequence[ClientId], batch: Any) -> None:
         assert self.round is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -116,16 +116,15 @@ class ClientsTogether:
         """How many clients with batches like these may be in memory at once."""
         return max(1, self.settings.batch_bytes // max(1, sum(map(num_bytes, batches))))
 
-    def stacked(self, passes: Sequence[list[Any]]) -> list[StackedBatch]:
-        """The clients' batches side by side.
+    def stacked(self, passes: Sequence[list[Any]]) -> Iterator[StackedBatch]:
+        """The batches of clients that :meth:`split` leaves together side by side, each made when its turn comes.
 
         Raises:
-            NotStackable: If they differ in number or shape.
+            NotStackable: If they hold something that can't be stacked.
         """
-        if any(len(batches) != len(passes[0]) for batches in passes):
-            raise NotStackable("they differ in their number of batches")
         convert = self.trainer.precision_plugin.convert_input
-        return [StackedBatch(convert(stack(batches, share=False)[0])) for batches in zip(*passes, strict=True)]
+        for batches in zip(*passes, strict=True):
+            yield StackedBatch(convert(stack(batches, share=False)[0]))
 
     def start(self, unit: Sequence[ClientId], batch: StackedBatch) -> None:
         """The clients of a unit have been loaded into the engine; ``batch`` is their first.

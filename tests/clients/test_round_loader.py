@@ -53,7 +53,7 @@ class Driver:
         self.prepare = prepare
         self.clients = ClientLoaders(loaders)
         self.loader = RoundLoader(
-            self.clients,
+            self.clients.__getitem__,
             plan=lambda: (self.plan, self.work),
             open_round=lambda: self.events.append("open"),
             open_client=self._open_client,
