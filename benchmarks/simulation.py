@@ -154,8 +154,8 @@ def run(args: argparse.Namespace) -> dict:
     clock = Clock(plain, args.share)
     module = Module(make_network(work["model"]), args.logs)
     engine = args.engine
-    if args.clients_per_step:
-        engine = fl.engines.Vectorized(clients_per_step=args.clients_per_step)
+    if args.clients_per_step or args.compile:
+        engine = fl.engines.Vectorized(clients_per_step=args.clients_per_step, compile=args.compile)
     strategy = fl.FederatedStrategy("fedavg", clients_per_round=work["per_round"], engine=engine, seed=0)
     trainer = L.Trainer(
         strategy=strategy,
@@ -193,6 +193,7 @@ def main() -> None:
     parser.add_argument("--workload", choices=WORKLOADS, default="W1")
     parser.add_argument("--engine", choices=["auto", "sequential", "vectorized"], default="auto")
     parser.add_argument("--clients-per-step", type=int)
+    parser.add_argument("--compile", action="store_true", help="compile the recorded step")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--share", type=float, default=1.0, help="part of the cohort that the plain loop is timed on")

@@ -36,16 +36,21 @@ class Recording:
         return losses, rest[:num_grads], rest[num_grads:][:num_replaced], rest[num_grads + num_replaced :]
 
 
-def record(function: Program, tensors: Sequence[Tensor]) -> Program:
+def record(function: Program, tensors: Sequence[Tensor], compile: bool = False) -> Program:
     """What ``function`` does to tensors like these, without the Python in it.
 
     The generators of random numbers are left where they stood.
+
+    Args:
+        function: From tensors to tensors.
+        tensors: Examples of what it will be given.
+        compile: Whether ``torch.compile`` makes a faster program of it.
     """
     devices = {tensor.device.index for tensor in tensors if tensor.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(devices)):
         program: Any = make_fx(function)(*(tensor.detach().clone() for tensor in tensors))
-    forward: Program = program.forward
-    return forward
+    made: Program = torch.compile(program, dynamic=False) if compile else program.forward
+    return made
 
 
 class _Given(Function):

@@ -38,9 +38,11 @@ class Vectorized:
             ``training_step``, which is run again when an attribute of the module has changed. A step that looks at the
             Trainer or at ``batch_idx`` is never recorded. Turn it off for one that depends on something else that
             changes, such as a global variable or the time. Default True.
+        compile: Whether ``torch.compile`` makes the recorded operations faster. It takes seconds for each shape of
+            batch, and needs a C++ compiler on a CPU. Default False.
 
     Raises:
-        ValueError: If a number is below 1.
+        ValueError: If a number is below 1, or if what is not recorded shall be compiled.
 
     Example:
         >>> import lightning_fl as fl
@@ -51,12 +53,15 @@ class Vectorized:
     stacked_bytes: int = 16 * 2**20
     batch_bytes: int = 2**30
     record: bool = True
+    compile: bool = False
 
     def __post_init__(self) -> None:
         for name in ("clients_per_step", "stacked_bytes", "batch_bytes"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"Vectorized got {name}={value}; expected at least 1.")
+        if self.compile and not self.record:
+            raise ValueError("Vectorized(compile=True) compiles what record=True has recorded, but got record=False.")
 
 
 class _Caller(nn.Module):
@@ -135,8 +140,11 @@ class VectorizedEngine(SequentialEngine):
             losses, others, replaced = vmap(of_one, in_dims=(0, 0, dims), randomness=randomness)(params, buffers, batch)
         return losses, others, replaced
 
-    def record(self, step: Step, batch: Any, *args: Any, randomness: str = "error") -> Recording:
-        """Records :meth:`step`, gradients included, for batches of the same shapes; changes nothing."""
+    def record(self, step: Step, batch: Any, *args: Any, randomness: str = "error", compile: bool = False) -> Recording:
+        """Records :meth:`step`, gradients included, for batches of the same shapes; changes nothing.
+
+        With ``compile``, ``torch.compile`` makes it faster.
+        """
         leaves, spec = tree_flatten(batch)
         names, is_tensor = list(self._stacked), [isinstance(leaf, Tensor) for leaf in leaves]
         with_grads: list[str] = []
@@ -153,7 +161,7 @@ class VectorizedEngine(SequentialEngine):
             return [losses, *grads.values(), *replaced.values(), *others]
 
         with torch.enable_grad():
-            program = record(run, self._inputs(leaves))
+            program = record(run, self._inputs(leaves), compile)
         return Recording(program, with_grads, replaced_names)
 
     def replay(self, recording: Recording, batch: Any) -> tuple[Tensor, Tensor, list[Tensor]]:

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import torch
 from lightning import LightningModule
-from lightning.pytorch.utilities.rank_zero import rank_zero_debug
+from lightning.pytorch.utilities.rank_zero import rank_zero_debug, rank_zero_warn
 from torch import Tensor
 
 from lightning_fl.engines import VectorizedEngine
@@ -32,8 +32,10 @@ class _Unsteady:
     def _look(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise NotVectorizable("it looks at the Trainer or at batch_idx")
 
-    __getattr__ = __bool__ = __hash__ = __str__ = __repr__ = __format__ = _look
+    __getattr__ = __bool__ = __hash__ = __str__ = __repr__ = __format__ = __index__ = __int__ = __float__ = _look
     __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _look
+    __add__ = __sub__ = __mul__ = __truediv__ = __floordiv__ = __mod__ = __pow__ = _look
+    __radd__ = __rsub__ = __rmul__ = __rtruediv__ = __rfloordiv__ = __rmod__ = __rpow__ = _look
 
 
 UNSTEADY: Any = _Unsteady()
@@ -45,22 +47,27 @@ class Replay:
     Args:
         engine: Runs the steps.
         capture: Notes what they log.
+        compile: Whether ``torch.compile`` makes recordings faster.
     """
 
-    def __init__(self, engine: VectorizedEngine, capture: Capture) -> None:
+    def __init__(self, engine: VectorizedEngine, capture: Capture, compile: bool = False) -> None:
         self.engine = engine
         self.capture = capture
+        self.compile = compile
         self._recordings: dict[Any, Recording] = {}
         self._calls: dict[Any, list[Any]] = {}
         self._times: Counter[Any] = Counter()
         self._attributes: Attributes = {}
         self._num_changes = -1
+        self._is_recordable = True
 
     def start(self) -> None:
         """Other clients begin; forgets the recordings if an attribute of the module has changed since."""
         now = attributes(self.capture.module)
         if changed_attribute(self._attributes, now):
             self._num_changes += 1
+            if self._num_changes > MAX_CHANGES:
+                self._run_each_time("its attributes keep changing")
             self._attributes = now
             self._recordings.clear()
             self._times.clear()
@@ -82,23 +89,35 @@ class Replay:
             self.capture.repeat(self._calls[key])
             return self.engine.replay(self._recordings[key], batch)
         self._times[key] += 1
-        if self._times[key] != 2 or self._num_changes > MAX_CHANGES or len(self._recordings) == MAX_RECORDINGS:
+        if not self._is_recordable or self._times[key] != 2 or len(self._recordings) == MAX_RECORDINGS:
             return step(batch, args)
         try:
             recording, losses, grads = self._record(batch, args, randomness)
         except Exception as error:
-            rank_zero_debug(f"training_step is run at each step: {error}")
+            self._run_each_time(str(error))
             return step(batch, args)
         outcome = step(batch, args)
         if randomness != "error" or self._agree(losses, grads, outcome):
             self._recordings[key], self._calls[key] = recording, self.capture.calls
+        else:
+            self._run_each_time("recorded it gives other values")
         return outcome
+
+    def _run_each_time(self, reason: str) -> None:
+        if not self._is_recordable:
+            return
+        self._is_recordable = False
+        if self.compile:
+            rank_zero_warn(f"Vectorized(compile=True) has no effect, since training_step can't be recorded: {reason}.")
+        else:
+            rank_zero_debug(f"training_step is run at each step: {reason}")
 
     def _record(self, batch: Any, args: tuple[Any, ...], randomness: str) -> tuple[Recording, Tensor, Tree]:
         if torch.is_autocast_enabled(self.engine.device.type):
             raise NotVectorizable("a recorded step has no autocast")
         with _out_of_reach(self.capture.module):
-            recording = self.engine.record(self.capture, batch, *(UNSTEADY for _ in args), randomness=randomness)
+            stand_ins = [UNSTEADY] * len(args)
+            recording = self.engine.record(self.capture, batch, *stand_ins, randomness=randomness, compile=self.compile)
         check_unchanged(self._attributes, attributes(self.capture.module))
         if self.capture.logs_numbers:
             raise NotVectorizable("it logs a number that is no tensor, which may be another one the next time")

@@ -64,7 +64,7 @@ class ClientsTogether:
         self.is_asked_for = is_asked_for
         self.allows_random = allows_random
         self.capture = Capture(trainer.lightning_module)
-        self.replay = Replay(engine, self.capture) if settings.record else None
+        self.replay = Replay(engine, self.capture, settings.compile) if settings.record else None
         self.unit: Sequence[ClientId] = ()
         self.batch_size = 0
         self._is_checked = False
