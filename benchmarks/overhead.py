@@ -3,7 +3,7 @@
 Each figure is a ratio against something run beside it in the same process, because machines are noisy:
 
 - ``fit``: one client, against a plain Trainer, for steps of about 5 ms;
-- ``memory``: peak growth of the process from 10 to 10,000 clients of the same total size;
+- ``memory``: growth of the process with 10 to 10,000 clients of the same total size, by engine;
 - ``round``: a round without training on a 25 MB and a 100 MB model on two ranks, against Gloo's own all-reduce.
 """
 
@@ -76,7 +76,7 @@ def measure_fit(repeats: int = 5) -> dict[str, Any]:
     return {"what": "fit, one client, 5 ms a step, over a plain Trainer", "ratio": statistics.median(ratios)}
 
 
-def measure_memory(num_clients: int) -> None:
+def measure_memory(num_clients: int, engine: str) -> None:
     """Prints the memory that training that many clients adds to the process; in a process of its own."""
     rows = torch.randn(10_000, 64)
     size = len(rows) // num_clients
@@ -87,8 +87,9 @@ def measure_memory(num_clients: int) -> None:
     )
     process = psutil.Process()
     before = process.memory_info().rss
-    L.Trainer(strategy="fedavg", max_epochs=2, **QUIET).fit(Net(64), clients)
-    print(json.dumps({"num_clients": num_clients, "megabytes": (process.memory_info().rss - before) / 1e6}))
+    L.Trainer(strategy=fl.FederatedStrategy("fedavg", engine=engine), max_epochs=2, **QUIET).fit(Net(64), clients)
+    megabytes = (process.memory_info().rss - before) / 1e6
+    print(json.dumps({"num_clients": num_clients, "engine": engine, "megabytes": megabytes}))
 
 
 def measure_round(megabytes: int, rounds: int = 8) -> None:
@@ -132,19 +133,21 @@ def run(*command: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--memory", type=int, default=0)
+    parser.add_argument("--engine", default="sequential")
     parser.add_argument("--round", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     if arguments.memory:
-        measure_memory(arguments.memory)
+        measure_memory(arguments.memory, arguments.engine)
     elif arguments.round:
         measure_round(arguments.round)
     else:
         print(json.dumps(measure_fit()), flush=True)
-        for num_clients in (10, 100, 1_000, 10_000):
-            run(__file__, "--memory", str(num_clients))
+        for engine in ("sequential", "vectorized"):
+            for num_clients in (10, 100, 1_000, 10_000):
+                run(__file__, "--memory", str(num_clients), "--engine", engine)
         for megabytes in (25, 100):
             run("-m", "torch.distributed.run", "--nproc-per-node", "2", __file__, "--round", str(megabytes))
 

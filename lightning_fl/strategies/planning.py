@@ -11,6 +11,7 @@ from lightning_fl.communication import Group, Message
 from lightning_fl.strategies.hidden_report import check_steps
 from lightning_fl.strategies.round import FederationSettings
 from lightning_fl.strategies.together import ClientsTogether
+from lightning_fl.strategies.vectorizing import loader_kind
 from lightning_fl.types import ClientId
 
 
@@ -81,7 +82,8 @@ class Planner:
         population = self.population
         drawn = self.draws.cohort(index)
         works = self.draws.works(index, drawn, work)
-        clients, loaders = [], []
+        clients, kinds = [], []
+        kept: dict[ClientId, Loader] = {}
         segments: list[Sequence[int | None]] = []
         examples: dict[ClientId, int | None] = {}
         empty: list[ClientId] = []
@@ -98,12 +100,14 @@ class Planner:
                 continue
             clients += [client] * len(own)
             segments += own
-            loaders += [loader] * len(own)
             examples[client] = population.num_examples(client, loader)
-        units, kept = None, {}
+            if together is not None:
+                kinds.append((loader_kind(loader), examples[client]))
+                if len(kept) < together.max_clients:
+                    kept[client] = loader
+        units = None
         if together is not None:
-            kept = dict(zip(clients[: together.max_clients], loaders, strict=False))
-            units, segments = together.group(clients, segments, [examples[client] for client in clients], loaders)
+            units, segments = together.group(clients, segments, kinds)
         plan = RoundPlan(index, list(works), clients, segments, work.accumulate, units)
         dropped = [client for client in drawn if client not in works]
         return PlannedRound(plan, works, dropped, examples, empty, failed, kept)

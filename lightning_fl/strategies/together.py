@@ -12,13 +12,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lightning_fl.clients.loaders import Loader
 from lightning_fl.engines import Vectorized, VectorizedEngine
 from lightning_fl.engines.stacking import NotStackable, num_bytes, part, signature, stack
 from lightning_fl.strategies import lightning_results as logged
 from lightning_fl.strategies.capture import Capture, NotVectorizable
 from lightning_fl.strategies.replay import Replay
-from lightning_fl.strategies.vectorizing import check_same_step, loader_kind
+from lightning_fl.strategies.vectorizing import check_same_step
 from lightning_fl.strategies.watching import check_unchanged, check_undrawn, own_attributes, random_states
 from lightning_fl.types import ClientId
 
@@ -79,18 +78,22 @@ class ClientsTogether:
         self,
         clients: Sequence[ClientId],
         segments: Sequence[Sequence[int | None]],
-        examples: Sequence[int | None],
-        loaders: Sequence[Loader],
+        kinds: Sequence[tuple[Any, int | None]],
     ) -> tuple[list[list[ClientId]], list[Sequence[int | None]]]:
-        """Puts clients with equally much work together; returns the units and their segments."""
+        """Puts clients with equally much work together; returns the units and their segments.
+
+        Args:
+            clients: The clients.
+            segments: How many batches each trains on, pass by pass.
+            kinds: What each one's batches look like, and its number of examples; None where that is not known.
+        """
         most = self.max_clients
         fullest: dict[Any, list[ClientId]] = {}
         units: list[list[ClientId]] = []
         own: list[Sequence[int | None]] = []
-        for client, lengths, num_examples, loader in zip(clients, segments, examples, loaders, strict=True):
-            kind = loader_kind(loader)
-            key = (kind, num_examples, tuple(lengths))
-            is_known = kind is not None and num_examples is not None and None not in lengths
+        for client, lengths, kind in zip(clients, segments, kinds, strict=True):
+            key = (kind, tuple(lengths))
+            is_known = None not in kind and None not in lengths
             if is_known and key in fullest and len(fullest[key]) < most:
                 fullest[key].append(client)
                 continue
