@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import argparse
 import csv
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,14 @@ from typing import Any
 import matplotlib
 import yaml
 
+import lightning_fl as fl
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "docs" / "experiments"
+DATA = Path(os.environ.get("LIGHTNING_FL_DATA", "data"))
 COLUMNS = ("variant", "seed", "round", "val_loss", "val_acc")
 
 
@@ -41,6 +45,8 @@ class Experiment:
         seeds: Seeds of data, cohorts and training.
         variants: By name what each changes in the recipe, as a second configuration file.
         last: Rounds at the end whose mean is the result of a run.
+        target: Accuracy of which the table gives the first round that reaches it. None: the table gives the end.
+        needs: Tells whether the data is there.
     """
 
     title: str
@@ -49,6 +55,8 @@ class Experiment:
     seeds: Sequence[int]
     variants: dict[str, dict[str, Any]]
     last: int = 10
+    target: float | None = None
+    needs: Callable[[], bool] = lambda: True
 
 
 def variant(algorithm: Any, stragglers: dict[str, Any] | None, **data: Any) -> dict[str, Any]:
@@ -113,13 +121,35 @@ EXPERIMENTS["fashion"] = Experiment(
 )
 
 
+MNIST_TEXT = """\
+The 2NN of the FedAvg paper on MNIST itself: 100 clients of 600 images at random, 10 of them a round, one local epoch in
+batches of 10. The paper (McMahan et al., 2017, table 2) reaches 97% in 87 rounds with a learning rate tuned for each
+setting."""
+EXPERIMENTS["mnist_2nn"] = Experiment(
+    "FedAvg on MNIST: rounds to 97%",
+    MNIST_TEXT,
+    "fashion_2nn.yaml",
+    range(3),
+    {
+        f"lr {lr}": {
+            "trainer": {"max_epochs": 110, "check_val_every_n_epoch": 1},
+            "model": {"init_args": {"lr": lr}},
+            "data": {"init_args": {"data": {"class_path": "MNISTDataModule", "init_args": {"batch_size": 10}}}},
+        }
+        for lr in (0.05, 0.1)
+    },
+    target=0.97,
+    needs=lambda: fl.datamodules.MNISTDataModule().has_files(DATA / "mnist"),
+)
+
+
 def run(experiment: Experiment, name: str, seed: int) -> list[dict[str, Any]]:
     """Trains one variant with one seed by ``lightning-fl fit``; the rows of its rounds."""
     with tempfile.TemporaryDirectory() as folder:
         change = experiment.variants[name]
         change = {
             **change,
-            "data": {"init_args": {**change["data"]["init_args"], "seed": seed}},
+            "data": {"init_args": {**change.get("data", {}).get("init_args", {}), "seed": seed}},
             "seed_everything": seed,
         }
         (Path(folder) / "variant.yaml").write_text(yaml.safe_dump(change))
@@ -164,8 +194,27 @@ def result(rows: list[dict[str, Any]], name: str, seed: int, last: int, column: 
     return statistics.mean(values[-last:]) if values else None
 
 
+def first_round(rows: list[dict[str, Any]], name: str, seed: int, target: float) -> int | None:
+    """The first round of a run that reaches the accuracy, or None if there is none."""
+    own = [row for row in rows if (row["variant"], row["seed"]) == (name, seed)]
+    return next((row["round"] for row in own if row["val_acc"] >= target), None)
+
+
+def table_of_rounds(experiment: Experiment, rows: list[dict[str, Any]]) -> str:
+    """The first round of each run that reaches the target, as Markdown."""
+    assert experiment.target is not None
+    lines = [f"| variant | {' | '.join(f'seed {seed}' for seed in experiment.seeds)} |"]
+    lines.append("|---" * (len(experiment.seeds) + 1) + "|")
+    for name in experiment.variants:
+        reached = [first_round(rows, name, seed, experiment.target) for seed in experiment.seeds]
+        lines.append(f"| {name} | {' | '.join(str(index or 'not reached') for index in reached)} |")
+    return "\n".join(lines)
+
+
 def table(experiment: Experiment, rows: list[dict[str, Any]]) -> str:
-    """Accuracy and loss of each run at its end, as Markdown."""
+    """Accuracy and loss of each run at its end, as Markdown; or the rounds to the target."""
+    if experiment.target is not None:
+        return table_of_rounds(experiment, rows)
     lines = [f"| variant | {' | '.join(f'seed {seed}' for seed in experiment.seeds)} | mean |"]
     lines.append("|---" * (len(experiment.seeds) + 2) + "|")
     for name in experiment.variants:
@@ -187,6 +236,8 @@ def page(name: str, experiment: Experiment, rows: list[dict[str, Any]]) -> str:
         f"`make experiments` runs what is missing, each run by `lightning-fl fit --config recipes/{experiment.recipe}`"
     )
     reading = f"Accuracy (and loss) on all clients' test data, the mean of the last {experiment.last} rounds of a run"
+    if experiment.target is not None:
+        reading = f"The first round that reaches {experiment.target:.0%} on all test data"
     return (
         f"# {experiment.title}\n\n{experiment.text}\n\n{reading}; an empty cell has not been run.\n\n"
         f"{table(experiment, rows)}\n\n![Accuracy by round]({name}.png)\n\n"
@@ -216,6 +267,9 @@ def main() -> None:
     words = parser.parse_args()
     for name in words.names or EXPERIMENTS:
         experiment, path = EXPERIMENTS[name], RESULTS / f"{name}.csv"
+        if not experiment.needs():
+            print(f"{name}: its data is not there. MNIST: the four IDX files in $LIGHTNING_FL_DATA/mnist.")
+            continue
         for seed in words.seeds or experiment.seeds:
             for kind in words.only or experiment.variants:
                 if result(read(path), kind, seed, 1, "val_acc") is None:
