@@ -41,11 +41,12 @@ def gathered(dataset: Any, collate_fn: Callable[..., Any] | None) -> tuple[Any, 
     if collate_fn not in (None, default_collate):
         return dataset, collate_fn
     if type(dataset) is TensorDataset:
-        return GatheredTensors(*dataset.tensors), _collate
+        return GatheredTensors(*dataset.tensors), collate_gathered
     if type(dataset) is Subset and type(dataset.dataset) is TensorDataset:
-        return GatheredSubset(dataset.dataset, dataset.indices), _collate
+        return GatheredSubset(dataset.dataset, dataset.indices), collate_gathered
     return dataset, collate_fn
 
 
-def _collate(batch: Any) -> Any:
+def collate_gathered(batch: Any) -> Any:
+    """``default_collate``, for what is collated already or not."""
     return list(batch) if isinstance(batch, _Batch) else default_collate(batch)

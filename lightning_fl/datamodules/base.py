@@ -139,10 +139,26 @@ class ImageDataset(Dataset):
 
     def __getitems__(self, indices: list[int]) -> list[tuple[Any, Tensor]]:
         """The samples of a batch, converted together; by NumPy, since torch would start threads for so little."""
-        pixels = self.images.numpy()[indices].astype(np.float32)
-        images = torch.from_numpy((pixels - self.mean.numpy()) / self.std.numpy())
+        images, targets = self.gather(np.asarray(indices))
         xs: Any = images.unbind() if self.transform is None else map(self.transform, images)
-        return list(zip(xs, self.targets[indices].unbind(), strict=True))
+        return list(zip(xs, targets.unbind(), strict=True))
+
+    def gather(self, indices: np.ndarray) -> list[Tensor]:
+        """Images and targets as one batch, without the transform."""
+        pixels = self.images.numpy()[indices].astype(np.float32)
+        return [torch.from_numpy((pixels - self.mean.numpy()) / self.std.numpy()), self.targets[indices]]
+
+    @property
+    def row(self) -> Any:
+        """Shape and dtype of an image and a target; None if a transform may change them."""
+        if self.transform is not None:
+            return None
+        return (self.images.shape[1:], torch.float32), (self.targets.shape[1:], self.targets.dtype)
+
+    @property
+    def key(self) -> int:
+        """The same for the same images."""
+        return id(self)
 
 
 def pixel_statistics(images: Tensor, scaling: str) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from lightning_fl.algorithms import ProbeKind
 from lightning_fl.clients import ClientRandomness, LocalWork, derive_seed
 from lightning_fl.clients.loaders import Loader
 from lightning_fl.clients.round_loader import one_pass
+from lightning_fl.clients.rows import as_rows
 from lightning_fl.clients.split import in_order
 from lightning_fl.strategies.notices import Notices
 from lightning_fl.strategies.probe import probe
@@ -42,8 +43,8 @@ class ClientReading:
         return loader
 
     def prepare_together(self, round: int, client: ClientId, loader: Loader) -> Loader:
-        """Like :meth:`prepare`, for a client that is only read: reading a list draws no random numbers."""
-        return loader if type(loader) in (list, tuple) else self.prepare(round, client, loader)
+        """Like :meth:`prepare`, for a client that is read before it trains; a list needs no random numbers."""
+        return loader if type(loader) in (list, tuple) else as_rows(self.prepare(round, client, loader))
 
     def enter(self, round: int, client: ClientId) -> None:
         """The client's randomness for its training, until :meth:`leave`."""

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from lightning_fl.clients.rows import Rows, stack_rows
 from lightning_fl.engines import Vectorized, VectorizedEngine
 from lightning_fl.engines.stacking import NotStackable, num_bytes, part, signature, stack
 from lightning_fl.strategies import lightning_results as logged
@@ -112,12 +113,12 @@ class ClientsTogether:
         """
         groups: dict[Any, list[ClientId]] = {}
         for client in filter(passes.__contains__, unit):
-            groups.setdefault(tuple(map(signature, passes[client])), []).append(client)
+            groups.setdefault(tuple(map(_signature, passes[client])), []).append(client)
         return list(groups.values())
 
     def affordable(self, batches: list[Any]) -> int:
         """How many clients with batches like these may be in memory at once."""
-        return max(1, self.settings.batch_bytes // max(1, sum(map(num_bytes, batches))))
+        return max(1, self.settings.batch_bytes // max(1, sum(map(_num_bytes, batches))))
 
     def stacked(self, passes: Sequence[list[Any]]) -> Iterator[StackedBatch]:
         """The batches of clients that :meth:`split` leaves together side by side, each made when its turn comes.
@@ -127,7 +128,8 @@ class ClientsTogether:
         """
         convert = self.trainer.precision_plugin.convert_input
         for batches in zip(*passes, strict=True):
-            yield StackedBatch(convert(stack(batches, share=False)[0]))
+            is_unread = isinstance(batches[0], Rows)
+            yield StackedBatch(convert(stack_rows(batches) if is_unread else stack(batches, share=False)[0]))
 
     def start(self, unit: Sequence[ClientId], batch: StackedBatch) -> None:
         """The clients of a unit have been loaded into the engine; ``batch`` is their first.
@@ -212,3 +214,11 @@ class ClientsTogether:
         logged = self.capture.entries(accepted)
         self.capture.update_metrics(accepted)
         return logged
+
+
+def _signature(batch: Any) -> Any:
+    return batch.signature if isinstance(batch, Rows) else signature(batch)
+
+
+def _num_bytes(batch: Any) -> int:
+    return batch.num_bytes if isinstance(batch, Rows) else num_bytes(batch)
