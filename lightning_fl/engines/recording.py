@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 Program = Callable[..., list[Tensor]]
 
@@ -39,18 +42,62 @@ class Recording:
 def record(function: Program, tensors: Sequence[Tensor], compile: bool = False) -> Program:
     """What ``function`` does to tensors like these, without the Python in it.
 
-    The generators of random numbers are left where they stood.
+    The generators of random numbers are left where they stood. Tensors that are no inputs are read anew by each run.
 
     Args:
         function: From tensors to tensors.
         tensors: Examples of what it will be given.
         compile: Whether ``torch.compile`` makes a faster program of it.
+
+    Raises:
+        RuntimeError: If it reads the values of a tensor into Python, from where they do not come anew.
     """
+    reads: list[Any] = []
+
+    def watched(*inputs: Tensor) -> list[Tensor]:
+        with _Reads(reads), _HiddenReads(reads):
+            return function(*inputs)
+
     devices = {tensor.device.index for tensor in tensors if tensor.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(devices)):
-        program: Any = make_fx(function)(*(tensor.detach().clone() for tensor in tensors))
+        program: Any = make_fx(watched)(*(tensor.detach().clone() for tensor in tensors))
+    if reads:
+        raise RuntimeError(f"it reads the values of a tensor ({reads[0]}), which may be others the next time")
     made: Program = torch.compile(program, dynamic=False) if compile else program.forward
     return made
+
+
+class _Reads(TorchDispatchMode):
+    """Notes operations whose outcome in Python, or whose shape, depends on the values in a tensor."""
+
+    def __init__(self, noted: list[Any]) -> None:
+        super().__init__()
+        self.noted = noted
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        is_masked = func is torch.ops.aten.index.Tensor and any(
+            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+        )
+        if is_masked or torch.Tag.data_dependent_output in func.tags:
+            self.noted.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+class _HiddenReads(TorchFunctionMode):
+    """Notes functions that read the values of a tensor where no operation shows it."""
+
+    _READING = (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.data_ptr, Tensor.untyped_storage)
+    _COPYING = (torch.tensor, torch.as_tensor, torch.asarray)
+
+    def __init__(self, noted: list[Any]) -> None:
+        super().__init__()
+        self.noted = noted
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        holds_tensors = func in self._COPYING and any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(args))
+        if holds_tensors or func in self._READING:
+            self.noted.append(getattr(func, "__name__", func))
+        return func(*args, **(kwargs or {}))
 
 
 class _Given(Function):

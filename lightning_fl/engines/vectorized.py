@@ -35,9 +35,12 @@ class Vectorized:
             GPU takes more.
         batch_bytes: Bytes of their batches in memory at once. Default 1 GiB.
         record: Whether the step's tensor operations are recorded and then replayed without the Python in
-            ``training_step``, which is run again when an attribute of the module has changed. A step that looks at the
-            Trainer or at ``batch_idx`` is never recorded. Turn it off for one that depends on something else that
-            changes, such as a global variable or the time. Default True.
+            ``training_step``. It is recorded anew when something else than a tensor's values has changed in what the
+            step can reach: attributes of the module, of its class and of objects in them, variables closed over, and
+            global variables that its code names. A step is never recorded if it looks at the Trainer or at
+            ``batch_idx``, reads a tensor's values into Python, or if what it can reach can't be watched. Turn it off
+            for one that depends on something else that changes, such as a file or the time, or that shall print or
+            write at each step. Default True.
         compile: Whether ``torch.compile`` makes the recorded operations faster. It takes seconds for each shape of
             batch, and needs a C++ compiler on a CPU. Default False.
 
@@ -138,7 +141,7 @@ class VectorizedEngine(SequentialEngine):
 
         with StackedLinears():
             losses, others, replaced = vmap(of_one, in_dims=(0, 0, dims), randomness=randomness)(params, buffers, batch)
-        return losses, others, replaced
+        return losses, others, {name: value.contiguous() for name, value in replaced.items()}
 
     def record(self, step: Step, batch: Any, *args: Any, randomness: str = "error", compile: bool = False) -> Recording:
         """Records :meth:`step`, gradients included, for batches of the same shapes; changes nothing.
@@ -216,6 +219,12 @@ class VectorizedEngine(SequentialEngine):
     def put_buffers(self, buffers: Tree) -> None:
         """Puts back what :meth:`copy_buffers` copied."""
         self._stacked_buffers = clones(buffers)
+
+    @property
+    def layout(self) -> Any:
+        """What must be alike for a recording to be replayed: each client's tensors in the stack."""
+        stacked = (*self._stacked.items(), *self._stacked_buffers.items())
+        return [(name, tensor.shape[1:], tensor.stride(), tensor.dtype) for name, tensor in stacked]
 
     @property
     def stacked_names(self) -> set[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -86,8 +86,12 @@ class Capture:
 
     @property
     def calls(self) -> list[_Call]:
-        """What the step that has just run has told."""
-        return self._calls
+        """What the step that has just run has told, without the values of tensors, which hang on its batch."""
+        no_values = torch.empty(0)
+        return [
+            replace(call, leaves=[no_values if isinstance(leaf, Tensor) else leaf for leaf in call.leaves])
+            for call in self._calls
+        ]
 
     @property
     def logs_numbers(self) -> bool:

@@ -16,7 +16,7 @@ from lightning_fl.engines import VectorizedEngine
 from lightning_fl.engines.recording import Recording
 from lightning_fl.engines.stacking import signature
 from lightning_fl.strategies.capture import Capture, NotVectorizable
-from lightning_fl.strategies.watching import Attributes, attributes, changed_attribute, check_unchanged
+from lightning_fl.strategies.surroundings import Surroundings
 from lightning_fl.types import Tree
 
 Outcome = tuple[Tensor, Tensor, list[Tensor]]
@@ -29,16 +29,16 @@ MAX_CHANGES = 3
 class _Unsteady:
     """Stands for the Trainer or the batch index while a step is recorded; it can be handed on but not looked at."""
 
+    is_seen = False
+
     def _look(self, *args: Any, **kwargs: Any) -> NoReturn:
+        object.__setattr__(self, "is_seen", True)
         raise NotVectorizable("it looks at the Trainer or at batch_idx")
 
     __getattr__ = __bool__ = __hash__ = __str__ = __repr__ = __format__ = __index__ = __int__ = __float__ = _look
     __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _look
     __add__ = __sub__ = __mul__ = __truediv__ = __floordiv__ = __mod__ = __pow__ = _look
     __radd__ = __rsub__ = __rmul__ = __rtruediv__ = __rfloordiv__ = __rmod__ = __rpow__ = _look
-
-
-UNSTEADY: Any = _Unsteady()
 
 
 class Replay:
@@ -57,20 +57,28 @@ class Replay:
         self._recordings: dict[Any, Recording] = {}
         self._calls: dict[Any, list[Any]] = {}
         self._times: Counter[Any] = Counter()
-        self._attributes: Attributes = {}
+        self._surroundings: Surroundings | None = None
+        self._layout: Any = None
         self._num_changes = -1
         self._is_recordable = True
 
     def start(self) -> None:
-        """Other clients begin; forgets the recordings if an attribute of the module has changed since."""
-        now = attributes(self.capture.module)
-        if changed_attribute(self._attributes, now):
+        """Other clients begin; forgets the recordings if what the step can read has changed since."""
+        if not self._is_recordable:
+            return
+        try:
+            now = Surroundings(self.capture.module)
+        except NotVectorizable as error:
+            self._run_each_time(str(error))
+            return
+        layout = self.engine.layout
+        if now.differ(self._surroundings) or layout != self._layout:
             self._num_changes += 1
             if self._num_changes > MAX_CHANGES:
-                self._run_each_time("its attributes keep changing")
-            self._attributes = now
+                self._run_each_time("what it reads keeps changing")
             self._recordings.clear()
             self._times.clear()
+        self._surroundings, self._layout = now, layout
 
     def __call__(self, batch: Any, args: tuple[Any, ...], randomness: str, step: Step) -> Outcome:
         """One step of all clients.
@@ -107,6 +115,9 @@ class Replay:
         if not self._is_recordable:
             return
         self._is_recordable = False
+        self._surroundings = None
+        self._recordings.clear()
+        self._calls.clear()
         if self.compile:
             rank_zero_warn(f"Vectorized(compile=True) has no effect, since training_step can't be recorded: {reason}.")
         else:
@@ -115,10 +126,16 @@ class Replay:
     def _record(self, batch: Any, args: tuple[Any, ...], randomness: str) -> tuple[Recording, Tensor, Tree]:
         if torch.is_autocast_enabled(self.engine.device.type):
             raise NotVectorizable("a recorded step has no autocast")
-        with _out_of_reach(self.capture.module):
-            stand_ins = [UNSTEADY] * len(args)
+        if torch.is_anomaly_enabled():
+            raise NotVectorizable("a recorded step has no autograd in which anomalies could be detected")
+        stand_in = _Unsteady()
+        with _out_of_reach(self.capture.module, stand_in):
+            stand_ins = [stand_in] * len(args)
             recording = self.engine.record(self.capture, batch, *stand_ins, randomness=randomness, compile=self.compile)
-        check_unchanged(self._attributes, attributes(self.capture.module))
+        if stand_in.is_seen:
+            stand_in._look()
+        if Surroundings(self.capture.module).differ(self._surroundings):
+            raise NotVectorizable("it changes what it can read")
         if self.capture.logs_numbers:
             raise NotVectorizable("it logs a number that is no tensor, which may be another one the next time")
         return recording, *self.engine.try_out(recording, batch)
@@ -126,15 +143,17 @@ class Replay:
     def _agree(self, losses: Tensor, grads: Tree, outcome: Outcome) -> bool:
         loss, own_losses, _ = outcome
         own = self.engine.gradients(loss, keep=True)
+        if own.keys() != grads.keys():
+            return False
         pairs = [(losses, own_losses), *((grads[name], own[name]) for name in own)]
-        return own.keys() == grads.keys() and all(torch.allclose(a, b, rtol=1e-4, equal_nan=True) for a, b in pairs)
+        return all(torch.allclose(a, b, rtol=1e-4, equal_nan=True) for a, b in pairs)
 
 
 @contextmanager
-def _out_of_reach(module: LightningModule) -> Iterator[None]:
+def _out_of_reach(module: LightningModule, stand_in: Any) -> Iterator[None]:
     trainers = [(m, m._trainer) for m in module.modules() if isinstance(m, LightningModule)]
     for owner, _ in trainers:
-        object.__setattr__(owner, "_trainer", UNSTEADY)
+        object.__setattr__(owner, "_trainer", stand_in)
     try:
         yield
     finally:

@@ -6,6 +6,7 @@ import copy
 import random
 from collections import deque
 from collections.abc import Sized
+from types import FunctionType, ModuleType
 from typing import Any
 
 import lightning as L
@@ -17,8 +18,9 @@ from lightning_fl.strategies.capture import NotVectorizable
 
 Attributes = dict[str, tuple[Any, Any, Any]]
 _SIMPLE = (int, float, bool, str, type(None))
+_CLOSED = (nn.Module, type, FunctionType, ModuleType)
 _READ_BY_STEPS = {"training", "_forward_hooks", "_forward_pre_hooks"}
-_OF_TORCH_AND_LIGHTNING = vars(L.LightningModule()).keys() - _READ_BY_STEPS
+OF_TORCH_AND_LIGHTNING = vars(L.LightningModule()).keys() - _READ_BY_STEPS
 
 
 def attributes(module: nn.Module, path: str = "") -> Attributes:
@@ -33,9 +35,9 @@ def attributes(module: nn.Module, path: str = "") -> Attributes:
 def own_attributes(module: nn.Module) -> Attributes:
     """By attribute, each Python value, a shallow copy of it if it is a container, and marks that show its changes."""
     return {
-        name: (value, copy.copy(value) if isinstance(value, (list, dict, set)) else None, _marks(value))
+        name: (value, _shallow_copy(value), _marks(value))
         for name, value in vars(module).items()
-        if name not in _OF_TORCH_AND_LIGHTNING
+        if name not in OF_TORCH_AND_LIGHTNING
     }
 
 
@@ -69,6 +71,11 @@ def put_back(module: nn.Module, before: Attributes) -> None:
         elif isinstance(value, dict | set):
             value.clear()
             value.update(items)
+        elif items is not None:
+            own: dict[str, Any] = value.__dict__
+            for added in own.keys() - items.keys():
+                del own[added]
+            own.update(items)
 
 
 def random_states() -> tuple[Any, Any]:
@@ -87,15 +94,23 @@ def check_undrawn(before: tuple[Any, Any]) -> None:
         raise NotVectorizable("training_step draws random numbers from Python or NumPy, one for all clients")
 
 
+def _shallow_copy(value: Any) -> Any:
+    """What a container holds, or an object's attributes; None for what is not looked into."""
+    if isinstance(value, (list, dict, set)):
+        return copy.copy(value)
+    is_looked_into = hasattr(value, "__dict__") and not isinstance(value, (Tensor, *_CLOSED))
+    return dict(vars(value)) if is_looked_into else None
+
+
 def _marks(value: Any, depth: int = 3) -> Any:
     """What changes if something in the value does: identities, and versions of tensors."""
     if type(value) in _SIMPLE:
-        return id(value)
+        return type(value), value
     if isinstance(value, Tensor):
         return id(value), value._version
     if isinstance(value, np.ndarray):
         return id(value), value.tobytes()
-    if depth == 0 or isinstance(value, (nn.Module, type)) or callable(value):
+    if depth == 0 or isinstance(value, _CLOSED):
         return id(value)
     if isinstance(value, Sized) and len(value) > 1000:
         return id(value), len(value)

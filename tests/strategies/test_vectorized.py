@@ -249,6 +249,24 @@ class Appending(Plain):
         return loss
 
 
+class Growing:
+    def __init__(self) -> None:
+        self.factor = 1.0
+
+    def __call__(self, loss: Tensor) -> Tensor:
+        self.factor += 0.001
+        return loss * self.factor
+
+
+class Remembering(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.criterion = Growing()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.criterion(super().training_step(batch, batch_idx))
+
+
 class Dropping(Plain):
     def __init__(self) -> None:
         super().__init__()
@@ -308,6 +326,7 @@ class Stepping(Plain):
         (Stepping, "hooks on SGD"),
         (Item, "item"),
         (Appending, "changes self.losses"),
+        (Remembering, "changes self.criterion"),
         (Dropping, "random operation"),
         (Hooked, "on_train_batch_end"),
         (Momentum, "LBFGS"),
