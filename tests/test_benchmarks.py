@@ -1,0 +1,41 @@
+"""What benchmarks/simulation.py times trains the same model as the plain loop beside it."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from lightning_fl.models import CharTransformer
+from tests.helpers.distributed import REPOSITORY
+
+SMALL: dict[str, dict[str, Any]] = {
+    "W1": {"clients": 20, "examples": 23, "per_round": 6},
+    "transformer": {
+        "network": lambda: CharTransformer(80, max_length=40, width=32, num_layers=1).net,
+        **{"clients": 10, "examples": 12, "per_round": 4, "batch": 4},
+    },
+}
+
+
+@pytest.fixture
+def simulation(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script, imported."""
+    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+    return importlib.import_module("simulation")
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # what torch says of attention under vmap on a CPU
+@pytest.mark.parametrize("name", SMALL)
+def test_the_final_weights_are_those_of_the_plain_loop(simulation: ModuleType, name: str) -> None:
+    work = replace(simulation.WORKLOADS[name], **SMALL[name])
+    data = simulation.make_data(work)
+    plain, wrong = simulation.PlainLoop(work, data), simulation.PlainLoop(replace(work, lr=0.9 * work.lr), data)
+    clock, module = simulation.Clock(plain), simulation.Module(work)
+    simulation.fit(module, work, data, 2, "vectorized", (clock,))
+    assert [len(cohort) for cohort in clock.cohorts] == [work.per_round] * 2
+    assert simulation.largest_difference(module, plain, clock.cohorts) <= simulation.TOLERANCE
+    assert simulation.largest_difference(module, wrong, clock.cohorts) > 10 * simulation.TOLERANCE
