@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
@@ -139,7 +140,7 @@ class VectorizedEngine(SequentialEngine):
             }
             return loss, others, replaced
 
-        with StackedLinears():
+        with StackedLinears(), sdpa_kernel(SDPBackend.MATH):  # other kernels of attention have no rule for vmap
             losses, others, replaced = vmap(of_one, in_dims=(0, 0, dims), randomness=randomness)(params, buffers, batch)
         return losses, others, {name: value.contiguous() for name, value in replaced.items()}
 

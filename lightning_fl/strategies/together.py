@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from lightning_fl.engines.stacking import NotStackable, num_bytes, part, signatu
 from lightning_fl.strategies import lightning_results as logged
 from lightning_fl.strategies.capture import Capture, NotVectorizable
 from lightning_fl.strategies.replay import Replay
-from lightning_fl.strategies.vectorizing import check_same_step
+from lightning_fl.strategies.vectorizing import MAX_FLOPS_ON_CPU, check_same_step
 from lightning_fl.strategies.watching import check_unchanged, check_undrawn, own_attributes, random_states
 from lightning_fl.types import ClientId
 
@@ -147,7 +148,9 @@ class ClientsTogether:
             content = strategy.batch_to_device(batch).content
             with strategy.precision_plugin.train_step_context():
                 args = logged.step_arguments(self.trainer.lightning_module, 0)
-                self._randomness = check_same_step(self.engine, self.capture, content, args, self.allows_random)
+                is_cpu = self.engine.device.type == "cpu"
+                most = MAX_FLOPS_ON_CPU if is_cpu and not self.is_asked_for else math.inf
+                self._randomness = check_same_step(self.engine, self.capture, content, args, self.allows_random, most)
             self._is_checked = True
         if self.replay is not None:
             self.replay.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_fl.clients import count_examples
 from lightning_fl.clients.loaders import Loader
@@ -41,6 +43,8 @@ BATCH_HOOKS = (
 """Hooks that would see a batch, gradients or parameters of several clients where they expect those of one."""
 _DRAWN = "random operation"
 """What ``torch.func.vmap`` complains of when random numbers are drawn."""
+MAX_FLOPS_ON_CPU = 3e7
+"""Of a client's step: they take a core about as long as Lightning's loop and Python, which a step of several saves."""
 PARAMETER_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
@@ -131,20 +135,33 @@ def why_slower(module: nn.Module, max_clients: int) -> str | None:
 
 
 def check_same_step(
-    engine: VectorizedEngine, capture: Capture, batch: Any, args: tuple[Any, ...], allows_random: bool
+    engine: VectorizedEngine,
+    capture: Capture,
+    batch: Any,
+    args: tuple[Any, ...],
+    allows_random: bool,
+    max_flops: float = math.inf,
 ) -> str:
     """Compares one step of several clients with the same step of two of them alone; leaves nothing changed.
+
+    Args:
+        engine: Has the clients loaded.
+        capture: Notes what they log.
+        batch: Their batches, stacked.
+        args: The other arguments of ``training_step``.
+        allows_random: Whether random numbers may be others than a client alone would draw.
+        max_flops: The most floating-point operations of one client's step that is worth to be run with others'.
 
     Returns:
         What ``torch.func.vmap`` is to do about random numbers: ``"error"``, or ``"different"`` if the step draws some
         and that is allowed.
 
     Raises:
-        NotVectorizable: If the step can't run under ``vmap``, gives other losses or gradients, or changes more than
-            it returns.
+        NotVectorizable: If the step can't run under ``vmap``, gives other losses or gradients, changes more than it
+            returns, or is so long that it would gain nothing.
     """
     try:
-        _check(engine, capture, batch, args, "error")
+        _check(engine, capture, batch, args, "error", max_flops)
     except NotVectorizable as error:
         if not allows_random or _DRAWN not in str(error):
             raise
@@ -152,12 +169,14 @@ def check_same_step(
             "training_step draws random numbers (dropout, say). Clients that train together draw others than alone: "
             "the results are equal in distribution, not in value. engine='sequential' draws each client's own."
         )
-        _check(engine, capture, batch, args, "different")
+        _check(engine, capture, batch, args, "different", max_flops)
         return "different"
     return "error"
 
 
-def _check(engine: VectorizedEngine, capture: Capture, batch: Any, args: tuple[Any, ...], randomness: str) -> None:
+def _check(
+    engine: VectorizedEngine, capture: Capture, batch: Any, args: tuple[Any, ...], randomness: str, max_flops: float
+) -> None:
     module = capture.module
     before, buffers, outside = attributes(module), engine.copy_buffers(), _outside(engine, module)
     held = [(m._buffers, dict(m._buffers)) for m in module.modules()]
@@ -177,7 +196,7 @@ def _check(engine: VectorizedEngine, capture: Capture, batch: Any, args: tuple[A
         engine.put_buffers(buffers)
         if randomness == "error":
             with torch.enable_grad():
-                _compare(engine, capture, batch, args, losses.detach(), grads)
+                _compare(engine, capture, batch, args, losses.detach(), grads, max_flops)
     except NotVectorizable:
         raise
     except Exception as error:
@@ -191,10 +210,19 @@ def _check(engine: VectorizedEngine, capture: Capture, batch: Any, args: tuple[A
 
 
 def _compare(
-    engine: VectorizedEngine, capture: Capture, batch: Any, args: tuple[Any, ...], losses: Tensor, grads: Any
+    engine: VectorizedEngine,
+    capture: Capture,
+    batch: Any,
+    args: tuple[Any, ...],
+    losses: Tensor,
+    grads: Any,
+    max_flops: float,
 ) -> None:
     for client in (0, len(losses) - 1):
-        loss, own = engine.step_alone(capture, client, part(batch, client), *args)
+        with FlopCounterMode(display=False) as counter:
+            loss, own = engine.step_alone(capture, client, part(batch, client), *args)
+        if counter.get_total_flops() > max_flops:
+            raise NotVectorizable("the arithmetic of a step takes longer than what a step of several would save")
         if not torch.allclose(losses[client], loss, rtol=1e-3, atol=1e-5, equal_nan=True):
             raise NotVectorizable(f"the loss of a client together is {losses[client]:g}, alone {loss:g}")
         largest = max(float(grad.nan_to_num(0, 0, 0).abs().max()) for grad in own.values())
