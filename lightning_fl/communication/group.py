@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from datetime import timedelta
@@ -123,12 +124,13 @@ class TorchGroup(Group):
     def __init__(self, store: dist.Store, rank: int, size: int, device: torch.device, timeout: timedelta) -> None:
         super().__init__(rank, size)
         self.timeout = timeout
-        self._gloo: Any = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, size, timeout)
-        self._nccl: Any = None
+        gloo = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, size, timeout)
+        self._backends: dict[str, Any] = {"cpu": gloo}
         if device.type == "cuda":
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = timeout
-            self._nccl = dist.ProcessGroupNCCL(dist.PrefixStore("nccl", store), rank, size, options)
+            self._backends["cuda"] = dist.ProcessGroupNCCL(dist.PrefixStore("nccl", store), rank, size, options)
+        weakref.finalize(self, self._backends.clear)  # at exit too: a process with an open Gloo group may abort there
 
     def _wait(self, work: Any) -> None:
         try:
@@ -140,7 +142,7 @@ class TorchGroup(Group):
             ) from error
 
     def _backend(self, tensor: Tensor) -> Any:
-        return self._nccl if tensor.is_cuda and self._nccl is not None else self._gloo
+        return self._backends.get(tensor.device.type, self._backends["cpu"])
 
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
         joined = tensor.detach().clone(memory_format=torch.contiguous_format)
@@ -179,7 +181,7 @@ class TorchGroup(Group):
 
     def _gather(self, tensor: Tensor) -> list[Tensor]:
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        self._wait(self._gloo.allgather([parts], [tensor]))
+        self._wait(self._backends["cpu"].allgather([parts], [tensor]))
         return parts
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
@@ -190,4 +192,4 @@ class TorchGroup(Group):
         return received
 
     def barrier(self) -> None:
-        self._wait(self._gloo.barrier())
+        self._wait(self._backends["cpu"].barrier())
