@@ -194,10 +194,11 @@ def result(rows: list[dict[str, Any]], name: str, seed: int, last: int, column: 
     return statistics.mean(values[-last:]) if values else None
 
 
-def first_round(rows: list[dict[str, Any]], name: str, seed: int, target: float) -> int | None:
-    """The first round of a run that reaches the accuracy, or None if there is none."""
+def first_round(rows: list[dict[str, Any]], name: str, seed: int, target: float) -> str:
+    """The first round of a run that reaches the accuracy; empty if the run is not there."""
     own = [row for row in rows if (row["variant"], row["seed"]) == (name, seed)]
-    return next((row["round"] for row in own if row["val_acc"] >= target), None)
+    reached = next((row["round"] for row in own if row["val_acc"] >= target), "not reached")
+    return str(reached) if own else ""
 
 
 def table_of_rounds(experiment: Experiment, rows: list[dict[str, Any]]) -> str:
@@ -207,7 +208,7 @@ def table_of_rounds(experiment: Experiment, rows: list[dict[str, Any]]) -> str:
     lines.append("|---" * (len(experiment.seeds) + 1) + "|")
     for name in experiment.variants:
         reached = [first_round(rows, name, seed, experiment.target) for seed in experiment.seeds]
-        lines.append(f"| {name} | {' | '.join(str(index or 'not reached') for index in reached)} |")
+        lines.append(f"| {name} | {' | '.join(reached)} |")
     return "\n".join(lines)
 
 

@@ -25,16 +25,9 @@ import psutil
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from workloads import QUIET
 
 import lightning_fl as fl
-
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
 
 
 class Net(L.LightningModule):

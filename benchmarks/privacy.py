@@ -24,6 +24,7 @@ from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
+from workloads import QUIET
 
 import lightning_fl as fl
 from lightning_fl.clients import derive_seed
@@ -115,12 +116,8 @@ def by_trainer(network: nn.Module, data: TensorDataset, batch_size: int, rounds:
     trainer = L.Trainer(
         strategy=fl.FederatedStrategy(num_clients=1),
         max_epochs=rounds,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         callbacks=[private, watch],
+        **QUIET,
     )
     trainer.fit(Classifier(network), DataLoader(data, batch_size, shuffle=True))
     return watch.seconds

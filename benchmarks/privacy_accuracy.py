@@ -23,6 +23,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from workloads import QUIET
 
 import lightning_fl as fl
 from lightning_fl.models import LogisticRegression
@@ -65,12 +66,8 @@ def run(level: str, epsilon: float, repeat: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         trainer = L.Trainer(
             **options,
-            accelerator="cpu",
-            logger=False,
+            **QUIET,
             default_root_dir=folder,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
             check_val_every_n_epoch=options["max_epochs"],
         )
         trainer.fit(LogisticRegression(lr=lr), datamodule)

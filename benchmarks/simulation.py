@@ -34,18 +34,11 @@ import lightning as L
 import torch
 from torch import Tensor
 from torch.nn import functional
-from workloads import WORKLOADS, Module, Workload, batches_of, make_data, make_network
+from workloads import QUIET, WORKLOADS, Module, Workload, batches_of, make_data, make_network
 
 import lightning_fl as fl
 
 TOLERANCE = 1e-5
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
 
 
 class PlainLoop:

@@ -28,10 +28,10 @@ from typing import Any
 
 import lightning as L
 import torch
-from simulation import QUIET, fit
+from simulation import fit
 from table_page import COHORTS, ENGINES, PER_STEP, SECONDS, START_UP, page, plot, tables
 from torch.utils.data import DataLoader
-from workloads import WORKLOADS, Module, batches_of, make_data
+from workloads import QUIET, WORKLOADS, Module, batches_of, make_data
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "docs" / "experiments" / "simulation.csv"

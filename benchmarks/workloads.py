@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import lightning as L
 import torch
@@ -15,6 +16,16 @@ from lightning_fl.models import CharLSTM, CharTransformer
 
 VOCABULARY = 80
 LENGTH = 40
+
+
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+"""Settings of a Trainer that does nothing but train."""
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import Subset, TensorDataset, default_collate
 
 
@@ -13,22 +14,27 @@ class _Batch(list):
     """A batch that is collated already."""
 
 
+def take_rows(tensors: Sequence[Tensor], indices: Any) -> list[Tensor]:
+    """The rows at ``indices`` of each tensor, collated."""
+    own = torch.as_tensor(indices, dtype=torch.int64)
+    return [tensor[own] for tensor in tensors]
+
+
 class GatheredTensors(TensorDataset):
     """A ``TensorDataset`` that gives a batch as ``default_collate`` would make it."""
 
-    def __getitems__(self, indices: list[int]) -> list[torch.Tensor]:
+    def __getitems__(self, indices: list[int]) -> list[Tensor]:
         """The batch of these examples."""
-        own = torch.tensor(indices, dtype=torch.int64)
-        return _Batch(tensor[own] for tensor in self.tensors)
+        return _Batch(take_rows(self.tensors, indices))
 
 
 class GatheredSubset(Subset):
     """A part of a ``TensorDataset`` that gives a batch as ``default_collate`` would make it."""
 
-    def __getitems__(self, indices: list[int]) -> list[torch.Tensor]:
+    def __getitems__(self, indices: list[int]) -> list[Tensor]:
         """The batch of these examples."""
-        own = torch.tensor([self.indices[index] for index in indices], dtype=torch.int64)
-        return _Batch(tensor[own] for tensor in self.dataset.tensors)  # type: ignore[attr-defined]
+        own = [self.indices[index] for index in indices]
+        return _Batch(take_rows(self.dataset.tensors, own))  # type: ignore[attr-defined]
 
 
 def gathered(dataset: Any, collate_fn: Callable[..., Any] | None) -> tuple[Any, Callable[..., Any] | None]:

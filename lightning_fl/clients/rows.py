@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Subset, TensorDataset, default_collate
 
-from lightning_fl.clients.gather import GatheredSubset, GatheredTensors, collate_gathered
+from lightning_fl.clients.gather import GatheredSubset, GatheredTensors, collate_gathered, take_rows
 
 
 class _Tensors:
@@ -23,8 +23,7 @@ class _Tensors:
 
     def gather(self, indices: np.ndarray) -> list[Tensor]:
         """The collated batch of these rows."""
-        own = torch.from_numpy(indices)
-        return [tensor.index_select(0, own) for tensor in self.tensors]
+        return take_rows(self.tensors, indices)
 
 
 class Rows:

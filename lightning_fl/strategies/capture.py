@@ -105,13 +105,7 @@ class Capture:
         """Notes calls of an earlier step as those of the step that has just run."""
         results = {id(call.result): _MetricResult(call.result.is_used) for call in calls}
         self._calls = [
-            _Call(
-                call.metric,
-                call.method,
-                call.spec,
-                [results.get(id(leaf), leaf) for leaf in call.leaves],
-                results[id(call.result)],
-            )
+            replace(call, leaves=[results.get(id(leaf), leaf) for leaf in call.leaves], result=results[id(call.result)])
             for call in calls
         ]
 

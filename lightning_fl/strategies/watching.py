@@ -41,21 +41,15 @@ def own_attributes(module: nn.Module) -> Attributes:
     }
 
 
-def changed_attribute(before: Attributes, after: Attributes) -> str | None:
-    """Name of an attribute that has changed; None if none has."""
-    keys = (key for key in {**before, **after} if before.get(key, (0,))[-1] != after.get(key, (0,))[-1])
-    return next(keys, None)
-
-
 def check_unchanged(before: Attributes, after: Attributes) -> None:
     """Makes sure that a step has not set attributes of the module.
 
     Raises:
         NotVectorizable: If it has; names one.
     """
-    changed = changed_attribute(before, after)
+    changed = [key for key in {**before, **after} if before.get(key, (0,))[-1] != after.get(key, (0,))[-1]]
     if changed:
-        raise NotVectorizable(f"training_step changes self.{changed}, which would hold values of several clients")
+        raise NotVectorizable(f"training_step changes self.{changed[0]}, which would hold values of several clients")
 
 
 def put_back(module: nn.Module, before: Attributes) -> None:
