@@ -131,15 +131,23 @@ def _locked(path: Path) -> Iterator[BinaryIO]:
     while True:
         stream = path.open("a+b")
         fcntl.flock(stream, fcntl.LOCK_EX)
-        if path.exists() and path.stat().st_ino == os.fstat(stream.fileno()).st_ino:
+        if _is_at(path, stream):
             break
         stream.close()
+    with stream:
+        try:
+            yield stream
+        finally:
+            if stream.seek(0, 2) == 0 and _is_at(path, stream):
+                path.unlink()
+
+
+def _is_at(path: Path, stream: BinaryIO) -> bool:
+    """Whether the path still leads to the open file: whoever held it before may have renamed or removed it."""
     try:
-        yield stream
-    finally:
-        stream.close()
-        if path.exists() and path.stat().st_size == 0:
-            path.unlink()
+        return os.path.samestat(path.stat(), os.fstat(stream.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def _digest(stream: BinaryIO) -> str:

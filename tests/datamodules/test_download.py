@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -85,9 +86,21 @@ def test_a_server_that_does_not_answer(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.fixture
+def eager_threads() -> Iterator[None]:
+    """Threads that interrupt each other at nearly every line."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.mark.usefixtures("eager_threads")
 def test_several_at_once_download_once(server: Server, tmp_path: Path) -> None:
-    with ThreadPoolExecutor(4) as pool:
-        jobs = [pool.submit(download, "Numbers", [remote(server)], tmp_path) for _ in range(4)]
-        assert {job.result()[0].read_bytes() for job in jobs} == {CONTENT}
-    assert len(server.requests) == 1
-    assert [file.name for file in tmp_path.iterdir()] == ["data.bin"]
+    folders = [tmp_path / str(number) for number in range(10)]
+    for folder in folders:
+        with ThreadPoolExecutor(8) as pool:
+            jobs = [pool.submit(download, "Numbers", [remote(server)], folder) for _ in range(8)]
+            assert {job.result()[0].read_bytes() for job in jobs} == {CONTENT}
+        assert [file.name for file in folder.iterdir()] == ["data.bin"]
+    assert len(server.requests) == len(folders)
