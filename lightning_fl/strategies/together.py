@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_fl.clients.rows import Rows, stack_rows
 from lightning_fl.engines import Vectorized, VectorizedEngine
+from lightning_fl.engines.allocator import keep_freed_memory
 from lightning_fl.engines.stacking import NotStackable, num_bytes, part, signature, stack
 from lightning_fl.strategies import lightning_results as logged
 from lightning_fl.strategies.capture import Capture, NotVectorizable
@@ -152,6 +153,8 @@ class ClientsTogether:
                 most = MAX_FLOPS_ON_CPU if is_cpu and not self.is_asked_for else math.inf
                 self._randomness = check_same_step(self.engine, self.capture, content, args, self.allows_random, most)
             self._is_checked = True
+            if is_cpu and self.settings.kept_bytes:
+                keep_freed_memory(self.settings.kept_bytes)
         if self.replay is not None:
             self.replay.start()
 

@@ -1,0 +1,77 @@
+"""Where the time of a round goes: what each stage of simulation takes by itself."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from lightning_fl.engines import VectorizedEngine
+from lightning_fl.strategies import together
+from lightning_fl.strategies.planning import Planner
+from lightning_fl.strategies.replay import Replay
+from lightning_fl.strategies.round import Round
+from lightning_fl.strategies.rounds import FederatedRounds
+
+STAGES: dict[str, list[tuple[Any, str]]] = {
+    "plan the round": [(Planner, "plan")],
+    "read the clients' data": [(FederatedRounds, "_open_together")],
+    "load the clients": [(Round, "start_clients")],
+    "see that nothing has changed": [(Replay, "start")],
+    "stack batches": [(together, "stack_rows"), (together, "stack")],
+    "forward and backward": [(VectorizedEngine, "step"), (VectorizedEngine, "replay"), (torch.Tensor, "backward")],
+    "optimizer": [(torch.optim.SGD, "step")],
+    "note losses and metrics": [(together.ClientsTogether, "training_step")],
+    "add up the updates": [(Round, "finish_clients")],
+    "close the round": [(FederatedRounds, "_close_round")],
+}
+REST = "Lightning's loop and hooks"
+
+
+class Stages:
+    """Seconds of each stage by round, those of stages inside it not counted."""
+
+    def __init__(self) -> None:
+        self.rounds: list[dict[str, float]] = []
+        self._now: dict[str, float] = defaultdict(float)
+        self._inside: list[str] = [REST]
+        self._since = time.perf_counter()
+
+    def end_round(self) -> None:
+        """A round is over."""
+        self._count()
+        self.rounds.append(dict(self._now))
+        self._now.clear()
+
+    @contextmanager
+    def measured(self) -> Iterator[None]:
+        """Measures what happens inside."""
+        with ExitStack() as stack:
+            for stage, functions in STAGES.items():
+                for owner, name in functions:
+                    stack.enter_context(patch.object(owner, name, self._timed(stage, getattr(owner, name))))
+            yield
+
+    def _timed(self, stage: str, function: Any) -> Any:
+        @functools.wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self._count()
+            self._inside.append(stage)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._count()
+                self._inside.pop()
+
+        return timed
+
+    def _count(self) -> None:
+        now = time.perf_counter()
+        self._now[self._inside[-1]] += now - self._since
+        self._since = now
