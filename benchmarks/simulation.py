@@ -12,7 +12,8 @@ several ranks the figures are those of rank 0.
     python benchmarks/simulation.py --workload W1 --engine auto --threads 1
     torchrun --standalone --nproc-per-node=2 benchmarks/simulation.py --workload W1
 
-``--check`` adds the largest difference of the final weights, and fails if it is above 1e-5.
+``--check`` adds the largest difference of the final weights, and fails if it is above 1e-5. ``--stages`` adds where the
+time of a round goes.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ import statistics
 import sys
 import time
 import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import lightning as L
 import torch
+from stages import Stages
 from torch import Tensor
 from torch.nn import functional
 from workloads import QUIET, WORKLOADS, Module, Workload, batches_of, make_data, make_network
@@ -74,22 +77,28 @@ class Clock(L.Callback):
 
     def __init__(self, plain: PlainLoop, share: float = 1.0) -> None:
         self.plain, self.share = plain, share
+        self.stages = Stages()
         self.cohorts: list[list[int]] = []
         self.seconds: list[float] = []
         self.plain_seconds: list[float] = []
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._started = time.perf_counter()
+        self._start()
 
     def on_round_start(self, trainer: L.Trainer, module: L.LightningModule, round: int, cohort: list[int]) -> None:
         self.cohorts.append(list(cohort))
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.seconds.append(time.perf_counter() - self._started)
+        self.stages.end_round()
         trainer.strategy.barrier()  # no rank works beside the plain loop
         self.plain_seconds.append(self._time_plain() if trainer.is_global_zero else math.nan)
         trainer.strategy.barrier()
+        self._start()
+
+    def _start(self) -> None:
         self._started = time.perf_counter()
+        self.stages.begin_round()
 
     def _time_plain(self) -> float:
         threads = torch.get_num_threads()
@@ -147,7 +156,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.clients_per_step or args.compile:
         engine = fl.engines.Vectorized(clients_per_step=args.clients_per_step, compile=args.compile)
     before = peak_bytes()
-    strategy = fit(module, work, data, work.rounds, engine, (clock,))
+    with clock.stages.measured() if args.stages else nullcontext():
+        strategy = fit(module, work, data, work.rounds, engine, (clock,))
     growth = peak_bytes() - before
     ratios = sorted(own / plain for own, plain in zip(clock.seconds[1:], clock.plain_seconds[1:], strict=True))
     result = {
@@ -165,6 +175,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "communicate_ms": round(1000 * statistics.median(e["seconds"]["communicate"] for e in strategy.history[1:]), 2),
         "peak_growth_mb": round(growth / 1e6, 1),
     }
+    if args.stages:
+        result["stages_ms"] = {name: round(1000 * seconds, 2) for name, seconds in clock.stages.medians().items()}
     if args.check and strategy.is_global_zero:
         result["largest_difference"] = largest_difference(module, clock.plain, clock.cohorts)
     return result
@@ -181,6 +193,7 @@ def main() -> None:
     parser.add_argument("--per-round", type=int, help="clients a round")
     parser.add_argument("--share", type=float, default=1.0, help="part of the cohort that the plain loop is timed on")
     parser.add_argument("--logs", action="store_true", help="log the loss and a torchmetric at each step")
+    parser.add_argument("--stages", action="store_true", help="tell where the time of a round goes")
     parser.add_argument("--check", action="store_true", help="compare the final weights with the plain loop's")
     args = parser.parse_args()
     if args.rounds is not None and args.rounds < 2:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import statistics
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from workloads import Module
 
 from lightning_fl.engines import VectorizedEngine
 from lightning_fl.strategies import together
@@ -22,13 +24,16 @@ from lightning_fl.strategies.rounds import FederatedRounds
 STAGES: dict[str, list[tuple[Any, str]]] = {
     "plan the round": [(Planner, "plan")],
     "read the clients' data": [(FederatedRounds, "_open_together")],
-    "load the clients": [(Round, "start_clients")],
+    "load the clients": [(Round, "start_clients"), (Round, "start_client")],
     "see that nothing has changed": [(Replay, "start")],
     "stack batches": [(together, "stack_rows"), (together, "stack")],
-    "forward and backward": [(VectorizedEngine, "step"), (VectorizedEngine, "replay"), (torch.Tensor, "backward")],
+    "forward and backward": [
+        *[(VectorizedEngine, name) for name in ("step", "replay")],
+        *[(Module, "training_step"), (torch.Tensor, "backward")],
+    ],
     "optimizer": [(torch.optim.SGD, "step")],
     "note losses and metrics": [(together.ClientsTogether, "training_step")],
-    "add up the updates": [(Round, "finish_clients")],
+    "add up the updates": [(Round, "finish_clients"), (Round, "finish_client")],
     "close the round": [(FederatedRounds, "_close_round")],
 }
 REST = "Lightning's loop and hooks"
@@ -41,13 +46,22 @@ class Stages:
         self.rounds: list[dict[str, float]] = []
         self._now: dict[str, float] = defaultdict(float)
         self._inside: list[str] = [REST]
+        self._since = 0.0
+
+    def begin_round(self) -> None:
+        """A round begins."""
+        self._now.clear()
         self._since = time.perf_counter()
 
     def end_round(self) -> None:
-        """A round is over."""
+        """It is over."""
         self._count()
         self.rounds.append(dict(self._now))
-        self._now.clear()
+
+    def medians(self) -> dict[str, float]:
+        """Median seconds of each stage over the rounds but the first."""
+        names = [name for name in (*STAGES, REST) if any(name in own for own in self.rounds[1:])]
+        return {name: statistics.median(own.get(name, 0.0) for own in self.rounds[1:]) for name in names}
 
     @contextmanager
     def measured(self) -> Iterator[None]:

@@ -88,6 +88,7 @@ class Planner:
         examples: dict[ClientId, int | None] = {}
         empty: list[ClientId] = []
         failed: dict[ClientId, str] = {}
+        num_kept = 0 if together is None else together.max_clients
         for client in population.place(list(works), self.group.size, self.at_home, works)[self.group.rank]:
             try:
                 loader = population.loaders[client]
@@ -103,7 +104,7 @@ class Planner:
             examples[client] = population.num_examples(client, loader)
             if together is not None:
                 kinds.append((loader_kind(loader), examples[client]))
-                if len(kept) < together.max_clients:
+                if len(kept) < num_kept:
                     kept[client] = loader
         units = None
         if together is not None:
