@@ -37,7 +37,7 @@ class Vectorized:
         batch_bytes: Bytes of their batches in memory at once. Default 1 GiB.
         kept_bytes: Bytes of freed memory that the process keeps for its next steps, on a CPU with glibc, from the first
             fit on; to fetch it from the operating system at each step takes longer. Environment variables of
-            ``malloc`` go first. 0: what the C library does by itself. Default 128 MiB.
+            ``malloc`` go first. 0: what the C library does by itself. Default 64 MiB.
         record: Whether the step's tensor operations are recorded and then replayed without the Python in
             ``training_step``. It is recorded anew when something else than a tensor's values has changed in what the
             step can reach: attributes of the module, of its class and of objects in them, variables closed over, and
@@ -59,7 +59,7 @@ class Vectorized:
     clients_per_step: int | None = None
     stacked_bytes: int = 16 * 2**20
     batch_bytes: int = 2**30
-    kept_bytes: int = 128 * 2**20
+    kept_bytes: int = 64 * 2**20
     record: bool = True
     compile: bool = False
 

@@ -28,7 +28,7 @@ def page_faults() -> int:
 
 
 def test_freed_memory_is_used_again_without_the_operating_system() -> None:
-    assert keep_freed_memory(128 * 2**20)
+    assert keep_freed_memory(64 * 2**20)
     page_faults()
     kept = page_faults()
     assert keep_freed_memory(0)
@@ -41,7 +41,7 @@ def test_freed_memory_is_used_again_without_the_operating_system() -> None:
 )
 def test_the_users_own_rule_goes_first(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(name, value)
-    assert not keep_freed_memory(128 * 2**20)
+    assert not keep_freed_memory(64 * 2**20)
 
 
 def test_a_negative_number_is_refused() -> None:
