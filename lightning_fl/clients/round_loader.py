@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
 from itertools import count, islice
 from typing import Any
 
+from lightning_fl.clients.ahead import OpenedAhead, can_open
 from lightning_fl.clients.loaders import Loader
 from lightning_fl.clients.plan import LocalWork, RoundPlan
 from lightning_fl.clients.population import count_batches
@@ -51,6 +55,8 @@ class RoundLoader:
         work_of: How much a client trains in the round at hand, phase by phase. None: all as much as ``plan`` says.
         open_together: Called with the index of a unit of several clients, and a function that reads a client's
             batches; returns the unit's batches, or None once it has split the unit.
+        open_ahead: Called with the next client and what makes its loader, once the first batch of a client whose loader
+            has workers has been read; returns the loader, whose workers may read from then on.
     """
 
     def __init__(
@@ -63,8 +69,9 @@ class RoundLoader:
         failed: Callable[[ClientId, Exception], None] = raise_error,
         work_of: Callable[[ClientId], Sequence[LocalWork]] | None = None,
         open_together: Callable[[int, LoadTogether], Iterator[Any] | None] = lambda index, load: None,
+        open_ahead: Callable[[ClientId, Callable[[], Loader]], Loader] = lambda client, make: make(),
     ) -> None:
-        self._make = load
+        self._load_client = load
         self._plan = plan
         self._open_round = open_round
         self._open_client = open_client
@@ -72,12 +79,23 @@ class RoundLoader:
         self._failed = failed
         self._work_of = work_of or (lambda client: [plan()[1]])
         self._open_together = open_together
+        self._open_ahead = open_ahead
+        self._ahead: dict[ClientId, Loader] = {}
+        self.seconds_reading = 0.0
+        """Seconds in which the round has waited for the clients' data."""
 
     def __len__(self) -> int:
         num_batches = self._plan()[0].num_batches
         return UNKNOWN_LENGTH if num_batches is None else num_batches
 
     def __iter__(self) -> Iterator[Any]:
+        self.seconds_reading = 0.0
+        try:
+            yield from self._round()
+        finally:
+            self._ahead.clear()
+
+    def _round(self) -> Iterator[Any]:
         self._open_round()
         plan, _ = self._plan()
         self._num_yielded = 0
@@ -115,6 +133,16 @@ class RoundLoader:
         if plan.is_empty(self._num_yielded):
             yield None
 
+    def _make(self, client: ClientId) -> Loader:
+        return self._ahead.pop(client) if client in self._ahead else self._load_client(client)
+
+    def _open_next(self, client: ClientId) -> None:
+        in_turn = [other for unit in self._plan()[0].units for other in unit]
+        following = next((other for other in in_turn[in_turn.index(client) :] if other != client), None)
+        if following is not None and not self._ahead:
+            with suppress(Exception):  # it will be raised, and its client named, when its turn comes
+                self._ahead[following] = self._open_ahead(following, partial(self._load_client, following))
+
     def _load(self, client: ClientId, prepare: Callable[[Loader], Loader]) -> list[Any]:
         return list(self._batches(client, prepare(self._make(client))))
 
@@ -124,6 +152,19 @@ class RoundLoader:
         self._resolved()
 
     def _batches(self, client: ClientId, loader: Loader) -> Iterator[Any]:
+        batches, is_first = self._passes(client, loader), True
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, _END)
+            if is_first and (isinstance(loader, OpenedAhead) or can_open(loader)):
+                self._open_next(client)
+            self.seconds_reading += time.perf_counter() - start
+            if batch is _END:
+                return
+            is_first = False
+            yield batch
+
+    def _passes(self, client: ClientId, loader: Loader) -> Iterator[Any]:
         plan, most = self._plan()
         num_batches = count_batches(loader)
         works = self._work_of(client)

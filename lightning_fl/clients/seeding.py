@@ -87,9 +87,7 @@ class ClientRandomness:
 
     def seed_loader(self, loader: Any, seed: int) -> None:
         """Seeds the generators of a client's loader and its samplers, until :meth:`exit`."""
-        samplers = [getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None)]
-        found = [getattr(holder, "generator", None) for holder in (loader, *samplers)]
-        for generator in {id(own): own for own in found if isinstance(own, torch.Generator)}.values():
+        for generator in loader_generators(loader):
             self.seed_generator(generator, seed)
 
     def seed_generator(self, generator: torch.Generator, seed: int) -> None:
@@ -115,12 +113,19 @@ class ClientRandomness:
         self._generators.clear()
 
 
+def loader_generators(loader: Any) -> list[torch.Generator]:
+    """The generators of a loader's own and of its samplers."""
+    samplers = [getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None)]
+    found = [getattr(holder, "generator", None) for holder in (loader, *samplers)]
+    return list({id(own): own for own in found if isinstance(own, torch.Generator)}.values())
+
+
 @contextmanager
-def isolated_randomness(seed: int, round: int, client: ClientId, purpose: str = "client") -> Iterator[None]:
+def isolated_randomness(seed: int, round: int, client: ClientId, purpose: str = "client") -> Iterator[ClientRandomness]:
     """Runs a block with the randomness of a client in a round."""
     randomness = ClientRandomness()
     randomness.enter(seed, round, client, purpose)
     try:
-        yield
+        yield randomness
     finally:
         randomness.exit()

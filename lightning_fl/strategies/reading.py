@@ -10,9 +10,11 @@ from torch import Tensor
 
 from lightning_fl.algorithms import ProbeKind
 from lightning_fl.clients import ClientRandomness, LocalWork, derive_seed
+from lightning_fl.clients.ahead import OpenedAhead, can_open
 from lightning_fl.clients.loaders import Loader
 from lightning_fl.clients.round_loader import one_pass
 from lightning_fl.clients.rows import as_rows
+from lightning_fl.clients.seeding import isolated_randomness
 from lightning_fl.clients.split import in_order
 from lightning_fl.strategies.notices import Notices
 from lightning_fl.strategies.probe import probe
@@ -45,6 +47,16 @@ class ClientReading:
     def prepare_together(self, round: int, client: ClientId, loader: Loader) -> Loader:
         """Like :meth:`prepare`, for a client that is read before it trains; a list needs no random numbers."""
         return loader if type(loader) in (list, tuple) else as_rows(self.prepare(round, client, loader))
+
+    def open_ahead(self, round: int, client: ClientId, make: Callable[[], Loader]) -> Loader:
+        """Makes the loader of a client whose turn comes later; its workers, if it has some, read from now on."""
+        with isolated_randomness(self.seed, round, client):
+            loader = make()
+        if self.trainer.overfit_batches > 0 or not can_open(loader):  # type: ignore[attr-defined]
+            return loader
+        with isolated_randomness(self.seed, round, client) as randomness:
+            randomness.seed_loader(loader, derive_seed(self.seed, round, "loader", client))
+            return OpenedAhead(loader)
 
     def enter(self, round: int, client: ClientId) -> None:
         """The client's randomness for its training, until :meth:`leave`."""

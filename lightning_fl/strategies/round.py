@@ -83,7 +83,8 @@ class RoundResult:
         reports: What each rank told of the round.
         refused: Clients whose update was not finite.
         lost: Clients that have vanished before their update was taken in.
-        seconds: This rank's seconds of ``train``, ``wait``, ``communicate`` and ``server``.
+        seconds: This rank's seconds of ``read`` (waiting for the clients' data), ``train``, ``wait`` (for other ranks),
+            ``communicate`` and ``server``.
         num_bytes: Bytes that this rank has handed to the others.
         facts: What the transforms report.
         hides_clients: Whether exact facts about the clients must not reach the loggers.
@@ -335,7 +336,12 @@ class Round:
         client, self._client = self._client, None
         return client is not None
 
-    def close(self, report: Message, look: Callable[[list[Message]], None] = lambda reports: None) -> RoundResult:
+    def close(
+        self,
+        report: Message,
+        look: Callable[[list[Message]], None] = lambda reports: None,
+        seconds_reading: float = 0.0,
+    ) -> RoundResult:
         """Joins the ranks' updates and loads the new global model; every rank calls it once a round.
 
         A round in which nobody was there to train leaves the model and the algorithm's state as they are, unless a
@@ -344,6 +350,7 @@ class Round:
         Args:
             report: What this rank tells the others besides.
             look: Is shown the reports of all ranks before anything is made of them.
+            seconds_reading: Seconds since the round was opened in which it has waited for the clients' data.
 
         Raises:
             ValueError: If no client has given an update that can be used.
@@ -391,7 +398,8 @@ class Round:
         self.store.commit()
         traffic = self.group.traffic
         seconds = {
-            "train": trained - self._opened,
+            "read": seconds_reading,
+            "train": trained - self._opened - seconds_reading,
             "wait": traffic.seconds_waiting - self._traffic.seconds_waiting,
             "communicate": traffic.seconds_reducing - self._traffic.seconds_reducing,
             "server": time.perf_counter() - merged,

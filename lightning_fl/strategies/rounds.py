@@ -107,6 +107,7 @@ class FederatedRounds:
             self._fail_client,
             lambda client: self.planner.phases(self.planned.works[client]),
             self._open_together,
+            lambda client, make: self._reading.open_ahead(self.plan.round, client, make),
         )
         self._plan(internals.current_round(self.trainer))
 
@@ -204,8 +205,7 @@ class FederatedRounds:
                 "federation; use limit_train_batches or local_steps to train less."
             )
         if self._has_late_values:
-            results = internals.train_results(self.trainer)
-            late = Message(metrics.plain(metrics.late_entries(results)))
+            late = Message(metrics.plain(metrics.late_entries(internals.train_results(self.trainer))))
             told = self._agreement.gather(self.plan.round, late, "late metrics")
             self._publish(metrics.merge_entries(told))
 
@@ -487,7 +487,7 @@ class FederatedRounds:
     def _join_ranks(self, report: Message) -> RoundResult:
         assert self.round is not None
         with naming_round(f"Round {self.plan.round}", "The round is dropped. "):
-            return self.round.close(report, lambda reports: self._notices.data(self.plan.round, reports))
+            return self.round.close(report, partial(self._notices.data, self.plan.round), self.loader.seconds_reading)
 
     def _publish(self, entries: metrics.Entries) -> None:
         results = internals.train_results(self.trainer)

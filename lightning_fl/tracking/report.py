@@ -16,7 +16,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_PANELS = 8
-PHASES = {"train": "local training", "wait": "waiting for ranks", "communicate": "summing", "server": "server update"}
+PHASES = {
+    "read": "waiting for data",
+    "train": "local training",
+    "wait": "waiting for ranks",
+    "communicate": "summing",
+    "server": "server update",
+}
 
 STYLE = """
 :root { color-scheme: light; --ink: #1c2430; --soft: #5f6b7a; --line: #e3e7ec; --accent: #1f5fbf; }

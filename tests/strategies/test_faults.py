@@ -135,6 +135,7 @@ from lightning_fl.aggregation import WeightedMean
 
 where, number, directory = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 die = lambda: os.kill(os.getpid(), number)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets its background jobs ignore it
 
 class Dies(fl.callbacks.FederatedCallback):
     def on_client_end(self, trainer, module, client, run, update):
