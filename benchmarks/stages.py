@@ -12,8 +12,8 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from workloads import Module
 
+from lightning_fl import FederatedStrategy
 from lightning_fl.engines import VectorizedEngine
 from lightning_fl.strategies import together
 from lightning_fl.strategies.planning import Planner
@@ -29,7 +29,7 @@ STAGES: dict[str, list[tuple[Any, str]]] = {
     "stack batches": [(together, "stack_rows"), (together, "stack")],
     "forward and backward": [
         *[(VectorizedEngine, name) for name in ("step", "replay")],
-        *[(Module, "training_step"), (torch.Tensor, "backward")],
+        *[(FederatedStrategy, "training_step"), (torch.Tensor, "backward")],
     ],
     "optimizer": [(torch.optim.SGD, "step")],
     "note losses and metrics": [(together.ClientsTogether, "training_step")],
