@@ -66,5 +66,5 @@ def can_open(loader: Any) -> TypeGuard[DataLoader]:
         and not loader.persistent_workers
         and not isinstance(loader.dataset, IterableDataset)
         and type(loader.batch_sampler) is BatchSampler
-        and type(loader.sampler) in _SAMPLERS
+        and type(loader.batch_sampler.sampler) in _SAMPLERS
     )

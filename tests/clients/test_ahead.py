@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, RandomSampler, Sampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, TensorDataset
 
 from lightning_fl.clients.ahead import OpenedAhead, can_open
 
@@ -80,6 +80,7 @@ def test_what_was_read_with_other_random_numbers_is_not_used() -> None:
         (DataLoader(NUMBERS), False),
         (DataLoader(NUMBERS, num_workers=1, persistent_workers=True), False),
         (DataLoader(NUMBERS, num_workers=1, sampler=Own()), False),
+        (DataLoader(NUMBERS, num_workers=1, batch_sampler=BatchSampler(Own(), 2, False)), False),
         (DataLoader(NUMBERS, num_workers=1, batch_size=None), False),
         ([torch.zeros(2)], False),
     ],
