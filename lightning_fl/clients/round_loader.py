@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from functools import partial
 from itertools import count, islice
 from typing import Any
 
@@ -55,8 +54,8 @@ class RoundLoader:
         work_of: How much a client trains in the round at hand, phase by phase. None: all as much as ``plan`` says.
         open_together: Called with the index of a unit of several clients, and a function that reads a client's
             batches; returns the unit's batches, or None once it has split the unit.
-        open_ahead: Called with the next client and what makes its loader, once the first batch of a client whose loader
-            has workers has been read; returns the loader, whose workers may read from then on.
+        open_ahead: Called with the next client and its loader once the first batch of a client whose loader has workers
+            has been read; returns the loader, whose workers may read from then on.
     """
 
     def __init__(
@@ -69,7 +68,7 @@ class RoundLoader:
         failed: Callable[[ClientId, Exception], None] = raise_error,
         work_of: Callable[[ClientId], Sequence[LocalWork]] | None = None,
         open_together: Callable[[int, LoadTogether], Iterator[Any] | None] = lambda index, load: None,
-        open_ahead: Callable[[ClientId, Callable[[], Loader]], Loader] = lambda client, make: make(),
+        open_ahead: Callable[[ClientId, Loader], Loader] = lambda client, loader: loader,
     ) -> None:
         self._load_client = load
         self._plan = plan
@@ -134,14 +133,23 @@ class RoundLoader:
             yield None
 
     def _make(self, client: ClientId) -> Loader:
-        return self._ahead.pop(client) if client in self._ahead else self._load_client(client)
+        loader = self._ahead.pop(client) if client in self._ahead else self._load_client(client)
+        if isinstance(loader, OpenedAhead) or can_open(loader):
+            self._make_next(client)
+        return loader
 
-    def _open_next(self, client: ClientId) -> None:
+    def _make_next(self, client: ClientId) -> None:
+        """Makes the next client's loader before this one is opened, with the random numbers of its own turn."""
         in_turn = [other for unit in self._plan()[0].units for other in unit]
         following = next((other for other in in_turn[in_turn.index(client) :] if other != client), None)
         if following is not None and not self._ahead:
             with suppress(Exception):  # it will be raised, and its client named, when its turn comes
-                self._ahead[following] = self._open_ahead(following, partial(self._load_client, following))
+                self._ahead[following] = self._load_client(following)
+
+    def _open_next(self) -> None:
+        for client, loader in self._ahead.items():
+            with suppress(Exception):
+                self._ahead[client] = self._open_ahead(client, loader)
 
     def _load(self, client: ClientId, prepare: Callable[[Loader], Loader]) -> list[Any]:
         return list(self._batches(client, prepare(self._make(client))))
@@ -156,8 +164,8 @@ class RoundLoader:
         while True:
             start = time.perf_counter()
             batch = next(batches, _END)
-            if is_first and (isinstance(loader, OpenedAhead) or can_open(loader)):
-                self._open_next(client)
+            if is_first:
+                self._open_next()
             self.seconds_reading += time.perf_counter() - start
             if batch is _END:
                 return

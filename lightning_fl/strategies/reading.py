@@ -48,10 +48,8 @@ class ClientReading:
         """Like :meth:`prepare`, for a client that is read before it trains; a list needs no random numbers."""
         return loader if type(loader) in (list, tuple) else as_rows(self.prepare(round, client, loader))
 
-    def open_ahead(self, round: int, client: ClientId, make: Callable[[], Loader]) -> Loader:
-        """Makes the loader of a client whose turn comes later; its workers, if it has some, read from now on."""
-        with isolated_randomness(self.seed, round, client):
-            loader = make()
+    def open_ahead(self, round: int, client: ClientId, loader: Loader) -> Loader:
+        """The loader of a client whose turn comes later; its workers, if it has some, read from now on."""
         if self.trainer.overfit_batches > 0 or not can_open(loader):  # type: ignore[attr-defined]
             return loader
         with isolated_randomness(self.seed, round, client) as randomness:

@@ -107,7 +107,7 @@ class FederatedRounds:
             self._fail_client,
             lambda client: self.planner.phases(self.planned.works[client]),
             self._open_together,
-            lambda client, make: self._reading.open_ahead(self.plan.round, client, make),
+            lambda client, loader: self._reading.open_ahead(self.plan.round, client, loader),
         )
         self._plan(internals.current_round(self.trainer))
 

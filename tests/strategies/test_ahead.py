@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import lightning_fl as fl
 from lightning_fl import FederatedStrategy
@@ -85,6 +85,20 @@ def test_the_result_is_that_of_loaders_without_workers(strategy: dict[str, Any])
         weights.append(fit(num_workers, module, strategy)[0].state_dict())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in start)
     assert any(not torch.equal(weights[0][name], start[name]) for name in start)
+
+
+def test_a_loader_that_is_made_from_random_numbers_is_the_same() -> None:
+    def make(num_workers: int) -> DataLoader:
+        return DataLoader(TensorDataset(torch.rand(12, 1, 4, 4), torch.arange(12) % 3), 4, num_workers=num_workers)
+
+    weights = []
+    for num_workers in (0, 1):
+        torch.manual_seed(0)
+        module = Dropping()
+        clients = fl.datamodules.ClientLoaders(range(4), lambda client, n=num_workers: make(n))
+        trainer(FederatedStrategy("fedavg", seed=7, engine="sequential"), 2).fit(module, clients)
+        weights.append(module.net[1].weight.detach().clone())
+    assert torch.equal(*weights)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
