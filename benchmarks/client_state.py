@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import resource
 import tempfile
 import time
-import warnings
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from workloads import prepare_process
 
 import lightning_fl as fl
 
@@ -65,9 +64,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=23)
     parser.add_argument("--clients", type=int, default=10_000)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    prepare_process()
     with tempfile.TemporaryDirectory(dir=os.getcwd()) as folder:
         os.chdir(folder)
         start = time.perf_counter()

@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import statistics
 import subprocess
 import sys
 import time
-import warnings
 from typing import Any
 
 import lightning as L
@@ -25,7 +23,7 @@ import psutil
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from workloads import QUIET
+from workloads import QUIET, prepare_process
 
 import lightning_fl as fl
 
@@ -129,9 +127,7 @@ def main() -> None:
     parser.add_argument("--engine", default="sequential")
     parser.add_argument("--round", type=int, default=0)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    prepare_process()
     if arguments.memory:
         measure_memory(arguments.memory, arguments.engine)
     elif arguments.round:

@@ -9,16 +9,14 @@ train on. Printed are the seconds of the last round's training and of its waitin
 from __future__ import annotations
 
 import json
-import logging
 import time
-import warnings
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from workloads import QUIET
+from workloads import QUIET, prepare_process
 
 import lightning_fl as fl
 
@@ -60,8 +58,6 @@ def measure(num_workers: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    torch.set_num_threads(1)
+    prepare_process()
     for num_workers in (0, 1, 2):
         print(json.dumps(measure(num_workers)))

@@ -20,14 +20,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import math
 import os
 import resource
 import statistics
 import sys
 import time
-import warnings
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -37,7 +35,7 @@ import torch
 from stages import Stages
 from torch import Tensor
 from torch.nn import functional
-from workloads import QUIET, WORKLOADS, Module, Workload, batches_of, make_data, make_network
+from workloads import QUIET, WORKLOADS, Module, Workload, batches_of, make_data, make_network, prepare_process
 
 import lightning_fl as fl
 
@@ -207,9 +205,7 @@ def main() -> None:
         parser.error(f"--rounds {args.rounds}: expected at least 2, because the first is not counted.")
     if args.engine == "sequential" and asks_for_vectorized(args):
         parser.error("That setting is for the vectorized engine; leave out --engine sequential.")
-    warnings.filterwarnings("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    torch.set_num_threads(args.threads)
+    prepare_process(args.threads)
     result = run(args)
     if int(os.environ.get("RANK", 0)) == 0:
         print(json.dumps(result))

@@ -14,14 +14,12 @@ import argparse
 import csv
 import datetime
 import json
-import logging
 import os
 import platform
 import statistics
 import subprocess
 import sys
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +29,7 @@ import torch
 from simulation import fit
 from table_page import COHORTS, ENGINES, PER_STEP, SECONDS, START_UP, page, plot, tables
 from torch.utils.data import DataLoader
-from workloads import QUIET, WORKLOADS, Module, batches_of, make_data
+from workloads import QUIET, WORKLOADS, Module, batches_of, make_data, prepare_process
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "docs" / "experiments" / "simulation.csv"
@@ -104,9 +102,7 @@ def seconds_of_fit(kind: str, data: Any) -> float:
 
 def start_up(first: str) -> dict[str, float]:
     """Seconds of the process's first fit, of the kind ``first``, and medians of three of each once both are warm."""
-    warnings.filterwarnings("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    torch.set_num_threads(1)
+    prepare_process()
     data, kinds = make_data(WORKLOADS["W1"]), ("federated", "plain")
     cold = seconds_of_fit(first, data)
     for kind in kinds:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +19,6 @@ from lightning_fl.models import CharLSTM, CharTransformer
 VOCABULARY = 80
 LENGTH = 40
 
-
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
     "logger": False,
@@ -26,6 +27,13 @@ QUIET: dict[str, Any] = {
     "enable_model_summary": False,
 }
 """Settings of a Trainer that does nothing but train."""
+
+
+def prepare_process(num_threads: int = 1) -> None:
+    """Lets this process print nothing but figures, and torch use so many threads."""
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    torch.set_num_threads(num_threads)
 
 
 @dataclass(frozen=True)
