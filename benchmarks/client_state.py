@@ -7,6 +7,7 @@ then resumes from the checkpoint for one more round. Prints the peak memory of t
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import resource
@@ -71,6 +72,8 @@ def main() -> None:
         strategy = fit(arguments.rounds, arguments.clients)
         seconds = time.perf_counter() - start
         distinct = len(strategy.active_rounds.store)
+        del strategy  # one process trains, another resumes
+        gc.collect()
         resumed = fit(arguments.rounds + 1, arguments.clients, "last.ckpt")
         print(
             json.dumps(

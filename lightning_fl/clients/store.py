@@ -23,7 +23,8 @@ class ClientStore:
     """The states of this rank's clients: in memory up to a limit, beyond it on disk.
 
     Args:
-        memory_limit: Bytes of states that stay in memory; the least recently used ones go to a temporary folder.
+        memory_limit: Bytes of states that stay in memory, those staged included; the least recently used ones go to a
+            temporary folder.
     """
 
     def __init__(self, memory_limit: int = DEFAULT_MEMORY_LIMIT) -> None:
@@ -57,6 +58,7 @@ class ClientStore:
         if self._staged is None:
             self._staged = ClientStore(self.memory_limit)
         self._staged.put(client, state)
+        self._make_room()
 
     def commit(self) -> None:
         """The round is done: the staged states become those of their clients."""
@@ -84,8 +86,8 @@ class ClientStore:
 
     @property
     def num_bytes_in_memory(self) -> int:
-        """Bytes of the states that are in memory."""
-        return self._num_bytes
+        """Bytes of the states that are in memory, those staged included."""
+        return self._num_bytes + (0 if self._staged is None else self._staged.num_bytes_in_memory)
 
     def save(self, files: StateFiles) -> Manifest:
         """Makes sure that the folder holds the current state of each client, and names the versions."""
@@ -116,7 +118,10 @@ class ClientStore:
     def _keep(self, client: ClientId, state: State) -> None:
         self._loaded[client] = state
         self._num_bytes += _num_bytes(state)
-        while self._num_bytes > self.memory_limit and len(self._loaded) > 1:
+        self._make_room()
+
+    def _make_room(self) -> None:
+        while self.num_bytes_in_memory > self.memory_limit and len(self._loaded) > 1:
             oldest = next(iter(self._loaded))
             if oldest not in self._files:
                 scratch = self._scratch_files()

@@ -46,6 +46,20 @@ def test_the_last_state_of_each_client_is_kept_in_memory_or_on_disk(memory_limit
     assert len(store) == len(CLIENTS)
 
 
+def test_the_limit_holds_for_the_states_of_a_round_that_is_not_over_too() -> None:
+    store = ClientStore(memory_limit=64)
+    for index, client in enumerate(CLIENTS):
+        store.put(client, state(index))
+    for index, client in enumerate(CLIENTS):
+        store.stage(client, state(10 + index))
+        assert store.num_bytes_in_memory <= 64 + 16
+        assert value_of(store, client) == index
+    assert [value_of(store, client) for client in CLIENTS] == [0, 1, 2, 3]
+    store.commit()
+    assert store.num_bytes_in_memory <= 64
+    assert [value_of(store, client) for client in CLIENTS] == [10, 11, 12, 13]
+
+
 def test_the_temporary_folder_goes_with_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     store = ClientStore(memory_limit=0)
