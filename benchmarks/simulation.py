@@ -1,6 +1,7 @@
 """Rounds of simulation beside a plain PyTorch loop that does the same work, in one process.
 
 W1: logistic regression, 1,000 clients of 60 examples, 100 a round, batches of 10.
+W1-unequal: the same with 300 clients of 1 to 200 examples, half of them with 40 or fewer.
 W2: the FedAvg CNN, 100 clients of 300 examples, 10 a round, batches of 32.
 W3: a 784-200-200-10 MLP, 100 clients of 600 examples, 10 a round, batches of 10.
 LSTM: two layers of 128 units on 40 characters of 80, 100 clients of 24 sequences, 20 a round, batches of 8.
@@ -53,21 +54,22 @@ class PlainLoop:
         params = list(self.network.parameters())
         start = [param.detach().clone() for param in params]
         total = [torch.zeros_like(param) for param in params]
+        sizes = self.work.sizes
         for client in cohort:
             with torch.no_grad():
                 for param, value in zip(params, start, strict=True):
                     param.copy_(value)
             optimizer = torch.optim.SGD(params, lr=self.work.lr)
-            for inputs, labels in batches_of(client, self.data, self.work.batch):
+            for inputs, labels in batches_of(client, self.data, self.work):
                 optimizer.zero_grad()
                 functional.cross_entropy(self.network(inputs), labels).backward()
                 optimizer.step()
             with torch.no_grad():
                 for sums, param in zip(total, params, strict=True):
-                    sums.add_(param)
+                    sums.add_(param, alpha=sizes[client])
         with torch.no_grad():
             for param, value, sums in zip(params, start, total, strict=True):
-                param.copy_(value if dry else sums / len(cohort))
+                param.copy_(value if dry else sums / sum(sizes[client] for client in cohort))
 
 
 class Clock(L.Callback):
@@ -112,8 +114,8 @@ class Clock(L.Callback):
 def client_loaders(work: Workload, data: tuple[Tensor, Tensor]) -> fl.datamodules.ClientLoaders:
     return fl.datamodules.ClientLoaders(
         range(work.clients),
-        lambda client: batches_of(client, data, work.batch),
-        num_examples=lambda client: work.examples,
+        lambda client: batches_of(client, data, work),
+        num_examples=lambda client: work.sizes[client],
     )
 
 

@@ -95,7 +95,7 @@ def seconds_of_fit(kind: str, data: Any) -> float:
     if kind == "federated":
         fit(module, work, data, rounds=1)
     else:
-        batches = [batch for client in range(work.per_round) for batch in batches_of(client, data, work.batch)]
+        batches = [batch for client in range(work.per_round) for batch in batches_of(client, data, work)]
         L.Trainer(max_epochs=1, **QUIET).fit(module, DataLoader(batches, batch_size=None))
     return time.perf_counter() - start
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -43,12 +46,13 @@ class Workload:
     Args:
         network: Makes the model.
         clients: Clients in the population.
-        examples: Examples of each client.
+        examples: Examples of each client, or of the largest.
         per_round: Clients that take part in a round.
         batch: Examples in a batch.
         rounds: Rounds that are timed by default.
         is_text: Whether the examples are sequences of characters, each to be told from those before; else images.
         lr: Learning rate of SGD.
+        is_unequal: Whether clients have different numbers of examples, lognormal.
     """
 
     network: Callable[[], nn.Module]
@@ -59,6 +63,15 @@ class Workload:
     rounds: int
     is_text: bool = False
     lr: float = 0.05
+    is_unequal: bool = False
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Examples of each client."""
+        if not self.is_unequal:
+            return [self.examples] * self.clients
+        drawn = np.random.default_rng(0).lognormal(math.log(self.examples / 5), 0.8, self.clients)
+        return drawn.clip(1, self.examples).astype(int).tolist()
 
     @property
     def num_classes(self) -> int:
@@ -90,6 +103,7 @@ def transformer() -> nn.Module:
 
 WORKLOADS = {
     "W1": Workload(logistic, clients=1000, examples=60, per_round=100, batch=10, rounds=20),
+    "W1-unequal": Workload(logistic, clients=300, examples=200, per_round=100, batch=10, rounds=20, is_unequal=True),
     "W2": Workload(cnn, clients=100, examples=300, per_round=10, batch=32, rounds=5),
     "W3": Workload(mlp, clients=100, examples=600, per_round=10, batch=10, rounds=10),
     "LSTM": Workload(lstm, clients=100, examples=24, per_round=20, batch=8, rounds=5, is_text=True),
@@ -119,8 +133,8 @@ def make_data(work: Workload) -> tuple[Tensor, Tensor]:
     return images, labels
 
 
-def batches_of(client: int, data: tuple[Tensor, Tensor], size: int) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(*(tensor[client].split(size) for tensor in data), strict=True))
+def batches_of(client: int, data: tuple[Tensor, Tensor], work: Workload) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(*(tensor[client, : work.sizes[client]].split(work.batch) for tensor in data), strict=True))
 
 
 class Module(L.LightningModule):

@@ -34,6 +34,12 @@ def scale(tree: Tree, factor: float) -> Tree:
     return tree_map(lambda tensor: tensor * factor, tree)
 
 
+def squared_norms(stacked: Tree) -> Tensor:
+    """Squared Euclidean norm of each client's elements; float64 of shape ``[clients]``."""
+    norms = [torch.linalg.vector_norm(tensor.float().reshape(len(tensor), -1), dim=1) for tensor in stacked.values()]
+    return torch.stack(norms).double().square().sum(0)
+
+
 def norm(tree: Tree) -> float:
     """Euclidean norm of all elements together."""
     return float(sum(torch.linalg.vector_norm(tensor.float()).double() ** 2 for tensor in tree.values()) ** 0.5)

@@ -14,6 +14,7 @@ from tests.helpers.distributed import REPOSITORY
 
 SMALL: dict[str, dict[str, Any]] = {
     "W1": {"clients": 20, "examples": 23, "per_round": 6},
+    "W1-unequal": {"clients": 60, "examples": 60, "per_round": 30},
     "transformer": {
         "network": lambda: CharTransformer(80, max_length=40, width=32, num_layers=1).net,
         **{"clients": 10, "examples": 12, "per_round": 4, "batch": 4},

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from lightning_fl.aggregation.transform import RoundContext
 from lightning_fl.communication import Group, Message
@@ -87,13 +88,13 @@ class Aggregator(ABC):
         owner = {name: next(c for c in type(self).__mro__ if name in vars(c)) for name in ("add", "add_together")}
         return issubclass(owner["add_together"], owner["add"])
 
-    def add_together(self, acc: Any, updates: Update, num_clients: int, ctx: RoundContext) -> Any:
+    def add_together(self, acc: Any, updates: Update, weights: Sequence[float], ctx: RoundContext) -> Any:
         """Takes in the updates of clients that were trained together.
 
         Args:
             acc: This rank's accumulator.
-            updates: Their updates, each tensor stacked over the clients; ``weight`` is that of each of them.
-            num_clients: Number of clients.
+            updates: Their updates, each tensor stacked over the clients.
+            weights: The clients' weights; the ``weight`` of ``updates`` does not count.
             ctx: Facts of the round.
         """
         raise NotImplementedError
@@ -160,14 +161,15 @@ class WeightedMean(Aggregator):
             acc.sums[dtype][split:].add_(flat[split:])
         return replace(acc, weight=acc.weight + update.weight, num_clients=acc.num_clients + 1)
 
-    def add_together(self, acc: WeightedSum, updates: Update, num_clients: int, ctx: RoundContext) -> WeightedSum:
+    def add_together(
+        self, acc: WeightedSum, updates: Update, weights: Sequence[float], ctx: RoundContext
+    ) -> WeightedSum:
         sums = acc.layout.unflatten(acc.sums)
         for tree, tensors in update_trees(updates).items():
-            alpha = 1.0 if tree.startswith("aux/") else updates.weight
+            own = [1.0] * len(weights) if tree.startswith("aux/") else weights
             for name, tensor in tensors.items():
-                sums[tree][name].add_(tensor.sum(0), alpha=alpha)
-        weight = acc.weight + num_clients * updates.weight
-        return replace(acc, weight=weight, num_clients=acc.num_clients + num_clients)
+                _add_weighted(sums[tree][name], tensor, own)
+        return replace(acc, weight=acc.weight + sum(weights), num_clients=acc.num_clients + len(weights))
 
     def merge(
         self, acc: WeightedSum, group: Group, report: Message, ctx: RoundContext
@@ -215,3 +217,10 @@ def update_trees(update: Update) -> dict[str, Tree]:
         "buffers": update.buffers,
         **{f"aux/{name}": tree for name, tree in update.aux.items()},
     }
+
+
+def _add_weighted(total: Tensor, stacked: Tensor, weights: Sequence[float]) -> None:
+    if all(weight == weights[0] for weight in weights):
+        total.add_(stacked.sum(0), alpha=weights[0])
+    else:
+        total.add_((stacked * stacked.new_tensor(weights).view(-1, *[1] * total.dim())).sum(0))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from lightning_fl.types import ClientId, Phase
@@ -94,7 +94,7 @@ class Place:
         ends_window: Whether the optimizer steps here.
         ends_client: Whether it is the last batch of its client, or phase of a client.
         ends_round: Whether it is this rank's last batch.
-        offset: Its index among the client's batches, or those of the phase.
+        offset: Its index among the client's batches, or those of the phase; of several clients, that of their steps.
     """
 
     client: int
@@ -115,7 +115,8 @@ class RoundPlan:
             phases stands there once for each.
         segments: For each of them the numbers of batches of its segments, None where unknown until :meth:`resolve`.
         accumulate: Batches an optimizer step takes together.
-        units: The clients again, those together that train side by side and so share ``segments``. None: each alone.
+        units: The clients again, those together that train side by side. None: each alone.
+        num_steps_of: In how many steps such clients train. None: all of them train in each.
     """
 
     def __init__(
@@ -126,6 +127,7 @@ class RoundPlan:
         segments: Sequence[Sequence[int | None]],
         accumulate: int = 1,
         units: Sequence[Sequence[ClientId]] | None = None,
+        num_steps_of: Callable[[Sequence[ClientId]], int | None] = lambda unit: None,
     ) -> None:
         self.round = round
         self.cohort = list(cohort)
@@ -133,7 +135,12 @@ class RoundPlan:
         self.units: list[tuple[ClientId, ...]]
         self.units = [(client,) for client in clients] if units is None else [tuple(unit) for unit in units]
         self.accumulate = accumulate
-        self._segments = [(client, length) for client, lengths in enumerate(segments) for length in lengths]
+        self._own = dict(zip(clients, segments, strict=True))
+        self._num_steps_of = num_steps_of
+        if units is None:
+            self._segments = [(client, length) for client, lengths in enumerate(segments) for length in lengths]
+        else:
+            self._segments = [pair for index, unit in enumerate(self.units) for pair in self._segments_of(index, unit)]
         self._ends_empty = not self.clients
         self._ends: list[int] = []
         self._first = [0] * len(self.units)
@@ -155,39 +162,51 @@ class RoundPlan:
         segment = bisect_right(self._ends, batch_idx)
         client = self._segments[segment][0]
         start = self._ends[segment - 1] if segment else 0
-        name = self.clients[client]
-        rest = [(other, length) for other, length in self._segments[segment:] if self.clients[other] != name]
+        (name,) = self.units[client]
+        rest = [(other, length) for other, length in self._segments[segment:] if self.units[other] != (name,)]
         done = [(client, batch_idx - start)] if batch_idx > start else []
         self._segments = [*self._segments[:segment], *done, *rest]
         self._ends_empty = self._ends_empty or not rest
         self._ends.clear()
         self._extend()
 
+    def own_length(self, client: ClientId) -> int:
+        """Batches of a client that trains beside others."""
+        return sum(length or 0 for length in self._own[client])
+
+    def set_num_steps(self, index: int, num_steps: int | None) -> None:
+        """Tells what ``num_steps_of`` does, of the clients of the unit at ``index``, of which no batch was trained."""
+        before = [(unit, length) for unit, length in self._segments if unit < index]
+        after = [(unit, length) for unit, length in self._segments if unit > index]
+        self._segments = [*before, *self._segments_in(index, self.units[index], num_steps), *after]
+        self._restart()
+
     def split(self, index: int, parts: Sequence[Sequence[ClientId]]) -> None:
         """Divides the clients of the unit at ``index``, of which no batch has been trained, among several units."""
-        own = [length for unit, length in self._segments if unit == index]
         before = [(unit, length) for unit, length in self._segments if unit < index]
-        middle = [(index + number, length) for number in range(len(parts)) for length in own]
         after = [(unit + len(parts) - 1, length) for unit, length in self._segments if unit > index]
+        middle = [pair for number, part in enumerate(parts) for pair in self._segments_of(index + number, part)]
         self._segments = [*before, *middle, *after]
         self.units[index : index + 1] = [tuple(part) for part in parts]
-        self._first = [0] * len(self.units)
         self._ends_empty = self._ends_empty or not (middle or after)
-        self._ends.clear()
-        self._extend()
+        self._restart()
 
     def separate(self, index: int) -> None:
         """Lets the clients of the units from ``index`` on train alone, in the order of ``clients``."""
-        lengths = {
-            client: [length for unit, length in self._segments if unit == position]
-            for position, unit in enumerate(self.units)
-            for client in unit
-            if position >= index
-        }
-        rest = [client for client in self.clients if client in lengths]
-        own = [(index + number, length) for number, client in enumerate(rest) for length in lengths[client]]
+        together = {client for unit in self.units[index:] for client in unit}
+        rest = [client for client in self.clients if client in together]
+        own = [pair for number, client in enumerate(rest) for pair in self._segments_of(index + number, [client])]
         self._segments = [(unit, length) for unit, length in self._segments if unit < index] + own
         self.units[index:] = [(client,) for client in rest]
+        self._restart()
+
+    def _segments_of(self, index: int, unit: Sequence[ClientId]) -> list[tuple[int, int | None]]:
+        return self._segments_in(index, unit, self._num_steps_of(unit) if len(unit) > 1 else None)
+
+    def _segments_in(self, index: int, unit: Sequence[ClientId], num_steps: int | None) -> list[tuple[int, int | None]]:
+        return [(index, length) for length in (self._own[unit[0]] if num_steps is None else [num_steps])]
+
+    def _restart(self) -> None:
         self._first = [0] * len(self.units)
         self._ends.clear()
         self._extend()

@@ -121,11 +121,7 @@ class OptimizerStates:
             else:
                 optimizer.state.update(_unpack(kept, index, optimizer))
             optimizer.zero_grad(set_to_none=True)
-        self.num_steps = 0
-        self.lr_sums = [[0.0] * len(optimizer.param_groups) for optimizer in self.optimizers]
-        is_measured = not kept and all(type(optimizer) is SGD for optimizer in self.optimizers)
-        groups = [optimizer.param_groups for optimizer in self.optimizers]
-        self._unit_runs = [[UnitRun() for _ in group] for group in groups] if is_measured else None
+        self._start_counting(not kept and all(type(optimizer) is SGD for optimizer in self.optimizers))
 
     def start_clients(self, stacked: Mapping[int, Tensor]) -> None:
         """Lets several clients train together, with fresh optimizer states, until :meth:`leave_clients`.
@@ -151,6 +147,30 @@ class OptimizerStates:
             for group, params in zip(optimizer.param_groups, groups, strict=True):
                 group["params"] = params
         self._alone = []
+
+    def replace_params(self, replaced: Mapping[int, Tensor]) -> None:
+        """Lets the optimizers step other tensors, by ``id`` of those that they replace, without their states."""
+        for optimizer in self.optimizers:
+            optimizer.state.clear()
+            for group in optimizer.param_groups:
+                group["params"] = [replaced.get(id(param), param) for param in group["params"]]
+
+    @property
+    def num_steps_apart(self) -> float:
+        """A client's first steps that it can take only beside clients which are at the same one.
+
+        Plain SGD keeps nothing, momentum begins with the first step, others count steps in states that all share.
+        """
+        if any(type(optimizer) is not SGD for optimizer in self.optimizers):
+            return math.inf
+        return int(any(group["momentum"] for optimizer in self.optimizers for group in optimizer.param_groups))
+
+    def recount(self, num_steps: int) -> None:
+        """Counts the steps of a client anew: ``num_steps`` with the options as they are."""
+        self._start_counting(self._unit_runs is not None)
+        for _ in range(num_steps):
+            for index, optimizer in enumerate(self.optimizers):
+                self._count(index, optimizer)
 
     def keep(self) -> Tree:
         """The optimizers' states as a tree, to be given to :meth:`start_client` in the client's next round."""
@@ -235,6 +255,12 @@ class OptimizerStates:
         ]
         longest = max(lengths, default=0.0)
         return longest if all(math.isclose(length, longest, rel_tol=1e-9) for length in lengths) else None
+
+    def _start_counting(self, is_measured: bool) -> None:
+        self.num_steps = 0
+        groups = [optimizer.param_groups for optimizer in self.optimizers]
+        self.lr_sums = [[0.0] * len(group) for group in groups]
+        self._unit_runs = [[UnitRun() for _ in group] for group in groups] if is_measured else None
 
     def _count(self, index: int, optimizer: Optimizer) -> None:
         self.num_steps += 1

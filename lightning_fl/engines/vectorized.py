@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from lightning_fl.engines.gathering import Gathering
 from lightning_fl.engines.linear import StackedLinears
 from lightning_fl.engines.optimizers import Schedule, ScheduleEnd
 from lightning_fl.engines.recording import Recording, record, with_gradients
@@ -112,6 +113,27 @@ class VectorizedEngine(SequentialEngine):
         named = (self.module.named_parameters, self.module.named_buffers)
         self._is_tied = any(len([*each(remove_duplicate=False)]) != len([*each()]) for each in named)
         self.optimizers.start_clients({id(param): self._stacked[name] for name, param in params.items()})
+        self._gathering: Gathering | None = None
+
+    def choose(self, rows: Sequence[int]) -> None:
+        """Lets only some of the loaded clients train in the next step.
+
+        Args:
+            rows: Their places among those given to :meth:`start_clients`, in order.
+        """
+        if self._gathering is None:
+            self._gathering = Gathering(self._stacked, self._stacked_buffers, self.optimizers)
+        self._stacked, self._stacked_buffers = self._gathering.choose(rows, self._stacked, self._stacked_buffers)
+
+    @property
+    def num_clients(self) -> int:
+        """How many clients the next step trains."""
+        return len(next(iter(self._stacked.values())))
+
+    @property
+    def is_gathered(self) -> bool:
+        """Whether only some of the loaded clients train."""
+        return self._gathering is not None and self._gathering.rows is not None
 
     def step(self, step: Step, batch: Any, *args: Any, randomness: str = "error") -> tuple[Tensor, Any]:
         """Runs the user's step for each client on its own part of a stacked batch.
@@ -238,10 +260,15 @@ class VectorizedEngine(SequentialEngine):
         """Names of the tensors of which each client has its own."""
         return {*self._stacked, *self._stacked_buffers}
 
+    @property
+    def bytes_of_one(self) -> int:
+        """Bytes of the parameters that a client trains."""
+        params = [param for param in self.module.parameters() if param.requires_grad]
+        return sum(param.numel() * param.element_size() for param in params)
+
     def max_clients(self, stacked_bytes: int) -> int:
         """How many clients' parameters take no more than ``stacked_bytes``; at least 1."""
-        params = [param for param in self.module.parameters() if param.requires_grad]
-        return max(1, stacked_bytes // max(1, sum(param.numel() * param.element_size() for param in params)))
+        return max(1, stacked_bytes // max(1, self.bytes_of_one))
 
     @property
     def _shared_params(self) -> Mapping[str, Tensor]:
@@ -257,33 +284,52 @@ class VectorizedEngine(SequentialEngine):
         for grad in grads:
             grad.mul_(factors.to(grad.dtype).view(-1, *[1] * (grad.dim() - 1)))
 
-    def finish_clients(self) -> LocalResult:
-        """Reads what the clients' local training has changed; its trees are stacked over the clients."""
+    def finish_clients(self, num_steps: Sequence[int] | None = None) -> list[LocalResult]:
+        """Reads what the clients' local training has changed.
+
+        Args:
+            num_steps: How many steps each has taken, where :meth:`choose` has told them apart. None: all took all.
+
+        Returns:
+            For each client the facts of its training; all share the trees, which are stacked over the clients.
+        """
         tensors = self.tensors
         tensors.check_frozen()
+        if self._gathering is not None:
+            self._stacked, self._stacked_buffers = self._gathering.choose(None, self._stacked, self._stacked_buffers)
         kept: dict[str, Tree] = {}
         if self.personal:
             own = {name: (self._stacked | self._stacked_buffers)[name] for name in tensors.personal}
             kept["personal"] = clones(own)
         params = {name: self._stacked[name] for name in tensors.params}
         buffers = {name: self._stacked_buffers[name] for name in tensors.buffers}
-        facts = self.optimizers
-        result = LocalResult(
-            params={name: trained(param.detach(), self._start[name]) for name, param in params.items()},
-            buffers={name: change(buffer, self._start_buffers[name]) for name, buffer in buffers.items()},
-            kept=kept,
-            num_steps=facts.num_steps,
-            lr_sum=facts.lr_sum(params),
-            normalizer=facts.normalizer(params),
-            schedule_end=facts.schedule_end(),
-            num_steps_of_all=facts.num_steps,
-        )
+        changed = {name: trained(param.detach(), self._start[name]) for name, param in params.items()}
+        moved = {name: change(buffer, self._start_buffers[name]) for name, buffer in buffers.items()}
+
+        def result(num_steps: int) -> LocalResult:
+            facts = self.optimizers
+            if num_steps != facts.num_steps:
+                facts.recount(num_steps)
+            return LocalResult(
+                params=changed,
+                buffers=moved,
+                kept=kept,
+                num_steps=num_steps,
+                lr_sum=facts.lr_sum(params),
+                normalizer=facts.normalizer(params),
+                schedule_end=facts.schedule_end(),
+                num_steps_of_all=num_steps,
+            )
+
+        told = num_steps or [self.optimizers.num_steps] * self.num_clients
+        results = {number: result(number) for number in sorted(set(told))}
         self.leave_clients()
-        return result
+        return [results[number] for number in told]
 
     def leave_clients(self) -> None:
         """Gives the optimizers the module's own parameters back."""
         self.optimizers.leave_clients()
+        self._gathering = None
         self._stacked = {}
         self._stacked_buffers = {}
 

@@ -58,6 +58,11 @@ class _Step:
     tensors: list[Tensor]
     num_clients: int
     batch_size: int
+    rows: Tensor
+
+    def of(self, accepted: Tensor) -> Tensor:
+        """Where in the step the clients stand for whom ``accepted`` is true."""
+        return accepted[self.rows].nonzero().flatten()
 
 
 class Capture:
@@ -109,15 +114,16 @@ class Capture:
             for call in calls
         ]
 
-    def tell(self, tensors: Sequence[Tensor], num_clients: int, batch_size: int) -> None:
-        """Makes the calls of the step that has just run, once for all clients.
+    def tell(self, tensors: Sequence[Tensor], rows: Tensor, batch_size: int) -> None:
+        """Makes the calls of the step that has just run, once for all its clients.
 
         Args:
             tensors: What the step returned, stacked over the clients.
-            num_clients: Number of clients.
+            rows: Their places among the clients at hand, shape ``[num_clients]``.
             batch_size: Examples in the batch of one client.
         """
-        step = _Step(self._calls, list(tensors), num_clients, batch_size)
+        num_clients = len(rows)
+        step = _Step(self._calls, list(tensors), num_clients, batch_size, rows)
         self.steps.append(step)
         for call, args, kwargs in _with_tensors(step):
             if call.metric is not None:
@@ -134,23 +140,27 @@ class Capture:
         self.steps = []
 
     def entries(self, accepted: Tensor) -> Entries:
-        """Value and weight, by key of Lightning's results, of what the clients at ``accepted`` have logged."""
+        """Value and weight, by key of Lightning's results, of what the clients have logged that are ``accepted``."""
         logged: dict[str, list[tuple[Any, Tensor, float]]] = {}
         for step in self.steps:
+            chosen = step.of(accepted)
+            if not len(chosen):
+                continue
             for call, _, kwargs in _with_tensors(step):
                 if call.metric is None and not isinstance(kwargs["value"], Metric):
-                    values = _values(kwargs["value"], step.num_clients)[accepted].double()
+                    values = _values(kwargs["value"], step.num_clients)[chosen].double()
                     size = kwargs["batch_size"] or step.batch_size
                     logged.setdefault(f"training_step.{kwargs['name']}", []).append((_reduction(kwargs), values, size))
         return {key: _join(values) for key, values in logged.items()}
 
     def update_metrics(self, accepted: Tensor) -> None:
-        """Calls the torchmetrics again, for the clients at ``accepted`` only."""
+        """Calls the torchmetrics again, for the clients only that are ``accepted``."""
         for step in self.steps:
-            chosen = _Step(step.calls, select(step.tensors, accepted), len(accepted), step.batch_size)
-            for call, args, kwargs in _with_tensors(chosen):
-                if call.metric is not None:
-                    _update(call, args, kwargs, len(accepted))
+            chosen = step.of(accepted)
+            own = _Step(step.calls, select(step.tensors, chosen), len(chosen), step.batch_size, step.rows[chosen])
+            for call, args, kwargs in _with_tensors(own):
+                if call.metric is not None and len(chosen):
+                    _update(call, args, kwargs, len(chosen))
 
     @contextmanager
     def _noting(self) -> Iterator[None]:

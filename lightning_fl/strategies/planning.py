@@ -11,7 +11,7 @@ from lightning_fl.communication import Group, Message
 from lightning_fl.strategies.hidden_report import check_steps
 from lightning_fl.strategies.round import FederationSettings
 from lightning_fl.strategies.together import ClientsTogether
-from lightning_fl.strategies.vectorizing import loader_kind
+from lightning_fl.strategies.vectorizing import Outlook, outlook
 from lightning_fl.types import ClientId
 
 
@@ -82,7 +82,8 @@ class Planner:
         population = self.population
         drawn = self.draws.cohort(index)
         works = self.draws.works(index, drawn, work)
-        clients, kinds = [], []
+        clients: list[ClientId] = []
+        outlooks: dict[ClientId, Outlook | None] = {}
         kept: dict[ClientId, Loader] = {}
         segments: list[Sequence[int | None]] = []
         examples: dict[ClientId, int | None] = {}
@@ -103,13 +104,19 @@ class Planner:
             segments += own
             examples[client] = population.num_examples(client, loader)
             if together is not None:
-                kinds.append((loader_kind(loader), examples[client]))
+                is_known = examples[client] is not None
+                length = works[client].pass_length(count_batches(loader))
+                outlooks[client] = outlook(loader, own[0], length) if is_known else None
                 if len(kept) < num_kept:
                     kept[client] = loader
-        units = None
-        if together is not None:
-            units, segments = together.group(clients, segments, kinds)
-        plan = RoundPlan(index, list(works), clients, segments, work.accumulate, units)
+        units = None if together is None else together.group(outlooks)
+
+        def num_steps_of(unit: Sequence[ClientId]) -> int | None:
+            assert together is not None
+            ticks = together.ticks([outlook.work for client in unit if (outlook := outlooks[client]) is not None])
+            return None if ticks is None else len(ticks)
+
+        plan = RoundPlan(index, list(works), clients, segments, work.accumulate, units, num_steps_of)
         dropped = [client for client in drawn if client not in works]
         return PlannedRound(plan, works, dropped, examples, empty, failed, kept)
 

@@ -24,6 +24,9 @@ Step = Callable[[Any, tuple[Any, ...]], Outcome]
 
 MAX_RECORDINGS = 16
 MAX_CHANGES = 3
+FEW = 8
+USES, USES_BY_FEW = 2, 32
+"""Recording takes as long as tens of steps; shapes of steps of few, or of some of the clients, seldom come again."""
 
 
 class _Unsteady:
@@ -41,8 +44,35 @@ class _Unsteady:
     __radd__ = __rsub__ = __rmul__ = __rtruediv__ = __rfloordiv__ = __rmod__ = __rpow__ = _look
 
 
+def with_grads(
+    engine: VectorizedEngine, capture: Capture, batch: Any, args: tuple[Any, ...], randomness: str
+) -> frozenset[str] | None:
+    """The parameters that get a gradient in a step of several clients; leaves nothing changed.
+
+    Returns:
+        None if the step looks at the Trainer or at ``batch_idx``, so that it may be another one the next time.
+    """
+    stand_in, buffers = _Unsteady(), engine.copy_buffers()
+    try:
+        with (
+            _out_of_reach(capture.module, stand_in),
+            torch.random.fork_rng(enabled=randomness != "error"),
+            torch.enable_grad(),
+        ):
+            losses, _ = engine.step(capture, batch, *[stand_in] * len(args), randomness=randomness)
+            names = frozenset(engine.gradients(losses.sum()))
+    except Exception:
+        return None
+    finally:
+        engine.put_buffers(buffers)
+        capture.forget()
+    return None if stand_in.is_seen else names
+
+
 class Replay:
-    """Records a step when batches of its shapes come for the second time, and replays it from the third time on.
+    """Records a step when batches of its shapes come again, and replays it from then on.
+
+    That is the second time, or the 32nd where few clients train in a step.
 
     Args:
         engine: Runs the steps.
@@ -92,12 +122,13 @@ class Replay:
         Returns:
             The sum of the losses, the losses, and the tensors that the step logs.
         """
-        key = signature(batch)
+        key = signature(batch), self.engine.is_gathered
         if key in self._recordings:
             self.capture.repeat(self._calls[key])
             return self.engine.replay(self._recordings[key], batch)
         self._times[key] += 1
-        if not self._is_recordable or self._times[key] != 2 or len(self._recordings) == MAX_RECORDINGS:
+        uses = USES_BY_FEW if self.engine.is_gathered or self.engine.num_clients < FEW else USES
+        if not self._is_recordable or self._times[key] != uses or len(self._recordings) == MAX_RECORDINGS:
             return step(batch, args)
         try:
             recording, losses, grads = self._record(batch, args, randomness)

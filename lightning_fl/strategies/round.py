@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from itertools import compress
 from typing import Any
 
 from torch import Tensor
@@ -21,7 +21,7 @@ from lightning_fl.engines import LocalResult, Schedule, ScheduleEnd, SequentialE
 from lightning_fl.engines.stacking import are_finite, part
 from lightning_fl.strategies.hidden_report import hide, reveal
 from lightning_fl.strategies.unit import Unit
-from lightning_fl.tree import clone, is_finite, leaves, move, norm, scale, to_sum_dtype, zeros_like
+from lightning_fl.tree import clone, is_finite, leaves, move, norm, scale, squared_norms, to_sum_dtype, zeros_like
 from lightning_fl.types import Aggregate, ClientId, Context, LocalRun, State, Tree, Update
 
 
@@ -231,43 +231,63 @@ class Round:
         self._unit = None
         self._vectorized.leave_clients()
 
-    def finish_clients(self, num_examples: int, losses: Sequence[float]) -> tuple[LocalRun, list[bool]]:
+    def choose(self, rows: Sequence[int]) -> None:
+        """Lets only some of the clients that :meth:`start_clients` has loaded train in the next step.
+
+        Args:
+            rows: Their places among them, in order.
+        """
+        assert self._unit is not None
+        self._vectorized.choose(rows)
+        self._unit.choose(rows)
+
+    def finish_clients(
+        self, num_examples: Sequence[int], losses: Sequence[float], num_steps: Sequence[int] | None = None
+    ) -> tuple[int, list[bool]]:
         """Takes in the clients that have trained together.
 
         Args:
             num_examples: Examples that one pass of the loader of each of them yields.
             losses: Their mean training losses.
+            num_steps: How many steps each has taken, where :meth:`choose` has told them apart. None: all took all.
 
         Returns:
-            The facts of the training, and for each client whether its update was finite and so taken in.
+            How many more steps they have taken in all than the optimizers, and for each client whether its update was
+            finite and so taken in.
         """
         assert self._unit is not None
         unit, self._unit = self._unit, None
-        result = self._vectorized.finish_clients()
-        weight = float(num_examples) if self.settings.weighting == "examples" else 1.0
-        run = LocalRun(result.num_steps, num_examples, weight, math.nan, result.lr_sum, result.normalizer)
-        update, states = unit.finish(result.params, run, losses)
-        update = replace(update, buffers=result.buffers, weight=weight)
+        num_shared = self._vectorized.optimizers.num_steps
+        results = self._vectorized.finish_clients(num_steps)
+        result = results[0]
+        weights = [float(own) if self.settings.weighting == "examples" else 1.0 for own in num_examples]
+        facts = zip(results, num_examples, weights, losses, strict=True)
+        runs = [LocalRun(own.num_steps, n, w, loss, own.lr_sum, own.normalizer) for own, n, w, loss in facts]
+        update, states = unit.finish(result.params, runs)
+        update = replace(update, buffers=result.buffers)
         kept: dict[str, Any] = {**result.kept, **({} if states is None else {"algorithm": states})}
-        self._count_run(result, len(unit.clients))
+        for own in results:
+            self._count_run(own)
         if self.settings.transforms or not self.settings.aggregator.adds_together:
-            each = enumerate(zip(unit.clients, unit.kept, strict=True))
-            taken = [self._take_in(c, own, update.part(i), clone(part(kept, i))) is not None for i, (c, own) in each]
+            each = [replace(update.part(index), weight=weight) for index, weight in enumerate(weights)]
+            given = enumerate(zip(unit.clients, unit.kept, each, strict=True))
+            taken = [self._take_in(c, own, one, clone(part(kept, i))) is not None for i, (c, own, one) in given]
         else:
             finite = are_finite(self._to_be_finite(update, kept), len(unit.clients))
             taken = finite.tolist()
-            self._add_together(update if all(taken) else update.select(finite), sum(taken))
+            self._add_together(update if all(taken) else update.select(finite), list(compress(weights, taken)))
             self.refused += [client for client, is_taken in zip(unit.clients, taken, strict=True) if not is_taken]
             for index, client in enumerate(unit.clients):
                 if kept and taken[index]:
                     self.store.stage(client, move(clone(part(kept, index)), "cpu"))
-        self.num_examples += num_examples * sum(taken)
-        return run, taken
+        self.num_examples += sum(compress(num_examples, taken))
+        return sum(run.num_steps for run in runs) - num_shared, taken
 
-    def _add_together(self, updates: Update, num_clients: int) -> None:
-        if num_clients:
-            self._acc = self.settings.aggregator.add_together(self._acc, updates, num_clients, self.ctx)
-            self._squared_norm += updates.weight * norm(updates.delta) ** 2
+    def _add_together(self, updates: Update, weights: Sequence[float]) -> None:
+        if weights:
+            self._acc = self.settings.aggregator.add_together(self._acc, updates, weights, self.ctx)
+            squared = squared_norms(updates.delta).tolist()
+            self._squared_norm += sum(weight * own for weight, own in zip(weights, squared, strict=True))
 
     def finish_client(self, num_examples: int, loss: float) -> tuple[LocalRun, Update | None]:
         """Takes in the client at hand.
@@ -298,8 +318,8 @@ class Round:
             self.num_examples += num_examples
         return run, taken
 
-    def _count_run(self, result: LocalResult, num_clients: int = 1) -> None:
-        self.num_steps += num_clients * result.num_steps_of_all
+    def _count_run(self, result: LocalResult) -> None:
+        self.num_steps += result.num_steps_of_all
         end = result.schedule_end
         if self.schedule_end is None or self.schedule_end.num_optimizer_steps < end.num_optimizer_steps:
             self.schedule_end = end

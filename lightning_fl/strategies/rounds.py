@@ -134,7 +134,7 @@ class FederatedRounds:
 
         Args:
             engine: Trains the clients.
-            together: Lets those with equally much work train side by side. None: each alone.
+            together: Lets them train side by side. None: each alone.
         """
         last, self._last = self._last, None
         goes_on = last is not None and last.engine_module is self.module and internals.current_round(self.trainer) > 0
@@ -180,7 +180,7 @@ class FederatedRounds:
         unit = self.plan.units[place.client]
         if len(unit) > 1:
             assert self.together is not None
-            self._logged.after_batch(internals.train_results(self.trainer), self.together.batch_size * len(unit))
+            self._logged.after_batch(internals.train_results(self.trainer), self.together.num_examples_of_step)
             if place.ends_client:
                 self._finish_together(unit)
         else:
@@ -302,24 +302,28 @@ class FederatedRounds:
                 passes[client] = load(client, partial(self._reading.prepare_together, self.plan.round, client))
             except Exception as error:
                 self._fail_client(client, error)
-            if len(passes) == 1 and (most := together.affordable(passes[client])) < len(unit):
-                self._split(index, [unit[start : start + most] for start in range(0, len(unit), most)])
-                return None
-        parts = together.split(unit, passes)
-        if parts != [list(unit)]:
-            self._split(index, parts)
-            return None
-        batches = together.stacked(list(passes.values()))
+                continue
+            lengths = map(self.plan.own_length, unit)
+            if len(passes) == 1 and len(parts := together.affordable(unit, passes[client], lengths)) > 1:
+                return self._split(index, parts)
+        works = together.signatures(passes)
+        if (parts := together.split(works)) != [list(unit)]:
+            return self._split(index, parts)
+        ticks = together.ticks([*works.values()])
+        batches = together.stacked([*passes.values()], ticks)
         try:
             first = next(batches)
         except NotStackable:
-            self._split(index, [[client] for client in unit])
-            return None
+            return self._split(index, [[client] for client in unit])
         try:
             self._start_together(unit, first)
         except (NotStackable, NotVectorizable) as error:
             self._train_alone(index, str(error))
             return None
+        if ticks is not None and together.look_at([*passes.values()], [*works.values()]):
+            return self._split(index, together.split(works))
+        self.plan.set_num_steps(index, None if ticks is None else len(ticks))
+        self.set_length()
         return chain([first], batches)
 
     def _start_together(self, unit: Sequence[ClientId], batch: Any) -> None:
@@ -329,31 +333,31 @@ class FederatedRounds:
         internals.set_global_step(self.trainer, self._first_step)
         self._reading.enter(self.plan.round, unit[0])
         self.round.start_clients(unit)
-        self.together.start(unit, batch)
+        self.together.start(self.round, unit, batch)
 
     def _finish_together(self, unit: Sequence[ClientId]) -> None:
         assert self.round is not None
         assert self.together is not None
-        examples = self.planned.num_examples[unit[0]]
-        assert examples is not None
-        run, taken = self.round.finish_clients(examples, self.together.finish())
+        examples = [self.planned.num_examples[client] or 0 for client in unit]
+        more_steps, taken = self.round.finish_clients(examples, *self.together.finish())
         corrected = None
         if not all(taken):
             self._metric_states.restore(self._snapshot)
             corrected = self.together.only(taken)
         self._logged.after_client(internals.train_results(self.trainer), any(taken), corrected)
-        self._more_logger_steps += run.num_steps * (len(unit) - 1)
+        self._more_logger_steps += more_steps
         self._reading.leave()
 
-    def _split(self, index: int, parts: Sequence[Sequence[ClientId]]) -> None:
+    def _split(self, index: int, parts: Sequence[Sequence[ClientId]]) -> Iterator[Any] | None:
+        assert self.together is not None
+        self.together.leave()
         self._reading.leave()
         self.plan.split(index, parts)
         self.set_length()
+        return None
 
     def _train_alone(self, index: int, reason: str) -> None:
-        assert self.round is not None
         assert self.together is not None
-        self.round.leave_clients()
         self._reading.leave()
         self.together.refuse(reason)
         self.together = None
@@ -439,6 +443,7 @@ class FederatedRounds:
         results = internals.train_results(self.trainer)
         states, tensors = self._metric_states.report()
         entries = {**self._logged.entries, **metrics.logged_metric_entries(results)}
+        own_steps = internals.logger_steps(self.trainer) - self._first_logger_step + self._more_logger_steps
         fields = {
             "metrics": metrics.plain(entries),
             "late": bool(metrics.late_entries(results)),
@@ -447,7 +452,7 @@ class FederatedRounds:
             "empty": self.planned.empty,
             "failed": list(self.planned.failed.items()),
             "should_stop": self.trainer.should_stop,
-            "logger_steps": self._own_logger_steps(),
+            "logger_steps": own_steps if self.plan.clients else 0,
             "deferred": self._deferred,
         }
         result = self._join_ranks(Message(fields, tensors))
@@ -478,11 +483,6 @@ class FederatedRounds:
         for path, weights_only in told[0]["deferred"].items():
             self.trainer.save_checkpoint(path, weights_only)
         internals.save_passed_steps(self.trainer, self._first_step, self._first_step + num_steps)
-
-    def _own_logger_steps(self) -> int:
-        if not self.plan.clients:
-            return 0
-        return internals.logger_steps(self.trainer) - self._first_logger_step + self._more_logger_steps
 
     def _join_ranks(self, report: Message) -> RoundResult:
         assert self.round is not None

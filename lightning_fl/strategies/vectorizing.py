@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
@@ -48,19 +49,49 @@ MAX_FLOPS_ON_CPU = 3e7
 PARAMETER_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
-def loader_kind(loader: Loader) -> Any:
-    """What the batches of a loader look like, as far as it shows without reading it; None if it does not."""
+@dataclass(frozen=True)
+class Outlook:
+    """What is known of a client's batches before they are read.
+
+    Args:
+        family: What clients must have in common to train together.
+        work: What its batches of the round look like, one after the other.
+        segments: Numbers of batches between which gradients do not accumulate.
+    """
+
+    family: Any
+    work: tuple[Any, ...]
+    segments: tuple[int | None, ...]
+
+
+def outlook(loader: Loader, segments: Sequence[int | None], pass_length: int | None) -> Outlook | None:
+    """What the batches of a client look like, as far as it shows without reading them; None if it does not.
+
+    Args:
+        loader: The client's.
+        segments: Numbers of batches that it trains on; each begins with the loader's first.
+        pass_length: Batches of a pass over the loader.
+    """
+    family: Any
     if isinstance(loader, DataLoader):
         sampler: Any = loader.batch_sampler
         if type(sampler) is not BatchSampler:
             return None
-        return count_examples(loader), sampler.batch_size, sampler.drop_last
-    if isinstance(loader, Sequence) and len(loader):
+        size = family = sampler.batch_size
+        num_left = (count_examples(loader) or 0) % size
+        own = [size] * (len(loader) - 1) + [num_left or size]
+    elif isinstance(loader, Sequence) and len(loader):
+        family = "in memory"
         try:
-            return len(loader), signature(loader[0]), signature(loader[-1])
+            own = [signature(loader[0])] * (len(loader) - 1) + [signature(loader[-1])]
         except Exception:  # it will be raised, and its client named, when the loader is read
             return None
-    return None
+    else:
+        return None
+    if pass_length is None or None in segments:
+        return None
+    work = (own[index % pass_length] for length in segments for index in range(length or 0))
+    return Outlook(family, tuple(work), tuple(segments))
 
 
 def why_not(trainer: L.Trainer, module: L.LightningModule, strategy: Any) -> str | None:
@@ -223,7 +254,8 @@ def _compare(
             loss, own = engine.step_alone(capture, client, part(batch, client), *args)
         if counter.get_total_flops() > max_flops:
             raise NotVectorizable("the arithmetic of a step takes longer than what a step of several would save")
-        if not torch.allclose(losses[client], loss, rtol=1e-3, atol=1e-5, equal_nan=True):
+        rtol = max(1e-3, 4 * torch.finfo(loss.dtype).eps)
+        if not torch.allclose(losses[client], loss, rtol=rtol, atol=1e-5, equal_nan=True):
             raise NotVectorizable(f"the loss of a client together is {losses[client]:g}, alone {loss:g}")
         largest = max(float(grad.nan_to_num(0, 0, 0).abs().max()) for grad in own.values())
         for name, grad in own.items():

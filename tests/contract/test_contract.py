@@ -142,7 +142,6 @@ every_algorithm = pytest.mark.parametrize("name", ENTRIES)
 
 
 SIZES = (1, 7, 23)
-TWINS = (7, 23, 7, 1, 7, 1, 23)
 
 
 def fit(
@@ -276,15 +275,16 @@ def test_yaml_with_a_wrong_type_is_refused(name: str) -> None:
 
 
 @every_algorithm
-def test_clients_train_together_as_they_do_alone(name: str) -> None:
+@pytest.mark.parametrize("sizes", [(23, 23, 23), (2, 4, 6, 8, 10, 12, 14, 16, 18) * 2], ids=["equal", "unequal"])
+def test_clients_train_together_as_they_do_alone(name: str, sizes: tuple[int, ...]) -> None:
     algorithm = ENTRIES[name].algorithm
-    _, alone = fit(algorithm, sizes=TWINS, engine="sequential")
+    _, alone = fit(algorithm, sizes=sizes, engine="sequential")
     if algorithm.probe is not None or len(algorithm.phases()) > 1:
         with pytest.raises(MisconfigurationException, match="looks at each client's data by itself"):
-            fit(algorithm, sizes=TWINS, engine="vectorized")
+            fit(algorithm, sizes=sizes, engine="vectorized")
         return
-    run, together = fit(algorithm, sizes=TWINS, engine="vectorized")
-    assert sorted(map(len, run.strategy.active_rounds.plan.units)) == [2, 2, 3]
+    run, together = fit(algorithm, sizes=sizes, engine="vectorized")
+    assert list(map(len, run.strategy.active_rounds.plan.units)) == [len(sizes)]
     torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-11)
 
 

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 import lightning_fl as fl
+from lightning_fl.strategies import replay
 from lightning_fl.strategies.capture import Capture
 from tests.helpers.training import Plain, image_clients, trainer, weights
 
-TWINS = (23, 7, 23, 7, 23)
+EQUAL, UNEQUAL = (23,) * 5, (23, 7, 23, 7, 23)
 UNRECORDED = fl.engines.Vectorized(record=False)
 
 
@@ -105,22 +106,39 @@ def set_factor(module: Any, factor: float) -> None:
     module.factor = factor
 
 
-def fit(kind: Any, engine: Any, rounds: int = 4, callbacks: Any = (), **of_trainer: Any) -> tuple[Tensor, int]:
+@pytest.fixture(autouse=True)
+def _few_are_recorded_as_soon_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "USES_BY_FEW", replay.USES)
+
+
+def fit(
+    kind: Any, engine: Any, rounds: int = 4, callbacks: Any = (), sizes: Any = EQUAL, **of_trainer: Any
+) -> tuple[Tensor, int]:
     """Weights after training, and how often Python ran the step of clients together; recording counts as well."""
     module, calls = kind(), []
     strategy = fl.FederatedStrategy("fedavg", engine=engine, seed=3)
     with pytest.MonkeyPatch.context() as patch:
         run = Capture.__call__
         patch.setattr(Capture, "__call__", lambda *args: (calls.append(1), run(*args))[1])
-        trainer(strategy, rounds, callbacks=list(callbacks), **of_trainer).fit(module, image_clients(TWINS))
+        trainer(strategy, rounds, callbacks=list(callbacks), **of_trainer).fit(module, image_clients(sizes))
     return weights(module), len(calls)
 
 
-def test_python_is_run_until_a_shape_of_batches_has_come_twice() -> None:
-    together, calls = fit(Counting, "vectorized")
-    every_step, all_calls = fit(Counting, UNRECORDED)
+@pytest.mark.parametrize("sizes", [EQUAL, UNEQUAL])
+def test_python_is_run_until_a_shape_of_batches_has_come_twice(sizes: Any) -> None:
+    together, calls = fit(Counting, "vectorized", sizes=sizes)
+    every_step, all_calls = fit(Counting, UNRECORDED, sizes=sizes)
     torch.testing.assert_close(together, every_step, rtol=1e-12, atol=0)
     assert calls < all_calls / 2
+
+
+def test_steps_of_few_clients_are_recorded_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, soon = fit(Counting, "vectorized")
+    monkeypatch.setattr(replay, "USES_BY_FEW", 6)
+    _, later = fit(Counting, "vectorized")
+    assert later > soon
+    monkeypatch.setattr(replay, "FEW", 5)
+    assert fit(Counting, "vectorized")[1] == soon
 
 
 @pytest.mark.parametrize(
