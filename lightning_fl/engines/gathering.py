@@ -14,6 +14,7 @@ from lightning_fl.engines.optimizers import OptimizerStates
 from lightning_fl.types import Tree
 
 _STACKED = object()
+"""In a client's other states, marks one that it has element by element, as a row of a stacked tensor."""
 
 
 class Gathering:

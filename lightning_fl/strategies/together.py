@@ -108,10 +108,10 @@ class ClientsTogether:
         Args:
             outlooks: What is known of each client's batches before they are read.
         """
-        most = self.max_clients
+        most, wants_equal = self.max_clients, self.wants_equal
         families: dict[Any, list[ClientId]] = {}
         for client, outlook in outlooks.items():
-            segments = outlook.segments if outlook is not None and self.wants_equal else None
+            segments = outlook.segments if outlook is not None and wants_equal else None
             family = (None, client) if outlook is None else (outlook.family, segments)
             families.setdefault(family, []).append(client)
         units = []
