@@ -388,7 +388,7 @@ class FederatedRounds:
     def _failure(self, client: ClientId, error: Exception) -> str:
         if self.on_client_error == "raise":
             raise_error(client, error)
-        return f"{type(error).__name__}: {error}"
+        return f"{type(error).__name__}: {error.with_traceback(None)}"  # whose frames hold the loader's workers
 
     def _count(self, outputs: Any, batch: Any, place: Place) -> None:
         results = internals.train_results(self.trainer)

@@ -122,6 +122,25 @@ def test_a_client_whose_data_is_broken_is_left_out() -> None:
     assert [list(entry["failed"]) for entry in strategy.history] == [[1], [1]]
 
 
+@pytest.mark.filterwarnings("ignore:Round .* the loader of client 1 raised")
+@pytest.mark.parametrize("engine", ["sequential", "vectorized"])
+def test_the_workers_of_a_client_that_is_left_out_end(engine: str) -> None:
+    class Watching(Plain):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            children.append(len(multiprocessing.active_children()))
+            return super().training_step(batch, batch_idx)
+
+    children: list[int] = []
+    loaders = [DataLoader(Examples(n, broken=n == 1), batch_size=4, num_workers=int(n == 1)) for n in range(3)]
+    clients = fl.datamodules.ClientLoaders(range(3), loaders.__getitem__)
+    gc.disable()
+    try:
+        trainer(FederatedStrategy(engine=engine, on_client_error="skip"), 2).fit(Watching(), clients)
+    finally:
+        gc.enable()
+    assert children == [0] * len(children)
+
+
 def test_no_worker_is_left_when_a_step_fails() -> None:
     module = Dropping()
     module.fails = True
