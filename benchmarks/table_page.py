@@ -30,7 +30,7 @@ Measured on {where}.
 FedAvg, one local epoch of SGD at 0.05, synthetic data:
 
 - W1: logistic regression, 1,000 clients of 60 examples, 100 a round, batches of 10.
-- W1-unequal: the same with 300 clients of 1 to 200 examples, half of them with 40 or fewer.
+- W1-unequal: the same with 300 clients of 3 to 200 examples, half of them with 40 or fewer.
 - W2: the FedAvg CNN, 100 clients of 300 examples, 10 a round, batches of 32.
 - W3: a 784-200-200-10 MLP, 100 clients of 600 examples, 10 a round, batches of 10.
 - LSTM: two layers of 128 units on 40 characters, 100 clients of 24 sequences, 20 a round, batches of 8.
