@@ -67,9 +67,10 @@ class PlainLoop:
             with torch.no_grad():
                 for sums, param in zip(total, params, strict=True):
                     sums.add_(param, alpha=sizes[client])
+        weight = sum(sizes[client] for client in cohort)
         with torch.no_grad():
             for param, value, sums in zip(params, start, total, strict=True):
-                param.copy_(value if dry else sums / sum(sizes[client] for client in cohort))
+                param.copy_(value if dry else sums / weight)
 
 
 class Clock(L.Callback):

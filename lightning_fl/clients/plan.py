@@ -167,8 +167,7 @@ class RoundPlan:
         done = [(client, batch_idx - start)] if batch_idx > start else []
         self._segments = [*self._segments[:segment], *done, *rest]
         self._ends_empty = self._ends_empty or not rest
-        self._ends.clear()
-        self._extend()
+        self._restart()
 
     def own_length(self, client: ClientId) -> int:
         """Batches of a client that trains beside others."""
@@ -176,19 +175,15 @@ class RoundPlan:
 
     def set_num_steps(self, index: int, num_steps: int | None) -> None:
         """Tells what ``num_steps_of`` does, of the clients of the unit at ``index``, of which no batch was trained."""
-        before = [(unit, length) for unit, length in self._segments if unit < index]
-        after = [(unit, length) for unit, length in self._segments if unit > index]
-        self._segments = [*before, *self._segments_in(index, self.units[index], num_steps), *after]
+        self._put(index, self._segments_in(index, self.units[index], num_steps))
         self._restart()
 
     def split(self, index: int, parts: Sequence[Sequence[ClientId]]) -> None:
         """Divides the clients of the unit at ``index``, of which no batch has been trained, among several units."""
-        before = [(unit, length) for unit, length in self._segments if unit < index]
-        after = [(unit + len(parts) - 1, length) for unit, length in self._segments if unit > index]
-        middle = [pair for number, part in enumerate(parts) for pair in self._segments_of(index + number, part)]
-        self._segments = [*before, *middle, *after]
+        own = [pair for number, part in enumerate(parts) for pair in self._segments_of(index + number, part)]
+        self._put(index, own, len(parts))
         self.units[index : index + 1] = [tuple(part) for part in parts]
-        self._ends_empty = self._ends_empty or not (middle or after)
+        self._ends_empty = self._ends_empty or all(unit < index for unit, _ in self._segments)
         self._restart()
 
     def separate(self, index: int) -> None:
@@ -199,6 +194,11 @@ class RoundPlan:
         self._segments = [(unit, length) for unit, length in self._segments if unit < index] + own
         self.units[index:] = [(client,) for client in rest]
         self._restart()
+
+    def _put(self, index: int, own: Sequence[tuple[int, int | None]], num_units: int = 1) -> None:
+        before = [(unit, length) for unit, length in self._segments if unit < index]
+        after = [(unit + num_units - 1, length) for unit, length in self._segments if unit > index]
+        self._segments = [*before, *own, *after]
 
     def _segments_of(self, index: int, unit: Sequence[ClientId]) -> list[tuple[int, int | None]]:
         return self._segments_in(index, unit, self._num_steps_of(unit) if len(unit) > 1 else None)

@@ -54,7 +54,7 @@ class Gathering:
         if chosen is None:
             taken, taken_buffers = self._params, self._buffers
         else:
-            index = _index(chosen, params)
+            index = self._index(params)
             taken = {n: t.detach().index_select(0, index).requires_grad_() for n, t in self._params.items()}
             taken_buffers = {name: tensor.index_select(0, index) for name, tensor in self._buffers.items()}
         for param in params.values():
@@ -64,10 +64,10 @@ class Gathering:
         return taken, taken_buffers
 
     def _write_back(self, params: Tree, buffers: Tree) -> None:
-        if self.rows is None:
+        index = None if self.rows is None else self._index(params)
+        if index is None:
             self._buffers = buffers
         else:
-            index = _index(self.rows, params)
             for whole, own in ((self._params, params), (self._buffers, buffers)):
                 for name, tensor in own.items():
                     whole[name].detach().index_copy_(0, index, tensor.detach())
@@ -77,27 +77,28 @@ class Gathering:
                 is_stacked = isinstance(value, Tensor) and value.shape == param.shape and key != "step"
                 others[name, key] = _STACKED if is_stacked else value
                 if is_stacked:
-                    self._write_state((name, key), value)
+                    self._write_state((name, key), value, index)
         for row in self.rows or range(self._num_clients):
             self._other_states[row] = others
 
-    def _write_state(self, key: tuple[str, str], value: Tensor) -> None:
-        if self.rows is None:
+    def _write_state(self, key: tuple[str, str], value: Tensor, index: Tensor | None) -> None:
+        if index is None:
             self._stacked_states[key] = value
             return
         if key not in self._stacked_states:
             self._stacked_states[key] = value.new_zeros(self._num_clients, *value.shape[1:])
-        self._stacked_states[key].index_copy_(0, _index(self.rows, {"": value}), value)
+        self._stacked_states[key].index_copy_(0, index, value)
 
     def _load_states(self, params: Tree) -> None:
+        index = None if self.rows is None else self._index(params)
         found: dict[str, dict[str, Any]] = {}
         for (name, key), value in self._other_states[self.rows[0] if self.rows else 0].items():
             if value is not _STACKED:
                 own = copy.deepcopy(value)
-            elif self.rows is None:
+            elif index is None:
                 own = self._stacked_states[name, key]
             else:
-                own = self._stacked_states[name, key].index_select(0, _index(self.rows, params))
+                own = self._stacked_states[name, key].index_select(0, index)
             found.setdefault(name, {})[key] = own
         for name, optimizer, param in self._stepped(params):
             if name in found:
@@ -111,6 +112,5 @@ class Gathering:
                     if id(param) in names:
                         yield names[id(param)], optimizer, param
 
-
-def _index(rows: Sequence[int], tensors: Tree) -> Tensor:
-    return torch.tensor(rows, device=next(iter(tensors.values())).device)
+    def _index(self, params: Tree) -> Tensor:
+        return torch.tensor(self.rows, device=next(iter(params.values())).device)

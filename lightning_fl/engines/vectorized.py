@@ -18,7 +18,7 @@ from lightning_fl.engines.linear import StackedLinears
 from lightning_fl.engines.optimizers import Schedule, ScheduleEnd
 from lightning_fl.engines.recording import Recording, record, with_gradients
 from lightning_fl.engines.sequential import LocalResult, SequentialEngine, change, trained
-from lightning_fl.engines.stacking import stack
+from lightning_fl.engines.stacking import num_bytes, stack
 from lightning_fl.engines.tensors import clones, load
 from lightning_fl.tree import cast_like
 from lightning_fl.types import Tree
@@ -263,8 +263,7 @@ class VectorizedEngine(SequentialEngine):
     @property
     def bytes_of_one(self) -> int:
         """Bytes of the parameters that a client trains."""
-        params = [param for param in self.module.parameters() if param.requires_grad]
-        return sum(param.numel() * param.element_size() for param in params)
+        return num_bytes([param for param in self.module.parameters() if param.requires_grad])
 
     def max_clients(self, stacked_bytes: int) -> int:
         """How many clients' parameters take no more than ``stacked_bytes``; at least 1."""

@@ -93,7 +93,8 @@ class Planner:
         for client in population.place(list(works), self.group.size, self.at_home, works)[self.group.rank]:
             try:
                 loader = population.loaders[client]
-                own = [phase.segments(count_batches(loader)) for phase in self.phases(works[client])]
+                num_batches = count_batches(loader)
+                own = [phase.segments(num_batches) for phase in self.phases(works[client])]
             except Exception as error:
                 failed[client] = self._failure(client, error)
                 continue
@@ -105,8 +106,7 @@ class Planner:
             examples[client] = population.num_examples(client, loader)
             if together is not None:
                 is_known = examples[client] is not None
-                length = works[client].pass_length(count_batches(loader))
-                outlooks[client] = outlook(loader, own[0], length) if is_known else None
+                outlooks[client] = outlook(loader, own[0], works[client].pass_length(num_batches)) if is_known else None
                 if len(kept) < num_kept:
                     kept[client] = loader
         units = None if together is None else together.group(outlooks)
