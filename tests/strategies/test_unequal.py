@@ -11,6 +11,7 @@ from torch.utils.data import TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 import lightning_fl as fl
+from lightning_fl.clients import lockstep
 from lightning_fl.engines.gathering import Gathering
 from lightning_fl.engines.optimizers import OptimizerStates
 from tests.helpers.engines import both, fit
@@ -278,6 +279,15 @@ def test_two_ranks_train_what_one_does(run_ranks: Any) -> None:
     alone = fit_here()
     for found in run_ranks(2, fit_here):
         torch.testing.assert_close(found, alone, rtol=1e-9, atol=1e-11)
+
+
+def test_the_rounding_of_bf16_refuses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lockstep, "OF_SOME", 0)  # so few would train alone
+    module, alone = Plain(torch.float32), Plain(torch.float32)
+    run = fit("vectorized", module, precision="bf16-true")
+    assert [len(unit) for unit in run.strategy.active_rounds.plan.units] == [7]
+    fit("sequential", alone, precision="bf16-true")
+    torch.testing.assert_close(weights(module), weights(alone), rtol=1e-2, atol=1e-3)
 
 
 def test_a_unit_ends_where_memory_does() -> None:
