@@ -27,8 +27,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from workloads import QUIET
 
 import lightning_fl as fl
-from lightning_fl.clients import derive_seed
-from lightning_fl.privacy.poisson import PoissonBatches
+from lightning_fl.privacy.sample_level.poisson_loader import PoissonBatches
+from lightning_fl.seeding import derive_seed
 
 SEED, CLIP, NOISE, LR = 0, 1.0, 1.0, 0.05
 

@@ -15,11 +15,11 @@ import torch
 
 from lightning_fl import FederatedStrategy
 from lightning_fl.engines import VectorizedEngine
-from lightning_fl.strategies import together
-from lightning_fl.strategies.planning import Planner
-from lightning_fl.strategies.replay import Replay
-from lightning_fl.strategies.round import Round
-from lightning_fl.strategies.rounds import FederatedRounds
+from lightning_fl.federation.planner import Planner
+from lightning_fl.federation.round import Round
+from lightning_fl.strategies.driver import FederatedRounds
+from lightning_fl.strategies.vectorized import driver as together
+from lightning_fl.strategies.vectorized.step_cache import Replay
 
 STAGES: dict[str, list[tuple[Any, str]]] = {
     "plan the round": [(Planner, "plan")],

@@ -11,11 +11,11 @@ import pytest
 import lightning_fl
 
 PACKAGE = Path(lightning_fl.__file__).parent
-INTERNALS = [PACKAGE / "strategies" / f"lightning_{name}.py" for name in ("internals", "results")]
+INTERNALS = [PACKAGE / "strategies" / f"{name}.py" for name in ("internals", "results")]
 MAX_LINES = 500
 
 LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities")
-ON_TOP = tuple(f"lightning_fl.{room}" for room in ("callbacks", "cli", "commands", "datamodules", "models", "tracking"))
+ON_TOP = tuple(f"lightning_fl.{room}" for room in ("callbacks", "cli", "datamodules", "models", "tracking"))
 WITHOUT_LIGHTNING = (*LIGHTNING, "lightning_fl.strategies", *ON_TOP)
 FORBIDDEN = {
     "types.py": WITHOUT_LIGHTNING,

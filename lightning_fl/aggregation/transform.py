@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
-from lightning_fl.clients.sampling import Sampling
+from lightning_fl.clients.cohorts import Sampling
 from lightning_fl.communication import Group, LocalGroup
 from lightning_fl.types import Aggregate, ClientId, State, Tree, Update
 

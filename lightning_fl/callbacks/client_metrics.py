@@ -17,9 +17,9 @@ from torch import Tensor
 from lightning_fl.callbacks.federated import FederatedCallback
 from lightning_fl.callbacks.run_record import run_folder
 from lightning_fl.communication import Message
+from lightning_fl.federation.report_masking import check_telling
 from lightning_fl.strategies import FederatedStrategy
-from lightning_fl.strategies import lightning_internals as internals
-from lightning_fl.strategies.hidden_report import check_telling
+from lightning_fl.strategies import internals as internals
 from lightning_fl.tracking import loggers
 from lightning_fl.tracking.metrics import is_higher_better
 from lightning_fl.tracking.run import CLIENTS_STEM, Row, append_rows, read_clients, to_json, write_file

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import lightning as L
 
-from lightning_fl.clients import ClientLoaders
+from lightning_fl.data.client_loaders import ClientLoaders
 from lightning_fl.types import Aggregate, ClientId, LocalRun, Update
 
 

@@ -8,15 +8,15 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_fl.clients import ClientLoaders, ClientRandomness, count_batches, derive_seed
-from lightning_fl.clients.seeding import isolated_randomness
 from lightning_fl.communication import Message
+from lightning_fl.data.client_loaders import ClientLoaders, count_batches
 from lightning_fl.engines.tensors import clones, load
+from lightning_fl.federation.report_masking import check_telling
+from lightning_fl.seeding import ClientRandomness, derive_seed, isolated_randomness
 from lightning_fl.strategies import FederatedStrategy
-from lightning_fl.strategies.aside import train_aside, validate_aside
-from lightning_fl.strategies.hidden_report import check_telling
-from lightning_fl.strategies.lightning_internals import log_to_loggers
-from lightning_fl.strategies.rounds import FederatedRounds
+from lightning_fl.strategies.driver import FederatedRounds
+from lightning_fl.strategies.internals import log_to_loggers
+from lightning_fl.strategies.out_of_loop import train_aside, validate_aside
 from lightning_fl.tree import move
 from lightning_fl.types import ClientId, Tree
 

@@ -20,8 +20,8 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_fl.federation.report_masking import hides_silos
 from lightning_fl.strategies import FederatedStrategy
-from lightning_fl.strategies.hidden_report import hides_silos
 from lightning_fl.tracking import loggers
 from lightning_fl.tracking.partition import summarise
 from lightning_fl.tracking.run import ROUNDS_FILE, RUN_FILE, Row, append_rows, to_json, write_file

@@ -1,16 +1,15 @@
 """Who takes part: population, cohorts, placement on ranks, client states."""
 
-from lightning_fl.clients.loaders import ClientLoaders
+from lightning_fl.clients.cohorts import Cohort, Poisson, RoundRobin, Sampling, Uniform, cohort_size
+from lightning_fl.clients.local_work import LocalWork
 from lightning_fl.clients.participation import Draws, Participation
 from lightning_fl.clients.placement import place_at_home, place_by_size
-from lightning_fl.clients.plan import LocalWork, RoundPlan
-from lightning_fl.clients.population import Population, count_batches, count_examples
-from lightning_fl.clients.round_loader import RoundLoader
-from lightning_fl.clients.sampling import Cohort, Poisson, RoundRobin, Sampling, Uniform, cohort_size
-from lightning_fl.clients.seeding import ClientRandomness, client_generator, derive_seed, round_rng
-from lightning_fl.clients.store import ClientStore
-from lightning_fl.clients.uneven import Amount, Between, PerClient, Stragglers
-from lightning_fl.clients.weighted import Weighted
+from lightning_fl.clients.population import Population
+from lightning_fl.clients.state_store import ClientStore
+from lightning_fl.clients.uneven_work import Amount, Between, PerClient, Stragglers
+from lightning_fl.clients.weighted_cohort import Weighted
+from lightning_fl.data.client_loaders import ClientLoaders, count_batches, count_examples
+from lightning_fl.seeding import ClientRandomness, client_generator, derive_seed, round_rng
 
 __all__ = [
     "Amount",
@@ -25,8 +24,6 @@ __all__ = [
     "PerClient",
     "Poisson",
     "Population",
-    "RoundLoader",
-    "RoundPlan",
     "RoundRobin",
     "Sampling",
     "Stragglers",

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from lightning_fl.clients.plan import LocalWork
+from lightning_fl.clients.cohorts import ClientsPerRound, Cohort, Uniform, describe_sampling
+from lightning_fl.clients.local_work import LocalWork
 from lightning_fl.clients.population import Population
-from lightning_fl.clients.sampling import ClientsPerRound, Cohort, Uniform, describe_sampling
-from lightning_fl.clients.seeding import SystemRandomness, derive_seed, round_rng
-from lightning_fl.clients.uneven import Amount, Stragglers
+from lightning_fl.clients.uneven_work import Amount, Stragglers
 from lightning_fl.communication import Group, Message
+from lightning_fl.seeding import SystemRandomness, derive_seed, round_rng
 from lightning_fl.types import ClientId
 
 

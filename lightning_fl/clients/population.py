@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
-from torch.utils.data import BatchSampler, DataLoader
-
-from lightning_fl.clients.loaders import ClientLoaders, Loader
+from lightning_fl.clients.local_work import LocalWork
 from lightning_fl.clients.placement import place_at_home, place_by_size
-from lightning_fl.clients.plan import LocalWork
+from lightning_fl.data.client_loaders import ClientLoaders, Loader, count_batches, count_examples
 from lightning_fl.types import ClientId
 
 
@@ -96,23 +93,3 @@ def _sorted(ids: Iterable[ClientId]) -> Sequence[ClientId]:
     if isinstance(own, range) and own.step > 0:
         return own
     return sorted(ids, key=lambda client: (type(client).__name__, client))
-
-
-def count_batches(loader: Loader) -> int | None:
-    """Number of batches of one pass, or None for a loader without length."""
-    try:
-        return len(loader)  # type: ignore[arg-type]
-    except (TypeError, NotImplementedError):
-        return None
-
-
-def count_examples(loader: Any) -> int | None:
-    """Number of examples that one pass over a ``DataLoader`` yields, or None if it can't be told beforehand."""
-    sampler = getattr(loader, "batch_sampler", None)
-    if not isinstance(loader, DataLoader) or type(sampler) is not BatchSampler:
-        return None
-    try:
-        size = len(sampler.sampler)  # type: ignore[arg-type]
-    except TypeError:
-        return None
-    return size // sampler.batch_size * sampler.batch_size if sampler.drop_last else size

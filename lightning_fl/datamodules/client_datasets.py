@@ -9,9 +9,9 @@ from typing import Any
 import lightning as L
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 
-from lightning_fl.clients.gather import gathered
-from lightning_fl.clients.loaders import ClientLoaders
-from lightning_fl.clients.split import num_yielded
+from lightning_fl.data.client_loaders import ClientLoaders
+from lightning_fl.data.collation import gathered
+from lightning_fl.data.splitting import num_yielded
 from lightning_fl.types import ClientId
 
 Source = Dataset | Callable[[], Dataset]

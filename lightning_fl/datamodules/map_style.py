@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from lightning_fl.clients.holdout import Part
-from lightning_fl.clients.loaders import ClientLoaders
-from lightning_fl.clients.targets import column
+from lightning_fl.data.client_loaders import ClientLoaders
+from lightning_fl.data.holdout import Part
+from lightning_fl.data.targets import column
 from lightning_fl.datamodules.natural import ClientData, NaturalDataModule
 
 _EVERYONE = "everyone"

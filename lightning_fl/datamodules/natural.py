@@ -13,8 +13,8 @@ import lightning as L
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from lightning_fl.clients.holdout import Holdout, Part
-from lightning_fl.clients.loaders import ClientLoaders
+from lightning_fl.data.client_loaders import ClientLoaders
+from lightning_fl.data.holdout import Holdout, Part
 from lightning_fl.datamodules.base import check_batch_sizes
 from lightning_fl.datamodules.client_datasets import wants_clients
 from lightning_fl.types import ClientId

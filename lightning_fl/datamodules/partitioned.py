@@ -12,10 +12,10 @@ import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
-from lightning_fl.clients.holdout import Holdout, Part
-from lightning_fl.clients.loaders import ClientLoaders
-from lightning_fl.clients.partition import Partitioner
-from lightning_fl.clients.split import check_splittable, over, split_loader
+from lightning_fl.data.client_loaders import ClientLoaders
+from lightning_fl.data.holdout import Holdout, Part
+from lightning_fl.data.partitioners.partitioner import Partitioner
+from lightning_fl.data.splitting import check_splittable, over, split_loader
 from lightning_fl.datamodules.client_datasets import wants_clients
 from lightning_fl.types import ClientId
 

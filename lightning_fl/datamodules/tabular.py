@@ -9,8 +9,8 @@ from typing import Any, Literal
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from lightning_fl.clients.holdout import Part
-from lightning_fl.clients.loaders import ClientLoaders
+from lightning_fl.data.client_loaders import ClientLoaders
+from lightning_fl.data.holdout import Part
 from lightning_fl.datamodules.natural import ClientData, NaturalDataModule
 from lightning_fl.datamodules.table_schema import TableSchema, Task, check_columns, fit_schema
 from lightning_fl.types import ClientId

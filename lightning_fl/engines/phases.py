@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.optim import Optimizer
 
-from lightning_fl.engines.optimizers import OptimizerStates, ScheduleEnd
+from lightning_fl.engines.optimizer_states import OptimizerStates, ScheduleEnd
 from lightning_fl.engines.tensors import FederatedTensors, clones, load
 from lightning_fl.types import Phase, Tree
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_fl.engines.optimizers import OptimizerStates, Schedule, ScheduleEnd
+from lightning_fl.engines.optimizer_states import OptimizerStates, Schedule, ScheduleEnd
 from lightning_fl.engines.phases import LocalPhases
 from lightning_fl.engines.tensors import FederatedTensors, clones, load
 from lightning_fl.tree import cast_like, sum_dtype, to_sum_dtype, tree_map

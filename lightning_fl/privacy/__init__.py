@@ -1,11 +1,11 @@
 """Differential privacy and secure aggregation."""
 
-from lightning_fl.privacy.accounting import Epsilon, Gaussian, Ledger
-from lightning_fl.privacy.calibration import noise_multiplier_for
-from lightning_fl.privacy.client_level import ClientLevelDP, PrivacyBudgetExceeded
-from lightning_fl.privacy.clipping import AdaptiveClip
+from lightning_fl.privacy.accounting.calibration import noise_multiplier_for
+from lightning_fl.privacy.accounting.ledger import Epsilon, Gaussian, Ledger
+from lightning_fl.privacy.accounting.sampling import FixedSize, Full, LocalSteps, Poisson, Sampling
+from lightning_fl.privacy.client_level.clipping import AdaptiveClip
+from lightning_fl.privacy.client_level.mechanism import ClientLevelDP, PrivacyBudgetExceeded
 from lightning_fl.privacy.noise import InsecureNoiseWarning, PrivacyError, SecureNoise
-from lightning_fl.privacy.sampling import FixedSize, Full, LocalSteps, Poisson, Sampling
 from lightning_fl.privacy.secagg import SecureAggregation
 from lightning_fl.privacy.state import load_ledger
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_fl.privacy.accounting import Ledger
+from lightning_fl.privacy.accounting.ledger import Ledger
 from lightning_fl.types import State
 
 

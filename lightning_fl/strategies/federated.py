@@ -21,18 +21,20 @@ from torch import Tensor
 
 from lightning_fl.aggregation import Aggregator, Transform, WeightedMean
 from lightning_fl.algorithms import Algorithm, Weighting, get_algorithm
-from lightning_fl.clients import Amount, Cohort, Participation, Population, RoundLoader, Stragglers, Uniform
-from lightning_fl.clients.partition import Partitioner
-from lightning_fl.clients.sampling import describe_sampling
-from lightning_fl.clients.split import shard
+from lightning_fl.clients import Amount, Cohort, Participation, Population, Stragglers, Uniform
+from lightning_fl.clients.cohorts import describe_sampling
 from lightning_fl.communication import Group, LocalGroup, Message, connect
 from lightning_fl.communication.objects import decode_object, encode_object
+from lightning_fl.data.partitioners.partitioner import Partitioner
+from lightning_fl.data.splitting import shard
 from lightning_fl.engines import Vectorized
-from lightning_fl.engines.optimizers import OptimizerStates
+from lightning_fl.engines.optimizer_states import OptimizerStates
 from lightning_fl.engines.sequential import ClientOptimizer
-from lightning_fl.strategies import lightning_internals as internals
-from lightning_fl.strategies.batches import digest
-from lightning_fl.strategies.callback import RoundCallback, run_training_step
+from lightning_fl.federation.rank_verification import digest, join_ranks, settings_of
+from lightning_fl.federation.round import FederationSettings
+from lightning_fl.federation.round_loader import RoundLoader
+from lightning_fl.strategies import internals as internals
+from lightning_fl.strategies.callback import RoundCallback
 from lightning_fl.strategies.checkpoint import (
     KEY,
     ClientStateFiles,
@@ -43,7 +45,13 @@ from lightning_fl.strategies.checkpoint import (
     unpack,
     warn_of_plain_checkpoint,
 )
-from lightning_fl.strategies.checks import (
+from lightning_fl.strategies.client_discovery import build_population
+from lightning_fl.strategies.driver import FederatedRounds, OnClientError
+from lightning_fl.strategies.engine_selection import choose_engine
+from lightning_fl.strategies.hooks import run_training_step
+from lightning_fl.strategies.metrics import EvaluationMetrics
+from lightning_fl.strategies.user_warnings import Notices
+from lightning_fl.strategies.validation import (
     SEVERAL_LOADERS,
     check_choice,
     check_phases,
@@ -52,13 +60,6 @@ from lightning_fl.strategies.checks import (
     check_types,
     check_work,
 )
-from lightning_fl.strategies.choice import choose_engine
-from lightning_fl.strategies.handshake import join_ranks, settings_of
-from lightning_fl.strategies.metrics import EvaluationMetrics
-from lightning_fl.strategies.notices import Notices
-from lightning_fl.strategies.population import build_population
-from lightning_fl.strategies.round import FederationSettings
-from lightning_fl.strategies.rounds import FederatedRounds, OnClientError
 
 
 class FederatedStrategy(ParallelStrategy):

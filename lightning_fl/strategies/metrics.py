@@ -14,9 +14,9 @@ from torchmetrics.utilities import dim_zero_sum
 
 from lightning_fl.aggregation import Aggregator, FederationFacts
 from lightning_fl.communication import Group, Message
-from lightning_fl.strategies import lightning_results as logged
-from lightning_fl.strategies.hidden_report import hide, reveal
-from lightning_fl.strategies.lightning_results import ResultCollection
+from lightning_fl.federation.report_masking import hide, reveal
+from lightning_fl.strategies import results as logged
+from lightning_fl.strategies.results import ResultCollection
 from lightning_fl.types import Tree
 
 Entries = dict[str, dict[str, Any]]

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lightning_fl.algorithms import ProbeKind
-from lightning_fl.strategies import lightning_internals as internals
-from lightning_fl.strategies import lightning_results as logged
-from lightning_fl.strategies.aside import outside_training
+from lightning_fl.strategies import internals as internals
+from lightning_fl.strategies import results as logged
+from lightning_fl.strategies.out_of_loop import outside_training
 from lightning_fl.tree import sum_dtype
 from lightning_fl.types import Tree
 

@@ -11,8 +11,8 @@ import numpy as np
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 from lightning_fl.clients import Population
-from lightning_fl.clients.targets import targets
 from lightning_fl.communication import Group, Message
+from lightning_fl.data.targets import targets
 
 NUM_BINS = 10
 MAX_CLASSES = 200

@@ -25,9 +25,10 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_fl as fl
 from lightning_fl import FederatedStrategy
 from lightning_fl.callbacks import SampleLevelDP, sample_level_dp
-from lightning_fl.privacy import Gaussian, Ledger, SecureNoise, sgd
+from lightning_fl.privacy import Gaussian, Ledger, SecureNoise
 from lightning_fl.privacy.noise import add_noise
-from lightning_fl.privacy.poisson import PoissonBatches
+from lightning_fl.privacy.sample_level import dp_sgd as sgd
+from lightning_fl.privacy.sample_level.poisson_loader import PoissonBatches
 from tests.helpers.training import trainer
 
 pytestmark = pytest.mark.slow

@@ -12,9 +12,7 @@ import torch
 from lightning_fl.clients import (
     Amount,
     Between,
-    ClientLoaders,
     Draws,
-    LocalWork,
     Participation,
     PerClient,
     Poisson,
@@ -22,7 +20,9 @@ from lightning_fl.clients import (
     Stragglers,
     Uniform,
 )
+from lightning_fl.clients.local_work import LocalWork
 from lightning_fl.communication import LocalGroup, Message
+from lightning_fl.data.client_loaders import ClientLoaders
 from lightning_fl.types import ClientId
 
 

@@ -15,7 +15,8 @@ from torch.utils.data import (
     TensorDataset,
 )
 
-from lightning_fl.clients import ClientLoaders, Population, count_batches, count_examples
+from lightning_fl.clients import Population
+from lightning_fl.data.client_loaders import ClientLoaders, count_batches, count_examples
 
 NUMBERS = TensorDataset(torch.arange(10))
 

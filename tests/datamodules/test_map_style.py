@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from lightning_fl.clients.targets import targets
+from lightning_fl.data.targets import targets
 from lightning_fl.datamodules import (
     ClientLoaders,
     Dirichlet,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lightning_fl as fl
-from lightning_fl.strategies.lightning_internals import logger_steps
+from lightning_fl.strategies.internals import logger_steps
 from tests.helpers.training import image_clients, trainer, weights
 
 OF_TRAINER = ("gradient_clip_val", "gradient_clip_algorithm", "accumulate_grad_batches", "precision")

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 
-from lightning_fl.clients import ClientLoaders, Population
+from lightning_fl.clients import Population
 from lightning_fl.communication import LocalGroup
+from lightning_fl.data.client_loaders import ClientLoaders
 from lightning_fl.tracking import PartitionSummary, summarise
 from tests.helpers.federation import join_ranks
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lightning_fl.aggregation import RoundContext
-from lightning_fl.clients.seeding import round_rng
+from lightning_fl.seeding import round_rng
 from lightning_fl.types import ClientId
 
 STAGES = ("advertise", "share", "send", "agree", "unmask")

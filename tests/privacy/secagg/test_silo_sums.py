@@ -14,12 +14,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lightning_fl as fl
 from lightning_fl.aggregation import FederationFacts, RoundContext
-from lightning_fl.clients import LocalWork
+from lightning_fl.clients.local_work import LocalWork
 from lightning_fl.communication import Group, LocalGroup, Message
+from lightning_fl.federation.report_masking import check_steps, hide, reveal
+from lightning_fl.federation.round import FederationSettings
 from lightning_fl.privacy.secagg import RetryRefused, SecureAggregation, SecureAggregationError
 from lightning_fl.privacy.secagg.keys import KeyFolder
-from lightning_fl.strategies.hidden_report import check_steps, hide, reveal
-from lightning_fl.strategies.round import FederationSettings
 from lightning_fl.types import Update
 from tests.helpers.training import Plain, loader, trainer, weights
 from tests.privacy.secagg.test_aggregator import CPU, Ranks, aggregate, assert_no_sum, updates

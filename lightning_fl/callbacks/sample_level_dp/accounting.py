@@ -1,0 +1,110 @@
+"""What clients release under sample-level privacy, and what they have released."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from lightning_fl.clients.local_work import LocalWork
+from lightning_fl.clients.state_store import LEDGER
+from lightning_fl.communication import Message
+from lightning_fl.privacy.accounting.bounds import Method
+from lightning_fl.privacy.accounting.ledger import Gaussian, Ledger
+from lightning_fl.privacy.accounting.per_client import noise_multiplier_for_all
+from lightning_fl.privacy.accounting.sampling import Sampling
+from lightning_fl.privacy.noise import PrivacyError
+from lightning_fl.privacy.sample_level.poisson_loader import PoissonLoader
+from lightning_fl.privacy.state import unpack
+from lightning_fl.strategies.driver import FederatedRounds
+from lightning_fl.types import ClientId
+
+
+def clients_here(rounds: FederatedRounds) -> list[ClientId]:
+    """The clients that live on this rank."""
+    population, group = rounds.population, rounds.group
+    return population.place(list(population.ids), group.size, at_home=True)[group.rank]
+
+
+def ledger_of(rounds: FederatedRounds, client: ClientId) -> Ledger:
+    """What a client that lives on this rank has released."""
+    ledger, state = Ledger(), rounds.store.get(client) or {}
+    if LEDGER in state:
+        ledger.load_state_dict(unpack(state[LEDGER]))
+    return ledger
+
+
+def loader_of(rounds: FederatedRounds, client: ClientId) -> PoissonLoader:
+    """A client's loader, which draws Poisson batches.
+
+    Raises:
+        PrivacyError: If it does not.
+    """
+    loader = rounds.population.loaders[client]
+    if not isinstance(loader, PoissonLoader):
+        raise PrivacyError(
+            f"The loader of client {client!r} is a {type(loader).__name__} and draws no Poisson batches. The run stops."
+        )
+    return loader
+
+
+def cost_of(
+    rounds: FederatedRounds, client: ClientId, noise_multiplier: float, work: LocalWork | None = None
+) -> Ledger:
+    """What a client releases in a round.
+
+    Args:
+        rounds: The rounds of the fit at hand.
+        client: The client.
+        noise_multiplier: The noise of its steps.
+        work: How much it trains. None: as planned for the round at hand, or as much as any client may.
+    """
+    loader, ledger = loader_of(rounds, client), Ledger()
+    work = work or rounds.planned.works.get(client, rounds.work)
+    steps = [phase.num_steps(len(loader)) or 0 for phase in rounds.planner.phases(work)]
+    if sum(steps):
+        ledger.record(Gaussian(noise_multiplier, loader.sampling), sum(steps))
+    return ledger
+
+
+def with_another_round(rounds: FederatedRounds, noise_multiplier: float) -> list[Ledger]:
+    """The ledgers of this rank's clients as they would be if each took part in another round."""
+    return [
+        ledger_of(rounds, client) + cost_of(rounds, client, noise_multiplier, rounds.work)
+        for client in clients_here(rounds)
+    ]
+
+
+def gather(rounds: FederatedRounds, own: dict[str, Any]) -> list[dict[str, Any]]:
+    """What all ranks tell; this rank alone where silos hide the sizes of their data, which this would show."""
+    if rounds.settings.aggregator.hides_reports and rounds.population.silos is not None:
+        return [own]
+    return [message.fields for message in rounds.group.all_gather(Message(own), "sample-level privacy")]
+
+
+def calibrate(
+    trainer: L.Trainer, rounds: FederatedRounds, target_epsilon: float, delta: float, method: Method
+) -> float:
+    """The least noise multiplier with which no client's epsilon exceeds the target in ``max_epochs`` rounds.
+
+    Raises:
+        MisconfigurationException: If the number of rounds is not known.
+    """
+    num_rounds = trainer.max_epochs
+    if num_rounds is None or num_rounds < 1:
+        raise MisconfigurationException(
+            f"target_epsilon={target_epsilon} needs the number of rounds, found max_epochs={num_rounds}. Set it."
+        )
+    counts: dict[Sampling, int] = {}
+    for client in clients_here(rounds):
+        for event, count in cost_of(rounds, client, 1.0, rounds.work):
+            counts[event.sampling] = max(counts.get(event.sampling, 0), count * num_rounds)
+    own = noise_multiplier_for_all(target_epsilon, delta, counts, method) if counts else 0.0
+    found = max(float(fields["noise"]) for fields in gather(rounds, {"noise": own}))
+    rank_zero_info(
+        f"noise_multiplier={found:.4f} keeps each client's epsilon within {target_epsilon:g} for {num_rounds} rounds, "
+        f"at delta={delta:g}."
+    )
+    return found

@@ -1,0 +1,470 @@
+"""Differential privacy for examples: DP-SGD inside each client."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import lightning as L
+import numpy as np
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_fl.callbacks.federated import FederatedCallback
+from lightning_fl.callbacks.sample_level_dp import accounting
+from lightning_fl.callbacks.sample_level_dp.checks import check_settings, check_training
+from lightning_fl.data.client_loaders import ClientLoaders, Loader
+from lightning_fl.privacy.accounting.bounds import Method
+from lightning_fl.privacy.accounting.ledger import Epsilon, Gaussian, Ledger
+from lightning_fl.privacy.accounting.per_client import exceeding, largest_epsilon
+from lightning_fl.privacy.client_level.mechanism import GRID, PrivacyBudgetExceeded
+from lightning_fl.privacy.noise import PrivacyError, check_source, warn_of_test_seed
+from lightning_fl.privacy.sample_level.dp_sgd import NoiseWatch, NoisySum
+from lightning_fl.privacy.sample_level.per_sample import (
+    GradSampleMode,
+    PerSampleGradients,
+    check_per_sample,
+    opacus_hooks,
+)
+from lightning_fl.privacy.sample_level.poisson_loader import DrawCheck, PoissonLoader, check_sampler, poisson_loaders
+from lightning_fl.privacy.sample_level.rows import num_rows, take_rows
+from lightning_fl.privacy.state import pack
+from lightning_fl.seeding import Randomness, derive_seed, isolated_randomness
+from lightning_fl.strategies import FederatedStrategy
+from lightning_fl.strategies import internals as internals
+from lightning_fl.strategies.driver import FederatedRounds
+from lightning_fl.strategies.out_of_loop import outside_training
+from lightning_fl.types import Aggregate, ClientId, LocalRun, Update
+
+ADVERSARY = "whoever sees what a client sends, its server included, but not the training metrics that the module logs"
+TOLERANCES = {"64-true": 1e-6, "32-true": 2e-3, "bf16-mixed": 0.2}
+
+
+class SampleLevelDP(FederatedCallback):
+    r"""Sample-level differential privacy: each client trains by DP-SGD, on an unmodified LightningModule.
+
+    .. math::
+        g = \frac{1}{q n} \Bigl(\sum_{i \in B} g_i \min(1, C / \lVert g_i \rVert) + \mathcal{N}(0, z^2 C^2)\Bigr)
+
+    takes the place of a batch's gradient, where each of a client's :math:`n` examples is in the batch :math:`B` with
+    probability :math:`q = \min(1, b / n)` for a ``batch_size`` of b, drawn from the operating system's randomness. A
+    batch of none releases its noise. What an algorithm does to gradients, as FedProx, and what the optimizer does come
+    after. One example more or less of a client is what is protected, in all that the client sends in all its rounds;
+    how many examples and steps a client has counts as public, and so does who takes part.
+
+    Each client has a ledger over all its rounds in its state, and so in the checkpoint; a round's steps are in it
+    before the client trains. Every round logs the largest epsilon of any client. What can't be right is refused; what
+    goes wrong later ends the run: the batches, the per-sample gradients, the clipping and the noise are checked when
+    training starts and in every round.
+
+    Args:
+        noise_multiplier: The noise :math:`z`, relative to the clip norm. 0 only clips, which is NOT PRIVATE.
+        max_grad_norm: The clip norm :math:`C`, over all trained parameters of an example's gradient.
+        delta: The delta at which epsilon holds.
+        target_epsilon: Instead of ``noise_multiplier``: takes the least noise with which no client's epsilon exceeds
+            this in ``max_epochs`` rounds, in each of which it takes part.
+        max_epsilon: Training stops before a round that would make a client's epsilon larger. None: ``target_epsilon``.
+        max_physical_batch_size: Examples that go through the network at once; larger batches go in parts. None: all.
+        method: The accountant, as for :meth:`fl.privacy.Ledger.epsilon`.
+        grad_sample_mode: ``"hooks"``: Opacus's rules for known layers; ``"functorch"`` for all, slower.
+        insecure_test_seed: Makes batches and noise repeat, for tests; the run is then NOT PRIVATE, and stays so if it
+            goes on without the seed.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        MisconfigurationException: When training starts, if something beside it breaks the guarantee.
+        ImportError: If the ``privacy`` extra is not installed.
+
+    Reference:
+        Abadi et al., "Deep Learning with Differential Privacy", CCS 2016.
+
+    Example:
+        >>> import lightning as L
+        >>> callbacks = [SampleLevelDP(noise_multiplier=1.0, max_grad_norm=1.0)]
+        >>> trainer = L.Trainer(strategy="fedavg", callbacks=callbacks, logger=False, accelerator="cpu")
+    """
+
+    keeps_client_state = True
+
+    def __init__(
+        self,
+        noise_multiplier: float | None = None,
+        max_grad_norm: float = 1.0,
+        delta: float = 1e-5,
+        target_epsilon: float | None = None,
+        max_epsilon: float | None = None,
+        max_physical_batch_size: int | None = None,
+        method: Method = "pld",
+        grad_sample_mode: GradSampleMode = "hooks",
+        insecure_test_seed: int | None = None,
+    ) -> None:
+        if (noise_multiplier is None) == (target_epsilon is None):
+            raise ValueError(
+                f"SampleLevelDP got noise_multiplier={noise_multiplier} and target_epsilon={target_epsilon}; give one "
+                "of them: how much noise, or how large epsilon may become."
+            )
+        if noise_multiplier is not None:
+            Gaussian(noise_multiplier)
+        for name, value in (("max_grad_norm", max_grad_norm), ("target_epsilon", target_epsilon)):
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"SampleLevelDP got {name}={value}; expected a positive number.")
+        if max_epsilon is not None and not max_epsilon > 0:
+            raise ValueError(f"SampleLevelDP got max_epsilon={max_epsilon}; expected a positive number.")
+        if max_physical_batch_size is not None and max_physical_batch_size < 1:
+            raise ValueError(
+                f"SampleLevelDP got max_physical_batch_size={max_physical_batch_size}; expected at least 1."
+            )
+        if grad_sample_mode not in ("hooks", "functorch"):
+            raise ValueError(
+                f"SampleLevelDP got grad_sample_mode={grad_sample_mode!r}; expected 'hooks' or 'functorch'. "
+                "Ghost clipping needs a second backward pass, which automatic optimization does not give it; to save "
+                "memory set max_physical_batch_size."
+            )
+        Ledger().epsilon(delta, method)
+        opacus_hooks()
+        self.noise_multiplier = noise_multiplier
+        self.max_grad_norm = float(max_grad_norm)
+        self.delta = delta
+        self.target_epsilon = target_epsilon
+        self.max_epsilon = target_epsilon if max_epsilon is None else max_epsilon
+        self.max_physical_batch_size = max_physical_batch_size
+        self.method: Method = method
+        self.grad_sample_mode: GradSampleMode = grad_sample_mode
+        self.insecure_test_seed = insecure_test_seed
+        if insecure_test_seed is not None:
+            warn_of_test_seed()
+        self._next_round = 0
+        self._was_without = self._was_insecure = False
+        self._round = 0
+        self._client: ClientId | None = None
+        self._drawn: deque[np.ndarray] = deque()
+        self._has_gradient = self._is_checked = False
+        self._words: dict[str, Any] = {}
+        self._gradients: PerSampleGradients | None = None
+        self._handle: Any = None
+        self._has_told = False
+
+    # ---- before the rounds
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuses what shows before the data is there."""
+        if stage == "fit":
+            check_settings(trainer, pl_module)
+
+    def wrap_loaders(self, loaders: ClientLoaders) -> ClientLoaders:
+        """Gives each client Poisson batches in place of its own."""
+        return poisson_loaders(loaders, self._poisson_loader)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Makes sure of sampler and noise, finds the noise multiplier, and attaches the hooks."""
+        optimizer = check_training(trainer, pl_module)
+        check_sampler()
+        check_source()
+        trained = {id(param) for group in optimizer.param_groups for param in group["params"]}
+        params = {
+            name: param for name, param in pl_module.named_parameters() if param.requires_grad and id(param) in trained
+        }
+        if self.target_epsilon is None:
+            assert self.noise_multiplier is not None
+            self._sigma = self.noise_multiplier
+        else:
+            self._sigma = accounting.calibrate(trainer, _rounds(trainer), self.target_epsilon, self.delta, self.method)
+        self._draws = DrawCheck()
+        self._drawn.clear()
+        self._watch = NoiseWatch()
+        if trainer.current_epoch == 0:
+            if self._next_round:
+                rank_zero_warn(
+                    "This fit starts at round 0, and its clients with ledgers of their own. If they hold the examples "
+                    "of the last fit, add what that has released: SampleLevelDP.ledgers(trainer) gives both."
+                )
+            self._next_round, self._was_without, self._was_insecure = 0, False, False
+        self._was_without |= self._was_insecure and self.insecure_test_seed is None
+        self._detach()
+        try:
+            self._gradients = PerSampleGradients(pl_module, params, self.grad_sample_mode)
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from error
+        self._handle = optimizer.register_step_post_hook(self._after_step)
+        if not self._sigma:
+            rank_zero_warn("SampleLevelDP(noise_multiplier=0) only clips: this run is NOT PRIVATE.")
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Takes the hooks off the module."""
+        self._detach()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Takes the hooks off the module."""
+        self._detach()
+
+    # ---- a round
+
+    def on_round_start(
+        self, trainer: L.Trainer, module: L.LightningModule, round: int, cohort: Sequence[ClientId]
+    ) -> None:
+        """Checks the settings again, and that no client of this rank exceeds its budget in the round."""
+        check_settings(trainer, module)
+        if self.insecure_test_seed is None:
+            check_source()
+        self._was_without |= round > self._next_round
+        self._round, self._is_checked = round, False
+        if self.max_epsilon is not None:
+            rounds = _rounds(trainer)
+            here = dict.fromkeys(rounds.plan.clients)
+            cost = {client: accounting.cost_of(rounds, client, self._sigma) for client in here}
+            self._check_budget([accounting.ledger_of(rounds, client) + own for client, own in cost.items()])
+
+    def on_client_start(self, trainer: L.Trainer, module: L.LightningModule, client: ClientId) -> None:
+        """Records what the client is about to release."""
+        rounds = _rounds(trainer)
+        cost, loader = accounting.cost_of(rounds, client, self._sigma), accounting.loader_of(rounds, client)
+        rounds.store.record(client, pack((accounting.ledger_of(rounds, client) + cost).state_dict()))
+        self._client, self._loader, self._left = client, loader, sum(count for _, count in cost)
+        self._counts = np.zeros(loader.num_examples, dtype=np.int64)
+        self._sizes: list[int] = []
+        seed = self.insecure_test_seed
+        self._noise = NoisySum(
+            self._sigma,
+            self.max_grad_norm,
+            loader.expected_batch_size,
+            self._watch,
+            seed,
+            self._round,
+            str(client),
+        )
+        if loader.num_examples * self.delta >= 1 and not self._has_told:
+            self._has_told = True
+            rank_zero_warn(
+                f"delta={self.delta:g} is no less than 1 / {loader.num_examples}, the examples of client {client!r}: "
+                "that would allow giving one of them away. Take a smaller delta."
+            )
+
+    def run_training_step(
+        self, trainer: L.Trainer, module: L.LightningModule, step: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Runs the step on the batch in parts, and takes in the gradients of all parts but the last."""
+        assert self._gradients is not None
+        batch, rest = args[0], args[1:]
+        size = self._take_draw(batch)
+        self._size = 0
+        if not size:
+            return next(iter(self._gradients.params.values())).sum() * 0.0
+        results = internals.train_results(trainer)
+        if not self._is_checked:
+            self._check_per_sample(trainer, lambda rows: step(rows, *rest, **kwargs), batch)
+        most = self.max_physical_batch_size or size
+        starts = range(0, size, most)
+        total: Tensor | float = 0.0
+        for start in starts:
+            part = batch if len(starts) == 1 else take_rows(batch, slice(start, start + most))
+            self._size = min(most, size - start)
+            if len(starts) > 1:
+                results.batch, results.batch_size = part, None
+            self._gradients.start()
+            outputs = step(part, *rest, **kwargs)
+            loss = _loss(outputs)
+            if start != starts[-1]:
+                loss.backward()
+                self._add_part()
+                total = total + loss.detach() * self._size
+        if len(starts) == 1:
+            return outputs
+        results.batch, results.batch_size = batch, None
+        loss = loss + ((total + loss.detach() * self._size) / size - loss.detach())
+        return {**outputs, "loss": loss} if isinstance(outputs, Mapping) else loss
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Puts the clipped, noisy gradient in the place of the batch's, before the algorithm sees it."""
+        gradients = self._gradients
+        if gradients is None or self._client is None or self._has_gradient:
+            raise PrivacyError(
+                "A backward pass does not belong to a batch of a client, so its gradient is not private. The run stops."
+            )
+        self._add_part()
+        self._left -= 1
+        if self._left < 0:
+            raise PrivacyError(f"Client {self._client!r} takes more steps than its ledger records. The run stops.")
+        for name, grad in self._noise.release(gradients.params).items():
+            gradients.params[name].grad = grad
+        trained = {id(param) for param in gradients.params.values()}
+        for param in pl_module.parameters():
+            if id(param) not in trained:
+                param.grad = None
+        self._has_gradient = True
+
+    def on_client_end(
+        self,
+        trainer: L.Trainer,
+        module: L.LightningModule,
+        client: ClientId,
+        run: LocalRun,
+        update: Update | None,
+    ) -> None:
+        """Looks at what the client has drawn and changed, before anything of it leaves the rank."""
+        self._client = None
+        self._draws.add(self._counts, np.array(self._sizes, dtype=np.int64), self._loader.rate)
+        if self._draws.problem is not None:
+            raise PrivacyError(f"The batches are not drawn by Poisson sampling: {self._draws.problem}. The run stops.")
+        changed = [name for name, value in (update.buffers if update else {}).items() if bool(value.count_nonzero())]
+        if changed:
+            raise PrivacyError(
+                f"Local training has changed the buffer {changed[0]}, which would leave client {client!r} without "
+                "noise. The run stops. Register it with persistent=False, or make it personal."
+            )
+
+    def on_aggregate_end(self, trainer: L.Trainer, module: L.LightningModule, aggregate: Aggregate) -> None:
+        """Logs what the round's models amount to, and stops if a client could not take part once more."""
+        self._next_round = max(self._next_round, self._round + 1)
+        self._was_insecure |= self.insecure_test_seed is not None
+        rounds = _rounds(trainer)
+        spent, _ = largest_epsilon(self.ledgers(trainer).values(), self.delta, self.method, GRID)
+        epsilon = math.inf if self._was_without else float(spent)
+        is_last, is_over = self._round + 1 == trainer.max_epochs, False
+        if self.max_epsilon is not None and not is_last:
+            each = accounting.with_another_round(rounds, self._sigma)
+            is_over = exceeding(each, self.max_epsilon, self.delta, self.method) is not None
+        told = accounting.gather(rounds, {"epsilon": epsilon, "over": is_over})
+        facts = self._facts(max(fields["epsilon"] for fields in told))
+        prefix = "dp_example" if "dp_epsilon" in rounds.history[-1] else "dp"
+        facts = {f"{prefix}_{name}": value for name, value in facts.items()}
+        rounds.history[-1].update(facts)
+        numbers = {f"fl/{name}": value for name, value in facts.items() if not isinstance(value, str)}
+        internals.log_to_loggers(trainer, numbers)
+        words = {f"fl/{name}": value for name, value in facts.items() if isinstance(value, str)}
+        if words != self._words:
+            self._words = words
+            for logger in trainer.loggers:
+                logger.log_hyperparams(words)
+        if any(fields["over"] for fields in told) and len(told) == rounds.group.size:
+            trainer.should_stop = True
+            rank_zero_info(
+                f"Training stops: another round would exceed max_epsilon={self.max_epsilon:g} for a client that takes "
+                "part in it."
+            )
+
+    # ---- what it amounts to
+
+    def ledger(self, trainer: L.Trainer, client: ClientId) -> Ledger:
+        """What a client that lives on this rank has released."""
+        ledger = accounting.ledger_of(_rounds(trainer), client)
+        if self._was_without:
+            ledger.record(Gaussian(0.0))  # earlier rounds that were not private
+        return ledger
+
+    def ledgers(self, trainer: L.Trainer) -> dict[ClientId, Ledger]:
+        """What each client that lives on this rank has released; those that have never taken part are left out."""
+        ledgers = {client: self.ledger(trainer, client) for client in _rounds(trainer).store.clients()}
+        return {client: ledger for client, ledger in ledgers.items() if ledger.entries}
+
+    def epsilons(self, trainer: L.Trainer) -> dict[ClientId, Epsilon]:
+        """An upper bound on epsilon for each client that lives on this rank and has taken part."""
+        return {client: own.epsilon(self.delta, self.method) for client, own in self.ledgers(trainer).items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whether the rounds so far were private."""
+        insecure = self._was_insecure
+        return {"next_round": self._next_round, "was_without": self._was_without, "was_insecure": insecure}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from a checkpoint."""
+        self._next_round, self._was_without = state_dict["next_round"], state_dict["was_without"]
+        self._was_insecure = state_dict["was_insecure"]
+
+    def _facts(self, epsilon: float) -> dict[str, float | str]:
+        is_private = epsilon < math.inf and self.insecure_test_seed is None
+        seed = " (insecure_test_seed)" if self.insecure_test_seed is not None else ""
+        return {
+            "epsilon": epsilon,
+            "delta": self.delta,
+            "noise_multiplier": float(self._sigma),
+            "clip": self.max_grad_norm,
+            "is_private": float(is_private),
+            "guarantee": "epsilon-delta, add_or_remove_one" if is_private else f"NOT PRIVATE{seed}",
+            "mode": "sample",
+            "unit": "example",
+            "adversary": ADVERSARY,
+        }
+
+    # ---- parts
+
+    def _poisson_loader(self, client: ClientId, loader: Loader) -> PoissonLoader:
+        randomness: Randomness | None = None
+        if self.insecure_test_seed is not None:
+            randomness = np.random.default_rng(derive_seed(self.insecure_test_seed, self._round, "batches", client))
+        return PoissonLoader(loader, self._drawn.append, randomness)  # type: ignore[arg-type]
+
+    def _check_budget(self, ledgers: Sequence[Ledger]) -> None:
+        assert self.max_epsilon is not None
+        epsilon = exceeding(ledgers, self.max_epsilon, self.delta, self.method)
+        if epsilon is not None:
+            raise PrivacyBudgetExceeded(
+                f"Round {self._round} would make a client's epsilon {float(epsilon):.4g}, more than "
+                f"max_epsilon={self.max_epsilon:g}. Stop here, or raise max_epsilon or the noise before you start."
+            )
+
+    def _take_draw(self, batch: Any) -> int:
+        """Makes sure that a batch is the one that was drawn; returns its number of examples."""
+        self._has_gradient = False
+        if self._client is None or not self._drawn:
+            raise PrivacyError("A batch was not drawn by Poisson sampling. The run stops.")
+        chosen = self._drawn.popleft()
+        size = num_rows(batch)
+        if size != len(chosen) or len(np.unique(chosen)) != size:
+            raise PrivacyError(
+                f"{len(chosen)} examples were drawn, but the batch has {size}. The run stops. A batch must hold the "
+                "examples drawn and no others, one each."
+            )
+        self._counts[chosen] += 1
+        self._sizes.append(size)
+        return size
+
+    def _add_part(self) -> None:
+        assert self._gradients is not None
+        self._noise.add(self._gradients.take(self._size), self._size)
+
+    def _check_per_sample(self, trainer: L.Trainer, step: Callable[[Any], Any], batch: Any) -> None:
+        assert self._gradients is not None
+        assert self._client is not None
+        precision = str(trainer.precision)
+        with (
+            isolated_randomness(_rounds(trainer).settings.seed, self._round, self._client, "check"),
+            outside_training(trainer, training=True) as results,
+        ):
+
+            def loss_of(rows: Any) -> Tensor:
+                results.batch, results.batch_size = rows, None
+                return _loss(step(rows))
+
+            check_per_sample(self._gradients, loss_of, batch, TOLERANCES[precision])
+        self._is_checked = True
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._client is not None and not self._has_gradient:
+            raise PrivacyError("The optimizer has taken a step on a gradient that is not private. The run stops.")
+        self._has_gradient = False
+
+    def _detach(self) -> None:
+        if self._gradients is not None:
+            self._gradients.detach()
+            self._handle.remove()
+        self._gradients = self._client = None
+
+
+def _loss(outputs: Any) -> Tensor:
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+    if not isinstance(loss, Tensor):
+        raise PrivacyError(
+            f"training_step returned {type(loss).__name__} instead of a loss. Skipping a step shows something of the "
+            "batch, so the run stops. Return a loss for every batch."
+        )
+    return loss
+
+
+def _rounds(trainer: L.Trainer) -> FederatedRounds:
+    strategy = trainer.strategy
+    assert isinstance(strategy, FederatedStrategy)
+    return strategy.active_rounds

@@ -1,0 +1,90 @@
+"""What sample-level privacy can't stand beside, refused with the remedy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.optim import Optimizer
+
+from lightning_fl.callbacks.personalized_evaluation import PersonalizedEvaluation
+from lightning_fl.privacy.sample_level.per_sample import why_not_per_sample
+from lightning_fl.strategies import FederatedStrategy
+
+PRECISIONS = ("32-true", "64-true", "bf16-mixed")
+
+
+def refuse(found: str) -> MisconfigurationException:
+    """The error that names what stands against sample-level privacy; to be raised."""
+    return MisconfigurationException(f"SampleLevelDP can't give its guarantee: {found}.")
+
+
+def check_settings(trainer: L.Trainer, module: L.LightningModule) -> None:
+    """Checks what shows before the data is there, and again in every round, since callbacks may change it.
+
+    Raises:
+        MisconfigurationException: If something breaks the guarantee.
+    """
+    if not isinstance(trainer.strategy, FederatedStrategy):
+        raise refuse(
+            f"the strategy is {type(trainer.strategy).__name__}, and only a federated one lets it draw the batches. "
+            "Use Trainer(strategy='fedavg'), with num_clients=1 to train on all data in one place"
+        )
+    if not module.automatic_optimization:
+        raise refuse(
+            "the module optimizes by hand, past the clipping. Set automatic_optimization=True, with one optimizer"
+        )
+    if trainer.accumulate_grad_batches != 1:
+        raise refuse(
+            f"accumulate_grad_batches={trainer.accumulate_grad_batches} adds up batches of which each needs noise of "
+            "its own. Leave it at 1, take a larger batch_size, and bound the memory with "
+            "SampleLevelDP(max_physical_batch_size=...)"
+        )
+    if trainer.gradient_clip_val:
+        raise refuse(
+            f"gradient_clip_val={trainer.gradient_clip_val} clips sums of gradients, not those of the examples, and "
+            "after the noise. Leave it out: max_grad_norm clips each example's"
+        )
+    if trainer.precision not in PRECISIONS:
+        raise refuse(
+            f"precision={trainer.precision!r} scales the loss, or rounds the noise away. Use one of "
+            f"{', '.join(map(repr, PRECISIONS))}"
+        )
+    if trainer.overfit_batches:  # type: ignore[attr-defined]
+        raise refuse("overfit_batches repeats the same batches. Use limit_train_batches, which counts Poisson batches")
+    probe, name = trainer.strategy.algorithm.probe, type(trainer.strategy.algorithm).__name__
+    if probe is not None:
+        raise refuse(
+            f"{name} measures the mean {'loss' if probe == 'loss' else 'gradient'} of each client's data, without "
+            "noise. Use another algorithm, or an option of it without that measurement"
+        )
+    for hook in ("backward", "configure_gradient_clipping"):
+        if is_overridden(hook, module):
+            raise refuse(f"the module has its own {hook}, which could change gradients past the clipping. Remove it")
+
+
+def check_training(trainer: L.Trainer, module: L.LightningModule) -> Optimizer:
+    """Checks what shows when training starts; returns the optimizer.
+
+    Raises:
+        MisconfigurationException: If something breaks the guarantee.
+    """
+    strategy: Any = trainer.strategy
+    if strategy.active_rounds.together is not None:
+        raise refuse("engine='vectorized' trains several clients in one step. Use engine='sequential'")
+    if isinstance(trainer.optimizers[0], torch.optim.LBFGS):
+        raise refuse("LBFGS looks at a batch several times in a step. Use another optimizer")
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        trains = isinstance(callback, PersonalizedEvaluation) and (callback.finetune_epochs, callback.local_epochs)
+        if trains not in (False, (0, 0)):
+            raise refuse(
+                "PersonalizedEvaluation trains on the clients' data without noise. Give it finetune_epochs=0 and "
+                "local_epochs=0"
+            )
+    reason = why_not_per_sample(module)
+    if reason is not None:
+        raise refuse(reason)
+    return trainer.optimizers[0]

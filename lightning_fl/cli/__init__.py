@@ -1,0 +1,12 @@
+"""The command line: ``lightning-fl``, ``python -m lightning_fl`` or ``torchrun -m lightning_fl``."""
+
+from lightning_fl.cli.lightning_cli import (
+    COMMANDS,
+    FederatedCLI,
+    check_strategy_name,
+    federated_strategy_names,
+    main,
+    recipes_directory,
+)
+
+__all__ = ["COMMANDS", "FederatedCLI", "check_strategy_name", "federated_strategy_names", "main", "recipes_directory"]

@@ -1,0 +1,145 @@
+"""Shows who has what before training: the clients, their sizes and labels, and how much they differ.
+
+It takes the configuration and options of `lightning-fl fit`, sets the run up as `fit` would and stops before training.
+Labels are read from the data set's `targets` or `labels`, the last tensor of a TensorDataset, or else sample by sample.
+
+Examples:
+  lightning-fl partition --config config.yaml
+  lightning-fl partition --config config.yaml --data.partitioner.alpha 0.1 --out skewed.png
+  torchrun --standalone --nproc_per_node 3 -m lightning_fl partition --config silos.yaml
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from rich.console import Console
+from rich.table import Table
+
+from lightning_fl.federation.report_masking import check_telling
+from lightning_fl.strategies import FederatedStrategy
+from lightning_fl.tracking import PartitionSummary, plots, summarise
+
+SETS_UP_A_RUN = True
+MAX_ROWS = 30
+MAX_COLUMNS = 12
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's own options."""
+    parser.usage = "lightning-fl partition --config CONFIG [any option of fit] [--out PNG] [--max-clients N]"
+    parser.add_argument("--config", action="append", metavar="CONFIG", help="a configuration as for `fit`")
+    parser.add_argument("--out", type=Path, default=Path("partition.png"), help="the picture (default: %(default)s)")
+    parser.add_argument("--max-clients", type=int, default=1000, help="look at so many at most (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prints the table and writes the picture."""
+    from lightning_fl.cli import FederatedCLI
+
+    if args.max_clients < 1:
+        raise MisconfigurationException(f"--max-clients {args.max_clients} must be at least 1.")
+    look = LookAtPartition(args.max_clients)
+
+    class PartitionCLI(FederatedCLI):
+        """Sets up a run and looks at its clients instead of training them."""
+
+        def before_fit(self) -> None:
+            if not isinstance(self.trainer.strategy, FederatedStrategy):
+                raise MisconfigurationException(
+                    f"A partition is between clients, but the strategy is {type(self.trainer.strategy).__name__}. "
+                    "Add --trainer.strategy fedavg."
+                )
+            self.trainer.num_sanity_val_steps = 0
+            self.trainer.loggers = []
+            self.trainer.callbacks = [look]  # type: ignore[attr-defined]
+
+    configs = [word for config in args.config or () for word in ("--config", config)]
+    PartitionCLI(["fit", *configs, *args.rest])
+    if look.summary is None:
+        return
+    show(look.summary, Console())
+    if not plots.is_available():
+        print('There is no picture without matplotlib: pip install "lightning-fl[tracking]"')
+        return
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_bytes(plots.as_png(plots.partition_figure(look.summary)))
+    print(f"picture: {args.out}")
+
+
+class LookAtPartition(L.Callback):
+    """Looks at the clients and stops the Trainer before the first batch.
+
+    Args:
+        max_clients: Clients to look at.
+    """
+
+    def __init__(self, max_clients: int) -> None:
+        self.max_clients = max_clients
+        self.summary: PartitionSummary | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Looks at the clients."""
+        trainer.should_stop = True
+        assert isinstance(trainer.strategy, FederatedStrategy)
+        strategy = trainer.strategy
+        if strategy.active_rounds.settings.silos:
+            check_telling("lightning-fl partition", strategy.active_rounds.settings)
+        found = summarise(strategy.active_rounds.population, strategy.federation, self.max_clients, read_samples=True)
+        self.summary = found if trainer.is_global_zero else None
+
+
+def show(summary: PartitionSummary, console: Console) -> None:
+    """Prints who has what."""
+    shows_labels = 0 < len(summary.labels) <= MAX_COLUMNS
+    columns = list(summary.labels) if shows_labels else []
+    console.print("Who has what: examples of each label" if shows_labels else "Who has what")
+    table = Table()
+    table.add_column("client")
+    for column in ("examples", *columns):
+        table.add_column(column, justify="right")
+    for row in _rows_shown(len(summary.ids)):
+        if row is None:
+            table.add_row(*["..."] * (2 + len(columns)))
+            continue
+        counts = [str(count) if count else "·" for count in summary.counts[row]] if shows_labels else []
+        table.add_row(str(summary.ids[row]), _size(summary.sizes[row]), *counts)
+    console.print(table)
+    for line in facts(summary):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def facts(summary: PartitionSummary) -> list[str]:
+    """Sizes and heterogeneity, in words."""
+    sizes = summary.known_sizes
+    shown = "" if len(summary.ids) == summary.num_clients else f", {len(summary.ids):,} of them looked at"
+    lines = [f"clients: {summary.num_clients:,}{shown}"]
+    if sizes:
+        middle = sorted(sizes)[len(sizes) // 2]
+        lines.append(f"examples: {sum(sizes):,}; a client has {min(sizes):,} to {max(sizes):,}, the median {middle:,}")
+    empty = [str(client) for client, size in zip(summary.ids, summary.sizes, strict=True) if size == 0]
+    if empty:
+        lines.append(f"without examples: {', '.join(empty[:10])}{', ...' if len(empty) > 10 else ''}")
+    if summary.label_skew is not None and summary.label_skew_if_iid is not None:
+        lines.append(
+            f"label skew: {summary.label_skew:.2f} (0: all have the same mix of labels, 1: none in common; "
+            f"dealt out at random it would be {summary.label_skew_if_iid:.2f})"
+        )
+    else:
+        lines.append("label skew: unknown, since the data holds no labels that can be counted")
+    return lines
+
+
+def _rows_shown(count: int) -> list[int | None]:
+    if count <= MAX_ROWS:
+        return list(range(count))
+    half = MAX_ROWS // 2
+    return [*range(half), None, *range(count - half, count)]
+
+
+def _size(size: Any) -> str:
+    return "?" if size is None else f"{size:,}"

@@ -1,0 +1,228 @@
+"""Cohorts: which clients take part in a round."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+from zlib import crc32
+
+import numpy as np
+
+from lightning_fl.clients.population import Population
+from lightning_fl.seeding import Randomness
+
+ClientsPerRound = int | float | None
+
+
+def cohort_size(clients_per_round: ClientsPerRound, population: int) -> int:
+    """Number of clients in a round.
+
+    Args:
+        clients_per_round: A count (int), a share in (0, 1] (float), or None for all.
+        population: Number of clients in the federation.
+
+    Raises:
+        ValueError: If the count or the share is out of range.
+    """
+    if clients_per_round is None:
+        return population
+    if isinstance(clients_per_round, bool) or not isinstance(clients_per_round, int | float):
+        raise ValueError(
+            f"clients_per_round={clients_per_round!r} is neither a count (int), a share (float) nor None (all)."
+        )
+    if isinstance(clients_per_round, float):
+        if not 0.0 < clients_per_round <= 1.0:
+            raise ValueError(
+                f"clients_per_round={clients_per_round} as a float is a share and must lie in (0, 1]; write an int for "
+                "a count."
+            )
+        return max(1, round(clients_per_round * population))
+    if clients_per_round < 1:
+        raise ValueError(f"clients_per_round={clients_per_round} must be at least 1.")
+    if clients_per_round > population:
+        raise ValueError(
+            f"clients_per_round={clients_per_round} is more than the federation's {population} clients. Lower it, or "
+            "give a share such as 0.1."
+        )
+    return clients_per_round
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a federation's cohorts are drawn, for whoever has to account for it.
+
+    Args:
+        kind: ``"full"``: all clients in each round; ``"fixed"``: a fixed number, uniformly without replacement;
+            ``"poisson"``: each client on its own with probability ``rate``; ``"other"``: anything else.
+        num_clients: Number of clients in the federation.
+        size: Clients in a round; the expected number for ``"poisson"``.
+        rate: Share of the federation's clients in a round; for ``"poisson"`` and ``"fixed"`` each client's probability.
+    """
+
+    kind: Literal["full", "fixed", "poisson", "other"]
+    num_clients: int
+    size: float
+    rate: float
+
+
+class Cohort(ABC):
+    """Draws the clients of each round: a frozen dataclass, and a function of the round and the randomness it is given.
+
+    A cohort of your own overrides :meth:`draw`; its size is ``clients_per_round`` of the strategy.
+    """
+
+    secure: bool = False
+    """Whether the randomness comes from the operating system; such cohorts do not repeat."""
+
+    def check(self, clients_per_round: ClientsPerRound) -> None:
+        """Makes sure that ``clients_per_round`` of the strategy fits.
+
+        Raises:
+            ValueError: If it would be ignored, or is missing.
+        """
+        if clients_per_round is None:
+            raise ValueError(f"cohort={self!r} needs clients_per_round: a count such as 10, or a share such as 0.1.")
+
+    def sampling(self, num_clients: int, clients_per_round: ClientsPerRound) -> Sampling:
+        """Describes the cohorts of a federation with ``num_clients`` clients.
+
+        Raises:
+            ValueError: If ``clients_per_round`` does not fit the number of clients.
+        """
+        size = cohort_size(clients_per_round, num_clients)
+        return Sampling("full" if size == num_clients else "other", num_clients, size, size / num_clients)
+
+    def prepare(self, population: Population, sampling: Sampling) -> Any:
+        """What :meth:`draw` needs to know of the clients, worked out once.
+
+        Raises:
+            ValueError: If the clients do not fit.
+        """
+        return None
+
+    @abstractmethod
+    def draw(self, sampling: Sampling, round: int, rng: Randomness, prepared: Any) -> np.ndarray:
+        """The positions of the round's clients in the order of all clients.
+
+        Args:
+            sampling: The number of clients and the size of the cohort.
+            round: Number of the round, from 0.
+            rng: The only source of randomness: of (seed, round), or of the operating system.
+            prepared: What :meth:`prepare` gave.
+
+        Returns:
+            Different integers in ``[0, num_clients)``, in any order: int64, shape ``[cohort_size]``.
+        """
+
+
+def describe_sampling(cohort: Cohort, num_clients: int, clients_per_round: ClientsPerRound) -> Sampling:
+    """What a cohort says of itself, unless a subclass has changed how it draws and not what it says: then ``"other"``.
+
+    Raises:
+        ValueError: If ``clients_per_round`` does not fit the number of clients.
+    """
+    sampling = cohort.sampling(num_clients, clients_per_round)
+    first = next(kind for kind in type(cohort).__mro__ if not {"draw", "sampling"}.isdisjoint(vars(kind)))
+    if "sampling" in vars(first) or sampling.kind == "full":
+        return sampling
+    return replace(sampling, kind="other")
+
+
+@dataclass(frozen=True)
+class Uniform(Cohort):
+    """``clients_per_round`` clients, each subset equally likely: the default.
+
+    Args:
+        secure: Whether to draw from the operating system's randomness, as differential privacy asks. Default False:
+            from (seed, round). A transform that needs it turns it on by itself. Such cohorts do not repeat.
+    """
+
+    secure: bool = False
+
+    def check(self, clients_per_round: ClientsPerRound) -> None:
+        """See :meth:`Cohort.check`; None is all clients."""
+        if self.secure and clients_per_round is None:
+            raise ValueError("cohort=Uniform(secure=True) draws nothing where all clients take part. Leave it out.")
+
+    def sampling(self, num_clients: int, clients_per_round: ClientsPerRound) -> Sampling:
+        """See :meth:`Cohort.sampling`."""
+        size = cohort_size(clients_per_round, num_clients)
+        return Sampling("full" if size == num_clients else "fixed", num_clients, size, size / num_clients)
+
+    def draw(self, sampling: Sampling, round: int, rng: Randomness, prepared: Any) -> np.ndarray:
+        """See :meth:`Cohort.draw`."""
+        if sampling.kind == "full":
+            return np.arange(sampling.num_clients)
+        return rng.choice(sampling.num_clients, int(sampling.size), replace=False, shuffle=False)
+
+
+@dataclass(frozen=True)
+class Poisson(Cohort):
+    r"""Each client takes part on its own with probability ``rate``: the sampling of differential privacy.
+
+    The number of clients in a round is :math:`\mathrm{Binomial}(n, q)`, with mean :math:`nq` and variance
+    :math:`nq(1-q)`. A round without any client leaves the model as it is, unless a transform adds noise to it.
+
+    Args:
+        rate: The probability :math:`q`, in (0, 1].
+        secure: Whether to draw from the operating system's randomness. Default False: from (seed, round). A transform
+            that needs it turns it on by itself. Such cohorts do not repeat.
+
+    Raises:
+        ValueError: If ``rate`` is out of range.
+    """
+
+    rate: float
+    secure: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks the arguments."""
+        if not 0 < self.rate <= 1:
+            raise ValueError(f"Poisson got rate={self.rate}; expected a probability in (0, 1].")
+
+    def check(self, clients_per_round: ClientsPerRound) -> None:
+        """See :meth:`Cohort.check`; the rate alone tells how many."""
+        if clients_per_round is not None:
+            raise ValueError(
+                f"cohort={self!r} draws a random number of clients, so clients_per_round={clients_per_round} would be "
+                "ignored. Leave it out; the share of clients in a round is `rate`."
+            )
+
+    def sampling(self, num_clients: int, clients_per_round: ClientsPerRound) -> Sampling:
+        """See :meth:`Cohort.sampling`."""
+        return Sampling("full" if self.rate == 1 else "poisson", num_clients, self.rate * num_clients, self.rate)
+
+    def draw(self, sampling: Sampling, round: int, rng: Randomness, prepared: Any) -> np.ndarray:
+        """See :meth:`Cohort.draw`; the gaps between the clients drawn are geometric, so only those cost time."""
+        if self.rate == 1:
+            return np.arange(sampling.num_clients)
+        chunk = int(sampling.size + 5 * sampling.size**0.5) + 1
+        drawn, last = [], -1.0
+        while last < sampling.num_clients:
+            gaps = np.floor(np.log1p(-rng.random(chunk)) / np.log1p(-self.rate)) + 1
+            drawn.append(last + np.cumsum(gaps))
+            last = drawn[-1][-1]
+        positions = np.concatenate(drawn)
+        return positions[positions < sampling.num_clients].astype(np.int64)
+
+
+@dataclass(frozen=True)
+class RoundRobin(Cohort):
+    """Clients take turns in the order of their ids, ``clients_per_round`` at a time.
+
+    All of ``n`` clients have taken part after ``ceil(n / clients_per_round)`` rounds. Nothing is random.
+    """
+
+    def draw(self, sampling: Sampling, round: int, rng: Randomness, prepared: Any) -> np.ndarray:
+        """See :meth:`Cohort.draw`."""
+        return (round * int(sampling.size) + np.arange(int(sampling.size))) % sampling.num_clients
+
+
+def describe(values: Any) -> str:
+    """A mapping in full if it is short, else by its length and a checksum, so that ranks can compare it."""
+    if not isinstance(values, Mapping) or len(values) <= 20:
+        return repr(values)
+    checksum = sum(crc32(repr(item).encode()) for item in values.items())
+    return f"<{len(values)} clients, checksum {checksum:x}>"

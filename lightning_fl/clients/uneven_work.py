@@ -1,0 +1,176 @@
+"""Uneven work: how much each client trains in a round, and stragglers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from lightning_fl.clients.cohorts import describe
+from lightning_fl.clients.population import Population
+from lightning_fl.types import ClientId
+
+
+class Amount(ABC):
+    """How many local epochs, or local steps, each client of a round trains; stands where a whole number may stand."""
+
+    @property
+    @abstractmethod
+    def most(self) -> int:
+        """The most that any client trains: what learning-rate schedules are made for."""
+
+    def check(self, population: Population) -> None:
+        """Makes sure that it fits the clients.
+
+        Raises:
+            ValueError: If it does not.
+        """
+        return
+
+    @abstractmethod
+    def draw(self, clients: Sequence[ClientId], rng: np.random.Generator) -> Sequence[int]:
+        """The amount of each client in one round, from 1 to :attr:`most`.
+
+        Args:
+            clients: The clients of the round; each by itself where participation is secure.
+            rng: The only source of randomness.
+        """
+
+
+@dataclass(frozen=True)
+class Between(Amount):
+    """A whole number between two others, each equally likely, drawn anew for each client and round.
+
+    Args:
+        low: The least, at least 1.
+        high: The most.
+
+    Raises:
+        ValueError: If they are out of range.
+
+    Example:
+        >>> import lightning_fl as fl
+        >>> strategy = fl.FederatedStrategy("fednova", local_epochs=fl.clients.Between(2, 5))
+    """
+
+    low: int
+    high: int
+
+    def __post_init__(self) -> None:
+        """Checks the arguments."""
+        if not (_is_count(self.low) and _is_count(self.high) and self.low <= self.high):
+            raise ValueError(f"{self!r} must hold whole numbers with 1 <= low <= high.")
+
+    @property
+    def most(self) -> int:
+        """See :attr:`Amount.most`."""
+        return self.high
+
+    def draw(self, clients: Sequence[ClientId], rng: np.random.Generator) -> Sequence[int]:
+        """See :meth:`Amount.draw`."""
+        return rng.integers(self.low, self.high, size=len(clients), endpoint=True).tolist()
+
+
+@dataclass(frozen=True)
+class PerClient(Amount):
+    """An amount of its own for each client, the same in all rounds: fast and slow devices.
+
+    Args:
+        amounts: The amounts by client.
+        default: The amount of clients that are not named. None: each client has to be.
+
+    Raises:
+        ValueError: If an amount is no whole number from 1; when training starts, if a client is unknown or missing.
+    """
+
+    amounts: Mapping[int | str, int]
+    default: int | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the arguments."""
+        if not isinstance(self.amounts, Mapping):
+            raise ValueError(f"PerClient got amounts={self.amounts!r}; expected a mapping by client.")
+        wrong = {client: amount for client, amount in self.amounts.items() if not _is_count(amount)}
+        if wrong or not (self.default is None or _is_count(self.default)):
+            raise ValueError(f"{self!r} must hold whole numbers, at least 1; found {describe(wrong)}.")
+
+    def __repr__(self) -> str:
+        return f"PerClient({describe(self.amounts)}, default={self.default})"
+
+    @property
+    def most(self) -> int:
+        """See :attr:`Amount.most`."""
+        return max([*self.amounts.values(), self.default or 1])
+
+    def check(self, population: Population) -> None:
+        """See :meth:`Amount.check`."""
+        unknown = [client for client in self.amounts if client not in population]
+        if unknown:
+            raise ValueError(f"{self!r} names client {unknown[0]!r}, which is not in the federation.")
+        if self.default is None and len(self.amounts) < len(population):
+            missing = next(client for client in population.ids if client not in self.amounts)
+            raise ValueError(f"{self!r} does not name client {missing!r}. Name each client, or give a default.")
+
+    def draw(self, clients: Sequence[ClientId], rng: np.random.Generator) -> Sequence[int]:
+        """See :meth:`Amount.draw`."""
+        return [self.amounts.get(client, self.default or 1) for client in clients]
+
+
+@dataclass(frozen=True)
+class Stragglers:
+    """In each round a share of the cohort does not finish its local training.
+
+    A straggler of policy ``"partial"`` delivers what it has done: a uniformly random number of optimizer steps, from 1
+    to all of its work (whole passes, if its loader has no length). One of policy ``"drop"`` is left out of the round.
+    Stragglers depend on (seed, round) only, so that runs of different algorithms have the same ones. Under secure
+    participation, as differential privacy needs it, each client straggles on its own with probability ``share``.
+
+    FedProx's experiments are ``Stragglers(0.9)`` for FedProx beside ``Stragglers(0.9, policy="drop")`` for FedAvg, with
+    20 local epochs; the authors draw whole epochs.
+
+    Args:
+        share: Share of the cohort, in [0, 1]. A share that is no whole number of clients is rounded up or down at
+            random, so that it is right on average.
+        policy: ``"partial"`` or ``"drop"``.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Reference:
+        Li et al., "Federated Optimization in Heterogeneous Networks", MLSys 2020.
+    """
+
+    share: float
+    policy: Literal["partial", "drop"] = "partial"
+
+    def __post_init__(self) -> None:
+        """Checks the arguments."""
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"Stragglers got share={self.share}; expected a share of the cohort in [0, 1].")
+        if self.policy not in ("partial", "drop"):
+            raise ValueError(f"Stragglers got policy={self.policy!r}; expected 'partial' or 'drop'.")
+        if self.share == 1 and self.policy == "drop":
+            raise ValueError("Stragglers(1.0, policy='drop') leaves nobody to train. Lower the share.")
+
+    def draw(self, num_clients: int, rng: np.random.Generator) -> np.ndarray:
+        """The part of its work that each client of a round gets done.
+
+        Args:
+            num_clients: Clients in the cohort.
+            rng: The only source of randomness.
+
+        Returns:
+            Numbers in (0, 1], 0 for a client that is dropped: shape ``[num_clients]``.
+        """
+        parts = np.ones(num_clients)
+        number = int(self.share * num_clients + rng.random())
+        late = rng.permutation(num_clients)[:number]
+        parts[late] = 1 - rng.random(len(late)) if self.policy == "partial" else 0.0
+        return parts
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

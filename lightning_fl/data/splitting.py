@@ -1,0 +1,172 @@
+"""From one DataLoader to the loaders of many clients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, Subset
+
+from lightning_fl.data.client_loaders import ClientLoaders
+from lightning_fl.data.collation import gathered
+from lightning_fl.data.partitioners.partitioner import Partitioner
+from lightning_fl.types import ClientId
+
+_REMEDY = "Give each client its own loader with fl.datamodules.ClientLoaders or fl.datamodules.ClientDatasets."
+
+
+def check_splittable(loader: Any) -> None:
+    """Makes sure that a loader can be split among clients.
+
+    Args:
+        loader: Should be one plain ``DataLoader`` over a map-style data set that makes its own batches, in order or
+            shuffled.
+
+    Raises:
+        ValueError: If it is anything else, with the remedy.
+    """
+    if not isinstance(loader, DataLoader) or type(loader).__iter__ is not DataLoader.__iter__:
+        raise ValueError(
+            f"The training loader is a {type(loader).__name__}; to be split among clients it must be one plain "
+            f"DataLoader. {_REMEDY}"
+        )
+    dataset, batch_sampler = loader.dataset, loader.batch_sampler
+    sampler: Any = loader.sampler
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        raise ValueError(
+            f"The training loader reads {type(dataset).__name__}, a stream; to be split among clients it must read a "
+            f"map-style data set with a length. {_REMEDY}"
+        )
+    if batch_sampler is not None and loader.batch_size is None:
+        raise ValueError(
+            f"The training loader has the custom batch_sampler {type(batch_sampler).__name__}; to be split among "
+            f"clients it must make its batches from `batch_size` and `drop_last`. {_REMEDY}"
+        )
+    custom = type(sampler) not in (RandomSampler, SequentialSampler) or len(sampler) != len(dataset)
+    if custom or getattr(sampler, "replacement", False):
+        raise ValueError(
+            f"The training loader has the custom sampler {type(sampler).__name__}, which draws {_size(sampler)} of "
+            f"{len(dataset)} samples; to be split among clients it must read each sample once, in order or with "
+            f"`shuffle=True`. {_REMEDY}"
+        )
+
+
+def split_loader(
+    loader: DataLoader,
+    parts: Sequence[Tensor],
+    ids: Sequence[ClientId] | None = None,
+    view: Callable[[int, Tensor], Dataset] | None = None,
+) -> ClientLoaders:
+    """Splits a loader among clients: each reads its own part of the data set in the way of the given loader.
+
+    The clients' loaders are made when they are asked for. They keep the batch size, shuffling, collation, workers and
+    generator (the same object) of ``loader``; workers are not persistent.
+
+    Args:
+        loader: A plain ``DataLoader`` over a map-style data set.
+        parts: For each client the indices of its samples, each of shape ``[num_samples_of_client]``; may be empty.
+        ids: The clients' ids. None: ``0 .. len(parts)-1``.
+        view: Makes the data set that a client sees from its position and part. None: a ``Subset``.
+
+    Raises:
+        ValueError: If the loader cannot be split, see :func:`check_splittable`.
+    """
+    check_splittable(loader)
+    size = loader.batch_size
+    clients = range(len(parts)) if ids is None else ids
+    position = (
+        clients.index if isinstance(clients, range) else {client: i for i, client in enumerate(clients)}.__getitem__
+    )
+    see = view or (lambda _, part: Subset(loader.dataset, part.tolist()))
+    return ClientLoaders(
+        clients,
+        lambda client: _rebuild(loader, see(position(client), parts[position(client)])),
+        num_examples=None
+        if size is None
+        else lambda client: num_yielded(len(parts[position(client)]), size, loader.drop_last),
+    )
+
+
+def partition_loader(
+    loader: DataLoader, partitioner: Partitioner, num_clients: int | None = None, seed: int = 0
+) -> ClientLoaders:
+    """Partitions the data set of a loader and splits the loader accordingly.
+
+    Args:
+        loader: A plain ``DataLoader`` over a map-style data set.
+        partitioner: Says which samples a client gets, and what it sees of them.
+        num_clients: Number of clients. None: the partitioner's choice.
+        seed: Seed of the partition.
+
+    Raises:
+        ValueError: If the loader cannot be split, or the data set cannot be partitioned.
+    """
+    check_splittable(loader)
+    dataset = loader.dataset
+    parts = partitioner(dataset, num_clients, seed)
+    return split_loader(
+        loader,
+        parts,
+        partitioner.client_ids(dataset, num_clients),
+        lambda client, part: partitioner.client_dataset(dataset, part, client, len(parts), seed),
+    )
+
+
+def in_order(loader: Any) -> Any:
+    """A ``DataLoader`` over the same data without shuffling; any other loader as it is."""
+    if not isinstance(loader, DataLoader) or not isinstance(loader.sampler, RandomSampler):
+        return loader
+    return _rebuild(loader, loader.dataset, shuffle=False)
+
+
+def shard(loader: Any, rank: int, size: int) -> DataLoader:
+    """The part of an evaluation loader that rank ``rank`` of ``size`` reads, unpadded.
+
+    Raises:
+        ValueError: If the loader cannot be split, or has fewer samples than there are ranks.
+    """
+    check_splittable(loader)
+    if len(loader.dataset) < size:
+        raise ValueError(
+            f"split_validation=True can't split {len(loader.dataset)} samples among {size} ranks; leave it out."
+        )
+    return _rebuild(loader, Subset(loader.dataset, range(rank, len(loader.dataset), size)))
+
+
+def num_yielded(num_samples: int, batch_size: int, drop_last: bool) -> int:
+    """Number of examples that one pass over a loader yields."""
+    return num_samples // batch_size * batch_size if drop_last else num_samples
+
+
+def over(loader: DataLoader, dataset: Any, evaluate: bool = False) -> DataLoader:
+    """A loader like ``loader`` over another data set; to evaluate, in order and with every sample."""
+    return _rebuild(loader, dataset, False if evaluate else None, False if evaluate else None)
+
+
+def _rebuild(
+    loader: DataLoader, dataset: Any, shuffle: bool | None = None, drop_last: bool | None = None
+) -> DataLoader:
+    dataset, collate_fn = gathered(dataset, loader.collate_fn)
+    sampler_generator = getattr(loader.sampler, "generator", None)
+    return DataLoader(
+        dataset,
+        batch_size=loader.batch_size,
+        shuffle=isinstance(loader.sampler, RandomSampler) and len(dataset) > 0 if shuffle is None else shuffle,
+        num_workers=loader.num_workers,
+        collate_fn=collate_fn,
+        pin_memory=loader.pin_memory,
+        drop_last=loader.drop_last if drop_last is None else drop_last,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        generator=loader.generator if loader.generator is not None else sampler_generator,
+        prefetch_factor=loader.prefetch_factor,
+        persistent_workers=False,
+        in_order=loader.in_order,
+    )
+
+
+def _size(sampler: Any) -> str:
+    replaced = " with replacement" if getattr(sampler, "replacement", False) else ""
+    return f"{len(sampler) if hasattr(sampler, '__len__') else '?'}{replaced}"

@@ -1,0 +1,116 @@
+"""Stacked clients of which only some train: their rows are gathered, stepped by themselves, and written back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_fl.engines.optimizer_states import OptimizerStates
+from lightning_fl.types import Tree
+
+_STACKED = object()
+"""In a client's other states, marks one that it has element by element, as a row of a stacked tensor."""
+
+
+class Gathering:
+    """The tensors of all clients of a unit, and their optimizer states, while some of them train.
+
+    Args:
+        params: The clients' parameters, stacked, which the optimizers step.
+        buffers: Their buffers, stacked.
+        optimizers: The optimizers.
+    """
+
+    def __init__(self, params: Tree, buffers: Tree, optimizers: OptimizerStates) -> None:
+        self.rows: Sequence[int] | None = None
+        self._params = params
+        self._buffers = buffers
+        self._optimizers = optimizers
+        self._num_clients = len(next(iter(params.values())))
+        self._stacked_states: dict[tuple[str, str], Tensor] = {}
+        self._other_states: dict[int, dict[tuple[str, str], Any]] = {}
+
+    def choose(self, rows: Sequence[int] | None, params: Tree, buffers: Tree) -> tuple[Tree, Tree]:
+        """Lets the optimizers step the clients at ``rows``.
+
+        Args:
+            rows: In order. None: all clients.
+            params: The stacked parameters at hand; they are written back.
+            buffers: The stacked buffers at hand; they are written back.
+
+        Returns:
+            Those of the chosen clients; if these are all, the tensors of the unit themselves.
+        """
+        chosen = None if rows is None or len(rows) == self._num_clients else rows
+        if chosen == self.rows:
+            return params, buffers
+        self._write_back(params, buffers)
+        self.rows = chosen
+        if chosen is None:
+            taken, taken_buffers = self._params, self._buffers
+        else:
+            index = self._index(params)
+            taken = {n: t.detach().index_select(0, index).requires_grad_() for n, t in self._params.items()}
+            taken_buffers = {name: tensor.index_select(0, index) for name, tensor in self._buffers.items()}
+        for param in params.values():
+            param.grad = None
+        self._optimizers.replace_params({id(param): taken[name] for name, param in params.items()})
+        self._load_states(taken)
+        return taken, taken_buffers
+
+    def _write_back(self, params: Tree, buffers: Tree) -> None:
+        index = None if self.rows is None else self._index(params)
+        if index is None:
+            self._buffers = buffers
+        else:
+            for whole, own in ((self._params, params), (self._buffers, buffers)):
+                for name, tensor in own.items():
+                    whole[name].detach().index_copy_(0, index, tensor.detach())
+        others: dict[tuple[str, str], Any] = {}
+        for name, optimizer, param in self._stepped(params):
+            for key, value in optimizer.state.get(param, {}).items():
+                is_stacked = isinstance(value, Tensor) and value.shape == param.shape and key != "step"
+                others[name, key] = _STACKED if is_stacked else value
+                if is_stacked:
+                    self._write_state((name, key), value, index)
+        for row in self.rows or range(self._num_clients):
+            self._other_states[row] = others
+
+    def _write_state(self, key: tuple[str, str], value: Tensor, index: Tensor | None) -> None:
+        if index is None:
+            self._stacked_states[key] = value
+            return
+        if key not in self._stacked_states:
+            self._stacked_states[key] = value.new_zeros(self._num_clients, *value.shape[1:])
+        self._stacked_states[key].index_copy_(0, index, value)
+
+    def _load_states(self, params: Tree) -> None:
+        index = None if self.rows is None else self._index(params)
+        found: dict[str, dict[str, Any]] = {}
+        for (name, key), value in self._other_states[self.rows[0] if self.rows else 0].items():
+            if value is not _STACKED:
+                own = copy.deepcopy(value)
+            elif index is None:
+                own = self._stacked_states[name, key]
+            else:
+                own = self._stacked_states[name, key].index_select(0, index)
+            found.setdefault(name, {})[key] = own
+        for name, optimizer, param in self._stepped(params):
+            if name in found:
+                optimizer.state[param] = found[name]
+
+    def _stepped(self, params: Tree) -> Iterator[tuple[str, Optimizer, Tensor]]:
+        names = {id(param): name for name, param in params.items()}
+        for optimizer in self._optimizers.optimizers:
+            for group in optimizer.param_groups:
+                for param in group["params"]:
+                    if id(param) in names:
+                        yield names[id(param)], optimizer, param
+
+    def _index(self, params: Tree) -> Tensor:
+        return torch.tensor(self.rows, device=next(iter(params.values())).device)

@@ -1,0 +1,92 @@
+"""Before anything is summed, the ranks make sure that they train the same thing."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from lightning_fl.communication import Group, Message
+
+
+def describe_module(module: nn.Module) -> dict[str, str]:
+    """Name, shape and dtype of each tensor in the module's ``state_dict``."""
+    return {
+        name: f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+        for name, tensor in module.state_dict().items()
+        if isinstance(tensor, torch.Tensor)
+    }
+
+
+def shake_hands(group: Group, module: nn.Module, settings: dict[str, str]) -> None:
+    """Compares what the ranks are about to train; every rank raises the same error.
+
+    Args:
+        group: The ranks of the federation.
+        module: This rank's module.
+        settings: This rank's settings by name.
+
+    Raises:
+        ValueError: If two ranks differ; the message names the first difference and the rank.
+    """
+    own = {
+        "version": {"lightning": lightning.__version__, "torch": torch.__version__.split("+")[0]},
+        "setting": settings,
+        "tensor": describe_module(module),
+    }
+    first, *others = [message.fields for message in group.all_gather(Message(own), "handshake")]
+    for rank, other in enumerate(others, start=1):
+        for kind, expected in first.items():
+            _compare(kind, expected, other.get(kind, {}), rank)
+
+
+def join_ranks(group: Group, module: nn.Module, settings: dict[str, str]) -> None:
+    """Compares the ranks, then gives all of them the tensors of rank 0.
+
+    Raises:
+        ValueError: If two ranks differ in what they train.
+    """
+    if group.size == 1:
+        return
+    shake_hands(group, module, settings)
+    with torch.no_grad():
+        for tensor in module.state_dict().values():
+            if isinstance(tensor, torch.Tensor):
+                tensor.copy_(group.broadcast(tensor))
+
+
+def _compare(kind: str, expected: dict[str, Any], found: dict[str, Any], rank: int) -> None:
+    for name in [*expected, *found]:
+        if expected.get(name) != found.get(name):
+            raise ValueError(
+                f"Rank {rank} and rank 0 do not train the same thing: {kind} {name!r} is "
+                f"{found.get(name, 'missing')} on rank {rank} and {expected.get(name, 'missing')} on rank 0. Start "
+                "all ranks with the same module, settings and versions."
+            )
+
+
+def settings_of(strategy: Any, trainer: lightning.Trainer) -> dict[str, str]:
+    """The settings of a federation that must be the same on all ranks."""
+    own = ("algorithm", "weighting", "client_optimizer", "cohort", "clients_per_round", "stragglers")
+    of_trainer = ("max_epochs", "max_steps", "min_epochs", "check_val_every_n_epoch", "num_sanity_val_steps")
+    names = (*own, "local_epochs", "local_steps", "personal", "_seed")
+    return {
+        **{name: repr(getattr(strategy, name)) for name in names},
+        **{name: repr(getattr(trainer, name)) for name in of_trainer},
+        "aggregator": type(strategy.aggregator).__name__,
+    }
+
+
+def digest(batch: Any) -> str:
+    """A digest of a batch's content."""
+    content = hashlib.blake2b(digest_size=16)
+    for leaf in tree_leaves(batch):
+        if isinstance(leaf, Tensor):
+            content.update(leaf.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        else:
+            content.update(repr(leaf).encode())
+    return content.hexdigest()

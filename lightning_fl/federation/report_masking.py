@@ -1,0 +1,169 @@
+"""A rank's report of a round or an evaluation, split into what may be told and figures of which only the sum may."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_fl.clients.local_work import LocalWork
+from lightning_fl.communication import Message
+
+if TYPE_CHECKING:
+    from lightning_fl.federation.round import FederationSettings
+
+Schedules = TypeVar("Schedules", bound=list[Any])
+
+_COUNTS = ("num_steps", "num_examples", "logger_steps", "squared_norm")
+
+
+def hide(report: Message) -> Message:
+    """Moves all that tells of a client's data into the field ``"sums"``, numbers by name.
+
+    What stays: names and settings of metrics, shapes of their states, who was refused, empty or failed, wishes to stop
+    or to save.
+
+    Raises:
+        MisconfigurationException: If a metric is not a mean or a sum, so that a sum would not give it.
+    """
+    public, sums = dict(report.fields), {}
+    for name in _COUNTS:
+        if name in public:
+            sums[name] = float(public[name])
+            public[name] = 0
+    public["metrics"] = {key: _hide_entry(key, entry, sums) for key, entry in public["metrics"].items()}
+    public["metric_states"] = {
+        name: _hide_state(name, state, report, sums) for name, state in public["metric_states"].items()
+    }
+    public["first_batch"] = ""
+    if public.get("late"):
+        raise MisconfigurationException(
+            "Something is logged with on_epoch=True in `on_train_batch_end`, whose last values come after the round's "
+            "secure sum. Under secure aggregation log it in `training_step`."
+        )
+    if "failed" in public:
+        public["failed"] = [(client, "an error that it alone has seen") for client, _ in public["failed"]]
+    return Message({**public, "sums": sums})
+
+
+def reveal(reports: list[Message]) -> list[Message]:
+    """Puts the sums of all ranks, which the first report holds, where the ranks' own figures stood."""
+    first, *others = reports
+    sums: dict[str, float] = first.fields["sums"]
+    counts = {name: sums[name] if name == "squared_norm" else round(sums[name]) for name in _COUNTS if name in sums}
+    settings: dict[str, Any] = {}
+    states: dict[str, Any] = {}
+    for message in reports:
+        settings.update(message.fields["metrics"])
+        states.update(message.fields["metric_states"])
+    few = [entry["name"] for key, entry in settings.items() if f"metric {key} value" not in sums]
+    few += [name for name in states if f"state {name}" not in sums]
+    if few:
+        warnings.warn(
+            f"Too few silos have logged {', '.join(map(repr, dict.fromkeys(few)))} for a secure sum that is not their "
+            "own, so it is left out. Let all silos log the same.",
+            stacklevel=2,
+        )
+    settings = {key: entry for key, entry in settings.items() if f"metric {key} value" in sums}
+    states = {name: state for name, state in states.items() if f"state {name}" in sums}
+    tensors = {}
+    for name, state in states.items():
+        for key, (shape, dtype) in state["shapes"].items():
+            values = [sums[f"state {name} {key} {index}"] for index in range(math.prod(shape))]
+            value = torch.tensor(values, dtype=torch.float64).reshape(shape)
+            kind = getattr(torch, dtype)
+            tensors[f"{name}/{key}/0"] = value.to(kind) if kind.is_floating_point else value.round().to(kind)
+    joined = {
+        **first.fields,
+        **counts,
+        "metrics": {key: _reveal_entry(key, entry, sums) for key, entry in settings.items()},
+        "metric_states": {
+            name: {"count": round(sums[f"state {name}"]), "lengths": dict.fromkeys(state["shapes"])}
+            for name, state in states.items()
+        },
+    }
+    empty: dict[str, Any] = {"metrics": {}, "metric_states": {}}
+    return [Message(joined, tensors), *(Message({**message.fields, **empty}, {}) for message in others)]
+
+
+def hides_silos(settings: FederationSettings) -> bool:
+    """Whether silos must not tell each other anything of their data."""
+    return settings.silos and settings.aggregator.hides_reports
+
+
+def check_telling(what: str, settings: FederationSettings) -> None:
+    """Refuses what would show each silo's figures to the others, or each client's beside a private model.
+
+    Raises:
+        MisconfigurationException: If silos hide them, or a transform hides the clients of a round.
+    """
+    if hides_silos(settings):
+        raise MisconfigurationException(
+            f"{what} shows every silo's own figures to the others, which secure aggregation is there to prevent. Leave "
+            "it out, or the secure aggregation."
+        )
+    if settings.hides_clients:
+        names = ", ".join(type(transform).__name__ for transform in settings.transforms if transform.hides_clients)
+        raise MisconfigurationException(
+            f"{what} shows exact figures of single clients, which {names} is there to prevent. Leave out one of them."
+        )
+
+
+def check_steps(what: str, settings: FederationSettings, work: LocalWork) -> None:
+    """Refuses what would tell the silos how much data each of them has.
+
+    Raises:
+        MisconfigurationException: If silos hide it, and may take differently many steps in a phase of local training.
+    """
+    by_epochs = any(work.for_phase(phase).steps is None for phase in settings.algorithm.phases())
+    if hides_silos(settings) and by_epochs:
+        raise MisconfigurationException(
+            f"{what} needs the number of steps of the largest silo, which secure aggregation keeps to itself. Let all "
+            "take equally many, FederatedStrategy(local_steps=...), with an algorithm that has no phase of epochs of "
+            "its own, or step schedules by epoch."
+        )
+
+
+def check_schedules(schedules: Schedules, settings: FederationSettings, work: LocalWork) -> Schedules:
+    """The schedules, unless where they end would tell how much data a silo has."""
+    if schedules:
+        check_steps("A schedule that steps inside local training", settings, work)
+    return schedules
+
+
+def _hide_entry(key: str, entry: dict[str, Any], sums: dict[str, float]) -> dict[str, Any]:
+    if entry["reduction"] not in ("mean", "sum"):
+        raise MisconfigurationException(
+            f"{entry['name']!r} is logged with reduce_fx={entry['reduction']!r}, which a secure sum can't give: each "
+            "rank would learn the others' values. Log a mean or a sum, or leave it out."
+        )
+    value = float(entry["value"])
+    is_finite = math.isfinite(value)
+    sums[f"metric {key} value"] = value if is_finite else 0.0
+    sums[f"metric {key} not finite"] = float(not is_finite)
+    sums[f"metric {key} weight"] = float(entry["weight"])
+    return {**entry, "value": 0.0, "weight": 0.0}
+
+
+def _reveal_entry(key: str, entry: dict[str, Any], sums: dict[str, float]) -> dict[str, Any]:
+    value = math.nan if round(sums[f"metric {key} not finite"]) else sums[f"metric {key} value"]
+    return {**entry, "value": value, "weight": sums[f"metric {key} weight"]}
+
+
+def _hide_state(name: str, state: dict[str, Any], report: Message, sums: dict[str, float]) -> dict[str, Any]:
+    if not state["is_sum"]:
+        raise MisconfigurationException(
+            f"The torchmetric {name!r} keeps more than sums (its predictions, a maximum, ...), which a secure sum "
+            "can't give. Take its binned form (thresholds=...), or leave it out."
+        )
+    sums[f"state {name}"] = float(state["count"])
+    shapes = {}
+    for key in state["lengths"]:
+        tensor = report.tensors[f"{name}/{key}/0"]
+        shapes[key] = list(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+        for index, value in enumerate(tensor.double().reshape(-1).tolist()):
+            sums[f"state {name} {key} {index}"] = value
+    return {"shapes": shapes}

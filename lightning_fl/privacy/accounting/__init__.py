@@ -1,0 +1,17 @@
+"""What was released, and the epsilon that it costs."""
+
+from lightning_fl.privacy.accounting.calibration import noise_multiplier_for
+from lightning_fl.privacy.accounting.ledger import Epsilon, Gaussian, Ledger
+from lightning_fl.privacy.accounting.sampling import FixedSize, Full, LocalSteps, Poisson, Sampling
+
+__all__ = [
+    "Epsilon",
+    "FixedSize",
+    "Full",
+    "Gaussian",
+    "Ledger",
+    "LocalSteps",
+    "Poisson",
+    "Sampling",
+    "noise_multiplier_for",
+]

@@ -1,0 +1,236 @@
+"""Upper bounds on epsilon, through dp-accounting.
+
+dp-accounting's accountants do not mean the same thing by "replace one": its PLD accountant doubles the sensitivity of
+a Gaussian itself, its RDP accountant does not. Here noise is always relative to the largest contribution, and whatever
+a method has no bound for counts without amplification.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+
+from lightning_fl.privacy.accounting.sampling import FixedSize, Full, LocalSteps, Poisson, Sampling, client_rate
+
+Method = Literal["pld", "rdp"]
+Relation = Literal["add_or_remove_one", "replace_one"]
+Entry = tuple[float, Sampling, int]
+"""A Gaussian release: noise multiplier, sampling, how often."""
+GRID = 1e-4
+MAX_FINE_EPSILON, MAX_EPSILON = 50.0, 1e5  # in between the grid is as much coarser, to bound time and memory
+
+
+def dp_accounting() -> Any:
+    """The library, imported when it is first needed.
+
+    Raises:
+        ImportError: If it is not installed.
+    """
+    try:
+        import dp_accounting  # type: ignore[import-not-found, unused-ignore]
+    except ImportError as error:
+        raise ImportError(
+            "Privacy accounting needs dp-accounting, which is not installed: pip install 'lightning-fl[privacy]'"
+        ) from error
+    return dp_accounting
+
+
+def default_relation(entries: Sequence[Entry]) -> Relation:
+    """What a neighbour is if nobody says: sampling without replacement has bounds for replacing only."""
+    return "replace_one" if any(map(_is_fixed_size, entries)) else "add_or_remove_one"
+
+
+def check_relation(entries: Sequence[Entry], relation: Relation) -> None:
+    """Makes sure that there is a bound: with draws of a fixed size, who is removed leaves their place to another.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if relation == "add_or_remove_one" and any(map(_is_fixed_size, entries)):
+        raise ValueError(
+            "relation='add_or_remove_one' has no bound where something was drawn with FixedSize: removing one brings "
+            "in another, which moves the sum by up to twice the clip norm. Ask for 'replace_one', or draw by Poisson."
+        )
+
+
+def _is_fixed_size(entry: Entry) -> bool:
+    sampling = entry[1]
+    return isinstance(sampling.batches if isinstance(sampling, LocalSteps) else sampling, FixedSize)
+
+
+@lru_cache(maxsize=256)
+def epsilon_of(
+    entries: tuple[Entry, ...], delta: float, method: Method, relation: Relation, grid: float = GRID
+) -> float:
+    """An epsilon at ``delta`` for all entries together; infinite if one has no noise.
+
+    Args:
+        entries: The releases.
+        delta: The delta at which to answer.
+        method: The accountant.
+        relation: What neighbours differ in.
+        grid: Distance of the privacy losses that PLD tells apart; a coarser one is faster and looser.
+
+    Raises:
+        ValueError: If there is no bound for these neighbours.
+    """
+    check_relation(entries, relation)
+    entries = tuple((sigma, sampling, count) for sigma, sampling, count in entries if count)
+    if not entries:
+        return 0.0
+    if any(sigma == 0 for sigma, *_ in entries):
+        return math.inf
+    if method == "rdp":
+        return _rdp(entries, delta, relation)
+    if all(isinstance(sampling, Full) for _, sampling, _ in entries):
+        return _analytic(entries, delta, relation)
+    by_rdp = math.inf
+    if relation == "replace_one" and any(isinstance(sampling, FixedSize) for _, sampling, _ in entries):
+        by_rdp = _rdp(entries, delta, relation)
+    if all(isinstance(sampling, Full | FixedSize) for _, sampling, _ in entries):
+        return min(by_rdp, _analytic(entries, delta, relation))
+    coarsening = math.ceil(math.log2(max(min(_about(entries, relation), MAX_EPSILON) / MAX_FINE_EPSILON, 1.0)))
+    return min(by_rdp, _pld(entries, delta, relation, grid * 2.0**coarsening))
+
+
+def _scale(relation: Relation) -> float:
+    """The sensitivity of a sum of contributions of norm 1."""
+    return 2.0 if relation == "replace_one" else 1.0
+
+
+def _about(entries: Sequence[Entry], relation: Relation) -> float:
+    """Roughly the epsilon, by the central limit of many releases: only to choose a grid."""
+    total = 0.0
+    for sigma, sampling, count in entries:
+        steps = sampling.num_steps if isinstance(sampling, LocalSteps) else 1
+        rate = sampling.rate if isinstance(sampling, Poisson) else 1.0
+        precision = (_scale(relation) / sigma) ** 2
+        total += count * steps * min(precision, rate**2 * math.expm1(min(precision, 100.0)))
+    return total / 2 + 5 * total**0.5
+
+
+def _analytic(entries: Sequence[Entry], delta: float, relation: Relation) -> float:
+    """All releases as one to which everybody contributes, whose epsilon is known exactly."""
+    precision = sum(count * (_scale(relation) / sigma) ** 2 for sigma, _, count in entries)
+    return float(dp_accounting().get_epsilon_gaussian(precision**-0.5, delta)) + 1e-11
+
+
+def _rdp(entries: Sequence[Entry], delta: float, relation: Relation) -> float:
+    dpa = dp_accounting()
+    from dp_accounting import rdp
+
+    accountant = rdp.RdpAccountant(neighboring_relation=dpa.NeighboringRelation[relation.upper()])
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it tells of orders that it leaves out, which only loosens the bound
+    try:
+        for sigma, sampling, count in entries:
+            accountant.compose(*_rdp_event(dpa, sigma / _scale(relation), sampling, count, relation))
+        return float(accountant.get_epsilon(delta))
+    finally:
+        log.setLevel(level)
+
+
+def _rdp_event(dpa: Any, sigma: float, sampling: Sampling, count: int, relation: Relation) -> tuple[Any, int]:
+    """The event for dp-accounting, with ``sigma`` relative to the sensitivity."""
+    if isinstance(sampling, LocalSteps):
+        steps, clients = sampling.num_steps, sampling.clients
+        if sampling.participation == "hidden" and isinstance(clients, Poisson) and isinstance(sampling.batches, Full):
+            return _rdp_event(dpa, sigma / steps**0.5, clients, count, relation)
+        return _rdp_event(dpa, sigma, sampling.batches, count * steps, relation)
+    event = dpa.GaussianDpEvent(sigma)
+    if isinstance(sampling, Poisson) and relation == "add_or_remove_one":
+        event = dpa.PoissonSampledDpEvent(sampling.rate, event)
+    elif isinstance(sampling, FixedSize) and relation == "replace_one":
+        event = dpa.SampledWithoutReplacementDpEvent(sampling.population, sampling.cohort, event)
+    return event, count
+
+
+def _pld(entries: Sequence[Entry], delta: float, relation: Relation, grid: float) -> float:
+    total = None
+    for sigma, sampling, count in entries:
+        own = _loss(sigma, sampling, count, relation, grid)
+        total = own if total is None else total.compose(own)
+    assert total is not None
+    return float(total.get_epsilon_for_delta(delta))
+
+
+def _loss(sigma: float, sampling: Sampling, count: int, relation: Relation, grid: float) -> Any:
+    """The privacy loss distribution of ``count`` releases."""
+    if isinstance(sampling, Poisson):
+        return _single(sigma, sampling.rate, relation, grid).self_compose(count)
+    if isinstance(sampling, LocalSteps):
+        return _round(sigma, sampling, relation, grid).self_compose(count)
+    return _single(sigma / count**0.5, 1.0, relation, grid)
+
+
+@lru_cache(maxsize=64)
+def _single(sigma: float, rate: float, relation: Relation, grid: float) -> Any:
+    dpa = dp_accounting()
+    from dp_accounting.pld import privacy_loss_distribution as pld
+
+    return pld.from_gaussian_mechanism(
+        sigma,
+        value_discretization_interval=grid,
+        sampling_prob=rate,
+        neighboring_relation=dpa.NeighboringRelation[relation.upper()],
+    )
+
+
+@lru_cache(maxsize=64)
+def _round(sigma: float, sampling: LocalSteps, relation: Relation, grid: float) -> Any:
+    """The privacy loss distribution of a round of local steps, whose client is drawn once."""
+    from dp_accounting.pld import privacy_loss_distribution as pld
+
+    rate = client_rate(sampling.clients)
+    hidden = sampling.participation == "hidden" and isinstance(sampling.clients, Poisson)
+    if hidden and relation == "add_or_remove_one" and isinstance(sampling.batches, Full):
+        return _single(sigma / sampling.num_steps**0.5, rate, relation, grid)
+    inner = _loss(sigma, sampling.batches, sampling.num_steps, relation, grid)
+    if rate == 1.0:
+        return inner
+    if hidden and relation == "add_or_remove_one":
+        return subsample(inner, rate, grid)
+    return inner.compute_mixture(pld.identity(grid), rate)
+
+
+def subsample(inner: Any, rate: float, grid: float = GRID) -> Any:
+    r"""The privacy loss distribution of any mechanism after Poisson sampling.
+
+    With :math:`(P, Q)` a pair that dominates the mechanism, the sampled one has
+    :math:`\delta'(\varepsilon') = q \delta(\varepsilon)` at :math:`e^{\varepsilon'} = 1 + q (e^\varepsilon - 1)` for
+    :math:`((1 - q) Q + q P, Q)`, and :math:`1 - e^{\varepsilon'} + e^{\varepsilon'} \delta'(-\varepsilon')` for the
+    pair in the other order.
+
+    Reference:
+        Balle, Barthe and Gaboardi, "Privacy Amplification by Subsampling", NeurIPS 2018; Doroshenko et al., "Connect
+        the Dots", PETS 2022.
+    """
+    from dp_accounting.pld import pld_pmf
+    from dp_accounting.pld import privacy_loss_distribution as pld
+
+    def plain(epsilon: np.ndarray) -> np.ndarray:
+        """The larger delta of the mechanism's two orders, continued symmetrically below 0."""
+        sizes, where = np.unique(np.abs(epsilon), return_inverse=True)
+        found = np.asarray(inner.get_delta_for_epsilon(sizes))[where]
+        return np.where(epsilon >= 0, found, -np.expm1(epsilon) + np.exp(epsilon) * found)
+
+    def sampled(epsilon: np.ndarray) -> np.ndarray:
+        odds = 1 + np.expm1(epsilon) / rate
+        inside = np.log(np.maximum(odds, 1e-300))
+        return np.where(odds > 1e-300, rate * plain(inside), -np.expm1(epsilon))
+
+    ends = (inner.get_epsilon_for_delta(10.0**exponent) for exponent in range(-15, -5))
+    highest = next((end for end in ends if math.isfinite(end)), 50.0)
+    top = math.ceil(math.log1p(rate * math.expm1(highest)) / grid)
+    bottom = math.floor(math.log1p(-rate) / grid)
+    down, up = np.arange(bottom, top + 1) * grid, np.arange(-top, -bottom + 1) * grid
+    removed = np.clip(sampled(down), 0.0, 1.0)
+    added = np.clip(-np.expm1(up) + np.exp(up) * sampled(-up), 0.0, 1.0)
+    create = pld_pmf.create_pmf_pessimistic_connect_dots_fixed_gap
+    return pld.PrivacyLossDistribution(create(grid, bottom, top, removed), create(grid, -top, -bottom, added))

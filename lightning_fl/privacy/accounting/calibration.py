@@ -1,0 +1,83 @@
+"""How much noise an epsilon takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from lightning_fl.privacy.accounting.bounds import GRID, Method, Relation, default_relation, epsilon_of
+from lightning_fl.privacy.accounting.ledger import Gaussian, Ledger
+from lightning_fl.privacy.accounting.sampling import Full, Sampling
+
+LEAST_NOISE, MOST_NOISE = 0.05, 1e6
+COARSE_GRID = 1e-3
+
+
+def noise_multiplier_for(
+    epsilon: float,
+    delta: float,
+    count: int,
+    sampling: Sampling | None = None,
+    method: Method = "pld",
+    relation: Relation | None = None,
+    tolerance: float = 1e-4,
+) -> float:
+    """The least noise multiplier with which ``count`` releases stay within ``epsilon``.
+
+    Args:
+        epsilon: What may be spent in all.
+        delta: The delta at which it is to hold.
+        count: Number of releases: rounds, or steps.
+        sampling: How the contributors of each are drawn. None: everybody contributes.
+        method: As for :meth:`Ledger.epsilon`.
+        relation: As for :meth:`Ledger.epsilon`.
+        tolerance: How far above the least one the answer may lie; it is never below.
+
+    Raises:
+        ValueError: If an argument is out of range, or no noise multiplier up to a million is enough.
+    """
+    if not epsilon > 0:
+        raise ValueError(f"epsilon={epsilon} must be positive.")
+
+    ledger = Ledger()
+    ledger.record(Gaussian(1.0, sampling or Full()), count)
+    ledger.epsilon(delta, method, relation)  # refuses wrong arguments
+
+    def excess(noise_multiplier: float, method: Method = "rdp", grid: float = GRID) -> float:
+        entries = ((noise_multiplier, sampling or Full(), count),)
+        return epsilon_of(entries, delta, method, relation or default_relation(entries), grid) - epsilon
+
+    high = 1.0
+    while excess(high) > 0:
+        high *= 2
+        if high > MOST_NOISE:
+            raise ValueError(f"epsilon={epsilon} at delta={delta} is out of reach; raise one, or release less often.")
+    high = _least(excess, high, tolerance if method == "rdp" else 0.01 * high)
+    if method == "pld":
+        high = _least(lambda sigma: excess(sigma, "pld", COARSE_GRID), high, 10 * tolerance)
+        while excess(high, "pld") > 0:
+            high += tolerance
+        high = _least(lambda sigma: excess(sigma, "pld"), high, tolerance)
+    return high
+
+
+def _least(excess: Callable[[float], float], high: float, tolerance: float) -> float:
+    """Goes down from ``high``, where ``excess`` is at most 0, to where it becomes positive, and not beyond."""
+    at_high, step = excess(high), 4 * tolerance
+    while True:
+        low = max(high - step, LEAST_NOISE)
+        if low >= high:
+            return high
+        at_low = excess(low)
+        if at_low > 0:
+            break
+        high, at_high, step = low, at_low, 4 * step
+    by_secant = True
+    while high - low > tolerance:
+        middle = (low + high) / 2
+        if by_secant:
+            guess = high - at_high * (high - low) / (at_high - at_low) + tolerance / 4
+            middle = min(max(guess, low + tolerance / 2), high - tolerance / 2)
+        by_secant = not by_secant
+        found = excess(middle)
+        low, at_low, high, at_high = (low, at_low, middle, found) if found <= 0 else (middle, found, high, at_high)
+    return high

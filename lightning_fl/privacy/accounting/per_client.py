@@ -1,0 +1,120 @@
+"""The epsilon of many ledgers, one for each client: the largest, and the noise that keeps it within a budget."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+
+import numpy as np
+
+from lightning_fl.privacy.accounting.bounds import GRID, Entry, Method, dp_accounting
+from lightning_fl.privacy.accounting.calibration import LEAST_NOISE, MOST_NOISE, noise_multiplier_for
+from lightning_fl.privacy.accounting.ledger import Epsilon, Gaussian, Ledger
+from lightning_fl.privacy.accounting.sampling import Full, Poisson, Sampling
+
+ORDERS = (*range(2, 33), 40, 48, 64, 96, 128, 256)
+
+
+def largest_epsilon(
+    ledgers: Iterable[Ledger], delta: float, method: Method = "pld", grid: float = GRID
+) -> tuple[Epsilon, Ledger]:
+    """The largest epsilon of any of the ledgers, and the ledger that has it; 0 without ledgers.
+
+    A bound by a few orders of Renyi differential privacy, which is quick, tells which ledgers may have it.
+
+    Args:
+        ledgers: Ledgers of Poisson samples, or of all examples.
+        delta: The delta at which to answer.
+        method: As for :meth:`Ledger.epsilon`.
+        grid: As for :meth:`Ledger.epsilon`.
+    """
+    largest, of = Ledger().epsilon(delta, method), Ledger()
+    bounds = {ledger.entries: (rough_epsilon(ledger.entries, delta), ledger) for ledger in ledgers}
+    for bound, ledger in sorted(bounds.values(), key=lambda pair: -pair[0]):
+        if bound <= largest:
+            break
+        found = ledger.epsilon(delta, method, grid=grid)
+        if min(found, bound) > largest:
+            largest, of = Epsilon(min(found, bound), delta, method, found.relation), ledger
+    return largest, of
+
+
+def exceeding(ledgers: Iterable[Ledger], budget: float, delta: float, method: Method = "pld") -> Epsilon | None:
+    """The epsilon of a ledger that has more than ``budget``; None if none has."""
+    bounds = {ledger.entries: (rough_epsilon(ledger.entries, delta), ledger) for ledger in ledgers}
+    for bound, ledger in sorted(bounds.values(), key=lambda pair: -pair[0]):
+        if bound > budget and (found := ledger.epsilon(delta, method)) > budget:
+            return found
+    return None
+
+
+def rough_epsilon(entries: Sequence[Entry], delta: float) -> float:
+    """An upper bound on epsilon that takes milliseconds, for samples of examples by Poisson or all of them."""
+    if not entries:
+        return 0.0
+    from dp_accounting import rdp  # type: ignore[import-not-found, unused-ignore]
+
+    if any(sigma == 0 or not isinstance(sampling, Poisson | Full) for sigma, sampling, _ in entries):
+        return math.inf
+    total = sum(count * _rdp_of_one(sigma, sampling) for sigma, sampling, count in entries)
+    return float(rdp.compute_epsilon(np.array(ORDERS), total, delta)[0])
+
+
+@lru_cache(maxsize=4096)
+def _rdp_of_one(sigma: float, sampling: Sampling) -> np.ndarray:
+    dpa = dp_accounting()
+    from dp_accounting import rdp
+
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        accountant = rdp.RdpAccountant(orders=list(ORDERS))
+        event = dpa.GaussianDpEvent(sigma)
+        accountant.compose(dpa.PoissonSampledDpEvent(sampling.rate, event) if isinstance(sampling, Poisson) else event)
+        return np.asarray(accountant.rdp)
+    finally:
+        log.setLevel(level)
+
+
+def noise_multiplier_for_all(
+    epsilon: float, delta: float, counts: Mapping[Sampling, int], method: Method = "pld"
+) -> float:
+    """The least noise multiplier (to 1e-3) with which no client exceeds ``epsilon``.
+
+    Args:
+        epsilon: What each client may spend.
+        delta: The delta at which it is to hold.
+        counts: By sampling of a batch, the most steps of a client that samples so.
+        method: As for :meth:`Ledger.epsilon`.
+
+    Raises:
+        ValueError: If no noise multiplier up to a million is enough.
+    """
+
+    def ledger(sigma: float, sampling: Sampling) -> Ledger:
+        own = Ledger()
+        own.record(Gaussian(sigma, sampling), counts[sampling])
+        return own
+
+    low, high = LEAST_NOISE, 1.0
+    while max(rough_epsilon(ledger(high, sampling).entries, delta) for sampling in counts) > epsilon:
+        low, high = high, 2 * high
+        if high > MOST_NOISE:
+            raise ValueError(f"target_epsilon={epsilon} at delta={delta} is out of reach; raise it, or train less.")
+    while high - low > 0.02 * high:
+        middle = (low + high) / 2
+        enough = max(rough_epsilon(ledger(middle, sampling).entries, delta) for sampling in counts) <= epsilon
+        low, high = (low, middle) if enough else (middle, high)
+    rough = {sampling: rough_epsilon(ledger(high, sampling).entries, delta) for sampling in counts}
+    worst, answer, left = max(rough, key=rough.__getitem__), 0.0, dict(counts)
+    while True:
+        needed = noise_multiplier_for(epsilon, delta, left.pop(worst), worst, method, tolerance=1e-3)
+        answer = max(answer, needed)
+        of_sampling = {sampling: ledger(answer, sampling) for sampling in left}
+        found, of = largest_epsilon(of_sampling.values(), delta, method)
+        if found <= epsilon:
+            return answer
+        worst = next(sampling for sampling, own in of_sampling.items() if own == of)

@@ -1,0 +1,328 @@
+"""Differential privacy for clients: their updates are clipped, and noise covers what any one of them contributes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_fl.aggregation.aggregator import Aggregator
+from lightning_fl.aggregation.transform import RoundContext, Transform
+from lightning_fl.privacy.accounting.bounds import Method, Relation, dp_accounting
+from lightning_fl.privacy.accounting.ledger import Epsilon, Gaussian, Ledger
+from lightning_fl.privacy.accounting.sampling import FixedSize, Full, Poisson, Sampling
+from lightning_fl.privacy.client_level.clipping import (
+    AdaptiveClip,
+    centred_bit,
+    check_clipped,
+    clip_update,
+    noise_on_model,
+    trees_of,
+    with_trees,
+)
+from lightning_fl.privacy.noise import (
+    PrivacyError,
+    SecureNoise,
+    add_noise,
+    check_added,
+    check_source,
+    warn_of_test_seed,
+)
+from lightning_fl.privacy.state import load_ledger, pack, unpack
+from lightning_fl.tree import Flat, Layout
+from lightning_fl.types import Aggregate, State, Tree, Update
+
+BITS = "privacy"
+_NO_BITS = torch.zeros((), dtype=torch.float64)
+GRID = 5e-4  # of the epsilon of each round: a fifth of the time of the ledger's own, and larger by about 1e-3 at most
+ADVERSARIES = {
+    "central": "whoever sees the global model of every round, but not the server, nor who takes part",
+    "local": "the server, and whoever sees the clients' updates, but not the metrics and counts, which are exact",
+}
+
+
+class PrivacyBudgetExceeded(PrivacyError):
+    """The next round would exceed ``max_epsilon``."""
+
+
+@dataclass(frozen=True)
+class ClientLevelDP(Transform):
+    r"""Client-level differential privacy: DP-FedAvg with a fixed or an adaptive clip norm.
+
+    .. math::
+        \Delta_i \leftarrow \Delta_i \min(1, C / \lVert \Delta_i \rVert), \qquad
+        \Delta = \frac{1}{m} \Bigl(\sum_i \Delta_i + \mathcal{N}(0, z^2 C^2)\Bigr)
+
+    :math:`\Delta_i` is all that a client contributes: parameters, buffers and side channels together; one that holds
+    NaN counts as zero. Clients weigh alike, and the sum is divided by the number :math:`m` of clients to expect, also
+    when nobody takes part. What is protected is a client with all its data, in the global models of all rounds; what a
+    run logs of its training, its step counts and the states of clients beside a checkpoint are not covered. How many
+    examples and steps a client has counts as public.
+
+    The noise comes from the operating system. In ``"central"`` mode the server draws it once for the federation; a
+    federation of silos has no server to trust with that. In ``"local"`` mode each client adds it to its own update, so
+    that nobody is trusted with an update, at the price of :math:`\sqrt{m}` times the noise; the server sees who takes
+    part and may compare any two updates of a client, so nothing is amplified and neighbours replace each other. What
+    silos log and count they tell each other exactly: log nothing of a silo's data that the others may not know.
+
+    Cohorts are drawn from the operating system's randomness; Poisson ones amplify the most. What a round releases is
+    in the ledger before its clients train, and stays there if the round fails and is run again by the same Trainer;
+    checkpoints written from then on hold it.
+
+    Args:
+        clip: The clip norm :math:`C`, or :class:`AdaptiveClip`.
+        noise_multiplier: The noise :math:`z`, relative to the clip norm. 0 only clips, which is NOT PRIVATE.
+        mode: ``"central"`` or ``"local"``.
+        delta: The delta of the logged epsilon. None: 1e-5, or ``population ** -1.1`` if that is less.
+        max_epsilon: Training stops before a round that would make epsilon larger. None: no limit.
+        method: The accountant, as for :meth:`Ledger.epsilon`.
+        insecure_test_seed: Makes the noise repeat, for tests; the run is then NOT PRIVATE, and stays so if it goes on
+            without the seed.
+
+    Raises:
+        ValueError: If an argument is out of range; when the strategy is built, if something beside it breaks the bound.
+        ImportError: If the ``privacy`` extra is not installed.
+
+    Reference:
+        McMahan et al., "Learning Differentially Private Recurrent Language Models", ICLR 2018.
+
+    Example:
+        >>> import lightning_fl as fl
+        >>> strategy = fl.FederatedStrategy(
+        ...     "fedavg",
+        ...     num_clients=1000,
+        ...     cohort=fl.clients.Poisson(0.1),
+        ...     transforms=[fl.privacy.ClientLevelDP(clip=0.5, noise_multiplier=1.0)],
+        ... )
+    """
+
+    clip: float | AdaptiveClip
+    noise_multiplier: float
+    mode: Literal["central", "local"] = "central"
+    delta: float | None = None
+    max_epsilon: float | None = None
+    method: Method = "pld"
+    insecure_test_seed: int | None = None
+
+    weighting: ClassVar[Literal["examples", "uniform"] | None] = "uniform"
+    needs_secure_sampling = True
+    hides_clients = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.clip, AdaptiveClip):
+            if self.clip.bit_noise is not None:
+                noise_on_model(self.noise_multiplier, self.clip.bit_noise)
+        elif not 0 < self.clip < float("inf"):
+            raise ValueError(f"ClientLevelDP got clip={self.clip}; expected a positive number or AdaptiveClip(...).")
+        Gaussian(self.noise_multiplier)
+        if self.mode not in ("central", "local"):
+            raise ValueError(f"ClientLevelDP got mode={self.mode!r}; expected 'central' or 'local'.")
+        if self.method not in ("pld", "rdp"):
+            raise ValueError(f"ClientLevelDP got method={self.method!r}; expected 'pld' or 'rdp'.")
+        if self.delta is not None and not 0 < self.delta < 1:
+            raise ValueError(f"ClientLevelDP got delta={self.delta}; expected a number well below 1 / clients.")
+        if self.max_epsilon is not None and not self.max_epsilon > 0:
+            raise ValueError(f"ClientLevelDP got max_epsilon={self.max_epsilon}; expected a positive number.")
+        dp_accounting()
+        SecureNoise()
+        if self.insecure_test_seed is not None:
+            warn_of_test_seed()
+
+    # ---- what it stands beside
+
+    def check(self, later: Sequence[Transform], aggregator: Aggregator, weighting: str) -> None:
+        if weighting != "uniform":
+            raise ValueError(
+                f"weighting={weighting!r} lets one client weigh more than the noise covers. Leave weighting out: under "
+                "ClientLevelDP clients weigh alike."
+            )
+        if not aggregator.is_sum:
+            raise ValueError(
+                f"ClientLevelDP bounds what a client adds to a sum, but {type(aggregator).__name__} is no sum. Use "
+                "fl.aggregation.WeightedMean()."
+            )
+        for transform in later:
+            if not transform.keeps_norm_bound:
+                raise ValueError(
+                    f"{type(transform).__name__} comes after ClientLevelDP and may lengthen what that has clipped. Put "
+                    "ClientLevelDP last."
+                )
+
+    def like(self, update: Update) -> Update:
+        if update.buffers:
+            warnings.warn(
+                f"Under ClientLevelDP buffers ({', '.join(update.buffers)}) are clipped and noised like parameters. "
+                "Noise may make a running variance negative, and changes masks and counters. Replace BatchNorm by "
+                "GroupNorm, keep the buffers personal, or register them with persistent=False.",
+                stacklevel=2,
+            )
+        if not isinstance(self.clip, AdaptiveClip):
+            return update
+        device = next(iter(trees_of(update)["delta"].values())).device
+        bit = {"unclipped": torch.zeros((), dtype=torch.float64, device=device)}
+        return replace(update, aux={**update.aux, BITS: bit})
+
+    # ---- a round
+
+    def start_round(self, state: State, ctx: RoundContext) -> State:
+        if self.mode == "central" and ctx.silos:
+            raise ValueError(
+                "ClientLevelDP(mode='central') needs a server that adds the noise and tells nobody. A federation of "
+                "silos has none: each silo would know the noise, or the sum without it, and so the others' share. Use "
+                "mode='local', or simulate the clients."
+            )
+        if self.insecure_test_seed is None:
+            check_source()
+        ledger, gap = load_ledger(state), ctx.round - (int(state["round"]) + 1 if state else 0)
+        if gap > 0:
+            ledger.record(Gaussian(0.0), gap)  # earlier rounds that were not private
+        num_insecure = int(state.get("insecure", 0))
+        if self.insecure_test_seed is not None:
+            num_insecure += 1
+        elif num_insecure:
+            ledger.record(Gaussian(0.0), num_insecure)  # their noise can be worked out from the seed
+            num_insecure = 0
+        event = Gaussian(self.noise_multiplier, self.sampling(ctx))
+        drawn = self._check_cohort(state.get("drawn"), event.sampling, ctx)
+        ledger.record(event)
+        if self.max_epsilon is not None and self._epsilon(ledger, ctx) > self.max_epsilon:
+            raise PrivacyBudgetExceeded(
+                f"Round {ctx.round} would make epsilon {self._epsilon(ledger, ctx):.4g}, more than "
+                f"max_epsilon={self.max_epsilon:g}. Stop here, or raise max_epsilon or the noise before you start."
+            )
+        clip = self.clip.initial if isinstance(self.clip, AdaptiveClip) else self.clip
+        adapts = isinstance(self.clip, AdaptiveClip) and "clip" in state
+        return {
+            "ledger": pack(ledger.state_dict()),
+            "round": torch.tensor(ctx.round),
+            "insecure": torch.tensor(num_insecure),
+            "clip": state["clip"] if adapts else torch.tensor(clip, dtype=torch.float64),
+            "drawn": pack(drawn),
+        }
+
+    def client(self, update: Update, state: State, ctx: RoundContext) -> tuple[Update, State]:
+        if update.weight != 1.0:
+            raise PrivacyError(f"Client {ctx.client!r} weighs {update.weight}, but clients must weigh 1.")
+        clip = float(ctx.server["clip"])
+        bits = centred_bit(update, clip) if isinstance(self.clip, AdaptiveClip) else _NO_BITS
+        update = clip_update(update, clip)
+        check_clipped(update, clip)
+        if self.mode == "local":
+            source = SecureNoise(self.insecure_test_seed, ctx.round, str(ctx.client))
+            flat, layout = _flatten(trees_of(update))
+            flat, bits = self._release(flat, bits, clip, 1.0, source)
+            update = with_trees(update, layout.unflatten(flat))
+        if isinstance(self.clip, AdaptiveClip):
+            device = next(iter(update.delta.values())).device
+            update = replace(update, aux={**update.aux, BITS: {"unclipped": bits.to(device)}})
+        return update, state
+
+    def server(self, aggregate: Aggregate, state: State, ctx: RoundContext) -> tuple[Aggregate, State]:
+        clip, cohort = float(state["clip"]), self.cohort(ctx)
+        aux = dict(aggregate.aux)
+        channel = aux.pop(BITS, None)
+        bits = _NO_BITS if channel is None else channel["unclipped"].double()
+        flat, layout = _flatten(trees_of(replace(aggregate, aux=aux)))
+        if self.mode == "central":
+            if ctx.group.rank == 0:
+                flat, bits = self._release(flat, bits, clip, cohort, SecureNoise(self.insecure_test_seed, ctx.round))
+            flat = {dtype: ctx.group.broadcast(values) for dtype, values in flat.items()}
+            bits = ctx.group.broadcast(bits)
+        trees = layout.unflatten(flat)
+        released = Aggregate(
+            delta=trees.get("delta", {}),
+            buffers=trees.get("buffers", {}),
+            weight=cohort,
+            aux={name: trees[f"aux/{name}"] for name in aux},
+            num_clients=max(round(cohort), 1),
+            population=aggregate.population,
+        )
+        if isinstance(self.clip, AdaptiveClip):
+            adapted = torch.tensor(self.clip.next(clip, float(bits), cohort), dtype=torch.float64)
+            state = {**state, "clip": adapted, "last_clip": state["clip"]}
+        return released, state
+
+    # ---- what it amounts to
+
+    def report(self, state: State, ctx: RoundContext) -> Mapping[str, float | str]:
+        epsilon = self._epsilon(load_ledger(state), ctx)
+        is_private = epsilon < float("inf") and self.insecure_test_seed is None
+        seed = " (insecure_test_seed)" if self.insecure_test_seed is not None else ""
+        return {
+            "dp_epsilon": float(epsilon),
+            "dp_delta": epsilon.delta,
+            "dp_noise_multiplier": float(self.noise_multiplier),
+            "dp_clip": float(state.get("last_clip", state["clip"])),
+            "dp_is_private": float(is_private),
+            "dp_guarantee": f"epsilon-delta, {epsilon.relation}" if is_private else f"NOT PRIVATE{seed}",
+            "dp_mode": self.mode,
+            "dp_unit": "client",
+            "dp_adversary": ADVERSARIES[self.mode],
+        }
+
+    def stop_reason(self, state: State, ctx: RoundContext) -> str | None:
+        if self.max_epsilon is None:
+            return None
+        ledger = load_ledger(state)
+        ledger.record(Gaussian(self.noise_multiplier, self.sampling(ctx)))
+        if self._epsilon(ledger, ctx) <= self.max_epsilon:
+            return None
+        spent = float(self._epsilon(load_ledger(state), ctx))
+        return (
+            f"Training stops: epsilon is {spent:.4g}, and another round would exceed max_epsilon={self.max_epsilon:g}."
+        )
+
+    def sampling(self, ctx: RoundContext) -> Sampling:
+        """How the clients of a round are drawn, as the ledger records it; what is not known counts as everybody."""
+        drawn = ctx.sampling
+        if drawn is None or self.mode == "local":
+            return Full()
+        if drawn.kind == "poisson":
+            return Poisson(drawn.rate)
+        return FixedSize(int(drawn.size), drawn.num_clients) if drawn.kind == "fixed" else Full()
+
+    def cohort(self, ctx: RoundContext) -> float:
+        """The number of clients to expect in a round."""
+        return float(ctx.sampling.size if ctx.sampling is not None else max(len(ctx.cohort), 1))
+
+    def _epsilon(self, ledger: Ledger, ctx: RoundContext) -> Epsilon:
+        delta = min(1e-5, max(ctx.population, 1) ** -1.1) if self.delta is None else self.delta
+        relation: Relation | None = "replace_one" if self.mode == "local" else None
+        return ledger.epsilon(delta, self.method, relation, GRID)
+
+    def _release(
+        self, flat: Flat, bits: Tensor, clip: float, cohort: float, source: SecureNoise
+    ) -> tuple[Flat, Tensor]:
+        """What is clipped, and the bits of an adaptive clip, with the noise that covers both together."""
+        on_model, on_bits = self.noise_multiplier, 0.0
+        if isinstance(self.clip, AdaptiveClip) and self.noise_multiplier:
+            on_bits = self.clip.noise_on_bits(self.noise_multiplier, cohort)
+            on_model = noise_on_model(self.noise_multiplier, on_bits)
+        flat_bits = {bits.dtype: bits[None]}
+        noisy, noisy_bits = add_noise(flat, on_model * clip, source), add_noise(flat_bits, on_bits, source)
+        check_added(flat, noisy, on_model * clip)
+        check_added(flat_bits, noisy_bits, on_bits)
+        return noisy, noisy_bits[bits.dtype][0]
+
+    def _check_cohort(self, before: Tensor | None, sampling: Sampling, ctx: RoundContext) -> dict[str, Any]:
+        """Adds up how many were drawn since the sampling last changed, and whether that can be so."""
+        drawn: dict[str, Any] = {"sampling": sampling.state_dict(), "drawn": 0, "of": 0}
+        if before is not None and unpack(before)["sampling"] == drawn["sampling"]:
+            drawn = unpack(before)
+        drawn["drawn"] += len(ctx.cohort)
+        drawn["of"] += ctx.population
+        problem = sampling.check(drawn["drawn"], drawn["of"])
+        if len(set(ctx.cohort)) < len(ctx.cohort):
+            problem = "a client was drawn twice"
+        if problem is not None:
+            raise PrivacyError(f"The cohorts are not what the ledger records: {problem}. The run stops.")
+        return drawn
+
+
+def _flatten(trees: Mapping[str, Tree]) -> tuple[Flat, Layout]:
+    layout = Layout.of(trees)
+    return layout.flatten(trees), layout

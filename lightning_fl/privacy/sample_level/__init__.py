@@ -1,0 +1,1 @@
+"""Differential privacy for examples: DP-SGD inside each client."""

@@ -1,0 +1,102 @@
+"""Steps of the user's module outside Lightning's loops, which leave no trace in training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import lightning as L
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torchmetrics import Metric
+
+from lightning_fl.engines.tensors import owner
+from lightning_fl.strategies import internals as internals
+from lightning_fl.strategies.metrics import MetricStates
+from lightning_fl.strategies.results import ResultCollection, batch_size
+
+
+@contextmanager
+def outside_training(trainer: L.Trainer, training: bool) -> Iterator[ResultCollection]:
+    """Inside the block what the module logs is collected apart; afterwards its metrics and buffers are as before.
+
+    Args:
+        trainer: The Trainer.
+        training: Whether training steps are run, or validation steps.
+
+    Yields:
+        What is logged.
+    """
+    module = trainer.lightning_module
+    states = MetricStates(module, rank=0)
+    metrics = states.snapshot()
+    buffers = [(*owner(module, name), tensor, tensor.clone()) for name, tensor in module.named_buffers()]
+    try:
+        with internals.logging_aside(trainer, training) as results:
+            yield results
+    finally:
+        states.restore(metrics)
+        _put_back(buffers)
+
+
+def train_aside(trainer: L.Trainer, loader: Iterable[Any], optimizer: Optimizer, num_epochs: int) -> None:
+    """Trains the module on a loader as a plain Trainer would, without callbacks, schedules and logging.
+
+    Args:
+        trainer: The Trainer; gradient clipping and accumulation are as it says.
+        loader: One client's data.
+        optimizer: The module's optimizer.
+        num_epochs: Passes over the data.
+    """
+    module, window = trainer.lightning_module, trainer.accumulate_grad_batches
+    with outside_training(trainer, training=True):
+        for _ in range(num_epochs):
+            optimizer.zero_grad(set_to_none=True)
+            batches = iter(loader)
+            batch, index = next(batches, None), 0
+            while batch is not None:
+                following = next(batches, None)
+                outputs, _ = internals.step_aside(trainer, "training_step", batch, index)
+                loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+                if loss is not None:
+                    (loss / window).backward()
+                batch, index = following, index + 1
+                if index % window == 0 or following is None:
+                    module.configure_gradient_clipping(
+                        optimizer, trainer.gradient_clip_val, trainer.gradient_clip_algorithm
+                    )
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+
+
+@torch.no_grad()
+def validate_aside(trainer: L.Trainer, loader: Iterable[Any]) -> tuple[dict[str, float], int]:
+    """Runs the module's ``validation_step`` on a loader, in evaluation mode and without callbacks.
+
+    Returns:
+        What it logged, by name, and the number of examples.
+    """
+    module, num_examples = trainer.lightning_module, 0
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        with outside_training(trainer, training=False) as results:
+            for metric in (part for part in module.modules() if isinstance(part, Metric)):
+                metric.reset()
+            internals.hook_aside(trainer, "on_validation_epoch_start")
+            for index, fetched in enumerate(loader):
+                _, batch = internals.step_aside(trainer, "validation_step", fetched, index)
+                num_examples += batch_size(results, batch)
+            internals.hook_aside(trainer, "on_validation_epoch_end")
+            return internals.logged_aside(results), num_examples
+    finally:
+        for part, was_training in modes:
+            part.training = was_training
+
+
+@torch.no_grad()
+def _put_back(buffers: list[tuple[nn.Module, str, torch.Tensor, torch.Tensor]]) -> None:
+    for module, key, tensor, value in buffers:
+        setattr(module, key, tensor.copy_(value))  # a step may have put another tensor in its place

@@ -1,0 +1,115 @@
+"""What a federation tells its user while it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+from weakref import WeakSet
+
+import lightning as L
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import nn
+
+from lightning_fl.communication import Message
+from lightning_fl.federation.round import RoundResult
+from lightning_fl.strategies.metrics import Entries
+
+_TRAINED: WeakSet[nn.Module] = WeakSet()
+"""Modules that have been trained with hidden clients."""
+
+
+def _forms(name: str) -> tuple[str, ...]:
+    return name, f"{name}_epoch", f"{name}_step"
+
+
+class Notices:
+    """Warnings about clients and their data, each given once unless it is about a single round."""
+
+    def __init__(self) -> None:
+        self._given: set[object] = set()
+
+    def deferred_checkpoint(self) -> None:
+        """A checkpoint has been asked for inside a round."""
+        if self._is_new("deferred"):
+            rank_zero_warn("A checkpoint asked for inside a round is written at its end, when there is a global model.")
+
+    def personal(self, trainer: L.Trainer, personal: Sequence[str]) -> None:
+        """The global model is validated, and some of its tensors live with the clients."""
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        if not any(getattr(c, "evaluates_clients", False) for c in callbacks) and self._is_new("personal"):
+            rank_zero_warn(
+                f"The tensors personal={list(personal)} live with the clients; validation of the global model uses "
+                "their common start values. fl.callbacks.PersonalizedEvaluation evaluates each client's model."
+            )
+
+    def loader(self, loader: Any) -> None:
+        """A client's loader is about to be read."""
+        if getattr(loader, "persistent_workers", False) and self._is_new("persistent workers"):
+            rank_zero_warn(
+                "A client's loader has persistent_workers=True: their random numbers are not those of the round and "
+                "client, so runs may not repeat. Leave it out."
+            )
+
+    def data(self, round: int, reports: Sequence[Message]) -> None:
+        """The ranks have told what they found in the clients' data."""
+        for client in (client for message in reports for client in message.fields["empty"]):
+            if self._is_new(("empty", client)):
+                rank_zero_warn(
+                    f"Client {client!r} has no data: its loader yields no batch, so it takes no part. Leave it out, "
+                    "give it data, or check `drop_last` and the batch size."
+                )
+        for client, error in (pair for message in reports for pair in message.fields["failed"]):
+            rank_zero_warn(f"Round {round}: the loader of client {client!r} raised {error}, so it was left out.")
+        first = [message.fields["first_batch"] for message in reports]
+        if first[0] and len(first) > 1 and len(set(first)) == 1:
+            rank_zero_warn(
+                f"All {len(first)} ranks trained on the same first batch. Started by a launcher, each rank is a silo "
+                "with its own data. To split one data set among simulated clients, give num_clients or partition."
+            )
+
+    def result(self, round: int, result: RoundResult, trainer: L.Trainer, logged: Entries) -> None:
+        """A round has been closed, in which the clients have logged something."""
+        if result.hides_clients:
+            self._monitors(trainer, {name for entry in logged.values() for name in _forms(entry["name"])})
+        if result.refused:
+            rank_zero_warn(
+                f"Round {round}: the updates of {', '.join(map(repr, result.refused))} hold NaN or Inf and were left "
+                "out. Lower the learning rate, clip gradients, or look at these clients' data."
+            )
+        if not result.aggregate.num_clients:
+            rank_zero_info(f"Round {round}: no client takes part.")
+
+        if result.stop_reason is not None:
+            rank_zero_info(result.stop_reason)
+
+    def _monitors(self, trainer: L.Trainer, names: set[str]) -> None:
+        """Something decides by exact metrics of training in which clients are hidden."""
+        schedules = [(config.scheduler, config.monitor) for config in trainer.lr_scheduler_configs if config.monitor]
+        callbacks = [(c, getattr(c, "monitor", None)) for c in trainer.callbacks]  # type: ignore[attr-defined]
+        for judge, monitor in [*schedules, *callbacks]:
+            if monitor in names and self._is_new(("monitor", type(judge), monitor)):
+                rank_zero_warn(
+                    f"{type(judge).__name__} decides by {monitor!r}, an exact figure of the clients' own data: its "
+                    "choices, and so the models, tell of it beyond the epsilon. Monitor a metric of public validation "
+                    "data instead."
+                )
+
+    def new_ledger(self, module: nn.Module) -> None:
+        """Clients that are hidden start to train a module, and what has been released before is not known."""
+        if module in _TRAINED:
+            rank_zero_warn(
+                "This module has been trained with differential privacy before, and its epsilon starts anew: that of "
+                "this fit is not that of both. Add their ledgers, go on with fit(ckpt_path=...), or take a new module."
+            )
+        _TRAINED.add(module)
+
+    def words(self, trainer: L.Trainer, words: Mapping[str, str]) -> None:
+        """A round tells the loggers something in words."""
+        if words and self._is_new(tuple(words.items())):
+            for logger in trainer.loggers:
+                logger.log_hyperparams(dict(words))
+
+    def _is_new(self, about: object) -> bool:
+        is_new = about not in self._given
+        self._given.add(about)
+        return is_new

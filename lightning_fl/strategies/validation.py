@@ -1,0 +1,161 @@
+"""Settings that can't be right, refused with the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_fl.aggregation import Aggregator, Transform
+from lightning_fl.algorithms import Algorithm
+from lightning_fl.clients import Amount, Cohort, Participation, Stragglers, cohort_size
+from lightning_fl.communication import Group, Message
+from lightning_fl.data.partitioners.partitioner import Partitioner
+
+SEVERAL_LOADERS = (
+    "There are several training loaders, or one inside a list or dict; a federation needs one: a DataLoader, or "
+    "ClientLoaders with one loader for each client. Join the data sets into one loader."
+)
+
+_MEASURED = {"loss": "mean loss", "grad": "mean gradient"}
+
+
+def check_types(partition: Any, aggregator: Any, transforms: Any, personal: Any) -> None:
+    """Makes sure that the strategy's parts are of the right kind.
+
+    Raises:
+        ValueError: If one is not; says what is expected.
+    """
+    check_type("partition", partition, Partitioner, "fl.datamodules.Dirichlet(0.3)")
+    check_type("aggregator", aggregator, Aggregator, "fl.aggregation.WeightedMean()")
+    check_type("transforms", transforms, Sequence, "a list of fl.aggregation.Transform")
+    check_type("personal", personal, Sequence, "a list of globs such as ['head.*']")
+    for transform in transforms:
+        check_type("transforms", transform, Transform, "fl.aggregation.Transform objects")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    """Makes sure that a setting has one of its values.
+
+    Raises:
+        ValueError: If it has not.
+    """
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not known; expected one of {', '.join(map(repr, choices))}.")
+
+
+def check_work(num_clients: int | None, participation: Participation) -> None:
+    """Checks the numbers of clients and of local epochs and steps.
+
+    Raises:
+        ValueError: If one is out of range, or both epochs and steps are given.
+    """
+    local_epochs, local_steps = participation.local_epochs, participation.local_steps
+    check_type("cohort", participation.cohort, Cohort, "a cohort such as fl.clients.Poisson(0.01)")
+    check_type("stragglers", participation.stragglers, Stragglers, "fl.clients.Stragglers(0.9)")
+    if local_epochs is not None and local_steps is not None:
+        raise ValueError(
+            f"local_epochs={local_epochs} and local_steps={local_steps} contradict each other: a client trains for "
+            "passes over its data or for optimizer steps. Give one of them."
+        )
+    counts = {"num_clients": num_clients, "local_epochs": local_epochs, "local_steps": local_steps}
+    for name, value in counts.items():
+        if name != "num_clients" and isinstance(value, Amount):
+            continue
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name}={value!r} must be a whole number, at least 1.")
+    clients_per_round = participation.clients_per_round
+    participation.cohort.check(clients_per_round)
+    if num_clients is not None or isinstance(clients_per_round, float):
+        cohort_size(clients_per_round, num_clients or 1)
+    elif clients_per_round is not None:
+        cohort_size(clients_per_round, max(int(clients_per_round), 1))
+
+
+def check_trainer(trainer: L.Trainer) -> None:
+    """Checks the Trainer's settings that a round can't honour.
+
+    Raises:
+        MisconfigurationException: If one of them is set.
+    """
+    tuners = [type(callback).__name__ for callback in trainer.callbacks]  # type: ignore[attr-defined]
+    tuner = next((name for name in tuners if name in ("_LRCallback", "LearningRateFinder", "BatchSizeFinder")), None)
+    if tuner is not None:
+        raise MisconfigurationException(
+            "The tuner (lr_find, scale_batch_size) trains batch by batch and has no rounds. Tune with strategy='auto'."
+        )
+    val_check_interval = getattr(trainer, "val_check_interval", "a time")  # Lightning sets none if it is a time
+    if val_check_interval != 1.0 or isinstance(val_check_interval, int):
+        raise MisconfigurationException(
+            f"val_check_interval={val_check_interval} asks for validation inside a round, where there is no "
+            "global model. Leave it at 1.0 and use check_val_every_n_epoch, which counts rounds."
+        )
+    if trainer.check_val_every_n_epoch is None:
+        raise MisconfigurationException(
+            "check_val_every_n_epoch=None counts batches over rounds, but there is a global model only at a round's "
+            "end. Give a number of rounds."
+        )
+
+
+def check_phases(algorithm: Algorithm, local_epochs: Any, local_steps: Any) -> None:
+    """Makes sure that the strategy's amount of local work means something to the algorithm.
+
+    Raises:
+        ValueError: If it would be ignored.
+    """
+    given = {"local_epochs": local_epochs, "local_steps": local_steps}
+    name, value = next(((name, value) for name, value in given.items() if value is not None), ("", None))
+    if value is not None and all(phase.has_own_work for phase in algorithm.phases()):
+        raise ValueError(
+            f"{type(algorithm).__name__} says itself how much a client trains, so {name}={value!r} would be ignored. "
+            "Leave it out."
+        )
+
+
+def check_algorithm(algorithm: Algorithm, trainer: L.Trainer) -> None:
+    """Checks that the module trains in a way that the algorithm can look into.
+
+    Raises:
+        MisconfigurationException: If it does not.
+    """
+    name = type(algorithm).__name__
+    sent = [phase for phase in algorithm.phases() if phase.model == "global" and phase.trains != "personal"]
+    if not sent:
+        raise MisconfigurationException(f"{name} has no phase that trains what is sent, so nothing would be learned.")
+    if algorithm.probe is not None and not trainer.lightning_module.automatic_optimization:
+        raise MisconfigurationException(
+            f"{name} measures the {_MEASURED[algorithm.probe]} of each client's data by calling `training_step`, which "
+            "with manual optimization would train. Use automatic optimization, or another algorithm."
+        )
+    if algorithm.probe == "grad" and trainer.precision == "16-mixed":
+        raise MisconfigurationException(
+            f"{name} measures gradients outside the steps whose loss precision='16-mixed' scales, so that they may "
+            "underflow. Use precision='bf16-mixed' or '32-true'."
+        )
+
+
+def check_same_on_ranks(group: Group, what: str, own: int) -> None:
+    """Makes sure that all ranks have as many of something: one that skips a step would leave the others waiting.
+
+    Raises:
+        MisconfigurationException: On every rank, if they differ.
+    """
+    counts = [message.fields["count"] for message in group.all_gather(Message({"count": int(own)}), what)]
+    different = next((rank for rank, count in enumerate(counts) if count != counts[0]), None)
+    if different is not None:
+        raise MisconfigurationException(
+            f"Rank {different} has {counts[different] or 'no'} {what}, rank 0 has {counts[0] or 'none'}. Give each "
+            "rank equally many, or none (limit_val_batches=0)."
+        )
+
+
+def check_type(name: str, value: Any, kind: type, example: str) -> None:
+    """Makes sure that an argument has the type that it must have, or is None.
+
+    Raises:
+        ValueError: If it has not.
+    """
+    if value is not None and not isinstance(value, kind):
+        raise ValueError(f"{name}={value!r} is a {type(value).__name__}; expected {example}.")

@@ -1,0 +1,1 @@
+"""Client groups whose clients train side by side, in Lightning's loop."""

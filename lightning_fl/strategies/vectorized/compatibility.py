@@ -1,0 +1,279 @@
+"""When several clients may train in one step: what is refused, and how it is checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_fl.data.client_loaders import Loader, count_examples
+from lightning_fl.engines import VectorizedEngine
+from lightning_fl.engines.vectorized.stacking import part, signature
+from lightning_fl.strategies.hooks import has_hooks
+from lightning_fl.strategies.vectorized.log_capture import Capture, NotVectorizable
+from lightning_fl.strategies.vectorized.side_effects import (
+    attributes,
+    check_unchanged,
+    check_undrawn,
+    put_back,
+    random_states,
+)
+from lightning_fl.types import Phase
+
+ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop")
+"""Optimizers of ``torch.optim`` that treat each element alone, so that they step stacked parameters as single ones."""
+TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+BATCH_HOOKS = (
+    *TRANSFER_HOOKS,
+    "on_train_batch_start",
+    "on_train_batch_end",
+    "backward",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_zero_grad",
+    "on_before_optimizer_step",
+    "optimizer_step",
+    "optimizer_zero_grad",
+    "configure_gradient_clipping",
+    "lr_scheduler_step",
+)
+"""Hooks that would see a batch, gradients or parameters of several clients where they expect those of one."""
+_DRAWN = "random operation"
+"""What ``torch.func.vmap`` complains of when random numbers are drawn."""
+MAX_FLOPS_ON_CPU = 3e7
+"""Of a client's step: they take a core about as long as Lightning's loop and Python, which a step of several saves."""
+PARAMETER_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What is known of a client's batches before they are read.
+
+    Args:
+        family: What clients must have in common to train together.
+        work: What its batches of the round look like, one after the other.
+        segments: Numbers of batches between which gradients do not accumulate.
+    """
+
+    family: Any
+    work: tuple[Any, ...]
+    segments: tuple[int | None, ...]
+
+
+def outlook(loader: Loader, segments: Sequence[int | None], pass_length: int | None) -> Outlook | None:
+    """What the batches of a client look like, as far as it shows without reading them; None if it does not.
+
+    Args:
+        loader: The client's.
+        segments: Numbers of batches that it trains on; each begins with the loader's first.
+        pass_length: Batches of a pass over the loader.
+    """
+    family: Any
+    if isinstance(loader, DataLoader):
+        sampler: Any = loader.batch_sampler
+        if type(sampler) is not BatchSampler:
+            return None
+        size = family = sampler.batch_size
+        num_left = (count_examples(loader) or 0) % size
+        own = [size] * (len(loader) - 1) + [num_left or size]
+    elif isinstance(loader, Sequence) and len(loader):
+        family = "in memory"
+        try:
+            own = [signature(loader[0])] * (len(loader) - 1) + [signature(loader[-1])]
+        except Exception:  # it will be raised, and its client named, when the loader is read
+            return None
+    else:
+        return None
+    if pass_length is None or None in segments:
+        return None
+    work = (own[index % pass_length] for length in segments for index in range(length or 0))
+    return Outlook(family, tuple(work), tuple(segments))
+
+
+def why_not(trainer: L.Trainer, module: L.LightningModule, strategy: Any) -> str | None:
+    """Why this fit's clients can't train in one step; None if nothing is known against it."""
+    optimizers, algorithm = strategy.optimizers, strategy.algorithm
+    names = [type(optimizer).__name__ for optimizer in optimizers]
+    if not module.automatic_optimization:
+        return "the module optimizes by hand (automatic_optimization=False)"
+    if not all(_is_elementwise(optimizer) for optimizer in optimizers):
+        return f"{', '.join(names)} is not known to treat each element of a parameter alone"
+    if any(group.get("fused") for optimizer in optimizers for group in optimizer.param_groups):
+        return f"{names[0]}(fused=True) counts its steps on the device"
+    if any(_has_hooks_of_user(optimizer) for optimizer in optimizers):
+        return f"hooks on {names[0]} would see the parameters of several clients"
+    if any(getattr(param, name, None) for param in module.parameters() for name in PARAMETER_HOOKS):
+        return "hooks on a parameter would see its gradients of several clients"
+    if any(m._backward_hooks or m._backward_pre_hooks for m in module.modules()):
+        return "backward hooks of a submodule do not run for several clients at once"
+    if any(isinstance(m, nn.Embedding) and m.padding_idx is not None for m in module.modules()):
+        return "torch.func.vmap gives the padding of an embedding a gradient"
+    own = set(map(id, module.parameters()))
+    if any(id(param) not in own for o in optimizers for group in o.param_groups for param in group["params"]):
+        return "an optimizer has parameters that are not the module's"
+    if type(module).log is not L.LightningModule.log:
+        return "the module logs in a way of its own"
+    if strategy.client_optimizer == "keep":
+        return "client_optimizer='keep' gives each client its own number of steps"
+    if algorithm.probe is not None or algorithm.phases() != (Phase(),):
+        return f"{type(algorithm).__name__} looks at each client's data by itself"
+    if trainer.precision == "16-mixed":
+        return "precision='16-mixed' skips a step when one client's gradients overflow"
+    hooks = [name for name in BATCH_HOOKS if has_hooks(trainer, name)]
+    for hook in hooks + _transfer_hooks(getattr(trainer, "datamodule", None)):
+        return f"the hook {hook} would see several clients at once"
+    for hook in _client_hooks(trainer):
+        return f"{hook} looks at each client by itself"
+    return None
+
+
+def _client_hooks(trainer: L.Trainer) -> list[str]:
+    names = ("on_client_start", "on_client_end", "run_training_step")
+    found = [getattr(c, name, None) for c in trainer.callbacks for name in names]  # type: ignore[attr-defined]
+    own = [getattr(hook, "__qualname__", "a hook") for hook in found if hook is not None]
+    return [name for name in own if not name.startswith("FederatedCallback.")]
+
+
+def _has_hooks_of_user(optimizer: Optimizer) -> bool:
+    hooks = [*optimizer._optimizer_step_pre_hooks.values(), *optimizer._optimizer_step_post_hooks.values()]
+    return any(not getattr(hook, "__module__", "").startswith("lightning_fl.") for hook in hooks)
+
+
+def _is_elementwise(optimizer: Optimizer) -> bool:
+    kind = type(optimizer)
+    return kind.__module__.startswith("torch.optim.") and kind.__name__ in ELEMENTWISE
+
+
+def _transfer_hooks(datamodule: Any) -> list[str]:
+    base = L.LightningDataModule
+    return [
+        name for name in TRANSFER_HOOKS if datamodule and getattr(type(datamodule), name) is not getattr(base, name)
+    ]
+
+
+def why_slower(module: nn.Module, max_clients: int) -> str | None:
+    """Why training clients in one step would not be faster; None if it should be."""
+    convolutions = (nn.modules.conv._ConvNd, nn.RNNBase)
+    if next(module.parameters()).device.type == "cpu" and any(isinstance(m, convolutions) for m in module.modules()):
+        return "convolutions and recurrent layers of several clients are no faster together on a CPU"
+    if max_clients < 4:
+        return "the model is so large that its own arithmetic takes most of the time"
+    return None
+
+
+def check_same_step(
+    engine: VectorizedEngine,
+    capture: Capture,
+    batch: Any,
+    args: tuple[Any, ...],
+    allows_random: bool,
+    max_flops: float = math.inf,
+) -> str:
+    """Compares one step of several clients with the same step of two of them alone; leaves nothing changed.
+
+    Args:
+        engine: Has the clients loaded.
+        capture: Notes what they log.
+        batch: Their batches, stacked.
+        args: The other arguments of ``training_step``.
+        allows_random: Whether random numbers may be others than a client alone would draw.
+        max_flops: The most floating-point operations of one client's step that is worth to be run with others'.
+
+    Returns:
+        What ``torch.func.vmap`` is to do about random numbers: ``"error"``, or ``"different"`` if the step draws some
+        and that is allowed.
+
+    Raises:
+        NotVectorizable: If the step can't run under ``vmap``, gives other losses or gradients, changes more than it
+            returns, or is so long that it would gain nothing.
+    """
+    try:
+        _check(engine, capture, batch, args, "error", max_flops)
+    except NotVectorizable as error:
+        if not allows_random or _DRAWN not in str(error):
+            raise
+        rank_zero_warn(
+            "training_step draws random numbers (dropout, say). Clients that train together draw others than alone: "
+            "the results are equal in distribution, not in value. engine='sequential' draws each client's own."
+        )
+        _check(engine, capture, batch, args, "different", max_flops)
+        return "different"
+    return "error"
+
+
+def _check(
+    engine: VectorizedEngine, capture: Capture, batch: Any, args: tuple[Any, ...], randomness: str, max_flops: float
+) -> None:
+    module = capture.module
+    before, buffers, outside = attributes(module), engine.copy_buffers(), _outside(engine, module)
+    held = [(m._buffers, dict(m._buffers)) for m in module.modules()]
+    drawn = random_states()
+    try:
+        with torch.enable_grad():
+            losses, _ = engine.step(capture, batch, *args, randomness=randomness)
+            if losses.dim() != 1:
+                raise NotVectorizable(f"training_step returned a loss of shape {tuple(losses.shape[1:])}, not a number")
+            grads = engine.gradients(losses.sum())
+        check_unchanged(before, attributes(module))
+        check_undrawn(drawn)
+        now = dict(module.named_buffers())
+        written = [n for n, t, version in outside if t._version != version or now.get(n, t) is not t]
+        if written:
+            raise NotVectorizable(f"training_step writes to {written[0]}, which all clients share")
+        engine.put_buffers(buffers)
+        if randomness == "error":
+            with torch.enable_grad():
+                _compare(engine, capture, batch, args, losses.detach(), grads, max_flops)
+    except NotVectorizable:
+        raise
+    except Exception as error:
+        raise NotVectorizable(_first_line(error)) from error
+    finally:
+        put_back(module, before)
+        for owner, own in held:
+            owner.update(own)
+        engine.put_buffers(buffers)
+        capture.forget()
+
+
+def _compare(
+    engine: VectorizedEngine,
+    capture: Capture,
+    batch: Any,
+    args: tuple[Any, ...],
+    losses: Tensor,
+    grads: Any,
+    max_flops: float,
+) -> None:
+    for client in (0, len(losses) - 1):
+        with FlopCounterMode(display=False) as counter:
+            loss, own = engine.step_alone(capture, client, part(batch, client), *args)
+        if counter.get_total_flops() > max_flops:
+            raise NotVectorizable("the arithmetic of a step takes longer than what a step of several would save")
+        rtol = max(1e-3, 4 * torch.finfo(loss.dtype).eps)
+        if not torch.allclose(losses[client], loss, rtol=rtol, atol=1e-5, equal_nan=True):
+            raise NotVectorizable(f"the loss of a client together is {losses[client]:g}, alone {loss:g}")
+        largest = max(float(grad.nan_to_num(0, 0, 0).abs().max()) for grad in own.values())
+        for name, grad in own.items():
+            eps = torch.finfo(grad.dtype).eps
+            if not torch.allclose(grads[name][client], grad, rtol=1e3 * eps, atol=100 * eps * largest, equal_nan=True):
+                raise NotVectorizable(f"the gradient of {name} together differs from that of a client alone")
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+
+
+def _outside(engine: VectorizedEngine, module: nn.Module) -> list[tuple[str, Tensor, int]]:
+    stacked = engine.stacked_names
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return [(name, tensor, tensor._version) for name, tensor in tensors.items() if name not in stacked]

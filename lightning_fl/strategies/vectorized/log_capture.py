@@ -1,0 +1,277 @@
+"""What a training step tells Lightning (``self.log``, torchmetrics), noted under ``vmap`` and told afterwards."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torchmetrics import Metric, MetricCollection
+from torchmetrics.utilities.data import dim_zero_cat, dim_zero_max, dim_zero_min, dim_zero_sum
+
+from lightning_fl.engines.vectorized.stacking import part, select
+from lightning_fl.strategies.metrics import Entries
+
+_SIGNATURE = inspect.signature(LightningModule.log)
+_REDUCTIONS: dict[Any, Callable[[Tensor], Tensor]] = {
+    **dict.fromkeys(("mean", "avg", torch.mean), torch.mean),
+    **dict.fromkeys(("sum", torch.sum), torch.sum),
+    **dict.fromkeys(("min", torch.min), torch.amin),
+    **dict.fromkeys(("max", torch.max), torch.amax),
+}
+
+
+class NotVectorizable(Exception):
+    """Raised when a module's step can't run for several clients at once; says why."""
+
+
+class _MetricResult:
+    """Stands for what a torchmetric's ``forward`` will return once its call is made."""
+
+    def __init__(self, is_used: bool = False) -> None:
+        self.is_used = is_used
+        self.values: Tensor | None = None
+
+
+@dataclass
+class _Call:
+    """A call made inside the step: of ``self.log``, or of a torchmetric."""
+
+    metric: Metric | MetricCollection | None
+    method: str
+    spec: Any
+    leaves: list[Any]
+    result: _MetricResult
+
+
+@dataclass
+class _Step:
+    """The calls of one step of all clients, with the stacked tensors they were made with."""
+
+    calls: list[_Call]
+    tensors: list[Tensor]
+    num_clients: int
+    batch_size: int
+    rows: Tensor
+
+    def of(self, accepted: Tensor) -> Tensor:
+        """Where in the step the clients stand for whom ``accepted`` is true."""
+        return accepted[self.rows].nonzero().flatten()
+
+
+class Capture:
+    """Runs a module's ``training_step`` for one client under ``vmap`` and notes what it logs.
+
+    Args:
+        module: The user's module.
+    """
+
+    def __init__(self, module: LightningModule) -> None:
+        self.module = module
+        self.metrics = list(_outermost_metrics(module))
+        self.steps: list[_Step] = []
+        self._calls: list[_Call] = []
+
+    def __call__(self, *args: Any) -> tuple[Tensor, list[Tensor]]:
+        """Runs the step; returns its loss and the tensors to be handed to :meth:`tell`."""
+        self._calls = []
+        with self._noting():
+            output = self.module.training_step(*args)
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        if not isinstance(loss, Tensor):
+            raise NotVectorizable(f"training_step returned a {type(loss).__name__} as its loss, not a tensor")
+        tensors = [leaf for call in self._calls for leaf in call.leaves if isinstance(leaf, Tensor)]
+        return loss, [tensor.detach() for tensor in tensors]
+
+    @property
+    def calls(self) -> list[_Call]:
+        """What the step that has just run has told, without the values of tensors, which hang on its batch."""
+        no_values = torch.empty(0)
+        return [
+            replace(call, leaves=[no_values if isinstance(leaf, Tensor) else leaf for leaf in call.leaves])
+            for call in self._calls
+        ]
+
+    @property
+    def logs_numbers(self) -> bool:
+        """Whether the step that has just run has logged Python numbers."""
+        logged = [
+            pytree.tree_unflatten(call.leaves, call.spec)[1]["value"] for call in self._calls if call.metric is None
+        ]
+        return any(isinstance(value, int | float) for value in logged)
+
+    def repeat(self, calls: Sequence[_Call]) -> None:
+        """Notes calls of an earlier step as those of the step that has just run."""
+        results = {id(call.result): _MetricResult(call.result.is_used) for call in calls}
+        self._calls = [
+            replace(call, leaves=[results.get(id(leaf), leaf) for leaf in call.leaves], result=results[id(call.result)])
+            for call in calls
+        ]
+
+    def tell(self, tensors: Sequence[Tensor], rows: Tensor, batch_size: int) -> None:
+        """Makes the calls of the step that has just run, once for all its clients.
+
+        Args:
+            tensors: What the step returned, stacked over the clients.
+            rows: Their places among the clients at hand, shape ``[num_clients]``.
+            batch_size: Examples in the batch of one client.
+        """
+        num_clients = len(rows)
+        step = _Step(self._calls, list(tensors), num_clients, batch_size, rows)
+        self.steps.append(step)
+        for call, args, kwargs in _with_tensors(step):
+            if call.metric is not None:
+                _update(call, args, kwargs, num_clients)
+            elif isinstance(kwargs["value"], Metric):
+                self.module.log(**kwargs)
+            else:
+                value = _reduction(kwargs)(_values(kwargs["value"], num_clients))
+                size = (kwargs["batch_size"] or batch_size) * num_clients
+                self.module.log(**{**kwargs, "value": value, "batch_size": size})
+
+    def forget(self) -> None:
+        """Drops the notes of the clients at hand."""
+        self.steps = []
+
+    def entries(self, accepted: Tensor) -> Entries:
+        """Value and weight, by key of Lightning's results, of what the clients have logged that are ``accepted``."""
+        logged: dict[str, list[tuple[Any, Tensor, float]]] = {}
+        for step in self.steps:
+            chosen = step.of(accepted)
+            if not len(chosen):
+                continue
+            for call, _, kwargs in _with_tensors(step):
+                if call.metric is None and not isinstance(kwargs["value"], Metric):
+                    values = _values(kwargs["value"], step.num_clients)[chosen].double()
+                    size = kwargs["batch_size"] or step.batch_size
+                    logged.setdefault(f"training_step.{kwargs['name']}", []).append((_reduction(kwargs), values, size))
+        return {key: _join(values) for key, values in logged.items()}
+
+    def update_metrics(self, accepted: Tensor) -> None:
+        """Calls the torchmetrics again, for the clients only that are ``accepted``."""
+        for step in self.steps:
+            chosen = step.of(accepted)
+            own = _Step(step.calls, select(step.tensors, chosen), len(chosen), step.batch_size, step.rows[chosen])
+            for call, args, kwargs in _with_tensors(own):
+                if call.metric is not None and len(chosen):
+                    _update(call, args, kwargs, len(chosen))
+
+    @contextmanager
+    def _noting(self) -> Iterator[None]:
+        patched: list[tuple[Any, str, Any]] = []
+
+        def patch(owner: Any, name: str, note: Callable[..., Any]) -> None:
+            patched.append((owner, name, vars(owner).get(name, patched)))
+            object.__setattr__(owner, name, note)
+
+        patch(self.module, "log", self._note_log)
+        for metric in self.metrics:
+            for method in ("forward", "update"):
+                patch(metric, method, lambda *args, m=metric, n=method, **kwargs: self._note(m, n, args, kwargs))
+            for method in ("compute", "reset"):
+                patch(metric, method, lambda *args, n=method, **kwargs: _refuse(n))
+        try:
+            yield
+        finally:
+            for owner, name, before in reversed(patched):
+                object.__delattr__(owner, name)
+                if before is not patched:
+                    object.__setattr__(owner, name, before)
+
+    def _note_log(self, *args: Any, **kwargs: Any) -> None:
+        bound = _SIGNATURE.bind(self.module, *args, **kwargs)
+        bound.apply_defaults()
+        arguments = {name: value for name, value in bound.arguments.items() if name != "self"}
+        value = arguments["value"]
+        if isinstance(value, _MetricResult):
+            value.is_used = True
+        elif not isinstance(value, Metric | Tensor | int | float):
+            raise NotVectorizable(f"self.log({arguments['name']!r}, ...) got a {type(value).__name__}")
+        self._note(None, "log", (), arguments)
+
+    def _note(self, metric: Any, method: str, args: Any, kwargs: Any) -> _MetricResult | None:
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        result = _MetricResult()
+        self._calls.append(_Call(metric, method, spec, leaves, result))
+        return result if method == "forward" else None
+
+
+def _with_tensors(step: _Step) -> Iterator[tuple[_Call, Any, dict[str, Any]]]:
+    """The calls with their arguments, in which tensors are stacked over the clients."""
+    tensors = iter(step.tensors)
+    for call in step.calls:
+        leaves = [next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in call.leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, call.spec)
+        yield call, args, kwargs
+
+
+def _values(value: Any, num_clients: int) -> Tensor:
+    if isinstance(value, _MetricResult):
+        assert value.values is not None
+        return value.values
+    if not isinstance(value, Tensor):
+        return torch.full((num_clients,), float(value))
+    return value if value.is_floating_point() else value.to(torch.get_default_dtype())
+
+
+def _refuse(method: str) -> None:
+    raise NotVectorizable(f"training_step calls {method}() of a torchmetric, which has not seen the batch by then")
+
+
+def _reduction(arguments: Mapping[str, Any]) -> Callable[[Tensor], Tensor]:
+    return _REDUCTIONS.get(arguments["reduce_fx"], torch.mean)
+
+
+def _join(logged: Sequence[tuple[Callable[[Tensor], Tensor], Tensor, float]]) -> dict[str, Any]:
+    reduce = logged[0][0]
+    if reduce is torch.mean:
+        value = sum((values * size).sum() for _, values, size in logged)
+        return {"value": value, "weight": sum(values.numel() * size for _, values, size in logged)}
+    return {"value": reduce(torch.cat([values for _, values, _ in logged])), "weight": 1}
+
+
+def _outermost_metrics(module: torch.nn.Module) -> Iterator[Metric | MetricCollection]:
+    for child in module.children():
+        if isinstance(child, Metric | MetricCollection):
+            yield child
+        else:
+            yield from _outermost_metrics(child)
+
+
+def _update(call: _Call, args: Any, kwargs: Any, num_clients: int) -> None:
+    method = getattr(call.metric, call.method)
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    if not call.result.is_used and len({_has_rows(leaf) for leaf in tensors}) == 1 and _is_additive(call.metric):
+        args, kwargs = pytree.tree_map(lambda leaf: leaf.flatten(0, 1) if _has_rows(leaf) else leaf, (args, kwargs))
+        method(*args, **kwargs)
+        return
+    values = []
+    for index in range(num_clients):
+        own_args, own_kwargs = part((args, kwargs), index)
+        values.append(method(*own_args, **own_kwargs))
+    if call.result.is_used:
+        call.result.values = torch.stack(values)
+
+
+def _has_rows(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() > 1
+
+
+def _is_additive(metric: Metric | MetricCollection | None) -> bool:
+    """Whether one update with the examples of all clients gives the same state as one for each client."""
+    if isinstance(metric, MetricCollection):
+        return all(map(_is_additive, metric.values()))
+    assert metric is not None
+    reductions = list(metric._reductions.values())
+    additive = (dim_zero_sum, dim_zero_cat, dim_zero_max, dim_zero_min)
+    return (
+        bool(reductions)
+        and type(metric).__module__.startswith("torchmetrics.")
+        and all(reduction in additive for reduction in reductions)
+    )

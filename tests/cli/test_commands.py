@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lightning_fl import algorithms
+from lightning_fl.cli.compare import short_names
+from lightning_fl.cli.lightning_cli import COMMANDS, main
+from lightning_fl.tracking import Run
+from lightning_fl.tracking.report import render
+from tests.tracking.test_run import write_run
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    with pytest.raises(SystemExit) as error:
+        main(list(words))
+    assert error.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_help_has_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        main([name, "--help"])
+    assert error.value.code == 0
+    assert re.search(rf"Examples:\n +lightning-fl {name}", capsys.readouterr().out)
+
+
+def test_help_names_all_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in COMMANDS)
+
+
+def test_an_unknown_command_ends_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused(capsys, "reprot")
+    assert line.startswith("lightning-fl: error: There is no command 'reprot'; the commands are fit, ")
+    assert line.endswith("Did you mean 'report'?")
+    assert "No command was given" in refused(capsys)
+    assert "unrecognized arguments: --colour" in refused(capsys, "report", "x", "--colour")
+
+
+def test_algorithms_tell_what_they_take_keep_and_send(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["algorithms"])
+    listed = {text.partition(":")[0]: text for text in capsys.readouterr().out.split("\n\n")}
+    assert set(algorithms.registered()) <= set(listed)
+    assert "settings: mu=0.01, server_lr=1.0" in listed["fedprox"]
+    assert "the server keeps: first moment (d), second moment (d)" in listed["fedadam"]
+    for fact in ("the server keeps: control (d)", "a client keeps: state (d)", "sent besides: control (d)"):
+        assert fact in listed["scaffold"]
+    assert "sent besides: work (1 number)" in listed["fednova"]
+    assert not re.search("keeps|sent", listed["fedavg"])
+    assert all(re.match(rf"{name}: \w.{{20}}", listed[name]) for name in algorithms.registered())
+
+
+@pytest.mark.parametrize("name", algorithms.registered())
+def test_an_algorithms_yaml_is_right(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["algorithms", name])
+    text = capsys.readouterr().out.partition("In YAML:\n\n")[2]
+    shown = yaml.safe_load(text)["trainer"]["strategy"]["init_args"]["algorithm"]
+    made = getattr(algorithms, shown["class_path"])(**shown.get("init_args", {}))
+    assert repr(made) == repr(algorithms.get_algorithm(name))
+
+
+def test_an_unknown_algorithm(capsys: pytest.CaptureFixture[str]) -> None:
+    assert refused(capsys, "algorithms", "fedporx").endswith("Did you mean 'fedprox'?")
+
+
+def test_a_recipe_is_shown_and_copied_but_not_over_another(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["recipes", "show", "digits_fedavg"])
+    shown = capsys.readouterr().out
+    main(["recipes", "copy", "digits_fedavg.yaml"])
+    assert capsys.readouterr().out == "lightning-fl fit --config digits_fedavg.yaml\n"
+    assert Path("digits_fedavg.yaml").read_text() == shown
+    assert "File exists" in refused(capsys, "recipes", "copy", "digits_fedavg")
+    assert refused(capsys, "recipes", "show", "digits_fedvag").endswith("Did you mean 'digits_fedavg'?")
+    assert "needs a name" in refused(capsys, "recipes", "copy")
+
+
+def test_the_table_compares_last_best_and_target(capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(Path("logs/a/version_0"), [0.5, 0.9, 0.8], algorithm="FedAvg(server_lr=1.0)", seed="0")
+    write_run(Path("logs/b/version_0"), [0.4, 0.6], algorithm="Scaffold()", seed="0")
+    main(["compare", "logs/a", "logs/b", "--target", "0.7", "--out", "pictures/curves.png"])
+    printed = capsys.readouterr().out
+    assert re.search(r"^ a +FedAvg +3 +0\.8 +0\.9 +2 +2 +15 ", printed, re.MULTILINE)
+    assert re.search(r"^ b +Scaffold +2 +0\.6 +0\.6 +2 +never +10 ", printed, re.MULTILINE)
+    assert "algorithm" in printed.partition("in which they differ")[2]
+    assert "seed" not in printed.partition("in which they differ")[2]
+    assert Path("pictures/curves.png").exists()
+
+
+def test_of_a_loss_the_lowest_is_the_best(capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(Path("a"), [0.5, 0.1, 0.3], name="val_loss")
+    main(["compare", "a", "--target", "0.2"])
+    printed = capsys.readouterr().out
+    assert "lowest" in printed
+    assert re.search(r"FedAvg +3 +0\.3 +0\.1 +2 +2 ", printed)
+
+
+def test_a_metric_that_a_run_lacks_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(Path("a"), [0.5])
+    assert refused(capsys, "compare", "a", "--metric", "f1").endswith("has no metric 'f1'. Its metrics: val_acc.")
+    assert not Path("compare.png").exists()
+
+
+def test_runs_are_named_by_what_tells_them_apart() -> None:
+    def names(*paths: str) -> list[str]:
+        return short_names([Run(Path(path), {}, []) for path in paths])
+
+    assert names("/x/logs/a/version_0", "/x/logs/b/version_3") == ["a", "b"]
+    assert names("/x/logs/a/version_0", "/x/logs/a/version_1") == ["version_0", "version_1"]
+    assert names("/x/logs/a/version_0") == ["a"]
+
+
+def test_a_report_shows_what_went_wrong_and_escapes_what_it_shows() -> None:
+    write_run(Path("run"), [0.5, float("nan")], algorithm="<script>alert(1)</script>")
+    found = Run.read("run")
+    found.rounds[0].update(refused=["<b>north</b>"], failed=[3], empty=[])
+    found.facts["status"] = "failed: ValueError('<i>')"
+    text = render(found)
+    assert not re.search("<script|<b>north|<i>", text)
+    assert "update with NaN or Inf" in text
+    assert "its loader raised an error" in text
+    assert 'class="bad">failed: ValueError' in text
+
+
+def test_a_run_without_a_round_has_no_report(capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(Path("run"), [])
+    assert "run has no finished round to report on. Its status: finished." in refused(capsys, "report", "run")
+    assert not list(Path("run").glob("*.html"))
+
+
+def config(**trainer: Any) -> str:
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "max_epochs": 1}
+    Path("run.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "trainer": {**quiet, **trainer},
+                "model": {"class_path": "MLPClassifier"},
+                "data": {"class_path": "DigitsDataModule"},
+            }
+        )
+    )
+    return "run.yaml"
+
+
+def test_a_partition_that_the_strategy_makes_is_shown_too(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--trainer.strategy", "lightning_fl.FederatedStrategy", "--trainer.strategy.num_clients", "40"]
+    main(["partition", "--config", config(), *options, "--max-clients", "35", "--out", "who.png"])
+    printed = capsys.readouterr().out
+    assert "clients: 40, 35 of them looked at" in printed
+    assert "a client has 35 to 36, the median 36" in printed
+    assert printed.count("...") > 3  # 30 rows are shown
+    assert Path("who.png").exists()
+
+
+def test_a_partition_needs_a_federation_and_a_count(capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused(capsys, "partition", "--config", config(strategy="auto"))
+    assert line.endswith("but the strategy is SingleDeviceStrategy. Add --trainer.strategy fedavg.")
+    assert "--max-clients 0 must be at least 1" in refused(
+        capsys, "partition", "--config", config(), "--max-clients", "0"
+    )

@@ -1,0 +1,164 @@
+"""What lightning_internals.py relies on; a failure here means that Lightning has changed."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import fields
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.core.optimizer import _MockOptimizer
+from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
+from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.loops.optimization.automatic import _AutomaticOptimization
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.trainer import call
+from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata, _ResultCollection, _ResultMetric
+from packaging.version import Version
+
+from lightning_fl.strategies import internals as internals
+from lightning_fl.strategies import results as logged
+from tests.helpers.training import Ordinary, Plain, loader, trainer
+
+
+def parameters(function: Any) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def test_the_version_is_one_that_was_studied() -> None:
+    assert Version("2.6") <= Version(L.__version__) < Version("2.7")
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (_TrainingEpochLoop._accumulated_batches_reached, ["self"]),
+        (_TrainingEpochLoop.update_lr_schedulers, ["self", "interval", "update_plateau_schedulers"]),
+        (_TrainingEpochLoop.advance, ["self", "data_fetcher"]),
+        (_TrainingEpochLoop._should_check_val_fx, ["self", "data_fetcher"]),
+        (_TrainingEpochLoop._num_ready_batches_reached, ["self"]),
+        (_TrainingEpochLoop._build_kwargs, ["self", "kwargs", "batch", "batch_idx"]),
+        (_TrainingEpochLoop._update_learning_rates, ["self", "interval", "update_plateau_schedulers"]),
+        (_AutomaticOptimization._make_zero_grad_fn, ["self", "batch_idx", "optimizer"]),
+        (_EvaluationLoop._store_dataloader_outputs, ["self"]),
+        (_EvaluationLoop._on_evaluation_epoch_end, ["self"]),
+        (_EvaluationLoop.setup_data, ["self"]),
+        (_FitLoop.setup_data, ["self"]),
+        (_FitLoop.on_advance_end, ["self"]),
+        (_TrainingEpochLoop.on_advance_end, ["self", "data_fetcher"]),
+        (L.LightningModule._on_before_batch_transfer, ["self", "batch", "dataloader_idx"]),
+        (call._call_strategy_hook, ["trainer", "hook_name", "args", "kwargs"]),
+        (call._call_lightning_module_hook, ["trainer", "hook_name", "args", "pl_module", "kwargs"]),
+    ],
+    ids=lambda value: getattr(value, "__qualname__", ""),
+)
+def test_overridden_methods_are_there(function: Any, expected: list[str]) -> None:
+    assert parameters(function) == expected
+
+
+def test_overridden_properties_are_there_and_the_overrides_are_used() -> None:
+    assert isinstance(inspect.getattr_static(_TrainingEpochLoop, "_is_training_done"), property)
+    assert isinstance(inspect.getattr_static(_TrainingEpochLoop, "done"), property)
+    assert "max_batches" in vars(trainer("auto").fit_loop)
+    fit = trainer("fedavg")
+    fit.fit(Plain(), loader(20))
+    assert type(fit.fit_loop) is internals.RoundFitLoop
+    assert type(fit.fit_loop.epoch_loop) is internals.RoundEpochLoop
+    assert type(fit.fit_loop.epoch_loop.automatic_optimization) is internals.RoundOptimization
+    assert type(fit.fit_loop.epoch_loop.val_loop) is internals.RoundEvaluationLoop
+
+
+def test_logged_values_carry_what_ranks_tell_each_other() -> None:
+    told = {"fx", "name", "prog_bar", "logger", "on_step", "on_epoch", "reduce_fx", "add_dataloader_idx"}
+    assert told | {"dataloader_idx", "metric_attribute", "enable_graph", "_sync"} == {f.name for f in fields(_Metadata)}
+    settings = {
+        "fx": "training_step",
+        "name": "loss",
+        "prog_bar": False,
+        "logger": True,
+        "on_step": True,
+        "on_epoch": True,
+        "reduction": "mean",
+        "add_dataloader_idx": True,
+        "dataloader_idx": None,
+        "metric_attribute": None,
+        "is_tensor": True,
+    }
+    placeholder = logged.placeholder(settings, torch.device("cpu"))
+    assert isinstance(placeholder, _ResultMetric)
+    assert logged.describe(placeholder) == settings
+    assert set(placeholder._defaults) == {"value", "cumulated_batch_size"}
+    placeholder._computed = torch.tensor(3.0)
+    results = _ResultCollection(training=True)
+    results["training_step.loss"] = placeholder
+    assert results.metrics(on_step=False)["callback"] == {"loss": 3.0, "loss_epoch": 3.0}
+
+
+def test_a_stand_in_is_put_where_there_is_no_optimizer() -> None:
+    assert internals.has_no_optimizer([_MockOptimizer()])
+    assert not internals.has_no_optimizer(trained(Plain()).strategy.optimizers)
+
+
+def trained(module: Any) -> L.Trainer:
+    fit = trainer("auto")
+    fit.fit(module, loader(8))
+    return fit
+
+
+class Trace(L.Callback):
+    """The order of events in the last batch of an epoch."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+        norm = torch.stack([param.grad.norm() for param in module.parameters()]).norm()
+        self.events.append("gradients are not yet clipped" if norm > 1e-3 else "gradients are clipped")
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        last = trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+        self.events.append("last batch ends" if last else "batch ends")
+
+    def on_validation_start(self, *_: Any) -> None:
+        self.events.append("validation")
+
+    def on_train_epoch_end(self, *_: Any) -> None:
+        self.events.append("epoch ends")
+
+
+def test_the_first_callback_comes_where_a_round_must_end() -> None:
+    trace = Trace()
+    module = Ordinary()
+    steps: list[str] = trace.events
+    module.lr_scheduler_step = lambda scheduler, metric: (steps.append("schedule"), scheduler.step())  # type: ignore
+    fit = trainer("auto", callbacks=[trace], gradient_clip_val=1e-6, num_sanity_val_steps=0)
+    fit.fit(module, loader(8), loader(4))
+    step = ["gradients are not yet clipped", "schedule"]
+    assert trace.events == [*step, "batch ends", *step, "last batch ends", "validation", "epoch ends"]
+
+
+def test_sampler_injection_can_be_turned_off() -> None:
+    fit = trainer("auto")
+    assert fit._accelerator_connector.use_distributed_sampler is True
+    internals.keep_samplers(fit)
+    assert fit._accelerator_connector.use_distributed_sampler is False
+
+
+def test_what_is_logged_aside_leaves_no_trace_and_can_be_read() -> None:
+    class Aside(L.Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+            connector, results = trainer._logger_connector, trainer._results
+            before = (connector._current_fx, connector._first_loop_iter, dict(results), module._current_fx_name)
+            with internals.logging_aside(trainer, training=False) as aside:
+                assert trainer._results is aside
+                internals.step_aside(trainer, "validation_step", batch, batch_idx)
+                self.logged = internals.logged_aside(aside)
+            assert trainer._results is results
+            after = (connector._current_fx, connector._first_loop_iter, dict(results), module._current_fx_name)
+            assert after == before
+
+    aside = Aside()
+    trainer("fedavg", callbacks=[aside], limit_val_batches=0).fit(Ordinary(), loader(20), loader(4))
+    assert aside.logged.keys() == {"val_loss", "val_acc"}
