@@ -145,7 +145,7 @@ def main() -> None:
 
 
 def plot() -> None:
-    """Draws the curves of all recipes."""
+    """ParticipationSampler the curves of all recipes."""
     files = sorted(RESULTS.glob("recipe_*.csv"))
     figure, axes = plt.subplots(figsize=(8, 5))
     for file in files:

@@ -17,24 +17,24 @@ from lightning_fl import FederatedStrategy
 from lightning_fl.engines import VectorizedEngine
 from lightning_fl.federation.planner import Planner
 from lightning_fl.federation.round import Round
-from lightning_fl.strategies.driver import FederatedRounds
+from lightning_fl.strategies.driver import RoundDriver
 from lightning_fl.strategies.vectorized import driver as together
-from lightning_fl.strategies.vectorized.step_cache import Replay
+from lightning_fl.strategies.vectorized.step_cache import StepCache
 
 STAGES: dict[str, list[tuple[Any, str]]] = {
     "plan the round": [(Planner, "plan")],
-    "read the clients' data": [(FederatedRounds, "_open_together")],
+    "read the clients' data": [(RoundDriver, "_open_together")],
     "load the clients": [(Round, "start_clients"), (Round, "start_client")],
-    "see that nothing has changed": [(Replay, "start")],
-    "stack batches": [(together, "stack_rows"), (together, "stack")],
+    "see that nothing has changed": [(StepCache, "start")],
+    "stack batches": [(together, "stack_lazy"), (together, "stack")],
     "forward and backward": [
         *[(VectorizedEngine, name) for name in ("step", "replay")],
         *[(FederatedStrategy, "training_step"), (torch.Tensor, "backward")],
     ],
     "optimizer": [(torch.optim.SGD, "step")],
-    "note losses and metrics": [(together.ClientsTogether, "training_step")],
+    "note losses and metrics": [(together.VectorizedDriver, "training_step")],
     "add up the updates": [(Round, "finish_clients"), (Round, "finish_client")],
-    "close the round": [(FederatedRounds, "_close_round")],
+    "close the round": [(RoundDriver, "_close_round")],
 }
 REST = "Lightning's loop and hooks"
 

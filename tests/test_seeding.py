@@ -10,10 +10,10 @@ from torch.utils.data import DataLoader
 
 from lightning_fl.seeding import ClientRandomness, client_generator, derive_seed, isolated_randomness, round_rng
 
-Draws = tuple[float, float, float]
+ParticipationSampler = tuple[float, float, float]
 
 
-def draw() -> Draws:
+def draw() -> ParticipationSampler:
     return torch.rand(1, dtype=torch.float64).item(), float(np.random.rand()), random.random()
 
 
@@ -23,7 +23,7 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
 
 
-def draws_of(seed: int, round: int, client: int | str) -> Draws:
+def draws_of(seed: int, round: int, client: int | str) -> ParticipationSampler:
     with isolated_randomness(seed, round, client):
         return draw()
 

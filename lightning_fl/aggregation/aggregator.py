@@ -83,12 +83,12 @@ class Aggregator(ABC):
         """
 
     @property
-    def adds_together(self) -> bool:
-        """Whether :meth:`add_together` does for several updates what :meth:`add` does for one."""
-        owner = {name: next(c for c in type(self).__mro__ if name in vars(c)) for name in ("add", "add_together")}
-        return issubclass(owner["add_together"], owner["add"])
+    def adds_groups(self) -> bool:
+        """Whether :meth:`add_group` does for several updates what :meth:`add` does for one."""
+        owner = {name: next(c for c in type(self).__mro__ if name in vars(c)) for name in ("add", "add_group")}
+        return issubclass(owner["add_group"], owner["add"])
 
-    def add_together(self, acc: Any, updates: Update, weights: Sequence[float], ctx: RoundContext) -> Any:
+    def add_group(self, acc: Any, updates: Update, weights: Sequence[float], ctx: RoundContext) -> Any:
         """Takes in the updates of clients that were trained together.
 
         Args:
@@ -161,9 +161,7 @@ class WeightedMean(Aggregator):
             acc.sums[dtype][split:].add_(flat[split:])
         return replace(acc, weight=acc.weight + update.weight, num_clients=acc.num_clients + 1)
 
-    def add_together(
-        self, acc: WeightedSum, updates: Update, weights: Sequence[float], ctx: RoundContext
-    ) -> WeightedSum:
+    def add_group(self, acc: WeightedSum, updates: Update, weights: Sequence[float], ctx: RoundContext) -> WeightedSum:
         sums = acc.layout.unflatten(acc.sums)
         for tree, tensors in update_trees(updates).items():
             own = [1.0] * len(weights) if tree.startswith("aux/") else weights

@@ -50,7 +50,7 @@ def load_entry_points() -> None:
         except Exception as error:
             package = entry_point.dist.name if entry_point.dist else "a package"
             warnings.warn(
-                f"The algorithm {entry_point.name!r} of {package} is left out: {type(error).__name__}: {error} Mend "
+                f"The algorithm {entry_point.name!r} of {package} is left out: {type(error).__name__}: {error} Fix "
                 f"its entry point {entry_point.value!r}, or uninstall it.",
                 stacklevel=2,
             )

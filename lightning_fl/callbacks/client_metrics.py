@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_fl.callbacks.federated import FederatedCallback
 from lightning_fl.callbacks.run_record import run_folder
 from lightning_fl.communication import Message
-from lightning_fl.federation.report_masking import check_telling
+from lightning_fl.federation.report_masking import forbid_client_disclosure
 from lightning_fl.strategies import FederatedStrategy
 from lightning_fl.strategies import internals as internals
 from lightning_fl.tracking import loggers
@@ -72,7 +72,7 @@ class ClientMetrics(FederatedCallback):
                 f"ClientMetrics looks at clients, but the strategy is {type(strategy).__name__}. Leave it out, or "
                 "choose a federated strategy, such as Trainer(strategy='fedavg')."
             )
-        check_telling("ClientMetrics", strategy.active_rounds.settings)
+        forbid_client_disclosure("ClientMetrics", strategy.active_rounds.settings)
         self._path = run_folder(trainer, self.folder)
         self._rank = strategy.federation.rank
         self._only_numbers = all(isinstance(client, int) for client in strategy.active_rounds.population.ids)

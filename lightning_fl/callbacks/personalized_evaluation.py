@@ -11,12 +11,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_fl.communication import Message
 from lightning_fl.data.client_loaders import ClientLoaders, count_batches
 from lightning_fl.engines.tensors import clones, load
-from lightning_fl.federation.report_masking import check_telling
+from lightning_fl.federation.report_masking import forbid_client_disclosure
 from lightning_fl.seeding import ClientRandomness, derive_seed, isolated_randomness
 from lightning_fl.strategies import FederatedStrategy
-from lightning_fl.strategies.driver import FederatedRounds
+from lightning_fl.strategies.driver import RoundDriver
 from lightning_fl.strategies.internals import log_to_loggers
-from lightning_fl.strategies.out_of_loop import train_aside, validate_aside
+from lightning_fl.strategies.out_of_loop import train_out_of_loop, validate_out_of_loop
 from lightning_fl.tree import move
 from lightning_fl.types import ClientId, Tree
 
@@ -119,7 +119,7 @@ class PersonalizedEvaluation(L.Callback):
 
     def _evaluate(self, trainer: L.Trainer) -> None:
         strategy: Any = trainer.strategy
-        rounds: FederatedRounds = strategy.active_rounds
+        rounds: RoundDriver = strategy.active_rounds
         ids = [client for client in rounds.population.ids if client in self._loaders]
         placed = rounds.population.place(ids, strategy.federation.size, at_home=True)
         with strategy.local_phase():
@@ -153,12 +153,12 @@ class PersonalizedEvaluation(L.Callback):
                 load(tensors, start)
                 if num_epochs:
                     self._train(trainer, rounds, client, num_epochs)
-                metrics[kind], num_examples = validate_aside(trainer, loader)
+                metrics[kind], num_examples = validate_out_of_loop(trainer, loader)
         finally:
             load(tensors, before)
         return metrics, num_examples
 
-    def _train(self, trainer: L.Trainer, rounds: FederatedRounds, client: ClientId, num_epochs: int) -> None:
+    def _train(self, trainer: L.Trainer, rounds: RoundDriver, client: ClientId, num_epochs: int) -> None:
         assert rounds.engine is not None
         randomness, seed = ClientRandomness(), rounds.settings.seed
         loader = rounds.population.loaders[client]
@@ -166,7 +166,7 @@ class PersonalizedEvaluation(L.Callback):
         randomness.seed_loader(loader, derive_seed(seed, len(rounds.history), "evaluation loader", client))
         try:
             with rounds.engine.optimizers.aside() as optimizer:
-                train_aside(trainer, loader, optimizer, num_epochs)
+                train_out_of_loop(trainer, loader, optimizer, num_epochs)
         finally:
             randomness.exit()
 
@@ -176,7 +176,7 @@ class PersonalizedEvaluation(L.Callback):
                 f"PersonalizedEvaluation evaluates the clients of a federation, but the strategy is "
                 f"{type(trainer.strategy).__name__}. Choose a federated one, such as Trainer(strategy='fedavg')."
             )
-        check_telling("PersonalizedEvaluation", trainer.strategy.active_rounds.settings)
+        forbid_client_disclosure("PersonalizedEvaluation", trainer.strategy.active_rounds.settings)
         if getattr(type(module), "validation_step", None) is L.LightningModule.validation_step:
             raise MisconfigurationException("PersonalizedEvaluation calls `validation_step`, which the module lacks.")
         trains = self.finetune_epochs != 0 or self.local_epochs != 0
@@ -211,7 +211,7 @@ class PersonalizedEvaluation(L.Callback):
         return own[0] if isinstance(own, list | tuple) and len(own) == 1 else own or ()
 
 
-def _num_passes(rounds: FederatedRounds, client: ClientId) -> int:
+def _num_passes(rounds: RoundDriver, client: ClientId) -> int:
     """Passes over its data that a client makes that takes part in all rounds so far."""
     work = rounds.work
     if work.steps is None:

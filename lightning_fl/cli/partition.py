@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.table import Table
 
-from lightning_fl.federation.report_masking import check_telling
+from lightning_fl.federation.report_masking import forbid_client_disclosure
 from lightning_fl.strategies import FederatedStrategy
 from lightning_fl.tracking import PartitionSummary, plots, summarise
 
@@ -88,7 +88,7 @@ class LookAtPartition(L.Callback):
         assert isinstance(trainer.strategy, FederatedStrategy)
         strategy = trainer.strategy
         if strategy.active_rounds.settings.silos:
-            check_telling("lightning-fl partition", strategy.active_rounds.settings)
+            forbid_client_disclosure("lightning-fl partition", strategy.active_rounds.settings)
         found = summarise(strategy.active_rounds.population, strategy.federation, self.max_clients, read_samples=True)
         self.summary = found if trainer.is_global_zero else None
 

@@ -2,7 +2,7 @@
 
 from lightning_fl.clients.cohorts import Cohort, Poisson, RoundRobin, Sampling, Uniform, cohort_size
 from lightning_fl.clients.local_work import LocalWork
-from lightning_fl.clients.participation import Draws, Participation
+from lightning_fl.clients.participation import Participation, ParticipationSampler
 from lightning_fl.clients.placement import place_at_home, place_by_size
 from lightning_fl.clients.population import Population
 from lightning_fl.clients.state_store import ClientStore
@@ -18,9 +18,9 @@ __all__ = [
     "ClientRandomness",
     "ClientStore",
     "Cohort",
-    "Draws",
     "LocalWork",
     "Participation",
+    "ParticipationSampler",
     "PerClient",
     "Poisson",
     "Population",

@@ -38,7 +38,7 @@ class Participation:
     stragglers: Stragglers | None = None
     secure: bool = False
 
-    def most_work(self, limit: int | float = 1.0) -> LocalWork:
+    def max_work(self, limit: int | float = 1.0) -> LocalWork:
         """What the client that trains the most does in a round."""
         amounts = (self.local_epochs, self.local_steps)
         epochs, steps = (amount.most if isinstance(amount, Amount) else amount for amount in amounts)
@@ -51,7 +51,7 @@ class Participation:
         return self.stragglers is None and not any(isinstance(amount, Amount) for amount in amounts)
 
 
-class Draws:
+class ParticipationSampler:
     """What is drawn for each round, alike on all ranks: a function of (seed, round), unless it has to be secure.
 
     A secure cohort is drawn on rank 0 from the operating system's randomness and told to the others. It is drawn once

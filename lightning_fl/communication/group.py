@@ -174,7 +174,7 @@ class TorchGroup(Group):
         for rank, other in enumerate(messages):
             if other.fields["topic"] != topic:
                 raise RuntimeError(
-                    f"The ranks have lost step: rank {rank} is at {other.fields['topic']!r}, rank {self.rank} at "
+                    f"The ranks are out of sync: rank {rank} is at {other.fields['topic']!r}, rank {self.rank} at "
                     f"{topic!r}. Do all ranks have the same callbacks, and do these act alike on each rank?"
                 )
         return [Message(other.fields["fields"], other.tensors) for other in messages]

@@ -20,7 +20,7 @@ def take_rows(tensors: Sequence[Tensor], indices: Any) -> list[Tensor]:
     return [tensor[own] for tensor in tensors]
 
 
-class GatheredTensors(TensorDataset):
+class IndexedTensors(TensorDataset):
     """A ``TensorDataset`` that gives a batch as ``default_collate`` would make it."""
 
     def __getitems__(self, indices: list[int]) -> list[Tensor]:
@@ -28,7 +28,7 @@ class GatheredTensors(TensorDataset):
         return _Batch(take_rows(self.tensors, indices))
 
 
-class GatheredSubset(Subset):
+class IndexedSubset(Subset):
     """A part of a ``TensorDataset`` that gives a batch as ``default_collate`` would make it."""
 
     def __getitems__(self, indices: list[int]) -> list[Tensor]:
@@ -37,7 +37,7 @@ class GatheredSubset(Subset):
         return _Batch(take_rows(self.dataset.tensors, own))  # type: ignore[attr-defined]
 
 
-def gathered(dataset: Any, collate_fn: Callable[..., Any] | None) -> tuple[Any, Callable[..., Any] | None]:
+def with_fast_collation(dataset: Any, collate_fn: Callable[..., Any] | None) -> tuple[Any, Callable[..., Any] | None]:
     """What a ``DataLoader`` is to read and how it collates, to give the same batches sooner if it can.
 
     Args:
@@ -47,12 +47,12 @@ def gathered(dataset: Any, collate_fn: Callable[..., Any] | None) -> tuple[Any, 
     if collate_fn not in (None, default_collate):
         return dataset, collate_fn
     if type(dataset) is TensorDataset:
-        return GatheredTensors(*dataset.tensors), collate_gathered
+        return IndexedTensors(*dataset.tensors), collate_indexed
     if type(dataset) is Subset and type(dataset.dataset) is TensorDataset:
-        return GatheredSubset(dataset.dataset, dataset.indices), collate_gathered
+        return IndexedSubset(dataset.dataset, dataset.indices), collate_indexed
     return dataset, collate_fn
 
 
-def collate_gathered(batch: Any) -> Any:
+def collate_indexed(batch: Any) -> Any:
     """``default_collate``, for what is collated already or not."""
     return list(batch) if isinstance(batch, _Batch) else default_collate(batch)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Subset, TensorDataset, default_collate
 
-from lightning_fl.data.collation import GatheredSubset, GatheredTensors, collate_gathered, take_rows
+from lightning_fl.data.collation import IndexedSubset, IndexedTensors, collate_indexed, take_rows
 
 
 class _Tensors:
@@ -26,7 +26,7 @@ class _Tensors:
         return take_rows(self.tensors, indices)
 
 
-class Rows:
+class LazyBatch:
     """A batch that has not been read yet.
 
     Args:
@@ -50,7 +50,7 @@ class Rows:
         return len(self.indices) * sum(shape.numel() * dtype.itemsize for shape, dtype in self.source.row)
 
 
-def stack_rows(batches: Sequence[Rows]) -> list[Tensor]:
+def stack_lazy(batches: Sequence[LazyBatch]) -> list[Tensor]:
     """Reads the batches of several clients, stacked; at once if they are rows of the same source."""
     source = batches[0].source
     if any(batch.source.key != source.key for batch in batches):
@@ -60,8 +60,8 @@ def stack_rows(batches: Sequence[Rows]) -> list[Tensor]:
     return [tensor.unflatten(0, (len(batches), -1)) for tensor in source.gather(indices)]
 
 
-class RowLoader:
-    """Yields the batches of a ``DataLoader`` as :class:`Rows`, and draws the random numbers that it would."""
+class LazyLoader:
+    """Yields the batches of a ``DataLoader`` as :class:`LazyBatch`, and draws the random numbers that it would."""
 
     def __init__(self, loader: DataLoader, source: Any, indices: np.ndarray | None) -> None:
         self.loader = loader
@@ -73,27 +73,27 @@ class RowLoader:
     def __len__(self) -> int:
         return len(self.loader)
 
-    def __iter__(self) -> Iterator[Rows]:
+    def __iter__(self) -> Iterator[LazyBatch]:
         torch.empty((), dtype=torch.int64).random_(generator=self.loader.generator)  # the seed of workers
         for batch in self.batch_sampler:  # type: ignore[union-attr]
             rows = np.asarray(batch, dtype=np.int64)
-            yield Rows(self._source, rows if self._indices is None else self._indices[rows])
+            yield LazyBatch(self._source, rows if self._indices is None else self._indices[rows])
 
 
-def as_rows(loader: Any) -> Any:
-    """The loader's batches as :class:`Rows` if it only reads tensors in memory; else the loader itself."""
+def as_lazy(loader: Any) -> Any:
+    """The loader's batches as :class:`LazyBatch` if it only reads tensors in memory; else the loader itself."""
     if type(loader) is not DataLoader or type(loader.batch_sampler) is not BatchSampler:
         return loader
-    if loader.num_workers or loader.pin_memory or loader.collate_fn not in (default_collate, collate_gathered):
+    if loader.num_workers or loader.pin_memory or loader.collate_fn not in (default_collate, collate_indexed):
         return loader
     found = _find_source(loader.dataset)
-    return loader if found is None else RowLoader(loader, *found)
+    return loader if found is None else LazyLoader(loader, *found)
 
 
 def _find_source(dataset: Any) -> tuple[Any, np.ndarray | None] | None:
-    if type(dataset) in (TensorDataset, GatheredTensors):
+    if type(dataset) in (TensorDataset, IndexedTensors):
         return _Tensors(dataset), None
-    if type(dataset) in (Subset, GatheredSubset):
+    if type(dataset) in (Subset, IndexedSubset):
         found = _find_source(dataset.dataset)
         if found is None:
             return None

@@ -21,14 +21,14 @@ from lightning_fl.seeding import loader_generators
 _SAMPLERS = (RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
-class OpenedAhead:
+class PrefetchedLoader:
     """A ``DataLoader`` whose workers have begun with its first pass.
 
     The pass that is begun with the random numbers drawn from where it was opened gets what they have read; every other
     pass is read anew. So all random numbers are those of a loader that was not opened ahead.
 
     Args:
-        loader: The loader, for which :func:`can_open` holds; the random generators stand where its client's turn will
+        loader: A loader for which :func:`can_prefetch` holds; the random generators stand where its client's turn will
             find them.
     """
 
@@ -58,7 +58,7 @@ class OpenedAhead:
         return [generator.get_state() for generator in self._generators]
 
 
-def can_open(loader: Any) -> TypeGuard[DataLoader]:
+def can_prefetch(loader: Any) -> TypeGuard[DataLoader]:
     """Whether a loader has workers, and draws random numbers only when it is opened or from its own generators."""
     return (
         type(loader) is DataLoader

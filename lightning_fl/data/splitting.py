@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, Subset
 
 from lightning_fl.data.client_loaders import ClientLoaders
-from lightning_fl.data.collation import gathered
+from lightning_fl.data.collation import with_fast_collation
 from lightning_fl.data.partitioners.partitioner import Partitioner
 from lightning_fl.types import ClientId
 
@@ -147,7 +147,7 @@ def over(loader: DataLoader, dataset: Any, evaluate: bool = False) -> DataLoader
 def _rebuild(
     loader: DataLoader, dataset: Any, shuffle: bool | None = None, drop_last: bool | None = None
 ) -> DataLoader:
-    dataset, collate_fn = gathered(dataset, loader.collate_fn)
+    dataset, collate_fn = with_fast_collation(dataset, loader.collate_fn)
     sampler_generator = getattr(loader.sampler, "generator", None)
     return DataLoader(
         dataset,

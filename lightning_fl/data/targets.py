@@ -41,7 +41,7 @@ def targets(dataset: Any) -> np.ndarray:
         if not np.isfinite(values).all():
             raise ValueError(
                 f"{(~np.isfinite(values)).sum()} of the {len(values)} targets of {type(dataset).__name__} are NaN or "
-                "infinite; leave those samples out or mend them."
+                "infinite; leave those samples out or fix them."
             )
         return values.astype(np.float64)
     if values.ndim == 2 and values.dtype.kind in "iubf" and np.isin(values, (0, 1)).all():

@@ -10,7 +10,7 @@ import lightning as L
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 
 from lightning_fl.data.client_loaders import ClientLoaders
-from lightning_fl.data.collation import gathered
+from lightning_fl.data.collation import with_fast_collation
 from lightning_fl.data.splitting import num_yielded
 from lightning_fl.types import ClientId
 
@@ -94,7 +94,7 @@ class ClientDatasets(L.LightningDataModule):
         return self._loader(_union(self._test))
 
     def _client_loader(self, client: ClientId) -> DataLoader:
-        dataset, collate_fn = gathered(_open(self._train[client]), None)
+        dataset, collate_fn = with_fast_collation(_open(self._train[client]), None)
         return self._loader(dataset, self.shuffle, self.drop_last, collate_fn)
 
     def _num_examples(self, client: ClientId) -> int:

@@ -127,7 +127,7 @@ class _ImageFiles(Dataset):
             with Image.open(path) as image:
                 scaled = image.convert("RGB" if self.channels == 3 else "L").resize((self.image_size, self.image_size))
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{path} is no image or corrupt: {error}. Mend or remove it.") from error
+            raise ValueError(f"{path} is no image or corrupt: {error}. Fix or remove it.") from error
         pixels = np.array(scaled, dtype=np.float32).reshape(self.image_size, self.image_size, self.channels) / 255
         x = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
         return x if self.transform is None else self.transform(x), label

@@ -87,7 +87,7 @@ class TableSchema:
         if infinite or (missing == "error" and any(faulty.values())):
             found = ", ".join(f"{column!r} ({number})" for column, number in faulty.items() if number)
             raise ValueError(
-                f"{name} has missing or infinite values in the columns {found}. Mend or drop them; missing='mean' puts "
+                f"{name} has missing or infinite values in the columns {found}. Fix or drop them; missing='mean' puts "
                 "the mean for missing numbers, and no category."
             )
         columns = [np.nan_to_num(values, nan=0.0) for values in columns]

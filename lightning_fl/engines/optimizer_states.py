@@ -54,7 +54,7 @@ class ScheduleEnd:
     num_optimizer_steps: int
 
 
-class UnitRun:
+class FedNovaNormalizer:
     """How far SGD goes on a gradient of 1, in units of its first learning rate: FedNova's normalizer.
 
     Momentum, dampening and schedules count as what they do; weight decay is part of the loss.
@@ -91,7 +91,7 @@ class OptimizerStates:
         self.schedules: list[Schedule] = []
         self.num_steps = 0
         self.lr_sums: list[list[float]] = []
-        self._unit_runs: list[list[UnitRun]] | None = None
+        self._unit_runs: list[list[FedNovaNormalizer]] | None = None
         self._alone: list[list[list[nn.Parameter]]] = []
         self._fresh = [_copy_state(optimizer.state) for optimizer in self.optimizers]
         self._hooks = [
@@ -260,7 +260,7 @@ class OptimizerStates:
         self.num_steps = 0
         groups = [optimizer.param_groups for optimizer in self.optimizers]
         self.lr_sums = [[0.0] * len(group) for group in groups]
-        self._unit_runs = [[UnitRun() for _ in group] for group in groups] if is_measured else None
+        self._unit_runs = [[FedNovaNormalizer() for _ in group] for group in groups] if is_measured else None
 
     def _count(self, index: int, optimizer: Optimizer) -> None:
         self.num_steps += 1

@@ -43,7 +43,7 @@ class LocalPhases:
             self._leave_own()
         self._model = phase.model
 
-    def hold_still(self, optimizer: Optimizer) -> None:
+    def mask_frozen_grads(self, optimizer: Optimizer) -> None:
         """Takes away the gradients of what the phase does not train, so that the optimizer leaves it as it is."""
         if self._still:
             for group in optimizer.param_groups:

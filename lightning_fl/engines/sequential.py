@@ -125,10 +125,10 @@ class SequentialEngine:
         assert self._phases is not None
         self._phases.end(self.optimizers, keep=self.client_optimizer == "keep")
 
-    def hold_still(self, optimizer: Optimizer) -> None:
+    def mask_frozen_grads(self, optimizer: Optimizer) -> None:
         """Takes away the gradients of what the phase at hand does not train."""
         if self._phases is not None:
-            self._phases.hold_still(optimizer)
+            self._phases.mask_frozen_grads(optimizer)
 
     def transform_grads(self, transform: Callable[[Tree, Tree], Tree], optimizer: Optimizer) -> None:
         """Replaces the gradients of the shared parameters that ``optimizer`` steps by ``transform(grads, params)``."""

@@ -16,7 +16,7 @@ from lightning_fl.engines.vectorized.stacking import NotStackable, part, stack
 from lightning_fl.types import ClientId, LocalRun, State, Tree, Update
 
 
-class Unit:
+class ClientGroup:
     """Clients that train together.
 
     Args:

@@ -10,7 +10,7 @@ from lightning_fl.types import ClientId
 
 
 @dataclass(frozen=True)
-class Place:
+class BatchPosition:
     """Where a batch stands in the round.
 
     Args:
@@ -142,7 +142,7 @@ class RoundPlan:
         self._segments[position] = (self._segments[position][0], num_batches)
         self._extend()
 
-    def locate(self, batch_idx: int) -> Place:
+    def locate(self, batch_idx: int) -> BatchPosition:
         """The place of the batch with this index in the round."""
         segment = bisect_right(self._ends, batch_idx)
         client = self._segments[segment][0]
@@ -150,7 +150,7 @@ class RoundPlan:
         ends_segment = segment < len(self._ends) and batch_idx + 1 == self._ends[segment]
         last_segment = segment + 1 == len(self._segments)
         offset = batch_idx - start
-        return Place(
+        return BatchPosition(
             client=client,
             starts_window=offset % self.accumulate == 0,
             ends_window=(offset + 1) % self.accumulate == 0 or ends_segment,

@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from lightning_fl.clients import Draws, Participation, Population
+from lightning_fl.clients import Participation, ParticipationSampler, Population
 from lightning_fl.clients.local_work import LocalWork
 from lightning_fl.communication import Group, Message
 from lightning_fl.data.client_loaders import Loader, count_batches
 from lightning_fl.federation.plan import RoundPlan
 from lightning_fl.federation.report_masking import check_steps
 from lightning_fl.federation.round import FederationSettings
-from lightning_fl.strategies.vectorized.compatibility import Outlook, outlook
-from lightning_fl.strategies.vectorized.driver import ClientsTogether
+from lightning_fl.strategies.vectorized.compatibility import BatchForecast, outlook
+from lightning_fl.strategies.vectorized.driver import VectorizedDriver
 from lightning_fl.types import ClientId
 
 
 @dataclass(frozen=True)
-class PlannedRound:
+class RankPlan:
     """A round as one rank sees it.
 
     Args:
@@ -70,10 +70,10 @@ class Planner:
         self.group = group
         self.at_home = at_home
         self._failure = failure
-        self.draws = Draws(participation, population, settings.seed, group)
+        self.draws = ParticipationSampler(participation, population, settings.seed, group)
         self._largest: int | float | None = None
 
-    def plan(self, index: int, work: LocalWork, together: ClientsTogether | None) -> PlannedRound:
+    def plan(self, index: int, work: LocalWork, together: VectorizedDriver | None) -> RankPlan:
         """The round ``index``.
 
         Args:
@@ -85,7 +85,7 @@ class Planner:
         drawn = self.draws.cohort(index)
         works = self.draws.works(index, drawn, work)
         clients: list[ClientId] = []
-        outlooks: dict[ClientId, Outlook | None] = {}
+        outlooks: dict[ClientId, BatchForecast | None] = {}
         kept: dict[ClientId, Loader] = {}
         segments: list[Sequence[int | None]] = []
         examples: dict[ClientId, int | None] = {}
@@ -120,7 +120,7 @@ class Planner:
 
         plan = RoundPlan(index, list(works), clients, segments, work.accumulate, units, num_steps_of)
         dropped = [client for client in drawn if client not in works]
-        return PlannedRound(plan, works, dropped, examples, empty, failed, kept)
+        return RankPlan(plan, works, dropped, examples, empty, failed, kept)
 
     def phases(self, work: LocalWork) -> list[LocalWork]:
         """A client's work, phase by phase."""

@@ -22,7 +22,7 @@ def describe_module(module: nn.Module) -> dict[str, str]:
     }
 
 
-def shake_hands(group: Group, module: nn.Module, settings: dict[str, str]) -> None:
+def verify_ranks(group: Group, module: nn.Module, settings: dict[str, str]) -> None:
     """Compares what the ranks are about to train; every rank raises the same error.
 
     Args:
@@ -52,7 +52,7 @@ def join_ranks(group: Group, module: nn.Module, settings: dict[str, str]) -> Non
     """
     if group.size == 1:
         return
-    shake_hands(group, module, settings)
+    verify_ranks(group, module, settings)
     with torch.no_grad():
         for tensor in module.state_dict().values():
             if isinstance(tensor, torch.Tensor):

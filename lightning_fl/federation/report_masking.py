@@ -20,7 +20,7 @@ Schedules = TypeVar("Schedules", bound=list[Any])
 _COUNTS = ("num_steps", "num_examples", "logger_steps", "squared_norm")
 
 
-def hide(report: Message) -> Message:
+def mask(report: Message) -> Message:
     """Moves all that tells of a client's data into the field ``"sums"``, numbers by name.
 
     What stays: names and settings of metrics, shapes of their states, who was refused, empty or failed, wishes to stop
@@ -34,9 +34,9 @@ def hide(report: Message) -> Message:
         if name in public:
             sums[name] = float(public[name])
             public[name] = 0
-    public["metrics"] = {key: _hide_entry(key, entry, sums) for key, entry in public["metrics"].items()}
+    public["metrics"] = {key: _mask_entry(key, entry, sums) for key, entry in public["metrics"].items()}
     public["metric_states"] = {
-        name: _hide_state(name, state, report, sums) for name, state in public["metric_states"].items()
+        name: _mask_state(name, state, report, sums) for name, state in public["metric_states"].items()
     }
     public["first_batch"] = ""
     if public.get("late"):
@@ -49,7 +49,7 @@ def hide(report: Message) -> Message:
     return Message({**public, "sums": sums})
 
 
-def reveal(reports: list[Message]) -> list[Message]:
+def unmask(reports: list[Message]) -> list[Message]:
     """Puts the sums of all ranks, which the first report holds, where the ranks' own figures stood."""
     first, *others = reports
     sums: dict[str, float] = first.fields["sums"]
@@ -79,7 +79,7 @@ def reveal(reports: list[Message]) -> list[Message]:
     joined = {
         **first.fields,
         **counts,
-        "metrics": {key: _reveal_entry(key, entry, sums) for key, entry in settings.items()},
+        "metrics": {key: _unmask_entry(key, entry, sums) for key, entry in settings.items()},
         "metric_states": {
             name: {"count": round(sums[f"state {name}"]), "lengths": dict.fromkeys(state["shapes"])}
             for name, state in states.items()
@@ -94,7 +94,7 @@ def hides_silos(settings: FederationSettings) -> bool:
     return settings.silos and settings.aggregator.hides_reports
 
 
-def check_telling(what: str, settings: FederationSettings) -> None:
+def forbid_client_disclosure(what: str, settings: FederationSettings) -> None:
     """Refuses what would show each silo's figures to the others, or each client's beside a private model.
 
     Raises:
@@ -134,7 +134,7 @@ def check_schedules(schedules: Schedules, settings: FederationSettings, work: Lo
     return schedules
 
 
-def _hide_entry(key: str, entry: dict[str, Any], sums: dict[str, float]) -> dict[str, Any]:
+def _mask_entry(key: str, entry: dict[str, Any], sums: dict[str, float]) -> dict[str, Any]:
     if entry["reduction"] not in ("mean", "sum"):
         raise MisconfigurationException(
             f"{entry['name']!r} is logged with reduce_fx={entry['reduction']!r}, which a secure sum can't give: each "
@@ -148,12 +148,12 @@ def _hide_entry(key: str, entry: dict[str, Any], sums: dict[str, float]) -> dict
     return {**entry, "value": 0.0, "weight": 0.0}
 
 
-def _reveal_entry(key: str, entry: dict[str, Any], sums: dict[str, float]) -> dict[str, Any]:
+def _unmask_entry(key: str, entry: dict[str, Any], sums: dict[str, float]) -> dict[str, Any]:
     value = math.nan if round(sums[f"metric {key} not finite"]) else sums[f"metric {key} value"]
     return {**entry, "value": value, "weight": sums[f"metric {key} weight"]}
 
 
-def _hide_state(name: str, state: dict[str, Any], report: Message, sums: dict[str, float]) -> dict[str, Any]:
+def _mask_state(name: str, state: dict[str, Any], report: Message, sums: dict[str, float]) -> dict[str, Any]:
     if not state["is_sum"]:
         raise MisconfigurationException(
             f"The torchmetric {name!r} keeps more than sums (its predictions, a maximum, ...), which a secure sum "

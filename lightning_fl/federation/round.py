@@ -19,8 +19,8 @@ from lightning_fl.communication import Group, Message
 from lightning_fl.communication.objects import decode, encode
 from lightning_fl.engines import LocalResult, Schedule, ScheduleEnd, SequentialEngine, VectorizedEngine
 from lightning_fl.engines.vectorized.stacking import are_finite, part
-from lightning_fl.federation.client_group import Unit
-from lightning_fl.federation.report_masking import hide, reveal
+from lightning_fl.federation.client_group import ClientGroup
+from lightning_fl.federation.report_masking import mask, unmask
 from lightning_fl.seeding import client_generator
 from lightning_fl.tree import clone, is_finite, leaves, move, norm, scale, squared_norms, to_sum_dtype, zeros_like
 from lightning_fl.types import Aggregate, ClientId, Context, LocalRun, State, Tree, Update
@@ -176,7 +176,7 @@ class Round:
         self._like = like
         self._acc = settings.aggregator.init(like, engine.device)
         self._client: ClientId | None = None
-        self._unit: Unit | None = None
+        self._unit: ClientGroup | None = None
 
     def start_client(self, client: ClientId, probe: Callable[[Mapping[str, Tensor]], Any] | None = None) -> None:
         """Loads a client; the caller then runs its local training.
@@ -212,7 +212,7 @@ class Round:
         context, transform = self._context, self.phase.grad_transform
         if transform is None and self.settings.transforms_gradients:
             transform = self.settings.algorithm.grad_transform
-        self.engine.hold_still(optimizer)
+        self.engine.mask_frozen_grads(optimizer)
         if transform is not None:
             self.engine.transform_grads(lambda grads, params: transform(grads, params, context), optimizer)
 
@@ -223,7 +223,7 @@ class Round:
             NotStackable: If what the algorithm gives them can't stand side by side.
         """
         kept = [move(self.store.get(client) or {}, self.engine.device) for client in clients]
-        unit = Unit(self.settings.algorithm, self.server, clients, kept)
+        unit = ClientGroup(self.settings.algorithm, self.server, clients, kept)
         self._vectorized.start_clients(unit.starts, kept)
         self._unit = unit
 
@@ -269,7 +269,7 @@ class Round:
         kept: dict[str, Any] = {**result.kept, **({} if states is None else {"algorithm": states})}
         for own in results:
             self._count_run(own)
-        if self.settings.transforms or not self.settings.aggregator.adds_together:
+        if self.settings.transforms or not self.settings.aggregator.adds_groups:
             each = [replace(update.part(index), weight=weight) for index, weight in enumerate(weights)]
             given = enumerate(zip(unit.clients, unit.kept, each, strict=True))
             taken = [self._take_in(c, own, one, clone(part(kept, i))) is not None for i, (c, own, one) in given]
@@ -286,7 +286,7 @@ class Round:
 
     def _add_together(self, updates: Update, weights: Sequence[float]) -> None:
         if weights:
-            self._acc = self.settings.aggregator.add_together(self._acc, updates, weights, self.ctx)
+            self._acc = self.settings.aggregator.add_group(self._acc, updates, weights, self.ctx)
             squared = squared_norms(updates.delta).tolist()
             self._squared_norm += sum(weight * own for weight, own in zip(weights, squared, strict=True))
 
@@ -391,8 +391,8 @@ class Round:
             "squared_norm": self._squared_norm,
         }
         own = Message(fields, report.tensors)
-        acc, reports = self.settings.aggregator.merge(self._acc, self.group, hide(own) if hides else own, self.ctx)
-        reports = reveal(reports) if hides else reports
+        acc, reports = self.settings.aggregator.merge(self._acc, self.group, mask(own) if hides else own, self.ctx)
+        reports = unmask(reports) if hides else reports
         merged = time.perf_counter()
         look(reports)
         refused, lost = (
@@ -414,7 +414,7 @@ class Round:
         self.engine.end_round(
             server["params"],
             scale(aggregate.buffers, 1 / (aggregate.weight or 1.0)),
-            _furthest([message.fields["schedule_end"] for message in reports]),
+            _longest_schedule([message.fields["schedule_end"] for message in reports]),
         )
         self.store.commit()
         traffic = self.group.traffic
@@ -490,7 +490,7 @@ def _complete(old: Any, fresh: Any) -> Any:
     return {name: (old or {}).get(name, value) for name, value in fresh.items()}
 
 
-def _furthest(ends: Sequence[Any]) -> ScheduleEnd | None:
+def _longest_schedule(ends: Sequence[Any]) -> ScheduleEnd | None:
     reached = [ScheduleEnd(**decode(end)) for end in ends if end is not None]
     return max(reached, key=lambda end: end.num_optimizer_steps, default=None)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning_fl.clients.local_work import LocalWork
 from lightning_fl.data.client_loaders import Loader, count_batches
-from lightning_fl.data.prefetch import OpenedAhead, can_open
+from lightning_fl.data.prefetch import PrefetchedLoader, can_prefetch
 from lightning_fl.federation.plan import RoundPlan
 from lightning_fl.types import ClientId
 
@@ -25,7 +25,7 @@ def raise_error(client: ClientId, error: Exception) -> None:
     if f"client {client!r}" in str(error):
         raise error
     raise ValueError(
-        f"The loader of client {client!r} raised {type(error).__name__}: {error}. Mend it, or let the round go on "
+        f"The loader of client {client!r} raised {type(error).__name__}: {error}. Fix it, or let the round go on "
         "without such clients with FederatedStrategy(on_client_error='skip')."
     ) from error
 
@@ -54,7 +54,7 @@ class RoundLoader:
         work_of: How much a client trains in the round at hand, phase by phase. None: all as much as ``plan`` says.
         open_together: Called with the index of a unit of several clients, and a function that reads a client's
             batches; returns the unit's batches, or None once it has split the unit.
-        open_ahead: Called with the next client and its loader once the first batch of a client whose loader has workers
+        prefetch: Called with the next client and its loader once the first batch of a client whose loader has workers
             has been read; returns the loader, whose workers may read from then on.
     """
 
@@ -68,7 +68,7 @@ class RoundLoader:
         failed: Callable[[ClientId, Exception], None] = raise_error,
         work_of: Callable[[ClientId], Sequence[LocalWork]] | None = None,
         open_together: Callable[[int, LoadTogether], Iterator[Any] | None] = lambda index, load: None,
-        open_ahead: Callable[[ClientId, Loader], Loader] = lambda client, loader: loader,
+        prefetch: Callable[[ClientId, Loader], Loader] = lambda client, loader: loader,
     ) -> None:
         self._load_client = load
         self._plan = plan
@@ -78,7 +78,7 @@ class RoundLoader:
         self._failed = failed
         self._work_of = work_of or (lambda client: [plan()[1]])
         self._open_together = open_together
-        self._open_ahead = open_ahead
+        self._open_ahead = prefetch
         self._ahead: dict[ClientId, Loader] = {}
         self.seconds_reading = 0.0
         """Seconds in which the round has waited for the clients' data."""
@@ -134,7 +134,7 @@ class RoundLoader:
 
     def _make(self, client: ClientId) -> Loader:
         loader = self._ahead.pop(client) if client in self._ahead else self._load_client(client)
-        if isinstance(loader, OpenedAhead) or can_open(loader):
+        if isinstance(loader, PrefetchedLoader) or can_prefetch(loader):
             self._make_next(client)
         return loader
 
@@ -256,6 +256,6 @@ def _exactly(client: ClientId, loader: Loader, length: int) -> Iterator[Any]:
         yield batch
     if index + 1 != length:
         raise ValueError(
-            f"The loader of client {client!r} yielded {index + 1} batches, but its length promised {length}. Mend its "
+            f"The loader of client {client!r} yielded {index + 1} batches, but its length promised {length}. Fix its "
             "`__len__`, or remove it if the length is not known."
         )

@@ -11,13 +11,13 @@ from torch import Tensor
 from lightning_fl.algorithms import ProbeKind
 from lightning_fl.clients.local_work import LocalWork
 from lightning_fl.data.client_loaders import Loader
-from lightning_fl.data.lazy_batches import as_rows
-from lightning_fl.data.prefetch import OpenedAhead, can_open
+from lightning_fl.data.lazy_batches import as_lazy
+from lightning_fl.data.prefetch import PrefetchedLoader, can_prefetch
 from lightning_fl.data.splitting import in_order
 from lightning_fl.federation.round_loader import one_pass
 from lightning_fl.seeding import ClientRandomness, derive_seed, isolated_randomness
 from lightning_fl.strategies.probe import probe
-from lightning_fl.strategies.user_warnings import Notices
+from lightning_fl.strategies.user_warnings import UserWarnings
 from lightning_fl.types import ClientId
 
 
@@ -30,7 +30,7 @@ class ClientReading:
         notices: Is told of each loader.
     """
 
-    def __init__(self, trainer: L.Trainer, seed: int, notices: Notices) -> None:
+    def __init__(self, trainer: L.Trainer, seed: int, notices: UserWarnings) -> None:
         self.trainer = trainer
         self.seed = seed
         self._notices = notices
@@ -46,15 +46,15 @@ class ClientReading:
 
     def prepare_together(self, round: int, client: ClientId, loader: Loader) -> Loader:
         """Like :meth:`prepare`, for a client that is read before it trains; a list needs no random numbers."""
-        return loader if type(loader) in (list, tuple) else as_rows(self.prepare(round, client, loader))
+        return loader if type(loader) in (list, tuple) else as_lazy(self.prepare(round, client, loader))
 
-    def open_ahead(self, round: int, client: ClientId, loader: Loader) -> Loader:
+    def prefetch(self, round: int, client: ClientId, loader: Loader) -> Loader:
         """The loader of a client whose turn comes later; its workers, if it has some, read from now on."""
-        if self.trainer.overfit_batches > 0 or not can_open(loader):  # type: ignore[attr-defined]
+        if self.trainer.overfit_batches > 0 or not can_prefetch(loader):  # type: ignore[attr-defined]
             return loader
         with isolated_randomness(self.seed, round, client) as randomness:
             randomness.seed_loader(loader, derive_seed(self.seed, round, "loader", client))
-            return OpenedAhead(loader)
+            return PrefetchedLoader(loader)
 
     def enter(self, round: int, client: ClientId) -> None:
         """The client's randomness for its training, until :meth:`leave`."""

@@ -20,7 +20,7 @@ from lightning_fl.data.client_loaders import Loader, count_batches
 from lightning_fl.engines import Schedule, SequentialEngine
 from lightning_fl.engines.phases import optimizer_entry
 from lightning_fl.federation.history import figures, round_entry, words
-from lightning_fl.federation.plan import Place, RoundPlan
+from lightning_fl.federation.plan import BatchPosition, RoundPlan
 from lightning_fl.federation.planner import Planner
 from lightning_fl.federation.rank_verification import digest
 from lightning_fl.federation.report_masking import check_schedules
@@ -30,16 +30,16 @@ from lightning_fl.strategies import internals as internals
 from lightning_fl.strategies import metrics
 from lightning_fl.strategies import results as logged
 from lightning_fl.strategies.client_randomness import ClientReading
-from lightning_fl.strategies.rank_sync import Agreement, naming_round
-from lightning_fl.strategies.user_warnings import Notices
+from lightning_fl.strategies.rank_sync import RankSync, naming_round
+from lightning_fl.strategies.user_warnings import UserWarnings
 from lightning_fl.strategies.validation import check_algorithm
-from lightning_fl.strategies.vectorized.driver import ClientsTogether, NotStackable, NotVectorizable
+from lightning_fl.strategies.vectorized.driver import NotStackable, NotVectorizable, VectorizedDriver
 from lightning_fl.types import ClientId
 
 OnClientError = Literal["raise", "skip"]
 
 
-class FederatedRounds:
+class RoundDriver:
     """Plans each round, switches clients at their last batches, and closes the round after the last of them.
 
     Args:
@@ -64,19 +64,19 @@ class FederatedRounds:
         limit: int | float,
         at_home: bool,
         on_client_error: OnClientError = "raise",
-        last: FederatedRounds | None = None,
+        last: RoundDriver | None = None,
     ) -> None:
         self.trainer = trainer
         self.group = group
         self.settings = settings
         self.participation = participation
-        self.work = participation.most_work(limit)
+        self.work = participation.max_work(limit)
         self.at_home = at_home
         self.on_client_error = on_client_error
         self.state = FederationState()
         self.store = ClientStore()
         self.history: list[dict[str, Any]] = []
-        self.together: ClientsTogether | None = None
+        self.together: VectorizedDriver | None = None
         self.has_started = False
         self.in_local_phase = False
         self.interrupted_loops: dict[str, Any] | None = None
@@ -89,8 +89,8 @@ class FederatedRounds:
         self._is_unsettled = False
         self._deferred: dict[str, bool] = {}
         self._placeholders: list[str] = []
-        self._notices = Notices()
-        self._agreement = Agreement(trainer, group)
+        self._notices = UserWarnings()
+        self._agreement = RankSync(trainer, group)
         self._reading = ClientReading(trainer, settings.seed, self._notices)
         self.renew(population)
 
@@ -107,7 +107,7 @@ class FederatedRounds:
             self._fail_client,
             lambda client: self.planner.phases(self.planned.works[client]),
             self._open_together,
-            lambda client, loader: self._reading.open_ahead(self.plan.round, client, loader),
+            lambda client, loader: self._reading.prefetch(self.plan.round, client, loader),
         )
         self._plan(internals.current_round(self.trainer))
 
@@ -129,7 +129,7 @@ class FederatedRounds:
 
     # ---- hooks of Lightning, in the order in which they come
 
-    def start(self, engine: SequentialEngine, together: ClientsTogether | None = None) -> None:
+    def start(self, engine: SequentialEngine, together: VectorizedDriver | None = None) -> None:
         """Training is about to start.
 
         Args:
@@ -390,7 +390,7 @@ class FederatedRounds:
             raise_error(client, error)
         return f"{type(error).__name__}: {error.with_traceback(None)}"  # whose frames hold the loader's workers
 
-    def _count(self, outputs: Any, batch: Any, place: Place) -> None:
+    def _count(self, outputs: Any, batch: Any, place: BatchPosition) -> None:
         results = internals.train_results(self.trainer)
         num_examples = logged.batch_size(results, batch)
         self._examples_seen += num_examples

@@ -8,13 +8,13 @@ import lightning as L
 
 from lightning_fl.engines import OptimizerStates, SequentialEngine, Vectorized, VectorizedEngine
 from lightning_fl.strategies import internals as internals
-from lightning_fl.strategies.vectorized.compatibility import why_not, why_slower
-from lightning_fl.strategies.vectorized.driver import ClientsTogether
+from lightning_fl.strategies.vectorized.compatibility import unprofitable_reason, unsupported_reason
+from lightning_fl.strategies.vectorized.driver import VectorizedDriver
 
 
 def choose_engine(
     strategy: Any, trainer: L.Trainer, optimizers: OptimizerStates
-) -> tuple[SequentialEngine, ClientsTogether | None]:
+) -> tuple[SequentialEngine, VectorizedDriver | None]:
     """The engine that the strategy's setting asks for, and what lets clients train together if it can.
 
     Raises:
@@ -26,10 +26,10 @@ def choose_engine(
     engine = VectorizedEngine(module, optimizers, strategy.personal, strategy.client_optimizer)
     settings = strategy.engine if isinstance(strategy.engine, Vectorized) else Vectorized()
     is_asked_for, is_secure = strategy.engine != "auto", strategy.participation.secure
-    together = ClientsTogether(trainer, engine, settings, is_asked_for, allows_random=is_asked_for and not is_secure)
-    reason = why_not(trainer, module, strategy)
+    together = VectorizedDriver(trainer, engine, settings, is_asked_for, allows_random=is_asked_for and not is_secure)
+    reason = unsupported_reason(trainer, module, strategy)
     if reason is None and not is_asked_for:
-        reason = why_slower(module, together.max_clients)
+        reason = unprofitable_reason(module, together.max_clients)
     if reason is not None:
         together.refuse(reason)
         return engine, None

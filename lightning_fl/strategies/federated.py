@@ -46,11 +46,11 @@ from lightning_fl.strategies.checkpoint import (
     warn_of_plain_checkpoint,
 )
 from lightning_fl.strategies.client_discovery import build_population
-from lightning_fl.strategies.driver import FederatedRounds, OnClientError
+from lightning_fl.strategies.driver import OnClientError, RoundDriver
 from lightning_fl.strategies.engine_selection import choose_engine
 from lightning_fl.strategies.hooks import run_training_step
 from lightning_fl.strategies.metrics import EvaluationMetrics
-from lightning_fl.strategies.user_warnings import Notices
+from lightning_fl.strategies.user_warnings import UserWarnings
 from lightning_fl.strategies.validation import (
     SEVERAL_LOADERS,
     check_choice,
@@ -164,13 +164,13 @@ class FederatedStrategy(ParallelStrategy):
         self.timeout = timedelta(seconds=timeout)
         self.num_nodes = 1
         self.federation: Group = LocalGroup()
-        self.rounds: FederatedRounds | None = None
-        self._last_rounds: FederatedRounds | None = None
+        self.rounds: RoundDriver | None = None
+        self._last_rounds: RoundDriver | None = None
         self._connected = False
         self._loaded_checkpoint: tuple[Any, dict[str, Any] | None] | None = None
         self.limit_train_batches: int | float = 1.0
         self._works_alone = False
-        self._notices = Notices()
+        self._notices = UserWarnings()
 
     # ---- processes and devices
 
@@ -331,7 +331,7 @@ class FederatedStrategy(ParallelStrategy):
             self.rounds.renew(population)
         return self.rounds.loader
 
-    def _make_rounds(self, population: Population) -> FederatedRounds:
+    def _make_rounds(self, population: Population) -> RoundDriver:
         trainer = self._trainer
         size = len(population)
         sampling = describe_sampling(self.cohort, size, self.clients_per_round)
@@ -343,7 +343,7 @@ class FederatedStrategy(ParallelStrategy):
         stateful |= any(phase.model == "own" for phase in self.algorithm.phases())
         keepers = (*self.transforms, *trainer.callbacks)  # type: ignore[attr-defined]
         at_home = stateful or any(getattr(keeper, "keeps_client_state", False) for keeper in keepers)
-        return FederatedRounds(
+        return RoundDriver(
             trainer,
             population,
             self.federation,
@@ -466,7 +466,7 @@ class FederatedStrategy(ParallelStrategy):
         return [] if rounds is None else rounds.history
 
     @property
-    def active_rounds(self) -> FederatedRounds:
+    def active_rounds(self) -> RoundDriver:
         """The rounds of the fit at hand."""
         assert self.rounds is not None
         return self.rounds

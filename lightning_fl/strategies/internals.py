@@ -388,7 +388,7 @@ def step_epoch_schedules(trainer: Trainer) -> None:
 
 
 @contextmanager
-def logging_aside(trainer: Trainer, training: bool) -> Iterator[_ResultCollection]:
+def logging_out_of_loop(trainer: Trainer, training: bool) -> Iterator[_ResultCollection]:
     """Collects what the module logs inside the block apart from what the loops collect.
 
     Lightning knows one place for what is logged in an epoch; a step outside its loops must leave no trace there.
@@ -402,7 +402,7 @@ def logging_aside(trainer: Trainer, training: bool) -> Iterator[_ResultCollectio
         epoch_loop._results, connector._current_fx, connector._first_loop_iter = before
 
 
-def step_aside(trainer: Trainer, hook: str, batch: Any, batch_idx: int) -> tuple[Any, Any]:
+def step_out_of_loop(trainer: Trainer, hook: str, batch: Any, batch_idx: int) -> tuple[Any, Any]:
     """Calls ``training_step`` or ``validation_step`` as the loops do, but no callback; also gives the batch it saw."""
     module = trainer.lightning_module
     batch = module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), dataloader_idx=0)
@@ -413,13 +413,13 @@ def step_aside(trainer: Trainer, hook: str, batch: Any, batch_idx: int) -> tuple
     return call._call_strategy_hook(trainer, hook, batch, *([batch_idx] if takes_index else [])), batch
 
 
-def hook_aside(trainer: Trainer, hook: str) -> None:
+def hook_out_of_loop(trainer: Trainer, hook: str) -> None:
     """Calls one of the module's epoch hooks outside the loops, so that it may log."""
     call._call_lightning_module_hook(trainer, hook)
 
 
-def logged_aside(results: _ResultCollection) -> dict[str, float]:
-    """What was logged by epoch since :func:`logging_aside` began, under the names that the user gave."""
+def logged_out_of_loop(results: _ResultCollection) -> dict[str, float]:
+    """What was logged by epoch since :func:`logging_out_of_loop` began, under the names that the user gave."""
     return {name: float(value) for name, value in results.metrics(on_step=False)["callback"].items()}
 
 

@@ -14,7 +14,7 @@ from torchmetrics.utilities import dim_zero_sum
 
 from lightning_fl.aggregation import Aggregator, FederationFacts
 from lightning_fl.communication import Group, Message
-from lightning_fl.federation.report_masking import hide, reveal
+from lightning_fl.federation.report_masking import mask, unmask
 from lightning_fl.strategies import results as logged
 from lightning_fl.strategies.results import ResultCollection
 from lightning_fl.types import Tree
@@ -328,7 +328,7 @@ class EvaluationMetrics:
         fields, tensors = self.states.report() if self.per_rank else ({}, {})
         report = Message({"metrics": entries, "metric_states": fields, "first_batch": self.first_batch}, tensors)
         if self.hides:
-            return reveal(self.aggregator.gather(self.group, hide(report), "evaluation"))
+            return unmask(self.aggregator.gather(self.group, mask(report), "evaluation"))
         reports = self.group.all_gather(report, "evaluation")
         same_data = len({message.fields["first_batch"] for message in reports}) == 1
         return reports if self.per_rank and not same_data else reports[:1]

@@ -19,7 +19,7 @@ from lightning_fl.strategies.results import ResultCollection, batch_size
 
 
 @contextmanager
-def outside_training(trainer: L.Trainer, training: bool) -> Iterator[ResultCollection]:
+def out_of_loop(trainer: L.Trainer, training: bool) -> Iterator[ResultCollection]:
     """Inside the block what the module logs is collected apart; afterwards its metrics and buffers are as before.
 
     Args:
@@ -34,14 +34,14 @@ def outside_training(trainer: L.Trainer, training: bool) -> Iterator[ResultColle
     metrics = states.snapshot()
     buffers = [(*owner(module, name), tensor, tensor.clone()) for name, tensor in module.named_buffers()]
     try:
-        with internals.logging_aside(trainer, training) as results:
+        with internals.logging_out_of_loop(trainer, training) as results:
             yield results
     finally:
         states.restore(metrics)
         _put_back(buffers)
 
 
-def train_aside(trainer: L.Trainer, loader: Iterable[Any], optimizer: Optimizer, num_epochs: int) -> None:
+def train_out_of_loop(trainer: L.Trainer, loader: Iterable[Any], optimizer: Optimizer, num_epochs: int) -> None:
     """Trains the module on a loader as a plain Trainer would, without callbacks, schedules and logging.
 
     Args:
@@ -51,14 +51,14 @@ def train_aside(trainer: L.Trainer, loader: Iterable[Any], optimizer: Optimizer,
         num_epochs: Passes over the data.
     """
     module, window = trainer.lightning_module, trainer.accumulate_grad_batches
-    with outside_training(trainer, training=True):
+    with out_of_loop(trainer, training=True):
         for _ in range(num_epochs):
             optimizer.zero_grad(set_to_none=True)
             batches = iter(loader)
             batch, index = next(batches, None), 0
             while batch is not None:
                 following = next(batches, None)
-                outputs, _ = internals.step_aside(trainer, "training_step", batch, index)
+                outputs, _ = internals.step_out_of_loop(trainer, "training_step", batch, index)
                 loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
                 if loss is not None:
                     (loss / window).backward()
@@ -72,7 +72,7 @@ def train_aside(trainer: L.Trainer, loader: Iterable[Any], optimizer: Optimizer,
 
 
 @torch.no_grad()
-def validate_aside(trainer: L.Trainer, loader: Iterable[Any]) -> tuple[dict[str, float], int]:
+def validate_out_of_loop(trainer: L.Trainer, loader: Iterable[Any]) -> tuple[dict[str, float], int]:
     """Runs the module's ``validation_step`` on a loader, in evaluation mode and without callbacks.
 
     Returns:
@@ -82,15 +82,15 @@ def validate_aside(trainer: L.Trainer, loader: Iterable[Any]) -> tuple[dict[str,
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
-        with outside_training(trainer, training=False) as results:
+        with out_of_loop(trainer, training=False) as results:
             for metric in (part for part in module.modules() if isinstance(part, Metric)):
                 metric.reset()
-            internals.hook_aside(trainer, "on_validation_epoch_start")
+            internals.hook_out_of_loop(trainer, "on_validation_epoch_start")
             for index, fetched in enumerate(loader):
-                _, batch = internals.step_aside(trainer, "validation_step", fetched, index)
+                _, batch = internals.step_out_of_loop(trainer, "validation_step", fetched, index)
                 num_examples += batch_size(results, batch)
-            internals.hook_aside(trainer, "on_validation_epoch_end")
-            return internals.logged_aside(results), num_examples
+            internals.hook_out_of_loop(trainer, "on_validation_epoch_end")
+            return internals.logged_out_of_loop(results), num_examples
     finally:
         for part, was_training in modes:
             part.training = was_training

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_fl.algorithms import ProbeKind
 from lightning_fl.strategies import internals as internals
 from lightning_fl.strategies import results as logged
-from lightning_fl.strategies.out_of_loop import outside_training
+from lightning_fl.strategies.out_of_loop import out_of_loop
 from lightning_fl.tree import sum_dtype
 from lightning_fl.types import Tree
 
@@ -39,9 +39,9 @@ def probe(trainer: L.Trainer, kind: ProbeKind, batches: Iterable[Any], params: M
     device = trainer.lightning_module.device
     total, num_examples = torch.zeros((), dtype=torch.float64, device=device), 0
     grads = {name: torch.zeros_like(param, dtype=sum_dtype(param.dtype)) for name, param in params.items()}
-    with outside_training(trainer, training=True) as results:
+    with out_of_loop(trainer, training=True) as results:
         for index, fetched in enumerate(batches):
-            outputs, batch = internals.step_aside(trainer, "training_step", fetched, index)
+            outputs, batch = internals.step_out_of_loop(trainer, "training_step", fetched, index)
             loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
             if loss is None:
                 continue

@@ -29,7 +29,7 @@ def naming_round(when: str, what: str = "") -> Iterator[None]:
         ) from error
 
 
-class Agreement:
+class RankSync:
     """Gathers between rounds, each only where the user's hooks make it necessary.
 
     Args:

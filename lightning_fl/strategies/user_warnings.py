@@ -22,7 +22,7 @@ def _forms(name: str) -> tuple[str, ...]:
     return name, f"{name}_epoch", f"{name}_step"
 
 
-class Notices:
+class UserWarnings:
     """Warnings about clients and their data, each given once unless it is about a single round."""
 
     def __init__(self) -> None:

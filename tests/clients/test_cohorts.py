@@ -13,8 +13,8 @@ import torch
 
 from lightning_fl.clients import (
     Cohort,
-    Draws,
     Participation,
+    ParticipationSampler,
     Poisson,
     Population,
     RoundRobin,
@@ -30,9 +30,11 @@ NUM_ROUNDS = 4000
 Sampler = Callable[[Sequence, int, int, int], list]
 
 
-def draws(cohort: Cohort, clients: Any, clients_per_round: int | float | None = None, seed: int = 0) -> Draws:
+def draws(
+    cohort: Cohort, clients: Any, clients_per_round: int | float | None = None, seed: int = 0
+) -> ParticipationSampler:
     population = Population(ClientLoaders(clients, lambda client: [], num_examples=lambda client: 1 + client))
-    return Draws(Participation(cohort, clients_per_round), population, seed, LocalGroup())
+    return ParticipationSampler(Participation(cohort, clients_per_round), population, seed, LocalGroup())
 
 
 def sample_cohort(clients: Sequence, size: int, seed: int, round: int) -> list:
@@ -229,7 +231,7 @@ def test_secure_cohorts_do_not_repeat_but_stay_what_they_are_within_a_round(coho
 
 def test_nothing_is_secure_where_nothing_is_drawn() -> None:
     population = Population(ClientLoaders(range(5), lambda client: []))
-    assert not Draws(Participation(secure=True), population, 0, LocalGroup()).is_secure
+    assert not ParticipationSampler(Participation(secure=True), population, 0, LocalGroup()).is_secure
 
 
 WEIGHTS = {
@@ -309,7 +311,7 @@ def test_weights_by_examples_need_known_sizes() -> None:
         Population(ClientLoaders({1: [[0]]}), silos=3),
     ):
         with pytest.raises(ValueError, match="has to know the number of examples of each client"):
-            Draws(Participation(Weighted(), 2), population, 0, LocalGroup())
+            ParticipationSampler(Participation(Weighted(), 2), population, 0, LocalGroup())
 
 
 @pytest.mark.parametrize(("population", "size"), [(7, 3), (6, 2), (5, 5), (4, 1)])

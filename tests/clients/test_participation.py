@@ -12,8 +12,8 @@ import torch
 from lightning_fl.clients import (
     Amount,
     Between,
-    Draws,
     Participation,
+    ParticipationSampler,
     PerClient,
     Poisson,
     Population,
@@ -26,14 +26,16 @@ from lightning_fl.data.client_loaders import ClientLoaders
 from lightning_fl.types import ClientId
 
 
-def draws(participation: Participation, num_clients: int = 10, seed: int = 0, group: Any = None) -> Draws:
+def draws(
+    participation: Participation, num_clients: int = 10, seed: int = 0, group: Any = None
+) -> ParticipationSampler:
     population = Population(ClientLoaders(range(num_clients), lambda client: []))
-    return Draws(participation, population, seed, group or LocalGroup())
+    return ParticipationSampler(participation, population, seed, group or LocalGroup())
 
 
 def works(participation: Participation, round: int, num_clients: int = 10, seed: int = 0) -> dict[ClientId, LocalWork]:
     drawn = draws(participation, num_clients, seed)
-    return dict(drawn.works(round, drawn.cohort(round), participation.most_work()))
+    return dict(drawn.works(round, drawn.cohort(round), participation.max_work()))
 
 
 def test_without_a_word_all_clients_do_one_pass() -> None:
@@ -54,7 +56,7 @@ def test_an_amount_stands_where_a_number_may_stand(name: str) -> None:
     assert amounts.keys() == {2, 3, 4, 5}
     statistic = sum((count - 1000) ** 2 / 1000 for count in amounts.values())
     assert statistic < 21.1  # chi-square with 3 degrees of freedom: p > 1e-4
-    most = participation.most_work(limit=3)
+    most = participation.max_work(limit=3)
     assert (most.steps if name == "local_steps" else most.epochs, most.limit) == (5, 3)
 
 
@@ -62,7 +64,7 @@ def test_fast_and_slow_clients_are_so_in_all_rounds() -> None:
     participation = Participation(local_steps=PerClient({2: 7, 0: 1}, default=3))
     for round in range(3):
         assert [work.steps for work in works(participation, round, 4).values()] == [1, 3, 7, 3]
-    assert participation.most_work().steps == 7
+    assert participation.max_work().steps == 7
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-from lightning_fl.data.collation import gathered
-from lightning_fl.data.lazy_batches import RowLoader, Rows, as_rows, stack_rows
+from lightning_fl.data.collation import with_fast_collation
+from lightning_fl.data.lazy_batches import LazyBatch, LazyLoader, as_lazy, stack_lazy
 from lightning_fl.datamodules.base import ImageDataset
 
 BASE = TensorDataset(torch.randn(23, 3, 2), torch.arange(23))
@@ -29,7 +29,7 @@ class Doubled(Dataset):
 
 def loaders(kind: str, **options: Any) -> list[DataLoader]:
     if kind == "gathered":
-        pairs = [gathered(Subset(BASE, part), None) for part in PARTS]
+        pairs = [with_fast_collation(Subset(BASE, part), None) for part in PARTS]
         return [DataLoader(dataset, batch_size=2, collate_fn=collate, **options) for dataset, collate in pairs]
     make = {
         "whole": lambda part: TensorDataset(BASE.tensors[0][part], BASE.tensors[1][part]),
@@ -45,7 +45,7 @@ def loaders(kind: str, **options: Any) -> list[DataLoader]:
 @pytest.mark.parametrize("has_generator", [False, True])
 def test_the_batches_of_the_loaders(kind: str, options: dict[str, Any], has_generator: bool) -> None:
     read = []
-    for see in (as_rows, lambda loader: loader):
+    for see in (as_lazy, lambda loader: loader):
         torch.manual_seed(5)
         generator = torch.Generator().manual_seed(6) if has_generator else None
         read.append([list(see(loader)) for loader in loaders(kind, generator=generator, **options)])
@@ -53,9 +53,9 @@ def test_the_batches_of_the_loaders(kind: str, options: dict[str, Any], has_gene
     (first, second, drawn), (own, others, expected_draw) = read
     assert torch.equal(drawn, expected_draw)
     for rows, batches in zip(zip(first, second, strict=True), zip(own, others, strict=True), strict=True):
-        assert all(isinstance(batch, Rows) for batch in rows)
+        assert all(isinstance(batch, LazyBatch) for batch in rows)
         expected = [torch.stack(pair) for pair in zip(*batches, strict=True)]
-        found = stack_rows(rows)
+        found = stack_lazy(rows)
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
         assert 2 * rows[0].num_bytes == sum(tensor.nbytes for tensor in found)
         assert rows[0].signature == rows[1].signature
@@ -63,7 +63,7 @@ def test_the_batches_of_the_loaders(kind: str, options: dict[str, Any], has_gene
 
 def test_rows_of_other_shapes_have_other_signatures() -> None:
     short, wide = TensorDataset(torch.zeros(4, 2)), TensorDataset(torch.zeros(4, 3))
-    kinds = [next(iter(as_rows(DataLoader(data, batch_size=2)))).signature for data in (short, wide)]
+    kinds = [next(iter(as_lazy(DataLoader(data, batch_size=2)))).signature for data in (short, wide)]
     assert kinds[0] != kinds[1]
 
 
@@ -78,10 +78,10 @@ def test_rows_of_other_shapes_have_other_signatures() -> None:
     ],
 )
 def test_what_is_read_in_a_way_of_its_own_stays_as_it_is(loader: Any) -> None:
-    assert as_rows(loader) is loader
+    assert as_lazy(loader) is loader
 
 
 def test_the_length_is_that_of_the_loader() -> None:
-    loader = as_rows(DataLoader(BASE, batch_size=4, drop_last=True))
-    assert isinstance(loader, RowLoader)
+    loader = as_lazy(DataLoader(BASE, batch_size=4, drop_last=True))
+    assert isinstance(loader, LazyLoader)
     assert len(loader) == len(list(loader)) == 5

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, TensorDataset
 
-from lightning_fl.data.prefetch import OpenedAhead, can_open
+from lightning_fl.data.prefetch import PrefetchedLoader, can_prefetch
 
 NUMBERS = TensorDataset(torch.arange(20))
 
@@ -54,7 +54,7 @@ def test_gives_what_the_loader_gives_in_its_turn(generator: torch.Generator | No
     put()
     expected = read(loader(generator=generator), 5)
     put()
-    opened = OpenedAhead(loader(generator=generator))
+    opened = PrefetchedLoader(loader(generator=generator))
     torch.rand(100)
     put()
     found = read(opened, 5)
@@ -65,7 +65,7 @@ def test_gives_what_the_loader_gives_in_its_turn(generator: torch.Generator | No
 
 def test_what_was_read_with_other_random_numbers_is_not_used() -> None:
     torch.manual_seed(5)
-    opened = OpenedAhead(loader())
+    opened = PrefetchedLoader(loader())
     expected = read(loader(), 7)
     assert all(map(torch.equal, read(opened, 7), expected))
     assert not torch.equal(expected[0], read(opened, 5)[0])
@@ -86,4 +86,4 @@ def test_what_was_read_with_other_random_numbers_is_not_used() -> None:
     ],
 )
 def test_which_loaders_can_be_opened(chosen: Any, can: bool) -> None:
-    assert can_open(chosen) is can
+    assert can_prefetch(chosen) is can

@@ -191,6 +191,7 @@ def test_text_of_many_values_is_refused() -> None:
         ("a.csv.gz", gzip.compress(b"x,y\n1,2\n" * 9000)[:60], "can't be read"),
         ("a.xlsx", b"", "is neither"),
     ],
+    ids=["empty", "without rows", "binary", "cut parquet", "cut gzip", "unknown ending"],
 )
 def test_files_that_are_corrupt_are_refused(name: str, content: bytes, message: str) -> None:
     Path(name).write_bytes(content)

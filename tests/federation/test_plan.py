@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from lightning_fl.clients.local_work import LocalWork
-from lightning_fl.federation.plan import Place, RoundPlan
+from lightning_fl.federation.plan import BatchPosition, RoundPlan
 
 segments_of_clients = st.lists(st.lists(st.integers(1, 6), min_size=1, max_size=3), min_size=1, max_size=4)
 accumulations = st.integers(1, 4)
@@ -30,11 +30,11 @@ def enumerate_windows(segments: Sequence[Sequence[int]], accumulate: int) -> lis
     return windows
 
 
-def enumerate_places(segments: Sequence[Sequence[int]], accumulate: int) -> list[Place]:
+def enumerate_places(segments: Sequence[Sequence[int]], accumulate: int) -> list[BatchPosition]:
     windows = enumerate_windows(segments, accumulate)
     last_of_client = {client: offset for window in windows for client, offset in window}
     places = [
-        Place(
+        BatchPosition(
             client=client,
             starts_window=(client, offset) == window[0],
             ends_window=(client, offset) == window[-1],
@@ -52,7 +52,7 @@ def plan_of(segments: Sequence[Sequence[int | None]], accumulate: int = 1) -> Ro
     return RoundPlan(0, range(len(segments)), range(len(segments)), segments, accumulate)
 
 
-def located(plan: RoundPlan, num_batches: int) -> list[Place]:
+def located(plan: RoundPlan, num_batches: int) -> list[BatchPosition]:
     return [plan.locate(index) for index in range(num_batches)]
 
 

@@ -12,7 +12,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
 from lightning_fl.clients.local_work import LocalWork
 from lightning_fl.data.client_loaders import ClientLoaders, count_batches
-from lightning_fl.federation.plan import Place, RoundPlan
+from lightning_fl.federation.plan import BatchPosition, RoundPlan
 from lightning_fl.federation.round_loader import UNKNOWN_LENGTH, RoundLoader
 
 LENGTHS = {"a": 1, "b": 4, "c": 3}
@@ -68,7 +68,7 @@ class Driver:
         own = [segments[client] for client in trained]
         self.plan = RoundPlan(round, list(self.clients), trained, own, self.work.accumulate)
 
-    def run(self) -> tuple[list[Any], list[Place]]:
+    def run(self) -> tuple[list[Any], list[BatchPosition]]:
         batches, places = [], []
         for index, batch in enumerate(self.loader):
             self.events.append(batch)
@@ -86,7 +86,7 @@ def driver(work: LocalWork, sized: bool = True, clients: str = "abc") -> Driver:
     return Driver({c: batches_of(c) if sized else WithoutLength(batches_of(c)) for c in clients}, work)
 
 
-def step_counts(batches: list[Batch], places: list[Place]) -> dict[str, int]:
+def step_counts(batches: list[Batch], places: list[BatchPosition]) -> dict[str, int]:
     steps: dict[str, int] = {}
     for (client, _), place in zip(batches, places, strict=True):
         steps[client] = steps.get(client, 0) + place.ends_window

@@ -83,7 +83,7 @@ def equal(left: Any, right: Any) -> bool:
 
 def test_without_the_server_state_the_continuation_differs(monkeypatch: pytest.MonkeyPatch) -> None:
     _, whole = fit("scaffold", ROUNDS, **every_round())
-    monkeypatch.setattr("lightning_fl.strategies.driver.FederatedRounds.resume", lambda *_: None)
+    monkeypatch.setattr("lightning_fl.strategies.driver.RoundDriver.resume", lambda *_: None)
     assert not torch.equal(fit("scaffold", ROUNDS, "ckpt/epoch=2.ckpt")[1], whole)
 
 

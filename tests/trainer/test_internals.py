@@ -151,10 +151,10 @@ def test_what_is_logged_aside_leaves_no_trace_and_can_be_read() -> None:
         def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
             connector, results = trainer._logger_connector, trainer._results
             before = (connector._current_fx, connector._first_loop_iter, dict(results), module._current_fx_name)
-            with internals.logging_aside(trainer, training=False) as aside:
+            with internals.logging_out_of_loop(trainer, training=False) as aside:
                 assert trainer._results is aside
-                internals.step_aside(trainer, "validation_step", batch, batch_idx)
-                self.logged = internals.logged_aside(aside)
+                internals.step_out_of_loop(trainer, "validation_step", batch, batch_idx)
+                self.logged = internals.logged_out_of_loop(aside)
             assert trainer._results is results
             after = (connector._current_fx, connector._first_loop_iter, dict(results), module._current_fx_name)
             assert after == before

@@ -122,7 +122,7 @@ def test_a_probe_that_leaves_a_trace_is_seen(monkeypatch: pytest.MonkeyPatch) ->
         yield internals.train_results(trainer)
 
     plain = train(FedAvg())
-    monkeypatch.setattr("lightning_fl.strategies.probe.outside_training", inside_training)
+    monkeypatch.setattr("lightning_fl.strategies.probe.out_of_loop", inside_training)
     probed = train(Measures())
     assert torch.equal(probed[0], plain[0])  # the weights start anew
     assert probed[1] != plain[1]

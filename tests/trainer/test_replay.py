@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import lightning_fl as fl
 from lightning_fl.strategies.vectorized import step_cache as replay
-from lightning_fl.strategies.vectorized.log_capture import Capture
+from lightning_fl.strategies.vectorized.log_capture import LogCapture
 from tests.helpers.training import Plain, image_clients, trainer, weights
 
 EQUAL, UNEQUAL = (23,) * 5, (23, 7, 23, 7, 23)
@@ -118,8 +118,8 @@ def fit(
     module, calls = kind(), []
     strategy = fl.FederatedStrategy("fedavg", engine=engine, seed=3)
     with pytest.MonkeyPatch.context() as patch:
-        run = Capture.__call__
-        patch.setattr(Capture, "__call__", lambda *args: (calls.append(1), run(*args))[1])
+        run = LogCapture.__call__
+        patch.setattr(LogCapture, "__call__", lambda *args: (calls.append(1), run(*args))[1])
         trainer(strategy, rounds, callbacks=list(callbacks), **of_trainer).fit(module, image_clients(sizes))
     return weights(module), len(calls)
 

@@ -142,7 +142,7 @@ class Dropout(Ordinary):
         {"enable_checkpointing": True},
         {"enable_progress_bar": True},
     ],
-    ids=str,
+    ids=lambda options: next(iter(options)),
 )
 def test_evaluation_and_logging_change_no_training(options: dict[str, Any]) -> None:
     def train(**options: Any) -> Tensor:

@@ -12,8 +12,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 import lightning_fl as fl
 from lightning_fl.engines.optimizer_states import OptimizerStates
-from lightning_fl.engines.vectorized import step_schedule as lockstep
-from lightning_fl.engines.vectorized.row_subset import Gathering
+from lightning_fl.engines.vectorized import step_schedule as step_schedule_of
+from lightning_fl.engines.vectorized.row_subset import RowSubset
 from tests.helpers.engines import both, fit
 from tests.helpers.training import Plain, image_clients, images, trainer, weights
 
@@ -60,14 +60,14 @@ def test_these_tests_would_show(kind: Any, attribute: str, value: Any, monkeypat
 
 
 def test_a_client_that_trained_on_with_the_others_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    write_back = Gathering._write_back
+    write_back = RowSubset._write_back
 
     def keeping_all(self: Any, params: Any, buffers: Any) -> None:
         write_back(self, params, buffers)
         if self.rows is not None and 0 not in self.rows:
             next(iter(self._params.values())).data[0] += 0.01
 
-    monkeypatch.setattr(Gathering, "_write_back", keeping_all)
+    monkeypatch.setattr(RowSubset, "_write_back", keeping_all)
     with pytest.raises(AssertionError):
         both(make(), clients())
 
@@ -282,7 +282,7 @@ def test_two_ranks_train_what_one_does(run_ranks: Any) -> None:
 
 
 def test_the_rounding_of_bf16_refuses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lockstep, "OF_SOME", 0)  # so few would train alone
+    monkeypatch.setattr(step_schedule_of, "OF_SOME", 0)  # so few would train alone
     module, alone = Plain(torch.float32), Plain(torch.float32)
     run = fit("vectorized", module, precision="bf16-true")
     assert [len(unit) for unit in run.strategy.active_rounds.plan.units] == [7]

@@ -18,17 +18,17 @@ from lightning_fl.privacy.accounting.sampling import Sampling
 from lightning_fl.privacy.noise import PrivacyError
 from lightning_fl.privacy.sample_level.poisson_loader import PoissonLoader
 from lightning_fl.privacy.state import unpack
-from lightning_fl.strategies.driver import FederatedRounds
+from lightning_fl.strategies.driver import RoundDriver
 from lightning_fl.types import ClientId
 
 
-def clients_here(rounds: FederatedRounds) -> list[ClientId]:
+def clients_here(rounds: RoundDriver) -> list[ClientId]:
     """The clients that live on this rank."""
     population, group = rounds.population, rounds.group
     return population.place(list(population.ids), group.size, at_home=True)[group.rank]
 
 
-def ledger_of(rounds: FederatedRounds, client: ClientId) -> Ledger:
+def ledger_of(rounds: RoundDriver, client: ClientId) -> Ledger:
     """What a client that lives on this rank has released."""
     ledger, state = Ledger(), rounds.store.get(client) or {}
     if LEDGER in state:
@@ -36,7 +36,7 @@ def ledger_of(rounds: FederatedRounds, client: ClientId) -> Ledger:
     return ledger
 
 
-def loader_of(rounds: FederatedRounds, client: ClientId) -> PoissonLoader:
+def loader_of(rounds: RoundDriver, client: ClientId) -> PoissonLoader:
     """A client's loader, which draws Poisson batches.
 
     Raises:
@@ -50,9 +50,7 @@ def loader_of(rounds: FederatedRounds, client: ClientId) -> PoissonLoader:
     return loader
 
 
-def cost_of(
-    rounds: FederatedRounds, client: ClientId, noise_multiplier: float, work: LocalWork | None = None
-) -> Ledger:
+def cost_of(rounds: RoundDriver, client: ClientId, noise_multiplier: float, work: LocalWork | None = None) -> Ledger:
     """What a client releases in a round.
 
     Args:
@@ -69,7 +67,7 @@ def cost_of(
     return ledger
 
 
-def with_another_round(rounds: FederatedRounds, noise_multiplier: float) -> list[Ledger]:
+def with_another_round(rounds: RoundDriver, noise_multiplier: float) -> list[Ledger]:
     """The ledgers of this rank's clients as they would be if each took part in another round."""
     return [
         ledger_of(rounds, client) + cost_of(rounds, client, noise_multiplier, rounds.work)
@@ -77,16 +75,14 @@ def with_another_round(rounds: FederatedRounds, noise_multiplier: float) -> list
     ]
 
 
-def gather(rounds: FederatedRounds, own: dict[str, Any]) -> list[dict[str, Any]]:
+def gather(rounds: RoundDriver, own: dict[str, Any]) -> list[dict[str, Any]]:
     """What all ranks tell; this rank alone where silos hide the sizes of their data, which this would show."""
     if rounds.settings.aggregator.hides_reports and rounds.population.silos is not None:
         return [own]
     return [message.fields for message in rounds.group.all_gather(Message(own), "sample-level privacy")]
 
 
-def calibrate(
-    trainer: L.Trainer, rounds: FederatedRounds, target_epsilon: float, delta: float, method: Method
-) -> float:
+def calibrate(trainer: L.Trainer, rounds: RoundDriver, target_epsilon: float, delta: float, method: Method) -> float:
     """The least noise multiplier with which no client's epsilon exceeds the target in ``max_epochs`` rounds.
 
     Raises:

@@ -36,8 +36,8 @@ from lightning_fl.privacy.state import pack
 from lightning_fl.seeding import Randomness, derive_seed, isolated_randomness
 from lightning_fl.strategies import FederatedStrategy
 from lightning_fl.strategies import internals as internals
-from lightning_fl.strategies.driver import FederatedRounds
-from lightning_fl.strategies.out_of_loop import outside_training
+from lightning_fl.strategies.driver import RoundDriver
+from lightning_fl.strategies.out_of_loop import out_of_loop
 from lightning_fl.types import Aggregate, ClientId, LocalRun, Update
 
 ADVERSARY = "whoever sees what a client sends, its server included, but not the training metrics that the module logs"
@@ -432,7 +432,7 @@ class SampleLevelDP(FederatedCallback):
         precision = str(trainer.precision)
         with (
             isolated_randomness(_rounds(trainer).settings.seed, self._round, self._client, "check"),
-            outside_training(trainer, training=True) as results,
+            out_of_loop(trainer, training=True) as results,
         ):
 
             def loss_of(rows: Any) -> Tensor:
@@ -464,7 +464,7 @@ def _loss(outputs: Any) -> Tensor:
     return loss
 
 
-def _rounds(trainer: L.Trainer) -> FederatedRounds:
+def _rounds(trainer: L.Trainer) -> RoundDriver:
     strategy = trainer.strategy
     assert isinstance(strategy, FederatedStrategy)
     return strategy.active_rounds

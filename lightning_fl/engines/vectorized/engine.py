@@ -17,9 +17,9 @@ from lightning_fl.engines.optimizer_states import Schedule, ScheduleEnd
 from lightning_fl.engines.sequential import LocalResult, SequentialEngine, change, trained
 from lightning_fl.engines.tensors import clones, load
 from lightning_fl.engines.vectorized.batched_linear import StackedLinears
-from lightning_fl.engines.vectorized.row_subset import Gathering
+from lightning_fl.engines.vectorized.row_subset import RowSubset
 from lightning_fl.engines.vectorized.stacking import num_bytes, stack
-from lightning_fl.engines.vectorized.tracing import Recording, record, with_gradients
+from lightning_fl.engines.vectorized.tracing import TracedStep, record, with_gradients
 from lightning_fl.tree import cast_like
 from lightning_fl.types import Tree
 
@@ -113,7 +113,7 @@ class VectorizedEngine(SequentialEngine):
         named = (self.module.named_parameters, self.module.named_buffers)
         self._is_tied = any(len([*each(remove_duplicate=False)]) != len([*each()]) for each in named)
         self.optimizers.start_clients({id(param): self._stacked[name] for name, param in params.items()})
-        self._gathering: Gathering | None = None
+        self._gathering: RowSubset | None = None
 
     def choose(self, rows: Sequence[int]) -> None:
         """Lets only some of the loaded clients train in the next step.
@@ -122,7 +122,7 @@ class VectorizedEngine(SequentialEngine):
             rows: Their places among those given to :meth:`start_clients`, in order.
         """
         if self._gathering is None:
-            self._gathering = Gathering(self._stacked, self._stacked_buffers, self.optimizers)
+            self._gathering = RowSubset(self._stacked, self._stacked_buffers, self.optimizers)
         self._stacked, self._stacked_buffers = self._gathering.choose(rows, self._stacked, self._stacked_buffers)
 
     @property
@@ -172,7 +172,9 @@ class VectorizedEngine(SequentialEngine):
             losses, others, replaced = vmap(of_one, in_dims=(0, 0, dims), randomness=randomness)(params, buffers, batch)
         return losses, others, {name: value.contiguous() for name, value in replaced.items()}
 
-    def record(self, step: Step, batch: Any, *args: Any, randomness: str = "error", compile: bool = False) -> Recording:
+    def record(
+        self, step: Step, batch: Any, *args: Any, randomness: str = "error", compile: bool = False
+    ) -> TracedStep:
         """Records :meth:`step`, gradients included, for batches of the same shapes; changes nothing.
 
         With ``compile``, ``torch.compile`` makes it faster.
@@ -194,9 +196,9 @@ class VectorizedEngine(SequentialEngine):
 
         with torch.enable_grad():
             program = record(run, self._inputs(leaves), compile)
-        return Recording(program, with_grads, replaced_names)
+        return TracedStep(program, with_grads, replaced_names)
 
-    def replay(self, recording: Recording, batch: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    def replay(self, recording: TracedStep, batch: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
         """The recorded step.
 
         Returns:
@@ -206,7 +208,7 @@ class VectorizedEngine(SequentialEngine):
         self._stacked_buffers.update(zip(recording.replaced, replaced, strict=True))
         return with_gradients(losses.sum(), grads, [self._stacked[n] for n in recording.with_grads]), losses, others
 
-    def try_out(self, recording: Recording, batch: Any) -> tuple[Tensor, Tree]:
+    def try_out(self, recording: TracedStep, batch: Any) -> tuple[Tensor, Tree]:
         """Losses and gradients of the recorded step; changes nothing."""
         inputs = [tensor.detach().clone() for tensor in self._inputs(tree_flatten(batch)[0])]
         losses, grads, _, _ = recording.run(inputs)

@@ -17,7 +17,7 @@ _STACKED = object()
 """In a client's other states, marks one that it has element by element, as a row of a stacked tensor."""
 
 
-class Gathering:
+class RowSubset:
     """The tensors of all clients of a unit, and their optimizer states, while some of them train.
 
     Args:

@@ -8,11 +8,11 @@ OF_ALL, OF_SOME = 2, 4
 """A step of all clients of a unit, or of some, takes as long as so many steps of a client alone, arithmetic aside."""
 
 
-Tick = tuple[int, ...]
+StepMask = tuple[int, ...]
 """Which clients of a unit train in a step: their places in it, in order."""
 
 
-def lockstep(works: Sequence[Sequence[Hashable]], num_steps_apart: float = 0) -> list[Tick]:
+def step_schedule_of(works: Sequence[Sequence[Hashable]], num_steps_apart: float = 0) -> list[StepMask]:
     """In which steps clients train their batches, each its own in their order, those with equal ones together.
 
     Clients that wait for the same kind of batch train it together; first those among whom is the client with the most
@@ -74,5 +74,5 @@ def parts(
     least = OF_SOME * max(map(len, works)) + arithmetic * sum(map(len, works))
     if least >= apart:
         return groups
-    together = sum(OF_SOME + arithmetic * len(tick) for tick in lockstep(works, num_steps_apart))
+    together = sum(OF_SOME + arithmetic * len(tick) for tick in step_schedule_of(works, num_steps_apart))
     return [list(range(len(works)))] if together < apart else groups

@@ -18,7 +18,7 @@ Program = Callable[..., list[Tensor]]
 
 
 @dataclass(frozen=True)
-class Recording:
+class TracedStep:
     """A recorded step of stacked clients.
 
     Args:

@@ -11,7 +11,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Sampler
 
 from lightning_fl.data.client_loaders import ClientLoaders
-from lightning_fl.data.collation import gathered
+from lightning_fl.data.collation import with_fast_collation
 from lightning_fl.data.splitting import check_splittable
 from lightning_fl.privacy.accounting.sampling import LEAST_PROBABILITY, Full, Poisson, Sampling
 from lightning_fl.privacy.noise import PrivacyError
@@ -60,7 +60,7 @@ class PoissonLoader(DataLoader):
 
     def __init__(self, loader: DataLoader, drawn: Drawn, randomness: Randomness | None = None) -> None:
         _check_plain(loader)
-        dataset, collate_fn = gathered(loader.dataset, loader.collate_fn)
+        dataset, collate_fn = with_fast_collation(loader.dataset, loader.collate_fn)
         self._drawn = drawn
         self.num_examples, size = len(dataset), loader.batch_size
         assert size is not None

@@ -19,7 +19,7 @@ from lightning_fl.data.client_loaders import Loader, count_examples
 from lightning_fl.engines import VectorizedEngine
 from lightning_fl.engines.vectorized.stacking import part, signature
 from lightning_fl.strategies.hooks import has_hooks
-from lightning_fl.strategies.vectorized.log_capture import Capture, NotVectorizable
+from lightning_fl.strategies.vectorized.log_capture import LogCapture, NotVectorizable
 from lightning_fl.strategies.vectorized.side_effects import (
     attributes,
     check_unchanged,
@@ -55,7 +55,7 @@ PARAMETER_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
 @dataclass(frozen=True)
-class Outlook:
+class BatchForecast:
     """What is known of a client's batches before they are read.
 
     Args:
@@ -69,7 +69,7 @@ class Outlook:
     segments: tuple[int | None, ...]
 
 
-def outlook(loader: Loader, segments: Sequence[int | None], pass_length: int | None) -> Outlook | None:
+def outlook(loader: Loader, segments: Sequence[int | None], pass_length: int | None) -> BatchForecast | None:
     """What the batches of a client look like, as far as it shows without reading them; None if it does not.
 
     Args:
@@ -96,10 +96,10 @@ def outlook(loader: Loader, segments: Sequence[int | None], pass_length: int | N
     if pass_length is None or None in segments:
         return None
     work = (own[index % pass_length] for length in segments for index in range(length or 0))
-    return Outlook(family, tuple(work), tuple(segments))
+    return BatchForecast(family, tuple(work), tuple(segments))
 
 
-def why_not(trainer: L.Trainer, module: L.LightningModule, strategy: Any) -> str | None:
+def unsupported_reason(trainer: L.Trainer, module: L.LightningModule, strategy: Any) -> str | None:
     """Why this fit's clients can't train in one step; None if nothing is known against it."""
     optimizers, algorithm = strategy.optimizers, strategy.algorithm
     names = [type(optimizer).__name__ for optimizer in optimizers]
@@ -160,7 +160,7 @@ def _transfer_hooks(datamodule: Any) -> list[str]:
     ]
 
 
-def why_slower(module: nn.Module, max_clients: int) -> str | None:
+def unprofitable_reason(module: nn.Module, max_clients: int) -> str | None:
     """Why training clients in one step would not be faster; None if it should be."""
     convolutions = (nn.modules.conv._ConvNd, nn.RNNBase)
     if next(module.parameters()).device.type == "cpu" and any(isinstance(m, convolutions) for m in module.modules()):
@@ -170,9 +170,9 @@ def why_slower(module: nn.Module, max_clients: int) -> str | None:
     return None
 
 
-def check_same_step(
+def check_equivalence(
     engine: VectorizedEngine,
-    capture: Capture,
+    capture: LogCapture,
     batch: Any,
     args: tuple[Any, ...],
     allows_random: bool,
@@ -211,7 +211,7 @@ def check_same_step(
 
 
 def _check(
-    engine: VectorizedEngine, capture: Capture, batch: Any, args: tuple[Any, ...], randomness: str, max_flops: float
+    engine: VectorizedEngine, capture: LogCapture, batch: Any, args: tuple[Any, ...], randomness: str, max_flops: float
 ) -> None:
     module = capture.module
     before, buffers, outside = attributes(module), engine.copy_buffers(), _outside(engine, module)
@@ -247,7 +247,7 @@ def _check(
 
 def _compare(
     engine: VectorizedEngine,
-    capture: Capture,
+    capture: LogCapture,
     batch: Any,
     args: tuple[Any, ...],
     losses: Tensor,

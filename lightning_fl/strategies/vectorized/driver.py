@@ -14,26 +14,26 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lightning_fl.data.lazy_batches import Rows, stack_rows
+from lightning_fl.data.lazy_batches import LazyBatch, stack_lazy
 from lightning_fl.engines import Vectorized, VectorizedEngine
 from lightning_fl.engines.vectorized.allocator import keep_freed_memory
 from lightning_fl.engines.vectorized.stacking import NotStackable, num_bytes, part, signature, stack
-from lightning_fl.engines.vectorized.step_schedule import Tick, are_equal, lockstep, parts
+from lightning_fl.engines.vectorized.step_schedule import StepMask, are_equal, parts, step_schedule_of
 from lightning_fl.federation.round import Round
 from lightning_fl.strategies import internals as internals
 from lightning_fl.strategies import results as logged
-from lightning_fl.strategies.vectorized.compatibility import MAX_FLOPS_ON_CPU, Outlook, check_same_step
-from lightning_fl.strategies.vectorized.log_capture import Capture, NotVectorizable
+from lightning_fl.strategies.vectorized.compatibility import MAX_FLOPS_ON_CPU, BatchForecast, check_equivalence
+from lightning_fl.strategies.vectorized.log_capture import LogCapture, NotVectorizable
 from lightning_fl.strategies.vectorized.side_effects import (
     check_unchanged,
     check_undrawn,
     own_attributes,
     random_states,
 )
-from lightning_fl.strategies.vectorized.step_cache import Replay, with_grads
+from lightning_fl.strategies.vectorized.step_cache import StepCache, with_grads
 from lightning_fl.types import ClientId
 
-__all__ = ["ClientsTogether", "NotStackable", "NotVectorizable", "StackedBatch"]
+__all__ = ["NotStackable", "NotVectorizable", "StackedBatch", "VectorizedDriver"]
 
 BYTES_OF_ARITHMETIC = 2**20
 """A step of a client alone whose parameters take so much is all arithmetic."""
@@ -47,7 +47,7 @@ class StackedBatch:
         tick: The clients of the unit that train on it.
     """
 
-    def __init__(self, content: Any, tick: Tick) -> None:
+    def __init__(self, content: Any, tick: StepMask) -> None:
         self.content = content
         self.tick = tick
 
@@ -57,7 +57,7 @@ class StackedBatch:
         return StackedBatch(content, self.tick)
 
 
-class ClientsTogether:
+class VectorizedDriver:
     """Groups a rank's clients into units, and runs the steps of a unit.
 
     Args:
@@ -82,8 +82,8 @@ class ClientsTogether:
         self.settings = settings
         self.is_asked_for = is_asked_for
         self.allows_random = allows_random
-        self.capture = Capture(trainer.lightning_module)
-        self.replay = Replay(engine, self.capture, settings.compile) if settings.record else None
+        self.capture = LogCapture(trainer.lightning_module)
+        self.replay = StepCache(engine, self.capture, settings.compile) if settings.record else None
         self.unit: Sequence[ClientId] = ()
         self.num_examples_of_step = 0
         self.num_ticks = 0
@@ -107,7 +107,7 @@ class ClientsTogether:
     def _arithmetic(self) -> float:
         return min(1.0, self.engine.bytes_of_one / BYTES_OF_ARITHMETIC)
 
-    def group(self, outlooks: Mapping[ClientId, Outlook | None]) -> list[list[ClientId]]:
+    def group(self, outlooks: Mapping[ClientId, BatchForecast | None]) -> list[list[ClientId]]:
         """Puts clients together who may train side by side.
 
         Args:
@@ -145,9 +145,9 @@ class ClientsTogether:
         rows = parts(list(works.values()), self.engine.optimizers.num_steps_apart, self.wants_equal, self._arithmetic)
         return [[unit[row] for row in own] for own in rows]
 
-    def ticks(self, works: Sequence[Sequence[Any]]) -> list[Tick] | None:
+    def ticks(self, works: Sequence[Sequence[Any]]) -> list[StepMask] | None:
         """In which steps the clients of a unit train; None if all train in each."""
-        return None if are_equal(works) else lockstep(works, self.engine.optimizers.num_steps_apart)
+        return None if are_equal(works) else step_schedule_of(works, self.engine.optimizers.num_steps_apart)
 
     @staticmethod
     def signatures(passes: Mapping[ClientId, list[Any]]) -> dict[ClientId, tuple[Any, ...]]:
@@ -173,7 +173,7 @@ class ClientsTogether:
             found[-1].append(client)
         return found
 
-    def stacked(self, passes: Sequence[list[Any]], ticks: Sequence[Tick] | None) -> Iterator[StackedBatch]:
+    def stacked(self, passes: Sequence[list[Any]], ticks: Sequence[StepMask] | None) -> Iterator[StackedBatch]:
         """The batches of clients that :meth:`split` leaves together side by side, each made when its turn comes.
 
         Args:
@@ -188,9 +188,9 @@ class ClientsTogether:
         for tick in [every] * len(passes[0]) if ticks is None else ticks:
             yield self._stacked([next(unread[row]) for row in tick], tick)
 
-    def _stacked(self, batches: Sequence[Any], tick: Tick) -> StackedBatch:
-        is_unread = isinstance(batches[0], Rows)
-        content = stack_rows(batches) if is_unread else stack(batches, share=False)[0]
+    def _stacked(self, batches: Sequence[Any], tick: StepMask) -> StackedBatch:
+        is_unread = isinstance(batches[0], LazyBatch)
+        content = stack_lazy(batches) if is_unread else stack(batches, share=False)[0]
         return StackedBatch(self.trainer.precision_plugin.convert_input(content), tick)
 
     def start(self, round: Round, unit: Sequence[ClientId], batch: StackedBatch) -> None:
@@ -217,7 +217,7 @@ class ClientsTogether:
         is_cpu = self.engine.device.type == "cpu"
         most = MAX_FLOPS_ON_CPU if is_cpu and not self.is_asked_for else math.inf
         with self._in_step(batch) as (content, args):
-            self._randomness = check_same_step(self.engine, self.capture, content, args, self.allows_random, most)
+            self._randomness = check_equivalence(self.engine, self.capture, content, args, self.allows_random, most)
         if is_cpu and self.settings.kept_bytes:
             keep_freed_memory(self.settings.kept_bytes)
 
@@ -320,8 +320,8 @@ class ClientsTogether:
 
 
 def _signature(batch: Any) -> Any:
-    return batch.signature if isinstance(batch, Rows) else signature(batch)
+    return batch.signature if isinstance(batch, LazyBatch) else signature(batch)
 
 
 def _num_bytes(batch: Any) -> int:
-    return batch.num_bytes if isinstance(batch, Rows) else num_bytes(batch)
+    return batch.num_bytes if isinstance(batch, LazyBatch) else num_bytes(batch)

@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric
 
 from lightning_fl.strategies.vectorized.log_capture import NotVectorizable
-from lightning_fl.strategies.vectorized.side_effects import OF_TORCH_AND_LIGHTNING
+from lightning_fl.strategies.vectorized.side_effects import FRAMEWORK_ATTRIBUTES
 
 MAX_MARKS = 4000
 _VALUES = {int, float, bool, str, bytes, complex, type(None), range}
@@ -40,7 +40,7 @@ _NOT_IN_STEPS = {*dir(L.LightningModule)} - {"forward", "training_step"}
 _LIBRARIES = {"torch", "lightning", "pytorch_lightning", "torchmetrics", "torchvision", "numpy", "lightning_fl"}
 
 
-class Surroundings:
+class Guards:
     """What the Python of ``training_step`` can reach from the module at the moment.
 
     These are its attributes and those of its submodules, of their classes as far as they are the user's, of the objects
@@ -76,7 +76,7 @@ class Surroundings:
             self._marks.append(marks)
             todo.extend(inside)
 
-    def differ(self, before: Surroundings | None) -> bool:
+    def differ(self, before: Guards | None) -> bool:
         """Whether something has changed since ``before``."""
         return before is None or self._marks != before._marks
 
@@ -129,7 +129,7 @@ def _own(value: Any) -> Iterable[Any]:
 
 
 def _in_module(module: nn.Module) -> Iterable[Any]:
-    own = {name: value for name, value in vars(module).items() if name not in OF_TORCH_AND_LIGHTNING}
+    own = {name: value for name, value in vars(module).items() if name not in FRAMEWORK_ATTRIBUTES}
     if isinstance(module, Metric):  # its states and counts change at each step, which does not read them
         own = {name: own[name] for name in own if name[0] != "_" and name not in module._defaults}
         own = {name: own[name] for name in own if name not in ("update", "compute", "training")}

@@ -65,7 +65,7 @@ class _Step:
         return accepted[self.rows].nonzero().flatten()
 
 
-class Capture:
+class LogCapture:
     """Runs a module's ``training_step`` for one client under ``vmap`` and notes what it logs.
 
     Args:

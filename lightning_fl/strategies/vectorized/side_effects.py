@@ -20,7 +20,7 @@ Attributes = dict[str, tuple[Any, Any, Any]]
 _SIMPLE = (int, float, bool, str, type(None))
 _CLOSED = (nn.Module, type, FunctionType, ModuleType)
 _READ_BY_STEPS = {"training", "_forward_hooks", "_forward_pre_hooks"}
-OF_TORCH_AND_LIGHTNING = vars(L.LightningModule()).keys() - _READ_BY_STEPS
+FRAMEWORK_ATTRIBUTES = vars(L.LightningModule()).keys() - _READ_BY_STEPS
 
 
 def attributes(module: nn.Module, path: str = "") -> Attributes:
@@ -37,7 +37,7 @@ def own_attributes(module: nn.Module) -> Attributes:
     return {
         name: (value, _shallow_copy(value), _marks(value))
         for name, value in vars(module).items()
-        if name not in OF_TORCH_AND_LIGHTNING
+        if name not in FRAMEWORK_ATTRIBUTES
     }
 
 

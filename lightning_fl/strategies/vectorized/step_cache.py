@@ -14,9 +14,9 @@ from torch import Tensor
 
 from lightning_fl.engines import VectorizedEngine
 from lightning_fl.engines.vectorized.stacking import signature
-from lightning_fl.engines.vectorized.tracing import Recording
-from lightning_fl.strategies.vectorized.guards import Surroundings
-from lightning_fl.strategies.vectorized.log_capture import Capture, NotVectorizable
+from lightning_fl.engines.vectorized.tracing import TracedStep
+from lightning_fl.strategies.vectorized.guards import Guards
+from lightning_fl.strategies.vectorized.log_capture import LogCapture, NotVectorizable
 from lightning_fl.types import Tree
 
 Outcome = tuple[Tensor, Tensor, list[Tensor]]
@@ -26,10 +26,10 @@ MAX_RECORDINGS = 16
 MAX_CHANGES = 3
 FEW = 8
 USES, USES_BY_FEW = 2, 32
-"""Recording takes as long as tens of steps; shapes of steps of few, or of some of the clients, seldom come again."""
+"""TracedStep takes as long as tens of steps; shapes of steps of few, or of some of the clients, seldom come again."""
 
 
-class _Unsteady:
+class OpaqueProxy:
     """Stands for the Trainer or the batch index while a step is recorded; it can be handed on but not looked at."""
 
     is_seen = False
@@ -45,14 +45,14 @@ class _Unsteady:
 
 
 def with_grads(
-    engine: VectorizedEngine, capture: Capture, batch: Any, args: tuple[Any, ...], randomness: str
+    engine: VectorizedEngine, capture: LogCapture, batch: Any, args: tuple[Any, ...], randomness: str
 ) -> frozenset[str] | None:
     """The parameters that get a gradient in a step of several clients; leaves nothing changed.
 
     Returns:
         None if the step looks at the Trainer or at ``batch_idx``, so that it may be another one the next time.
     """
-    stand_in, buffers = _Unsteady(), engine.copy_buffers()
+    stand_in, buffers = OpaqueProxy(), engine.copy_buffers()
     try:
         with (
             _out_of_reach(capture.module, stand_in),
@@ -69,7 +69,7 @@ def with_grads(
     return None if stand_in.is_seen else names
 
 
-class Replay:
+class StepCache:
     """Records a step when batches of its shapes come again, and replays it from then on.
 
     That is the second time, or the 32nd where few clients train in a step.
@@ -80,14 +80,14 @@ class Replay:
         compile: Whether ``torch.compile`` makes recordings faster.
     """
 
-    def __init__(self, engine: VectorizedEngine, capture: Capture, compile: bool = False) -> None:
+    def __init__(self, engine: VectorizedEngine, capture: LogCapture, compile: bool = False) -> None:
         self.engine = engine
         self.capture = capture
         self.compile = compile
-        self._recordings: dict[Any, Recording] = {}
+        self._recordings: dict[Any, TracedStep] = {}
         self._calls: dict[Any, list[Any]] = {}
         self._times: Counter[Any] = Counter()
-        self._surroundings: Surroundings | None = None
+        self._surroundings: Guards | None = None
         self._layout: Any = None
         self._num_changes = -1
         self._is_recordable = True
@@ -97,7 +97,7 @@ class Replay:
         if not self._is_recordable:
             return
         try:
-            now = Surroundings(self.capture.module)
+            now = Guards(self.capture.module)
         except NotVectorizable as error:
             self._run_each_time(str(error))
             return
@@ -154,18 +154,18 @@ class Replay:
         else:
             rank_zero_debug(f"training_step is run at each step: {reason}")
 
-    def _record(self, batch: Any, args: tuple[Any, ...], randomness: str) -> tuple[Recording, Tensor, Tree]:
+    def _record(self, batch: Any, args: tuple[Any, ...], randomness: str) -> tuple[TracedStep, Tensor, Tree]:
         if torch.is_autocast_enabled(self.engine.device.type):
             raise NotVectorizable("a recorded step has no autocast")
         if torch.is_anomaly_enabled():
             raise NotVectorizable("a recorded step has no autograd in which anomalies could be detected")
-        stand_in = _Unsteady()
+        stand_in = OpaqueProxy()
         with _out_of_reach(self.capture.module, stand_in):
             stand_ins = [stand_in] * len(args)
             recording = self.engine.record(self.capture, batch, *stand_ins, randomness=randomness, compile=self.compile)
         if stand_in.is_seen:
             stand_in._look()
-        if Surroundings(self.capture.module).differ(self._surroundings):
+        if Guards(self.capture.module).differ(self._surroundings):
             raise NotVectorizable("it changes what it can read")
         if self.capture.logs_numbers:
             raise NotVectorizable("it logs a number that is no tensor, which may be another one the next time")

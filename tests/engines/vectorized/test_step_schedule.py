@@ -7,23 +7,23 @@ import random
 
 import pytest
 
-from lightning_fl.engines.vectorized.step_schedule import lockstep, parts
+from lightning_fl.engines.vectorized.step_schedule import parts, step_schedule_of
 
 
 def test_those_who_have_more_go_on_while_others_are_done() -> None:
-    assert lockstep(["aaa", "a", "aa"]) == [(0, 1, 2), (0, 2), (0,)]
+    assert step_schedule_of(["aaa", "a", "aa"]) == [(0, 1, 2), (0, 2), (0,)]
 
 
 def test_a_last_batch_of_another_size_waits_for_others_of_its_size() -> None:
-    assert lockstep(["aab", "ab", "b"]) == [(0, 1), (0,), (0, 1, 2)]
+    assert step_schedule_of(["aab", "ab", "b"]) == [(0, 1), (0,), (0, 1, 2)]
 
 
 def test_with_counted_steps_it_can_wait_only_for_those_at_the_same_step() -> None:
-    assert sorted(lockstep(["aab", "ab", "b"], math.inf)) == [(0,), (0,), (0, 1), (1,), (2,)]
+    assert sorted(step_schedule_of(["aab", "ab", "b"], math.inf)) == [(0,), (0,), (0, 1), (1,), (2,)]
 
 
 def test_a_first_step_can_be_set_apart() -> None:
-    assert lockstep(["ab", "b", "bb"], 1) == [(1, 2), (0,), (0, 2)]
+    assert step_schedule_of(["ab", "b", "bb"], 1) == [(1, 2), (0,), (0, 2)]
 
 
 @pytest.mark.parametrize("num_apart", [0, 1, math.inf])
@@ -31,7 +31,7 @@ def test_each_client_trains_each_of_its_batches_once_and_in_order(num_apart: flo
     draw = random.Random(0)
     works = ["".join(draw.choices("aaab", k=draw.randint(1, 9))) for _ in range(12)]
     trained = [""] * len(works)
-    for tick in lockstep(works, num_apart):
+    for tick in step_schedule_of(works, num_apart):
         (kind,) = {works[row][len(trained[row])] for row in tick}
         assert len({min(len(trained[row]), num_apart) for row in tick}) == 1
         assert list(tick) == sorted(tick)

@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 
 import lightning_fl as fl
 from lightning_fl import FederatedStrategy
-from lightning_fl.clients import Between, Draws, Stragglers
+from lightning_fl.clients import Between, ParticipationSampler, Stragglers
 from lightning_fl.privacy import ClientLevelDP
 from tests.helpers.training import trainer, weights
 
@@ -49,7 +49,7 @@ def clients_of(num_clients: int) -> fl.datamodules.ClientDatasets:
 
 def total(monkeypatch: pytest.MonkeyPatch, cohort: list[int], dropout: float = 0.0, **options: Any) -> Tensor:
     """The sum of a cohort's clipped updates, without noise."""
-    monkeypatch.setattr(Draws, "_secure_positions", lambda self, round: list(cohort))
+    monkeypatch.setattr(ParticipationSampler, "_secure_positions", lambda self, round: list(cohort))
     module, transform = Net(dropout), ClientLevelDP(clip=CLIP, noise_multiplier=0.0, method="rdp")
     strategy = FederatedStrategy("fedavg", cohort=fl.clients.Poisson(0.5), transforms=[transform], seed=0, **options)
     before = weights(module)
@@ -77,7 +77,9 @@ def test_one_client_more_moves_the_sum_by_the_clip_at_most(
 
 def test_work_drawn_for_the_cohort_as_a_whole_would_move_it_further(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        Draws, "_each", lambda self, cohort, round, _, draw: list(draw(cohort, fl.clients.round_rng(0, round, "")))
+        ParticipationSampler,
+        "_each",
+        lambda self, cohort, round, _, draw: list(draw(cohort, fl.clients.round_rng(0, round, ""))),
     )
     with pytest.raises(AssertionError):
         test_one_client_more_moves_the_sum_by_the_clip_at_most(monkeypatch, {"local_epochs": Between(1, 9)})

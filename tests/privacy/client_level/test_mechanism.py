@@ -25,8 +25,8 @@ from lightning_fl.privacy import (
     Poisson,
     PrivacyBudgetExceeded,
     PrivacyError,
-    client_level,
 )
+from lightning_fl.privacy.client_level import mechanism
 from lightning_fl.privacy.client_level.clipping import joint_norm, noise_on_model, trees_of
 from lightning_fl.privacy.state import load_ledger
 from lightning_fl.tree import scale, zeros_like
@@ -90,8 +90,8 @@ def test_no_client_moves_the_sum_by_more_than_the_clip(dtype: torch.dtype) -> No
 
 
 def test_the_brute_force_finds_what_is_not_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_level, "clip_update", lambda update, clip: update)
-    monkeypatch.setattr(client_level, "check_clipped", lambda update, clip: None)
+    monkeypatch.setattr(mechanism, "clip_update", lambda update, clip: update)
+    monkeypatch.setattr(mechanism, "check_clipped", lambda update, clip: None)
     moved = flat(run_round(TINY_CLIP, [update(3.0), update(2.0, 1)])[0]) - flat(run_round(TINY_CLIP, [update(3.0)])[0])
     assert float(moved.norm()) == pytest.approx(2.0)
 
@@ -308,7 +308,7 @@ def test_a_sampler_that_always_draws_too_many_is_found_over_the_rounds() -> None
     ],
 )
 def test_a_broken_part_stops_the_run(monkeypatch: pytest.MonkeyPatch, name: str, broken: Any, message: str) -> None:
-    monkeypatch.setattr(client_level, name, broken)
+    monkeypatch.setattr(mechanism, name, broken)
     with pytest.raises(PrivacyError, match=message):
         run_round(ClientLevelDP(clip=0.5, noise_multiplier=1.0), [update(3.0)])
 

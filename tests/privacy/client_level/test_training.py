@@ -32,7 +32,7 @@ from lightning_fl.privacy import (
     SecureNoise,
     load_ledger,
 )
-from lightning_fl.strategies.user_warnings import Notices
+from lightning_fl.strategies.user_warnings import UserWarnings
 from tests.helpers.training import Plain, image_clients, loader, trainer, weights
 
 SIZES = (4,) * 8
@@ -271,7 +271,7 @@ def test_a_client_with_nan_is_named_and_counts_as_zero() -> None:
     [
         (SecureNoise, "normal", lambda self, size, std=1.0: torch.randn(size) * 0, "standard deviation|repeats"),
         (SecureNoise, "normal", lambda self, size, std=1.0: torch.randn(size) * std / 2, "standard deviation"),
-        (fl.privacy.client_level, "clip_update", lambda update, clip: update, "after clipping"),
+        (fl.privacy.client_level.mechanism, "clip_update", lambda update, clip: update, "after clipping"),
         (fl.clients.Poisson, "draw", lambda self, sampling, *_: torch.arange(sampling.num_clients).numpy(), "Poisson"),
     ],
 )
@@ -292,7 +292,7 @@ def silos(mode: str | None) -> tuple[str, Tensor, list[str]]:
     transforms = [] if mode is None else [private(mode=mode)]
     module, strategy = Plain(), FederatedStrategy("fedavg", transforms=transforms)
     error = ""
-    with patch.object(Notices, "data") as data:
+    with patch.object(UserWarnings, "data") as data:
         try:
             run = trainer(strategy, 2)
             run.fit(module, loader(8, seed=strategy.global_rank))

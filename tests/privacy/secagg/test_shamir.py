@@ -15,7 +15,7 @@ def test_the_modulus_is_prime_and_above_every_secret() -> None:
     assert PRIME > 2**256
 
 
-@pytest.mark.parametrize("secret", [bytes(32), b"\xff" * 32, secrets.token_bytes(32)])
+@pytest.mark.parametrize("secret", [bytes(32), b"\xff" * 32, secrets.token_bytes(32)], ids=["zeros", "ones", "random"])
 def test_every_set_of_threshold_shares_gives_the_secret_back(secret: bytes) -> None:
     shares = split(secret, [1, 2, 4, 5, 9], 3)
     for some in itertools.combinations(shares, 3):

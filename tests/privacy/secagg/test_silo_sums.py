@@ -16,7 +16,7 @@ import lightning_fl as fl
 from lightning_fl.aggregation import FederationFacts, RoundContext
 from lightning_fl.clients.local_work import LocalWork
 from lightning_fl.communication import Group, LocalGroup, Message
-from lightning_fl.federation.report_masking import check_steps, hide, reveal
+from lightning_fl.federation.report_masking import check_steps, mask, unmask
 from lightning_fl.federation.round import FederationSettings
 from lightning_fl.privacy.secagg import RetryRefused, SecureAggregation, SecureAggregationError
 from lightning_fl.privacy.secagg.keys import KeyFolder
@@ -104,8 +104,8 @@ def evaluate(keys: str, own: Callable[[int], dict[str, float]]) -> list[Any]:
             for name, value in own(group.rank).items()
         }
         report = Message({"metrics": entries, "metric_states": {}, "first_batch": "x"})
-        merged = silo(group, keys).gather(group, hide(report), "evaluation")
-        return {name: entry["value"] for name, entry in reveal(merged)[0].fields["metrics"].items()}
+        merged = silo(group, keys).gather(group, mask(report), "evaluation")
+        return {name: entry["value"] for name, entry in unmask(merged)[0].fields["metrics"].items()}
 
     return Ranks(4).run(gather)
 
