@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from lightning_fl.types import Phase
 
@@ -80,3 +81,25 @@ class LocalWork:
         if None in segments:
             return None
         return sum(-(-length // self.accumulate) for length in segments if length is not None)
+
+
+class BatchPosition(NamedTuple):
+    """Where a batch stands in the local work of its client, or of its client group.
+
+    Args:
+        offset: Its index among the batches of the current phase, from 0.
+        starts_window: Whether an accumulation window starts here, so that gradients are emptied.
+        ends_window: Whether the window ends here, so that the optimizer steps.
+        window: Batches of a full accumulation window, over which the loss is averaged.
+        ends_pass: Whether it is the last batch of a pass over the client's data.
+        ends_phase: Whether it is the last batch of the phase.
+        is_last: Whether it is the last batch of the client, or group, in this round.
+    """
+
+    offset: int
+    starts_window: bool = True
+    ends_window: bool = True
+    window: int = 1
+    ends_pass: bool = False
+    ends_phase: bool = False
+    is_last: bool = False
