@@ -128,6 +128,7 @@ class Round:
         index: Number of the round, from 0.
         cohort: The clients of the round, on all ranks.
         schedules: The learning-rate schedules that step inside local training.
+        session: What the aggregator's ``open`` returned.
 
     Raises:
         ValueError: If the shared tensors have changed under an algorithm whose clients keep state for each of them.
@@ -143,6 +144,7 @@ class Round:
         index: int,
         cohort: Sequence[ClientId],
         schedules: Sequence[Schedule] = (),
+        session: Any = None,
     ) -> None:
         self.settings = settings
         self.engine = engine
@@ -174,7 +176,7 @@ class Round:
         for transform in settings.transforms:
             like = transform.like(like)
         self._like = like
-        self._acc = settings.aggregator.init(like, engine.device)
+        self._acc = settings.aggregator.init(like, engine.device, session)
         self._client: ClientId | None = None
         self._unit: ClientGroup | None = None
 

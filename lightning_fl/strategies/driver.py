@@ -82,6 +82,7 @@ class RoundDriver:
         self.interrupted_loops: dict[str, Any] | None = None
         self.round: Round | None = None
         self.engine: SequentialEngine | None = None
+        self.session: Any = None
         self.engine_module: L.LightningModule | None = None
         self.schedules: list[tuple[Any, Schedule]] = []
         self._last = last
@@ -129,12 +130,13 @@ class RoundDriver:
 
     # ---- hooks of Lightning, in the order in which they come
 
-    def start(self, engine: SequentialEngine, together: VectorizedDriver | None = None) -> None:
+    def start(self, engine: SequentialEngine, together: VectorizedDriver | None = None, session: Any = None) -> None:
         """Training is about to start.
 
         Args:
             engine: Trains the clients.
             together: Lets them train side by side. None: each alone.
+            session: What the aggregator's ``open`` returned.
         """
         last, self._last = self._last, None
         goes_on = last is not None and last.engine_module is self.module and internals.current_round(self.trainer) > 0
@@ -145,6 +147,7 @@ class RoundDriver:
         if self.settings.hides_clients and not self.state.transforms:
             self._notices.new_ledger(self.module)
         self.engine = engine
+        self.session = session
         self.engine_module = self.module
         check_algorithm(self.settings.algorithm, self.trainer)
         self.settings.algorithm.check_optimizers(engine.optimizers.optimizers)
@@ -278,6 +281,7 @@ class RoundDriver:
             self.plan.round,
             self.plan.cohort,
             [schedule for _, schedule in self.schedules],
+            self.session,
         )
         self.state = replace(self.state, transforms=list(self.round.transform_states))
         results = internals.train_results(self.trainer)

@@ -365,8 +365,8 @@ class FederatedStrategy(ParallelStrategy):
         self._resume()
         optimizers = OptimizerStates(self.optimizers)
         engine, together = choose_engine(self, trainer, optimizers)
-        self.aggregator.open(self.federation, self.active_rounds.facts)
-        self.active_rounds.start(engine, together)
+        session = self.aggregator.open(self.federation, self.active_rounds.facts)
+        self.active_rounds.start(engine, together, session)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         together = self.active_rounds.together

@@ -285,6 +285,7 @@ class EvaluationMetrics:
         self.module = module
         self.aggregator = aggregator
         self.states = MetricStates(module, group.rank)
+        self._session: Any = None
         self._placeholders: list[str] = []
 
     def start(self, results: ResultCollection, per_rank: bool, silos: bool) -> None:
@@ -296,8 +297,8 @@ class EvaluationMetrics:
             silos: Whether it is that of silos.
         """
         self.hides = silos and self.aggregator.hides_reports and self.group.size > 1
-        if self.hides:
-            self.aggregator.open(self.group, FederationFacts(silos, self.group.size, is_training=False))
+        if self.hides and self._session is None:
+            self._session = self.aggregator.open(self.group, FederationFacts(silos, self.group.size, is_training=False))
         for key in self._placeholders:
             results.pop(key, None)
         self._placeholders = []
@@ -328,7 +329,7 @@ class EvaluationMetrics:
         fields, tensors = self.states.report() if self.per_rank else ({}, {})
         report = Message({"metrics": entries, "metric_states": fields, "first_batch": self.first_batch}, tensors)
         if self.hides:
-            return unmask(self.aggregator.gather(self.group, mask(report), "evaluation"))
+            return unmask(self.aggregator.gather(self._session, self.group, mask(report), "evaluation"))
         reports = self.group.all_gather(report, "evaluation")
         same_data = len({message.fields["first_batch"] for message in reports}) == 1
         return reports if self.per_rank and not same_data else reports[:1]

@@ -10,8 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_fl.aggregation.aggregator import Aggregator
-from lightning_fl.aggregation.transform import RoundContext, Transform
+from lightning_fl.aggregation import Aggregator, RoundContext, Transform
 from lightning_fl.privacy.accounting.bounds import Method, Relation, dp_accounting
 from lightning_fl.privacy.accounting.ledger import Epsilon, Gaussian, Ledger
 from lightning_fl.privacy.accounting.sampling import FixedSize, Full, Poisson, Sampling

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_fl.aggregation import Aggregator, ClientLost, FederationFacts, RoundContext, WeightedMean
-from lightning_fl.aggregation.aggregator import aggregate_of
+from lightning_fl.aggregation.weighted_mean import aggregate_of
 from lightning_fl.communication import Group, Message
 from lightning_fl.privacy.secagg.dropouts import num_dropouts, plan_dropouts
 from lightning_fl.privacy.secagg.errors import ProtocolError, SecureAggregationError
@@ -36,6 +36,7 @@ class SecureSum:
     """Accumulator of :class:`SecureAggregation`.
 
     Args:
+        session: Keys, and what has been summed with whom.
         packing: Where in the vector each tensor stands.
         words: The vectors of this rank's clients, added up; it leaves the rank with masks only.
         model: Hash of the global model from which the clients train.
@@ -44,6 +45,7 @@ class SecureSum:
         sums: What all vectors add up to, after the merge.
     """
 
+    session: Session
     packing: Packing
     words: Tensor
     model: bytes
@@ -127,35 +129,32 @@ class SecureAggregation(Aggregator):
         self.keys = keys
         self.dropout = dropout
         self.dropout_seed = dropout_seed
-        self._session: Session | None = None
-        self._has_warned = False
 
     def __repr__(self) -> str:
         settings = {"protocol": self.protocol, **vars(self.ranges), "min_clients": self.min_clients}
         return f"SecureAggregation({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_session": None}
-
-    def open(self, group: Group, facts: FederationFacts) -> None:
+    def open(self, group: Group, facts: FederationFacts) -> Session:
+        ranges = self.ranges
         if facts.is_training:
             self._check_cohort(facts.cohort_size, group, facts.silos)
             self._check_least(facts.min_cohort_size)
             if self.max_weight is None:
                 known = facts.max_weight() or DEFAULT_MAX_WEIGHT
-                self.ranges = replace(self.ranges, max_weight=2.0 ** math.ceil(math.log2(known)))
+                ranges = replace(ranges, max_weight=2.0 ** math.ceil(math.log2(known)))
         if self.keys is not None and not facts.silos:
             warnings.warn(
                 f"keys={self.keys!r} is not used: simulated clients have identities for the occasion. Leave it out.",
                 stacklevel=2,
             )
-        if facts.is_training or self._session is None or self._session.is_simulated is facts.silos:
-            self._session = open_session(group, facts.silos, self.keys)
+        return open_session(group, facts.silos, self.keys, ranges)
 
-    def init(self, like: Update, device: torch.device) -> SecureSum:
-        packing = Packing(like, self.ranges)
+    def init(self, template: Update, device: torch.device, session: Session | None = None) -> SecureSum:
+        if session is None:
+            raise ValueError("SecureAggregation.init got no session. Pass the one that open(group, facts) returned.")
+        packing = Packing(template, session.ranges)
         words = packing.zeros(device) if self.protocol == "pairwise" else torch.empty(0, dtype=packing.dtype)
-        return SecureSum(packing, words, model_digest(like))
+        return SecureSum(session, packing, words, model_digest(template))
 
     def add(self, acc: SecureSum, update: Update, ctx: RoundContext) -> SecureSum:
         assert ctx.client is not None
@@ -168,7 +167,7 @@ class SecureAggregation(Aggregator):
                 raise ClientLost
             words = acc.packing.zeros(next(iter(update.delta.values())).device)
             acc.packing.add(words, update, num_clients)
-            vector = self._opened.vector_id(acc.model, ctx.round)
+            vector = acc.session.vector_id(acc.model, ctx.round)
             acc.simulation.send(number, with_report(words, [], {}, 1).cpu(), vector)
         else:
             if plan_dropouts(self.dropout, self.dropout_seed, ctx, stages=("advertise",)).get(ctx.client):
@@ -188,8 +187,7 @@ class SecureAggregation(Aggregator):
         else:
             words, messages = self._sum(acc, group, report, ctx)
         sums = acc.packing.unpack(words, len(ctx.cohort))
-        if sums.num_clipped and group.rank == 0 and not self._has_warned:
-            self._has_warned = True
+        if sums.num_clipped and group.rank == 0 and acc.session.is_first("clipping"):
             warnings.warn(
                 f"{sums.num_clipped} of {sums.num_clients} clients had coordinates beyond clip={self.ranges.clip:g} or "
                 f"aux_clip={self.ranges.aux_clip:g}; they were clipped. If that should not be, give "
@@ -203,15 +201,14 @@ class SecureAggregation(Aggregator):
         ]
         return replace(acc, sums=sums), told
 
-    def gather(self, group: Group, report: Message, topic: str) -> list[Message]:
-        session = self._opened
+    def gather(self, session: Session, group: Group, report: Message, topic: str) -> list[Message]:
         settings = digest(repr(self).encode())
         attempt = session.next_attempt(topic)
         terms = Terms(session.session, digest(topic.encode()), settings, 0, attempt, group.size, self.min_clients)
         figures = report.fields.get("sums", {})
         number, identity = group.rank + 1, session.identity(group.rank)
         client = PairwiseClient(number, identity, terms, session.trusted, session.journal, bool(figures))
-        messages, adverts, names = _exchange(group, report, figures, [client], self._least_listed, topic)
+        messages, adverts, names = _exchange(group, report, figures, [client], self._least_listed(session), topic)
         figures = {name: value for name, value in figures.items() if name in names}
         words = with_report(torch.empty(0, dtype=WORDS[self.ranges.modulus_bits]), names, figures, 1)
         client.mask(words, adverts, digest(topic.encode(), repr(sorted(figures.items())).encode()))
@@ -223,15 +220,9 @@ class SecureAggregation(Aggregator):
         assert sums is not None, "merge comes before result"
         return aggregate_of(sums.trees, sums.weight, sums.num_clients, ctx)
 
-    @property
-    def _opened(self) -> Session:
-        assert self._session is not None, "open comes first"
-        return self._session
-
-    @property
-    def _least_listed(self) -> int:
+    def _least_listed(self, session: Session) -> int:
         """How many ranks must list a figure for its sum to be made: that of one silo would be its own."""
-        return 1 if self._opened.is_simulated else self.min_clients
+        return 1 if session.is_simulated else self.min_clients
 
     def _check_cohort(self, cohort_size: int, group: Group, silos: bool) -> None:
         if cohort_size < self.min_clients:
@@ -265,14 +256,14 @@ class SecureAggregation(Aggregator):
             )
 
     def _terms(self, acc: SecureSum, ctx: RoundContext, threshold: int) -> Terms:
-        session, num_clients = self._opened, len(ctx.cohort)
+        session, num_clients = acc.session, len(ctx.cohort)
         settings = digest(repr(self).encode(), acc.packing.digest)
         attempt = session.next_attempt(ctx.round)
         model = digest(acc.model, tensors_digest(ctx.frozen))
         return Terms(session.session, model, settings, ctx.round, attempt, num_clients, threshold)
 
     def _sum(self, acc: SecureSum, group: Group, report: Message, ctx: RoundContext) -> tuple[Tensor, list[Message]]:
-        session = self._opened
+        session = acc.session
         if session.is_simulated:
             parties = [*acc.clients, *report.fields.get("refused", [])]
         else:
@@ -292,7 +283,7 @@ class SecureAggregation(Aggregator):
         tells = session.is_simulated or acc.clients  # a silo without an update adds zeros, also to the figures
         figures = report.fields.get("sums", {}) if tells else {}
         topic = f"end of round {ctx.round}"
-        messages, adverts, names = _exchange(group, report, figures, clients, self._least_listed, topic)
+        messages, adverts, names = _exchange(group, report, figures, clients, self._least_listed(session), topic)
         accepted = len(with_update(roster_of(adverts)))  # signed; each client checks the signatures before it masks
         if accepted < self.min_clients:
             raise SecureAggregationError(
@@ -308,7 +299,7 @@ class SecureAggregation(Aggregator):
     def _simulate(self, acc: SecureSum, ctx: RoundContext) -> SecureSum:
         if acc.simulation is not None:
             return acc
-        session, num_clients = self._opened, len(ctx.cohort)
+        session, num_clients = acc.session, len(ctx.cohort)
         dropouts = plan_dropouts(self.dropout, self.dropout_seed, ctx)
         simulation = Simulation(
             self._terms(acc, ctx, two_thirds(num_clients)),

@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lightning_fl.aggregation.aggregator import update_trees
+from lightning_fl.aggregation.weighted_mean import update_trees
 from lightning_fl.privacy.secagg.errors import SecureAggregationError
 from lightning_fl.privacy.secagg.masks import Keystream
 from lightning_fl.privacy.secagg.primitives import digest

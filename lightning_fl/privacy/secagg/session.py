@@ -8,6 +8,7 @@ from collections import Counter
 from lightning_fl.communication import Group, Message
 from lightning_fl.privacy.secagg.journal import Journal
 from lightning_fl.privacy.secagg.keys import KeyFolder
+from lightning_fl.privacy.secagg.packing import Ranges
 from lightning_fl.privacy.secagg.participant import Trusted, fingerprint
 from lightning_fl.privacy.secagg.primitives import Secret, SigningKey, digest
 from lightning_fl.types import ClientId
@@ -17,19 +18,27 @@ KEYS_VARIABLE = "LIGHTNING_FL_KEYS"
 
 
 class Session(Secret):
-    """One rank's identities and the session that all ranks share.
+    """One rank's side of the session that all ranks share; returned by ``SecureAggregation.open``.
+
+    It is a resource with a single owner, like a socket: each rank uses its own, in the order of the sums. Counters,
+    simulated identities and the journal advance with every sum that is *attempted*, also when the attempt fails and
+    has nothing to return; so they can't be passed from one call to the next.
 
     Args:
         session: 32 bytes to which every rank has contributed.
         identity: The silo's identity; None in simulations, where each client gets one for the occasion.
         trusted: The identities that may take part; None in simulations.
         journal: Remembers among whom vectors have left.
+        ranges: How far the coordinates of an update may go, the same on all ranks.
     """
 
-    def __init__(self, session: bytes, identity: SigningKey | None, trusted: Trusted, journal: Journal) -> None:
+    def __init__(
+        self, session: bytes, identity: SigningKey | None, trusted: Trusted, journal: Journal, ranges: Ranges
+    ) -> None:
         self.session = session
         self.trusted = trusted
         self.journal = journal
+        self.ranges = ranges
         self._identity = identity
         self._simulated: dict[ClientId, SigningKey] = {}
         self._attempts: Counter[object] = Counter()
@@ -52,12 +61,16 @@ class Session(Secret):
         self._attempts[about] += 1
         return self._attempts[about] - 1
 
+    def is_first(self, topic: str) -> bool:
+        """Whether this is the first question about a topic, so that a warning is given once."""
+        return self.next_attempt(("warning", topic)) == 0
+
     def vector_id(self, model: bytes, round: int) -> bytes:
         """What the vector trained from a model is known by; simulations may train from one model in many rounds."""
         return digest(model, round.to_bytes(8, "little")) if self.is_simulated else model
 
 
-def open_session(group: Group, silos: bool, keys: str | None) -> Session:
+def open_session(group: Group, silos: bool, keys: str | None, ranges: Ranges) -> Session:
     """Opens a session among all ranks; every rank calls it.
 
     Args:
@@ -65,6 +78,7 @@ def open_session(group: Group, silos: bool, keys: str | None) -> Session:
         silos: Whether each rank is a silo, which needs an identity of its own.
         keys: Folder of the silo's keys; ``{rank}`` stands for its rank. None: ``$LIGHTNING_FL_KEYS``, or
             ``keys/silo{rank}``.
+        ranges: How far the coordinates of an update may go.
 
     Raises:
         ValueError: On every rank, if a silo lacks keys or does not trust another one; it tells the commands to run.
@@ -92,7 +106,7 @@ def open_session(group: Group, silos: bool, keys: str | None) -> Session:
         if any(found):
             raise ValueError("\n".join(filter(None, found)))
     session = digest(*(bytes.fromhex(fields["nonce"]) for fields in told))
-    return Session(session, identity, trusted, journal)
+    return Session(session, identity, trusted, journal, ranges)
 
 
 def _doubts(told: list[dict[str, str]], rank: int, trusted: Trusted, place: str) -> str:
