@@ -203,8 +203,11 @@ class LocalTrainer(ABC):
         """Lets phase and algorithm change the gradients that ``optimizer`` is about to step: unscaled, not clipped."""
 
     @abstractmethod
-    def finish(self) -> LocalResult:
+    def finish(self, num_steps: Sequence[int] | None = None) -> LocalResult:
         """Reads what the group's local training has changed.
+
+        Args:
+            num_steps: How many steps each client of a group has taken. None: all have taken every step.
 
         Raises:
             ValueError: If it has changed a frozen parameter, which the next client would inherit.

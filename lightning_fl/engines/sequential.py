@@ -73,7 +73,7 @@ class SequentialEngine(LocalTrainer):
         if self.grad_transform is not None:
             transform_gradients(self.grad_transform, self._shared_params, optimizer)
 
-    def finish(self) -> LocalResult:
+    def finish(self, num_steps: Sequence[int] | None = None) -> LocalResult:
         tensors, phases = self.tensors, self.phases
         tensors.check_frozen()
         self._end_phase()

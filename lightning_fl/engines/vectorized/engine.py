@@ -330,17 +330,9 @@ class VectorizedEngine(SequentialEngine):
         for grad in grads:
             grad.mul_(factors.to(grad.dtype).view(-1, *[1] * (grad.dim() - 1)))
 
-    def finish(self) -> LocalResult:
+    def finish(self, num_steps: Sequence[int] | None = None) -> LocalResult:
         if not self._stacked:
             return super().finish()
-        return self.finish_group()
-
-    def finish_group(self, num_steps: Sequence[int] | None = None) -> LocalResult:
-        """Reads what the local training of several clients has changed.
-
-        Args:
-            num_steps: How many steps each has taken, where :meth:`choose` has told them apart. None: all took all.
-        """
         tensors, start = self.tensors, self.round_start.buffers
         tensors.check_frozen()
         if self._subset is not None:
