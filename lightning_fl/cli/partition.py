@@ -20,8 +20,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.table import Table
 
-from lightning_fl.federation.report_masking import forbid_client_disclosure
 from lightning_fl.strategies import FederatedStrategy
+from lightning_fl.strategies.validation import forbid_client_disclosure
 from lightning_fl.tracking import PartitionSummary, plots, summarise
 
 SETS_UP_A_RUN = True
@@ -87,9 +87,9 @@ class LookAtPartition(L.Callback):
         trainer.should_stop = True
         assert isinstance(trainer.strategy, FederatedStrategy)
         strategy = trainer.strategy
-        if strategy.active_rounds.settings.silos:
-            forbid_client_disclosure("lightning-fl partition", strategy.active_rounds.settings)
-        found = summarise(strategy.active_rounds.population, strategy.federation, self.max_clients, read_samples=True)
+        if strategy.view.settings.silos:
+            forbid_client_disclosure("lightning-fl partition", strategy.view.settings)
+        found = summarise(strategy.view.population, strategy.federation, self.max_clients, read_samples=True)
         self.summary = found if trainer.is_global_zero else None
 
 

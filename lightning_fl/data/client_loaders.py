@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import BatchSampler, DataLoader
 
 from lightning_fl.types import ClientId
@@ -85,6 +87,12 @@ class ClientLoaders(Mapping[ClientId, Loader]):
 
 def _call_if_function(loader: Any) -> Loader:
     return loader() if callable(loader) and not isinstance(loader, Iterable) else loader
+
+
+def batch_size(batch: Any) -> int:
+    """Number of examples in a batch: the first dimension of its first tensor; 1 if it holds none."""
+    first = next((leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)), None)
+    return len(first) if first is not None and first.dim() else 1
 
 
 def count_batches(loader: Loader) -> int | None:

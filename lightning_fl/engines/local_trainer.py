@@ -36,8 +36,8 @@ class StepFunctions:
         unscale: Called once before the gradients of an optimizer are looked at; None: there is nothing to unscale.
         clip: Clips the gradients that an optimizer is about to step; None: they are not clipped.
         optimizer_step: Takes the step.
-        group_step: The step of several clients: called with their stacked batch, returns the loss of each. None:
-            ``training_step`` of each, under ``torch.func.vmap``.
+        group_step: The step of several clients: called with their stacked batch, returns the sum of their losses, to be
+            differentiated, and the loss of each. None: ``training_step`` of each, under ``torch.func.vmap``.
     """
 
     training_step: Callable[[Any, int], Any]
@@ -46,7 +46,7 @@ class StepFunctions:
     unscale: Callable[[Optimizer], Any] | None = None
     clip: Callable[[Optimizer], Any] | None = None
     optimizer_step: Callable[[Optimizer], Any] = lambda optimizer: optimizer.step()
-    group_step: Callable[[Any, int], Tensor] | None = None
+    group_step: Callable[[Any, int], tuple[Tensor, Tensor]] | None = None
 
 
 @dataclass(frozen=True)
@@ -181,16 +181,15 @@ class LocalTrainer(ABC):
         """
         functions, (optimizer,) = self.functions, self.optimizers.optimizers
         assert functions is not None
-        losses = self._forward(batch, position)
+        loss, losses = self._forward(batch, position)
         if position.starts_window:
             for group in optimizer.param_groups:
                 for param in group["params"]:
                     param.grad = None
-        if losses is not None:
-            loss = losses if losses.dim() == 0 else losses.sum()
+        if loss is not None:
             functions.backward(loss if position.window == 1 else loss / position.window)
         if position.ends_window:
-            if functions.unscale is not None and losses is not None:
+            if functions.unscale is not None and loss is not None:
                 functions.unscale(optimizer)
             self.prepare_gradients(optimizer)
             if functions.clip is not None:
@@ -250,11 +249,12 @@ class LocalTrainer(ABC):
         """The device of the module's shared parameters."""
         return next(iter(self.tensors.params.values())).device
 
-    def _forward(self, batch: Any, position: BatchPosition) -> Tensor | None:
-        """The loss of each client with its graph: a number for a client alone, ``[num_clients]`` for several."""
+    def _forward(self, batch: Any, position: BatchPosition) -> tuple[Tensor | None, Tensor | None]:
+        """The loss to be differentiated, and that of each client; both are the same for a client alone."""
         assert self.functions is not None
         with self.functions.context():
-            return loss_of(self.functions.training_step(batch, position.offset))
+            loss = loss_of(self.functions.training_step(batch, position.offset))
+        return loss, loss
 
 
 def loss_of(output: Any) -> Tensor | None:

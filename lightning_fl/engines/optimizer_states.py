@@ -123,7 +123,8 @@ class OptimizerStates:
             if kept is None:
                 optimizer.state.update(_copy_state(self._fresh[index]))
             else:
-                optimizer.state.update(_unpack(kept, index, optimizer))
+                state: dict[Any, Any] = dict(_unpack(kept, index, optimizer))
+                optimizer.state.update(state)
             _empty_grads(optimizer)
         self._start_counting(not kept and all(type(optimizer) is SGD for optimizer in self.optimizers))
 

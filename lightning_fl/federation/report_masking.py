@@ -10,6 +10,7 @@ import torch
 
 from lightning_fl.clients import LocalWork
 from lightning_fl.communication import Message
+from lightning_fl.federation.errors import ConfigurationError
 from lightning_fl.federation.metric_entries import Entry
 from lightning_fl.federation.report import SECRET_FIELDS
 from lightning_fl.federation.settings import FederationSettings
@@ -22,7 +23,7 @@ def mask(report: Message) -> Message:
     to stop or to save.
 
     Raises:
-        ValueError: If a metric is not a mean or a sum, so that a sum would not give it.
+        ConfigurationError: If a metric is not a mean or a sum, so that a sum would not give it.
     """
     public, sums = dict(report.fields), {}
     for name in SECRET_FIELDS:
@@ -35,7 +36,7 @@ def mask(report: Message) -> Message:
     }
     public["first_batch"] = ""
     if public.get("has_late_values"):
-        raise ValueError(
+        raise ConfigurationError(
             "Something is logged with on_epoch=True in `on_train_batch_end`, whose last values come after the round's "
             "secure sum. Under secure aggregation log it in `training_step`."
         )
@@ -90,16 +91,16 @@ def forbid_client_disclosure(what: str, settings: FederationSettings) -> None:
     """Refuses what would show each silo's figures to the others, or each client's beside a private model.
 
     Raises:
-        ValueError: If silos hide them, or a transform hides the clients of a round.
+        ConfigurationError: If silos hide them, or a transform hides the clients of a round.
     """
     if settings.hides_silos:
-        raise ValueError(
+        raise ConfigurationError(
             f"{what} shows every silo's own figures to the others, which secure aggregation is there to prevent. Leave "
             "it out, or the secure aggregation."
         )
     if settings.hides_clients:
         names = ", ".join(type(transform).__name__ for transform in settings.transforms if transform.hides_clients)
-        raise ValueError(
+        raise ConfigurationError(
             f"{what} shows exact figures of single clients, which {names} is there to prevent. Leave out one of them."
         )
 
@@ -108,11 +109,11 @@ def check_steps(what: str, settings: FederationSettings, work: LocalWork) -> Non
     """Refuses what would tell the silos how much data each of them has.
 
     Raises:
-        ValueError: If silos hide it, and may take different numbers of steps in a phase of local training.
+        ConfigurationError: If silos hide it, and may take different numbers of steps in a phase of local training.
     """
     by_epochs = any(work.for_phase(phase).steps is None for phase in settings.algorithm.phases())
     if settings.hides_silos and by_epochs:
-        raise ValueError(
+        raise ConfigurationError(
             f"{what} needs the number of steps of the largest silo, which secure aggregation keeps to itself. Let all "
             "take equally many, FederatedStrategy(local_steps=...), with an algorithm that has no phase of epochs of "
             "its own, or step schedules by epoch."
@@ -121,7 +122,7 @@ def check_steps(what: str, settings: FederationSettings, work: LocalWork) -> Non
 
 def _mask_entry(key: str, entry: Entry, sums: dict[str, float]) -> Entry:
     if entry["reduction"] not in ("mean", "sum"):
-        raise ValueError(
+        raise ConfigurationError(
             f"{entry['name']!r} is logged with reduce_fx={entry['reduction']!r}, which a secure sum can't give: each "
             "rank would learn the others' values. Log a mean or a sum, or leave it out."
         )
@@ -141,7 +142,7 @@ def _unmask_entry(key: str, entry: Entry, sums: dict[str, float]) -> Entry:
 
 def _mask_state(name: str, state: dict[str, Any], report: Message, sums: dict[str, float]) -> dict[str, Any]:
     if not state["is_sum"]:
-        raise ValueError(
+        raise ConfigurationError(
             f"The torchmetric {name!r} keeps more than sums (its predictions, a maximum, ...), which a secure sum "
             "can't give. Take its binned form (thresholds=...), or leave it out."
         )

@@ -16,9 +16,9 @@ from lightning_fl.algorithms import ProbeKind
 from lightning_fl.clients import ClientStore
 from lightning_fl.clients.local_work import BatchPosition
 from lightning_fl.communication import Group
-from lightning_fl.data.client_loaders import Loader
+from lightning_fl.data.client_loaders import Loader, batch_size
 from lightning_fl.engines import ClientFacts, LocalTrainer, Schedule, ScheduleEnd
-from lightning_fl.engines.vectorized.stacking import are_finite
+from lightning_fl.engines.vectorized.stacking import StackedBatch, are_finite, part
 from lightning_fl.federation.client_batches import ClientBatches
 from lightning_fl.federation.client_group import ClientGroup, GroupUpdate
 from lightning_fl.federation.client_task import ClientTask
@@ -284,6 +284,14 @@ class Round:
         self._randomness.enter(seed, index, client, purpose)
         if loader is not None:
             self._randomness.seed_loader(loader, derive_seed(seed, index, "loader", client))
+
+    def step(self, task: ClientTask, batch: Any, position: BatchPosition) -> None:
+        """Trains a group on one batch, for whoever has no loop of its own around the trainer's steps."""
+        mask = batch.mask if isinstance(batch, StackedBatch) else None
+        if mask is not None:
+            task.group.select(mask)
+        size = batch_size(batch if mask is None else part(batch.content, 0))
+        task.record(position, size, self.trainer.step(batch, position), mask)
 
     def finish(self, task: ClientTask) -> GroupOutcome:
         """Takes what a group's training has changed: its updates are added, its states wait for the round's end.

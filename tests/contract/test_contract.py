@@ -160,7 +160,7 @@ def fit(
 
 def states(run: L.Trainer) -> list[Mapping[str, Any]]:
     """The server's state, and what each client keeps: the algorithm's state, personal tensors."""
-    rounds = run.strategy.active_rounds
+    rounds = run.strategy.active_driver
     kept = [state for client in range(3) for state in (rounds.store.get(client) or {}).values()]
     return [rounds.state.server, *kept]
 
@@ -284,7 +284,7 @@ def test_clients_train_together_as_they_do_alone(name: str, sizes: tuple[int, ..
             fit(algorithm, sizes=sizes, engine="vectorized")
         return
     run, together = fit(algorithm, sizes=sizes, engine="vectorized")
-    assert list(map(len, run.strategy.active_rounds.plan.units)) == [len(sizes)]
+    assert list(map(len, run.strategy.active_driver.trained_groups)) == [len(sizes)]
     torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-11)
 
 

@@ -53,7 +53,7 @@ class Measures(FedAvg):
 def measured(kind: ProbeKind, module: Any, data: Any, max_epochs: int = 1, personal: Any = (), **options: Any) -> list:
     strategy = FederatedStrategy(Measures(kind=kind), personal=personal)
     trainer(strategy, max_epochs, **options).fit(module, data)
-    store = strategy.active_rounds.store
+    store = strategy.active_driver.store
     return [store.get(client)["algorithm"]["probe"] for client in sorted(store.clients())]
 
 

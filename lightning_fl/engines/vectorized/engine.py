@@ -166,7 +166,7 @@ class VectorizedEngine(SequentialEngine):
         """Whether only some of the loaded clients train."""
         return self._subset is not None and self._subset.rows is not None
 
-    def _forward(self, batch: Any, position: BatchPosition) -> Tensor | None:
+    def _forward(self, batch: Any, position: BatchPosition) -> tuple[Tensor | None, Tensor | None]:
         if not self._stacked:
             return super()._forward(batch, position)
         assert self.functions is not None
@@ -178,7 +178,7 @@ class VectorizedEngine(SequentialEngine):
             losses, _ = self.forward_stacked(
                 lambda own: (loss_of(training_step(own, position.offset)), []), batch.content
             )
-            return losses
+        return losses.sum(), losses
 
     def forward_stacked(self, step: Step, batch: Any, *args: Any, randomness: str = "error") -> tuple[Tensor, Any]:
         """Runs the user's step for each client on its own part of a stacked batch.
