@@ -167,7 +167,7 @@ def test_a_client_does_not_send_nan_or_inf(tree: str, value: float) -> None:
     acc = secure.init(updates(1)[0], CPU, session)
     with pytest.raises(ValueError, match="NaN or Inf"):
         secure.add(acc, broken, ctx)
-    assert not acc.words.any()
+    assert not acc.vector.any()
 
 
 @pytest.mark.parametrize("weight", [4.5, -1.0, float("nan")])
@@ -320,10 +320,10 @@ def test_nothing_but_masked_words_and_public_keys_is_shown() -> None:
         assert told <= {"who", "adverts", "names"}
         assert not message.tensors
     plain, session = opened()
-    for words, update in zip(ranks.seen, given, strict=True):
+    for vector, update in zip(ranks.seen, given, strict=True):
         acc = plain.init(update, CPU, session)
         plain.add(acc, update, replace(context(3), client="client 0"))
-        assert (words[: len(acc.words)] == acc.words).float().mean() < 0.1
+        assert (vector[: len(acc.vector)] == acc.vector).float().mean() < 0.1
 
 
 def test_a_rank_from_another_model_is_named() -> None:
