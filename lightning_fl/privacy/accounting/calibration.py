@@ -8,7 +8,7 @@ from lightning_fl.privacy.accounting.bounds import GRID, Method, Relation, defau
 from lightning_fl.privacy.accounting.ledger import Gaussian, Ledger
 from lightning_fl.privacy.accounting.sampling import Full, Sampling
 
-LEAST_NOISE, MOST_NOISE = 0.05, 1e6
+MIN_NOISE, MAX_NOISE = 0.05, 1e6
 COARSE_GRID = 1e-3
 
 
@@ -49,22 +49,22 @@ def noise_multiplier_for(
     high = 1.0
     while excess(high) > 0:
         high *= 2
-        if high > MOST_NOISE:
+        if high > MAX_NOISE:
             raise ValueError(f"epsilon={epsilon} at delta={delta} is out of reach; raise one, or release less often.")
-    high = _least(excess, high, tolerance if method == "rdp" else 0.01 * high)
+    high = _smallest(excess, high, tolerance if method == "rdp" else 0.01 * high)
     if method == "pld":
-        high = _least(lambda sigma: excess(sigma, "pld", COARSE_GRID), high, 10 * tolerance)
+        high = _smallest(lambda sigma: excess(sigma, "pld", COARSE_GRID), high, 10 * tolerance)
         while excess(high, "pld") > 0:
             high += tolerance
-        high = _least(lambda sigma: excess(sigma, "pld"), high, tolerance)
+        high = _smallest(lambda sigma: excess(sigma, "pld"), high, tolerance)
     return high
 
 
-def _least(excess: Callable[[float], float], high: float, tolerance: float) -> float:
+def _smallest(excess: Callable[[float], float], high: float, tolerance: float) -> float:
     """Goes down from ``high``, where ``excess`` is at most 0, to where it becomes positive, and not beyond."""
     at_high, step = excess(high), 4 * tolerance
     while True:
-        low = max(high - step, LEAST_NOISE)
+        low = max(high - step, MIN_NOISE)
         if low >= high:
             return high
         at_low = excess(low)

@@ -10,7 +10,7 @@ from functools import lru_cache
 import numpy as np
 
 from lightning_fl.privacy.accounting.bounds import GRID, Entry, Method, dp_accounting
-from lightning_fl.privacy.accounting.calibration import LEAST_NOISE, MOST_NOISE, noise_multiplier_for
+from lightning_fl.privacy.accounting.calibration import MAX_NOISE, MIN_NOISE, noise_multiplier_for
 from lightning_fl.privacy.accounting.ledger import Epsilon, Gaussian, Ledger
 from lightning_fl.privacy.accounting.sampling import Full, Poisson, Sampling
 
@@ -99,10 +99,10 @@ def noise_multiplier_for_all(
         own.record(Gaussian(sigma, sampling), counts[sampling])
         return own
 
-    low, high = LEAST_NOISE, 1.0
+    low, high = MIN_NOISE, 1.0
     while max(rough_epsilon(ledger(high, sampling).entries, delta) for sampling in counts) > epsilon:
         low, high = high, 2 * high
-        if high > MOST_NOISE:
+        if high > MAX_NOISE:
             raise ValueError(f"target_epsilon={epsilon} at delta={delta} is out of reach; raise it, or train less.")
     while high - low > 0.02 * high:
         middle = (low + high) / 2

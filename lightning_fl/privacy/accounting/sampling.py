@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-LEAST_PROBABILITY = 1e-12
+FALSE_ALARM_PROBABILITY = 1e-12
 """What is less likely than that is taken for a fault."""
 
 Participation = Literal["visible", "hidden"]
@@ -70,7 +70,7 @@ class Poisson(Sampling):
     def check(self, drawn: int, population: int) -> str | None:
         # Chernoff: a binomial count lies this far above its mean with at most probability exp(-n KL).
         share = drawn / population
-        if share <= self.rate or population * _divergence(share, self.rate) <= -math.log(LEAST_PROBABILITY):
+        if share <= self.rate or population * _divergence(share, self.rate) <= -math.log(FALSE_ALARM_PROBABILITY):
             return None
         return f"{drawn} of {population} were drawn, which Poisson sampling at rate {self.rate:g} does not give"
 

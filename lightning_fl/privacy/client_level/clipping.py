@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lightning_fl.aggregation.weighted_mean import update_trees
 from lightning_fl.privacy.noise import PrivacyError
 from lightning_fl.tree import scale, zeros_like
-from lightning_fl.types import Aggregate, Tree, Update
+from lightning_fl.types import Tree, Update
 
 ROUNDING = 1e-6
 
@@ -92,15 +93,6 @@ def noise_on_model(noise_multiplier: float, bit_noise: float) -> float:
     return (noise_multiplier**-2 - (2 * bit_noise) ** -2) ** -0.5
 
 
-def trees_of(update: Update | Aggregate) -> dict[str, Tree]:
-    """All trees of an update: parameters, buffers and side channels."""
-    return {
-        "delta": update.delta,
-        "buffers": update.buffers,
-        **{f"aux/{name}": tree for name, tree in update.aux.items()},
-    }
-
-
 def with_trees(update: Update, trees: Mapping[str, Tree]) -> Update:
     """An update with other trees."""
     aux = {name: trees[f"aux/{name}"] for name in update.aux}
@@ -115,7 +107,7 @@ def joint_norm(trees: Iterable[Tree]) -> float:
 
 def clip_update(update: Update, clip: float) -> Update:
     """The update, shortened to the norm ``clip`` if it is longer; zeros if it holds NaN or infinities."""
-    trees = trees_of(update)
+    trees = update_trees(update)
     norm = joint_norm(trees.values())
     if not norm < math.inf:
         return with_trees(update, {name: zeros_like(tree) for name, tree in trees.items()})
@@ -127,7 +119,7 @@ def clip_update(update: Update, clip: float) -> Update:
 
 def centred_bit(update: Update, clip: float) -> Tensor:
     """One half if the update is within the clip norm, minus one half if it is not, 0 if it holds NaN or infinities."""
-    norm = joint_norm(trees_of(update).values())
+    norm = joint_norm(update_trees(update).values())
     return torch.tensor((0.5 if norm <= clip else -0.5) if norm < math.inf else 0.0, dtype=torch.float64)
 
 
@@ -137,7 +129,7 @@ def check_clipped(update: Update, clip: float) -> None:
     Raises:
         PrivacyError: If it is, or holds NaN.
     """
-    norm = joint_norm(trees_of(update).values())
+    norm = joint_norm(update_trees(update).values())
     if not norm <= clip:
         raise PrivacyError(
             f"An update has norm {norm:.6g} after clipping to {clip:.6g}, so the noise would not cover it. The run "

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_fl.aggregation import Aggregator, RoundContext, Transform
+from lightning_fl.aggregation.weighted_mean import update_trees
 from lightning_fl.privacy.accounting.bounds import Method, Relation, dp_accounting
 from lightning_fl.privacy.accounting.ledger import Epsilon, Gaussian, Ledger
 from lightning_fl.privacy.accounting.sampling import FixedSize, Full, Poisson, Sampling
@@ -20,7 +21,6 @@ from lightning_fl.privacy.client_level.clipping import (
     check_clipped,
     clip_update,
     noise_on_model,
-    trees_of,
     with_trees,
 )
 from lightning_fl.privacy.noise import (
@@ -161,7 +161,7 @@ class ClientLevelDP(Transform):
             )
         if not isinstance(self.clip, AdaptiveClip):
             return update
-        device = next(iter(trees_of(update)["delta"].values())).device
+        device = next(iter(update_trees(update)["delta"].values())).device
         bit = {"unclipped": torch.zeros((), dtype=torch.float64, device=device)}
         return replace(update, aux={**update.aux, BITS: bit})
 
@@ -212,7 +212,7 @@ class ClientLevelDP(Transform):
         check_clipped(update, clip)
         if self.mode == "local":
             source = SecureNoise(self.insecure_test_seed, ctx.round, str(ctx.client))
-            flat, layout = _flatten(trees_of(update))
+            flat, layout = _flatten(update_trees(update))
             flat, bits = self._release(flat, bits, clip, 1.0, source)
             update = with_trees(update, layout.unflatten(flat))
         if isinstance(self.clip, AdaptiveClip):
@@ -225,7 +225,7 @@ class ClientLevelDP(Transform):
         aux = dict(aggregate.aux)
         channel = aux.pop(BITS, None)
         bits = _NO_BITS if channel is None else channel["unclipped"].double()
-        flat, layout = _flatten(trees_of(replace(aggregate, aux=aux)))
+        flat, layout = _flatten(update_trees(replace(aggregate, aux=aux)))
         if self.mode == "central":
             if ctx.group.rank == 0:
                 flat, bits = self._release(flat, bits, clip, cohort, SecureNoise(self.insecure_test_seed, ctx.round))

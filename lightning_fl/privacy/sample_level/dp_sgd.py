@@ -13,7 +13,7 @@ from lightning_fl.tree import Flat, Layout, add
 from lightning_fl.types import Tree
 
 NUM_COMPARED = 64
-LEAST_COMPARED = 16
+MIN_COMPARED = 16
 
 
 class NoiseWatch:
@@ -23,17 +23,17 @@ class NoiseWatch:
         self._last: Flat = {}
         self._last_fresh = torch.empty(0)
 
-    def look(self, added: Flat, source: SecureNoise, std: float) -> None:
+    def check(self, added: Flat, source: SecureNoise, std: float) -> None:
         """Compares what was added with what was added last.
 
         Raises:
             PrivacyError: If it is the same.
         """
-        fresh = source.normal(LEAST_COMPARED)
+        fresh = source.normal(MIN_COMPARED)
         repeats = torch.equal(fresh, self._last_fresh)
         for dtype, noise in added.items():
             last = self._last.get(dtype)
-            if last is not None and last.shape == noise.shape and noise.numel() >= LEAST_COMPARED:
+            if last is not None and last.shape == noise.shape and noise.numel() >= MIN_COMPARED:
                 repeats |= bool(torch.allclose(noise, last, rtol=0.0, atol=1e-2 * std))
         self._last, self._last_fresh = added, fresh
         if repeats:
@@ -103,7 +103,7 @@ class NoisySum:
         check_added(flat, noisy, self.std)
         if self.std:
             added = {dtype: (noisy[dtype] - flat[dtype])[:NUM_COMPARED] for dtype in flat}
-            self._watch.look(added, self._source, self.std)
+            self._watch.check(added, self._source, self.std)
         released = layout.unflatten(noisy)["gradient"]
         return {name: (released[name] / self.expected).to(param.dtype) for name, param in params.items()}
 

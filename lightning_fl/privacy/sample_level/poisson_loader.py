@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Sampler
 from lightning_fl.data.client_loaders import ClientLoaders
 from lightning_fl.data.collation import with_fast_collation
 from lightning_fl.data.splitting import check_splittable
-from lightning_fl.privacy.accounting.sampling import LEAST_PROBABILITY, Full, Poisson, Sampling
+from lightning_fl.privacy.accounting.sampling import FALSE_ALARM_PROBABILITY, Full, Poisson, Sampling
 from lightning_fl.privacy.noise import PrivacyError
 from lightning_fl.privacy.sample_level.rows import take_rows
 from lightning_fl.seeding import Randomness, SystemRandomness
@@ -203,7 +203,7 @@ class _Sum:
         if distance <= 1e-9 * max(self.expected, 1.0):
             return False
         spread = self.second if self.found < self.expected else self.variance + self.largest * distance / 3
-        return distance**2 > 2 * spread * -math.log(LEAST_PROBABILITY)
+        return distance**2 > 2 * spread * -math.log(FALSE_ALARM_PROBABILITY)
 
 
 def _add_squares(total: _Sum, counts: np.ndarray, trials: int, rate: float) -> None:

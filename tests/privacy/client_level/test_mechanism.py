@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_fl import FederatedStrategy
 from lightning_fl.aggregation import RoundContext, Transform, WeightedMean
+from lightning_fl.aggregation.weighted_mean import update_trees
 from lightning_fl.clients.cohorts import Sampling as Cohorts
 from lightning_fl.communication import LocalGroup, Message
 from lightning_fl.privacy import (
@@ -27,7 +28,7 @@ from lightning_fl.privacy import (
     PrivacyError,
 )
 from lightning_fl.privacy.client_level import mechanism
-from lightning_fl.privacy.client_level.clipping import joint_norm, noise_on_model, trees_of
+from lightning_fl.privacy.client_level.clipping import joint_norm, noise_on_model
 from lightning_fl.privacy.state import load_ledger
 from lightning_fl.tree import scale, zeros_like
 from lightning_fl.types import Aggregate, State, Update
@@ -67,7 +68,7 @@ def run_round(
 
 
 def flat(aggregate: Update | Aggregate) -> Tensor:
-    trees = trees_of(aggregate)
+    trees = update_trees(aggregate)
     return torch.cat([tensor.double().reshape(-1) for name in sorted(trees) for tensor in trees[name].values()])
 
 
@@ -129,7 +130,7 @@ def test_the_noise_has_its_deviation_on_every_part(mode: Any, num_clients: int) 
     context = RoundContext(0, range(num_clients), 100, Cohorts("full", 100, 100, 1.0))
     state = transform.start_round({}, context)
     sent = [transform.client(own, {}, replace(context, client=c, server=state))[0] for c in range(num_clients)]
-    zeros = {name: zeros_like(tree) for name, tree in trees_of(own).items()}
+    zeros = {name: zeros_like(tree) for name, tree in update_trees(own).items()}
     total = Aggregate(zeros["delta"], zeros["buffers"], 0.0, {"control": zeros["aux/control"]}, num_clients, 100)
     for one in sent:
         total.delta["w"].add_(one.delta["w"])
@@ -137,7 +138,7 @@ def test_the_noise_has_its_deviation_on_every_part(mode: Any, num_clients: int) 
         total.aux["control"]["w"].add_(one.aux["control"]["w"])
     total, _ = transform.server(total, state, context)
     expected = 1.5 * (1.0 if mode == "central" else num_clients**0.5)
-    for tree in trees_of(total).values():
+    for tree in update_trees(total).values():
         for values in tree.values():
             assert float(values.std()) == pytest.approx(expected, rel=0.05)
     again, _ = transform.server(total, state, context)
