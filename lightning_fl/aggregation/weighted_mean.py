@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_fl.aggregation.aggregator import Aggregator
 from lightning_fl.aggregation.context import RoundContext
 from lightning_fl.communication import Group, Message
-from lightning_fl.tree import Flat, Layout
+from lightning_fl.tree import Flat, Layout, update_trees
 from lightning_fl.types import Aggregate, Tree, Update
 
 
@@ -98,15 +98,6 @@ def aggregate_of(trees: Mapping[str, Tree], weight: float, num_clients: int, ctx
         num_clients=num_clients,
         population=ctx.population,
     )
-
-
-def update_trees(update: Update | Aggregate) -> dict[str, Tree]:
-    """Returns the trees of an update by name, in the order in which they are laid out flat."""
-    return {
-        "delta": update.delta,
-        "buffers": update.buffers,
-        **{f"aux/{name}": tree for name, tree in update.aux.items()},
-    }
 
 
 def _add_weighted(total: Tensor, stacked: Tensor, weights: Sequence[float]) -> None:

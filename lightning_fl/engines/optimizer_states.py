@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
+from lightning_fl.optimizer_tree import pack_param_state, unpack_param_state
 from lightning_fl.types import Tree
 
 
@@ -175,7 +176,10 @@ class OptimizerStates:
     def keep(self) -> Tree:
         """The optimizers' states as a tree, to be given to :meth:`start_client` in the client's next round."""
         return {
-            name: value for index, optimizer in enumerate(self.optimizers) for name, value in _pack(index, optimizer)
+            f"{index}.{position}.{entry}": value.clone()
+            for index, optimizer in enumerate(self.optimizers)
+            for position, param in enumerate(_params(optimizer))
+            for entry, value in pack_param_state(optimizer, param, _KEEP_REMEDY).items()
         }
 
     def schedule_end(self) -> ScheduleEnd:
@@ -307,33 +311,14 @@ def _params(optimizer: Optimizer) -> list[nn.Parameter]:
     return [param for group in optimizer.param_groups for param in group["params"]]
 
 
-_NUMBERS: dict[type, torch.dtype] = {bool: torch.bool, int: torch.int64, float: torch.float64}
+_KEEP_REMEDY = "Use client_optimizer='reset' or another optimizer."
 
 
-def _pack(index: int, optimizer: Optimizer) -> list[tuple[str, Tensor]]:
-    packed = []
-    for position, param in enumerate(_params(optimizer)):
-        for key, value in optimizer.state.get(param, {}).items():
-            name = f"{index}.{position}.{key}"
-            if isinstance(value, Tensor):
-                packed.append((name, value.detach().clone()))
-            elif type(value) in _NUMBERS:
-                packed.append((f"{name}:number", torch.tensor(value, dtype=_NUMBERS[type(value)])))
-            elif value is not None:
-                raise ValueError(
-                    f"client_optimizer='keep' can keep tensors and numbers, but {type(optimizer).__name__} holds a "
-                    f"{type(value).__name__} as {key!r}. Use client_optimizer='reset' or another optimizer."
-                )
-    return packed
-
-
-def _unpack(kept: Tree, index: int, optimizer: Optimizer) -> dict[Any, dict[str, Any]]:
+def _unpack(kept: Tree, index: int, optimizer: Optimizer) -> dict[nn.Parameter, dict[str, Any]]:
+    packed: dict[nn.Parameter, Tree] = {}
     params = _params(optimizer)
-    state: dict[Any, dict[str, Any]] = {}
     for name, value in kept.items():
-        own_index, position, key = name.split(".", 2)
-        if int(own_index) == index:
-            number = key.endswith(":number")
-            entry = state.setdefault(params[int(position)], {})
-            entry[key.removesuffix(":number")] = value.item() if number else value.clone()
-    return state
+        optimizer_index, position, entry = name.split(".", 2)
+        if int(optimizer_index) == index:
+            packed.setdefault(params[int(position)], {})[entry] = value
+    return {param: unpack_param_state(tree) for param, tree in packed.items()}

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_fl.tree import Flat
+from lightning_fl.tree import Flat, as_real
 
 NUM_SUMMED = 2
 CHUNK = 1 << 14
@@ -138,7 +138,7 @@ def add_noise(flat: Flat, std: float, source: SecureNoise) -> Flat:
         return flat
     noisy = {}
     for dtype, values in flat.items():
-        real = _real(values)
+        real = as_real(values)
         noise = source.normal(real.numel(), std).to(real.device).view_as(real)
         result = (real.double() + noise).to(real.dtype)
         noisy[dtype] = torch.view_as_complex(result) if values.is_complex() else result
@@ -153,10 +153,6 @@ def check_added(before: Flat, after: Flat, std: float) -> None:
     Raises:
         PrivacyError: If it has not.
     """
-    added = [_real(after[dtype]).double() - _real(values).double() for dtype, values in before.items()]
+    added = [as_real(after[dtype]).double() - as_real(values).double() for dtype, values in before.items()]
     if added:
         check_deviation(torch.cat([noise.reshape(-1) for noise in added]), std)
-
-
-def _real(values: Tensor) -> Tensor:
-    return torch.view_as_real(values) if values.is_complex() else values

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from lightning_fl.aggregation.weighted_mean import update_trees
 from lightning_fl.privacy.noise import PrivacyError
-from lightning_fl.tree import scale, zeros_like
+from lightning_fl.tree import joint_norm, scale, update_trees, zeros_like
 from lightning_fl.types import Tree, Update
 
 ROUNDING = 1e-6
@@ -102,12 +101,6 @@ def with_trees(update: Update, trees: Mapping[str, Tree]) -> Update:
     return replace(update, delta=trees.get("delta", {}), buffers=trees.get("buffers", {}), aux=aux)
 
 
-def joint_norm(trees: Iterable[Tree]) -> float:
-    """Returns the Euclidean norm over all elements of all trees, in float64."""
-    norms = [torch.linalg.vector_norm(_real(tensor), dtype=torch.float64) for tree in trees for tensor in tree.values()]
-    return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
-
-
 def clip_update(update: Update, clip: float) -> Update:
     """Scales the update down to norm ``clip`` if it is longer; returns zeros if it holds NaN or infinities."""
     trees = update_trees(update)
@@ -138,7 +131,3 @@ def check_clipped(update: Update, clip: float) -> None:
             f"An update has norm {norm:.6g} after clipping to {clip:.6g}, so the noise would not cover it. The run "
             "stops before anything is released."
         )
-
-
-def _real(tensor: Tensor) -> Tensor:
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from lightning_fl.aggregation import Aggregator, RoundContext, Transform
-from lightning_fl.aggregation.weighted_mean import update_trees
 from lightning_fl.privacy.accounting.bounds import Method, Relation, dp_accounting
 from lightning_fl.privacy.accounting.ledger import Epsilon, Gaussian, Ledger
 from lightning_fl.privacy.accounting.sampling import FixedSize, Full, Poisson, Sampling
@@ -32,7 +31,7 @@ from lightning_fl.privacy.noise import (
     warn_of_test_seed,
 )
 from lightning_fl.privacy.state import load_ledger, pack, unpack
-from lightning_fl.tree import Flat, Layout
+from lightning_fl.tree import Flat, Layout, update_trees
 from lightning_fl.types import Aggregate, State, Tree, Update
 
 BITS = "privacy"

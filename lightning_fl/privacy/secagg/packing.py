@@ -11,12 +11,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lightning_fl.aggregation.weighted_mean import update_trees
 from lightning_fl.privacy.secagg.errors import SecureAggregationError
 from lightning_fl.privacy.secagg.masks import Keystream
 from lightning_fl.privacy.secagg.primitives import digest
 from lightning_fl.privacy.secagg.quantize import DTYPES, MAX_SCALAR, NUM_LIMBS, Quantizer, from_limbs, to_limbs
-from lightning_fl.tree import Layout, is_finite, leaves
+from lightning_fl.tree import Layout, is_finite, leaves, update_trees
 from lightning_fl.types import Tree, Update
 
 NUM_CHECKS = 2

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from lightning_fl import FederatedStrategy
 from lightning_fl.aggregation import RoundContext, Transform, WeightedMean
-from lightning_fl.aggregation.weighted_mean import update_trees
 from lightning_fl.clients.cohorts import Sampling as Cohorts
 from lightning_fl.communication import LocalGroup, Message
 from lightning_fl.privacy import (
@@ -28,9 +27,9 @@ from lightning_fl.privacy import (
     PrivacyError,
 )
 from lightning_fl.privacy.client_level import mechanism
-from lightning_fl.privacy.client_level.clipping import joint_norm, noise_on_model
+from lightning_fl.privacy.client_level.clipping import noise_on_model
 from lightning_fl.privacy.state import load_ledger
-from lightning_fl.tree import scale, zeros_like
+from lightning_fl.tree import joint_norm, scale, update_trees, zeros_like
 from lightning_fl.types import Aggregate, State, Update
 
 POISSON = Cohorts("poisson", 1000, 50.0, 0.05)
