@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -127,13 +128,20 @@ def _rdp(entries: Sequence[Entry], delta: float, relation: Relation) -> float:
     from dp_accounting import rdp
 
     accountant = rdp.RdpAccountant(neighboring_relation=dpa.NeighboringRelation[relation.upper()])
-    log = logging.getLogger("absl")
-    level = log.level
-    log.setLevel(logging.ERROR)  # it warns of every order it skips, which only loosens the bound
-    try:
+    with quiet_accountant():
         for sigma, sampling, count in entries:
             accountant.compose(*_rdp_event(dpa, sigma / _scale(relation), sampling, count, relation))
         return float(accountant.get_epsilon(delta))
+
+
+@contextmanager
+def quiet_accountant() -> Iterator[None]:
+    """Silences the warnings of the RDP accountant about orders that it skips, which only loosens the bound."""
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
     finally:
         log.setLevel(level)
 

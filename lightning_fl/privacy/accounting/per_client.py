@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
 
-from lightning_fl.privacy.accounting.bounds import GRID, Entry, Method, dp_accounting
+from lightning_fl.privacy.accounting.bounds import GRID, Entry, Method, dp_accounting, quiet_accountant
 from lightning_fl.privacy.accounting.calibration import MAX_NOISE, MIN_NOISE, noise_multiplier_for
 from lightning_fl.privacy.accounting.ledger import Epsilon, Gaussian, Ledger
 from lightning_fl.privacy.accounting.sampling import Full, Poisson, Sampling
@@ -67,16 +66,11 @@ def _rdp_of_one(sigma: float, sampling: Sampling) -> np.ndarray:
     dpa = dp_accounting()
     from dp_accounting import rdp
 
-    log = logging.getLogger("absl")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        accountant = rdp.RdpAccountant(orders=list(ORDERS))
-        event = dpa.GaussianDpEvent(sigma)
+    accountant = rdp.RdpAccountant(orders=list(ORDERS))
+    event = dpa.GaussianDpEvent(sigma)
+    with quiet_accountant():
         accountant.compose(dpa.PoissonSampledDpEvent(sampling.rate, event) if isinstance(sampling, Poisson) else event)
-        return np.asarray(accountant.rdp)
-    finally:
-        log.setLevel(level)
+    return np.asarray(accountant.rdp)
 
 
 def noise_multiplier_for_all(

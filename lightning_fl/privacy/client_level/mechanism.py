@@ -58,9 +58,9 @@ class ClientLevelDP(Transform):
 
     :math:`\Delta_i` is everything a client contributes: parameters, buffers and side channels together; one that holds
     NaN counts as zero. All clients have the same weight, and the sum is divided by the expected number :math:`m` of
-    clients, even when nobody takes part. Protected is a client with all its data, in the global models of all rounds.
-    Not covered are logged training metrics, step counts, and client states beside a checkpoint. The number of examples
-    and steps of a client counts as public.
+    clients, even when nobody takes part. The guarantee protects a client with all its data, in the global models of all
+    rounds. It does not cover logged training metrics, step counts, and client states beside a checkpoint. The number of
+    examples and steps of a client counts as public.
 
     The noise comes from the operating system. In ``"central"`` mode the server draws it once for the federation; a
     federation of silos has no server that could be trusted with it. In ``"local"`` mode each client adds noise to its

@@ -41,7 +41,7 @@ class SecureSum:
         vector: The sum of the vectors of this rank's clients; it never leaves the rank unmasked.
         model: Hash of the global model from which the clients train.
         clients: This rank's clients whose update is in the sum.
-        simulation: The clients of the double-masking protocol, once the first has finished.
+        simulation: The clients of the double-masking protocol, once the first has finished; used for one sum.
         sums: The sums over all clients, after the merge.
     """
 
@@ -78,7 +78,7 @@ class SecureAggregation(Aggregator):
             ``LIGHTNING_FL_KEYS``, or ``keys/silo{rank}``. Simulated clients need none.
         dropout: For simulations: the share of each round's clients that drop out, at random stages.
         dropout_seed: Seed of who drops out when.
-        aggregator: The aggregator to compute from the sum; only the weighted mean can be.
+        aggregator: None or the weighted mean, the only aggregator that can be computed from a sum.
 
     Raises:
         ValueError: If an argument is out of range.

@@ -70,7 +70,7 @@ def _step(stage: str) -> Callable[..., Callable[..., bytes]]:
 
 
 class BonawitzClient(Secret):
-    """One client of the double-masking protocol.
+    """One client of the double-masking protocol: a state machine that is used for one sum.
 
     Args:
         number: Its number in the round, from 1.

@@ -23,7 +23,9 @@ from lightning_fl.privacy.secagg.shamir import combine
 
 
 class BonawitzServer:
-    """The coordinator of one secure sum. It holds one vector in all, and per client only keys and sealed shares.
+    """The coordinator of one secure sum: a state machine that is used for one sum.
+
+    It holds one vector in all, and per client only keys and sealed shares.
 
     All steps raise :class:`ProtocolError` for an invalid message, and :class:`SecureAggregationError` if fewer clients
     than the threshold are left.

@@ -15,7 +15,7 @@ _LINE = re.compile(r"([0-9a-f]+) ([0-9a-f]{64})")
 class Journal:
     """Records with which clients each vector was summed. A resource with a single owner, like an open file.
 
-    A vector is identified by the global model from which it was trained: training is deterministic, so the same model
+    A vector is identified by the global model from which it was trained: training is repeatable, so the same model
     gives the same vector again, even after a restart.
 
     Args:

@@ -203,6 +203,16 @@ def test_clipping_is_told_once() -> None:
     secure.merge(take_in(secure, session, given, context(3, 1)), LocalGroup(), Message(), context(3, 1))
 
 
+def test_one_aggregator_serves_two_federations() -> None:
+    """A session does not change the aggregator, so opening a second one leaves the first as it was."""
+    secure, given, ctx = SecureAggregation(), updates(3), context(3)
+    first, second = (secure.open(LocalGroup(), facts(num_clients)) for num_clients in (3, 100))
+    assert (first.ranges.max_weight, second.ranges.max_weight) == (4.0, 128.0)
+    acc, _ = secure.merge(take_in(secure, first, given, ctx), LocalGroup(), Message(), ctx)
+    expected = aggregate(WeightedMean(), given)
+    torch.testing.assert_close(secure.result(acc, ctx).delta, expected.delta, rtol=0, atol=1e-5)
+
+
 def test_its_description_and_pickle_hold_no_secret() -> None:
     secure, session = opened()
     assert "session" not in repr(secure)
