@@ -20,7 +20,8 @@ from lightning_fl.types import Aggregate, Tree, Update
 class WeightedSum:
     """Accumulator of :class:`WeightedMean`: running sums, so that memory does not grow with the number of clients.
 
-    In each flat buffer the weighted tensors (delta, buffers) stand before the side channels, which are not weighted.
+    In each flat buffer the weighted tensors (delta, buffers) come before the side channels, which are not weighted: an
+    update is then added with two operations per dtype.
     """
 
     layout: Layout
@@ -31,9 +32,9 @@ class WeightedSum:
 
 
 class WeightedMean(Aggregator):
-    r"""The weighted mean :math:`\sum_i w_i u_i / \sum_i w_i`, as running sums and one all-reduce a dtype.
+    r"""The weighted mean :math:`\sum_i w_i u_i / \sum_i w_i`, by running sums and one all-reduce per dtype.
 
-    Sums run in the tensors' own dtype, at least float32; integer buffers in float64.
+    Sums are accumulated in the tensors' dtype, at least float32; those of integer buffers in float64.
     """
 
     is_sum = True
@@ -53,16 +54,18 @@ class WeightedMean(Aggregator):
     def add_group(self, acc: WeightedSum, updates: Update, weights: Sequence[float], ctx: RoundContext) -> WeightedSum:
         sums = acc.layout.unflatten(acc.sums)
         for tree, tensors in update_trees(updates).items():
-            own = [1.0] * len(weights) if tree.startswith("aux/") else weights
+            factors = [1.0] * len(weights) if tree.startswith("aux/") else weights
             for name, tensor in tensors.items():
-                _add_weighted(sums[tree][name], tensor, own)
+                _add_weighted(sums[tree][name], tensor, factors)
         return replace(acc, weight=acc.weight + sum(weights), num_clients=acc.num_clients + len(weights))
 
     def merge(
         self, acc: WeightedSum, group: Group, report: Message, ctx: RoundContext
     ) -> tuple[WeightedSum, list[Message]]:
-        shares = {"weight": acc.weight, "num_clients": acc.num_clients}
-        messages = group.all_gather(Message({**report.fields, **shares}, report.tensors), f"end of round {ctx.round}")
+        # The weights travel with the reports as Python floats, which are float64: in the tensors' dtype a sum of many
+        # example counts would be rounded.
+        counts = {"weight": acc.weight, "num_clients": acc.num_clients}
+        messages = group.all_gather(Message({**report.fields, **counts}, report.tensors), f"end of round {ctx.round}")
         merged = replace(
             acc,
             sums={dtype: group.all_reduce(flat) for dtype, flat in acc.sums.items()},
@@ -76,15 +79,15 @@ class WeightedMean(Aggregator):
 
 
 def aggregate_of(trees: Mapping[str, Tree], weight: float, num_clients: int, ctx: RoundContext) -> Aggregate:
-    """The aggregate of sums of what :func:`update_trees` gives.
+    """Builds the aggregate from sums of the trees that :func:`update_trees` returns.
 
     Raises:
-        ValueError: If the weights add up to nothing.
+        ValueError: If the weights do not add up to a positive number.
     """
     if not weight > 0:
         raise ValueError(
             f"The weights of round {ctx.round} add up to {weight} over {num_clients} updates; a weighted mean needs a "
-            "positive sum. Give the clients data, or weigh them alike with `weighting='uniform'`."
+            "positive sum. Give the clients data, or weight them equally with `weighting='uniform'`."
         )
     rest = dict(trees)
     return Aggregate(
@@ -98,6 +101,7 @@ def aggregate_of(trees: Mapping[str, Tree], weight: float, num_clients: int, ctx
 
 
 def _add_weighted(total: Tensor, stacked: Tensor, weights: Sequence[float]) -> None:
+    # Equal weights need no weighted copy of all updates, which would double the memory of a client group.
     if all(weight == weights[0] for weight in weights):
         total.add_(stacked.sum(0), alpha=weights[0])
     else:

@@ -50,8 +50,10 @@ def cohort_size(clients_per_round: ClientsPerRound, population: int) -> int:
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How a federation's cohorts are drawn, for whoever has to account for it.
+class CohortSampling:
+    """A description of how a federation draws its cohorts, as :meth:`Cohort.sampling` returns it.
+
+    Not to be confused with :class:`lightning_fl.privacy.Sampling`, which describes draws for privacy accounting.
 
     Args:
         kind: ``"full"``: all clients in each round; ``"fixed"``: a fixed number, uniformly without replacement;
@@ -65,6 +67,10 @@ class Sampling:
     num_clients: int
     size: float
     rate: float
+
+
+Sampling = CohortSampling
+"""The public name in ``fl.clients``."""
 
 
 class Cohort(ABC):
@@ -85,16 +91,16 @@ class Cohort(ABC):
         if clients_per_round is None:
             raise ValueError(f"cohort={self!r} needs clients_per_round: a count such as 10, or a share such as 0.1.")
 
-    def sampling(self, num_clients: int, clients_per_round: ClientsPerRound) -> Sampling:
+    def sampling(self, num_clients: int, clients_per_round: ClientsPerRound) -> CohortSampling:
         """Describes the cohorts of a federation with ``num_clients`` clients.
 
         Raises:
             ValueError: If ``clients_per_round`` does not fit the number of clients.
         """
         size = cohort_size(clients_per_round, num_clients)
-        return Sampling("full" if size == num_clients else "other", num_clients, size, size / num_clients)
+        return CohortSampling("full" if size == num_clients else "other", num_clients, size, size / num_clients)
 
-    def prepare(self, population: Population, sampling: Sampling) -> Any:
+    def prepare(self, population: Population, sampling: CohortSampling) -> Any:
         """What :meth:`draw` needs to know of the clients, worked out once.
 
         Raises:
@@ -103,7 +109,7 @@ class Cohort(ABC):
         return None
 
     @abstractmethod
-    def draw(self, sampling: Sampling, round: int, rng: Randomness, prepared: Any) -> np.ndarray:
+    def draw(self, sampling: CohortSampling, round: int, rng: Randomness, prepared: Any) -> np.ndarray:
         """The positions of the round's clients in the order of all clients.
 
         Args:
@@ -117,7 +123,7 @@ class Cohort(ABC):
         """
 
 
-def describe_sampling(cohort: Cohort, num_clients: int, clients_per_round: ClientsPerRound) -> Sampling:
+def describe_sampling(cohort: Cohort, num_clients: int, clients_per_round: ClientsPerRound) -> CohortSampling:
     """What a cohort says of itself, unless a subclass has changed how it draws and not what it says: then ``"other"``.
 
     Raises:
@@ -146,12 +152,12 @@ class Uniform(Cohort):
         if self.secure and clients_per_round is None:
             raise ValueError("cohort=Uniform(secure=True) draws nothing where all clients take part. Leave it out.")
 
-    def sampling(self, num_clients: int, clients_per_round: ClientsPerRound) -> Sampling:
+    def sampling(self, num_clients: int, clients_per_round: ClientsPerRound) -> CohortSampling:
         """See :meth:`Cohort.sampling`."""
         size = cohort_size(clients_per_round, num_clients)
-        return Sampling("full" if size == num_clients else "fixed", num_clients, size, size / num_clients)
+        return CohortSampling("full" if size == num_clients else "fixed", num_clients, size, size / num_clients)
 
-    def draw(self, sampling: Sampling, round: int, rng: Randomness, prepared: Any) -> np.ndarray:
+    def draw(self, sampling: CohortSampling, round: int, rng: Randomness, prepared: Any) -> np.ndarray:
         """See :meth:`Cohort.draw`."""
         if sampling.kind == "full":
             return np.arange(sampling.num_clients)
@@ -160,7 +166,9 @@ class Uniform(Cohort):
 
 @dataclass(frozen=True)
 class Poisson(Cohort):
-    r"""Each client takes part on its own with probability ``rate``: the sampling of differential privacy.
+    r"""Draws each client independently with probability ``rate``: the sampling of differential privacy.
+
+    This class draws cohorts. For a ledger, :class:`lightning_fl.privacy.Poisson` describes the same draw.
 
     The number of clients in a round is :math:`\mathrm{Binomial}(n, q)`, with mean :math:`nq` and variance
     :math:`nq(1-q)`. A round without any client leaves the model as it is, unless a transform adds noise to it.
@@ -190,11 +198,11 @@ class Poisson(Cohort):
                 "ignored. Leave it out; the share of clients in a round is `rate`."
             )
 
-    def sampling(self, num_clients: int, clients_per_round: ClientsPerRound) -> Sampling:
+    def sampling(self, num_clients: int, clients_per_round: ClientsPerRound) -> CohortSampling:
         """See :meth:`Cohort.sampling`."""
-        return Sampling("full" if self.rate == 1 else "poisson", num_clients, self.rate * num_clients, self.rate)
+        return CohortSampling("full" if self.rate == 1 else "poisson", num_clients, self.rate * num_clients, self.rate)
 
-    def draw(self, sampling: Sampling, round: int, rng: Randomness, prepared: Any) -> np.ndarray:
+    def draw(self, sampling: CohortSampling, round: int, rng: Randomness, prepared: Any) -> np.ndarray:
         """See :meth:`Cohort.draw`; the gaps between the clients drawn are geometric, so only those cost time."""
         if self.rate == 1:
             return np.arange(sampling.num_clients)
@@ -215,7 +223,7 @@ class RoundRobin(Cohort):
     All of ``n`` clients have taken part after ``ceil(n / clients_per_round)`` rounds. Nothing is random.
     """
 
-    def draw(self, sampling: Sampling, round: int, rng: Randomness, prepared: Any) -> np.ndarray:
+    def draw(self, sampling: CohortSampling, round: int, rng: Randomness, prepared: Any) -> np.ndarray:
         """See :meth:`Cohort.draw`."""
         return (round * int(sampling.size) + np.arange(int(sampling.size))) % sampling.num_clients
 

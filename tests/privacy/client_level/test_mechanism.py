@@ -27,9 +27,9 @@ from lightning_fl.privacy import (
     PrivacyError,
 )
 from lightning_fl.privacy.client_level import mechanism
-from lightning_fl.privacy.client_level.clipping import joint_norm, noise_on_model, trees_of
+from lightning_fl.privacy.client_level.clipping import noise_on_model
 from lightning_fl.privacy.state import load_ledger
-from lightning_fl.tree import scale, zeros_like
+from lightning_fl.tree import joint_norm, scale, update_trees, zeros_like
 from lightning_fl.types import Aggregate, State, Update
 
 POISSON = Cohorts("poisson", 1000, 50.0, 0.05)
@@ -67,7 +67,7 @@ def run_round(
 
 
 def flat(aggregate: Update | Aggregate) -> Tensor:
-    trees = trees_of(aggregate)
+    trees = update_trees(aggregate)
     return torch.cat([tensor.double().reshape(-1) for name in sorted(trees) for tensor in trees[name].values()])
 
 
@@ -129,7 +129,7 @@ def test_the_noise_has_its_deviation_on_every_part(mode: Any, num_clients: int) 
     context = RoundContext(0, range(num_clients), 100, Cohorts("full", 100, 100, 1.0))
     state = transform.start_round({}, context)
     sent = [transform.client(own, {}, replace(context, client=c, server=state))[0] for c in range(num_clients)]
-    zeros = {name: zeros_like(tree) for name, tree in trees_of(own).items()}
+    zeros = {name: zeros_like(tree) for name, tree in update_trees(own).items()}
     total = Aggregate(zeros["delta"], zeros["buffers"], 0.0, {"control": zeros["aux/control"]}, num_clients, 100)
     for one in sent:
         total.delta["w"].add_(one.delta["w"])
@@ -137,7 +137,7 @@ def test_the_noise_has_its_deviation_on_every_part(mode: Any, num_clients: int) 
         total.aux["control"]["w"].add_(one.aux["control"]["w"])
     total, _ = transform.server(total, state, context)
     expected = 1.5 * (1.0 if mode == "central" else num_clients**0.5)
-    for tree in trees_of(total).values():
+    for tree in update_trees(total).values():
         for values in tree.values():
             assert float(values.std()) == pytest.approx(expected, rel=0.05)
     again, _ = transform.server(total, state, context)

@@ -167,7 +167,7 @@ def test_a_client_does_not_send_nan_or_inf(tree: str, value: float) -> None:
     acc = secure.init(updates(1)[0], CPU, session)
     with pytest.raises(ValueError, match="NaN or Inf"):
         secure.add(acc, broken, ctx)
-    assert not acc.words.any()
+    assert not acc.vector.any()
 
 
 @pytest.mark.parametrize("weight", [4.5, -1.0, float("nan")])
@@ -201,6 +201,16 @@ def test_clipping_is_told_once() -> None:
     with pytest.warns(UserWarning, match=r"3 of 3 clients had coordinates beyond clip=0\.01"):
         secure.merge(take_in(secure, session, given, context(3)), LocalGroup(), Message(), context(3))
     secure.merge(take_in(secure, session, given, context(3, 1)), LocalGroup(), Message(), context(3, 1))
+
+
+def test_one_aggregator_serves_two_federations() -> None:
+    """A session does not change the aggregator, so opening a second one leaves the first as it was."""
+    secure, given, ctx = SecureAggregation(), updates(3), context(3)
+    first, second = (secure.open(LocalGroup(), facts(num_clients)) for num_clients in (3, 100))
+    assert (first.ranges.max_weight, second.ranges.max_weight) == (4.0, 128.0)
+    acc, _ = secure.merge(take_in(secure, first, given, ctx), LocalGroup(), Message(), ctx)
+    expected = aggregate(WeightedMean(), given)
+    torch.testing.assert_close(secure.result(acc, ctx).delta, expected.delta, rtol=0, atol=1e-5)
 
 
 def test_its_description_and_pickle_hold_no_secret() -> None:
@@ -320,10 +330,10 @@ def test_nothing_but_masked_words_and_public_keys_is_shown() -> None:
         assert told <= {"who", "adverts", "names"}
         assert not message.tensors
     plain, session = opened()
-    for words, update in zip(ranks.seen, given, strict=True):
+    for vector, update in zip(ranks.seen, given, strict=True):
         acc = plain.init(update, CPU, session)
         plain.add(acc, update, replace(context(3), client="client 0"))
-        assert (words[: len(acc.words)] == acc.words).float().mean() < 0.1
+        assert (vector[: len(acc.vector)] == acc.vector).float().mean() < 0.1
 
 
 def test_a_rank_from_another_model_is_named() -> None:

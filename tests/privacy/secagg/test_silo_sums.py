@@ -125,9 +125,9 @@ def test_a_figure_that_few_silos_log_is_left_out(keys: str, num_silos: int) -> N
 
 
 def test_an_evaluation_again_with_the_figures_of_fewer_silos_is_refused(keys: str) -> None:
-    figures = {"loss": 0.5}
-    assert evaluate(keys, lambda rank: figures) == [{"loss": 2.0}] * 4
-    results = evaluate(keys, lambda rank: figures if rank < 3 else {})
+    scalars = {"loss": 0.5}
+    assert evaluate(keys, lambda rank: scalars) == [{"loss": 2.0}] * 4
+    results = evaluate(keys, lambda rank: scalars if rank < 3 else {})
     assert any(isinstance(result, RetryRefused) for result in results)
     assert all(isinstance(result, Exception) for result in results)
 
