@@ -149,9 +149,7 @@ class Uniform(Cohort):
     def check(self, clients_per_round: ClientsPerRound) -> None:
         """See :meth:`Cohort.check`; None stands for all clients."""
         if self.secure and clients_per_round is None:
-            raise ValueError(
-                "cohort=Uniform(secure=True) draws nothing where all clients take part. Leave it out."
-            )
+            raise ValueError("cohort=Uniform(secure=True) draws nothing where all clients take part. Leave it out.")
 
     def sampling(self, num_clients: int, clients_per_round: ClientsPerRound) -> Sampling:
         """See :meth:`Cohort.sampling`."""
