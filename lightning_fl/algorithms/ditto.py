@@ -54,7 +54,7 @@ class Ditto(Algorithm):
     def personal(self, module: nn.Module, named: Sequence[str]) -> Sequence[str]:
         if named:
             raise ValueError(
-                f"Ditto keeps a whole personal model per client, but found personal={list(named)} as well. Leave it "
+                f"Ditto keeps a whole model for each client, but found personal={list(named)} as well. Leave it "
                 "out, or use FedPer."
             )
         return ()
@@ -63,4 +63,5 @@ class Ditto(Algorithm):
         return Phase(), Phase(model="own", epochs=self.own_epochs, grad_transform=self._pull)
 
     def _pull(self, grads: Tree, params: Tree, ctx: Context) -> Tree:
+        # `params` is the personal model, but the context still holds the global model of the round's start.
         return add_proximal(grads, params, ctx["params"], self.lam)

@@ -82,13 +82,14 @@ class FedNova(Algorithm):
     def _work(self, run: LocalRun) -> float:
         if run.normalizer is None:
             raise ValueError(
-                "FedNova can't measure the amount of local work. It needs a torch.optim.SGD that is reset every round and "
-                "whose parameter groups share momentum and schedule: use one group, and client_optimizer='reset' with "
-                "momentum."
+                "FedNova can't measure the amount of local work. It needs a torch.optim.SGD that is reset every round "
+                "and whose parameter groups share momentum and schedule: use one group, and client_optimizer='reset' "
+                "with momentum."
             )
         if not self.mu or not run.normalizer:
             return run.normalizer
         lr = max(run.lr_sum.values()) / run.num_steps
+        # Only plain SGD with a constant learning rate has a normalizer of exactly the number of steps.
         if run.normalizer != run.num_steps:
             raise ValueError(
                 f"FedNova(mu={self.mu}) found work of {run.normalizer:g} in {run.num_steps} steps; the proximal "

@@ -1,4 +1,4 @@
-"""FedPer, LG-FedAvg and FedBN: federated averaging of a part of the model, the rest of which stays with its client."""
+"""FedPer, LG-FedAvg and FedBN: a part of the model is averaged, the rest stays with each client."""
 
 from __future__ import annotations
 

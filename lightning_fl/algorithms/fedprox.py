@@ -1,4 +1,4 @@
-"""FedProx: a proximal pull towards the global model."""
+"""FedProx: a proximal term in the local loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FedRep: a shared representation under heads of the clients' own."""
+"""FedRep: a shared representation with a personal head per client."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FedSGD: one step a round, with each client's full gradient."""
+"""FedSGD: one step per round, with each client's full gradient."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def load_entry_points() -> None:
                 raise ValueError(f"{entry_point.value} is no subclass of fl.algorithms.Algorithm.")
             if _ALGORITHMS.get(name) is not algorithm:  # it may have registered itself when it was loaded
                 register(name)(algorithm)
-        except Exception as error:
+        except Exception as error:  # a broken package must not break `import lightning_fl`
             package = entry_point.dist.name if entry_point.dist else "a package"
             warnings.warn(
                 f"The algorithm {entry_point.name!r} of {package} is left out: {type(error).__name__}: {error} Fix "

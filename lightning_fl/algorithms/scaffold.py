@@ -88,6 +88,7 @@ class Scaffold(Algorithm):
         self, params: Tree, ctx: Context, client: State | None, run: LocalRun
     ) -> tuple[Update, State | None]:
         delta = subtract(params, ctx["params"])
+        # Option I: the measured gradient. Option II: from the local steps, with -correction = c_i - c.
         control = ctx.get("gradient") or {
             name: -ctx["correction"][name] - change / run.lr_sum[name] if run.lr_sum[name] else ctx["control"][name]
             for name, change in delta.items()

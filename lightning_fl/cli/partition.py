@@ -107,7 +107,7 @@ class LookAtPartition(L.Callback):
 
 
 def show(summary: PartitionSummary, console: Console) -> None:
-    """Prints who has what."""
+    """Prints the partition: a row per client, then the facts."""
     shows_labels = 0 < len(summary.labels) <= MAX_COLUMNS
     columns = list(summary.labels) if shows_labels else []
     console.print("Who has what: examples of each label" if shows_labels else "Who has what")
@@ -140,7 +140,7 @@ def facts(summary: PartitionSummary) -> list[str]:
     if summary.label_skew is not None and summary.label_skew_if_iid is not None:
         lines.append(
             f"label skew: {summary.label_skew:.2f} (0: all have the same mix of labels, 1: none in common; "
-            f"dealt out at random it would be {summary.label_skew_if_iid:.2f})"
+            f"with labels drawn at random it would be {summary.label_skew_if_iid:.2f})"
         )
     else:
         lines.append("label skew: unknown, since the data holds no labels that can be counted")

@@ -62,7 +62,7 @@ def _sampling(rate: float | None, cohort: int | None, clients: int | None, local
     if cohort is None:
         return Full()
     if clients is None:
-        raise ValueError("--cohort needs --clients: a fixed cohort is drawn from so many")
+        raise ValueError("--cohort needs --clients, the number of clients from which a fixed cohort is drawn")
     return FixedSize(cohort, clients)
 
 

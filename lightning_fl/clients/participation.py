@@ -129,7 +129,7 @@ class ParticipationSampler:
     def _positions(self, round: int, secure: bool = False) -> list[int]:
         rng = SystemRandomness() if secure else round_rng(self.seed, round, "cohort")
         drawn = np.unique(self.participation.cohort.draw(self.sampling, round, rng, self._prepared), return_counts=True)
-        positions, counts = drawn[0].tolist(), drawn[1]
+        positions, counts = drawn[0].tolist(), drawn[1]  # sorted, whatever the order of a user's cohort
         if positions and (counts.max() > 1 or positions[0] < 0 or positions[-1] >= len(self.population)):
             raise ValueError(
                 f"{self.participation.cohort!r} drew a client twice or one that does not exist in round {round}; "
@@ -138,6 +138,7 @@ class ParticipationSampler:
         return positions
 
     def _secure_positions(self, round: int) -> list[int]:
+        # Drawn once per round: a second call must give the same cohort.
         if self._secure_cohort is None or self._secure_cohort[0] != round:
             drawn = self._positions(round, secure=True) if self.group.rank == 0 else []
             message = Message(tensors={"cohort": torch.tensor(drawn, dtype=torch.int64)})

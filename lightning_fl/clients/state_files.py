@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_fl.types import ClientId, State
 
+# Joins the names of nested mappings. Names of tensors contain dots, but not this control character.
 _SEPARATOR = "\x1f"
 Manifest = dict[ClientId, str]
 """The name of the version of each client that has a state."""
@@ -57,7 +58,7 @@ class StateFiles:
         path = self._path(client, name)
         if not path.exists():
             raise FileNotFoundError(
-                f"The state of client {client!r} is not at {path}. Client states lie in the folder `client_states` "
+                f"The state of client {client!r} is not at {path}. Client states are in the folder `client_states` "
                 "beside the checkpoint; copy it along with the checkpoint."
             )
         return _unflatten(load(path.read_bytes()))
@@ -80,6 +81,7 @@ class StateFiles:
 
     def write_manifest(self, manifest: Manifest) -> str:
         """Writes a manifest and returns its name."""
+        # Sorted, so that equal manifests have equal digests; by repr, because ids may be both numbers and strings.
         data = json.dumps(sorted(manifest.items(), key=repr)).encode()
         name = hashlib.blake2b(data, digest_size=16).hexdigest()
         _write(self.root / "manifests" / f"{name}.json", data)
@@ -125,6 +127,7 @@ class StateFiles:
                     path.parent.rmdir()
 
     def _path(self, client: ClientId, name: str) -> Path:
+        # The repr tells client 1 from client "1"; quoting makes any name one valid folder name.
         return self.root / "versions" / quote(repr(client), safe="") / f"{name}.safetensors"
 
 

@@ -170,6 +170,7 @@ class Stragglers:
         parts = np.ones(num_clients)
         num_late = int(self.share * num_clients + rng.random())
         late = rng.permutation(num_clients)[:num_late]
+        # random() is in [0, 1), so 1 - random() is never 0, which would stand for a dropped client.
         parts[late] = 1 - rng.random(len(late)) if self.policy == "partial" else 0.0
         return parts
 

@@ -188,7 +188,7 @@ class TorchGroup(Group):
             if other.fields["topic"] != topic:
                 raise RuntimeError(
                     f"The ranks are out of sync: rank {rank} is at {other.fields['topic']!r}, rank {self.rank} at "
-                    f"{topic!r}. Do all ranks have the same callbacks, and do these act alike on each rank?"
+                    f"{topic!r}. Do all ranks have the same callbacks, and do these behave the same on each rank?"
                 )
         return [Message(other.fields["fields"], other.tensors) for other in messages]
 

@@ -29,7 +29,7 @@ class Classifier(L.LightningModule):
 
     def __init__(self, net: nn.Module, num_classes: int = 10, lr: float = 0.1, momentum: float = 0.0) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore="net")
+        self.save_hyperparameters(ignore="net")  # its weights are in the state_dict
         self.net = net
         self.lr = lr
         self.momentum = momentum

@@ -109,7 +109,7 @@ class _Transformer(nn.Module):
         super().__init__()
         self.every_place, self.max_length = every_place, max_length
         self.embed = nn.Embedding(vocabulary_size, width)
-        self.place = nn.Parameter(0.02 * torch.randn(max_length, width))
+        self.place = nn.Parameter(0.02 * torch.randn(max_length, width))  # learned positions, scaled as in GPT-2
         self.blocks = nn.ModuleList(
             nn.TransformerEncoderLayer(width, num_heads, 4 * width, dropout, "gelu", batch_first=True, norm_first=True)
             for _ in range(num_layers)

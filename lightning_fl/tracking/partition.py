@@ -139,6 +139,7 @@ def _labels(dataset: Any, cache: dict[int, tuple[Any, np.ndarray | None]], read_
         parts = [_labels(part, cache, read_samples) for part in dataset.datasets]
         known = [part for part in parts if part is not None]
         return np.concatenate(known) if known and len(known) == len(parts) else None
+    # The cache also holds the data set itself, so that its id is not given to another one.
     if id(dataset) not in cache:
         cache[id(dataset)] = dataset, _stored(dataset, read_samples)
     return cache[id(dataset)][1]

@@ -261,6 +261,7 @@ def _figures(figures: Iterable[str]) -> str:
 
 
 def _image(figure: Figure, caption: str) -> str:
+    # An image and not inline SVG, in which the ids and styles of several figures would clash.
     data = base64.b64encode(plots.as_svg(figure)).decode()
     text = escape(caption)
     return (

@@ -169,7 +169,7 @@ def find_run(path: Path) -> Path:
 def read_clients(folder: Path) -> list[Row]:
     """The rows of :class:`~lightning_fl.callbacks.ClientMetrics`, from whichever of its files exists."""
     parquet, table, lines = (folder / f"{CLIENTS_STEM}.{suffix}" for suffix in ("parquet", "csv", "jsonl"))
-    if lines.exists():
+    if lines.exists():  # the run is in progress, or was killed before it could write the final file
         return read_rows(lines)
     if parquet.exists():
         try:
