@@ -27,8 +27,8 @@ class Scaffold(Algorithm):
         x &\leftarrow x + \eta_s \, \mathrm{mean}_i (y_i - x), \qquad
         c \leftarrow c + \frac{1}{N} \sum_i (c_i^+ - c_i)
 
-    Option II divides by the sum of the local learning rates where the paper has :math:`K \eta`, so it is exact under a
-    learning-rate schedule too; if the sum is 0, a client keeps its control variate. It is derived for plain SGD. Other
+    Option II divides by the sum of the local learning rates where the paper has :math:`K \eta`, so it accounts for a
+    learning-rate schedule; if the sum is 0, a client keeps its control variate. It is derived for plain SGD. Other
     frameworks divide by the last learning rate, or weight the control variates by examples.
 
     Args:
