@@ -331,8 +331,8 @@ def _params(optimizer: Optimizer) -> list[nn.Parameter]:
 _KEEP_REMEDY = "Use client_optimizer='reset' or another optimizer."
 
 
-def _unpack(kept: Tree, index: int, optimizer: Optimizer) -> dict[nn.Parameter, dict[str, Any]]:
-    packed: dict[nn.Parameter, Tree] = {}
+def _unpack(kept: Tree, index: int, optimizer: Optimizer) -> dict[Tensor, dict[str, Any]]:
+    packed: dict[Tensor, Tree] = {}
     params = _params(optimizer)
     for name, value in kept.items():
         optimizer_index, position, entry = name.split(".", 2)
