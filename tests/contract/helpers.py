@@ -1,0 +1,111 @@
+"""What the contract suites share: ranks as threads, who is under contract, YAML, the steps of an aggregator."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from jsonargparse import ArgumentParser
+
+from lightning_fl.aggregation import Aggregator, FederationFacts, RoundContext
+from lightning_fl.communication import Group, LocalGroup, Message, RankLost, TorchGroup
+from lightning_fl.types import Aggregate, Update
+
+CPU = torch.device("cpu")
+
+
+def shipped(base: type, *rooms: str) -> set[type]:
+    """The public subclasses of ``base`` that these packages define, wherever in them they stand."""
+    for room in rooms:
+        package = importlib.import_module(room)
+        for module in pkgutil.walk_packages(package.__path__, f"{room}."):
+            importlib.import_module(module.name)
+    return {
+        kind
+        for kind in _subclasses(base)
+        if kind.__module__.startswith("lightning_fl.")
+        and not kind.__name__.startswith("_")
+        and not inspect.isabstract(kind)
+    }
+
+
+def _subclasses(base: type) -> set[type]:
+    return {kind for child in base.__subclasses__() for kind in (child, *_subclasses(child))}
+
+
+def from_yaml(base: type, class_path: str, init_args: Mapping[str, Any]) -> Any:
+    """What a YAML file gives where a ``base`` is expected, also after it has been saved and read again."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=base)
+    config = parser.parse_object({"value": {"class_path": class_path, "init_args": dict(init_args)}})
+    return parser.instantiate_classes(parser.parse_string(parser.dump(config))).value
+
+
+def run_threads(size: int, check: Callable[[Group], Any], timeout: float = 10.0) -> list[Any]:
+    """What ``check`` returns on each of ``size`` ranks: threads of this process, joined by a real Gloo group.
+
+    One rank is a :class:`TorchGroup` as well. If ranks raise, the error is that of one which was not merely waiting.
+    """
+    store, limit = dist.HashStore(), timedelta(seconds=timeout)
+
+    def run(rank: int) -> Any:
+        return check(TorchGroup(store, rank, size, CPU, limit))
+
+    with ThreadPoolExecutor(size) as pool:
+        ranks = [pool.submit(run, rank) for rank in range(size)]
+    errors = [error for rank in ranks if (error := rank.exception()) is not None]
+    for error in sorted(errors, key=lambda error: isinstance(error, RankLost)):
+        raise error
+    return [rank.result() for rank in ranks]
+
+
+# ---- the steps of an aggregator, each called from here only
+
+
+def open_session(aggregator: Aggregator, group: Group, num_clients: int, max_weight: float) -> Any:
+    """Opens the aggregator for the training of simulated clients; gives what the other steps are called with."""
+    return aggregator.open(group, FederationFacts(False, num_clients, True, lambda: max_weight))
+
+
+def init(aggregator: Aggregator, like: Update, session: Any) -> Any:
+    """An empty accumulator on the CPU."""
+    return aggregator.init(like, CPU)
+
+
+def gather(aggregator: Aggregator, session: Any, group: Group, report: Message) -> list[Message]:
+    """The reports of all ranks, outside a round."""
+    return aggregator.gather(group, report, "evaluation")
+
+
+def context(num_clients: int, **changes: Any) -> RoundContext:
+    """A round with all of ``num_clients`` clients."""
+    return RoundContext(3, [f"client {i}" for i in range(num_clients)], population=num_clients, **changes)
+
+
+def aggregate(
+    aggregator: Aggregator,
+    updates: Sequence[Update],
+    clients: Sequence[int] | None = None,
+    group: Group | None = None,
+    report: Message | None = None,
+) -> tuple[Aggregate, list[Message]]:
+    """A round in which this rank adds the updates of ``clients``, in that order; None: of all.
+
+    Returns:
+        The aggregate, and the reports of all ranks.
+    """
+    group, ctx = group or LocalGroup(), context(len(updates))
+    session = open_session(aggregator, group, len(updates), max(1.0, *(update.weight for update in updates)))
+    acc = init(aggregator, updates[0], session)
+    for client in range(len(updates)) if clients is None else clients:
+        acc = aggregator.add(acc, updates[client], replace(ctx, client=ctx.cohort[client]))
+    acc, reports = aggregator.merge(acc, group, report or Message(), ctx)
+    return aggregator.result(acc, ctx), reports
