@@ -49,15 +49,17 @@ def from_yaml(base: type, class_path: str, init_args: Mapping[str, Any]) -> Any:
     return parser.instantiate_classes(parser.parse_string(parser.dump(config))).value
 
 
-def run_threads(size: int, check: Callable[[Group], Any], timeout: float = 10.0) -> list[Any]:
+def run_threads(
+    size: int, check: Callable[[Group], Any], timeout: float = 10.0, kind: type[TorchGroup] = TorchGroup
+) -> list[Any]:
     """What ``check`` returns on each of ``size`` ranks: threads of this process, joined by a real Gloo group.
 
-    One rank is a :class:`TorchGroup` as well. If ranks raise, the error is that of one which was not merely waiting.
+    If ranks raise, the error is that of one which was not merely waiting for another.
     """
     store, limit = dist.HashStore(), timedelta(seconds=timeout)
 
     def run(rank: int) -> Any:
-        return check(TorchGroup(store, rank, size, CPU, limit))
+        return check(kind(store, rank, size, CPU, limit))
 
     with ThreadPoolExecutor(size) as pool:
         ranks = [pool.submit(run, rank) for rank in range(size)]
