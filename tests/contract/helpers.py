@@ -23,18 +23,21 @@ CPU = torch.device("cpu")
 
 
 def shipped(base: type, *rooms: str) -> set[type]:
-    """The public subclasses of ``base`` that these packages define, wherever in them they stand."""
-    for room in rooms:
-        package = importlib.import_module(room)
-        for module in pkgutil.walk_packages(package.__path__, f"{room}."):
+    """The subclasses of ``base`` in these packages, wherever they stand; each must be in the ``__all__`` of one."""
+    packages = [importlib.import_module(room) for room in rooms]
+    for package in packages:
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             importlib.import_module(module.name)
-    return {
+    found = {
         kind
         for kind in _subclasses(base)
         if kind.__module__.startswith("lightning_fl.")
         and not kind.__name__.startswith("_")
         and not inspect.isabstract(kind)
     }
+    public = {getattr(package, name) for package in packages for name in package.__all__}
+    assert found <= public, f"not in __all__: {found - public}"
+    return found
 
 
 def _subclasses(base: type) -> set[type]:
