@@ -17,7 +17,7 @@ from jsonargparse import ArgumentParser
 
 from lightning_fl.aggregation import Aggregator, FederationFacts, RoundContext
 from lightning_fl.communication import Group, LocalGroup, Message, RankLost, TorchGroup
-from lightning_fl.types import Aggregate, Update
+from lightning_fl.types import Aggregate, Tree, Update
 
 CPU = torch.device("cpu")
 
@@ -53,7 +53,7 @@ def from_yaml(base: type, class_path: str, init_args: Mapping[str, Any]) -> Any:
 
 
 def run_threads(
-    size: int, check: Callable[[Group], Any], timeout: float = 10.0, kind: type[TorchGroup] = TorchGroup
+    size: int, check: Callable[[Group], Any], timeout: float = 60.0, kind: type[TorchGroup] = TorchGroup
 ) -> list[Any]:
     """What ``check`` returns on each of ``size`` ranks: threads of this process, joined by a real Gloo group.
 
@@ -72,12 +72,19 @@ def run_threads(
     return [rank.result() for rank in ranks]
 
 
+def trees(total: Aggregate | Update) -> dict[str, Tree]:
+    """All trees of an aggregate or an update by name."""
+    aux = {f"aux/{name}": tree for name, tree in total.aux.items()}
+    return {"delta": total.delta, "buffers": total.buffers, **aux}
+
+
 # ---- the steps of an aggregator, each called from here only
 
 
 def open_session(aggregator: Aggregator, group: Group, num_clients: int, max_weight: float) -> Any:
     """Opens the aggregator for the training of simulated clients; gives what the other steps are called with."""
-    return aggregator.open(group, FederationFacts(False, num_clients, True, lambda: max_weight))
+    facts = FederationFacts(silos=False, cohort_size=num_clients, is_training=True, max_weight=lambda: max_weight)
+    return aggregator.open(group, facts)
 
 
 def init(aggregator: Aggregator, like: Update, session: Any) -> Any:

@@ -13,12 +13,21 @@ import torch
 
 from lightning_fl import FederatedStrategy
 from lightning_fl.aggregation import Aggregator, RoundContext, WeightedMean
-from lightning_fl.aggregation.aggregator import WeightedSum, update_trees
 from lightning_fl.communication import Group, LocalGroup, Message
 from lightning_fl.privacy import ClientLevelDP, SecureAggregation
 from lightning_fl.tree import Layout, sum_dtype, to_sum_dtype
 from lightning_fl.types import Aggregate, Tree, Update
-from tests.contract.helpers import aggregate, context, from_yaml, gather, init, open_session, run_threads, shipped
+from tests.contract.helpers import (
+    aggregate,
+    context,
+    from_yaml,
+    gather,
+    init,
+    open_session,
+    run_threads,
+    shipped,
+    trees,
+)
 from tests.helpers.federation import random_updates
 
 NUM_CLIENTS = 5
@@ -70,11 +79,6 @@ every_aggregator = pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIE
 every_aggregator_and_size = pytest.mark.parametrize(
     ("entry", "size"), [pytest.param(e, size, id=f"{name}-{size}") for name, e in ENTRIES.items() for size in e.sizes]
 )
-
-
-def trees(total: Aggregate | Update) -> dict[str, Tree]:
-    """All trees of an aggregate or an update by name."""
-    return update_trees(Update(total.delta, total.buffers, 1.0, total.aux))
 
 
 def exact(updates: list[Update]) -> Aggregate:
@@ -329,58 +333,58 @@ def test_yaml_gives_it_by_its_short_class_name(entry: Entry) -> None:
 
 
 class WeightsSideChannels(WeightedMean):
-    def add(self, acc: WeightedSum, update: Update, ctx: RoundContext) -> WeightedSum:
+    def add(self, acc: Any, update: Update, ctx: RoundContext) -> Any:
         control = {name: update.weight * tensor for name, tensor in update.aux["control"].items()}
         return super().add(acc, replace(update, aux={"control": control}), ctx)
 
 
 class ForgetsWeights(WeightedMean):
-    def add(self, acc: WeightedSum, update: Update, ctx: RoundContext) -> WeightedSum:
+    def add(self, acc: Any, update: Update, ctx: RoundContext) -> Any:
         return super().add(acc, replace(update, weight=1.0), ctx)
 
 
 class FirstCountsTwice(WeightedMean):
-    def add(self, acc: WeightedSum, update: Update, ctx: RoundContext) -> WeightedSum:
+    def add(self, acc: Any, update: Update, ctx: RoundContext) -> Any:
         doubled = {name: tensor * (2 - bool(acc.num_clients)) for name, tensor in update.delta.items()}
         return super().add(acc, replace(update, delta=doubled), ctx)
 
 
 class GroupsWeighAlike(WeightedMean):
-    def add_group(self, acc: Any, updates: Update, weights: Any, ctx: RoundContext) -> WeightedSum:
+    def add_group(self, acc: Any, updates: Update, weights: Any, ctx: RoundContext) -> Any:
         return super().add_group(acc, updates, [sum(weights) / len(weights)] * len(weights), ctx)
 
 
 class KeepsToItself(WeightedMean):
-    def merge(self, acc: WeightedSum, group: Group, report: Message, ctx: RoundContext) -> Any:
+    def merge(self, acc: Any, group: Group, report: Message, ctx: RoundContext) -> Any:
         merged, reports = super().merge(acc, group, report, ctx)
         return replace(merged, sums=acc.sums), reports
 
 
 class HalfPrecision(WeightedMean):
-    def result(self, acc: WeightedSum, ctx: RoundContext) -> Aggregate:
+    def result(self, acc: Any, ctx: RoundContext) -> Aggregate:
         total = super().result(acc, ctx)
         return replace(total, delta={name: tensor.bfloat16() for name, tensor in total.delta.items()})
 
 
 class ScalesInPlace(WeightedMean):
-    def add(self, acc: WeightedSum, update: Update, ctx: RoundContext) -> WeightedSum:
+    def add(self, acc: Any, update: Update, ctx: RoundContext) -> Any:
         update.delta["a"].mul_(update.weight)
         return super().add(acc, update, ctx)
 
 
 class DividesByWhatItGets(WeightedMean):
-    def result(self, acc: WeightedSum, ctx: RoundContext) -> Aggregate:
+    def result(self, acc: Any, ctx: RoundContext) -> Aggregate:
         return super().result(replace(acc, weight=acc.weight or 1.0), ctx)
 
 
 class OwnReportOnly(WeightedMean):
-    def merge(self, acc: WeightedSum, group: Group, report: Message, ctx: RoundContext) -> Any:
+    def merge(self, acc: Any, group: Group, report: Message, ctx: RoundContext) -> Any:
         merged, reports = super().merge(acc, group, report, ctx)
         return merged, [reports[group.rank]] * group.size
 
 
 class SquaresUpdates(WeightedMean):
-    def add(self, acc: WeightedSum, update: Update, ctx: RoundContext) -> WeightedSum:
+    def add(self, acc: Any, update: Update, ctx: RoundContext) -> Any:
         squared = {name: tensor * tensor.abs() for name, tensor in update.delta.items()}
         return super().add(acc, replace(update, delta=squared), ctx)
 

@@ -270,9 +270,9 @@ def test_wrong_arguments_are_refused(entry: Entry, wrong: dict[str, Any], messag
 @named(False)
 def test_ten_thousand_clients_are_quick(entry: Entry) -> None:
     labels = torch.arange(60_000) % 10
-    start = time.perf_counter()
+    start = time.process_time()
     parts = entry.make(entry.many)(TensorDataset(torch.zeros(len(labels), 1), labels), 10_000)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
     assert len(parts) == 10_000
 
 
