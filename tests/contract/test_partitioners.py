@@ -250,7 +250,7 @@ class Stream(IterableDataset):
 
 @every_partitioner
 def test_a_stream_is_refused(entry: Entry) -> None:
-    with pytest.raises(ValueError, match=r"Stream cannot be partitioned: a map-style .*ClientLoaders"):
+    with pytest.raises(ValueError, match=r"Stream cannot be partitioned: .*map-style .*ClientLoaders"):
         entry.split(Stream())
 
 
@@ -299,12 +299,6 @@ def test_yaml_gives_a_partitioner_inside_another() -> None:
 
 
 # ---- partitioners that break their contract, so that each property is known to find something
-
-
-class LeavesOneOut(IID):
-    def split(self, dataset: Any, num_clients: int, rng: np.random.Generator) -> Sequence[np.ndarray]:
-        first, *others = super().split(dataset, num_clients, rng)
-        return [first[1:], *others]
 
 
 class OnePartMore(IID):
@@ -361,14 +355,7 @@ def test_a_breach_is_found(entry: Entry, check: Callable[[Entry], None]) -> None
         check(entry)
 
 
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [
-        (LeavesOneOut, "gave 1 of 210 samples to no client, 0 to several, and 0 that do not exist"),
-        (OnePartMore, "gave 8 parts for 7 clients"),
-        (OnePartLess, "gave 6 parts for 7 clients"),
-    ],
-)
-def test_a_split_that_is_no_partition_among_the_clients_is_refused(kind: type[Partitioner], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize(("kind", "message"), [(OnePartMore, "8 parts for 7"), (OnePartLess, "6 parts for 7")])
+def test_another_number_of_parts_than_clients_is_refused(kind: type[Partitioner], message: str) -> None:
+    with pytest.raises(ValueError, match=rf"{message} clients; .*override `client_ids`"):
         kind()(Shops(), NUM_CLIENTS)
