@@ -174,13 +174,13 @@ def check_traffic_is_counted(group: Group) -> None:
         collective()
         return group.traffic.num_bytes - before
 
-    reduced, told = bytes_of(lambda: group.all_reduce(tensor)), bytes_of(lambda: group.all_gather(message))
+    reduced, gathered = bytes_of(lambda: group.all_reduce(tensor)), bytes_of(lambda: group.all_gather(message))
     sent = bytes_of(lambda: group.broadcast(tensor, group.size - 1))
     if isinstance(group, LocalGroup):
-        assert (reduced, told, sent) == (0, 0, 0)
+        assert (reduced, gathered, sent) == (0, 0, 0)
         return
     assert (reduced, sent) == (8000, 8000)
-    assert 2000 <= told < 2500
+    assert 2000 <= gathered < 2500
     if not is_last:
         assert group.traffic.seconds_reducing > slow / 10
         assert group.traffic.seconds_waiting > slow / 10

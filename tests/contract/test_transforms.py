@@ -52,7 +52,7 @@ class Median(WeightedMean):
 
 
 class Rounds(Transform):
-    """Error feedback, to try states of clients on: whole numbers are sent, and the rest is kept for the next round."""
+    """Error feedback, an example with client state: sends whole numbers and keeps the rest for the next round."""
 
     keeps_client_state = True
 
@@ -231,7 +231,7 @@ def test_what_goes_in_stays_as_it_is(entry: Entry) -> None:
 @every_transform
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_it_keeps_names_shapes_and_dtypes(entry: Entry, dtype: torch.dtype) -> None:
-    """``like`` tells what the client half gives; what the server half gives is what would have come without it."""
+    """``like`` has the form of what the client half returns; the server half returns the form of a plain aggregate."""
     federation, plain = Federation(entry.make(), entry.updates(dtype)), Federation(Transform(), entry.updates(dtype))
     found, expected = federation.round(), plain.round()
     sent = federation.send(0)
