@@ -57,7 +57,7 @@ def run_threads(
 ) -> list[Any]:
     """What ``check`` returns on each of ``size`` ranks: threads of this process, joined by a real Gloo group.
 
-    If several ranks raise, the error is not `RankLost` if another will do: such a rank only waited for one that failed.
+    If several ranks raise, any other error comes before `RankLost`: such a rank only waited for one that failed.
     """
     store, limit = dist.HashStore(), timedelta(seconds=timeout)
 
