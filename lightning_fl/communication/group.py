@@ -202,6 +202,7 @@ class TorchGroup(Group):
         options = dist.BroadcastOptions()
         options.rootRank = root
         self._wait(self._backend(received).broadcast([received], options))
+        self.traffic.num_bytes += received.numel() * received.element_size()
         return received
 
     def barrier(self) -> None:

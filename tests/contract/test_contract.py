@@ -12,7 +12,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -44,6 +44,7 @@ from lightning_fl.algorithms import (
     registered,
 )
 from lightning_fl.tree import leaves, sum_dtype
+from tests.contract import helpers
 from tests.helpers.training import (
     Plain,
     Quadratic,
@@ -247,31 +248,26 @@ def test_it_pickles(name: str) -> None:
     assert repr(pickle.loads(pickle.dumps(algorithm))) == repr(algorithm)
 
 
-def from_yaml(kind: type[Algorithm], init_args: dict[str, Any]) -> Algorithm:
-    """What a YAML file gives that names the class alone, also after it has been saved and read again."""
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--algorithm", type=Algorithm)
-    config = parser.parse_object({"algorithm": {"class_path": kind.__name__, "init_args": init_args}})
-    return parser.instantiate_classes(parser.parse_string(parser.dump(config))).algorithm
+from_yaml = partial(helpers.from_yaml, Algorithm)
 
 
 @every_algorithm
 def test_yaml_gives_it_by_its_short_class_name(name: str) -> None:
     kind, init_args = registered()[name], ENTRIES[name].init_args
-    assert from_yaml(kind, {}) == kind()
+    assert from_yaml(kind.__name__, {}) == kind()
     if name == "fedopt":
-        found = repr(from_yaml(kind, init_args))
+        found = repr(from_yaml(kind.__name__, init_args))
         assert found.startswith("FedOpt(optimizer=AdamW(lr=0.25, ")
         assert " at 0x" not in found  # ranks compare it
     else:
-        assert from_yaml(kind, init_args) == kind(**init_args)
+        assert from_yaml(kind.__name__, init_args) == kind(**init_args)
 
 
 @every_algorithm
 def test_yaml_with_a_wrong_type_is_refused(name: str) -> None:
     for key in ENTRIES[name].init_args:
         with pytest.raises(ArgumentError, match=key):
-            from_yaml(registered()[name], {key: "abc"})
+            from_yaml(registered()[name].__name__, {key: "abc"})
 
 
 @every_algorithm

@@ -1,4 +1,4 @@
-"""Every datamodule, partitioner and model is built from YAML with a short class path."""
+"""Every datamodule and model is built from YAML with a short class path."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from lightning.pytorch.cli import LightningCLI
 from torch.utils.data import TensorDataset
 
 from lightning_fl import datamodules, models
-from lightning_fl.datamodules import Partitioner
 from tests.helpers.data_files import write_mnist
 
 ARGUMENTS: dict[str, str] = {
@@ -26,13 +25,6 @@ ARGUMENTS: dict[str, str] = {
     "ImageFolderDataModule": "root: data\nclasses: [cat, dog]",
     "HuggingFaceDataModule": "path: some/set\nfeatures: [a, b]",
     "TorchDataModule": "train: {class_path: tests.datamodules.test_yaml.Numbers, init_args: {size: 6}}",
-    "Dirichlet": "alpha: 0.3",
-    "DirichletSizes": "alpha: 0.3",
-    "LognormalSizes": "sigma: 1.0",
-    "LabelsPerClient": "num_labels: 2",
-    "FeatureNoise": "sigma: 0.1\npartitioner: {class_path: Shards, init_args: {shards_per_client: 3}}",
-    "NaturalColumn": "name: shop",
-    "MappingFile": "path: clients.json",
     "MLPClassifier": "",
     "TabularMLP": "in_features: 3",
     "TabularRegressor": "in_features: 3",
@@ -58,24 +50,15 @@ def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: str) -> Light
     return LightningCLI(subclass_mode_model=True, subclass_mode_data=True, run=False, seed_everything_default=False)
 
 
-def section(key: str, name: str, indent: str = "") -> str:
-    arguments = "".join(f"{indent}    {line}\n" for line in ARGUMENTS.get(name, "").splitlines())
-    return f"{indent}{key}:\n{indent}  class_path: {name}\n" + (
-        f"{indent}  init_args:\n{arguments}" if arguments else ""
-    )
+def section(key: str, name: str) -> str:
+    arguments = "".join(f"    {line}\n" for line in ARGUMENTS.get(name, "").splitlines())
+    return f"{key}:\n  class_path: {name}\n" + (f"  init_args:\n{arguments}" if arguments else "")
 
 
 @pytest.mark.parametrize("name", concrete(datamodules, L.LightningDataModule))
 def test_datamodules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     cli = build(tmp_path, monkeypatch, section("data", name) + section("model", "LogisticRegression"))
     assert type(cli.datamodule) is getattr(datamodules, name)
-
-
-@pytest.mark.parametrize("name", concrete(datamodules, Partitioner))
-def test_partitioners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    data = "data:\n  class_path: PartitionedDataModule\n  init_args:\n    data: DigitsDataModule\n"
-    cli = build(tmp_path, monkeypatch, data + section("partitioner", name, "    ") + section("model", "TwoNN"))
-    assert type(cli.datamodule.partitioner) is getattr(datamodules, name)
 
 
 @pytest.mark.parametrize(

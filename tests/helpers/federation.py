@@ -39,6 +39,24 @@ def join_ranks(timeout: float = 30.0) -> Group:
     )
 
 
+def random_updates(num_clients: int, dtype: torch.dtype = torch.float64) -> list[Update]:
+    """Updates with two dtypes, float and integer buffers and a side channel; client ``i`` weighs ``i + 1``."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    return [
+        Update(
+            delta={"a": draw(3, 2), "b": draw(4, dtype=torch.float32), "scalar": draw()},
+            buffers={"mean": draw(3), "count": draw(1).mul(10).round().long()},
+            weight=float(client + 1),
+            aux={"control": {"a": draw(3, 2), "b": draw(4, dtype=torch.float32)}},
+        )
+        for client in range(num_clients)
+    ]
+
+
 def aggregate(updates: Sequence[Update], group: Group | None = None, population: int = 0) -> Aggregate:
     """The weighted sum of this rank's updates, and of those of the other ranks; each rank needs at least one."""
     aggregator, ctx = WeightedMean(), RoundContext(round=0, cohort=[], population=population)

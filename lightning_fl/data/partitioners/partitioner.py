@@ -43,7 +43,7 @@ class Partitioner(ABC):
 
         Raises:
             ValueError: If the data set has no length, the number of clients does not fit it, or a partitioner of your
-                own leaves out a sample or gives one away twice.
+                own leaves out a sample, gives one away twice or gives another number of parts.
         """
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
             raise ValueError(
@@ -58,6 +58,11 @@ class Partitioner(ABC):
                 "and at most the number of samples. Change num_clients or use more data."
             )
         parts = self.split(dataset, num_clients, np.random.default_rng([seed, _STREAM]))
+        if len(parts) != num_clients:
+            raise ValueError(
+                f"{self} gave {len(parts)} parts for {num_clients} clients; `split` must give one part per client. "
+                "If the data says who the clients are, override `client_ids` too."
+            )
         owner = _owners(parts, len(dataset), str(self))
         ends = np.cumsum(np.bincount(owner, minlength=num_clients))[:-1]
         return list(torch.from_numpy(np.argsort(owner, kind="stable")).tensor_split(torch.from_numpy(ends)))

@@ -40,8 +40,3 @@ def test_samples_that_take_no_noise_are_refused() -> None:
     clients = partition_loader(DataLoader(TensorDataset(torch.arange(8))), FeatureNoise(0.4), 2)
     with pytest.raises(ValueError, match="adds noise to samples that start with a float tensor"):
         next(iter(clients[0]))
-
-
-def test_a_negative_variance_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"sigma=-0\.1"):
-        FeatureNoise(-0.1)

@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_fl import FederatedStrategy
-from lightning_fl.aggregation import RoundContext, Transform, WeightedMean
+from lightning_fl.aggregation import RoundContext, WeightedMean
 from lightning_fl.clients.cohorts import Sampling as Cohorts
 from lightning_fl.communication import LocalGroup, Message
 from lightning_fl.privacy import (
@@ -29,7 +28,7 @@ from lightning_fl.privacy import (
 from lightning_fl.privacy.client_level import mechanism
 from lightning_fl.privacy.client_level.clipping import noise_on_model
 from lightning_fl.privacy.state import load_ledger
-from lightning_fl.tree import joint_norm, scale, update_trees, zeros_like
+from lightning_fl.tree import joint_norm, update_trees, zeros_like
 from lightning_fl.types import Aggregate, State, Update
 
 POISSON = Cohorts("poisson", 1000, 50.0, 0.05)
@@ -324,35 +323,6 @@ def test_noise_that_is_off_or_halved_stops_the_run(monkeypatch: pytest.MonkeyPat
     state = transform.start_round({}, RoundContext(0, [], 1000, POISSON))
     with pytest.raises(PrivacyError, match="standard deviation"):
         transform.server(Aggregate(wide.delta, {}, 0.0, {}, 0, 1000), state, RoundContext(0, [], 1000, POISSON))
-
-
-class Doubles(Transform):
-    def client(self, update: Update, state: State, ctx: RoundContext) -> tuple[Update, State]:
-        return replace(update, delta=scale(update.delta, 2.0)), state
-
-
-class Shrinks(Transform):
-    keeps_norm_bound = True
-
-
-class Median(WeightedMean):
-    is_sum = False
-
-
-def test_combinations_that_break_the_bound_are_refused_when_the_strategy_is_built() -> None:
-    private = ClientLevelDP(clip=1.0, noise_multiplier=1.0)
-    with pytest.raises(ValueError, match="weighting='examples' lets one client weigh more"):
-        FederatedStrategy("fedavg", weighting="examples", transforms=[private])
-    with pytest.raises(ValueError, match="Doubles comes after ClientLevelDP"):
-        FederatedStrategy("fedavg", transforms=[private, Doubles()])
-    with pytest.raises(ValueError, match="ClientLevelDP comes after ClientLevelDP"):
-        FederatedStrategy("fedavg", transforms=[private, private])
-    with pytest.raises(ValueError, match="Median is no sum"):
-        FederatedStrategy("fedavg", transforms=[private], aggregator=Median())
-    strategy = FederatedStrategy("fedavg", transforms=[Doubles(), private, Shrinks()])
-    assert strategy.weighting == "uniform"
-    assert strategy.participation.secure
-    assert FederatedStrategy("fedavg").weighting == "examples"
 
 
 def test_central_noise_among_silos_is_refused_and_says_why() -> None:

@@ -122,13 +122,6 @@ def test_an_aggregator_that_needs_each_update_is_refused() -> None:
     SecureAggregation(aggregator=WeightedMean())
 
 
-def test_differential_privacy_beside_it_is_refused() -> None:
-    """Rounding lengthens an update a little, so its bound would not hold."""
-    private = fl.privacy.ClientLevelDP(noise_multiplier=1.0, clip=1.0, delta=1e-5)
-    with pytest.raises(ValueError, match="SecureAggregation is no sum"):
-        fl.FederatedStrategy("fedavg", aggregator=SecureAggregation(), transforms=[private], weighting="uniform")
-
-
 @pytest.mark.parametrize("num_clients", [1, 2])
 def test_fewer_than_three_clients_are_refused(num_clients: int) -> None:
     with pytest.raises(ValueError, match="no sum over fewer than 3"):
@@ -305,20 +298,6 @@ def merge_on(group: Group, shares: Sequence[Sequence[int]], given: Sequence[Upda
     fields = {"sums": {name: value * (group.rank + 1) for name, value in report.items()}, "who": group.rank}
     acc, messages = secure.merge(acc, group, Message(fields), ctx)
     return secure.result(acc, ctx), messages
-
-
-@pytest.mark.parametrize("shares", [[[0], [1], [2]], [[0, 1], [2, 3, 4], []], [[0, 1, 2]]])
-def test_ranks_give_the_sums_of_all_clients(shares: list[list[int]]) -> None:
-    given = updates(sum(map(len, shares)))
-    expected = aggregate(WeightedMean(), given)
-    ranks = Ranks(len(shares))
-    results = ranks.run(lambda group: merge_on(group, shares, given, loss=0.25, tokens=1e9))
-    total = sum(range(1, len(shares) + 1))
-    for found, messages in results:
-        assert (found.weight, found.num_clients) == (expected.weight, expected.num_clients)
-        torch.testing.assert_close(found.delta, expected.delta, rtol=0, atol=1e-5)
-        assert messages[0].fields["sums"] == {"loss": 0.25 * total, "tokens": 1e9 * total}
-        assert [message.fields["who"] for message in messages] == list(range(len(shares)))
 
 
 def test_nothing_but_masked_words_and_public_keys_is_shown() -> None:
