@@ -149,14 +149,14 @@ class ImageDataset(Dataset):
         return [torch.from_numpy((pixels - self.mean.numpy()) / self.std.numpy()), self.targets[indices]]
 
     @property
-    def row(self) -> Any:
+    def row_spec(self) -> Any:
         """Shape and dtype of an image and a target; None if a transform may change them."""
         if self.transform is not None:
             return None
         return (self.images.shape[1:], torch.float32), (self.targets.shape[1:], self.targets.dtype)
 
     @property
-    def key(self) -> int:
+    def source_id(self) -> int:
         """The same for the same images."""
         return id(self)
 

@@ -11,7 +11,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 
 from lightning_fl.data.client_loaders import ClientLoaders
 from lightning_fl.data.collation import with_fast_collation
-from lightning_fl.data.splitting import num_yielded
+from lightning_fl.data.splitting import examples_per_pass
 from lightning_fl.types import ClientId
 
 Source = Dataset | Callable[[], Dataset]
@@ -99,7 +99,7 @@ class ClientDatasets(L.LightningDataModule):
 
     def _num_examples(self, client: ClientId) -> int:
         num_samples = len(_open(self._train[client]))  # type: ignore[arg-type]
-        return num_yielded(num_samples, self.batch_size or max(num_samples, 1), self.drop_last)
+        return examples_per_pass(num_samples, self.batch_size or max(num_samples, 1), self.drop_last)
 
     def _loader(
         self, dataset: Dataset, shuffle: bool = False, drop_last: bool = False, collate_fn: Any = None

@@ -15,7 +15,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from lightning_fl.data.client_loaders import ClientLoaders
 from lightning_fl.data.holdout import Holdout, Part
 from lightning_fl.data.partitioners.partitioner import Partitioner
-from lightning_fl.data.splitting import check_splittable, over, split_loader
+from lightning_fl.data.splitting import check_splittable, split_loader, with_dataset
 from lightning_fl.datamodules.client_datasets import wants_clients
 from lightning_fl.types import ClientId
 
@@ -128,7 +128,7 @@ class PartitionedDataModule(L.LightningDataModule):
 
     def _pooled_loader(self, part: Part) -> DataLoader:
         loader, _, parts, view = self._split(part)
-        return over(loader, ConcatDataset([view(client, own) for client, own in enumerate(parts) if len(own)]))
+        return with_dataset(loader, ConcatDataset([view(client, own) for client, own in enumerate(parts) if len(own)]))
 
     def _split(self, part: Part) -> tuple[DataLoader, Sequence[ClientId], list[torch.Tensor], View]:
         loader = self.data.train_dataloader()
@@ -148,4 +148,4 @@ class PartitionedDataModule(L.LightningDataModule):
         def view(client: int, own: torch.Tensor) -> Dataset:
             return self.partitioner.client_dataset(dataset, own, client, len(parts), seed)
 
-        return loader if part == "train" else over(loader, dataset, evaluate=True), clients, parts, view
+        return loader if part == "train" else with_dataset(loader, dataset, evaluate=True), clients, parts, view
