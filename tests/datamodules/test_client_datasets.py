@@ -149,12 +149,12 @@ class Stream(IterableDataset):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"train": []}, "train names no client"),
-        ({"train": {}}, "train names no client"),
+        ({"train": []}, "train is empty"),
+        ({"train": {}}, "train is empty"),
         ({"train": numbers(1)}, "train is a TensorDataset; expected one data set per client.*PartitionedDataModule"),
         ({"train": [numbers(1)], "batch_size": 0}, "batch_size=0 must be at least 1, or None"),
-        ({"train": [numbers(1)], "val": []}, "val names no data set.*None"),
-        ({"train": [numbers(1)], "test": {}}, "test names no data set.*None"),
+        ({"train": [numbers(1)], "val": []}, "val is empty.*None"),
+        ({"train": [numbers(1)], "test": {}}, "test is empty.*None"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments: dict, message: str) -> None:
