@@ -23,7 +23,7 @@ class ClientLoaders(Mapping[ClientId, Loader]):
             created to find out, which is slow if many clients are balanced over ranks.
 
     Raises:
-        ValueError: If there is no client, or an id is repeated.
+        ValueError: If there are no clients, or an id is repeated.
 
     Example:
         >>> loaders = ClientLoaders(range(3), lambda client: [[client, 1], [client, 2]])

@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader, Dataset, Subset
 class CentralDataModule(L.LightningDataModule):
     """A data set in one place, with training and test data.
 
-    A federated strategy splits the training data among simulated clients, as its own ``partition`` or a
-    ``PartitionedDataModule`` around this datamodule says; any other strategy trains on all of it. Validation uses the
-    test data unless ``val_share`` is set; prediction always uses the test data. Subclasses override :meth:`read`.
+    A federated strategy splits the training data among simulated clients, by its ``partition`` argument or by a
+    ``PartitionedDataModule`` around this datamodule; any other strategy trains on all of it. Validation uses the test
+    data unless ``val_share`` is set; prediction always uses the test data. Subclasses override :meth:`read`.
 
     Args:
         batch_size: Examples per training batch.

@@ -1,4 +1,4 @@
-"""Downloads of data sets: verified by SHA-256, and asked for by the user."""
+"""Downloads of data sets, verified by SHA-256."""
 
 from __future__ import annotations
 

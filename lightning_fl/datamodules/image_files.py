@@ -1,4 +1,4 @@
-"""Image data sets in files: where they are looked for, downloaded and how they are held in memory."""
+"""Image data sets in files: finding, downloading and holding them in memory."""
 
 from __future__ import annotations
 

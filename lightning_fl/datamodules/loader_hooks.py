@@ -1,8 +1,8 @@
-"""Loaders by client or pooled, and loaders that a datamodule does not have."""
+"""Which loaders a datamodule returns: by client or pooled, and none where it has no data."""
 
 from __future__ import annotations
 
-from types import MethodType
+from functools import partial
 
 import lightning as L
 
@@ -14,10 +14,11 @@ class OptionalLoaders(L.LightningDataModule):
         """Makes Lightning treat these loader hooks as not implemented.
 
         Lightning asks only whether a hook is overridden: if it is not, ``fit`` skips validation and ``Trainer.test``
-        says what is missing. A hook that returned an empty list instead would run over nothing without a word.
+        says what is missing. If a hook returned an empty list instead, they would silently run over no data.
         """
         for hook in hooks:
-            setattr(self, hook, MethodType(getattr(L.LightningDataModule, hook), self))
+            # a partial, because a bound method would be unpickled as the subclass's method
+            setattr(self, hook, partial(getattr(L.LightningDataModule, hook), self))
 
 
 def wants_client_loaders(trainer: L.Trainer | None) -> bool:
