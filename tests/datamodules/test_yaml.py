@@ -62,6 +62,26 @@ def test_datamodules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str)
 
 
 @pytest.mark.parametrize(
+    "name", [name for name in concrete(datamodules, L.LightningDataModule) if name != "PartitionedDataModule"]
+)
+def test_arguments_that_a_datamodule_passes_to_its_base_class_are_accepted_and_documented(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    config = section("data", name) + ("" if ARGUMENTS.get(name) else "  init_args:\n")
+    common = {"batch_size": 7, "val_share": 0.25, "seed": 3, "num_workers": 2, "eval_batch_size": 9}
+    config += "".join(f"    {key}: {value}\n" for key, value in common.items())
+    data = build(tmp_path, monkeypatch, config + section("model", "LogisticRegression")).datamodule
+    assert (data.batch_size, data.seed, data.num_workers, data.eval_batch_size) == (7, 3, 2, 9)
+    monkeypatch.setattr("sys.argv", ["train", "--data.help", name])
+    with pytest.raises(SystemExit):
+        LightningCLI(subclass_mode_model=True, subclass_mode_data=True, run=False)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Fraction of" in printed
+    assert "Worker processes per loader. (type: int, default: 0)" in printed
+    assert "Examples per batch in validation, test and prediction." in printed
+
+
+@pytest.mark.parametrize(
     "name", [name for name in concrete(models, L.LightningModule) if not name.startswith(("Timm", "Torch", "Transf"))]
 )
 def test_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:

@@ -35,7 +35,7 @@ def test_as_many_shards_as_labels_divide_the_data_without_a_remainder_lost() -> 
 
 
 def test_more_shards_than_samples_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"3 shards for each of 10 clients are 30 shards of 20 samples"):
+    with pytest.raises(ValueError, match=r"10 clients with 3 shards each need 30 shards, but .* only 20 samples"):
         Shards(3)(labelled(2), 10)
 
 
@@ -68,7 +68,7 @@ def test_equal_sizes_without_sigma_and_a_power_law_with_it() -> None:
 
 @pytest.mark.parametrize(("num_labels", "num_clients"), [(11, 5), (1, 9)])
 def test_labels_that_do_not_fit_are_refused(num_labels: int, num_clients: int) -> None:
-    with pytest.raises(ValueError, match=f"{num_clients} clients with num_labels={num_labels} do not fit data of 10"):
+    with pytest.raises(ValueError, match=f"{num_clients} clients with num_labels={num_labels} do not fit data with 10"):
         LabelsPerClient(num_labels)(labelled(5), num_clients)
 
 
