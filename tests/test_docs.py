@@ -91,9 +91,8 @@ def words_of_commands(text: str) -> list[list[str]]:
     ]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_commands_exist(page: Path) -> None:
-    texts = [text for language in ("console", "bash", "sh") for text in blocks(page, language)]
+def test_commands_exist() -> None:
+    texts = [text for page in PAGES for language in ("console", "bash", "sh") for text in blocks(page, language)]
     for words in (words for text in texts for words in words_of_commands(text)):
         start = words.index("lightning-fl") if "lightning-fl" in words else words.index("lightning_fl")
         command, *options = words[start + 1 :]
@@ -102,6 +101,20 @@ def test_commands_exist(page: Path) -> None:
             assert (recipes_directory() / f"{name}.yaml").exists()
         if "--trainer.strategy" in options:
             assert options[options.index("--trainer.strategy") + 1] in {"auto", *federated_strategy_names()}
+
+
+def test_the_tests_that_pages_name_exist() -> None:
+    """Pages write `file.py`, `file.py::test`, and `test` for another one of the file named before."""
+    for page in [*PAGES, REPOSITORY / "CONTRIBUTING.md"]:
+        source = ""
+        for file, test in re.findall(r"`(?:tests/)?([\w/]*test_\w+\.py)?(?:::)?(test_\w+)?`", page.read_text()):
+            if file:
+                paths = [REPOSITORY / "tests" / folder / file for folder in ("", "trainer")]
+                sources = [path.read_text() for path in paths if path.exists()]
+                assert sources, f"{name_of(page)} names {file}, which is neither in tests/ nor in tests/trainer/"
+                source = sources[0]
+            if source:
+                assert f"def {test}" in source, f"{name_of(page)} names {test}, which is not in {file or 'its file'}"
 
 
 def test_the_mathematics_of_docstrings_becomes_mathml() -> None:
