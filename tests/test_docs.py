@@ -104,15 +104,14 @@ def test_commands_exist() -> None:
 
 
 def test_the_tests_that_pages_name_exist() -> None:
-    """Pages write `file.py`, `file.py::test`, and `test` for another one of the file named before."""
+    """Pages write `tests/...` or a path in tests/trainer/, then `::test`; `test` alone is in the file named before."""
     for page in [*PAGES, REPOSITORY / "CONTRIBUTING.md"]:
         source = ""
-        for file, test in re.findall(r"`(?:tests/)?([\w/]*test_\w+\.py)?(?:::)?(test_\w+)?`", page.read_text()):
+        for file, test in re.findall(r"`([\w/]*\btest_\w+\.py)?(?:::)?(test_\w+)?`", page.read_text()):
             if file:
-                paths = [REPOSITORY / "tests" / folder / file for folder in ("", "trainer")]
-                sources = [path.read_text() for path in paths if path.exists()]
-                assert sources, f"{name_of(page)} names {file}, which is neither in tests/ nor in tests/trainer/"
-                source = sources[0]
+                path = REPOSITORY / ("" if file.startswith("tests/") else "tests/trainer") / file
+                assert path.exists(), f"{name_of(page)} names {file}, which does not exist"
+                source = path.read_text()
             if source:
                 assert f"def {test}" in source, f"{name_of(page)} names {test}, which is not in {file or 'its file'}"
 
