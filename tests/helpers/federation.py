@@ -14,9 +14,10 @@ from lightning_fl.algorithms import Algorithm
 from lightning_fl.communication import Group, LocalGroup, Message, connect
 from lightning_fl.tree import tree_map
 from lightning_fl.types import Aggregate, LocalRun, State, Tree, Update
+from tests.helpers.distributed import PATIENCE
 
 
-def join_ranks(timeout: float = 30.0) -> Group:
+def join_ranks(timeout: float = PATIENCE) -> Group:
     """The group of the ranks on which ``run_ranks`` runs a check."""
     environ = os.environ
     return connect(

@@ -277,14 +277,14 @@ def test_ten_thousand_clients_are_quick(partitioner: Partitioner) -> None:
     if isinstance(partitioner, Dirichlet) and partitioner.per == "class":
         partitioner = Dirichlet(0.3, min_size=0)
     dataset = labelled(6000) if partitioner != LabelsPerClient(10, sigma=1.0) else labelled(10_000)
-    start = time.perf_counter()
+    start = time.process_time()
     parts = partitioner(dataset, 10_000)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
     assert len(parts) == 10_000
 
 
 def test_a_draw_that_cannot_succeed_ends_soon() -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(ValueError, match=r"In 100 draws .* at most 0 samples, expected at least 1"):
         Dirichlet(0.3)(labelled(6000), 10_000)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
