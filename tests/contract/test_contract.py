@@ -149,9 +149,11 @@ def capabilities(entry: Entry) -> tuple[Any, ...]:
         algorithm.keeps_client_state,
         algorithm.probe,
         len(algorithm.phases()),
-        type(algorithm).grad_transform is not Algorithm.grad_transform,
-        type(algorithm).personal is not Algorithm.personal,
         entry.personal,
+        *(
+            getattr(type(algorithm), name) is not getattr(Algorithm, name)
+            for name in ("grad_transform", "client_finish", "personal")
+        ),
     )
 
 
