@@ -7,8 +7,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Tests run in JOBS processes, each on one core; the tests of a file run in the same process.
 JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
-# What test-fast leaves out.
-WITH_TRAINER := audit callbacks cli contract examples trainer test_benchmarks.py test_contributing.py test_docs.py test_recipes.py
+# What test-fast leaves out: tests of the Trainer, and of the helpers that start processes.
+NOT_FAST := audit callbacks cli contract examples helpers trainer test_benchmarks.py test_contributing.py test_docs.py test_recipes.py
 
 .PHONY: help demo test test-fast test-all audit experiments lint docs clean
 help:
@@ -39,7 +39,7 @@ test: $(INSTALLED)
 	$(PYTEST)
 
 test-fast: $(INSTALLED)
-	$(PYTEST) $(addprefix --ignore=tests/,$(WITH_TRAINER))
+	$(PYTEST) $(addprefix --ignore=tests/,$(NOT_FAST))
 
 test-all: $(INSTALLED)
 	$(PYTEST) -m "slow or not slow"

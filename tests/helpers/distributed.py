@@ -221,7 +221,7 @@ class WorkerPool:
                 workers[rank].dump_stacks()
                 replies[rank] = ("error", f"still at work after {time.monotonic() - start:.1f} s, killed; its stacks:")
             if pending:
-                time.sleep(0.5)  # for the stacks to be written
+                time.sleep(2.0)  # for the stacks to be written
         finally:
             for rank in pending.values():
                 workers[rank].stop()

@@ -112,8 +112,9 @@ def small_pool() -> Iterator[WorkerPool]:
 
 
 def test_hung_and_dead_workers_are_reported_and_replaced(small_pool: WorkerPool) -> None:
+    small_pool.run(report_rank, 5)  # has the worker import this file, so that the timeout finds it in hang()
     with pytest.raises(RuntimeError, match="still at work after") as error:
-        small_pool.run(hang, timeout=1)
+        small_pool.run(hang, timeout=3)
     assert "printed before the hang" in str(error.value)
     assert "in hang" in str(error.value)
     with pytest.raises(RuntimeError, match="died with exit code 7"):
