@@ -24,9 +24,10 @@ from lightning_fl.federation import (
     Round,
 )
 from lightning_fl.types import Aggregate, State, Tree, Update
+from tests.helpers.distributed import PATIENCE
 
 
-def join_ranks(timeout: float = 30.0) -> Group:
+def join_ranks(timeout: float = PATIENCE) -> Group:
     """The group of the ranks on which ``run_ranks`` runs a check."""
     environ = os.environ
     return connect(
