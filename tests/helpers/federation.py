@@ -117,6 +117,7 @@ class Simulation:
     ) -> None:
         size = len(gradients)
         self.algorithm = algorithm
+        self.gradients = gradients
         self.num_steps = [num_steps] * size if isinstance(num_steps, int) else list(num_steps)
         self.weights = weights or [1.0] * size
         self.module = Gradients(gradients, params, [lr] * size if isinstance(lr, float) else lr)
