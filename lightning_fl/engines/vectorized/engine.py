@@ -7,18 +7,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_fl.engines.optimizer_states import Schedule, ScheduleEnd
 from lightning_fl.engines.sequential import LocalResult, SequentialEngine, change, trained
 from lightning_fl.engines.tensors import clones, load
-from lightning_fl.engines.vectorized.batched_linear import StackedLinears
+from lightning_fl.engines.vectorized.batching_rules import BatchingRules
+from lightning_fl.engines.vectorized.buffer_pool import BufferPool
+from lightning_fl.engines.vectorized.internals import flat_vmap
 from lightning_fl.engines.vectorized.row_subset import RowSubset
 from lightning_fl.engines.vectorized.stacking import num_bytes, stack
+from lightning_fl.engines.vectorized.tensor_slots import TensorSlots
 from lightning_fl.engines.vectorized.tracing import TracedStep, record, with_gradients
 from lightning_fl.tree import cast_like
 from lightning_fl.types import Tree
@@ -75,18 +77,6 @@ class Vectorized:
             raise ValueError("Vectorized(compile=True) compiles what record=True has recorded, but got record=False.")
 
 
-class _Caller(nn.Module):
-    """Gives ``torch.func.functional_call`` a ``forward`` that is the user's step."""
-
-    def __init__(self, module: nn.Module, step: Step) -> None:
-        super().__init__()
-        self.module = module
-        self.step = step
-
-    def forward(self, *args: Any) -> tuple[Tensor, Any]:
-        return self.step(*args)
-
-
 class VectorizedEngine(SequentialEngine):
     """Advances several clients in one step, each with its own parameters, buffers and optimizer state.
 
@@ -94,6 +84,10 @@ class VectorizedEngine(SequentialEngine):
     and the user's own optimizer steps the stacked parameters, which is right for every optimizer that treats elements
     alone. A client alone is trained as by :class:`SequentialEngine`.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._pool = BufferPool()
 
     def begin_round(self, server_params: Tree | None, schedules: Sequence[Schedule] = ()) -> Tree:
         self.leave_clients()
@@ -110,8 +104,7 @@ class VectorizedEngine(SequentialEngine):
         buffers = {name: buffer for name, buffer in every.items() if name not in params}
         self._stacked = {name: _spread(values[name], param, size).requires_grad_() for name, param in params.items()}
         self._stacked_buffers = {name: _spread(values[name], buffer, size) for name, buffer in buffers.items()}
-        named = (self.module.named_parameters, self.module.named_buffers)
-        self._is_tied = any(len([*each(remove_duplicate=False)]) != len([*each()]) for each in named)
+        self._slots = TensorSlots(self.module, {**params, **buffers})
         self.optimizers.start_clients({id(param): self._stacked[name] for name, param in params.items()})
         self._gathering: RowSubset | None = None
 
@@ -148,28 +141,36 @@ class VectorizedEngine(SequentialEngine):
         Returns:
             The losses, of shape ``[clients]``, and the other tensors, stacked.
         """
-        losses, others, replaced = self._run(step, self._stacked, self._stacked_buffers, batch, args, randomness)
+        state = self._stacked, self._stacked_buffers
+        losses, others, replaced = self._run(step, *state, batch, args, randomness, self._pool)
         self._stacked_buffers.update({name: value.detach() for name, value in replaced.items()})
         return losses, others
 
     def _run(
-        self, step: Step, params: Tree, buffers: Tree, batch: Any, args: tuple[Any, ...], randomness: str
+        self,
+        step: Step,
+        params: Tree,
+        buffers: Tree,
+        batch: Any,
+        args: tuple[Any, ...],
+        randomness: str,
+        pool: BufferPool | None = None,
     ) -> tuple[Tensor, Any, Tree]:
-        caller = _Caller(self.module, step)
-        dims = tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, batch)
+        leaves, spec = tree_flatten(batch)
+        places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        names = [*params, *buffers]
 
-        def of_one(params: Tree, buffers: Tree, batch: Any) -> tuple[Tensor, Any, Tree]:
-            tensors = {f"module.{name}": tensor for name, tensor in {**params, **buffers}.items()}
-            loss, others = functional_call(caller, tensors, (batch, *args), tie_weights=self._is_tied)
-            replaced = {
-                name: tensors[f"module.{name}"].to(buffer.dtype)
-                for name, buffer in buffers.items()
-                if tensors[f"module.{name}"] is not buffer
-            }
-            return loss, others, replaced
+        def of_one(*tensors: Tensor) -> tuple[Tensor, Any, Tree]:
+            own = list(leaves)
+            for place, tensor in zip(places, tensors[len(names) :], strict=True):
+                own[place] = tensor
+            with self._slots.hold(dict(zip(names, tensors, strict=False))) as replaced:
+                loss, others = step(tree_unflatten(own, spec), *args)
+            return loss, others, {name: value.to(buffers[name].dtype) for name, value in replaced.items()}
 
-        with StackedLinears(), sdpa_kernel(SDPBackend.MATH):  # other kernels of attention have no rule for vmap
-            losses, others, replaced = vmap(of_one, in_dims=(0, 0, dims), randomness=randomness)(params, buffers, batch)
+        stacked = [*params.values(), *buffers.values(), *(leaves[place] for place in places)]
+        with BatchingRules(pool), sdpa_kernel(SDPBackend.MATH):  # other kernels of attention have no rule for vmap
+            losses, others, replaced = flat_vmap(of_one, stacked, randomness)
         return losses, others, {name: value.contiguous() for name, value in replaced.items()}
 
     def record(
