@@ -58,7 +58,7 @@ class EngineLoop:
         unread = [iter(own) for own in batches]
         for mask in masks:
             with stage("stack batches"):
-                batch, _ = stack([next(unread[row]) for row in mask], share=False)
+                batch, _ = stack([next(unread[row]) for row in mask], share=False, pool=engine.pool)
             with stage("choose clients"):
                 engine.choose(mask)
             with stage("forward"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ class VectorizedEngine(SequentialEngine):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._pool = BufferPool()
+        self.pool = BufferPool()
 
     def begin_round(self, server_params: Tree | None, schedules: Sequence[Schedule] = ()) -> Tree:
         self.leave_clients()
@@ -102,11 +103,17 @@ class VectorizedEngine(SequentialEngine):
         params = {**tensors.params, **tensors.personal_params}
         every = {**tensors.buffers, **tensors.personal}
         buffers = {name: buffer for name, buffer in every.items() if name not in params}
-        self._stacked = {name: _spread(values[name], param, size).requires_grad_() for name, param in params.items()}
-        self._stacked_buffers = {name: _spread(values[name], buffer, size) for name, buffer in buffers.items()}
+        spread = partial(self._spread, size=size)
+        self._stacked = {name: spread(values[name], param).requires_grad_() for name, param in params.items()}
+        self._stacked_buffers = {name: spread(values[name], buffer) for name, buffer in buffers.items()}
         self._slots = TensorSlots(self.module, {**params, **buffers})
         self.optimizers.start_clients({id(param): self._stacked[name] for name, param in params.items()})
         self._gathering: RowSubset | None = None
+
+    @torch.no_grad()
+    def _spread(self, value: Tensor, like: Tensor, size: int) -> Tensor:
+        """``value`` in the dtype of ``like``, repeated for each client unless it is stacked already."""
+        return self.pool.empty((size, *like.shape), like).copy_(cast_like(value, like))
 
     def choose(self, rows: Sequence[int]) -> None:
         """Lets only some of the loaded clients train in the next step.
@@ -115,7 +122,7 @@ class VectorizedEngine(SequentialEngine):
             rows: Their places among those given to :meth:`start_clients`, in order.
         """
         if self._gathering is None:
-            self._gathering = RowSubset(self._stacked, self._stacked_buffers, self.optimizers)
+            self._gathering = RowSubset(self._stacked, self._stacked_buffers, self.optimizers, self.pool)
         self._stacked, self._stacked_buffers = self._gathering.choose(rows, self._stacked, self._stacked_buffers)
 
     @property
@@ -142,7 +149,7 @@ class VectorizedEngine(SequentialEngine):
             The losses, of shape ``[clients]``, and the other tensors, stacked.
         """
         state = self._stacked, self._stacked_buffers
-        losses, others, replaced = self._run(step, *state, batch, args, randomness, self._pool)
+        losses, others, replaced = self._run(step, *state, batch, args, randomness, self.pool)
         self._stacked_buffers.update({name: value.detach() for name, value in replaced.items()})
         return losses, others
 
@@ -305,7 +312,7 @@ class VectorizedEngine(SequentialEngine):
             kept["personal"] = clones(own)
         params = {name: self._stacked[name] for name in tensors.params}
         buffers = {name: self._stacked_buffers[name] for name in tensors.buffers}
-        changed = {name: trained(param.detach(), self._start[name]) for name, param in params.items()}
+        changed = {name: _trained(param.detach(), self._start[name]) for name, param in params.items()}
         moved = {name: change(buffer, self._start_buffers[name]) for name, buffer in buffers.items()}
 
         def result(num_steps: int) -> LocalResult:
@@ -340,13 +347,11 @@ class VectorizedEngine(SequentialEngine):
         super().end_round(params, buffers, schedule_end)
 
 
+def _trained(param: Tensor, start: Tensor) -> Tensor:
+    # no copy: nobody steps the stacked parameters once they are read
+    return param if param.dtype == start.dtype else trained(param, start)
+
+
 def _gradients(loss: Tensor, params: Tree, keep: bool = False) -> Tree:
     grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True, retain_graph=keep)
     return {name: grad for name, grad in zip(params, grads, strict=True) if grad is not None}
-
-
-@torch.no_grad()
-def _spread(value: Tensor, like: Tensor, size: int) -> Tensor:
-    """``value`` in the dtype of ``like``, repeated for each client unless it is stacked already."""
-    cast = cast_like(value, like)
-    return cast.detach().clone() if value.dim() > like.dim() else cast.expand(size, *like.shape).clone()

@@ -190,7 +190,7 @@ class VectorizedDriver:
 
     def _stacked(self, batches: Sequence[Any], tick: StepMask) -> StackedBatch:
         is_unread = isinstance(batches[0], LazyBatch)
-        content = stack_lazy(batches) if is_unread else stack(batches, share=False)[0]
+        content = stack_lazy(batches) if is_unread else stack(batches, share=False, pool=self.engine.pool)[0]
         return StackedBatch(self.trainer.precision_plugin.convert_input(content), tick)
 
     def start(self, round: Round, unit: Sequence[ClientId], batch: StackedBatch) -> None:
