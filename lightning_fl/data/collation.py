@@ -17,7 +17,8 @@ class _Batch(list):
 def take_rows(tensors: Sequence[Tensor], indices: Any) -> list[Tensor]:
     """The rows at ``indices`` of each tensor, collated."""
     own = torch.as_tensor(indices, dtype=torch.int64)
-    return [tensor[own] for tensor in tensors]
+    own = torch.where(own < 0, own + len(tensors[0]), own)  # index_select takes half as long, but counts from 0 only
+    return [tensor.index_select(0, own) for tensor in tensors]
 
 
 class IndexedTensors(TensorDataset):
