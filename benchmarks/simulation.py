@@ -149,7 +149,7 @@ def peak_bytes() -> int:
 
 def asks_for_vectorized(args: argparse.Namespace) -> bool:
     """Whether there is a setting of that engine."""
-    return bool(args.clients_per_step or args.compile or args.kept_bytes is not None)
+    return bool(args.clients_per_step or args.compile)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -160,8 +160,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     module = Module(work, args.logs)
     engine = args.engine
     if asks_for_vectorized(args):
-        own = {"clients_per_step": args.clients_per_step, "compile": args.compile, "kept_bytes": args.kept_bytes}
-        engine = fl.engines.Vectorized(**{name: value for name, value in own.items() if value is not None})
+        engine = fl.engines.Vectorized(clients_per_step=args.clients_per_step, compile=args.compile)
     before = peak_bytes()
     with clock.stages.measured() if args.stages else nullcontext():
         strategy = fit(module, work, data, work.rounds, engine, (clock,))
@@ -195,7 +194,6 @@ def main() -> None:
     parser.add_argument("--engine", choices=["auto", "sequential", "vectorized"], default="auto")
     parser.add_argument("--clients-per-step", type=int, help="asks for the vectorized engine")
     parser.add_argument("--compile", action="store_true", help="compile the recorded step; asks for that engine too")
-    parser.add_argument("--kept-bytes", type=int, help="freed memory that the process keeps; asks for that engine too")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, help="at least 2: the first is not counted")
     parser.add_argument("--per-round", type=int, help="clients a round")

@@ -39,9 +39,6 @@ class Vectorized:
         stacked_bytes: Bytes of the clients' parameters that stand side by side. Default 16 MiB, for a CPU's cache; a
             GPU takes more.
         batch_bytes: Bytes of their batches in memory at once. Default 1 GiB.
-        kept_bytes: Bytes of freed memory that the process keeps for its next steps, on a CPU with glibc, from the first
-            fit on; to fetch it from the operating system at each step takes longer. Environment variables of
-            ``malloc`` go first. 0: what the C library does by itself. Default 64 MiB.
         record: Whether the step's tensor operations are recorded and then replayed without the Python in
             ``training_step``. It is recorded anew when something else than a tensor's values has changed in what the
             step can reach: attributes of the module, of its class and of objects in them, variables closed over, and
@@ -53,7 +50,7 @@ class Vectorized:
             batch, and needs a C++ compiler on a CPU. Default False.
 
     Raises:
-        ValueError: If a number is below 1 (``kept_bytes``: below 0), or if what is not recorded shall be compiled.
+        ValueError: If a number is below 1, or if what is not recorded shall be compiled.
 
     Example:
         >>> import lightning_fl as fl
@@ -63,7 +60,6 @@ class Vectorized:
     clients_per_step: int | None = None
     stacked_bytes: int = 16 * 2**20
     batch_bytes: int = 2**30
-    kept_bytes: int = 64 * 2**20
     record: bool = True
     compile: bool = False
 
@@ -72,8 +68,6 @@ class Vectorized:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"Vectorized got {name}={value}; expected at least 1.")
-        if self.kept_bytes < 0:
-            raise ValueError(f"Vectorized got kept_bytes={self.kept_bytes}; expected at least 0.")
         if self.compile and not self.record:
             raise ValueError("Vectorized(compile=True) compiles what record=True has recorded, but got record=False.")
 

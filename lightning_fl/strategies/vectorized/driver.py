@@ -16,7 +16,6 @@ from torch.utils import _pytree as pytree
 
 from lightning_fl.data.lazy_batches import LazyBatch, stack_lazy
 from lightning_fl.engines import Vectorized, VectorizedEngine
-from lightning_fl.engines.vectorized.allocator import keep_freed_memory
 from lightning_fl.engines.vectorized.stacking import NotStackable, num_bytes, part, signature, stack
 from lightning_fl.engines.vectorized.step_schedule import StepMask, are_equal, parts, step_schedule_of
 from lightning_fl.federation.round import Round
@@ -218,8 +217,6 @@ class VectorizedDriver:
         most = MAX_FLOPS_ON_CPU if is_cpu and not self.is_asked_for else math.inf
         with self._in_step(batch) as (content, args):
             self._randomness = check_equivalence(self.engine, self.capture, content, args, self.allows_random, most)
-        if is_cpu and self.settings.kept_bytes:
-            keep_freed_memory(self.settings.kept_bytes)
 
     def look_at(self, passes: Sequence[list[Any]], works: Sequence[Sequence[Any]]) -> bool:
         """Tries a step of each shape of batch that is new; tells whether :attr:`wants_equal` is another one since.
