@@ -71,7 +71,7 @@ def main() -> None:
         start = time.perf_counter()
         strategy = fit(arguments.rounds, arguments.clients)
         seconds = time.perf_counter() - start
-        distinct = len(strategy.active_rounds.store)
+        distinct = len(strategy.active_driver.store)
         del strategy  # one process trains, another resumes
         gc.collect()
         resumed = fit(arguments.rounds + 1, arguments.clients, "last.ckpt")

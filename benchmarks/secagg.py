@@ -18,7 +18,7 @@ import torch
 
 from lightning_fl.privacy.secagg.journal import Journal
 from lightning_fl.privacy.secagg.masks import BLOCK_BYTES, apply_masks
-from lightning_fl.privacy.secagg.messages import ADVERT_BYTES, Terms
+from lightning_fl.privacy.secagg.messages import ADVERTISEMENT_BYTES, SessionParams
 from lightning_fl.privacy.secagg.packing import NUM_CHECKS, Packing, Ranges
 from lightning_fl.privacy.secagg.pairwise import PairwiseClient
 from lightning_fl.privacy.secagg.participant import two_thirds
@@ -36,18 +36,18 @@ def seconds(function: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-def terms(num_clients: int, threshold: int) -> Terms:
-    return Terms(os.urandom(32), bytes(32), bytes(32), 0, 0, num_clients, threshold)
+def session_params(num_clients: int, threshold: int) -> SessionParams:
+    return SessionParams(os.urandom(32), bytes(32), bytes(32), 0, 0, num_clients, threshold)
 
 
 def masking_seconds(words: torch.Tensor, masks: list[tuple[bytes, int]]) -> float:
     return seconds(lambda: apply_masks(words, masks))
 
 
-def masking_rate(num_words: int, repeats: int) -> None:
+def masking_rate(vector_size: int, repeats: int) -> None:
     """AES-256-CTR in blocks that stay in the cache, against making masks and adding them to a vector."""
-    zeros, block, num_bytes = bytes(BLOCK_BYTES), bytearray(BLOCK_BYTES + 15), 4 * num_words
-    words = torch.zeros(num_words, dtype=torch.int32)
+    zeros, block, num_bytes = bytes(BLOCK_BYTES), bytearray(BLOCK_BYTES + 15), 4 * vector_size
+    words = torch.zeros(vector_size, dtype=torch.int32)
 
     def aes() -> None:
         encryptor = keystream(os.urandom(32))
@@ -65,15 +65,15 @@ def masking_rate(num_words: int, repeats: int) -> None:
 
 def bytes_of_a_round(num_params: int) -> None:
     packing = Packing(Update({"w": torch.empty(num_params, device="meta")}), RANGES)
-    sent = 4 * (packing.num_words + NUM_CHECKS)
+    sent = 4 * (packing.vector_size + NUM_CHECKS)
     print(
         json.dumps(
             {
                 "parameters": num_params,
                 "bytes_plain": 4 * num_params,
                 "bytes_secure": sent,
-                "bytes_of_keys": ADVERT_BYTES,
-                "ratio": (sent + ADVERT_BYTES) / (4 * num_params),
+                "bytes_of_keys": ADVERTISEMENT_BYTES,
+                "ratio": (sent + ADVERTISEMENT_BYTES) / (4 * num_params),
             }
         ),
         flush=True,
@@ -83,30 +83,30 @@ def bytes_of_a_round(num_params: int) -> None:
 def client_seconds(num_clients: int, num_params: int) -> None:
     """One client's work in a pairwise round; the others only make their keys."""
     update = Update({"w": torch.randn(num_params).mul_(0.01)}, weight=100.0)
-    agreed, identities = terms(num_clients, 3), [SigningKey() for _ in range(num_clients)]
+    agreed, identities = session_params(num_clients, 3), [SigningKey() for _ in range(num_clients)]
     clients = [PairwiseClient(n, key, agreed, None, Journal()) for n, key in enumerate(identities, start=1)]
-    adverts = [client.advertise() for client in clients]
+    advertisements = [client.advertise() for client in clients]
     packing = Packing(update, RANGES)
     words = packing.zeros(torch.device("cpu"))
     rounding = seconds(lambda: packing.add(words, update, num_clients))
     masks: list[tuple[bytes, int]] = []
-    keys = seconds(lambda: masks.extend(clients[0].masks(adverts, b"vector")))
+    keys = seconds(lambda: masks.extend(clients[0].masks(advertisements, b"vector")))
     masking = seconds(lambda: apply_masks(words, masks))
     result = {"clients": num_clients, "parameters": num_params, "keys": keys, "rounding": rounding, "masking": masking}
     print(json.dumps({**result, "seconds": keys + rounding + masking}), flush=True)
 
 
-def simulated_seconds(num_clients: int, num_words: int) -> None:
+def simulated_seconds(num_clients: int, vector_size: int) -> None:
     """A whole round of double masking in one process: all clients and the coordinator, a fifth of the clients gone."""
-    agreed = terms(num_clients, two_thirds(num_clients))
+    agreed = session_params(num_clients, two_thirds(num_clients))
     identities = {number: SigningKey() for number in range(1, num_clients + 1)}
     gone = dict.fromkeys(range(1, num_clients // 5 + 1), "send")
     start = time.perf_counter()
-    simulation = Simulation(agreed, identities, num_words, torch.int32, gone)
+    simulation = Simulation(agreed, identities, vector_size, torch.int32, gone)
     keys = time.perf_counter() - start
     for number in identities:
         if simulation.is_waiting_for(number):
-            simulation.send(number, torch.zeros(num_words, dtype=torch.int32), b"vector")
+            simulation.send(number, torch.zeros(vector_size, dtype=torch.int32), b"vector")
     simulation.finish()
     whole = time.perf_counter() - start
     print(
@@ -115,10 +115,10 @@ def simulated_seconds(num_clients: int, num_words: int) -> None:
                 "protocol": "bonawitz",
                 "clients": num_clients,
                 "gone": len(gone),
-                "words": num_words,
+                "words": vector_size,
                 "seconds_all_clients": whole,
                 "seconds_keys_and_shares": keys,
-                "bytes_besides_vectors_per_client": (simulation.num_bytes - 4 * num_words * (num_clients - len(gone)))
+                "bytes_besides_vectors_per_client": (simulation.num_bytes - 4 * vector_size * (num_clients - len(gone)))
                 // num_clients,
             }
         ),

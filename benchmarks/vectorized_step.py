@@ -30,7 +30,7 @@ from workloads import WORKLOADS, Workload, batches_of, make_data, make_network, 
 from lightning_fl.engines import VectorizedEngine
 from lightning_fl.engines.optimizer_states import OptimizerStates
 from lightning_fl.engines.vectorized.stacking import stack
-from lightning_fl.engines.vectorized.step_schedule import are_equal, step_schedule_of
+from lightning_fl.engines.vectorized.step_schedule import are_equal, step_masks
 
 
 class EngineLoop:
@@ -49,12 +49,12 @@ class EngineLoop:
         self.rounds.append(defaultdict(float))
         with stage("load clients"):
             start = engine.begin_round(None)
-            engine.start_clients([start] * len(cohort), [{}] * len(cohort))
+            engine.start([start] * len(cohort), [{}] * len(cohort))
         batches = [batches_of(client, self.data, self.work) for client in cohort]
         works = [[len(labels) for _, labels in own] for own in batches]
         num_steps = [len(work) for work in works]
         is_equal = are_equal(works)
-        masks = [tuple(range(len(cohort)))] * num_steps[0] if is_equal else step_schedule_of(works)
+        masks = [tuple(range(len(cohort)))] * num_steps[0] if is_equal else step_masks(works)
         unread = [iter(own) for own in batches]
         for mask in masks:
             with stage("stack batches"):
@@ -69,7 +69,7 @@ class EngineLoop:
             with stage("optimizer"):
                 self.optimizer.step()
         with stage("finish"):
-            (result, *_) = engine.finish_clients(None if is_equal else num_steps)
+            result = engine.finish(None if is_equal else num_steps)
             weights = torch.tensor([float(self.work.sizes[client]) for client in cohort])
             weights /= weights.sum()
             means = [start[n] + torch.tensordot(weights, own - start[n], 1) for n, own in result.params.items()]
@@ -81,7 +81,7 @@ class EngineLoop:
             inputs, labels = batch
             return functional.cross_entropy(self.network(inputs), labels), []
 
-        return self.engine.step(step, batch)[0].sum()
+        return self.engine.forward_stacked(step, batch)[0].sum()
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Randomness of (seed, round, client): the same wherever and in whatever order a client is trained."""
+"""Randomness from (seed, round, client): the same on whichever rank and in whichever order a client is trained."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def derive_seed(*parts: int | str) -> int:
 
 
 def round_rng(seed: int, round: int, purpose: str) -> np.random.Generator:
-    """A NumPy generator for a choice of the whole round, such as its cohort."""
+    """A NumPy generator for a choice about the whole round, such as its cohort."""
     return np.random.default_rng(derive_seed(seed, round, purpose))
 
 
 class Randomness(Protocol):
-    """What cohorts are drawn with: a NumPy generator, or :class:`SystemRandomness`."""
+    """The random generator of cohorts: NumPy's, or :class:`SystemRandomness`."""
 
     def random(self, size: int) -> np.ndarray:
         """Numbers in [0, 1)."""
@@ -41,7 +41,7 @@ class Randomness(Protocol):
 
 
 class SystemRandomness:
-    """Randomness of the operating system, which nobody can foretell or repeat, in the form of a NumPy generator."""
+    """The operating system's randomness, which nobody can predict or repeat, with a NumPy generator's methods."""
 
     def random(self, size: int) -> np.ndarray:
         """Numbers in [0, 1), multiples of ``2**-53``."""
@@ -67,37 +67,37 @@ def client_generator(seed: int, round: int, client: ClientId, purpose: str) -> t
 
 @dataclass
 class ClientRandomness:
-    """Gives a client its own randomness in torch, NumPy and random, and afterwards puts back what was there."""
+    """Seeds torch, NumPy and random for a client, and restores their state afterwards."""
 
     _saved: list[Any] = field(default_factory=list)
     _generators: list[tuple[torch.Generator, torch.Tensor]] = field(default_factory=list)
 
     def enter(self, seed: int, round: int, client: ClientId, purpose: str = "client") -> None:
-        """Seeds the global generators for a client in a round, anew for each purpose."""
-        self._put_generators_back()
+        """Seeds the global generators for a client in a round; each purpose has another seed."""
+        self._restore_generators()
         if not self._saved:
             cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
             self._saved = [torch.get_rng_state(), cuda, np.random.get_state(), random.getstate()]
-        own = derive_seed(seed, round, purpose, client)
-        torch.default_generator.manual_seed(own)
+        client_seed = derive_seed(seed, round, purpose, client)
+        torch.default_generator.manual_seed(client_seed)
         if self._saved[1] is not None:
-            torch.cuda.manual_seed(own)
-        np.random.seed(own % 2**32)
-        random.seed(own)
+            torch.cuda.manual_seed(client_seed)
+        np.random.seed(client_seed % 2**32)  # NumPy accepts 32 bits
+        random.seed(client_seed)
 
     def seed_loader(self, loader: Any, seed: int) -> None:
-        """Seeds the generators of a client's loader and its samplers, until :meth:`exit`."""
+        """Seeds the generators of a client's loader and its samplers until :meth:`exit`."""
         for generator in loader_generators(loader):
             self.seed_generator(generator, seed)
 
     def seed_generator(self, generator: torch.Generator, seed: int) -> None:
-        """Seeds a generator that belongs to the client's loader, until :meth:`exit`."""
+        """Seeds a generator that belongs to the client's loader until :meth:`exit`."""
         self._generators.append((generator, generator.get_state()))
         generator.manual_seed(seed)
 
     def exit(self) -> None:
-        """Puts the generators back; does nothing if no client has entered."""
-        self._put_generators_back()
+        """Restores the generators; does nothing if no client has entered."""
+        self._restore_generators()
         if self._saved:
             cpu, cuda, numpy_state, python_state = self._saved
             torch.set_rng_state(cpu)
@@ -107,17 +107,17 @@ class ClientRandomness:
             random.setstate(python_state)
             self._saved = []
 
-    def _put_generators_back(self) -> None:
+    def _restore_generators(self) -> None:
         for generator, state in reversed(self._generators):
             generator.set_state(state)
         self._generators.clear()
 
 
 def loader_generators(loader: Any) -> list[torch.Generator]:
-    """The generators of a loader's own and of its samplers."""
+    """The generators of a loader and its samplers, each once."""
     samplers = [getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None)]
     found = [getattr(holder, "generator", None) for holder in (loader, *samplers)]
-    return list({id(own): own for own in found if isinstance(own, torch.Generator)}.values())
+    return list({id(generator): generator for generator in found if isinstance(generator, torch.Generator)}.values())
 
 
 @contextmanager

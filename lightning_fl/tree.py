@@ -1,4 +1,4 @@
-"""Arithmetic on trees (tensors keyed by name), and their flat form: one buffer a dtype."""
+"""Arithmetic on trees (tensors keyed by name), and their flat form: one buffer per dtype."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_fl.types import Tree
+from lightning_fl.types import Aggregate, Tree, Update
 
 Flat = dict[torch.dtype, Tensor]
 
@@ -34,17 +34,6 @@ def scale(tree: Tree, factor: float) -> Tree:
     return tree_map(lambda tensor: tensor * factor, tree)
 
 
-def squared_norms(stacked: Tree) -> Tensor:
-    """Squared Euclidean norm of each client's elements; float64 of shape ``[clients]``."""
-    norms = [torch.linalg.vector_norm(tensor.float().reshape(len(tensor), -1), dim=1) for tensor in stacked.values()]
-    return torch.stack(norms).double().square().sum(0)
-
-
-def norm(tree: Tree) -> float:
-    """Euclidean norm of all elements together."""
-    return float(sum(torch.linalg.vector_norm(tensor.float()).double() ** 2 for tensor in tree.values()) ** 0.5)
-
-
 def zeros_like(tree: Tree) -> Tree:
     """A tree of zeros of the same names, shapes and dtypes."""
     return tree_map(torch.zeros_like, tree)
@@ -57,27 +46,70 @@ def scalar_like(tree: Tree, value: float = 0.0) -> Tensor:
 
 
 def squared_norm(tree: Tree) -> Tensor:
-    """The sum of the squares of all elements."""
+    """Sum of the squares of all elements, as a tensor of the tree's own dtype: algorithms send it with an update."""
     return sum((tensor.square().sum() for tensor in tree.values()), start=scalar_like(tree))
 
 
+def squared_norms(stacked: Tree) -> Tensor:
+    """Squared Euclidean norm of each client's elements; float64 of shape ``[clients]``."""
+    norms = [
+        torch.linalg.vector_norm(as_real(tensor).float().reshape(len(tensor), -1), dim=1) for tensor in stacked.values()
+    ]
+    return torch.stack(norms).double().square().sum(0)
+
+
+def norm(tree: Tree) -> float:
+    """Euclidean norm of all elements together."""
+    return float(
+        sum(torch.linalg.vector_norm(as_real(tensor).float()).double() ** 2 for tensor in tree.values()) ** 0.5
+    )
+
+
+def joint_norm(trees: Iterable[Tree]) -> float:
+    """Euclidean norm of all elements of all trees together, accumulated in float64; 0 if there are none."""
+    # Privacy bounds rest on this norm, so float32 rounding must not make it too small.
+    norms = [
+        torch.linalg.vector_norm(as_real(tensor), dtype=torch.float64) for tree in trees for tensor in tree.values()
+    ]
+    return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """A view of a complex tensor as pairs of real numbers; other tensors as they are."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def num_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the tensors' elements."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which values of ``dtype`` are added up: their own, at least float32; float64 for integers."""
+    """The dtype in which values of ``dtype`` are summed: their own, but at least float32; float64 for integers."""
     if dtype.is_floating_point or dtype.is_complex:
         return torch.promote_types(dtype, torch.float32)
     return torch.float64
 
 
 def to_sum_dtype(tree: Mapping[str, Tensor]) -> Tree:
-    """Copies the tree into the dtypes in which it is added up."""
+    """A copy of the tree in the dtypes of :func:`sum_dtype`."""
     return {name: tensor.detach().to(sum_dtype(tensor.dtype), copy=True) for name, tensor in tree.items()}
 
 
-def cast_like(value: Tensor, like: Tensor) -> Tensor:
-    """``value`` in the dtype of ``like``; integers are rounded to nearest."""
-    if value.dtype == like.dtype or like.dtype.is_floating_point or like.dtype.is_complex:
-        return value.to(like.dtype)
-    return value.round().to(like.dtype)
+def cast_like(value: Tensor, template: Tensor) -> Tensor:
+    """``value`` in the dtype of ``template``; integers are rounded to nearest, where ``to`` would truncate."""
+    if value.dtype == template.dtype or template.dtype.is_floating_point or template.dtype.is_complex:
+        return value.to(template.dtype)
+    return value.round().to(template.dtype)
+
+
+def update_trees(update: Update | Aggregate) -> dict[str, Tree]:
+    """The trees of an update by name, in the order in which they are laid out flat."""
+    return {
+        "delta": update.delta,
+        "buffers": update.buffers,
+        **{f"aux/{name}": tree for name, tree in update.aux.items()},
+    }
 
 
 def move(state: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
@@ -99,7 +131,9 @@ def leaves(state: Mapping[str, Any]) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Layout:
-    """Names, shapes and dtypes of a group of trees, and the way between them and one flat buffer a dtype.
+    """Names, shapes and dtypes of several trees, to convert between them and one flat buffer per dtype.
+
+    One collective per dtype is much cheaper than one per tensor.
 
     Args:
         entries: ``(tree, name, shape, dtype)`` of each tensor, in order.
@@ -109,7 +143,7 @@ class Layout:
 
     @classmethod
     def of(cls, trees: Mapping[str, Tree]) -> Layout:
-        """The layout of ``trees``, each dtype raised to the one in which it is summed."""
+        """The layout of ``trees``, with the dtypes of :func:`sum_dtype`."""
         return cls(
             tuple(
                 (tree, name, tensor.shape, sum_dtype(tensor.dtype))
@@ -124,18 +158,18 @@ class Layout:
         return list(dict.fromkeys(dtype for *_, dtype in self.entries))
 
     def size(self, dtype: torch.dtype) -> int:
-        """Number of elements of that dtype."""
-        return sum(shape.numel() for _, _, shape, own in self.entries if own == dtype)
+        """Number of elements of ``dtype``."""
+        return sum(shape.numel() for _, _, shape, entry_dtype in self.entries if entry_dtype == dtype)
 
     def zeros(self, device: torch.device) -> Flat:
-        """A flat buffer of zeros a dtype."""
+        """One flat buffer of zeros per dtype."""
         return {dtype: torch.zeros(self.size(dtype), dtype=dtype, device=device) for dtype in self.dtypes}
 
     def check(self, trees: Mapping[str, Tree]) -> None:
         """Makes sure that the trees have this layout.
 
         Raises:
-            ValueError: If a tensor is missing, is one too many, or has another shape.
+            ValueError: If a tensor is missing, unexpected, or of another shape.
         """
         has_others = sum(map(len, trees.values())) != len(self.entries)
         shapes = {(tree, name): tensor.shape for tree, tensors in trees.items() for name, tensor in tensors.items()}
@@ -143,10 +177,10 @@ class Layout:
             raise ValueError(self._difference(trees))
 
     def flatten(self, trees: Mapping[str, Tree]) -> Flat:
-        """Copies the trees into one flat buffer a dtype.
+        """Copies the trees into one flat buffer per dtype.
 
         Raises:
-            ValueError: If a tensor is missing, is one too many, or has another shape.
+            ValueError: If a tensor is missing, unexpected, or of another shape.
         """
         self.check(trees)
         parts: dict[torch.dtype, list[Tensor]] = {dtype: [] for dtype in self.dtypes}
@@ -183,7 +217,8 @@ def is_finite(tensors: Iterable[Tensor]) -> bool:
 
 
 def fingerprint(tensor: Tensor) -> int:
-    """A number that changes with the tensor's bits."""
+    """A checksum of the tensor's bits, to compare the tensors of ranks without sending them."""
+    # Bits rather than values: a sum of values would hide NaN, -0.0 and changes below rounding.
     values = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return int(values.view(kinds[values.element_size()]).sum(dtype=torch.int64))

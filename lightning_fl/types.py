@@ -1,4 +1,4 @@
-"""The words of the framework as data: what a client contributes and what a round makes of it."""
+"""The data types of the framework: what a client contributes and what a round makes of it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 ClientId: TypeAlias = int | str
 Tree: TypeAlias = dict[str, Tensor]
-"""Tensors keyed by their ``state_dict`` name."""
+"""Tensors keyed by ``state_dict`` name."""
 State: TypeAlias = Mapping[str, Any]
-"""What an algorithm keeps between rounds: a mapping of trees and tensors only, so that it checkpoints and moves."""
+"""What an algorithm keeps between rounds: only trees and tensors, so that it can be checkpointed and moved."""
 Context: TypeAlias = Mapping[str, Any]
-"""What an algorithm hands from ``client_init`` to the later steps of the same client and round."""
+"""What an algorithm passes from ``client_init`` to its later methods, for the same client and round."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Update:
         delta: Change of the trainable shared parameters over local training, ``y_i - x``.
         buffers: Change of the shared persistent buffers. Always weighted-averaged; no algorithm sees them.
         weight: The client's share in the weighted mean, filled in by the strategy.
-        aux: Side channels such as SCAFFOLD's ``c_i' - c_i``: summed as they are, never weighted.
+        aux: Side channels such as SCAFFOLD's ``c_i' - c_i``: summed, never weighted.
     """
 
     delta: Tree
@@ -34,19 +34,19 @@ class Update:
     aux: Mapping[str, Tree] = field(default_factory=dict)
 
     def part(self, index: int) -> Update:
-        """The update of the client at ``index``, of updates whose tensors are stacked over several clients."""
+        """The update of one client, if this one's tensors are stacked over several clients."""
         return self._map(lambda tensor: tensor[index])
 
     def select(self, chosen: Tensor) -> Update:
-        """Stacked updates of some of the clients only, as indices or as a mask."""
+        """The stacked updates of the clients that ``chosen`` selects, as indices or as a mask."""
         return self._map(lambda tensor: tensor[chosen])
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Update:
-        def of(tree: Tree) -> Tree:
+        def map_tree(tree: Tree) -> Tree:
             return {name: function(tensor) for name, tensor in tree.items()}
 
-        aux = {name: of(tree) for name, tree in self.aux.items()}
-        return Update(of(self.delta), of(self.buffers), self.weight, aux)
+        aux = {name: map_tree(tree) for name, tree in self.aux.items()}
+        return Update(map_tree(self.delta), map_tree(self.buffers), self.weight, aux)
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Aggregate:
     Args:
         delta: ``sum_i w_i (y_i - x)``.
         buffers: ``sum_i w_i (b_i - b)``.
-        weight: ``sum_i w_i``; a differential-privacy transform sets it to the expected one.
+        weight: ``sum_i w_i``; a differential-privacy transform replaces it by its expected value.
         aux: Unweighted sums of the side channels.
         num_clients: Updates accepted in this round.
         population: Number of clients in the federation.
@@ -70,23 +70,23 @@ class Aggregate:
     population: int
 
     def mean(self) -> Tree:
-        """The weighted mean of the clients' changes, ``delta / weight``; zero if no client has taken part."""
+        """The weighted mean of the clients' changes, ``delta / weight``; zero if no client took part."""
         return {name: total / (self.weight or 1.0) for name, total in self.delta.items()}
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of a client's local training, with optimizers and schedules as at the round's start.
+    """A phase of a client's local training; each starts with the optimizers and schedules of the round's start.
 
     Args:
-        trains: What the optimizers move: ``"all"`` tensors, the ``"shared"`` or the ``"personal"`` ones, or ``fnmatch``
-            globs on ``state_dict`` names. The others hold still.
-        epochs: Passes over the client's data. None: as many epochs or steps as the strategy says.
+        trains: Which tensors are trained: ``"all"``, the ``"shared"`` or the ``"personal"`` ones, or ``fnmatch`` globs
+            on ``state_dict`` names. The others are frozen.
+        epochs: Passes over the client's data. None: the strategy's epochs or steps.
         steps: Optimizer steps instead of passes.
-        model: ``"global"``: the model that began as the global one and whose change is sent; ``"own"``: a whole model
-            of the client's own, which is kept from round to round and never sent. It begins as the global model of
+        model: ``"global"`` trains the model that starts from the global one and whose change is sent. ``"own"`` trains
+            a whole model of the client, which it keeps between rounds and never sends; it starts as the global model of
             the client's first round.
-        grad_transform: Replaces the gradients in this phase. None: the algorithm's does.
+        grad_transform: Replaces the algorithm's ``grad_transform`` in this phase. None: the algorithm's.
     """
 
     trains: str | tuple[str, ...] = "all"
@@ -97,22 +97,22 @@ class Phase:
 
     @property
     def has_own_work(self) -> bool:
-        """Whether it says itself how long it is."""
+        """Whether the phase sets its own length instead of using the strategy's."""
         return self.epochs is not None or self.steps is not None
 
 
 @dataclass(frozen=True)
 class LocalRun:
-    """Facts of one client's local training, measured by the engine; of several phases those that train what is sent.
+    """Facts about one client's local training, measured by the engine; only phases that train what is sent count.
 
     Args:
-        num_steps: Optimizer steps really taken (a ``GradScaler`` can skip one).
+        num_steps: Optimizer steps actually taken (a ``GradScaler`` can skip one).
         num_examples: Examples that one pass of the client's loader yields.
         weight: The client's weight in the mean.
         loss: Mean training loss over the examples processed; NaN if the module returned none.
-        lr_sum: For each tensor, the learning rates of its optimizer steps summed.
+        lr_sum: For each tensor, the sum of the learning rates of its optimizer steps.
         normalizer: FedNova's ``|a_i|_1``, or None if it is unknown for the optimizer.
-        logged: The client's own value of what the module has logged with ``self.log`` as a number.
+        logged: The client's own values of the numbers that the module logged with ``self.log``.
     """
 
     num_steps: int

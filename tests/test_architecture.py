@@ -20,6 +20,7 @@ WITHOUT_LIGHTNING = (*LIGHTNING, "lightning_fl.strategies", *ON_TOP)
 FORBIDDEN = {
     "types.py": WITHOUT_LIGHTNING,
     "tree.py": WITHOUT_LIGHTNING,
+    "optimizer_tree.py": WITHOUT_LIGHTNING,
     "algorithms": (*WITHOUT_LIGHTNING, "torch.distributed"),
     "aggregation": WITHOUT_LIGHTNING,
     "clients": WITHOUT_LIGHTNING,

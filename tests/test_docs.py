@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 import lightning_fl as fl
 from lightning_fl.algorithms import registry
-from lightning_fl.cli.lightning_cli import COMMANDS, FederatedCLI, federated_strategy_names, recipes_directory
+from lightning_fl.cli import COMMANDS, FederatedCLI, federated_strategy_names, recipes_directory
 from tests.helpers.distributed import REPOSITORY
 from tests.helpers.training import Ordinary, image_clients
 

@@ -9,11 +9,16 @@ from torch import Tensor
 from lightning_fl.tree import (
     Layout,
     add,
+    as_real,
     cast_like,
     is_finite,
+    joint_norm,
+    norm,
+    num_bytes,
     scalar_like,
     scale,
     squared_norm,
+    squared_norms,
     subtract,
     sum_dtype,
     to_sum_dtype,
@@ -44,6 +49,25 @@ def test_a_scalar_is_like_the_tree(dtype: torch.dtype) -> None:
     tree = {"a": torch.tensor([[3.0, 4.0]], dtype=dtype), "b": torch.tensor(-12.0, dtype=dtype)}
     for found, expected in ((squared_norm(tree), 169.0), (scalar_like(tree, 2.5), 2.5), (scalar_like(tree), 0.0)):
         assert (found.item(), found.dtype, found.shape) == (expected, dtype, torch.Size())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_norms_agree(dtype: torch.dtype) -> None:
+    tree = {"a": torch.tensor([[3.0, 4.0]], dtype=dtype), "b": torch.tensor([[-12.0]], dtype=dtype)}
+    assert norm(tree) == joint_norm([tree]) == joint_norm([{"a": tree["a"]}, {"b": tree["b"]}]) == 13.0
+    assert squared_norms(tree).tolist() == [pytest.approx(169.0)]
+    assert joint_norm([]) == 0.0
+
+
+def test_the_norm_of_a_complex_tensor_counts_both_its_parts() -> None:
+    tree = {"a": torch.tensor([3.0 + 4.0j])}
+    assert as_real(tree["a"]).tolist() == [[3.0, 4.0]]
+    assert norm(tree) == joint_norm([tree]) == 5.0
+    assert squared_norms(tree).tolist() == [25.0]
+
+
+def test_bytes_are_those_of_the_elements() -> None:
+    assert num_bytes([torch.zeros(3), torch.zeros(2, dtype=torch.float64), torch.zeros(0)]) == 3 * 4 + 2 * 8
 
 
 def test_the_first_tree_tells_the_names() -> None:

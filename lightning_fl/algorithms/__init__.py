@@ -1,4 +1,4 @@
-"""The mathematics: one algorithm a file, pure functions over state."""
+"""Federated algorithms as pure functions over state; one algorithm per file."""
 
 from lightning_fl.algorithms.adaptive import FedAdagrad, FedAdam, FedYogi
 from lightning_fl.algorithms.base import Algorithm, ProbeKind, Weighting

@@ -16,15 +16,15 @@ from lightning_fl.types import Aggregate, State, Tree
 
 @dataclass(frozen=True)
 class AdaptiveServer(Algorithm):
-    r"""What adaptive server optimizers share: a first moment, and a step that the second moment scales.
+    r"""Base of the adaptive server optimizers: momentum, and a step divided by the root of a second moment.
 
     .. math::
         \Delta &= \mathrm{mean}_i (y_i - x) \\
         m &\leftarrow \beta_1 m + (1 - \beta_1) \Delta \\
         x &\leftarrow x + \eta_s \frac{m}{\sqrt{v} + \tau}
 
-    As in the paper :math:`v` starts at :math:`\tau^2` and no moment is corrected for its start. Flower starts
-    :math:`v` at 0, and ``torch.optim.Adam`` corrects both moments: ``FedOpt(torch.optim.Adam)`` gives the latter.
+    As in the paper, :math:`v` starts at :math:`\tau^2` and there is no bias correction. Subclasses say how the second
+    moment :math:`v` changes.
     """
 
     server_lr: float = 0.1
@@ -39,7 +39,7 @@ class AdaptiveServer(Algorithm):
 
     @abstractmethod
     def second_moment(self, moment: Tensor, change: Tensor) -> Tensor:
-        """The next second moment."""
+        """The next second moment of a tensor, from the current one and the mean change."""
 
     def server_init(self, params: Tree, population: int) -> State:
         first = tree_map(torch.zeros_like, params)
@@ -59,7 +59,7 @@ class AdaptiveServer(Algorithm):
 @register("fedadagrad")
 @dataclass(frozen=True)
 class FedAdagrad(AdaptiveServer):
-    r"""FedAdagrad: the server divides by the root of all squared changes so far.
+    r"""FedAdagrad: the server divides its step by the root of the sum of all squared changes so far.
 
     .. math:: v \leftarrow v + \Delta^2, \qquad x \leftarrow x + \eta_s \frac{m}{\sqrt{v} + \tau}
 
@@ -67,8 +67,8 @@ class FedAdagrad(AdaptiveServer):
 
     Args:
         server_lr: The server's step :math:`\eta_s`. Default 0.1.
-        beta1: Momentum of the mean change. Default 0.9; the paper's experiments take 0 for FedAdagrad.
-        beta2: Taken like its siblings' so that configurations can be exchanged, and not used.
+        beta1: Momentum of the mean change. Default 0.9; the paper's experiments use 0 for FedAdagrad.
+        beta2: Not used; accepted so that one configuration fits all adaptive server optimizers.
         tau: The degree of adaptivity :math:`\tau`; larger is closer to plain momentum. Default 0.001.
 
     Reference:
@@ -82,15 +82,15 @@ class FedAdagrad(AdaptiveServer):
 @register("fedadam")
 @dataclass(frozen=True)
 class FedAdam(AdaptiveServer):
-    r"""FedAdam: the server divides by the root of a moving average of the squared changes.
+    r"""FedAdam: the server divides its step by the root of a moving average of the squared changes.
 
     .. math::
         \Delta &= \mathrm{mean}_i (y_i - x) \\
         m &\leftarrow \beta_1 m + (1 - \beta_1) \Delta, \qquad v \leftarrow \beta_2 v + (1 - \beta_2) \Delta^2 \\
         x &\leftarrow x + \eta_s \frac{m}{\sqrt{v} + \tau}
 
-    As in the paper :math:`v` starts at :math:`\tau^2`, and there is no bias correction. Flower starts :math:`v` at 0;
-    ``torch.optim.Adam``, which :class:`FedOpt` can run, corrects the bias of both moments.
+    As in the paper, :math:`v` starts at :math:`\tau^2` and there is no bias correction. Flower starts :math:`v` at 0.
+    ``torch.optim.Adam`` corrects the bias of both moments; ``FedOpt(torch.optim.Adam)`` runs it.
 
     Args:
         server_lr: The server's step :math:`\eta_s`. Default 0.1.
@@ -109,7 +109,7 @@ class FedAdam(AdaptiveServer):
 @register("fedyogi")
 @dataclass(frozen=True)
 class FedYogi(AdaptiveServer):
-    r"""FedYogi: like FedAdam, but the second moment moves by steps that do not grow with itself.
+    r"""FedYogi: like FedAdam, but the second moment changes by an amount that does not grow with itself.
 
     .. math::
         v \leftarrow v - (1 - \beta_2) \, \Delta^2 \, \mathrm{sign}(v - \Delta^2), \qquad

@@ -1,6 +1,6 @@
-"""What every federated algorithm is: pure functions over state."""
+"""The interface of a federated algorithm: pure functions over state."""
 
-# Annotations are not postponed here: jsonargparse would look them up in the modules of the subclasses.
+# No `from __future__ import annotations`: jsonargparse would resolve the strings in the modules of the subclasses.
 from abc import ABC
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
@@ -18,61 +18,62 @@ ProbeKind = Literal["loss", "grad"]
 class Algorithm(ABC):
     """A federated algorithm: a frozen dataclass of hyper-parameters whose methods take state and return state.
 
-    The defaults are FedAvg with full control left to the subclass: ``x <- x + server_lr * mean_i(y_i - x)``.
-    State is a mapping of trees and tensors, never an attribute, so that it checkpoints, moves and vectorizes.
+    The default of every method is FedAvg's, ``x <- x + server_lr * mean_i(y_i - x)``; a subclass overrides those in
+    which it differs. State is an argument and a return value, a mapping of trees and tensors, and never an attribute:
+    so it can be checkpointed, moved between devices and stacked over clients.
     """
 
     weighting: ClassVar[Weighting] = "examples"
-    """What a client weighs in the mean unless the user says otherwise: what the paper takes."""
+    """Default aggregation weights, as in the paper; the strategy's ``weighting`` overrides them."""
     keeps_client_state: ClassVar[bool] = False
-    """Whether clients keep state between their rounds; they then train on their home rank."""
+    """Whether clients keep state between rounds. Their placement is then sticky: each trains on its home rank."""
     probe: ClassVar[ProbeKind | None] = None
-    """What one pass over a client's data at the global model, before its training, measures for ``client_init``."""
+    """What to measure for ``client_init`` in one pass over a client's data at the global model, before it trains."""
     server_lr: float = 1.0
 
     def check_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
-        """Warns of, or refuses, client optimizers that the algorithm is not derived for."""
+        """Warns about, or refuses, client optimizers for which the algorithm is not derived."""
         return
 
     def server_init(self, params: Tree, population: int) -> State:
-        """The server's state before the first round; its entry ``"params"`` is the global model."""
+        """The server's initial state; its entry ``"params"`` is the global model."""
         return {"params": params}
 
     def aux_like(self, params: Tree) -> Mapping[str, Tree]:
-        """Trees with the names, shapes and dtypes of the side channels that ``client_finish`` fills."""
+        """Templates (names, shapes and dtypes) of the side channels ``Update.aux`` that ``client_finish`` fills."""
         return {}
 
     def client_init(self, server: State, client: State | None, probe: Any = None) -> Context:
-        """What a client needs during its local training; the entry ``"params"`` is where it starts.
+        """What a client needs during its local training; the entry ``"params"`` is its starting point.
 
         Args:
             server: The server's state.
-            client: What the client has kept from its last round, None before its first.
-            probe: What ``self.probe`` asks for, by example over the client's data at the global model: ``"loss"`` the
-                mean loss, a tensor without dimensions in float64; ``"grad"`` the mean gradient, a tree.
+            client: The client's state from its last round; None before its first.
+            probe: What ``self.probe`` asks for, averaged over the client's examples at the global model: for ``"loss"``
+                the mean loss, a float64 scalar tensor; for ``"grad"`` the mean gradient, a tree.
         """
         return {"params": server["params"]}
 
     def phases(self) -> tuple[Phase, ...]:
-        """The stretches of a client's local training, one after the other."""
+        """The phases of a client's local training, in order."""
         return (Phase(),)
 
     def personal(self, module: nn.Module, named: Sequence[str]) -> Sequence[str]:
-        """``fnmatch`` globs of the tensors that stay with their client; ``named`` are those that the user gave."""
+        """``fnmatch`` globs of the tensors that stay with their client; ``named`` are those given by the user."""
         return named
 
     def grad_transform(self, grads: Tree, params: Tree, ctx: Context) -> Tree:
-        """Replaces the gradients before clipping and each optimizer step."""
+        """The gradients to use instead, called before gradient clipping at each optimizer step."""
         return grads
 
     def client_finish(
         self, params: Tree, ctx: Context, client: State | None, run: LocalRun
     ) -> tuple[Update, State | None]:
-        """Turns a client's trained parameters into its update and its next state."""
+        """The client's update and next state, from its trained parameters."""
         return Update(delta=subtract(params, ctx["params"])), client
 
     def server_update(self, server: State, aggregate: Aggregate) -> State:
-        """Moves the global model by the round's aggregate."""
+        """The server's next state, from the round's aggregate."""
         return {**server, "params": add(server["params"], aggregate.delta, alpha=self.server_lr / aggregate.weight)}
 
 

@@ -1,4 +1,4 @@
-"""DiLoCo: many local steps, and an outer Nesterov step."""
+"""DiLoCo: many local steps between outer steps with Nesterov momentum."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from lightning_fl.algorithms.registry import register
 @register("diloco")
 @dataclass(frozen=True)
 class DiLoCo(FedAvgM):
-    r"""DiLoCo: replicas that train for hundreds of steps on their own, and an outer optimizer with Nesterov momentum.
+    r"""DiLoCo: replicas train for hundreds of steps on their own; an outer optimizer with Nesterov momentum joins them.
 
-    This is :class:`FedAvgM` with the outer optimizer of the paper, in which all replicas weigh the same. The inner half
-    is for the strategy and the module to set: ``local_steps=500``, ``client_optimizer="keep"`` and
-    ``torch.optim.AdamW``.
+    .. math::
+        \Delta &= \mathrm{mean}_i (y_i - x) \\
+        v &\leftarrow \beta v + \Delta, \qquad x \leftarrow x + \eta_s (\Delta + \beta v)
+
+    This is :class:`FedAvgM` with the paper's outer optimizer and equal weights for all replicas. The inner optimizer is
+    set in the strategy and the module: ``local_steps=500``, ``client_optimizer="keep"`` and ``torch.optim.AdamW``.
 
     Args:
         server_lr: The outer learning rate. Default 0.7.

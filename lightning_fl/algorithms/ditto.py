@@ -1,4 +1,4 @@
-"""Ditto: a global model, and a model of each client's own that is held near it."""
+"""Ditto: a global model, and a personal model per client that is regularised towards it."""
 
 from __future__ import annotations
 
@@ -16,27 +16,28 @@ from lightning_fl.types import Context, Phase, Tree
 @register("ditto")
 @dataclass(frozen=True)
 class Ditto(Algorithm):
-    r"""Ditto: federated averaging, and beside it a whole model of each client's own that is pulled to the global one.
+    r"""Ditto: federated averaging, and a whole personal model per client that is pulled towards the global one.
 
     .. math::
         x &\leftarrow x + \eta_s \, \mathrm{mean}_i (y_i - x) \\
         v_i &\leftarrow v_i - \eta \left( \nabla F_i(v_i) + \lambda (v_i - x) \right)
-        \qquad \text{(with } x \text{ as the round began)}
+        \qquad \text{(} x \text{ from the start of the round)}
 
-    First the client trains as in FedAvg, bit for bit, then its own model for as long again. What is logged in training
-    is about the first. A client's own model begins as the global model of its first round; in the paper as the first
-    global model, which is the same for clients that take part from the start. It is part of the client's state:
-    ``fl.load_client`` gives it, and :class:`~lightning_fl.callbacks.PersonalizedEvaluation` evaluates it.
+    First the client trains exactly as in FedAvg, then it trains its personal model :math:`v_i` for the same amount of
+    work. Metrics logged in ``training_step`` are those of the first. A personal model starts as the global model of the
+    client's first round; in the paper it starts as the initial global model, which is the same for clients that take
+    part from the start. It is part of the client's state: ``fl.load_client`` loads it, and
+    :class:`~lightning_fl.callbacks.PersonalizedEvaluation` evaluates it.
 
     Args:
         lam: The strength :math:`\lambda` of the pull. Default 1; 0 is local training, and the paper tries 0.05 to 2.
-        own_epochs: Passes over its data with which a client trains its own model. Default None: as much local work as
-            the global model gets.
+        own_epochs: Passes over the client's data to train its personal model. Default None: as much local work as for
+            the global model.
         server_lr: The server's step :math:`\eta_s`. Default 1.
 
     Raises:
-        ValueError: If ``lam`` is negative or ``own_epochs`` not positive; with ``personal`` tensors, which would be
-            kept twice.
+        ValueError: If ``lam`` is negative or ``own_epochs`` is not positive; with ``personal`` tensors, because the
+            whole personal model already holds them.
 
     Reference:
         Li et al., "Ditto: Fair and Robust Federated Learning Through Personalization", ICML 2021.
@@ -53,8 +54,8 @@ class Ditto(Algorithm):
     def personal(self, module: nn.Module, named: Sequence[str]) -> Sequence[str]:
         if named:
             raise ValueError(
-                f"Ditto keeps a whole model for each client, found personal={list(named)} besides. Leave it out, or "
-                "take FedPer."
+                f"Ditto keeps a whole model for each client, but found personal={list(named)} as well. Leave it "
+                "out, or use FedPer."
             )
         return ()
 
@@ -62,4 +63,5 @@ class Ditto(Algorithm):
         return Phase(), Phase(model="own", epochs=self.own_epochs, grad_transform=self._pull)
 
     def _pull(self, grads: Tree, params: Tree, ctx: Context) -> Tree:
+        # `params` is the personal model, but the context still holds the global model of the round's start.
         return add_proximal(grads, params, ctx["params"], self.lam)

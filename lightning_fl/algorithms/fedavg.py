@@ -9,12 +9,12 @@ from lightning_fl.algorithms.registry import register
 @register("fedavg")
 @dataclass(frozen=True)
 class FedAvg(Algorithm):
-    r"""Federated averaging: each client trains locally, the server averages what changed.
+    r"""Federated averaging: each client trains locally, and the server averages the changes of their models.
 
     .. math:: x \leftarrow x + \eta_s \, \frac{\sum_i n_i (y_i - x)}{\sum_i n_i}
 
     Args:
-        server_lr: The server's step :math:`\eta_s`; 1 is plain averaging.
+        server_lr: The server's step :math:`\eta_s`. Default 1, which is plain averaging.
 
     Reference:
         McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", AISTATS 2017.

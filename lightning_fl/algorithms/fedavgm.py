@@ -13,20 +13,21 @@ from lightning_fl.types import Aggregate, State, Tree
 @register("fedavgm")
 @dataclass(frozen=True)
 class FedAvgM(Algorithm):
-    r"""FedAvgM: the server moves with momentum along the mean change of its clients.
+    r"""FedAvgM: the server moves along the clients' mean change with momentum.
 
     .. math::
         \Delta &= \mathrm{mean}_i (y_i - x) \\
         v &\leftarrow \beta v + \Delta \\
         x &\leftarrow x + \eta_s v \qquad \text{or, with Nesterov,} \qquad x \leftarrow x + \eta_s (\Delta + \beta v)
 
-    The momentum is not damped, as in the paper and in ``torch.optim.SGD``: a steady change moves the model by
-    :math:`1 / (1 - \beta)` times itself, 10 times at the default. Lower ``server_lr`` if that diverges.
+    As in the paper and in ``torch.optim.SGD``, momentum has no dampening: under a constant change :math:`\Delta` the
+    steps grow to :math:`\Delta / (1 - \beta)`, 10 times :math:`\Delta` at the default. Lower ``server_lr`` if training
+    diverges.
 
     Args:
         server_lr: The server's step :math:`\eta_s`. Default 1.
-        momentum: What is kept of the last round's velocity, :math:`\beta`. Default 0.9; 0 is FedAvg.
-        nesterov: Whether to look ahead by one step of the velocity. Default False.
+        momentum: The momentum :math:`\beta`. Default 0.9; 0 is FedAvg.
+        nesterov: Whether to use Nesterov momentum. Default False.
 
     Raises:
         ValueError: If ``momentum`` is not in [0, 1).

@@ -15,7 +15,7 @@ from lightning_fl.types import Aggregate, Context, LocalRun, State, Tree, Update
 @register("feddyn")
 @dataclass(frozen=True)
 class FedDyn(Algorithm):
-    r"""FedDyn: each client's loss is tilted and held so that clients which agree with each other are at the optimum.
+    r"""FedDyn: each client's loss gets a linear and a proximal term, so that clients that agree are at the optimum.
 
     .. math::
         g &\leftarrow g - g_i + \alpha (y - x) \\
@@ -23,11 +23,11 @@ class FedDyn(Algorithm):
         h &\leftarrow h - \frac{\alpha}{N} \sum_i (y_i - x), \qquad
         x \leftarrow \mathrm{mean}_i \, y_i - h / \alpha
 
-    A client that solves its local problem exactly ends with :math:`g_i = \nabla F_i(y_i)`, so give it many local steps;
-    what is left unsolved slows it down but does not move the optimum. The server's :math:`h` is the mean of the
-    :math:`g_i` of all :math:`N` clients. This is the paper's algorithm, in which every client weighs the same; the
+    A client that solves its local problem exactly ends with :math:`g_i = \nabla F_i(y_i)`, so give it many local steps.
+    An inexact solution slows convergence but does not move the optimum. The server's :math:`h` is the mean of the
+    :math:`g_i` of all :math:`N` clients. This is the paper's algorithm, in which all clients have the same weight; the
     authors' code divides each client's :math:`\alpha` by its share of the examples. With ``weighting="examples"`` the
-    mean and :math:`h` are weighted instead, which is exact if all clients take part.
+    mean and :math:`h` are weighted, which is exact if all clients take part.
 
     Args:
         alpha: The strength :math:`\alpha` of the pull. Default 0.01; the paper tries 0.001 to 0.1. Local training
@@ -46,14 +46,14 @@ class FedDyn(Algorithm):
     keeps_client_state: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_hyperparameter(self, "alpha", self.alpha > 0, "a positive number (FedAvg is what has no pull)")
+        check_hyperparameter(self, "alpha", self.alpha > 0, "a positive number (for alpha=0 use FedAvg)")
 
     def server_init(self, params: Tree, population: int) -> State:
         return {"params": params, "gradient": zeros_like(params)}
 
     def client_init(self, server: State, client: State | None, probe: Any = None) -> Context:
-        own = client["gradient"] if client else zeros_like(server["params"])
-        return {"params": server["params"], "gradient": own}
+        gradient = client["gradient"] if client else zeros_like(server["params"])
+        return {"params": server["params"], "gradient": gradient}
 
     def grad_transform(self, grads: Tree, params: Tree, ctx: Context) -> Tree:
         grads = add_proximal(grads, params, ctx["params"], self.alpha)
@@ -66,6 +66,7 @@ class FedDyn(Algorithm):
         return Update(delta=delta), {"gradient": add(ctx["gradient"], delta, alpha=-self.alpha)}
 
     def server_update(self, server: State, aggregate: Aggregate) -> State:
+        # The paper divides by all N clients: those that did not take part did not change their g_i.
         share = aggregate.num_clients / aggregate.population
         gradient = add(server["gradient"], aggregate.delta, alpha=-self.alpha * share / aggregate.weight)
         mean = add(server["params"], aggregate.delta, alpha=1 / aggregate.weight)

@@ -15,20 +15,20 @@ from lightning_fl.types import Aggregate, Context, LocalRun, State, Tree, Update
 @register("fedexp")
 @dataclass(frozen=True)
 class FedExP(Algorithm):
-    r"""FedExP: the more the clients' changes point different ways, the longer the server's step.
+    r"""FedExP: the more the clients' changes differ in direction, the longer the server's step.
 
     .. math::
         \Delta &= \mathrm{mean}_i \, \Delta_i, \qquad \Delta_i = y_i - x \\
         x &\leftarrow x + \max\left(1, \frac{\mathrm{mean}_i \lVert \Delta_i \rVert^2}
         {2 (\lVert \Delta \rVert^2 + \varepsilon)}\right) \Delta
 
-    In the paper every client weighs the same; with ``weighting="examples"`` both means are weighted. Long steps make
-    the model swing from round to round. The paper therefore evaluates the average of the last two models; here the
-    model is the last one.
+    In the paper all clients have the same weight; with ``weighting="examples"`` both means are weighted. Long steps
+    make the model oscillate from round to round. The paper therefore evaluates the average of the last two models; here
+    the model is the last one.
 
     Args:
-        eps: Keeps the step bounded when the changes cancel. Default 0.001. It is added to a squared norm of the
-            model's change: raise it towards that of a client's change if the model swings. Infinity is FedAvg.
+        eps: The :math:`\varepsilon` that bounds the step when the changes cancel out. Default 0.001. If the model
+            oscillates, raise it towards the squared norm of a client's change. Infinity is FedAvg.
 
     Raises:
         ValueError: If ``eps`` is not positive.

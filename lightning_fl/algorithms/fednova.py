@@ -17,24 +17,27 @@ from lightning_fl.types import Aggregate, Context, LocalRun, State, Tree, Update
 @register("fednova")
 @dataclass(frozen=True)
 class FedNova(Algorithm):
-    r"""FedNova: each client's change is divided by the work it did, so that busy clients do not pull the optimum.
+    r"""FedNova: each client's change is divided by its amount of work, so that busy clients do not bias the optimum.
 
     .. math::
         x \leftarrow x + \eta_s \, \tau \, \sum_i p_i \frac{y_i - x}{a_i}, \qquad \tau = \sum_i p_i a_i
 
-    with :math:`p_i` the clients' shares of the weight and :math:`a_i` (the paper's :math:`\lVert a_i \rVert_1`) how far
-    local training would have gone on a gradient of 1, in units of the learning rate: the number of steps
-    :math:`\tau_i` of plain SGD, :math:`(\tau_i - \rho (1 - \rho^{\tau_i}) / (1 - \rho)) / (1 - \rho)` with momentum
-    :math:`\rho`, :math:`(1 - (1 - \eta \mu)^{\tau_i}) / (\eta \mu)` with the proximal term. It is measured at each step
-    of ``torch.optim.SGD``, so Nesterov momentum, dampening and learning-rate schedules count as what they do; the unit
-    is then the first learning rate of the client's round. Weight decay is part of the loss. Other optimizers are
-    refused, and so is a kept momentum, which holds work of earlier rounds. The authors' code adds server momentum; here
-    it is left out.
+    with :math:`p_i` the clients' normalised weights. The work :math:`a_i` (the paper's :math:`\lVert a_i \rVert_1`) is
+    how far local training would go on a constant gradient of 1, in units of the learning rate:
+
+    - plain SGD: the number of steps :math:`\tau_i`;
+    - with momentum :math:`\rho`: :math:`(\tau_i - \rho (1 - \rho^{\tau_i}) / (1 - \rho)) / (1 - \rho)`;
+    - with the proximal term: :math:`(1 - (1 - \eta \mu)^{\tau_i}) / (\eta \mu)`.
+
+    It is measured at each step of ``torch.optim.SGD``, so Nesterov momentum, dampening and learning-rate schedules are
+    taken into account; the unit is then the first learning rate of the client's round. Weight decay counts as part of
+    the loss. Other optimizers are refused, and so is momentum kept between rounds, which contains work of earlier
+    rounds. The authors' code also has server momentum, which is left out here.
 
     Args:
         server_lr: The server's step :math:`\eta_s`. Default 1.
-        mu: Strength of FedProx's pull on local training. Default 0; above 0 it takes one plain SGD at a constant
-            learning rate.
+        mu: Strength :math:`\mu` of FedProx's pull on local training. Default 0; above 0 it requires plain SGD with one
+            constant learning rate.
 
     Raises:
         ValueError: If ``mu`` is negative.
@@ -54,8 +57,8 @@ class FedNova(Algorithm):
         names = [type(optimizer).__name__ for optimizer in optimizers if type(optimizer) is not SGD]
         if names:
             raise ValueError(
-                f"FedNova divides by the work of local training, which is unknown for {', '.join(names)}. Use "
-                "torch.optim.SGD, with momentum if you like, or another algorithm."
+                f"FedNova divides by the amount of local work, which is unknown for {', '.join(names)}. Use "
+                "torch.optim.SGD, with or without momentum, or another algorithm."
             )
 
     def aux_like(self, params: Tree) -> Mapping[str, Tree]:
@@ -79,16 +82,17 @@ class FedNova(Algorithm):
     def _work(self, run: LocalRun) -> float:
         if run.normalizer is None:
             raise ValueError(
-                "FedNova does not know how to measure the work of this local training. It takes torch.optim.SGD whose "
-                "parameter groups share momentum and schedule, started afresh in each round: use one group, and "
-                "client_optimizer='reset' with momentum."
+                "FedNova can't measure the amount of local work. It needs a torch.optim.SGD that is reset every round "
+                "and whose parameter groups share momentum and schedule: use one group, and client_optimizer='reset' "
+                "with momentum."
             )
         if not self.mu or not run.normalizer:
             return run.normalizer
         lr = max(run.lr_sum.values()) / run.num_steps
+        # Only plain SGD with a constant learning rate has a normalizer of exactly the number of steps.
         if run.normalizer != run.num_steps:
             raise ValueError(
-                f"FedNova(mu={self.mu}) found work of {run.normalizer:g} in {run.num_steps} steps; the proximal term "
-                "is worked out for one plain SGD at a constant learning rate. Use that, or mu=0."
+                f"FedNova(mu={self.mu}) found work of {run.normalizer:g} in {run.num_steps} steps; the proximal "
+                "term is derived for plain SGD with one constant learning rate. Use that, or mu=0."
             )
         return (1 - (1 - lr * self.mu) ** run.num_steps) / (lr * self.mu)

@@ -1,4 +1,4 @@
-"""FedPer, LG-FedAvg and FedBN: federated averaging of a part of the model, the rest of which stays with its client."""
+"""FedPer, LG-FedAvg and FedBN: a part of the model is averaged, the rest stays with each client."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class FedPer(FedAvg):
     .. math:: x \leftarrow x + \eta_s \, \mathrm{mean}_i (y_i - x), \qquad
         (y_i, h_i) \text{ trained together from } (x, h_i)
 
-    This is ``FederatedStrategy("fedavg", personal=["head.*"])``, and refuses to run without a head. See :class:`FedRep`
-    for training them in turn.
+    The same as ``FederatedStrategy("fedavg", personal=["head.*"])``, except that it refuses to run without a head.
+    :class:`FedRep` trains body and head one after the other.
 
     Args:
         server_lr: The server's step :math:`\eta_s`. Default 1.
@@ -53,13 +53,13 @@ class FedPer(FedAvg):
 @register("lgfedavg")
 @dataclass(frozen=True)
 class LGFedAvg(FedAvg):
-    r"""LG-FedAvg: each client keeps its own representation of its data, and the head above them is averaged.
+    r"""LG-FedAvg: each client keeps its own representation layers, and the head above them is averaged.
 
     .. math:: x \leftarrow x + \eta_s \, \mathrm{mean}_i (y_i - x), \qquad
         (y_i, \ell_i) \text{ trained together from } (x, \ell_i)
 
-    This is FedPer the other way round: ``FederatedStrategy("lgfedavg", personal=["body.*"])``. The paper begins with
-    rounds of FedAvg; start from their checkpoint to do so too (``MyModule.load_from_checkpoint``).
+    FedPer the other way round: ``FederatedStrategy("lgfedavg", personal=["body.*"])``. The paper begins with rounds of
+    FedAvg; to do the same, start from a checkpoint of FedAvg (``MyModule.load_from_checkpoint``).
 
     Args:
         server_lr: The server's step :math:`\eta_s`. Default 1.
@@ -72,13 +72,13 @@ class LGFedAvg(FedAvg):
     """
 
     def personal(self, module: nn.Module, named: Sequence[str]) -> Sequence[str]:
-        return need_personal(self, named, "the layers next to the data, such as personal=['body.*']")
+        return need_personal(self, named, "the layers next to the input, such as personal=['body.*']")
 
 
 @register("fedbn")
 @dataclass(frozen=True)
 class FedBN(FedAvg):
-    r"""FedBN: all is averaged but BatchNorm, whose weights and statistics stay with each client.
+    r"""FedBN: everything is averaged but BatchNorm, whose weights and statistics stay with each client.
 
     .. math:: x \leftarrow x + \eta_s \, \mathrm{mean}_i (y_i - x), \qquad x \text{ without BatchNorm}
 
@@ -97,16 +97,13 @@ class FedBN(FedAvg):
 
     def personal(self, module: nn.Module, named: Sequence[str]) -> Sequence[str]:
         layers = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, _BatchNorm)]
-        own = [f"{name}.{tensor}" for name, layer in layers for tensor in layer.state_dict()]
-        own = [name for name in own if _can_be_personal(module, name)]
-        if not own:
+        params = dict(module.named_parameters(remove_duplicate=False))
+        frozen = {name for name, param in params.items() if not param.requires_grad}  # never change, so never personal
+        norms = [f"{name}.{tensor}" for name, layer in layers for tensor in layer.state_dict()]
+        norms = [name for name in norms if name not in frozen]
+        if not norms:
             raise ValueError(
-                "FedBN keeps BatchNorm with the clients, but the module has none. Take fedavg, or name other layers: "
+                "FedBN keeps BatchNorm with the clients, but the module has none. Use fedavg, or name other layers: "
                 "FederatedStrategy('fedavg', personal=['norm*'])."
             )
-        return [*named, *own]
-
-
-def _can_be_personal(module: nn.Module, name: str) -> bool:
-    params = dict(module.named_parameters(remove_duplicate=False))
-    return name not in params or params[name].requires_grad
+        return [*named, *norms]

@@ -1,4 +1,4 @@
-"""FedProx: a proximal pull towards the global model."""
+"""FedProx: a proximal term in the local loss."""
 
 from __future__ import annotations
 
@@ -11,26 +11,31 @@ from lightning_fl.types import Context, Tree
 
 
 def add_proximal(grads: Tree, params: Tree, start: Tree, mu: float) -> Tree:
-    r"""The gradients of the loss with :math:`\frac{\mu}{2} \lVert y - x \rVert^2` added to it.
+    r"""Adds the gradient of the proximal term :math:`\frac{\mu}{2} \lVert y - x \rVert^2`.
 
-    The start is taken as the module holds it, so that the pull is 0 there in 16 bits too.
+    Args:
+        grads: The gradients at ``params``.
+        params: The current parameters :math:`y`.
+        start: The parameters :math:`x` at the start of the round.
+        mu: The strength :math:`\mu` of the pull.
     """
+    # The server's x may be more precise than the module's. Rounded to the module's dtype, the pull at the start is 0.
     return tree_map(lambda grad, y, x: grad + mu * (y - x.to(y.dtype)), grads, params, start)
 
 
 @register("fedprox")
 @dataclass(frozen=True)
 class FedProx(Algorithm):
-    r"""FedProx: federated averaging in which a proximal term holds each client near the global model.
+    r"""FedProx: federated averaging in which a proximal term keeps each client near the global model.
 
     .. math::
         g &\leftarrow g + \mu \, (y - x) \\
         x &\leftarrow x + \eta_s \, \mathrm{mean}_i (y_i - x)
 
-    The term's gradient is added to each step's gradient before clipping, so the module's loss, and what it logs of it,
-    stay as they are. The paper measures local work by an inexactness :math:`\gamma`; here it is what the strategy's
-    ``local_epochs`` or ``local_steps`` say. The paper draws clients by their size and averages evenly; here clients are
-    drawn evenly and weigh by their examples, which has the same expectation.
+    The term's gradient is added at each step before gradient clipping, so the loss that the module computes and logs is
+    unchanged. The paper measures local work by an inexactness :math:`\gamma`; here the strategy's ``local_epochs`` or
+    ``local_steps`` set it. The paper samples clients by size and averages uniformly; here clients are sampled uniformly
+    and weighted by their examples, which has the same expectation.
 
     Args:
         mu: The strength :math:`\mu` of the pull. Default 0.01; 0 is FedAvg, and the paper tries 0.001 to 1.

@@ -1,4 +1,4 @@
-"""FedRep: a shared representation under heads of the clients' own."""
+"""FedRep: a shared representation with a personal head per client."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class FedRep(Algorithm):
         y_i &\leftarrow y_i - \eta \nabla_x F_i(y_i, h_i) \quad \text{from } y_i = x, \qquad
         x \leftarrow x + \eta_s \, \mathrm{mean}_i (y_i - x)
 
-    The head is what ``personal`` of the strategy names: ``FederatedStrategy("fedrep", personal=["head.*"])``. The
-    strategy's ``local_epochs`` or ``local_steps`` count the training of the representation. While the one trains the
-    other holds still, but buffers such as BatchNorm's statistics go on in both, as in the authors' code. The two start
-    with the same learning rates; a schedule by step goes on to the next round after the longer one. In the paper every
-    client has as much data; here clients weigh by their examples.
+    The head consists of the strategy's ``personal`` tensors: ``FederatedStrategy("fedrep", personal=["head.*"])``. The
+    strategy's ``local_epochs`` or ``local_steps`` set how long the representation trains. While one part trains, the
+    other is frozen, but buffers such as BatchNorm's statistics are updated in both phases, as in the authors' code.
+    Both phases start with the same learning rates; after the round, a schedule by step continues from the longer one.
+    In the paper all clients have the same amount of data; here they are weighted by their examples.
 
     Args:
-        head_epochs: Passes over its data with which a client trains its head. Default 10, the paper's.
+        head_epochs: Passes over the client's data to train its head. Default 10, as in the paper.
         server_lr: The server's step :math:`\eta_s`. Default 1.
 
     Raises:

@@ -1,4 +1,4 @@
-"""FedSGD: one step a round, with each client's full gradient."""
+"""FedSGD: one step per round, with each client's full gradient."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ class FedSGD(Algorithm):
 
     .. math:: x \leftarrow x - \eta \, \eta_s \, \frac{\sum_i n_i \nabla F_i(x)}{\sum_i n_i}
 
-    With ``torch.optim.SGD`` and all clients in each round this is gradient descent on all the data together. The
-    gradient is measured in one pass of batches of any size, so a client's data need not fit into one batch; a second
-    look at the first batch, whose gradient is replaced by the full one, makes the step. With dropout or BatchNorm it is
-    the mean of the batches' gradients. Give ``ClientDatasets(..., batch_size=None)`` to ``"fedavg"`` with
-    ``local_steps=1`` for the same without the second look.
+    With ``torch.optim.SGD`` and all clients in each round this is gradient descent on all data together. The full
+    gradient is measured in one pass over batches of any size, so a client's data need not fit into one batch. The step
+    then runs the first batch again and replaces its gradient by the full one. With dropout or BatchNorm, the full
+    gradient is the mean of the batches' gradients. To avoid the second run where a client's data fits into one batch,
+    use ``"fedavg"`` with ``local_steps=1`` and ``ClientDatasets(..., batch_size=None)``.
 
     Args:
         server_lr: The server's step :math:`\eta_s`. Default 1.
 
     Raises:
-        ValueError: With ``personal`` tensors, of which no full gradient is measured.
+        ValueError: With ``personal`` tensors, because the full gradient covers only the shared ones.
 
     Reference:
         McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", AISTATS 2017.
@@ -42,7 +42,9 @@ class FedSGD(Algorithm):
 
     def personal(self, module: nn.Module, named: Sequence[str]) -> Sequence[str]:
         if named:
-            raise ValueError(f"FedSGD steps with the gradient of the shared tensors, found personal={list(named)}.")
+            raise ValueError(
+                f"FedSGD steps with the gradient of the shared tensors, found personal={list(named)}. Leave it out."
+            )
         return ()
 
     def phases(self) -> tuple[Phase, ...]:

@@ -18,7 +18,7 @@ from lightning_fl.types import Aggregate, Context, LocalRun, State, Tree, Update
 @register("mimelite")
 @dataclass(frozen=True)
 class MimeLite(Algorithm):
-    r"""MimeLite: clients step with momentum (and Adam's scaling) of the whole federation, which they leave as it is.
+    r"""MimeLite: clients step with the momentum (and Adam's scaling) of the federation, fixed during local training.
 
     .. math::
         g &\leftarrow (1 - \beta_1) g + \beta_1 m \qquad \text{or, with } \beta_2, \qquad
@@ -27,17 +27,18 @@ class MimeLite(Algorithm):
         m &\leftarrow (1 - \beta_1) \bar g + \beta_1 m, \qquad v \leftarrow (1 - \beta_2) \bar g^2 + \beta_2 v, \qquad
         \bar g = \mathrm{mean}_i \nabla F_i(x)
 
-    Each client measures :math:`\nabla F_i(x)` in one more pass over its data at the global model. As in the paper the
-    statistics start at 0 and no moment is corrected for its start, so that Adam's first round takes steps of
-    :math:`(1 - \beta_1) \eta g / \tau`. In the paper every client weighs the same; with ``weighting="examples"`` both
-    means are weighted. The module's optimizer has to be plain ``torch.optim.SGD``, whose learning rate is the paper's
-    :math:`\eta`. FedJAX takes any base optimizer, whose own form of momentum need not be damped as it is here.
+    Each client measures :math:`\nabla F_i(x)` in an additional pass over its data at the global model. As in the paper,
+    the moments start at 0 without bias correction, so in Adam's first round the steps are
+    :math:`(1 - \beta_1) \eta g / \tau`. In the paper all clients have the same weight; with ``weighting="examples"``
+    both means are weighted. The module's optimizer should be plain ``torch.optim.SGD``, whose learning rate is the
+    paper's :math:`\eta`. FedJAX accepts any base optimizer, whose momentum may lack the factor :math:`1 - \beta_1`.
 
     Args:
-        server_lr: The server's step :math:`\eta_s`. Default 1, the paper's.
+        server_lr: The server's step :math:`\eta_s`. Default 1, as in the paper.
         beta1: Momentum :math:`\beta_1`. Default 0.9; 0 without ``beta2`` is FedAvg.
-        beta2: Momentum of the squared gradient. Default None: SGD with momentum; the paper's Adam has 0.99.
-        tau: What keeps Adam's divisor above 0. Default 0.001.
+        beta2: Decay :math:`\beta_2` of the squared gradient. Default None: SGD with momentum; the paper has 0.99 for
+            Adam.
+        tau: The :math:`\tau` that keeps Adam's divisor above 0. Default 0.001.
 
     Raises:
         ValueError: If a momentum is not in [0, 1), or ``tau`` is not positive.
@@ -65,8 +66,8 @@ class MimeLite(Algorithm):
         if not plain:
             names = ", ".join(type(optimizer).__name__ for optimizer in optimizers)
             warnings.warn(
-                f"MimeLite brings momentum and scaling itself, found {names}: that of the local optimizer comes on "
-                "top, and drifts as Mime's does not. Use torch.optim.SGD without momentum.",
+                f"MimeLite brings momentum and scaling itself, found {names}: the local optimizer's come on top of it "
+                "and drift towards the client's data. Use torch.optim.SGD without momentum.",
                 stacklevel=2,
             )
 
@@ -81,7 +82,7 @@ class MimeLite(Algorithm):
         return {**server, "gradient": probe}
 
     def grad_transform(self, grads: Tree, params: Tree, ctx: Context) -> Tree:
-        step = self._mix(grads, ctx["momentum"], self.beta1)
+        step = self._average(grads, ctx["momentum"], self.beta1)
         if self.beta2 is None:
             return step
         return tree_map(lambda g, v: g / (v.sqrt() + self.tau), step, ctx["square"])
@@ -89,16 +90,16 @@ class MimeLite(Algorithm):
     def client_finish(
         self, params: Tree, ctx: Context, client: State | None, run: LocalRun
     ) -> tuple[Update, State | None]:
-        gradient = scale(ctx["gradient"], run.weight)
+        gradient = scale(ctx["gradient"], run.weight)  # side channels are summed unweighted
         return Update(delta=subtract(params, ctx["params"]), aux={"gradient": gradient}), client
 
     def server_update(self, server: State, aggregate: Aggregate) -> State:
         gradient = scale(aggregate.aux["gradient"], 1 / aggregate.weight)
         state = {**super().server_update(server, aggregate)}
-        state["momentum"] = self._mix(gradient, server["momentum"], self.beta1)
+        state["momentum"] = self._average(gradient, server["momentum"], self.beta1)
         if self.beta2 is not None:
-            state["square"] = self._mix(tree_map(lambda g: g.square(), gradient), server["square"], self.beta2)
+            state["square"] = self._average(tree_map(lambda g: g.square(), gradient), server["square"], self.beta2)
         return state
 
-    def _mix(self, new: Tree, old: Tree, beta: float) -> Tree:
+    def _average(self, new: Tree, old: Tree, beta: float) -> Tree:
         return tree_map(lambda n, o: (1 - beta) * n + beta * o, new, old)

@@ -1,4 +1,4 @@
-"""q-FedAvg: fairness, by more weight for the clients with a larger loss."""
+"""q-FedAvg: fairness through more weight for clients with a larger loss."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_fl.types import Aggregate, Context, LocalRun, State, Tree, Update
 @register("qfedavg")
 @dataclass(frozen=True)
 class QFedAvg(Algorithm):
-    r"""q-FedAvg: clients with a larger loss count more, so that all end with more equal losses.
+    r"""q-FedAvg: clients with a larger loss count more, so that the clients' losses become more equal.
 
     .. math::
         \min_x \sum_i \frac{p_i}{q + 1} F_i(x)^{q + 1}: \qquad
@@ -23,17 +23,17 @@ class QFedAvg(Algorithm):
         {\sum_i p_i \left( F_i^q + q F_i^{q-1} L \lVert y_i - x \rVert^2 \right)}, \qquad F_i = F_i(x)
 
     This is the paper's step with numerator and denominator divided by :math:`L`. Each client measures its mean loss
-    :math:`F_i(x)` in one more pass over its data at the global model. The paper draws clients by their size
-    :math:`p_i` and sums evenly; here clients are drawn evenly and weigh by their examples, which has the same
-    expectation. Flower takes the loss of its evaluation instead of the training loss, and one fixed :math:`L`.
+    :math:`F_i(x)` in an additional pass over its data at the global model. The paper samples clients by size
+    :math:`p_i` and sums uniformly; here clients are sampled uniformly and weighted by their examples, which has the
+    same expectation. Flower uses the evaluation loss instead of the training loss, and one fixed :math:`L`.
 
     Args:
-        q: How much fairness counts. Default 1; 0 is FedAvg, and the paper's data sets take 0.001 to 5.
-        lipschitz: The Lipschitz constant :math:`L` of the gradients. Default None: one over the mean learning rate of
-            the client's local steps, which is the paper's choice for plain SGD; give it for other optimizers.
+        q: How much fairness counts. Default 1; 0 is FedAvg, and the paper uses 0.001 to 5, depending on the data set.
+        lipschitz: The Lipschitz constant :math:`L` of the gradients. Default None: the inverse of the mean learning
+            rate of the client's local steps, the paper's choice for plain SGD. Set it for other optimizers.
 
     Raises:
-        ValueError: If ``q`` is negative or ``lipschitz`` not positive; in training, if a client's loss is negative.
+        ValueError: If ``q`` is negative or ``lipschitz`` is not positive; in training, if a client's loss is negative.
 
     Reference:
         Li et al., "Fair Resource Allocation in Federated Learning", ICLR 2020.
@@ -46,7 +46,9 @@ class QFedAvg(Algorithm):
 
     def __post_init__(self) -> None:
         check_hyperparameter(self, "q", self.q >= 0, "a number that is not negative")
-        check_hyperparameter(self, "lipschitz", self.lipschitz is None or self.lipschitz > 0, "None or a positive one")
+        check_hyperparameter(
+            self, "lipschitz", self.lipschitz is None or self.lipschitz > 0, "None or a positive number"
+        )
 
     def aux_like(self, params: Tree) -> Mapping[str, Tree]:
         return {"divisor": {"sum": scalar_like(params)}}
@@ -67,12 +69,13 @@ class QFedAvg(Algorithm):
         curvature = 0.0
         if self.q and run.num_steps and (lr := max(run.lr_sum.values()) / run.num_steps):
             lipschitz = self.lipschitz or 1 / lr
+            # The bound keeps loss ** (q - 1) finite for q < 1 when a loss is 0.
             curvature = self.q * max(loss, 1e-10) ** (self.q - 1) * lipschitz * float(squared_norm(delta))
         divisor = scalar_like(params, run.weight * (loss**self.q + curvature))
         return Update(delta=scale(delta, loss**self.q), aux={"divisor": {"sum": divisor}}), client
 
     def server_update(self, server: State, aggregate: Aggregate) -> State:
         divisor = float(aggregate.aux["divisor"]["sum"])
-        if not divisor:  # no client has a loss left
+        if not divisor:  # all losses are 0: the optimum, and nothing to divide by
             return server
         return {**server, "params": add(server["params"], aggregate.delta, alpha=1 / divisor)}

@@ -1,4 +1,4 @@
-"""Names of algorithms: what a user may write instead of an object."""
+"""The registry of algorithm names, which users can write instead of an object."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from lightning_fl.algorithms.base import Algorithm
 AlgorithmClass = TypeVar("AlgorithmClass", bound=type[Algorithm])
 
 ENTRY_POINTS = "lightning_fl.algorithms"
-"""The entry-point group in which an installed package names its algorithms."""
+"""The entry-point group with which an installed package registers its algorithms."""
 
 _ALGORITHMS: dict[str, type[Algorithm]] = {}
 
 
 def register(name: str) -> Callable[[AlgorithmClass], AlgorithmClass]:
-    """Class decorator: makes an algorithm known by ``name``, also as ``Trainer(strategy=name)``.
+    """Class decorator: registers an algorithm as ``name``, also for ``Trainer(strategy=name)``.
 
     Raises:
         ValueError: If the name is taken.
@@ -35,9 +35,9 @@ def register(name: str) -> Callable[[AlgorithmClass], AlgorithmClass]:
 
 
 def load_entry_points() -> None:
-    """Registers the algorithms that installed packages bring under the entry-point group ``lightning_fl.algorithms``.
+    """Registers the algorithms that installed packages provide in the entry-point group ``lightning_fl.algorithms``.
 
-    One that can't be loaded, is no algorithm or takes a name that is taken is left out with a warning.
+    One that can't be loaded, is not an algorithm, or has a name that is taken is skipped with a warning.
     """
     for entry_point in entry_points(group=ENTRY_POINTS):
         name = entry_point.name.lower()
@@ -47,7 +47,7 @@ def load_entry_points() -> None:
                 raise ValueError(f"{entry_point.value} is no subclass of fl.algorithms.Algorithm.")
             if _ALGORITHMS.get(name) is not algorithm:  # it may have registered itself when it was loaded
                 register(name)(algorithm)
-        except Exception as error:
+        except Exception as error:  # a broken package must not break `import lightning_fl`
             package = entry_point.dist.name if entry_point.dist else "a package"
             warnings.warn(
                 f"The algorithm {entry_point.name!r} of {package} is left out: {type(error).__name__}: {error} Fix "

@@ -18,7 +18,7 @@ from lightning_fl.types import Aggregate, Context, LocalRun, State, Tree, Update
 @register("scaffold")
 @dataclass(frozen=True)
 class Scaffold(Algorithm):
-    r"""SCAFFOLD: every local gradient is corrected by the difference of the server's and the client's control.
+    r"""SCAFFOLD: every local gradient is corrected by the difference of the server's and the client's control variate.
 
     .. math::
         g &\leftarrow g - c_i + c \\
@@ -27,14 +27,15 @@ class Scaffold(Algorithm):
         x &\leftarrow x + \eta_s \, \mathrm{mean}_i (y_i - x), \qquad
         c \leftarrow c + \frac{1}{N} \sum_i (c_i^+ - c_i)
 
-    In option II the sum of the learning rates of the local steps stands where the paper has :math:`K \eta`, so a
-    learning-rate schedule is divided by what was really taken; where that is 0 a client keeps its control. It is
-    derived for plain SGD. Other frameworks divide by the last learning rate, or weigh the controls by examples.
+    Option II divides by the sum of the local learning rates where the paper has :math:`K \eta`, so it accounts for a
+    learning-rate schedule; if the sum is 0, a client keeps its control variate. It is derived for plain SGD. Other
+    frameworks divide by the last learning rate, or weight the control variates by examples.
 
     Args:
         server_lr: The server's step :math:`\eta_s`. Default 1.
-        option: How a client renews its control. Default 2: from its local steps, at no cost; 1: the gradient of its
-            data at the global model, one more pass over them in each round, which takes any local optimizer.
+        option: How a client updates its control variate. Default 2: from its local steps, at no extra cost. 1: the
+            gradient of its data at the global model; an additional pass over the data per round, for any local
+            optimizer.
 
     Raises:
         ValueError: If ``option`` is neither 1 nor 2.
@@ -54,7 +55,7 @@ class Scaffold(Algorithm):
 
     @property
     def probe(self) -> ProbeKind | None:  # type: ignore[override]
-        """Option I asks for the gradient at the global model."""
+        """Option I needs the gradient at the global model."""
         return "grad" if self.option == 1 else None
 
     def check_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
@@ -63,7 +64,7 @@ class Scaffold(Algorithm):
             names = ", ".join(type(optimizer).__name__ for optimizer in optimizers)
             warnings.warn(
                 f"SCAFFOLD's control is derived for plain SGD, found {names}: with momentum or adaptive steps it is "
-                "no gradient, and may not correct the drift. Use torch.optim.SGD without momentum, or "
+                "not a gradient and may not correct the drift. Use torch.optim.SGD without momentum, or "
                 "Scaffold(option=1).",
                 stacklevel=2,
             )
@@ -75,8 +76,9 @@ class Scaffold(Algorithm):
         return {"control": params}
 
     def client_init(self, server: State, client: State | None, probe: Any = None) -> Context:
-        own = client["control"] if client else zeros_like(server["params"])
-        context = {"params": server["params"], "own": own, "correction": subtract(server["control"], own)}
+        control = client["control"] if client else zeros_like(server["params"])
+        correction = subtract(server["control"], control)
+        context = {"params": server["params"], "control": control, "correction": correction}
         return context if probe is None else {**context, "gradient": probe}
 
     def grad_transform(self, grads: Tree, params: Tree, ctx: Context) -> Tree:
@@ -86,11 +88,12 @@ class Scaffold(Algorithm):
         self, params: Tree, ctx: Context, client: State | None, run: LocalRun
     ) -> tuple[Update, State | None]:
         delta = subtract(params, ctx["params"])
+        # Option I: the measured gradient. Option II: from the local steps, with -correction = c_i - c.
         control = ctx.get("gradient") or {
-            name: -ctx["correction"][name] - moved / run.lr_sum[name] if run.lr_sum[name] else ctx["own"][name]
-            for name, moved in delta.items()
+            name: -ctx["correction"][name] - change / run.lr_sum[name] if run.lr_sum[name] else ctx["control"][name]
+            for name, change in delta.items()
         }
-        return Update(delta=delta, aux={"control": subtract(control, ctx["own"])}), {"control": control}
+        return Update(delta=delta, aux={"control": subtract(control, ctx["control"])}), {"control": control}
 
     def server_update(self, server: State, aggregate: Aggregate) -> State:
         server = super().server_update(server, aggregate)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import numpy as np
@@ -17,9 +16,10 @@ from torch import Tensor
 from lightning_fl.callbacks.federated import FederatedCallback
 from lightning_fl.callbacks.run_record import run_folder
 from lightning_fl.communication import Message
-from lightning_fl.federation.report_masking import forbid_client_disclosure
 from lightning_fl.strategies import FederatedStrategy
 from lightning_fl.strategies import internals as internals
+from lightning_fl.strategies.round_view import RoundView
+from lightning_fl.strategies.validation import forbid_client_disclosure
 from lightning_fl.tracking import loggers
 from lightning_fl.tracking.metrics import is_higher_better
 from lightning_fl.tracking.run import CLIENTS_STEM, Row, append_rows, read_clients, to_json, write_file
@@ -72,10 +72,11 @@ class ClientMetrics(FederatedCallback):
                 f"ClientMetrics looks at clients, but the strategy is {type(strategy).__name__}. Leave it out, or "
                 "choose a federated strategy, such as Trainer(strategy='fedavg')."
             )
-        forbid_client_disclosure("ClientMetrics", strategy.active_rounds.settings)
+        view = strategy.view
+        forbid_client_disclosure("ClientMetrics", view.settings)
         self._path = run_folder(trainer, self.folder)
         self._rank = strategy.federation.rank
-        self._only_numbers = all(isinstance(client, int) for client in strategy.active_rounds.population.ids)
+        self._only_numbers = all(isinstance(client, int) for client in view.population.ids)
         if self._path is not None and trainer.is_global_zero:
             goes_on = trainer.current_epoch > 0
             earlier = (
@@ -84,9 +85,9 @@ class ClientMetrics(FederatedCallback):
             self._remove_tables(self._path)
             write_file(self._lines(self._path), "".join(to_json(row) + "\n" for row in earlier))
 
-    def on_client_start(self, trainer: L.Trainer, module: L.LightningModule, client: ClientId) -> None:
+    def on_client_start(self, trainer: L.Trainer, module: L.LightningModule, client: ClientId, view: RoundView) -> None:
         """Notes what the client starts from, and when."""
-        self._start = {name: param.detach().clone() for name, param in _shared(trainer).items()}
+        self._start = {name: param.detach().clone() for name, param in view.params.items()}
         self._time = time.perf_counter()
 
     def on_client_end(
@@ -96,6 +97,7 @@ class ClientMetrics(FederatedCallback):
         client: ClientId,
         run: LocalRun,
         update: Update | None,
+        view: RoundView,
     ) -> None:
         """Adds the client's row."""
         row: Row = {
@@ -107,25 +109,25 @@ class ClientMetrics(FederatedCallback):
             "weight": run.weight,
             "seconds": time.perf_counter() - self._time,
             "loss": run.loss,
-            "drift": _distance(_shared(trainer), self._start),
+            "drift": _distance(view.params, self._start),
             "refused": update is None,
         }
         self._own.append({**row, **{name: value for name, value in run.logged.items() if name not in row}})
         self._start = {}
 
-    def on_aggregate_end(self, trainer: L.Trainer, module: L.LightningModule, aggregate: Aggregate) -> None:
+    def on_aggregate_end(
+        self, trainer: L.Trainer, module: L.LightningModule, aggregate: Aggregate, view: RoundView
+    ) -> None:
         """Brings the ranks' rows together on rank 0, and logs what they come to."""
-        strategy = trainer.strategy
-        assert isinstance(strategy, FederatedStrategy)
         own, self._own = self._own, []
-        told = strategy.federation.all_gather(Message({"rows": own}), "client metrics")
+        told = view.group.all_gather(Message({"rows": own}), "client metrics")
         rows = [row for message in told for row in message.fields["rows"]]
         self._last.update({row["client"]: row for row in rows})
         figures = {}
         for name in ("loss", "drift", *self.names):
             figures.update(_summary(name, [row[name] for row in rows if row.get(name) is not None]))
         internals.log_to_loggers(trainer, {f"clients/{name}": value for name, value in figures.items()})
-        if own and strategy.active_rounds.population.silos is not None:
+        if own and view.population.silos is not None:
             loggers.log_own_silo(trainer, own[-1])
         if self._path is not None and trainer.is_global_zero:
             append_rows(self._lines(self._path), rows)
@@ -153,14 +155,7 @@ class ClientMetrics(FederatedCallback):
             (folder / f"{CLIENTS_STEM}.{suffix}").unlink(missing_ok=True)
 
 
-def _shared(trainer: L.Trainer) -> dict[str, Any]:
-    assert isinstance(trainer.strategy, FederatedStrategy)
-    engine = trainer.strategy.active_rounds.engine
-    assert engine is not None
-    return engine.tensors.params
-
-
-def _distance(params: dict[str, Any], start: dict[str, Tensor]) -> float:
+def _distance(params: Mapping[str, Tensor], start: dict[str, Tensor]) -> float:
     with torch.no_grad():
         norms = [torch.linalg.vector_norm((params[name] - start[name]).double()) for name in start]
         return float(torch.linalg.vector_norm(torch.stack(norms)))

@@ -49,17 +49,17 @@ class DryRun(L.Callback):
 
 
 def _facts(strategy: FederatedStrategy, module: nn.Module) -> Table:
-    rounds = strategy.active_rounds
+    view = strategy.view
     shared, num_bytes = _shared(strategy, module)
-    kind = "silos" if rounds.population.silos is not None else "simulated clients"
-    works = [rounds.work.for_phase(phase) for phase in strategy.algorithm.phases()]
+    kind = "silos" if view.population.silos is not None else "simulated clients"
+    works = [view.max_work.for_phase(phase) for phase in strategy.algorithm.phases()]
     amounts = [f"{w.epochs} local epochs" if w.steps is None else f"{w.steps} steps" for w in works]
     work = ", then ".join(amounts)
-    work = work if rounds.participation.is_even else f"at most {work}"
+    work = work if view.participation.is_even else f"at most {work}"
     table = Table("what", "value", title="A round of this run, without training")
     for what, value in {
         "algorithm": repr(strategy.algorithm),
-        "clients": f"{len(rounds.population):,} {kind}, {rounds.planner.draws.sampling.size:,g} in a round",
+        "clients": f"{len(view.population):,} {kind}, {view.expected_cohort_size:,g} in a round",
         "cohort": repr(strategy.cohort),
         "weighting": strategy.weighting,
         "a client trains": f"{work}, optimizer state: {strategy.client_optimizer}",
@@ -79,11 +79,9 @@ def _shared(strategy: FederatedStrategy, module: nn.Module) -> tuple[int, int]:
 
 
 def _placement(strategy: FederatedStrategy) -> Table:
-    rounds, size = strategy.active_rounds, strategy.federation.size
+    view = strategy.view
     table = Table("rank", "clients", "who", title="The first round's cohort")
-    for rank, clients in enumerate(
-        rounds.population.place(rounds.plan.cohort, size, rounds.at_home, rounds.planned.works)
-    ):
+    for rank, clients in enumerate(view.place(view.cohort)):
         who = ", ".join(map(str, clients[:12])) + (", ..." if len(clients) > 12 else "")
         table.add_row(str(rank), str(len(clients)), who)
     return table

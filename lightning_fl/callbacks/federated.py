@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import lightning as L
 
 from lightning_fl.data.client_loaders import ClientLoaders
+from lightning_fl.strategies.round_view import RoundView
 from lightning_fl.types import Aggregate, ClientId, LocalRun, Update
 
 
@@ -15,7 +16,13 @@ class FederatedCallback(L.Callback):
     """A Lightning callback with hooks for rounds and clients; override what you need.
 
     The client hooks run on the rank that trains the client, the round hooks on every rank. What they are given must
-    not be changed in place.
+    not be changed in place. Each hook gets, as ``view``, what it may know and do of the round; a hook of yours that has
+    no parameter of that name is called without.
+
+    Example:
+        >>> class Cohorts(FederatedCallback):
+        ...     def on_round_start(self, trainer, module, round, cohort, view):
+        ...         print(f"round {round}: {len(view.clients)} of {len(cohort)} clients on rank {view.group.rank}")
     """
 
     keeps_client_state: ClassVar[bool] = False
@@ -32,11 +39,11 @@ class FederatedCallback(L.Callback):
         return step(*args, **kwargs)
 
     def on_round_start(
-        self, trainer: L.Trainer, module: L.LightningModule, round: int, cohort: Sequence[ClientId]
+        self, trainer: L.Trainer, module: L.LightningModule, round: int, cohort: Sequence[ClientId], view: RoundView
     ) -> None:
         """A round begins with the clients ``cohort``."""
 
-    def on_client_start(self, trainer: L.Trainer, module: L.LightningModule, client: ClientId) -> None:
+    def on_client_start(self, trainer: L.Trainer, module: L.LightningModule, client: ClientId, view: RoundView) -> None:
         """A client begins its local training; the module holds what it starts from."""
 
     def on_client_end(
@@ -46,8 +53,19 @@ class FederatedCallback(L.Callback):
         client: ClientId,
         run: LocalRun,
         update: Update | None,
+        view: RoundView,
     ) -> None:
         """A client has finished; ``update`` is None if it was refused for NaN or Inf."""
 
-    def on_aggregate_end(self, trainer: L.Trainer, module: L.LightningModule, aggregate: Aggregate) -> None:
+    def on_group_end(
+        self, trainer: L.Trainer, module: L.LightningModule, clients: Sequence[ClientId], view: RoundView
+    ) -> None:
+        """A client group has finished: one client, or several that have trained side by side.
+
+        Unlike the hooks for single clients, this one lets clients train side by side.
+        """
+
+    def on_aggregate_end(
+        self, trainer: L.Trainer, module: L.LightningModule, aggregate: Aggregate, view: RoundView
+    ) -> None:
         """The round is aggregated, and the module holds the new global model."""

@@ -11,13 +11,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_fl.communication import Message
 from lightning_fl.data.client_loaders import ClientLoaders, count_batches
 from lightning_fl.engines.tensors import clones, load
-from lightning_fl.federation.report_masking import forbid_client_disclosure
 from lightning_fl.seeding import ClientRandomness, derive_seed, isolated_randomness
 from lightning_fl.strategies import FederatedStrategy
-from lightning_fl.strategies.driver import RoundDriver
 from lightning_fl.strategies.internals import log_to_loggers
 from lightning_fl.strategies.out_of_loop import train_out_of_loop, validate_out_of_loop
-from lightning_fl.tree import move
+from lightning_fl.strategies.round_view import RoundView, personal_tensors
+from lightning_fl.strategies.validation import forbid_client_disclosure
 from lightning_fl.types import ClientId, Tree
 
 
@@ -119,32 +118,31 @@ class PersonalizedEvaluation(L.Callback):
 
     def _evaluate(self, trainer: L.Trainer) -> None:
         strategy: Any = trainer.strategy
-        rounds: RoundDriver = strategy.active_rounds
-        ids = [client for client in rounds.population.ids if client in self._loaders]
-        placed = rounds.population.place(ids, strategy.federation.size, at_home=True)
+        view: RoundView = strategy.view
+        ids = [client for client in view.population.ids if client in self._loaders]
+        placed = view.place(ids, sticky=True)
         with strategy.local_phase():
             own = []
             for client in placed[strategy.federation.rank]:
-                with isolated_randomness(rounds.settings.seed, len(rounds.history), client, "evaluation"):
+                with isolated_randomness(view.settings.seed, len(view.history), client, "evaluation"):
                     own.append((client, *self._evaluate_client(trainer, client)))
         told = strategy.federation.all_gather(Message({"clients": own}), "evaluation of the clients")
         found = {client: rest for message in told for client, *rest in message.fields["clients"]}
-        self.metrics = {client: found[client][0] for client in rounds.population.ids if client in found}
+        self.metrics = {client: found[client][0] for client in view.population.ids if client in found}
         self.num_examples = {client: found[client][1] for client in self.metrics}
 
     def _evaluate_client(self, trainer: L.Trainer, client: ClientId) -> tuple[dict[str, dict[str, float]], int]:
         module, strategy = trainer.lightning_module, trainer.strategy
         assert isinstance(strategy, FederatedStrategy)
-        rounds = strategy.active_rounds
-        assert rounds.engine is not None
-        loader, tensors = self._loader(trainer, client), rounds.engine.tensors.all
-        before, kept = clones(tensors), move(rounds.store.get(client) or {}, module.device).get("personal", {})
+        view = strategy.view
+        loader, tensors = self._loader(trainer, client), view.tensors
+        before, personal = clones(tensors), personal_tensors(view, client, module.device)
         num_passes = self.local_epochs
         if num_passes is None:
-            num_passes = _num_passes(rounds, client)
-        finetune_epochs = self.finetune_epochs if self.finetune_epochs is not None else int(not kept)
+            num_passes = _num_passes(view, client)
+        finetune_epochs = self.finetune_epochs if self.finetune_epochs is not None else int(not personal)
         starts: dict[str, tuple[Tree, int]] = {"global": (before, 0)}
-        starts["personalized"] = {**before, **kept}, finetune_epochs
+        starts["personalized"] = {**before, **personal}, finetune_epochs
         if num_passes:
             starts["local"] = {name: self._first[name].to(module.device) for name in before}, num_passes
         metrics: dict[str, dict[str, float]] = {}
@@ -152,20 +150,19 @@ class PersonalizedEvaluation(L.Callback):
             for kind, (start, num_epochs) in starts.items():
                 load(tensors, start)
                 if num_epochs:
-                    self._train(trainer, rounds, client, num_epochs)
+                    self._train(trainer, view, client, num_epochs)
                 metrics[kind], num_examples = validate_out_of_loop(trainer, loader)
         finally:
             load(tensors, before)
         return metrics, num_examples
 
-    def _train(self, trainer: L.Trainer, rounds: RoundDriver, client: ClientId, num_epochs: int) -> None:
-        assert rounds.engine is not None
-        randomness, seed = ClientRandomness(), rounds.settings.seed
-        loader = rounds.population.loaders[client]
-        randomness.enter(seed, len(rounds.history), client, "evaluation")
-        randomness.seed_loader(loader, derive_seed(seed, len(rounds.history), "evaluation loader", client))
+    def _train(self, trainer: L.Trainer, view: RoundView, client: ClientId, num_epochs: int) -> None:
+        randomness, seed = ClientRandomness(), view.settings.seed
+        loader = view.population.loaders[client]
+        randomness.enter(seed, len(view.history), client, "evaluation")
+        randomness.seed_loader(loader, derive_seed(seed, len(view.history), "evaluation loader", client))
         try:
-            with rounds.engine.optimizers.aside() as optimizer:
+            with view.trainer.optimizers.borrowed_optimizer() as optimizer:
                 train_out_of_loop(trainer, loader, optimizer, num_epochs)
         finally:
             randomness.exit()
@@ -176,7 +173,7 @@ class PersonalizedEvaluation(L.Callback):
                 f"PersonalizedEvaluation evaluates the clients of a federation, but the strategy is "
                 f"{type(trainer.strategy).__name__}. Choose a federated one, such as Trainer(strategy='fedavg')."
             )
-        forbid_client_disclosure("PersonalizedEvaluation", trainer.strategy.active_rounds.settings)
+        forbid_client_disclosure("PersonalizedEvaluation", trainer.strategy.view.settings)
         if getattr(type(module), "validation_step", None) is L.LightningModule.validation_step:
             raise MisconfigurationException("PersonalizedEvaluation calls `validation_step`, which the module lacks.")
         trains = self.finetune_epochs != 0 or self.local_epochs != 0
@@ -188,7 +185,7 @@ class PersonalizedEvaluation(L.Callback):
 
     def _find_loaders(self, trainer: L.Trainer) -> Mapping[ClientId, Any]:
         strategy: Any = trainer.strategy
-        population = strategy.active_rounds.population
+        population = strategy.view.population
         loaders: Mapping[ClientId, Any] = self.val or {}
         if self.val is None and population.silos is not None:
             return dict.fromkeys(population.ids)
@@ -211,10 +208,10 @@ class PersonalizedEvaluation(L.Callback):
         return own[0] if isinstance(own, list | tuple) and len(own) == 1 else own or ()
 
 
-def _num_passes(rounds: RoundDriver, client: ClientId) -> int:
+def _num_passes(view: RoundView, client: ClientId) -> int:
     """Passes over its data that a client makes that takes part in all rounds so far."""
-    work = rounds.work
+    work = view.max_work
     if work.steps is None:
-        return len(rounds.history) * work.epochs
-    num_batches = count_batches(rounds.population.loaders[client]) or 1
-    return max(1, round(len(rounds.history) * work.steps * work.accumulate / num_batches))
+        return len(view.history) * work.epochs
+    num_batches = count_batches(view.population.loaders[client]) or 1
+    return max(1, round(len(view.history) * work.steps * work.accumulate / num_batches))

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextCol
 from rich.text import Text
 
 from lightning_fl.callbacks.federated import FederatedCallback
-from lightning_fl.strategies import FederatedStrategy
+from lightning_fl.strategies.round_view import RoundView
 from lightning_fl.types import Aggregate, ClientId
 
 MAX_LINES = 20
@@ -60,26 +60,22 @@ class FederatedProgressBar(ProgressBar, FederatedCallback):
             self._bars = _Bars(self.console, self._num_rounds, trainer.current_epoch)
 
     def on_round_start(
-        self, trainer: L.Trainer, module: L.LightningModule, round: int, cohort: Sequence[ClientId]
+        self, trainer: L.Trainer, module: L.LightningModule, round: int, cohort: Sequence[ClientId], view: RoundView
     ) -> None:
         """Begins the cohort's bar."""
-        if self._bars is not None and isinstance(trainer.strategy, FederatedStrategy):
-            num_here = sum(map(len, trainer.strategy.active_rounds.plan.units))
-            self._bars.begin_cohort(num_here, len(cohort))
+        if self._bars is not None:
+            self._bars.begin_cohort(len(view.clients), len(cohort))
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    def on_group_end(
+        self, trainer: L.Trainer, module: L.LightningModule, clients: Sequence[ClientId], view: RoundView
     ) -> None:
-        """Moves the cohort's bar on by the clients whose last batch it was."""
-        if self._bars is None or not isinstance(trainer.strategy, FederatedStrategy):
-            return
-        plan = trainer.strategy.active_rounds.plan
-        if not plan.is_empty(batch_idx):
-            place = plan.locate(batch_idx)
-            if place.ends_client and not place.ends_round:
-                self._bars.end_clients(len(plan.units[place.client]))
+        """Moves the cohort's bar on by the clients that have finished."""
+        if self._bars is not None:
+            self._bars.end_clients(len(clients))
 
-    def on_aggregate_end(self, trainer: L.Trainer, module: L.LightningModule, aggregate: Aggregate) -> None:
+    def on_aggregate_end(
+        self, trainer: L.Trainer, module: L.LightningModule, aggregate: Aggregate, view: RoundView
+    ) -> None:
         """The cohort is done; the global model is about to be validated."""
         if self._bars is not None:
             self._bars.end_cohort("validation")

@@ -20,7 +20,6 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_fl.federation.report_masking import hides_silos
 from lightning_fl.strategies import FederatedStrategy
 from lightning_fl.tracking import loggers
 from lightning_fl.tracking.partition import summarise
@@ -70,7 +69,7 @@ class RunRecord(L.Callback):
         settings = describe_settings(trainer)
         summary = None
         if isinstance(strategy, FederatedStrategy):
-            population, hides = strategy.active_rounds.population, hides_silos(strategy.active_rounds.settings)
+            population, hides = strategy.view.population, strategy.view.settings.hides_silos
             if population.silos is None or (strategy.weighting == "examples" and not hides):
                 summary = summarise(population, strategy.federation, MAX_CLIENTS, share_labels=False)
         self._facts = {
@@ -160,8 +159,8 @@ def describe_settings(trainer: L.Trainer) -> dict[str, str]:
     strategy = trainer.strategy
     settings = {}
     if isinstance(strategy, FederatedStrategy):
-        algorithm, rounds = strategy.algorithm, strategy.active_rounds
-        kind = "simulated" if rounds.population.silos is None else "silos"
+        algorithm, view = strategy.algorithm, strategy.view
+        kind = "simulated" if view.population.silos is None else "silos"
         names = [name for name in inspect.signature(FederatedStrategy).parameters if hasattr(strategy, name)]
         given = {name: getattr(strategy, name) for name in names}
         settings = {name: _text(value) for name, value in given.items() if value not in (None, (), [])}
@@ -171,13 +170,13 @@ def describe_settings(trainer: L.Trainer) -> dict[str, str]:
         settings.update(
             algorithm=repr(algorithm),
             clients=kind,
-            num_clients=str(len(rounds.population)),
-            clients_per_round=str(len(rounds.plan.cohort)),
+            num_clients=str(len(view.population)),
+            clients_per_round=str(len(view.cohort)),
             ranks=str(strategy.federation.size),
-            seed=str(rounds.settings.seed),
+            seed=str(view.settings.seed),
         )
         if strategy.local_steps is None:
-            settings["local_epochs"] = str(rounds.work.epochs)
+            settings["local_epochs"] = str(view.max_work.epochs)
     else:
         settings["strategy"] = type(strategy).__name__
     data = getattr(trainer, "datamodule", None)

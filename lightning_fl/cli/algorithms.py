@@ -1,6 +1,6 @@
-"""Lists the algorithms: what each takes, what server and clients keep, what is sent besides the model.
+"""Lists the algorithms: their settings, the state that server and clients keep, and what is sent besides the model.
 
-With a name it shows that algorithm's documentation and how to choose it in YAML.
+With a name it shows that algorithm's documentation and how to select it in YAML.
 
 Examples:
   lightning-fl algorithms
@@ -25,11 +25,11 @@ EXAMPLE = {"weight": torch.zeros(10, 10)}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's own options."""
-    parser.add_argument("name", nargs="?", help="show this one in full")
+    parser.add_argument("name", nargs="?", help="show this algorithm in full")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints all algorithms, or one."""
+    """Prints all algorithms, or one in full."""
     if args.name is None:
         _show_all()
     else:
@@ -44,11 +44,11 @@ def _show_all() -> None:
             "the server keeps": server_keeps(algorithm),
             "a client keeps": "state (d)" if algorithm.keeps_client_state else "",
             "sent besides": sent(algorithm),
-            "a client weighs": "by its examples" if algorithm.weighting == "examples" else "as much as any other",
+            "client weight": "its number of examples" if algorithm.weighting == "examples" else "the same for all",
         }
         print(f"{name}: {what(algorithm)}")
         print("".join(f"    {label}: {value}\n" for label, value in facts.items() if value))
-    print("d: as large as the shared parameters. All send the model down and a change of it up, d each.")
+    print("d: the size of the shared parameters. Every algorithm also sends the model down and its update up, d each.")
 
 
 def _show_one(algorithm: Algorithm, name: str) -> None:
@@ -78,7 +78,7 @@ def settings(algorithm: Algorithm) -> str:
 
 
 def server_keeps(algorithm: Algorithm) -> str:
-    """What the server keeps between rounds besides the model, as its state says before the first round."""
+    """What the server keeps between rounds besides the model, according to its initial state."""
     state = algorithm.server_init(EXAMPLE, 10)
     return ", ".join(f"{key.replace('_', ' ')}{_size(value)}" for key, value in state.items() if key != "params")
 
@@ -89,7 +89,7 @@ def sent(algorithm: Algorithm) -> str:
 
 
 def _size(value: Any) -> str:
-    """How large a state is beside the parameters; nothing if that shows only later."""
+    """The size of a state in units of the parameters (``d``); empty if it is not known before training."""
     if isinstance(value, torch.Tensor):
         value = {"": value}
     total = sum(tensor.numel() for tensor in value.values()) if isinstance(value, Mapping) else 1

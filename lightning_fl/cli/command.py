@@ -1,6 +1,6 @@
-"""The commands beside LightningCLI's: one module each, with ``add_arguments(parser)`` and ``run(args)``.
+"""How a module becomes a command: it defines ``add_arguments(parser)`` and ``run(args)``.
 
-A module's docstring is its help: the first paragraph says what the command does, the rest shows an example.
+Its docstring is the command's help: the first paragraph says what the command does, the rest shows examples.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ USER_ERRORS: tuple[type[Exception], ...] = (MisconfigurationException, ValueErro
 
 
 def fail(message: object) -> SystemExit:
-    """Tells the user in one line what is wrong, on the first rank; to be raised."""
+    """Prints a one-line error on rank 0 and returns the exception to raise, which ends the process with code 2."""
     if os.environ.get("RANK", "0") == "0":
         print(f"{PROGRAM}: error: {message}", file=sys.stderr)
     return SystemExit(2)
 
 
 def command(module: ModuleType) -> Callable[[Sequence[str]], None]:
-    """Makes a command of a module, which is called with the words after the command's name.
+    """Makes a command of a module: a function of the arguments after the command's name.
 
-    What goes wrong for the user's part (``ValueError``, ``OSError``, a missing extra, a wrong configuration) ends in
-    one line. A command with ``SETS_UP_A_RUN`` takes the options of ``fit`` too, and shows where the user's own code
-    raises an error.
+    User errors (``ValueError``, ``OSError``, a missing extra, a wrong configuration) end in one line instead of a
+    traceback. A command with ``SETS_UP_A_RUN`` also accepts the options of ``fit``.
     """
     sets_up_a_run = getattr(module, "SETS_UP_A_RUN", False)
+    # Such a command runs the user's module and datamodule: an error in those needs its traceback.
     errors = (MisconfigurationException,) if sets_up_a_run else USER_ERRORS
 
     def run(words: Sequence[str]) -> None:

@@ -1,7 +1,7 @@
 """Compares runs: a table, and the curves of a metric over the rounds.
 
-A run is the folder that `lightning-fl fit` has written, such as logs/digits_fedavg/version_0; of a folder that holds
-several runs the last is taken. A centralised run (--trainer.strategy auto) is compared epoch by round.
+A run is the folder that `lightning-fl fit` has written, such as logs/digits_fedavg/version_0; in a folder of several
+runs, the last one counts. An epoch of a centralised run (--trainer.strategy auto) is compared with a round.
 
 Examples:
   lightning-fl compare logs/fedavg logs/fedprox logs/central
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's own options."""
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the folders of the runs")
     parser.add_argument("--metric", help="what to compare (default: validation accuracy if there is one, else loss)")
-    parser.add_argument("--target", type=float, help="also tell in which round the metric first reached this")
+    parser.add_argument("--target", type=float, help="also show the round in which the metric first reached this")
     parser.add_argument("--out", type=Path, default=Path("compare.png"), help="the picture (default: %(default)s)")
 
 
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def short_names(runs: Sequence[Run]) -> list[str]:
-    """The runs' folders without the part that all share, and without a version that all have."""
+    """The runs' folders without the part that they share, and without the version if the rest is unique."""
     paths = [one.path.resolve() for one in runs]
     shared = Path(os.path.commonpath(paths)) if len(set(paths)) > 1 else paths[0].parent.parent
     names = [str(path.relative_to(shared)) for path in paths]
@@ -66,7 +66,7 @@ def short_names(runs: Sequence[Run]) -> list[str]:
 
 
 def print_table(runs: Sequence[Run], names: Sequence[str], metric: str, target: float | None, console: Console) -> None:
-    """Prints a row for each run."""
+    """Prints a row per run."""
     is_higher = is_higher_better(metric)
     columns: dict[str, list[str]] = {"run": list(names), "algorithm": [_algorithm(one) for one in runs]}
     columns["rounds"] = [str(len(one.rounds)) for one in runs]
@@ -111,7 +111,7 @@ def _reached(run: Run, metric: str, target: float, is_higher: bool) -> str:
 
 
 def print_differences(runs: Sequence[Run], names: Sequence[str], console: Console) -> None:
-    """Prints the settings in which the runs differ; what only some have, such as a federation's, counts among those."""
+    """Prints the settings that differ between runs that have them; a centralised run lacks those of a federation."""
     keys = dict.fromkeys(key for one in runs for key in one.settings)
     found = {key: {one.settings[key] for one in runs if key in one.settings} for key in keys}
     differing = [key for key, values in found.items() if len(values) > 1]

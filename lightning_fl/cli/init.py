@@ -1,6 +1,6 @@
-"""Writes a first project that runs as it is: a module, a datamodule with a small CSV file, YAML, a script for silos.
+"""Writes a first project that runs at once: a module, a datamodule with a small CSV file, YAML, a script for silos.
 
-Change it piece by piece into your own; README.md in it says how.
+Change it piece by piece into your own; its README.md says how.
 
 Examples:
   lightning-fl init first_federation
@@ -17,7 +17,7 @@ import numpy as np
 
 STARTER = Path(__file__).parent / "starter"
 SITES = {"north": (240, 0.15, 0.0), "east": (120, 0.35, 0.4), "south": (90, 0.6, 0.8), "west": (60, 0.85, 1.2)}
-"""Of each site: examples, share of failures, shift of its sensors."""
+"""For each site: number of examples, share of failures, offset of its sensors."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Writes the files, and none of them if one is there already."""
+    """Writes the files, or none of them if one already exists."""
     files = {path.name: path.read_text() for path in sorted(STARTER.iterdir()) if path.is_file()}
     files["readings.csv"] = readings()
     there = [name for name in files if (args.directory / name).exists()]
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def readings() -> str:
-    """Made-up readings of machines at four sites, whose sensors and failures differ; the same at every call."""
+    """Synthetic readings of machines at four sites whose sensors and failure rates differ; the same at every call."""
     rng = np.random.default_rng(0)
     lines = ["site,temperature,vibration,pressure,current,failed"]
     for site, (count, share, shift) in SITES.items():

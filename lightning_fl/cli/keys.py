@@ -1,7 +1,7 @@
-"""Makes and shows a silo's identity for secure aggregation, and adds those of other silos to whom it trusts.
+"""Creates and shows a silo's identity for secure aggregation, and marks those of other silos as trusted.
 
-Each silo makes an identity once and sends its identity.pub to the others. Compare the fingerprints by telephone before
-you trust a key. `trust` takes files, or a line of such a file in quotes.
+Each silo creates an identity once and sends its identity.pub to the others. Compare fingerprints by telephone before
+you trust a key. `trust` accepts files, or a line of such a file in quotes.
 
 Examples:
   lightning-fl keys create keys/silo0 --name hospital-a
@@ -20,17 +20,17 @@ from lightning_fl.privacy.secagg.keys import PREFIX, KeyFolder, PublicIdentity
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's own options."""
     commands = parser.add_subparsers(dest="action", required=True)
-    create = commands.add_parser("create", help="make an identity")
-    show = commands.add_parser("show", help="print the public key and whom it trusts")
-    trust = commands.add_parser("trust", help="add public keys of other silos to those trusted")
+    create = commands.add_parser("create", help="create an identity")
+    show = commands.add_parser("show", help="print the public key and the trusted ones")
+    trust = commands.add_parser("trust", help="trust public keys of other silos")
     for action in (create, show, trust):
-        action.add_argument("folder", type=Path, help="where the silo's keys lie")
-    create.add_argument("--name", default="", help="what people call the silo")
+        action.add_argument("folder", type=Path, help="the folder of the silo's keys")
+    create.add_argument("--name", default="", help="a name of the silo for people to read")
     trust.add_argument("public", nargs="+", help="an identity.pub of another silo, or its line in quotes")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Creates, shows or trusts."""
+    """Creates, shows or trusts identities."""
     folder = KeyFolder(args.folder)
     if args.action == "create":
         print(_described(folder.create(args.name)))

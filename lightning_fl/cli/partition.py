@@ -1,7 +1,8 @@
 """Shows who has what before training: the clients, their sizes and labels, and how much they differ.
 
-It takes the configuration and options of `lightning-fl fit`, sets the run up as `fit` would and stops before training.
-Labels are read from the data set's `targets` or `labels`, the last tensor of a TensorDataset, or else sample by sample.
+It takes the configuration and options of `lightning-fl fit`, sets the run up as `fit` would, and stops before training.
+Labels come from the data set's `targets` or `labels` or the last tensor of a TensorDataset; otherwise every sample is
+read.
 
 Examples:
   lightning-fl partition --config config.yaml
@@ -12,6 +13,7 @@ Examples:
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.table import Table
 
-from lightning_fl.federation.report_masking import forbid_client_disclosure
+from lightning_fl.cli.lightning_cli import FederatedCLI
 from lightning_fl.strategies import FederatedStrategy
+from lightning_fl.strategies.validation import forbid_client_disclosure
 from lightning_fl.tracking import PartitionSummary, plots, summarise
 
 SETS_UP_A_RUN = True
@@ -34,32 +37,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "lightning-fl partition --config CONFIG [any option of fit] [--out PNG] [--max-clients N]"
     parser.add_argument("--config", action="append", metavar="CONFIG", help="a configuration as for `fit`")
     parser.add_argument("--out", type=Path, default=Path("partition.png"), help="the picture (default: %(default)s)")
-    parser.add_argument("--max-clients", type=int, default=1000, help="look at so many at most (default: %(default)s)")
+    parser.add_argument(
+        "--max-clients", type=int, default=1000, help="look at no more than this many (default: %(default)s)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Prints the table and writes the picture."""
-    from lightning_fl.cli import FederatedCLI
-
     if args.max_clients < 1:
         raise MisconfigurationException(f"--max-clients {args.max_clients} must be at least 1.")
     look = LookAtPartition(args.max_clients)
-
-    class PartitionCLI(FederatedCLI):
-        """Sets up a run and looks at its clients instead of training them."""
-
-        def before_fit(self) -> None:
-            if not isinstance(self.trainer.strategy, FederatedStrategy):
-                raise MisconfigurationException(
-                    f"A partition is between clients, but the strategy is {type(self.trainer.strategy).__name__}. "
-                    "Add --trainer.strategy fedavg."
-                )
-            self.trainer.num_sanity_val_steps = 0
-            self.trainer.loggers = []
-            self.trainer.callbacks = [look]  # type: ignore[attr-defined]
-
     configs = [word for config in args.config or () for word in ("--config", config)]
-    PartitionCLI(["fit", *configs, *args.rest])
+    PartitionCLI(["fit", *configs, *args.rest], look)
     if look.summary is None:
         return
     show(look.summary, Console())
@@ -71,11 +60,35 @@ def run(args: argparse.Namespace) -> None:
     print(f"picture: {args.out}")
 
 
-class LookAtPartition(L.Callback):
-    """Looks at the clients and stops the Trainer before the first batch.
+class PartitionCLI(FederatedCLI):
+    """Sets up a run and looks at its clients instead of training them.
 
     Args:
-        max_clients: Clients to look at.
+        args: The arguments of the command line.
+        look: The run's only callback.
+    """
+
+    def __init__(self, args: Sequence[str], look: LookAtPartition) -> None:
+        self.look = look  # LightningCLI runs `fit`, and so `before_fit`, in its constructor
+        super().__init__(args)
+
+    def before_fit(self) -> None:
+        """Takes out everything that would write files or validate."""
+        if not isinstance(self.trainer.strategy, FederatedStrategy):
+            raise MisconfigurationException(
+                f"A partition is between clients, but the strategy is {type(self.trainer.strategy).__name__}. "
+                "Add --trainer.strategy fedavg."
+            )
+        self.trainer.num_sanity_val_steps = 0
+        self.trainer.loggers = []
+        self.trainer.callbacks = [self.look]  # type: ignore[attr-defined]
+
+
+class LookAtPartition(L.Callback):
+    """Summarises the partition and stops the Trainer before the first batch.
+
+    Args:
+        max_clients: Number of clients to look at.
     """
 
     def __init__(self, max_clients: int) -> None:
@@ -83,18 +96,18 @@ class LookAtPartition(L.Callback):
         self.summary: PartitionSummary | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Looks at the clients."""
+        """Summarises the partition; a collective call, because silos each look at their own data."""
         trainer.should_stop = True
         assert isinstance(trainer.strategy, FederatedStrategy)
         strategy = trainer.strategy
-        if strategy.active_rounds.settings.silos:
-            forbid_client_disclosure("lightning-fl partition", strategy.active_rounds.settings)
-        found = summarise(strategy.active_rounds.population, strategy.federation, self.max_clients, read_samples=True)
+        if strategy.view.settings.silos:
+            forbid_client_disclosure("lightning-fl partition", strategy.view.settings)
+        found = summarise(strategy.view.population, strategy.federation, self.max_clients, read_samples=True)
         self.summary = found if trainer.is_global_zero else None
 
 
 def show(summary: PartitionSummary, console: Console) -> None:
-    """Prints who has what."""
+    """Prints the partition: a row per client, then the facts."""
     shows_labels = 0 < len(summary.labels) <= MAX_COLUMNS
     columns = list(summary.labels) if shows_labels else []
     console.print("Who has what: examples of each label" if shows_labels else "Who has what")
@@ -114,20 +127,20 @@ def show(summary: PartitionSummary, console: Console) -> None:
 
 
 def facts(summary: PartitionSummary) -> list[str]:
-    """Sizes and heterogeneity, in words."""
+    """Sizes and heterogeneity in words, one line each."""
     sizes = summary.known_sizes
     shown = "" if len(summary.ids) == summary.num_clients else f", {len(summary.ids):,} of them looked at"
     lines = [f"clients: {summary.num_clients:,}{shown}"]
     if sizes:
-        middle = sorted(sizes)[len(sizes) // 2]
-        lines.append(f"examples: {sum(sizes):,}; a client has {min(sizes):,} to {max(sizes):,}, the median {middle:,}")
+        median = sorted(sizes)[len(sizes) // 2]
+        lines.append(f"examples: {sum(sizes):,}; a client has {min(sizes):,} to {max(sizes):,}, the median {median:,}")
     empty = [str(client) for client, size in zip(summary.ids, summary.sizes, strict=True) if size == 0]
     if empty:
         lines.append(f"without examples: {', '.join(empty[:10])}{', ...' if len(empty) > 10 else ''}")
     if summary.label_skew is not None and summary.label_skew_if_iid is not None:
         lines.append(
             f"label skew: {summary.label_skew:.2f} (0: all have the same mix of labels, 1: none in common; "
-            f"dealt out at random it would be {summary.label_skew_if_iid:.2f})"
+            f"with labels drawn at random it would be {summary.label_skew_if_iid:.2f})"
         )
     else:
         lines.append("label skew: unknown, since the data holds no labels that can be counted")

@@ -8,8 +8,9 @@ Examples:
   lightning-fl privacy --noise-multiplier 1.0 --cohort 100 --clients 1000 --rounds 100
   lightning-fl privacy --noise-multiplier 1.1 --rate 0.0042666667 --steps 14062
 
-They tell what 100 rounds cost in which each of 1000 clients takes part with probability 0.1; how much noise lets them
-cost 8; what cohorts of exactly 100 clients cost; and what DP-SGD costs on 60000 examples with batches of about 256.
+The first gives the epsilon of 100 rounds in which each of 1000 clients takes part with probability 0.1; the second the
+noise for which that epsilon is 8; the third the epsilon with cohorts of exactly 100 clients; the fourth that of DP-SGD
+on 60000 examples with batches of about 256.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's own options."""
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--noise-multiplier", type=float, help="noise, relative to the clip norm")
-    what.add_argument("--epsilon", type=float, help="what all rounds together may cost")
+    what.add_argument("--epsilon", type=float, help="privacy budget for all rounds together")
     parser.add_argument("--rounds", "--steps", type=int, required=True, help="number of releases")
-    parser.add_argument("--rate", type=float, help="Poisson cohorts: the probability to take part")
+    parser.add_argument("--rate", type=float, help="Poisson cohorts: the probability of taking part")
     parser.add_argument("--cohort", type=int, help="fixed cohorts: clients in a round; needs --clients")
     parser.add_argument("--clients", type=int, help="clients in the federation")
     parser.add_argument("--delta", type=float, help="default: 1e-5, or clients ** -1.1 if that is less")
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints the setting and what it costs."""
+    """Prints the setting and its epsilon."""
     sampling = _sampling(args.rate, args.cohort, args.clients, args.local)
     delta = args.delta if args.delta is not None else min(1e-5, max(args.clients or 1, 1) ** -1.1)
     relation: Relation = "replace_one" if args.local else default_relation([(1.0, sampling, 1)])
@@ -61,7 +62,7 @@ def _sampling(rate: float | None, cohort: int | None, clients: int | None, local
     if cohort is None:
         return Full()
     if clients is None:
-        raise ValueError("--cohort needs --clients: a fixed cohort is drawn from so many")
+        raise ValueError("--cohort needs --clients, the number of clients from which a fixed cohort is drawn")
     return FixedSize(cohort, clients)
 
 

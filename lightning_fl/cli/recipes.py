@@ -1,4 +1,4 @@
-"""Lists the recipes that come with the package, shows one, or copies it to where you are.
+"""Lists the recipes that come with the package, shows one, or copies it to the current folder.
 
 A recipe is a YAML file for `lightning-fl fit`; its header holds the exact command, the number to expect and the time.
 
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def recipes_directory() -> Path:
-    """Where the recipes lie: in the installed package, or beside it in a checkout."""
+    """The folder of the recipes: inside an installed package, beside the package in a checkout."""
     package = Path(lightning_fl.__file__).parent
     return package / "recipes" if (package / "recipes").is_dir() else package.parent / "recipes"
 
@@ -54,10 +54,10 @@ def all_recipes() -> dict[str, Path]:
 
 
 def find_recipe(name: str) -> Path:
-    """The recipe of that name, with or without ``.yaml``.
+    """The recipe called ``name``, with or without ``.yaml``.
 
     Raises:
-        ValueError: If there is none; the message names the closest.
+        ValueError: If there is none; the message suggests the closest name.
     """
     found = all_recipes()
     stem = Path(name).name.removesuffix(".yaml")
@@ -69,8 +69,8 @@ def find_recipe(name: str) -> Path:
 
 
 def list_recipes() -> None:
-    """Prints each recipe's name, what it is, what it takes and gives, and where it lies."""
+    """Prints each recipe's name, its title, the expected number and time from its header, and its path."""
     for name, path in all_recipes().items():
         header = [line.lstrip("# ") for line in path.read_text().splitlines() if line.startswith("#")]
-        told = [line for line in header if line.startswith(("expected:", "time:"))]
-        print("\n    ".join([name, header[0] if header else "", *told, str(path)]))
+        facts = [line for line in header if line.startswith(("expected:", "time:"))]
+        print("\n    ".join([name, header[0] if header else "", *facts, str(path)]))

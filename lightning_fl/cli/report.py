@@ -1,7 +1,7 @@
-"""Writes one HTML page about a run, which needs no other file and no network.
+"""Writes a self-contained HTML page about a run: it needs no other file and no network.
 
-A run is the folder that `lightning-fl fit` has written, such as logs/digits_fedavg/version_0; of a folder that holds
-several runs the last is taken. It can be called while the run goes on.
+A run is the folder that `lightning-fl fit` has written, such as logs/digits_fedavg/version_0; in a folder of several
+runs, the last one counts. The run may still be in progress.
 
 Examples:
   lightning-fl report logs/digits_fedavg/version_0

@@ -1,6 +1,6 @@
 """Who takes part: population, cohorts, placement on ranks, client states."""
 
-from lightning_fl.clients.cohorts import Cohort, Poisson, RoundRobin, Sampling, Uniform, cohort_size
+from lightning_fl.clients.cohorts import Cohort, CohortSampling, Poisson, RoundRobin, Sampling, Uniform, cohort_size
 from lightning_fl.clients.local_work import LocalWork
 from lightning_fl.clients.participation import Participation, ParticipationSampler
 from lightning_fl.clients.placement import place_at_home, place_by_size
@@ -18,6 +18,7 @@ __all__ = [
     "ClientRandomness",
     "ClientStore",
     "Cohort",
+    "CohortSampling",
     "LocalWork",
     "Participation",
     "ParticipationSampler",

@@ -50,12 +50,14 @@ def cohort_size(clients_per_round: ClientsPerRound, population: int) -> int:
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How a federation's cohorts are drawn, for whoever has to account for it.
+class CohortSampling:
+    """A description of how a federation draws its cohorts, as :meth:`Cohort.sampling` returns it.
+
+    Not to be confused with :class:`lightning_fl.privacy.Sampling`, which describes draws for privacy accounting.
 
     Args:
         kind: ``"full"``: all clients in each round; ``"fixed"``: a fixed number, uniformly without replacement;
-            ``"poisson"``: each client on its own with probability ``rate``; ``"other"``: anything else.
+            ``"poisson"``: each client independently with probability ``rate``; ``"other"``: anything else.
         num_clients: Number of clients in the federation.
         size: Clients in a round; the expected number for ``"poisson"``.
         rate: Share of the federation's clients in a round; for ``"poisson"`` and ``"fixed"`` each client's probability.
@@ -67,65 +69,73 @@ class Sampling:
     rate: float
 
 
-class Cohort(ABC):
-    """Draws the clients of each round: a frozen dataclass, and a function of the round and the randomness it is given.
+Sampling = CohortSampling
+"""The public name in ``fl.clients``."""
 
-    A cohort of your own overrides :meth:`draw`; its size is ``clients_per_round`` of the strategy.
+
+class Cohort(ABC):
+    """Draws the clients of each round, as a pure function of the round and the random generator it gets.
+
+    For a cohort of your own, derive a frozen dataclass and override :meth:`draw`. How many clients take part is the
+    strategy's ``clients_per_round``.
     """
 
     secure: bool = False
-    """Whether the randomness comes from the operating system; such cohorts do not repeat."""
+    """Whether to draw from the operating system's randomness; such cohorts cannot be reproduced."""
 
     def check(self, clients_per_round: ClientsPerRound) -> None:
-        """Makes sure that ``clients_per_round`` of the strategy fits.
+        """Makes sure that the strategy's ``clients_per_round`` fits this cohort.
 
         Raises:
-            ValueError: If it would be ignored, or is missing.
+            ValueError: If it is missing, or would be ignored.
         """
         if clients_per_round is None:
             raise ValueError(f"cohort={self!r} needs clients_per_round: a count such as 10, or a share such as 0.1.")
 
-    def sampling(self, num_clients: int, clients_per_round: ClientsPerRound) -> Sampling:
+    def sampling(self, num_clients: int, clients_per_round: ClientsPerRound) -> CohortSampling:
         """Describes the cohorts of a federation with ``num_clients`` clients.
 
         Raises:
             ValueError: If ``clients_per_round`` does not fit the number of clients.
         """
         size = cohort_size(clients_per_round, num_clients)
-        return Sampling("full" if size == num_clients else "other", num_clients, size, size / num_clients)
+        return CohortSampling("full" if size == num_clients else "other", num_clients, size, size / num_clients)
 
-    def prepare(self, population: Population, sampling: Sampling) -> Any:
-        """What :meth:`draw` needs to know of the clients, worked out once.
+    def prepare(self, population: Population, sampling: CohortSampling) -> Any:
+        """Computes once what :meth:`draw` needs to know about the clients, such as their probabilities.
 
         Raises:
-            ValueError: If the clients do not fit.
+            ValueError: If this cohort cannot be drawn from these clients.
         """
         return None
 
     @abstractmethod
-    def draw(self, sampling: Sampling, round: int, rng: Randomness, prepared: Any) -> np.ndarray:
+    def draw(self, sampling: CohortSampling, round: int, rng: Randomness, prepared: Any) -> np.ndarray:
         """The positions of the round's clients in the order of all clients.
 
         Args:
             sampling: The number of clients and the size of the cohort.
             round: Number of the round, from 0.
-            rng: The only source of randomness: of (seed, round), or of the operating system.
-            prepared: What :meth:`prepare` gave.
+            rng: The only source of randomness: seeded by (seed, round), or the operating system's.
+            prepared: What :meth:`prepare` returned.
 
         Returns:
             Different integers in ``[0, num_clients)``, in any order: int64, shape ``[cohort_size]``.
         """
 
 
-def describe_sampling(cohort: Cohort, num_clients: int, clients_per_round: ClientsPerRound) -> Sampling:
-    """What a cohort says of itself, unless a subclass has changed how it draws and not what it says: then ``"other"``.
+def describe_sampling(cohort: Cohort, num_clients: int, clients_per_round: ClientsPerRound) -> CohortSampling:
+    """What a cohort says of how it draws, if that can be trusted; ``"other"`` if not.
+
+    A subclass that overrides ``draw`` but inherits ``sampling`` would claim its parent's distribution. Privacy
+    accounting on such a claim would be wrong, so the claim is dropped.
 
     Raises:
         ValueError: If ``clients_per_round`` does not fit the number of clients.
     """
     sampling = cohort.sampling(num_clients, clients_per_round)
-    first = next(kind for kind in type(cohort).__mro__ if not {"draw", "sampling"}.isdisjoint(vars(kind)))
-    if "sampling" in vars(first) or sampling.kind == "full":
+    most_derived = next(cls for cls in type(cohort).__mro__ if not {"draw", "sampling"}.isdisjoint(vars(cls)))
+    if "sampling" in vars(most_derived) or sampling.kind == "full":
         return sampling
     return replace(sampling, kind="other")
 
@@ -135,23 +145,24 @@ class Uniform(Cohort):
     """``clients_per_round`` clients, each subset equally likely: the default.
 
     Args:
-        secure: Whether to draw from the operating system's randomness, as differential privacy asks. Default False:
-            from (seed, round). A transform that needs it turns it on by itself. Such cohorts do not repeat.
+        secure: Whether to draw from the operating system's randomness, as differential privacy requires. Default
+            False: from (seed, round). A transform that needs it turns it on by itself. Such cohorts cannot be
+            reproduced.
     """
 
     secure: bool = False
 
     def check(self, clients_per_round: ClientsPerRound) -> None:
-        """See :meth:`Cohort.check`; None is all clients."""
+        """See :meth:`Cohort.check`; None stands for all clients."""
         if self.secure and clients_per_round is None:
             raise ValueError("cohort=Uniform(secure=True) draws nothing where all clients take part. Leave it out.")
 
-    def sampling(self, num_clients: int, clients_per_round: ClientsPerRound) -> Sampling:
+    def sampling(self, num_clients: int, clients_per_round: ClientsPerRound) -> CohortSampling:
         """See :meth:`Cohort.sampling`."""
         size = cohort_size(clients_per_round, num_clients)
-        return Sampling("full" if size == num_clients else "fixed", num_clients, size, size / num_clients)
+        return CohortSampling("full" if size == num_clients else "fixed", num_clients, size, size / num_clients)
 
-    def draw(self, sampling: Sampling, round: int, rng: Randomness, prepared: Any) -> np.ndarray:
+    def draw(self, sampling: CohortSampling, round: int, rng: Randomness, prepared: Any) -> np.ndarray:
         """See :meth:`Cohort.draw`."""
         if sampling.kind == "full":
             return np.arange(sampling.num_clients)
@@ -160,15 +171,15 @@ class Uniform(Cohort):
 
 @dataclass(frozen=True)
 class Poisson(Cohort):
-    r"""Each client takes part on its own with probability ``rate``: the sampling of differential privacy.
+    r"""Each client takes part independently with probability ``rate``: the sampling that differential privacy assumes.
 
     The number of clients in a round is :math:`\mathrm{Binomial}(n, q)`, with mean :math:`nq` and variance
-    :math:`nq(1-q)`. A round without any client leaves the model as it is, unless a transform adds noise to it.
+    :math:`nq(1-q)`. A round without clients does not change the model, unless a transform adds noise to it.
 
     Args:
         rate: The probability :math:`q`, in (0, 1].
         secure: Whether to draw from the operating system's randomness. Default False: from (seed, round). A transform
-            that needs it turns it on by itself. Such cohorts do not repeat.
+            that needs it turns it on by itself. Such cohorts cannot be reproduced.
 
     Raises:
         ValueError: If ``rate`` is out of range.
@@ -183,21 +194,23 @@ class Poisson(Cohort):
             raise ValueError(f"Poisson got rate={self.rate}; expected a probability in (0, 1].")
 
     def check(self, clients_per_round: ClientsPerRound) -> None:
-        """See :meth:`Cohort.check`; the rate alone tells how many."""
+        """See :meth:`Cohort.check`; the rate alone decides how many clients take part."""
         if clients_per_round is not None:
             raise ValueError(
                 f"cohort={self!r} draws a random number of clients, so clients_per_round={clients_per_round} would be "
                 "ignored. Leave it out; the share of clients in a round is `rate`."
             )
 
-    def sampling(self, num_clients: int, clients_per_round: ClientsPerRound) -> Sampling:
+    def sampling(self, num_clients: int, clients_per_round: ClientsPerRound) -> CohortSampling:
         """See :meth:`Cohort.sampling`."""
-        return Sampling("full" if self.rate == 1 else "poisson", num_clients, self.rate * num_clients, self.rate)
+        return CohortSampling("full" if self.rate == 1 else "poisson", num_clients, self.rate * num_clients, self.rate)
 
     def draw(self, sampling: Sampling, round: int, rng: Randomness, prepared: Any) -> np.ndarray:
-        """See :meth:`Cohort.draw`; the gaps between the clients drawn are geometric, so only those cost time."""
+        """See :meth:`Cohort.draw`."""
         if self.rate == 1:
             return np.arange(sampling.num_clients)
+        # The gaps between the clients drawn are geometric. Drawing gaps instead of one coin per client costs time in
+        # the size of the cohort, not of the population. One chunk almost always suffices.
         chunk = int(sampling.size + 5 * sampling.size**0.5) + 1
         drawn, last = [], -1.0
         while last < sampling.num_clients:
@@ -212,16 +225,19 @@ class Poisson(Cohort):
 class RoundRobin(Cohort):
     """Clients take turns in the order of their ids, ``clients_per_round`` at a time.
 
-    All of ``n`` clients have taken part after ``ceil(n / clients_per_round)`` rounds. Nothing is random.
+    All ``n`` clients have taken part after ``ceil(n / clients_per_round)`` rounds. Nothing is random.
     """
 
-    def draw(self, sampling: Sampling, round: int, rng: Randomness, prepared: Any) -> np.ndarray:
+    def draw(self, sampling: CohortSampling, round: int, rng: Randomness, prepared: Any) -> np.ndarray:
         """See :meth:`Cohort.draw`."""
         return (round * int(sampling.size) + np.arange(int(sampling.size))) % sampling.num_clients
 
 
 def describe(values: Any) -> str:
-    """A mapping in full if it is short, else by its length and a checksum, so that ranks can compare it."""
+    """A mapping in full if it is short, otherwise its length and a checksum.
+
+    Ranks compare the ``repr`` of their settings; a mapping of a million clients must not make it a long message.
+    """
     if not isinstance(values, Mapping) or len(values) <= 20:
         return repr(values)
     checksum = sum(crc32(repr(item).encode()) for item in values.items())

@@ -1,4 +1,4 @@
-"""Who takes part in each round, and how much each of them trains: the settings, and what is drawn from them."""
+"""Who takes part in each round and how much each client trains: the settings, and the draws made from them."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Participation:
 
     Args:
         cohort: Draws the clients of a round.
-        clients_per_round: How many: a count, a share, or None for what the cohort takes by itself.
+        clients_per_round: How many: a count, a share, or None for the cohort's own default.
         local_epochs: Passes of each client over its data.
         local_steps: Optimizer steps of each client instead of passes.
-        stragglers: Clients that do not finish.
+        stragglers: Which clients do not finish their work.
         secure: Whether cohorts are drawn from the operating system's randomness, even if ``cohort.secure`` is not set.
     """
 
@@ -39,23 +39,23 @@ class Participation:
     secure: bool = False
 
     def max_work(self, limit: int | float = 1.0) -> LocalWork:
-        """What the client that trains the most does in a round."""
+        """The largest amount of work that a client can do in a round."""
         amounts = (self.local_epochs, self.local_steps)
-        epochs, steps = (amount.most if isinstance(amount, Amount) else amount for amount in amounts)
+        epochs, steps = (amount.max_work if isinstance(amount, Amount) else amount for amount in amounts)
         return LocalWork(epochs or 1, steps, limit=limit)
 
     @property
     def is_even(self) -> bool:
-        """Whether all clients train equally much."""
+        """Whether all clients do the same amount of work."""
         amounts = (self.local_epochs, self.local_steps)
         return self.stragglers is None and not any(isinstance(amount, Amount) for amount in amounts)
 
 
 class ParticipationSampler:
-    """What is drawn for each round, alike on all ranks: a function of (seed, round), unless it has to be secure.
+    """Draws each round's cohort and local work, identically on all ranks.
 
-    A secure cohort is drawn on rank 0 from the operating system's randomness and told to the others. It is drawn once
-    a round, and anew when a run goes on from a checkpoint.
+    The draws are a function of (seed, round). A secure cohort is not: rank 0 draws it from the operating system's
+    randomness and broadcasts it. It is drawn once per round, and again when a run resumes from a checkpoint.
 
     Args:
         participation: The settings.
@@ -86,26 +86,23 @@ class ParticipationSampler:
         return is_random and (self.participation.secure or self.participation.cohort.secure)
 
     def cohort(self, round: int) -> list[ClientId]:
-        """The clients of a round in the order of all clients; with :attr:`is_secure` called on all ranks together."""
+        """The clients of a round, in the order of all clients; a collective call on all ranks if :attr:`is_secure`."""
         positions = self._secure_positions(round) if self.is_secure else self._positions(round)
         return [self.population.ids[position] for position in positions]
 
-    def works(self, round: int, cohort: list[ClientId], most: LocalWork) -> Mapping[ClientId, LocalWork]:
-        """How much each client of a cohort trains; stragglers that are dropped are left out.
-
-        Under secure participation a client's work does not depend on who else takes part: otherwise one client more
-        would change the updates of all others, and privacy by sampling would be lost.
+    def works(self, round: int, cohort: list[ClientId], max_work: LocalWork) -> Mapping[ClientId, LocalWork]:
+        """How much each client of a cohort trains; dropped stragglers are missing from the result.
 
         Args:
             round: Number of the round.
             cohort: The clients of the round.
-            most: What the client that trains the most does.
+            max_work: The largest amount of work that a client can do.
         """
-        settings, works = self.participation, dict.fromkeys(cohort, most)
+        settings, works = self.participation, dict.fromkeys(cohort, max_work)
         for name, amount in (("epochs", settings.local_epochs), ("steps", settings.local_steps)):
             if isinstance(amount, Amount):
                 drawn = self._each(cohort, round, "local work", amount.draw)
-                works = {client: replace(most, **{name: n}) for client, n in zip(cohort, drawn, strict=True)}
+                works = {client: replace(max_work, **{name: n}) for client, n in zip(cohort, drawn, strict=True)}
         if settings.stragglers is not None:
             stragglers = settings.stragglers
             parts = self._each(
@@ -121,7 +118,9 @@ class ParticipationSampler:
         purpose: str,
         draw: Callable[[list[ClientId], np.random.Generator], Sequence[Any]],
     ) -> list[Any]:
-        """One value for each client, drawn for the cohort as a whole, or for each alone if participation is secure."""
+        """One value per client, drawn for the whole cohort at once, or per client if participation is secure."""
+        # Amplification by sampling assumes that adding one client changes no other client's update. So under secure
+        # participation a client's work must not depend on who else takes part.
         if not (self.participation.secure or self.participation.cohort.secure):
             return list(draw(cohort, round_rng(self.seed, round, purpose)))
         seeds = [derive_seed(self.seed, round, purpose, client) for client in cohort]
@@ -130,7 +129,7 @@ class ParticipationSampler:
     def _positions(self, round: int, secure: bool = False) -> list[int]:
         rng = SystemRandomness() if secure else round_rng(self.seed, round, "cohort")
         drawn = np.unique(self.participation.cohort.draw(self.sampling, round, rng, self._prepared), return_counts=True)
-        positions, counts = drawn[0].tolist(), drawn[1]
+        positions, counts = drawn[0].tolist(), drawn[1]  # sorted, whatever the order of a user's cohort
         if positions and (counts.max() > 1 or positions[0] < 0 or positions[-1] >= len(self.population)):
             raise ValueError(
                 f"{self.participation.cohort!r} drew a client twice or one that does not exist in round {round}; "
@@ -139,8 +138,9 @@ class ParticipationSampler:
         return positions
 
     def _secure_positions(self, round: int) -> list[int]:
+        # Drawn once per round: a second call must give the same cohort.
         if self._secure_cohort is None or self._secure_cohort[0] != round:
-            own = self._positions(round, secure=True) if self.group.rank == 0 else []
-            told = self.group.broadcast_message(Message(tensors={"cohort": torch.tensor(own, dtype=torch.int64)}))
-            self._secure_cohort = round, told.tensors["cohort"].tolist()
+            drawn = self._positions(round, secure=True) if self.group.rank == 0 else []
+            message = Message(tensors={"cohort": torch.tensor(drawn, dtype=torch.int64)})
+            self._secure_cohort = round, self.group.broadcast_message(message).tensors["cohort"].tolist()
         return self._secure_cohort[1]

@@ -1,4 +1,4 @@
-"""All clients of a federation: their order, their data and where they are trained."""
+"""All clients of a federation: their order, their data and their placement on ranks."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Population:
     """The clients of a federation, in an order that is the same on every rank.
 
     Args:
-        loaders: The clients' data, as far as this rank has it.
-        silos: Number of silos, when each rank is one and holds only its own data; None in simulation.
+        loaders: The clients' loaders, as far as this rank holds their data.
+        silos: Number of silos if each rank is one and holds only its own data; None in simulation.
     """
 
     def __init__(self, loaders: ClientLoaders, silos: int | None = None) -> None:
@@ -31,7 +31,7 @@ class Population:
         return client in (self.ids if self._positions is None else self._positions)
 
     def position(self, client: ClientId) -> int:
-        """The client's place in the order of all clients."""
+        """The client's position in the order of all clients."""
         return self.ids.index(client) if self._positions is None else self._positions[client]
 
     def place(
@@ -41,13 +41,16 @@ class Population:
         at_home: bool,
         works: Mapping[ClientId, LocalWork] | None = None,
     ) -> list[list[ClientId]]:
-        """Tells which rank trains which client of the cohort.
+        """Decides which rank trains which client of the cohort.
 
         Args:
             cohort: The clients of the round.
             num_ranks: Number of ranks.
-            at_home: Whether clients keep state and so must train on their home rank.
-            works: How much each of them trains. None: one pass over its data.
+            at_home: Whether placement is sticky, because clients keep state on their home rank.
+            works: How much each client trains. None: one pass over its data.
+
+        Returns:
+            The clients of each rank.
         """
         if at_home or self.silos is not None:
             return place_at_home(cohort, self.position, num_ranks)
@@ -56,40 +59,42 @@ class Population:
         return place_by_size(cohort, lambda client: works[client].load(self._size(client)), num_ranks)
 
     def num_examples(self, client: ClientId, loader: Loader) -> int | None:
-        """Examples that one pass over the client's loader yields, or None if that shows only in training."""
-        told = self.loaders.num_examples(client)
-        return count_examples(loader) if told is None else told
+        """Examples that one pass over the client's loader yields, or None if that is unknown before training."""
+        declared = self.loaders.num_examples(client)
+        return count_examples(loader) if declared is None else declared
 
     def all_sizes(self) -> list[int] | None:
-        """The examples of each client in the order of ``ids``, or None if this rank can't tell beforehand."""
+        """Examples of each client in the order of ``ids``, or None if this rank can't know them before training."""
         if self.silos is not None:
             return None
         sizes: list[int] = []
         for client in self.ids:
-            told = self.loaders.num_examples(client)
-            size = count_examples(self.loaders[client]) if told is None else told
+            declared = self.loaders.num_examples(client)
+            size = count_examples(self.loaders[client]) if declared is None else declared
             if size is None:
                 return None
             sizes.append(size)
         return sizes
 
     def max_examples(self) -> int | None:
-        """The most examples of a client; None for silos, whose sizes are their own, and where sizes show only later."""
+        """Examples of the largest client; None for silos, whose sizes are private, and if a size is not declared."""
         if self.silos is not None:
             return None
-        told = [self.loaders.num_examples(client) for client in self.ids]
-        return None if None in told else max(told)  # type: ignore[type-var]
+        sizes = [self.loaders.num_examples(client) for client in self.ids]
+        return None if None in sizes else max(sizes)  # type: ignore[type-var]
 
     def _size(self, client: ClientId) -> float:
-        told = self.loaders.num_examples(client)
-        if told is not None:
-            return told
-        loader = self.loaders[client]
+        declared = self.loaders.num_examples(client)
+        if declared is not None:
+            return declared
+        loader = self.loaders[client]  # making a loader can be expensive, so only if nothing was declared
         return count_examples(loader) or count_batches(loader) or 1
 
 
 def _sorted(ids: Iterable[ClientId]) -> Sequence[ClientId]:
-    own = getattr(ids, "ids", None)
-    if isinstance(own, range) and own.step > 0:
-        return own
+    # A range is sorted already, and a million simulated clients stay a range instead of becoming a list.
+    declared = getattr(ids, "ids", None)
+    if isinstance(declared, range) and declared.step > 0:
+        return declared
+    # Numbers and names can't be compared with each other, so they are sorted by type first.
     return sorted(ids, key=lambda client: (type(client).__name__, client))

@@ -1,4 +1,4 @@
-"""Client states as files: immutable versions named by their content, and the checkpoints that need them."""
+"""Client states on disk: immutable, content-addressed versions, and the checkpoints that refer to them."""
 
 from __future__ import annotations
 
@@ -16,20 +16,22 @@ from torch import Tensor
 
 from lightning_fl.types import ClientId, State
 
+# Joins the names of nested mappings. Names of tensors contain dots, but not this control character.
 _SEPARATOR = "\x1f"
 Manifest = dict[ClientId, str]
-"""For each client with state, the name of its version."""
+"""The name of the version of each client that has a state."""
 
 
 class StateFiles:
     """A folder of client states.
 
-    A version is a safetensors file whose name is the digest of its content, so it never changes. A manifest names one
-    version of each client; each checkpoint names its manifests. What no checkpoint names is removed.
+    A version is a safetensors file named by the digest of its content, so it never changes: a checkpoint stays valid
+    while training goes on, and clients that did not train since cost no further space. A manifest lists one version of
+    each client; each checkpoint refers to its manifests. :meth:`collect` removes what no checkpoint refers to.
 
     Args:
-        root: The folder; made when first written to.
-        durable: Whether a file has reached the disk when it is written.
+        root: The folder; created at the first write.
+        durable: Whether to flush each file to the disk before going on. Checkpoints need it, scratch files do not.
     """
 
     def __init__(self, root: Path, durable: bool = True) -> None:
@@ -51,12 +53,12 @@ class StateFiles:
         """Reads a version.
 
         Raises:
-            FileNotFoundError: If it is not there.
+            FileNotFoundError: If there is no such file.
         """
         path = self._path(client, name)
         if not path.exists():
             raise FileNotFoundError(
-                f"The state of client {client!r} is not at {path}. Client states lie in the folder `client_states` "
+                f"The state of client {client!r} is not at {path}. Client states are in the folder `client_states` "
                 "beside the checkpoint; copy it along with the checkpoint."
             )
         return _unflatten(load(path.read_bytes()))
@@ -65,48 +67,50 @@ class StateFiles:
         """Removes a version."""
         self._path(client, name).unlink()
 
-    def take(self, client: ClientId, name: str, other: StateFiles) -> None:
-        """Takes over a version from another folder."""
+    def copy_from(self, other: StateFiles, client: ClientId, name: str) -> None:
+        """Copies a version from another folder, as a hard link if the file system allows it."""
         target = self._path(client, name)
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
                 os.link(other._path(client, name), target)
-            except FileExistsError:
+            except FileExistsError:  # another process was faster; the content is the same
                 return
-            except OSError:
+            except OSError:  # another file system, or one without hard links
                 shutil.copyfile(other._path(client, name), target)
 
     def write_manifest(self, manifest: Manifest) -> str:
         """Writes a manifest and returns its name."""
+        # Sorted, so that equal manifests have equal digests; by repr, because ids may be both numbers and strings.
         data = json.dumps(sorted(manifest.items(), key=repr)).encode()
         name = hashlib.blake2b(data, digest_size=16).hexdigest()
         _write(self.root / "manifests" / f"{name}.json", data)
         return name
 
     def read_manifest(self, name: str) -> Manifest | None:
-        """Reads a manifest, or gives None if it is not there."""
+        """Reads a manifest; None if there is no such file."""
         path = self.root / "manifests" / f"{name}.json"
         return dict(map(tuple, json.loads(path.read_text()))) if path.exists() else None
 
     def name(self, checkpoint: str, manifests: Iterable[str], also_old: bool) -> None:
-        """Notes which manifests a checkpoint needs.
+        """Records which manifests a checkpoint refers to.
 
         Args:
             checkpoint: File name of the checkpoint.
             manifests: Names of its manifests.
-            also_old: Whether those noted before stay, because the checkpoint is not yet written anew.
+            also_old: Whether to keep the manifests recorded before, because the checkpoint of the same name that needs
+                them has not been overwritten yet.
         """
         path = self.root / "checkpoints" / f"{checkpoint}.json"
         old = json.loads(path.read_text()) if also_old and path.exists() else []
         _write(path, json.dumps(sorted({*old, *manifests})).encode(), replace=True)
 
     def forget(self, checkpoint: str) -> None:
-        """Notes that a checkpoint is gone."""
+        """Records that a checkpoint was deleted."""
         (self.root / "checkpoints" / f"{checkpoint}.json").unlink(missing_ok=True)
 
     def collect(self) -> None:
-        """Removes manifests and versions that no checkpoint needs."""
+        """Garbage collection: removes manifests and versions that no checkpoint refers to."""
         named = {name for path in (self.root / "checkpoints").glob("*.json") for name in json.loads(path.read_text())}
         needed: set[Path] = set()
         for path in (self.root / "manifests").glob("*.json"):
@@ -123,6 +127,7 @@ class StateFiles:
                     path.parent.rmdir()
 
     def _path(self, client: ClientId, name: str) -> Path:
+        # The repr tells client 1 from client "1"; quoting makes any name one valid folder name.
         return self.root / "versions" / quote(repr(client), safe="") / f"{name}.safetensors"
 
 
@@ -130,6 +135,7 @@ def _write(path: Path, data: bytes, replace: bool = False, durable: bool = True)
     if path.exists() and not replace:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Renaming is atomic: a reader finds the whole file or none, even if this process is killed half way.
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
     try:
         with unfinished.open("wb") as file:

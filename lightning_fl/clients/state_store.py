@@ -1,4 +1,4 @@
-"""Where clients' states live between their rounds."""
+"""Storage of client states between rounds."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import shutil
 import tempfile
 import weakref
 from collections import OrderedDict
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from lightning_fl.clients.state_files import Manifest, StateFiles
+from lightning_fl.tree import leaves, num_bytes
 from lightning_fl.types import ClientId, State
 
 DEFAULT_MEMORY_LIMIT = 1 << 29
@@ -20,10 +19,13 @@ LEDGER = "ledger"
 
 
 class ClientStore:
-    """The states of this rank's clients: in memory up to a limit, beyond it on disk.
+    """The states of this rank's clients: in memory up to a limit, on disk beyond it.
+
+    A round's new states are staged first and replace the old ones in :meth:`commit`. So a round that fails, or is
+    repeated, leaves every client as it was.
 
     Args:
-        memory_limit: Bytes of states that stay in memory, those staged included; the least recently used ones go to a
+        memory_limit: Bytes of states to hold in memory, including staged ones; the least recently used states go to a
             temporary folder.
     """
 
@@ -48,33 +50,34 @@ class ClientStore:
         return state
 
     def put(self, client: ClientId, state: State) -> None:
-        """Keeps the client's next state."""
+        """Replaces the client's state."""
         self._drop(client)
         self._forget_file(client)
         self._keep(client, state)
 
     def stage(self, client: ClientId, state: State) -> None:
-        """Keeps the client's next state aside until :meth:`commit`."""
+        """Holds the client's next state back until :meth:`commit`."""
         if self._staged is None:
             self._staged = ClientStore(self.memory_limit)
         self._staged.put(client, state)
         self._make_room()
 
     def commit(self) -> None:
-        """The round is done: the staged states become those of their clients."""
+        """Ends a round: the staged states replace the clients' states."""
         staged, self._staged = self._staged, None
         if staged is not None:
             for client in staged.clients():
+                # Staged states hold no ledger: it was recorded directly during the round, and stays.
                 ledger = {name: value for name, value in (self.get(client) or {}).items() if name == LEDGER}
                 self.put(client, {**ledger, **(staged.get(client) or {})})
                 staged._drop(client)
 
     def record(self, client: ClientId, ledger: Tensor) -> None:
-        """Keeps what has been spent of the client's privacy: at once, whatever becomes of the round."""
+        """Stores a client's privacy ledger at once, not staged: what is spent stays spent if the round fails."""
         self.put(client, {**(self.get(client) or {}), LEDGER: ledger})
 
     def roll_back(self) -> None:
-        """The round is dropped, and the staged states with it."""
+        """Drops the round: the staged states are discarded."""
         self._staged = None
 
     def clients(self) -> list[ClientId]:
@@ -86,30 +89,30 @@ class ClientStore:
 
     @property
     def num_bytes_in_memory(self) -> int:
-        """Bytes of the states that are in memory, those staged included."""
+        """Bytes of the states in memory, including staged ones."""
         return self._num_bytes + (0 if self._staged is None else self._staged.num_bytes_in_memory)
 
     def save(self, files: StateFiles) -> Manifest:
-        """Makes sure that the folder holds the current state of each client, and names the versions."""
+        """Writes each client's current state to the folder, unless it is there, and returns the manifest."""
         for client in self.clients():
             if client not in self._files:
                 self._files[client] = files, files.write(client, self._loaded[client])
             elif self._files[client][0].root != files.root:
                 other, name = self._files[client]
-                files.take(client, name, other)
+                files.copy_from(other, client, name)
                 self._forget_file(client)
                 self._files[client] = files, name
         return {client: name for client, (_, name) in self._files.items()}
 
     def restore(self, files: StateFiles, manifest: Manifest) -> None:
-        """Goes back to saved states; they are read when they are asked for."""
+        """Goes back to saved states; each is read when it is first needed."""
         for client, name in manifest.items():
             self._drop(client)
             self._forget_file(client)
             self._files[client] = files, name
 
     def drop_entry(self, name: str) -> None:
-        """Takes an entry such as ``"optimizer"`` out of all states."""
+        """Removes an entry such as ``"optimizer"`` from all states."""
         for client in self.clients():
             state = self.get(client) or {}
             if name in state:
@@ -117,13 +120,14 @@ class ClientStore:
 
     def _keep(self, client: ClientId, state: State) -> None:
         self._loaded[client] = state
-        self._num_bytes += _num_bytes(state)
+        self._num_bytes += num_bytes(leaves(state))
         self._make_room()
 
     def _make_room(self) -> None:
+        # The last state stays even if it alone exceeds the limit: it is the one in use.
         while self.num_bytes_in_memory > self.memory_limit and len(self._loaded) > 1:
             oldest = next(iter(self._loaded))
-            if oldest not in self._files:
+            if oldest not in self._files:  # a state that a checkpoint has written need not be written again
                 scratch = self._scratch_files()
                 self._files[oldest] = scratch, scratch.write(oldest, self._loaded[oldest])
             self._drop(oldest)
@@ -143,11 +147,4 @@ class ClientStore:
     def _drop(self, client: ClientId) -> None:
         state = self._loaded.pop(client, None)
         if state is not None:
-            self._num_bytes -= _num_bytes(state)
-
-
-def _num_bytes(state: Mapping[str, Any]) -> int:
-    return sum(
-        value.numel() * value.element_size() if isinstance(value, Tensor) else _num_bytes(value)
-        for value in state.values()
-    )
+            self._num_bytes -= num_bytes(leaves(state))

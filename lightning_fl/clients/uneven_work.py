@@ -1,4 +1,4 @@
-"""Uneven work: how much each client trains in a round, and stragglers."""
+"""Uneven work: different amounts of local training, and stragglers."""
 
 from __future__ import annotations
 
@@ -15,41 +15,41 @@ from lightning_fl.types import ClientId
 
 
 class Amount(ABC):
-    """How many local epochs, or local steps, each client of a round trains; stands where a whole number may stand."""
+    """Local epochs or local steps that differ between clients; accepted wherever the strategy accepts a number."""
 
     @property
     @abstractmethod
-    def most(self) -> int:
-        """The most that any client trains: what learning-rate schedules are made for."""
+    def max_work(self) -> int:
+        """The largest amount that a client can get; learning-rate schedules are built for it."""
 
     def check(self, population: Population) -> None:
-        """Makes sure that it fits the clients.
+        """Makes sure that the amounts fit the clients.
 
         Raises:
-            ValueError: If it does not.
+            ValueError: If they do not.
         """
         return
 
     @abstractmethod
     def draw(self, clients: Sequence[ClientId], rng: np.random.Generator) -> Sequence[int]:
-        """The amount of each client in one round, from 1 to :attr:`most`.
+        """The amount of each client in one round, from 1 to :attr:`max_work`.
 
         Args:
-            clients: The clients of the round; each by itself where participation is secure.
+            clients: The clients of the round; if participation is secure, one client per call.
             rng: The only source of randomness.
         """
 
 
 @dataclass(frozen=True)
 class Between(Amount):
-    """A whole number between two others, each equally likely, drawn anew for each client and round.
+    """A uniformly random whole number from ``low`` to ``high``, drawn for each client and round.
 
     Args:
-        low: The least, at least 1.
-        high: The most.
+        low: The smallest amount, at least 1.
+        high: The largest amount.
 
     Raises:
-        ValueError: If they are out of range.
+        ValueError: Unless ``low`` and ``high`` are whole numbers with ``1 <= low <= high``.
 
     Example:
         >>> import lightning_fl as fl
@@ -65,8 +65,8 @@ class Between(Amount):
             raise ValueError(f"{self!r} must hold whole numbers with 1 <= low <= high.")
 
     @property
-    def most(self) -> int:
-        """See :attr:`Amount.most`."""
+    def max_work(self) -> int:
+        """See :attr:`Amount.max_work`."""
         return self.high
 
     def draw(self, clients: Sequence[ClientId], rng: np.random.Generator) -> Sequence[int]:
@@ -76,14 +76,15 @@ class Between(Amount):
 
 @dataclass(frozen=True)
 class PerClient(Amount):
-    """An amount of its own for each client, the same in all rounds: fast and slow devices.
+    """A fixed amount per client, the same in all rounds: fast and slow devices.
 
     Args:
         amounts: The amounts by client.
-        default: The amount of clients that are not named. None: each client has to be.
+        default: The amount of clients that are not named. None: every client must be named.
 
     Raises:
-        ValueError: If an amount is no whole number from 1; when training starts, if a client is unknown or missing.
+        ValueError: If an amount is not a whole number of at least 1; when training starts, if a client is unknown or
+            missing.
     """
 
     amounts: Mapping[int | str, int]
@@ -101,8 +102,8 @@ class PerClient(Amount):
         return f"PerClient({describe(self.amounts)}, default={self.default})"
 
     @property
-    def most(self) -> int:
-        """See :attr:`Amount.most`."""
+    def max_work(self) -> int:
+        """See :attr:`Amount.max_work`."""
         return max([*self.amounts.values(), self.default or 1])
 
     def check(self, population: Population) -> None:
@@ -123,17 +124,18 @@ class PerClient(Amount):
 class Stragglers:
     """In each round a share of the cohort does not finish its local training.
 
-    A straggler of policy ``"partial"`` delivers what it has done: a uniformly random number of optimizer steps, from 1
-    to all of its work (whole passes, if its loader has no length). One of policy ``"drop"`` is left out of the round.
-    Stragglers depend on (seed, round) only, so that runs of different algorithms have the same ones. Under secure
-    participation, as differential privacy needs it, each client straggles on its own with probability ``share``.
+    With policy ``"partial"`` a straggler contributes what it has finished: a uniformly random number of optimizer
+    steps, from 1 to all of its work (whole passes, if its loader has no length). With policy ``"drop"`` it is left out
+    of the round. Stragglers depend only on (seed, round), so runs of different algorithms have the same ones. Under
+    secure participation, which differential privacy needs, each client straggles independently with probability
+    ``share``.
 
     FedProx's experiments are ``Stragglers(0.9)`` for FedProx beside ``Stragglers(0.9, policy="drop")`` for FedAvg, with
     20 local epochs; the authors draw whole epochs.
 
     Args:
-        share: Share of the cohort, in [0, 1]. A share that is no whole number of clients is rounded up or down at
-            random, so that it is right on average.
+        share: Share of the cohort, in [0, 1]. If it is not a whole number of clients, it is rounded up or down at
+            random so that the mean is right.
         policy: ``"partial"`` or ``"drop"``.
 
     Raises:
@@ -156,7 +158,7 @@ class Stragglers:
             raise ValueError("Stragglers(1.0, policy='drop') leaves nobody to train. Lower the share.")
 
     def draw(self, num_clients: int, rng: np.random.Generator) -> np.ndarray:
-        """The part of its work that each client of a round gets done.
+        """The share of its work that each client of a round finishes.
 
         Args:
             num_clients: Clients in the cohort.
@@ -166,8 +168,9 @@ class Stragglers:
             Numbers in (0, 1], 0 for a client that is dropped: shape ``[num_clients]``.
         """
         parts = np.ones(num_clients)
-        number = int(self.share * num_clients + rng.random())
-        late = rng.permutation(num_clients)[:number]
+        num_late = int(self.share * num_clients + rng.random())
+        late = rng.permutation(num_clients)[:num_late]
+        # random() is in [0, 1), so 1 - random() is never 0, which would stand for a dropped client.
         parts[late] = 1 - rng.random(len(late)) if self.policy == "partial" else 0.0
         return parts
 

@@ -1,4 +1,4 @@
-"""Cohorts in which some clients take part more often than others."""
+"""Weighted cohorts, in which some clients take part more often than others."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from lightning_fl.seeding import Randomness
 
 @dataclass(frozen=True)
 class Inclusion:
-    """The clients that can take part, and how likely each of them does.
+    """The clients that can take part, with their inclusion probabilities.
 
     Args:
         positions: Their positions in the order of all clients.
-        probabilities: Their probabilities to take part in a round; they add up to the cohort's size.
-        sums: The running sums of the probabilities.
-        odds: The running sums of ``probability / (1 - probability)``; infinite where a client always takes part.
-        few_collide: Whether draws with replacement hardly ever hit a client twice.
+        probabilities: Their probabilities of taking part in a round; they add up to the cohort's size.
+        sums: Cumulative sums of the probabilities.
+        odds: Cumulative sums of ``probability / (1 - probability)``; infinite if a client always takes part.
+        few_collide: Whether draws with replacement rarely hit a client twice, so that rejection sampling is cheap.
     """
 
     positions: np.ndarray
@@ -33,7 +33,9 @@ class Inclusion:
 
     @classmethod
     def of(cls, positions: np.ndarray, weights: np.ndarray, size: int) -> Inclusion:
-        """Probabilities in proportion to positive weights that add up to ``size``, none above 1."""
+        """Probabilities in proportion to positive weights, which add up to ``size`` and of which none exceeds 1."""
+        # A client whose share would exceed 1 takes part in every round. The others then share the remaining places,
+        # which can push the next client above 1, so this repeats until nobody exceeds it.
         certain = np.zeros(len(weights), dtype=bool)
         while True:
             rest = size - certain.sum()
@@ -43,6 +45,7 @@ class Inclusion:
             certain |= share > 1 - 1e-12
         with np.errstate(divide="ignore"):
             odds = share / (1 - share)
+        # Expected number of pairs of equal draws (the birthday problem); each costs another attempt.
         collisions = size**2 / 2 * ((odds / odds.sum()) ** 2).sum() if np.isfinite(odds).all() else np.inf
         return cls(positions, share, np.cumsum(share), np.cumsum(odds), bool(collisions < 2))
 
@@ -51,17 +54,17 @@ class Inclusion:
 class Weighted(Cohort):
     r"""``clients_per_round`` different clients; the larger a client's weight, the more often it takes part.
 
-    Client :math:`i` takes part in a round with probability exactly :math:`\min(1, m w_i / \sum_j w_j)`, where the
-    weights of clients that are in each round are left out of the sum and of :math:`m`. With ``weighting="uniform"`` and
-    no such client, the mean of a round is unbiased for the weighted mean of all clients. Few out of many are drawn by
-    Sampford's method, others by systematic sampling in a random order.
+    Client :math:`i` takes part in a round with probability exactly :math:`\min(1, m w_i / \sum_j w_j)`, where clients
+    that take part in every round count neither in the sum nor in :math:`m`. With ``weighting="uniform"`` and no such
+    client, a round's mean is an unbiased estimate of the weighted mean of all clients. Small cohorts of a large
+    population are drawn by Sampford's method, others by systematic sampling in a random order.
 
     Args:
         weights: ``"examples"``: the number of examples of each client; or a mapping of all clients to numbers that are
-            not negative, such as the share of time that a device is online. A client of weight 0 never takes part.
+            not negative, such as the share of time that a device is online. A client with weight 0 never takes part.
 
     Raises:
-        ValueError: If ``weights`` is neither; when training starts, if they don't fit the clients.
+        ValueError: If ``weights`` is neither; when training starts, if the weights don't fit the clients.
 
     Reference:
         Li et al., "On the Convergence of FedAvg on Non-IID Data", ICLR 2020 (sampling by size). Sampford, "On Sampling
@@ -79,7 +82,7 @@ class Weighted(Cohort):
         return f"Weighted({describe(self.weights)})"
 
     def prepare(self, population: Population, sampling: Sampling) -> Inclusion:
-        """The clients of positive weight, and their probabilities to take part."""
+        """The clients with a positive weight, and their inclusion probabilities."""
         weights = self._weights(population)
         if not (np.isfinite(weights).all() and (weights >= 0).all()):
             raise ValueError(f"{self!r} holds weights that are negative, infinite or NaN.")
@@ -115,7 +118,10 @@ class Weighted(Cohort):
 
 
 def _rejective(inclusion: Inclusion, size: int, rng: Randomness) -> np.ndarray:
-    """Sampford's method: draws with replacement until all differ, the first by probability, the others by odds."""
+    """Sampford's method: draws with replacement, the first by probability, the others by odds, until all differ.
+
+    Simply rejecting repeated clients would not give each client exactly its probability; drawing by odds does.
+    """
     while True:
         points = rng.random(size)
         first = np.searchsorted(inclusion.sums, points[:1] * inclusion.sums[-1], side="right")
@@ -126,7 +132,7 @@ def _rejective(inclusion: Inclusion, size: int, rng: Randomness) -> np.ndarray:
 
 
 def _systematic(inclusion: Inclusion, size: int, rng: Randomness) -> np.ndarray:
-    """Clients in a random order, laid out along a line by their probabilities, at equally spaced points."""
+    """Systematic sampling: equally spaced points on a line of the clients' probabilities, in random order."""
     order = rng.permutation(len(inclusion.positions))
     ends = np.cumsum(inclusion.probabilities[order])
     points = (rng.random(1) + np.arange(size)) * (ends[-1] / size)

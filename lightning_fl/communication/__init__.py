@@ -1,4 +1,4 @@
-"""How ranks reach each other: groups, collectives, messages."""
+"""How ranks reach each other: process groups, collectives and messages."""
 
 from lightning_fl.communication.group import Group, LocalGroup, RankLost, TorchGroup
 from lightning_fl.communication.message import Message

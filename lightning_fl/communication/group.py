@@ -1,4 +1,4 @@
-"""The ranks of a federation and what they can do together."""
+"""The process group of a federation: its ranks and their collectives."""
 
 from __future__ import annotations
 
@@ -14,22 +14,24 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_fl.communication.message import Message
+from lightning_fl.tree import num_bytes
 
 MAX_MESSAGE_BYTES = 1 << 30
+"""1 GiB. A rank holds all ranks' messages at once, each padded to the largest, so a mistake could fill its memory."""
 
 
 class RankLost(RuntimeError):
-    """Another rank has left the federation, or has not answered in time."""
+    """Another rank has left the federation or did not answer within the timeout."""
 
 
 @dataclass
 class Traffic:
-    """What a rank has spent on the others so far.
+    """Communication statistics of a rank since the group was created.
 
     Args:
-        num_bytes: Bytes of payload handed to collectives.
-        seconds_waiting: Seconds in small messages, which wait for the slowest rank.
-        seconds_reducing: Seconds in the sums of tensors.
+        num_bytes: Bytes of payload passed to collectives.
+        seconds_waiting: Seconds spent in message gathers, which is mostly waiting for the slowest rank.
+        seconds_reducing: Seconds spent in all-reduces.
     """
 
     num_bytes: int = 0
@@ -38,10 +40,10 @@ class Traffic:
 
 
 class Group(ABC):
-    """The ranks of a federation.
+    """The ranks of a federation and their collectives; every rank must call the same ones in the same order.
 
     Args:
-        rank: This process's place, from 0.
+        rank: Index of this process, from 0.
         size: Number of processes.
     """
 
@@ -52,30 +54,35 @@ class Group(ABC):
 
     @abstractmethod
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
-        """A new tensor with the ranks' tensors joined by ``op`` (sum, mean, min, max); ``tensor`` stays as it is."""
+        """The element-wise sum, mean, min or max (``op``) of the ranks' tensors, as a new tensor.
+
+        ``tensor`` is not modified: an in-place all-reduce that fails leaves its buffer undefined, and with the input
+        intact the caller can retry.
+        """
 
     @abstractmethod
     def all_gather(self, message: Message, topic: str = "") -> list[Message]:
-        """The messages of all ranks, in their order; sizes may differ.
+        """The messages of all ranks, in the order of ranks; sizes may differ.
 
         Args:
             message: This rank's message.
-            topic: What it is about, to be told when ranks are not at the same place.
+            topic: What the message is about, such as ``"end of round 3"``. The ranks compare it.
 
         Raises:
-            RuntimeError: If another rank's message has another topic.
+            RuntimeError: If another rank's message has another topic: the ranks are out of sync.
         """
 
     @abstractmethod
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
-        """A new tensor: the one of rank ``root``."""
+        """The tensor of rank ``root``, as a new tensor; all ranks pass one of the same shape and dtype."""
 
     @abstractmethod
     def barrier(self) -> None:
-        """Returns when all ranks have come here."""
+        """Returns once all ranks have called it."""
 
     def broadcast_message(self, message: Message, root: int = 0) -> Message:
         """The message of rank ``root``."""
+        # The other ranks don't know the size of the message, which a broadcast would need. So gather, with empty ones.
         return self.all_gather(message if self.rank == root else Message(), "broadcast")[root]
 
 
@@ -86,8 +93,8 @@ class LocalGroup(Group):
         super().__init__(0, 1)
 
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
-        joined = tensor.detach().clone()
-        return joined / self.size if op == "mean" else joined
+        result = tensor.detach().clone()
+        return result / self.size if op == "mean" else result  # as with several ranks, the mean of integers is a float
 
     def all_gather(self, message: Message, topic: str = "") -> list[Message]:
         return [message]
@@ -99,6 +106,7 @@ class LocalGroup(Group):
         return None
 
 
+# Gloo has no mean, so it is a sum that is divided afterwards.
 _OPS: dict[str, Any] = {
     "sum": dist.ReduceOp.SUM,
     "mean": dist.ReduceOp.SUM,
@@ -108,16 +116,16 @@ _OPS: dict[str, Any] = {
 
 
 class TorchGroup(Group):
-    """Several processes over torch.distributed backends, in a group of their own.
+    """Several processes, connected by ``torch.distributed`` backends in a private process group.
 
-    The default process group is left alone: Lightning broadcasts over it before each batch, which ranks with different
-    numbers of batches would not survive, and a silo may want it for DDP or FSDP inside.
+    The default process group is not used, for two reasons. Lightning broadcasts over it before each batch, which would
+    hang ranks with different numbers of batches. And a silo needs it for DDP or FSDP among its own processes.
 
     Args:
-        store: Where the ranks find each other.
-        rank: This process's place, from 0.
+        store: The rendezvous store of the ranks.
+        rank: Index of this process, from 0.
         size: Number of processes.
-        device: Device of the tensors; CUDA tensors travel over NCCL, all else over Gloo.
+        device: Device of the tensors; CUDA tensors travel over NCCL, everything else over Gloo.
         timeout: How long a collective waits for the other ranks.
     """
 
@@ -130,7 +138,8 @@ class TorchGroup(Group):
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = timeout
             self._backends["cuda"] = dist.ProcessGroupNCCL(dist.PrefixStore("nccl", store), rank, size, options)
-        weakref.finalize(self, self._backends.clear)  # at exit too: a process with an open Gloo group may abort there
+        # Finalizers also run at interpreter exit, where a process with an open Gloo group may abort.
+        weakref.finalize(self, self._backends.clear)
 
     def _wait(self, work: Any) -> None:
         try:
@@ -138,26 +147,28 @@ class TorchGroup(Group):
         except RuntimeError as error:
             raise RankLost(
                 "Another rank has left the federation, or has not come to the same place within "
-                f"{self.timeout.total_seconds():g} s ({str(error).splitlines()[0]})."
+                f"{self.timeout.total_seconds():g} s ({str(error).splitlines()[0]}). Look for an error in the other "
+                "ranks' output."
             ) from error
 
     def _backend(self, tensor: Tensor) -> Any:
         return self._backends.get(tensor.device.type, self._backends["cpu"])
 
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
-        joined = tensor.detach().clone(memory_format=torch.contiguous_format)
+        # The backend reduces in place and sees memory, not strides: reduce a contiguous copy.
+        result = tensor.detach().clone(memory_format=torch.contiguous_format)
         options = dist.AllreduceOptions()
         options.reduceOp = _OPS[op]
         start = time.perf_counter()
-        self._wait(self._backend(joined).allreduce([joined], options))
+        self._wait(self._backend(result).allreduce([result], options))
         self.traffic.seconds_reducing += time.perf_counter() - start
-        self.traffic.num_bytes += joined.numel() * joined.element_size()
-        if op != "mean":
-            return joined
-        return joined / self.size
+        self.traffic.num_bytes += num_bytes([result])
+        return result / self.size if op == "mean" else result
 
     def all_gather(self, message: Message, topic: str = "") -> list[Message]:
         data = Message({"topic": topic, "fields": message.fields}, message.tensors).encode()
+        # A collective needs the same size on each rank: gather the sizes first, then the data padded to the largest.
+        # The sizes arrive when the slowest rank does, so this is the time spent waiting for it.
         start = time.perf_counter()
         sizes = [int(size) for size in self._gather(torch.tensor([len(data)]))]
         self.traffic.seconds_waiting += time.perf_counter() - start
@@ -171,11 +182,13 @@ class TorchGroup(Group):
         padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         parts = self._gather(padded)
         messages = [Message.decode(bytes(part[:size].numpy())) for part, size in zip(parts, sizes, strict=True)]
+        # Ranks get out of sync if, say, one has another callback. Without this check a rank would take a message for
+        # something else, and fail much later or compute nonsense.
         for rank, other in enumerate(messages):
             if other.fields["topic"] != topic:
                 raise RuntimeError(
                     f"The ranks are out of sync: rank {rank} is at {other.fields['topic']!r}, rank {self.rank} at "
-                    f"{topic!r}. Do all ranks have the same callbacks, and do these act alike on each rank?"
+                    f"{topic!r}. Do all ranks have the same callbacks, and do these behave the same on each rank?"
                 )
         return [Message(other.fields["fields"], other.tensors) for other in messages]
 
@@ -189,6 +202,7 @@ class TorchGroup(Group):
         options = dist.BroadcastOptions()
         options.rootRank = root
         self._wait(self._backend(received).broadcast([received], options))
+        self.traffic.num_bytes += received.numel() * received.element_size()
         return received
 
     def barrier(self) -> None:

@@ -1,4 +1,7 @@
-"""What ranks tell each other besides the summed tensors: JSON fields and tensors, never pickles."""
+"""Messages between ranks: JSON fields and tensors.
+
+Never pickles: unpickling runs code of the sender's choice, and a message may come from another organisation.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ class Message:
     """A small message between ranks.
 
     Args:
-        fields: Anything JSON can hold.
+        fields: Any value that JSON can represent.
         tensors: Tensors by name; they arrive on the CPU.
     """
 
@@ -27,21 +30,23 @@ class Message:
 
     def encode(self) -> bytes:
         """The message as bytes, in the safetensors format."""
+        # Clones, because safetensors refuses tensors that share memory.
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.tensors.items()}
         return save(tensors, metadata={_FIELDS: json.dumps(self.fields)})
 
     @classmethod
     def decode(cls, data: bytes) -> Message:
-        """The message that :meth:`encode` made.
+        """The message that :meth:`encode` encoded.
 
         Raises:
-            ValueError: If the bytes are no such message.
+            ValueError: If the bytes are not such a message.
         """
         try:
+            # safetensors does not return the metadata, so the header is read here: its length, then its JSON.
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
             fields = json.loads(header["__metadata__"][_FIELDS])
             if not isinstance(fields, dict):
                 raise TypeError(f"its fields are a {type(fields).__name__}, expected a dict")
             return cls(fields, load(data))
-        except Exception as error:  # bytes from elsewhere: deep nesting, shapes that overflow, ... raise many types
+        except Exception as error:  # untrusted bytes raise many types: deep nesting, shapes that overflow, ...
             raise ValueError(f"A rank sent {len(data)} bytes that are no message of this library: {error}") from error

@@ -1,4 +1,4 @@
-"""Python objects as JSON, with their types kept: what ranks and Lightning send each other besides tensors."""
+"""Plain Python objects as JSON that preserves their types: what Lightning's ``broadcast`` sends without pickle."""
 
 from __future__ import annotations
 
@@ -12,14 +12,18 @@ from lightning_fl.types import Tree
 
 
 def encode(value: Any, tensors: Tree | None = None) -> Any:
-    """Turns an object into what JSON can hold.
+    """Encodes an object as a JSON value.
+
+    JSON has no tuples, no paths, and no dicts with keys other than strings. They become JSON objects with one key that
+    names the type.
 
     Args:
         value: Numbers, strings, None, paths, and lists, tuples and dicts of these.
-        tensors: Takes the tensors inside; None: tensors of one element become numbers, others are refused.
+        tensors: Collects the tensors inside ``value``. None: a tensor of one element becomes a number, others are
+            refused.
 
     Raises:
-        TypeError: If it holds anything else.
+        TypeError: If ``value`` holds anything else.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -44,7 +48,7 @@ def encode(value: Any, tensors: Tree | None = None) -> Any:
 
 
 def decode(value: Any, tensors: Tree | None = None) -> Any:
-    """What :func:`encode` was given."""
+    """The object that :func:`encode` encoded."""
     if isinstance(value, list):
         return [decode(item, tensors) for item in value]
     if not isinstance(value, dict):
@@ -60,15 +64,15 @@ def decode(value: Any, tensors: Tree | None = None) -> Any:
 
 
 def encode_object(value: Any) -> Message:
-    """An object as a message.
+    """Encodes an object as a message.
 
     Raises:
-        TypeError: If it can't be sent.
+        TypeError: If it holds a type that ranks can't send.
     """
     tensors: Tree = {}
     return Message({"object": encode(value, tensors)}, tensors)
 
 
 def decode_object(message: Message) -> Any:
-    """What :func:`encode_object` was given."""
+    """The object that :func:`encode_object` encoded."""
     return decode(message.fields["object"], message.tensors)

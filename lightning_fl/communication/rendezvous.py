@@ -1,4 +1,4 @@
-"""How the processes of a federation find each other."""
+"""Rendezvous: how the processes of a federation find each other."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ _federations: Counter[str] = Counter()
 def connect(
     rank: int, size: int, address: str, port: int, device: torch.device, timeout: timedelta = timedelta(minutes=30)
 ) -> Group:
-    """Joins the processes of a federation; all of them must call it equally often.
-
-    Under torchrun the agent keeps the store; its keys carry the attempt, because a restarted attempt finds the store
-    of the one before. Elsewhere rank 0 keeps it.
+    """Joins the processes of a federation in a group; each process must call it the same number of times.
 
     Args:
-        rank: This process's place, from 0.
+        rank: Index of this process, from 0.
         size: Number of processes; 1 needs no connection.
-        address: Host of the store.
+        address: Host of the store: ``MASTER_ADDR`` under torchrun.
         port: Port of the store.
-        device: Device on which the model lives.
+        device: Device of the model.
         timeout: How long a collective waits for the other ranks.
     """
     if size == 1:
         return LocalGroup()
+    # Under torchrun the agent already serves a store at this address; elsewhere rank 0 has to.
     agent_keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "") == "True"
+    # The agent's store outlives a restart of its workers. The keys carry the attempt, and the number of the federation
+    # within it, so that no group finds the keys of an earlier one.
     attempt = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     store = dist.TCPStore(
         address, port, size, is_master=rank == 0 and not agent_keeps_store, timeout=timeout, multi_tenant=True

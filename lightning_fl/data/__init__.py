@@ -1,4 +1,4 @@
-"""Which examples a client has and how they are read: client loaders, partitioners, splitting, collation."""
+"""Which examples each client has, and how they are read: client loaders, partitioners, splitting, collation."""
 
 from lightning_fl.data.client_loaders import ClientLoaders, Loader, count_batches, count_examples
 

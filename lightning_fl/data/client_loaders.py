@@ -1,10 +1,12 @@
-"""The clients' data: a lazy mapping from client id to its loader."""
+"""A lazy mapping from client id to the client's loader."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import BatchSampler, DataLoader
 
 from lightning_fl.types import ClientId
@@ -13,17 +15,17 @@ Loader = Iterable[Any]
 
 
 class ClientLoaders(Mapping[ClientId, Loader]):
-    """Maps each client's id to the loader of its training data; a loader is made only when it is asked for.
+    """Maps each client's id to the loader of its training data, which is created when it is looked up.
 
     Args:
-        clients: One of three forms. A mapping from id to a loader, or to a function without arguments that makes
+        clients: One of three forms: a mapping from id to a loader, or to a function without arguments that creates
             one; a sequence of loaders, whose ids are then ``0 .. n-1``; or, together with ``make_loader``, the ids.
-        make_loader: Makes the loader of a client from its id, each time it is needed.
-        num_examples: Tells how many examples one pass over a client's loader yields, without making the loader.
-            Helps to spread many clients evenly over ranks. None: the loader is made and asked.
+        make_loader: Creates a client's loader from its id; called at every lookup.
+        num_examples: Returns the number of examples that one pass over a client's loader yields. None: the loader is
+            created to find out, which is slow if many clients are balanced over ranks.
 
     Raises:
-        ValueError: If there is no client, or an id stands twice.
+        ValueError: If there are no clients, or an id is repeated.
 
     Example:
         >>> loaders = ClientLoaders(range(3), lambda client: [[client, 1], [client, 2]])
@@ -40,6 +42,7 @@ class ClientLoaders(Mapping[ClientId, Loader]):
     ) -> None:
         self._ids: Collection[ClientId]
         if make_loader is not None:
+            # A dict keeps the order and finds an id in constant time; a range does so without listing a million ids.
             self._ids = clients if isinstance(clients, range) else dict.fromkeys(clients)
             self._make = make_loader
         elif isinstance(clients, Mapping):
@@ -50,13 +53,13 @@ class ClientLoaders(Mapping[ClientId, Loader]):
             self._make = lambda client: clients[client]
         else:
             raise ValueError(
-                f"ClientLoaders got {type(clients).__name__}; it takes a mapping of client id to loader, a sequence of "
-                "loaders, or ids together with `make_loader`."
+                f"ClientLoaders got a {type(clients).__name__}; expected a mapping from client id to loader, a "
+                "sequence of loaders, or ids together with `make_loader`."
             )
         if len(self._ids) != len(clients):
-            raise ValueError(f"Client ids must be unique: {len(clients)} were given, {len(self._ids)} differ.")
+            raise ValueError(f"Client ids must be unique: found {len(self._ids)} different ids among {len(clients)}.")
         if not self._ids:
-            raise ValueError("ClientLoaders got no client; a federation needs at least one.")
+            raise ValueError("ClientLoaders got no clients; a federation needs at least one.")
         self._num_examples = num_examples
 
     def __getitem__(self, client: ClientId) -> Loader:
@@ -72,14 +75,14 @@ class ClientLoaders(Mapping[ClientId, Loader]):
 
     @property
     def ids(self) -> Collection[ClientId]:
-        """The clients' ids in the order given."""
+        """The clients' ids, in the given order."""
         return self._ids
 
     def __len__(self) -> int:
         return len(self._ids)
 
     def num_examples(self, client: ClientId) -> int | None:
-        """Examples that one pass over the client's loader yields, or None if only the loader can tell."""
+        """Examples that one pass over the client's loader yields; None if that is unknown without the loader."""
         return None if self._num_examples is None else self._num_examples(client)
 
 
@@ -87,8 +90,14 @@ def _call_if_function(loader: Any) -> Loader:
     return loader() if callable(loader) and not isinstance(loader, Iterable) else loader
 
 
+def batch_size(batch: Any) -> int:
+    """Number of examples in a batch: the first dimension of its first tensor; 1 if it holds none."""
+    first = next((leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)), None)
+    return len(first) if first is not None and first.dim() else 1
+
+
 def count_batches(loader: Loader) -> int | None:
-    """Number of batches of one pass, or None for a loader without length."""
+    """Number of batches in one pass; None for a loader without a length."""
     try:
         return len(loader)  # type: ignore[arg-type]
     except (TypeError, NotImplementedError):
@@ -96,7 +105,7 @@ def count_batches(loader: Loader) -> int | None:
 
 
 def count_examples(loader: Any) -> int | None:
-    """Number of examples that one pass over a ``DataLoader`` yields, or None if it can't be told beforehand."""
+    """Number of examples that one pass over a ``DataLoader`` yields; None if it is unknown beforehand."""
     sampler = getattr(loader, "batch_sampler", None)
     if not isinstance(loader, DataLoader) or type(sampler) is not BatchSampler:
         return None

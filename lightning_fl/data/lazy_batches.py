@@ -1,69 +1,77 @@
-"""Batches that are not read until they are used: rows of tensors in memory, several clients' at once."""
+"""Lazy batches: row indices, materialised for several clients with one indexing."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Subset, TensorDataset, default_collate
 
-from lightning_fl.data.collation import IndexedSubset, IndexedTensors, collate_indexed, take_rows
+from lightning_fl.data.collation import IndexedSubset, IndexedTensors, collate_indexed
 
 
-class _Tensors:
-    """The rows of a ``TensorDataset``."""
+class RowSource(Protocol):
+    """An in-memory data set whose batches can be read by row index."""
 
-    def __init__(self, dataset: TensorDataset) -> None:
-        self.tensors = dataset.tensors
-        self.key = tuple(map(id, self.tensors))
-        self.row = tuple((tensor.shape[1:], tensor.dtype) for tensor in self.tensors)
+    @property
+    def row_spec(self) -> Any:
+        """Shape and dtype of one row of each tensor; None if the rows can't be read by index."""
+
+    @property
+    def source_id(self) -> Any:
+        """Equal for sources that hold the same rows."""
 
     def gather(self, indices: np.ndarray) -> list[Tensor]:
         """The collated batch of these rows."""
-        return take_rows(self.tensors, indices)
 
 
 class LazyBatch:
-    """A batch that has not been read yet.
+    """A batch that is not read yet.
 
     Args:
-        source: Has ``gather(indices)``; ``row``, the shape and dtype of each tensor's row; and ``key``, which is the
-            same for sources of the same rows.
+        source: Where its rows are.
         indices: The rows, int64 of shape ``[num_rows]``.
     """
 
-    def __init__(self, source: Any, indices: np.ndarray) -> None:
+    def __init__(self, source: RowSource, indices: np.ndarray) -> None:
         self.source = source
         self.indices = indices
 
     @property
     def signature(self) -> Any:
-        """What must be alike for batches to be stacked."""
-        return len(self.indices), self.source.row
+        """Equal for batches that can be stacked."""
+        return len(self.indices), self.source.row_spec
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the batch once it is read."""
-        return len(self.indices) * sum(shape.numel() * dtype.itemsize for shape, dtype in self.source.row)
+        """Size of the batch once it is read, in bytes."""
+        return len(self.indices) * sum(shape.numel() * dtype.itemsize for shape, dtype in self.source.row_spec)
 
 
 def stack_lazy(batches: Sequence[LazyBatch]) -> list[Tensor]:
-    """Reads the batches of several clients, stacked; at once if they are rows of the same source."""
+    """Reads the batches of several clients and stacks them, with a single indexing if they share their source."""
     source = batches[0].source
-    if any(batch.source.key != source.key for batch in batches):
+    if any(batch.source.source_id != source.source_id for batch in batches):
         read = [batch.source.gather(batch.indices) for batch in batches]
-        return [torch.stack(own) for own in zip(*read, strict=True)]
+        return [torch.stack(tensors) for tensors in zip(*read, strict=True)]
     indices = np.concatenate([batch.indices for batch in batches])
     return [tensor.unflatten(0, (len(batches), -1)) for tensor in source.gather(indices)]
 
 
 class LazyLoader:
-    """Yields the batches of a ``DataLoader`` as :class:`LazyBatch`, and draws the random numbers that it would."""
+    """Yields the batches of a ``DataLoader`` as :class:`LazyBatch` and consumes the same random numbers.
 
-    def __init__(self, loader: DataLoader, source: Any, indices: np.ndarray | None) -> None:
+    Args:
+        loader: The loader, without workers.
+        source: Where the rows are.
+        indices: Row of each example of the loader's data set, int64 of shape ``[num_examples]``. None: the rows of the
+            source in order.
+    """
+
+    def __init__(self, loader: DataLoader, source: RowSource, indices: np.ndarray | None) -> None:
         self.loader = loader
         self.sampler = loader.sampler
         self.batch_sampler = loader.batch_sampler
@@ -74,14 +82,16 @@ class LazyLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[LazyBatch]:
-        torch.empty((), dtype=torch.int64).random_(generator=self.loader.generator)  # the seed of workers
+        # DataLoader draws a base seed for its workers even if it has none; without this draw the sampler would
+        # shuffle differently.
+        torch.empty((), dtype=torch.int64).random_(generator=self.loader.generator)
         for batch in self.batch_sampler:  # type: ignore[union-attr]
             rows = np.asarray(batch, dtype=np.int64)
             yield LazyBatch(self._source, rows if self._indices is None else self._indices[rows])
 
 
 def as_lazy(loader: Any) -> Any:
-    """The loader's batches as :class:`LazyBatch` if it only reads tensors in memory; else the loader itself."""
+    """A :class:`LazyLoader` if the loader only reads tensors in memory; otherwise the loader itself."""
     if type(loader) is not DataLoader or type(loader.batch_sampler) is not BatchSampler:
         return loader
     if loader.num_workers or loader.pin_memory or loader.collate_fn not in (default_collate, collate_indexed):
@@ -90,15 +100,16 @@ def as_lazy(loader: Any) -> Any:
     return loader if found is None else LazyLoader(loader, *found)
 
 
-def _find_source(dataset: Any) -> tuple[Any, np.ndarray | None] | None:
-    if type(dataset) in (TensorDataset, IndexedTensors):
-        return _Tensors(dataset), None
+def _find_source(dataset: Any) -> tuple[RowSource, np.ndarray | None] | None:
+    """The source of a data set's rows, and the row of each example if it is a subset."""
+    if type(dataset) is TensorDataset:
+        return IndexedTensors(*dataset.tensors), None
     if type(dataset) in (Subset, IndexedSubset):
         found = _find_source(dataset.dataset)
         if found is None:
             return None
         indices = np.asarray(dataset.indices, dtype=np.int64)
         return found[0], indices if found[1] is None else found[1][indices]
-    if hasattr(dataset, "gather") and hasattr(dataset, "key") and getattr(dataset, "row", None) is not None:
+    if getattr(dataset, "row_spec", None) is not None:
         return dataset, None
     return None

@@ -1,4 +1,4 @@
-"""A client's data, read by its loader's workers while another client still trains."""
+"""Prefetching: the workers of a client's loader start to read while another client still trains."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ from torch.utils.data import (
 
 from lightning_fl.seeding import loader_generators
 
+# They touch the global generator only at the start of a pass, so prefetching can't disturb the client that trains.
 _SAMPLERS = (RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
 class PrefetchedLoader:
-    """A ``DataLoader`` whose workers have begun with its first pass.
+    """A ``DataLoader`` whose workers already read its first pass.
 
-    The pass that is begun with the random numbers drawn from where it was opened gets what they have read; every other
-    pass is read anew. So all random numbers are those of a loader that was not opened ahead.
+    The prefetched iterator is used only if the random state is that of its creation, and then leaves the state that
+    creating it left. Any other pass is read as usual, so results do not change.
 
     Args:
-        loader: A loader for which :func:`can_prefetch` holds; the random generators stand where its client's turn will
-            find them.
+        loader: A loader for which :func:`can_prefetch` holds. The random generators must be in the state that they will
+            have at the start of its client's turn.
     """
 
     def __init__(self, loader: DataLoader) -> None:
@@ -38,31 +39,32 @@ class PrefetchedLoader:
         self.sampler = loader.sampler
         self.batch_sampler = loader.batch_sampler
         self._generators = [torch.default_generator, *loader_generators(loader)]
-        self._before = self._states()
-        self._opened: Iterator[Any] | None = iter(loader)
-        self._after = self._states()
+        self._states_before = self._states()
+        self._prefetched: Iterator[Any] | None = iter(loader)
+        self._states_after = self._states()
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
-        opened = self._opened
-        if opened is None or not all(map(torch.equal, self._states(), self._before)):
+        prefetched = self._prefetched
+        if prefetched is None or not all(map(torch.equal, self._states(), self._states_before)):
             return iter(self.loader)
-        self._opened = None
-        for generator, state in zip(self._generators, self._after, strict=True):
+        self._prefetched = None
+        for generator, state in zip(self._generators, self._states_after, strict=True):
             generator.set_state(state)
-        return opened
+        return prefetched
 
     def _states(self) -> list[torch.Tensor]:
         return [generator.get_state() for generator in self._generators]
 
 
 def can_prefetch(loader: Any) -> TypeGuard[DataLoader]:
-    """Whether a loader has workers, and draws random numbers only when it is opened or from its own generators."""
+    """Whether a loader has workers, and draws random numbers only at the start of a pass or from its own generators."""
     return (
         type(loader) is DataLoader
         and loader.num_workers > 0
+        # With persistent workers every iter() resets the same iterator, which would discard a prefetched pass.
         and not loader.persistent_workers
         and not isinstance(loader.dataset, IterableDataset)
         and type(loader.batch_sampler) is BatchSampler

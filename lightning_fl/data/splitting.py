@@ -1,4 +1,4 @@
-"""From one DataLoader to the loaders of many clients."""
+"""Splits one DataLoader into the loaders of many clients."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ _REMEDY = "Give each client its own loader with fl.datamodules.ClientLoaders or 
 
 
 def check_splittable(loader: Any) -> None:
-    """Makes sure that a loader can be split among clients.
+    """Checks that a loader can be split among clients.
 
     Args:
-        loader: Should be one plain ``DataLoader`` over a map-style data set that makes its own batches, in order or
+        loader: Must be one plain ``DataLoader`` over a map-style data set that batches automatically, in order or
             shuffled.
 
     Raises:
-        ValueError: If it is anything else, with the remedy.
+        ValueError: If it is anything else.
     """
     if not isinstance(loader, DataLoader) or type(loader).__iter__ is not DataLoader.__iter__:
         raise ValueError(
-            f"The training loader is a {type(loader).__name__}; to be split among clients it must be one plain "
-            f"DataLoader. {_REMEDY}"
+            f"The training loader is a {type(loader).__name__}; only one plain DataLoader can be split among clients. "
+            f"{_REMEDY}"
         )
     dataset, batch_sampler = loader.dataset, loader.batch_sampler
     sampler: Any = loader.sampler
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         raise ValueError(
-            f"The training loader reads {type(dataset).__name__}, a stream; to be split among clients it must read a "
-            f"map-style data set with a length. {_REMEDY}"
+            f"The training loader reads {type(dataset).__name__}, a stream; only a map-style data set with a length "
+            f"can be split among clients. {_REMEDY}"
         )
     if batch_sampler is not None and loader.batch_size is None:
         raise ValueError(
             f"The training loader has the custom batch_sampler {type(batch_sampler).__name__}; to be split among "
-            f"clients it must make its batches from `batch_size` and `drop_last`. {_REMEDY}"
+            f"clients it must form its batches from `batch_size` and `drop_last`. {_REMEDY}"
         )
     custom = type(sampler) not in (RandomSampler, SequentialSampler) or len(sampler) != len(dataset)
     if custom or getattr(sampler, "replacement", False):
@@ -56,18 +56,18 @@ def split_loader(
     loader: DataLoader,
     parts: Sequence[Tensor],
     ids: Sequence[ClientId] | None = None,
-    view: Callable[[int, Tensor], Dataset] | None = None,
+    make_dataset: Callable[[int, Tensor], Dataset] | None = None,
 ) -> ClientLoaders:
-    """Splits a loader among clients: each reads its own part of the data set in the way of the given loader.
+    """Splits a loader among clients: each client's loader reads its part of the data set.
 
-    The clients' loaders are made when they are asked for. They keep the batch size, shuffling, collation, workers and
-    generator (the same object) of ``loader``; workers are not persistent.
+    The clients' loaders are created when they are looked up. They keep the batch size, shuffling, collation, workers
+    and generator (the same object) of ``loader``; their workers are not persistent.
 
     Args:
         loader: A plain ``DataLoader`` over a map-style data set.
-        parts: For each client the indices of its samples, each of shape ``[num_samples_of_client]``; may be empty.
+        parts: For each client the indices of its samples, shape ``[num_samples_of_client]``, possibly empty.
         ids: The clients' ids. None: ``0 .. len(parts)-1``.
-        view: Makes the data set that a client sees from its position and part. None: a ``Subset``.
+        make_dataset: Creates a client's data set from its position and its part. None: a ``Subset``.
 
     Raises:
         ValueError: If the loader cannot be split, see :func:`check_splittable`.
@@ -78,25 +78,25 @@ def split_loader(
     position = (
         clients.index if isinstance(clients, range) else {client: i for i, client in enumerate(clients)}.__getitem__
     )
-    see = view or (lambda _, part: Subset(loader.dataset, part.tolist()))
+    make = make_dataset or (lambda _, part: Subset(loader.dataset, part.tolist()))
     return ClientLoaders(
         clients,
-        lambda client: _rebuild(loader, see(position(client), parts[position(client)])),
+        lambda client: _rebuild(loader, make(position(client), parts[position(client)])),
         num_examples=None
         if size is None
-        else lambda client: num_yielded(len(parts[position(client)]), size, loader.drop_last),
+        else lambda client: examples_per_pass(len(parts[position(client)]), size, loader.drop_last),
     )
 
 
 def partition_loader(
     loader: DataLoader, partitioner: Partitioner, num_clients: int | None = None, seed: int = 0
 ) -> ClientLoaders:
-    """Partitions the data set of a loader and splits the loader accordingly.
+    """Splits a loader among clients by a partitioner.
 
     Args:
         loader: A plain ``DataLoader`` over a map-style data set.
-        partitioner: Says which samples a client gets, and what it sees of them.
-        num_clients: Number of clients. None: the partitioner's choice.
+        partitioner: Assigns the samples to clients.
+        num_clients: Number of clients. None: the partitioner's default.
         seed: Seed of the partition.
 
     Raises:
@@ -114,14 +114,19 @@ def partition_loader(
 
 
 def in_order(loader: Any) -> Any:
-    """A ``DataLoader`` over the same data without shuffling; any other loader as it is."""
+    """An unshuffled ``DataLoader`` over the same data; a loader that is not shuffled is returned as it is."""
     if not isinstance(loader, DataLoader) or not isinstance(loader.sampler, RandomSampler):
         return loader
     return _rebuild(loader, loader.dataset, shuffle=False)
 
 
 def shard(loader: Any, rank: int, size: int) -> DataLoader:
-    """The part of an evaluation loader that rank ``rank`` of ``size`` reads, unpadded.
+    """The part of an evaluation loader that one rank reads; no sample is repeated to make the parts equal.
+
+    Args:
+        loader: A plain ``DataLoader`` over a map-style data set.
+        rank: The rank, ``0 .. size-1``.
+        size: Number of ranks.
 
     Raises:
         ValueError: If the loader cannot be split, or has fewer samples than there are ranks.
@@ -129,29 +134,31 @@ def shard(loader: Any, rank: int, size: int) -> DataLoader:
     check_splittable(loader)
     if len(loader.dataset) < size:
         raise ValueError(
-            f"split_validation=True can't split {len(loader.dataset)} samples among {size} ranks; leave it out."
+            f"split_validation=True can't split {len(loader.dataset)} samples among {size} ranks; set it to False."
         )
     return _rebuild(loader, Subset(loader.dataset, range(rank, len(loader.dataset), size)))
 
 
-def num_yielded(num_samples: int, batch_size: int, drop_last: bool) -> int:
+def examples_per_pass(num_samples: int, batch_size: int, drop_last: bool) -> int:
     """Number of examples that one pass over a loader yields."""
     return num_samples // batch_size * batch_size if drop_last else num_samples
 
 
-def over(loader: DataLoader, dataset: Any, evaluate: bool = False) -> DataLoader:
-    """A loader like ``loader`` over another data set; to evaluate, in order and with every sample."""
-    return _rebuild(loader, dataset, False if evaluate else None, False if evaluate else None)
+def with_dataset(loader: DataLoader, dataset: Any, evaluate: bool = False) -> DataLoader:
+    """A copy of a loader that reads another data set; for evaluation, every sample once and in order."""
+    return _rebuild(loader, dataset, shuffle=False, drop_last=False) if evaluate else _rebuild(loader, dataset)
 
 
 def _rebuild(
     loader: DataLoader, dataset: Any, shuffle: bool | None = None, drop_last: bool | None = None
 ) -> DataLoader:
+    """A copy of a loader over ``dataset``; None keeps the loader's setting."""
     dataset, collate_fn = with_fast_collation(dataset, loader.collate_fn)
     sampler_generator = getattr(loader.sampler, "generator", None)
     return DataLoader(
         dataset,
         batch_size=loader.batch_size,
+        # RandomSampler refuses an empty data set, which a client may have
         shuffle=isinstance(loader.sampler, RandomSampler) and len(dataset) > 0 if shuffle is None else shuffle,
         num_workers=loader.num_workers,
         collate_fn=collate_fn,
@@ -162,11 +169,12 @@ def _rebuild(
         multiprocessing_context=loader.multiprocessing_context,
         generator=loader.generator if loader.generator is not None else sampler_generator,
         prefetch_factor=loader.prefetch_factor,
-        persistent_workers=False,
+        persistent_workers=False,  # they would pile up, one set per client
         in_order=loader.in_order,
     )
 
 
 def _size(sampler: Any) -> str:
+    """What a sampler draws, for an error message."""
     replaced = " with replacement" if getattr(sampler, "replacement", False) else ""
     return f"{len(sampler) if hasattr(sampler, '__len__') else '?'}{replaced}"

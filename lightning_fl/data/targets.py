@@ -1,4 +1,4 @@
-"""The targets and columns of a map-style data set, and the groups that a split by label shares out."""
+"""Targets and columns of a map-style data set, and the groups that label-based partitioners split."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ Find = Callable[[Any], np.ndarray | None]
 def targets(dataset: Any) -> np.ndarray:
     """The targets of a data set.
 
-    Taken from the attributes ``targets`` or ``labels``, the last tensor of a ``TensorDataset``, or the same of what a
-    ``Subset`` or ``ConcatDataset`` is made of; else read sample by sample: the last entry of a tuple or list, or the
-    entry ``label``, ``labels`` or ``target`` of a mapping.
+    They are taken from the attribute ``targets`` or ``labels`` or the last tensor of a ``TensorDataset``, also through
+    ``Subset`` and ``ConcatDataset``. Otherwise every sample is read: the target is the last entry of a tuple or list,
+    or the entry ``label``, ``labels`` or ``target`` of a mapping.
 
     Args:
         dataset: A map-style data set.
 
     Returns:
         Class labels, int64 of shape ``[num_samples]``; regression targets, float64 of shape ``[num_samples]``; or
-        several labels a sample, bool of shape ``[num_samples, num_labels]``.
+        multi-label targets, bool of shape ``[num_samples, num_labels]``.
 
     Raises:
-        ValueError: If the samples hold no targets, or targets of another kind.
+        ValueError: If the samples have no targets, or targets of another kind.
     """
-    values = _stored(dataset, _own_targets)
+    values = _find_stored(dataset, _stored_targets)
     if values is None:
         values = _as_array([_target_of(dataset[index]) for index in range(len(dataset))])
     if values.ndim == 2 and values.shape[1] == 1:
@@ -41,27 +41,28 @@ def targets(dataset: Any) -> np.ndarray:
         if not np.isfinite(values).all():
             raise ValueError(
                 f"{(~np.isfinite(values)).sum()} of the {len(values)} targets of {type(dataset).__name__} are NaN or "
-                "infinite; leave those samples out or fix them."
+                "infinite. Fix these samples or leave them out."
             )
         return values.astype(np.float64)
     if values.ndim == 2 and values.dtype.kind in "iubf" and np.isin(values, (0, 1)).all():
         return values.astype(bool)
     raise ValueError(
         f"The targets of {type(dataset).__name__} are {values.dtype} of shape {list(values.shape)}; a split by label "
-        "needs a class label (an integer), a number, or a row of zeros and ones (one for each label) a sample. Split "
-        "other targets with IID()."
+        "needs for each sample a class label (an integer), a number, or a row of zeros and ones with one entry per "
+        "label. Split data with other targets with IID()."
     )
 
 
 def label_groups(dataset: Any, num_bins: int = 10) -> np.ndarray:
-    """The group of each sample in a split by label, int64 of shape ``[num_samples]``, from 0 without gaps.
+    """The group of each sample for a split by label, int64 of shape ``[num_samples]``, numbered from 0 without gaps.
 
-    Class labels are groups as they are. Regression targets with more than ``num_bins`` values are cut at their
-    quantiles. Of several labels a sample's rarest one is its group; samples without a label are a group of their own.
+    Each class is a group. Regression targets with more than ``num_bins`` different values are binned at their
+    quantiles. A sample with several labels belongs to the group of its rarest label; samples without a label form a
+    group.
 
     Args:
         dataset: A map-style data set.
-        num_bins: Number of groups of regression targets, at least 1.
+        num_bins: Number of bins for regression targets, at least 1.
 
     Raises:
         ValueError: See :func:`targets`.
@@ -82,41 +83,41 @@ def column(dataset: Any, name: str | int) -> np.ndarray:
 
     Args:
         dataset: A map-style data set.
-        name: A name: of an attribute with one value a sample, of a Hugging Face column, or of an entry of samples
-            that are mappings. Or the position of an entry of samples that are tuples.
+        name: Name of an attribute with one value per sample, of a Hugging Face column, or of an entry of samples that
+            are mappings; or the position of an entry of samples that are tuples.
 
     Raises:
-        ValueError: If the data set has no such column, or it holds more than one value a sample.
+        ValueError: If the data set has no such column, or it is not one integer or string per sample.
     """
-    values = _stored(dataset, lambda data: _own_column(data, name))
+    values = _find_stored(dataset, lambda data: _stored_column(data, name))
     if values is None:
         try:
             values = _as_array([_as_array(dataset[index][name]).tolist() for index in range(len(dataset))])
         except (KeyError, IndexError, TypeError) as error:
             raise ValueError(
                 f"{type(dataset).__name__} has no column {name!r}: found neither an attribute of that name with one "
-                "value a sample, nor such an entry in its samples."
+                "value per sample nor such an entry in its samples."
             ) from error
     if values.ndim != 1 or values.dtype.kind not in "iubUOS":
         raise ValueError(
             f"Column {name!r} of {type(dataset).__name__} is {values.dtype} of shape {list(values.shape)}; expected "
-            "one integer or string a sample."
+            "one integer or string per sample."
         )
     return values
 
 
-def _stored(dataset: Any, find: Find) -> np.ndarray | None:
-    """What ``find`` takes from a data set without reading its samples, through subsets and concatenations."""
+def _find_stored(dataset: Any, find: Find) -> np.ndarray | None:
+    """Applies ``find``, which reads no samples, to a data set or to the data sets that it is a view of."""
     if isinstance(dataset, Subset):
-        values = _stored(dataset.dataset, find)
+        values = _find_stored(dataset.dataset, find)
         return None if values is None else values[np.asarray(dataset.indices, dtype=np.int64)]
     if isinstance(dataset, ConcatDataset):
-        pieces = [_stored(piece, find) for piece in dataset.datasets]
+        pieces = [_find_stored(piece, find) for piece in dataset.datasets]
         return None if any(piece is None for piece in pieces) else np.concatenate(pieces)  # type: ignore[arg-type]
     return find(dataset)
 
 
-def _own_targets(dataset: Any) -> np.ndarray | None:
+def _stored_targets(dataset: Any) -> np.ndarray | None:
     if isinstance(dataset, TensorDataset):
         return _as_array(dataset.tensors[-1])
     for name in ("targets", "labels"):
@@ -126,7 +127,7 @@ def _own_targets(dataset: Any) -> np.ndarray | None:
     return None
 
 
-def _own_column(dataset: Any, name: str | int) -> np.ndarray | None:
+def _stored_column(dataset: Any, name: str | int) -> np.ndarray | None:
     if isinstance(name, int):
         return _as_array(dataset.tensors[name]) if isinstance(dataset, TensorDataset) else None
     if name in (getattr(dataset, "column_names", None) or ()):
@@ -147,15 +148,16 @@ def _target_of(sample: Any) -> Any:
     elif isinstance(sample, tuple | list) and len(sample) > 1:
         return _as_array(sample[-1]).tolist()
     raise ValueError(
-        f"No label was found in a sample of type {type(sample).__name__}: expected a tuple or list that ends with the "
-        f"label, or a mapping with one of the keys {', '.join(_LABEL_KEYS)}. Split data without labels with IID()."
+        f"A sample of type {type(sample).__name__} has no label: expected a tuple or list that ends with the label, "
+        f"or a mapping with one of the keys {', '.join(_LABEL_KEYS)}. Split data without labels with IID()."
     )
 
 
 def _as_array(values: Any) -> np.ndarray:
     if isinstance(values, torch.Tensor):
+        # NumPy has no bfloat16
         return (values.float() if values.dtype == torch.bfloat16 else values).detach().cpu().numpy()
     try:
         return np.asarray(values)
-    except ValueError:
+    except ValueError:  # samples of different shapes; the caller reports dtype object
         return np.asarray(values, dtype=object)

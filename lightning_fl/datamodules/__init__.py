@@ -6,7 +6,7 @@ from lightning_fl.data.partitioners.label_skew import Dirichlet, LabelsPerClient
 from lightning_fl.data.partitioners.natural import MappingFile, NaturalColumn, save_mapping
 from lightning_fl.data.partitioners.partitioner import IID, Partitioner
 from lightning_fl.data.partitioners.quantity_skew import DirichletSizes, LognormalSizes
-from lightning_fl.datamodules.base import CentralDataModule
+from lightning_fl.datamodules.central import CentralDataModule
 from lightning_fl.datamodules.client_datasets import ClientDatasets
 from lightning_fl.datamodules.datasets.breast_cancer import BreastCancerDataModule
 from lightning_fl.datamodules.datasets.cifar import CIFAR10DataModule, CIFAR100DataModule

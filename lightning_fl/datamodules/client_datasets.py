@@ -6,37 +6,37 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import lightning as L
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 
 from lightning_fl.data.client_loaders import ClientLoaders
 from lightning_fl.data.collation import with_fast_collation
-from lightning_fl.data.splitting import num_yielded
+from lightning_fl.data.splitting import examples_per_pass
+from lightning_fl.datamodules.loader_hooks import OptionalLoaders, wants_client_loaders
 from lightning_fl.types import ClientId
 
 Source = Dataset | Callable[[], Dataset]
 
 
-class ClientDatasets(L.LightningDataModule):
-    """Clients that each bring their own data set.
+class ClientDatasets(OptionalLoaders):
+    """Clients that each have their own data set.
 
-    A federated strategy trains on the clients' loaders; any other strategy gets one loader over all the clients' data
-    together, which is the centralised baseline.
+    A federated strategy trains on the clients' loaders; any other strategy gets one loader over the data of all
+    clients, which is the centralised baseline.
 
     Args:
-        train: For each client its training data, as a sequence (the ids are then ``0 .. n-1``) or as a mapping from
-            client id. Instead of a data set a function without arguments may stand, which opens it when needed.
-        val: Validation data: one data set for all, or one per client, given like ``train``, of which the union counts.
-            None: no validation.
-        test: Test data, given like ``val``.
-        batch_size: Examples in a batch. None: one batch of all the client's examples.
-        shuffle: Whether training data is read in a new order at every pass.
-        num_workers: Worker processes of each loader.
-        drop_last: Whether training leaves out a last batch that is not full.
+        train: Training data of each client, as a mapping from client id or a sequence (the ids are then ``0 .. n-1``).
+            Each entry is a data set, or a function without arguments that opens it when it is needed.
+        val: Validation data: one data set for all clients, or one per client in the form of ``train``, which are
+            pooled. None: no validation.
+        test: Test data, in the form of ``val``.
+        batch_size: Examples per batch. None: all of a client's examples in one batch.
+        shuffle: Whether training data is reshuffled at every pass.
+        num_workers: Worker processes per loader.
+        drop_last: Whether training drops an incomplete last batch.
 
     Raises:
-        ValueError: If ``train`` names no client or is neither a sequence nor a mapping, ``batch_size`` is below 1, or,
-            when it is opened, a client's data set has no length.
+        ValueError: If ``train`` is empty or neither a sequence nor a mapping, or ``batch_size`` is less than 1; when a
+            client's data set is opened, if it has no length.
 
     Example:
         >>> import torch
@@ -68,30 +68,35 @@ class ClientDatasets(L.LightningDataModule):
         self.shuffle = shuffle
         self.num_workers = num_workers
         self.drop_last = drop_last
-        if val is not None:
-            self.val_dataloader = self._val_dataloader  # type: ignore[method-assign]
-        if test is not None:
-            self.test_dataloader = self._test_dataloader  # type: ignore[method-assign]
+        if val is None:
+            self._hide_loaders("val_dataloader")
+        if test is None:
+            self._hide_loaders("test_dataloader")
 
     def train_dataloader(self) -> ClientLoaders | DataLoader:
-        """The clients' loaders, or one loader over all their data if the strategy is not federated."""
-        if wants_clients(self.trainer):
+        """The clients' loaders; one loader over all their data if the strategy is not federated."""
+        if wants_client_loaders(self.trainer):
             return ClientLoaders(self._train.keys(), self._client_loader, num_examples=self._num_examples)
         return self._loader(_union(self._train.values()), shuffle=self.shuffle, drop_last=self.drop_last)
 
+    def val_dataloader(self) -> DataLoader:
+        """Validation data of all clients."""
+        return self._loader(_union(self._val))
+
+    def test_dataloader(self) -> DataLoader:
+        """Test data of all clients."""
+        return self._loader(_union(self._test))
+
     def client_val_dataloaders(self) -> Mapping[ClientId, Callable[[], DataLoader]]:
-        """By client what opens the loader of its own validation data; empty if ``val`` is one data set for all."""
-        own = {client: source for client, source in self._val_by_client.items() if client in self._train}
-        return {client: partial(self._open_loader, source) for client, source in own.items()}
+        """For each client a function that opens its validation data; empty if ``val`` is one data set for all."""
+        return {
+            client: partial(self._open_loader, source)
+            for client, source in self._val_by_client.items()
+            if client in self._train
+        }
 
     def _open_loader(self, source: Source) -> DataLoader:
         return self._loader(_open(source))
-
-    def _val_dataloader(self) -> DataLoader:
-        return self._loader(_union(self._val))
-
-    def _test_dataloader(self) -> DataLoader:
-        return self._loader(_union(self._test))
 
     def _client_loader(self, client: ClientId) -> DataLoader:
         dataset, collate_fn = with_fast_collation(_open(self._train[client]), None)
@@ -99,7 +104,7 @@ class ClientDatasets(L.LightningDataModule):
 
     def _num_examples(self, client: ClientId) -> int:
         num_samples = len(_open(self._train[client]))  # type: ignore[arg-type]
-        return num_yielded(num_samples, self.batch_size or max(num_samples, 1), self.drop_last)
+        return examples_per_pass(num_samples, self.batch_size or max(num_samples, 1), self.drop_last)
 
     def _loader(
         self, dataset: Dataset, shuffle: bool = False, drop_last: bool = False, collate_fn: Any = None
@@ -115,19 +120,14 @@ class ClientDatasets(L.LightningDataModule):
         )
 
 
-def wants_clients(trainer: L.Trainer | None) -> bool:
-    """Whether a datamodule should give loaders by client: under a federated strategy, and outside a Trainer."""
-    return trainer is None or getattr(trainer.strategy, "is_federated", False)
-
-
 def _by_client(train: Any) -> Mapping[ClientId, Source]:
     if not isinstance(train, Mapping | Sequence) or isinstance(train, str):
         raise ValueError(
             f"train is a {type(train).__name__}; expected one data set per client, in a sequence or a mapping from "
-            "client id. To split one data set among clients use fl.datamodules.PartitionedDataModule."
+            "client id. To split one data set among clients, use fl.datamodules.PartitionedDataModule."
         )
     if not train:
-        raise ValueError("train names no client; a federation needs at least one data set.")
+        raise ValueError("train is empty; a federation needs the data set of at least one client.")
     return train if isinstance(train, Mapping) else dict(enumerate(train))
 
 
@@ -135,7 +135,7 @@ def _sources(name: str, data: Any) -> Collection[Source]:
     if not isinstance(data, Mapping | Sequence):
         return [data]
     if not data:
-        raise ValueError(f"{name} names no data set; give at least one, or None for none.")
+        raise ValueError(f"{name} is empty; give at least one data set, or None for no {name} data.")
     return data.values() if isinstance(data, Mapping) else data
 
 
@@ -149,6 +149,6 @@ def _open(source: Source) -> Dataset:
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         raise ValueError(
             f"A client's data set is a {type(dataset).__name__}, which has no length; expected a map-style data set. "
-            "Give streams as loaders with fl.datamodules.ClientLoaders."
+            "Pass streams as loaders in fl.datamodules.ClientLoaders."
         )
     return dataset

@@ -1,21 +1,11 @@
-"""Downloads that say what they do, go on where they stopped, and leave either a verified file or none."""
+"""Downloads of data sets, verified by SHA-256."""
 
 from __future__ import annotations
 
-import hashlib
-import os
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
-
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-_CHUNK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -25,7 +15,7 @@ class RemoteFile:
     Args:
         name: Its name on disk.
         url: Where it is.
-        size: Its size in bytes.
+        size: Its size in bytes, which is shown before the download.
         sha256: Its checksum, hexadecimal.
     """
 
@@ -36,122 +26,68 @@ class RemoteFile:
 
 
 class DownloadError(OSError):
-    """A file could not be downloaded, or is not the one that was expected."""
+    """A file could not be downloaded, or its checksum is wrong."""
 
 
-def download(title: str, files: Sequence[RemoteFile], folder: str | Path, timeout: float = 30.0) -> list[Path]:
-    """Downloads the files that a folder does not have yet.
+def download(
+    title: str, files: Sequence[RemoteFile], folder: str | Path, timeout: float = 30.0, retries: int = 2
+) -> list[Path]:
+    """Downloads the files that are not yet in a folder.
 
-    What has arrived of a file is kept beside it as ``NAME.part`` when the connection breaks, and the next call goes on
-    from there. A file gets its name only when its size and checksum are right; a wrong one is removed.
+    A file gets its name only after its checksum was verified; an interrupted download leaves nothing behind. Processes
+    that share the folder download each file once: the others wait.
 
     Args:
         title: Name of the data set, for the messages.
         files: What to download.
-        folder: Where to; made if need be.
+        folder: Where to put the files; created if necessary.
         timeout: Seconds without an answer after which a connection counts as broken.
+        retries: How often a failed download is started again, at least 0.
 
     Returns:
         The files' paths.
 
     Raises:
-        DownloadError: If a server does not answer, the connection breaks, or a file is not the one expected.
+        DownloadError: If a server does not answer, the connection breaks, or a checksum is wrong.
+        ImportError: If a file is missing and pooch is not installed.
     """
     folder = Path(folder)
     missing = [file for file in files if not (folder / file.name).exists()]
     if missing:
+        try:  # imported here, so that files already on disk can be read without pooch
+            import pooch  # noqa: F401
+            from filelock import FileLock
+        except ImportError as error:
+            raise ImportError(
+                f'Downloading {title} needs pooch: pip install "lightning-fl[data]". Or put '
+                f"{', '.join(file.name for file in missing)} into {folder} by hand."
+            ) from error
         folder.mkdir(parents=True, exist_ok=True)
-        console = Console(stderr=True)
-        size = sum(file.size for file in missing)
-        console.print(
-            f"Downloading {title}: {len(missing)} file(s), {size / 1e6:.1f} MB, into {folder}", soft_wrap=True
-        )
-        columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
-        with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+        size = sum(file.size for file in missing) / 1e6
+        print(f"Downloading {title}: {len(missing)} file(s), {size:.1f} MB, to {folder}", file=sys.stderr)
+        with FileLock(folder / ".download.lock"):
             for file in missing:
-                _fetch(file, folder / file.name, progress, timeout)
+                if not (folder / file.name).exists():  # another process may have had the lock
+                    _fetch(file, folder, timeout, retries)
     return [folder / file.name for file in files]
 
 
-def _fetch(file: RemoteFile, path: Path, progress: Progress, timeout: float) -> None:
-    partial = path.with_name(f"{path.name}.part")
-    with _locked(partial) as stream:
-        if path.exists():
-            return
-        task = progress.add_task(file.name, total=file.size)
+def _fetch(file: RemoteFile, folder: Path, timeout: float, retries: int) -> None:
+    import pooch
+    from tqdm import tqdm
+
+    source = pooch.create(
+        folder, "", registry={file.name: f"sha256:{file.sha256}"}, urls={file.name: file.url}, retry_if_failed=retries
+    )
+    with tqdm(desc=file.name, total=file.size, unit="B", unit_scale=True) as progress:
+        # pooch's default chunks of 1 KiB, each flushed, are slow for large files
+        downloader = pooch.HTTPDownloader(progressbar=progress, chunk_size=1 << 16, timeout=timeout)
         try:
-            _receive(file, stream, progress, task, timeout)
-        except (urllib.error.URLError, OSError) as error:
-            if isinstance(error, DownloadError):
-                raise
+            path = Path(source.fetch(file.name, downloader=downloader))
+        except (OSError, ValueError) as error:  # ValueError: the checksum is wrong
             raise DownloadError(
-                f"{file.url} could not be downloaded: {error}. {stream.tell()} of {file.size} bytes are kept in "
-                f"{partial}; try again to go on, or put the file into {path.parent} by hand."
+                f"{file.url} could not be downloaded: {error} Nothing was saved. Try again, or put {file.name} into "
+                f"{folder} by hand."
             ) from error
-        stream.seek(0)
-        found = (
-            hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(stream)
-        )
-        if stream.tell() != file.size or found != file.sha256:
-            size = stream.tell()
-            partial.unlink()
-            raise DownloadError(
-                f"{file.url} is not the file expected: {size} bytes with SHA-256 {found}, expected {file.size} bytes "
-                f"with {file.sha256}. It was removed. Try again; if that does not help, the file on the server has "
-                "changed."
-            )
-        partial.replace(path)
-
-
-def _receive(file: RemoteFile, stream: BinaryIO, progress: Progress, task: int, timeout: float) -> None:
-    have = stream.seek(0, 2)
-    if have >= file.size:
-        return
-    request = urllib.request.Request(file.url, headers={"Range": f"bytes={have}-"} if have else {})
-    with urllib.request.urlopen(request, timeout=timeout) as response:
-        if response.status != 206:
-            stream.seek(0)
-            stream.truncate()
-        progress.update(task, completed=stream.tell())  # type: ignore[arg-type]
-        while chunk := response.read(_CHUNK):
-            stream.write(chunk)
-            progress.update(task, completed=stream.tell())  # type: ignore[arg-type]
-            if stream.tell() > file.size:
-                return
-    stream.flush()
-    if stream.tell() < file.size:
-        raise ConnectionError("the connection ended early")
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[BinaryIO]:
-    """A file opened to append, which one process at a time may hold."""
-    import fcntl
-
-    while True:
-        stream = path.open("a+b")
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        if _is_at(path, stream):
-            break
-        stream.close()
-    with stream:
-        try:
-            yield stream
-        finally:
-            if stream.seek(0, 2) == 0 and _is_at(path, stream):
-                path.unlink()
-
-
-def _is_at(path: Path, stream: BinaryIO) -> bool:
-    """Whether the path still leads to the open file: whoever held it before may have renamed or removed it."""
-    try:
-        return os.path.samestat(path.stat(), os.fstat(stream.fileno()))
-    except FileNotFoundError:
-        return False
-
-
-def _digest(stream: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while chunk := stream.read(_CHUNK):
-        digest.update(chunk)
-    return digest.hexdigest()
+    # pooch makes the file readable by its owner only, but a data folder is often shared
+    path.chmod(0o644)

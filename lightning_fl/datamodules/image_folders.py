@@ -1,16 +1,17 @@
-"""Images in folders: a folder a client, in it a folder a class."""
+"""Images in folders: one folder per client, within it one folder per class."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_fl.datamodules.base import Transform
+from lightning_fl.datamodules.image_files import Transform
 from lightning_fl.datamodules.natural import ClientData, NaturalDataModule
 from lightning_fl.types import ClientId
 
@@ -20,26 +21,21 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 class ImageFolderDataModule(NaturalDataModule):
     """Images in folders ``root/CLIENT/CLASS/image.png``, read from disk when they are needed.
 
-    Samples are float32 in [0, 1] of shape ``[channels, image_size, image_size]``; classes are numbered in the order of
-    their names. ``num_classes`` and ``classes`` are known after ``setup()``.
+    Samples are float32 in [0, 1] of shape ``[channels, image_size, image_size]``; classes are numbered in alphabetical
+    order. ``num_classes`` and ``classes`` are known after ``setup()``.
 
     Args:
-        root: The folder with one folder for each client.
-        image_size: Height and width to which images are scaled, in pixels.
-        channels: 3 for colour, 1 for grey.
-        classes: Names of the classes. None: those of all clients' folders.
-        transform: Applied to each float image, such as a normalisation.
-        batch_size: Examples in a training batch.
-        val_share: Share of each client's images kept for validation, in [0, 1).
-        test_share: Share of each client's images kept for test, in [0, 1).
-        seed: Seed of the splits.
-        num_workers: Worker processes of each loader.
-        eval_batch_size: Examples in a batch of validation, test and prediction. None: the larger of ``batch_size`` and
-            256.
+        root: The folder with one folder per client.
+        image_size: Height and width to which images are resized, in pixels.
+        channels: 3 for RGB, 1 for greyscale.
+        classes: Names of the classes. None: the names of all class folders.
+        transform: Applied to each float32 image, such as a normalisation.
+        **kwargs: ``batch_size``, ``val_share``, ``test_share``, ``seed``, ``num_workers`` and ``eval_batch_size``; see
+            :class:`NaturalDataModule`.
 
     Raises:
-        ValueError: If an argument is out of range; on setup, if a client has no image or one of an unknown class; when
-            an image is read, if it is corrupt.
+        ValueError: If an argument is out of range; on setup, if a client has no images or an unknown class; when an
+            image is read, if it is corrupt.
         FileNotFoundError: On setup, if there are no folders.
         ImportError: On setup, if Pillow is not installed.
     """
@@ -50,24 +46,13 @@ class ImageFolderDataModule(NaturalDataModule):
         image_size: int = 32,
         channels: int = 3,
         classes: Sequence[str] | None = None,
+        *,
         transform: Transform | None = None,
-        batch_size: int = 32,
-        val_share: float = 0.0,
-        test_share: float = 0.2,
-        seed: int = 0,
-        num_workers: int = 0,
-        eval_batch_size: int | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            batch_size=batch_size,
-            val_share=val_share,
-            test_share=test_share,
-            seed=seed,
-            num_workers=num_workers,
-            eval_batch_size=eval_batch_size,
-        )
+        super().__init__(**kwargs)
         if image_size < 1 or channels not in (1, 3):
-            raise ValueError(f"image_size={image_size} must be at least 1 and channels={channels} be 1 or 3.")
+            raise ValueError(f"image_size={image_size} must be at least 1, and channels={channels} must be 1 or 3.")
         self.root, self.image_size, self.channels, self.transform = root, image_size, channels, transform
         self.classes = classes
 
@@ -78,7 +63,7 @@ class ImageFolderDataModule(NaturalDataModule):
         return len(self.classes)
 
     def read(self) -> ClientData:
-        """Lists the images; none is opened."""
+        """Lists the images without opening them."""
         try:
             import PIL.Image  # noqa: F401
         except ImportError as error:
@@ -86,7 +71,7 @@ class ImageFolderDataModule(NaturalDataModule):
         root = Path(self.root)
         clients = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
         if not clients:
-            raise FileNotFoundError(f"{root} has no folders; expected {root}/CLIENT/CLASS/image.png.")
+            raise FileNotFoundError(f"{root} has no folders; expected files such as {root}/CLIENT/CLASS/image.png.")
         found = {client.name: _images(client) for client in clients}
         if self.classes is None:
             self.classes = sorted({name for images in found.values() for name, _ in images})
@@ -99,8 +84,8 @@ class ImageFolderDataModule(NaturalDataModule):
 
     def _open(self, found: dict[str, list[tuple[str, Path]]], client: ClientId) -> Dataset:
         assert self.classes is not None
-        number = {name: index for index, name in enumerate(self.classes)}
-        images = [(path, number[name]) for name, path in found[str(client)]]
+        index_of = {name: index for index, name in enumerate(self.classes)}
+        images = [(path, index_of[name]) for name, path in found[str(client)]]
         return _ImageFiles(images, self.image_size, self.channels, self.transform)
 
 
@@ -127,7 +112,7 @@ class _ImageFiles(Dataset):
             with Image.open(path) as image:
                 scaled = image.convert("RGB" if self.channels == 3 else "L").resize((self.image_size, self.image_size))
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{path} is no image or corrupt: {error}. Fix or remove it.") from error
+            raise ValueError(f"{path} is not an image or is corrupt ({error}). Fix or delete it.") from error
         pixels = np.array(scaled, dtype=np.float32).reshape(self.image_size, self.image_size, self.channels) / 255
         x = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
         return x if self.transform is None else self.transform(x), label

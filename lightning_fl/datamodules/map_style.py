@@ -1,4 +1,4 @@
-"""Any map-style data set, of torch or of Hugging Face, by clients that one of its columns names."""
+"""Any map-style data set, from torch or Hugging Face, with a column that names the client of each sample."""
 
 from __future__ import annotations
 
@@ -16,28 +16,23 @@ from lightning_fl.data.holdout import Part
 from lightning_fl.data.targets import column
 from lightning_fl.datamodules.natural import ClientData, NaturalDataModule
 
-_EVERYONE = "everyone"
+_EVERYONE = "everyone"  # the only client of a data set without a client column
 
 
 class TorchDataModule(NaturalDataModule):
-    """Any map-style torch data set, whose column ``client`` says whose each sample is.
+    """Any map-style torch data set, with a column ``client`` that names the client of each sample.
 
-    Without ``client`` it is a data set in one place: a federation splits it among simulated clients, or takes it as the
+    Without ``client`` it is a data set in one place: a federation splits it among simulated clients, or uses it as the
     data of this silo.
 
     Args:
-        train: The data set, of which each client keeps shares for validation and test.
-        test: Data for test. None: ``test_share`` of the samples.
-        client: What names the client of a sample: an attribute of the data set with one value a sample, an entry of
-            samples that are mappings, or the position of one in samples that are tuples.
-        batch_size: Examples in a training batch.
-        val_share: Share of each client's samples kept for validation, in [0, 1).
-        test_share: Share of each client's samples kept for test, in [0, 1).
-        seed: Seed of the splits.
-        num_workers: Worker processes of each loader.
-        eval_batch_size: Examples in a batch of validation, test and prediction. None: the larger of ``batch_size`` and
-            256.
-        brings_test: Whether :meth:`load` may bring data for test although ``test`` is None.
+        train: The data set, from which each client holds out samples for validation and test.
+        test: Test data. None: ``test_share`` of each client's samples is held out.
+        client: The column that names the client: an attribute of the data set with one value per sample, an entry of
+            samples that are mappings, or the position of an entry of samples that are tuples.
+        brings_test: Whether :meth:`load` may return test data although ``test`` is None.
+        **kwargs: ``batch_size``, ``val_share``, ``test_share``, ``seed``, ``num_workers`` and ``eval_batch_size``; see
+            :class:`NaturalDataModule`.
 
     Raises:
         ValueError: If an argument is out of range; on setup, if there is no such column.
@@ -48,44 +43,32 @@ class TorchDataModule(NaturalDataModule):
         train: Dataset,
         test: Dataset | None = None,
         client: str | int | None = None,
-        batch_size: int = 32,
-        val_share: float = 0.0,
-        test_share: float = 0.2,
-        seed: int = 0,
-        num_workers: int = 0,
-        eval_batch_size: int | None = None,
+        *,
         brings_test: bool = False,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            batch_size=batch_size,
-            val_share=val_share,
-            test_share=test_share,
-            seed=seed,
-            num_workers=num_workers,
-            eval_batch_size=eval_batch_size,
-            brings_test=brings_test or test is not None,
-        )
+        super().__init__(brings_test=brings_test or test is not None, **kwargs)
         self._train, self._test, self.client = train, test, client
 
     def read(self) -> ClientData:
-        """Finds out whose each sample is."""
+        """Groups the samples by client."""
         train, test = self.load()
         return self._by_client(train, None if test is None else self._by_client(test))
 
     def load(self) -> tuple[Any, Any]:
-        """The data, and that for test or None."""
+        """Returns the training data, and the test data or None."""
         return self._train, self._test
 
     def view(self, dataset: Any) -> Dataset:
-        """What batches are made of, from what :meth:`load` gives."""
+        """The examples of a data set that :meth:`load` returned."""
         return dataset
 
     def train_dataloader(self) -> ClientLoaders | DataLoader:
-        """The clients' loaders; one loader over all data without ``client`` or if the strategy is not federated."""
+        """The clients' loaders; one loader over all data if ``client`` is None or the strategy is not federated."""
         return self._loader(self.pooled(), train=True) if self.client is None else super().train_dataloader()
 
     def pooled(self, part: Part = "train") -> Dataset:
-        """All samples for training, validation or test together."""
+        """All samples for training, validation or test."""
         return self.client_dataset(_EVERYONE, part) if self.client is None else super().pooled(part)
 
     def _by_client(self, dataset: Any, test: ClientData | None = None) -> ClientData:
@@ -96,41 +79,35 @@ class TorchDataModule(NaturalDataModule):
         order, ends = np.argsort(owner, kind="stable"), np.cumsum(sizes)
         position = {name: index for index, name in enumerate(names.tolist())}
 
-        def own(name: Any) -> Dataset:
+        def open_client(name: Any) -> Dataset:
             index = position[name]
             return Subset(samples, order[ends[index] - sizes[index] : ends[index]].tolist())
 
-        return ClientData(list(position), lambda name: int(sizes[position[name]]), own, test)
+        return ClientData(list(position), lambda name: int(sizes[position[name]]), open_client, test)
 
 
 class HuggingFaceDataModule(TorchDataModule):
-    """Any data set of Hugging Face's ``datasets``, whose column ``client`` says whose each row is.
+    """Any data set of Hugging Face's ``datasets``, with a column ``client`` that names the client of each row.
 
-    Batches are pairs of what ``features`` and ``target`` hold: images become float32 in [0, 1] of shape ``[channels,
-    height, width]``, numbers float32 or int64 tensors. ``transform`` makes anything else of a row, such as tokens.
+    Batches are pairs of ``features`` and ``target``: images become float32 in [0, 1] of shape ``[channels, height,
+    width]``, numbers become float32 or int64 tensors. For other examples, such as tokens, use ``transform``.
 
     Args:
-        path: A folder that ``Dataset.save_to_disk`` wrote, or the name of a data set on the hub.
-        features: The column to predict from, or a list of columns of numbers.
+        path: A folder written by ``Dataset.save_to_disk``, or the name of a data set on the hub.
+        features: The column to predict from, or a list of numeric columns.
         target: The column to predict.
-        name: Which configuration of the data set.
+        name: Configuration of the data set.
         client: The column that names the client of a row.
         train_split: Name of the split to train on.
-        test_split: Name of the split for test. None: ``test_share`` of the rows.
-        transform: Makes an example of a row (a mapping), instead of ``features`` and ``target``.
-        download: Whether to download a data set of the hub; the library says what and how large. Else it must be on
-            disk already.
-        batch_size: Examples in a training batch.
-        val_share: Share of each client's rows kept for validation, in [0, 1).
-        test_share: Share of each client's rows kept for test, in [0, 1).
-        seed: Seed of the splits.
-        num_workers: Worker processes of each loader.
-        eval_batch_size: Examples in a batch of validation, test and prediction. None: the larger of ``batch_size`` and
-            256.
+        test_split: Name of the test split. None: ``test_share`` of each client's rows is held out.
+        transform: Creates an example from a row (a mapping); replaces ``features`` and ``target``.
+        download: Whether to download the data set from the hub if it is not on disk.
+        **kwargs: ``batch_size``, ``val_share``, ``test_share``, ``seed``, ``num_workers`` and ``eval_batch_size``; see
+            :class:`NaturalDataModule`.
 
     Raises:
         ValueError: If an argument is out of range; on setup, if a column or split is missing.
-        FileNotFoundError: On setup, if the data set is not on disk and ``download`` is not set.
+        FileNotFoundError: On setup, if the data set is not on disk and ``download`` is False.
         ImportError: On setup, if ``datasets`` is not installed.
     """
 
@@ -145,38 +122,23 @@ class HuggingFaceDataModule(TorchDataModule):
         test_split: str | None = None,
         transform: Callable[[dict[str, Any]], Any] | None = None,
         download: bool = False,
-        batch_size: int = 32,
-        val_share: float = 0.0,
-        test_share: float = 0.2,
-        seed: int = 0,
-        num_workers: int = 0,
-        eval_batch_size: int | None = None,
+        **kwargs: Any,
     ) -> None:
-        nothing: Any = None
-        super().__init__(
-            nothing,
-            None,
-            client,
-            batch_size,
-            val_share,
-            test_share,
-            seed,
-            num_workers,
-            eval_batch_size,
-            brings_test=test_split is not None,
-        )
+        # load() reads the data set, so the base class is given none
+        no_dataset: Any = None
+        super().__init__(no_dataset, None, client, brings_test=test_split is not None, **kwargs)
         self.path, self.name, self.features, self.target = path, name, features, target
         self.train_split, self.test_split, self.transform, self.download = train_split, test_split, transform, download
 
     def load(self) -> tuple[Any, Any]:
-        """The rows of the two splits."""
+        """Returns the rows of the training split, and of the test split or None."""
         loaded = self._load()
         is_split = isinstance(loaded, dict)
         wanted = [self.train_split, *([self.test_split] if self.test_split else [])]
         absent = [split for split in wanted if is_split and split not in loaded]
         if absent or (self.test_split and not is_split):
-            have = ", ".join(loaded) if is_split else "one split without a name"
-            raise ValueError(f"{self.path} has no split {(absent or wanted[1:])[0]!r}; it has {have}.")
+            found = ", ".join(loaded) if is_split else "one split without a name"
+            raise ValueError(f"{self.path} has no split {(absent or wanted[1:])[0]!r}; it has {found}.")
         train = loaded[self.train_split] if is_split else loaded
         columns = [] if self.transform else [*([self.features] if isinstance(self.features, str) else self.features)]
         for wanted_column in [*columns, *([] if self.transform else [self.target])]:
@@ -187,7 +149,7 @@ class HuggingFaceDataModule(TorchDataModule):
         return train, loaded[self.test_split] if self.test_split else None
 
     def view(self, dataset: Any) -> Dataset:
-        """Rows as examples."""
+        """Rows converted to examples."""
         return _Rows(dataset, self.transform or self._example, None if self.transform else self.target)
 
     def _example(self, row: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -204,33 +166,34 @@ class HuggingFaceDataModule(TorchDataModule):
         if Path(self.path).is_dir():
             return datasets.load_from_disk(str(self.path))
         try:
+            # without permission to download, only the library's cache is searched
             options = datasets.DownloadConfig(local_files_only=not self.download)
             return datasets.load_dataset(str(self.path), self.name, download_config=options)
         except Exception as error:
             if self.download:
                 raise
             raise FileNotFoundError(
-                f"There is no folder {self.path}, and no data set of that name on disk ({error}). Download it from the "
+                f"{self.path} is neither a folder nor the name of a data set on disk ({error}). Download it from the "
                 "hub with download=True."
             ) from error
 
 
 def to_tensor(value: Any, name: str) -> Tensor:
-    """An image as float32 in [0, 1] ``[channels, height, width]``, numbers as float32 or int64.
+    """Converts an image to float32 in [0, 1] of shape ``[channels, height, width]``, numbers to float32 or int64.
 
     Raises:
-        ValueError: If it is neither.
+        ValueError: If ``value`` is neither.
     """
     if isinstance(value, Tensor):
         return value
     try:
         array = np.asarray(value)
-    except ValueError:
+    except ValueError:  # lists of different lengths
         array = np.asarray(None)
     if array.dtype.kind not in "iufb":
         raise ValueError(
-            f"Column {name!r} holds a {type(value).__name__}, which is neither an image nor numbers. Make an example "
-            "of a row with `transform`."
+            f"Column {name!r} has a {type(value).__name__}, which is neither an image nor numbers. Set "
+            "`transform` to a function that creates an example from a row."
         )
     if array.dtype == np.uint8 and array.ndim in (2, 3):
         image = torch.from_numpy(array.astype(np.float32) / 255)
@@ -239,7 +202,7 @@ def to_tensor(value: Any, name: str) -> Tensor:
 
 
 class _Rows(Dataset):
-    """Rows of a table as examples; the target column is known without reading them."""
+    """Rows converted to examples; partitioners find ``targets`` without converting every row."""
 
     def __init__(self, rows: Any, make: Callable[[dict[str, Any]], Any], target: str | None) -> None:
         self.rows = rows

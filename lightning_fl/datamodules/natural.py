@@ -1,4 +1,4 @@
-"""What data sets that belong to clients by nature have in common: loaders by client, and all of them together."""
+"""Base class for data that naturally belongs to clients: loaders by client, and pooled."""
 
 from __future__ import annotations
 
@@ -6,31 +6,29 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from types import MethodType
 from typing import Any
 
-import lightning as L
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from lightning_fl.data.client_loaders import ClientLoaders
 from lightning_fl.data.holdout import Holdout, Part
-from lightning_fl.datamodules.base import check_batch_sizes
-from lightning_fl.datamodules.client_datasets import wants_clients
+from lightning_fl.datamodules.central import check_batch_sizes
+from lightning_fl.datamodules.loader_hooks import OptionalLoaders, wants_client_loaders
 from lightning_fl.types import ClientId
 
-_OPEN_CLIENTS = 64
+_MAX_OPEN_CLIENTS = 64
 
 
 @dataclass(frozen=True)
 class ClientData:
-    """The samples of each client, opened when they are asked for.
+    """The clients and their samples, which are read only when a client is opened.
 
     Args:
-        ids: The clients, in order.
-        size: Number of samples of a client, told without opening it.
-        open: The samples of a client, a map-style data set.
-        test: Samples that the source itself keeps for test; None: ``test_share`` of each client's samples.
+        ids: The clients' ids, in order.
+        size: Returns the number of samples of a client without opening it.
+        open: Returns the samples of a client, a map-style data set.
+        test: Separate test data. None: ``test_share`` of each client's samples is held out.
     """
 
     ids: Sequence[ClientId]
@@ -39,24 +37,24 @@ class ClientData:
     test: ClientData | None = None
 
 
-class NaturalDataModule(L.LightningDataModule):
-    """Data that belongs to clients by nature.
+class NaturalDataModule(OptionalLoaders):
+    """Data that naturally belongs to clients, such as writers, hospitals or shops.
 
-    A federated strategy trains on the clients' loaders, made when they are asked for; any other strategy gets one
-    shuffled loader over all the clients' training data, which is the centralised baseline. Each client keeps a part of
-    its samples for validation and test. Validation and test of the global model use the union of them;
-    ``client_val_dataloaders()`` and ``client_test_dataloaders()`` give them by client. Without ``val_share`` validation
-    uses the test data. Subclasses override :meth:`read`.
+    A federated strategy trains on the clients' loaders, which are created when they are needed; any other strategy gets
+    one shuffled loader over all training data, which is the centralised baseline. Each client holds out a part of its
+    samples for validation and test. The global model is validated and tested on the union of these parts;
+    ``client_val_dataloaders()`` and ``client_test_dataloaders()`` return them by client. Subclasses override
+    :meth:`read`.
 
     Args:
-        batch_size: Examples in a training batch.
-        val_share: Share of each client's samples kept for validation, in [0, 1).
-        test_share: Share of each client's samples kept for test, in [0, 1).
-        seed: Seed of every split.
-        num_workers: Worker processes of each loader.
-        eval_batch_size: Examples in a batch of validation, test and prediction. None: the larger of ``batch_size`` and
+        batch_size: Examples per training batch.
+        val_share: Fraction of each client's samples held out for validation, in [0, 1). 0: validate on the test data.
+        test_share: Fraction of each client's samples held out for test, in [0, 1).
+        seed: Seed of the data set's splits.
+        num_workers: Worker processes per loader.
+        eval_batch_size: Examples per batch in validation, test and prediction. None: the larger of ``batch_size`` and
             256.
-        brings_test: Whether :meth:`read` may bring data for test, so that no share of the clients' is needed.
+        brings_test: Whether :meth:`read` may return separate test data, so that ``test_share`` can be 0.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -82,15 +80,14 @@ class NaturalDataModule(L.LightningDataModule):
         self.num_workers = num_workers
         self._data: ClientData | None = None
         if val_share == test_share == 0 and not brings_test:
-            for name in ("val_dataloader", "test_dataloader", "predict_dataloader"):
-                setattr(self, name, MethodType(getattr(L.LightningDataModule, name), self))
+            self._hide_loaders("val_dataloader", "test_dataloader", "predict_dataloader")
 
     @abstractmethod
     def read(self) -> ClientData:
         """The clients and their samples."""
 
     def setup(self, stage: str | None = None) -> None:
-        """Reads what is needed to tell who the clients are, once."""
+        """Finds out who the clients are; reads the data only once."""
         if self._data is None:
             self._data = self.read()
 
@@ -104,7 +101,7 @@ class NaturalDataModule(L.LightningDataModule):
 
     @property
     def client_ids(self) -> Sequence[ClientId]:
-        """The clients, in order."""
+        """The clients' ids, in order."""
         return self.data.ids
 
     def client_dataset(self, client: ClientId, part: Part = "train") -> Dataset:
@@ -121,37 +118,39 @@ class NaturalDataModule(L.LightningDataModule):
         return source.size(client) if sum(holdout) == 0 else holdout.size(source.size(client), part)
 
     def pooled(self, part: Part = "train") -> Dataset:
-        """All clients' samples for training, validation or test together."""
+        """The samples of all clients for training, validation or test."""
         ids = self._ids(part)
         sizes = np.fromiter((self.num_samples(client, part) for client in ids), dtype=np.int64, count=len(ids))
         return _Pooled(ids, sizes, lambda client: self.client_dataset(client, part))
 
     def train_dataloader(self) -> ClientLoaders | DataLoader:
-        """The clients' loaders, or one loader over all their data if the strategy is not federated."""
-        return self._client_loaders("train") if wants_clients(self.trainer) else self._loader(self.pooled(), True)
+        """The clients' loaders; one loader over all their data if the strategy is not federated."""
+        return (
+            self._client_loaders("train") if wants_client_loaders(self.trainer) else self._loader(self.pooled(), True)
+        )
 
     def val_dataloader(self) -> DataLoader | list:
-        """All clients' validation data; their test data without ``val_share``."""
+        """Validation data of all clients; their test data if ``val_share`` is 0."""
         return self._evaluation_loader("val" if self.holdout.val_share > 0 else "test")
 
     def test_dataloader(self) -> DataLoader | list:
-        """All clients' test data."""
+        """Test data of all clients."""
         return self._evaluation_loader("test")
 
     def predict_dataloader(self) -> DataLoader | list:
-        """All clients' test data."""
+        """Test data of all clients."""
         return self._evaluation_loader("test")
 
     def client_val_dataloaders(self) -> ClientLoaders:
-        """Each client's own validation data, in order; its test data without ``val_share``."""
+        """Validation data by client; test data if ``val_share`` is 0."""
         return self._client_loaders("val" if self.holdout.val_share > 0 else "test")
 
     def client_test_dataloaders(self) -> ClientLoaders:
-        """Each client's own test data, in order."""
+        """Test data by client."""
         return self._client_loaders("test")
 
     def _source(self, part: Part) -> tuple[ClientData, Holdout]:
-        """Where a part comes from, and how it is cut out of there (a holdout of 0: all of it)."""
+        """The data that a part is taken from, and the holdout that selects it (all fractions 0: the whole data)."""
         if self.data.test is None:
             return self.data, self.holdout
         if part == "test":
@@ -170,7 +169,7 @@ class NaturalDataModule(L.LightningDataModule):
 
     def _client_loaders(self, part: Part) -> ClientLoaders:
         if not self._has(part):
-            raise ValueError(f"The clients keep no data for their {part}; set {part}_share.")
+            raise ValueError(f"The clients have no {part} data; set {part}_share.")
         return ClientLoaders(
             self._ids(part),
             lambda client: self._loader(self.client_dataset(client, part), part == "train"),
@@ -187,12 +186,13 @@ class NaturalDataModule(L.LightningDataModule):
 
 
 class _Pooled(Dataset):
-    """The clients' samples one after the other; a few clients are kept open."""
+    """The clients' samples one after the other; the clients read last stay open."""
 
     def __init__(self, ids: Sequence[ClientId], sizes: np.ndarray, open_client: Callable[[Any], Dataset]) -> None:
         self.ids = ids
         self.ends = np.cumsum(sizes)
-        self._open = lru_cache(_OPEN_CLIENTS)(open_client)
+        # shuffled reading jumps between clients, but to keep thousands open would hold all data in memory
+        self._open = lru_cache(_MAX_OPEN_CLIENTS)(open_client)
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0

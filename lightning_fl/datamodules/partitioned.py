@@ -1,10 +1,9 @@
-"""Any LightningDataModule, its training data split among simulated clients."""
+"""Splits the training data of any LightningDataModule among simulated clients."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import lightning as L
@@ -15,18 +14,16 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from lightning_fl.data.client_loaders import ClientLoaders
 from lightning_fl.data.holdout import Holdout, Part
 from lightning_fl.data.partitioners.partitioner import Partitioner
-from lightning_fl.data.splitting import check_splittable, over, split_loader
-from lightning_fl.datamodules.client_datasets import wants_clients
+from lightning_fl.data.splitting import check_splittable, split_loader, with_dataset
+from lightning_fl.datamodules.loader_hooks import OptionalLoaders, wants_client_loaders
 from lightning_fl.types import ClientId
 
-View = Callable[[int, torch.Tensor], Dataset]
+DatasetOfClient = Callable[[int, torch.Tensor], Dataset]
 
-_PASSED_ON = (
+_FORWARDED_HOOKS = (
     "prepare_data",
     "setup",
     "teardown",
-    "val_dataloader",
-    "test_dataloader",
     "predict_dataloader",
     "state_dict",
     "load_state_dict",
@@ -37,28 +34,27 @@ _PASSED_ON = (
 )
 
 
-class PartitionedDataModule(L.LightningDataModule):
-    """Splits the training data of another datamodule among simulated clients; everything else is passed on to it.
+class PartitionedDataModule(OptionalLoaders):
+    """Splits the training data of another datamodule among simulated clients and forwards everything else to it.
 
     A federated strategy trains on the clients' loaders, which keep the batch size, shuffling, collation and workers of
-    the datamodule's own loader; any other strategy gets one loader over the same training data together, which is the
+    the datamodule's training loader; any other strategy gets one loader over the same training data, which is the
     centralised baseline.
 
-    With ``val_share`` or ``test_share`` each client keeps a part of its samples for its own validation or test, which
-    ``client_val_dataloaders()`` and ``client_test_dataloaders()`` give by client. Validation and test of the global
-    model stay those of the datamodule inside; if it has none, they are the union of the clients' own.
+    With ``val_share`` or ``test_share`` each client holds out a part of its samples for its own validation or test;
+    ``client_val_dataloaders()`` and ``client_test_dataloaders()`` return these parts by client. The global model is
+    validated and tested on the data of ``data``, or on the union of the clients' parts if ``data`` has none.
 
     Args:
-        data: The datamodule. It trains on one ``DataLoader`` over a map-style data set.
+        data: The datamodule. Its training loader must be one ``DataLoader`` over a map-style data set.
         partitioner: How the training data is split.
-        num_clients: Number of clients. None: 10, or those that the data names (see ``NaturalColumn``).
-        seed: Seed of the split. None: the one of ``seed_everything``, else 0.
-        val_share: Share of each client's samples that it keeps for its own validation, in [0, 1).
-        test_share: Share of each client's samples that it keeps for its own test, in [0, 1).
+        num_clients: Number of clients. None: the clients that the data names (see ``NaturalColumn``), or 10.
+        seed: Seed of the split. None: the seed of ``seed_everything``, or 0.
+        val_share: Fraction of each client's samples held out for its own validation, in [0, 1).
+        test_share: Fraction of each client's samples held out for its own test, in [0, 1).
 
     Raises:
-        ValueError: If the shares are out of range; when the loaders are made, if the training loader cannot be split,
-            with the remedy.
+        ValueError: If a fraction is out of range; when the loaders are created, if the training loader cannot be split.
 
     Example:
         >>> from lightning_fl.datamodules import DigitsDataModule, Dirichlet
@@ -89,17 +85,18 @@ class PartitionedDataModule(L.LightningDataModule):
         self.allow_zero_length_dataloader_with_multiple_devices = (
             data.allow_zero_length_dataloader_with_multiple_devices
         )
-        for hook in _PASSED_ON:
+        # Lightning looks at which hooks are overridden, so only those that `data` overrides are forwarded.
+        for hook in _FORWARDED_HOOKS:
             if is_overridden(hook, data):
                 setattr(self, hook, getattr(data, hook))
-        if val_share > 0 and not is_overridden("val_dataloader", data):
-            self.val_dataloader = partial(self._pooled_loader, "val")  # type: ignore[method-assign]
-        if test_share > 0 and not is_overridden("test_dataloader", data):
-            self.test_dataloader = partial(self._pooled_loader, "test")  # type: ignore[method-assign]
+        if val_share == 0 and not is_overridden("val_dataloader", data):
+            self._hide_loaders("val_dataloader")
+        if test_share == 0 and not is_overridden("test_dataloader", data):
+            self._hide_loaders("test_dataloader")
 
     @property
     def trainer(self) -> L.Trainer | None:
-        """The Trainer, also of the datamodule inside."""
+        """The Trainer, shared with ``data``."""
         return self.data.trainer
 
     @trainer.setter
@@ -107,30 +104,41 @@ class PartitionedDataModule(L.LightningDataModule):
         self.data.trainer = trainer
 
     def train_dataloader(self) -> ClientLoaders | Any:
-        """The clients' loaders, or one loader over their data together if the strategy is not federated."""
-        if wants_clients(self.trainer):
+        """The clients' loaders; one loader over all their data if the strategy is not federated."""
+        if wants_client_loaders(self.trainer):
             return self._client_loaders("train")
         if self.partitioner.changes_examples or sum(self.holdout) > 0:
             return self._pooled_loader("train")
         return self.data.train_dataloader()
 
+    def val_dataloader(self) -> Any:
+        """Validation data of ``data``; the union of the clients' validation data if it has none."""
+        overridden = is_overridden("val_dataloader", self.data)
+        return self.data.val_dataloader() if overridden else self._pooled_loader("val")
+
+    def test_dataloader(self) -> Any:
+        """Test data of ``data``; the union of the clients' test data if it has none."""
+        overridden = is_overridden("test_dataloader", self.data)
+        return self.data.test_dataloader() if overridden else self._pooled_loader("test")
+
     def client_val_dataloaders(self) -> ClientLoaders:
-        """Each client's own validation data, in order."""
+        """Validation data by client."""
         return self._client_loaders("val")
 
     def client_test_dataloaders(self) -> ClientLoaders:
-        """Each client's own test data, in order."""
+        """Test data by client."""
         return self._client_loaders("test")
 
     def _client_loaders(self, part: Part) -> ClientLoaders:
-        loader, clients, parts, view = self._split(part)
-        return split_loader(loader, parts, clients, view)
+        loader, clients, parts, dataset_of = self._split(part)
+        return split_loader(loader, parts, clients, dataset_of)
 
     def _pooled_loader(self, part: Part) -> DataLoader:
-        loader, _, parts, view = self._split(part)
-        return over(loader, ConcatDataset([view(client, own) for client, own in enumerate(parts) if len(own)]))
+        loader, _, parts, dataset_of = self._split(part)
+        datasets = [dataset_of(client, indices) for client, indices in enumerate(parts) if len(indices)]
+        return with_dataset(loader, ConcatDataset(datasets))
 
-    def _split(self, part: Part) -> tuple[DataLoader, Sequence[ClientId], list[torch.Tensor], View]:
+    def _split(self, part: Part) -> tuple[DataLoader, Sequence[ClientId], list[torch.Tensor], DatasetOfClient]:
         loader = self.data.train_dataloader()
         check_splittable(loader)
         dataset = loader.dataset
@@ -139,13 +147,14 @@ class PartitionedDataModule(L.LightningDataModule):
         parts = self.partitioner(dataset, self.num_clients, seed)
         if sum(self.holdout) > 0:
             parts = [
-                whole[torch.from_numpy(self.holdout.indices(len(whole), part, seed, client))]
-                for client, whole in zip(clients, parts, strict=True)
+                indices[torch.from_numpy(self.holdout.indices(len(indices), part, seed, client))]
+                for client, indices in zip(clients, parts, strict=True)
             ]
         elif part != "train":
-            raise ValueError(f"The clients keep no data for their {part}; set {part}_share of PartitionedDataModule.")
+            raise ValueError(f"The clients have no {part} data; set {part}_share of PartitionedDataModule.")
 
-        def view(client: int, own: torch.Tensor) -> Dataset:
-            return self.partitioner.client_dataset(dataset, own, client, len(parts), seed)
+        def dataset_of(client: int, indices: torch.Tensor) -> Dataset:
+            return self.partitioner.client_dataset(dataset, indices, client, len(parts), seed)
 
-        return loader if part == "train" else over(loader, dataset, evaluate=True), clients, parts, view
+        loader = loader if part == "train" else with_dataset(loader, dataset, evaluate=True)
+        return loader, clients, parts, dataset_of

@@ -1,4 +1,4 @@
-"""How a table becomes tensors: which columns, scaled how, with which categories and classes."""
+"""How a table is encoded as tensors: its columns, their scaling, categories and classes."""
 
 from __future__ import annotations
 
@@ -19,17 +19,16 @@ Task = Literal["auto", "classification", "regression"]
 
 @dataclass(frozen=True)
 class TableSchema:
-    """The columns of a table and how they become numbers.
+    """The columns of a table and how they are encoded.
 
-    Numeric columns become ``(value - mean) / std``, the others one column for each of their values, 1 where it is the
-    row's and 0 elsewhere; a value that is not listed gives zeros. Silos that train together need the same schema: one
-    saves it, all give it to their ``TabularDataModule``.
+    Numeric columns become ``(value - mean) / std``; other columns are one-hot encoded, a value that is not listed as
+    zeros. Silos that train together need the same schema: one saves it, and all pass it to their ``TabularDataModule``.
 
     Args:
         target: The column to predict.
         numeric: Mean and standard deviation of each numeric column.
         categories: The values of each other column.
-        classes: The values of the target; None for regression.
+        classes: The values of the target; None for a regression.
     """
 
     target: str
@@ -43,53 +42,55 @@ class TableSchema:
         return [*self.numeric, *(f"{name}={value}" for name, values in self.categories.items() for value in values)]
 
     def save(self, path: str | Path) -> None:
-        """Writes the schema as JSON; the file appears whole or not at all."""
+        """Writes the schema as JSON, atomically."""
         partial = Path(f"{path}.part")
         partial.write_text(json.dumps(asdict(self), indent=1))
         partial.replace(path)
 
     @classmethod
     def load(cls, path: str | Path) -> TableSchema:
-        """Reads a schema that :meth:`save` wrote.
+        """Reads a schema written by :meth:`save`.
 
         Raises:
-            ValueError: If the file is none.
+            ValueError: If the file is not a schema.
         """
         try:
             content = json.loads(Path(path).read_text())
             numeric = {name: (float(mean), float(std)) for name, (mean, std) in content["numeric"].items()}
             return cls(str(content["target"]), numeric, dict(content["categories"]), content["classes"])
         except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{path} is no table schema ({error}); write one with TableSchema.save.") from error
+            raise ValueError(f"{path} is not a table schema ({error}); write one with TableSchema.save.") from error
 
     def encode(self, table: Any, name: str, missing: str = "error") -> tuple[Tensor, Tensor]:
-        """Features, float32 ``[num_rows, num_features]``, and targets: int64 classes or float32 numbers ``[num_rows]``.
+        """Encodes a table as float32 features ``[num_rows, num_features]`` and int64 or float32 targets ``[num_rows]``.
 
         Args:
             table: A pandas ``DataFrame``.
-            name: Where it comes from, for messages.
-            missing: ``"error"`` refuses rows with missing features; ``"mean"`` takes the mean, or no category.
+            name: Name of the table, for messages.
+            missing: ``"error"``: missing features are an error. ``"mean"``: a missing number is replaced by the mean, a
+                missing category by zeros.
 
         Raises:
-            ValueError: If a column is missing, a value is missing or infinite, or a target is none of the classes.
+            ValueError: If a column is missing, a value is missing or infinite, or a target is not one of the classes.
         """
         check_columns(table, [*self.numeric, *self.categories, self.target], name)
         columns = []
         for column, (mean, std) in self.numeric.items():
             if not is_number(table[column]):
                 raise ValueError(
-                    f"Column {column!r} of {name} holds {table[column].dtype}, but it is a number elsewhere."
+                    f"Column {column!r} of {name} has type {table[column].dtype}, but the schema says it is numeric."
                 )
             columns.append((table[column].to_numpy(dtype=np.float64, na_value=np.nan) - mean) / std)
-        faulty = {c: int((~np.isfinite(v)).sum()) for c, v in zip(self.numeric, columns, strict=True)}
-        faulty |= {c: int(table[c].isna().sum()) for c in self.categories}
+        num_faulty = {c: int((~np.isfinite(v)).sum()) for c, v in zip(self.numeric, columns, strict=True)}
+        num_faulty |= {c: int(table[c].isna().sum()) for c in self.categories}
         infinite = [c for c, v in zip(self.numeric, columns, strict=True) if np.isinf(v).any()]
-        if infinite or (missing == "error" and any(faulty.values())):
-            found = ", ".join(f"{column!r} ({number})" for column, number in faulty.items() if number)
+        if infinite or (missing == "error" and any(num_faulty.values())):
+            found = ", ".join(f"{column!r} ({number})" for column, number in num_faulty.items() if number)
             raise ValueError(
-                f"{name} has missing or infinite values in the columns {found}. Fix or drop them; missing='mean' puts "
-                "the mean for missing numbers, and no category."
+                f"{name} has missing or infinite values in the columns {found}. Fix or drop them; missing='mean' "
+                "replaces missing numbers by the mean and missing categories by zeros."
             )
+        # 0 is the mean, after standardising
         columns = [np.nan_to_num(values, nan=0.0) for values in columns]
         for column, values in self.categories.items():
             text = table[column].astype(str).to_numpy()
@@ -100,11 +101,13 @@ class TableSchema:
     def _targets(self, table: Any, name: str) -> Tensor:
         column = table[self.target]
         if column.isna().any():
-            raise ValueError(f"{int(column.isna().sum())} rows of {name} have no value in the target {self.target!r}.")
+            raise ValueError(
+                f"{int(column.isna().sum())} rows of {name} have no value in the target {self.target!r}; delete them."
+            )
         if self.classes is None:
             values = column.to_numpy(dtype=np.float64)
             if not np.isfinite(values).all():
-                raise ValueError(f"The target {self.target!r} of {name} has infinite values.")
+                raise ValueError(f"The target {self.target!r} of {name} has infinite values; fix or delete these rows.")
             return torch.from_numpy(values.astype(np.float32))
         position = {value: index for index, value in enumerate(self.classes)}
         unknown = sorted({str(value) for value in column.unique().tolist() if value not in position})
@@ -119,19 +122,19 @@ class TableSchema:
 def fit_schema(
     table: Any, rows: np.ndarray, target: str, features: Sequence[str], task: Task, name: str
 ) -> TableSchema:
-    """The schema of a table.
+    """Learns the schema of a table.
 
     Args:
         table: A pandas ``DataFrame``.
-        rows: Positions of the training rows, from which means, deviations and categories are taken.
+        rows: Positions of the training rows, from which means, standard deviations and categories are computed.
         target: The column to predict.
-        features: The columns to predict it from.
+        features: The columns to predict from.
         task: Whether the target is a class or a number. ``"auto"``: a class unless it is a number with more than 20
-            values.
-        name: Where the table comes from, for messages.
+            different values.
+        name: Name of the table, for messages.
 
     Raises:
-        ValueError: If a column can't become numbers, or the task does not fit the target.
+        ValueError: If a column can't be encoded, or the task does not fit the target.
     """
     numeric, categories = {}, {}
     for column in features:
@@ -143,33 +146,33 @@ def fit_schema(
             numeric[column] = (mean, std if std > 0 else 1.0)
         elif values.dtype.kind in "mM":
             raise ValueError(
-                f"Column {column!r} of {name} holds dates; turn it into numbers, or leave it out with `drop`."
+                f"Column {column!r} of {name} has dates; convert it to numbers, or leave it out with `drop`."
             )
         else:
             categories[column] = sorted(map(str, values.dropna().unique()))
             if len(categories[column]) > MAX_CATEGORIES:
                 raise ValueError(
                     f"Column {column!r} of {name} is text with {len(categories[column])} different values, more than "
-                    f"{MAX_CATEGORIES}; leave it out with `drop`, or turn it into fewer categories."
+                    f"{MAX_CATEGORIES}; leave it out with `drop`, or merge some of its values."
                 )
     return TableSchema(target, numeric, categories, _classes(table[target], target, task, name))
 
 
 def is_number(column: Any) -> bool:
-    """Whether a pandas column holds numbers or truth values."""
+    """Whether a pandas column has numbers or booleans."""
     return getattr(column.dtype, "kind", "O") in "iufb"
 
 
 def check_columns(table: Any, expected: Sequence[str], name: str) -> None:
-    """Refuses a table without the columns expected.
+    """Checks that a table has the expected columns.
 
     Raises:
         ValueError: If one is missing.
     """
-    absent = [column for column in expected if column not in table.columns]
-    if absent:
+    missing = [column for column in expected if column not in table.columns]
+    if missing:
         found = ", ".join(map(str, table.columns))
-        raise ValueError(f"{name} has no column {', '.join(map(repr, absent))}; its columns are {found}.")
+        raise ValueError(f"{name} has no column {', '.join(map(repr, missing))}; its columns are {found}.")
 
 
 def _classes(column: Any, target: str, task: Task, name: str) -> list[Any] | None:
@@ -180,7 +183,10 @@ def _classes(column: Any, target: str, task: Task, name: str) -> list[Any] | Non
             raise ValueError(f"The target {target!r} of {name} is text; a regression needs numbers.")
         return None
     if task == "classification" and len(values) > MAX_CATEGORIES and number:
-        raise ValueError(f"The target {target!r} of {name} has {len(values)} different values; is it a regression?")
+        raise ValueError(
+            f"The target {target!r} of {name} has {len(values)} different values, too many for classes; use "
+            "task='regression'."
+        )
     if len(values) < 2:
         raise ValueError(
             f"The target {target!r} of {name} has {len(values)} different value(s); nothing can be learned."

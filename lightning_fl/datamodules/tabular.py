@@ -1,4 +1,4 @@
-"""Tables with a column that says whose each row is: CSV or Parquet."""
+"""CSV or Parquet tables with a column that names the client of each row."""
 
 from __future__ import annotations
 
@@ -15,41 +15,37 @@ from lightning_fl.datamodules.natural import ClientData, NaturalDataModule
 from lightning_fl.datamodules.table_schema import TableSchema, Task, check_columns, fit_schema
 from lightning_fl.types import ClientId
 
-_EVERYONE = "everyone"
+_EVERYONE = "everyone"  # the only client of a table without a client column
 
 
 class TabularDataModule(NaturalDataModule):
-    r"""A table in CSV or Parquet files, whose column ``client`` says whose each row is.
+    r"""A table in CSV or Parquet files, with a column ``client`` that names the client of each row.
 
-    Numeric columns are standardised, the others become one column for each of their values, both by the training rows;
-    ``schema`` holds how, and after ``setup()`` the sizes for the model are in ``num_features`` and ``num_classes``.
-    Batches are pairs of float32 features ``[batch, num_features]`` and targets ``[batch]``, int64 classes or float32
-    numbers. Without ``client`` the table is a data set in one place: a federation splits it among simulated clients, or
-    takes it as the data of this silo.
+    Numeric columns are standardised and other columns one-hot encoded, as learned from the training rows and recorded
+    in ``schema``. After ``setup()`` the sizes for the model are in ``num_features`` and ``num_classes``. Batches are
+    pairs of float32 features ``[batch, num_features]`` and targets ``[batch]``, int64 classes or float32 numbers.
+    Without ``client`` the table is a data set in one place: a federation splits it among simulated clients, or uses it
+    as the data of this silo.
 
     Args:
         path: A ``.csv``, ``.csv.gz`` or ``.parquet`` file, a list of such files, or a folder of them.
         target: The column to predict.
         client: The column that names the client of a row.
-        features: The columns to predict from. None: all others.
+        features: The columns to predict from. None: all other columns.
         drop: Columns to leave out.
         task: ``"classification"`` or ``"regression"``. ``"auto"``: classification unless the target is a number with
-            more than 20 values.
-        missing: ``"error"`` refuses rows with missing features; ``"mean"`` puts the mean, or no category.
-        schema: How columns become numbers, as a file that ``TableSchema.save`` wrote: silos that train together need
-            the same one. None: taken from the training rows.
-        batch_size: Examples in a training batch.
-        val_share: Share of each client's rows kept for validation, in [0, 1).
-        test_share: Share of each client's rows kept for test, in [0, 1).
-        seed: Seed of the splits.
-        num_workers: Worker processes of each loader.
-        eval_batch_size: Examples in a batch of validation, test and prediction. None: the larger of ``batch_size`` and
-            256.
+            more than 20 different values.
+        missing: ``"error"``: rows with missing features are an error. ``"mean"``: a missing number is replaced by the
+            mean, a missing category by zeros.
+        schema: How columns are encoded, as a file written by ``TableSchema.save``; silos that train together need the
+            same one. None: learned from the training rows.
+        **kwargs: ``batch_size``, ``val_share``, ``test_share``, ``seed``, ``num_workers`` and ``eval_batch_size``; see
+            :class:`NaturalDataModule`.
 
     Raises:
         ValueError: If an argument is out of range; on setup, if a file is corrupt, a column is missing, or a value is
             missing or of the wrong kind.
-        FileNotFoundError: On setup, if there is no such file.
+        FileNotFoundError: On setup, if a file does not exist.
         ImportError: On setup, if pandas is not installed.
 
     Example:
@@ -72,27 +68,15 @@ class TabularDataModule(NaturalDataModule):
         task: Task = "auto",
         missing: Literal["error", "mean"] = "error",
         schema: str | Path | None = None,
-        batch_size: int = 32,
-        val_share: float = 0.0,
-        test_share: float = 0.2,
-        seed: int = 0,
-        num_workers: int = 0,
-        eval_batch_size: int | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            batch_size=batch_size,
-            val_share=val_share,
-            test_share=test_share,
-            seed=seed,
-            num_workers=num_workers,
-            eval_batch_size=eval_batch_size,
-        )
+        super().__init__(**kwargs)
         if task not in ("auto", "classification", "regression"):
             raise ValueError(f"task={task!r} is unknown; expected 'auto', 'classification' or 'regression'.")
         if missing not in ("error", "mean"):
             raise ValueError(f"missing={missing!r} is unknown; expected 'error' or 'mean'.")
         if schema is not None and (features is not None or drop or task != "auto"):
-            raise ValueError("schema says which columns are read and how; leave out features, drop and task.")
+            raise ValueError("schema already says which columns are read and how; leave out features, drop and task.")
         if target == client:
             raise ValueError(f"target and client are both {target!r}; a column is one or the other.")
         self.path, self.target, self.client = path, target, client
@@ -100,18 +84,20 @@ class TabularDataModule(NaturalDataModule):
         self.schema_path = schema
 
     def read(self) -> ClientData:
-        """Reads the table and turns it into tensors, each client's rows together."""
+        """Reads the table and encodes it as tensors in which each client's rows are contiguous."""
         table = read_tables(self.path)
         name = str(self.path)
-        named = [self.target, *([self.client] if self.client else []), *(self.features or ()), *self.drop]
-        check_columns(table, named, name)
+        used = [self.target, *([self.client] if self.client else []), *(self.features or ()), *self.drop]
+        check_columns(table, used, name)
         ids: list[ClientId] = [_EVERYONE]
         if self.client is None:
             sizes = np.array([len(table)])
         else:
-            absent = int(table[self.client].isna().sum())
-            if absent:
-                raise ValueError(f"{absent} rows of {name} name no client in column {self.client!r}.")
+            num_missing = int(table[self.client].isna().sum())
+            if num_missing:
+                raise ValueError(
+                    f"{num_missing} rows of {name} have no client in column {self.client!r}. Fill it in or delete them."
+                )
             keys, owner, sizes = np.unique(
                 table[self.client].to_numpy(dtype=object).astype(_key_type(table[self.client])),
                 return_inverse=True,
@@ -146,13 +132,13 @@ class TabularDataModule(NaturalDataModule):
         return None if self.schema.classes is None else len(self.schema.classes)
 
     def pooled(self, part: Part = "train") -> Dataset:
-        """All clients' rows for training, validation or test together."""
+        """The rows of all clients for training, validation or test."""
         self.setup()
         x, y = self._tensors
         return TensorDataset(x[self._rows[part]], y[self._rows[part]])
 
     def train_dataloader(self) -> ClientLoaders | DataLoader:
-        """The clients' loaders; one loader over all rows without ``client`` or if the strategy is not federated."""
+        """The clients' loaders; one loader over all rows if ``client`` is None or the strategy is not federated."""
         return self._loader(self.pooled(), train=True) if self.client is None else super().train_dataloader()
 
     def _make_schema(self, table: Any, name: str) -> TableSchema:
@@ -161,22 +147,22 @@ class TabularDataModule(NaturalDataModule):
             if schema.target != self.target:
                 raise ValueError(f"{self.schema_path} is for the target {schema.target!r}, not {self.target!r}.")
             return schema
-        out = {self.target, self.client, *self.drop}
-        columns = self.features or [column for column in table.columns if column not in out]
+        excluded = {self.target, self.client, *self.drop}
+        columns = self.features or [column for column in table.columns if column not in excluded]
         if not columns:
-            raise ValueError(f"{name} has no column left to predict {self.target!r} from.")
+            raise ValueError(f"{name} has no column left to predict {self.target!r} from. Drop fewer columns.")
         return fit_schema(table, self._rows["train"], self.target, columns, self.task, name)
 
 
 def read_tables(path: str | Path | Sequence[str]) -> Any:
-    """One pandas ``DataFrame`` of a table in one or several files.
+    """Reads a table in one or several files as one pandas ``DataFrame``.
 
     Args:
         path: A ``.csv``, ``.csv.gz`` or ``.parquet`` file, a list of such files, or a folder of them.
 
     Raises:
-        FileNotFoundError: If there is no such file, or the folder has none.
-        ValueError: If a file can't be read, is of another kind, has no rows, or other columns than the first.
+        FileNotFoundError: If a file does not exist, or the folder has no table.
+        ValueError: If a file can't be read, has another extension, no rows, or other columns than the first file.
         ImportError: If pandas, or pyarrow for Parquet, is not installed.
     """
     try:
@@ -192,15 +178,17 @@ def read_tables(path: str | Path | Sequence[str]) -> Any:
     tables = []
     for file in files:
         if not file.exists():
-            raise FileNotFoundError(f"There is no file {file}; its folder is {file.parent.resolve()}.")
+            raise FileNotFoundError(f"{file} does not exist; it was looked for in {file.parent.resolve()}.")
         if not _kind(file):
-            raise ValueError(f"{file} is neither .csv, .csv.gz nor .parquet.")
+            raise ValueError(f"{file} is not a .csv, .csv.gz or .parquet file.")
         try:
             tables.append((pandas.read_parquet if _kind(file) == "parquet" else pandas.read_csv)(file))
         except (ValueError, OSError, EOFError) as error:
-            raise ValueError(f"{file} can't be read: {str(error).strip()}. It may be corrupt or cut short.") from error
+            raise ValueError(f"{file} can't be read: {str(error).strip()}. It may be corrupt or truncated.") from error
         if tables[-1].columns.tolist() != tables[0].columns.tolist():
-            raise ValueError(f"The columns of {file} differ from those of {files[0]}.")
+            raise ValueError(
+                f"The columns of {file} differ from those of {files[0]}; all files must have the same columns."
+            )
         if len(tables[-1]) == 0:
             raise ValueError(f"{file} has no rows.")
     return pandas.concat(tables, ignore_index=True)

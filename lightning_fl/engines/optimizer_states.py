@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
+from lightning_fl.optimizer_tree import pack_param_state, unpack_param_state
 from lightning_fl.types import Tree
 
 
@@ -91,8 +92,11 @@ class OptimizerStates:
         self.schedules: list[Schedule] = []
         self.num_steps = 0
         self.lr_sums: list[list[float]] = []
-        self._unit_runs: list[list[FedNovaNormalizer]] | None = None
-        self._alone: list[list[list[nn.Parameter]]] = []
+        self._normalizers: list[list[FedNovaNormalizer]] | None = None
+        self._own_params: list[list[list[nn.Parameter]]] = []
+        self._options: list[list[dict[str, Any]]] = []
+        self._schedule_states: list[dict[str, Any]] = []
+        self._first_epochs: list[int] = []
         self._fresh = [_copy_state(optimizer.state) for optimizer in self.optimizers]
         self._hooks = [
             optimizer.register_step_post_hook(lambda optimizer, *_, index=index: self._count(index, optimizer))
@@ -111,26 +115,27 @@ class OptimizerStates:
         self._first_epochs = [getattr(schedule.scheduler, "last_epoch", 0) for schedule in self.schedules]
         self._schedule_states = [copy.deepcopy(schedule.scheduler.state_dict()) for schedule in self.schedules]
 
-    def start_client(self, kept: Tree | None) -> None:
-        """Gives the next client the round's options and schedules, and its own or a fresh optimizer state."""
+    def restart(self, kept: Tree | None) -> None:
+        """Goes back to the round's options and schedules, with a fresh optimizer state or the one that was kept."""
         self._restore()
         for index, optimizer in enumerate(self.optimizers):
             optimizer.state.clear()
             if kept is None:
                 optimizer.state.update(_copy_state(self._fresh[index]))
             else:
-                optimizer.state.update(_unpack(kept, index, optimizer))
-            optimizer.zero_grad(set_to_none=True)
+                state: dict[Any, Any] = dict(_unpack(kept, index, optimizer))
+                optimizer.state.update(state)
+            _empty_grads(optimizer)
         self._start_counting(not kept and all(type(optimizer) is SGD for optimizer in self.optimizers))
 
-    def start_clients(self, stacked: Mapping[int, Tensor]) -> None:
-        """Lets several clients train together, with fresh optimizer states, until :meth:`leave_clients`.
+    def restart_stacked(self, stacked: Mapping[int, Tensor]) -> None:
+        """Restarts with several clients' parameters in the place of the module's, until :meth:`unstack`.
 
         Args:
             stacked: By ``id`` of a parameter, the clients' parameters that take its place, stacked.
         """
-        self.start_client(None)
-        self._alone = [[group["params"] for group in optimizer.param_groups] for optimizer in self.optimizers]
+        self.restart(None)
+        self._own_params = [[group["params"] for group in optimizer.param_groups] for optimizer in self.optimizers]
         for optimizer in self.optimizers:
             fresh = dict(optimizer.state)
             optimizer.state.clear()
@@ -140,13 +145,13 @@ class OptimizerStates:
                 if id(param) in stacked:
                     optimizer.state[stacked[id(param)]] = _stack_state(values, param, stacked[id(param)])
 
-    def leave_clients(self) -> None:
-        """Gives the optimizers their own parameters back, if several clients have trained together."""
-        for optimizer, groups in zip(self.optimizers, self._alone, strict=False):
+    def unstack(self) -> None:
+        """Gives the optimizers the module's own parameters back, if they had stacked ones."""
+        for optimizer, groups in zip(self.optimizers, self._own_params, strict=False):
             optimizer.state.clear()
             for group, params in zip(optimizer.param_groups, groups, strict=True):
                 group["params"] = params
-        self._alone = []
+        self._own_params = []
 
     def replace_params(self, replaced: Mapping[int, Tensor]) -> None:
         """Lets the optimizers step other tensors, by ``id`` of those that they replace, without their states."""
@@ -167,15 +172,18 @@ class OptimizerStates:
 
     def recount(self, num_steps: int) -> None:
         """Counts the steps of a client anew: ``num_steps`` with the options as they are."""
-        self._start_counting(self._unit_runs is not None)
+        self._start_counting(self._normalizers is not None)
         for _ in range(num_steps):
             for index, optimizer in enumerate(self.optimizers):
                 self._count(index, optimizer)
 
     def keep(self) -> Tree:
-        """The optimizers' states as a tree, to be given to :meth:`start_client` in the client's next round."""
+        """The optimizers' states as a tree, to be given to :meth:`restart` in the client's next round."""
         return {
-            name: value for index, optimizer in enumerate(self.optimizers) for name, value in _pack(index, optimizer)
+            f"{index}.{position}.{entry}": value.clone()
+            for index, optimizer in enumerate(self.optimizers)
+            for position, param in enumerate(_params(optimizer))
+            for entry, value in pack_param_state(optimizer, param, _KEEP_REMEDY).items()
         }
 
     def schedule_end(self) -> ScheduleEnd:
@@ -206,10 +214,10 @@ class OptimizerStates:
         for optimizer, fresh in zip(self.optimizers, self._fresh, strict=True):
             optimizer.state.clear()
             optimizer.state.update(_copy_state(fresh))
-            optimizer.zero_grad(set_to_none=True)
+            _empty_grads(optimizer)
 
     @contextmanager
-    def aside(self) -> Iterator[Optimizer]:
+    def borrowed_optimizer(self) -> Iterator[Optimizer]:
         """Lends the only optimizer for training outside the rounds, fresh and as the last round began.
 
         Yields:
@@ -219,7 +227,7 @@ class OptimizerStates:
         options = [_options(optimizer) for optimizer in self.optimizers]
         states = [copy.deepcopy(schedule.scheduler.state_dict()) for schedule in self.schedules]
         try:
-            self.start_client(None)
+            self.restart(None)
             yield optimizer
         finally:
             self._options, before = options, self._options
@@ -244,12 +252,12 @@ class OptimizerStates:
             None if it is unknown: for other optimizers than ``torch.optim.SGD``, for a kept momentum, and if parameter
             groups went differently far.
         """
-        if self._unit_runs is None:
+        if self._normalizers is None:
             return None
         shared = {id(param) for param in params.values()}
         lengths = [
             run.length
-            for optimizer, runs in zip(self.optimizers, self._unit_runs, strict=True)
+            for optimizer, runs in zip(self.optimizers, self._normalizers, strict=True)
             for group, run in zip(optimizer.param_groups, runs, strict=True)
             if run.length and any(id(param) in shared for param in group["params"])
         ]
@@ -260,12 +268,12 @@ class OptimizerStates:
         self.num_steps = 0
         groups = [optimizer.param_groups for optimizer in self.optimizers]
         self.lr_sums = [[0.0] * len(group) for group in groups]
-        self._unit_runs = [[FedNovaNormalizer() for _ in group] for group in groups] if is_measured else None
+        self._normalizers = [[FedNovaNormalizer() for _ in group] for group in groups] if is_measured else None
 
     def _count(self, index: int, optimizer: Optimizer) -> None:
         self.num_steps += 1
-        if self._unit_runs is not None:
-            for run, group in zip(self._unit_runs[index], optimizer.param_groups, strict=False):
+        if self._normalizers is not None:
+            for run, group in zip(self._normalizers[index], optimizer.param_groups, strict=False):
                 run.step(group)
         sums = self.lr_sums[index] if self.lr_sums else []
         for position, group in enumerate(optimizer.param_groups[: len(sums)]):
@@ -274,17 +282,30 @@ class OptimizerStates:
     def _restore(self) -> None:
         for optimizer, options in zip(self.optimizers, self._options, strict=True):
             for group, saved in zip(optimizer.param_groups, options, strict=True):
-                group.update(copy.deepcopy(saved))
+                group.update({name: _copied(value) for name, value in saved.items()})
         for schedule, state in zip(self.schedules, self._schedule_states, strict=True):
             schedule.scheduler.load_state_dict(copy.deepcopy(state))
             schedule.num_steps = 0
 
 
+_IMMUTABLE = (int, float, bool, str, type(None))
+
+
+def _copied(value: Any) -> Any:
+    # deepcopy takes as long as a small client's whole step, and this runs for each option of each client
+    return value if type(value) in _IMMUTABLE else copy.deepcopy(value)
+
+
 def _options(optimizer: Optimizer) -> list[dict[str, Any]]:
     return [
-        copy.deepcopy({key: value for key, value in group.items() if key != "params"})
-        for group in optimizer.param_groups
+        {key: _copied(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups
     ]
+
+
+def _empty_grads(optimizer: Optimizer) -> None:
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            param.grad = None
 
 
 def _like(value: Any, own: Any) -> Any:
@@ -292,7 +313,7 @@ def _like(value: Any, own: Any) -> Any:
 
 
 def _copy_state(state: Mapping[Any, Any]) -> dict[Any, Any]:
-    return {param: copy.deepcopy(values) for param, values in state.items()}
+    return {param: copy.deepcopy(values) for param, values in state.items()} if state else {}
 
 
 def _stack_state(values: Mapping[str, Any], param: Tensor, stacked: Tensor) -> dict[str, Any]:
@@ -307,33 +328,14 @@ def _params(optimizer: Optimizer) -> list[nn.Parameter]:
     return [param for group in optimizer.param_groups for param in group["params"]]
 
 
-_NUMBERS: dict[type, torch.dtype] = {bool: torch.bool, int: torch.int64, float: torch.float64}
+_KEEP_REMEDY = "Use client_optimizer='reset' or another optimizer."
 
 
-def _pack(index: int, optimizer: Optimizer) -> list[tuple[str, Tensor]]:
-    packed = []
-    for position, param in enumerate(_params(optimizer)):
-        for key, value in optimizer.state.get(param, {}).items():
-            name = f"{index}.{position}.{key}"
-            if isinstance(value, Tensor):
-                packed.append((name, value.detach().clone()))
-            elif type(value) in _NUMBERS:
-                packed.append((f"{name}:number", torch.tensor(value, dtype=_NUMBERS[type(value)])))
-            elif value is not None:
-                raise ValueError(
-                    f"client_optimizer='keep' can keep tensors and numbers, but {type(optimizer).__name__} holds a "
-                    f"{type(value).__name__} as {key!r}. Use client_optimizer='reset' or another optimizer."
-                )
-    return packed
-
-
-def _unpack(kept: Tree, index: int, optimizer: Optimizer) -> dict[Any, dict[str, Any]]:
+def _unpack(kept: Tree, index: int, optimizer: Optimizer) -> dict[Tensor, dict[str, Any]]:
+    packed: dict[Tensor, Tree] = {}
     params = _params(optimizer)
-    state: dict[Any, dict[str, Any]] = {}
     for name, value in kept.items():
-        own_index, position, key = name.split(".", 2)
-        if int(own_index) == index:
-            number = key.endswith(":number")
-            entry = state.setdefault(params[int(position)], {})
-            entry[key.removesuffix(":number")] = value.item() if number else value.clone()
-    return state
+        optimizer_index, position, entry = name.split(".", 2)
+        if int(optimizer_index) == index:
+            packed.setdefault(params[int(position)], {})[entry] = value
+    return {param: unpack_param_state(tree) for param, tree in packed.items()}

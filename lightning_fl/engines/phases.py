@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Literal
+
 from torch.optim import Optimizer
 
 from lightning_fl.engines.optimizer_states import OptimizerStates, ScheduleEnd
@@ -14,41 +17,51 @@ class LocalPhases:
 
     Args:
         tensors: The module's tensors; they hold the model that came from the server.
-        own: The client's own model, for phases that train it.
+        start_params: The shared parameters from which the client starts.
+        client_state: What the client has kept from its last round.
+        own_model: The client's own model, for phases that train it.
     """
 
-    def __init__(self, tensors: FederatedTensors, own: Tree) -> None:
+    def __init__(
+        self, tensors: FederatedTensors, start_params: Tree, client_state: Mapping[str, Tree], own_model: Tree
+    ) -> None:
         self.tensors = tensors
+        self.start_params = start_params
+        self.client_state = client_state
+        self.next_state: dict[str, Tree] = {}
         self.num_steps = 0
         self.num_steps_of_all = 0
         self.lr_sum = dict.fromkeys(tensors.params, 0.0)
         self.normalizer: float | None = None
-        self.kept: dict[str, Tree] = {}
-        self._own = own
-        self._global: Tree = {}
+        self._end: ScheduleEnd | None = None
+        self._phase = Phase()
+        self._trained: set[str] = set()
+        self._frozen: set[int] = set()
+        self._own_model = own_model
+        self._global_model: Tree = {}
         self._index = -1
         self._num_sent = 0
-        self._model = "global"
+        self._model: Literal["global", "own"] = "global"
 
     def start(self, phase: Phase) -> None:
         """Begins a phase: puts the model that it trains into the module."""
         self._index += 1
         self._phase = phase
-        self._moving = self.tensors.select(phase.trains)
-        self._still = {id(param) for name, param in self.tensors.trainable.items() if name not in self._moving}
+        self._trained = self.tensors.select(phase.trains)
+        self._frozen = {id(param) for name, param in self.tensors.trainable.items() if name not in self._trained}
         if phase.model == "own" and self._model == "global":
-            self._global = clones(self._all)
-            load(self._all, self._own)
+            self._global_model = clones(self._all)
+            load(self._all, self._own_model)
         elif phase.model == "global":
             self._leave_own()
         self._model = phase.model
 
     def mask_frozen_grads(self, optimizer: Optimizer) -> None:
         """Takes away the gradients of what the phase does not train, so that the optimizer leaves it as it is."""
-        if self._still:
+        if self._frozen:
             for group in optimizer.param_groups:
                 for param in group["params"]:
-                    if id(param) in self._still:
+                    if id(param) in self._frozen:
                         param.grad = None
 
     def end(self, optimizers: OptimizerStates, keep: bool) -> None:
@@ -59,12 +72,12 @@ class LocalPhases:
             keep: Whether the client keeps their states.
         """
         if keep:
-            self.kept[self.optimizer_entry] = optimizers.keep()
+            self.next_state[self.optimizer_entry] = optimizers.keep()
         self.num_steps_of_all += optimizers.num_steps
         end = optimizers.schedule_end()
-        if self._index == 0 or self.schedule_end.num_optimizer_steps < end.num_optimizer_steps:
-            self.schedule_end: ScheduleEnd = end
-        sent = {name: param for name, param in self.tensors.params.items() if name in self._moving}
+        if self._end is None or self._end.num_optimizer_steps < end.num_optimizer_steps:
+            self._end = end
+        sent = {name: param for name, param in self.tensors.params.items() if name in self._trained}
         if self._phase.model == "own" or not sent:
             return
         self._num_sent += 1
@@ -76,7 +89,13 @@ class LocalPhases:
     def leave_own(self) -> Tree:
         """Puts the model that is sent back into the module; gives the client's own, empty if none was trained."""
         self._leave_own()
-        return self._own if self._global else {}
+        return self._own_model if self._global_model else {}
+
+    @property
+    def schedule_end(self) -> ScheduleEnd:
+        """Where the phase with the most steps has taken the schedules."""
+        assert self._end is not None, "no phase has ended"
+        return self._end
 
     @property
     def optimizer_entry(self) -> str:
@@ -89,8 +108,8 @@ class LocalPhases:
 
     def _leave_own(self) -> None:
         if self._model == "own":
-            self._own = clones(self._all)
-            load(self._all, self._global)
+            self._own_model = clones(self._all)
+            load(self._all, self._global_model)
             self._model = "global"
 
 

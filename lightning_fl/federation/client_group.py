@@ -1,9 +1,9 @@
-"""The algorithm's side of clients that train together in a round: contexts, gradients and states side by side."""
+"""The algorithm's side of a client group: contexts, gradients and states of its clients."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,67 +11,121 @@ from torch import Tensor
 from torch.func import vmap
 from torch.utils import _pytree as pytree
 
-from lightning_fl.algorithms import Algorithm
+from lightning_fl.engines import LocalResult
+from lightning_fl.engines.local_trainer import GradTransform
 from lightning_fl.engines.vectorized.stacking import NotStackable, part, stack
-from lightning_fl.types import ClientId, LocalRun, State, Tree, Update
+from lightning_fl.federation.settings import FederationSettings
+from lightning_fl.types import ClientId, LocalRun, Phase, State, Tree, Update
+
+
+@dataclass(frozen=True)
+class GroupUpdate:
+    """What a client group contributes to a round.
+
+    Args:
+        updates: The clients' updates, each tensor stacked, ``[num_clients, ...]``; their ``weight`` does not count.
+        weights: The clients' weights.
+        client_states: What they keep until their next round, each tensor stacked; empty if they keep nothing.
+    """
+
+    updates: Update
+    weights: Sequence[float]
+    client_states: Mapping[str, Any]
+
+    def update_of(self, index: int) -> Update:
+        """The update of the client at ``index``."""
+        return replace(self.updates.part(index), weight=self.weights[index])
+
+    def state_of(self, index: int) -> dict[str, Any]:
+        """What the client at ``index`` keeps."""
+        state: dict[str, Any] = part(dict(self.client_states), index)
+        return state
 
 
 class ClientGroup:
-    """Clients that train together.
+    """Clients that train side by side; a client alone is a group of one.
+
+    The algorithm's methods are written for one client. For several they run under ``torch.func.vmap`` on stacked
+    tensors.
 
     Args:
-        algorithm: The mathematics; its methods are those for one client, here under ``torch.func.vmap``.
+        settings: What does not change from round to round.
         server: The server's state.
         clients: The clients.
-        kept: What each of them has kept from its last round.
+        client_states: What each of them has kept from its last round.
+        probe: What the algorithm's ``probe`` has measured; of a client alone only.
 
     Raises:
         NotStackable: If the algorithm gives the clients contexts that can't stand side by side.
     """
 
     def __init__(
-        self, algorithm: Algorithm, server: State, clients: Sequence[ClientId], kept: Sequence[Mapping[str, Any]]
+        self,
+        settings: FederationSettings,
+        server: State,
+        clients: Sequence[ClientId],
+        client_states: Sequence[Mapping[str, Any]],
+        probe: Any = None,
     ) -> None:
-        self.algorithm = algorithm
-        self.clients = list(clients)
-        self.kept = list(kept)
-        self._states = [own.get("algorithm") for own in kept]
-        self._contexts = [algorithm.client_init(server, state) for state in self._states]
-        self._context, self._dims = stack(self._contexts)
-        self._chosen = self._context
-        self._rows: Sequence[int] = tuple(range(len(self.clients)))
-
-    def choose(self, rows: Sequence[int]) -> None:
-        """Lets only the clients at ``rows`` train in the next step."""
-        if rows != self._rows:
-            index = list(rows)
-            self._rows = rows
-            self._chosen = pytree.tree_map(lambda x, dim: x if dim is None else x[index], self._context, self._dims)
+        self.settings = settings
+        self.algorithm = settings.algorithm
+        self.clients = tuple(clients)
+        self.client_states = list(client_states)
+        states = [state.get("algorithm") for state in client_states]
+        self._contexts = [self.algorithm.client_init(server, state, probe) for state in states]
+        self._algorithm_states = states
+        self._stacked: Any = self._contexts[0]
+        self._dims: Any = None
+        if len(clients) > 1:
+            self._stacked, self._dims = stack(self._contexts)
+        self._selected = self._stacked
+        self._mask = tuple(range(len(clients)))
 
     @property
     def starts(self) -> list[Tree]:
         """The parameters from which the clients start."""
         return [context["params"] for context in self._contexts]
 
-    @property
-    def transform_grads(self) -> Callable[[Tree, Tree], Tree]:
-        """The algorithm's ``grad_transform`` on stacked gradients and parameters."""
-        run = vmap(self.algorithm.grad_transform, in_dims=(0, 0, self._dims))
-        return lambda grads, params: run(grads, params, self._chosen)
+    def select(self, mask: Sequence[int]) -> None:
+        """Lets :meth:`grad_transform` see only the clients at the places ``mask``, who train in the next step."""
+        if tuple(mask) != self._mask:
+            index = list(mask)
+            self._mask = tuple(mask)
+            self._selected = pytree.tree_map(lambda x, dim: x if dim is None else x[index], self._stacked, self._dims)
 
-    def finish(self, params: Tree, runs: Sequence[LocalRun]) -> tuple[Update, State | None]:
-        """The algorithm's ``client_finish``: stacked updates, and stacked states or None if clients keep none.
+    def grad_transform(self, phase: Phase) -> GradTransform | None:
+        """The algorithm's change of the gradients in a phase; None if there is none."""
+        transform = phase.grad_transform
+        if transform is None and self.settings.transforms_gradients:
+            transform = self.algorithm.grad_transform
+        if transform is None:
+            return None
+        if len(self.clients) == 1:
+            return lambda grads, params: transform(grads, params, self._selected)
+        run = vmap(transform, in_dims=(0, 0, self._dims))
+        return lambda grads, params: run(grads, params, self._selected)
+
+    def finish(self, result: LocalResult, runs: Sequence[LocalRun]) -> GroupUpdate:
+        """The algorithm's ``client_finish`` for each client.
 
         Args:
-            params: The trained parameters, stacked.
+            result: What is left of the group's local training.
             runs: The facts of each client's training.
         """
-        if any(replace(run, loss=0.0) != replace(runs[0], loss=0.0) for run in runs):
+        updates, algorithm_states = self._finish(result.params, runs)
+        client_states: dict[str, Any] = dict(result.client_state)
+        if algorithm_states is not None:
+            client_states["algorithm"] = algorithm_states
+        return GroupUpdate(replace(updates, buffers=result.buffers), [run.weight for run in runs], client_states)
+
+    def _finish(self, params: Tree, runs: Sequence[LocalRun]) -> tuple[Update, State | None]:
+        is_same_but_loss = all(replace(run, loss=0.0) == replace(runs[0], loss=0.0) for run in runs[1:])
+        if len(runs) == 1 or not is_same_but_loss:
             return self._finish_each(params, runs)
         try:
-            state, state_dims = stack(self._states)
+            state, state_dims = stack(self._algorithm_states)
             return self._finish_at_once(params, state, state_dims, runs)
-        except (NotStackable, RuntimeError):
+        except (NotStackable, RuntimeError):  # RuntimeError: vmap has no rule for what `client_finish` does
             return self._finish_each(params, runs)
 
     def _finish_at_once(
@@ -86,14 +140,20 @@ class ClientGroup:
             return update.delta, dict(update.aux), own if keeps_state else {}
 
         losses = torch.tensor([run.loss for run in runs], dtype=torch.float64)
-        delta, aux, states = vmap(finish, in_dims=(0, self._dims, state_dims, 0))(params, self._context, state, losses)
+        delta, aux, states = vmap(finish, in_dims=(0, self._dims, state_dims, 0))(params, self._stacked, state, losses)
         return Update(delta=delta, aux=aux), states if keeps_state else None
 
     def _finish_each(self, params: Tree, runs: Sequence[LocalRun]) -> tuple[Update, State | None]:
         updates, states = [], []
-        for index, (context, state, run) in enumerate(zip(self._contexts, self._states, runs, strict=True)):
+        for index, (context, state, run) in enumerate(zip(self._contexts, self._algorithm_states, runs, strict=True)):
             update, own = self.algorithm.client_finish(part(params, index), context, state, run)
             updates.append((update.delta, dict(update.aux)))
             states.append(own)
-        (delta, aux), _ = stack(updates, share=False)
-        return Update(delta=delta, aux=aux), None if states[0] is None else stack(states, share=False)[0]
+        delta, aux = _stack(updates)
+        return Update(delta=delta, aux=aux), None if states[0] is None else _stack(states)
+
+
+def _stack(values: Sequence[Any]) -> Any:
+    if len(values) == 1:  # a view, where `stack` would copy the model
+        return pytree.tree_map(lambda leaf: leaf[None], values[0])
+    return stack(values, share=False)[0]

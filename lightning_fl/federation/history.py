@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_fl.federation.round import RoundResult
 from lightning_fl.types import ClientId
 
+CLIENT_FIGURES = ("num_clients", "num_examples", "num_steps", "update_spread", "num_bytes")
+"""What discloses exact facts about the clients of a round; so do the seconds that it took."""
 
-def round_entry(round: int, result: RoundResult, dropped: Sequence[ClientId]) -> dict[str, Any]:
+
+def history_entry(round: int, result: RoundResult, dropped: Sequence[ClientId]) -> dict[str, Any]:
     """The entry of a round in ``strategy.history``: plain values, the same on every rank but for the seconds.
 
     Args:
@@ -17,16 +20,16 @@ def round_entry(round: int, result: RoundResult, dropped: Sequence[ClientId]) ->
         result: What the round gave.
         dropped: Stragglers that were left out.
     """
-    told = [message.fields for message in result.reports]
+    report = result.report
     return {
         "round": round,
         "num_clients": result.aggregate.num_clients,
-        "num_examples": sum(fields["num_examples"] for fields in told),
-        "num_steps": sum(fields["num_steps"] for fields in told),
-        "refused": result.refused,
-        "lost": result.lost,
-        "failed": [client for fields in told for client, _ in fields["failed"]],
-        "empty": [client for fields in told for client in fields["empty"]],
+        "num_examples": report.num_examples,
+        "num_steps": report.num_steps,
+        "refused": report.refused,
+        "lost": report.lost,
+        "failed": [client for client, _ in report.failed],
+        "empty": report.empty,
         "dropped": list(dropped),
         "update_norm": result.norm,
         "update_spread": result.spread,
@@ -36,24 +39,19 @@ def round_entry(round: int, result: RoundResult, dropped: Sequence[ClientId]) ->
     }
 
 
-OF_CLIENTS = ("num_clients", "num_examples", "num_steps", "update_spread", "num_bytes")
-"""What tells exact facts about the clients of a round; so do the seconds that it took."""
-
-
-def figures(entry: dict[str, Any], hides_clients: bool = False) -> dict[str, float]:
-    """What goes to the loggers of a round's entry.
+def figures(entry: Mapping[str, Any], hides_clients: bool = False) -> dict[str, float]:
+    """The numbers of a round's entry that go to the loggers.
 
     Args:
         entry: The entry.
         hides_clients: Whether to leave out exact facts about the clients.
     """
-    hidden = OF_CLIENTS if hides_clients else ()
+    hidden = CLIENT_FIGURES if hides_clients else ()
     numbers = {name: value for name, value in entry.items() if isinstance(value, int | float) and name not in hidden}
-    told = {} if hides_clients else entry["seconds"]
-    seconds = {f"fl/seconds_{phase}": value for phase, value in told.items()}
+    seconds = {} if hides_clients else {f"fl/seconds_{phase}": value for phase, value in entry["seconds"].items()}
     return {**{f"fl/{name}": value for name, value in numbers.items()}, **seconds}
 
 
-def words(entry: dict[str, Any]) -> dict[str, str]:
-    """What loggers are told once, in words."""
+def words(entry: Mapping[str, Any]) -> dict[str, str]:
+    """The facts in words of a round's entry, which the loggers get once."""
     return {f"fl/{name}": value for name, value in entry.items() if isinstance(value, str)}

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from lightning_fl.clients import Participation, ParticipationSampler, Population
-from lightning_fl.clients.local_work import LocalWork
+from lightning_fl.clients import LocalWork, Participation, ParticipationSampler, Population
 from lightning_fl.communication import Group, Message
 from lightning_fl.data.client_loaders import Loader, count_batches
-from lightning_fl.federation.plan import RoundPlan
+from lightning_fl.engines.vectorized.forecast import BatchForecast, forecast_batches
+from lightning_fl.engines.vectorized.grouping import Grouping
+from lightning_fl.federation.client_batches import LoaderFailed
 from lightning_fl.federation.report_masking import check_steps
-from lightning_fl.federation.round import FederationSettings
-from lightning_fl.strategies.vectorized.compatibility import BatchForecast, outlook
-from lightning_fl.strategies.vectorized.driver import VectorizedDriver
+from lightning_fl.federation.settings import FederationSettings
 from lightning_fl.types import ClientId
 
 
@@ -22,26 +21,41 @@ class RankPlan:
     """A round as one rank sees it.
 
     Args:
-        plan: Which batch belongs to which client.
+        round: Number of the round.
+        cohort: The clients of the round, on all ranks, without dropped stragglers.
+        groups: This rank's client groups, in the order of training; each client has at least one batch.
         works: How much each client of the cohort trains.
+        max_work: How much the client that trains the most trains.
         dropped: Stragglers that are left out.
-        num_examples: Of each client of this rank the examples of one pass, None where that shows only in training.
+        sizes: Of each client of this rank the examples of one pass, None where that shows only in training.
+        lengths: Of each client of this rank its batches in the round, None where that shows only in training.
+        steps_of_group: Steps of groups of clients with unequal work.
         empty: Clients of this rank without data.
         failed: What the loaders of clients of this rank have raised.
-        loaders: Loaders of those of them that train together first; the planning has looked at them.
+        loaders: Loaders that the planning has made and looked at, of those clients that train together first.
     """
 
-    plan: RoundPlan
+    round: int
+    cohort: Sequence[ClientId]
+    groups: Sequence[tuple[ClientId, ...]]
     works: Mapping[ClientId, LocalWork]
-    dropped: list[ClientId]
-    num_examples: dict[ClientId, int | None]
-    empty: list[ClientId]
-    failed: dict[ClientId, str]
-    loaders: dict[ClientId, Loader]
+    max_work: LocalWork
+    dropped: Sequence[ClientId]
+    sizes: Mapping[ClientId, int | None]
+    lengths: Mapping[ClientId, int | None]
+    steps_of_group: Mapping[tuple[ClientId, ...], int]
+    empty: Sequence[ClientId]
+    failed: Mapping[ClientId, str]
+    loaders: Mapping[ClientId, Loader]
 
-    def take_loader(self, client: ClientId, population: Population) -> Loader:
-        """A client's loader: that of the planning the first time, a new one from then on."""
-        return self.loaders.pop(client) if client in self.loaders else population.loaders[client]
+    @property
+    def clients(self) -> list[ClientId]:
+        """This rank's clients."""
+        return [client for group in self.groups for client in group]
+
+    def num_batches(self, group: Sequence[ClientId]) -> int | None:
+        """Steps that a group takes, None where that shows only in training."""
+        return self.steps_of_group.get(tuple(group), self.lengths[group[0]])
 
 
 class Planner:
@@ -52,8 +66,8 @@ class Planner:
         participation: Who takes part in a round, and how much each client trains.
         settings: What does not change from round to round.
         group: The ranks of the federation.
-        at_home: Whether clients keep state and so must train on their home rank.
-        failure: Describes what a client's loader has raised, or raises itself.
+        sticky: Whether clients keep state and so must train on their home rank.
+        describe_failure: Describes what a client's loader has raised, or raises itself.
     """
 
     def __init__(
@@ -62,65 +76,67 @@ class Planner:
         participation: Participation,
         settings: FederationSettings,
         group: Group,
-        at_home: bool,
-        failure: Callable[[ClientId, Exception], str],
+        sticky: bool,
+        describe_failure: Callable[[LoaderFailed], str],
     ) -> None:
         self.population = population
         self.settings = settings
         self.group = group
-        self.at_home = at_home
-        self._failure = failure
-        self.draws = ParticipationSampler(participation, population, settings.seed, group)
+        self.sticky = sticky
+        self.describe_failure = describe_failure
+        self.sampler = ParticipationSampler(participation, population, settings.seed, group)
         self._largest: int | float | None = None
 
-    def plan(self, index: int, work: LocalWork, together: VectorizedDriver | None) -> RankPlan:
+    def plan(self, index: int, max_work: LocalWork, grouping: Grouping | None = None) -> RankPlan:
         """The round ``index``.
 
         Args:
             index: Number of the round.
-            work: How much the client that trains the most trains.
-            together: Lets clients train side by side. None: each alone.
+            max_work: How much the client that trains the most trains.
+            grouping: Lets clients train side by side. None: each alone.
         """
         population = self.population
-        drawn = self.draws.cohort(index)
-        works = self.draws.works(index, drawn, work)
-        clients: list[ClientId] = []
-        outlooks: dict[ClientId, BatchForecast | None] = {}
-        kept: dict[ClientId, Loader] = {}
-        segments: list[Sequence[int | None]] = []
-        examples: dict[ClientId, int | None] = {}
+        drawn = self.sampler.cohort(index)
+        works = self.sampler.works(index, drawn, max_work)
+        forecasts: dict[ClientId, BatchForecast | None] = {}
+        loaders: dict[ClientId, Loader] = {}
+        sizes: dict[ClientId, int | None] = {}
+        lengths: dict[ClientId, int | None] = {}
         empty: list[ClientId] = []
         failed: dict[ClientId, str] = {}
-        num_kept = 0 if together is None else together.max_clients
-        for client in population.place(list(works), self.group.size, self.at_home, works)[self.group.rank]:
+        num_kept = 0 if grouping is None else grouping.max_clients
+        for client in population.place(list(works), self.group.size, self.sticky, works)[self.group.rank]:
             try:
                 loader = population.loaders[client]
                 num_batches = count_batches(loader)
-                own = [phase.segments(num_batches) for phase in self.phases(works[client])]
+                segments = [phase.segments(num_batches) for phase in self.phases(works[client])]
             except Exception as error:
-                failed[client] = self._failure(client, error)
+                failed[client] = self.describe_failure(LoaderFailed(client, error))
                 continue
-            if not all(own):
+            if not all(segments):
                 empty.append(client)
                 continue
-            clients += [client] * len(own)
-            segments += own
-            examples[client] = population.num_examples(client, loader)
-            if together is not None:
-                is_known = examples[client] is not None
-                outlooks[client] = outlook(loader, own[0], works[client].pass_length(num_batches)) if is_known else None
-                if len(kept) < num_kept:
-                    kept[client] = loader
-        units = None if together is None else together.group(outlooks)
-
-        def num_steps_of(unit: Sequence[ClientId]) -> int | None:
-            assert together is not None
-            ticks = together.ticks([outlook.work for client in unit if (outlook := outlooks[client]) is not None])
-            return None if ticks is None else len(ticks)
-
-        plan = RoundPlan(index, list(works), clients, segments, work.accumulate, units, num_steps_of)
+            known = [length for of_phase in segments for length in of_phase if length is not None]
+            lengths[client] = sum(known) if len(known) == sum(map(len, segments)) else None
+            sizes[client] = population.num_examples(client, loader)
+            forecasts[client] = None
+            if grouping is not None:
+                if sizes[client] is not None:
+                    forecasts[client] = forecast_batches(loader, segments[0], works[client].pass_length(num_batches))
+                if len(loaders) < num_kept:
+                    loaders[client] = loader
+        groups: list[tuple[ClientId, ...]] = [(client,) for client in forecasts]
+        steps_of_group: dict[tuple[ClientId, ...], int] = {}
+        if grouping is not None:
+            groups = [tuple(group) for group in grouping.group(forecasts)]
+            for group in (group for group in groups if len(group) > 1):
+                num_steps = grouping.num_steps([own for client in group if (own := forecasts[client]) is not None])
+                if num_steps is not None:
+                    steps_of_group[group] = num_steps
         dropped = [client for client in drawn if client not in works]
-        return RankPlan(plan, works, dropped, examples, empty, failed, kept)
+        return RankPlan(
+            index, list(works), groups, works, max_work, dropped, sizes, lengths, steps_of_group, empty, failed, loaders
+        )
 
     def phases(self, work: LocalWork) -> list[LocalWork]:
         """A client's work, phase by phase."""
@@ -133,10 +149,10 @@ class Planner:
             loaders = self.population.loaders
             phases = self.phases(work)
             all_by_steps = all(phase.steps is not None for phase in phases)
-            clients = [next(iter(loaders))] if all_by_steps else loaders  # here all do the most
+            clients = [next(iter(loaders))] if all_by_steps else loaders  # then every client takes as many
             steps = [phase.num_steps(count_batches(loaders[client])) for client in clients for phase in phases]
             own = float("inf") if None in steps else float(max(step for step in steps if step is not None))
-            told = self.group.all_gather(Message({"steps": own}), "estimated steps")
-            largest = max(float(message.fields["steps"]) for message in told)
+            reports = self.group.all_gather(Message({"steps": own}), "estimated steps")
+            largest = max(float(message.fields["steps"]) for message in reports)
             self._largest = largest if largest == float("inf") else max(int(largest), 1) * work.accumulate
         return self._largest

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
-import lightning
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -18,67 +18,35 @@ def describe_module(module: nn.Module) -> dict[str, str]:
     return {
         name: f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
         for name, tensor in module.state_dict().items()
-        if isinstance(tensor, torch.Tensor)
+        if isinstance(tensor, Tensor)
     }
 
 
-def verify_ranks(group: Group, module: nn.Module, settings: dict[str, str]) -> None:
+def verify_ranks(group: Group, module: nn.Module, settings: Mapping[str, str], versions: Mapping[str, str]) -> None:
     """Compares what the ranks are about to train; every rank raises the same error.
 
     Args:
         group: The ranks of the federation.
         module: This rank's module.
         settings: This rank's settings by name.
+        versions: The versions of the libraries on which the results depend.
 
     Raises:
         ValueError: If two ranks differ; the message names the first difference and the rank.
     """
-    own = {
-        "version": {"lightning": lightning.__version__, "torch": torch.__version__.split("+")[0]},
-        "setting": settings,
-        "tensor": describe_module(module),
-    }
+    own = {"version": dict(versions), "setting": dict(settings), "tensor": describe_module(module)}
     first, *others = [message.fields for message in group.all_gather(Message(own), "handshake")]
     for rank, other in enumerate(others, start=1):
         for kind, expected in first.items():
             _compare(kind, expected, other.get(kind, {}), rank)
 
 
-def join_ranks(group: Group, module: nn.Module, settings: dict[str, str]) -> None:
-    """Compares the ranks, then gives all of them the tensors of rank 0.
-
-    Raises:
-        ValueError: If two ranks differ in what they train.
-    """
-    if group.size == 1:
-        return
-    verify_ranks(group, module, settings)
+def synchronize_module(group: Group, module: nn.Module) -> None:
+    """Gives all ranks the tensors of rank 0."""
     with torch.no_grad():
         for tensor in module.state_dict().values():
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, Tensor):
                 tensor.copy_(group.broadcast(tensor))
-
-
-def _compare(kind: str, expected: dict[str, Any], found: dict[str, Any], rank: int) -> None:
-    for name in [*expected, *found]:
-        if expected.get(name) != found.get(name):
-            raise ValueError(
-                f"Rank {rank} and rank 0 do not train the same thing: {kind} {name!r} is "
-                f"{found.get(name, 'missing')} on rank {rank} and {expected.get(name, 'missing')} on rank 0. Start "
-                "all ranks with the same module, settings and versions."
-            )
-
-
-def settings_of(strategy: Any, trainer: lightning.Trainer) -> dict[str, str]:
-    """The settings of a federation that must be the same on all ranks."""
-    own = ("algorithm", "weighting", "client_optimizer", "cohort", "clients_per_round", "stragglers")
-    of_trainer = ("max_epochs", "max_steps", "min_epochs", "check_val_every_n_epoch", "num_sanity_val_steps")
-    names = (*own, "local_epochs", "local_steps", "personal", "_seed")
-    return {
-        **{name: repr(getattr(strategy, name)) for name in names},
-        **{name: repr(getattr(trainer, name)) for name in of_trainer},
-        "aggregator": type(strategy.aggregator).__name__,
-    }
 
 
 def digest(batch: Any) -> str:
@@ -90,3 +58,13 @@ def digest(batch: Any) -> str:
         else:
             content.update(repr(leaf).encode())
     return content.hexdigest()
+
+
+def _compare(kind: str, expected: Mapping[str, Any], found: Mapping[str, Any], rank: int) -> None:
+    for name in [*expected, *found]:
+        if expected.get(name) != found.get(name):
+            raise ValueError(
+                f"Rank {rank} and rank 0 do not train the same thing: {kind} {name!r} is "
+                f"{found.get(name, 'missing')} on rank {rank} and {expected.get(name, 'missing')} on rank 0. Start "
+                "all ranks with the same module, settings and versions."
+            )

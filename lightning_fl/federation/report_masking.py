@@ -1,36 +1,32 @@
-"""A rank's report of a round or an evaluation, split into what may be told and figures of which only the sum may."""
+"""Splits a rank's report into public fields and values that are revealed only as sums over all ranks."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_fl.clients.local_work import LocalWork
+from lightning_fl.clients import LocalWork
 from lightning_fl.communication import Message
-
-if TYPE_CHECKING:
-    from lightning_fl.federation.round import FederationSettings
-
-Schedules = TypeVar("Schedules", bound=list[Any])
-
-_COUNTS = ("num_steps", "num_examples", "logger_steps", "squared_norm")
+from lightning_fl.federation.errors import ConfigurationError
+from lightning_fl.federation.metric_entries import Entry
+from lightning_fl.federation.report import SECRET_FIELDS
+from lightning_fl.federation.settings import FederationSettings
 
 
 def mask(report: Message) -> Message:
-    """Moves all that tells of a client's data into the field ``"sums"``, numbers by name.
+    """Moves everything that tells of a client's data into the field ``"sums"``, numbers by name.
 
-    What stays: names and settings of metrics, shapes of their states, who was refused, empty or failed, wishes to stop
-    or to save.
+    What stays public: names and settings of metrics, shapes of their states, who was refused, empty or failed, wishes
+    to stop or to save.
 
     Raises:
-        MisconfigurationException: If a metric is not a mean or a sum, so that a sum would not give it.
+        ConfigurationError: If a metric is not a mean or a sum, so that a sum would not give it.
     """
     public, sums = dict(report.fields), {}
-    for name in _COUNTS:
+    for name in SECRET_FIELDS:
         if name in public:
             sums[name] = float(public[name])
             public[name] = 0
@@ -39,8 +35,8 @@ def mask(report: Message) -> Message:
         name: _mask_state(name, state, report, sums) for name, state in public["metric_states"].items()
     }
     public["first_batch"] = ""
-    if public.get("late"):
-        raise MisconfigurationException(
+    if public.get("has_late_values"):
+        raise ConfigurationError(
             "Something is logged with on_epoch=True in `on_train_batch_end`, whose last values come after the round's "
             "secure sum. Under secure aggregation log it in `training_step`."
         )
@@ -53,7 +49,9 @@ def unmask(reports: list[Message]) -> list[Message]:
     """Puts the sums of all ranks, which the first report holds, where the ranks' own figures stood."""
     first, *others = reports
     sums: dict[str, float] = first.fields["sums"]
-    counts = {name: sums[name] if name == "squared_norm" else round(sums[name]) for name in _COUNTS if name in sums}
+    counts = {
+        name: sums[name] if name == "squared_norm" else round(sums[name]) for name in SECRET_FIELDS if name in sums
+    }
     settings: dict[str, Any] = {}
     states: dict[str, Any] = {}
     for message in reports:
@@ -89,25 +87,20 @@ def unmask(reports: list[Message]) -> list[Message]:
     return [Message(joined, tensors), *(Message({**message.fields, **empty}, {}) for message in others)]
 
 
-def hides_silos(settings: FederationSettings) -> bool:
-    """Whether silos must not tell each other anything of their data."""
-    return settings.silos and settings.aggregator.hides_reports
-
-
 def forbid_client_disclosure(what: str, settings: FederationSettings) -> None:
     """Refuses what would show each silo's figures to the others, or each client's beside a private model.
 
     Raises:
-        MisconfigurationException: If silos hide them, or a transform hides the clients of a round.
+        ConfigurationError: If silos hide them, or a transform hides the clients of a round.
     """
-    if hides_silos(settings):
-        raise MisconfigurationException(
+    if settings.hides_silos:
+        raise ConfigurationError(
             f"{what} shows every silo's own figures to the others, which secure aggregation is there to prevent. Leave "
             "it out, or the secure aggregation."
         )
     if settings.hides_clients:
         names = ", ".join(type(transform).__name__ for transform in settings.transforms if transform.hides_clients)
-        raise MisconfigurationException(
+        raise ConfigurationError(
             f"{what} shows exact figures of single clients, which {names} is there to prevent. Leave out one of them."
         )
 
@@ -116,46 +109,40 @@ def check_steps(what: str, settings: FederationSettings, work: LocalWork) -> Non
     """Refuses what would tell the silos how much data each of them has.
 
     Raises:
-        MisconfigurationException: If silos hide it, and may take differently many steps in a phase of local training.
+        ConfigurationError: If silos hide it, and may take different numbers of steps in a phase of local training.
     """
     by_epochs = any(work.for_phase(phase).steps is None for phase in settings.algorithm.phases())
-    if hides_silos(settings) and by_epochs:
-        raise MisconfigurationException(
+    if settings.hides_silos and by_epochs:
+        raise ConfigurationError(
             f"{what} needs the number of steps of the largest silo, which secure aggregation keeps to itself. Let all "
             "take equally many, FederatedStrategy(local_steps=...), with an algorithm that has no phase of epochs of "
             "its own, or step schedules by epoch."
         )
 
 
-def check_schedules(schedules: Schedules, settings: FederationSettings, work: LocalWork) -> Schedules:
-    """The schedules, unless where they end would tell how much data a silo has."""
-    if schedules:
-        check_steps("A schedule that steps inside local training", settings, work)
-    return schedules
-
-
-def _mask_entry(key: str, entry: dict[str, Any], sums: dict[str, float]) -> dict[str, Any]:
+def _mask_entry(key: str, entry: Entry, sums: dict[str, float]) -> Entry:
     if entry["reduction"] not in ("mean", "sum"):
-        raise MisconfigurationException(
+        raise ConfigurationError(
             f"{entry['name']!r} is logged with reduce_fx={entry['reduction']!r}, which a secure sum can't give: each "
             "rank would learn the others' values. Log a mean or a sum, or leave it out."
         )
     value = float(entry["value"])
     is_finite = math.isfinite(value)
+    # A NaN would make every silo's sum NaN and so tell nothing of who had it; it travels as a count instead.
     sums[f"metric {key} value"] = value if is_finite else 0.0
     sums[f"metric {key} not finite"] = float(not is_finite)
     sums[f"metric {key} weight"] = float(entry["weight"])
     return {**entry, "value": 0.0, "weight": 0.0}
 
 
-def _unmask_entry(key: str, entry: dict[str, Any], sums: dict[str, float]) -> dict[str, Any]:
+def _unmask_entry(key: str, entry: Entry, sums: dict[str, float]) -> Entry:
     value = math.nan if round(sums[f"metric {key} not finite"]) else sums[f"metric {key} value"]
     return {**entry, "value": value, "weight": sums[f"metric {key} weight"]}
 
 
 def _mask_state(name: str, state: dict[str, Any], report: Message, sums: dict[str, float]) -> dict[str, Any]:
     if not state["is_sum"]:
-        raise MisconfigurationException(
+        raise ConfigurationError(
             f"The torchmetric {name!r} keeps more than sums (its predictions, a maximum, ...), which a secure sum "
             "can't give. Take its binned form (thresholds=...), or leave it out."
         )

@@ -14,11 +14,11 @@ from torchmetrics.classification import MulticlassAccuracy
 
 
 class Classifier(L.LightningModule):
-    """Trains a network on the cross-entropy of its class scores by SGD.
+    """Trains a network with SGD on the cross-entropy of its class scores.
 
-    Batches are pairs ``(x, y)``, ``y`` int64 of shape ``[batch]``; or of shape ``[batch, length]`` for a class at each
-    place of a sequence, with scores of shape ``[batch, num_classes, length]``. Logged for every epoch: ``train_loss``,
-    ``val_loss``, ``val_acc``, ``test_loss`` and ``test_acc``; accuracy is the share classified correctly.
+    Batches are pairs ``(x, y)``, ``y`` int64 of shape ``[batch]``; or of shape ``[batch, length]`` for a class per
+    position of a sequence, with scores of shape ``[batch, num_classes, length]``. Logs ``train_loss``, ``val_loss``,
+    ``val_acc``, ``test_loss`` and ``test_acc`` every epoch; accuracy is the share classified correctly.
 
     Args:
         net: Maps ``x`` to class scores (logits) of shape ``[batch, num_classes]``.
@@ -29,7 +29,7 @@ class Classifier(L.LightningModule):
 
     def __init__(self, net: nn.Module, num_classes: int = 10, lr: float = 0.1, momentum: float = 0.0) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore="net")
+        self.save_hyperparameters(ignore="net")  # its weights are in the state_dict
         self.net = net
         self.lr = lr
         self.momentum = momentum
@@ -37,7 +37,7 @@ class Classifier(L.LightningModule):
         self.test_acc = MulticlassAccuracy(num_classes, average="micro")
 
     def unpack(self, batch: Any) -> tuple[Any, Tensor]:
-        """What a batch holds: the input of the network and the classes."""
+        """Splits a batch into the network's input and the classes; override it for other batches."""
         x, y = batch
         return x, y
 

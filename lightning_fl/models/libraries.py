@@ -1,4 +1,4 @@
-"""Classifiers of torchvision, timm and transformers, as they are or without BatchNorm."""
+"""Classifiers from torchvision, timm and transformers, unchanged or without BatchNorm."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from lightning_fl.models.classifier import Classifier
 
 
 class TorchvisionClassifier(Classifier):
-    """Any classifier of torchvision, by its name.
+    """Any torchvision classifier, by its name.
 
     Args:
         name: Name of the model, such as ``"resnet18"``.
         num_classes: Number of classes, at least 2.
         weights: Pretrained weights by torchvision's name, which it downloads; None: random ones.
-        group_norm: Whether to put ``GroupNorm`` for every ``BatchNorm2d``, see ``ResNet20GN``.
+        group_norm: Whether to replace every ``BatchNorm2d`` by ``GroupNorm``; see ``ResNet20GN`` for why.
         lr: Learning rate.
         momentum: Momentum of SGD.
 
@@ -41,13 +41,13 @@ class TorchvisionClassifier(Classifier):
 
 
 class TimmClassifier(Classifier):
-    """Any image classifier of timm, by its name.
+    """Any timm image classifier, by its name.
 
     Args:
         name: Name of the model, such as ``"resnet18"``.
         num_classes: Number of classes, at least 2.
-        pretrained: Whether to take pretrained weights, which timm downloads.
-        group_norm: Whether to put ``GroupNorm`` for every ``BatchNorm2d``, see ``ResNet20GN``.
+        pretrained: Whether to use pretrained weights, which timm downloads.
+        group_norm: Whether to replace every ``BatchNorm2d`` by ``GroupNorm``; see ``ResNet20GN`` for why.
         lr: Learning rate.
         momentum: Momentum of SGD.
 
@@ -71,15 +71,15 @@ class TimmClassifier(Classifier):
 class TransformersClassifier(Classifier):
     """Any sequence classifier of transformers, from a folder or by its name on the hub.
 
-    Batches are mappings with what the tokenizer gives (``input_ids``, ``attention_mask``) and ``labels``, int64 of
-    shape ``[batch]``.
+    Batches are mappings of the tokenizer's output (``input_ids``, ``attention_mask``) and ``labels``, int64 of shape
+    ``[batch]``.
 
     Args:
         name: Folder or name of the model.
         num_classes: Number of classes, at least 2.
-        pretrained: Whether to take its weights (but not those of a head for another number of classes); else only its
+        pretrained: Whether to load its weights, except those of a head for another number of classes. False: only its
             configuration, with random weights.
-        local_files_only: Whether to take only what is on disk, and download nothing.
+        local_files_only: Whether to use only files on disk and download nothing.
         lr: Learning rate.
         momentum: Momentum of SGD.
 
@@ -119,11 +119,14 @@ class TransformersClassifier(Classifier):
 
 
 def replace_batch_norm(net: nn.Module, num_groups: int = 2) -> nn.Module:
-    """The network with ``GroupNorm`` in the place of every ``BatchNorm2d``, changed in place.
+    """Replaces every ``BatchNorm2d`` of the network by ``GroupNorm``, in place.
 
     Args:
         net: Any network.
-        num_groups: Groups of channels that are normalised together; 1 where it does not divide their number.
+        num_groups: Number of channel groups; a layer whose channels it does not divide gets 1.
+
+    Returns:
+        The same network.
     """
     for name, child in net.named_children():
         if isinstance(child, nn.BatchNorm2d):
@@ -145,11 +148,12 @@ def _library(name: str) -> Any:
 
 
 def _head(num_classes: int, weights: str | None) -> dict[str, int]:
+    # Pretrained weights only fit their own number of classes, so the head is replaced after they are loaded.
     return {"num_classes": num_classes} if weights is None else {}
 
 
 def _replace_head(net: nn.Module, num_classes: int) -> None:
-    """Puts a new last linear layer in the place of a pretrained one."""
+    """Replaces the last linear layer of a pretrained network by a new one with ``num_classes`` outputs."""
     name, last = [(name, module) for name, module in net.named_modules() if isinstance(module, nn.Linear)][-1]
-    parent, _, own = name.rpartition(".")
-    setattr(net.get_submodule(parent), own, nn.Linear(last.in_features, num_classes))
+    parent, _, attribute = name.rpartition(".")
+    setattr(net.get_submodule(parent), attribute, nn.Linear(last.in_features, num_classes))

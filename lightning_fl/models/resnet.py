@@ -13,14 +13,14 @@ from lightning_fl.models.classifier import Classifier
 class ResNet20GN(Classifier):
     """ResNet-20 for CIFAR with group normalisation: 269,722 parameters with 10 classes.
 
-    BatchNorm does not suit federated learning: its statistics are those of one client's batches, which differ between
-    clients as their labels do, and the average of the clients' statistics belongs to no model that was trained.
-    Group normalisation keeps none.
+    BatchNorm does not suit federated learning: its statistics come from one client's batches and differ between clients
+    as their data does, and the average of the clients' statistics fits none of the trained models. Group normalisation
+    has no such statistics.
 
     Args:
         in_channels: Channels of an image.
         num_classes: Number of classes, at least 2.
-        num_groups: Groups of channels that are normalised together; divides 16.
+        num_groups: Number of channel groups of each GroupNorm layer; divides 16.
         lr: Learning rate.
         momentum: Momentum of SGD.
 
@@ -49,7 +49,7 @@ class ResNet18GN(Classifier):
     Args:
         in_channels: Channels of an image.
         num_classes: Number of classes, at least 2.
-        num_groups: Groups of channels that are normalised together; divides 64.
+        num_groups: Number of channel groups of each GroupNorm layer; divides 64.
         lr: Learning rate.
         momentum: Momentum of SGD.
 
@@ -77,15 +77,15 @@ def resnet(
     num_groups: int,
     projection: bool,
 ) -> nn.Sequential:
-    """A residual network: a 3 x 3 convolution, stages of blocks, each but the first halving the image, and a head.
+    """A residual network: a 3 x 3 convolution, stages of blocks of which all but the first halve the image, and a head.
 
     Args:
         in_channels: Channels of an image.
         num_classes: Number of classes.
         widths: Channels of each stage.
         num_blocks: Blocks of each stage.
-        num_groups: Groups of channels that are normalised together.
-        projection: Whether a shortcut between stages is a convolution; else it pads with zeros.
+        num_groups: Number of channel groups of each GroupNorm layer.
+        projection: Whether shortcuts between stages are 1 x 1 convolutions; otherwise they pad channels with zeros.
     """
     blocks: list[nn.Module] = []
     width_in = widths[0]

@@ -1,4 +1,4 @@
-"""Models of tables: classes or numbers from features."""
+"""Models of tabular data: classification and regression."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_fl.models.classifier import Classifier
 
 
 class TabularMLP(Classifier):
-    """A multilayer perceptron for classes from a table: linear layers with ReLU and dropout between them.
+    """A multilayer perceptron that classifies rows of a table: linear layers with ReLU and dropout between them.
 
     Args:
         in_features: Number of features, ``num_features`` of ``TabularDataModule``.
@@ -40,12 +40,12 @@ class TabularMLP(Classifier):
 
 
 class TabularRegressor(L.LightningModule):
-    """A multilayer perceptron for a number from a table, trained on the squared error by SGD.
+    """A multilayer perceptron that predicts a number from a table row, trained with SGD on the squared error.
 
-    Batches are pairs ``(x, y)``, ``x`` float32 ``[batch, in_features]``, ``y`` float32 ``[batch]``. Targets are scaled
-    by ``target_mean`` and ``target_std`` inside. Logged for every epoch: ``train_loss``, ``val_loss``, ``val_mae``,
-    ``test_loss`` and ``test_mae``; losses are mean squared errors in units of ``target_std``, the mean absolute errors
-    in those of the target.
+    Batches are pairs ``(x, y)``, ``x`` float32 ``[batch, in_features]``, ``y`` float32 ``[batch]``. The network itself
+    predicts the target standardised by ``target_mean`` and ``target_std``. Logs ``train_loss``, ``val_loss``,
+    ``val_mae``, ``test_loss`` and ``test_mae`` every epoch; losses are mean squared errors in units of ``target_std``,
+    mean absolute errors are in units of the target.
 
     Args:
         in_features: Number of features, ``num_features`` of ``TabularDataModule``.
@@ -53,8 +53,8 @@ class TabularRegressor(L.LightningModule):
         dropout: Dropout after each hidden layer.
         lr: Learning rate.
         momentum: Momentum of SGD.
-        target_mean: About the mean of the target.
-        target_std: About its standard deviation, positive.
+        target_mean: The target's mean; an estimate suffices.
+        target_std: The target's standard deviation, positive; an estimate suffices.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Models of text by character: the next character is the class."""
+"""Character-level language models: the next character is the class."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from lightning_fl.models.classifier import Classifier
 class CharLSTM(Classifier):
     """The character LSTM of the FedAvg paper: an embedding of 8, two LSTM layers of 256 units, and the class scores.
 
-    Reads int64 ``[batch, length]``. With ``every_place`` it predicts the next character at each place, scores
-    ``[batch, vocabulary, length]``; else after the last one only, ``[batch, vocabulary]`` (as LEAF has it). With the 90
-    tokens of Adaptive Federated Optimization it has that paper's 820,522 parameters and 2,048 more: PyTorch's LSTM adds
-    two biases where one would do.
+    Reads int64 ``[batch, length]``. With ``every_place`` it predicts the next character at every position, scores
+    ``[batch, vocabulary, length]``; otherwise only after the last one, ``[batch, vocabulary]``, as LEAF does. With the
+    90 tokens of Adaptive Federated Optimization it has that paper's 820,522 parameters and 2,048 more, because
+    PyTorch's LSTM has two bias vectors where one would do.
 
     Args:
-        vocabulary_size: Number of characters; 81 are those of ``ShakespeareDataModule``.
-        every_place: Whether to predict at each place of a sequence.
+        vocabulary_size: Number of characters; ``ShakespeareDataModule`` has 81.
+        every_place: Whether to predict at every position of a sequence.
         embedding: Size of the embedding.
         hidden: Units of a layer.
         num_layers: Number of layers.
@@ -45,16 +45,16 @@ class CharLSTM(Classifier):
 
 
 class CharTransformer(Classifier):
-    r"""A small causal transformer over characters, with the norm before each block.
+    r"""A small causal transformer over characters, with pre-layer normalisation.
 
     Reads int64 ``[batch, length]`` and predicts the next character as :class:`CharLSTM` does. With :math:`V`
     characters, width :math:`d`, length :math:`T` and :math:`L` blocks it has
     :math:`2 V d + V + T d + L (12 d^2 + 13 d) + 2 d` parameters.
 
     Args:
-        vocabulary_size: Number of characters; 81 are those of ``ShakespeareDataModule``.
-        every_place: Whether to predict at each place of a sequence.
-        max_length: Longest sequence.
+        vocabulary_size: Number of characters; ``ShakespeareDataModule`` has 81.
+        every_place: Whether to predict at every position of a sequence.
+        max_length: Length of the longest sequence.
         width: Width of the model, a multiple of ``num_heads``.
         num_heads: Heads of attention.
         num_layers: Number of blocks.
@@ -109,7 +109,7 @@ class _Transformer(nn.Module):
         super().__init__()
         self.every_place, self.max_length = every_place, max_length
         self.embed = nn.Embedding(vocabulary_size, width)
-        self.place = nn.Parameter(0.02 * torch.randn(max_length, width))
+        self.place = nn.Parameter(0.02 * torch.randn(max_length, width))  # learned positions, scaled as in GPT-2
         self.blocks = nn.ModuleList(
             nn.TransformerEncoderLayer(width, num_heads, 4 * width, dropout, "gelu", batch_first=True, norm_first=True)
             for _ in range(num_layers)
@@ -120,7 +120,10 @@ class _Transformer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         length = x.shape[1]
         if length > self.max_length:
-            raise ValueError(f"The sequences have {length} characters, more than max_length={self.max_length}.")
+            raise ValueError(
+                f"The sequences have {length} characters, more than max_length={self.max_length}. "
+                "Shorten them, or raise max_length."
+            )
         mask = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
         states = self.embed(x) + self.place[:length]
         for block in self.blocks:

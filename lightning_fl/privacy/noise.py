@@ -1,4 +1,4 @@
-"""Noise that privacy rests on: normal samples from a cipher that the operating system has keyed."""
+"""Noise for differential privacy: normal samples from a cipher whose key comes from the operating system."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_fl.tree import Flat
+from lightning_fl.tree import Flat, as_real
 
 NUM_SUMMED = 2
 CHUNK = 1 << 14
@@ -19,15 +19,15 @@ MAX_DEVIATIONS = 8.0
 
 
 class PrivacyError(RuntimeError):
-    """What privacy rests on does not hold, so the run stops."""
+    """A condition of the privacy guarantee does not hold, so the run stops."""
 
 
 class InsecureNoiseWarning(UserWarning):
-    """Noise comes from a test seed, so nothing about the run is private."""
+    """The noise comes from a test seed, so nothing about the run is private."""
 
 
 def warn_of_test_seed() -> None:
-    """Says that a test seed makes a run NOT PRIVATE."""
+    """Warns that a test seed makes a run NOT PRIVATE."""
     warnings.warn(
         "insecure_test_seed makes the noise predictable: this run is NOT PRIVATE. Use it in tests only.",
         InsecureNoiseWarning,
@@ -36,17 +36,18 @@ def warn_of_test_seed() -> None:
 
 
 class SecureNoise:
-    """A stream of normal samples out of reach of ``seed_everything``: AES-256 in counter mode, keyed by the system.
+    """A stream of normal samples that ``seed_everything`` does not affect: AES-256-CTR, keyed by the operating system.
 
-    Each sample is the sum of two independent Box-Muller normals over the root of 2, in float64 from 53-bit uniforms:
-    the attack that inverts a float sampler then has to search two at once (Holohan and Braghin, "Secure Random Sampling
-    in Differential Privacy", ESORICS 2021). It remains floating-point arithmetic, for which the proof does not hold to
-    the letter: the gaps between floats depend on the value (Mironov, CCS 2012), the sum to which noise is added is
-    itself rounded, and no sample lies beyond 12.1 standard deviations. An exact proof takes integer noise.
+    Each sample is the sum of two independent Box-Muller normals divided by the square root of 2, in float64 from 53-bit
+    uniforms. An attack that inverts a floating-point sampler then has to search two values at once (Holohan and
+    Braghin, "Secure Random Sampling in Differential Privacy", ESORICS 2021). It is still floating-point arithmetic, for
+    which the proof does not hold exactly: the gaps between floats depend on the value (Mironov, CCS 2012), the sum to
+    which noise is added is itself rounded, and no sample lies beyond 12.1 standard deviations. An exact proof needs
+    integer noise.
 
     Args:
         insecure_test_seed: A seed that makes the samples repeat. They are then predictable and protect nothing.
-        purpose: Tells apart streams of the same test seed.
+        purpose: Separates streams of the same test seed.
 
     Raises:
         ImportError: If ``cryptography`` is not installed.
@@ -66,7 +67,7 @@ class SecureNoise:
         self._stream = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
 
     def normal(self, size: int, std: float = 1.0) -> Tensor:
-        """Independent samples of the normal distribution with mean 0.
+        """Draws independent samples from the normal distribution with mean 0.
 
         Args:
             size: Number of samples.
@@ -75,7 +76,7 @@ class SecureNoise:
         Returns:
             A float64 tensor of shape ``(size,)`` on the CPU.
         """
-        samples = torch.empty(size, dtype=torch.float64)
+        samples = torch.empty(size, dtype=torch.float64)  # filled in chunks that stay in the processor's cache
         for chunk in samples.split(CHUNK):
             chunk.copy_(self._standard_normal(len(chunk)))
         return samples.mul_(std)
@@ -86,13 +87,13 @@ class SecureNoise:
         return angle.mul_(2 * math.pi).cos_().mul_(radius).sum(0)
 
     def _uniform(self, size: int) -> Tensor:
-        """Uniform samples in [0, 1), multiples of 2^-53."""
+        """Draws uniform samples in [0, 1), multiples of 2^-53."""
         words = np.frombuffer(self._stream.update(bytes(8 * size)), dtype="<u8") >> np.uint64(11)
         return torch.from_numpy(words.astype(np.float64)).mul_(2.0**-53)
 
 
 def check_source() -> None:
-    """Makes sure that two streams differ.
+    """Checks that two fresh streams differ, as they must when the operating system's randomness works.
 
     Raises:
         PrivacyError: If they do not, so that noise would repeat.
@@ -102,24 +103,25 @@ def check_source() -> None:
 
 
 def check_deviation(noise: Tensor, std: float) -> None:
-    """Makes sure that noise has the standard deviation that the ledger records.
+    """Checks that noise has the standard deviation that the ledger records.
 
     Args:
-        noise: What was added.
-        std: What is recorded.
+        noise: The noise that was added.
+        std: The standard deviation that is recorded.
 
     Raises:
-        PrivacyError: If it is missing, or its deviation can't be due to chance.
+        PrivacyError: If noise is missing, or its deviation can't be due to chance.
     """
     size = noise.numel()
     if not size or not std:
         return
     found = float((noise.double() / std).square().mean().sqrt())
+    # The sample deviation of n normals has a relative standard error of 1 / sqrt(2 n).
     slack = MAX_DEVIATIONS / math.sqrt(2 * size)
     if not found > 0 or not 1 - slack <= found <= 1 + slack:
         raise PrivacyError(
             f"The noise added to {size} values has standard deviation {found * std:.6g}, recorded is {std:.6g}. The "
-            "run stops before anything is released. If the values are very large against the noise, they "
+            "run stops before anything is released. If the values are very large compared with the noise, they "
             "swallow it: lower the clip, or train in float32 or float64."
         )
 
@@ -128,15 +130,15 @@ def add_noise(flat: Flat, std: float, source: SecureNoise) -> Flat:
     """Adds normal noise to flat tensors, in float64.
 
     Args:
-        flat: One tensor a dtype; complex ones count as pairs of real numbers.
+        flat: One tensor per dtype; complex numbers count as pairs of real ones.
         std: Standard deviation of the noise on each number. 0: nothing is added.
-        source: Where the noise comes from.
+        source: The stream that the noise is drawn from.
     """
     if not std:
         return flat
     noisy = {}
     for dtype, values in flat.items():
-        real = _real(values)
+        real = as_real(values)
         noise = source.normal(real.numel(), std).to(real.device).view_as(real)
         result = (real.double() + noise).to(real.dtype)
         noisy[dtype] = torch.view_as_complex(result) if values.is_complex() else result
@@ -144,15 +146,13 @@ def add_noise(flat: Flat, std: float, source: SecureNoise) -> Flat:
 
 
 def check_added(before: Flat, after: Flat, std: float) -> None:
-    """Makes sure that what was added to flat tensors has the standard deviation that the ledger records.
+    """Checks that the noise added to flat tensors has the standard deviation that the ledger records.
+
+    It compares the tensors after rounding to their dtype, so noise that rounding has swallowed is noticed.
 
     Raises:
         PrivacyError: If it has not.
     """
-    added = [_real(after[dtype]).double() - _real(values).double() for dtype, values in before.items()]
+    added = [as_real(after[dtype]).double() - as_real(values).double() for dtype, values in before.items()]
     if added:
         check_deviation(torch.cat([noise.reshape(-1) for noise in added]), std)
-
-
-def _real(values: Tensor) -> Tensor:
-    return torch.view_as_real(values) if values.is_complex() else values

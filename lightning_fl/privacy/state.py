@@ -1,4 +1,4 @@
-"""Plain data inside the state of a transform, which holds tensors only."""
+"""Plain data in a transform's state, which may hold only tensors, so that checkpoints load with weights_only=True."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_fl.types import State
 
 
 def load_ledger(state: State) -> Ledger:
-    """The ledger in the state of the transform's server half; empty before the first round."""
+    """Returns the ledger in the state of a transform's server half; empty before the first round."""
     ledger = Ledger()
     if state:
         ledger.load_state_dict(unpack(state["ledger"]))
@@ -21,10 +21,10 @@ def load_ledger(state: State) -> Ledger:
 
 
 def pack(value: Any) -> Tensor:
-    """Plain data as a tensor of bytes."""
+    """Encodes plain data as a tensor of bytes."""
     return torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
 
 
 def unpack(packed: Tensor) -> Any:
-    """What :func:`pack` was given."""
+    """Decodes what :func:`pack` returned."""
     return json.loads(packed.cpu().numpy().tobytes())

@@ -1,22 +1,33 @@
-"""The strategy's own callback: where in Lightning's hooks a round begins and ends."""
+"""The strategy's own callback: where in Lightning's hooks the strategy acts."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import lightning as L
 from torch.optim import Optimizer
 
-if TYPE_CHECKING:
-    from lightning_fl.strategies.federated import FederatedStrategy
+
+class _Strategy(Protocol):
+    """The strategy, as the callback needs it."""
+
+    @property
+    def active_driver(self) -> Any:
+        """The driver of the current fit's rounds."""
+
+    def start_training(self) -> None:
+        """Training is about to start."""
+
+    def interrupt(self) -> None:
+        """An exception ends the run."""
 
 
 class RoundCallback(L.Callback):
-    """Stands first in the Trainer's list, so that every other callback sees the aggregated global model."""
+    """Stands first in the Trainer's list, so that every other callback sees what the strategy has made of a hook."""
 
-    follows_idle_rounds = True
+    serves_batches_by_group = True  # what it does to gradients, the trainer's own step does as well
 
-    def __init__(self, strategy: FederatedStrategy) -> None:
+    def __init__(self, strategy: _Strategy) -> None:
         self.strategy = strategy
 
     @property
@@ -27,18 +38,13 @@ class RoundCallback(L.Callback):
         self.strategy.start_training()
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.strategy.active_rounds.plan_round()
+        self.strategy.active_driver.plan_round()
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        self.strategy.active_rounds.transform_grads(optimizer)
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self.strategy.active_rounds.after_batch(outputs, batch, batch_idx)
+        self.strategy.active_driver.prepare_gradients(optimizer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.strategy.active_rounds.after_round()
+        self.strategy.active_driver.after_round()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self.strategy.interrupt()

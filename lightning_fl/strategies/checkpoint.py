@@ -16,7 +16,7 @@ from lightning_fl.algorithms import Algorithm
 from lightning_fl.clients import ClientStore, Population
 from lightning_fl.clients.state_files import StateFiles
 from lightning_fl.communication import Group, Message
-from lightning_fl.federation.round import FederationState
+from lightning_fl.federation import FederationState
 from lightning_fl.tree import move, to_sum_dtype
 from lightning_fl.types import State, Tree
 

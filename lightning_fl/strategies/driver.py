@@ -1,46 +1,63 @@
-"""The rounds of a federation inside Lightning's training loop."""
+"""Drives the rounds of a federation inside Lightning's fit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
-from itertools import chain
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import lightning as L
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor
+from lightning.pytorch.utilities.rank_zero import rank_zero_debug
 from torch.optim import Optimizer
 
 from lightning_fl.aggregation import FederationFacts
 from lightning_fl.clients import ClientStore, Participation, Population
 from lightning_fl.communication import Group, Message
-from lightning_fl.data.client_loaders import Loader, count_batches
-from lightning_fl.engines import Schedule, SequentialEngine
+from lightning_fl.engines import LocalTrainer, Schedule
 from lightning_fl.engines.phases import optimizer_entry
-from lightning_fl.federation.history import figures, round_entry, words
-from lightning_fl.federation.plan import BatchPosition, RoundPlan
-from lightning_fl.federation.planner import Planner
+from lightning_fl.engines.vectorized.stacking import NotStackable
+from lightning_fl.federation import (
+    ClientData,
+    ClientTask,
+    FederationSettings,
+    FederationState,
+    LoaderFailed,
+    Planner,
+    RankPlan,
+    Round,
+)
+from lightning_fl.federation.client_batches import raise_to_user
+from lightning_fl.federation.group_data import GroupSplit, read_group
+from lightning_fl.federation.history import figures, history_entry, words
+from lightning_fl.federation.metric_entries import Entries, as_numbers, merge_entries
 from lightning_fl.federation.rank_verification import digest
-from lightning_fl.federation.report_masking import check_schedules
-from lightning_fl.federation.round import FederationSettings, FederationState, Round, RoundResult
-from lightning_fl.federation.round_loader import UNKNOWN_LENGTH, LoadTogether, RoundLoader, raise_error
-from lightning_fl.strategies import internals as internals
-from lightning_fl.strategies import metrics
-from lightning_fl.strategies import results as logged
-from lightning_fl.strategies.client_randomness import ClientReading
+from lightning_fl.strategies import internals
+from lightning_fl.strategies.batch_steps import BatchSteps, HookedSteps, TightSteps
+from lightning_fl.strategies.client_session import ClientSession
+from lightning_fl.strategies.hooks import batch_hook
+from lightning_fl.strategies.logged_values import LoggedValues, late_entries, publish
+from lightning_fl.strategies.loops import RoundEpochLoop
+from lightning_fl.strategies.metric_states import MetricStates
+from lightning_fl.strategies.open_round import OpenRound
+from lightning_fl.strategies.probe import probe
 from lightning_fl.strategies.rank_sync import RankSync, naming_round
+from lightning_fl.strategies.round_end import rank_report, show_result
+from lightning_fl.strategies.round_loaders import UNKNOWN_LENGTH, RoundLoader, RoundLoaders
+from lightning_fl.strategies.round_view import RoundView
 from lightning_fl.strategies.user_warnings import UserWarnings
-from lightning_fl.strategies.validation import check_algorithm
-from lightning_fl.strategies.vectorized.driver import NotStackable, NotVectorizable, VectorizedDriver
+from lightning_fl.strategies.validation import check_algorithm, check_schedules, misconfiguration
+from lightning_fl.strategies.vectorized.driver import VectorizedDriver
+from lightning_fl.strategies.vectorized.log_capture import NotVectorizable
 from lightning_fl.types import ClientId
 
 OnClientError = Literal["raise", "skip"]
 
 
 class RoundDriver:
-    """Plans each round, switches clients at their last batches, and closes the round after the last of them.
+    """Plans each round, trains its client groups one after the other, and closes it.
 
     Args:
         trainer: The Trainer.
@@ -49,9 +66,10 @@ class RoundDriver:
         settings: What does not change from round to round.
         participation: Who takes part in a round, and how much each client trains.
         limit: Batches of one local pass, as a count or a share.
-        at_home: Whether clients keep state and so must train on their home rank.
+        sticky: Whether clients keep state and so must train on their home rank.
+        strategy_type: The strategy's class as this package defines it.
         on_client_error: Whether a client whose loader raises ends the run or is left out.
-        last: The rounds of the Trainer's last ``fit``, which go on if this one does not start at round 0.
+        last: The driver of the Trainer's last ``fit``, whose state goes on if this one does not start at round 0.
     """
 
     def __init__(
@@ -62,58 +80,59 @@ class RoundDriver:
         settings: FederationSettings,
         participation: Participation,
         limit: int | float,
-        at_home: bool,
+        sticky: bool,
+        strategy_type: type,
         on_client_error: OnClientError = "raise",
         last: RoundDriver | None = None,
     ) -> None:
         self.trainer = trainer
+        self.population = population
         self.group = group
         self.settings = settings
         self.participation = participation
-        self.work = participation.max_work(limit)
-        self.at_home = at_home
+        self.max_work = participation.max_work(limit)
+        self.sticky = sticky
+        self.strategy_type = strategy_type
         self.on_client_error = on_client_error
         self.state = FederationState()
         self.store = ClientStore()
         self.history: list[dict[str, Any]] = []
-        self.together: VectorizedDriver | None = None
+        self.vectorized: VectorizedDriver | None = None
         self.has_started = False
-        self.in_local_phase = False
+        self.open_round: OpenRound | None = None
         self.interrupted_loops: dict[str, Any] | None = None
-        self.round: Round | None = None
-        self.engine: SequentialEngine | None = None
-        self.engine_module: L.LightningModule | None = None
+        self.deferred_checkpoints: dict[str, bool] = {}
+        self.local_trainer: LocalTrainer | None = None
+        self.module_trained: L.LightningModule | None = None
+        self.metric_states = MetricStates(trainer.lightning_module, group.rank)
         self.schedules: list[tuple[Any, Schedule]] = []
+        self.warnings = UserWarnings()
+        self.rank_sync = RankSync(trainer, group)
+        self.has_late_values = False
+        self.trained_groups: list[tuple[ClientId, ...]] = []
+        """The client groups that this rank has trained in the last round, as they were in the end."""
+        self.num_batches_trained = 0
+        """Batches, or stacked batches, that this rank has trained in the last round."""
+        self.view = RoundView(self)
+        self.loader = RoundLoader(lambda: self.num_batches)
+        self._session: Any = None
         self._last = last
-        self._has_late_values = False
         self._is_unsettled = False
-        self._deferred: dict[str, bool] = {}
+        self._trained_last_round = False
         self._placeholders: list[str] = []
-        self._notices = UserWarnings()
-        self._agreement = RankSync(trainer, group)
-        self._reading = ClientReading(trainer, settings.seed, self._notices)
         self.renew(population)
 
     def renew(self, population: Population) -> None:
         """Takes new loaders of the clients."""
         self.population = population
-        self.planner = Planner(population, self.participation, self.settings, self.group, self.at_home, self._failure)
-        self.loader = RoundLoader(
-            lambda client: self.planned.take_loader(client, population),
-            lambda: (self.plan, self.work),
-            self._open_round,
-            self._open_client,
-            self.set_length,
-            self._fail_client,
-            lambda client: self.planner.phases(self.planned.works[client]),
-            self._open_together,
-            lambda client, loader: self._reading.prefetch(self.plan.round, client, loader),
+        self.planner = Planner(
+            population, self.participation, self.settings, self.group, self.sticky, self._describe_failure
         )
-        self._plan(internals.current_round(self.trainer))
+        self.plan = self._plan(internals.current_round(self.trainer))
 
     @property
     def facts(self) -> FederationFacts:
-        """What everyone may know before training starts."""
+        """What every rank may know before training starts."""
         is_uniform, population = self.settings.weighting == "uniform", self.population
         max_weight = (lambda: 1.0) if is_uniform else population.max_examples
         sampling = self.settings.sampling
@@ -127,110 +146,324 @@ class RoundDriver:
         """The user's module."""
         return self.trainer.lightning_module
 
-    # ---- hooks of Lightning, in the order in which they come
+    @property
+    def in_local_phase(self) -> bool:
+        """Whether this rank trains its clients, which it does on its own."""
+        return self.open_round is not None
 
-    def start(self, engine: SequentialEngine, together: VectorizedDriver | None = None) -> None:
+    # ---- the fit
+
+    def start(self, local_trainer: LocalTrainer, vectorized: VectorizedDriver | None, session: Any) -> None:
         """Training is about to start.
 
         Args:
-            engine: Trains the clients.
-            together: Lets them train side by side. None: each alone.
+            local_trainer: Trains the client groups.
+            vectorized: Lets clients train side by side. None: each alone.
+            session: What the aggregator's ``open`` returned.
         """
         last, self._last = self._last, None
-        goes_on = last is not None and last.engine_module is self.module and internals.current_round(self.trainer) > 0
-        if last is not None and goes_on:
+        index = internals.current_round(self.trainer)
+        if last is not None and last.module_trained is self.module and index > 0:
             self.state, self.store, self.history = last.state, last.store, last.history
-            for index in range(len(self.settings.algorithm.phases())):
-                self.store.drop_entry(optimizer_entry(index))
+            for phase in range(len(self.settings.algorithm.phases())):
+                self.store.drop_entry(optimizer_entry(phase))
         if self.settings.hides_clients and not self.state.transforms:
-            self._notices.new_ledger(self.module)
-        self.engine = engine
-        self.engine_module = self.module
+            self.warnings.new_ledger(self.module)
+        self.local_trainer = local_trainer
+        self.module_trained = self.module
+        self.vectorized = vectorized
+        self._session = session
         check_algorithm(self.settings.algorithm, self.trainer)
-        self.settings.algorithm.check_optimizers(engine.optimizers.optimizers)
-        self._metric_states = metrics.MetricStates(self.module, self.group.rank)
+        self.settings.algorithm.check_optimizers(local_trainer.optimizers.optimizers)
+        self.metric_states = MetricStates(self.module, self.group.rank)
         self.has_started = True
-        self.together = together
-        if together is not None:
-            self._plan(internals.current_round(self.trainer))
+        if vectorized is not None:
+            self.plan = self._plan(index)
         self.set_length()
 
     def plan_round(self) -> None:
         """A new round comes: its cohort is drawn, and the loops learn how many batches it has on this rank."""
         index = internals.current_round(self.trainer)
         if self.plan.round != index:
-            self._plan(index)
+            self.plan = self._plan(index)
         self.set_length()
 
-    def set_length(self) -> None:
-        """Tells the loops the length of the planned round."""
-        internals.set_round_length(self.trainer, self.plan.num_batches, UNKNOWN_LENGTH)
+    # ---- a round
 
-    def transform_grads(self, optimizer: Optimizer) -> None:
-        """The gradients of a step are there, unscaled and not yet clipped."""
-        if self.round is not None:
-            self.round.transform_grads(optimizer)
+    def run_round(self, loop: RoundEpochLoop) -> None:
+        """One round: each client group trains on its batches, then their updates become the next global model."""
+        opened = self._open(loop)
+        steps = opened.steps
+        for task in self._tasks(opened):
+            try:
+                for batch, position in task.batches:
+                    self._look_at_first(opened, batch)
+                    steps.train(task, batch, position, ends_round=position.is_last and not opened.pending)
+                    opened.num_batches_done += 1
+                    if not position.is_last:
+                        self._end_phase(opened, task, position.ends_phase)
+                        steps.end_batch()
+            except LoaderFailed as failed:
+                self._leave_out(opened, failed)
+                continue
+            self._finish(opened, task)
+            if opened.pending:
+                steps.end_batch()
+        if not steps.is_open:
+            steps.skip()
+        self._close(opened)
+        steps.end_round()
 
-    def after_batch(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """A batch has been trained, or this rank has none in this round."""
-        if self.plan.is_empty(batch_idx):
-            self._close_round()
-            return
-        place = self.plan.locate(batch_idx)
-        unit = self.plan.units[place.client]
-        if len(unit) > 1:
-            assert self.together is not None
-            self._logged.after_batch(internals.train_results(self.trainer), self.together.num_examples_of_step)
-            if place.ends_client:
-                self._finish_together(unit)
+    def _open(self, loop: RoundEpochLoop) -> OpenRound:
+        assert self.local_trainer is not None
+        trainer, index = self.trainer, internals.current_round(self.trainer)
+        if self.plan.round != index or self.max_work.accumulate != trainer.accumulate_grad_batches:
+            self.plan = self._plan(index)
+            self.set_length()
+        loop.is_round_done = False
+        loops_before = internals.loops_before_round(trainer)
+        self.schedules = check_schedules(internals.client_schedules(trainer), self.settings, self.max_work)
+        round = Round.open(
+            self.settings,
+            self.state,
+            self.local_trainer,
+            self.store,
+            self.group,
+            index,
+            self.plan.cohort,
+            [schedule for _, schedule in self.schedules],
+            self._session,
+        )
+        # What the transforms have spent stays spent, whatever becomes of the round.
+        self.state = replace(self.state, transforms=round.state.transforms)
+        results = internals.train_results(trainer)
+        for key in self._placeholders:
+            results.pop(key, None)
+        self._placeholders = []
+        self.metric_states.mark()
+        values = LoggedValues()
+        opened = OpenRound(
+            round=round,
+            loaders=RoundLoaders(
+                self.plan,
+                self.population,
+                self.settings.seed,
+                self._following,
+                trainer.overfit_batches > 0,  # type: ignore[attr-defined]
+                self.warnings,
+            ),
+            steps=self._make_steps(loop, values),
+            values=values,
+            pending=deque(self.plan.groups),
+            first_step=trainer.global_step,
+            first_logger_step=internals.logger_steps(trainer),
+            loops_before=loops_before,
+            paused=internals.pause_by_step(trainer, averages=not self._is_alone),
+            failed=dict(self.plan.failed),
+        )
+        self.open_round = opened
+        self.trained_groups = []
+        self.call_hook("on_round_start", index, self.plan.cohort)
+        return opened
+
+    def _make_steps(self, loop: RoundEpochLoop, values: LoggedValues) -> BatchSteps:
+        assert self.local_trainer is not None
+        hook = batch_hook(self.trainer, self.strategy_type)
+        rank_zero_debug("The local loop is tight." if hook is None else f"Batches pass Lightning's hooks: {hook}.")
+        return (TightSteps if hook is None else HookedSteps)(loop, self.local_trainer, values)
+
+    @property
+    def _is_alone(self) -> bool:
+        return self.group.size == 1 and len(self.population) == 1
+
+    def _tasks(self, opened: OpenRound) -> Iterator[ClientTask]:
+        """The client groups of this rank, each loaded when its turn comes."""
+        while opened.pending:
+            opened.current = clients = opened.pending.popleft()
+            try:
+                yield self._start(opened, clients)
+            except GroupSplit as split:
+                opened.round.leave()
+                opened.pending.extendleft(reversed(split.parts))
+                self.set_length()
+            except LoaderFailed as failed:
+                self._leave_out(opened, failed)
+
+    def _start(self, opened: OpenRound, clients: tuple[ClientId, ...]) -> ClientTask:
+        opened.session = ClientSession(internals.train_results(self.trainer), opened.values, self.metric_states)
+        opened.steps.loop.set_global_step(opened.first_step)
+        if len(clients) > 1:
+            return self._start_group(opened, clients)
+        (client,) = clients
+        works = self.planner.phases(self.plan.works[client])
+        data = ClientData(opened.loaders.open(client, works), self.plan.sizes[client])
+        task = opened.round.start(data, partial(probe, self.trainer))
+        self.call_hook("on_client_start", client)
+        return task
+
+    def _start_group(self, opened: OpenRound, clients: tuple[ClientId, ...]) -> ClientTask:
+        vectorized, loaders = self.vectorized, opened.loaders
+        assert vectorized is not None
+        try:
+            data = read_group(
+                vectorized.grouping,
+                clients,
+                lambda client: loaders.open_ahead(client, self.planner.phases(self.plan.works[client])),
+                lambda client: self.plan.lengths[client] or 0,
+                self.plan.sizes,
+                lambda failed: self._note_failure(opened, failed),
+            )
+        finally:
+            loaders.leave()
+        try:
+            data.first()
+        except NotStackable as error:
+            raise GroupSplit([[client] for client in clients]) from error
+        try:
+            task = opened.round.start(data)
+            vectorized.start(task, data)
+        except (NotStackable, NotVectorizable) as error:
+            vectorized.refuse(str(error))
+            self.vectorized = None
+            remaining = {client for group in (clients, *opened.pending) for client in group}
+            opened.pending.clear()
+            raise GroupSplit([[client] for client in self.plan.sizes if client in remaining]) from error
+        if data.masks is not None and vectorized.look_at(data):
+            vectorized.leave()
+            raise GroupSplit(vectorized.grouping.split(data.works))
+        return task
+
+    def _look_at_first(self, opened: OpenRound, batch: Any) -> None:
+        """Remembers the first batch of a silo's first round, to warn of silos that have the same data."""
+        if not opened.first_batch and self.population.silos and not self.history and not self.settings.hides_clients:
+            opened.first_batch = digest(batch)
+
+    def _end_phase(self, opened: OpenRound, task: ClientTask, ends_phase: bool) -> None:
+        if ends_phase:
+            assert opened.session is not None
+            opened.session.end_phase(task.counts)
+
+    def _finish(self, opened: OpenRound, task: ClientTask) -> None:
+        assert opened.session is not None
+        assert self.local_trainer is not None
+        session, clients = opened.session, task.clients
+        num_shared_steps = self.local_trainer.optimizers.num_steps
+        session.end_phase(task.counts)
+        outcome = opened.round.finish(task)
+        opened.has_trained = True
+        self.trained_groups.append(clients)
+        if len(clients) > 1:
+            assert self.vectorized is not None
+            logged = session.finish(outcome.accepted, self.vectorized.restrict_to)
+            self.vectorized.leave()
+            # The loggers' x-axis advances as if the clients had trained one after the other.
+            opened.more_logger_steps += outcome.num_steps - num_shared_steps
         else:
-            self._count(outputs, batch, place)
-            if place.ends_client:
-                self._finish_phase(place.client)
-        if place.ends_round:
-            self._close_round()
+            logged = session.finish(outcome.accepted)
+            self.call_hook("on_client_end", clients[0], replace(outcome.runs[0], logged=logged), outcome.update)
+        self.call_hook("on_group_end", clients)
+        if self.plan.num_batches(clients) is None:
+            self.set_length()
+
+    def _leave_out(self, opened: OpenRound, failed: LoaderFailed) -> None:
+        """Goes on without the client that is being trained."""
+        self._note_failure(opened, failed)
+        opened.round.leave()
+        if opened.session is not None:
+            opened.session.drop()
+        if opened.steps.is_open:
+            opened.steps.end_batch()
+        self.set_length()
+
+    def _note_failure(self, opened: OpenRound, failed: LoaderFailed) -> None:
+        opened.failed[failed.client] = self._describe_failure(failed)
+
+    def _describe_failure(self, failed: LoaderFailed) -> str:
+        if self.on_client_error == "raise":
+            raise_to_user(failed)
+        error = failed.error.with_traceback(None)  # whose frames hold the loader's workers
+        return f"{type(error).__name__}: {error}"
+
+    def _following(self, client: ClientId) -> ClientId | None:
+        """Whose turn comes after a client's."""
+        opened = self.open_round
+        assert opened is not None
+        in_turn = [other for group in (opened.current, *opened.pending) for other in group]
+        after = in_turn[in_turn.index(client) + 1 :] if client in in_turn else in_turn
+        return next(iter(after), None)
+
+    def _close(self, opened: OpenRound) -> None:
+        trainer, index, round = self.trainer, self.plan.round, opened.round
+        opened.loaders.close()
+        report = rank_report(trainer, opened, self.plan, self.metric_states, self.deferred_checkpoints)
+        with naming_round(f"Round {index}", "The round is dropped. "), misconfiguration():
+            reports = round.merge(report)
+            self.warnings.data(index, reports)
+            result = round.close(reports, opened.loaders.seconds_waiting)
+        self.state, self.open_round = result.state, None
+        self.num_batches_trained = opened.num_batches_done
+        self._is_unsettled, self._trained_last_round = True, opened.has_trained
+        last_step = opened.first_step + result.report.num_steps
+        logged = show_result(trainer, opened, result.report, last_step)
+        self.metric_states.merge([(own.metric_states, own.tensors) for own in reports], self.module.device)
+        self.publish(logged)
+        self.has_late_values = result.report.has_late_values
+        trainer.should_stop = result.report.should_stop
+        self.warnings.result(index, result, trainer, logged)
+        self.history.append(history_entry(index, result, self.plan.dropped))
+        internals.log_to_loggers(trainer, figures(self.history[-1], result.hides_clients))
+        self.warnings.words(trainer, words(self.history[-1]))
+        trainer.should_stop |= result.stop_reason is not None
+        self.call_hook("on_aggregate_end", result.aggregate)
+        internals.resume_by_step(opened.paused)
+        if not self._is_alone:
+            internals.average_passed_steps(trainer, opened.first_step, last_step)
+        self.deferred_checkpoints = {}
+        for path, weights_only in reports[0].deferred_checkpoints.items():
+            trainer.save_checkpoint(path, weights_only)
+        internals.save_passed_steps(trainer, opened.first_step, last_step)
+
+    # ---- after a round
 
     def settle(self) -> None:
         """The hooks after the round's last batch have run."""
         is_new, self._is_unsettled = self._is_unsettled, False
         if is_new:
-            assert self.engine is not None
-            self._agreement.settle(self.plan.round, self.engine.tensors.all, bool(self.plan.clients))
+            assert self.local_trainer is not None
+            self.rank_sync.settle(self.plan.round, self.local_trainer.tensors.all, self._trained_last_round)
 
     def after_round(self) -> None:
         """The epoch ends; validation has seen the global model."""
-        if self.round is not None:
-            raise MisconfigurationException(
-                f"Round {self.plan.round} ended before its last batch. `on_train_batch_start` must not return -1 in a "
-                "federation; use limit_train_batches or local_steps to train less."
-            )
-        if self._has_late_values:
-            late = Message(metrics.plain(metrics.late_entries(internals.train_results(self.trainer))))
-            told = self._agreement.gather(self.plan.round, late, "late metrics")
-            self._publish(metrics.merge_entries(told))
+        if self.has_late_values:
+            late = Message(as_numbers(late_entries(internals.train_results(self.trainer))))
+            self.publish(merge_entries(self.rank_sync.gather(self.plan.round, late, "late metrics")))
 
     def agree_to_stop(self) -> None:
         """The epoch has ended: if one rank's hooks have asked to stop since the round's end, all ranks stop."""
-        self._agreement.stop(self.plan.round)
+        self.rank_sync.stop(self.plan.round)
+
+    def publish(self, entries: Entries) -> None:
+        """Shows joined values to Lightning, on ranks that have not logged them too."""
+        results = internals.train_results(self.trainer)
+        self._placeholders += publish(entries, results, self.module, self.module.device)
 
     def interrupt(self) -> None:
         """An exception ends the fit: what the round has done so far is dropped."""
-        self._reading.leave()
-        self.in_local_phase = False
-        if self.together is not None:
-            self.together.unit = ()
-        if self.round is not None:
-            self.round.abandon()
-            self.round = None
-            internals.set_global_step(self.trainer, self._first_step)
-            internals.resume_by_step(self._paused)
-            self.interrupted_loops = self._loops_before
+        opened, self.open_round = self.open_round, None
+        if self.vectorized is not None:
+            self.vectorized.leave()
+        if opened is not None:
+            opened.loaders.close()
+            opened.round.abandon()
+            opened.steps.loop.set_global_step(opened.first_step)
+            internals.resume_by_step(opened.paused)
+            self.interrupted_loops = opened.loops_before
 
     def stop(self) -> None:
         """The fit is over."""
-        if self.engine is not None:
-            self.engine.optimizers.close()
-            self.engine = None
+        if self.local_trainer is not None:
+            self.local_trainer.optimizers.close()
+            self.local_trainer = None
 
     # ---- checkpoints
 
@@ -240,261 +473,57 @@ class RoundDriver:
 
     def defer_checkpoint(self, path: str, weights_only: bool) -> None:
         """Notes a checkpoint that is asked for inside the round, to be written at its end."""
-        self._notices.deferred_checkpoint()
-        self._deferred[path] = weights_only
+        self.warnings.deferred_checkpoint()
+        self.deferred_checkpoints[path] = weights_only
 
     def forget_deferred(self, path: str) -> bool:
         """Drops a noted checkpoint; tells whether there was one."""
-        return self._deferred.pop(path, None) is not None
+        return self.deferred_checkpoints.pop(path, None) is not None
+
+    # ---- plans
+
+    def _plan(self, index: int) -> RankPlan:
+        self.max_work = replace(self.max_work, accumulate=self.trainer.accumulate_grad_batches)
+        grouping = None if self.vectorized is None else self.vectorized.grouping
+        with misconfiguration():
+            return self.planner.plan(index, self.max_work, grouping)
 
     @property
-    def plan(self) -> RoundPlan:
-        """What this rank does in the round at hand, or the next one."""
-        return self.planned.plan
+    def num_batches(self) -> int | None:
+        """Batches of this rank in the round, None if unknown; a rank that trains nobody counts one."""
+        opened = self.open_round
+        groups = self.plan.groups if opened is None else opened.pending
+        lengths = [self.plan.num_batches(group) for group in groups]
+        if None in lengths:
+            return None
+        total = sum(length for length in lengths if length is not None)
+        return max(1, total + (0 if opened is None else opened.num_batches_done))
+
+    def set_length(self) -> None:
+        """Tells Lightning's loops how many batches the round has."""
+        internals.set_round_length(self.trainer, self.num_batches, UNKNOWN_LENGTH)
 
     def largest_num_batches(self) -> int | float:
         """Batches of the client with the most in a round, rounded up to whole optimizer steps."""
-        return self.planner.largest_num_batches(self.work)
+        with misconfiguration():
+            return self.planner.largest_num_batches(self.max_work)
 
-    def _plan(self, index: int) -> None:
-        self.work = replace(self.work, accumulate=self.trainer.accumulate_grad_batches)
-        self.planned = self.planner.plan(index, self.work, self.together)
+    # ---- hooks
 
-    def _open_round(self) -> None:
-        assert self.engine is not None
-        index = internals.current_round(self.trainer)
-        if self.plan.round != index or self.work.accumulate != self.trainer.accumulate_grad_batches:
-            self._plan(index)
-            self.set_length()
-        self._loops_before = internals.loops_before_round(self.trainer)
-        self.in_local_phase = True
-        self.schedules = check_schedules(internals.client_schedules(self.trainer), self.settings, self.work)
-        self.round = Round(
-            self.settings,
-            self.state,
-            self.engine,
-            self.store,
-            self.group,
-            self.plan.round,
-            self.plan.cohort,
-            [schedule for _, schedule in self.schedules],
-        )
-        self.state = replace(self.state, transforms=list(self.round.transform_states))
-        results = internals.train_results(self.trainer)
-        for key in self._placeholders:
-            results.pop(key, None)
-        self._placeholders = []
-        self._logged = metrics.LoggedValues()
-        self._metric_states.mark()
-        self._first_step = internals.global_step(self.trainer)
-        self._first_logger_step = internals.logger_steps(self.trainer)
-        self._more_logger_steps = 0
-        self._first_batch: str | None = None
-        self._is_alone = self.group.size == 1 and len(self.population) == 1
-        self._paused = internals.pause_by_step(self.trainer, averages=not self._is_alone)
-        self._call("on_round_start", self.plan.round, self.plan.cohort)
+    def prepare_gradients(self, optimizer: Optimizer) -> None:
+        """The gradients of a step that Lightning runs are there, unscaled and not yet clipped."""
+        if self.open_round is not None and self.local_trainer is not None:
+            self.local_trainer.prepare_gradients(optimizer)
 
-    def _open_together(self, index: int, load: LoadTogether) -> Iterator[Any] | None:
-        assert self.together is not None
-        unit, together, passes = self.plan.units[index], self.together, {}
-        for client in unit:
-            try:
-                passes[client] = load(client, partial(self._reading.prepare_together, self.plan.round, client))
-            except Exception as error:
-                self._fail_client(client, error)
-                continue
-            lengths = map(self.plan.own_length, unit)
-            if len(passes) == 1 and len(parts := together.affordable(unit, passes[client], lengths)) > 1:
-                return self._split(index, parts)
-        works = together.signatures(passes)
-        if (parts := together.split(works)) != [list(unit)]:
-            return self._split(index, parts)
-        ticks = together.ticks([*works.values()])
-        batches = together.stacked([*passes.values()], ticks)
-        try:
-            first = next(batches)
-        except NotStackable:
-            return self._split(index, [[client] for client in unit])
-        try:
-            self._start_together(unit, first)
-        except (NotStackable, NotVectorizable) as error:
-            self._train_alone(index, str(error))
-            return None
-        if ticks is not None and together.look_at([*passes.values()], [*works.values()]):
-            return self._split(index, together.split(works))
-        self.plan.set_num_steps(index, None if ticks is None else len(ticks))
-        self.set_length()
-        return chain([first], batches)
-
-    def _start_together(self, unit: Sequence[ClientId], batch: Any) -> None:
-        assert self.round is not None
-        assert self.together is not None
-        self._snapshot = self._metric_states.snapshot()
-        internals.set_global_step(self.trainer, self._first_step)
-        self._reading.enter(self.plan.round, unit[0])
-        self.round.start_clients(unit)
-        self.together.start(self.round, unit, batch)
-
-    def _finish_together(self, unit: Sequence[ClientId]) -> None:
-        assert self.round is not None
-        assert self.together is not None
-        examples = [self.planned.num_examples[client] or 0 for client in unit]
-        more_steps, taken = self.round.finish_clients(examples, *self.together.finish())
-        corrected = None
-        if not all(taken):
-            self._metric_states.restore(self._snapshot)
-            corrected = self.together.only(taken)
-        self._logged.after_client(internals.train_results(self.trainer), any(taken), corrected)
-        self._more_logger_steps += more_steps
-        self._reading.leave()
-
-    def _split(self, index: int, parts: Sequence[Sequence[ClientId]]) -> Iterator[Any] | None:
-        assert self.together is not None
-        self.together.leave()
-        self._reading.leave()
-        self.plan.split(index, parts)
-        self.set_length()
-        return None
-
-    def _train_alone(self, index: int, reason: str) -> None:
-        assert self.together is not None
-        self._reading.leave()
-        self.together.refuse(reason)
-        self.together = None
-        self.plan.separate(index)
-        self.set_length()
-
-    def _open_client(self, client: ClientId, loader: Loader) -> Loader:
-        assert self.round is not None
-        self._snapshot = self._before_phase = self._metric_states.snapshot()
-        self._examples_seen = self._examples_of_loss = 0
-        self._examples_of_pass: int | None = None
-        self._pass_length = self.work.pass_length(count_batches(loader))
-        self._loss: float | Tensor = 0.0
-        internals.set_global_step(self.trainer, self._first_step)
-        index, kind = self.plan.round, self.settings.algorithm.probe
-        loader = self._reading.prepare(index, client, loader)
-        self.round.start_client(client, self._reading.make_probe(kind, index, client, loader, self.work))
-        self._call("on_client_start", client)
-        return loader
-
-    def _fail_client(self, client: ClientId, error: Exception) -> None:
-        self.planned.failed[client] = self._failure(client, error)
-        if self.round is not None and self.round.drop_client():
-            self._logged.after_client(internals.train_results(self.trainer), accepted=False)
-            self._metric_states.restore(self._snapshot)
-            self._reading.leave()
-
-    def _failure(self, client: ClientId, error: Exception) -> str:
-        if self.on_client_error == "raise":
-            raise_error(client, error)
-        return f"{type(error).__name__}: {error.with_traceback(None)}"  # whose frames hold the loader's workers
-
-    def _count(self, outputs: Any, batch: Any, place: BatchPosition) -> None:
-        results = internals.train_results(self.trainer)
-        num_examples = logged.batch_size(results, batch)
-        self._examples_seen += num_examples
-        if place.offset + 1 == self._pass_length:
-            self._examples_of_pass = self._examples_seen
-        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-        if self._phase_counts:
-            self._examples_of_loss += num_examples
-        if isinstance(loss, Tensor) and self._phase_counts:
-            self._loss = self._loss + loss.detach().double() * (num_examples * self.work.accumulate)
-        if self._first_batch is None:
-            tells = self.population.silos and not self.history and not self.settings.hides_clients
-            self._first_batch = digest(batch) if tells else ""
-        self._logged.after_batch(results, num_examples)
-
-    @property
-    def _phase_counts(self) -> bool:
-        """Whether what is logged in the phase at hand is about the model that is sent."""
-        assert self.round is not None
-        return self.round.phase.model == "global"
-
-    def _finish_phase(self, index: int) -> None:
-        assert self.round is not None
-        units, counts = self.plan.units, self._phase_counts
-        self._logged.after_phase(internals.train_results(self.trainer), counts)
-        if not counts:
-            self._metric_states.restore(self._before_phase)
-        if units[index : index + 2] == [units[index]] * 2:
-            self._before_phase = self._metric_states.snapshot()
-            self._examples_seen = 0
-            self.round.next_phase()
-        else:
-            self._finish_client(units[index][0])
-
-    def _finish_client(self, client: ClientId) -> None:
-        assert self.round is not None
-        told = self.planned.num_examples[client]
-        if told is None:
-            told = self._examples_of_pass if self._examples_of_pass is not None else self._examples_seen
-        loss = float(self._loss) / self._examples_of_loss if self._examples_of_loss else float("nan")
-        run, update = self.round.finish_client(told, loss)
-        own = self._logged.after_client(internals.train_results(self.trainer), accepted=update is not None)
-        if update is None:
-            self._metric_states.restore(self._snapshot)
-        self._call("on_client_end", client, replace(run, logged=own), update)
-        self._reading.leave()
-
-    def _close_round(self) -> None:
-        assert self.round is not None
-        results = internals.train_results(self.trainer)
-        states, tensors = self._metric_states.report()
-        entries = {**self._logged.entries, **metrics.logged_metric_entries(results)}
-        own_steps = internals.logger_steps(self.trainer) - self._first_logger_step + self._more_logger_steps
-        fields = {
-            "metrics": metrics.plain(entries),
-            "late": bool(metrics.late_entries(results)),
-            "metric_states": states,
-            "first_batch": self._first_batch,
-            "empty": self.planned.empty,
-            "failed": list(self.planned.failed.items()),
-            "should_stop": self.trainer.should_stop,
-            "logger_steps": own_steps if self.plan.clients else 0,
-            "deferred": self._deferred,
-        }
-        result = self._join_ranks(Message(fields, tensors))
-        self.state, self.round, self.in_local_phase = result.state, None, False
-        self._is_unsettled = True
-        internals.step_epoch_schedules(self.trainer)
-        told = [message.fields for message in result.reports]
-        num_steps = sum(fields["num_steps"] for fields in told)
-        internals.set_global_step(self.trainer, self._first_step + num_steps)
-        logger_steps = sum(fields["logger_steps"] for fields in told)
-        internals.set_logger_steps(self.trainer, self._first_logger_step + logger_steps)
-        self._metric_states.merge(result.reports, self.module.device)
-        merged = metrics.merge_entries(fields["metrics"] for fields in told)
-        metrics.hide_unmerged(results, merged)
-        self._publish(merged)
-        self._has_late_values = any(fields["late"] for fields in told)
-        self.trainer.should_stop = any(fields["should_stop"] for fields in told)
-        self._notices.result(self.plan.round, result, self.trainer, merged)
-        self.history.append(round_entry(self.plan.round, result, self.planned.dropped))
-        internals.log_to_loggers(self.trainer, figures(self.history[-1], result.hides_clients))
-        self._notices.words(self.trainer, words(self.history[-1]))
-        self.trainer.should_stop |= result.stop_reason is not None
-        self._call("on_aggregate_end", result.aggregate)
-        internals.resume_by_step(self._paused)
-        if not self._is_alone:
-            internals.average_passed_steps(self.trainer, self._first_step, self._first_step + num_steps)
-        self._deferred = {}
-        for path, weights_only in told[0]["deferred"].items():
-            self.trainer.save_checkpoint(path, weights_only)
-        internals.save_passed_steps(self.trainer, self._first_step, self._first_step + num_steps)
-
-    def _join_ranks(self, report: Message) -> RoundResult:
-        assert self.round is not None
-        with naming_round(f"Round {self.plan.round}", "The round is dropped. "):
-            return self.round.close(report, partial(self._notices.data, self.plan.round), self.loader.seconds_reading)
-
-    def _publish(self, entries: metrics.Entries) -> None:
-        results = internals.train_results(self.trainer)
-        self._placeholders += metrics.publish(entries, results, self.module, self.module.device)
-
-    def _call(self, hook: str, *args: Any) -> None:
+    def call_hook(self, hook: str, *args: Any) -> None:
+        """Calls a hook of :class:`~lightning_fl.callbacks.FederatedCallback`; one that names ``view`` gets it."""
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             method: Callable[..., None] | None = getattr(callback, hook, None)
             if method is not None:
-                method(self.trainer, self.module, *args)
+                view = {"view": self.view} if _takes_view(getattr(method, "__func__", method)) else {}
+                method(self.trainer, self.module, *args, **view)
+
+
+@lru_cache(maxsize=256)
+def _takes_view(function: Callable[..., Any]) -> bool:
+    return "view" in inspect.signature(function).parameters

@@ -6,32 +6,34 @@ from typing import Any
 
 import lightning as L
 
-from lightning_fl.engines import OptimizerStates, SequentialEngine, Vectorized, VectorizedEngine
-from lightning_fl.strategies import internals as internals
+from lightning_fl.engines import LocalTrainer, OptimizerStates, SequentialEngine, Vectorized, VectorizedEngine
+from lightning_fl.strategies import internals
+from lightning_fl.strategies.batch_steps import step_functions
 from lightning_fl.strategies.vectorized.compatibility import unprofitable_reason, unsupported_reason
 from lightning_fl.strategies.vectorized.driver import VectorizedDriver
 
 
-def choose_engine(
+def select_engine(
     strategy: Any, trainer: L.Trainer, optimizers: OptimizerStates
-) -> tuple[SequentialEngine, VectorizedDriver | None]:
-    """The engine that the strategy's setting asks for, and what lets clients train together if it can.
+) -> tuple[LocalTrainer, VectorizedDriver | None]:
+    """The engine that the strategy's setting asks for, and what lets clients train side by side if it can.
 
     Raises:
         MisconfigurationException: If the vectorized engine is asked for but can't train these clients.
     """
-    module = trainer.lightning_module
+    module, arguments = trainer.lightning_module, (optimizers, strategy.personal, strategy.client_optimizer)
     if strategy.engine == "sequential":
-        return SequentialEngine(module, optimizers, strategy.personal, strategy.client_optimizer), None
-    engine = VectorizedEngine(module, optimizers, strategy.personal, strategy.client_optimizer)
+        return SequentialEngine(module, *arguments, step_functions(trainer)), None
     settings = strategy.engine if isinstance(strategy.engine, Vectorized) else Vectorized()
     is_asked_for, is_secure = strategy.engine != "auto", strategy.participation.secure
-    together = VectorizedDriver(trainer, engine, settings, is_asked_for, allows_random=is_asked_for and not is_secure)
+    engine = VectorizedEngine(module, *arguments)
+    vectorized = VectorizedDriver(trainer, engine, settings, is_asked_for, is_asked_for and not is_secure)
+    engine.functions = step_functions(trainer, vectorized.step)
     reason = unsupported_reason(trainer, module, strategy)
     if reason is None and not is_asked_for:
-        reason = unprofitable_reason(module, together.max_clients)
+        reason = unprofitable_reason(module, vectorized.grouping.max_clients)
     if reason is not None:
-        together.refuse(reason)
+        vectorized.refuse(reason)
         return engine, None
-    internals.clip_norms_with(strategy.precision_plugin, together.clip_norms)
-    return engine, together
+    internals.clip_norms_with(strategy.precision_plugin, vectorized.clip_norms)
+    return engine, vectorized

@@ -27,12 +27,10 @@ from lightning_fl.communication import Group, LocalGroup, Message, connect
 from lightning_fl.communication.objects import decode_object, encode_object
 from lightning_fl.data.partitioners.partitioner import Partitioner
 from lightning_fl.data.splitting import shard
-from lightning_fl.engines import Vectorized
-from lightning_fl.engines.optimizer_states import OptimizerStates
-from lightning_fl.engines.sequential import ClientOptimizer
-from lightning_fl.federation.rank_verification import digest, join_ranks, settings_of
-from lightning_fl.federation.round import FederationSettings
-from lightning_fl.federation.round_loader import RoundLoader
+from lightning_fl.engines import ClientOptimizer, OptimizerStates, Vectorized
+from lightning_fl.engines.vectorized.stacking import StackedBatch
+from lightning_fl.federation import FederationSettings
+from lightning_fl.federation.rank_verification import digest, synchronize_module, verify_ranks
 from lightning_fl.strategies import internals as internals
 from lightning_fl.strategies.callback import RoundCallback
 from lightning_fl.strategies.checkpoint import (
@@ -47,9 +45,12 @@ from lightning_fl.strategies.checkpoint import (
 )
 from lightning_fl.strategies.client_discovery import build_population
 from lightning_fl.strategies.driver import OnClientError, RoundDriver
-from lightning_fl.strategies.engine_selection import choose_engine
+from lightning_fl.strategies.engine_selection import select_engine
+from lightning_fl.strategies.evaluation import EvaluationMetrics
 from lightning_fl.strategies.hooks import run_training_step
-from lightning_fl.strategies.metrics import EvaluationMetrics
+from lightning_fl.strategies.loops import adopt_loops
+from lightning_fl.strategies.round_loaders import RoundLoader
+from lightning_fl.strategies.round_view import RoundView
 from lightning_fl.strategies.user_warnings import UserWarnings
 from lightning_fl.strategies.validation import (
     SEVERAL_LOADERS,
@@ -59,6 +60,7 @@ from lightning_fl.strategies.validation import (
     check_trainer,
     check_types,
     check_work,
+    settings_of_ranks,
 )
 
 
@@ -164,13 +166,15 @@ class FederatedStrategy(ParallelStrategy):
         self.timeout = timedelta(seconds=timeout)
         self.num_nodes = 1
         self.federation: Group = LocalGroup()
-        self.rounds: RoundDriver | None = None
-        self._last_rounds: RoundDriver | None = None
+        self.driver: RoundDriver | None = None
+        self._last_driver: RoundDriver | None = None
         self._connected = False
         self._loaded_checkpoint: tuple[Any, dict[str, Any] | None] | None = None
         self.limit_train_batches: int | float = 1.0
+        self.group_losses: Tensor | None = None
+        """The losses of the clients that train side by side, in their last step."""
         self._works_alone = False
-        self._notices = UserWarnings()
+        self._warnings = UserWarnings()
 
     # ---- processes and devices
 
@@ -202,7 +206,7 @@ class FederatedStrategy(ParallelStrategy):
     @property
     def in_local_phase(self) -> bool:
         """Whether ranks work on their own, so that collectives concern one rank only."""
-        return self._works_alone or (self.rounds is not None and self.rounds.in_local_phase)
+        return self._works_alone or (self.driver is not None and self.driver.in_local_phase)
 
     @contextmanager
     def local_phase(self) -> Iterator[None]:
@@ -285,10 +289,10 @@ class FederatedStrategy(ParallelStrategy):
         super().connect(model)
         self._loaded_checkpoint = None
         trainer = model.trainer
-        self._last_rounds, self.rounds = self.rounds or self._last_rounds, None
+        self._last_driver, self.driver = self.driver or self._last_driver, None
         self._works_alone = False
         internals.keep_samplers(trainer)
-        internals.adopt_loops(trainer)
+        adopt_loops(trainer)
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         if not any(isinstance(callback, RoundCallback) for callback in callbacks):
             callbacks.insert(0, RoundCallback(self))
@@ -300,7 +304,10 @@ class FederatedStrategy(ParallelStrategy):
         super().setup(trainer)
         assert self.lightning_module is not None
         self.personal = tuple(self.algorithm.personal(self.lightning_module, self._named_personal))
-        join_ranks(self.federation, self.lightning_module, settings_of(self, trainer))
+        if self.federation.size > 1:
+            versions = {"lightning": L.__version__, "torch": torch.__version__.split("+")[0]}
+            verify_ranks(self.federation, self.lightning_module, settings_of_ranks(self, trainer), versions)
+            synchronize_module(self.federation, self.lightning_module)
         self.evaluation_metrics = EvaluationMetrics(self.federation, self.lightning_module, self.aggregator)
 
     def setup_optimizers(self, trainer: L.Trainer) -> None:
@@ -321,17 +328,17 @@ class FederatedStrategy(ParallelStrategy):
             if self.split_validation and not trainer.predicting and not self._validation_is_per_rank:
                 return shard(dataloader, self.federation.rank, self.federation.size)
             return dataloader
-        if self.rounds is not None and not internals.has_train_loader(trainer):
+        if self.driver is not None and not internals.has_train_loader(trainer):
             raise MisconfigurationException(SEVERAL_LOADERS)
         asked = self.started_by_launcher, self.num_clients, self.partition
         population = build_population(dataloader, self.federation, *asked, self._seed, trainer.callbacks)  # type: ignore[attr-defined]
-        if self.rounds is None:
-            self.rounds = self._make_rounds(population)
+        if self.driver is None:
+            self.driver = self._make_driver(population)
         else:
-            self.rounds.renew(population)
-        return self.rounds.loader
+            self.driver.renew(population)
+        return self.driver.loader
 
-    def _make_rounds(self, population: Population) -> RoundDriver:
+    def _make_driver(self, population: Population) -> RoundDriver:
         trainer = self._trainer
         size = len(population)
         sampling = describe_sampling(self.cohort, size, self.clients_per_round)
@@ -342,7 +349,7 @@ class FederatedStrategy(ParallelStrategy):
         stateful = self.algorithm.keeps_client_state or self.client_optimizer == "keep" or bool(self.personal)
         stateful |= any(phase.model == "own" for phase in self.algorithm.phases())
         keepers = (*self.transforms, *trainer.callbacks)  # type: ignore[attr-defined]
-        at_home = stateful or any(getattr(keeper, "keeps_client_state", False) for keeper in keepers)
+        sticky = stateful or any(getattr(keeper, "keeps_client_state", False) for keeper in keepers)
         return RoundDriver(
             trainer,
             population,
@@ -350,9 +357,10 @@ class FederatedStrategy(ParallelStrategy):
             settings,
             self.participation,
             self.limit_train_batches,
-            at_home,
+            sticky,
+            FederatedStrategy,
             self.on_client_error,
-            self._last_rounds,
+            self._last_driver,
         )
 
     # ---- hooks
@@ -362,35 +370,43 @@ class FederatedStrategy(ParallelStrategy):
         trainer = self._trainer
         if not isinstance(trainer.train_dataloader, RoundLoader):
             raise MisconfigurationException(SEVERAL_LOADERS)
+        if internals.fetches_itself(trainer):
+            raise MisconfigurationException(
+                "`training_step(dataloader_iter)` fetches its batches itself, but in a federation each batch belongs "
+                "to a client. Write `training_step(batch, batch_idx)`."
+            )
         self._resume()
         optimizers = OptimizerStates(self.optimizers)
-        engine, together = choose_engine(self, trainer, optimizers)
-        self.aggregator.open(self.federation, self.active_rounds.facts)
-        self.active_rounds.start(engine, together)
+        local_trainer, vectorized = select_engine(self, trainer, optimizers)
+        session = self.aggregator.open(self.federation, self.active_driver.facts)
+        self.active_driver.start(local_trainer, vectorized, session)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        together = self.active_rounds.together
-        if together is None or not together.unit:
+        if not isinstance(args[0], StackedBatch):
             return run_training_step(self._trainer, super().training_step, *args, **kwargs)
+        vectorized = self.active_driver.vectorized
+        assert vectorized is not None
         with self.precision_plugin.train_step_context():
-            return together.training_step(*args, **kwargs)
+            loss, losses = vectorized.step(*args, **kwargs)
+        self.group_losses = losses.detach()
+        return loss
 
     def _resume(self) -> None:
         if self._loaded_checkpoint is None:
             return
         (path, packed), self._loaded_checkpoint = self._loaded_checkpoint, None
-        rounds = self.active_rounds
+        driver = self.active_driver
         if packed is None:
             warn_of_plain_checkpoint(path)
             return
-        rounds.resume(unpack(packed, self.algorithm, self._module), packed["history"])
-        if rounds.at_home and packed["history"]:
-            read_client_states(path, packed["manifests"], rounds.store, rounds.population, self.federation)
+        driver.resume(unpack(packed, self.algorithm, self._module), packed["history"])
+        if driver.sticky and packed["history"]:
+            read_client_states(path, packed["manifests"], driver.store, driver.population, self.federation)
 
     def on_validation_start(self) -> None:
         self._start_evaluation()
         if self.personal:
-            self._notices.personal(self._trainer, self.personal)
+            self._warnings.personal(self._trainer, self.personal)
 
     def on_test_start(self) -> None:
         self._start_evaluation()
@@ -412,26 +428,26 @@ class FederatedStrategy(ParallelStrategy):
     def interrupt(self) -> None:
         """Called by :class:`RoundCallback` when an exception ends the run; from here on a rank works alone."""
         self._works_alone = True
-        if self.rounds is not None:
-            self.rounds.interrupt()
+        if self.driver is not None:
+            self.driver.interrupt()
 
     # ---- checkpoints
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         weights_only = "optimizer_states" not in checkpoint
-        rounds = self.rounds
-        if rounds is not None and rounds.round is not None:
-            rounds.defer_checkpoint(str(filepath), weights_only)
+        driver = self.driver
+        if driver is not None and driver.open_round is not None:
+            driver.defer_checkpoint(str(filepath), weights_only)
             return
-        if rounds is None or weights_only:
+        if driver is None or weights_only:
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
-        if rounds.interrupted_loops is not None:
-            checkpoint["loops"]["fit_loop"] = rounds.interrupted_loops
-        checkpoint[KEY] = pack(self.algorithm, rounds.state, rounds.history, self._module)
+        if driver.interrupted_loops is not None:
+            checkpoint["loops"]["fit_loop"] = driver.interrupted_loops
+        checkpoint[KEY] = pack(self.algorithm, driver.state, driver.history, self._module)
         group = LocalGroup() if self.in_local_phase else self.federation
-        client_states = ClientStateFiles(group, filepath) if rounds.at_home else None
-        checkpoint[KEY]["manifests"] = client_states.write(rounds.store) if client_states else []
+        client_states = ClientStateFiles(group, filepath) if driver.sticky else None
+        checkpoint[KEY]["manifests"] = client_states.write(driver.store) if client_states else []
         super().save_checkpoint(checkpoint, filepath, storage_options)
         if client_states is not None:
             self.barrier()
@@ -439,7 +455,7 @@ class FederatedStrategy(ParallelStrategy):
                 client_states.finish(checkpoint[KEY]["manifests"])
 
     def remove_checkpoint(self, filepath: Any) -> None:
-        if self.rounds is not None and self.rounds.forget_deferred(str(filepath)):
+        if self.driver is not None and self.driver.forget_deferred(str(filepath)):
             return
         super().remove_checkpoint(filepath)
         files = state_files(filepath)
@@ -453,8 +469,8 @@ class FederatedStrategy(ParallelStrategy):
         return checkpoint
 
     def teardown(self) -> None:
-        if self.rounds is not None:
-            self.rounds.stop()
+        if self.driver is not None:
+            self.driver.stop()
         super().teardown()
 
     # ---- what others may look at
@@ -462,14 +478,19 @@ class FederatedStrategy(ParallelStrategy):
     @property
     def history(self) -> list[dict[str, Any]]:
         """One entry for each finished round: clients, examples, steps, refused and empty clients, seconds."""
-        rounds = self.rounds or self._last_rounds
-        return [] if rounds is None else rounds.history
+        driver = self.driver or self._last_driver
+        return [] if driver is None else driver.history
 
     @property
-    def active_rounds(self) -> RoundDriver:
-        """The rounds of the fit at hand."""
-        assert self.rounds is not None
-        return self.rounds
+    def active_driver(self) -> RoundDriver:
+        """Drives the rounds of the current fit."""
+        assert self.driver is not None
+        return self.driver
+
+    @property
+    def view(self) -> RoundView:
+        """The current round, or between rounds the one that comes next, for callbacks to look at."""
+        return self.active_driver.view
 
     @property
     def _module(self) -> L.LightningModule:
@@ -486,8 +507,8 @@ class FederatedStrategy(ParallelStrategy):
 
     @property
     def _validation_is_per_rank(self) -> bool:
-        rounds = self.rounds or self._last_rounds
-        if rounds is not None:
-            return rounds.population.silos is not None
+        driver = self.driver or self._last_driver
+        if driver is not None:
+            return driver.population.silos is not None
         simulated = getattr(getattr(self._trainer, "datamodule", None), "gives_clients", False)
         return self.started_by_launcher and self.num_clients is None and self.partition is None and not simulated

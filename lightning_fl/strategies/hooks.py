@@ -1,12 +1,101 @@
-"""Which hooks the user's module and callbacks have."""
+"""Which hooks the user's module and callbacks have, and whether one of them looks at batches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import lightning as L
+import torch
+from lightning.pytorch.callbacks import (
+    LearningRateMonitor,
+    ModelCheckpoint,
+    RichProgressBar,
+    Timer,
+    TQDMProgressBar,
+)
+from lightning.pytorch.plugins import DoublePrecision, HalfPrecision, MixedPrecision, Precision
+from lightning.pytorch.profilers import PassThroughProfiler
+
+TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+BATCH_HOOKS = (
+    *TRANSFER_HOOKS,
+    "on_train_batch_start",
+    "on_train_batch_end",
+    "backward",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_zero_grad",
+    "on_before_optimizer_step",
+    "optimizer_step",
+    "optimizer_zero_grad",
+    "configure_gradient_clipping",
+    "lr_scheduler_step",
+)
+"""Hooks that see a batch, its gradients or its optimizer step."""
+STRATEGY_HOOKS = ("training_step", "backward", "optimizer_step", "batch_to_device", "on_train_batch_start")
+SERVED_BY_GROUP = (ModelCheckpoint, Timer, TQDMProgressBar, RichProgressBar)
+"""Lightning's callbacks whose batch hooks do nothing that a client group's end could not do as well."""
+PRECISIONS = (Precision, DoublePrecision, HalfPrecision, MixedPrecision)
+
+
+def batch_hook(trainer: L.Trainer, strategy_type: type) -> str | None:
+    """What looks at single batches, so that each must pass Lightning's batch hooks; None if nothing does.
+
+    Args:
+        trainer: The Trainer.
+        strategy_type: The strategy's class as this package defines it; a subclass may look at batches.
+    """
+    return next(_batch_hooks(trainer, strategy_type), None)
+
+
+def _batch_hooks(trainer: L.Trainer, strategy_type: type) -> Iterator[str]:
+    module, strategy = trainer.lightning_module, trainer.strategy
+    if not module.automatic_optimization:
+        yield f"{type(module).__name__} optimizes by hand"
+    for hook in BATCH_HOOKS:
+        if is_overridden(module, hook, L.LightningModule):
+            yield f"{type(module).__name__}.{hook}"
+    datamodule = getattr(trainer, "datamodule", None)
+    for hook in TRANSFER_HOOKS if datamodule is not None else ():
+        if is_overridden(datamodule, hook, L.LightningDataModule):
+            yield f"{type(datamodule).__name__}.{hook}"
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        yield from _hooks_of(callback)
+    for hook in STRATEGY_HOOKS:
+        if getattr(type(strategy), hook) is not getattr(strategy_type, hook):
+            yield f"{type(strategy).__name__}.{hook}"
+    if strategy.model is not module:
+        yield "a wrapper around the module"
+    if type(trainer.precision_plugin) not in PRECISIONS:
+        yield f"the precision plug-in {type(trainer.precision_plugin).__name__}"
+    profiler = trainer.profiler  # type: ignore[attr-defined]
+    if type(profiler) is not PassThroughProfiler:
+        yield f"the profiler {type(profiler).__name__}"
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        yield "fast_dev_run"
+    for optimizer in trainer.optimizers:
+        if isinstance(optimizer, torch.optim.LBFGS):
+            yield "LBFGS, which computes several losses in a step"
+
+
+def _hooks_of(callback: L.Callback) -> Iterator[str]:
+    if type(callback) in SERVED_BY_GROUP or getattr(callback, "serves_batches_by_group", False):
+        return
+    if type(callback) is LearningRateMonitor and callback.logging_interval == "epoch":
+        return
+    for hook in BATCH_HOOKS:
+        if hasattr(L.Callback, hook) and is_overridden(callback, hook, L.Callback):
+            yield f"{type(callback).__name__}.{hook}"
+    step = getattr(callback, "run_training_step", None)
+    if step is not None and not getattr(step, "__qualname__", "").startswith("FederatedCallback."):
+        yield f"{type(callback).__name__}.run_training_step"
+
+
+def is_overridden(holder: Any, hook: str, base: type) -> bool:
+    """Whether an object has a hook of its own, by its class or set on the object itself."""
+    return hook in vars(holder) or getattr(type(holder), hook, None) is not getattr(base, hook, None)
 
 
 def has_hooks(trainer: L.Trainer, *names: str) -> bool:

@@ -14,7 +14,7 @@ from torchmetrics import Metric
 
 from lightning_fl.engines.tensors import owner
 from lightning_fl.strategies import internals as internals
-from lightning_fl.strategies.metrics import MetricStates
+from lightning_fl.strategies.metric_states import MetricStates
 from lightning_fl.strategies.results import ResultCollection, batch_size
 
 

@@ -103,9 +103,14 @@ def show_metric(result: _ResultMetric, metric: Any) -> None:
     result._computed = None
 
 
+def takes_batch_idx(module: LightningModule) -> bool:
+    """Whether Lightning gives ``training_step`` the batch's index besides the batch."""
+    return bool(is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2))
+
+
 def step_arguments(module: LightningModule, batch_idx: int) -> tuple[Any, ...]:
     """What Lightning gives ``training_step`` besides the batch."""
-    return (batch_idx,) if is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2) else ()
+    return (batch_idx,) if takes_batch_idx(module) else ()
 
 
 def batch_size(results: _ResultCollection, batch: Any) -> int:

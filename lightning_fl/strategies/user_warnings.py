@@ -10,9 +10,8 @@ import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from lightning_fl.communication import Message
-from lightning_fl.federation.round import RoundResult
-from lightning_fl.strategies.metrics import Entries
+from lightning_fl.federation import RankReport, RoundResult
+from lightning_fl.federation.metric_entries import Entries
 
 _TRAINED: WeakSet[nn.Module] = WeakSet()
 """Modules that have been trained with hidden clients."""
@@ -50,20 +49,20 @@ class UserWarnings:
                 "client, so runs may not repeat. Leave it out."
             )
 
-    def data(self, round: int, reports: Sequence[Message]) -> None:
-        """The ranks have told what they found in the clients' data."""
-        for client in (client for message in reports for client in message.fields["empty"]):
+    def data(self, round: int, reports: Sequence[RankReport]) -> None:
+        """The ranks have reported what they found in the clients' data."""
+        joined = RankReport.join(reports)
+        for client in joined.empty:
             if self._is_new(("empty", client)):
                 rank_zero_warn(
                     f"Client {client!r} has no data: its loader yields no batch, so it takes no part. Leave it out, "
                     "give it data, or check `drop_last` and the batch size."
                 )
-        for client, error in (pair for message in reports for pair in message.fields["failed"]):
+        for client, error in joined.failed:
             rank_zero_warn(f"Round {round}: the loader of client {client!r} raised {error}, so it was left out.")
-        first = [message.fields["first_batch"] for message in reports]
-        if first[0] and len(first) > 1 and len(set(first)) == 1:
+        if joined.first_batch:
             rank_zero_warn(
-                f"All {len(first)} ranks trained on the same first batch. Started by a launcher, each rank is a silo "
+                f"All {len(reports)} ranks trained on the same first batch. Started by a launcher, each rank is a silo "
                 "with its own data. To split one data set among simulated clients, give num_clients or partition."
             )
 
@@ -71,10 +70,10 @@ class UserWarnings:
         """A round has been closed, in which the clients have logged something."""
         if result.hides_clients:
             self._monitors(trainer, {name for entry in logged.values() for name in _forms(entry["name"])})
-        if result.refused:
+        if result.report.refused:
             rank_zero_warn(
-                f"Round {round}: the updates of {', '.join(map(repr, result.refused))} hold NaN or Inf and were left "
-                "out. Lower the learning rate, clip gradients, or look at these clients' data."
+                f"Round {round}: the updates of {', '.join(map(repr, result.report.refused))} hold NaN or Inf and were "
+                "left out. Lower the learning rate, clip gradients, or look at these clients' data."
             )
         if not result.aggregate.num_clients:
             rank_zero_info(f"Round {round}: no client takes part.")

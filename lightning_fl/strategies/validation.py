@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import lightning as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_fl.aggregation import Aggregator, Transform
 from lightning_fl.algorithms import Algorithm
-from lightning_fl.clients import Amount, Cohort, Participation, Stragglers, cohort_size
+from lightning_fl.clients import Amount, Cohort, LocalWork, Participation, Stragglers, cohort_size
 from lightning_fl.communication import Group, Message
 from lightning_fl.data.partitioners.partitioner import Partitioner
+from lightning_fl.federation import FederationSettings, report_masking
+from lightning_fl.federation.errors import ConfigurationError
+
+Schedules = TypeVar("Schedules", bound=list[Any])
 
 SEVERAL_LOADERS = (
     "There are several training loaders, or one inside a list or dict; a federation needs one: a DataLoader, or "
@@ -20,6 +25,49 @@ SEVERAL_LOADERS = (
 )
 
 _MEASURED = {"loss": "mean loss", "grad": "mean gradient"}
+
+
+@contextmanager
+def misconfiguration() -> Iterator[None]:
+    """Shows the federation's configuration errors as Lightning's."""
+    try:
+        yield
+    except ConfigurationError as error:
+        raise MisconfigurationException(str(error)) from error
+
+
+def forbid_client_disclosure(what: str, settings: FederationSettings) -> None:
+    """Refuses what would show each silo's figures to the others, or each client's beside a private model.
+
+    Raises:
+        MisconfigurationException: If silos hide them, or a transform hides the clients of a round.
+    """
+    with misconfiguration():
+        report_masking.forbid_client_disclosure(what, settings)
+
+
+def check_schedules(schedules: Schedules, settings: FederationSettings, work: LocalWork) -> Schedules:
+    """The schedules, unless where they end would disclose how much data a silo has.
+
+    Raises:
+        MisconfigurationException: If it would.
+    """
+    if schedules:
+        with misconfiguration():
+            report_masking.check_steps("A schedule that steps inside local training", settings, work)
+    return schedules
+
+
+def settings_of_ranks(strategy: Any, trainer: L.Trainer) -> dict[str, str]:
+    """The settings of a federation that must be the same on all ranks."""
+    of_strategy = ("algorithm", "weighting", "client_optimizer", "cohort", "clients_per_round", "stragglers")
+    of_trainer = ("max_epochs", "max_steps", "min_epochs", "check_val_every_n_epoch", "num_sanity_val_steps")
+    names = (*of_strategy, "local_epochs", "local_steps", "personal", "_seed")
+    return {
+        **{name: repr(getattr(strategy, name)) for name in names},
+        **{name: repr(getattr(trainer, name)) for name in of_trainer},
+        "aggregator": type(strategy.aggregator).__name__,
+    }
 
 
 def check_types(partition: Any, aggregator: Any, transforms: Any, personal: Any) -> None:

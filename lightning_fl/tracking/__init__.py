@@ -1,4 +1,4 @@
-"""What a run leaves behind to be looked at: who had what, what each round gave, pictures and a page of them."""
+"""What a run leaves behind: its partition, the metrics of each round, plots and an HTML report."""
 
 from lightning_fl.tracking.partition import PartitionSummary, summarise
 from lightning_fl.tracking.run import Run

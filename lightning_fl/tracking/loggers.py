@@ -1,4 +1,4 @@
-"""What loggers are told besides Lightning's metrics: settings, the partition, metrics against the round."""
+"""What is logged besides Lightning's metrics: settings, the partition, and metrics with the round as x-axis."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ MAX_TABLE_ROWS = 1000
 
 def _writing(trainer: L.Trainer) -> list[Any]:
     """The loggers that write on this rank."""
-    return [one for one in trainer.loggers if trainer.is_global_zero or isinstance(one, SiloWandbLogger)]
+    return [logger for logger in trainer.loggers if trainer.is_global_zero or isinstance(logger, SiloWandbLogger)]
 
 
 def log_settings(trainer: L.Trainer, settings: Mapping[str, str]) -> None:
-    """Adds the strategy's settings to the hyper-parameters of each logger, under ``fl/``."""
+    """Logs the strategy's settings as hyper-parameters, under ``fl/``."""
     for logger in _writing(trainer):
         logger.log_hyperparams({f"fl/{name}": as_number(value) for name, value in settings.items()})
         if isinstance(logger, TensorBoardLogger):
@@ -32,7 +32,7 @@ def log_settings(trainer: L.Trainer, settings: Mapping[str, str]) -> None:
 
 
 def log_partition(trainer: L.Trainer, summary: PartitionSummary) -> None:
-    """Gives TensorBoard and W&B who has what: a table, and a picture if matplotlib is installed."""
+    """Logs the partition to TensorBoard and W&B: a table, and a plot if matplotlib is installed."""
     columns = ["client", "examples", *summary.labels]
     rows = [
         [str(client), size, *(summary.counts[row] if len(summary.counts) else ())]
@@ -50,7 +50,7 @@ def log_partition(trainer: L.Trainer, summary: PartitionSummary) -> None:
 
 
 def log_table(trainer: L.Trainer, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Gives TensorBoard and W&B a table, of at most 1,000 rows."""
+    """Logs a table of at most 1,000 rows to TensorBoard and W&B."""
     rows = rows[:MAX_TABLE_ROWS]
     for logger in _writing(trainer):
         if isinstance(logger, TensorBoardLogger):
@@ -60,7 +60,8 @@ def log_table(trainer: L.Trainer, name: str, columns: Sequence[str], rows: Seque
 
 
 def log_by_round(trainer: L.Trainer, round: int, metrics: Mapping[str, float]) -> None:
-    """Gives TensorBoard and W&B a round's metrics once more, with the round as x-axis; rounds count from 1."""
+    """Logs a round's metrics to TensorBoard and W&B once more, with the round as x-axis; rounds count from 1."""
+    # Lightning's x-axis is global_step, in which runs with different amounts of local work can't be compared.
     for logger in _writing(trainer):
         if isinstance(logger, TensorBoardLogger):
             for name, value in metrics.items():
@@ -77,7 +78,7 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str
 
 
 def log_own_silo(trainer: L.Trainer, row: Mapping[str, Any]) -> None:
-    """Gives this silo's own figures to the loggers of which each silo has one, under ``silo/``."""
+    """Logs this silo's own metrics, under ``silo/``, to the loggers that each silo has for itself."""
     for logger in _writing(trainer):
         if isinstance(logger, SiloWandbLogger):
             logger.log_metrics({f"silo/{name}": value for name, value in row.items() if isinstance(value, float)})

@@ -1,4 +1,4 @@
-"""Which metric to look at, and which way is better."""
+"""Which metric to show by default, and whether higher is better."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ HIGHER_IS_BETTER = ("acc", "f1", "auroc", "auc", "precision", "recall", "score",
 
 
 def is_higher_better(name: str) -> bool:
-    """Whether a metric of that name is better when it is higher, such as an accuracy."""
+    """Whether higher is better for a metric of that name, as for an accuracy; a guess from parts of the name."""
     return any(word in name.lower() for word in HIGHER_IS_BETTER)
 
 
 def best_metric(runs: Sequence[Run]) -> str:
-    """The metric that all runs have and that tells the most: validation before training, accuracy before loss.
+    """The most informative metric that all runs have: validation before training, accuracy before loss.
 
     Raises:
-        ValueError: If the runs share none.
+        ValueError: If the runs have no metric in common.
     """
     shared = [name for name in runs[0].metric_names if all(name in run.metric_names for run in runs)]
     if not shared:
-        told = "; ".join(f"{run.path}: {', '.join(run.metric_names) or 'none'}" for run in runs)
-        raise ValueError(f"The runs have no metric in common ({told}). Log one with self.log(...) in validation_step.")
+        found = "; ".join(f"{run.path}: {', '.join(run.metric_names) or 'none'}" for run in runs)
+        raise ValueError(f"The runs have no metric in common ({found}). Log one with self.log(...) in validation_step.")
     return min(shared, key=lambda name: (not name.startswith("val"), not is_higher_better(name), shared.index(name)))

@@ -1,4 +1,4 @@
-"""Who has what: the clients' sizes and labels, and one number for how much they differ."""
+"""A summary of the partition: the clients' sizes and labels, and one number for their heterogeneity."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class PartitionSummary:
     r"""The clients' sizes and labels.
 
     Args:
-        num_clients: All clients, of which this summary may show fewer.
+        num_clients: Number of all clients; the summary may show fewer.
         ids: The clients shown.
-        sizes: For each of them, examples in one pass over its data; None if that shows only in training.
-        labels: Names of the classes, or of ten equally frequent ranges of a numeric target; empty if unknown.
-        counts: For each client shown, its examples of each label; empty if unknown.
+        sizes: Examples in one pass over the data of each client shown; None if unknown before training.
+        labels: Names of the classes, or of up to ten ranges between quantiles of a numeric target; empty if unknown.
+        counts: Number of examples of each label, for each client shown; empty if unknown.
     """
 
     num_clients: int
@@ -47,7 +47,10 @@ class PartitionSummary:
 
     @property
     def label_skew_if_iid(self) -> float | None:
-        """What :attr:`label_skew` would be by chance, were the examples dealt out at random in the same sizes."""
+        """What :attr:`label_skew` would be by chance: for clients of the same sizes with randomly drawn labels.
+
+        Small clients differ by chance alone, so the skew means little without this number beside it.
+        """
         if not len(self.counts):
             return None
         counts = np.asarray(self.counts)
@@ -64,12 +67,12 @@ class PartitionSummary:
         return [size for size in self.sizes if size is not None]
 
     def as_dict(self) -> dict[str, Any]:
-        """The summary as JSON can hold it."""
+        """The summary as a value that JSON can represent."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> PartitionSummary:
-        """The summary that :meth:`as_dict` gave."""
+        """The summary that :meth:`as_dict` was called on."""
         return cls(**{name: fields[name] for name in ("num_clients", "ids", "sizes", "labels", "counts")})
 
 
@@ -86,25 +89,27 @@ def _label_skew(counts: np.ndarray) -> float | None:
 def summarise(
     population: Population, group: Group, max_clients: int = 1000, read_samples: bool = False, share_labels: bool = True
 ) -> PartitionSummary:
-    """Looks at the clients' data without training; every rank calls it.
+    """Summarises the clients' data without training; a collective call.
 
-    Labels are taken where a data set keeps them (``targets``, ``labels``, the last tensor of a ``TensorDataset``).
+    Labels come from where a data set stores them: ``targets``, ``labels``, or the last tensor of a ``TensorDataset``.
 
     Args:
         population: The clients.
-        group: The ranks of the federation. Silos each look at their own data and tell the others.
-        max_clients: Clients to look at; of more, evenly spaced ones are taken.
-        read_samples: Whether data sets that do not keep their labels are read sample by sample.
-        share_labels: Whether silos tell each other how many examples of each label they have.
+        group: The ranks of the federation. Each silo looks at its own data; the results are gathered.
+        max_clients: Number of clients to look at; if there are more, evenly spaced ones are chosen.
+        read_samples: Whether to read every sample of data sets that do not store their labels.
+        share_labels: Whether silos share how many examples of each label they have.
     """
     ids = list(population.ids) if len(population) <= max_clients else _spread(population.ids, max_clients)
     if population.silos is None:
         found = _look(population, ids, read_samples)
         return _join(len(population), [found])
-    own = _look(population, list(population.loaders), read_samples and share_labels)
-    values = own["values"] if share_labels and own["kind"] == "classes" else {}
-    told = group.all_gather(Message({**own, "values": values}), "partition")
-    return _join(len(population), [message.fields for message in told])
+    local = _look(population, list(population.loaders), read_samples and share_labels)
+    # Only classes are shared: the ranges of a numeric target are a silo's own quantiles, which reveal values and differ
+    # from those of other silos.
+    values = local["values"] if share_labels and local["kind"] == "classes" else {}
+    gathered = group.all_gather(Message({**local, "values": values}), "partition")
+    return _join(len(population), [message.fields for message in gathered])
 
 
 def _spread(ids: Sequence[Any], count: int) -> list[Any]:
@@ -112,9 +117,10 @@ def _spread(ids: Sequence[Any], count: int) -> list[Any]:
 
 
 def _look(population: Population, ids: Sequence[Any], read_samples: bool) -> dict[str, Any]:
-    """What is known of clients, as JSON can hold it; ``values`` maps a label to each client's count of it."""
+    """The clients' sizes and label counts as JSON values; ``values`` maps each label to its count per client."""
     sizes: list[int | None] = []
     labels: list[np.ndarray | None] = []
+    # Simulated clients are subsets of one data set, whose labels should be read once.
     cache: dict[int, tuple[Any, np.ndarray | None]] = {}
     for client in ids:
         loader = population.loaders[client]
@@ -133,6 +139,7 @@ def _labels(dataset: Any, cache: dict[int, tuple[Any, np.ndarray | None]], read_
         parts = [_labels(part, cache, read_samples) for part in dataset.datasets]
         known = [part for part in parts if part is not None]
         return np.concatenate(known) if known and len(known) == len(parts) else None
+    # The cache also holds the data set itself, so that its id is not given to another one.
     if id(dataset) not in cache:
         cache[id(dataset)] = dataset, _stored(dataset, read_samples)
     return cache[id(dataset)][1]

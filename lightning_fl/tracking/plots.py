@@ -1,4 +1,4 @@
-"""Pictures of a federation: who has what, curves over the rounds, what each client did in each round."""
+"""Plots of a federation: its partition, curves over the rounds, and each client in each round."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GREY = "#5f6b7a"
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of a size in inches, without touching pyplot's global state.
+    """An empty figure of a size in inches, made without pyplot so that its global state is not touched.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -50,19 +50,19 @@ def as_png(figure: Figure, dpi: int = 120) -> bytes:
 
 
 def as_svg(figure: Figure) -> bytes:
-    """The figure as an SVG file with its text as outlines, so that it looks alike everywhere."""
+    """The figure as an SVG file with text as outlines, so that it looks the same everywhere."""
     return _saved(figure, "svg", 120)
 
 
 def _saved(figure: Figure, kind: str, dpi: int) -> bytes:
     file = io.BytesIO()
-    metadata = {"Date": None} if kind == "svg" else None
+    metadata = {"Date": None} if kind == "svg" else None  # without the date, the same figure gives the same file
     figure.savefig(file, format=kind, dpi=dpi, metadata=metadata)
     return file.getvalue()
 
 
 def partition_figure(summary: PartitionSummary) -> Figure:
-    """A bar for each client, as long as it has examples and in the colours of its labels."""
+    """A bar per client, as long as its number of examples and coloured by label."""
     num_shown = len(summary.ids)
     with_labels = len(summary.counts) > 0
     figure = new_figure(8, min(2.2 + 0.26 * num_shown, 9) if num_shown <= MAX_LABELLED_CLIENTS else 4.5)
@@ -89,7 +89,7 @@ def _partition_title(summary: PartitionSummary) -> str:
 
 
 def _layers(summary: PartitionSummary, order: Sequence[int]) -> list[tuple[str | None, np.ndarray, Any]]:
-    """Label, examples of it by client, colour; one layer of the sizes if no labels are known."""
+    """Per label: its name, its examples per client, its colour; one layer of sizes if the labels are unknown."""
     if not len(summary.counts):
         return [(None, np.asarray([summary.sizes[row] or 0 for row in order]), "#4c78a8")]
     counts = np.asarray(summary.counts)[list(order)]
@@ -125,7 +125,7 @@ def _many_clients(axes: Axes, summary: PartitionSummary) -> None:
 
 
 def label_colours(count: int) -> list[Any]:
-    """Distinct colours of up to 20 labels, a gradient for more."""
+    """Distinct colours for up to 20 labels, a gradient for more."""
     from matplotlib import colormaps
 
     if count <= 10:
@@ -136,7 +136,7 @@ def label_colours(count: int) -> list[Any]:
 
 
 def curves_figure(curves: Curves, ylabel: str, width: float = 6.4, height: float = 3.4) -> Figure:
-    """Lines over the rounds; a point where there is only one."""
+    """Lines over the rounds; also with markers if there are fewer than three rounds."""
     figure = new_figure(width, height)
     draw_curves(_axes(figure), curves, ylabel)
     return figure
@@ -155,7 +155,7 @@ def draw_curves(axes: Axes, curves: Curves, ylabel: str) -> None:
 
 
 def panels_figure(panels: Mapping[str, Curves], columns: int = 2) -> Figure:
-    """A panel for each y-axis label."""
+    """One panel per y-axis label."""
     rows = math.ceil(len(panels) / columns)
     figure = new_figure(5.2 * min(columns, len(panels)), 3.1 * rows)
     for index, (ylabel, curves) in enumerate(panels.items()):
@@ -164,7 +164,7 @@ def panels_figure(panels: Mapping[str, Curves], columns: int = 2) -> Figure:
 
 
 def phases_figure(rounds: Sequence[float], seconds: Mapping[str, Sequence[float]]) -> Figure:
-    """What each round's time went to, stacked."""
+    """How each round's time divides into phases, stacked."""
     figure = new_figure(6.4, 3.0)
     axes = _axes(figure)
     axes.stackplot(rounds, list(seconds.values()), labels=list(seconds), alpha=0.9, step="mid")
@@ -177,7 +177,7 @@ def phases_figure(rounds: Sequence[float], seconds: Mapping[str, Sequence[float]
 
 
 def heat_map_figure(rows: Iterable[Mapping[str, Any]], value: str, label: str) -> Figure:
-    """A cell for each client and round; white where a client took no part, a cross where its update was refused."""
+    """A cell per client and round; white where a client took no part, a cross where its update was refused."""
     rows = list(rows)
     clients = sorted({row["client"] for row in rows}, key=lambda client: (isinstance(client, str), client))
     rounds = sorted({row["round"] for row in rows})
@@ -191,7 +191,7 @@ def heat_map_figure(rows: Iterable[Mapping[str, Any]], value: str, label: str) -
     axes = _axes(figure)
     extent = (0.5, len(rounds) + 0.5, len(clients) - 0.5, -0.5)
     finite = grid[np.isfinite(grid)]
-    top = np.quantile(finite, 0.99) if finite.size else 1.0
+    top = np.quantile(finite, 0.99) if finite.size else 1.0  # so that one diverging client does not darken all others
     image = axes.imshow(grid, aspect="auto", cmap="viridis", interpolation="nearest", extent=extent, vmax=top)
     refused = [row for row in rows if row.get("refused")]
     if refused:

@@ -1,4 +1,4 @@
-"""One self-contained HTML page about a run."""
+"""A self-contained HTML page about a run."""
 
 from __future__ import annotations
 
@@ -145,8 +145,8 @@ def _clients(run: Run) -> str:
             return ""
         return "<p>Add the callback <code>fl.callbacks.ClientMetrics()</code> to see loss and drift of each client.</p>"
     captions = {
-        "loss": "training loss: a row that stays bright is a client whom the model does not serve",
-        "drift": "how far local training moved the model: rows much brighter than others pull it to themselves",
+        "loss": "training loss: a row that stays bright is a client that the model does not serve well",
+        "drift": "how far local training moved the model: clients with much brighter rows pull it towards themselves",
     }
     figures = [
         _image(plots.heat_map_figure(run.clients, name, name), caption)
@@ -180,7 +180,7 @@ def _partition(run: Run) -> str:
     if summary.label_skew is not None and summary.label_skew_if_iid is not None:
         words += (
             f". Label skew {summary.label_skew:.2f}: 0 if all had the same mix of labels, 1 if none had one in common; "
-            f"dealt out at random it would be {summary.label_skew_if_iid:.2f}"
+            f"with labels drawn at random it would be {summary.label_skew_if_iid:.2f}"
         )
     columns = ["client", "examples", *summary.labels]
     rows = [
@@ -200,8 +200,8 @@ def _costs(run: Run) -> str:
     norms = {"norm of the mean update": [row.get("update_norm") for row in rows]}
     spread = {"spread of the updates": [row.get("update_spread") for row in rows]}
     for curves, caption in (
-        (norms, "how far the global model moved; it should fall as training settles"),
-        (spread, "0: all clients pull the same way, near 1: they cancel out"),
+        (norms, "how far the global model moved; it should fall as training converges"),
+        (spread, "0: all clients pull in the same direction; near 1: they cancel out"),
     ):
         drawn = {name: (rounds, [float("nan") if v is None else v for v in values]) for name, values in curves.items()}
         figures.append(_image(plots.curves_figure(drawn, next(iter(drawn)), height=2.8), caption))
@@ -216,7 +216,7 @@ def _costs(run: Run) -> str:
     )
     sent = run.total("num_bytes") or 0
     words = (
-        f"This rank handed {_bytes(sent)} to the others, {_bytes(sent / len(rows))} a round."
+        f"This rank sent {_bytes(sent)} to the others, {_bytes(sent / len(rows))} per round."
         if sent
         else "One process simulated all clients, so nothing was sent."
     )
@@ -250,7 +250,7 @@ def _again(run: Run) -> str:
     commands = f"cd {run.facts.get('directory', '.')}\n{run.facts.get('command', '?')}"
     words = ""
     if (run.path / "config.yaml").is_file():
-        words = "<p>The folder's config.yaml holds every setting, also those that the command line changed.</p>"
+        words = "<p>The folder's config.yaml holds every setting, including those that the command line changed.</p>"
     checkpoint = run.facts.get("checkpoint")
     kept = f"<p>Best checkpoint: <code>{escape(str(checkpoint))}</code></p>" if checkpoint else ""
     return f"<pre>{escape(commands)}</pre>{words}{kept}"
@@ -261,6 +261,7 @@ def _figures(figures: Iterable[str]) -> str:
 
 
 def _image(figure: Figure, caption: str) -> str:
+    # An image and not inline SVG, in which the ids and styles of several figures would clash.
     data = base64.b64encode(plots.as_svg(figure)).decode()
     text = escape(caption)
     return (

@@ -1,4 +1,4 @@
-"""A run's folder: the files that a run leaves for ``lightning-fl report`` and ``compare``, and how they are read."""
+"""A run's folder: the files that ``lightning-fl report`` and ``compare`` read, and how they are written."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from lightning_fl.tracking.partition import PartitionSummary
 RUN_FILE = "run.json"
 ROUNDS_FILE = "rounds.jsonl"
 CLIENTS_STEM = "clients"
-"""``clients.parquet``, ``clients.csv`` without pyarrow, and ``clients.jsonl`` while the run goes on."""
+"""``clients.parquet``, or ``clients.csv`` without pyarrow; ``clients.jsonl`` while the run is in progress."""
 
 Row = dict[str, Any]
 
 
 def to_json(value: Any) -> str:
-    """JSON on one line, with null for numbers that are NaN or infinite."""
+    """One line of JSON, with null for NaN and infinity, which JSON does not have."""
     return json.dumps(_plain(value), allow_nan=False)
 
 
@@ -38,7 +38,7 @@ def _plain(value: Any) -> Any:
 
 
 def write_file(path: Path, text: str) -> None:
-    """Writes a file as a whole: a reader sees the old content or the new, never a part."""
+    """Writes a file atomically: a reader sees the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     unfinished.write_text(text)
@@ -46,13 +46,13 @@ def write_file(path: Path, text: str) -> None:
 
 
 def append_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Adds rows to a file of JSON lines."""
+    """Appends rows to a JSON Lines file."""
     with path.open("a") as file:
         file.writelines(to_json(row) + "\n" for row in rows)
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a file of JSON lines; a last line that was cut off is left out.
+    """The rows of a JSON Lines file, without a last line that was cut off because the run was killed.
 
     Raises:
         ValueError: If a line before the last is not a JSON object.
@@ -78,9 +78,9 @@ class Run:
 
     Args:
         path: The folder.
-        facts: What ``run.json`` says: settings, versions, the command line, how the run ended.
-        rounds: One row for each round, with its global metrics under ``"metrics"``.
-        clients: One row for each client and round, if the run had :class:`~lightning_fl.callbacks.ClientMetrics`.
+        facts: The content of ``run.json``: settings, versions, the command line, how the run ended.
+        rounds: One row per round, with its global metrics under ``"metrics"``.
+        clients: One row per client and round, if the run had :class:`~lightning_fl.callbacks.ClientMetrics`.
     """
 
     path: Path
@@ -90,10 +90,10 @@ class Run:
 
     @classmethod
     def read(cls, path: str | Path) -> Run:
-        """Reads a run's folder; of a folder that holds several runs, the one last started.
+        """Reads a run's folder; in a folder of several runs, the one that started last.
 
         Raises:
-            ValueError: If there is no run in it, or a file is damaged.
+            ValueError: If there is no run in the folder, or a file is damaged.
         """
         folder = find_run(Path(path))
         try:
@@ -122,23 +122,23 @@ class Run:
 
     @property
     def partition(self) -> PartitionSummary | None:
-        """Who had what, if it was looked at."""
+        """The summary of the partition, if the run recorded one."""
         fields = self.facts.get("partition")
         return None if fields is None else PartitionSummary.from_dict(fields)
 
     @cached_property
     def metric_names(self) -> list[str]:
-        """Names of all global metrics, in the order in which they first came."""
+        """Names of all global metrics, in order of their first appearance."""
         return list(dict.fromkeys(name for row in self.rounds for name in row.get("metrics", {})))
 
     def metric(self, name: str) -> tuple[list[int], list[float]]:
-        """The rounds, counted from 1, and a metric's values in them; NaN where it was no finite number."""
+        """The rounds, counted from 1, and a metric's values in them; NaN where a value was not finite."""
         rows = [row for row in self.rounds if name in row.get("metrics", {})]
         values = [row["metrics"][name] for row in rows]
         return [row["round"] + 1 for row in rows], [math.nan if value is None else value for value in values]
 
     def total(self, name: str) -> float | None:
-        """The sum of a figure over the rounds, such as ``num_bytes``; None if the rows don't have it."""
+        """The sum of a field such as ``num_bytes`` over the rounds; None if no row has it."""
         values = [row[name] for row in self.rounds if row.get(name) is not None]
         return sum(values) if values else None
 
@@ -149,7 +149,7 @@ class Run:
 
 
 def find_run(path: Path) -> Path:
-    """The folder of a run: ``path`` itself, or the one below it that was started last.
+    """The folder of a run: ``path`` itself, or the run below it that started last.
 
     Raises:
         ValueError: If there is none.
@@ -167,9 +167,9 @@ def find_run(path: Path) -> Path:
 
 
 def read_clients(folder: Path) -> list[Row]:
-    """The rows of :class:`~lightning_fl.callbacks.ClientMetrics`, from whichever file there is."""
+    """The rows of :class:`~lightning_fl.callbacks.ClientMetrics`, from whichever of its files exists."""
     parquet, table, lines = (folder / f"{CLIENTS_STEM}.{suffix}" for suffix in ("parquet", "csv", "jsonl"))
-    if lines.exists():
+    if lines.exists():  # the run is in progress, or was killed before it could write the final file
         return read_rows(lines)
     if parquet.exists():
         try:
@@ -184,7 +184,7 @@ def read_clients(folder: Path) -> list[Row]:
 
 
 def as_number(text: str) -> Any:
-    """The number, truth value or nothing that a text stands for, else the text itself."""
+    """The number, bool or None that a text represents, otherwise the text itself."""
     if text in ("", "True", "False"):
         return {"": None, "True": True, "False": False}[text]
     try:

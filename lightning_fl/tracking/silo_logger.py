@@ -1,4 +1,4 @@
-"""Weights & Biases with a run for each silo."""
+"""Weights & Biases with one run per silo."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 
 class SiloWandbLogger(WandbLogger):
-    """W&B with one run per silo, all in one group; Lightning's own logger has one run for the federation, on rank 0.
+    """A W&B logger with one run per silo, all in one W&B group; Lightning's own logger writes one run, on rank 0.
 
     Each run has the global metrics and, with :class:`~lightning_fl.callbacks.ClientMetrics`, the silo's own loss,
     seconds and drift under ``silo/``.
 
     Args:
-        group: The federation's name, the same for all silos.
+        group: The W&B group: a name of the federation, the same for all silos.
         name: The silo's name. None: ``silo-RANK``.
         kwargs: See :class:`lightning.pytorch.loggers.WandbLogger`.
     """
@@ -56,7 +56,8 @@ class SiloWandbLogger(WandbLogger):
 
 @contextmanager
 def _on_every_rank() -> Iterator[None]:
-    """Inside the block Lightning's functions for rank 0 run on this rank."""
+    """Makes Lightning's rank-zero functions run on this rank too, inside the block."""
+    # Lightning's loggers are decorated with rank_zero_only, which compares an attribute of the function with 0.
     functions: tuple[Any, ...] = (rank_zero_only, fabric_rank_zero_only)
     before = [getattr(function, "rank", 0) for function in functions]
     for function in functions:

@@ -95,7 +95,7 @@ def test_with_ditto_it_is_the_clients_own_model() -> None:
     trainer(strategy, 2, callbacks=[evaluation], limit_val_batches=0).fit(Validated(), clients())
     for client in range(3):
         own = Validated()
-        own.load_state_dict(strategy.active_rounds.store.get(client)["personal"])
+        own.load_state_dict(strategy.active_driver.store.get(client)["personal"])
         assert evaluation.metrics[client]["personalized"] == pytest.approx(validated(own, client), rel=1e-6)
 
 

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from lightning_fl import algorithms
+from lightning_fl.cli import COMMANDS, main
 from lightning_fl.cli.compare import short_names
-from lightning_fl.cli.lightning_cli import COMMANDS, main
 from lightning_fl.tracking import Run
 from lightning_fl.tracking.report import render
 from tests.tracking.test_run import write_run

@@ -64,7 +64,7 @@ def test_a_version_taken_from_another_folder_is_independent_of_it(files: StateFi
     other = StateFiles(tmp_path / "other")
     name = other.write("a", STATE)
     for _ in range(2):
-        files.take("a", name, other)
+        files.copy_from(other, "a", name)
     other.remove("a", name)
     torch.testing.assert_close(files.read("a", name), STATE, rtol=0, atol=0)
 

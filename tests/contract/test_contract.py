@@ -12,7 +12,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -44,6 +44,7 @@ from lightning_fl.algorithms import (
     registered,
 )
 from lightning_fl.tree import leaves, sum_dtype
+from tests.contract import helpers
 from tests.helpers.training import (
     Plain,
     Quadratic,
@@ -160,7 +161,7 @@ def fit(
 
 def states(run: L.Trainer) -> list[Mapping[str, Any]]:
     """The server's state, and what each client keeps: the algorithm's state, personal tensors."""
-    rounds = run.strategy.active_rounds
+    rounds = run.strategy.active_driver
     kept = [state for client in range(3) for state in (rounds.store.get(client) or {}).values()]
     return [rounds.state.server, *kept]
 
@@ -247,31 +248,26 @@ def test_it_pickles(name: str) -> None:
     assert repr(pickle.loads(pickle.dumps(algorithm))) == repr(algorithm)
 
 
-def from_yaml(kind: type[Algorithm], init_args: dict[str, Any]) -> Algorithm:
-    """What a YAML file gives that names the class alone, also after it has been saved and read again."""
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--algorithm", type=Algorithm)
-    config = parser.parse_object({"algorithm": {"class_path": kind.__name__, "init_args": init_args}})
-    return parser.instantiate_classes(parser.parse_string(parser.dump(config))).algorithm
+from_yaml = partial(helpers.from_yaml, Algorithm)
 
 
 @every_algorithm
 def test_yaml_gives_it_by_its_short_class_name(name: str) -> None:
     kind, init_args = registered()[name], ENTRIES[name].init_args
-    assert from_yaml(kind, {}) == kind()
+    assert from_yaml(kind.__name__, {}) == kind()
     if name == "fedopt":
-        found = repr(from_yaml(kind, init_args))
+        found = repr(from_yaml(kind.__name__, init_args))
         assert found.startswith("FedOpt(optimizer=AdamW(lr=0.25, ")
         assert " at 0x" not in found  # ranks compare it
     else:
-        assert from_yaml(kind, init_args) == kind(**init_args)
+        assert from_yaml(kind.__name__, init_args) == kind(**init_args)
 
 
 @every_algorithm
 def test_yaml_with_a_wrong_type_is_refused(name: str) -> None:
     for key in ENTRIES[name].init_args:
         with pytest.raises(ArgumentError, match=key):
-            from_yaml(registered()[name], {key: "abc"})
+            from_yaml(registered()[name].__name__, {key: "abc"})
 
 
 @every_algorithm
@@ -284,7 +280,7 @@ def test_clients_train_together_as_they_do_alone(name: str, sizes: tuple[int, ..
             fit(algorithm, sizes=sizes, engine="vectorized")
         return
     run, together = fit(algorithm, sizes=sizes, engine="vectorized")
-    assert list(map(len, run.strategy.active_rounds.plan.units)) == [len(sizes)]
+    assert list(map(len, run.strategy.active_driver.trained_groups)) == [len(sizes)]
     torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-11)
 
 

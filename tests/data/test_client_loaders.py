@@ -74,11 +74,11 @@ def test_num_examples_is_what_was_told() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((["a", "b", "a"], lambda client: BATCHES), "must be unique: 3 were given, 2 differ"),
-        (([],), "got no client"),
-        (({},), "got no client"),
-        ((range(0), lambda client: BATCHES), "got no client"),
-        ((iter([BATCHES]),), "got list_iterator; it takes a mapping"),
+        ((["a", "b", "a"], lambda client: BATCHES), "must be unique: found 2 different ids among 3"),
+        (([],), "got no clients"),
+        (({},), "got no clients"),
+        ((range(0), lambda client: BATCHES), "got no clients"),
+        ((iter([BATCHES]),), "got a list_iterator; expected a mapping"),
     ],
 )
 def test_clients_that_make_no_sense_are_refused(arguments: tuple, message: str) -> None:

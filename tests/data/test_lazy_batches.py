@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from lightning_fl.data.collation import with_fast_collation
 from lightning_fl.data.lazy_batches import LazyBatch, LazyLoader, as_lazy, stack_lazy
-from lightning_fl.datamodules.base import ImageDataset
+from lightning_fl.datamodules.image_files import ImageDataset
 
 BASE = TensorDataset(torch.randn(23, 3, 2), torch.arange(23))
 IMAGES = ImageDataset(

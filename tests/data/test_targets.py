@@ -112,5 +112,5 @@ def test_a_missing_column_is_refused(dataset: Dataset) -> None:
 
 
 def test_a_column_of_numbers_with_fractions_names_nobody() -> None:
-    with pytest.raises(ValueError, match="expected one integer or string a sample"):
+    with pytest.raises(ValueError, match="expected one integer or string per sample"):
         column(Items([0, 1], who=[0.5, 1.5]), "who")

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import lightning as L
@@ -109,8 +109,9 @@ def test_evaluation_data_is_one_set_or_the_union_of_the_clients(source: object) 
     assert numbers_of(data.test_dataloader()) == [1, 2]
 
 
-def test_data_left_out_is_not_defined_for_lightning() -> None:
-    data = ClientDatasets([numbers(0)])
+@pytest.mark.parametrize("copied", [lambda data: data, copy.deepcopy, lambda data: pickle.loads(pickle.dumps(data))])
+def test_data_left_out_is_not_defined_for_lightning(copied: Callable) -> None:
+    data = copied(ClientDatasets([numbers(0)]))
     assert not is_overridden("val_dataloader", data)
     assert not is_overridden("test_dataloader", data)
     with pytest.raises(MisconfigurationException, match="`test_dataloader` must be implemented"):
@@ -149,12 +150,12 @@ class Stream(IterableDataset):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"train": []}, "train names no client"),
-        ({"train": {}}, "train names no client"),
+        ({"train": []}, "train is empty"),
+        ({"train": {}}, "train is empty"),
         ({"train": numbers(1)}, "train is a TensorDataset; expected one data set per client.*PartitionedDataModule"),
         ({"train": [numbers(1)], "batch_size": 0}, "batch_size=0 must be at least 1, or None"),
-        ({"train": [numbers(1)], "val": []}, "val names no data set.*None"),
-        ({"train": [numbers(1)], "test": {}}, "test names no data set.*None"),
+        ({"train": [numbers(1)], "val": []}, "val is empty.*None"),
+        ({"train": [numbers(1)], "test": {}}, "test is empty.*None"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments: dict, message: str) -> None:

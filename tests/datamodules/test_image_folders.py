@@ -43,7 +43,7 @@ def test_images_are_opened_only_when_they_are_needed(root: Path) -> None:
     (root / "north" / "cat" / "0.png").write_bytes(b"no image")
     data = ImageFolderDataModule(root, test_share=0.0)
     data.setup("fit")
-    with pytest.raises(ValueError, match=r"0.png is no image or corrupt"):
+    with pytest.raises(ValueError, match=r"0.png is not an image or is corrupt"):
         data.client_dataset("north")[0]
 
 
@@ -51,7 +51,7 @@ def test_an_image_cut_short_is_refused(root: Path) -> None:
     path = root / "south" / "dog" / "0.jpg"
     path.write_bytes(path.read_bytes()[:300])
     data = ImageFolderDataModule(root, test_share=0.0)
-    with pytest.raises(ValueError, match=r"0.jpg is no image or corrupt"):
+    with pytest.raises(ValueError, match=r"0.jpg is not an image or is corrupt"):
         data.client_dataset("south")[1]
 
 

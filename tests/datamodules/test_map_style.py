@@ -127,7 +127,9 @@ def test_a_transform_makes_the_examples(library: SimpleNamespace, tmp_path: Path
 
 
 def test_nothing_is_downloaded_unless_told(library: SimpleNamespace) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no data set of that name on disk \(offline\).*download=True"):
+    with pytest.raises(
+        FileNotFoundError, match=r"neither a folder nor the name of a data set on disk \(offline\).*download=True"
+    ):
         HuggingFaceDataModule("some/set").setup("fit")
     assert library.calls == [("some/set", None, True)]
 
@@ -160,5 +162,5 @@ def test_values_become_tensors() -> None:
     assert to_tensor([1, 2], "x").dtype == torch.int64
     assert to_tensor(0.5, "x").dtype == torch.float32
     for value in ("text", [[1], [2, 3]], None):
-        with pytest.raises(ValueError, match=r"Column 'x' holds a .*Make an example of a row with `transform`"):
+        with pytest.raises(ValueError, match=r"Column 'x' has a .*Set `transform` to a function"):
             to_tensor(value, "x")

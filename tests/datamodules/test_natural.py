@@ -97,7 +97,7 @@ def test_without_validation_data_a_trainer_validates_nothing() -> None:
     with pytest.warns(match="have no `val_dataloader`"):
         trainer.fit(MLPClassifier(1, (), 2, lr=1e-3), data)
     assert "val_loss" not in trainer.callback_metrics
-    with pytest.raises(ValueError, match="keep no data for their test; set test_share"):
+    with pytest.raises(ValueError, match="have no test data; set test_share"):
         data.client_test_dataloaders()
 
 

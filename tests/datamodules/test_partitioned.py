@@ -225,7 +225,7 @@ def test_clients_that_the_data_names() -> None:
 
 
 def test_a_part_that_clients_do_not_keep_is_refused() -> None:
-    with pytest.raises(ValueError, match="The clients keep no data for their val; set val_share"):
+    with pytest.raises(ValueError, match="The clients have no val data; set val_share"):
         PartitionedDataModule(Numbers(), IID()).client_val_dataloaders()
     with pytest.raises(ValueError, match="sum to less than 1"):
         PartitionedDataModule(Numbers(), IID(), val_share=0.5, test_share=0.5)

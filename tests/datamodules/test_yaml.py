@@ -1,4 +1,4 @@
-"""Every datamodule, partitioner and model is built from YAML with a short class path."""
+"""Every datamodule and model is built from YAML with a short class path."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from lightning.pytorch.cli import LightningCLI
 from torch.utils.data import TensorDataset
 
 from lightning_fl import datamodules, models
-from lightning_fl.datamodules import Partitioner
 from tests.helpers.data_files import write_mnist
 
 ARGUMENTS: dict[str, str] = {
@@ -26,13 +25,6 @@ ARGUMENTS: dict[str, str] = {
     "ImageFolderDataModule": "root: data\nclasses: [cat, dog]",
     "HuggingFaceDataModule": "path: some/set\nfeatures: [a, b]",
     "TorchDataModule": "train: {class_path: tests.datamodules.test_yaml.Numbers, init_args: {size: 6}}",
-    "Dirichlet": "alpha: 0.3",
-    "DirichletSizes": "alpha: 0.3",
-    "LognormalSizes": "sigma: 1.0",
-    "LabelsPerClient": "num_labels: 2",
-    "FeatureNoise": "sigma: 0.1\npartitioner: {class_path: Shards, init_args: {shards_per_client: 3}}",
-    "NaturalColumn": "name: shop",
-    "MappingFile": "path: clients.json",
     "MLPClassifier": "",
     "TabularMLP": "in_features: 3",
     "TabularRegressor": "in_features: 3",
@@ -58,11 +50,9 @@ def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: str) -> Light
     return LightningCLI(subclass_mode_model=True, subclass_mode_data=True, run=False, seed_everything_default=False)
 
 
-def section(key: str, name: str, indent: str = "") -> str:
-    arguments = "".join(f"{indent}    {line}\n" for line in ARGUMENTS.get(name, "").splitlines())
-    return f"{indent}{key}:\n{indent}  class_path: {name}\n" + (
-        f"{indent}  init_args:\n{arguments}" if arguments else ""
-    )
+def section(key: str, name: str) -> str:
+    arguments = "".join(f"    {line}\n" for line in ARGUMENTS.get(name, "").splitlines())
+    return f"{key}:\n  class_path: {name}\n" + (f"  init_args:\n{arguments}" if arguments else "")
 
 
 @pytest.mark.parametrize("name", concrete(datamodules, L.LightningDataModule))
@@ -71,11 +61,24 @@ def test_datamodules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str)
     assert type(cli.datamodule) is getattr(datamodules, name)
 
 
-@pytest.mark.parametrize("name", concrete(datamodules, Partitioner))
-def test_partitioners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    data = "data:\n  class_path: PartitionedDataModule\n  init_args:\n    data: DigitsDataModule\n"
-    cli = build(tmp_path, monkeypatch, data + section("partitioner", name, "    ") + section("model", "TwoNN"))
-    assert type(cli.datamodule.partitioner) is getattr(datamodules, name)
+@pytest.mark.parametrize(
+    "name", [name for name in concrete(datamodules, L.LightningDataModule) if name != "PartitionedDataModule"]
+)
+def test_arguments_that_a_datamodule_passes_to_its_base_class_are_accepted_and_documented(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    config = section("data", name) + ("" if ARGUMENTS.get(name) else "  init_args:\n")
+    common = {"batch_size": 7, "val_share": 0.25, "seed": 3, "num_workers": 2, "eval_batch_size": 9}
+    config += "".join(f"    {key}: {value}\n" for key, value in common.items())
+    data = build(tmp_path, monkeypatch, config + section("model", "LogisticRegression")).datamodule
+    assert (data.batch_size, data.seed, data.num_workers, data.eval_batch_size) == (7, 3, 2, 9)
+    monkeypatch.setattr("sys.argv", ["train", "--data.help", name])
+    with pytest.raises(SystemExit):
+        LightningCLI(subclass_mode_model=True, subclass_mode_data=True, run=False)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Fraction of" in printed
+    assert "Worker processes per loader. (type: int, default: 0)" in printed
+    assert "Examples per batch in validation, test and prediction." in printed
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from lightning_fl.federation.plan import BatchPosition, RoundPlan
 
 from lightning_fl.clients.local_work import LocalWork
-from lightning_fl.federation.plan import BatchPosition, RoundPlan
 
 segments_of_clients = st.lists(st.lists(st.integers(1, 6), min_size=1, max_size=3), min_size=1, max_size=4)
 accumulations = st.integers(1, 4)

@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning_fl.federation.plan import BatchPosition, RoundPlan
+from lightning_fl.federation.round_loader import UNKNOWN_LENGTH, RoundLoader
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
 from lightning_fl.clients.local_work import LocalWork
 from lightning_fl.data.client_loaders import ClientLoaders, count_batches
-from lightning_fl.federation.plan import BatchPosition, RoundPlan
-from lightning_fl.federation.round_loader import UNKNOWN_LENGTH, RoundLoader
 
 LENGTHS = {"a": 1, "b": 4, "c": 3}
 

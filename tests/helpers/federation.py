@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from lightning_fl.aggregation import RoundContext, WeightedMean
 from lightning_fl.algorithms import Algorithm
+from lightning_fl.clients import ClientStore, LocalWork
 from lightning_fl.communication import Group, LocalGroup, Message, connect
-from lightning_fl.tree import tree_map
-from lightning_fl.types import Aggregate, LocalRun, State, Tree, Update
+from lightning_fl.engines import OptimizerStates, SequentialEngine, StepFunctions
+from lightning_fl.federation import (
+    ClientBatches,
+    ClientData,
+    FederationSettings,
+    FederationState,
+    RankReport,
+    Round,
+)
+from lightning_fl.types import Aggregate, State, Tree, Update
 
 
 def join_ranks(timeout: float = 30.0) -> Group:
@@ -29,6 +39,24 @@ def join_ranks(timeout: float = 30.0) -> Group:
     )
 
 
+def random_updates(num_clients: int, dtype: torch.dtype = torch.float64) -> list[Update]:
+    """Updates with two dtypes, float and integer buffers and a side channel; client ``i`` weighs ``i + 1``."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    return [
+        Update(
+            delta={"a": draw(3, 2), "b": draw(4, dtype=torch.float32), "scalar": draw()},
+            buffers={"mean": draw(3), "count": draw(1).mul(10).round().long()},
+            weight=float(client + 1),
+            aux={"control": {"a": draw(3, 2), "b": draw(4, dtype=torch.float32)}},
+        )
+        for client in range(num_clients)
+    ]
+
+
 def aggregate(updates: Sequence[Update], group: Group | None = None, population: int = 0) -> Aggregate:
     """The weighted sum of this rank's updates, and of those of the other ranks; each rank needs at least one."""
     aggregator, ctx = WeightedMean(), RoundContext(round=0, cohort=[], population=population)
@@ -39,9 +67,34 @@ def aggregate(updates: Sequence[Update], group: Group | None = None, population:
     return aggregator.result(acc, ctx)
 
 
-@dataclass
+class Gradients(nn.Module):
+    """A module whose loss has, for each client, the given gradient; the batch is the client.
+
+    Args:
+        gradients: For each client its gradient as a function of the parameters.
+        params: The parameters to begin with.
+        lr: Each client's learning rate.
+    """
+
+    def __init__(self, gradients: Sequence[Callable[[Tree], Tree]], params: Tree, lr: Sequence[float]) -> None:
+        super().__init__()
+        self.gradients, self.lr = gradients, lr
+        for name, value in params.items():
+            self.register_parameter(name, nn.Parameter(value.clone()))
+        self.optimizer = torch.optim.SGD(self.parameters(), lr=lr[0])
+
+    def gradient(self, client: int) -> Tree:
+        return self.gradients[client]({name: param.detach() for name, param in self.named_parameters()})
+
+    def training_step(self, batch: Tensor, offset: int) -> Tensor:
+        client = int(batch)
+        self.optimizer.param_groups[0]["lr"] = self.lr[client]
+        gradient = self.gradient(client)
+        return sum(((gradient[name] * param).sum() for name, param in self.named_parameters()), torch.zeros(()))
+
+
 class Simulation:
-    """A federation of clients that each know their gradient, without Lightning, modules or optimizers.
+    """A federation without Lightning, of clients that each know their gradient; runs the package's own rounds.
 
     Args:
         algorithm: The mathematics.
@@ -52,16 +105,37 @@ class Simulation:
         weights: Each client's weight under "examples"; under "uniform" all weigh alike.
     """
 
-    algorithm: Algorithm
-    gradients: Sequence[Callable[[Tree], Tree]]
-    params: Tree
-    num_steps: int | Sequence[int] = 1
-    lr: float | Sequence[float] = 0.1
-    weights: Sequence[float] = ()
-    clients: dict[int, State] = field(default_factory=dict)
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        gradients: Sequence[Callable[[Tree], Tree]],
+        params: Tree,
+        num_steps: int | Sequence[int] = 1,
+        lr: float | Sequence[float] = 0.1,
+        weights: Sequence[float] = (),
+    ) -> None:
+        size = len(gradients)
+        self.algorithm = algorithm
+        self.num_steps = [num_steps] * size if isinstance(num_steps, int) else list(num_steps)
+        self.weights = weights or [1.0] * size
+        self.module = Gradients(gradients, params, [lr] * size if isinstance(lr, float) else lr)
+        functions = StepFunctions(self.module.training_step)
+        self.trainer = SequentialEngine(self.module, OptimizerStates([self.module.optimizer]), functions=functions)
+        self.settings = FederationSettings(algorithm, WeightedMean(), (), algorithm.weighting, 0, size)
+        self.state = FederationState(algorithm.server_init(params, size))
+        self.store = ClientStore()
+        self.num_rounds = 0
 
-    def __post_init__(self) -> None:
-        self.server: Mapping = self.algorithm.server_init(self.params, len(self.gradients))
+    @property
+    def server(self) -> State:
+        """The server's state."""
+        return self.state.server
+
+    @property
+    def clients(self) -> dict[int, State]:
+        """What the algorithm keeps of each client."""
+        states = {client: self.store.get(client) or {} for client in self.store.clients()}
+        return {client: state["algorithm"] for client, state in states.items()}
 
     @property
     def x(self) -> float:
@@ -76,26 +150,26 @@ class Simulation:
 
     def round(self, cohort: Sequence[int] | None = None) -> None:
         """Runs one round with the clients of ``cohort``, or all."""
-        updates = [self._train(client) for client in (range(len(self.gradients)) if cohort is None else cohort)]
-        self.server = self.algorithm.server_update(self.server, aggregate(updates, population=len(self.gradients)))
+        cohort = range(len(self.weights)) if cohort is None else cohort
+        opened = Round.open(
+            self.settings, self.state, self.trainer, self.store, LocalGroup(), self.num_rounds, list(cohort)
+        )
+        for client in cohort:
+            task = opened.start(self._data(client), probe=lambda kind, batches, params: self._probe(kind, batches))
+            for batch, position in task.batches:
+                opened.step(task, batch, position)
+            opened.finish(task)
+        self.state = opened.close(opened.merge(RankReport())).state
+        self.num_rounds += 1
 
-    def _train(self, client: int) -> Update:
-        state = self.clients.get(client)
-        probe = self.gradients[client](self.server["params"]) if self.algorithm.probe == "grad" else None
-        ctx = self.algorithm.client_init(self.server, state, probe)
-        params = ctx["params"]
-        num_steps = self.num_steps if isinstance(self.num_steps, int) else self.num_steps[client]
-        lr = self.lr if isinstance(self.lr, float) else self.lr[client]
-        for _ in range(num_steps):
-            grads = self.algorithm.grad_transform(self.gradients[client](params), params, ctx)
-            params = tree_map(lambda param, grad: param - lr * grad, params, grads)
-        weight = self.weights[client] if self.weights and self.algorithm.weighting == "examples" else 1.0
-        lr_sum = dict.fromkeys(params, num_steps * lr)
-        run = LocalRun(num_steps, 1, weight, 0.0, lr_sum, normalizer=float(num_steps))
-        update, state = self.algorithm.client_finish(params, ctx, state, run)
-        if state is not None:
-            self.clients[client] = state
-        return Update(update.delta, update.buffers, weight, update.aux)
+    def _data(self, client: int) -> ClientData:
+        work = LocalWork(steps=self.num_steps[client])
+        batches = ClientBatches(client, [torch.tensor(client)], [work], self.num_rounds, work)
+        return ClientData(batches, self.weights[client])
+
+    def _probe(self, kind: str, batches: Iterator[Any]) -> Any:
+        (client,) = batches
+        return self.module.gradient(int(client)) if kind == "grad" else None
 
 
 def quadratics(centers: Sequence[float], steepness: Sequence[float]) -> list[Callable[[Tree], Tree]]:

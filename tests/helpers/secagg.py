@@ -11,30 +11,30 @@ from torch import Tensor
 from lightning_fl.privacy.secagg.bonawitz_client import BonawitzClient
 from lightning_fl.privacy.secagg.bonawitz_server import BonawitzServer
 from lightning_fl.privacy.secagg.journal import Journal
-from lightning_fl.privacy.secagg.messages import Terms
+from lightning_fl.privacy.secagg.messages import SessionParams
 from lightning_fl.privacy.secagg.pairwise import PairwiseClient
 from lightning_fl.privacy.secagg.participant import two_thirds
 from lightning_fl.privacy.secagg.primitives import SigningKey
 from lightning_fl.privacy.secagg.simulate import Simulation
 
-VECTOR = b"the vector of this round"
+VECTOR_ID = b"the vector of this round"
 
 
-def terms(num_clients: int, threshold: int | None = None, **changes: object) -> Terms:
+def session_params(num_clients: int, threshold: int | None = None, **changes: object) -> SessionParams:
     settled = two_thirds(num_clients) if threshold is None else threshold
-    plain = Terms(b"s" * 32, b"m" * 32, b"c" * 32, 4, 0, num_clients, settled)
-    return Terms(**{**vars(plain), **changes})  # type: ignore[arg-type]
+    plain = SessionParams(b"s" * 32, b"m" * 32, b"c" * 32, 4, 0, num_clients, settled)
+    return SessionParams(**{**vars(plain), **changes})  # type: ignore[arg-type]
 
 
 def identities(num_clients: int) -> dict[int, SigningKey]:
     return {number: SigningKey() for number in range(1, num_clients + 1)}
 
 
-def vectors(num_clients: int, num_words: int, dtype: torch.dtype = torch.int32) -> dict[int, Tensor]:
+def vectors(num_clients: int, vector_size: int, dtype: torch.dtype = torch.int32) -> dict[int, Tensor]:
     generator = torch.Generator().manual_seed(num_clients)
     limit = torch.iinfo(dtype).max
     return {
-        number: torch.randint(-limit - 1, limit, (num_words,), generator=generator, dtype=dtype)
+        number: torch.randint(-limit - 1, limit, (vector_size,), generator=generator, dtype=dtype)
         for number in range(1, num_clients + 1)
     }
 
@@ -42,29 +42,29 @@ def vectors(num_clients: int, num_words: int, dtype: torch.dtype = torch.int32) 
 def pairwise_clients(num_clients: int, **changes: object) -> dict[int, PairwiseClient]:
     keys = identities(num_clients)
     trusted = [key.public for key in keys.values()]
-    agreed = terms(num_clients, 3, **changes)
+    agreed = session_params(num_clients, 3, **changes)
     return {number: PairwiseClient(number, key, agreed, trusted, Journal()) for number, key in keys.items()}
 
 
 def pairwise_views(inputs: Mapping[int, Tensor]) -> dict[int, Tensor]:
     """The masked vectors that the clients send."""
     clients = pairwise_clients(len(inputs))
-    adverts = [client.advertise() for client in clients.values()]
-    masked = {number: words.clone() for number, words in inputs.items()}
+    advertisements = [client.advertise() for client in clients.values()]
+    masked = {number: vector.clone() for number, vector in inputs.items()}
     for number, client in clients.items():
-        client.mask(masked[number], adverts, VECTOR)
+        client.mask(masked[number], advertisements, VECTOR_ID)
     return masked
 
 
 def simulate(inputs: Mapping[int, Tensor], dropouts: Mapping[int, str]) -> tuple[Tensor, list[int]]:
     """The double-masking protocol with clients that vanish; raises where it ends without a sum."""
-    words = next(iter(inputs.values()))
+    vector = next(iter(inputs.values()))
     simulation = Simulation(
-        terms(len(inputs)), identities(len(inputs)), words.numel(), words.dtype, dropouts, journal=Journal()
+        session_params(len(inputs)), identities(len(inputs)), vector.numel(), vector.dtype, dropouts, journal=Journal()
     )
     for number, vector in inputs.items():
         if simulation.is_waiting_for(number):
-            simulation.send(number, vector.clone(), VECTOR)
+            simulation.send(number, vector.clone(), VECTOR_ID)
     return simulation.finish()
 
 
@@ -74,15 +74,15 @@ class Federation:
 
     Args:
         num_clients: Number of clients.
-        num_words: Length of their vectors.
+        vector_size: Length of their vectors.
     """
 
     num_clients: int = 4
-    num_words: int = 8
-    agreed: Terms = field(init=False)
+    vector_size: int = 8
+    agreed: SessionParams = field(init=False)
 
     def __post_init__(self) -> None:
-        self.agreed = terms(self.num_clients)
+        self.agreed = session_params(self.num_clients)
         self.keys = identities(self.num_clients)
         trusted = [key.public for key in self.keys.values()]
         self.journals = {number: Journal() for number in self.keys}
@@ -90,8 +90,8 @@ class Federation:
             number: BonawitzClient(number, key, self.agreed, trusted, self.journals[number])
             for number, key in self.keys.items()
         }
-        self.server = BonawitzServer(self.agreed, self.num_words, torch.int32)
-        self.inputs = vectors(self.num_clients, self.num_words)
+        self.server = BonawitzServer(self.agreed, self.vector_size, torch.int32)
+        self.inputs = vectors(self.num_clients, self.vector_size)
 
     def advertise(self) -> dict[int, bytes]:
         return {number: client.advertise() for number, client in self.clients.items()}
@@ -108,7 +108,7 @@ class Federation:
         """The masked vectors of ``who``, or of all."""
         bundles = self.bundles()
         sent = {
-            number: self.clients[number].send(bundles[number], self.inputs[number].clone(), VECTOR)
+            number: self.clients[number].send(bundles[number], self.inputs[number].clone(), VECTOR_ID)
             for number in (who or self.clients)
         }
         for vector in sent.values():

@@ -126,7 +126,7 @@ def test_feddyn_takes_the_known_first_rounds() -> None:
 def test_feddyn_ends_with_the_clients_gradients() -> None:
     strategy = FederatedStrategy(FedDyn(alpha=1.0), local_steps=20)
     assert minimise(strategy, 36, lr=0.5) == pytest.approx(8 / 7, rel=1e-9)
-    store = strategy.active_rounds.store
+    store = strategy.active_driver.store
     gradients = [store.get(client)["algorithm"]["gradient"]["x"].item() for client in range(3)]
     expected = [h * (8 / 7 - e) for e, h in zip(CENTERS, STEEPNESS, strict=True)]
     assert gradients == pytest.approx(expected, abs=1e-8)
@@ -181,7 +181,7 @@ def test_a_learning_rate_of_zero_moves_nothing(algorithm: Algorithm) -> None:
 def test_scaffold_option_1_reaches_the_optimum() -> None:
     strategy = FederatedStrategy(fl.algorithms.Scaffold(option=1), local_steps=5)
     assert minimise(strategy, 80) == pytest.approx(8 / 7, rel=1e-9)
-    control = strategy.active_rounds.store.get(2)["algorithm"]["control"]["x"].item()
+    control = strategy.active_driver.store.get(2)["algorithm"]["control"]["x"].item()
     assert control == pytest.approx(0.5 * (8 / 7 - 4.0), abs=1e-8)
 
 

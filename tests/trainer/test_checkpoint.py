@@ -70,8 +70,8 @@ def test_resuming_after_any_round_is_exact(strategy: str, make_optimizer: Any) -
         resumed, found = fit(strategy, ROUNDS, f"ckpt/epoch={last}.ckpt", make_optimizer)
         assert torch.equal(found, whole), last
         assert resumed.global_step == run.global_step
-        rounds = resumed.strategy.active_rounds
-        assert equal(rounds.state.server, run.strategy.active_rounds.state.server)
+        rounds = resumed.strategy.active_driver
+        assert equal(rounds.state.server, run.strategy.active_driver.state.server)
         assert [entry["round"] for entry in resumed.strategy.history] == list(range(ROUNDS))
 
 
@@ -241,7 +241,7 @@ def test_one_clients_model_is_the_global_one_with_its_personal_tensors() -> None
     run, _ = fit("personal", 3, **every_round())
     checkpoint = torch.load("ckpt/epoch=2.ckpt", weights_only=True)["state_dict"]
     states = [fl.load_client("ckpt/epoch=2.ckpt", client) for client in range(3)]
-    kept = run.strategy.active_rounds.store
+    kept = run.strategy.active_driver.store
     for client, state in enumerate(states):
         Plain().load_state_dict(state)
         assert torch.equal(state["net.1.weight"], checkpoint["net.1.weight"])

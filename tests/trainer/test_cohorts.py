@@ -62,12 +62,12 @@ def test_a_round_without_clients_leaves_everything_as_it_is(algorithm: str) -> N
 
     class States(fl.callbacks.FederatedCallback):
         def on_round_start(self, trainer: Any, module: Any, round: int, cohort: Any) -> None:
-            states.append(copy.deepcopy(strategy.active_rounds.state.server))
+            states.append(copy.deepcopy(strategy.active_driver.state.server))
 
     run.callbacks.append(States())
     run.fit(module, image_clients((3, 9, 11, 40)))
     models = [*cohorts.models, weights(module)]
-    states.append(strategy.active_rounds.state.server)
+    states.append(strategy.active_driver.state.server)
     assert [len(cohort) for cohort in cohorts.cohorts] == NUM_CLIENTS
     for round, size in enumerate(NUM_CLIENTS):
         assert torch.equal(models[round], models[round + 1]) == (size == 0)
@@ -241,7 +241,7 @@ def test_a_cohort_is_secure_if_it_or_a_transform_says_so(options: dict[str, Any]
     for _ in range(2):
         callback, strategy = Cohorts(), FederatedStrategy(**options)
         trainer(strategy, 5, callbacks=[callback]).fit(Plain(), image_clients([2] * 12))
-        assert strategy.active_rounds.planner.draws.is_secure == is_secure
+        assert strategy.active_driver.planner.draws.is_secure == is_secure
         assert callback.trained == [client for cohort in callback.cohorts for client in cohort]
         runs.append(callback.cohorts)
     assert (runs[0] == runs[1]) == (not is_secure)

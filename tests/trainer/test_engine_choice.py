@@ -26,4 +26,4 @@ class Long(Plain):
 def test_long_steps_train_alone_unless_asked_for(engine: str, kind: type[Plain], largest_unit: int) -> None:
     strategy = fl.FederatedStrategy("fedavg", engine=engine)
     trainer(strategy, 1).fit(kind(), image_clients((7, 7, 7)))
-    assert max(map(len, strategy.active_rounds.plan.units)) == largest_unit
+    assert max(map(len, strategy.active_driver.trained_groups)) == largest_unit

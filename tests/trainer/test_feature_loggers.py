@@ -54,7 +54,7 @@ def log_on_ranks(directory: str) -> list[bool]:
 
     class Watch(L.Callback):
         def on_train_epoch_start(self, *_: Any) -> None:
-            trained.append(bool(strategy.active_rounds.plan.clients))
+            trained.append(bool(strategy.active_driver.plan.clients))
 
     clients = image_clients((1, 7, 23), validate=True)
     train(strategy, clients, logger=CSVLogger(directory), callbacks=[Watch()], max_epochs=4)

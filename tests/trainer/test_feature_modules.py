@@ -258,7 +258,7 @@ def test_scaffold_corrects_the_gradients_of_each_optimizer_once() -> None:
     module, clients = TwoOptimizers(), image_clients((4, 4))
     run = trainer("scaffold", 1)
     run.fit(module, clients)
-    rounds = run.strategy.active_rounds
+    rounds = run.strategy.active_driver
     expected = subtract(rounds.state.server["control"], rounds.store.get(1)["algorithm"]["control"])
     run.fit_loop.max_epochs = 2
     run.fit(module, clients)

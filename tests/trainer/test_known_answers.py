@@ -60,7 +60,7 @@ def test_scaffold_reaches_the_optimum_in_the_known_number_of_rounds(local_steps:
 def test_scaffold_ends_with_the_clients_gradients_as_controls() -> None:
     strategy = FederatedStrategy("scaffold", local_steps=5)
     minimise(strategy, rounds=60)
-    rounds = strategy.active_rounds
+    rounds = strategy.active_driver
     controls = [rounds.store.get(client)["algorithm"]["control"]["x"].item() for client in range(3)]
     assert controls == pytest.approx((STEEPNESS * (8 / 7 - CENTERS)).tolist(), abs=1e-8)
     assert rounds.state.server["control"]["x"].item() == pytest.approx(0.0, abs=1e-8)
@@ -90,7 +90,7 @@ def test_scaffold_server_control_is_the_mean_over_all_clients_with_sampling() ->
     for rounds in (1, 2, 5):
         strategy = FederatedStrategy("scaffold", local_steps=3, clients_per_round=2, seed=3)
         minimise(strategy, rounds)
-        active = strategy.active_rounds
+        active = strategy.active_driver
         states = [active.store.get(client) for client in range(3)]
         controls = [0.0 if state is None else state["algorithm"]["control"]["x"].item() for state in states]
         assert active.state.server["control"]["x"].item() == pytest.approx(sum(controls) / 3, abs=1e-12)

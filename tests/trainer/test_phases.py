@@ -36,7 +36,7 @@ CENTERS, STEEPNESS, LR = (0.0, 1.0, 4.0), (1.0, 2.0, 0.5), 0.1
 
 
 def own_of(strategy: FederatedStrategy, client: int) -> dict[str, Tensor]:
-    return strategy.active_rounds.store.get(client)["personal"]
+    return strategy.active_driver.store.get(client)["personal"]
 
 
 def own_values(strategy: FederatedStrategy, name: str = "x") -> list[float]:
@@ -144,7 +144,7 @@ def test_a_client_whose_own_model_is_not_finite_is_refused() -> None:
     data = fl.datamodules.ClientDatasets([images(1), images(8, 1)], batch_size=None)
     with pytest.warns(UserWarning, match="the updates of 0 hold NaN or Inf"):
         trainer(strategy).fit(module, data)
-    assert strategy.active_rounds.store.clients() == [1]
+    assert strategy.active_driver.store.clients() == [1]
 
 
 def test_ditto_with_personal_tensors_is_refused() -> None:
@@ -385,7 +385,7 @@ def test_a_client_whose_loader_raises_in_a_later_phase_is_left_out() -> None:
             with pytest.warns(UserWarning, match="client 'b' raised OSError"):
                 run.fit(kept, fl.datamodules.ClientLoaders({**whole, **broken}))
             assert [entry["failed"] for entry in strategy.history] == [["b"]] * 2
-            assert strategy.active_rounds.store.get("b") is None
+            assert strategy.active_driver.store.get("b") is None
         else:
             run.fit(kept, fl.datamodules.ClientLoaders(whole))
     torch.testing.assert_close(weights(module), weights(without), rtol=1e-12, atol=0)

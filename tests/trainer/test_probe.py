@@ -15,15 +15,15 @@ import pytest
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning_fl.federation.round_loader import one_pass
+from lightning_fl.strategies.client_randomness import ClientReading
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import lightning_fl as fl
 from lightning_fl import FederatedStrategy
 from lightning_fl.algorithms import FedAvg, ProbeKind
-from lightning_fl.federation.round_loader import one_pass
 from lightning_fl.strategies import internals as internals
-from lightning_fl.strategies.client_randomness import ClientReading
 from lightning_fl.strategies.probe import probe
 from lightning_fl.strategies.validation import check_algorithm
 from lightning_fl.types import Context, LocalRun, State, Tree, Update
@@ -53,7 +53,7 @@ class Measures(FedAvg):
 def measured(kind: ProbeKind, module: Any, data: Any, max_epochs: int = 1, personal: Any = (), **options: Any) -> list:
     strategy = FederatedStrategy(Measures(kind=kind), personal=personal)
     trainer(strategy, max_epochs, **options).fit(module, data)
-    store = strategy.active_rounds.store
+    store = strategy.active_driver.store
     return [store.get(client)["algorithm"]["probe"] for client in sorted(store.clients())]
 
 

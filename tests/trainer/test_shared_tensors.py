@@ -96,7 +96,7 @@ def test_personal_tensors_never_leave_their_client() -> None:
     before = {name: t.clone() for name, t in module.state_dict().items()}
     strategy = FederatedStrategy("fedavg", personal=["net.3.*"])
     trainer(strategy, 2, callbacks=[recorder]).fit(module, image_clients((8, 8)))
-    first_round_end = {c: strategy.active_rounds.store.get(c)["personal"]["net.3.weight"] for c in (0, 1)}
+    first_round_end = {c: strategy.active_driver.store.get(c)["personal"]["net.3.weight"] for c in (0, 1)}
     assert torch.equal(module.net[3].weight, before["net.3.weight"])
     assert not torch.equal(module.net[1].weight, before["net.1.weight"])
     assert not torch.equal(first_round_end[0], first_round_end[1])
@@ -185,7 +185,7 @@ def test_memory_does_not_grow_with_the_number_of_clients() -> None:
 def test_memory_grows_with_clients_that_keep_state() -> None:
     strategy = FederatedStrategy("scaffold")
     trainer(strategy).fit(Plain(), image_clients([4] * 5))
-    assert len(strategy.active_rounds.store) == 5
+    assert len(strategy.active_driver.store) == 5
 
 
 def test_bfloat16_weights_do_not_drift() -> None:

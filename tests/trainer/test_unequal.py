@@ -42,8 +42,8 @@ def make(kind: Any = torch.optim.SGD, **options: Any) -> Any:
 def test_optimizers(make_module: Any) -> None:
     is_sgd = isinstance(make_module().configure_optimizers(), torch.optim.SGD)
     alone, together = both(make_module, clients(), algorithm="fednova" if is_sgd else "fedavg")
-    assert [len(unit) for unit in together.strategy.active_rounds.plan.units] == [len(SIZES)]
-    assert together.strategy.active_rounds.plan.num_batches <= alone.strategy.active_rounds.plan.num_batches / 2
+    assert [len(unit) for unit in together.strategy.active_driver.trained_groups] == [len(SIZES)]
+    assert together.strategy.active_driver.num_batches_trained <= alone.strategy.active_driver.num_batches_trained / 2
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_what_all_steps_share_lets_only_equal_ones_train_together(settings: dict
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     _, together = both(Decaying, image_clients((23, 40, 23, 7, 40), batch_size=10), **settings)
-    assert sorted(together.strategy.active_rounds.plan.units) == [(0, 2), (1, 4), (3,)]
+    assert sorted(together.strategy.active_driver.trained_groups) == [(0, 2), (1, 4), (3,)]
 
 
 class Norm(Plain):
@@ -204,12 +204,12 @@ def test_batches_that_turn_out_to_be_alike() -> None:
     loaders = [torch.utils.data.DataLoader(own, batch_size=10, collate_fn=padded) for own in sets]
     data = fl.datamodules.ClientLoaders(range(len(sets)), loaders.__getitem__)
     _, together = both(make(), data)
-    assert [len(unit) for unit in together.strategy.active_rounds.plan.units] == [len(sets)]
+    assert [len(unit) for unit in together.strategy.active_driver.trained_groups] == [len(sets)]
 
 
 def test_equal_ones_come_together_first() -> None:
     run = fit(fl.engines.Vectorized(clients_per_step=2), Plain(), clients())
-    assert sorted(run.strategy.active_rounds.plan.units) == [(client, client + 9) for client in range(9)]
+    assert sorted(run.strategy.active_driver.trained_groups) == [(client, client + 9) for client in range(9)]
 
 
 class Failing(TensorDataset):
@@ -282,10 +282,10 @@ def test_two_ranks_train_what_one_does(run_ranks: Any) -> None:
 
 
 def test_the_rounding_of_bf16_refuses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_schedule_of, "OF_SOME", 0)  # so few would train alone
+    monkeypatch.setattr(step_schedule_of, "SUBSET_COST", 0)  # so few would train alone
     module, alone = Plain(torch.float32), Plain(torch.float32)
     run = fit("vectorized", module, precision="bf16-true")
-    assert [len(unit) for unit in run.strategy.active_rounds.plan.units] == [7]
+    assert [len(unit) for unit in run.strategy.active_driver.trained_groups] == [7]
     fit("sequential", alone, precision="bf16-true")
     torch.testing.assert_close(weights(module), weights(alone), rtol=1e-2, atol=1e-3)
 
@@ -295,6 +295,6 @@ def test_a_unit_ends_where_memory_does() -> None:
     settings = fl.engines.Vectorized(batch_bytes=200 * an_example)
     module, whole = Plain(), Plain()
     run = fit(settings, module, clients())
-    assert [len(unit) for unit in run.strategy.active_rounds.plan.units] != [len(SIZES)]
+    assert [len(unit) for unit in run.strategy.active_driver.trained_groups] != [len(SIZES)]
     fit("vectorized", whole, clients())
     torch.testing.assert_close(weights(module), weights(whole))

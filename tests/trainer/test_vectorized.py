@@ -175,7 +175,7 @@ class Scale(Transform):
 
 def test_transforms_see_one_client_at_a_time() -> None:
     _, together = both(Plain, transforms=[Scale()], rounds=3)
-    store = together.strategy.active_rounds.store
+    store = together.strategy.active_driver.store
     assert [float(store.get(client)["transform 0"]["count"]) for client in range(len(TWINS))] == [3.0] * len(TWINS)
 
 
@@ -194,13 +194,13 @@ def test_client_states_go_on_when_the_engine_changes(tmp_path: Any) -> None:
 
 def test_the_number_of_clients_in_a_step_can_be_set() -> None:
     run = fit(fl.engines.Vectorized(clients_per_step=2), Plain(), image_clients((7,) * 5))
-    assert [len(unit) for unit in run.strategy.active_rounds.plan.units] == [2, 2, 1]
+    assert [len(unit) for unit in run.strategy.active_driver.trained_groups] == [2, 2, 1]
 
 
 def test_batches_in_memory_are_limited() -> None:
     settings = fl.engines.Vectorized(batch_bytes=3 * 7 * (16 * 4 + 8))
     run = fit(settings, Plain(), image_clients((7,) * 5))
-    assert [len(unit) for unit in run.strategy.active_rounds.plan.units] == [3, 2]
+    assert [len(unit) for unit in run.strategy.active_driver.trained_groups] == [3, 2]
 
 
 class Item(Plain):
@@ -313,7 +313,7 @@ def test_what_cannot_train_together_trains_alone_and_says_why(
     assert torch.equal(weights(alone), weights(automatic))
     assert "Clients train one after the other" in caplog.text
     assert reason in caplog.text
-    assert max(map(len, run.strategy.active_rounds.plan.units)) == 1
+    assert max(map(len, run.strategy.active_driver.trained_groups)) == 1
     if isinstance(automatic, Appending):
         assert len(automatic.losses) == run.global_step
 
@@ -354,7 +354,7 @@ def test_clients_whose_batches_have_other_shapes_train_apart() -> None:
 
     sets = fl.datamodules.ClientDatasets([Lengths(n) for n in (2, 3, 2, 3)], batch_size=2)
     _, together = both(Mean, sets)
-    assert sorted(together.strategy.active_rounds.plan.units) == [(0, 2), (1, 3)]
+    assert sorted(together.strategy.active_driver.trained_groups) == [(0, 2), (1, 3)]
 
 
 @pytest.mark.filterwarnings("ignore:Round .* so it was left out")

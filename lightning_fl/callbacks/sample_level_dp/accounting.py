@@ -18,31 +18,30 @@ from lightning_fl.privacy.accounting.sampling import Sampling
 from lightning_fl.privacy.noise import PrivacyError
 from lightning_fl.privacy.sample_level.poisson_loader import PoissonLoader
 from lightning_fl.privacy.state import unpack
-from lightning_fl.strategies.driver import RoundDriver
+from lightning_fl.strategies.round_view import RoundView
 from lightning_fl.types import ClientId
 
 
-def clients_here(rounds: RoundDriver) -> list[ClientId]:
+def clients_here(view: RoundView) -> list[ClientId]:
     """The clients that live on this rank."""
-    population, group = rounds.population, rounds.group
-    return population.place(list(population.ids), group.size, at_home=True)[group.rank]
+    return view.place(list(view.population.ids), sticky=True)[view.group.rank]
 
 
-def ledger_of(rounds: RoundDriver, client: ClientId) -> Ledger:
+def ledger_of(view: RoundView, client: ClientId) -> Ledger:
     """What a client that lives on this rank has released."""
-    ledger, state = Ledger(), rounds.store.get(client) or {}
+    ledger, state = Ledger(), view.client_state(client)
     if LEDGER in state:
         ledger.load_state_dict(unpack(state[LEDGER]))
     return ledger
 
 
-def loader_of(rounds: RoundDriver, client: ClientId) -> PoissonLoader:
+def loader_of(view: RoundView, client: ClientId) -> PoissonLoader:
     """A client's loader, which draws Poisson batches.
 
     Raises:
         PrivacyError: If it does not.
     """
-    loader = rounds.population.loaders[client]
+    loader = view.population.loaders[client]
     if not isinstance(loader, PoissonLoader):
         raise PrivacyError(
             f"The loader of client {client!r} is a {type(loader).__name__} and draws no Poisson batches. The run stops."
@@ -50,40 +49,40 @@ def loader_of(rounds: RoundDriver, client: ClientId) -> PoissonLoader:
     return loader
 
 
-def cost_of(rounds: RoundDriver, client: ClientId, noise_multiplier: float, work: LocalWork | None = None) -> Ledger:
+def cost_of(view: RoundView, client: ClientId, noise_multiplier: float, work: LocalWork | None = None) -> Ledger:
     """What a client releases in a round.
 
     Args:
-        rounds: The rounds of the fit at hand.
+        view: The current round.
         client: The client.
         noise_multiplier: The noise of its steps.
         work: How much it trains. None: as planned for the round at hand, or as much as any client may.
     """
-    loader, ledger = loader_of(rounds, client), Ledger()
-    work = work or rounds.planned.works.get(client, rounds.work)
-    steps = [phase.num_steps(len(loader)) or 0 for phase in rounds.planner.phases(work)]
+    loader, ledger = loader_of(view, client), Ledger()
+    phases = view.work_of(client) if work is None else view.phases_of(work)
+    steps = [phase.num_steps(len(loader)) or 0 for phase in phases]
     if sum(steps):
         ledger.record(Gaussian(noise_multiplier, loader.sampling), sum(steps))
     return ledger
 
 
-def with_another_round(rounds: RoundDriver, noise_multiplier: float) -> list[Ledger]:
+def with_another_round(view: RoundView, noise_multiplier: float) -> list[Ledger]:
     """The ledgers of this rank's clients as they would be if each took part in another round."""
     return [
-        ledger_of(rounds, client) + cost_of(rounds, client, noise_multiplier, rounds.work)
-        for client in clients_here(rounds)
+        ledger_of(view, client) + cost_of(view, client, noise_multiplier, view.max_work)
+        for client in clients_here(view)
     ]
 
 
-def gather(rounds: RoundDriver, own: dict[str, Any]) -> list[dict[str, Any]]:
+def gather(view: RoundView, own: dict[str, Any]) -> list[dict[str, Any]]:
     """What all ranks tell; this rank alone where silos hide the sizes of their data, which this would show."""
-    if rounds.settings.aggregator.hides_reports and rounds.population.silos is not None:
+    if view.settings.aggregator.hides_reports and view.population.silos is not None:
         return [own]
-    return [message.fields for message in rounds.group.all_gather(Message(own), "sample-level privacy")]
+    return [message.fields for message in view.group.all_gather(Message(own), "sample-level privacy")]
 
 
-def calibrate(trainer: L.Trainer, rounds: RoundDriver, target_epsilon: float, delta: float, method: Method) -> float:
-    """The least noise multiplier with which no client's epsilon exceeds the target in ``max_epochs`` rounds.
+def calibrate(trainer: L.Trainer, view: RoundView, target_epsilon: float, delta: float, method: Method) -> float:
+    """The least noise multiplier with which no client's epsilon exceeds the target in ``max_epochs`` view.
 
     Raises:
         MisconfigurationException: If the number of rounds is not known.
@@ -94,11 +93,11 @@ def calibrate(trainer: L.Trainer, rounds: RoundDriver, target_epsilon: float, de
             f"target_epsilon={target_epsilon} needs the number of rounds, found max_epochs={num_rounds}. Set it."
         )
     counts: dict[Sampling, int] = {}
-    for client in clients_here(rounds):
-        for event, count in cost_of(rounds, client, 1.0, rounds.work):
+    for client in clients_here(view):
+        for event, count in cost_of(view, client, 1.0, view.max_work):
             counts[event.sampling] = max(counts.get(event.sampling, 0), count * num_rounds)
     own = noise_multiplier_for_all(target_epsilon, delta, counts, method) if counts else 0.0
-    found = max(float(fields["noise"]) for fields in gather(rounds, {"noise": own}))
+    found = max(float(fields["noise"]) for fields in gather(view, {"noise": own}))
     rank_zero_info(
         f"noise_multiplier={found:.4f} keeps each client's epsilon within {target_epsilon:g} for {num_rounds} rounds, "
         f"at delta={delta:g}."

@@ -36,8 +36,8 @@ from lightning_fl.privacy.state import pack
 from lightning_fl.seeding import Randomness, derive_seed, isolated_randomness
 from lightning_fl.strategies import FederatedStrategy
 from lightning_fl.strategies import internals as internals
-from lightning_fl.strategies.driver import RoundDriver
 from lightning_fl.strategies.out_of_loop import out_of_loop
+from lightning_fl.strategies.round_view import RoundView
 from lightning_fl.types import Aggregate, ClientId, LocalRun, Update
 
 ADVERSARY = "whoever sees what a client sends, its server included, but not the training metrics that the module logs"
@@ -172,7 +172,7 @@ class SampleLevelDP(FederatedCallback):
             assert self.noise_multiplier is not None
             self._sigma = self.noise_multiplier
         else:
-            self._sigma = accounting.calibrate(trainer, _rounds(trainer), self.target_epsilon, self.delta, self.method)
+            self._sigma = accounting.calibrate(trainer, _view(trainer), self.target_epsilon, self.delta, self.method)
         self._draws = DrawCheck()
         self._drawn.clear()
         self._watch = NoiseWatch()
@@ -204,7 +204,7 @@ class SampleLevelDP(FederatedCallback):
     # ---- a round
 
     def on_round_start(
-        self, trainer: L.Trainer, module: L.LightningModule, round: int, cohort: Sequence[ClientId]
+        self, trainer: L.Trainer, module: L.LightningModule, round: int, cohort: Sequence[ClientId], view: RoundView
     ) -> None:
         """Checks the settings again, and that no client of this rank exceeds its budget in the round."""
         check_settings(trainer, module)
@@ -213,16 +213,14 @@ class SampleLevelDP(FederatedCallback):
         self._was_without |= round > self._next_round
         self._round, self._is_checked = round, False
         if self.max_epsilon is not None:
-            rounds = _rounds(trainer)
-            here = dict.fromkeys(rounds.plan.clients)
-            cost = {client: accounting.cost_of(rounds, client, self._sigma) for client in here}
-            self._check_budget([accounting.ledger_of(rounds, client) + own for client, own in cost.items()])
+            here = dict.fromkeys(view.clients)
+            cost = {client: accounting.cost_of(view, client, self._sigma) for client in here}
+            self._check_budget([accounting.ledger_of(view, client) + own for client, own in cost.items()])
 
-    def on_client_start(self, trainer: L.Trainer, module: L.LightningModule, client: ClientId) -> None:
+    def on_client_start(self, trainer: L.Trainer, module: L.LightningModule, client: ClientId, view: RoundView) -> None:
         """Records what the client is about to release."""
-        rounds = _rounds(trainer)
-        cost, loader = accounting.cost_of(rounds, client, self._sigma), accounting.loader_of(rounds, client)
-        rounds.store.record(client, pack((accounting.ledger_of(rounds, client) + cost).state_dict()))
+        cost, loader = accounting.cost_of(view, client, self._sigma), accounting.loader_of(view, client)
+        view.record_ledger(client, pack((accounting.ledger_of(view, client) + cost).state_dict()))
         self._client, self._loader, self._left = client, loader, sum(count for _, count in cost)
         self._counts = np.zeros(loader.num_examples, dtype=np.int64)
         self._sizes: list[int] = []
@@ -303,6 +301,7 @@ class SampleLevelDP(FederatedCallback):
         client: ClientId,
         run: LocalRun,
         update: Update | None,
+        view: RoundView,
     ) -> None:
         """Looks at what the client has drawn and changed, before anything of it leaves the rank."""
         self._client = None
@@ -316,22 +315,23 @@ class SampleLevelDP(FederatedCallback):
                 "noise. The run stops. Register it with persistent=False, or make it personal."
             )
 
-    def on_aggregate_end(self, trainer: L.Trainer, module: L.LightningModule, aggregate: Aggregate) -> None:
+    def on_aggregate_end(
+        self, trainer: L.Trainer, module: L.LightningModule, aggregate: Aggregate, view: RoundView
+    ) -> None:
         """Logs what the round's models amount to, and stops if a client could not take part once more."""
         self._next_round = max(self._next_round, self._round + 1)
         self._was_insecure |= self.insecure_test_seed is not None
-        rounds = _rounds(trainer)
         spent, _ = largest_epsilon(self.ledgers(trainer).values(), self.delta, self.method, GRID)
         epsilon = math.inf if self._was_without else float(spent)
         is_last, is_over = self._round + 1 == trainer.max_epochs, False
         if self.max_epsilon is not None and not is_last:
-            each = accounting.with_another_round(rounds, self._sigma)
+            each = accounting.with_another_round(view, self._sigma)
             is_over = exceeding(each, self.max_epsilon, self.delta, self.method) is not None
-        told = accounting.gather(rounds, {"epsilon": epsilon, "over": is_over})
+        told = accounting.gather(view, {"epsilon": epsilon, "over": is_over})
         facts = self._facts(max(fields["epsilon"] for fields in told))
-        prefix = "dp_example" if "dp_epsilon" in rounds.history[-1] else "dp"
+        prefix = "dp_example" if "dp_epsilon" in view.history[-1] else "dp"
         facts = {f"{prefix}_{name}": value for name, value in facts.items()}
-        rounds.history[-1].update(facts)
+        view.add_facts(facts)
         numbers = {f"fl/{name}": value for name, value in facts.items() if not isinstance(value, str)}
         internals.log_to_loggers(trainer, numbers)
         words = {f"fl/{name}": value for name, value in facts.items() if isinstance(value, str)}
@@ -339,7 +339,7 @@ class SampleLevelDP(FederatedCallback):
             self._words = words
             for logger in trainer.loggers:
                 logger.log_hyperparams(words)
-        if any(fields["over"] for fields in told) and len(told) == rounds.group.size:
+        if any(fields["over"] for fields in told) and len(told) == view.group.size:
             trainer.should_stop = True
             rank_zero_info(
                 f"Training stops: another round would exceed max_epsilon={self.max_epsilon:g} for a client that takes "
@@ -350,14 +350,14 @@ class SampleLevelDP(FederatedCallback):
 
     def ledger(self, trainer: L.Trainer, client: ClientId) -> Ledger:
         """What a client that lives on this rank has released."""
-        ledger = accounting.ledger_of(_rounds(trainer), client)
+        ledger = accounting.ledger_of(_view(trainer), client)
         if self._was_without:
             ledger.record(Gaussian(0.0))  # earlier rounds that were not private
         return ledger
 
     def ledgers(self, trainer: L.Trainer) -> dict[ClientId, Ledger]:
         """What each client that lives on this rank has released; those that have never taken part are left out."""
-        ledgers = {client: self.ledger(trainer, client) for client in _rounds(trainer).store.clients()}
+        ledgers = {client: self.ledger(trainer, client) for client in _view(trainer).clients_with_state()}
         return {client: ledger for client, ledger in ledgers.items() if ledger.entries}
 
     def epsilons(self, trainer: L.Trainer) -> dict[ClientId, Epsilon]:
@@ -431,7 +431,7 @@ class SampleLevelDP(FederatedCallback):
         assert self._client is not None
         precision = str(trainer.precision)
         with (
-            isolated_randomness(_rounds(trainer).settings.seed, self._round, self._client, "check"),
+            isolated_randomness(_view(trainer).settings.seed, self._round, self._client, "check"),
             out_of_loop(trainer, training=True) as results,
         ):
 
@@ -464,7 +464,6 @@ def _loss(outputs: Any) -> Tensor:
     return loss
 
 
-def _rounds(trainer: L.Trainer) -> RoundDriver:
-    strategy = trainer.strategy
-    assert isinstance(strategy, FederatedStrategy)
-    return strategy.active_rounds
+def _view(trainer: L.Trainer) -> RoundView:
+    assert isinstance(trainer.strategy, FederatedStrategy)
+    return trainer.strategy.view

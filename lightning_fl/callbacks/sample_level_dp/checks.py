@@ -73,7 +73,7 @@ def check_training(trainer: L.Trainer, module: L.LightningModule) -> Optimizer:
         MisconfigurationException: If something breaks the guarantee.
     """
     strategy: Any = trainer.strategy
-    if strategy.active_rounds.together is not None:
+    if strategy.view.trains_groups:
         raise refuse("engine='vectorized' trains several clients in one step. Use engine='sequential'")
     if isinstance(trainer.optimizers[0], torch.optim.LBFGS):
         raise refuse("LBFGS looks at a batch several times in a step. Use another optimizer")

@@ -1,4 +1,4 @@
-"""Clients whose features differ though their samples are drawn alike."""
+"""Feature skew: clients whose features are distributed differently."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from lightning_fl.types import ClientId
 
 @dataclass(frozen=True)
 class FeatureNoise(Partitioner):
-    r"""Feature skew: client :math:`i` of :math:`N` sees its samples with noise from :math:`N(0, \sigma i / N)` on them.
+    r"""Feature skew: adds noise from :math:`N(0, \sigma i / N)` to the samples of client :math:`i` of :math:`N`.
 
-    :math:`\sigma i/N` is the variance, :math:`i = 1, \dots, N`. The noise of a sample is the same whenever it is read.
-    It is added to the first entry of a sample, which must be a float tensor. The centralised baseline of a
+    :math:`\sigma i/N` is the variance, :math:`i = 1, \dots, N`. A sample has the same noise whenever it is read. The
+    noise is added to the first entry of the sample, which must be a float tensor. The centralised baseline of a
     ``PartitionedDataModule`` trains on the same noisy samples.
 
     Args:
@@ -29,7 +29,7 @@ class FeatureNoise(Partitioner):
         partitioner: How the samples are split.
 
     Raises:
-        ValueError: If ``sigma`` is out of range; when a sample is read, if it does not start with a float tensor.
+        ValueError: If ``sigma`` is out of range; when a sample is read, if its first entry is not a float tensor.
 
     References:
         Li, Diao, Chen, He, *Federated Learning on Non-IID Data Silos: An Experimental Study* (NIID-Bench), 2022,
@@ -46,24 +46,24 @@ class FeatureNoise(Partitioner):
 
     @property
     def names_clients(self) -> bool:  # type: ignore[override]
-        """As the partitioner inside."""
+        """See :class:`Partitioner`; the same as for ``partitioner``."""
         return self.partitioner.names_clients
 
     @property
     def changes_examples(self) -> bool:  # type: ignore[override]
-        """True."""
+        """True: the noise changes them."""
         return True
 
     def client_ids(self, dataset: Any, num_clients: int | None = None) -> Sequence[ClientId]:
-        """As the partitioner inside."""
+        """See :class:`Partitioner`; the same as for ``partitioner``."""
         return self.partitioner.client_ids(dataset, num_clients)
 
     def split(self, dataset: Any, num_clients: int, rng: np.random.Generator) -> Sequence[np.ndarray]:
-        """As the partitioner inside."""
+        """See :class:`Partitioner`; the same as for ``partitioner``."""
         return self.partitioner.split(dataset, num_clients, rng)
 
     def client_dataset(self, dataset: Any, part: Tensor, client: int, num_clients: int, seed: int) -> Dataset:
-        """The client's samples with its noise on them."""
+        """The client's samples with noise added."""
         inner = self.partitioner.client_dataset(dataset, part, client, num_clients, seed)
         return _Noisy(inner, part, (self.sigma * (client + 1) / num_clients) ** 0.5, seed)
 
@@ -83,11 +83,12 @@ class _Noisy(Dataset):
         if not isinstance(sample, tuple | list) or not (
             isinstance(sample[0], Tensor) and sample[0].is_floating_point()
         ):
-            got = "a mapping" if isinstance(sample, Mapping) else f"a {type(sample).__name__}"
+            found = "a mapping" if isinstance(sample, Mapping) else f"a {type(sample).__name__}"
             raise ValueError(
-                f"FeatureNoise adds noise to samples that start with a float tensor, but this one is {got}. Turn "
-                "features into float tensors first."
+                f"FeatureNoise got {found}; expected a tuple or list whose first entry is a float tensor. Convert the "
+                "features to float tensors first."
             )
+        # seeded by the sample's index in the whole data set, not in this part: held-out samples keep their noise
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "noise", int(self.part[index])))
         noise = torch.randn(sample[0].shape, generator=generator, dtype=sample[0].dtype)
         return (sample[0] + self.std * noise, *sample[1:])

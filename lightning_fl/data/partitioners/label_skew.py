@@ -1,4 +1,4 @@
-"""Partitioners that give a client only some of the labels."""
+"""Label skew: partitioners whose clients have different mixes of labels."""
 
 from __future__ import annotations
 
@@ -14,33 +14,34 @@ from lightning_fl.data.targets import label_groups
 
 @dataclass(frozen=True)
 class Dirichlet(Partitioner):
-    r"""Label skew drawn from a Dirichlet distribution; the smaller ``alpha``, the more the clients differ.
+    r"""Label skew from a Dirichlet distribution; the smaller ``alpha``, the more the clients differ.
 
-    ``per="class"`` (NIID-Bench): each class :math:`k` is shared out among the :math:`m` clients by
+    ``per="class"`` (NIID-Bench): each class :math:`k` is divided among the :math:`m` clients in proportions
 
     .. math:: p_k \sim \mathrm{Dir}_m(\alpha, \dots, \alpha),
 
-    so clients differ in their labels and in their sizes, and :math:`E \sum_i p_{ki}^2 = (\alpha+1)/(m\alpha+1)`.
+    so clients differ in labels and in size, and :math:`E \sum_i p_{ki}^2 = (\alpha+1)/(m\alpha+1)`.
 
     ``per="client"`` (Hsu et al.): each client :math:`i` draws its own mix of the classes
 
     .. math:: q_i \sim \mathrm{Dir}(\alpha \pi)
 
-    with :math:`\pi` the class shares of the data set, and gets :math:`n_i q_{ik}` samples of class :math:`k`, rounded
-    up or down at random without bias. Clients have equal sizes :math:`n_i` (to within 1), and with :math:`K` equal
-    classes :math:`E \sum_k q_{ik}^2 = (\alpha/K+1)/(\alpha+1)`. Clients are filled in the order of their ids; when a
-    class has run out, the mix is renormalised over the others, so the last clients depart from their mix the most.
+    with :math:`\pi` the class proportions of the data set, and gets :math:`n_i q_{ik}` samples of class :math:`k`,
+    rounded stochastically without bias. All clients have the same size :math:`n_i` (to within 1), and with :math:`K`
+    equally large classes :math:`E \sum_k q_{ik}^2 = (\alpha/K+1)/(\alpha+1)`. Clients are filled in the order of their
+    ids; when a class is used up, the mix is renormalised over the others, so the last clients deviate from their mix
+    the most.
 
     Args:
-        alpha: Concentration, positive and finite. For clients that do not differ use :class:`IID`.
+        alpha: Concentration, positive and finite. For identically distributed clients use :class:`IID`.
         per: Which of the two conventions, ``"class"`` or ``"client"``.
-        min_size: Smallest number of samples of a client. A draw that gives a client less is repeated.
+        min_size: Minimum number of samples per client. A draw that gives a client fewer is repeated.
         max_tries: Number of draws before giving up.
-        num_bins: Number of groups of equal size that stand for the classes when targets are numbers.
+        num_bins: Number of quantile bins that serve as classes if the targets are continuous.
 
     Raises:
-        ValueError: If an argument is out of range; when called, if no draw met ``min_size`` or the labels are no
-            class labels (see :func:`targets`).
+        ValueError: If an argument is out of range; when called, if no draw met ``min_size`` or the targets can't be
+            grouped (see :func:`targets`).
 
     References:
         Li, Diao, Chen, He, *Federated Learning on Non-IID Data Silos: An Experimental Study* (NIID-Bench), 2022,
@@ -58,7 +59,9 @@ class Dirichlet(Partitioner):
     def __post_init__(self) -> None:
         """Checks the arguments."""
         if not 0 < self.alpha < float("inf"):
-            raise ValueError(f"alpha={self.alpha} must be positive and finite; for clients that are alike use IID().")
+            raise ValueError(
+                f"alpha={self.alpha} must be positive and finite; for identically distributed clients use IID()."
+            )
         if self.per not in ("class", "client"):
             raise ValueError(
                 f"per={self.per!r} is unknown; 'class' is the convention of NIID-Bench, 'client' that of Hsu et al."
@@ -75,24 +78,24 @@ class Dirichlet(Partitioner):
         return deal_groups(groups, counts, rng)
 
     def _draw_counts(self, class_sizes: np.ndarray, num_clients: int, rng: np.random.Generator) -> np.ndarray:
-        """Samples of each client and class, ``[num_clients, num_classes]``, with at least ``min_size`` a client."""
+        """Number of samples per client and class, ``[num_clients, num_classes]``, at least ``min_size`` per client."""
         if self.min_size * num_clients > class_sizes.sum():
             raise ValueError(
                 f"min_size={self.min_size} for {num_clients} clients needs {self.min_size * num_clients} samples, "
                 f"found {class_sizes.sum()}. Use fewer clients or a smaller min_size."
             )
         draw = _counts_per_class if self.per == "class" else _counts_per_client
-        best = 0
+        largest_min = 0
         for _ in range(self.max_tries):
             counts = draw(self.alpha, class_sizes, num_clients, rng)
             smallest = counts.sum(axis=1).min()
             if smallest >= self.min_size:
                 return counts
-            best = max(best, smallest)
+            largest_min = max(largest_min, smallest)
         raise ValueError(
             f"In {self.max_tries} draws of {self} over {num_clients} clients and {class_sizes.sum()} samples the "
-            f"smallest client had at most {best} samples, expected at least {self.min_size}. Use a larger alpha, fewer "
-            "clients or a smaller min_size."
+            f"smallest client had at most {largest_min} samples, expected at least {self.min_size}. Use a larger "
+            "alpha, fewer clients or a smaller min_size."
         )
 
 
@@ -105,24 +108,26 @@ def _counts_per_class(alpha: float, class_sizes: np.ndarray, num_clients: int, r
 
 def _counts_per_client(alpha: float, class_sizes: np.ndarray, num_clients: int, rng: np.random.Generator) -> np.ndarray:
     prior = class_sizes / class_sizes.sum()
-    left = class_sizes.copy()
+    remaining = class_sizes.copy()
     counts = np.zeros((num_clients, len(class_sizes)), dtype=np.int64)
     client_sizes = np.diff(np.arange(num_clients + 1) * class_sizes.sum() // num_clients)
     for count, missing in zip(counts, client_sizes, strict=True):
         mix = rng.dirichlet(alpha * prior)
         while missing > 0:
-            mix = np.where(left > 0, mix, 0.0)
-            if mix.sum() == 0.0:
-                mix[left > 0] = rng.dirichlet(alpha * prior[left > 0])
-            taken = np.minimum(_apportion(missing, mix, rng), left)
-            count += taken
-            left -= taken
-            missing -= taken.sum()
+            mix = np.where(remaining > 0, mix, 0.0)
+            if mix.sum() == 0.0:  # all classes of the mix are used up: draw a mix of the others
+                mix[remaining > 0] = rng.dirichlet(alpha * prior[remaining > 0])
+            drawn = np.minimum(_apportion_randomly(missing, mix, rng), remaining)
+            count += drawn
+            remaining -= drawn
+            missing -= drawn.sum()
     return counts
 
 
-def _apportion(total: int, mix: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Counts that sum to ``total``, each ``total * mix / sum(mix)`` rounded up or down, right in expectation."""
+def _apportion_randomly(total: int, mix: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Counts that sum to ``total``; each is ``total * mix / sum(mix)``, rounded stochastically without bias."""
+    # Systematic sampling: one uniform offset for all edges keeps the sum exact. Without the random order, neighbouring
+    # classes would always be rounded against each other.
     order = rng.permutation(len(mix))
     edges = np.cumsum(mix[order])
     edges = np.floor(edges / edges[-1] * total + rng.random()).astype(np.int64)
@@ -132,12 +137,16 @@ def _apportion(total: int, mix: np.ndarray, rng: np.random.Generator) -> np.ndar
 
 
 def deal_groups(groups: np.ndarray, counts: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
-    """Deals the samples of each group out at random.
+    """Distributes the samples of each group among the clients at random.
 
     Args:
         groups: The group of each sample, int64 of shape ``[num_samples]``.
-        counts: How many samples of each group a client gets, int64 of shape ``[num_clients, num_groups]``.
+        counts: Number of samples of each group that a client gets, int64 of shape ``[num_clients, num_groups]``. Its
+            column sums are the sizes of the groups.
         rng: Source of randomness.
+
+    Returns:
+        For each client the indices of its samples, sorted.
     """
     owner = np.empty(len(groups), dtype=np.int64)
     shuffled = rng.permutation(len(groups))
@@ -148,14 +157,14 @@ def deal_groups(groups: np.ndarray, counts: np.ndarray, rng: np.random.Generator
 
 @dataclass(frozen=True)
 class Shards(Partitioner):
-    """Sorts the samples by label, cuts them into shards of equal size, and gives each client some of them at random.
+    """Sorts the samples by label, cuts them into shards of equal size, and gives each client some shards at random.
 
-    With 60,000 images of 10 equal classes, 100 clients and 2 shards each (200 shards of 300) a client has 1 to 4
-    labels, mostly 2.
+    With 60,000 images in 10 equally large classes and 100 clients with 2 shards each (200 shards of 300), a client has
+    1 to 4 labels, mostly 2.
 
     Args:
-        shards_per_client: Number of shards of a client, at least 1.
-        num_bins: Number of groups of equal size that stand for the classes when targets are numbers.
+        shards_per_client: Number of shards per client, at least 1.
+        num_bins: Number of quantile bins that serve as classes if the targets are continuous.
 
     Raises:
         ValueError: If an argument is out of range; when called, if there are more shards than samples.
@@ -179,8 +188,8 @@ class Shards(Partitioner):
         num_shards = num_clients * self.shards_per_client
         if num_shards > len(dataset):
             raise ValueError(
-                f"{self.shards_per_client} shards for each of {num_clients} clients are {num_shards} shards of "
-                f"{len(dataset)} samples. Use fewer clients or shards."
+                f"{num_clients} clients with {self.shards_per_client} shards each need {num_shards} shards, but there "
+                f"are only {len(dataset)} samples. Use fewer clients or shards."
             )
         groups = label_groups(dataset, self.num_bins)
         shuffled = rng.permutation(len(groups))
@@ -194,21 +203,21 @@ class Shards(Partitioner):
 
 @dataclass(frozen=True)
 class LabelsPerClient(Partitioner):
-    r"""Gives every client exactly ``num_labels`` labels (#C=k), and shares each label among those that hold it.
+    r"""Gives every client exactly ``num_labels`` labels (#C=k) and divides each label among the clients that hold it.
 
-    Labels are dealt out evenly at random, so that their numbers of holders differ by at most 1. With ``sigma=0`` the
-    holders of a label get equal parts of it; else each gets ``min_per_label`` samples and a part of the rest in
-    proportion to :math:`e^{\sigma z}`, :math:`z \sim N(0, 1)`, so that the clients' sizes follow a power law.
-    ``LabelsPerClient(2, sigma=2.0, min_per_label=5)`` with 1,000 clients is the MNIST set of FedProx.
+    Labels are assigned at random such that their numbers of clients differ by at most 1. With ``sigma=0`` a label is
+    divided equally; otherwise each of its clients gets ``min_per_label`` samples and a part of the rest proportional to
+    :math:`e^{\sigma z}`, :math:`z \sim N(0, 1)`, so that the clients' sizes are log-normal (the "power law" of the
+    FedProx paper). ``LabelsPerClient(2, sigma=2.0, min_per_label=5)`` with 1,000 clients is FedProx's MNIST.
 
     Args:
-        num_labels: Number of labels of a client, at least 1 and at most the number of labels.
-        sigma: Spread of the sizes.
-        min_per_label: Smallest number of samples of each of a client's labels, at least 1.
-        num_bins: Number of groups of equal size that stand for the classes when targets are numbers.
+        num_labels: Number of labels per client, at least 1 and at most the number of labels.
+        sigma: Standard deviation of the logarithm of the sizes, at least 0.
+        min_per_label: Minimum number of samples of each of a client's labels, at least 1.
+        num_bins: Number of quantile bins that serve as classes if the targets are continuous.
 
     Raises:
-        ValueError: If an argument is out of range; when called, if the labels or samples are too few.
+        ValueError: If an argument is out of range; when called, if there are too few labels or samples.
 
     References:
         Li, Diao, Chen, He, *Federated Learning on Non-IID Data Silos: An Experimental Study* (NIID-Bench), 2022,
@@ -235,26 +244,27 @@ class LabelsPerClient(Partitioner):
         sizes = np.bincount(groups)
         if not self.num_labels <= len(sizes) <= num_clients * self.num_labels:
             raise ValueError(
-                f"{num_clients} clients with num_labels={self.num_labels} do not fit data of {len(sizes)} labels: a "
-                "client needs no more labels than there are, and together the clients must hold all of them."
+                f"{num_clients} clients with num_labels={self.num_labels} do not fit data with {len(sizes)} labels: a "
+                "client can't have more labels than there are, and together the clients must hold all of them. Change "
+                "num_labels or num_clients."
             )
-        holds = _deal_labels(num_clients, self.num_labels, len(sizes), rng)
+        holds = _assign_labels(num_clients, self.num_labels, len(sizes), rng)
         needed = holds.sum(axis=0) * self.min_per_label
         if (needed > sizes).any():
             label = int(np.argmax(needed - sizes))
             raise ValueError(
                 f"Label {label} has {sizes[label]} samples, but its {holds[:, label].sum()} clients need "
-                f"min_per_label={self.min_per_label} each. Use fewer clients, labels a client or samples a label."
+                f"min_per_label={self.min_per_label} each. Use fewer clients, or a smaller num_labels or min_per_label."
             )
         counts = np.zeros((num_clients, len(sizes)), dtype=np.int64)
         for label, size in enumerate(sizes):
             clients = np.flatnonzero(holds[:, label])
-            counts[clients, label] = share_out(size, len(clients), self.min_per_label, self.sigma, rng)
+            counts[clients, label] = random_sizes(size, len(clients), self.min_per_label, self.sigma, rng)
         return deal_groups(groups, counts, rng)
 
 
-def _deal_labels(num_clients: int, num_labels: int, num_groups: int, rng: np.random.Generator) -> np.ndarray:
-    """Which client holds which label, bool ``[num_clients, num_groups]``: the rarest labels first, ties at random."""
+def _assign_labels(num_clients: int, num_labels: int, num_groups: int, rng: np.random.Generator) -> np.ndarray:
+    """Which client holds which label, bool ``[num_clients, num_groups]``; balanced, with ties broken at random."""
     holds = np.zeros((num_clients, num_groups), dtype=bool)
     num_holders = np.zeros(num_groups)
     for client in range(num_clients):
@@ -264,14 +274,14 @@ def _deal_labels(num_clients: int, num_labels: int, num_groups: int, rng: np.ran
     return holds
 
 
-def share_out(total: int, num_parts: int, least: int, sigma: float, rng: np.random.Generator) -> np.ndarray:
-    """Parts of a total: ``least`` each, the rest in proportion to ``exp(sigma z)``; equal parts if sigma is 0."""
+def random_sizes(total: int, num_parts: int, min_size: int, sigma: float, rng: np.random.Generator) -> np.ndarray:
+    """Sizes that sum to ``total``: ``min_size`` plus log-normal parts of the rest; equal to within 1 if sigma is 0."""
     if sigma == 0:
         return rng.permutation(np.diff(np.arange(num_parts + 1) * total // num_parts))
-    return least + apportion(total - least * num_parts, np.exp(sigma * rng.standard_normal(num_parts)))
+    return min_size + apportion(total - min_size * num_parts, np.exp(sigma * rng.standard_normal(num_parts)))
 
 
 def apportion(total: int, weights: np.ndarray) -> np.ndarray:
-    """Whole numbers that sum to ``total`` and are in proportion to ``weights`` to within 1."""
+    """Integers that sum to ``total`` and are proportional to ``weights``, to within 1."""
     edges = np.cumsum(weights)
     return np.diff(np.rint(edges / edges[-1] * total).astype(np.int64), prepend=0)

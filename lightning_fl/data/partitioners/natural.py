@@ -1,4 +1,4 @@
-"""Partitioners for data that says whose each sample is: by a column, or by a file."""
+"""Partitioners for data whose clients are known, from a column or a file."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from lightning_fl.data.targets import column
 from lightning_fl.types import ClientId
 
 
-class _Named(Partitioner):
-    """A partitioner whose clients the data names; ``num_clients`` may be left out."""
+class _NamedClients(Partitioner):
+    """A partitioner whose clients are named by the data, so that ``num_clients`` is not needed."""
 
     names_clients = True
 
@@ -40,13 +40,13 @@ class _Named(Partitioner):
 
 
 @dataclass(frozen=True)
-class NaturalColumn(_Named):
-    """The clients that a column names: a writer, a hospital, a shop.
+class NaturalColumn(_NamedClients):
+    """One client for each value of a column, such as a writer, a hospital or a shop.
 
     Args:
-        name: Name of an attribute of the data set with one value a sample, of a Hugging Face column, or of an entry of
-            samples that are mappings; or the position of an entry of samples that are tuples.
-        min_size: Smallest number of samples of a client.
+        name: Name of an attribute of the data set with one value per sample, of a Hugging Face column, or of an entry
+            of samples that are mappings; or the position of an entry of samples that are tuples.
+        min_size: Minimum number of samples per client.
 
     Raises:
         ValueError: When called, if there is no such column, or a client has fewer than ``min_size`` samples.
@@ -66,14 +66,14 @@ class NaturalColumn(_Named):
         if small:
             raise ValueError(
                 f"{len(small)} clients of column {self.name!r} have fewer than min_size={self.min_size} samples: "
-                f"{', '.join(small[:5])}{', ...' if len(small) > 5 else ''}. Leave them out or lower min_size."
+                f"{', '.join(small[:5])}{', ...' if len(small) > 5 else ''}. Remove their samples or lower min_size."
             )
         return np.split(np.argsort(owner, kind="stable"), np.cumsum(sizes)[:-1])
 
 
 @dataclass(frozen=True)
-class MappingFile(_Named):
-    """The clients that a JSON file names: ``{"client": [sample, ...], ...}``, each sample exactly once.
+class MappingFile(_NamedClients):
+    """The split in a JSON file ``{"client": [sample, ...], ...}``, in which each sample occurs exactly once.
 
     :func:`save_mapping` writes such a file from any partition.
 
@@ -81,21 +81,23 @@ class MappingFile(_Named):
         path: The file.
 
     Raises:
-        ValueError: When called, if the file is no such mapping, or gives a sample to nobody, to several or twice, or
-            one that does not exist.
-        FileNotFoundError: When called, if there is no such file.
+        ValueError: When called, if the file is not such a mapping, or omits a sample, repeats one, or names one that
+            does not exist.
+        FileNotFoundError: When called, if the file does not exist.
     """
 
     path: str | Path
 
     def _read(self) -> dict[str, list[int]]:
         try:
-            mapping = json.loads(Path(self.path).read_text(), object_pairs_hook=_without_repeats)
+            mapping = json.loads(Path(self.path).read_text(), object_pairs_hook=_refuse_repeated_clients)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{self.path} is no JSON file: {error}. It may be cut short; write it anew.") from error
+            raise ValueError(
+                f"{self.path} is not a JSON file ({error}); it may be truncated. Write it again with save_mapping."
+            ) from error
         if not isinstance(mapping, dict) or not mapping or not all(map(_are_indices, mapping.values())):
             raise ValueError(
-                f'{self.path} is no mapping file: expected {{"client": [sample, ...], ...}} with whole numbers from 0.'
+                f'{self.path} is not a mapping file: expected {{"client": [sample, ...], ...}} with integers from 0.'
             )
         return mapping
 
@@ -105,20 +107,20 @@ class MappingFile(_Named):
     def split(self, dataset: Any, num_clients: int, rng: np.random.Generator) -> Sequence[np.ndarray]:
         """See :meth:`Partitioner.split`."""
         mapping = self._read()
-        times = Counter(sample for samples in mapping.values() for sample in samples)
-        _refuse(self.path, "name samples twice", [sample for sample, number in times.items() if number > 1])
-        _refuse(self.path, f"name samples beyond the {len(dataset)}", [s for s in times if s >= len(dataset)])
-        _refuse(self.path, "leave out samples", [s for s in range(len(dataset)) if s not in times])
-        _refuse(self.path, "name clients without a sample", [name for name, part in mapping.items() if not part])
+        counts = Counter(sample for samples in mapping.values() for sample in samples)
+        _check_none(self.path, "repeats samples", [sample for sample, count in counts.items() if count > 1])
+        _check_none(self.path, f"has samples beyond the {len(dataset)}", [s for s in counts if s >= len(dataset)])
+        _check_none(self.path, "omits samples", [s for s in range(len(dataset)) if s not in counts])
+        _check_none(self.path, "has clients without samples", [name for name, part in mapping.items() if not part])
         return [np.array(samples, dtype=np.int64) for samples in mapping.values()]
 
 
 def save_mapping(path: str | Path, parts: Sequence[torch.Tensor] | Mapping[ClientId, torch.Tensor]) -> None:
-    """Writes a partition to a file that :class:`MappingFile` reads, so that others can train on the same clients.
+    """Writes a partition to a file for :class:`MappingFile`, so that others can train on the same clients.
 
     Args:
-        path: The file, which appears whole or not at all.
-        parts: For each client the indices of its samples; a mapping from client id, or a sequence.
+        path: The file, written atomically.
+        parts: For each client the indices of its samples, as a mapping from client id or a sequence.
     """
     named = parts if isinstance(parts, Mapping) else dict(enumerate(parts))
     partial = Path(f"{path}.part")
@@ -126,10 +128,11 @@ def save_mapping(path: str | Path, parts: Sequence[torch.Tensor] | Mapping[Clien
     partial.replace(path)
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    repeated = [name for name, number in Counter(name for name, _ in pairs).items() if number > 1]
+def _refuse_repeated_clients(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # json.loads keeps only the last value of a repeated key, which would silently drop samples
+    repeated = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
     if repeated:
-        raise ValueError(f"The mapping file names client {repeated[0]!r} twice; join its samples in one list.")
+        raise ValueError(f"The mapping file has client {repeated[0]!r} twice; join its samples in one list.")
     return dict(pairs)
 
 
@@ -137,9 +140,9 @@ def _are_indices(samples: Any) -> bool:
     return isinstance(samples, list) and all(type(sample) is int and sample >= 0 for sample in samples)
 
 
-def _refuse(path: str | Path, fault: str, found: Sequence[Any]) -> None:
-    if found:
+def _check_none(path: str | Path, fault: str, faulty: Sequence[Any]) -> None:
+    if faulty:
         raise ValueError(
-            f"The entries of {path} {fault}: {', '.join(map(str, found[:5]))}{', ...' if len(found) > 5 else ''} "
-            f"({len(found)} in all). Every sample must belong to exactly one client, and every client have one."
+            f"{path} {fault}: {', '.join(map(str, faulty[:5]))}{', ...' if len(faulty) > 5 else ''} ({len(faulty)} in "
+            "all). Every sample must belong to exactly one client, and every client needs at least one."
         )

@@ -14,40 +14,40 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 from lightning_fl.types import ClientId
 
 DEFAULT_NUM_CLIENTS = 10
-_STREAM = 0x5117
+_STREAM = 0x5117  # keeps the split independent of other generators with the same seed
 
 
 class Partitioner(ABC):
     """Splits a data set among clients: every sample goes to exactly one of them.
 
-    A partitioner of your own overrides :meth:`split` and draws its randomness from the ``rng`` it is given.
+    Subclasses override :meth:`split` and take all their randomness from its ``rng``.
     """
 
     names_clients: bool = False
-    """Whether the data says who the clients are, so that ``num_clients`` is left out."""
+    """Whether the data names the clients, so that ``num_clients`` is not needed."""
 
     changes_examples: bool = False
-    """Whether clients see examples other than those of the data set, see :meth:`client_dataset`."""
+    """Whether :meth:`client_dataset` changes examples, such as by adding noise."""
 
     def __call__(self, dataset: Any, num_clients: int | None = None, seed: int = 0) -> list[torch.Tensor]:
-        """Splits ``dataset`` among ``num_clients`` clients; equal arguments give equal splits.
+        """Splits ``dataset`` among ``num_clients`` clients; the same arguments always give the same split.
 
         Args:
             dataset: A map-style data set.
-            num_clients: Number of clients, at least 1 and at most the number of samples. None: 10, or those that the
-                data names.
+            num_clients: Number of clients, at least 1 and at most the number of samples. None: the clients that the
+                data names, or 10.
             seed: Seed of the split, at least 0.
 
         Returns:
             For each client the indices of its samples: int64, sorted, shape ``[num_samples_of_client]``.
 
         Raises:
-            ValueError: If the data set has no length, the number of clients does not fit it, or a partitioner of your
-                own leaves out a sample or gives one away twice.
+            ValueError: If the data set has no length, the number of clients does not fit it, or :meth:`split` omits a
+                sample, assigns one twice or gives another number of parts.
         """
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
             raise ValueError(
-                f"{type(dataset).__name__} cannot be partitioned: a map-style data set with a length is needed. Give "
+                f"{type(dataset).__name__} cannot be partitioned: expected a map-style data set with a length. Give "
                 "each client its own loader with fl.datamodules.ClientLoaders."
             )
         if num_clients is None or num_clients > 0:
@@ -58,7 +58,13 @@ class Partitioner(ABC):
                 "and at most the number of samples. Change num_clients or use more data."
             )
         parts = self.split(dataset, num_clients, np.random.default_rng([seed, _STREAM]))
+        if len(parts) != num_clients:
+            raise ValueError(
+                f"{self} gave {len(parts)} parts for {num_clients} clients; `split` must give one part per client. "
+                "If the data says who the clients are, override `client_ids` too."
+            )
         owner = _owners(parts, len(dataset), str(self))
+        # a stable argsort of the owners groups the samples by client and keeps each client's samples sorted
         ends = np.cumsum(np.bincount(owner, minlength=num_clients))[:-1]
         return list(torch.from_numpy(np.argsort(owner, kind="stable")).tensor_split(torch.from_numpy(ends)))
 
@@ -67,11 +73,11 @@ class Partitioner(ABC):
         return range(DEFAULT_NUM_CLIENTS if num_clients is None else num_clients)
 
     def client_dataset(self, dataset: Any, part: torch.Tensor, client: int, num_clients: int, seed: int) -> Dataset:
-        """What a client sees of the data set.
+        """A client's data set.
 
         Args:
             dataset: The data set that was split.
-            part: The indices of the client's samples, or of some of them.
+            part: The indices of the client's samples, or of some of them, such as those held out for validation.
             client: The client's position, ``0 .. num_clients-1``.
             num_clients: Number of clients.
             seed: Seed of the split.
@@ -91,7 +97,7 @@ class Partitioner(ABC):
 
 @dataclass(frozen=True)
 class IID(Partitioner):
-    """Shuffles the samples and deals them out evenly: the clients' sizes differ by at most 1."""
+    """Random samples for each client; the clients' sizes differ by at most 1."""
 
     def split(self, dataset: Any, num_clients: int, rng: np.random.Generator) -> Sequence[np.ndarray]:
         """See :meth:`Partitioner.split`."""
@@ -99,14 +105,15 @@ class IID(Partitioner):
 
 
 def _owners(parts: Sequence[np.ndarray], num_samples: int, name: str) -> np.ndarray:
-    """The client of each sample; refuses parts that are no partition."""
+    """The client of each sample, int64 of shape ``[num_samples]``; checks that every sample has exactly one."""
     samples = np.concatenate([np.asarray(part, dtype=np.int64) for part in parts])
     inside = samples[(samples >= 0) & (samples < num_samples)]
-    times = np.bincount(inside, minlength=num_samples)
-    if len(inside) != len(samples) or (times != 1).any():
+    counts = np.bincount(inside, minlength=num_samples)
+    if len(inside) != len(samples) or (counts != 1).any():
         raise ValueError(
-            f"{name} gave {(times == 0).sum()} of {num_samples} samples to no client, {(times > 1).sum()} to several, "
-            f"and {len(samples) - len(inside)} that do not exist; every sample must go to exactly one client."
+            f"{name} assigned {(counts == 0).sum()} of {num_samples} samples to no client, {(counts > 1).sum()} more "
+            f"than once, and {len(samples) - len(inside)} that do not exist; every sample must go to exactly one "
+            "client. Fix its split()."
         )
     owner = np.empty(num_samples, dtype=np.int64)
     owner[samples] = np.repeat(np.arange(len(parts)), [len(part) for part in parts])

@@ -1,4 +1,4 @@
-"""Partitioners that give clients random samples, but not equally many."""
+"""Quantity skew: partitioners whose clients get random samples, but not equally many."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 
 import numpy as np
 
-from lightning_fl.data.partitioners.label_skew import apportion, share_out
+from lightning_fl.data.partitioners.label_skew import apportion, random_sizes
 from lightning_fl.data.partitioners.partitioner import Partitioner
 
 
 @dataclass(frozen=True)
 class DirichletSizes(Partitioner):
-    r"""Random samples; the clients' shares of them are drawn from :math:`\mathrm{Dir}(\alpha, \dots, \alpha)`.
+    r"""Random samples, in proportions drawn from :math:`\mathrm{Dir}(\alpha, \dots, \alpha)`.
 
-    Each client gets ``min_size`` samples first; the draw shares out the rest.
+    Each client gets ``min_size`` samples; the rest is divided in these proportions.
 
     Args:
         alpha: Concentration, positive and finite; the smaller, the more the sizes differ.
-        min_size: Smallest number of samples of a client, at least 0.
+        min_size: Minimum number of samples per client, at least 0.
 
     Raises:
         ValueError: If an argument is out of range; when called, if there are too few samples for ``min_size``.
@@ -42,20 +42,20 @@ class DirichletSizes(Partitioner):
 
     def split(self, dataset: Any, num_clients: int, rng: np.random.Generator) -> Sequence[np.ndarray]:
         """See :meth:`Partitioner.split`."""
-        rest = _rest(len(dataset), num_clients, self.min_size)
-        sizes = self.min_size + apportion(rest, rng.dirichlet(np.full(num_clients, self.alpha)))
-        return _deal(len(dataset), sizes, rng)
+        remaining = _num_remaining(len(dataset), num_clients, self.min_size)
+        sizes = self.min_size + apportion(remaining, rng.dirichlet(np.full(num_clients, self.alpha)))
+        return _split_randomly(len(dataset), sizes, rng)
 
 
 @dataclass(frozen=True)
 class LognormalSizes(Partitioner):
-    r"""Random samples; the clients' shares of them are in proportion to :math:`e^{\sigma z}`, :math:`z \sim N(0, 1)`.
+    r"""Random samples, in proportions :math:`e^{\sigma z}` with :math:`z \sim N(0, 1)`.
 
-    Each client gets ``min_size`` samples first; the draw shares out the rest.
+    Each client gets ``min_size`` samples; the rest is divided in these proportions.
 
     Args:
-        sigma: Spread of the sizes, at least 0.
-        min_size: Smallest number of samples of a client, at least 0.
+        sigma: Standard deviation of the logarithm of the proportions, at least 0.
+        min_size: Minimum number of samples per client, at least 0.
 
     Raises:
         ValueError: If an argument is out of range; when called, if there are too few samples for ``min_size``.
@@ -73,8 +73,9 @@ class LognormalSizes(Partitioner):
 
     def split(self, dataset: Any, num_clients: int, rng: np.random.Generator) -> Sequence[np.ndarray]:
         """See :meth:`Partitioner.split`."""
-        _rest(len(dataset), num_clients, self.min_size)
-        return _deal(len(dataset), share_out(len(dataset), num_clients, self.min_size, self.sigma, rng), rng)
+        _num_remaining(len(dataset), num_clients, self.min_size)  # raises if min_size can't be met
+        sizes = random_sizes(len(dataset), num_clients, self.min_size, self.sigma, rng)
+        return _split_randomly(len(dataset), sizes, rng)
 
 
 def _check_min_size(min_size: int) -> None:
@@ -82,15 +83,15 @@ def _check_min_size(min_size: int) -> None:
         raise ValueError(f"min_size={min_size} must be at least 0.")
 
 
-def _rest(num_samples: int, num_clients: int, min_size: int) -> int:
-    rest = num_samples - num_clients * min_size
-    if rest < 0:
+def _num_remaining(num_samples: int, num_clients: int, min_size: int) -> int:
+    remaining = num_samples - num_clients * min_size
+    if remaining < 0:
         raise ValueError(
             f"min_size={min_size} for {num_clients} clients needs {num_clients * min_size} samples, found "
             f"{num_samples}. Use fewer clients or a smaller min_size."
         )
-    return rest
+    return remaining
 
 
-def _deal(num_samples: int, sizes: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
+def _split_randomly(num_samples: int, sizes: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
     return np.split(rng.permutation(num_samples), np.cumsum(sizes)[:-1])

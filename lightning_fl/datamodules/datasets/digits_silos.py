@@ -1,4 +1,4 @@
-"""Handwritten digits that belong to silos: each process holds only its own."""
+"""Handwritten digits divided among silos: each process holds only those of its silo."""
 
 from __future__ import annotations
 
@@ -9,27 +9,23 @@ import numpy as np
 from torch.utils.data import Dataset, TensorDataset
 
 from lightning_fl.communication import LocalGroup
-from lightning_fl.datamodules.client_datasets import wants_clients
 from lightning_fl.datamodules.datasets.digits import DigitsDataModule
+from lightning_fl.datamodules.loader_hooks import wants_client_loaders
 
 
 class DigitsSiloDataModule(DigitsDataModule):
-    """The digits of :class:`DigitsDataModule`, dealt out to silos: a federated run has one silo per rank.
+    """The digits of :class:`DigitsDataModule`, divided among silos: a federated run has one silo per rank.
 
-    A silo trains and validates on its own digits only; no two silos share one. Any strategy that is not federated gets
+    Each silo trains and validates on its own digits; no two silos share a digit. A strategy that is not federated gets
     the digits of all silos, which is the centralised baseline.
 
     Args:
-        shares: For each silo how many digits it owns, relative to the others.
-        silo: The silo that this process is. None: its rank.
-        batch_size: Examples in a batch.
-        test_share: Share of the examples kept for testing, in (0, 1).
-        seed: Seed of the split, the same in all silos.
-        num_workers: Worker processes of each loader.
+        shares: Relative size of each silo's data set.
+        silo: Index of the silo that this process represents. None: its rank.
+        **kwargs: The arguments of :class:`DigitsDataModule`; ``seed`` must be the same in all silos.
 
     Raises:
-        ValueError: If a share is not positive, ``silo`` has none, or ``test_share`` is out of range; on setup, if there
-            are not as many ranks as shares.
+        ValueError: If an argument is out of range; on setup, if the number of ranks is not that of the shares.
         ImportError: On setup, if scikit-learn is not installed.
     """
 
@@ -37,23 +33,20 @@ class DigitsSiloDataModule(DigitsDataModule):
         self,
         shares: Sequence[float] = (1, 1, 3),
         silo: int | None = None,
-        batch_size: int = 32,
-        test_share: float = 0.2,
-        seed: int = 0,
-        num_workers: int = 0,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(batch_size, test_share, seed, num_workers)
+        super().__init__(**kwargs)
         if not shares or min(shares) <= 0:
-            raise ValueError(f"shares={list(shares)} must hold a positive number for each silo, such as [1, 1, 3].")
+            raise ValueError(f"shares={list(shares)} must have a positive number for each silo, such as [1, 1, 3].")
         if silo is not None and silo not in range(len(shares)):
-            raise ValueError(f"silo={silo} does not fit shares={list(shares)}: expected 0 to {len(shares) - 1}.")
+            raise ValueError(f"silo={silo} is out of range for shares={list(shares)}: expected 0 to {len(shares) - 1}.")
         self.shares = shares
         self.silo = silo
 
     def read(self) -> tuple[Dataset, Dataset]:
-        """Reads the digits and keeps the silo's own."""
+        """Reads the digits and keeps those of the silo."""
         train, test = super().read()
-        if not wants_clients(self.trainer):
+        if not wants_client_loaders(self.trainer):
             return train, test
         silo = self._rank() if self.silo is None else self.silo
         return self._part(train, silo), self._part(test, silo)
@@ -63,9 +56,9 @@ class DigitsSiloDataModule(DigitsDataModule):
         group = LocalGroup() if strategy is None else strategy.federation
         if group.size != len(self.shares):
             raise ValueError(
-                f"shares={list(self.shares)} name {len(self.shares)} silos, but the federation has {group.size} "
+                f"shares={list(self.shares)} describes {len(self.shares)} silos, but the federation has {group.size} "
                 f"rank(s). Start one process per silo, torchrun --nproc_per_node {len(self.shares)} -m lightning_fl "
-                "fit ..., or say with `silo` which one this process is."
+                "fit ..., or set `silo` to the index of this process's silo."
             )
         return group.rank
 

@@ -15,30 +15,26 @@ from torch.utils.data import TensorDataset
 from lightning_fl.datamodules.natural import ClientData, NaturalDataModule
 from lightning_fl.types import ClientId
 
-_REMEDY = "Make the files again with LEAF's preprocess.sh."
+_REMEDY = "Create the files again with LEAF's preprocess.sh."
 
 
 class LEAFDataModule(NaturalDataModule):
-    """A directory of LEAF: ``train/*.json`` and ``test/*.json``, or the files of ``all_data`` alone.
+    """A LEAF data set: the files ``train/*.json`` and ``test/*.json``, or ``all_data/*.json``.
 
-    Each file is ``{"users": [...], "num_samples": [...], "user_data": {user: {"x": [...], "y": [...]}}}``. Users are
-    the clients; without a ``test`` folder each keeps ``test_share`` of its samples for test. Samples are float32 of the
-    shape given, labels int64. Numbers are kept in memory as float32, one file being read at a time.
+    Each file is ``{"users": [...], "num_samples": [...], "user_data": {user: {"x": [...], "y": [...]}}}``. The users
+    are the clients; without a ``test`` folder each holds out ``test_share`` of its samples for test. Samples are
+    float32 of shape ``shape``, labels int64. All samples are held in memory; the files are parsed one at a time.
 
     Args:
-        root: The directory (LEAF's ``data``), or one with JSON files in it.
-        shape: Shape of a sample. None: as in the files.
+        root: LEAF's ``data`` directory, or a folder of JSON files.
+        shape: Shape of a sample. None: the shape in the files.
         num_classes: Number of classes; labels are 0 to ``num_classes - 1``.
-        batch_size: Examples in a training batch.
-        val_share: Share of each client's training samples kept for validation, in [0, 1).
-        test_share: Share of each client's samples kept for test if there is no ``test`` folder, in [0, 1).
-        seed: Seed of the splits.
-        num_workers: Worker processes of each loader.
-        eval_batch_size: Examples in a batch of validation, test and prediction. None: the larger of ``batch_size`` and
-            256.
+        batch_size: Examples per training batch.
+        test_share: Fraction of each client's samples held out for test if there is no ``test`` folder, in [0, 1).
+        **kwargs: ``val_share``, ``seed``, ``num_workers`` and ``eval_batch_size``; see :class:`NaturalDataModule`.
 
     Raises:
-        ValueError: If an argument is out of range; on setup, if a file is corrupt, or its numbers don't fit.
+        ValueError: If an argument is out of range; on setup, if a file is corrupt or inconsistent.
         FileNotFoundError: On setup, if there are no files.
 
     References:
@@ -51,27 +47,16 @@ class LEAFDataModule(NaturalDataModule):
         shape: Sequence[int] | None = None,
         num_classes: int = 10,
         batch_size: int = 10,
-        val_share: float = 0.0,
         test_share: float = 0.1,
-        seed: int = 0,
-        num_workers: int = 0,
-        eval_batch_size: int | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            batch_size=batch_size,
-            val_share=val_share,
-            test_share=test_share,
-            seed=seed,
-            num_workers=num_workers,
-            eval_batch_size=eval_batch_size,
-            brings_test=True,
-        )
+        super().__init__(batch_size=batch_size, test_share=test_share, brings_test=True, **kwargs)
         self.root = root
         self.shape = shape
         self.num_classes = num_classes
 
     def read(self) -> ClientData:
-        """Reads the files, one after the other."""
+        """Reads the files."""
         root = Path(self.root)
         if (root / "train").is_dir():
             test = self._read_folder(root / "test") if (root / "test").is_dir() else None
@@ -79,28 +64,30 @@ class LEAFDataModule(NaturalDataModule):
         return self._read_folder(root / "all_data" if (root / "all_data").is_dir() else root)
 
     def encode(self, x: Sequence[Any], y: Sequence[Any]) -> tuple[Tensor, Tensor]:
-        """A user's ``x`` and ``y`` as tensors."""
+        """Converts a user's ``x`` and ``y`` to tensors."""
         samples = torch.from_numpy(np.asarray(x, dtype=np.float32))
         if self.shape is not None:
             samples = samples.reshape(len(x), *self.shape)
         if not samples.isfinite().all():
-            raise ValueError("x holds NaN or infinite numbers")
+            raise ValueError("x has NaN or infinite values")
         labels = torch.from_numpy(np.asarray(y, dtype=np.int64))
         if not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
             raise ValueError(
-                f"the labels go from {int(labels.min())} to {int(labels.max())}, expected 0 to {self.num_classes - 1}"
+                f"labels range from {int(labels.min())} to {int(labels.max())}, expected 0 to {self.num_classes - 1}"
             )
         return samples, labels
 
     def _read_folder(self, folder: Path, test: ClientData | None = None) -> ClientData:
         files = sorted(folder.glob("*.json"))
         if not files:
-            raise FileNotFoundError(f"{folder} has no .json file; `root` is LEAF's data directory with train/ in it.")
+            raise FileNotFoundError(
+                f"{folder} has no .json file; set `root` to LEAF's data directory, which contains train/."
+            )
         clients: dict[ClientId, TensorDataset] = {}
         for file in files:
             for user, dataset in self._read_file(file).items():
                 if user in clients:
-                    raise ValueError(f"User {user!r} stands in {file} and in another file of {folder}. {_REMEDY}")
+                    raise ValueError(f"User {user!r} is in {file} and in another file of {folder}. {_REMEDY}")
                 clients[user] = dataset
         return ClientData(sorted(clients), lambda user: len(clients[user]), clients.__getitem__, test)
 
@@ -110,16 +97,17 @@ class LEAFDataModule(NaturalDataModule):
             users, counts, data = content["users"], content["num_samples"], content["user_data"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{file} is no LEAF file or cut short: {error!r}; expected users, num_samples and user_data. {_REMEDY}"
+                f"{file} is not a LEAF file or is truncated ({error!r}); expected users, num_samples and user_data. "
+                f"{_REMEDY}"
             ) from error
         found = {}
         for user, count in zip(users, counts, strict=False):
-            own = data.get(user, {})
-            x, y = own.get("x", ()), own.get("y", ())
+            user_data = data.get(user, {})
+            x, y = user_data.get("x", ()), user_data.get("y", ())
             if not len(x) == len(y) == count or count == 0:
                 raise ValueError(
-                    f"User {user!r} of {file} has {len(x)} samples and {len(y)} labels; num_samples says {count}, and "
-                    f"every client needs one. {_REMEDY}"
+                    f"User {user!r} of {file} has {len(x)} samples and {len(y)} labels, expected num_samples={count} "
+                    f"of each, and at least 1. {_REMEDY}"
                 )
             try:
                 found[user] = TensorDataset(*self.encode(x, y))
@@ -131,22 +119,13 @@ class LEAFDataModule(NaturalDataModule):
 class FEMNISTDataModule(LEAFDataModule):
     """FEMNIST: handwritten digits and letters by writer, float32 images of shape ``[1, 28, 28]``, labels 0 to 61.
 
-    ``root`` is LEAF's directory ``data/femnist/data`` after its ``preprocess.sh``. Arguments are those of
-    :class:`LEAFDataModule`; ``HuggingFaceDataModule`` reads the copies of this set on the Hugging Face hub.
+    ``root`` is LEAF's directory ``data/femnist/data`` after its ``preprocess.sh``. The other arguments are those of
+    :class:`LEAFDataModule`. ``HuggingFaceDataModule`` reads the copies of this data set on the Hugging Face hub.
 
     References:
         Caldas et al., *LEAF: A Benchmark for Federated Settings*, 2018, arXiv:1812.01097. Cohen et al., *EMNIST: an
         Extension of MNIST to Handwritten Letters*, 2017, arXiv:1702.05373.
     """
 
-    def __init__(
-        self,
-        root: str | Path,
-        batch_size: int = 10,
-        val_share: float = 0.0,
-        test_share: float = 0.1,
-        seed: int = 0,
-        num_workers: int = 0,
-        eval_batch_size: int | None = None,
-    ) -> None:
-        super().__init__(root, (1, 28, 28), 62, batch_size, val_share, test_share, seed, num_workers, eval_batch_size)
+    def __init__(self, root: str | Path, **kwargs: Any) -> None:
+        super().__init__(root, (1, 28, 28), 62, **kwargs)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_fl.datamodules.datasets.idx import read_idx
 from lightning_fl.datamodules.download import RemoteFile
-from lightning_fl.datamodules.files import ImageFilesDataModule
+from lightning_fl.datamodules.image_files import ImageFilesDataModule
 
 _NAMES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
 
@@ -17,25 +17,21 @@ _NAMES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("ima
 class MNISTDataModule(ImageFilesDataModule):
     """MNIST: 60,000 + 10,000 handwritten digits, float32 images of shape ``[1, 28, 28]``, labels 0 to 9.
 
-    The files are ``train-images-idx3-ubyte`` and its three companions, with or without ``.gz``, 11.6 MB in all; without
-    ``root`` they are looked for in ``$LIGHTNING_FL_DATA/mnist``, ``data/mnist`` and the same with ``MNIST/raw``.
+    The files are ``train-images-idx3-ubyte`` and its three companions, gzipped or not, 11.6 MB in all. Without ``root``
+    they are looked for in the folders ``mnist`` and ``MNIST/raw`` of ``$LIGHTNING_FL_DATA`` and of ``data``.
 
     Args:
-        root: Folder with the files. None: the first of the usual folders that has them.
+        root: Folder with the files. None: the first of the default folders that has them.
         download: Whether to download the files if they are missing.
         scaling: ``"unit"``: pixels in [0, 1]. ``"channel"``: mean 0 and variance 1 over the pixels of the training
-            data. ``"pixel"``: the same at each place of the image.
-        batch_size: Examples in a training batch.
-        val_share: Share of the training data kept for validation, in [0, 1). 0: validation uses the test data.
-        transform: Applied to each float image of the training data, such as an augmentation.
-        seed: Seed of the validation split.
-        num_workers: Worker processes of each loader.
-        eval_batch_size: Examples in a batch of validation, test and prediction. None: the larger of ``batch_size`` and
-            256.
+            data. ``"pixel"``: mean 0 and variance 1 per pixel of the training data.
+        transform: Applied to each float32 image of the training data, such as an augmentation.
+        **kwargs: ``batch_size``, ``val_share``, ``seed``, ``num_workers`` and ``eval_batch_size``; see
+            :class:`CentralDataModule`.
 
     Raises:
-        ValueError: If an argument is out of range; on setup, if a file is corrupt or cut short.
-        FileNotFoundError: On setup, if the files are not there.
+        ValueError: If an argument is out of range; on setup, if a file is corrupt or truncated.
+        FileNotFoundError: On setup, if the files are missing.
 
     References:
         LeCun, Bottou, Bengio, Haffner, *Gradient-Based Learning Applied to Document Recognition*, 1998.
@@ -67,7 +63,9 @@ class MNISTDataModule(ImageFilesDataModule):
         arrays = [torch.from_numpy(read_idx(_path(folder, name))) for name in _NAMES]
         for name, array, num_axes in zip(_NAMES, arrays, (3, 1, 3, 1), strict=True):
             if array.ndim != num_axes:
-                raise ValueError(f"{_path(folder, name)} has {array.ndim} axes, expected {num_axes}.")
+                raise ValueError(
+                    f"{_path(folder, name)} has {array.ndim} axes, expected {num_axes}. Download it again."
+                )
         images, labels, test_images, test_labels = arrays
         return (images.unsqueeze(1), labels.long()), (test_images.unsqueeze(1), test_labels.long())
 
@@ -75,9 +73,9 @@ class MNISTDataModule(ImageFilesDataModule):
 class FashionMNISTDataModule(MNISTDataModule):
     """Fashion-MNIST: 60,000 + 10,000 articles of clothing, float32 images of shape ``[1, 28, 28]``, labels 0 to 9.
 
-    Arguments and files are those of :class:`MNISTDataModule`, 30.9 MB in all. Without ``root`` they are looked for in
-    ``$LIGHTNING_FL_DATA/fashion-mnist``, ``data/fashion-mnist``, the same with ``FashionMNIST/raw``, and where Debian's
-    package ``dataset-fashion-mnist`` puts them.
+    The arguments and the names of the files are those of :class:`MNISTDataModule`; the files have 30.9 MB in all.
+    Without ``root`` they are looked for in the folders ``fashion-mnist`` and ``FashionMNIST/raw`` of
+    ``$LIGHTNING_FL_DATA`` and of ``data``, and where Debian's package ``dataset-fashion-mnist`` installs them.
 
     References:
         Xiao, Rasul, Vollgraf, *Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning Algorithms*,

@@ -1,12 +1,14 @@
-"""MNIST-1D: digits as signals of 40 values, generated."""
+"""MNIST-1D: digits as generated signals of 40 values."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, TensorDataset
 
-from lightning_fl.datamodules.base import CentralDataModule
+from lightning_fl.datamodules.central import CentralDataModule
 from lightning_fl.datamodules.datasets.sklearn_data import check_test_share
 
 # The shape of each digit as 12 values, from the paper's appendix.
@@ -26,18 +28,17 @@ _LENGTH, _SHORTEST, _NUM_VALUES = 72, 48, 40
 
 
 class MNIST1DDataModule(CentralDataModule):
-    """MNIST-1D: 4,000 + 1,000 signals of 40 values, each the shape of a digit, stretched, shifted, sheared and noisy.
+    """MNIST-1D: 4,000 + 1,000 signals of 40 values, each a digit's outline, stretched, shifted, sheared and noisy.
 
-    Float32 of shape ``[40]`` with mean 0 and variance 1 over all of them; labels 0 to 9. Generated in the way of the
-    paper from a random stream of its own, so that signals are not those of its file one by one.
+    Signals are float32 of shape ``[40]`` with mean 0 and variance 1 over all signals; labels are 0 to 9. They are
+    generated as in the paper but from other random numbers, so they differ from the signals in the paper's file.
 
     Args:
         num_samples: Number of signals, a multiple of 10.
-        batch_size: Examples in a training batch.
-        test_share: Share of the signals kept for testing, in (0, 1).
-        val_share: Share of the training data kept for validation, in [0, 1). 0: validation uses the test data.
-        seed: Seed of the signals and the splits.
-        num_workers: Worker processes of each loader.
+        batch_size: Examples per training batch.
+        test_share: Fraction of the signals held out for testing, in (0, 1).
+        **kwargs: ``val_share``, ``seed`` (also of the signals), ``num_workers`` and ``eval_batch_size``; see
+            :class:`CentralDataModule`.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -46,16 +47,8 @@ class MNIST1DDataModule(CentralDataModule):
         Greydanus, Kobak, *Scaling Down Deep Learning with MNIST-1D*, 2024, arXiv:2011.14439.
     """
 
-    def __init__(
-        self,
-        num_samples: int = 5000,
-        batch_size: int = 32,
-        test_share: float = 0.2,
-        val_share: float = 0.0,
-        seed: int = 0,
-        num_workers: int = 0,
-    ) -> None:
-        super().__init__(batch_size=batch_size, val_share=val_share, seed=seed, num_workers=num_workers)
+    def __init__(self, num_samples: int = 5000, batch_size: int = 32, test_share: float = 0.2, **kwargs: Any) -> None:
+        super().__init__(batch_size=batch_size, **kwargs)
         if num_samples < 20 or num_samples % 10:
             raise ValueError(f"num_samples={num_samples} must be a multiple of 10, at least 20.")
         self.num_samples = num_samples

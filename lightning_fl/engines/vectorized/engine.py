@@ -8,13 +8,25 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lightning_fl.engines.optimizer_states import Schedule, ScheduleEnd
-from lightning_fl.engines.sequential import LocalResult, SequentialEngine, change, trained
+from lightning_fl.clients.local_work import BatchPosition
+from lightning_fl.engines.local_trainer import (
+    ONE_PHASE,
+    ClientFacts,
+    ClientOptimizer,
+    GradTransform,
+    LocalResult,
+    StepFunctions,
+    buffer_delta,
+    loss_of,
+    trained_value,
+)
+from lightning_fl.engines.optimizer_states import OptimizerStates
+from lightning_fl.engines.sequential import SequentialEngine
 from lightning_fl.engines.tensors import clones, load
 from lightning_fl.engines.vectorized.batching_rules import BatchingRules
 from lightning_fl.engines.vectorized.buffer_pool import BufferPool
@@ -24,9 +36,9 @@ from lightning_fl.engines.vectorized.stacking import num_bytes, stack
 from lightning_fl.engines.vectorized.tensor_slots import TensorSlots
 from lightning_fl.engines.vectorized.tracing import TracedStep, record, with_gradients
 from lightning_fl.tree import cast_like
-from lightning_fl.types import Tree
+from lightning_fl.types import Phase, Tree
 
-Step = Callable[..., tuple[Tensor, Any]]
+Step = Callable[..., tuple[Any, Any]]
 """Calls the user's step; returns the loss and tensors to be handed on."""
 
 
@@ -80,20 +92,35 @@ class VectorizedEngine(SequentialEngine):
     alone. A client alone is trained as by :class:`SequentialEngine`.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizers: OptimizerStates,
+        personal: Sequence[str] = (),
+        client_optimizer: ClientOptimizer = "reset",
+        functions: StepFunctions | None = None,
+    ) -> None:
+        super().__init__(module, optimizers, personal, client_optimizer, functions)
+        self._start: Tree = {}
+        self._stacked: Tree = {}
+        self._stacked_buffers: Tree = {}
         self.pool = BufferPool()
+        self._subset: RowSubset | None = None
 
-    def begin_round(self, server_params: Tree | None, schedules: Sequence[Schedule] = ()) -> Tree:
-        self.leave_clients()
-        return super().begin_round(server_params, schedules)
-
-    def start_clients(self, starts: Sequence[Tree], kept: Sequence[Mapping[str, Tree]]) -> None:
-        """Loads several clients: the parameters they start from, and what they have kept from their last rounds."""
-        size, tensors = len(starts), self.tensors
+    def start(
+        self,
+        starts: Sequence[Tree],
+        client_states: Sequence[Mapping[str, Tree]],
+        phase: Phase = ONE_PHASE,
+        grad_transform: GradTransform | None = None,
+    ) -> None:
+        if len(starts) == 1:
+            super().start(starts, client_states, phase, grad_transform)
+            return
+        size, tensors, round_start = len(starts), self.tensors, self.round_start
         self._start, _ = stack(starts)
-        personal, _ = stack([own.get("personal", self._start_personal) for own in kept])
-        values = {**self._start, **self._start_buffers, **personal}
+        personal, _ = stack([state.get("personal", round_start.personal) for state in client_states])
+        values = {**self._start, **round_start.buffers, **personal}
         params = {**tensors.params, **tensors.personal_params}
         every = {**tensors.buffers, **tensors.personal}
         buffers = {name: buffer for name, buffer in every.items() if name not in params}
@@ -101,8 +128,8 @@ class VectorizedEngine(SequentialEngine):
         self._stacked = {name: spread(values[name], param).requires_grad_() for name, param in params.items()}
         self._stacked_buffers = {name: spread(values[name], buffer) for name, buffer in buffers.items()}
         self._slots = TensorSlots(self.module, {**params, **buffers})
-        self.optimizers.start_clients({id(param): self._stacked[name] for name, param in params.items()})
-        self._gathering: RowSubset | None = None
+        self.optimizers.restart_stacked({id(param): self._stacked[name] for name, param in params.items()})
+        self.grad_transform = grad_transform
 
     @torch.no_grad()
     def _spread(self, value: Tensor, like: Tensor, size: int) -> Tensor:
@@ -113,11 +140,11 @@ class VectorizedEngine(SequentialEngine):
         """Lets only some of the loaded clients train in the next step.
 
         Args:
-            rows: Their places among those given to :meth:`start_clients`, in order.
+            rows: Their places among those given to :meth:`start`, in order.
         """
-        if self._gathering is None:
-            self._gathering = RowSubset(self._stacked, self._stacked_buffers, self.optimizers, self.pool)
-        self._stacked, self._stacked_buffers = self._gathering.choose(rows, self._stacked, self._stacked_buffers)
+        if self._subset is None:
+            self._subset = RowSubset(self._stacked, self._stacked_buffers, self.optimizers, self.pool)
+        self._stacked, self._stacked_buffers = self._subset.choose(rows, self._stacked, self._stacked_buffers)
 
     @property
     def num_clients(self) -> int:
@@ -127,9 +154,23 @@ class VectorizedEngine(SequentialEngine):
     @property
     def is_gathered(self) -> bool:
         """Whether only some of the loaded clients train."""
-        return self._gathering is not None and self._gathering.rows is not None
+        return self._subset is not None and self._subset.rows is not None
 
-    def step(self, step: Step, batch: Any, *args: Any, randomness: str = "error") -> tuple[Tensor, Any]:
+    def _forward(self, batch: Any, position: BatchPosition) -> tuple[Tensor | None, Tensor | None]:
+        if not self._stacked:
+            return super()._forward(batch, position)
+        assert self.functions is not None
+        self.choose(batch.mask)
+        group_step, training_step = self.functions.group_step, self.functions.training_step
+        with self.functions.context():
+            if group_step is not None:
+                return group_step(batch, position.offset)
+            losses, _ = self.forward_stacked(
+                lambda own: (loss_of(training_step(own, position.offset)), []), batch.content
+            )
+        return losses.sum(), losses
+
+    def forward_stacked(self, step: Step, batch: Any, *args: Any, randomness: str = "error") -> tuple[Tensor, Any]:
         """Runs the user's step for each client on its own part of a stacked batch.
 
         Args:
@@ -177,7 +218,7 @@ class VectorizedEngine(SequentialEngine):
     def record(
         self, step: Step, batch: Any, *args: Any, randomness: str = "error", compile: bool = False
     ) -> TracedStep:
-        """Records :meth:`step`, gradients included, for batches of the same shapes; changes nothing.
+        """Records :meth:`forward_stacked`, gradients included, for batches of the same shapes; changes nothing.
 
         With ``compile``, ``torch.compile`` makes it faster.
         """
@@ -287,63 +328,47 @@ class VectorizedEngine(SequentialEngine):
         for grad in grads:
             grad.mul_(factors.to(grad.dtype).view(-1, *[1] * (grad.dim() - 1)))
 
-    def finish_clients(self, num_steps: Sequence[int] | None = None) -> list[LocalResult]:
-        """Reads what the clients' local training has changed.
-
-        Args:
-            num_steps: How many steps each has taken, where :meth:`choose` has told them apart. None: all took all.
-
-        Returns:
-            For each client the facts of its training; all share the trees, which are stacked over the clients.
-        """
-        tensors = self.tensors
+    def finish(self, num_steps: Sequence[int] | None = None) -> LocalResult:
+        if not self._stacked:
+            return super().finish()
+        tensors, start = self.tensors, self.round_start.buffers
         tensors.check_frozen()
-        if self._gathering is not None:
-            self._stacked, self._stacked_buffers = self._gathering.choose(None, self._stacked, self._stacked_buffers)
-        kept: dict[str, Tree] = {}
+        if self._subset is not None:
+            self._stacked, self._stacked_buffers = self._subset.choose(None, self._stacked, self._stacked_buffers)
+        client_state: dict[str, Tree] = {}
         if self.personal:
-            own = {name: (self._stacked | self._stacked_buffers)[name] for name in tensors.personal}
-            kept["personal"] = clones(own)
+            stacked = self._stacked | self._stacked_buffers
+            client_state["personal"] = clones({name: stacked[name] for name in tensors.personal})
         params = {name: self._stacked[name] for name in tensors.params}
         buffers = {name: self._stacked_buffers[name] for name in tensors.buffers}
-        changed = {name: _trained(param.detach(), self._start[name]) for name, param in params.items()}
-        moved = {name: change(buffer, self._start_buffers[name]) for name, buffer in buffers.items()}
+        each = num_steps or [self.optimizers.num_steps] * self.num_clients
+        facts = {number: self._facts(number, params) for number in sorted(set(each))}
+        result = LocalResult(
+            params={name: _trained(param.detach(), self._start[name]) for name, param in params.items()},
+            buffers={name: buffer_delta(buffer, start[name]) for name, buffer in buffers.items()},
+            client_state=client_state,
+            facts=[facts[number] for number in each],
+        )
+        self.leave()
+        return result
 
-        def result(num_steps: int) -> LocalResult:
-            facts = self.optimizers
-            if num_steps != facts.num_steps:
-                facts.recount(num_steps)
-            return LocalResult(
-                params=changed,
-                buffers=moved,
-                kept=kept,
-                num_steps=num_steps,
-                lr_sum=facts.lr_sum(params),
-                normalizer=facts.normalizer(params),
-                schedule_end=facts.schedule_end(),
-                num_steps_of_all=num_steps,
-            )
+    def _facts(self, num_steps: int, params: Tree) -> ClientFacts:
+        optimizers = self.optimizers
+        if num_steps != optimizers.num_steps:
+            optimizers.recount(num_steps)
+        lr_sum, normalizer = optimizers.lr_sum(params), optimizers.normalizer(params)
+        return ClientFacts(num_steps, lr_sum, normalizer, optimizers.schedule_end(), num_steps)
 
-        told = num_steps or [self.optimizers.num_steps] * self.num_clients
-        results = {number: result(number) for number in sorted(set(told))}
-        self.leave_clients()
-        return [results[number] for number in told]
-
-    def leave_clients(self) -> None:
-        """Gives the optimizers the module's own parameters back."""
-        self.optimizers.leave_clients()
-        self._gathering = None
-        self._stacked = {}
-        self._stacked_buffers = {}
-
-    def end_round(self, params: Tree, buffers: Tree, schedule_end: ScheduleEnd | None) -> None:
-        self.leave_clients()
-        super().end_round(params, buffers, schedule_end)
+    def leave(self) -> None:
+        self.optimizers.unstack()
+        self._subset = None
+        self._start, self._stacked, self._stacked_buffers = {}, {}, {}
+        super().leave()
 
 
 def _trained(param: Tensor, start: Tensor) -> Tensor:
     # no copy: nobody steps the stacked parameters once they are read
-    return param if param.dtype == start.dtype else trained(param, start)
+    return param if param.dtype == start.dtype else trained_value(param, start)
 
 
 def _gradients(loss: Tensor, params: Tree, keep: bool = False) -> Tree:

@@ -18,6 +18,24 @@ class NotStackable(ValueError):
     """Raised for values of clients that can't stand side by side; says why."""
 
 
+class StackedBatch:
+    """The batches of several clients, stacked; Lightning moves it to a device as one.
+
+    Args:
+        content: The batches, in which each tensor is stacked over the clients.
+        mask: The clients of the group that train on it: their places in the group, in order.
+    """
+
+    def __init__(self, content: Any, mask: Sequence[int]) -> None:
+        self.content = content
+        self.mask = tuple(mask)
+
+    def to(self, device: torch.device, **kwargs: Any) -> StackedBatch:
+        """The batch on ``device``."""
+        content = pytree.tree_map_only(Tensor, lambda leaf: leaf.to(device, **kwargs), self.content)
+        return StackedBatch(content, self.mask)
+
+
 def stack(values: Sequence[Any], share: bool = True, pool: BufferPool | None = None) -> tuple[Any, Any]:
     """Stacks equally shaped values, leaf by leaf.
 

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 
-OF_ALL, OF_SOME = 2, 4
-"""A step of all clients of a unit, or of some, takes as long as so many steps of a client alone, arithmetic aside."""
+ALL_COST, SUBSET_COST = 2, 4
+"""Cost of one grouped step in single-client steps: 2 if all clients take part, 4 if rows must be gathered."""
 
 
 StepMask = tuple[int, ...]
-"""Which clients of a unit train in a step: their places in it, in order."""
+"""Which clients of a group train in a step: their places in it, in order."""
 
 
-def step_schedule_of(works: Sequence[Sequence[Hashable]], num_steps_apart: float = 0) -> list[StepMask]:
-    """In which steps clients train their batches, each its own in their order, those with equal ones together.
+def step_masks(works: Sequence[Sequence[Hashable]], num_steps_apart: float = 0) -> list[StepMask]:
+    """Schedules clients with unequal work: who trains in each step.
 
-    Clients that wait for the same kind of batch train it together; first those among whom is the client with the most
-    batches left, so that others catch up meanwhile. With one pass each that takes the fewest steps.
+    Each client trains its batches in their order; clients that wait for batches of the same shape train together. The
+    shape with the longest remaining client goes first, so that the others catch up meanwhile. With one pass each that
+    takes the fewest steps.
 
     Args:
         works: For each client, what its batches look like, one after the other.
-        num_steps_apart: A client's first steps that it may only train with those that are at the same one.
+        num_steps_apart: Initial steps for which clients must share a step index to train together.
     """
     waiting: dict[Hashable, list[int]] = {}
     positions = [0] * len(works)
@@ -32,17 +33,17 @@ def step_schedule_of(works: Sequence[Sequence[Hashable]], num_steps_apart: float
 
     for row in range(len(works)):
         wait(row)
-    ticks = []
+    masks = []
     while waiting:
         most_left = {
             kind: (max(len(works[row]) - positions[row] for row in rows), len(rows)) for kind, rows in waiting.items()
         }
         rows = sorted(waiting.pop(max(most_left, key=most_left.__getitem__)))
-        ticks.append(tuple(rows))
+        masks.append(tuple(rows))
         for row in rows:
             positions[row] += 1
             wait(row)
-    return ticks
+    return masks
 
 
 def are_equal(works: Sequence[Sequence[Hashable]]) -> bool:
@@ -50,19 +51,19 @@ def are_equal(works: Sequence[Sequence[Hashable]]) -> bool:
     return all(work == works[0] for work in works)
 
 
-def parts(
+def group_clients(
     works: Sequence[Sequence[Hashable]],
     num_steps_apart: float = 0,
     wants_equal: bool = False,
-    arithmetic: float = 0.0,
+    compute_bound: float = 0.0,
 ) -> list[list[int]]:
-    """Which clients had best train side by side: all of them, or those with equal works only.
+    """Groups clients so that training takes the least time: all together, or only those with equal work.
 
     Args:
         works: For each client, what its batches look like, one after the other.
-        num_steps_apart: A client's first steps that it may only train with those that are at the same one.
-        wants_equal: Whether others must not.
-        arithmetic: Share of it in a step of a client alone; among others it takes as long for each.
+        num_steps_apart: Initial steps for which clients must share a step index to train together.
+        wants_equal: Whether only clients with equal work may train together.
+        compute_bound: Share of a single-client step that is arithmetic, which grouping does not make faster.
     """
     equal: dict[Hashable, list[int]] = {}
     for row, work in enumerate(works):
@@ -70,9 +71,9 @@ def parts(
     groups = list(equal.values())
     if wants_equal or len(groups) < 2:
         return groups
-    apart = sum(len(works[rows[0]]) * (OF_ALL + arithmetic * len(rows) if rows[1:] else 1) for rows in groups)
-    least = OF_SOME * max(map(len, works)) + arithmetic * sum(map(len, works))
-    if least >= apart:
+    apart = sum(len(works[rows[0]]) * (ALL_COST + compute_bound * len(rows) if rows[1:] else 1) for rows in groups)
+    lower_bound = SUBSET_COST * max(map(len, works)) + compute_bound * sum(map(len, works))
+    if lower_bound >= apart:
         return groups
-    together = sum(OF_SOME + arithmetic * len(tick) for tick in step_schedule_of(works, num_steps_apart))
+    together = sum(SUBSET_COST + compute_bound * len(mask) for mask in step_masks(works, num_steps_apart))
     return [list(range(len(works)))] if together < apart else groups

@@ -1,4 +1,4 @@
-"""What was released, and the epsilon that it costs."""
+"""Privacy accounting: the ledger of releases, and the epsilon it amounts to."""
 
 from lightning_fl.privacy.accounting.calibration import noise_multiplier_for
 from lightning_fl.privacy.accounting.ledger import Epsilon, Gaussian, Ledger

@@ -1,15 +1,16 @@
-"""Upper bounds on epsilon, through dp-accounting.
+"""Upper bounds on epsilon, computed with dp-accounting.
 
-dp-accounting's accountants do not mean the same thing by "replace one": its PLD accountant doubles the sensitivity of
-a Gaussian itself, its RDP accountant does not. Here noise is always relative to the largest contribution, and whatever
-a method has no bound for counts without amplification.
+dp-accounting's accountants differ in what they mean by "replace one": the PLD accountant doubles the sensitivity of a
+Gaussian itself, the RDP accountant does not. Here noise is always relative to the largest norm of one contribution. A
+sampling for which a method has no bound counts as no amplification.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -20,13 +21,13 @@ from lightning_fl.privacy.accounting.sampling import FixedSize, Full, LocalSteps
 Method = Literal["pld", "rdp"]
 Relation = Literal["add_or_remove_one", "replace_one"]
 Entry = tuple[float, Sampling, int]
-"""A Gaussian release: noise multiplier, sampling, how often."""
+"""Gaussian releases: noise multiplier, sampling, number of releases."""
 GRID = 1e-4
-MAX_FINE_EPSILON, MAX_EPSILON = 50.0, 1e5  # in between the grid is as much coarser, to bound time and memory
+MAX_FINE_EPSILON, MAX_EPSILON = 50.0, 1e5  # in between the grid is proportionally coarser, to bound time and memory
 
 
 def dp_accounting() -> Any:
-    """The library, imported when it is first needed.
+    """Imports dp-accounting on first use.
 
     Raises:
         ImportError: If it is not installed.
@@ -41,15 +42,15 @@ def dp_accounting() -> Any:
 
 
 def default_relation(entries: Sequence[Entry]) -> Relation:
-    """What a neighbour is if nobody says: sampling without replacement has bounds for replacing only."""
+    """Returns the default relation; sampling without replacement has bounds for ``"replace_one"`` only."""
     return "replace_one" if any(map(_is_fixed_size, entries)) else "add_or_remove_one"
 
 
 def check_relation(entries: Sequence[Entry], relation: Relation) -> None:
-    """Makes sure that there is a bound: with draws of a fixed size, who is removed leaves their place to another.
+    """Checks that there is a bound for the relation.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is none: in a draw of fixed size, another contributor takes the place of a removed one.
     """
     if relation == "add_or_remove_one" and any(map(_is_fixed_size, entries)):
         raise ValueError(
@@ -67,14 +68,14 @@ def _is_fixed_size(entry: Entry) -> bool:
 def epsilon_of(
     entries: tuple[Entry, ...], delta: float, method: Method, relation: Relation, grid: float = GRID
 ) -> float:
-    """An epsilon at ``delta`` for all entries together; infinite if one has no noise.
+    """Returns an upper bound on epsilon at ``delta`` for all entries together; infinite if one has no noise.
 
     Args:
         entries: The releases.
         delta: The delta at which to answer.
         method: The accountant.
-        relation: What neighbours differ in.
-        grid: Distance of the privacy losses that PLD tells apart; a coarser one is faster and looser.
+        relation: How neighbouring data sets differ.
+        grid: Discretization interval of the privacy loss for PLD; a coarser one is faster and looser.
 
     Raises:
         ValueError: If there is no bound for these neighbours.
@@ -89,22 +90,24 @@ def epsilon_of(
         return _rdp(entries, delta, relation)
     if all(isinstance(sampling, Full) for _, sampling, _ in entries):
         return _analytic(entries, delta, relation)
+    # Only RDP has an amplification bound for draws of fixed size; both bounds hold, so the smaller one is returned.
     by_rdp = math.inf
     if relation == "replace_one" and any(isinstance(sampling, FixedSize) for _, sampling, _ in entries):
         by_rdp = _rdp(entries, delta, relation)
     if all(isinstance(sampling, Full | FixedSize) for _, sampling, _ in entries):
         return min(by_rdp, _analytic(entries, delta, relation))
+    # Rounded up to a power of two, so that cached distributions on the same grid are found again.
     coarsening = math.ceil(math.log2(max(min(_about(entries, relation), MAX_EPSILON) / MAX_FINE_EPSILON, 1.0)))
     return min(by_rdp, _pld(entries, delta, relation, grid * 2.0**coarsening))
 
 
 def _scale(relation: Relation) -> float:
-    """The sensitivity of a sum of contributions of norm 1."""
+    """Returns the sensitivity of a sum of contributions of norm 1."""
     return 2.0 if relation == "replace_one" else 1.0
 
 
 def _about(entries: Sequence[Entry], relation: Relation) -> float:
-    """Roughly the epsilon, by the central limit of many releases: only to choose a grid."""
+    """Estimates epsilon by the central limit of many releases. Not a bound; only used to choose a grid."""
     total = 0.0
     for sigma, sampling, count in entries:
         steps = sampling.num_steps if isinstance(sampling, LocalSteps) else 1
@@ -115,7 +118,7 @@ def _about(entries: Sequence[Entry], relation: Relation) -> float:
 
 
 def _analytic(entries: Sequence[Entry], delta: float, relation: Relation) -> float:
-    """All releases as one to which everybody contributes, whose epsilon is known exactly."""
+    """Returns the exact epsilon of all releases without amplification: Gaussians compose to a single Gaussian."""
     precision = sum(count * (_scale(relation) / sigma) ** 2 for sigma, _, count in entries)
     return float(dp_accounting().get_epsilon_gaussian(precision**-0.5, delta)) + 1e-11
 
@@ -125,19 +128,26 @@ def _rdp(entries: Sequence[Entry], delta: float, relation: Relation) -> float:
     from dp_accounting import rdp
 
     accountant = rdp.RdpAccountant(neighboring_relation=dpa.NeighboringRelation[relation.upper()])
-    log = logging.getLogger("absl")
-    level = log.level
-    log.setLevel(logging.ERROR)  # it tells of orders that it leaves out, which only loosens the bound
-    try:
+    with quiet_accountant():
         for sigma, sampling, count in entries:
             accountant.compose(*_rdp_event(dpa, sigma / _scale(relation), sampling, count, relation))
         return float(accountant.get_epsilon(delta))
+
+
+@contextmanager
+def quiet_accountant() -> Iterator[None]:
+    """Silences the warnings of the RDP accountant about orders that it skips, which only loosens the bound."""
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
     finally:
         log.setLevel(level)
 
 
 def _rdp_event(dpa: Any, sigma: float, sampling: Sampling, count: int, relation: Relation) -> tuple[Any, int]:
-    """The event for dp-accounting, with ``sigma`` relative to the sensitivity."""
+    """Returns the event and count for dp-accounting, with ``sigma`` relative to the sensitivity."""
     if isinstance(sampling, LocalSteps):
         steps, clients = sampling.num_steps, sampling.clients
         if sampling.participation == "hidden" and isinstance(clients, Poisson) and isinstance(sampling.batches, Full):
@@ -154,14 +164,14 @@ def _rdp_event(dpa: Any, sigma: float, sampling: Sampling, count: int, relation:
 def _pld(entries: Sequence[Entry], delta: float, relation: Relation, grid: float) -> float:
     total = None
     for sigma, sampling, count in entries:
-        own = _loss(sigma, sampling, count, relation, grid)
-        total = own if total is None else total.compose(own)
+        loss = _loss(sigma, sampling, count, relation, grid)
+        total = loss if total is None else total.compose(loss)
     assert total is not None
     return float(total.get_epsilon_for_delta(delta))
 
 
 def _loss(sigma: float, sampling: Sampling, count: int, relation: Relation, grid: float) -> Any:
-    """The privacy loss distribution of ``count`` releases."""
+    """Returns the privacy loss distribution of ``count`` releases."""
     if isinstance(sampling, Poisson):
         return _single(sigma, sampling.rate, relation, grid).self_compose(count)
     if isinstance(sampling, LocalSteps):
@@ -184,7 +194,7 @@ def _single(sigma: float, rate: float, relation: Relation, grid: float) -> Any:
 
 @lru_cache(maxsize=64)
 def _round(sigma: float, sampling: LocalSteps, relation: Relation, grid: float) -> Any:
-    """The privacy loss distribution of a round of local steps, whose client is drawn once."""
+    """Returns the privacy loss distribution of a round of local steps, whose client is drawn once."""
     from dp_accounting.pld import privacy_loss_distribution as pld
 
     rate = client_rate(sampling.clients)
@@ -196,13 +206,14 @@ def _round(sigma: float, sampling: LocalSteps, relation: Relation, grid: float) 
         return inner
     if hidden and relation == "add_or_remove_one":
         return subsample(inner, rate, grid)
+    # Visible participation: the adversary knows whether the client was drawn, so the losses mix instead of shrinking.
     return inner.compute_mixture(pld.identity(grid), rate)
 
 
 def subsample(inner: Any, rate: float, grid: float = GRID) -> Any:
-    r"""The privacy loss distribution of any mechanism after Poisson sampling.
+    r"""Returns the privacy loss distribution of any mechanism after Poisson sampling.
 
-    With :math:`(P, Q)` a pair that dominates the mechanism, the sampled one has
+    With :math:`(P, Q)` a dominating pair of the mechanism, the sampled one has
     :math:`\delta'(\varepsilon') = q \delta(\varepsilon)` at :math:`e^{\varepsilon'} = 1 + q (e^\varepsilon - 1)` for
     :math:`((1 - q) Q + q P, Q)`, and :math:`1 - e^{\varepsilon'} + e^{\varepsilon'} \delta'(-\varepsilon')` for the
     pair in the other order.
@@ -215,7 +226,7 @@ def subsample(inner: Any, rate: float, grid: float = GRID) -> Any:
     from dp_accounting.pld import privacy_loss_distribution as pld
 
     def plain(epsilon: np.ndarray) -> np.ndarray:
-        """The larger delta of the mechanism's two orders, continued symmetrically below 0."""
+        """Returns the larger delta of the two orders of the pair, continued to negative epsilons by symmetry."""
         sizes, where = np.unique(np.abs(epsilon), return_inverse=True)
         found = np.asarray(inner.get_delta_for_epsilon(sizes))[where]
         return np.where(epsilon >= 0, found, -np.expm1(epsilon) + np.exp(epsilon) * found)
@@ -225,11 +236,14 @@ def subsample(inner: Any, rate: float, grid: float = GRID) -> Any:
         inside = np.log(np.maximum(odds, 1e-300))
         return np.where(odds > 1e-300, rate * plain(inside), -np.expm1(epsilon))
 
+    # The grid must reach the highest loss. dp-accounting returns infinity for a delta below the probability that the
+    # distribution keeps at infinity, hence the search for the smallest delta that works.
     ends = (inner.get_epsilon_for_delta(10.0**exponent) for exponent in range(-15, -5))
     highest = next((end for end in ends if math.isfinite(end)), 50.0)
     top = math.ceil(math.log1p(rate * math.expm1(highest)) / grid)
     bottom = math.floor(math.log1p(-rate) / grid)
     down, up = np.arange(bottom, top + 1) * grid, np.arange(-top, -bottom + 1) * grid
+    # Clipped, because rounding can take these probabilities slightly out of [0, 1].
     removed = np.clip(sampled(down), 0.0, 1.0)
     added = np.clip(-np.expm1(up) + np.exp(up) * sampled(-up), 0.0, 1.0)
     create = pld_pmf.create_pmf_pessimistic_connect_dots_fixed_gap

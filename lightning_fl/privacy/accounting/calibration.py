@@ -1,4 +1,4 @@
-"""How much noise an epsilon takes."""
+"""Calibration: the noise that a target epsilon requires."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lightning_fl.privacy.accounting.bounds import GRID, Method, Relation, defau
 from lightning_fl.privacy.accounting.ledger import Gaussian, Ledger
 from lightning_fl.privacy.accounting.sampling import Full, Sampling
 
-LEAST_NOISE, MOST_NOISE = 0.05, 1e6
+MIN_NOISE, MAX_NOISE = 0.05, 1e6
 COARSE_GRID = 1e-3
 
 
@@ -21,16 +21,16 @@ def noise_multiplier_for(
     relation: Relation | None = None,
     tolerance: float = 1e-4,
 ) -> float:
-    """The least noise multiplier with which ``count`` releases stay within ``epsilon``.
+    """Returns the smallest noise multiplier with which ``count`` releases stay within ``epsilon``.
 
     Args:
-        epsilon: What may be spent in all.
-        delta: The delta at which it is to hold.
-        count: Number of releases: rounds, or steps.
-        sampling: How the contributors of each are drawn. None: everybody contributes.
+        epsilon: The total privacy budget.
+        delta: The delta at which it must hold.
+        count: Number of releases: rounds or steps.
+        sampling: How the contributors to each release are drawn. None: everybody contributes.
         method: As for :meth:`Ledger.epsilon`.
         relation: As for :meth:`Ledger.epsilon`.
-        tolerance: How far above the least one the answer may lie; it is never below.
+        tolerance: How far above the smallest one the answer may lie; it is never below.
 
     Raises:
         ValueError: If an argument is out of range, or no noise multiplier up to a million is enough.
@@ -40,31 +40,37 @@ def noise_multiplier_for(
 
     ledger = Ledger()
     ledger.record(Gaussian(1.0, sampling or Full()), count)
-    ledger.epsilon(delta, method, relation)  # refuses wrong arguments
+    ledger.epsilon(delta, method, relation)  # only to refuse invalid arguments with the ledger's messages
 
     def excess(noise_multiplier: float, method: Method = "rdp", grid: float = GRID) -> float:
         entries = ((noise_multiplier, sampling or Full(), count),)
         return epsilon_of(entries, delta, method, relation or default_relation(entries), grid) - epsilon
 
+    # RDP takes milliseconds and its answer is close, so it goes first; PLD, on a coarse and then on the fine grid, only
+    # refines it.
     high = 1.0
     while excess(high) > 0:
         high *= 2
-        if high > MOST_NOISE:
+        if high > MAX_NOISE:
             raise ValueError(f"epsilon={epsilon} at delta={delta} is out of reach; raise one, or release less often.")
-    high = _least(excess, high, tolerance if method == "rdp" else 0.01 * high)
+    high = _smallest(excess, high, tolerance if method == "rdp" else 0.01 * high)
     if method == "pld":
-        high = _least(lambda sigma: excess(sigma, "pld", COARSE_GRID), high, 10 * tolerance)
+        high = _smallest(lambda sigma: excess(sigma, "pld", COARSE_GRID), high, 10 * tolerance)
         while excess(high, "pld") > 0:
             high += tolerance
-        high = _least(lambda sigma: excess(sigma, "pld"), high, tolerance)
+        high = _smallest(lambda sigma: excess(sigma, "pld"), high, tolerance)
     return high
 
 
-def _least(excess: Callable[[float], float], high: float, tolerance: float) -> float:
-    """Goes down from ``high``, where ``excess`` is at most 0, to where it becomes positive, and not beyond."""
+def _smallest(excess: Callable[[float], float], high: float, tolerance: float) -> float:
+    """Searches down from ``high`` for the smallest argument at which ``excess``, a decreasing function, is at most 0.
+
+    ``excess(high)`` must be at most 0. Steps of secant and bisection alternate: the secant is fast, but alone it can
+    creep along one side of a curved function.
+    """
     at_high, step = excess(high), 4 * tolerance
     while True:
-        low = max(high - step, LEAST_NOISE)
+        low = max(high - step, MIN_NOISE)
         if low >= high:
             return high
         at_low = excess(low)

@@ -1,4 +1,4 @@
-"""The ledger of what has been released, and the epsilon that it amounts to."""
+"""The ledger of releases, and the epsilon it amounts to."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from lightning_fl.privacy.accounting.sampling import Full, Sampling, load_sampli
 
 
 class Epsilon(float):
-    """An upper bound on epsilon that says what it holds for; infinite if something was released without noise.
+    """An upper bound on epsilon that carries its conditions; infinite if something was released without noise.
 
     Attributes:
         delta: The delta at which it holds.
         method: How it was computed.
-        relation: What two neighbouring data sets differ in.
+        relation: How two neighbouring data sets differ.
     """
 
     delta: float
@@ -33,21 +33,21 @@ class Epsilon(float):
         return f"{float(self):.6g} (at most; delta={self.delta:g}, {self.relation}, {self.method})"
 
     def __reduce__(self) -> tuple[type[float], tuple[float]]:
-        return float, (float(self),)  # a file holds the number
+        return float, (float(self),)  # pickled as a plain number, so that a checkpoint loads with weights_only=True
 
 
 @dataclass(frozen=True)
 class Gaussian:
-    r"""One release of a sum with noise: :math:`\sum_i x_i + \mathcal{N}(0, z^2 C^2)`, with norms of at most C.
+    r"""One release of a noisy sum: :math:`\sum_i x_i + \mathcal{N}(0, z^2 C^2)`, with norms of at most C.
 
     Args:
         noise_multiplier: The standard deviation of the noise :math:`z`, relative to the largest norm :math:`C` of
-            one contribution (also where neighbours replace one contribution, which moves the sum by up to 2C). 0: no
-            noise.
-        sampling: How the contributors were drawn. Default: everybody contributes, or it is not known who.
+            one contribution. This holds for ``"replace_one"`` too, although replacing one contribution moves the sum
+            by up to 2C. 0: no noise.
+        sampling: How the contributors were drawn. Default: everybody contributes, or it is unknown who does.
 
     Raises:
-        ValueError: If the noise multiplier is negative or not finite, or ``sampling`` is no sampling.
+        ValueError: If the noise multiplier is negative or not finite, or ``sampling`` is not a :class:`Sampling`.
     """
 
     noise_multiplier: float
@@ -63,12 +63,12 @@ class Gaussian:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """The event as plain data."""
+        """Returns the event as plain data."""
         return {"noise_multiplier": float(self.noise_multiplier), "sampling": self.sampling.state_dict()}
 
 
 class Ledger:
-    """What has been released so far, and the privacy that it has cost; it only grows.
+    """The record of everything released so far; it only grows.
 
     Example:
         >>> ledger = Ledger()
@@ -84,7 +84,7 @@ class Ledger:
         """Adds ``count`` releases.
 
         Raises:
-            ValueError: If the event is none, or the count is not a whole number of at least 1.
+            ValueError: If ``event`` is not a :class:`Gaussian`, or ``count`` is not a whole number of at least 1.
         """
         if not isinstance(event, Gaussian):
             raise ValueError(f"A ledger records fl.privacy.Gaussian(...), found {event!r}.")
@@ -95,18 +95,18 @@ class Ledger:
     def epsilon(
         self, delta: float, method: Method = "pld", relation: Relation | None = None, grid: float = GRID
     ) -> Epsilon:
-        """An upper bound on epsilon for everything recorded.
+        """Returns an upper bound on epsilon for everything recorded.
 
         Args:
             delta: The delta at which to answer, in (0, 1).
             method: ``"pld"``: privacy loss distributions, the tightest; ``"rdp"``: Renyi differential privacy.
-            relation: What two neighbouring data sets differ in: ``"add_or_remove_one"`` contributor (or one set to
+            relation: How two neighbouring data sets differ: ``"add_or_remove_one"`` contributor (or one set to
                 zero), or ``"replace_one"``. None: the first, unless something was drawn without replacement.
-
-            grid: Distance of the privacy losses that ``"pld"`` tells apart; a coarser one is faster and gives more.
+            grid: Discretization interval of the privacy loss for ``"pld"``. A coarser one is faster and gives a larger
+                bound.
 
         Returns:
-            A float that also knows ``delta``, ``method`` and ``relation``.
+            A float with the attributes ``delta``, ``method`` and ``relation``.
 
         Raises:
             ValueError: If an argument is out of range, or ``"add_or_remove_one"`` is asked for of draws of fixed size.
@@ -123,20 +123,20 @@ class Ledger:
 
     @property
     def entries(self) -> tuple[Entry, ...]:
-        """What is recorded, in an order that does not depend on when."""
+        """Everything recorded, in an order that does not depend on when it was recorded."""
         return tuple(
             sorted(((float(event.noise_multiplier), event.sampling, count) for event, count in self), key=repr)
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything recorded, as lists, dicts, numbers and strings."""
+        """Returns everything recorded, as lists, dicts, numbers and strings."""
         return {"events": [[event.state_dict(), count] for event, count in self]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Replaces what is recorded by what :meth:`state_dict` gave.
+        """Replaces everything recorded by a :meth:`state_dict`.
 
         Raises:
-            ValueError: If it is nothing of the kind; the ledger then stays as it is.
+            ValueError: If ``state`` is not one; the ledger is then unchanged.
         """
         loaded = Ledger()
         try:
@@ -147,7 +147,7 @@ class Ledger:
         self._counts = loaded._counts
 
     def __add__(self, other: Ledger) -> Ledger:
-        """A ledger of what both have recorded."""
+        """Returns a ledger of everything that both have recorded."""
         total = Ledger()
         for event, count in [*self, *other]:
             total.record(event, count)

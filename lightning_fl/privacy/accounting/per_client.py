@@ -1,16 +1,15 @@
-"""The epsilon of many ledgers, one for each client: the largest, and the noise that keeps it within a budget."""
+"""Accounting for many ledgers, one per client: the largest epsilon, and the noise that keeps it within a budget."""
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
 
-from lightning_fl.privacy.accounting.bounds import GRID, Entry, Method, dp_accounting
-from lightning_fl.privacy.accounting.calibration import LEAST_NOISE, MOST_NOISE, noise_multiplier_for
+from lightning_fl.privacy.accounting.bounds import GRID, Entry, Method, dp_accounting, quiet_accountant
+from lightning_fl.privacy.accounting.calibration import MAX_NOISE, MIN_NOISE, noise_multiplier_for
 from lightning_fl.privacy.accounting.ledger import Epsilon, Gaussian, Ledger
 from lightning_fl.privacy.accounting.sampling import Full, Poisson, Sampling
 
@@ -20,12 +19,12 @@ ORDERS = (*range(2, 33), 40, 48, 64, 96, 128, 256)
 def largest_epsilon(
     ledgers: Iterable[Ledger], delta: float, method: Method = "pld", grid: float = GRID
 ) -> tuple[Epsilon, Ledger]:
-    """The largest epsilon of any of the ledgers, and the ledger that has it; 0 without ledgers.
+    """Returns the largest epsilon of the ledgers, and the ledger that has it; 0 without ledgers.
 
-    A bound by a few orders of Renyi differential privacy, which is quick, tells which ledgers may have it.
+    A fast bound from a few orders of Renyi differential privacy rules out most ledgers.
 
     Args:
-        ledgers: Ledgers of Poisson samples, or of all examples.
+        ledgers: Ledgers of Poisson samples or full batches of examples.
         delta: The delta at which to answer.
         method: As for :meth:`Ledger.epsilon`.
         grid: As for :meth:`Ledger.epsilon`.
@@ -42,7 +41,7 @@ def largest_epsilon(
 
 
 def exceeding(ledgers: Iterable[Ledger], budget: float, delta: float, method: Method = "pld") -> Epsilon | None:
-    """The epsilon of a ledger that has more than ``budget``; None if none has."""
+    """Returns the epsilon of a ledger that exceeds ``budget``; None if none does."""
     bounds = {ledger.entries: (rough_epsilon(ledger.entries, delta), ledger) for ledger in ledgers}
     for bound, ledger in sorted(bounds.values(), key=lambda pair: -pair[0]):
         if bound > budget and (found := ledger.epsilon(delta, method)) > budget:
@@ -51,7 +50,7 @@ def exceeding(ledgers: Iterable[Ledger], budget: float, delta: float, method: Me
 
 
 def rough_epsilon(entries: Sequence[Entry], delta: float) -> float:
-    """An upper bound on epsilon that takes milliseconds, for samples of examples by Poisson or all of them."""
+    """Returns an upper bound on epsilon within milliseconds, for Poisson samples or full batches of examples."""
     if not entries:
         return 0.0
     from dp_accounting import rdp  # type: ignore[import-not-found, unused-ignore]
@@ -67,27 +66,22 @@ def _rdp_of_one(sigma: float, sampling: Sampling) -> np.ndarray:
     dpa = dp_accounting()
     from dp_accounting import rdp
 
-    log = logging.getLogger("absl")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        accountant = rdp.RdpAccountant(orders=list(ORDERS))
-        event = dpa.GaussianDpEvent(sigma)
+    accountant = rdp.RdpAccountant(orders=list(ORDERS))
+    event = dpa.GaussianDpEvent(sigma)
+    with quiet_accountant():
         accountant.compose(dpa.PoissonSampledDpEvent(sampling.rate, event) if isinstance(sampling, Poisson) else event)
-        return np.asarray(accountant.rdp)
-    finally:
-        log.setLevel(level)
+    return np.asarray(accountant.rdp)
 
 
 def noise_multiplier_for_all(
     epsilon: float, delta: float, counts: Mapping[Sampling, int], method: Method = "pld"
 ) -> float:
-    """The least noise multiplier (to 1e-3) with which no client exceeds ``epsilon``.
+    """Returns the smallest noise multiplier (to 1e-3) with which no client exceeds ``epsilon``.
 
     Args:
-        epsilon: What each client may spend.
-        delta: The delta at which it is to hold.
-        counts: By sampling of a batch, the most steps of a client that samples so.
+        epsilon: The privacy budget of each client.
+        delta: The delta at which it must hold.
+        counts: For each sampling of batches, the largest number of steps of a client that uses it.
         method: As for :meth:`Ledger.epsilon`.
 
     Raises:
@@ -95,14 +89,16 @@ def noise_multiplier_for_all(
     """
 
     def ledger(sigma: float, sampling: Sampling) -> Ledger:
-        own = Ledger()
-        own.record(Gaussian(sigma, sampling), counts[sampling])
-        return own
+        of_client = Ledger()
+        of_client.record(Gaussian(sigma, sampling), counts[sampling])
+        return of_client
 
-    low, high = LEAST_NOISE, 1.0
+    # Exact calibration of every sampling would be slow. A rough one finds the sampling that probably needs the most
+    # noise; it is calibrated exactly, then the others are checked, and any that exceeds the budget is calibrated too.
+    low, high = MIN_NOISE, 1.0
     while max(rough_epsilon(ledger(high, sampling).entries, delta) for sampling in counts) > epsilon:
         low, high = high, 2 * high
-        if high > MOST_NOISE:
+        if high > MAX_NOISE:
             raise ValueError(f"target_epsilon={epsilon} at delta={delta} is out of reach; raise it, or train less.")
     while high - low > 0.02 * high:
         middle = (low + high) / 2
@@ -117,4 +113,4 @@ def noise_multiplier_for_all(
         found, of = largest_epsilon(of_sampling.values(), delta, method)
         if found <= epsilon:
             return answer
-        worst = next(sampling for sampling, own in of_sampling.items() if own == of)
+        worst = next(sampling for sampling, candidate in of_sampling.items() if candidate == of)

@@ -1,4 +1,4 @@
-"""How those who take part are drawn, as far as privacy accounting needs to know."""
+"""Descriptions of how contributors are drawn, for privacy accounting. They draw nothing themselves."""
 
 from __future__ import annotations
 
@@ -8,40 +8,42 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-LEAST_PROBABILITY = 1e-12
-"""What is less likely than that is taken for a fault."""
+FALSE_ALARM_PROBABILITY = 1e-12
+"""Probability with which a sound sampler is taken for a broken one."""
 
 Participation = Literal["visible", "hidden"]
 
 
 class Sampling(ABC):
-    """How the contributors to a release are drawn.
+    """Describes, for a ledger, how the contributors to a release were drawn.
 
-    What amplifies privacy is that nobody can predict the draw: describe only draws from the operating system's
-    randomness by these classes. A draw from a known seed, or one that is not known, is :class:`Full`: no amplification.
+    Not to be confused with :class:`lightning_fl.clients.CohortSampling`, which describes the cohorts of a federation.
+
+    Sampling amplifies privacy only if nobody can predict the draw, so use the other classes only for draws from the
+    operating system's randomness. A draw from a known seed, or an unknown one, is :class:`Full`: no amplification.
     """
 
     @abstractmethod
     def expected(self, population: int) -> float:
-        """The number of contributors to expect, by which a sum is divided."""
+        """Returns the expected number of contributors, by which a sum is divided."""
 
     def check(self, drawn: int, population: int) -> str | None:
-        """What shows that more have been drawn than the description allows; None if nothing does.
+        """Returns evidence that more were drawn than the description allows; None if there is none.
 
         Args:
-            drawn: Contributors drawn so far, over all releases.
-            population: How many there were to draw from, over all releases.
+            drawn: Contributors drawn so far, summed over all releases.
+            population: Candidates, summed over all releases.
         """
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """The description as plain data."""
+        """Returns the description as plain data."""
         return {"kind": type(self).__name__, **asdict(self)}  # type: ignore[call-overload]
 
 
 @dataclass(frozen=True)
 class Full(Sampling):
-    """Everybody contributes, or it is not known who: no amplification."""
+    """Everybody contributes, or it is unknown who does: no amplification."""
 
     def expected(self, population: int) -> float:
         return float(population)
@@ -49,7 +51,9 @@ class Full(Sampling):
 
 @dataclass(frozen=True)
 class Poisson(Sampling):
-    """Each one contributes with probability ``rate``, independently of the others.
+    """Each candidate contributes with probability ``rate``, independently of the others.
+
+    This class describes a draw for a ledger; :class:`lightning_fl.clients.Poisson` draws cohorts that way.
 
     Args:
         rate: The probability, in (0, 1].
@@ -70,18 +74,18 @@ class Poisson(Sampling):
     def check(self, drawn: int, population: int) -> str | None:
         # Chernoff: a binomial count lies this far above its mean with at most probability exp(-n KL).
         share = drawn / population
-        if share <= self.rate or population * _divergence(share, self.rate) <= -math.log(LEAST_PROBABILITY):
+        if share <= self.rate or population * _divergence(share, self.rate) <= -math.log(FALSE_ALARM_PROBABILITY):
             return None
         return f"{drawn} of {population} were drawn, which Poisson sampling at rate {self.rate:g} does not give"
 
 
 @dataclass(frozen=True)
 class FixedSize(Sampling):
-    """``cohort`` of ``population`` are drawn uniformly, without replacement.
+    """``cohort`` of ``population`` candidates are drawn uniformly, without replacement.
 
     Args:
-        cohort: Number of those drawn.
-        population: Number of all.
+        cohort: Number of contributors drawn.
+        population: Number of candidates.
 
     Raises:
         ValueError: If ``cohort`` is not between 1 and ``population``.
@@ -107,19 +111,19 @@ class FixedSize(Sampling):
 class LocalSteps(Sampling):
     r"""A round of local training under example-level privacy: clients are drawn once, then each draws its batches.
 
-    The steps of a round share the draw of their client, so they compose first and are sampled by clients afterwards:
-    a rate of :math:`q_\text{client} q_\text{batch}` for every step would claim too much.
+    All steps of a round share the draw of their client, so they are composed first and the sampling of clients is
+    applied to the result. A rate of :math:`q_\text{client} q_\text{batch}` for every step would claim too much.
 
     Args:
         clients: How the clients of a round are drawn.
         batches: How a client draws the batch of a step.
         num_steps: Steps of a client in a round.
-        participation: ``"visible"``: whoever looks at the results may know in which rounds a client took part; it may
-            show in the client's other examples, so this is what holds in general. ``"hidden"``: nobody can tell, which
-            takes clients that hold nothing but the protected example.
+        participation: ``"visible"``: the adversary may know in which rounds a client took part. This holds in general,
+            because participation can show through the client's other examples. ``"hidden"``: nobody can tell, which
+            requires clients that hold nothing but the protected example.
 
     Raises:
-        ValueError: If ``num_steps`` is not positive, or a draw is itself one of local steps.
+        ValueError: If ``num_steps`` is not positive, or one of the draws is itself a :class:`LocalSteps`.
     """
 
     clients: Sampling
@@ -139,12 +143,12 @@ class LocalSteps(Sampling):
         return self.clients.expected(population)
 
     def state_dict(self) -> dict[str, Any]:
-        own = {"num_steps": self.num_steps, "participation": self.participation}
         return {
             "kind": "LocalSteps",
             "clients": self.clients.state_dict(),
             "batches": self.batches.state_dict(),
-            **own,
+            "num_steps": self.num_steps,
+            "participation": self.participation,
         }
 
 
@@ -152,10 +156,10 @@ KINDS: dict[str, type[Sampling]] = {kind.__name__: kind for kind in (Full, Poiss
 
 
 def load_sampling(state: Mapping[str, Any]) -> Sampling:
-    """The description that :meth:`Sampling.state_dict` has turned into plain data.
+    """Restores a description from :meth:`Sampling.state_dict`.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If ``state`` is not one.
     """
     if not isinstance(state, Mapping) or state.get("kind") not in KINDS:
         raise ValueError(f"{state!r} describes no sampling; expected a kind of {', '.join(KINDS)}.")
@@ -168,7 +172,7 @@ def load_sampling(state: Mapping[str, Any]) -> Sampling:
 
 
 def client_rate(sampling: Sampling) -> float:
-    """The probability that one contributor is drawn."""
+    """Returns the probability that one candidate is drawn."""
     if isinstance(sampling, Poisson):
         return sampling.rate
     if isinstance(sampling, FixedSize):
@@ -177,7 +181,7 @@ def client_rate(sampling: Sampling) -> float:
 
 
 def _divergence(found: float, expected: float) -> float:
-    """Kullback-Leibler divergence of two coins."""
+    """Returns the Kullback-Leibler divergence between two Bernoulli distributions."""
     total = 0.0
     for p, q in ((found, expected), (1 - found, 1 - expected)):
         if p > 0:

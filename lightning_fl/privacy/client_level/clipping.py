@@ -1,40 +1,41 @@
-"""Bounds on what one client contributes."""
+"""Bounds on one client's contribution: fixed and adaptive clipping."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lightning_fl.privacy.noise import PrivacyError
-from lightning_fl.tree import scale, zeros_like
-from lightning_fl.types import Aggregate, Tree, Update
+from lightning_fl.tree import joint_norm, scale, update_trees, zeros_like
+from lightning_fl.types import Tree, Update
 
 ROUNDING = 1e-6
+"""A clipped update is shortened by this share more, so that rounding does not lift its norm above the clip norm."""
 
 
 @dataclass(frozen=True)
 class AdaptiveClip:
     r"""A clip norm that follows a quantile of the norms of the clients' updates.
 
-    Each client adds to the round a bit, :math:`b_i = 1` if its norm is within the clip norm :math:`C`, less one half;
-    the sum is released with noise of its own, and
+    Each client also contributes a bit :math:`b_i`, 1 if the norm of its update is within the clip norm :math:`C`, minus
+    one half. The sum of the bits is released with its own noise, and
 
     .. math::
         C \leftarrow C \exp\Bigl(-\eta \bigl(\tfrac{1}{2} + \tfrac{1}{m} \bigl(\textstyle\sum_i (b_i - \tfrac{1}{2}) +
         \mathcal{N}(0, \sigma_b^2)\bigr) - \gamma\bigr)\Bigr)
 
-    so that a share :math:`\gamma` of the clients is not clipped. The noise on the model becomes
-    :math:`(z^{-2} - (2 \sigma_b)^{-2})^{-1/2}` times :math:`C`, which makes both releases together cost what
-    :math:`z` alone would.
+    so that a share :math:`\gamma` of the clients is not clipped. The noise on the model grows to
+    :math:`(z^{-2} - (2 \sigma_b)^{-2})^{-1/2}` times :math:`C`, so that both releases together cost as much privacy as
+    :math:`z` alone.
 
     Args:
-        initial: The clip norm of the first round. It must not be taken from the data.
-        quantile: The share :math:`\gamma` of updates that is to stay unclipped. Default one half: the median.
-        learning_rate: How fast the clip norm moves, :math:`\eta`.
+        initial: The clip norm of the first round. It must not be derived from the data.
+        quantile: The share :math:`\gamma` of updates that should stay unclipped. Default one half: the median.
+        learning_rate: The learning rate :math:`\eta` of the clip norm.
         bit_noise: Standard deviation :math:`\sigma_b` of the noise on the sum of the bits; more than half the noise
             multiplier. None: a twentieth of the expected cohort, at least the noise multiplier.
 
@@ -58,26 +59,28 @@ class AdaptiveClip:
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"AdaptiveClip got learning_rate={self.learning_rate}; expected a positive number.")
         if self.bit_noise is not None and not 0 <= self.bit_noise < math.inf:
-            raise ValueError(f"AdaptiveClip got bit_noise={self.bit_noise}; expected a number that is not negative.")
+            raise ValueError(f"AdaptiveClip got bit_noise={self.bit_noise}; expected a number >= 0.")
 
     def noise_on_bits(self, noise_multiplier: float, cohort: float) -> float:
-        """The standard deviation of the noise on the sum of the bits."""
+        """Returns the standard deviation of the noise on the sum of the bits."""
         return max(cohort / 20, noise_multiplier) if self.bit_noise is None else self.bit_noise
 
     def next(self, clip: float, bits: float, cohort: float) -> float:
-        """The clip norm after a round.
+        """Returns the clip norm after a round.
 
         Args:
             clip: The clip norm of the round.
             bits: The noisy sum of the centred bits.
-            cohort: The number of clients to expect.
+            cohort: The expected number of clients.
         """
         moved = clip * math.exp(-self.learning_rate * (0.5 + bits / cohort - self.quantile))
-        return min(max(moved, 1e-12), 1e12)
+        return min(max(moved, 1e-12), 1e12)  # a run of bad noise must not take it to 0 or infinity
 
 
 def noise_on_model(noise_multiplier: float, bit_noise: float) -> float:
-    """The noise multiplier of the model when bits are released too: together they cost what ``noise_multiplier`` does.
+    """Returns the model's noise multiplier with which model and bits together cost what ``noise_multiplier`` would.
+
+    A bit is one half in magnitude, so its sum has sensitivity 1/2 and noise multiplier ``2 * bit_noise``.
 
     Raises:
         ValueError: If the noise on the bits is too small for that.
@@ -87,35 +90,20 @@ def noise_on_model(noise_multiplier: float, bit_noise: float) -> float:
     if not 2 * bit_noise > noise_multiplier:
         raise ValueError(
             f"AdaptiveClip(bit_noise={bit_noise:g}) is too little for noise_multiplier={noise_multiplier:g}: the bits "
-            f"alone would cost more than that. Give more than {noise_multiplier / 2:g}, or leave bit_noise out."
+            f"alone would cost more than that. Use more than {noise_multiplier / 2:g}, or leave bit_noise out."
         )
     return (noise_multiplier**-2 - (2 * bit_noise) ** -2) ** -0.5
 
 
-def trees_of(update: Update | Aggregate) -> dict[str, Tree]:
-    """All trees of an update: parameters, buffers and side channels."""
-    return {
-        "delta": update.delta,
-        "buffers": update.buffers,
-        **{f"aux/{name}": tree for name, tree in update.aux.items()},
-    }
-
-
 def with_trees(update: Update, trees: Mapping[str, Tree]) -> Update:
-    """An update with other trees."""
+    """Returns the update with its trees replaced."""
     aux = {name: trees[f"aux/{name}"] for name in update.aux}
     return replace(update, delta=trees.get("delta", {}), buffers=trees.get("buffers", {}), aux=aux)
 
 
-def joint_norm(trees: Iterable[Tree]) -> float:
-    """Euclidean norm of all elements of all trees together, in float64."""
-    norms = [torch.linalg.vector_norm(_real(tensor), dtype=torch.float64) for tree in trees for tensor in tree.values()]
-    return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
-
-
 def clip_update(update: Update, clip: float) -> Update:
-    """The update, shortened to the norm ``clip`` if it is longer; zeros if it holds NaN or infinities."""
-    trees = trees_of(update)
+    """Scales the update down to norm ``clip`` if it is longer; returns zeros if it holds NaN or infinities."""
+    trees = update_trees(update)
     norm = joint_norm(trees.values())
     if not norm < math.inf:
         return with_trees(update, {name: zeros_like(tree) for name, tree in trees.items()})
@@ -126,24 +114,20 @@ def clip_update(update: Update, clip: float) -> Update:
 
 
 def centred_bit(update: Update, clip: float) -> Tensor:
-    """One half if the update is within the clip norm, minus one half if it is not, 0 if it holds NaN or infinities."""
-    norm = joint_norm(trees_of(update).values())
+    """Returns 1/2 if the update is within the clip norm, -1/2 if it is not, 0 if it holds NaN or infinities."""
+    norm = joint_norm(update_trees(update).values())
     return torch.tensor((0.5 if norm <= clip else -0.5) if norm < math.inf else 0.0, dtype=torch.float64)
 
 
 def check_clipped(update: Update, clip: float) -> None:
-    """Makes sure that an update is no longer than the clip norm.
+    """Checks that an update is no longer than the clip norm.
 
     Raises:
-        PrivacyError: If it is, or holds NaN.
+        PrivacyError: If it is longer, or holds NaN.
     """
-    norm = joint_norm(trees_of(update).values())
+    norm = joint_norm(update_trees(update).values())
     if not norm <= clip:
         raise PrivacyError(
             f"An update has norm {norm:.6g} after clipping to {clip:.6g}, so the noise would not cover it. The run "
             "stops before anything is released."
         )
-
-
-def _real(tensor: Tensor) -> Tensor:
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor

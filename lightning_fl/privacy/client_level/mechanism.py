@@ -1,4 +1,4 @@
-"""Differential privacy for clients: their updates are clipped, and noise covers what any one of them contributes."""
+"""Client-level differential privacy: updates are clipped, and noise hides the contribution of any one client."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_fl.aggregation.aggregator import Aggregator
-from lightning_fl.aggregation.transform import RoundContext, Transform
+from lightning_fl.aggregation import Aggregator, RoundContext, Transform
 from lightning_fl.privacy.accounting.bounds import Method, Relation, dp_accounting
 from lightning_fl.privacy.accounting.ledger import Epsilon, Gaussian, Ledger
 from lightning_fl.privacy.accounting.sampling import FixedSize, Full, Poisson, Sampling
@@ -21,7 +20,6 @@ from lightning_fl.privacy.client_level.clipping import (
     check_clipped,
     clip_update,
     noise_on_model,
-    trees_of,
     with_trees,
 )
 from lightning_fl.privacy.noise import (
@@ -33,12 +31,13 @@ from lightning_fl.privacy.noise import (
     warn_of_test_seed,
 )
 from lightning_fl.privacy.state import load_ledger, pack, unpack
-from lightning_fl.tree import Flat, Layout
+from lightning_fl.tree import Flat, Layout, update_trees
 from lightning_fl.types import Aggregate, State, Tree, Update
 
 BITS = "privacy"
 _NO_BITS = torch.zeros((), dtype=torch.float64)
-GRID = 5e-4  # of the epsilon of each round: a fifth of the time of the ledger's own, and larger by about 1e-3 at most
+GRID = 5e-4
+"""Grid for the epsilon of each round: five times as fast as the ledger's own, and at most about 1e-3 larger."""
 ADVERSARIES = {
     "central": "whoever sees the global model of every round, but not the server, nor who takes part",
     "local": "the server, and whoever sees the clients' updates, but not the metrics and counts, which are exact",
@@ -57,21 +56,22 @@ class ClientLevelDP(Transform):
         \Delta_i \leftarrow \Delta_i \min(1, C / \lVert \Delta_i \rVert), \qquad
         \Delta = \frac{1}{m} \Bigl(\sum_i \Delta_i + \mathcal{N}(0, z^2 C^2)\Bigr)
 
-    :math:`\Delta_i` is all that a client contributes: parameters, buffers and side channels together; one that holds
-    NaN counts as zero. Clients weigh alike, and the sum is divided by the number :math:`m` of clients to expect, also
-    when nobody takes part. What is protected is a client with all its data, in the global models of all rounds; what a
-    run logs of its training, its step counts and the states of clients beside a checkpoint are not covered. How many
-    examples and steps a client has counts as public.
+    :math:`\Delta_i` is everything a client contributes: parameters, buffers and side channels together; one that holds
+    NaN counts as zero. All clients have the same weight, and the sum is divided by the expected number :math:`m` of
+    clients, even when nobody takes part. The guarantee protects a client with all its data, in the global models of all
+    rounds. It does not cover logged training metrics, step counts, and client states beside a checkpoint. The number of
+    examples and steps of a client counts as public.
 
     The noise comes from the operating system. In ``"central"`` mode the server draws it once for the federation; a
-    federation of silos has no server to trust with that. In ``"local"`` mode each client adds it to its own update, so
-    that nobody is trusted with an update, at the price of :math:`\sqrt{m}` times the noise; the server sees who takes
-    part and may compare any two updates of a client, so nothing is amplified and neighbours replace each other. What
-    silos log and count they tell each other exactly: log nothing of a silo's data that the others may not know.
+    federation of silos has no server that could be trusted with it. In ``"local"`` mode each client adds noise to its
+    own update, so nobody has to be trusted, at the price of :math:`\sqrt{m}` times the noise on the mean. The server
+    then sees who takes part and may compare any two updates of a client, so there is no amplification, and neighbouring
+    data sets replace one client's data. Silos exchange logged metrics and counts exactly: log nothing about a silo's
+    data that the others may not know.
 
-    Cohorts are drawn from the operating system's randomness; Poisson ones amplify the most. What a round releases is
-    in the ledger before its clients train, and stays there if the round fails and is run again by the same Trainer;
-    checkpoints written from then on hold it.
+    Cohorts are drawn from the operating system's randomness; Poisson cohorts amplify the most. A round is in the ledger
+    before its clients train. It stays there if the round fails and the same Trainer runs it again, and checkpoints
+    written from then on hold it.
 
     Args:
         clip: The clip norm :math:`C`, or :class:`AdaptiveClip`.
@@ -80,11 +80,11 @@ class ClientLevelDP(Transform):
         delta: The delta of the logged epsilon. None: 1e-5, or ``population ** -1.1`` if that is less.
         max_epsilon: Training stops before a round that would make epsilon larger. None: no limit.
         method: The accountant, as for :meth:`Ledger.epsilon`.
-        insecure_test_seed: Makes the noise repeat, for tests; the run is then NOT PRIVATE, and stays so if it goes on
+        insecure_test_seed: Makes the noise repeat, for tests. The run is then NOT PRIVATE, and stays so if it continues
             without the seed.
 
     Raises:
-        ValueError: If an argument is out of range; when the strategy is built, if something beside it breaks the bound.
+        ValueError: If an argument is out of range; or, when the strategy is built, if the combination breaks the bound.
         ImportError: If the ``privacy`` extra is not installed.
 
     Reference:
@@ -132,13 +132,13 @@ class ClientLevelDP(Transform):
         if self.insecure_test_seed is not None:
             warn_of_test_seed()
 
-    # ---- what it stands beside
+    # ---- when the strategy is built
 
     def check(self, later: Sequence[Transform], aggregator: Aggregator, weighting: str) -> None:
         if weighting != "uniform":
             raise ValueError(
                 f"weighting={weighting!r} lets one client weigh more than the noise covers. Leave weighting out: under "
-                "ClientLevelDP clients weigh alike."
+                "ClientLevelDP all clients have the same weight."
             )
         if not aggregator.is_sum:
             raise ValueError(
@@ -148,7 +148,7 @@ class ClientLevelDP(Transform):
         for transform in later:
             if not transform.keeps_norm_bound:
                 raise ValueError(
-                    f"{type(transform).__name__} comes after ClientLevelDP and may lengthen what that has clipped. Put "
+                    f"{type(transform).__name__} comes after ClientLevelDP and may lengthen the clipped update. Put "
                     "ClientLevelDP last."
                 )
 
@@ -162,7 +162,7 @@ class ClientLevelDP(Transform):
             )
         if not isinstance(self.clip, AdaptiveClip):
             return update
-        device = next(iter(trees_of(update)["delta"].values())).device
+        device = next(iter(update_trees(update)["delta"].values())).device
         bit = {"unclipped": torch.zeros((), dtype=torch.float64, device=device)}
         return replace(update, aux={**update.aux, BITS: bit})
 
@@ -171,7 +171,7 @@ class ClientLevelDP(Transform):
     def start_round(self, state: State, ctx: RoundContext) -> State:
         if self.mode == "central" and ctx.silos:
             raise ValueError(
-                "ClientLevelDP(mode='central') needs a server that adds the noise and tells nobody. A federation of "
+                "ClientLevelDP(mode='central') needs a server that adds the noise and keeps it secret. A federation of "
                 "silos has none: each silo would know the noise, or the sum without it, and so the others' share. Use "
                 "mode='local', or simulate the clients."
             )
@@ -179,16 +179,16 @@ class ClientLevelDP(Transform):
             check_source()
         ledger, gap = load_ledger(state), ctx.round - (int(state["round"]) + 1 if state else 0)
         if gap > 0:
-            ledger.record(Gaussian(0.0), gap)  # earlier rounds that were not private
+            ledger.record(Gaussian(0.0), gap)  # earlier rounds ran without this transform, so without noise
         num_insecure = int(state.get("insecure", 0))
         if self.insecure_test_seed is not None:
             num_insecure += 1
         elif num_insecure:
-            ledger.record(Gaussian(0.0), num_insecure)  # their noise can be worked out from the seed
+            ledger.record(Gaussian(0.0), num_insecure)  # anyone who knows the seed can compute their noise
             num_insecure = 0
         event = Gaussian(self.noise_multiplier, self.sampling(ctx))
         drawn = self._check_cohort(state.get("drawn"), event.sampling, ctx)
-        ledger.record(event)
+        ledger.record(event)  # before training: a round that crashes halfway may have released something already
         if self.max_epsilon is not None and self._epsilon(ledger, ctx) > self.max_epsilon:
             raise PrivacyBudgetExceeded(
                 f"Round {ctx.round} would make epsilon {self._epsilon(ledger, ctx):.4g}, more than "
@@ -213,7 +213,7 @@ class ClientLevelDP(Transform):
         check_clipped(update, clip)
         if self.mode == "local":
             source = SecureNoise(self.insecure_test_seed, ctx.round, str(ctx.client))
-            flat, layout = _flatten(trees_of(update))
+            flat, layout = _flatten(update_trees(update))
             flat, bits = self._release(flat, bits, clip, 1.0, source)
             update = with_trees(update, layout.unflatten(flat))
         if isinstance(self.clip, AdaptiveClip):
@@ -226,8 +226,9 @@ class ClientLevelDP(Transform):
         aux = dict(aggregate.aux)
         channel = aux.pop(BITS, None)
         bits = _NO_BITS if channel is None else channel["unclipped"].double()
-        flat, layout = _flatten(trees_of(replace(aggregate, aux=aux)))
+        flat, layout = _flatten(update_trees(replace(aggregate, aux=aux)))
         if self.mode == "central":
+            # Rank 0 draws the noise and shares the result, because all ranks must hold the same model.
             if ctx.group.rank == 0:
                 flat, bits = self._release(flat, bits, clip, cohort, SecureNoise(self.insecure_test_seed, ctx.round))
             flat = {dtype: ctx.group.broadcast(values) for dtype, values in flat.items()}
@@ -238,7 +239,7 @@ class ClientLevelDP(Transform):
             buffers=trees.get("buffers", {}),
             weight=cohort,
             aux={name: trees[f"aux/{name}"] for name in aux},
-            num_clients=max(round(cohort), 1),
+            num_clients=max(round(cohort), 1),  # the expected number; the exact one is not covered by the noise
             population=aggregate.population,
         )
         if isinstance(self.clip, AdaptiveClip):
@@ -246,7 +247,7 @@ class ClientLevelDP(Transform):
             state = {**state, "clip": adapted, "last_clip": state["clip"]}
         return released, state
 
-    # ---- what it amounts to
+    # ---- the guarantee
 
     def report(self, state: State, ctx: RoundContext) -> Mapping[str, float | str]:
         epsilon = self._epsilon(load_ledger(state), ctx)
@@ -277,16 +278,16 @@ class ClientLevelDP(Transform):
         )
 
     def sampling(self, ctx: RoundContext) -> Sampling:
-        """How the clients of a round are drawn, as the ledger records it; what is not known counts as everybody."""
+        """Returns the draw of a round's clients as the ledger records it; an unknown one counts as :class:`Full`."""
         drawn = ctx.sampling
         if drawn is None or self.mode == "local":
-            return Full()
+            return Full()  # in local mode the server sees who takes part
         if drawn.kind == "poisson":
             return Poisson(drawn.rate)
         return FixedSize(int(drawn.size), drawn.num_clients) if drawn.kind == "fixed" else Full()
 
     def cohort(self, ctx: RoundContext) -> float:
-        """The number of clients to expect in a round."""
+        """Returns the expected number of clients in a round."""
         return float(ctx.sampling.size if ctx.sampling is not None else max(len(ctx.cohort), 1))
 
     def _epsilon(self, ledger: Ledger, ctx: RoundContext) -> Epsilon:
@@ -297,7 +298,7 @@ class ClientLevelDP(Transform):
     def _release(
         self, flat: Flat, bits: Tensor, clip: float, cohort: float, source: SecureNoise
     ) -> tuple[Flat, Tensor]:
-        """What is clipped, and the bits of an adaptive clip, with the noise that covers both together."""
+        """Adds noise to the clipped values and to the bits of an adaptive clip; one budget covers both."""
         on_model, on_bits = self.noise_multiplier, 0.0
         if isinstance(self.clip, AdaptiveClip) and self.noise_multiplier:
             on_bits = self.clip.noise_on_bits(self.noise_multiplier, cohort)
@@ -309,7 +310,7 @@ class ClientLevelDP(Transform):
         return noisy, noisy_bits[bits.dtype][0]
 
     def _check_cohort(self, before: Tensor | None, sampling: Sampling, ctx: RoundContext) -> dict[str, Any]:
-        """Adds up how many were drawn since the sampling last changed, and whether that can be so."""
+        """Counts the clients drawn since the sampling last changed, and checks that the sampling allows so many."""
         drawn: dict[str, Any] = {"sampling": sampling.state_dict(), "drawn": 0, "of": 0}
         if before is not None and unpack(before)["sampling"] == drawn["sampling"]:
             drawn = unpack(before)

@@ -13,27 +13,33 @@ from lightning_fl.tree import Flat, Layout, add
 from lightning_fl.types import Tree
 
 NUM_COMPARED = 64
-LEAST_COMPARED = 16
+MIN_COMPARED = 16
 
 
 class NoiseWatch:
-    """Remembers the noise of the last step, of whichever client, to see that the next one gets another."""
+    """Checks that noise never repeats from one step to the next, of any client. It keeps the last step's noise."""
 
     def __init__(self) -> None:
         self._last: Flat = {}
         self._last_fresh = torch.empty(0)
 
-    def look(self, added: Flat, source: SecureNoise, std: float) -> None:
-        """Compares what was added with what was added last.
+    def check(self, added: Flat, source: SecureNoise, std: float) -> None:
+        """Compares the noise that was added with that of the last step.
+
+        Args:
+            added: Some of the noise, by dtype.
+            source: The stream that it came from.
+            std: Its standard deviation.
 
         Raises:
             PrivacyError: If it is the same.
         """
-        fresh = source.normal(LEAST_COMPARED)
+        # A broken generator can repeat in two ways: the stream restarts, or the noise on the gradient is reused.
+        fresh = source.normal(MIN_COMPARED)
         repeats = torch.equal(fresh, self._last_fresh)
         for dtype, noise in added.items():
             last = self._last.get(dtype)
-            if last is not None and last.shape == noise.shape and noise.numel() >= LEAST_COMPARED:
+            if last is not None and last.shape == noise.shape and noise.numel() >= MIN_COMPARED:
                 repeats |= bool(torch.allclose(noise, last, rtol=0.0, atol=1e-2 * std))
         self._last, self._last_fresh = added, fresh
         if repeats:
@@ -41,7 +47,7 @@ class NoiseWatch:
 
 
 class NoisySum:
-    r"""The steps of one client: sums of clipped gradients with noise, divided by how many gradients to expect.
+    r"""The gradients of one client's steps: noisy sums of clipped gradients, divided by the expected batch size.
 
     .. math::
         \frac{1}{m} \Bigl(\sum_i g_i \min(1, C / \lVert g_i \rVert) + \mathcal{N}(0, z^2 C^2)\Bigr)
@@ -49,10 +55,10 @@ class NoisySum:
     Args:
         noise_multiplier: The noise :math:`z`.
         clip: The clip norm :math:`C`.
-        expected: The number :math:`m` of gradients to expect.
-        watch: Sees that noise does not repeat.
+        expected: The expected number :math:`m` of gradients.
+        watch: Checks that noise does not repeat.
         insecure_test_seed: A seed that makes the noise repeat, for tests.
-        purpose: Tells apart streams of the same test seed.
+        purpose: Separates streams of the same test seed.
     """
 
     def __init__(
@@ -72,14 +78,14 @@ class NoisySum:
         self._total: Tree = {}
 
     def add(self, samples: Tree, size: int) -> None:
-        """Takes in the gradients of some examples.
+        """Clips the gradients of some examples and adds them to the sum.
 
         Args:
             samples: Per-sample gradients by parameter, each of shape ``[size, ...]``.
-            size: How many.
+            size: Number of examples.
 
         Raises:
-            PrivacyError: If they come out longer than the clip norm.
+            PrivacyError: If their sum is longer than ``size`` clip norms.
         """
         part = clipped_sum(samples, self.clip)
         check_clipped_sum(part, size, self.clip)
@@ -87,10 +93,12 @@ class NoisySum:
         self._total = {**self._total, **part, **add({name: self._total[name] for name in known}, known)}
 
     def release(self, params: Mapping[str, Tensor]) -> Tree:
-        """The gradient of a step, with fresh noise on all parameters; starts anew.
+        """Returns the gradient of a step, with fresh noise on all parameters, and resets the sum.
+
+        Parameters without a gradient get noise too: whether one has a gradient depends on the examples.
 
         Raises:
-            PrivacyError: If the noise added is not what is recorded, or repeats.
+            PrivacyError: If the noise is not what is recorded, or repeats.
         """
         total, self._total = self._total, {}
         tree = {
@@ -103,7 +111,7 @@ class NoisySum:
         check_added(flat, noisy, self.std)
         if self.std:
             added = {dtype: (noisy[dtype] - flat[dtype])[:NUM_COMPARED] for dtype in flat}
-            self._watch.look(added, self._source, self.std)
+            self._watch.check(added, self._source, self.std)
         released = layout.unflatten(noisy)["gradient"]
         return {name: (released[name] / self.expected).to(param.dtype) for name, param in params.items()}
 

@@ -1,4 +1,4 @@
-"""Per-sample gradients of a module, through the hooks of Opacus, and what is made of them."""
+"""Per-sample gradients of a module, from the hooks of Opacus, and their clipped sum."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DROPOUT = (
 
 
 def opacus_hooks() -> Any:
-    """The class of Opacus that computes per-sample gradients of a module without wrapping it.
+    """Imports the class of Opacus that computes per-sample gradients of a module without wrapping it.
 
     Raises:
         ImportError: If Opacus is not installed.
@@ -46,7 +46,7 @@ def opacus_hooks() -> Any:
 
 
 def why_not_per_sample(module: nn.Module) -> str | None:
-    """Why a module's gradients can't be told apart by example, with the remedy; None if nothing is known against it."""
+    """Returns why a module has no per-sample gradients, with the remedy; None if nothing is known against it."""
     for name, layer in module.named_modules():
         if isinstance(layer, _BatchNorm) and layer.training:
             return (
@@ -55,11 +55,11 @@ def why_not_per_sample(module: nn.Module) -> str | None:
             )
         if getattr(layer, "inplace", False):
             return f"{name} is a {type(layer).__name__} that works in place. Set inplace=False"
-    own = [name for name, param in module.named_parameters(recurse=False) if param.requires_grad]
-    if own:
+    direct = [name for name, param in module.named_parameters(recurse=False) if param.requires_grad]
+    if direct:
         return (
-            f"the parameter {own[0]} belongs to the LightningModule itself, which has no forward pass of its own. Move "
-            "it into a layer: an nn.Module whose forward takes the batch"
+            f"the parameter {direct[0]} belongs to the LightningModule itself, which has no forward pass of its own. "
+            "Move it into a layer: an nn.Module whose forward takes the batch"
         )
     from opacus.validators import ModuleValidator
 
@@ -69,22 +69,24 @@ def why_not_per_sample(module: nn.Module) -> str | None:
 
 @contextmanager
 def quiet_hooks() -> Iterator[None]:
-    """Inside the block torch does not warn of a hook on a layer whose input needs no gradient, as the first one's."""
+    """Silences torch's warning about backward hooks on a layer whose input needs no gradient, such as the first one."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Full backward hook is firing when gradients are computed")
         yield
 
 
 class PerSampleGradients:
-    """The gradient of each example's loss, computed along with the backward pass of a loss that is their mean.
+    """Computes the gradient of each example's loss during the backward pass of their mean.
+
+    A resource with a single owner: it installs hooks on the module until :meth:`detach`.
 
     Args:
-        module: The module; it stays as it is, hooks apart.
+        module: The module; unchanged except for hooks.
         params: The trained parameters by name.
-        mode: ``"hooks"``: Opacus's own rules for known layers and functorch for others; ``"functorch"`` for all.
+        mode: ``"hooks"``: Opacus's rules for known layers, functorch for others; ``"functorch"``: functorch for all.
 
     Raises:
-        ValueError: If Opacus can't tell the module's gradients apart by example.
+        ValueError: If Opacus can't compute per-sample gradients of the module.
         ImportError: If Opacus is not installed.
     """
 
@@ -102,27 +104,27 @@ class PerSampleGradients:
         self._quiet = ExitStack()
 
     def detach(self) -> None:
-        """Takes the hooks off the module."""
+        """Removes the hooks from the module."""
         self._clear()
         self._hooks.cleanup()
 
     def start(self) -> None:
-        """A forward and a backward pass come."""
+        """Enables the hooks for one forward and backward pass."""
         self._clear()
         self._quiet.enter_context(quiet_hooks())
         self._hooks.enable_hooks()
 
     def take(self, size: int) -> Tree:
-        """The per-sample gradients after a backward pass.
+        """Returns the per-sample gradients after a backward pass, and disables the hooks.
 
         Args:
             size: Examples in the batch.
 
         Returns:
-            By parameter a tensor of shape ``[size, *param.shape]``; parameters that had no part are left out.
+            By parameter a tensor of shape ``[size, *param.shape]``; parameters that were not used are left out.
 
         Raises:
-            PrivacyError: If there is a gradient without them, or they are of another shape.
+            PrivacyError: If a parameter has a gradient but no per-sample gradients, or they have another shape.
         """
         samples = {}
         for name, param in self.params.items():
@@ -148,6 +150,8 @@ class PerSampleGradients:
         return samples
 
     def _clear(self) -> None:
+        # Opacus keeps its state on the parameters and layers, and resets it in its own optimizer, which is not used
+        # here. What a failed pass left behind would be mixed into the next one.
         self._quiet.close()
         for param in self.params.values():
             param.grad_sample = None  # type: ignore[attr-defined]
@@ -160,16 +164,16 @@ class PerSampleGradients:
 
 
 def clipped_sum(samples: Tree, clip: float) -> Tree:
-    r"""The sum of gradients, each shortened to the norm ``clip`` if it is longer.
+    r"""Returns the sum of gradients, each scaled down to norm ``clip`` if it is longer.
 
     .. math::
         \sum_i g_i \min(1, C / \lVert g_i \rVert)
 
-    The norm is that of all parameters together; a gradient that holds NaN or infinities counts as zero.
+    The norm is taken over all parameters together; a gradient that holds NaN or infinities counts as zero.
 
     Args:
         samples: Per-sample gradients by parameter, each of shape ``[num_samples, ...]``.
-        clip: The largest norm :math:`C`.
+        clip: The clip norm :math:`C`.
     """
     if not samples:
         return {}
@@ -178,7 +182,7 @@ def clipped_sum(samples: Tree, clip: float) -> Tree:
     norms = torch.linalg.vector_norm(norms, dim=0)
     is_finite = norms.isfinite()
     factors = torch.where(is_finite, (clip * (1 - ROUNDING) / norms).clamp(max=1.0), torch.zeros_like(norms))
-    if not bool(is_finite.all()):
+    if not bool(is_finite.all()):  # a factor of zero is not enough: 0 * NaN is NaN
         flat = {name: torch.where(is_finite[:, None], sample, 0) for name, sample in flat.items()}
     return {
         name: (factors.to(flat[name].dtype) @ flat[name]).view(sample.shape[1:]) for name, sample in samples.items()
@@ -186,10 +190,10 @@ def clipped_sum(samples: Tree, clip: float) -> Tree:
 
 
 def check_clipped_sum(total: Tree, size: int, clip: float) -> None:
-    """Makes sure that a sum of ``size`` gradients is no longer than that many clip norms.
+    """Checks that a sum of ``size`` clipped gradients is no longer than ``size`` clip norms.
 
     Raises:
-        PrivacyError: If it is, or holds NaN.
+        PrivacyError: If it is longer, or holds NaN.
     """
     norm = math.sqrt(sum(float(torch.linalg.vector_norm(value).double()) ** 2 for value in total.values()))
     if not norm <= size * clip * (1 + 1e-5):
@@ -199,7 +203,7 @@ def check_clipped_sum(total: Tree, size: int, clip: float) -> None:
 
 
 class WithoutDropout(TorchFunctionMode):
-    """Inside the block dropout lets everything through."""
+    """Makes dropout the identity inside the block, so that two passes over one example can be compared."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in DROPOUT:
@@ -210,16 +214,16 @@ class WithoutDropout(TorchFunctionMode):
 def check_per_sample(
     gradients: PerSampleGradients, loss_of: Callable[[Any], Tensor], batch: Any, tolerance: float
 ) -> None:
-    """Compares the gradients of two examples in one batch with those of each alone, and their clipped sum.
+    """Compares the gradients of two examples in one batch, and their clipped sum, with those of each example alone.
 
     Args:
         gradients: The per-sample gradients to be checked.
-        loss_of: The loss of a batch, without a trace.
+        loss_of: Returns the loss of a batch, without side effects.
         batch: A batch of at least one example.
-        tolerance: How much they may differ, relative to their norm.
+        tolerance: The largest difference that is accepted, relative to the gradients' norm.
 
     Raises:
-        PrivacyError: If they differ, so that one example would change the others' or escape the clip.
+        PrivacyError: If they differ, so that one example would change the others' gradients or escape the clip.
     """
     both, size = take_rows(batch, [0, min(1, num_rows(batch) - 1)]), 2
     params = list(gradients.params.values())
@@ -230,16 +234,16 @@ def check_per_sample(
         samples = gradients.take(size)
     for param in params:
         param.grad = None
-    expected = [_flat(own, params) for own in alone]
+    expected = [_flat(grads, params) for grads in alone]
     found = [
         _flat([samples[name][i] if name in samples else None for name in gradients.params], params) for i in range(size)
     ]
-    norms = [float(own.norm()) for own in expected]
+    norms = [float(gradient.norm()) for gradient in expected]
     scale = max([norm for norm in norms if math.isfinite(norm)], default=0.0)
-    for own, other in zip(expected, found, strict=True):
-        if not own.isfinite().all() and not other.isfinite().all():
-            continue  # an example without a gradient, which counts as zero
-        distance = float((own - other).norm())
+    for gradient, other in zip(expected, found, strict=True):
+        if not gradient.isfinite().all() and not other.isfinite().all():
+            continue  # clipping counts such a gradient as zero
+        distance = float((gradient - other).norm())
         if not distance <= tolerance * scale + 1e-12:
             raise PrivacyError(
                 f"The gradient of an example changes with the others in its batch, by {distance / (scale or 1.0):.2g} "
@@ -248,11 +252,11 @@ def check_per_sample(
                 "in a weighted mean, no contrast between examples, no normalisation or penalty over the batch; it may "
                 "draw random numbers in dropout only (augment in the data set)."
             )
-    lengths = [(own, norm) for own, norm in zip(expected, norms, strict=True) if 0 < norm < math.inf]
-    if lengths:
-        clip = min(norm for _, norm in lengths) / 2
+    usable = [(gradient, norm) for gradient, norm in zip(expected, norms, strict=True) if 0 < norm < math.inf]
+    if usable:
+        clip = min(norm for _, norm in usable) / 2  # below every norm, so that all of them are clipped
         total = clipped_sum(samples, clip)
-        oracle = sum(own * (clip / norm) for own, norm in lengths)
+        oracle = sum(gradient * (clip / norm) for gradient, norm in usable)
         clipped = _flat([total.get(name) for name in gradients.params], params)
         if not float((clipped - oracle).norm()) <= 2 * tolerance * clip * size:
             raise PrivacyError("The gradients are not clipped one by one. The run stops before they are used.")

@@ -1,4 +1,4 @@
-"""Batches that privacy rests on: each example is in each of them with the same probability, whatever the others."""
+"""Poisson batches for DP-SGD: each example is in each batch independently, with the same probability."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Sampler
 from lightning_fl.data.client_loaders import ClientLoaders
 from lightning_fl.data.collation import with_fast_collation
 from lightning_fl.data.splitting import check_splittable
-from lightning_fl.privacy.accounting.sampling import LEAST_PROBABILITY, Full, Poisson, Sampling
+from lightning_fl.privacy.accounting.sampling import FALSE_ALARM_PROBABILITY, Full, Poisson, Sampling
 from lightning_fl.privacy.noise import PrivacyError
 from lightning_fl.privacy.sample_level.rows import take_rows
 from lightning_fl.seeding import Randomness, SystemRandomness
@@ -28,8 +28,8 @@ class PoissonBatches(Sampler[list[int]]):
     Args:
         num_examples: Examples to draw from.
         rate: The probability, in (0, 1].
-        num_batches: Batches of one pass.
-        randomness: What to draw with. None: the operating system.
+        num_batches: Batches in one pass.
+        randomness: Source of the draws. None: the operating system.
     """
 
     def __init__(self, num_examples: int, rate: float, num_batches: int, randomness: Randomness | None = None) -> None:
@@ -47,12 +47,12 @@ class PoissonBatches(Sampler[list[int]]):
 
 
 class PoissonLoader(DataLoader):
-    """A client's loader with Poisson batches instead of its own: as many in a pass, of as many examples to expect.
+    """A client's loader with Poisson batches instead of its own: as many per pass, of the same expected size.
 
     Args:
-        loader: A plain ``DataLoader``, in order or shuffled. All its examples are drawn from, also with ``drop_last``.
-        drawn: Told the examples of each batch just before the batch comes.
-        randomness: What to draw with. None: the operating system.
+        loader: A plain ``DataLoader``, in order or shuffled. All its examples can be drawn, even with ``drop_last``.
+        drawn: Called with the examples of each batch, just before the batch is yielded.
+        randomness: Source of the draws. None: the operating system.
 
     Raises:
         ValueError: If the loader makes its batches in another way.
@@ -81,15 +81,16 @@ class PoissonLoader(DataLoader):
 
     @property
     def sampling(self) -> Sampling:
-        """How a batch is drawn, as a ledger records it."""
+        """The draw of a batch as a ledger records it."""
         return Poisson(self.rate) if self.rate < 1 else Full()
 
     @property
     def expected_batch_size(self) -> float:
-        """The number of examples to expect in a batch, by which a sum of gradients is divided."""
+        """The expected number of examples in a batch, by which a sum of gradients is divided."""
         return self.rate * self.num_examples
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        # Workers prefetch, so several batches are drawn before the first is yielded; the queue pairs them up.
         self._draws.drawn.clear()
         for batch in super().__iter__():
             chosen = self._draws.drawn.popleft()
@@ -98,7 +99,10 @@ class PoissonLoader(DataLoader):
 
 
 class _Recorded(Sampler[list[int]]):
-    """Notes what has been drawn; a batch of none reads the first example, which :class:`PoissonLoader` drops again."""
+    """Queues every draw for :class:`PoissonLoader`.
+
+    An empty batch is read as the first example, because a collate function needs one; the loader removes it again.
+    """
 
     def __init__(self, batches: PoissonBatches) -> None:
         self.batches = batches
@@ -114,11 +118,11 @@ class _Recorded(Sampler[list[int]]):
 
 
 def poisson_loaders(loaders: ClientLoaders, make: Callable[[ClientId, Any], PoissonLoader]) -> ClientLoaders:
-    """The same clients with Poisson batches.
+    """Returns loaders of the same clients with Poisson batches.
 
     Args:
         loaders: The clients' own loaders.
-        make: Makes a client's loader from its own.
+        make: Makes a client's Poisson loader from its own loader.
     """
 
     def size(client: ClientId) -> int:
@@ -133,23 +137,23 @@ def _check_plain(loader: Any) -> None:
     except ValueError as error:
         reason = str(error).partition("; to be split")[0]
         raise ValueError(
-            f"{reason}. Under sample-level privacy each batch is drawn anew, each example with the same probability. "
-            "Give the client a plain DataLoader(dataset, batch_size=...) over a map-style data set."
+            f"{reason}. Under sample-level privacy every batch is drawn independently, each example with the same "
+            "probability. Give the client a plain DataLoader(dataset, batch_size=...) over a map-style data set."
         ) from error
     if loader.batch_size is None:
         raise ValueError(
             "The loader has batch_size=None, so its data set makes the batches. Under sample-level privacy each "
-            "example is drawn by itself: give the client a data set of examples and a batch_size."
+            "example is drawn independently: give the client a data set of examples and a batch_size."
         )
 
 
 class DrawCheck:
-    r"""Whether batches look as if drawn by Poisson sampling, over all clients and rounds so far.
+    r"""A statistical test of whether batches were drawn by Poisson sampling, over all clients and rounds so far.
 
-    Three sums are compared with what they come to under Poisson sampling: the examples drawn, the squared deviations
-    of how often each example was drawn, and those of the batches' sizes. Each bound (Bernstein's; for a sum of
-    non-negative numbers below its mean, :math:`\exp(-t^2 / 2 \sum E y^2)`) holds for any number of batches, so a
-    sound sampler fails with a probability of at most 1e-12 a check.
+    Three sums are compared with their expectation under Poisson sampling: the number of examples drawn, the squared
+    deviations of how often each example was drawn, and those of the batch sizes. The bounds (Bernstein's; for a sum of
+    non-negative numbers below its mean, :math:`\exp(-t^2 / 2 \sum E y^2)`) hold for any number of batches, so each
+    check fails for a sound sampler with probability at most 1e-12.
     """
 
     def __init__(self) -> None:
@@ -158,12 +162,12 @@ class DrawCheck:
         self._of_batches = _Sum()
 
     def add(self, counts: np.ndarray, sizes: np.ndarray, rate: float) -> None:
-        """Takes in one client's batches.
+        """Adds one client's batches.
 
         Args:
             counts: How often each of its examples was drawn, of shape ``[num_examples]``.
             sizes: The sizes of its batches, of shape ``[num_batches]``.
-            rate: The probability of an example to be in a batch.
+            rate: The probability with which an example is in a batch.
         """
         trials = len(counts) * len(sizes)
         self._drawn.add(float(sizes.sum()), trials * rate, trials * rate * (1 - rate), trials * rate, 1.0)
@@ -173,7 +177,7 @@ class DrawCheck:
 
     @property
     def problem(self) -> str | None:
-        """What shows that the batches were drawn in another way; None if nothing does."""
+        """Evidence that the batches were not drawn by Poisson sampling; None if there is none."""
         if self._drawn.is_wrong:
             return f"{self._drawn.found:.0f} examples were drawn, expected {self._drawn.expected:.0f}"
         for what, total in (("each example is drawn", self._of_examples), ("the batches are", self._of_batches)):
@@ -185,7 +189,7 @@ class DrawCheck:
 
 
 class _Sum:
-    """A sum of independent non-negative numbers beside its distribution."""
+    """A sum of independent non-negative numbers, with the moments that bound its distribution."""
 
     def __init__(self) -> None:
         self.found = self.expected = self.variance = self.second = self.largest = 0.0
@@ -202,12 +206,13 @@ class _Sum:
         distance = abs(self.found - self.expected)
         if distance <= 1e-9 * max(self.expected, 1.0):
             return False
+        # Bernstein's inequality above the mean; below it, the sharper bound for non-negative numbers.
         spread = self.second if self.found < self.expected else self.variance + self.largest * distance / 3
-        return distance**2 > 2 * spread * -math.log(LEAST_PROBABILITY)
+        return distance**2 > 2 * spread * -math.log(FALSE_ALARM_PROBABILITY)
 
 
 def _add_squares(total: _Sum, counts: np.ndarray, trials: int, rate: float) -> None:
-    """Adds up the squared deviations of binomial counts, each relative to its variance."""
+    """Adds the squared deviations of binomial counts, each divided by its variance."""
     variance = trials * rate * (1 - rate)
     fourth = 2 + (1 - 6 * rate * (1 - rate)) / variance  # Var of the square of a binomial, standardised
     found = float(((counts - trials * rate) ** 2).sum() / variance)
@@ -216,7 +221,7 @@ def _add_squares(total: _Sum, counts: np.ndarray, trials: int, rate: float) -> N
 
 
 def check_sampler() -> None:
-    """Makes sure that the sampler draws as it says, and never the same.
+    """Checks that the sampler draws Poisson batches, and not the same ones twice.
 
     Raises:
         PrivacyError: If it does not.

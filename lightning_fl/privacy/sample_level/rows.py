@@ -1,4 +1,4 @@
-"""The examples of a batch: its rows."""
+"""The examples of a batch, as rows of its tensors."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 def num_rows(batch: Any) -> int:
-    """Number of examples in a batch: the first dimension of its tensors.
+    """Returns the number of examples in a batch, the first dimension of its tensors.
 
     Raises:
-        ValueError: If it holds no tensor, or tensors that differ in it.
+        ValueError: If it holds no tensor, or tensors whose first dimensions differ.
     """
     sizes = sorted({tensor.shape[0] if tensor.dim() else -1 for tensor in _tensors(batch)})
     if len(sizes) != 1 or sizes[0] < 0:
@@ -25,10 +25,10 @@ def num_rows(batch: Any) -> int:
 
 
 def take_rows(batch: Any, rows: slice | list[int]) -> Any:
-    """Some of the examples of a batch.
+    """Returns some examples of a batch.
 
     Raises:
-        ValueError: If the batch has another form than tensors in lists, tuples and dicts.
+        ValueError: If the batch holds anything but tensors in lists, tuples and dicts.
     """
     size = num_rows(batch)
 

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 from lightning_fl.aggregation import Aggregator, ClientLost, FederationFacts, RoundContext, WeightedMean
-from lightning_fl.aggregation.aggregator import aggregate_of
+from lightning_fl.aggregation.weighted_mean import aggregate_of
 from lightning_fl.communication import Group, Message
 from lightning_fl.privacy.secagg.dropouts import num_dropouts, plan_dropouts
 from lightning_fl.privacy.secagg.errors import ProtocolError, SecureAggregationError
 from lightning_fl.privacy.secagg.masks import apply_masks
-from lightning_fl.privacy.secagg.messages import Terms
+from lightning_fl.privacy.secagg.messages import SessionParams
 from lightning_fl.privacy.secagg.packing import NUM_CHECKS, Packing, Ranges, Sums, split_report, with_report
 from lightning_fl.privacy.secagg.pairwise import PairwiseClient, roster_of, with_update
 from lightning_fl.privacy.secagg.participant import MIN_CLIENTS, two_thirds
 from lightning_fl.privacy.secagg.primitives import digest, library
-from lightning_fl.privacy.secagg.quantize import WORDS
+from lightning_fl.privacy.secagg.quantize import DTYPES
 from lightning_fl.privacy.secagg.session import Session, open_session
 from lightning_fl.privacy.secagg.simulate import Simulation
 from lightning_fl.types import Aggregate, ClientId, Tree, Update
@@ -36,16 +36,18 @@ class SecureSum:
     """Accumulator of :class:`SecureAggregation`.
 
     Args:
-        packing: Where in the vector each tensor stands.
-        words: The vectors of this rank's clients, added up; it leaves the rank with masks only.
+        session: Identities, value ranges and journal.
+        packing: The layout of the vector.
+        vector: The sum of the vectors of this rank's clients; it never leaves the rank unmasked.
         model: Hash of the global model from which the clients train.
-        clients: This rank's clients whose update is in it.
-        simulation: The clients of the double-masking protocol, once the first has finished.
-        sums: What all vectors add up to, after the merge.
+        clients: This rank's clients whose update is in the sum.
+        simulation: The clients of the double-masking protocol, once the first has finished; used for one sum.
+        sums: The sums over all clients, after the merge.
     """
 
+    session: Session
     packing: Packing
-    words: Tensor
+    vector: Tensor
     model: bytes
     clients: tuple[ClientId, ...] = ()
     simulation: Simulation | None = None
@@ -55,28 +57,28 @@ class SecureSum:
 class SecureAggregation(Aggregator):
     r"""The weighted mean, of which the federation learns only the sums :math:`\sum_i w_i u_i` and :math:`\sum_i w_i`.
 
-    Every client adds masks to its update that cancel in the sum of all. Its weight, side channels, buffers and what it
-    reports of the round are in the same masked vector. Coordinates are rounded at random to integers: a sum over n
-    clients is within ``n * clip * max_weight / (2^b - 1)`` of the exact one, with b = 29 for 3 clients, 27 for 10 and
-    24 for 100 in words of 32 bits.
+    Every client adds masks to its update that cancel in the sum of all. Its weight, side channels, buffers and report
+    are in the same masked vector. Coordinates are rounded stochastically to integers: a sum over n clients is within
+    ``n * clip * max_weight / (2^b - 1)`` of the exact one. With 32-bit integers b is 29 for 3 clients, 27 for 10 and 24
+    for 100.
 
-    ``"pairwise"`` costs one sum of integers and no extra bytes, and needs every client that has advertised itself at
-    the round's end. ``"bonawitz"`` gives the survivors' sum while floor(2n/3) + 1 clients stay; it runs between the
-    simulated clients of one process.
+    ``"pairwise"`` costs one all-reduce of integers, of the same size as in float32. It needs every client that
+    advertised its keys to stay until the sum is made. ``"bonawitz"`` survives dropouts as long as floor(2n/3) + 1
+    clients stay; it runs between the simulated clients of one process.
 
     Args:
         protocol: ``"pairwise"`` or ``"bonawitz"``.
-        clip: Largest magnitude of a coordinate of an update; what is beyond is clipped, with a warning.
+        clip: Largest magnitude of a coordinate of an update; larger ones are clipped, with a warning.
         aux_clip: The same for side channels such as SCAFFOLD's.
-        max_weight: Largest weight of a client, a bound that the federation may know. None: 1 under
-            ``weighting="uniform"``, the most examples of a simulated client, 65536 between silos.
+        max_weight: Upper bound on a client's weight, which the federation may know. None: 1 under
+            ``weighting="uniform"``, the largest number of examples of a simulated client, 65536 between silos.
         modulus_bits: 32, or 64 for twice the bytes and finer steps.
-        min_clients: A sum over fewer clients is not made; at least 3.
+        min_clients: The fewest clients in a sum; at least 3.
         keys: Folder of the silo's keys, in which ``{rank}`` stands for its rank. None: the variable
             ``LIGHTNING_FL_KEYS``, or ``keys/silo{rank}``. Simulated clients need none.
-        dropout: For simulations: the share of each round's clients that vanish, at random stages.
-        dropout_seed: Seed of who vanishes when.
-        aggregator: What the sum is used for; only the weighted mean can be had from a sum.
+        dropout: For simulations: the share of each round's clients that drop out, at random stages.
+        dropout_seed: Seed of who drops out when.
+        aggregator: None or the weighted mean, the only aggregator that can be computed from a sum.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -106,12 +108,12 @@ class SecureAggregation(Aggregator):
         if aggregator is not None and type(aggregator) is not WeightedMean:
             raise ValueError(
                 f"{type(aggregator).__name__} has to see each client's update, and secure aggregation shows only their "
-                "sum. Take one of the two: the aggregator alone, or SecureAggregation() with the weighted mean."
+                "sum. Use either that aggregator alone, or SecureAggregation() with the weighted mean."
             )
         if min_clients < MIN_CLIENTS:
             raise ValueError(
-                f"min_clients={min_clients} is too few: in a sum of two, each learns the other's update by taking its "
-                f"own off. At least {MIN_CLIENTS}."
+                f"min_clients={min_clients} is too few: in a sum of two, each learns the other's update by subtracting "
+                f"its own. Expected at least {MIN_CLIENTS}."
             )
         if max_weight is not None and not max_weight > 0:
             raise ValueError(f"max_weight={max_weight} must be a positive number.")
@@ -127,35 +129,33 @@ class SecureAggregation(Aggregator):
         self.keys = keys
         self.dropout = dropout
         self.dropout_seed = dropout_seed
-        self._session: Session | None = None
-        self._has_warned = False
 
     def __repr__(self) -> str:
         settings = {"protocol": self.protocol, **vars(self.ranges), "min_clients": self.min_clients}
         return f"SecureAggregation({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_session": None}
-
-    def open(self, group: Group, facts: FederationFacts) -> None:
+    def open(self, group: Group, facts: FederationFacts) -> Session:
+        ranges = self.ranges
         if facts.is_training:
             self._check_cohort(facts.cohort_size, group, facts.silos)
-            self._check_least(facts.min_cohort_size)
+            self._check_min_cohort(facts.min_cohort_size)
             if self.max_weight is None:
                 known = facts.max_weight() or DEFAULT_MAX_WEIGHT
-                self.ranges = replace(self.ranges, max_weight=2.0 ** math.ceil(math.log2(known)))
+                # A power of two, so that dividing the weights by it and multiplying the sum again is exact.
+                ranges = replace(ranges, max_weight=2.0 ** math.ceil(math.log2(known)))
         if self.keys is not None and not facts.silos:
             warnings.warn(
-                f"keys={self.keys!r} is not used: simulated clients have identities for the occasion. Leave it out.",
+                f"keys={self.keys!r} is not used: simulated clients make their own identities. Leave it out.",
                 stacklevel=2,
             )
-        if facts.is_training or self._session is None or self._session.is_simulated is facts.silos:
-            self._session = open_session(group, facts.silos, self.keys)
+        return open_session(group, facts.silos, self.keys, ranges)
 
-    def init(self, like: Update, device: torch.device) -> SecureSum:
-        packing = Packing(like, self.ranges)
-        words = packing.zeros(device) if self.protocol == "pairwise" else torch.empty(0, dtype=packing.dtype)
-        return SecureSum(packing, words, model_digest(like))
+    def init(self, template: Update, device: torch.device, session: Session | None = None) -> SecureSum:
+        if session is None:
+            raise ValueError("SecureAggregation.init got no session. Pass the one that open(group, facts) returned.")
+        packing = Packing(template, session.ranges)
+        vector = packing.zeros(device) if self.protocol == "pairwise" else torch.empty(0, dtype=packing.dtype)
+        return SecureSum(session, packing, vector, model_digest(template))
 
     def add(self, acc: SecureSum, update: Update, ctx: RoundContext) -> SecureSum:
         assert ctx.client is not None
@@ -166,14 +166,14 @@ class SecureAggregation(Aggregator):
             number = ctx.cohort.index(ctx.client) + 1
             if not acc.simulation.is_waiting_for(number):
                 raise ClientLost
-            words = acc.packing.zeros(next(iter(update.delta.values())).device)
-            acc.packing.add(words, update, num_clients)
-            vector = self._opened.vector_id(acc.model, ctx.round)
-            acc.simulation.send(number, with_report(words, [], {}, 1).cpu(), vector)
+            vector = acc.packing.zeros(next(iter(update.delta.values())).device)
+            acc.packing.add(vector, update, num_clients)
+            vector_id = acc.session.vector_id(acc.model, ctx.round)
+            acc.simulation.send(number, with_report(vector, [], {}, 1).cpu(), vector_id)
         else:
             if plan_dropouts(self.dropout, self.dropout_seed, ctx, stages=("advertise",)).get(ctx.client):
                 raise ClientLost
-            acc.packing.add(acc.words, update, num_clients)
+            acc.packing.add(acc.vector, update, num_clients)
         return replace(acc, clients=(*acc.clients, ctx.client))
 
     def merge(
@@ -183,39 +183,40 @@ class SecureAggregation(Aggregator):
             simulation = self._simulate(acc, ctx).simulation
             assert simulation is not None
             total, survivors = simulation.finish()
-            words, _ = split_report(total, [], len(survivors))
+            vector, _ = split_report(total, [], len(survivors))
             messages = [report]
         else:
-            words, messages = self._sum(acc, group, report, ctx)
-        sums = acc.packing.unpack(words, len(ctx.cohort))
-        if sums.num_clipped and group.rank == 0 and not self._has_warned:
-            self._has_warned = True
+            vector, messages = self._sum(acc, group, report, ctx)
+        sums = acc.packing.unpack(vector, len(ctx.cohort))
+        if sums.num_clipped and group.rank == 0 and acc.session.is_first("clipping"):
             warnings.warn(
                 f"{sums.num_clipped} of {sums.num_clients} clients had coordinates beyond clip={self.ranges.clip:g} or "
-                f"aux_clip={self.ranges.aux_clip:g}; they were clipped. If that should not be, give "
+                f"aux_clip={self.ranges.aux_clip:g}; they were clipped. If that is not intended, give "
                 "SecureAggregation a larger one.",
                 stacklevel=2,
             )
-        of_all, of_others = {"weight": sums.weight, "num_clients": sums.num_clients}, {"weight": 0.0, "num_clients": 0}
-        told = [
-            Message({**message.fields, **(of_others if rank else of_all)}, message.tensors)
+        # Callers sum weights over the reports. Only the totals are known, so the first report holds them, the rest 0.
+        totals, zeros = {"weight": sums.weight, "num_clients": sums.num_clients}, {"weight": 0.0, "num_clients": 0}
+        reports = [
+            Message({**message.fields, **(zeros if rank else totals)}, message.tensors)
             for rank, message in enumerate(messages)
         ]
-        return replace(acc, sums=sums), told
+        return replace(acc, sums=sums), reports
 
-    def gather(self, group: Group, report: Message, topic: str) -> list[Message]:
-        session = self._opened
+    def gather(self, session: Session, group: Group, report: Message, topic: str) -> list[Message]:
         settings = digest(repr(self).encode())
         attempt = session.next_attempt(topic)
-        terms = Terms(session.session, digest(topic.encode()), settings, 0, attempt, group.size, self.min_clients)
-        figures = report.fields.get("sums", {})
+        params = SessionParams(session.id, digest(topic.encode()), settings, 0, attempt, group.size, self.min_clients)
+        scalars = report.fields.get("sums", {})
         number, identity = group.rank + 1, session.identity(group.rank)
-        client = PairwiseClient(number, identity, terms, session.trusted, session.journal, bool(figures))
-        messages, adverts, names = _exchange(group, report, figures, [client], self._least_listed, topic)
-        figures = {name: value for name, value in figures.items() if name in names}
-        words = with_report(torch.empty(0, dtype=WORDS[self.ranges.modulus_bits]), names, figures, 1)
-        client.mask(words, adverts, digest(topic.encode(), repr(sorted(figures.items())).encode()))
-        _, sums = split_report(group.all_reduce(words), names, group.size)
+        client = PairwiseClient(number, identity, params, session.trusted, session.journal, bool(scalars))
+        messages, advertisements, names = _exchange(
+            group, report, scalars, [client], self._min_reporting_ranks(session), topic
+        )
+        scalars = {name: value for name, value in scalars.items() if name in names}
+        vector = with_report(torch.empty(0, dtype=DTYPES[self.ranges.modulus_bits]), names, scalars, 1)
+        client.mask(vector, advertisements, digest(topic.encode(), repr(sorted(scalars.items())).encode()))
+        _, sums = split_report(group.all_reduce(vector), names, group.size)
         return _with_sums(messages, sums)
 
     def result(self, acc: SecureSum, ctx: RoundContext) -> Aggregate:
@@ -223,21 +224,15 @@ class SecureAggregation(Aggregator):
         assert sums is not None, "merge comes before result"
         return aggregate_of(sums.trees, sums.weight, sums.num_clients, ctx)
 
-    @property
-    def _opened(self) -> Session:
-        assert self._session is not None, "open comes first"
-        return self._session
-
-    @property
-    def _least_listed(self) -> int:
-        """How many ranks must list a figure for its sum to be made: that of one silo would be its own."""
-        return 1 if self._opened.is_simulated else self.min_clients
+    def _min_reporting_ranks(self, session: Session) -> int:
+        """Returns how many ranks must list a scalar before it is summed: a sum over one silo is that silo's value."""
+        return 1 if session.is_simulated else self.min_clients
 
     def _check_cohort(self, cohort_size: int, group: Group, silos: bool) -> None:
         if cohort_size < self.min_clients:
             raise ValueError(
                 f"A round has {cohort_size} client(s), and secure aggregation makes no sum over fewer than "
-                f"{self.min_clients}: each could take its own update off. Give it more clients."
+                f"{self.min_clients}: each could subtract its own update. Use more clients."
             )
         if silos and self.dropout:
             raise ValueError(f"dropout={self.dropout} is for simulations; silos vanish by themselves. Leave it out.")
@@ -248,72 +243,77 @@ class SecureAggregation(Aggregator):
         if left < needed:
             raise ValueError(
                 f"dropout={self.dropout} leaves {left} of {cohort_size} clients, and protocol={self.protocol!r} needs "
-                f"{needed}. Give a smaller one."
+                f"{needed}. Use a smaller dropout."
             )
         if self.protocol == "bonawitz" and (silos or group.size > 1):
             raise ValueError(
                 "protocol='bonawitz' runs between the simulated clients of one process; between ranks there is no "
-                "coordinator yet. Take protocol='pairwise', or one process."
+                "coordinator yet. Use protocol='pairwise', or one process."
             )
 
-    def _check_least(self, least: int | None) -> None:
-        if least is not None and least < self.min_clients:
+    def _check_min_cohort(self, min_cohort_size: int | None) -> None:
+        if min_cohort_size is not None and min_cohort_size < self.min_clients:
             raise ValueError(
-                f"Rounds may have {least} client(s) by chance, and secure aggregation makes no sum over fewer than "
-                f"{self.min_clients}, so training would end in the middle. Draw cohorts of a fixed size: "
+                f"Rounds may have {min_cohort_size} client(s) by chance, and secure aggregation makes no sum over "
+                f"fewer than {self.min_clients}, so training would end in the middle. Draw cohorts of a fixed size: "
                 "clients_per_round=... without cohort=Poisson(...)."
             )
 
-    def _terms(self, acc: SecureSum, ctx: RoundContext, threshold: int) -> Terms:
-        session, num_clients = self._opened, len(ctx.cohort)
+    def _session_params(self, acc: SecureSum, ctx: RoundContext, threshold: int) -> SessionParams:
+        session, num_clients = acc.session, len(ctx.cohort)
         settings = digest(repr(self).encode(), acc.packing.digest)
         attempt = session.next_attempt(ctx.round)
         model = digest(acc.model, tensors_digest(ctx.frozen))
-        return Terms(session.session, model, settings, ctx.round, attempt, num_clients, threshold)
+        return SessionParams(session.id, model, settings, ctx.round, attempt, num_clients, threshold)
 
     def _sum(self, acc: SecureSum, group: Group, report: Message, ctx: RoundContext) -> tuple[Tensor, list[Message]]:
-        session = self._opened
+        session = acc.session
         if session.is_simulated:
             parties = [*acc.clients, *report.fields.get("refused", [])]
         else:
             parties = [client for client in ctx.cohort if client == group.rank]
-        terms = self._terms(acc, ctx, self.min_clients)
+        params = self._session_params(acc, ctx, self.min_clients)
         clients = [
             PairwiseClient(
                 ctx.cohort.index(party) + 1,
                 session.identity(party),
-                terms,
+                params,
                 session.trusted,
                 session.journal,
                 party in acc.clients,
             )
             for party in parties
         ]
-        tells = session.is_simulated or acc.clients  # a silo without an update adds zeros, also to the figures
-        figures = report.fields.get("sums", {}) if tells else {}
+        # A silo without an update adds zeros to the scalars too: the set of clients behind every sum is then the one
+        # that the journal knows.
+        adds_scalars = session.is_simulated or acc.clients
+        scalars = report.fields.get("sums", {}) if adds_scalars else {}
         topic = f"end of round {ctx.round}"
-        messages, adverts, names = _exchange(group, report, figures, clients, self._least_listed, topic)
-        accepted = len(with_update(roster_of(adverts)))  # signed; each client checks the signatures before it masks
+        messages, advertisements, names = _exchange(
+            group, report, scalars, clients, self._min_reporting_ranks(session), topic
+        )
+        # Not verified yet: `masks` below checks the signatures before anything is sent.
+        accepted = len(with_update(roster_of(advertisements)))
         if accepted < self.min_clients:
             raise SecureAggregationError(
                 f"Round {ctx.round} has {accepted} update(s) left, and a secure sum is not made over fewer than "
                 f"{self.min_clients}. Nothing has left its client, and the global model is as it was."
             )
-        words = with_report(acc.words, names, figures, len(clients))
-        vector = session.vector_id(acc.model, ctx.round)
-        apply_masks(words, [mask for client in clients for mask in client.masks(adverts, vector)])
-        words, sums = split_report(group.all_reduce(words), names, len(adverts))
-        return words, _with_sums(messages, sums)
+        vector = with_report(acc.vector, names, scalars, len(clients))
+        vector_id = session.vector_id(acc.model, ctx.round)
+        apply_masks(vector, [mask for client in clients for mask in client.masks(advertisements, vector_id)])
+        vector, sums = split_report(group.all_reduce(vector), names, len(advertisements))
+        return vector, _with_sums(messages, sums)
 
     def _simulate(self, acc: SecureSum, ctx: RoundContext) -> SecureSum:
         if acc.simulation is not None:
             return acc
-        session, num_clients = self._opened, len(ctx.cohort)
+        session, num_clients = acc.session, len(ctx.cohort)
         dropouts = plan_dropouts(self.dropout, self.dropout_seed, ctx)
         simulation = Simulation(
-            self._terms(acc, ctx, two_thirds(num_clients)),
+            self._session_params(acc, ctx, two_thirds(num_clients)),
             {number: session.identity(client) for number, client in enumerate(ctx.cohort, start=1)},
-            acc.packing.num_words + NUM_CHECKS,
+            acc.packing.vector_size + NUM_CHECKS,
             acc.packing.dtype,
             {ctx.cohort.index(client) + 1: stage for client, stage in dropouts.items()},
             journal=session.journal,
@@ -321,13 +321,13 @@ class SecureAggregation(Aggregator):
         return replace(acc, simulation=simulation)
 
 
-def model_digest(like: Update) -> bytes:
-    """A hash of what is trained and shared of the global model: parameters and buffers, bit for bit."""
-    return tensors_digest({**like.delta, **like.buffers})
+def model_digest(template: Update) -> bytes:
+    """Hashes the trained, shared part of the global model, parameters and buffers, bit for bit."""
+    return tensors_digest({**template.delta, **template.buffers})
 
 
 def tensors_digest(tensors: Tree) -> bytes:
-    """A hash of tensors with their names, bit for bit."""
+    """Hashes tensors and their names, bit for bit."""
     parts: list[bytes | memoryview] = []
     for name, tensor in tensors.items():
         raw: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
@@ -338,26 +338,27 @@ def tensors_digest(tensors: Tree) -> bytes:
 def _exchange(
     group: Group,
     report: Message,
-    figures: dict[str, float],
+    scalars: dict[str, float],
     clients: list[PairwiseClient],
-    least_listed: int,
+    min_reporting_ranks: int,
     topic: str,
 ) -> tuple[list[Message], list[bytes], list[str]]:
-    """Everyone is alive and shows its keys.
+    """Gathers the reports, without their scalars, together with the key advertisements of all ranks' clients.
 
     Returns:
-        The reports without their sums, the adverts, and the names of the figures that enough ranks list.
+        The reports, the advertisements, and the names of the scalars that enough ranks list.
     """
     public = {name: value for name, value in report.fields.items() if name != "sums"}
-    adverts = [client.advertise().hex() for client in clients]
-    own = {**public, "adverts": adverts, "names": sorted(figures)}
-    messages = group.all_gather(Message(own, report.tensors), topic)
+    encoded = [client.advertise().hex() for client in clients]
+    fields = {**public, "adverts": encoded, "names": sorted(scalars)}
+    messages = group.all_gather(Message(fields, report.tensors), topic)
     try:
-        told = [bytes.fromhex(advert) for message in messages for advert in message.fields["adverts"]]
+        advertisements = [bytes.fromhex(text) for message in messages for text in message.fields["adverts"]]
     except (TypeError, ValueError) as error:
-        raise ProtocolError(f"A rank sent keys that are no hexadecimal text: {error}") from error
+        raise ProtocolError(f"A rank sent keys that are not hexadecimal text: {error}") from error
     listed = Counter(name for message in messages for name in set(message.fields["names"]))
-    return messages, told, sorted(name for name, num_ranks in listed.items() if num_ranks >= least_listed)
+    names = sorted(name for name, num_ranks in listed.items() if num_ranks >= min_reporting_ranks)
+    return messages, advertisements, names
 
 
 def _with_sums(messages: list[Message], sums: dict[str, float]) -> list[Message]:

@@ -1,9 +1,9 @@
-"""Double masking, the client's side: it trusts nobody but the identities that it knows.
+"""The client's side of the double-masking protocol. It trusts only the identities it was given.
 
     advertise -> share -> send -> agree -> unmask
 
-Each step takes the coordinator's message and gives the client's answer, once. Whatever is not as an honest coordinator
-would have it ends the client: it forgets its secrets and answers no more.
+Each step takes the coordinator's message and returns the client's answer, once. A message that an honest coordinator
+would not have sent ends the client: it forgets its secrets and answers nothing more.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from lightning_fl.privacy.secagg.masks import apply_masks
 from lightning_fl.privacy.secagg.messages import (
     MaskedVector,
     Roster,
+    SessionParams,
     Shares,
     Signatures,
     Survivors,
-    Terms,
     Unmasking,
 )
 from lightning_fl.privacy.secagg.participant import Participant, Trusted, context_of, mask_of, pair_key, two_thirds
@@ -39,13 +39,13 @@ Rest = ParamSpec("Rest")
 @dataclass(repr=False)
 class _Secrets(Secret):
     participant: Participant
-    own_mask: bytes
+    self_mask: bytes
     shares: dict[int, tuple[bytes, bytes]]
-    """By sender: its shares of its own mask and of its mask key that are for this client."""
+    """By sender: this client's share of the sender's self-mask and of its mask key."""
 
 
 def _step(stage: str) -> Callable[..., Callable[..., bytes]]:
-    """A step that is taken once and in order, and whose failure ends the client."""
+    """Decorates a step that runs once and in order, and whose failure ends the client."""
 
     def decorate(
         method: Callable[Concatenate[BonawitzClient, Rest], bytes],
@@ -58,7 +58,7 @@ def _step(stage: str) -> Callable[..., Callable[..., bytes]]:
                 raise ProtocolError(f"The client was asked to {stage}, but would {expected or 'answer no more'}.")
             try:
                 answer = method(self, *args, **kwargs)
-            except BaseException:
+            except BaseException:  # also KeyboardInterrupt: a client interrupted halfway must not answer again
                 self.end()
                 raise
             self._num_steps += 1
@@ -70,37 +70,43 @@ def _step(stage: str) -> Callable[..., Callable[..., bytes]]:
 
 
 class BonawitzClient(Secret):
-    """One client of the double-masking protocol.
+    """One client of the double-masking protocol: a state machine that is used for one sum.
 
     Args:
         number: Its number in the round, from 1.
-        identity: Who it is.
-        terms: What it agrees to. The threshold must be floor(2n/3) + 1 of the round's n clients.
-        trusted: Whom it sums with; None in simulations.
-        journal: Remembers which vectors have left. Here a vector leaves once: who stays is known only afterwards.
+        identity: Its signing key.
+        terms: The parameters it agrees to. The threshold must be at least floor(2n/3) + 1 for n clients.
+        trusted: The identities it accepts; None in simulations.
+        journal: Records which vectors were sent. Here a vector is sent only once, because the set of survivors is known
+            only afterwards.
 
     Raises:
-        SecureAggregationError: If the terms are such that an update could be told.
+        SecureAggregationError: If the parameters would let the coordinator isolate an update.
 
     Reference:
         Bonawitz et al., "Practical Secure Aggregation for Privacy-Preserving Machine Learning", CCS 2017, figure 4.
     """
 
-    def __init__(self, number: int, identity: SigningKey, terms: Terms, trusted: Trusted, journal: Journal) -> None:
-        if terms.num_clients < 3 or terms.threshold < two_thirds(terms.num_clients):
+    def __init__(
+        self, number: int, identity: SigningKey, params: SessionParams, trusted: Trusted, journal: Journal
+    ) -> None:
+        if params.num_clients < 3 or params.threshold < two_thirds(params.num_clients):
             raise SecureAggregationError(
-                f"A sum over {terms.num_clients} clients with threshold {terms.threshold} could tell single updates; "
-                f"at least 3 clients and a threshold of {two_thirds(max(3, terms.num_clients))} are needed."
+                f"A sum over {params.num_clients} clients with threshold {params.threshold} could tell single updates; "
+                f"at least 3 clients and a threshold of {two_thirds(max(3, params.num_clients))} are needed."
             )
-        self._terms = terms
+        self._params = params
         self._journal = journal
-        participant = Participant(number, identity, terms, trusted, AgreementKey(), AgreementKey())
+        participant = Participant(number, identity, params, trusted, AgreementKey(), AgreementKey())
         self._secrets: _Secrets | None = _Secrets(participant, os.urandom(32), {})
         self._num_steps = 0
+        self._roster = Roster({})
+        self._context = b""
+        self._survivors = Survivors(())
 
     @property
     def next_stage(self) -> str | None:
-        """What the client would do next; None if it has ended."""
+        """The step that comes next; None if the client has ended."""
         return None if self._secrets is None or self._num_steps == len(STAGES) else STAGES[self._num_steps]
 
     def end(self) -> None:
@@ -108,34 +114,35 @@ class BonawitzClient(Secret):
         self._secrets = None
 
     @property
-    def _own(self) -> _Secrets:
+    def _live(self) -> _Secrets:
         assert self._secrets is not None
         return self._secrets
 
     @_step("advertise")
     def advertise(self) -> bytes:
-        """Its keys, signed."""
-        return self._own.participant.advert().encode()
+        """Returns its public keys, signed."""
+        return self._live.participant.advertisement().encode()
 
     @_step("share")
     def share(self, roster: bytes) -> bytes:
-        """Shares of its two secrets, sealed for each of the others.
+        """Returns Shamir shares of its two secrets (self-mask seed and mask key), sealed for each of the others.
 
         Args:
-            roster: The adverts of all.
+            roster: The key advertisements of all participants.
 
         Raises:
-            ProtocolError: If an advert is not as it should be, or the threshold can't be met; so do all steps.
+            ProtocolError: If an advertisement is invalid. All steps raise it for an invalid message.
+            SecureAggregationError: If too few clients are left. All steps raise it.
         """
-        own, terms = self._own, self._terms
+        secrets, params = self._live, self._params
         self._roster = Roster.decode(roster)
-        own.participant.check(self._roster, terms.threshold)
-        self._context = context_of(terms, self._roster)
-        numbers = sorted(self._roster.adverts)
-        of_mask = split(own.own_mask, numbers, terms.threshold)
-        of_key = split(own.participant.mask_key.private_bytes(), numbers, terms.threshold)
-        me = own.participant.number
-        own.shares[me] = of_mask[me], of_key[me]
+        secrets.participant.check(self._roster, params.threshold)
+        self._context = context_of(params, self._roster)
+        numbers = sorted(self._roster.advertisements)
+        of_mask = split(secrets.self_mask, numbers, params.threshold)
+        of_key = split(secrets.participant.mask_key.private_bytes(), numbers, params.threshold)
+        me = secrets.participant.number
+        secrets.shares[me] = of_mask[me], of_key[me]
         sealed = {
             other: seal(self._channel(me, other), of_mask[other] + of_key[other], self._header(me, other))
             for other in numbers
@@ -144,65 +151,71 @@ class BonawitzClient(Secret):
         return Shares(me, sealed).encode()
 
     @_step("send")
-    def send(self, shares: bytes, words: Tensor, vector: bytes) -> bytes:
-        """Its masked vector.
+    def send(self, shares: bytes, vector: Tensor, vector_id: bytes) -> bytes:
+        """Returns its masked vector.
 
         Args:
-            shares: What the others have sealed for it.
-            words: Its vector, int32 or int64 on the CPU; it is masked in place.
-            vector: What the vector is known by in the journal.
+            shares: The shares that the others sealed for it.
+            vector: Its vector, int32 or int64 on the CPU; masked in place.
+            vector_id: Identifies the vector in the journal.
 
         Raises:
-            RetryRefused: If the vector has left before.
+            RetryRefused: If the vector was sent before.
         """
-        own, participant = self._own, self._own.participant
+        secrets, participant = self._live, self._live.participant
         me = participant.number
         bundle = Shares.decode(shares)
-        if bundle.number != me or me in bundle.sealed or not self._roster.adverts.keys() >= bundle.sealed.keys():
+        if bundle.number != me or me in bundle.sealed or not self._roster.advertisements.keys() >= bundle.sealed.keys():
             raise ProtocolError("The shares are not for this client, or from clients that are not in the round.")
         for other, sealed in bundle.sealed.items():
             text = unseal(self._channel(other, me), sealed, self._header(other, me))
-            own.shares[other] = text[:SHARE_BYTES], text[SHARE_BYTES:]
-        if len(own.shares) < self._terms.threshold:
+            secrets.shares[other] = text[:SHARE_BYTES], text[SHARE_BYTES:]
+        if len(secrets.shares) < self._params.threshold:
             raise SecureAggregationError(
-                f"{len(own.shares)} clients have shared their secrets, {self._terms.threshold} are needed."
+                f"{len(secrets.shares)} clients have shared their secrets, {self._params.threshold} are needed."
             )
-        key, session = participant.mask_key, self._terms.session
-        adverts = [self._roster.adverts[other] for other in bundle.sealed]
-        masks = [mask_of(key, me, advert, session, self._context) for advert in adverts]
-        self._journal.claim(vector, os.urandom(32))
-        apply_masks(words, [(own.own_mask, 1), *masks])
-        return MaskedVector(me, words.numpy().tobytes()).encode()
+        key, session = participant.mask_key, self._params.session
+        advertisements = [self._roster.advertisements[other] for other in bundle.sealed]
+        masks = [mask_of(key, me, advertisement, session, self._context) for advertisement in advertisements]
+        # A random roster never equals an earlier one, so the journal refuses to send the same vector twice, whoever
+        # takes part: the coordinator could otherwise ask for two sums whose survivors differ by one client.
+        self._journal.claim(vector_id, os.urandom(32))
+        apply_masks(vector, [(secrets.self_mask, 1), *masks])
+        return MaskedVector(me, vector.numpy().tobytes()).encode()
 
     @_step("agree")
     def agree(self, survivors: bytes) -> bytes:
-        """Its signature over the list of those whose vectors have arrived."""
-        own = self._own
+        """Returns its signature over the list of survivors, the clients whose vectors have arrived."""
+        secrets = self._live
         numbers = Survivors.decode(survivors).numbers
         self._check_survivors(numbers)
         self._survivors = Survivors(numbers)
-        signature = own.participant.identity.sign(self._survivors.signed(self._context))
-        return Signatures({own.participant.number: signature}).encode()
+        signature = secrets.participant.identity.sign(self._survivors.signed(self._context))
+        return Signatures({secrets.participant.number: signature}).encode()
 
     @_step("unmask")
     def unmask(self, signatures: bytes) -> bytes:
-        """For each survivor a share of its own mask, for each other that has shared one of its mask key; never both.
+        """Returns a share of each survivor's self-mask and of each dropped client's mask key; never both of one client.
+
+        Both shares of one client together would let the coordinator take all masks off its vector.
 
         Args:
-            signatures: At least as many as the threshold, over the list that this client has signed.
+            signatures: At least as many as the threshold, over the list that this client has signed. They prove that
+                a majority was given the same list, so that no client counts as survivor for some and as dropped for
+                others.
         """
         signed = Signatures.decode(signatures).by_number
         survivors = set(self._survivors.numbers)
-        if len(signed) < self._terms.threshold or not signed.keys() <= survivors:
+        if len(signed) < self._params.threshold or not signed.keys() <= survivors:
             raise ProtocolError(
-                f"{len(signed)} clients have signed the list of survivors, {self._terms.threshold} of them are needed."
+                f"{len(signed)} clients have signed the list of survivors, {self._params.threshold} of them are needed."
             )
         for number, signature in signed.items():
-            identity = self._roster.adverts[number].identity
+            identity = self._roster.advertisements[number].identity
             verify(identity, signature, self._survivors.signed(self._context), f"participant {number}")
-        shares = self._own.shares
+        shares = self._live.shares
         answer = Unmasking(
-            self._own.participant.number,
+            self._live.participant.number,
             {number: of_mask for number, (of_mask, _) in shares.items() if number in survivors},
             {number: of_key for number, (_, of_key) in shares.items() if number not in survivors},
         )
@@ -211,20 +224,20 @@ class BonawitzClient(Secret):
 
     def _check_survivors(self, numbers: Sequence[int]) -> None:
         survivors = set(numbers)
-        own = self._own
-        if own.participant.number not in survivors or not survivors <= own.shares.keys():
+        secrets = self._live
+        if secrets.participant.number not in survivors or not survivors <= secrets.shares.keys():
             raise ProtocolError("The list of survivors lacks this client, or names one that has shared no secrets.")
-        if len(survivors) < self._terms.threshold:
+        if len(survivors) < self._params.threshold:
             raise SecureAggregationError(
-                f"The vectors of {len(survivors)} clients have arrived, {self._terms.threshold} are needed."
+                f"The vectors of {len(survivors)} clients have arrived, {self._params.threshold} are needed."
             )
 
     def _channel(self, sender: int, recipient: int) -> bytes:
-        participant = self._own.participant
+        participant = self._live.participant
         assert participant.channel_key is not None
         other = recipient if sender == participant.number else sender
-        public = self._roster.adverts[other].channel_key
-        session = self._terms.session
+        public = self._roster.advertisements[other].channel_key
+        session = self._params.session
         return pair_key(participant.channel_key, public, "channel", sender, recipient, session, self._context)
 
     def _header(self, sender: int, recipient: int) -> bytes:

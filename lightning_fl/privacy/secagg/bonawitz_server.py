@@ -1,4 +1,4 @@
-"""Double masking, the coordinator's side: it passes messages on, adds vectors up, and takes off the masks left over."""
+"""The coordinator's side of the double-masking protocol: it relays messages, sums vectors and removes the masks."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torch import Tensor
 from lightning_fl.privacy.secagg.errors import ProtocolError, SecureAggregationError
 from lightning_fl.privacy.secagg.masks import apply_masks
 from lightning_fl.privacy.secagg.messages import (
-    Advert,
+    KeyAdvertisement,
     MaskedVector,
     Roster,
+    SessionParams,
     Shares,
     Signatures,
     Survivors,
-    Terms,
     Unmasking,
 )
 from lightning_fl.privacy.secagg.participant import context_of, mask_of
@@ -23,35 +23,40 @@ from lightning_fl.privacy.secagg.shamir import combine
 
 
 class BonawitzServer:
-    """The coordinator of one secure sum; memory does not grow with the number of clients but for their keys.
+    """The coordinator of one secure sum: a state machine that is used for one sum.
+
+    It holds one vector in all, and per client only keys and sealed shares.
+
+    All steps raise :class:`ProtocolError` for an invalid message, and :class:`SecureAggregationError` if fewer clients
+    than the threshold are left.
 
     Args:
-        terms: What all have agreed to.
-        num_words: Length of the vectors.
-        dtype: Type of the words, int32 or int64.
-
-    All steps raise :class:`ProtocolError` for a message that is none, and :class:`SecureAggregationError` if too few
-    clients are left.
+        params: The parameters that all participants agreed to.
+        vector_size: Length of the vectors.
+        dtype: Type of their elements, int32 or int64.
     """
 
-    def __init__(self, terms: Terms, num_words: int, dtype: torch.dtype) -> None:
-        self.terms = terms
-        self.words = torch.zeros(num_words, dtype=dtype)
+    def __init__(self, params: SessionParams, vector_size: int, dtype: torch.dtype) -> None:
+        self.params = params
+        self.total = torch.zeros(vector_size, dtype=dtype)
+        self._roster = Roster({})
+        self._context = b""
+        self._shared: list[int] = []
         self._survivors: list[int] = []
 
-    def roster(self, adverts: list[bytes]) -> bytes:
-        """The adverts of all, for everyone."""
-        decoded = [Advert.decode(advert) for advert in adverts]
-        self._roster = Roster({advert.number: advert for advert in decoded})
-        self._need(len(self._roster.adverts), "have advertised themselves")
-        self._context = context_of(self.terms, self._roster)
+    def roster(self, advertisements: list[bytes]) -> bytes:
+        """Returns the list of all key advertisements, to be sent to every client."""
+        decoded = [KeyAdvertisement.decode(advertisement) for advertisement in advertisements]
+        self._roster = Roster({advertisement.number: advertisement for advertisement in decoded})
+        self._need(len(self._roster.advertisements), "have advertised themselves")
+        self._context = context_of(self.params, self._roster)
         return self._roster.encode()
 
     def bundles(self, shares: list[bytes]) -> dict[int, bytes]:
-        """For each client that has shared its secrets, what the others have sealed for it."""
+        """Returns, for each client that shared its secrets, the shares that the others sealed for it."""
         sent = {bundle.number: bundle.sealed for bundle in map(Shares.decode, shares)}
         self._need(len(sent), "have shared their secrets")
-        everyone = self._roster.adverts.keys()
+        everyone = self._roster.advertisements.keys()
         wrong = [number for number, sealed in sent.items() if sealed.keys() != everyone - {number}]
         if wrong:
             raise ProtocolError(f"Participant {wrong[0]} has not sealed a share for each of the others.")
@@ -61,48 +66,51 @@ class BonawitzServer:
             for to in sent
         }
 
-    def receive(self, vector: bytes) -> None:
-        """Adds a masked vector to the sum."""
-        message = MaskedVector.decode(vector, self.words.numel() * self.words.element_size())
+    def receive(self, masked: bytes) -> None:
+        """Adds a client's masked vector to the sum."""
+        message = MaskedVector.decode(masked, self.total.numel() * self.total.element_size())
         if message.number not in self._shared or message.number in self._survivors:
             raise ProtocolError(f"Participant {message.number} sent a vector twice, or without sharing its secrets.")
-        self.words += torch.frombuffer(bytearray(message.words), dtype=self.words.dtype)
+        self.total += torch.frombuffer(bytearray(message.vector), dtype=self.total.dtype)
         self._survivors.append(message.number)
 
     def survivors(self) -> bytes:
-        """Those whose vectors have arrived, for everyone."""
+        """Returns the list of clients whose vectors have arrived, to be sent to every client."""
         self._need(len(self._survivors), "have sent their vectors")
         self._survivors.sort()
         return Survivors(self._survivors).encode()
 
     def signatures(self, agreed: list[bytes]) -> bytes:
-        """The signatures over the list of survivors, for everyone."""
+        """Returns the signatures over the list of survivors, to be sent to every client."""
         joined = {number: sign for message in agreed for number, sign in Signatures.decode(message).by_number.items()}
         self._need(len(joined), "have signed the list of survivors")
         return Signatures(joined).encode()
 
     def finish(self, answers: list[bytes]) -> tuple[Tensor, list[int]]:
-        """The sum of the survivors' vectors, and who they are."""
+        """Removes the masks and returns the sum of the survivors' vectors, and the survivors' numbers."""
         decoded = [Unmasking.decode(answer) for answer in answers]
         self._need(len(decoded), "have answered")
-        decoded = decoded[: self.terms.threshold]
+        decoded = decoded[: self.params.threshold]  # as many shares as the secret needs; more would only cost time
+        # Pairwise masks cancel between two survivors. What is left in the sum: each survivor's self-mask, and the
+        # pairwise masks between survivors and clients that dropped out after sharing their secrets.
         masks: list[tuple[bytes, int]] = []
         for number in self._survivors:
-            masks.append((_recover({answer.number: answer.own_masks.get(number) for answer in decoded}, number), -1))
+            masks.append((_recover({answer.number: answer.self_masks.get(number) for answer in decoded}, number), -1))
         for number in set(self._shared) - set(self._survivors):
             key = AgreementKey(_recover({answer.number: answer.mask_keys.get(number) for answer in decoded}, number))
-            if key.public != self._roster.adverts[number].mask_key:
-                raise ProtocolError(f"The shares of the mask key of participant {number} do not give it back.")
-            others = [self._roster.adverts[other] for other in self._survivors]
-            masks += [mask_of(key, number, other, self.terms.session, self._context) for other in others]
-        apply_masks(self.words, masks)
-        return self.words, self._survivors
+            if key.public != self._roster.advertisements[number].mask_key:
+                raise ProtocolError(f"The shares of the mask key of participant {number} do not reconstruct it.")
+            others = [self._roster.advertisements[other] for other in self._survivors]
+            # The dropped client's masks as it would have added them: they are the negatives of those in the sum.
+            masks += [mask_of(key, number, other, self.params.session, self._context) for other in others]
+        apply_masks(self.total, masks)
+        return self.total, self._survivors
 
     def _need(self, found: int, what: str) -> None:
-        if found < self.terms.threshold:
+        if found < self.params.threshold:
             raise SecureAggregationError(
-                f"Only {found} of {self.terms.num_clients} clients {what}; {self.terms.threshold} are needed. The sum "
-                "is dropped, and nobody has learned anything of an update."
+                f"Only {found} of {self.params.num_clients} clients {what}; {self.params.threshold} are needed. The "
+                "sum is dropped, and no update was revealed."
             )
 
 

@@ -1,4 +1,4 @@
-"""Who vanishes when, in simulations."""
+"""Simulated dropouts: which clients vanish, and when."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from lightning_fl.seeding import round_rng
 from lightning_fl.types import ClientId
 
 STAGES = ("advertise", "share", "send", "agree", "unmask")
-"""The messages of a client in the double-masking protocol, in order; who vanishes at one sends it no more."""
+"""A client's messages in the double-masking protocol, in order. One that drops out at a stage sends nothing more."""
 
 
 def num_dropouts(share: float, num_clients: int) -> int:
-    """How many clients of a round vanish."""
+    """Returns how many clients of a round drop out."""
     return round(share * num_clients)
 
 
 def plan_dropouts(share: float, seed: int, ctx: RoundContext, stages: Sequence[str] = STAGES) -> dict[ClientId, str]:
-    """Draws the clients of a round that vanish, and the stage at which each does.
+    """Draws the clients of a round that drop out, and the stage at which each does.
 
     Args:
         share: Share of the round's clients.

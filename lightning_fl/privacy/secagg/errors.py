@@ -1,13 +1,13 @@
-"""What ends a secure aggregation."""
+"""Errors that end a secure sum."""
 
 
 class SecureAggregationError(RuntimeError):
-    """A secure aggregation ends without a sum; nobody has learned one client's update."""
+    """A secure sum failed; no client's update was revealed."""
 
 
 class ProtocolError(SecureAggregationError):
-    """A message is not what an honest participant would have sent at this point; the client ends the round."""
+    """A message that an honest participant would not have sent; the client leaves the round."""
 
 
 class RetryRefused(SecureAggregationError):
-    """The same vector would leave a second time among other participants, and the two sums would tell it."""
+    """The same vector would be summed with a different set of participants, and the two sums would reveal an update."""

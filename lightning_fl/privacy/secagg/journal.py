@@ -1,4 +1,4 @@
-"""The retry trap: a vector must not leave twice with different others, or the two sums differ by one update."""
+"""Guards against retries that leak: the same vector summed with two different sets of clients reveals an update."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _LINE = re.compile(r"([0-9a-f]+) ([0-9a-f]{64})")
 
 
 class Journal:
-    """Remembers with whom each vector has been summed.
+    """Records with which clients each vector was summed. A resource with a single owner, like an open file.
 
-    A vector is known by the global model from which it was trained: training repeats, so the same model gives the same
-    vector again, also after a restart.
+    A vector is identified by the global model from which it was trained: training is repeatable, so the same model
+    gives the same vector again, even after a restart.
 
     Args:
-        path: A file that outlives the process and may be shared by several, for silos; None remembers in memory only.
+        path: A file that outlives the process and may be shared by several, for silos. None: memory only.
 
     Raises:
         ValueError: If the file is damaged.
@@ -31,58 +31,58 @@ class Journal:
         if path is not None and path.exists():
             self._rosters = self._parse(path.read_bytes())
 
-    def claim(self, vector: bytes, roster: bytes) -> None:
-        """To be called before a masked vector leaves.
+    def claim(self, vector_id: bytes, roster: bytes) -> None:
+        """Records a vector before it is sent, and refuses one that was summed with others before.
 
         Args:
-            vector: What the vector is known by.
-            roster: A hash of the identities of those whose vectors it is about to be summed with, itself among them.
+            vector_id: Identifies the vector.
+            roster: A hash of the identities whose vectors are about to be summed, including its own.
 
         Raises:
-            RetryRefused: If it may have been summed with others before.
+            RetryRefused: If the vector may have been summed with a different set of clients before.
             ValueError: If the file is damaged.
         """
         if self.path is None:
-            self._check_and_note(vector.hex(), roster.hex())
+            self._check_and_note(vector_id.hex(), roster.hex())
             return
         import fcntl
 
         with os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed: another process may run for the same silo
-            self._claim_in(file, vector.hex(), roster.hex())
+            self._claim_in(file, vector_id.hex(), roster.hex())
 
-    def _claim_in(self, file: BinaryIO, vector: str, roster: str) -> None:
-        written = file.read()
-        self._rosters = self._parse(written)
-        if self._check_and_note(vector, roster):
-            start = "" if not written or written.endswith(b"\n") else "\n"
-            file.write(f"{start}{vector} {roster}\n".encode())
+    def _claim_in(self, file: BinaryIO, vector_id: str, roster: str) -> None:
+        content = file.read()
+        self._rosters = self._parse(content)
+        if self._check_and_note(vector_id, roster):
+            start = "" if not content or content.endswith(b"\n") else "\n"
+            file.write(f"{start}{vector_id} {roster}\n".encode())
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # the line must be on disk before the vector is on the network
 
-    def _check_and_note(self, vector: str, roster: str) -> bool:
-        """Whether the vector is new."""
-        before = self._rosters.get(vector)
+    def _check_and_note(self, vector_id: str, roster: str) -> bool:
+        """Returns whether the vector is new."""
+        before = self._rosters.get(vector_id)
         if before == roster:
             return False
         if before is not None:
             raise RetryRefused(
-                "An update trained from this global model has left before, together with those of other participants. "
-                "If it left again, the difference of the two sums would tell single updates. Go on with the same "
-                "participants as then, each with an update, or from another model: an earlier checkpoint does not "
-                "help, another seed does."
+                "An update trained from this global model was sent before, to be summed with those of other "
+                "participants. If it were sent again, the difference of the two sums would tell single updates. "
+                "Continue with the same participants as before, each with an update, or from another model: another "
+                "seed helps, an earlier checkpoint does not."
             )
-        self._rosters[vector] = roster
+        self._rosters[vector_id] = roster
         return True
 
-    def _parse(self, written: bytes) -> dict[str, str]:
+    def _parse(self, content: bytes) -> dict[str, str]:
         rosters: dict[str, str] = {}
-        for number, line in enumerate(written.decode("utf-8", "replace").splitlines(), start=1):
+        for number, line in enumerate(content.decode("utf-8", "replace").splitlines(), start=1):
             match = _LINE.fullmatch(line)
             if match is None or rosters.setdefault(match[1], match[2]) != match[2]:
                 raise ValueError(
-                    f"Line {number} of {self.path} is damaged, so a vector that was sent before might leave again. Put "
-                    "the file back. If it is lost, remove that line, and start from a model from which this silo has "
-                    "never trained: another seed."
+                    f"Line {number} of {self.path} is damaged, so a vector that was sent before might be sent again. "
+                    "Restore the file. If it is lost, remove that line and start from a model from which this silo "
+                    "has never trained: another seed."
                 )
         return rosters

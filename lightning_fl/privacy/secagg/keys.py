@@ -1,4 +1,4 @@
-"""A silo's key files: who it is, and whom it trusts."""
+"""A silo's key files: its identity, and the identities it trusts."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ PREFIX = "lightning-fl-ed25519"
 
 @dataclass(frozen=True)
 class PublicIdentity:
-    """An identity that others may know: a line ``lightning-fl-ed25519 <base64> <name>``.
+    """A public identity, written as a line ``lightning-fl-ed25519 <base64> <name>``.
 
     Args:
         key: The Ed25519 key, 32 bytes.
-        name: What people call it; nothing rests on it.
+        name: A label for people; it is not authenticated.
     """
 
     key: bytes
@@ -34,28 +34,28 @@ class PublicIdentity:
 
     @property
     def fingerprint(self) -> str:
-        """A short name of the key, for people to compare."""
+        """A short hash of the key, for people to compare."""
         return fingerprint(self.key)
 
     @classmethod
     def parse(cls, line: str) -> PublicIdentity:
-        """The identity that a line holds.
+        """Parses a line.
 
         Raises:
-            ValueError: If it holds none.
+            ValueError: If it holds no public key.
         """
-        words = line.split(maxsplit=2)
+        vector = line.split(maxsplit=2)
         try:
-            key = base64.b64decode(words[1], validate=True) if words[0] == PREFIX else b""
+            key = base64.b64decode(vector[1], validate=True) if vector[0] == PREFIX else b""
         except (IndexError, binascii.Error):
             key = b""
         if len(key) != KEY_BYTES:
             raise ValueError(f"{line.strip()[:80]!r} is no public key; expected a line '{PREFIX} <key> <name>'.")
-        return cls(key, _printable(words[2].strip()) if len(words) > 2 else "")
+        return cls(key, _printable(vector[2].strip()) if len(vector) > 2 else "")
 
 
 class KeyFolder:
-    """A folder with a silo's identity (mode 0600), its public key, whom it trusts, and its journal.
+    """A folder with a silo's identity (mode 0600), its public key, its trusted identities and its journal.
 
     Args:
         path: The folder.
@@ -66,22 +66,22 @@ class KeyFolder:
 
     @property
     def journal_path(self) -> Path:
-        """The file that remembers among whom vectors have left."""
+        """The file that records with which silos each vector was summed."""
         return self.path / JOURNAL
 
     def exists(self) -> bool:
-        """Whether the folder holds an identity."""
+        """Returns whether the folder holds an identity."""
         return (self.path / IDENTITY).exists()
 
     def create(self, name: str = "") -> PublicIdentity:
-        """Makes an identity.
+        """Creates an identity.
 
         Raises:
-            ValueError: If there is one, which is never overwritten, or others may write into the folder.
+            ValueError: If there is one already, which is never overwritten, or others may write into the folder.
         """
         if self.exists():
             raise ValueError(
-                f"{self.path / IDENTITY} exists and stays as it is: others trust that key. Take another folder, or "
+                f"{self.path / IDENTITY} exists and stays as it is: others trust that key. Use another folder, or "
                 "move it away."
             )
         key = SigningKey()
@@ -96,7 +96,7 @@ class KeyFolder:
         return public
 
     def identity(self) -> SigningKey:
-        """The silo's identity.
+        """Reads the silo's identity.
 
         Raises:
             ValueError: If there is none, it is damaged, or others may read it.
@@ -108,16 +108,16 @@ class KeyFolder:
         try:
             return SigningKey(base64.b64decode(path.read_text().strip(), validate=True))
         except ValueError:
-            raise ValueError(f"{path} holds no identity. Put it back, or make a new one in another folder.") from None
+            raise ValueError(f"{path} holds no identity. Restore it, or make a new one in another folder.") from None
 
     def public(self) -> PublicIdentity:
-        """The silo's public key, to be given to the other silos."""
+        """Reads the silo's public key, to be given to the other silos."""
         lines = (self.path / PUBLIC).read_text().splitlines() if (self.path / PUBLIC).exists() else []
         name = PublicIdentity.parse(lines[0]).name if lines else self.path.name
         return PublicIdentity(self.identity().public, name)
 
     def trusted(self) -> list[PublicIdentity]:
-        """Whom the silo trusts, besides itself.
+        """Reads the identities that the silo trusts, besides its own.
 
         Raises:
             ValueError: If the file is damaged, or others may write it.
@@ -129,7 +129,7 @@ class KeyFolder:
         return [PublicIdentity.parse(line) for line in path.read_text().splitlines() if line.strip()]
 
     def trust(self, identities: list[PublicIdentity]) -> list[PublicIdentity]:
-        """Adds identities to those that the silo trusts; gives the new ones. Its own key is left out."""
+        """Adds identities to the trusted ones, except the silo's own; returns those that are new."""
         known = {identity.key for identity in self.trusted()} | {self.identity().public}
         new = [identity for identity in identities if identity.key not in known]
         new = list({identity.key: identity for identity in new}.values())
@@ -139,7 +139,7 @@ class KeyFolder:
 
 
 def _write(path: Path, text: str, mode: int = 0o600, is_new: bool = False) -> None:
-    """Writes a file, whole or not at all; if it is to be new, never over another."""
+    """Writes a file atomically; with ``is_new``, never over an existing one."""
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(descriptor, "w") as file:
@@ -156,7 +156,7 @@ def _write(path: Path, text: str, mode: int = 0o600, is_new: bool = False) -> No
 
 
 def _printable(name: str) -> str:
-    """A name without escape codes, which could draw another fingerprint over a key's own."""
+    """Removes escape codes from a name: in a terminal they could overwrite the fingerprint that is shown beside it."""
     return "".join(character for character in name if character.isprintable())
 
 
@@ -170,7 +170,7 @@ def _check_folder(path: Path) -> None:
 
 def _check_owner(path: Path, owner: int) -> None:
     if owner not in (os.geteuid(), 0):
-        raise ValueError(f"{path} belongs to user {owner}, who can change it. Take a folder of your own.")
+        raise ValueError(f"{path} belongs to user {owner}, who can change it. Use a folder of your own.")
 
 
 def _check_mode(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Masks: AES-256-CTR keystreams added to vectors of integer words."""
+"""Masks: AES-256-CTR keystreams added to integer vectors."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from torch import Tensor
 from lightning_fl.privacy.secagg.primitives import keystream
 
 BLOCK_BYTES = 1 << 18
-"""A block of words and its mask stay in the processor's cache."""
+"""Small enough that a block of the vector and its mask stay in the processor's cache."""
 _ZEROS = bytes(BLOCK_BYTES)
-_SPARE = 15  # update_into wants room for a block of the cipher
+_SPARE = 15  # update_into requires a buffer longer than its input by a cipher block less one
 
 
-def apply_masks(words: Tensor, masks: Sequence[tuple[bytes, int]]) -> None:
-    """Adds masks to a vector of words in place, modulo 2^32 or 2^64, with memory for one block only.
+def apply_masks(vector: Tensor, masks: Sequence[tuple[bytes, int]]) -> None:
+    """Adds masks to an integer vector in place, modulo 2^32 or 2^64, with extra memory for one block only.
 
     Args:
-        words: int32 or int64, shape ``[d]``, contiguous, on any device.
-        masks: For each mask its 32-byte key, and 1 to add it or -1 to take it off.
+        vector: int32 or int64, shape ``[d]``, contiguous, on any device.
+        masks: For each mask its 32-byte key, and 1 to add it or -1 to subtract it.
     """
-    room = Room()
-    streams = [(Keystream(key, room), sign) for key, sign in masks]
-    for block in words.split(BLOCK_BYTES // words.element_size()):
+    buffer = MaskBuffer()
+    streams = [(Keystream(key, buffer), sign) for key, sign in masks]
+    for block in vector.split(BLOCK_BYTES // vector.element_size()):
         for stream, sign in streams:
-            mask = stream.words(block.numel(), words.dtype)
-            mask = mask.to(words.device) if words.is_cuda else mask
+            mask = stream.integers(block.numel(), vector.dtype)
+            mask = mask.to(vector.device) if vector.is_cuda else mask
             if sign > 0:
                 block.add_(mask)
             else:
                 block.sub_(mask)
 
 
-class Room:
-    """Memory for a block of words, which many streams may share."""
+class MaskBuffer:
+    """Memory for one block, shared by many keystreams."""
 
     def __init__(self) -> None:
         self.data = bytearray(BLOCK_BYTES + _SPARE)
@@ -48,22 +48,22 @@ class Room:
 
 
 class Keystream:
-    """Uniform words from AES-256-CTR, little-endian.
+    """Uniform integers from AES-256-CTR, little-endian.
 
     Args:
         key: 32 bytes; None takes them from the operating system.
-        room: Where the words are put.
+        buffer: Where the integers are written.
     """
 
-    def __init__(self, key: bytes | None = None, room: Room | None = None) -> None:
+    def __init__(self, key: bytes | None = None, buffer: MaskBuffer | None = None) -> None:
         assert sys.byteorder == "little", "masks are defined on little-endian machines"
         self._encryptor = keystream(os.urandom(32) if key is None else key)
-        self._room = room or Room()
+        self._buffer = buffer or MaskBuffer()
 
-    def words(self, count: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        """The next words, at most a block of them; they are overwritten by the next call."""
+    def integers(self, count: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        """Returns the next ``count`` integers, at most one block; the next call overwrites them."""
         num_bytes = count * dtype.itemsize
         assert num_bytes <= BLOCK_BYTES, f"a block has {BLOCK_BYTES} bytes, asked for {num_bytes}"
         zeros = _ZEROS if num_bytes == BLOCK_BYTES else _ZEROS[:num_bytes]
-        self._encryptor.update_into(zeros, self._room.data)
-        return self._room.views[dtype][:count]
+        self._encryptor.update_into(zeros, self._buffer.data)
+        return self._buffer.views[dtype][:count]

@@ -1,7 +1,8 @@
-"""What participants send each other: fixed binary forms, little-endian, each with one encoding and a checked size.
+"""The messages of secure aggregation: fixed binary formats, little-endian, each with exactly one encoding.
 
-A message is ``LFSA``, the version, its kind, the length of what follows, and that. Numbers are 4 bytes; lists carry
-their length and stand in rising order of the participants' numbers.
+A message is ``LFSA``, the version, its kind, the length of its content, and the content. Numbers are 4 bytes. Lists
+start with their length and are sorted by the participants' numbers. One encoding per message means that a signature or
+hash over the bytes covers the meaning, and that every byte received has been checked.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ Item = TypeVar("Item")
 
 
 class Reader:
-    """Takes the parts of a message one after the other.
+    """Reads the fields of a message one after the other.
 
     Args:
         data: The message.
-        kind: Which kind it must be.
+        kind: The expected kind.
 
     Raises:
-        ProtocolError: If it is no such message; so do all methods.
+        ProtocolError: If it is no such message. All methods raise it.
     """
 
     def __init__(self, data: bytes, kind: int) -> None:
@@ -41,25 +42,25 @@ class Reader:
         if header[: len(MAGIC) + 2] != MAGIC + bytes([VERSION, kind]):
             raise ProtocolError(f"Expected a message of kind {kind} in version {VERSION}, found {header[:6].hex()}.")
         if int.from_bytes(header[6:], "little") != len(data) - HEADER_BYTES:
-            raise ProtocolError(f"A message of kind {kind} has {len(data)} bytes, not as many as it says.")
+            raise ProtocolError(f"A message of kind {kind} has {len(data)} bytes, not as many as its header says.")
 
     def number(self) -> int:
-        """A whole number."""
+        """Reads a whole number."""
         value = int.from_bytes(self._take(4), "little")
         if value > MAX_NUMBER:
             raise ProtocolError(f"A message holds the number {value}; none is above {MAX_NUMBER}.")
         return value
 
     def raw(self, size: int) -> bytes:
-        """That many bytes."""
+        """Reads ``size`` bytes."""
         return bytes(self._take(size))
 
     def rest(self) -> memoryview:
-        """All that is left."""
+        """Reads all bytes that are left."""
         return self._take(len(self._data) - self._position)
 
     def entries(self, read: Callable[[], Item]) -> dict[int, Item]:
-        """A list by participant, in rising order."""
+        """Reads a list by participant, in rising order."""
         found: dict[int, Item] = {}
         last = 0
         for _ in range(self.number()):
@@ -70,7 +71,7 @@ class Reader:
         return found
 
     def end(self) -> None:
-        """Nothing must be left."""
+        """Checks that no byte is left."""
         if self._position != len(self._data):
             raise ProtocolError(f"A message has {len(self._data) - self._position} bytes too many.")
 
@@ -95,17 +96,17 @@ def _entries(entries: Mapping[int, bytes]) -> bytes:
 
 
 @dataclass(frozen=True)
-class Terms:
-    """What all participants of a secure sum agree on; bound into every key and signature.
+class SessionParams:
+    """The parameters of one secure sum, on which all participants agree; bound into every key and signature.
 
     Args:
         session: 32 bytes to which every participant has contributed.
         model: Hash of the global model from which all have trained.
-        settings: Hash of the layout and the ranges of the vector.
+        settings: Hash of the layout and value ranges of the vector.
         round: Number of the round.
-        attempt: How often the sum of this round has been tried before.
-        num_clients: Clients of the round; it fixes scale and threshold.
-        threshold: How many must stay for a sum to be told.
+        attempt: How often the sum of this round was tried before.
+        num_clients: Number of clients in the round; determines quantization and threshold.
+        threshold: The fewest clients that must stay until the sum is revealed.
     """
 
     session: bytes
@@ -119,37 +120,37 @@ class Terms:
     SIZE: ClassVar[int] = 3 * 32 + 4 * 4
 
     def encode(self) -> bytes:
-        """The terms as a part of a message."""
+        """Encodes the parameters as a part of a message."""
         numbers = (self.round, self.attempt, self.num_clients, self.threshold)
         return self.session + self.model + self.settings + b"".join(map(_number, numbers))
 
     @classmethod
-    def read(cls, reader: Reader) -> Terms:
-        """The terms at the reader's place."""
+    def read(cls, reader: Reader) -> SessionParams:
+        """Decodes the parameters at the reader's position."""
         session, model, settings = (reader.raw(32) for _ in range(3))
         round, attempt, num_clients, threshold = (reader.number() for _ in range(4))
         return cls(session, model, settings, round, attempt, num_clients, threshold)
 
 
 @dataclass(frozen=True)
-class Advert:
+class KeyAdvertisement:
     """A participant's keys for one secure sum, signed by its identity.
 
     Args:
         number: The participant's number in the round, from 1.
         identity: Its Ed25519 key.
         mask_key: X25519, for the masks.
-        channel_key: X25519, for sealed shares; zeros where none are sent.
-        terms: What it has agreed to.
-        has_update: Whether it puts an update or figures into the sum, rather than zeros.
-        signature: Over all of it.
+        channel_key: X25519, for sealed shares; zeros if none are sent.
+        params: The parameters it agreed to.
+        has_update: Whether it adds an update or scalars to the sum, rather than zeros.
+        signature: Over everything above.
     """
 
     number: int
     identity: bytes
     mask_key: bytes
     channel_key: bytes
-    terms: Terms
+    params: SessionParams
     has_update: bool = True
     signature: bytes = b""
 
@@ -157,60 +158,71 @@ class Advert:
 
     @property
     def signed(self) -> bytes:
-        """What the signature is over."""
+        """The bytes that are signed."""
         keys = self.identity + self.mask_key + self.channel_key
         return (
-            b"lightning_fl secagg advert" + _number(self.number) + keys + self.terms.encode() + bytes([self.has_update])
+            b"lightning_fl secagg advert"
+            + _number(self.number)
+            + keys
+            + self.params.encode()
+            + bytes([self.has_update])
         )
 
     def encode(self) -> bytes:
-        """The message."""
+        """Encodes the message."""
         keys = self.identity + self.mask_key + self.channel_key
         has_update = bytes([self.has_update])
-        return _message(self.KIND, _number(self.number), keys, self.terms.encode(), has_update, self.signature)
+        return _message(self.KIND, _number(self.number), keys, self.params.encode(), has_update, self.signature)
 
     @classmethod
-    def decode(cls, data: bytes) -> Advert:
-        """The advert that :meth:`encode` made."""
+    def decode(cls, data: bytes) -> KeyAdvertisement:
+        """Decodes what :meth:`encode` returned."""
         reader = Reader(data, cls.KIND)
         number = reader.number()
         identity, mask_key, channel_key = (reader.raw(KEY_BYTES) for _ in range(3))
-        terms, has_update, signature = Terms.read(reader), reader.raw(1), reader.raw(SIGNATURE_BYTES)
+        params, has_update, signature = SessionParams.read(reader), reader.raw(1), reader.raw(SIGNATURE_BYTES)
         reader.end()
         if has_update not in (b"\0", b"\1"):
-            raise ProtocolError(f"An advert says {has_update.hex()} of whether it has an update; expected 00 or 01.")
-        return cls(number, identity, mask_key, channel_key, terms, has_update == b"\1", signature)
+            raise ProtocolError(
+                f"A key advertisement says {has_update.hex()} for whether it has an update; expected 00 or 01."
+            )
+        return cls(number, identity, mask_key, channel_key, params, has_update == b"\1", signature)
 
 
-ADVERT_BYTES = HEADER_BYTES + 4 + 3 * KEY_BYTES + Terms.SIZE + 1 + SIGNATURE_BYTES
+ADVERTISEMENT_BYTES = HEADER_BYTES + 4 + 3 * KEY_BYTES + SessionParams.SIZE + 1 + SIGNATURE_BYTES
 
 
 @dataclass(frozen=True)
 class Roster:
-    """All adverts, to all participants."""
+    """All key advertisements, sent to all participants."""
 
-    adverts: Mapping[int, Advert]
+    advertisements: Mapping[int, KeyAdvertisement]
 
     KIND: ClassVar[int] = 2
 
     def encode(self) -> bytes:
-        """The message."""
-        return _message(self.KIND, _entries({number: advert.encode() for number, advert in self.adverts.items()}))
+        """Encodes the message."""
+        return _message(
+            self.KIND,
+            _entries({number: advertisement.encode() for number, advertisement in self.advertisements.items()}),
+        )
 
     @classmethod
     def decode(cls, data: bytes) -> Roster:
-        """The roster that :meth:`encode` made."""
+        """Decodes what :meth:`encode` returned."""
         reader = Reader(data, cls.KIND)
-        adverts = reader.entries(lambda: Advert.decode(reader.raw(ADVERT_BYTES)))
+        advertisements = reader.entries(lambda: KeyAdvertisement.decode(reader.raw(ADVERTISEMENT_BYTES)))
         reader.end()
-        wrong = [number for number, advert in adverts.items() if advert.number != number]
+        wrong = [number for number, advertisement in advertisements.items() if advertisement.number != number]
         if wrong:
-            raise ProtocolError(f"The roster lists the advert of {adverts[wrong[0]].number} as that of {wrong[0]}.")
-        return cls(adverts)
+            raise ProtocolError(
+                f"The roster lists the key advertisement of {advertisements[wrong[0]].number} as that of {wrong[0]}."
+            )
+        return cls(advertisements)
 
     @property
     def digest(self) -> bytes:
-        """A hash of who takes part with which keys."""
+        """A hash of the participants and their keys."""
         return digest(self.encode())
 
 
@@ -219,8 +231,8 @@ class Shares:
     """Sealed shares: from one participant by recipient, or to one participant by sender.
 
     Args:
-        number: The participant that sends, or is sent, them.
-        sealed: By the other's number.
+        number: The participant that sends or receives them.
+        sealed: The sealed shares by the other participant's number.
     """
 
     number: int
@@ -229,12 +241,12 @@ class Shares:
     KIND: ClassVar[int] = 3
 
     def encode(self) -> bytes:
-        """The message."""
+        """Encodes the message."""
         return _message(self.KIND, _number(self.number), _entries(self.sealed))
 
     @classmethod
     def decode(cls, data: bytes) -> Shares:
-        """The shares that :meth:`encode` made."""
+        """Decodes what :meth:`encode` returned."""
         reader = Reader(data, cls.KIND)
         shares = cls(reader.number(), reader.entries(lambda: reader.raw(SEALED_BYTES)))
         reader.end()
@@ -247,50 +259,50 @@ class MaskedVector:
 
     Args:
         number: The participant.
-        words: The words as little-endian bytes.
+        vector: Its elements as little-endian bytes.
     """
 
     number: int
-    words: bytes | memoryview
+    vector: bytes | memoryview
 
     KIND: ClassVar[int] = 4
 
     def encode(self) -> bytes:
-        """The message."""
-        return _message(self.KIND, _number(self.number), self.words)
+        """Encodes the message."""
+        return _message(self.KIND, _number(self.number), self.vector)
 
     @classmethod
     def decode(cls, data: bytes, num_bytes: int) -> MaskedVector:
-        """The vector that :meth:`encode` made, which must have that many bytes."""
+        """Decodes what :meth:`encode` returned; the vector must have ``num_bytes`` bytes."""
         reader = Reader(data, cls.KIND)
-        number, words = reader.number(), reader.rest()
-        if len(words) != num_bytes:
-            raise ProtocolError(f"Participant {number} sent a vector of {len(words)} bytes, expected {num_bytes}.")
-        return cls(number, words)
+        number, vector = reader.number(), reader.rest()
+        if len(vector) != num_bytes:
+            raise ProtocolError(f"Participant {number} sent a vector of {len(vector)} bytes, expected {num_bytes}.")
+        return cls(number, vector)
 
 
 @dataclass(frozen=True)
 class Survivors:
-    """Whose vectors have arrived."""
+    """The numbers of the clients whose vectors have arrived."""
 
     numbers: Sequence[int]
 
     KIND: ClassVar[int] = 5
 
     def encode(self) -> bytes:
-        """The message."""
+        """Encodes the message."""
         return _message(self.KIND, _entries(dict.fromkeys(self.numbers, b"")))
 
     @classmethod
     def decode(cls, data: bytes) -> Survivors:
-        """The list that :meth:`encode` made."""
+        """Decodes what :meth:`encode` returned."""
         reader = Reader(data, cls.KIND)
         numbers = list(reader.entries(lambda: None))
         reader.end()
         return cls(numbers)
 
     def signed(self, context: bytes) -> bytes:
-        """What participants sign, to show each other that they were told the same list."""
+        """The bytes that participants sign, to prove to each other that they received the same list."""
         return b"lightning_fl secagg survivors" + context + self.encode()
 
 
@@ -303,12 +315,12 @@ class Signatures:
     KIND: ClassVar[int] = 6
 
     def encode(self) -> bytes:
-        """The message."""
+        """Encodes the message."""
         return _message(self.KIND, _entries(self.by_number))
 
     @classmethod
     def decode(cls, data: bytes) -> Signatures:
-        """The signatures that :meth:`encode` made."""
+        """Decodes what :meth:`encode` returned."""
         reader = Reader(data, cls.KIND)
         signatures = cls(reader.entries(lambda: reader.raw(SIGNATURE_BYTES)))
         reader.end()
@@ -317,29 +329,29 @@ class Signatures:
 
 @dataclass(frozen=True)
 class Unmasking:
-    """One participant's shares: of the own masks of those who stayed, of the mask keys of those who left.
+    """One participant's shares of the survivors' self-masks and of the dropped clients' mask keys.
 
     Args:
         number: The participant that answers.
-        own_masks: By survivor.
-        mask_keys: By those who have left.
+        self_masks: Shares by survivor.
+        mask_keys: Shares by dropped client.
     """
 
     number: int
-    own_masks: Mapping[int, bytes]
+    self_masks: Mapping[int, bytes]
     mask_keys: Mapping[int, bytes]
 
     KIND: ClassVar[int] = 7
 
     def encode(self) -> bytes:
-        """The message."""
-        return _message(self.KIND, _number(self.number), _entries(self.own_masks), _entries(self.mask_keys))
+        """Encodes the message."""
+        return _message(self.KIND, _number(self.number), _entries(self.self_masks), _entries(self.mask_keys))
 
     @classmethod
     def decode(cls, data: bytes) -> Unmasking:
-        """The shares that :meth:`encode` made."""
+        """Decodes what :meth:`encode` returned."""
         reader = Reader(data, cls.KIND)
         number = reader.number()
-        own_masks, mask_keys = (reader.entries(lambda: reader.raw(SHARE_BYTES)) for _ in range(2))
+        self_masks, mask_keys = (reader.entries(lambda: reader.raw(SHARE_BYTES)) for _ in range(2))
         reader.end()
-        return cls(number, own_masks, mask_keys)
+        return cls(number, self_masks, mask_keys)

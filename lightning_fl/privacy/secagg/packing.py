@@ -1,4 +1,4 @@
-"""The vector that a client sends: its update, its weight and figures as integer words, and the way back from a sum."""
+"""The vector that a client sends: its update, weight and scalars as integers; and how a sum is unpacked."""
 
 from __future__ import annotations
 
@@ -11,21 +11,20 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lightning_fl.aggregation.aggregator import update_trees
 from lightning_fl.privacy.secagg.errors import SecureAggregationError
 from lightning_fl.privacy.secagg.masks import Keystream
 from lightning_fl.privacy.secagg.primitives import digest
-from lightning_fl.privacy.secagg.quantize import MAX_FIGURE, NUM_LIMBS, WORDS, Quantizer, from_limbs, to_limbs
-from lightning_fl.tree import Layout, is_finite, leaves
+from lightning_fl.privacy.secagg.quantize import DTYPES, MAX_SCALAR, NUM_LIMBS, Quantizer, from_limbs, to_limbs
+from lightning_fl.tree import Layout, is_finite, leaves, update_trees
 from lightning_fl.types import Tree, Update
 
 NUM_CHECKS = 2
-"""Words at the end to which every participant adds 1: their sum shows that all masks have cancelled."""
+"""Elements at the end to which every participant adds 1; their sum shows whether all masks have cancelled."""
 
 
 @dataclass(frozen=True)
 class Ranges:
-    """How far the coordinates of an update may go; the wider the range, the coarser the steps.
+    """The value ranges of an update; the wider a range, the coarser its quantization.
 
     Args:
         clip: Largest magnitude of a parameter's change.
@@ -40,66 +39,68 @@ class Ranges:
     modulus_bits: int
 
     def quantizer(self, tree: str, num_clients: int) -> Quantizer:
-        """How the coordinates of a tree are rounded."""
+        """Returns the quantizer of a tree's coordinates."""
         return Quantizer(num_clients, self.clip if tree == "delta" else self.aux_clip, self.modulus_bits)
 
 
 class Packing:
-    """Where in the vector each tensor stands.
+    """The layout of the vector: where each tensor of an update stands.
 
-    Coordinates take one word each. Buffers and single numbers are sent exactly, as limbs, six words each; so are 1 for
-    the client, 1 if it has clipped a coordinate, and its weight.
+    A coordinate takes one element. Buffers and scalar tensors, such as counters and running variances, have no common
+    range to clip to, so they are sent exactly, as six limbs each. So are three numbers for each client: 1, to count it;
+    1 if it clipped a coordinate; and its weight.
 
     Args:
-        like: An update with the names, shapes and dtypes of all.
-        ranges: How far its coordinates may go.
+        template: An update with the names, shapes and dtypes of all.
+        ranges: The value ranges of its coordinates.
 
     Raises:
         ValueError: If a tensor is complex.
     """
 
-    def __init__(self, like: Update, ranges: Ranges) -> None:
+    def __init__(self, template: Update, ranges: Ranges) -> None:
         self.ranges = ranges
-        self.layout = Layout.of(update_trees(like))
-        self.num_coordinates, self.num_figures = 0, 3
+        self.layout = Layout.of(update_trees(template))
+        self.num_coordinates, self.num_scalars = 0, 3
         for tree, name, shape, dtype in self.layout.entries:
             if dtype.is_complex:
                 raise ValueError(f"The tensor {name!r} is complex; secure aggregation sums real ones. Split it in two.")
             if _is_exact(tree, shape):
-                self.num_figures += shape.numel()
+                self.num_scalars += shape.numel()
             else:
                 self.num_coordinates += shape.numel()
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the words."""
-        return WORDS[self.ranges.modulus_bits]
+        """Type of the vector's elements."""
+        return DTYPES[self.ranges.modulus_bits]
 
     @property
-    def num_words(self) -> int:
-        """Length of the vector, without the report's figures and the checks that :func:`with_report` puts behind."""
-        return self.num_coordinates + NUM_LIMBS * self.num_figures
+    def vector_size(self) -> int:
+        """Length of the vector, without the report's scalars and the checks that :func:`with_report` appends."""
+        return self.num_coordinates + NUM_LIMBS * self.num_scalars
 
     @cached_property
     def digest(self) -> bytes:
-        """A hash of names, shapes, dtypes and ranges: all participants must have the same."""
+        """A hash of names, shapes, dtypes and ranges, which must be the same for all participants."""
         entries = [[tree, name, list(shape), str(dtype)] for tree, name, shape, dtype in self.layout.entries]
         return digest(json.dumps([entries, repr(self.ranges)]).encode())
 
     def zeros(self, device: torch.device) -> Tensor:
-        """A vector of nothing."""
-        return torch.zeros(self.num_words, dtype=self.dtype, device=device)
+        """Returns the vector of an empty sum."""
+        return torch.zeros(self.vector_size, dtype=self.dtype, device=device)
 
-    def add(self, words: Tensor, update: Update, num_clients: int) -> None:
+    def add(self, vector: Tensor, update: Update, num_clients: int) -> None:
         """Adds a client's update to a vector, in place.
 
         Args:
-            words: Shape ``[num_words]``.
+            vector: Shape ``[vector_size]``.
             update: The client's update.
-            num_clients: The most clients whose updates are summed.
+            num_clients: The largest number of clients whose updates are summed.
 
         Raises:
-            ValueError: If the update has another form, is not finite, or weighs too much; the vector stays as it was.
+            ValueError: If the update has other tensors than the template, is not finite, or weighs too much. The
+                vector is then unchanged.
         """
         trees, weight = update_trees(update), update.weight
         self.layout.check(trees)
@@ -107,37 +108,37 @@ class Packing:
             raise ValueError("The update holds NaN or Inf, which a sum would spread; it was not sent.")
         if not 0 <= weight <= self.ranges.max_weight:
             raise ValueError(
-                f"A client weighs {weight:g}, but the words are laid out for weights from 0 to max_weight="
+                f"A client weighs {weight:g}, but the vector is laid out for weights from 0 to max_weight="
                 f"{self.ranges.max_weight:g}. Give SecureAggregation(max_weight=...) a bound that holds for every "
                 "client, or weigh them alike with weighting='uniform'."
             )
-        exact = [torch.empty(0, dtype=torch.float64, device=words.device)] + [
+        exact = [torch.empty(0, dtype=torch.float64, device=vector.device)] + [
             trees[tree][name].detach().double().reshape(-1) * _weight(tree, weight)
             for tree, name, shape, _ in self.layout.entries
             if _is_exact(tree, shape)
         ]
-        to_limbs(torch.cat(exact), self.dtype)
+        to_limbs(torch.cat(exact), self.dtype)  # raises for a number out of range, before the vector is changed
         noise, clipped, start = Keystream(), False, 0
         for tree, name, shape, _ in self.layout.entries:
             if not _is_exact(tree, shape):
-                target, start = words[start : start + shape.numel()], start + shape.numel()
+                target, start = vector[start : start + shape.numel()], start + shape.numel()
                 factor = _weight(tree, weight / self.ranges.max_weight)
                 quantizer = self.ranges.quantizer(tree, num_clients)
                 values = trees[tree][name].detach().reshape(-1)
                 clipped = quantizer.add(target, values, factor, noise) or clipped
-        head = torch.tensor([1.0, float(clipped), weight], dtype=torch.float64, device=words.device)
-        words[start:] += to_limbs(torch.cat([head, *exact]), self.dtype)
+        head = torch.tensor([1.0, float(clipped), weight], dtype=torch.float64, device=vector.device)
+        vector[start:] += to_limbs(torch.cat([head, *exact]), self.dtype)
 
-    def unpack(self, words: Tensor, num_clients: int) -> Sums:
-        """The sums behind summed vectors.
+    def unpack(self, vector: Tensor, num_clients: int) -> Sums:
+        """Returns the sums that a sum of vectors represents.
 
         Args:
-            words: Shape ``[num_words]``, without masks.
-            num_clients: The most clients whose updates are summed, as given to :meth:`add`.
+            vector: Shape ``[vector_size]``, without masks.
+            num_clients: The largest number of clients whose updates are summed, as given to :meth:`add`.
         """
-        figures = from_limbs(words[self.num_coordinates :])
-        count, num_clipped, weight = figures[:3].tolist()
-        exact = figures[3:]
+        scalars = from_limbs(vector[self.num_coordinates :])
+        count, num_clipped, weight = scalars[:3].tolist()
+        exact = scalars[3:]
         trees: dict[str, Tree] = {}
         start = 0
         for tree, name, shape, dtype in self.layout.entries:
@@ -146,7 +147,7 @@ class Packing:
                 value, exact = exact[:size], exact[size:]
             else:
                 quantizer = self.ranges.quantizer(tree, num_clients)
-                value = quantizer.decode(words[start : start + size]) * _weight(tree, self.ranges.max_weight)
+                value = quantizer.decode(vector[start : start + size]) * _weight(tree, self.ranges.max_weight)
                 start += size
             trees.setdefault(tree, {})[name] = value.to(dtype).reshape(shape)
         return Sums(trees, weight, round(count), round(num_clipped))
@@ -154,13 +155,13 @@ class Packing:
 
 @dataclass(frozen=True)
 class Sums:
-    """What a round's vectors add up to.
+    """The unpacked sum of a round's vectors.
 
     Args:
-        trees: By tree of the update, the weighted sums of the delta and buffers and the sums of the side channels.
+        trees: The sums by tree of the update; delta and buffers are weighted, side channels are not.
         weight: The sum of the weights.
-        num_clients: Clients whose update is in it.
-        num_clipped: How many of them have clipped a coordinate.
+        num_clients: Number of clients in the sum.
+        num_clipped: How many of them clipped a coordinate.
     """
 
     trees: dict[str, Tree]
@@ -169,41 +170,42 @@ class Sums:
     num_clipped: int
 
 
-def with_report(words: Tensor, names: Sequence[str], figures: Mapping[str, float], num_participants: int) -> Tensor:
-    """A new vector with a report's figures and the checks behind the words.
+def with_report(vector: Tensor, names: Sequence[str], scalars: Mapping[str, float], num_participants: int) -> Tensor:
+    """Returns a new vector with a report's scalars and the checks appended.
 
     Args:
-        words: The words of the updates.
-        names: Names of the figures of all participants, in order.
-        figures: This one's figures; what it lacks is 0.
-        num_participants: Participants for which the vector stands.
+        vector: The packed updates.
+        names: Names of the scalars of all participants, in order.
+        scalars: This participant's scalars; those it lacks count as 0.
+        num_participants: Number of participants that the vector represents.
 
     Raises:
-        ValueError: If a figure is out of range or not finite; the message names it.
+        ValueError: If a scalar is out of range or not finite; the message names it.
     """
-    for name, figure in figures.items():
-        if not math.isfinite(figure):
-            raise ValueError(f"{name!r} is {figure}; a secure sum would spread it to everyone, so it was not sent.")
-        if not abs(figure) < MAX_FIGURE:
-            raise ValueError(f"{name!r} is {figure:g}; in a secure sum the largest is {MAX_FIGURE:g}.")
-    limbs = to_limbs(torch.tensor([figures.get(name, 0.0) for name in names], dtype=torch.float64), words.dtype)
-    checks = torch.full((NUM_CHECKS,), num_participants, dtype=words.dtype)
-    return torch.cat([words, limbs.to(words.device), checks.to(words.device)])
+    for name, scalar in scalars.items():
+        if not math.isfinite(scalar):
+            raise ValueError(f"{name!r} is {scalar}; a secure sum would spread it to everyone, so it was not sent.")
+        if not abs(scalar) < MAX_SCALAR:
+            raise ValueError(f"{name!r} is {scalar:g}; in a secure sum the largest is {MAX_SCALAR:g}.")
+    limbs = to_limbs(torch.tensor([scalars.get(name, 0.0) for name in names], dtype=torch.float64), vector.dtype)
+    checks = torch.full((NUM_CHECKS,), num_participants, dtype=vector.dtype)
+    return torch.cat([vector, limbs.to(vector.device), checks.to(vector.device)])
 
 
-def split_report(words: Tensor, names: Sequence[str], num_participants: int) -> tuple[Tensor, dict[str, float]]:
-    """The words of the updates and the report's figures behind a sum of vectors.
+def split_report(vector: Tensor, names: Sequence[str], num_participants: int) -> tuple[Tensor, dict[str, float]]:
+    """Splits a sum of vectors into the packed updates and the report's scalars.
 
     Raises:
-        SecureAggregationError: If masks are left in it.
+        SecureAggregationError: If masks are left in the sum.
     """
-    if words[-NUM_CHECKS:].tolist() != [num_participants] * NUM_CHECKS:
+    if vector[-NUM_CHECKS:].tolist() != [num_participants] * NUM_CHECKS:
         raise SecureAggregationError(
-            "The masks have not cancelled, so the sum is noise and is dropped: a participant's vector got lost or was "
-            "changed on its way, or the participants were told different things. No update has been learned."
+            "The masks have not cancelled, so the sum is noise and is dropped: a participant's vector was lost or "
+            "altered on its way, or participants were sent different lists. No update was revealed. Run the round "
+            "again."
         )
-    start = len(words) - NUM_CHECKS - NUM_LIMBS * len(names)
-    return words[:start], dict(zip(names, from_limbs(words[start:-NUM_CHECKS]).tolist(), strict=True))
+    start = len(vector) - NUM_CHECKS - NUM_LIMBS * len(names)
+    return vector[:start], dict(zip(names, from_limbs(vector[start:-NUM_CHECKS]).tolist(), strict=True))
 
 
 def _is_exact(tree: str, shape: torch.Size) -> bool:

@@ -1,4 +1,4 @@
-"""The cryptographic building blocks, all of them from the package ``cryptography``; no other file touches it."""
+"""The cryptographic primitives, all from the package ``cryptography``; no other file of secagg imports it."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from lightning_fl.privacy.secagg.errors import ProtocolError
 KEY_BYTES = 32
 SIGNATURE_BYTES = 64
 SEAL_BYTES = 16
-"""What sealing adds to a text: the Poly1305 tag."""
+"""The bytes that sealing adds: the Poly1305 tag."""
 
 
 @functools.cache
 def library() -> SimpleNamespace:
-    """The parts of ``cryptography`` in use, imported when they are first needed.
+    """Imports the parts of ``cryptography`` in use, on the first call.
 
     Raises:
-        ModuleNotFoundError: If it is not installed.
+        ModuleNotFoundError: If ``cryptography`` is not installed.
     """
     try:
         from cryptography import exceptions
@@ -49,7 +49,7 @@ def library() -> SimpleNamespace:
 
 
 class Secret:
-    """An object that holds a secret: it shows nothing, and refuses to be copied or pickled."""
+    """Base of objects that hold a secret: their repr hides it, and they refuse to be copied or pickled."""
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}, secret>"
@@ -59,7 +59,7 @@ class Secret:
 
 
 class SigningKey(Secret):
-    """An Ed25519 key: who a participant is.
+    """An Ed25519 key, a participant's identity.
 
     Args:
         private: Its 32 bytes; None makes a new key from the operating system's randomness.
@@ -71,16 +71,16 @@ class SigningKey(Secret):
         self.public: bytes = self._key.public_key().public_bytes_raw()
 
     def sign(self, data: bytes) -> bytes:
-        """The 64 bytes of the signature."""
+        """Returns the signature, 64 bytes."""
         return self._key.sign(data)
 
     def private_bytes(self) -> bytes:
-        """The 32 secret bytes, to be written to a key file."""
+        """Returns the 32 secret bytes, to be written to a key file."""
         return self._key.private_bytes_raw()
 
 
 class AgreementKey(Secret):
-    """An X25519 key: agrees with another one on a secret.
+    """An X25519 key, which agrees on a secret with another one.
 
     Args:
         private: Its 32 bytes; None makes a new key from the operating system's randomness.
@@ -92,26 +92,26 @@ class AgreementKey(Secret):
         self.public: bytes = self._key.public_key().public_bytes_raw()
 
     def agree(self, public: bytes) -> bytes:
-        """The secret that only the owners of the two keys know.
+        """Returns the secret that only the owners of the two keys know.
 
         Raises:
-            ProtocolError: If the other key is one of those of low order, with which everybody knows the secret.
+            ProtocolError: If the other key has low order, so that the secret would be known to everybody.
         """
         try:
             return self._key.exchange(library().x25519.X25519PublicKey.from_public_bytes(public))
         except ValueError as error:
-            raise ProtocolError(f"The X25519 key {public.hex()} is of low order or no key at all.") from error
+            raise ProtocolError(f"The X25519 key {public.hex()} is of low order or not a key.") from error
 
     def private_bytes(self) -> bytes:
-        """The 32 secret bytes, to be shared among the other participants."""
+        """Returns the 32 secret bytes, to be split into shares for the other participants."""
         return self._key.private_bytes_raw()
 
 
 def verify(public: bytes, signature: bytes, data: bytes, whose: str) -> None:
-    """Makes sure that the owner of an Ed25519 key has signed the data.
+    """Checks an Ed25519 signature.
 
     Raises:
-        ProtocolError: If not.
+        ProtocolError: If the owner of the key has not signed the data.
     """
     if not _is_signed(public, signature, data):
         raise ProtocolError(f"The signature of {whose} does not belong to its message.")
@@ -128,13 +128,13 @@ def _is_signed(public: bytes, signature: bytes, data: bytes) -> bool:
 
 
 def derive(secret: bytes, salt: bytes, info: bytes) -> bytes:
-    """A 32-byte key by HKDF-SHA256."""
+    """Derives a 32-byte key by HKDF-SHA256."""
     lib = library()
     return lib.HKDF(algorithm=lib.hashes.SHA256(), length=KEY_BYTES, salt=salt, info=info).derive(secret)
 
 
 def digest(*parts: bytes | memoryview) -> bytes:
-    """SHA-256 of the parts, each with its length before it, so that no two lists give the same input."""
+    """Returns the SHA-256 of the parts, each preceded by its length, so that no two lists have the same input."""
     content = hashlib.sha256()
     for part in parts:
         content.update(len(part).to_bytes(8, "little"))
@@ -143,21 +143,21 @@ def digest(*parts: bytes | memoryview) -> bytes:
 
 
 def keystream(key: bytes) -> Any:
-    """An AES-256-CTR encryptor that starts at counter 0; a key must be used for one stream only."""
+    """Returns an AES-256-CTR encryptor that starts at counter 0; a key must be used for one stream only."""
     lib = library()
     return lib.Cipher(lib.algorithms.AES(key), lib.modes.CTR(bytes(16))).encryptor()
 
 
 def seal(key: bytes, text: bytes, header: bytes) -> bytes:
-    """Encrypts with ChaCha20-Poly1305; a key must seal one text only, so the nonce is 0."""
+    """Encrypts with ChaCha20-Poly1305. A key must seal only one text, so the nonce can be 0."""
     return library().ChaCha20Poly1305(key).encrypt(bytes(12), text, header)
 
 
 def unseal(key: bytes, sealed: bytes, header: bytes) -> bytes:
-    """What :func:`seal` was given.
+    """Decrypts and authenticates what :func:`seal` returned.
 
     Raises:
-        ProtocolError: If the text or its header has been changed, or was sealed for somebody else.
+        ProtocolError: If the text or header was changed, or sealed for somebody else.
     """
     lib = library()
     try:

@@ -1,4 +1,4 @@
-"""What a rank keeps for the secure sums of a run: identities, whom it trusts, a common session, what has left."""
+"""What lasts for all secure sums of a run: identities, trusted peers, a shared session id, the journal."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections import Counter
 from lightning_fl.communication import Group, Message
 from lightning_fl.privacy.secagg.journal import Journal
 from lightning_fl.privacy.secagg.keys import KeyFolder
+from lightning_fl.privacy.secagg.packing import Ranges
 from lightning_fl.privacy.secagg.participant import Trusted, fingerprint
 from lightning_fl.privacy.secagg.primitives import Secret, SigningKey, digest
 from lightning_fl.types import ClientId
@@ -17,19 +18,26 @@ KEYS_VARIABLE = "LIGHTNING_FL_KEYS"
 
 
 class Session(Secret):
-    """One rank's identities and the session that all ranks share.
+    """One rank's side of the session that all ranks share; returned by ``SecureAggregation.open``.
+
+    It is a resource with a single owner, like a socket, not a value: the attempt counters, the simulated identities
+    and the journal must advance even when a sum fails, and a call that raises can return nothing.
 
     Args:
-        session: 32 bytes to which every rank has contributed.
-        identity: The silo's identity; None in simulations, where each client gets one for the occasion.
+        session_id: 32 bytes to which every rank has contributed.
+        identity: The silo's identity; None in simulations, where each client's is made on first use.
         trusted: The identities that may take part; None in simulations.
-        journal: Remembers among whom vectors have left.
+        journal: Records with which clients each vector was summed.
+        ranges: The value ranges of an update, the same on all ranks.
     """
 
-    def __init__(self, session: bytes, identity: SigningKey | None, trusted: Trusted, journal: Journal) -> None:
-        self.session = session
+    def __init__(
+        self, session_id: bytes, identity: SigningKey | None, trusted: Trusted, journal: Journal, ranges: Ranges
+    ) -> None:
+        self.id = session_id
         self.trusted = trusted
         self.journal = journal
+        self.ranges = ranges
         self._identity = identity
         self._simulated: dict[ClientId, SigningKey] = {}
         self._attempts: Counter[object] = Counter()
@@ -40,7 +48,10 @@ class Session(Secret):
         return self._identity is None
 
     def identity(self, client: ClientId) -> SigningKey:
-        """Who a client of this rank is."""
+        """Returns the signing key of a client of this rank.
+
+        A simulated client keeps its key for the whole session, so that the journal recognises a repeated sum.
+        """
         if self._identity is not None:
             return self._identity
         if client not in self._simulated:
@@ -48,27 +59,36 @@ class Session(Secret):
         return self._simulated[client]
 
     def next_attempt(self, about: object) -> int:
-        """How often a sum about the same has been tried before; each attempt has keys of its own."""
+        """Counts the attempts at a sum, from 0; the number invalidates the messages of earlier attempts."""
         self._attempts[about] += 1
         return self._attempts[about] - 1
 
+    def is_first(self, topic: str) -> bool:
+        """Returns whether this is the first call for a topic, so that a warning is given once."""
+        return self.next_attempt(("warning", topic)) == 0
+
     def vector_id(self, model: bytes, round: int) -> bytes:
-        """What the vector trained from a model is known by; simulations may train from one model in many rounds."""
+        """Returns what identifies, in the journal, the vector trained from a model.
+
+        In a simulation the round is part of it, because many rounds may start from the same model there.
+        """
         return digest(model, round.to_bytes(8, "little")) if self.is_simulated else model
 
 
-def open_session(group: Group, silos: bool, keys: str | None) -> Session:
-    """Opens a session among all ranks; every rank calls it.
+def open_session(group: Group, silos: bool, keys: str | None, ranges: Ranges) -> Session:
+    """Opens a session among all ranks; every rank must call it.
 
     Args:
         group: The ranks of the federation.
-        silos: Whether each rank is a silo, which needs an identity of its own.
+        silos: Whether each rank is a silo, which needs its own identity.
         keys: Folder of the silo's keys; ``{rank}`` stands for its rank. None: ``$LIGHTNING_FL_KEYS``, or
             ``keys/silo{rank}``.
+        ranges: The value ranges of an update.
 
     Raises:
-        ValueError: On every rank, if a silo lacks keys or does not trust another one; it tells the commands to run.
+        ValueError: On every rank, if a silo lacks keys or does not trust another; the message has the commands to run.
     """
+    # A problem is gathered rather than raised at once, so that all ranks stop together and none waits for another.
     nonce, problem = os.urandom(32), ""
     identity, trusted = None, None
     place = (keys or os.environ.get(KEYS_VARIABLE) or DEFAULT_KEYS).replace("{rank}", str(group.rank))
@@ -83,26 +103,27 @@ def open_session(group: Group, silos: bool, keys: str | None) -> Session:
             problem = str(error)
     public = "" if identity is None else identity.public.hex()
     hello = Message({"nonce": nonce.hex(), "identity": public, "problem": problem, "folder": place})
-    told = [message.fields for message in group.all_gather(hello, "secure session")]
-    if any(fields["problem"] for fields in told):
-        raise ValueError(_how_to_make_keys(told))
+    gathered = [message.fields for message in group.all_gather(hello, "secure session")]
+    if any(fields["problem"] for fields in gathered):
+        raise ValueError(_how_to_make_keys(gathered))
     if silos:
-        doubts = Message({"doubts": _doubts(told, group.rank, trusted, place)})
-        found = [message.fields["doubts"] for message in group.all_gather(doubts, "trust")]
-        if any(found):
-            raise ValueError("\n".join(filter(None, found)))
-    session = digest(*(bytes.fromhex(fields["nonce"]) for fields in told))
-    return Session(session, identity, trusted, journal)
+        untrusted = Message({"doubts": _untrusted_peers(gathered, group.rank, trusted, place)})
+        problems = [message.fields["doubts"] for message in group.all_gather(untrusted, "trust")]
+        if any(problems):
+            raise ValueError("\n".join(filter(None, problems)))
+    # Every rank contributes a nonce, so none can bring back the session, and with it the messages, of an earlier run.
+    session_id = digest(*(bytes.fromhex(fields["nonce"]) for fields in gathered))
+    return Session(session_id, identity, trusted, journal, ranges)
 
 
-def _doubts(told: list[dict[str, str]], rank: int, trusted: Trusted, place: str) -> str:
-    """Whom this rank does not trust, and what to do."""
-    identities = [bytes.fromhex(fields["identity"]) for fields in told]
+def _untrusted_peers(gathered: list[dict[str, str]], rank: int, trusted: Trusted, place: str) -> str:
+    """Says which peers this rank does not trust, and what to do; empty if it trusts all."""
+    identities = [bytes.fromhex(fields["identity"]) for fields in gathered]
     strangers = [other for other, identity in enumerate(identities) if identity not in (trusted or ())]
     if strangers:
         who = ", ".join(f"rank {other} ({fingerprint(identities[other])})" for other in strangers)
         return (
-            f"Rank {rank} does not trust {who}. If its people confirm that fingerprint, take their identity.pub and "
+            f"Rank {rank} does not trust {who}. If its people confirm that fingerprint, get their identity.pub and "
             f"run: lightning-fl keys trust {place} <identity.pub>"
         )
     if len(set(identities)) != len(identities):
@@ -110,19 +131,21 @@ def _doubts(told: list[dict[str, str]], rank: int, trusted: Trusted, place: str)
     return ""
 
 
-def _how_to_make_keys(told: list[dict[str, str]]) -> str:
-    problems = [f"  rank {rank}: {fields['problem']}" for rank, fields in enumerate(told) if fields["problem"]]
-    folders = [fields["folder"] for fields in told]
+def _how_to_make_keys(gathered: list[dict[str, str]]) -> str:
+    problems = [f"  rank {rank}: {fields['problem']}" for rank, fields in enumerate(gathered) if fields["problem"]]
+    folders = [fields["folder"] for fields in gathered]
     create = [f"  lightning-fl keys create {folder}" for folder in folders]
     trust = [
-        " ".join([f"  lightning-fl keys trust {own}", *(f"{other}/identity.pub" for other in folders if other != own)])
-        for own in folders
+        " ".join(
+            [f"  lightning-fl keys trust {mine}", *(f"{other}/identity.pub" for other in folders if other != mine)]
+        )
+        for mine in folders
     ]
     return "\n".join(
         [
             "Secure aggregation between silos needs an identity for each, known to all others:",
             *problems,
-            "Each silo makes one, and trusts the public ones that the others send it:",
+            "Each silo makes its own, and trusts the public keys that the others send it:",
             *create,
             *trust,
             f"Other places: SecureAggregation(keys='<folder>') or the variable {KEYS_VARIABLE}.",

@@ -6,22 +6,22 @@ import secrets
 from collections.abc import Mapping
 
 PRIME = 2**256 + 297
-"""The smallest prime above 2^256: every 32-byte secret is a number below it."""
+"""The smallest prime above 2^256, so that every 32-byte secret is an element of the field."""
 SHARE_BYTES = 33
 
 
 def split(secret: bytes, numbers: list[int], threshold: int) -> dict[int, bytes]:
-    r"""Splits a secret so that any ``threshold`` shares give it back and fewer tell nothing.
+    r"""Splits a secret so that any ``threshold`` shares reconstruct it and fewer reveal nothing.
 
     .. math:: f(x) = s + a_1 x + \dots + a_{t-1} x^{t-1} \bmod p, \qquad \text{share}_i = f(i)
 
     Args:
         secret: 32 bytes.
-        numbers: The holders' numbers, different and not 0.
+        numbers: The holders' numbers, distinct and not 0, where the polynomial is the secret itself.
         threshold: Shares needed, at most the number of holders.
 
     Raises:
-        ValueError: If a number is 0 or stands twice, or the threshold does not fit.
+        ValueError: If a number is 0 or repeated, or the threshold does not fit.
     """
     if len(secret) != 32 or not 1 <= threshold <= len(numbers):
         raise ValueError(f"Can't share {len(secret)} bytes among {len(numbers)} with threshold {threshold}.")
@@ -31,10 +31,10 @@ def split(secret: bytes, numbers: list[int], threshold: int) -> dict[int, bytes]
 
 
 def combine(shares: Mapping[int, bytes]) -> bytes:
-    """The secret behind the shares, by interpolation at 0; give as many as the threshold.
+    """Reconstructs the secret by interpolation at 0, from as many shares as the threshold.
 
     Raises:
-        ValueError: If a share or the result is no such number: the shares do not belong together.
+        ValueError: If a share or the result is out of range, so the shares do not belong together.
     """
     numbers = list(shares)
     _check_numbers(numbers)

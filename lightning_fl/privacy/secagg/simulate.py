@@ -1,4 +1,4 @@
-"""The double-masking protocol among simulated clients of one process, over the real messages."""
+"""The double-masking protocol among simulated clients of one process, over real messages."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from lightning_fl.privacy.secagg.bonawitz_client import BonawitzClient
 from lightning_fl.privacy.secagg.bonawitz_server import BonawitzServer
 from lightning_fl.privacy.secagg.dropouts import STAGES
 from lightning_fl.privacy.secagg.journal import Journal
-from lightning_fl.privacy.secagg.messages import Terms
+from lightning_fl.privacy.secagg.messages import SessionParams
 from lightning_fl.privacy.secagg.participant import Trusted
 from lightning_fl.privacy.secagg.primitives import SigningKey, digest
 
 
 class Simulation:
-    """Coordinator and clients in one process; keys and shares go round at once, vectors as the clients finish.
+    """Coordinator and clients in one process. Keys and shares are exchanged at once, vectors as the clients finish.
 
     Args:
-        terms: What all agree to.
-        identities: Who takes part, by number.
-        num_words: Length of the vectors.
-        dtype: Type of the words.
-        dropouts: For those who vanish, the stage at which they do.
-        trusted: Whom the clients trust; None: whoever comes.
-        journal: Remembers which vectors have left, for all clients together.
+        params: The parameters that all agree to.
+        identities: The clients' signing keys, by number.
+        vector_size: Length of the vectors.
+        dtype: Type of their elements.
+        dropouts: For clients that drop out, the stage at which they do.
+        trusted: The identities that the clients accept; None: any.
+        journal: Records which vectors were sent, for all clients together.
     """
 
     def __init__(
         self,
-        terms: Terms,
+        params: SessionParams,
         identities: Mapping[int, SigningKey],
-        num_words: int,
+        vector_size: int,
         dtype: torch.dtype,
         dropouts: Mapping[int, str] | None = None,
         trusted: Trusted = None,
@@ -42,35 +42,36 @@ class Simulation:
         self._last = {number: STAGES.index(stage) for number, stage in (dropouts or {}).items()}
         self._journal = journal or Journal()
         self._clients = {
-            number: BonawitzClient(number, identity, terms, trusted, self._journal)
+            number: BonawitzClient(number, identity, params, trusted, self._journal)
             for number, identity in identities.items()
         }
         self.num_bytes = 0
-        self.server = BonawitzServer(terms, num_words, dtype)
+        self.server = BonawitzServer(params, vector_size, dtype)
         roster = self.server.roster([self._count(self._clients[number].advertise()) for number in self._alive(0)])
         shares = [self._count(self._clients[number].share(self._count(roster))) for number in self._alive(1)]
         self._bundles = self.server.bundles(shares)
         self._sent: list[int] = []
 
     def is_waiting_for(self, number: int) -> bool:
-        """Whether the client has still to send its vector."""
+        """Returns whether the client has yet to send its vector."""
         return number in self._alive(2) and number not in self._sent
 
-    def send(self, number: int, words: Tensor, vector: bytes) -> None:
-        """Lets a client send its vector, which is masked in place.
+    def send(self, number: int, vector: Tensor, vector_id: bytes) -> None:
+        """Sends a client's vector, which is masked in place.
 
         Args:
             number: The client.
-            words: Its vector, on the CPU.
-            vector: What the vector is known by in the journal.
+            vector: Its vector, on the CPU.
+            vector_id: Identifies the global model and round in the journal.
         """
         bundle = self._count(self._bundles[number])
-        known_by = digest(vector, number.to_bytes(4, "little"))
-        self.server.receive(self._count(self._clients[number].send(bundle, words, known_by)))
+        # All clients share one journal and train from one model, so the client's number must be part of the id.
+        client_vector_id = digest(vector_id, number.to_bytes(4, "little"))
+        self.server.receive(self._count(self._clients[number].send(bundle, vector, client_vector_id)))
         self._sent.append(number)
 
     def finish(self) -> tuple[Tensor, list[int]]:
-        """The sum of the vectors that were sent, and who sent them.
+        """Returns the sum of the vectors that were sent, and the numbers of their senders.
 
         Raises:
             SecureAggregationError: If too few clients are left.

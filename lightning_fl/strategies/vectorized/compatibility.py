@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
@@ -12,13 +10,11 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import BatchSampler, DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_fl.data.client_loaders import Loader, count_examples
 from lightning_fl.engines import VectorizedEngine
-from lightning_fl.engines.vectorized.stacking import part, signature
-from lightning_fl.strategies.hooks import has_hooks
+from lightning_fl.engines.vectorized.stacking import part
+from lightning_fl.strategies.hooks import BATCH_HOOKS, TRANSFER_HOOKS, has_hooks
 from lightning_fl.strategies.vectorized.log_capture import LogCapture, NotVectorizable
 from lightning_fl.strategies.vectorized.side_effects import (
     attributes,
@@ -31,72 +27,11 @@ from lightning_fl.types import Phase
 
 ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop")
 """Optimizers of ``torch.optim`` that treat each element alone, so that they step stacked parameters as single ones."""
-TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
-BATCH_HOOKS = (
-    *TRANSFER_HOOKS,
-    "on_train_batch_start",
-    "on_train_batch_end",
-    "backward",
-    "on_before_backward",
-    "on_after_backward",
-    "on_before_zero_grad",
-    "on_before_optimizer_step",
-    "optimizer_step",
-    "optimizer_zero_grad",
-    "configure_gradient_clipping",
-    "lr_scheduler_step",
-)
-"""Hooks that would see a batch, gradients or parameters of several clients where they expect those of one."""
 _DRAWN = "random operation"
 """What ``torch.func.vmap`` complains of when random numbers are drawn."""
 MAX_FLOPS_ON_CPU = 3e7
-"""Of a client's step: they take a core about as long as Lightning's loop and Python, which a step of several saves."""
+"""FLOPs per client step above which vectorizing no longer pays on a CPU."""
 PARAMETER_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
-
-
-@dataclass(frozen=True)
-class BatchForecast:
-    """What is known of a client's batches before they are read.
-
-    Args:
-        family: What clients must have in common to train together.
-        work: What its batches of the round look like, one after the other.
-        segments: Numbers of batches between which gradients do not accumulate.
-    """
-
-    family: Any
-    work: tuple[Any, ...]
-    segments: tuple[int | None, ...]
-
-
-def outlook(loader: Loader, segments: Sequence[int | None], pass_length: int | None) -> BatchForecast | None:
-    """What the batches of a client look like, as far as it shows without reading them; None if it does not.
-
-    Args:
-        loader: The client's.
-        segments: Numbers of batches that it trains on; each begins with the loader's first.
-        pass_length: Batches of a pass over the loader.
-    """
-    family: Any
-    if isinstance(loader, DataLoader):
-        sampler: Any = loader.batch_sampler
-        if type(sampler) is not BatchSampler:
-            return None
-        size = family = sampler.batch_size
-        num_left = (count_examples(loader) or 0) % size
-        own = [size] * (len(loader) - 1) + [num_left or size]
-    elif isinstance(loader, Sequence) and len(loader):
-        family = "in memory"
-        try:
-            own = [signature(loader[0])] * (len(loader) - 1) + [signature(loader[-1])]
-        except Exception:  # it will be raised, and its client named, when the loader is read
-            return None
-    else:
-        return None
-    if pass_length is None or None in segments:
-        return None
-    work = (own[index % pass_length] for length in segments for index in range(length or 0))
-    return BatchForecast(family, tuple(work), tuple(segments))
 
 
 def unsupported_reason(trainer: L.Trainer, module: L.LightningModule, strategy: Any) -> str | None:
@@ -219,7 +154,7 @@ def _check(
     drawn = random_states()
     try:
         with torch.enable_grad():
-            losses, _ = engine.step(capture, batch, *args, randomness=randomness)
+            losses, _ = engine.forward_stacked(capture, batch, *args, randomness=randomness)
             if losses.dim() != 1:
                 raise NotVectorizable(f"training_step returned a loss of shape {tuple(losses.shape[1:])}, not a number")
             grads = engine.gradients(losses.sum())
@@ -242,7 +177,7 @@ def _check(
         for owner, own in held:
             owner.update(own)
         engine.put_buffers(buffers)
-        capture.forget()
+        capture.clear()
 
 
 def _compare(

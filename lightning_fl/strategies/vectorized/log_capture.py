@@ -16,7 +16,7 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities.data import dim_zero_cat, dim_zero_max, dim_zero_min, dim_zero_sum
 
 from lightning_fl.engines.vectorized.stacking import part, select
-from lightning_fl.strategies.metrics import Entries
+from lightning_fl.federation.metric_entries import Entries
 
 _SIGNATURE = inspect.signature(LightningModule.log)
 _REDUCTIONS: dict[Any, Callable[[Tensor], Tensor]] = {
@@ -79,7 +79,7 @@ class LogCapture:
         self._calls: list[_Call] = []
 
     def __call__(self, *args: Any) -> tuple[Tensor, list[Tensor]]:
-        """Runs the step; returns its loss and the tensors to be handed to :meth:`tell`."""
+        """Runs the step; returns its loss and the tensors to be handed to :meth:`emit`."""
         self._calls = []
         with self._noting():
             output = self.module.training_step(*args)
@@ -90,8 +90,13 @@ class LogCapture:
         return loss, [tensor.detach() for tensor in tensors]
 
     @property
+    def has_calls(self) -> bool:
+        """Whether the last step has logged anything or updated a torchmetric."""
+        return bool(self._calls)
+
+    @property
     def calls(self) -> list[_Call]:
-        """What the step that has just run has told, without the values of tensors, which hang on its batch."""
+        """The last step's log calls, tensor values stripped."""
         no_values = torch.empty(0)
         return [
             replace(call, leaves=[no_values if isinstance(leaf, Tensor) else leaf for leaf in call.leaves])
@@ -114,7 +119,7 @@ class LogCapture:
             for call in calls
         ]
 
-    def tell(self, tensors: Sequence[Tensor], rows: Tensor, batch_size: int) -> None:
+    def emit(self, tensors: Sequence[Tensor], rows: Tensor, batch_size: int) -> None:
         """Makes the calls of the step that has just run, once for all its clients.
 
         Args:
@@ -135,7 +140,7 @@ class LogCapture:
                 size = (kwargs["batch_size"] or batch_size) * num_clients
                 self.module.log(**{**kwargs, "value": value, "batch_size": size})
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Drops the notes of the clients at hand."""
         self.steps = []
 

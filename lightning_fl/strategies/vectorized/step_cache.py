@@ -59,13 +59,13 @@ def with_grads(
             torch.random.fork_rng(enabled=randomness != "error"),
             torch.enable_grad(),
         ):
-            losses, _ = engine.step(capture, batch, *[stand_in] * len(args), randomness=randomness)
+            losses, _ = engine.forward_stacked(capture, batch, *[stand_in] * len(args), randomness=randomness)
             names = frozenset(engine.gradients(losses.sum()))
     except Exception:
         return None
     finally:
         engine.put_buffers(buffers)
-        capture.forget()
+        capture.clear()
     return None if stand_in.is_seen else names
 
 

@@ -38,10 +38,5 @@ def test_samples_are_split_as_the_partitioner_inside_says() -> None:
 
 def test_samples_that_take_no_noise_are_refused() -> None:
     clients = partition_loader(DataLoader(TensorDataset(torch.arange(8))), FeatureNoise(0.4), 2)
-    with pytest.raises(ValueError, match="adds noise to samples that start with a float tensor"):
+    with pytest.raises(ValueError, match="expected a tuple or list whose first entry is a float tensor"):
         next(iter(clients[0]))
-
-
-def test_a_negative_variance_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"sigma=-0\.1"):
-        FeatureNoise(-0.1)

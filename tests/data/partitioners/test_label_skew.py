@@ -35,7 +35,7 @@ def test_as_many_shards_as_labels_divide_the_data_without_a_remainder_lost() -> 
 
 
 def test_more_shards_than_samples_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"3 shards for each of 10 clients are 30 shards of 20 samples"):
+    with pytest.raises(ValueError, match=r"10 clients with 3 shards each need 30 shards, but .* only 20 samples"):
         Shards(3)(labelled(2), 10)
 
 
@@ -68,24 +68,10 @@ def test_equal_sizes_without_sigma_and_a_power_law_with_it() -> None:
 
 @pytest.mark.parametrize(("num_labels", "num_clients"), [(11, 5), (1, 9)])
 def test_labels_that_do_not_fit_are_refused(num_labels: int, num_clients: int) -> None:
-    with pytest.raises(ValueError, match=f"{num_clients} clients with num_labels={num_labels} do not fit data of 10"):
+    with pytest.raises(ValueError, match=f"{num_clients} clients with num_labels={num_labels} do not fit data with 10"):
         LabelsPerClient(num_labels)(labelled(5), num_clients)
 
 
 def test_too_few_samples_of_a_label_are_refused() -> None:
     with pytest.raises(ValueError, match=r"Label \d has 5 samples, but its 6 clients need min_per_label=1 each"):
         LabelsPerClient(2)(labelled(5), 30)
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: Shards(0), "shards_per_client=0"),
-        (lambda: LabelsPerClient(0), "num_labels=0"),
-        (lambda: LabelsPerClient(2, sigma=-1), "sigma=-1"),
-        (lambda: LabelsPerClient(2, min_per_label=0), "min_per_label=0"),
-    ],
-)
-def test_arguments_out_of_range_are_refused(make: object, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make()  # type: ignore[operator]

@@ -61,16 +61,16 @@ def test_a_saved_partition_comes_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"a": [0, 1], "b": [1, 2]}', r"name samples twice: 1 \(1 in all\)"),
-        ('{"a": [0], "b": [2]}', r"leave out samples: 1 \(1 in all\)"),
-        ('{"a": [0, 1], "b": [2, 7]}', "name samples beyond the 3: 7"),
-        ('{"a": [0, 1, 2], "b": []}', "name clients without a sample: b"),
-        ('{"a": [0], "a": [1, 2]}', "names client 'a' twice"),
-        ('{"a": [0, 1', "is no JSON file"),
-        ("[[0], [1, 2]]", "is no mapping file"),
-        ('{"a": [0, 1.5, 2]}', "is no mapping file"),
-        ('{"a": [0, -1, 2]}', "is no mapping file"),
-        ("{}", "is no mapping file"),
+        ('{"a": [0, 1], "b": [1, 2]}', r"repeats samples: 1 \(1 in all\)"),
+        ('{"a": [0], "b": [2]}', r"omits samples: 1 \(1 in all\)"),
+        ('{"a": [0, 1], "b": [2, 7]}', "has samples beyond the 3: 7"),
+        ('{"a": [0, 1, 2], "b": []}', "has clients without samples: b"),
+        ('{"a": [0], "a": [1, 2]}', "has client 'a' twice"),
+        ('{"a": [0, 1', "is not a JSON file"),
+        ("[[0], [1, 2]]", "is not a mapping file"),
+        ('{"a": [0, 1.5, 2]}', "is not a mapping file"),
+        ('{"a": [0, -1, 2]}', "is not a mapping file"),
+        ("{}", "is not a mapping file"),
     ],
 )
 def test_a_mapping_file_that_is_wrong_is_refused(tmp_path: Path, text: str, message: str) -> None:

@@ -40,11 +40,3 @@ def test_a_smallest_size_that_cannot_be_met_is_refused(partitioner: Partitioner)
 
 def test_no_spread_means_equal_sizes() -> None:
     assert set(sizes(LognormalSizes(0.0), 100, 10)) == {10}
-
-
-@pytest.mark.parametrize(
-    "make", [lambda: DirichletSizes(0.0), lambda: LognormalSizes(-1.0), lambda: LognormalSizes(1.0, min_size=-1)]
-)
-def test_arguments_out_of_range_are_refused(make: object) -> None:
-    with pytest.raises(ValueError, match="must be"):
-        make()  # type: ignore[operator]

@@ -54,7 +54,7 @@ def test_loaders(digits: DigitsDataModule) -> None:
 
 @pytest.mark.parametrize("test_share", [0.0, 1.0, -0.1])
 def test_share_out_of_range_is_refused(test_share: float) -> None:
-    with pytest.raises(ValueError, match=f"test_share={test_share} must lie between 0 and 1"):
+    with pytest.raises(ValueError, match=f"test_share={test_share} must be between 0 and 1"):
         DigitsDataModule(test_share=test_share)
 
 

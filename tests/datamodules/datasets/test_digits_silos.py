@@ -33,10 +33,10 @@ def test_there_must_be_as_many_ranks_as_silos() -> None:
 
 @pytest.mark.parametrize("shares", [[], [1, 0], [2, -1]])
 def test_shares_must_be_positive(shares: list[float]) -> None:
-    with pytest.raises(ValueError, match="must hold a positive number for each silo"):
+    with pytest.raises(ValueError, match="must have a positive number for each silo"):
         DigitsSiloDataModule(shares=shares)
 
 
 def test_a_silo_must_have_a_share() -> None:
-    with pytest.raises(ValueError, match=r"silo=3 does not fit shares=\[1, 1, 3\]: expected 0 to 2"):
+    with pytest.raises(ValueError, match=r"silo=3 is out of range for shares=\[1, 1, 3\]: expected 0 to 2"):
         DigitsSiloDataModule(silo=3)

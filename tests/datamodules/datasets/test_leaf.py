@@ -64,15 +64,19 @@ def test_leaf_shakespeare_gives_characters(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("users", "changes", "message"),
     [
-        ({"ann": ([[1.0]], [0])}, {"num_samples": [2]}, r"'ann' of .* has 1 samples and 1 labels; num_samples says 2"),
+        (
+            {"ann": ([[1.0]], [0])},
+            {"num_samples": [2]},
+            r"'ann' of .* has 1 samples and 1 labels, expected num_samples=2",
+        ),
         ({"ann": ([[1.0]], [0, 1])}, {}, "has 1 samples and 2 labels"),
-        ({"ann": ([], [])}, {}, "has 0 samples and 0 labels.*every client needs one"),
+        ({"ann": ([], [])}, {}, "has 0 samples and 0 labels, expected .* at least 1"),
         ({"ann": ([[1.0]], [0])}, {"users": ["bob"]}, "'bob' of .* has 0 samples"),
-        ({"ann": ([[1.0]], [2])}, {}, "'ann' in .*labels go from 2 to 2, expected 0 to 1"),
-        ({"ann": ([[float("nan")]], [0])}, {}, "x holds NaN or infinite numbers"),
+        ({"ann": ([[1.0]], [2])}, {}, "'ann' in .*labels range from 2 to 2, expected 0 to 1"),
+        ({"ann": ([[float("nan")]], [0])}, {}, "x has NaN or infinite values"),
         ({"ann": ([[1.0], [1.0, 2.0]], [0, 1])}, {}, "samples of user 'ann' in .* can't be read"),
         ({"ann": ([["text"]], [0])}, {}, "samples of user 'ann' in .* can't be read"),
-        ({"ann": ([[1.0]], [0])}, {"num_samples": None}, "is no LEAF file or cut short: KeyError"),
+        ({"ann": ([[1.0]], [0])}, {"num_samples": None}, "is not a LEAF file or is truncated .KeyError"),
     ],
 )
 def test_files_that_are_wrong_are_refused(tmp_path: Path, users: dict, changes: dict, message: str) -> None:
@@ -85,17 +89,17 @@ def test_a_file_cut_short_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "train" / "a.json", {"ann": ([[1.0]], [0])})
     path = tmp_path / "train" / "a.json"
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(ValueError, match=r"a.json is no LEAF file or cut short"):
+    with pytest.raises(ValueError, match=r"a.json is not a LEAF file or is truncated"):
         LEAFDataModule(tmp_path).setup("fit")
 
 
 def test_a_user_in_two_files_is_refused(tmp_path: Path) -> None:
     for name in ("a.json", "b.json"):
         write(tmp_path / "train" / name, {"ann": ([[1.0]], [0])})
-    with pytest.raises(ValueError, match=r"User 'ann' stands in .*b.json and in another file"):
+    with pytest.raises(ValueError, match=r"User 'ann' is in .*b.json and in another file"):
         LEAFDataModule(tmp_path).setup("fit")
 
 
 def test_a_folder_without_files_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"has no .json file; `root` is LEAF's data directory"):
+    with pytest.raises(FileNotFoundError, match=r"has no .json file; set `root` to LEAF's data directory"):
         LEAFDataModule(tmp_path).setup("fit")

@@ -87,7 +87,7 @@ def test_downloads_only_when_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert len(server.requests) == 4
     data.setup("fit")
     assert len(data.train_set) == 60
-    assert len(list((tmp_path / "data" / "mnist").iterdir())) == 4
+    assert len(list((tmp_path / "data" / "mnist").glob("*.gz"))) == 4
 
 
 def broken(data: bytes, how: str) -> bytes:
@@ -95,6 +95,7 @@ def broken(data: bytes, how: str) -> bytes:
     return {
         "cut gzip": zipped[: len(zipped) // 2],
         "cut": data[:-5],
+        "cut header": data[:9],
         "longer": data + b"x",
         "other": b"<html>not found</html>",
         "empty": b"",
@@ -106,13 +107,14 @@ def broken(data: bytes, how: str) -> bytes:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("cut gzip", "is corrupt or cut short"),
-        ("cut", "is cut short: 5 bytes are missing"),
-        ("longer", "has more bytes than its shape"),
-        ("other", "is no IDX file of unsigned bytes: it begins with 3c 68 74 6d"),
-        ("empty", "is no IDX file of unsigned bytes: it begins with nothing"),
+        ("cut gzip", "is corrupt or truncated"),
+        ("cut", r"truncated: it holds 2935 values, but its header gives the shape \[60, 7, 7\], which needs 2940"),
+        ("cut header", "is not an IDX file of unsigned bytes"),
+        ("longer", r"it holds 2941 values, but its header gives the shape \[60, 7, 7\], which needs 2940"),
+        ("other", "is not an IDX file of unsigned bytes: it begins with 3c 68 74 6d"),
+        ("empty", "is not an IDX file of unsigned bytes: it begins with nothing"),
         ("flipped", "corrupt"),
-        ("huge", "too large to be true"),
+        ("huge", "it holds 0 values, but its header gives the shape"),
     ],
 )
 def test_a_file_that_is_corrupt_is_named(tmp_path: Path, how: str, message: str) -> None:

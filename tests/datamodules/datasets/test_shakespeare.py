@@ -68,7 +68,7 @@ def test_every_character_has_its_number() -> None:
 
 
 def test_what_has_no_roles_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"has no play: no file fits '\*\.txt'"):
+    with pytest.raises(FileNotFoundError, match=r"has no plays: no file matches '\*\.txt'"):
         ShakespeareDataModule(tmp_path).setup("fit")
     (tmp_path / "sonnet.txt").write_text("Shall I compare thee to a summer's day?\n" * 20)
     with pytest.raises(ValueError, match=r"No role in the 1 files of .* has 2 sequences of 80 characters"):

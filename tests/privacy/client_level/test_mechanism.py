@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_fl import FederatedStrategy
-from lightning_fl.aggregation import RoundContext, Transform, WeightedMean
+from lightning_fl.aggregation import RoundContext, WeightedMean
 from lightning_fl.clients.cohorts import Sampling as Cohorts
 from lightning_fl.communication import LocalGroup, Message
 from lightning_fl.privacy import (
@@ -27,9 +26,9 @@ from lightning_fl.privacy import (
     PrivacyError,
 )
 from lightning_fl.privacy.client_level import mechanism
-from lightning_fl.privacy.client_level.clipping import joint_norm, noise_on_model, trees_of
+from lightning_fl.privacy.client_level.clipping import noise_on_model
 from lightning_fl.privacy.state import load_ledger
-from lightning_fl.tree import scale, zeros_like
+from lightning_fl.tree import joint_norm, update_trees, zeros_like
 from lightning_fl.types import Aggregate, State, Update
 
 POISSON = Cohorts("poisson", 1000, 50.0, 0.05)
@@ -67,7 +66,7 @@ def run_round(
 
 
 def flat(aggregate: Update | Aggregate) -> Tensor:
-    trees = trees_of(aggregate)
+    trees = update_trees(aggregate)
     return torch.cat([tensor.double().reshape(-1) for name in sorted(trees) for tensor in trees[name].values()])
 
 
@@ -129,7 +128,7 @@ def test_the_noise_has_its_deviation_on_every_part(mode: Any, num_clients: int) 
     context = RoundContext(0, range(num_clients), 100, Cohorts("full", 100, 100, 1.0))
     state = transform.start_round({}, context)
     sent = [transform.client(own, {}, replace(context, client=c, server=state))[0] for c in range(num_clients)]
-    zeros = {name: zeros_like(tree) for name, tree in trees_of(own).items()}
+    zeros = {name: zeros_like(tree) for name, tree in update_trees(own).items()}
     total = Aggregate(zeros["delta"], zeros["buffers"], 0.0, {"control": zeros["aux/control"]}, num_clients, 100)
     for one in sent:
         total.delta["w"].add_(one.delta["w"])
@@ -137,7 +136,7 @@ def test_the_noise_has_its_deviation_on_every_part(mode: Any, num_clients: int) 
         total.aux["control"]["w"].add_(one.aux["control"]["w"])
     total, _ = transform.server(total, state, context)
     expected = 1.5 * (1.0 if mode == "central" else num_clients**0.5)
-    for tree in trees_of(total).values():
+    for tree in update_trees(total).values():
         for values in tree.values():
             assert float(values.std()) == pytest.approx(expected, rel=0.05)
     again, _ = transform.server(total, state, context)
@@ -324,35 +323,6 @@ def test_noise_that_is_off_or_halved_stops_the_run(monkeypatch: pytest.MonkeyPat
     state = transform.start_round({}, RoundContext(0, [], 1000, POISSON))
     with pytest.raises(PrivacyError, match="standard deviation"):
         transform.server(Aggregate(wide.delta, {}, 0.0, {}, 0, 1000), state, RoundContext(0, [], 1000, POISSON))
-
-
-class Doubles(Transform):
-    def client(self, update: Update, state: State, ctx: RoundContext) -> tuple[Update, State]:
-        return replace(update, delta=scale(update.delta, 2.0)), state
-
-
-class Shrinks(Transform):
-    keeps_norm_bound = True
-
-
-class Median(WeightedMean):
-    is_sum = False
-
-
-def test_combinations_that_break_the_bound_are_refused_when_the_strategy_is_built() -> None:
-    private = ClientLevelDP(clip=1.0, noise_multiplier=1.0)
-    with pytest.raises(ValueError, match="weighting='examples' lets one client weigh more"):
-        FederatedStrategy("fedavg", weighting="examples", transforms=[private])
-    with pytest.raises(ValueError, match="Doubles comes after ClientLevelDP"):
-        FederatedStrategy("fedavg", transforms=[private, Doubles()])
-    with pytest.raises(ValueError, match="ClientLevelDP comes after ClientLevelDP"):
-        FederatedStrategy("fedavg", transforms=[private, private])
-    with pytest.raises(ValueError, match="Median is no sum"):
-        FederatedStrategy("fedavg", transforms=[private], aggregator=Median())
-    strategy = FederatedStrategy("fedavg", transforms=[Doubles(), private, Shrinks()])
-    assert strategy.weighting == "uniform"
-    assert strategy.participation.secure
-    assert FederatedStrategy("fedavg").weighting == "examples"
 
 
 def test_central_noise_among_silos_is_refused_and_says_why() -> None:

@@ -60,7 +60,7 @@ def fit(
 
 
 def ledger_of(strategy: FederatedStrategy) -> Ledger:
-    return load_ledger(strategy.active_rounds.state.transforms[0])
+    return load_ledger(strategy.active_driver.state.transforms[0])
 
 
 def recorded(*events: tuple[Gaussian, int]) -> Ledger:

@@ -19,7 +19,7 @@ import lightning_fl as fl
 from lightning_fl.aggregation import Aggregator, FederationFacts, RoundContext, WeightedMean
 from lightning_fl.communication import Group, LocalGroup, Message
 from lightning_fl.privacy.secagg import RetryRefused, SecureAggregation, SecureAggregationError
-from lightning_fl.privacy.secagg.aggregator import SecureSum
+from lightning_fl.privacy.secagg.session import Session
 from lightning_fl.tree import scale
 from lightning_fl.types import Aggregate, Update
 
@@ -51,8 +51,8 @@ def facts(num_clients: int, **changes: Any) -> FederationFacts:
     return replace(FederationFacts(False, num_clients, True, lambda: float(num_clients)), **changes)
 
 
-def take_in(aggregator: Aggregator, given: Sequence[Update], ctx: RoundContext) -> Any:
-    acc = aggregator.init(given[0], CPU)
+def take_in(aggregator: Aggregator, session: Any, given: Sequence[Update], ctx: RoundContext) -> Any:
+    acc = aggregator.init(given[0], CPU, session)
     for client, update in zip(ctx.cohort, given, strict=True):
         acc = aggregator.add(acc, update, replace(ctx, client=client))
     return acc
@@ -60,8 +60,8 @@ def take_in(aggregator: Aggregator, given: Sequence[Update], ctx: RoundContext) 
 
 def aggregate(aggregator: Aggregator, given: Sequence[Update]) -> Aggregate:
     ctx = context(len(given))
-    aggregator.open(LocalGroup(), facts(len(given)))
-    acc, _ = aggregator.merge(take_in(aggregator, given, ctx), LocalGroup(), Message(), ctx)
+    session = aggregator.open(LocalGroup(), facts(len(given)))
+    acc, _ = aggregator.merge(take_in(aggregator, session, given, ctx), LocalGroup(), Message(), ctx)
     return aggregator.result(acc, ctx)
 
 
@@ -74,8 +74,8 @@ def test_sums_are_those_of_the_weighted_mean(num_clients: int, protocol: Any, mo
     secure = SecureAggregation(protocol, modulus_bits=modulus_bits, aux_clip=16.0)
     found = aggregate(secure, given)
     assert (found.weight, found.num_clients, found.population) == (expected.weight, num_clients, 10)
-    quantizer = secure.ranges.quantizer("delta", num_clients)
-    bound = num_clients * quantizer.step * secure.ranges.max_weight
+    ranges = secure.open(LocalGroup(), facts(num_clients)).ranges
+    bound = num_clients * ranges.quantizer("delta", num_clients).step * ranges.max_weight
     for name, total in expected.delta.items():
         assert found.delta[name].dtype == total.dtype
         assert (found.delta[name] - total).abs().max() <= bound + 1e-6
@@ -89,8 +89,8 @@ def test_uniform_weights_are_within_n_steps() -> None:
     """n * c / (2^b - 1) for each coordinate of the sum."""
     given = [replace(update, weight=1.0) for update in updates(3, torch.float64)]
     secure = SecureAggregation(clip=4.0)
-    secure.open(LocalGroup(), facts(3, max_weight=lambda: 1.0))
-    acc, _ = secure.merge(take_in(secure, given, context(3)), LocalGroup(), Message(), context(3))
+    session = secure.open(LocalGroup(), facts(3, max_weight=lambda: 1.0))
+    acc, _ = secure.merge(take_in(secure, session, given, context(3)), LocalGroup(), Message(), context(3))
     found, expected = secure.result(acc, context(3)).delta, aggregate(WeightedMean(), given).delta
     for name, total in expected.items():
         assert (found[name] - total).abs().max() <= 3 * 4.0 / (2**29 - 1)
@@ -122,13 +122,6 @@ def test_an_aggregator_that_needs_each_update_is_refused() -> None:
     SecureAggregation(aggregator=WeightedMean())
 
 
-def test_differential_privacy_beside_it_is_refused() -> None:
-    """Rounding lengthens an update a little, so its bound would not hold."""
-    private = fl.privacy.ClientLevelDP(noise_multiplier=1.0, clip=1.0, delta=1e-5)
-    with pytest.raises(ValueError, match="SecureAggregation is no sum"):
-        fl.FederatedStrategy("fedavg", aggregator=SecureAggregation(), transforms=[private], weighting="uniform")
-
-
 @pytest.mark.parametrize("num_clients", [1, 2])
 def test_fewer_than_three_clients_are_refused(num_clients: int) -> None:
     with pytest.raises(ValueError, match="no sum over fewer than 3"):
@@ -152,30 +145,29 @@ def test_federations_that_do_not_fit_are_refused(
         SecureAggregation(**arguments).open(LocalGroup(), facts(10, **changes))
 
 
-def opened(num_clients: int = 3, **arguments: Any) -> SecureAggregation:
+def opened(num_clients: int = 3, **arguments: Any) -> tuple[SecureAggregation, Session]:
     secure = SecureAggregation(**arguments)
-    secure.open(LocalGroup(), facts(num_clients))
-    return secure
+    return secure, secure.open(LocalGroup(), facts(num_clients))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("tree", ["delta", "buffers", "aux"])
 def test_a_client_does_not_send_nan_or_inf(tree: str, value: float) -> None:
-    secure, ctx = opened(), replace(context(3), client="client 0")
+    (secure, session), ctx = opened(), replace(context(3), client="client 0")
     broken = updates(1)[0]
     tensors = broken.aux["control"] if tree == "aux" else getattr(broken, tree)
     tensors["a" if tree != "buffers" else "mean"].view(-1)[0] = value
-    acc = secure.init(updates(1)[0], CPU)
+    acc = secure.init(updates(1)[0], CPU, session)
     with pytest.raises(ValueError, match="NaN or Inf"):
         secure.add(acc, broken, ctx)
-    assert not acc.words.any()
+    assert not acc.vector.any()
 
 
 @pytest.mark.parametrize("weight", [4.5, -1.0, float("nan")])
 def test_weights_out_of_range_are_refused(weight: float) -> None:
-    secure, ctx = opened(), replace(context(3), client="client 0")
+    (secure, session), ctx = opened(), replace(context(3), client="client 0")
     with pytest.raises(ValueError, match=r"max_weight=4\..*weighting='uniform'|NaN"):
-        secure.add(secure.init(updates(1)[0], CPU), replace(updates(1)[0], weight=weight), ctx)
+        secure.add(secure.init(updates(1)[0], CPU, session), replace(updates(1)[0], weight=weight), ctx)
 
 
 def test_weights_of_zero_and_the_largest() -> None:
@@ -187,23 +179,42 @@ def test_weights_of_zero_and_the_largest() -> None:
 
 
 def test_complex_tensors_are_refused() -> None:
+    secure, session = opened()
     with pytest.raises(ValueError, match="'z' is complex"):
-        SecureAggregation().init(Update({"z": torch.zeros(1, dtype=torch.complex64)}), CPU)
+        secure.init(Update({"z": torch.zeros(1, dtype=torch.complex64)}), CPU, session)
+
+
+def test_a_round_without_a_session_is_refused() -> None:
+    with pytest.raises(ValueError, match="got no session"):
+        SecureAggregation().init(updates(1)[0], CPU)
 
 
 def test_clipping_is_told_once() -> None:
-    secure, given = opened(clip=0.01), updates(3)
+    (secure, session), given = opened(clip=0.01), updates(3)
     with pytest.warns(UserWarning, match=r"3 of 3 clients had coordinates beyond clip=0\.01"):
-        secure.merge(take_in(secure, given, context(3)), LocalGroup(), Message(), context(3))
-    secure.merge(take_in(secure, given, context(3, 1)), LocalGroup(), Message(), context(3, 1))
+        secure.merge(take_in(secure, session, given, context(3)), LocalGroup(), Message(), context(3))
+    secure.merge(take_in(secure, session, given, context(3, 1)), LocalGroup(), Message(), context(3, 1))
+
+
+def test_one_aggregator_serves_two_federations() -> None:
+    """A session does not change the aggregator, so opening a second one leaves the first as it was."""
+    secure, given, ctx = SecureAggregation(), updates(3), context(3)
+    first, second = (secure.open(LocalGroup(), facts(num_clients)) for num_clients in (3, 100))
+    assert (first.ranges.max_weight, second.ranges.max_weight) == (4.0, 128.0)
+    acc, _ = secure.merge(take_in(secure, first, given, ctx), LocalGroup(), Message(), ctx)
+    expected = aggregate(WeightedMean(), given)
+    torch.testing.assert_close(secure.result(acc, ctx).delta, expected.delta, rtol=0, atol=1e-5)
 
 
 def test_its_description_and_pickle_hold_no_secret() -> None:
-    secure = opened()
+    secure, session = opened()
     assert "session" not in repr(secure)
     copied = pickle.loads(pickle.dumps(secure))
-    assert copied._session is None
-    assert copied.ranges == secure.ranges
+    assert vars(copied) == vars(secure) == vars(SecureAggregation()), (
+        "opening a session leaves the aggregator as it was"
+    )
+    with pytest.raises(TypeError, match="never copied or pickled"):
+        pickle.dumps(session)
 
 
 def test_only_one_file_touches_the_cryptography_and_only_when_needed() -> None:
@@ -281,27 +292,12 @@ class ThreadGroup(Group):
 
 def merge_on(group: Group, shares: Sequence[Sequence[int]], given: Sequence[Update], **report: Any) -> Any:
     secure, ctx = SecureAggregation(), context(len(given))
-    secure.open(group, facts(len(given)))
-    acc = secure.init(given[0], CPU)
+    acc = secure.init(given[0], CPU, secure.open(group, facts(len(given))))
     for client in shares[group.rank]:
         acc = secure.add(acc, given[client], replace(ctx, client=ctx.cohort[client]))
     fields = {"sums": {name: value * (group.rank + 1) for name, value in report.items()}, "who": group.rank}
     acc, messages = secure.merge(acc, group, Message(fields), ctx)
     return secure.result(acc, ctx), messages
-
-
-@pytest.mark.parametrize("shares", [[[0], [1], [2]], [[0, 1], [2, 3, 4], []], [[0, 1, 2]]])
-def test_ranks_give_the_sums_of_all_clients(shares: list[list[int]]) -> None:
-    given = updates(sum(map(len, shares)))
-    expected = aggregate(WeightedMean(), given)
-    ranks = Ranks(len(shares))
-    results = ranks.run(lambda group: merge_on(group, shares, given, loss=0.25, tokens=1e9))
-    total = sum(range(1, len(shares) + 1))
-    for found, messages in results:
-        assert (found.weight, found.num_clients) == (expected.weight, expected.num_clients)
-        torch.testing.assert_close(found.delta, expected.delta, rtol=0, atol=1e-5)
-        assert messages[0].fields["sums"] == {"loss": 0.25 * total, "tokens": 1e9 * total}
-        assert [message.fields["who"] for message in messages] == list(range(len(shares)))
 
 
 def test_nothing_but_masked_words_and_public_keys_is_shown() -> None:
@@ -312,12 +308,11 @@ def test_nothing_but_masked_words_and_public_keys_is_shown() -> None:
         told = set(message.fields) - {"nonce", "identity", "problem", "folder"}
         assert told <= {"who", "adverts", "names"}
         assert not message.tensors
-    plain = SecureAggregation()
-    plain.open(LocalGroup(), facts(3))
-    for words, update in zip(ranks.seen, given, strict=True):
-        acc: SecureSum = plain.init(update, CPU)
+    plain, session = opened()
+    for vector, update in zip(ranks.seen, given, strict=True):
+        acc = plain.init(update, CPU, session)
         plain.add(acc, update, replace(context(3), client="client 0"))
-        assert (words[: len(acc.words)] == acc.words).float().mean() < 0.1
+        assert (vector[: len(acc.vector)] == acc.vector).float().mean() < 0.1
 
 
 def test_a_rank_from_another_model_is_named() -> None:
@@ -363,8 +358,8 @@ def test_merging_again_gives_the_same_sum_under_new_masks() -> None:
 
     def merge(group: Group) -> Any:
         secure, ctx = SecureAggregation(), context(3)
-        secure.open(group, facts(3))
-        acc = secure.add(secure.init(given[0], CPU), given[group.rank], replace(ctx, client=ctx.cohort[group.rank]))
+        empty = secure.init(given[0], CPU, secure.open(group, facts(3)))
+        acc = secure.add(empty, given[group.rank], replace(ctx, client=ctx.cohort[group.rank]))
         return [secure.result(secure.merge(acc, group, Message(), ctx)[0], ctx).delta for _ in range(2)]
 
     ranks = Ranks(3)
@@ -379,8 +374,7 @@ def test_fewer_clients_the_second_time_are_refused() -> None:
 
     def merge(group: Group) -> Any:
         secure = SecureAggregation()
-        secure.open(group, facts(4))
-        empty = secure.init(given[0], CPU)
+        empty = secure.init(given[0], CPU, secure.open(group, facts(4)))
         acc = secure.add(empty, given[group.rank], replace(ctx, client=ctx.cohort[group.rank]))
         secure.merge(acc, group, Message(), ctx)
         return secure.merge(acc if group.rank < 3 else empty, group, Message(), ctx)
@@ -393,9 +387,9 @@ def test_fewer_clients_the_second_time_are_refused() -> None:
 def test_gathered_reports_hold_sums_only() -> None:
     def gather(group: Group) -> Any:
         secure = SecureAggregation()
-        secure.open(group, facts(3))
+        session = secure.open(group, facts(3))
         own = Message({"sums": {"val_loss": 0.5 + group.rank}, "name": f"rank {group.rank}"})
-        return secure.gather(group, own, "evaluation")
+        return secure.gather(session, group, own, "evaluation")
 
     ranks = Ranks(3)
     for messages in ranks.run(gather):

@@ -11,10 +11,18 @@ import torch
 from lightning_fl.privacy.secagg import ProtocolError, RetryRefused, SecureAggregationError
 from lightning_fl.privacy.secagg.bonawitz_client import BonawitzClient
 from lightning_fl.privacy.secagg.journal import Journal
-from lightning_fl.privacy.secagg.messages import Advert, Roster, Shares, Signatures, Survivors, Terms, Unmasking
+from lightning_fl.privacy.secagg.messages import (
+    KeyAdvertisement,
+    Roster,
+    SessionParams,
+    Shares,
+    Signatures,
+    Survivors,
+    Unmasking,
+)
 from lightning_fl.privacy.secagg.participant import Participant
 from lightning_fl.privacy.secagg.primitives import AgreementKey, SigningKey
-from tests.helpers.secagg import VECTOR, Federation, identities, terms
+from tests.helpers.secagg import VECTOR_ID, Federation, identities, session_params
 
 
 def assert_ended(client: BonawitzClient, call: Callable[[], bytes], message: str) -> None:
@@ -31,9 +39,9 @@ def test_an_honest_coordinator_gets_the_sum() -> None:
     federation = Federation()
     signatures = federation.signatures()
     answers = [client.unmask(signatures) for client in federation.clients.values()]
-    words, survivors = federation.server.finish(answers)
+    vector, survivors = federation.server.finish(answers)
     assert survivors == [1, 2, 3, 4]
-    assert torch.equal(words, torch.stack(list(federation.inputs.values())).sum(0, dtype=torch.int32))
+    assert torch.equal(vector, torch.stack(list(federation.inputs.values())).sum(0, dtype=torch.int32))
 
 
 # ---- before it starts: terms
@@ -42,112 +50,114 @@ def test_an_honest_coordinator_gets_the_sum() -> None:
 @pytest.mark.parametrize(("num_clients", "threshold"), [(2, 2), (1, 1), (4, 2), (5, 3), (9, 6), (4, 1)])
 def test_a_threshold_or_round_that_is_too_small(num_clients: int, threshold: int) -> None:
     with pytest.raises(SecureAggregationError, match="could tell single updates"):
-        BonawitzClient(1, SigningKey(), terms(num_clients, threshold), None, Journal())
+        BonawitzClient(1, SigningKey(), session_params(num_clients, threshold), None, Journal())
 
 
 # ---- the list of participants
 
 
-def rosters(federation: Federation) -> dict[int, Advert]:
-    return {number: Advert.decode(advert) for number, advert in federation.advertise().items()}
+def rosters(federation: Federation) -> dict[int, KeyAdvertisement]:
+    return {number: KeyAdvertisement.decode(advertisement) for number, advertisement in federation.advertise().items()}
 
 
-def assert_roster_refused(federation: Federation, adverts: dict[int, Advert], message: str) -> None:
+def assert_roster_refused(federation: Federation, advertisements: dict[int, KeyAdvertisement], message: str) -> None:
     client = federation.clients[1]
-    assert_ended(client, lambda: client.share(Roster(adverts).encode()), message)
+    assert_ended(client, lambda: client.share(Roster(advertisements).encode()), message)
 
 
-def signed(federation: Federation, number: int, identity: SigningKey | None = None, **changes: object) -> Advert:
+def signed(
+    federation: Federation, number: int, identity: SigningKey | None = None, **changes: object
+) -> KeyAdvertisement:
     """What participant ``number`` would have signed with other keys, for another sum, or as somebody else."""
     agreed = replace(federation.agreed, **changes)  # type: ignore[type-var, arg-type]
     own = Participant(number, identity or federation.keys[number], agreed, None, AgreementKey(), AgreementKey())
-    return own.advert()
+    return own.advertisement()
 
 
 @pytest.mark.parametrize("key", ["mask_key", "channel_key", "identity"])
 def test_a_swapped_key(key: str) -> None:
     federation = Federation()
-    adverts = rosters(federation)
-    adverts[2] = replace(adverts[2], **{key: AgreementKey().public})
-    assert_roster_refused(federation, adverts, "signature of participant 2|trusted")
+    advertisements = rosters(federation)
+    advertisements[2] = replace(advertisements[2], **{key: AgreementKey().public})
+    assert_roster_refused(federation, advertisements, "signature of participant 2|trusted")
 
 
 @pytest.mark.parametrize("key", ["mask_key", "channel_key", "identity"])
 def test_a_key_of_the_client_itself_in_the_name_of_another(key: str) -> None:
     federation = Federation()
-    adverts = rosters(federation)
-    adverts[2] = replace(adverts[2], **{key: getattr(adverts[1], key)})
-    assert_roster_refused(federation, adverts, "signature of participant 2")
+    advertisements = rosters(federation)
+    advertisements[2] = replace(advertisements[2], **{key: getattr(advertisements[1], key)})
+    assert_roster_refused(federation, advertisements, "signature of participant 2")
 
 
 @pytest.mark.parametrize("key", ["mask_key", "channel_key"])
 def test_one_key_for_two_participants_who_conspire(key: str) -> None:
     federation = Federation()
-    adverts = rosters(federation)
-    copied = replace(adverts[3], **{key: getattr(adverts[2], key)})
-    adverts[3] = replace(copied, signature=federation.keys[3].sign(copied.signed))
-    assert_roster_refused(federation, adverts, "same key")
+    advertisements = rosters(federation)
+    copied = replace(advertisements[3], **{key: getattr(advertisements[2], key)})
+    advertisements[3] = replace(copied, signature=federation.keys[3].sign(copied.signed))
+    assert_roster_refused(federation, advertisements, "same key")
 
 
 def test_one_identity_twice() -> None:
     federation = Federation()
-    adverts = rosters(federation)
-    adverts[3] = signed(federation, 3, federation.keys[2])
-    assert_roster_refused(federation, adverts, "same key")
+    advertisements = rosters(federation)
+    advertisements[3] = signed(federation, 3, federation.keys[2])
+    assert_roster_refused(federation, advertisements, "same key")
 
 
 def test_an_identity_that_nobody_knows() -> None:
     federation = Federation()
-    adverts = rosters(federation)
-    adverts[4] = signed(federation, 4, SigningKey())
-    assert_roster_refused(federation, adverts, "not among the trusted identities")
+    advertisements = rosters(federation)
+    advertisements[4] = signed(federation, 4, SigningKey())
+    assert_roster_refused(federation, advertisements, "not among the trusted identities")
 
 
 def test_an_unsigned_participant() -> None:
     federation = Federation()
-    adverts = rosters(federation)
-    adverts[4] = replace(adverts[4], signature=bytes(64))
-    assert_roster_refused(federation, adverts, "signature of participant 4")
+    advertisements = rosters(federation)
+    advertisements[4] = replace(advertisements[4], signature=bytes(64))
+    assert_roster_refused(federation, advertisements, "signature of participant 4")
 
 
 def test_a_number_beyond_the_round() -> None:
     federation = Federation()
-    adverts = rosters(federation)
-    adverts[5] = signed(federation, 5, SigningKey())
-    assert_roster_refused(federation, adverts, "no participant 5")
+    advertisements = rosters(federation)
+    advertisements[5] = signed(federation, 5, SigningKey())
+    assert_roster_refused(federation, advertisements, "no participant 5")
 
 
 def test_a_key_of_low_order() -> None:
     federation = Federation()
-    adverts = rosters(federation)
-    bad = replace(adverts[2], channel_key=bytes(32))
-    adverts[2] = replace(bad, signature=federation.keys[2].sign(bad.signed))
-    assert_roster_refused(federation, adverts, "low order")
+    advertisements = rosters(federation)
+    bad = replace(advertisements[2], channel_key=bytes(32))
+    advertisements[2] = replace(bad, signature=federation.keys[2].sign(bad.signed))
+    assert_roster_refused(federation, advertisements, "low order")
 
 
 def test_a_mask_key_of_low_order() -> None:
     """Client 2 conspires: all else in its messages is in order."""
     federation = Federation()
-    federation.clients[2]._own.participant.mask_key.public = bytes(32)
+    federation.clients[2]._live.participant.mask_key.public = bytes(32)
     client, bundle = federation.clients[1], federation.bundles()[1]
-    assert_ended(client, lambda: client.send(bundle, federation.inputs[1], VECTOR), "low order")
+    assert_ended(client, lambda: client.send(bundle, federation.inputs[1], VECTOR_ID), "low order")
 
 
 @pytest.mark.parametrize("who", [[1, 2], [1]])
 def test_a_list_below_the_threshold(who: list[int]) -> None:
     federation = Federation()
-    adverts = rosters(federation)
-    assert_roster_refused(federation, {number: adverts[number] for number in who}, "a secure sum needs 3")
+    advertisements = rosters(federation)
+    assert_roster_refused(federation, {number: advertisements[number] for number in who}, "a secure sum needs 3")
 
 
 @pytest.mark.parametrize("own", ["missing", "of another session"])
 def test_a_list_without_the_client(own: str) -> None:
     federation = Federation()
-    adverts = rosters(federation)
-    del adverts[1]
+    advertisements = rosters(federation)
+    del advertisements[1]
     if own != "missing":
-        adverts[1] = signed(federation, 1)
-    assert_roster_refused(federation, adverts, "lacks number 1")
+        advertisements[1] = signed(federation, 1)
+    assert_roster_refused(federation, advertisements, "lacks number 1")
 
 
 @pytest.mark.parametrize(
@@ -165,30 +175,32 @@ def test_a_list_without_the_client(own: str) -> None:
 def test_terms_that_differ(change: dict[str, object], message: str) -> None:
     """A model of its own for each client, and messages replayed from another round, attempt or session."""
     federation = Federation()
-    adverts = rosters(federation)
-    adverts[2] = signed(federation, 2, **change)
-    assert_roster_refused(federation, adverts, message)
+    advertisements = rosters(federation)
+    advertisements[2] = signed(federation, 2, **change)
+    assert_roster_refused(federation, advertisements, message)
 
 
 def test_another_list_for_each_client() -> None:
     """The honest keys of client 4 for some and a second advert that it has signed for others: nothing fits together."""
     federation = Federation()
-    adverts = rosters(federation)
-    other = {**adverts, 4: signed(federation, 4)}
-    shares = {number: Shares.decode(federation.clients[number].share(Roster(adverts).encode())) for number in (1, 3)}
+    advertisements = rosters(federation)
+    other = {**advertisements, 4: signed(federation, 4)}
+    shares = {
+        number: Shares.decode(federation.clients[number].share(Roster(advertisements).encode())) for number in (1, 3)
+    }
     shares[2] = Shares.decode(federation.clients[2].share(Roster(other).encode()))
     client = federation.clients[1]
     bundle = Shares(1, {2: shares[2].sealed[1], 3: shares[3].sealed[1]})
-    assert_ended(client, lambda: client.send(bundle.encode(), federation.inputs[1], VECTOR), "changed on its way")
+    assert_ended(client, lambda: client.send(bundle.encode(), federation.inputs[1], VECTOR_ID), "changed on its way")
 
 
 # ---- shares
 
 
 def assert_bundle_refused(federation: Federation, bundle: bytes, message: str) -> None:
-    client, words = federation.clients[1], federation.inputs[1].clone()
-    assert_ended(client, lambda: client.send(bundle, words, VECTOR), message)
-    assert torch.equal(words, federation.inputs[1])
+    client, vector = federation.clients[1], federation.inputs[1].clone()
+    assert_ended(client, lambda: client.send(bundle, vector, VECTOR_ID), message)
+    assert torch.equal(vector, federation.inputs[1])
 
 
 def test_a_flipped_bit_in_a_share() -> None:
@@ -321,7 +333,7 @@ def test_a_client_never_gives_both_secrets_of_one() -> None:
     signatures = federation.signatures([1, 2, 3])
     for number in (1, 2, 3):
         answer = Unmasking.decode(federation.clients[number].unmask(signatures))
-        assert set(answer.own_masks) == {1, 2, 3}
+        assert set(answer.self_masks) == {1, 2, 3}
         assert set(answer.mask_keys) == {4}
 
 
@@ -344,7 +356,7 @@ def test_a_vector_leaves_once_even_if_the_round_is_said_to_have_failed() -> None
     keys, journal = identities(4), Journal()
     for attempt in range(2):
         federation = Federation()
-        federation.agreed = terms(4, attempt=attempt)
+        federation.agreed = session_params(4, attempt=attempt)
         trusted = [key.public for key in keys.values()]
         federation.keys = keys
         federation.clients = {
@@ -352,17 +364,17 @@ def test_a_vector_leaves_once_even_if_the_round_is_said_to_have_failed() -> None
             for number, key in keys.items()
         }
         bundles = federation.bundles()
-        client, words = federation.clients[1], federation.inputs[1].clone()
+        client, vector = federation.clients[1], federation.inputs[1].clone()
         if attempt == 0:
-            client.send(bundles[1], words, VECTOR)
+            client.send(bundles[1], vector, VECTOR_ID)
             continue
         with pytest.raises(RetryRefused):
-            client.send(bundles[1], words, VECTOR)
-        assert torch.equal(words, federation.inputs[1])
+            client.send(bundles[1], vector, VECTOR_ID)
+        assert torch.equal(vector, federation.inputs[1])
 
 
 def test_the_terms_are_compared_field_by_field() -> None:
-    assert {field for field in Terms.__dataclass_fields__ if field != "SIZE"} == {
+    assert {field for field in SessionParams.__dataclass_fields__ if field != "SIZE"} == {
         "session",
         "model",
         "settings",

@@ -28,9 +28,9 @@ def assert_exact_or_none(num_clients: int, outcome: Mapping[int, str]) -> bool:
         with pytest.raises(SecureAggregationError, match=f"{two_thirds(num_clients)} (are|of them are) needed"):
             simulate(inputs, dropouts)
         return False
-    words, survivors = simulate(inputs, dropouts)
+    vector, survivors = simulate(inputs, dropouts)
     assert survivors == expected
-    assert torch.equal(words, torch.stack([inputs[n] for n in expected]).sum(0, dtype=torch.int32))
+    assert torch.equal(vector, torch.stack([inputs[n] for n in expected]).sum(0, dtype=torch.int32))
     return True
 
 

@@ -43,8 +43,8 @@ def words_of(client: int) -> Tensor:
     return torch.cat([gradients["0.weight"].reshape(-1), gradients["0.bias"]]).div(STEP).round().int()
 
 
-def invert_words(words: Tensor) -> Tensor:
-    values = words.double() * STEP
+def invert_words(vector: Tensor) -> Tensor:
+    values = vector.double() * STEP
     return invert(values[: 32 * PIXELS].reshape(32, PIXELS), values[32 * PIXELS :])
 
 

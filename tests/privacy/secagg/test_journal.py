@@ -10,16 +10,16 @@ import pytest
 from lightning_fl.privacy.secagg import RetryRefused
 from lightning_fl.privacy.secagg.journal import Journal
 
-VECTOR, ROSTER, OTHER = b"v" * 32, b"r" * 32, b"o" * 32
+VECTOR_ID, ROSTER, OTHER = b"v" * 32, b"r" * 32, b"o" * 32
 
 
 def test_two_runs_of_one_silo_at_the_same_time(tmp_path: Path) -> None:
     first, second = Journal(tmp_path / "sent"), Journal(tmp_path / "sent")
-    first.claim(VECTOR, ROSTER)
-    second.claim(VECTOR, ROSTER)
+    first.claim(VECTOR_ID, ROSTER)
+    second.claim(VECTOR_ID, ROSTER)
     assert len((tmp_path / "sent").read_text().splitlines()) == 1
     with pytest.raises(RetryRefused):
-        second.claim(VECTOR, OTHER)
+        second.claim(VECTOR_ID, OTHER)
 
 
 def test_one_of_many_claims_at_once_wins(tmp_path: Path) -> None:
@@ -30,7 +30,7 @@ def test_one_of_many_claims_at_once_wins(tmp_path: Path) -> None:
     def claim(number: int) -> None:
         start.wait()
         try:
-            journals[number].claim(VECTOR, bytes([number]) * 32)
+            journals[number].claim(VECTOR_ID, bytes([number]) * 32)
         except RetryRefused:
             return
         won.append(number)
@@ -41,11 +41,12 @@ def test_one_of_many_claims_at_once_wins(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert len(won) == 1
-    assert (tmp_path / "sent").read_text() == f"{VECTOR.hex()} {(bytes(won) * 32).hex()}\n"
+    assert (tmp_path / "sent").read_text() == f"{VECTOR_ID.hex()} {(bytes(won) * 32).hex()}\n"
 
 
 @pytest.mark.parametrize(
-    "damage", ["aa" * 10, f"{VECTOR.hex()} ", f"{VECTOR.hex()} 12ab", f"{VECTOR.hex()} xx\n", "\n", "a b c\n", "\xff\n"]
+    "damage",
+    ["aa" * 10, f"{VECTOR_ID.hex()} ", f"{VECTOR_ID.hex()} 12ab", f"{VECTOR_ID.hex()} xx\n", "\n", "a b c\n", "\xff\n"],
 )
 def test_a_damaged_file_is_refused(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "sent"
@@ -54,20 +55,20 @@ def test_a_damaged_file_is_refused(tmp_path: Path, damage: str) -> None:
     with pytest.raises(ValueError, match=r"Line 1 of .*sent is damaged"):
         Journal(path)
     with pytest.raises(ValueError, match=r"Line 1 of .*sent is damaged"):
-        journal.claim(VECTOR, ROSTER)
+        journal.claim(VECTOR_ID, ROSTER)
     assert path.read_text(encoding="latin-1") == damage
 
 
 def test_two_rosters_of_one_vector_in_the_file_are_damage(tmp_path: Path) -> None:
-    (tmp_path / "sent").write_text(f"{VECTOR.hex()} {ROSTER.hex()}\n{VECTOR.hex()} {OTHER.hex()}\n")
+    (tmp_path / "sent").write_text(f"{VECTOR_ID.hex()} {ROSTER.hex()}\n{VECTOR_ID.hex()} {OTHER.hex()}\n")
     with pytest.raises(ValueError, match="Line 2"):
         Journal(tmp_path / "sent")
 
 
 def test_a_last_line_without_its_end_stays_a_line(tmp_path: Path) -> None:
     (tmp_path / "sent").write_text(f"{OTHER.hex()} {ROSTER.hex()}")
-    Journal(tmp_path / "sent").claim(VECTOR, ROSTER)
+    Journal(tmp_path / "sent").claim(VECTOR_ID, ROSTER)
     again = Journal(tmp_path / "sent")
-    for vector in (VECTOR, OTHER):
+    for vector_id in (VECTOR_ID, OTHER):
         with pytest.raises(RetryRefused):
-            again.claim(vector, OTHER)
+            again.claim(vector_id, OTHER)

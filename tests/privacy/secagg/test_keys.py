@@ -13,6 +13,7 @@ import pytest
 from lightning_fl.cli import main
 from lightning_fl.communication import LocalGroup
 from lightning_fl.privacy.secagg.keys import KeyFolder, PublicIdentity
+from lightning_fl.privacy.secagg.packing import Ranges
 from lightning_fl.privacy.secagg.primitives import AgreementKey, SigningKey
 from lightning_fl.privacy.secagg.session import Session, open_session
 
@@ -91,7 +92,7 @@ def test_a_damaged_identity_is_refused(tmp_path: Path) -> None:
 
 
 def test_secrets_are_neither_pickled_copied_nor_shown(tmp_path: Path) -> None:
-    session = open_session(LocalGroup(), silos=False, keys=None)
+    session = open_session(LocalGroup(), silos=False, keys=None, ranges=Ranges(16.0, 1024.0, 1.0, 32))
     assert isinstance(session, Session)
     for secret in (SigningKey(bytes(32)), AgreementKey(bytes([64] * 32)), session):
         for copied in (pickle.dumps, copy.copy, copy.deepcopy):

@@ -10,13 +10,13 @@ import torch
 from lightning_fl.privacy.secagg.errors import ProtocolError
 from lightning_fl.privacy.secagg.masks import Keystream, apply_masks
 from lightning_fl.privacy.secagg.messages import (
-    Advert,
+    KeyAdvertisement,
     MaskedVector,
     Roster,
+    SessionParams,
     Shares,
     Signatures,
     Survivors,
-    Terms,
     Unmasking,
 )
 from lightning_fl.privacy.secagg.participant import Participant, context_of, mask_of
@@ -102,8 +102,8 @@ def test_aes_256_ctr_sp_800_38a_f_5_5() -> None:
 def test_our_keystream_starts_at_counter_0() -> None:
     """The zero block under the zero key: NIST's AESAVS, AES-256."""
     assert keystream(bytes(32)).update(bytes(16)) == h("dc95c078a2408989ad48a21492842087")
-    words = Keystream(bytes(32)).words(4).tolist()
-    assert words == torch.frombuffer(bytearray(h("dc95c078a2408989ad48a21492842087")), dtype=torch.int32).tolist()
+    vector = Keystream(bytes(32)).integers(4).tolist()
+    assert vector == torch.frombuffer(bytearray(h("dc95c078a2408989ad48a21492842087")), dtype=torch.int32).tolist()
 
 
 def test_chacha20_poly1305_rfc_8439_section_2_8_2() -> None:
@@ -122,34 +122,34 @@ def test_chacha20_poly1305_rfc_8439_section_2_8_2() -> None:
 
 
 def participants() -> tuple[list[Participant], Roster]:
-    terms = Terms(bytes(range(32)), bytes([1]) * 32, bytes([2]) * 32, 7, 1, 3, 3)
+    session_params = SessionParams(bytes(range(32)), bytes([1]) * 32, bytes([2]) * 32, 7, 1, 3, 3)
     made = [
         Participant(
             number,
             SigningKey(bytes([number]) * 32),
-            terms,
+            session_params,
             None,
             AgreementKey(bytes([16 + number]) * 32),
             AgreementKey(bytes([32 + number]) * 32),
         )
         for number in (1, 2, 3)
     ]
-    return made, Roster({participant.number: participant.advert() for participant in made})
+    return made, Roster({participant.number: participant.advertisement() for participant in made})
 
 
 def test_frozen_adverts_and_masks() -> None:
     (first, *_), roster = participants()
-    assert digest(roster.adverts[1].encode()).hex() == (
+    assert digest(roster.advertisements[1].encode()).hex() == (
         "b784324272465f779f8d36cd58099f0790093463a5e0c31346be29d81d4448ce"
     )
     assert digest(roster.encode()).hex() == "568c08c19ce7f524a283d3c4c8facbe5a1b8095e1dedd3ffb30e77b8ac858594"
-    context = context_of(first.terms, roster)
+    context = context_of(first.params, roster)
     assert context.hex() == "6d2f16d72184b1e24ba2ed45cc3c04396c5c5731d7cb14a92d1375e9963b84ec"
-    key, sign = mask_of(first.mask_key, 1, roster.adverts[2], first.terms.session, context)
+    key, sign = mask_of(first.mask_key, 1, roster.advertisements[2], first.params.session, context)
     assert (key.hex(), sign) == ("1e63959c17f947d855572130bc093ffc93fbc7477b2b23745a2198e4873ae66e", 1)
-    words = torch.zeros(8, dtype=torch.int32)
-    apply_masks(words, [(key, sign)])
-    assert words.tolist() == [
+    vector = torch.zeros(8, dtype=torch.int32)
+    apply_masks(vector, [(key, sign)])
+    assert vector.tolist() == [
         1872442155,
         -700265014,
         2006169780,
@@ -188,7 +188,9 @@ def test_frozen_messages(expected: str) -> None:
     assert decode(message, data) == message
 
 
-@pytest.mark.parametrize("message", [*FROZEN.values(), participants()[1].adverts[1], participants()[1]], ids=type)
+@pytest.mark.parametrize(
+    "message", [*FROZEN.values(), participants()[1].advertisements[1], participants()[1]], ids=type
+)
 def test_a_message_of_another_length_or_kind_is_refused(message: object) -> None:
     data = message.encode()  # type: ignore[attr-defined]
     for wrong in (b"", data[:-1], data + b"x", data[:4] + b"\x01" + data[5:], data[:5] + b"\x63" + data[6:]):
@@ -211,19 +213,21 @@ def test_lists_have_one_encoding() -> None:
 
 def test_an_advert_says_plainly_whether_it_has_an_update() -> None:
     made, _ = participants()
-    data = bytearray(replace(made[0], has_update=False).advert().encode())
-    assert not Advert.decode(bytes(data)).has_update
+    data = bytearray(replace(made[0], has_update=False).advertisement().encode())
+    assert not KeyAdvertisement.decode(bytes(data)).has_update
     data[-SIGNATURE_BYTES - 1] = 2
     with pytest.raises(ProtocolError, match="whether it has an update"):
-        Advert.decode(bytes(data))
+        KeyAdvertisement.decode(bytes(data))
 
 
 @pytest.mark.parametrize("field", range(0, 300, 7))
 def test_a_bit_flipped_in_an_advert_is_noticed(field: int) -> None:
     made, roster = participants()
-    data = bytearray(roster.adverts[2].encode())
+    data = bytearray(roster.advertisements[2].encode())
     data[field % len(data)] ^= 1
     with pytest.raises(ProtocolError):  # noqa: PT012
-        changed = Advert.decode(bytes(data))
-        made[0].check(Roster({**roster.adverts, changed.number: changed}), 3)
-        made[0].check(Roster.decode(Roster({1: roster.adverts[1], 2: changed, 3: roster.adverts[3]}).encode()), 3)
+        changed = KeyAdvertisement.decode(bytes(data))
+        made[0].check(Roster({**roster.advertisements, changed.number: changed}), 3)
+        made[0].check(
+            Roster.decode(Roster({1: roster.advertisements[1], 2: changed, 3: roster.advertisements[3]}).encode()), 3
+        )

@@ -20,6 +20,7 @@ from lightning_fl.federation.report_masking import check_steps, mask, unmask
 from lightning_fl.federation.round import FederationSettings
 from lightning_fl.privacy.secagg import RetryRefused, SecureAggregation, SecureAggregationError
 from lightning_fl.privacy.secagg.keys import KeyFolder
+from lightning_fl.privacy.secagg.session import Session
 from lightning_fl.types import Update
 from tests.helpers.training import Plain, loader, trainer, weights
 from tests.privacy.secagg.test_aggregator import CPU, Ranks, aggregate, assert_no_sum, updates
@@ -37,11 +38,10 @@ def keys(tmp_path: Path) -> str:
     return str(tmp_path / "silo{rank}")
 
 
-def silo(group: Group, keys: str) -> SecureAggregation:
-    """A silo's aggregator as a new process has it."""
+def silo(group: Group, keys: str) -> tuple[SecureAggregation, Session]:
+    """A silo's aggregator and session as a new process has them."""
     secure = SecureAggregation(keys=keys, max_weight=4.0)
-    secure.open(group, FederationFacts(True, 4, True))
-    return secure
+    return secure, secure.open(group, FederationFacts(True, 4, True))
 
 
 def train(keys: str, who: Collection[int], frozen: Callable[[int], float] = lambda rank: 0.0) -> list[Any]:
@@ -49,12 +49,12 @@ def train(keys: str, who: Collection[int], frozen: Callable[[int], float] = lamb
     given = updates(4)
 
     def merge(group: Group) -> Any:
-        secure = silo(group, keys)
+        secure, session = silo(group, keys)
         ctx = RoundContext(
             7, EVERYONE, 4, group=group, silos=True, frozen={"head": torch.full((2,), frozen(group.rank))}
         )
         like = Update({name: torch.zeros_like(tensor) for name, tensor in given[0].delta.items()})
-        acc = secure.init(like, CPU)
+        acc = secure.init(like, CPU, session)
         if group.rank in who:
             acc = secure.add(acc, Update(given[group.rank].delta), replace(ctx, client=group.rank))
         report = Message({"refused": [], "sums": {"num_steps": float(10 + group.rank)}})
@@ -104,7 +104,8 @@ def evaluate(keys: str, own: Callable[[int], dict[str, float]]) -> list[Any]:
             for name, value in own(group.rank).items()
         }
         report = Message({"metrics": entries, "metric_states": {}, "first_batch": "x"})
-        merged = silo(group, keys).gather(group, mask(report), "evaluation")
+        secure, session = silo(group, keys)
+        merged = secure.gather(session, group, mask(report), "evaluation")
         return {name: entry["value"] for name, entry in unmask(merged)[0].fields["metrics"].items()}
 
     return Ranks(4).run(gather)
@@ -124,9 +125,9 @@ def test_a_figure_that_few_silos_log_is_left_out(keys: str, num_silos: int) -> N
 
 
 def test_an_evaluation_again_with_the_figures_of_fewer_silos_is_refused(keys: str) -> None:
-    figures = {"loss": 0.5}
-    assert evaluate(keys, lambda rank: figures) == [{"loss": 2.0}] * 4
-    results = evaluate(keys, lambda rank: figures if rank < 3 else {})
+    scalars = {"loss": 0.5}
+    assert evaluate(keys, lambda rank: scalars) == [{"loss": 2.0}] * 4
+    results = evaluate(keys, lambda rank: scalars if rank < 3 else {})
     assert any(isinstance(result, RetryRefused) for result in results)
     assert all(isinstance(result, Exception) for result in results)
 

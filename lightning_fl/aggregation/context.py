@@ -1,0 +1,41 @@
+"""The facts of a round that transforms and aggregators may use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from lightning_fl.clients.cohorts import CohortSampling
+from lightning_fl.communication import Group, LocalGroup
+from lightning_fl.types import ClientId, State, Tree
+
+
+@dataclass(frozen=True)
+class RoundContext:
+    """Facts of the round that transforms and aggregators may use.
+
+    Args:
+        round: Number of the round, from 0.
+        cohort: The clients of this round, on all ranks.
+        population: Number of clients in the federation.
+        sampling: How the cohorts are drawn; None if unknown.
+        client: The current client; None in server halves.
+        generator: Seeded by (seed, round, client), so it is predictable: never use it for privacy.
+        group: The ranks of the federation; server halves run on all of them.
+        silos: Whether each rank is a silo with its own data, rather than a part of one simulation.
+        server: In client halves, the state of the transform's server half.
+        frozen: The module's frozen parameters, which must be the same on all clients.
+    """
+
+    round: int
+    cohort: Sequence[ClientId]
+    population: int
+    sampling: CohortSampling | None = None
+    client: ClientId | None = None
+    generator: torch.Generator | None = None
+    group: Group = field(default_factory=LocalGroup)
+    silos: bool = False
+    server: State = field(default_factory=dict)
+    frozen: Tree = field(default_factory=dict)

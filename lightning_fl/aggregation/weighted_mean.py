@@ -1,0 +1,108 @@
+"""The weighted mean, the default aggregator."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_fl.aggregation.aggregator import Aggregator
+from lightning_fl.aggregation.context import RoundContext
+from lightning_fl.communication import Group, Message
+from lightning_fl.tree import Flat, Layout, update_trees
+from lightning_fl.types import Aggregate, Tree, Update
+
+
+@dataclass(frozen=True)
+class WeightedSum:
+    """Accumulator of :class:`WeightedMean`: running sums, so that memory does not grow with the number of clients.
+
+    In each flat buffer the weighted tensors (delta, buffers) come before the side channels, which are not weighted: an
+    update is then added with two operations per dtype.
+    """
+
+    layout: Layout
+    num_weighted: dict[torch.dtype, int]
+    sums: Flat
+    weight: float = 0.0
+    num_clients: int = 0
+
+
+class WeightedMean(Aggregator):
+    r"""The weighted mean :math:`\sum_i w_i u_i / \sum_i w_i`, by running sums and one all-reduce per dtype.
+
+    Sums are accumulated in the tensors' dtype, at least float32; those of integer buffers in float64.
+    """
+
+    is_sum = True
+
+    def init(self, template: Update, device: torch.device, session: Any = None) -> WeightedSum:
+        layout = Layout.of(update_trees(template))
+        weighted = Layout.of({"delta": template.delta, "buffers": template.buffers})
+        return WeightedSum(layout, {dtype: weighted.size(dtype) for dtype in layout.dtypes}, layout.zeros(device))
+
+    def add(self, acc: WeightedSum, update: Update, ctx: RoundContext) -> WeightedSum:
+        for dtype, flat in acc.layout.flatten(update_trees(update)).items():
+            split = acc.num_weighted[dtype]
+            acc.sums[dtype][:split].add_(flat[:split], alpha=update.weight)
+            acc.sums[dtype][split:].add_(flat[split:])
+        return replace(acc, weight=acc.weight + update.weight, num_clients=acc.num_clients + 1)
+
+    def add_group(self, acc: WeightedSum, updates: Update, weights: Sequence[float], ctx: RoundContext) -> WeightedSum:
+        sums = acc.layout.unflatten(acc.sums)
+        for tree, tensors in update_trees(updates).items():
+            factors = [1.0] * len(weights) if tree.startswith("aux/") else weights
+            for name, tensor in tensors.items():
+                _add_weighted(sums[tree][name], tensor, factors)
+        return replace(acc, weight=acc.weight + sum(weights), num_clients=acc.num_clients + len(weights))
+
+    def merge(
+        self, acc: WeightedSum, group: Group, report: Message, ctx: RoundContext
+    ) -> tuple[WeightedSum, list[Message]]:
+        # The weights travel with the reports as Python floats, which are float64: in the tensors' dtype a sum of many
+        # example counts would be rounded.
+        counts = {"weight": acc.weight, "num_clients": acc.num_clients}
+        messages = group.all_gather(Message({**report.fields, **counts}, report.tensors), f"end of round {ctx.round}")
+        merged = replace(
+            acc,
+            sums={dtype: group.all_reduce(flat) for dtype, flat in acc.sums.items()},
+            weight=sum(message.fields["weight"] for message in messages),
+            num_clients=sum(message.fields["num_clients"] for message in messages),
+        )
+        return merged, messages
+
+    def result(self, acc: WeightedSum, ctx: RoundContext) -> Aggregate:
+        return aggregate_of(acc.layout.unflatten(acc.sums), acc.weight, acc.num_clients, ctx)
+
+
+def aggregate_of(trees: Mapping[str, Tree], weight: float, num_clients: int, ctx: RoundContext) -> Aggregate:
+    """Builds the aggregate from sums of the trees that :func:`update_trees` returns.
+
+    Raises:
+        ValueError: If the weights do not add up to a positive number.
+    """
+    if not weight > 0:
+        raise ValueError(
+            f"The weights of round {ctx.round} add up to {weight} over {num_clients} updates; a weighted mean needs a "
+            "positive sum. Give the clients data, or weight them equally with `weighting='uniform'`."
+        )
+    rest = dict(trees)
+    return Aggregate(
+        delta=rest.pop("delta", {}),
+        buffers=rest.pop("buffers", {}),
+        weight=weight,
+        aux={name.removeprefix("aux/"): tree for name, tree in rest.items()},
+        num_clients=num_clients,
+        population=ctx.population,
+    )
+
+
+def _add_weighted(total: Tensor, stacked: Tensor, weights: Sequence[float]) -> None:
+    # Equal weights need no weighted copy of all updates, which would double the memory of a client group.
+    if all(weight == weights[0] for weight in weights):
+        total.add_(stacked.sum(0), alpha=weights[0])
+    else:
+        total.add_((stacked * stacked.new_tensor(weights).view(-1, *[1] * total.dim())).sum(0))

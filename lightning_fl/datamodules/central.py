@@ -1,0 +1,100 @@
+"""Base class for data sets in one place: loaders for training, validation and test."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import lightning as L
+import numpy as np
+from torch.utils.data import DataLoader, Dataset, Subset
+
+
+class CentralDataModule(L.LightningDataModule):
+    """A data set in one place, with training and test data.
+
+    A federated strategy splits the training data among simulated clients, by its ``partition`` argument or by a
+    ``PartitionedDataModule`` around this datamodule; any other strategy trains on all of it. Validation uses the test
+    data unless ``val_share`` is set; prediction always uses the test data. Subclasses override :meth:`read`.
+
+    Args:
+        batch_size: Examples per training batch.
+        val_share: Fraction of the training data held out for validation, in [0, 1). 0: validate on the test data.
+        seed: Seed of the data set's splits.
+        num_workers: Worker processes per loader.
+        eval_batch_size: Examples per batch in validation, test and prediction. None: the larger of ``batch_size`` and
+            256.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    train_set: Dataset
+    val_set: Dataset
+    test_set: Dataset
+
+    def __init__(
+        self,
+        *,
+        batch_size: int = 32,
+        val_share: float = 0.0,
+        seed: int = 0,
+        num_workers: int = 0,
+        eval_batch_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.eval_batch_size = check_batch_sizes(batch_size, eval_batch_size)
+        if not 0 <= val_share < 1:
+            raise ValueError(f"val_share={val_share} must be at least 0 and less than 1; 0 validates on the test data.")
+        self.batch_size = batch_size
+        self.val_share = val_share
+        self.seed = seed
+        self.num_workers = num_workers
+        self._is_read = False
+
+    @abstractmethod
+    def read(self) -> tuple[Dataset, Dataset]:
+        """The training and test data, map-style."""
+
+    def setup(self, stage: str | None = None) -> None:
+        """Reads the data, once."""
+        if self._is_read:
+            return
+        train, test = self.read()
+        self.train_set, self.val_set, self.test_set = train, test, test
+        if self.val_share > 0:
+            order = np.random.default_rng(self.seed).permutation(len(train))  # type: ignore[arg-type]
+            num_val = min(max(round(len(order) * self.val_share), 1), len(order) - 1)
+            self.train_set = Subset(train, np.sort(order[num_val:]).tolist())
+            self.val_set = Subset(train, np.sort(order[:num_val]).tolist())
+        self._is_read = True
+
+    def train_dataloader(self) -> DataLoader:
+        """Shuffled training data."""
+        return self._loader(self.train_set, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader:
+        """Validation data."""
+        return self._loader(self.val_set)
+
+    def test_dataloader(self) -> DataLoader:
+        """Test data."""
+        return self._loader(self.test_set)
+
+    def predict_dataloader(self) -> DataLoader:
+        """Test data."""
+        return self._loader(self.test_set)
+
+    def _loader(self, dataset: Dataset, shuffle: bool = False) -> DataLoader:
+        size = self.batch_size if shuffle else self.eval_batch_size
+        return DataLoader(dataset, batch_size=size, shuffle=shuffle, num_workers=self.num_workers)
+
+
+def check_batch_sizes(batch_size: int, eval_batch_size: int | None) -> int:
+    """The batch size for evaluation, by default the larger of ``batch_size`` and 256.
+
+    Raises:
+        ValueError: If a batch size is less than 1.
+    """
+    if batch_size < 1 or (eval_batch_size is not None and eval_batch_size < 1):
+        raise ValueError(f"batch_size={batch_size} and eval_batch_size={eval_batch_size} must be at least 1.")
+    return max(batch_size, 256) if eval_batch_size is None else eval_batch_size

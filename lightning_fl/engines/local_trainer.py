@@ -1,0 +1,298 @@
+"""Local training of client groups: what every engine offers, and the step that all of them take."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_fl.clients.local_work import BatchPosition
+from lightning_fl.engines.optimizer_states import OptimizerStates, Schedule, ScheduleEnd
+from lightning_fl.engines.tensors import FederatedTensors, clones, load
+from lightning_fl.tree import cast_like, sum_dtype, to_sum_dtype, tree_map
+from lightning_fl.types import Phase, Tree
+
+ClientOptimizer = Literal["reset", "keep"]
+GradTransform = Callable[[Tree, Tree], Tree]
+"""Replaces the gradients of the shared parameters: ``(grads, params) -> grads``."""
+ONE_PHASE = Phase()
+
+
+@dataclass(frozen=True)
+class StepFunctions:
+    """What a training step is made of; whoever drives a trainer replaces what it does differently.
+
+    Args:
+        training_step: Called with a batch and its index among the client's batches; returns the loss, a mapping with
+            the entry ``"loss"``, or None to learn nothing from the batch.
+        context: Makes the context in which ``training_step`` runs, such as autocast.
+        backward: Computes the gradients of a loss.
+        unscale: Called once before the gradients of an optimizer are looked at; None: there is nothing to unscale.
+        clip: Clips the gradients that an optimizer is about to step; None: they are not clipped.
+        optimizer_step: Takes the step.
+        group_step: The step of several clients: called with their stacked batch, returns the sum of their losses, to be
+            differentiated, and the loss of each. None: ``training_step`` of each, under ``torch.func.vmap``.
+    """
+
+    training_step: Callable[[Any, int], Any]
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    backward: Callable[[Tensor], Any] = Tensor.backward
+    unscale: Callable[[Optimizer], Any] | None = None
+    clip: Callable[[Optimizer], Any] | None = None
+    optimizer_step: Callable[[Optimizer], Any] = lambda optimizer: optimizer.step()
+    group_step: Callable[[Any, int], tuple[Tensor, Tensor]] | None = None
+
+
+@dataclass(frozen=True)
+class ClientFacts:
+    """Facts of one client's local training.
+
+    Args:
+        num_steps: Optimizer steps really taken, in the phases that train what is sent.
+        lr_sum: For each shared parameter, the learning rates of its steps summed.
+        normalizer: FedNova's ``|a_i|_1``, or None if it is unknown for the optimizer.
+        schedule_end: Where the longest phase has taken the schedules.
+        num_steps_of_all: Optimizer steps of all phases.
+    """
+
+    num_steps: int
+    lr_sum: Mapping[str, float]
+    normalizer: float | None
+    schedule_end: ScheduleEnd
+    num_steps_of_all: int
+
+
+@dataclass(frozen=True)
+class LocalResult:
+    """What is left of a group's local training; each tensor is stacked over the clients, ``[num_clients, ...]``.
+
+    Args:
+        params: The trained shared parameters, in the dtype in which they are summed.
+        buffers: The change of the shared buffers.
+        client_state: What the clients keep until their next round: personal tensors, optimizer state.
+        facts: Facts of each client's training.
+    """
+
+    params: Tree
+    buffers: Tree
+    client_state: Mapping[str, Tree]
+    facts: Sequence[ClientFacts]
+
+
+@dataclass(frozen=True)
+class RoundStart:
+    """The module's tensors, and the values with which every client of a round starts."""
+
+    tensors: FederatedTensors
+    buffers: Tree = field(default_factory=dict)
+    personal: Tree = field(default_factory=dict)
+
+
+class LocalTrainer(ABC):
+    """Trains client groups on the user's module; a client alone is a group of one.
+
+    A round is ``begin_round``, then ``start``, ``step`` for each batch and ``finish`` for each group, then
+    ``end_round``.
+
+    Args:
+        module: The user's module.
+        optimizers: The user's optimizers and schedules.
+        personal: ``fnmatch`` globs of tensors that stay with their client.
+        client_optimizer: ``"reset"``: each client starts with a fresh optimizer state; ``"keep"``: with that of its
+            last round.
+        functions: What a step is made of. None: :meth:`step` is not called, because another loop runs the steps and
+            calls :meth:`prepare_gradients` in each.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizers: OptimizerStates,
+        personal: Sequence[str] = (),
+        client_optimizer: ClientOptimizer = "reset",
+        functions: StepFunctions | None = None,
+    ) -> None:
+        self.module = module
+        self.optimizers = optimizers
+        self.personal = tuple(personal)
+        self.client_optimizer = client_optimizer
+        self.functions = functions
+        self.grad_transform: GradTransform | None = None
+        self._round_start: RoundStart | None = None
+
+    # ---- a round
+
+    def begin_round(self, server_params: Tree | None, schedules: Sequence[Schedule] = ()) -> Tree:
+        """Takes the module's tensors as the round's start.
+
+        What was changed on the module between rounds counts: a value of ``server_params`` (kept in at least float32)
+        is taken only where the module still holds its cast.
+
+        Returns:
+            The global parameters, in the dtype in which they are summed.
+        """
+        tensors = FederatedTensors(self.module, self.personal)
+        self._round_start = RoundStart(tensors, clones(tensors.buffers), clones(tensors.personal))
+        self.optimizers.begin_round(schedules)
+        params = to_sum_dtype(tensors.params)
+        for name, param in tensors.params.items():
+            if server_params is not None and name in server_params and params[name].dtype != param.dtype:
+                master = server_params[name].to(param.device)
+                params[name] = torch.where(cast_like(master, param) == param, master, params[name])
+        return params
+
+    @abstractmethod
+    def start(
+        self,
+        starts: Sequence[Tree],
+        client_states: Sequence[Mapping[str, Tree]],
+        phase: Phase = ONE_PHASE,
+        grad_transform: GradTransform | None = None,
+    ) -> None:
+        """Loads a group for its first phase.
+
+        Args:
+            starts: The parameters from which each client starts.
+            client_states: What each client has kept from its last round.
+            phase: The first phase.
+            grad_transform: The algorithm's change of the gradients; of several clients, with stacked tensors.
+        """
+
+    @abstractmethod
+    def next_phase(self, phase: Phase, grad_transform: GradTransform | None = None) -> None:
+        """Ends the current phase and begins another."""
+
+    def step(self, batch: Any, position: BatchPosition) -> Tensor | None:
+        """Trains on one batch, in the order of Lightning's automatic optimization.
+
+        Args:
+            batch: The batch, on the module's device.
+            position: Where it stands in the client's local work.
+
+        Returns:
+            The loss without its graph: a number for a client alone, ``[num_clients]`` for several; None if there is
+            nothing to learn from the batch.
+        """
+        functions, (optimizer,) = self.functions, self.optimizers.optimizers
+        assert functions is not None
+        loss, losses = self._forward(batch, position)
+        if position.starts_window:
+            for group in optimizer.param_groups:
+                for param in group["params"]:
+                    param.grad = None
+        if loss is not None:
+            functions.backward(loss if position.window == 1 else loss / position.window)
+        if position.ends_window:
+            if functions.unscale is not None and loss is not None:
+                functions.unscale(optimizer)
+            self.prepare_gradients(optimizer)
+            if functions.clip is not None:
+                functions.clip(optimizer)
+            functions.optimizer_step(optimizer)
+        return None if losses is None else losses.detach()
+
+    @abstractmethod
+    def prepare_gradients(self, optimizer: Optimizer) -> None:
+        """Lets phase and algorithm change the gradients that ``optimizer`` is about to step: unscaled, not clipped."""
+
+    @abstractmethod
+    def finish(self, num_steps: Sequence[int] | None = None) -> LocalResult:
+        """Reads what the group's local training has changed.
+
+        Args:
+            num_steps: How many steps each client of a group has taken. None: all have taken every step.
+
+        Raises:
+            ValueError: If it has changed a frozen parameter, which the next client would inherit.
+        """
+
+    @abstractmethod
+    def leave(self) -> None:
+        """Forgets the group, which will not be finished."""
+
+    def end_round(self, params: Tree, buffers: Tree, schedule_end: ScheduleEnd | None) -> None:
+        """Loads the new global model.
+
+        Args:
+            params: The new global parameters.
+            buffers: The mean change of the shared buffers.
+            schedule_end: Where the client with the most steps has taken the schedules; None: back to the start.
+        """
+        self.leave()
+        start = self.round_start
+        load(self.tensors.params, params)
+        load(self.tensors.buffers, tree_map(_move, start.buffers, buffers))
+        load(self.tensors.personal, start.personal)
+        self.optimizers.end_round(schedule_end)
+
+    # ---- parts
+
+    @property
+    def round_start(self) -> RoundStart:
+        """The values with which the clients of the current round start."""
+        assert self._round_start is not None, "begin_round has not been called"
+        return self._round_start
+
+    @property
+    def tensors(self) -> FederatedTensors:
+        """The module's tensors, by their part in the federation."""
+        return self.round_start.tensors
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the module's shared parameters."""
+        return next(iter(self.tensors.params.values())).device
+
+    def _forward(self, batch: Any, position: BatchPosition) -> tuple[Tensor | None, Tensor | None]:
+        """The loss to be differentiated, and that of each client; both are the same for a client alone."""
+        assert self.functions is not None
+        with self.functions.context():
+            loss = loss_of(self.functions.training_step(batch, position.offset))
+        return loss, loss
+
+
+def loss_of(output: Any) -> Tensor | None:
+    """The loss in what a ``training_step`` has returned; None if it is to be skipped.
+
+    Raises:
+        ValueError: If it returned something else.
+    """
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    if loss is not None and not isinstance(loss, Tensor):
+        raise ValueError(
+            f"training_step returned a {type(loss).__name__} as its loss; expected a tensor, a mapping with a tensor "
+            "as 'loss', or None to skip the batch."
+        )
+    return loss
+
+
+def transform_gradients(transform: GradTransform, params: Mapping[str, Tensor], optimizer: Optimizer) -> None:
+    """Replaces the gradients of those of ``params`` that ``optimizer`` steps by ``transform(grads, params)``."""
+    stepped = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    grads = {name: param.grad for name, param in params.items() if id(param) in stepped and param.grad is not None}
+    for name, grad in transform(grads, {name: params[name].detach() for name in grads}).items():
+        params[name].grad = grad.to(params[name].dtype)
+
+
+def buffer_delta(buffer: Tensor, start: Tensor) -> Tensor:
+    """What training has changed; 0 also where an infinity has stayed one, as in an attention mask."""
+    dtype = sum_dtype(buffer.dtype)
+    return (buffer.detach().to(dtype) - start.to(dtype)).masked_fill(buffer == start, 0)
+
+
+def trained_value(param: Tensor, start: Tensor) -> Tensor:
+    """The trained parameter in the dtype of ``start``, of which only what training has changed counts."""
+    if param.dtype == start.dtype:
+        return param.clone()
+    return start + (param.to(start.dtype) - start.to(param.dtype).to(start.dtype))
+
+
+def _move(start: Tensor, change: Tensor) -> Tensor:
+    """``start + change``; bit for bit ``start`` where nothing changed, also integers that no float can hold."""
+    return torch.where(change == 0, start, cast_like(start.to(change.dtype) + change, start))

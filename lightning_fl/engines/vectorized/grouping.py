@@ -1,0 +1,146 @@
+"""Which clients train side by side, and the batches that they train on together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from lightning_fl.data.lazy_batches import LazyBatch, stack_lazy
+from lightning_fl.engines.vectorized.engine import Vectorized, VectorizedEngine
+from lightning_fl.engines.vectorized.forecast import BatchForecast
+from lightning_fl.engines.vectorized.stacking import StackedBatch, num_bytes, signature, stack
+from lightning_fl.engines.vectorized.step_schedule import StepMask, are_equal, group_clients, step_masks
+from lightning_fl.types import ClientId
+
+COMPUTE_BOUND_BYTES = 2**20
+"""Parameter bytes above which a single-client step counts as compute-bound."""
+
+
+class Grouping:
+    """Groups a rank's clients and stacks the batches of a group.
+
+    Args:
+        engine: Trains the groups.
+        settings: How many clients train together.
+        equal_work_only: Whether at the moment only clients with equal work may train together, because their steps
+            share more than a shape: an accumulation window, a schedule.
+        convert: Changes a stacked batch before it is used, such as its precision.
+    """
+
+    def __init__(
+        self,
+        engine: VectorizedEngine,
+        settings: Vectorized,
+        equal_work_only: Callable[[], bool] = lambda: False,
+        convert: Callable[[Any], Any] = lambda content: content,
+    ) -> None:
+        self.engine = engine
+        self.settings = settings
+        self.equal_work_only = equal_work_only
+        self.convert = convert
+
+    @property
+    def max_clients(self) -> int:
+        """The most clients that train together."""
+        return self.settings.clients_per_step or self.engine.max_clients(self.settings.stacked_bytes)
+
+    def group(self, forecasts: Mapping[ClientId, BatchForecast | None]) -> list[list[ClientId]]:
+        """Puts clients together that may train side by side.
+
+        Args:
+            forecasts: What is known of each client's batches before they are read.
+        """
+        max_clients, wants_equal = self.max_clients, self.equal_work_only()
+        families: dict[Any, list[ClientId]] = {}
+        for client, forecast in forecasts.items():
+            segments = forecast.segments if forecast is not None and wants_equal else None
+            family = (None, client) if forecast is None else (forecast.family, segments)
+            families.setdefault(family, []).append(client)
+        groups: list[list[ClientId]] = []
+        for clients in families.values():
+            works = {client: forecast.work if (forecast := forecasts[client]) else () for client in clients}
+            by_work: dict[Any, list[ClientId]] = {}
+            for client, work in works.items():
+                by_work.setdefault(work, []).append(client)
+            rest: list[ClientId] = []
+            # Full groups of equal clients need no masks; what is left of each kind is mixed.
+            for equal in sorted(by_work.values(), key=lambda equal: -len(works[equal[0]])):
+                num_full = len(equal) // max_clients * max_clients
+                groups += [equal[start : start + max_clients] for start in range(0, num_full, max_clients)]
+                rest += equal[num_full:]
+            for start in range(0, len(rest), max_clients):
+                chunk = set(rest[start : start + max_clients])
+                groups += self.split({client: work for client, work in works.items() if client in chunk})
+        return groups
+
+    def split(self, works: Mapping[ClientId, Sequence[Any]]) -> list[list[ClientId]]:
+        """Divides clients into those that had best train together.
+
+        Args:
+            works: For each client, what its batches look like, one after the other.
+        """
+        clients = list(works)
+        compute_bound = min(1.0, self.engine.bytes_of_one / COMPUTE_BOUND_BYTES)
+        apart = self.engine.optimizers.num_steps_apart
+        groups = group_clients(list(works.values()), apart, self.equal_work_only(), compute_bound)
+        return [[clients[place] for place in group] for group in groups]
+
+    def masks(self, works: Sequence[Sequence[Any]]) -> list[StepMask] | None:
+        """Who trains in each step of a group; None if all of its clients train in each."""
+        return None if are_equal(works) else step_masks(works, self.engine.optimizers.num_steps_apart)
+
+    def num_steps(self, forecasts: Iterable[BatchForecast]) -> int | None:
+        """Steps of a group of clients with unequal work; None if all of them train in each step."""
+        masks = self.masks([forecast.work for forecast in forecasts])
+        return None if masks is None else len(masks)
+
+    def affordable(
+        self, clients: Sequence[ClientId], batches: Sequence[Any], lengths: Iterable[int]
+    ) -> list[list[ClientId]]:
+        """Divides clients into groups whose batches may be in memory at once.
+
+        Args:
+            clients: The clients.
+            batches: Those of one of them, which has at least one.
+            lengths: How many batches each has.
+        """
+        per_batch = sum(map(_num_bytes, batches)) / len(batches)
+        groups: list[list[ClientId]] = [[]]
+        held = 0.0
+        for client, length in zip(clients, lengths, strict=True):
+            held += length * per_batch
+            if groups[-1] and held > self.settings.batch_bytes:
+                groups.append([])
+                held = length * per_batch
+            groups[-1].append(client)
+        return groups
+
+    def stacked(self, passes: Sequence[Sequence[Any]], masks: Sequence[StepMask] | None) -> Iterator[StackedBatch]:
+        """The batches of clients that :meth:`split` leaves together side by side, each made when its turn comes.
+
+        Args:
+            passes: Each client's batches.
+            masks: Who of them trains in each step. None: all.
+
+        Raises:
+            NotStackable: If they hold something that can't be stacked.
+        """
+        unread = [iter(batches) for batches in passes]
+        every = tuple(range(len(passes)))
+        for mask in [every] * len(passes[0]) if masks is None else masks:
+            yield self.stack([next(unread[place]) for place in mask], mask)
+
+    def stack(self, batches: Sequence[Any], mask: StepMask) -> StackedBatch:
+        """One stacked batch of the clients at the places ``mask``."""
+        is_lazy = isinstance(batches[0], LazyBatch)
+        content = stack_lazy(batches) if is_lazy else stack(batches, share=False, pool=self.engine.pool)[0]
+        return StackedBatch(self.convert(content), mask)
+
+
+def batch_signature(batch: Any) -> Any:
+    """What must be alike for batches of clients to be stacked."""
+    return batch.signature if isinstance(batch, LazyBatch) else signature(batch)
+
+
+def _num_bytes(batch: Any) -> int:
+    return batch.num_bytes if isinstance(batch, LazyBatch) else num_bytes(batch)

@@ -1,0 +1,208 @@
+"""A client's batches in a round, each with its position in the client's local work."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count, islice
+from typing import Any
+
+from lightning_fl.clients.local_work import BatchPosition, LocalWork
+from lightning_fl.data.client_loaders import Loader, count_batches
+from lightning_fl.types import ClientId
+
+_END = object()
+
+
+class LoaderFailed(Exception):
+    """A client's loader has raised ``error``.
+
+    Args:
+        client: The client.
+        error: What its loader has raised.
+    """
+
+    def __init__(self, client: ClientId, error: Exception) -> None:
+        super().__init__(f"The loader of client {client!r} raised {type(error).__name__}: {error}")
+        self.client = client
+        self.error = error
+
+
+class ClientBatches:
+    """The batches of one client in a round, phase after phase.
+
+    Args:
+        client: The client.
+        loader: Its loader.
+        works: How much it trains in each phase.
+        round: Number of the round.
+        max_work: How much the client that trains the most trains: passes are numbered over the rounds, for samplers
+            that order by epoch, and no number may come twice.
+        on_first_batch: Called once the first batch has been read.
+    """
+
+    def __init__(
+        self,
+        client: ClientId,
+        loader: Loader,
+        works: Sequence[LocalWork],
+        round: int,
+        max_work: LocalWork,
+        on_first_batch: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.client = client
+        self.loader = loader
+        self.works = works
+        self.round = round
+        self.max_work = max_work
+        self.on_first_batch = on_first_batch
+        self.seconds_waiting = 0.0
+        """Seconds in which training has waited for the loader."""
+        num_passes = max_work.epochs if len(works) == 1 else sum(work.epochs for work in works)
+        self.first_pass = round * num_passes
+
+    def read(self, next_phase: Callable[[], None] = lambda: None) -> Iterator[tuple[Any, BatchPosition]]:
+        """The batches and their positions.
+
+        Args:
+            next_phase: Called between the last batch of a phase and the first of the next.
+
+        Raises:
+            LoaderFailed: If the loader raises, yields nothing, or fewer batches than its length promises.
+        """
+        number = self.first_pass
+        for phase, work in enumerate(self.works):
+            if phase:
+                next_phase()
+            try:
+                num_batches = count_batches(self.loader)
+                segments, pass_length = work.segments(num_batches), work.pass_length(num_batches)
+            except Exception as error:
+                raise LoaderFailed(self.client, error) from error
+            window, is_last_phase = work.accumulate, phase + 1 == len(self.works)
+            batches = self._timed(self._phase(phase, work, segments, number))
+            number += len(segments)
+            for offset, (batch, index, ends_segment, ends_phase) in enumerate(batches):
+                yield (
+                    batch,
+                    BatchPosition(
+                        offset,
+                        starts_window=index % window == 0,
+                        ends_window=(index + 1) % window == 0 or ends_segment,
+                        window=window,
+                        ends_pass=offset + 1 == pass_length,
+                        ends_phase=ends_phase,
+                        is_last=ends_phase and is_last_phase,
+                    ),
+                )
+
+    def read_once(self) -> Iterator[Any]:
+        """The batches of one pass outside the client's local training, such as that of a probe.
+
+        Raises:
+            LoaderFailed: If the loader raises, or can't be read once more than training reads it.
+        """
+        work, loader = self.max_work, self.loader
+        try:
+            num_batches = count_batches(loader)
+            length = work.max_pass_length if num_batches is None else work.pass_length(num_batches)
+            if isinstance(loader, Iterator):
+                raise ValueError(
+                    "it is an iterator, which can be read once only, and the algorithm needs a pass of its own"
+                )
+            if length is None and work.steps is not None:
+                raise ValueError(
+                    "it has no length, so that the pass which the algorithm needs may never end; give "
+                    "limit_train_batches=n, or the loader a length"
+                )
+            begin_pass(loader, self.round * work.epochs)
+            yield from islice(loader, length)
+        except Exception as error:
+            raise LoaderFailed(self.client, error) from error
+
+    def _timed(self, batches: Iterator[Any]) -> Iterator[Any]:
+        is_first = True
+        while True:
+            start = time.perf_counter()
+            try:
+                item = next(batches, _END)
+            except Exception as error:
+                raise LoaderFailed(self.client, error) from error
+            if is_first:
+                self.on_first_batch()
+                is_first = False
+            self.seconds_waiting += time.perf_counter() - start
+            if item is _END:
+                return
+            yield item
+
+    def _phase(
+        self, phase: int, work: LocalWork, segments: Sequence[int | None], number: int
+    ) -> Iterator[tuple[Any, int, bool, bool]]:
+        """The batches of a phase, with their index in their segment and whether they end segment and phase."""
+        num_batches = count_batches(self.loader)
+        for position, length in enumerate(segments):
+            is_last = position + 1 == len(segments)
+            batches: Iterator[Any]
+            if work.steps is not None:
+                pass_length = work.max_pass_length if num_batches is None else work.pass_length(num_batches)
+                batches = islice(self._cycle(pass_length, self.round * len(self.works) + phase), length)
+            else:
+                begin_pass(self.loader, number + position)
+                batches = islice(self.loader, work.max_pass_length if length is None else length)
+            if length is None:
+                yield from self._until_end(batches, is_last)
+                continue
+            index = -1
+            for index, batch in enumerate(batches):
+                ends = index + 1 == length
+                yield batch, index, ends, ends and is_last
+            if index + 1 != length:
+                raise ValueError(
+                    f"The loader of client {self.client!r} yielded {index + 1} batches, but its length promised "
+                    f"{length}. Fix its `__len__`, or remove it if the length is not known."
+                )
+
+    def _until_end(self, batches: Iterator[Any], is_last: bool) -> Iterator[tuple[Any, int, bool, bool]]:
+        # One batch is read ahead, because the optimizer steps on the last one whatever the accumulation.
+        batch = next(batches, _END)
+        if batch is _END:
+            raise ValueError(f"The loader of client {self.client!r} has no length and yielded no batch.")
+        for index in count():
+            following = next(batches, _END)
+            ends = following is _END
+            yield batch, index, ends, ends and is_last
+            if ends:
+                return
+            batch = following
+
+    def _cycle(self, pass_length: int | None, round: int) -> Iterator[Any]:
+        for number in count():
+            begin_pass(self.loader, (round << 16) + number)
+            batch = _END
+            for batch in islice(self.loader, pass_length):
+                yield batch
+            if batch is _END:
+                raise ValueError(
+                    f"The loader of client {self.client!r} yields no batch, but local_steps asks for some."
+                )
+
+
+def begin_pass(loader: Any, number: int) -> None:
+    """Tells samplers that order by epoch, such as ``DistributedSampler``, which pass comes."""
+    samplers: tuple[Any, Any] = (
+        getattr(loader, "sampler", None),
+        getattr(getattr(loader, "batch_sampler", None), "sampler", None),
+    )
+    for sampler in {id(sampler): sampler for sampler in samplers}.values():
+        if callable(getattr(sampler, "set_epoch", None)):
+            sampler.set_epoch(number)
+
+
+def raise_to_user(failed: LoaderFailed) -> None:
+    """Raises what a client's loader has raised, with the client named."""
+    if f"client {failed.client!r}" in str(failed.error):
+        raise failed.error
+    raise ValueError(
+        f"{failed}. Fix it, or let the round go on without such clients with FederatedStrategy(on_client_error='skip')."
+    ) from failed.error

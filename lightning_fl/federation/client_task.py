@@ -1,0 +1,121 @@
+"""A client group's turn in a round: its batches, and what is measured while it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_fl.clients.local_work import BatchPosition
+from lightning_fl.engines import ClientFacts
+from lightning_fl.federation.client_group import ClientGroup
+from lightning_fl.types import ClientId, LocalRun, Phase
+
+
+class ClientTask:
+    """What a client group has to do in a round.
+
+    Args:
+        group: The algorithm's side of the group.
+        batches: Its batches, each with its position.
+        phases: The phases of its training.
+        known_sizes: The number of examples that one pass over each client's data yields, None where only training
+            will show it.
+    """
+
+    def __init__(
+        self,
+        group: ClientGroup,
+        batches: Iterator[tuple[Any, BatchPosition]],
+        phases: Sequence[Phase],
+        known_sizes: Sequence[int | None],
+    ) -> None:
+        self.group = group
+        self.batches = batches
+        self.phases = phases
+        self.known_sizes = known_sizes
+        self.phase = phases[0]
+        self._phase_index = 0
+        self.num_steps = 0
+        """Batches trained on so far."""
+        self._examples_seen = 0
+        self._examples_of_pass: int | None = None
+        self._losses: list[tuple[Sequence[int], Tensor, int]] = []
+        self._every = tuple(range(len(group.clients)))
+
+    @property
+    def clients(self) -> tuple[ClientId, ...]:
+        """The clients of the group."""
+        return self.group.clients
+
+    @property
+    def counts(self) -> bool:
+        """Whether the current phase trains the model that is sent, so that its losses and logged values count."""
+        return self.phase.model == "global"
+
+    def next_phase(self) -> Phase:
+        """Goes on to the next phase."""
+        self._phase_index += 1
+        self.phase = self.phases[self._phase_index]
+        self._examples_seen = 0
+        return self.phase
+
+    def record(
+        self, position: BatchPosition, num_examples: int, losses: Tensor | None, mask: Sequence[int] | None = None
+    ) -> None:
+        """Notes a step.
+
+        Args:
+            position: Where its batch stands.
+            num_examples: Examples in the batch of one client.
+            losses: The loss of a client alone, or of each of several; None if the batch was skipped.
+            mask: The places in the group of the clients that trained. None: all.
+        """
+        self.num_steps += 1
+        self._examples_seen += num_examples
+        if position.ends_pass:
+            self._examples_of_pass = self._examples_seen
+        if self.counts:
+            # Summed when the group is done: a tensor operation takes as long as a small model's layer.
+            self._losses.append((self._every if mask is None else mask, losses, num_examples))  # type: ignore[arg-type]
+
+    @property
+    def steps_by_client(self) -> list[int] | None:
+        """How many steps each client has taken; None if all have taken every step."""
+        if all(len(mask) == len(self._every) for mask, _, _ in self._losses):
+            return None
+        counts = [0] * len(self._every)
+        for mask, _, _ in self._losses:
+            for place in mask:
+                counts[place] += 1
+        return counts
+
+    def runs(self, facts: Sequence[ClientFacts]) -> list[LocalRun]:
+        """The facts of each client's training, what the engine has measured taken in."""
+        weight_of = self.group.settings.weight_of
+        runs = []
+        for known, own, loss in zip(self.known_sizes, facts, self._mean_losses(), strict=True):
+            size = self._examples_of_pass if known is None else known
+            size = self._examples_seen if size is None else size
+            runs.append(LocalRun(own.num_steps, size, weight_of(size), loss, own.lr_sum, own.normalizer))
+        return runs
+
+    def _mean_losses(self) -> list[float]:
+        size = len(self._every)
+        taken = [(mask, losses, num) for mask, losses, num in self._losses if losses is not None]
+        examples = torch.zeros(size, dtype=torch.float64)
+        for mask, _, num in self._losses:
+            examples[list(mask)] += num
+        if not taken:
+            return [float("nan")] * size
+        total = torch.zeros(size, dtype=torch.float64)
+        if all(mask == self._every for mask, _, _ in taken):
+            weights = torch.tensor([num for _, _, num in taken], dtype=torch.float64)
+            stacked = torch.stack([losses.reshape(size) for _, losses, _ in taken]).cpu().double()
+            total = (stacked * weights[:, None]).sum(0)
+        else:
+            for mask, losses, num in taken:
+                total[list(mask)] += losses.cpu().double() * num
+        return (total / examples.clamp(min=1)).tolist()

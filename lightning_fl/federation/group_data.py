@@ -1,0 +1,124 @@
+"""The data of several clients that train side by side: read before they train, stacked step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_fl.clients.local_work import BatchPosition
+from lightning_fl.data.client_loaders import Loader
+from lightning_fl.engines.vectorized.grouping import Grouping, batch_signature
+from lightning_fl.engines.vectorized.stacking import StackedBatch
+from lightning_fl.engines.vectorized.step_schedule import StepMask
+from lightning_fl.federation.client_batches import ClientBatches, LoaderFailed
+from lightning_fl.types import ClientId
+
+
+class GroupSplit(Exception):
+    """Raised for clients that can't, or had better not, train together as planned.
+
+    Args:
+        parts: The groups in which they train instead.
+    """
+
+    def __init__(self, parts: Sequence[Sequence[ClientId]]) -> None:
+        super().__init__(f"trains as {len(parts)} groups")
+        self.parts = [tuple(part) for part in parts]
+
+
+@dataclass(frozen=True)
+class StackedData:
+    """The batches of a client group.
+
+    Args:
+        grouping: Stacks them.
+        passes: By client its batches of the round.
+        positions: The positions of the batches of a client, for groups in which all clients have equal work.
+        sizes: Examples of one pass over each client's data.
+    """
+
+    grouping: Grouping
+    passes: Mapping[ClientId, Sequence[Any]]
+    positions: Sequence[BatchPosition]
+    sizes: Sequence[int | None]
+
+    @property
+    def clients(self) -> Sequence[ClientId]:
+        return tuple(self.passes)
+
+    @property
+    def loader(self) -> Loader | None:
+        return None  # the clients' data has been read
+
+    @property
+    def works(self) -> dict[ClientId, tuple[Any, ...]]:
+        """What must be alike for batches of clients to be stacked, by client."""
+        return {client: tuple(map(batch_signature, batches)) for client, batches in self.passes.items()}
+
+    @property
+    def masks(self) -> list[StepMask] | None:
+        """Who trains in each step; None if all clients train in each."""
+        return self.grouping.masks(list(self.works.values()))
+
+    def read(self, next_phase: Callable[[], None]) -> Iterator[tuple[StackedBatch, BatchPosition]]:
+        masks = self.masks
+        batches = self.grouping.stacked(list(self.passes.values()), masks)
+        if masks is None:
+            return zip(batches, self.positions, strict=True)
+        last = len(masks) - 1  # each step is a window of its own: accumulation needs equal work
+        ends = (BatchPosition(step, ends_phase=step == last, is_last=step == last) for step in range(len(masks)))
+        return zip(batches, ends, strict=True)
+
+    def first(self) -> StackedBatch:
+        """The first stacked batch.
+
+        Raises:
+            NotStackable: If the batches hold something that can't be stacked.
+        """
+        return next(self.grouping.stacked(list(self.passes.values()), self.masks))
+
+    def read_once(self) -> Iterator[Any]:
+        raise AssertionError("an algorithm with a probe trains its clients alone")
+
+
+def read_group(
+    grouping: Grouping,
+    clients: Sequence[ClientId],
+    open_client: Callable[[ClientId], ClientBatches],
+    num_batches: Callable[[ClientId], int],
+    sizes: Mapping[ClientId, int | None],
+    on_failure: Callable[[LoaderFailed], None],
+) -> StackedData:
+    """Reads the batches of a group.
+
+    Args:
+        grouping: Decides who may train together.
+        clients: The clients of the group.
+        open_client: Makes a client's batches, to be read with the client's randomness.
+        num_batches: Tells how many batches a client has in the round.
+        sizes: Examples of one pass over each client's data.
+        on_failure: Called when a client's loader raises; the others are read on.
+
+    Raises:
+        GroupSplit: If the batches are not what was expected when the group was made.
+    """
+    passes: dict[ClientId, list[Any]] = {}
+    positions: list[BatchPosition] = []
+    for client in clients:
+        try:
+            read = list(open_client(client).read())
+        except LoaderFailed as failed:
+            on_failure(failed)
+            continue
+        passes[client] = [batch for batch, _ in read]
+        if len(passes) == 1:
+            positions = [position for _, position in read]
+            parts = grouping.affordable(clients, passes[client], map(num_batches, clients))
+            if len(parts) > 1:
+                raise GroupSplit(parts)
+    data = StackedData(grouping, passes, positions, [sizes[client] for client in passes])
+    parts = grouping.split(data.works)
+    if parts != [list(clients)]:
+        raise GroupSplit(parts)
+    return data

@@ -1,0 +1,93 @@
+"""The server's side of a round as pure functions: whatever closes a round calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from lightning_fl.aggregation import RoundContext
+from lightning_fl.federation.settings import FederationSettings, FederationState
+from lightning_fl.types import Aggregate, State, Tree
+
+
+def open_server(
+    settings: FederationSettings, state: FederationState, params: Tree, ctx: RoundContext
+) -> FederationState:
+    """The state with which a round starts.
+
+    Transforms may spend privacy budget here, which stays spent if the round then fails: the caller keeps the
+    ``transforms`` of what this returns whatever becomes of the round.
+
+    Args:
+        settings: What does not change from round to round.
+        state: The state after the last round.
+        params: The global parameters.
+        ctx: Facts of the round.
+
+    Raises:
+        ValueError: If the shared tensors have changed under an algorithm whose clients keep state for each of them.
+    """
+    states = [*state.transforms, *({} for _ in settings.transforms[len(state.transforms) :])]
+    started = [t.start_round(own, ctx) for t, own in zip(settings.transforms, states, strict=True)]
+    return FederationState(_continue(settings, state.server, params), started)
+
+
+def server_step(
+    settings: FederationSettings, state: FederationState, aggregate: Aggregate, ctx: RoundContext
+) -> tuple[FederationState, Aggregate, dict[str, float | str]]:
+    """Moves the global model by the aggregate of a round.
+
+    The server halves of the transforms run in reverse, then the algorithm's ``server_update``. An aggregate that still
+    weighs nothing leaves the algorithm's state as it is.
+
+    Args:
+        settings: What does not change from round to round.
+        state: What :func:`open_server` returned.
+        aggregate: The sums of the round's updates, not yet divided.
+        ctx: Facts of the round.
+
+    Returns:
+        The next state, the aggregate after the transforms, and what the transforms report.
+    """
+    states = list(state.transforms)
+    for index, transform in reversed(list(enumerate(settings.transforms))):
+        aggregate, states[index] = transform.server(aggregate, states[index], ctx)
+    server = settings.algorithm.server_update(state.server, aggregate) if aggregate.weight else state.server
+    transforms = zip(settings.transforms, states, strict=True)
+    facts = {key: value for transform, own in transforms for key, value in transform.report(own, ctx).items()}
+    return replace(state, server=server, transforms=states), aggregate, facts
+
+
+def stop_reason(settings: FederationSettings, state: FederationState, ctx: RoundContext) -> str | None:
+    """Why no other round may follow, such as a spent privacy budget; None if one may."""
+    transforms = zip(settings.transforms, state.transforms, strict=True)
+    reasons = (transform.stop_reason(own, ctx) for transform, own in transforms)
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _continue(settings: FederationSettings, server: State, params: Tree) -> State:
+    if not server:
+        return settings.algorithm.server_init(params, settings.population)
+    if server["params"].keys() == params.keys():
+        return {**server, "params": params}
+    if settings.algorithm.keeps_client_state:
+        changed = sorted(server["params"].keys() ^ params.keys())
+        raise ValueError(
+            f"The shared tensors have changed between rounds ({some(changed)}), but the clients of "
+            f"{type(settings.algorithm).__name__} keep state for each of them. Freeze and unfreeze before `fit`, or "
+            "take an algorithm without client state."
+        )
+    fresh = settings.algorithm.server_init(params, settings.population)
+    return {key: _complete(server.get(key), value) for key, value in fresh.items()} | {"params": params}
+
+
+def _complete(old: Any, fresh: Any) -> Any:
+    if not isinstance(fresh, Mapping):
+        return fresh if old is None else old
+    return {name: (old or {}).get(name, value) for name, value in fresh.items()}
+
+
+def some(values: Sequence[Any]) -> str:
+    """The first few of the values, for an error message."""
+    return ", ".join(map(repr, values[:5])) + (", ..." if len(values) > 5 else "")

@@ -1,0 +1,63 @@
+"""What is logged while a client group trains: kept if its updates are accepted, undone if they are not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from lightning_fl.strategies.logged_values import LoggedValues
+from lightning_fl.strategies.metric_states import MetricStates
+from lightning_fl.strategies.results import ResultCollection
+
+
+class ClientSession:
+    """The logged values and torchmetrics of one client group.
+
+    Args:
+        results: Where Lightning collects what is logged.
+        values: Takes in the values of accepted clients.
+        metric_states: The module's torchmetrics, as they are before the group trains.
+    """
+
+    def __init__(self, results: ResultCollection, values: LoggedValues, metric_states: MetricStates) -> None:
+        self.results = results
+        self.values = values
+        self.metric_states = metric_states
+        self._before = self._before_phase = metric_states.snapshot()
+
+    def end_phase(self, counts: bool) -> None:
+        """A phase of local training ends.
+
+        Args:
+            counts: Whether it trained the model that is sent, so that what was logged counts.
+        """
+        self.values.after_phase(self.results, counts)
+        if counts:
+            self._before_phase = self.metric_states.snapshot()
+        else:
+            self.metric_states.restore(self._before_phase)
+
+    def finish(
+        self,
+        accepted: Sequence[bool],
+        restrict_to: Callable[[Sequence[bool]], Mapping[str, Mapping[str, Any]]] | None = None,
+    ) -> dict[str, float]:
+        """The group has been trained.
+
+        Args:
+            accepted: For each client, whether its update was accepted.
+            restrict_to: Updates the torchmetrics with the accepted clients only and returns what those have logged.
+
+        Returns:
+            What was logged, by name.
+        """
+        corrected = None
+        if not all(accepted):
+            self.metric_states.restore(self._before)
+            corrected = None if restrict_to is None else restrict_to(accepted)
+        return self.values.after_client(self.results, any(accepted), corrected)
+
+    def drop(self) -> None:
+        """The group will not be finished."""
+        self.values.after_client(self.results, accepted=False)
+        self.metric_states.restore(self._before)

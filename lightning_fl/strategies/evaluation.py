@@ -1,0 +1,91 @@
+"""Metrics of an evaluation, equal on all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from lightning import LightningModule
+
+from lightning_fl.aggregation import Aggregator, FederationFacts
+from lightning_fl.communication import Group, Message
+from lightning_fl.federation.metric_entries import Entries, as_numbers, merge_entries
+from lightning_fl.federation.report_masking import mask, unmask
+from lightning_fl.strategies.logged_values import evaluation_entries, publish
+from lightning_fl.strategies.metric_states import MetricStates
+from lightning_fl.strategies.results import ResultCollection
+from lightning_fl.types import Tree
+
+
+class EvaluationMetrics:
+    """Metrics of an evaluation, equal on all ranks.
+
+    Ranks that have read the same data count once, others as the union of their data.
+
+    Args:
+        group: The ranks of the federation.
+        module: The user's module.
+        aggregator: Joins what ranks with data of their own report, and may hide it.
+    """
+
+    def __init__(self, group: Group, module: LightningModule, aggregator: Aggregator) -> None:
+        self.group = group
+        self.module = module
+        self.aggregator = aggregator
+        self.states = MetricStates(module, group.rank)
+        self.hides = False
+        self.per_rank = False
+        self.first_batch = ""
+        self._session: Any = None
+        self._placeholders: list[str] = []
+
+    def start(self, results: ResultCollection, per_rank: bool, silos: bool) -> None:
+        """An evaluation begins.
+
+        Args:
+            results: Where Lightning collects what is logged.
+            per_rank: Whether ranks may have data of their own.
+            silos: Whether it is that of silos.
+        """
+        self.hides = silos and self.aggregator.hides_reports and self.group.size > 1
+        if self.hides and self._session is None:
+            self._session = self.aggregator.open(self.group, FederationFacts(silos, self.group.size, is_training=False))
+        for key in self._placeholders:
+            results.pop(key, None)
+        self._placeholders = []
+        self.per_rank = per_rank
+        self.first_batch = ""
+        self.states.mark()
+
+    @contextmanager
+    def merged(self, results: ResultCollection) -> Iterator[None]:
+        """Inside the block, the values of the loader at hand are those of all ranks."""
+        if self.group.size == 1:
+            yield
+            return
+        own = self.states.snapshot()
+        reports = self._gather(as_numbers(evaluation_entries(results)))
+        self.states.merge(_states(reports), self.module.device)
+        entries = merge_entries(message.fields["metrics"] for message in reports)
+        self._placeholders += publish(entries, results, self.module, self.module.device)
+        yield
+        self.states.restore(own)
+
+    def end(self) -> None:
+        """All loaders have been read: metrics that the user computes by hand are those of all ranks."""
+        if self.group.size > 1:
+            self.states.merge(_states(self._gather({})), self.module.device)
+
+    def _gather(self, entries: Entries) -> list[Message]:
+        fields, tensors = self.states.report() if self.per_rank else ({}, {})
+        report = Message({"metrics": entries, "metric_states": fields, "first_batch": self.first_batch}, tensors)
+        if self.hides:
+            return unmask(self.aggregator.gather(self._session, self.group, mask(report), "evaluation"))
+        reports = self.group.all_gather(report, "evaluation")
+        same_data = len({message.fields["first_batch"] for message in reports}) == 1
+        return reports if self.per_rank and not same_data else reports[:1]
+
+
+def _states(reports: Sequence[Message]) -> list[tuple[dict[str, Any], Tree]]:
+    return [(report.fields["metric_states"], report.tensors) for report in reports]

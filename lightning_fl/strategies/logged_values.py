@@ -1,0 +1,122 @@
+"""What the clients log with ``self.log``, on its way into the cohort's mean and back to Lightning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_fl.federation.metric_entries import Entries, add_entry, value_of
+from lightning_fl.strategies import results as logged
+from lightning_fl.strategies.results import ResultCollection
+
+LATE_HOOK = "on_train_batch_end"
+"""Runs once more after the round has been closed; what it logs is joined at the epoch's end."""
+
+
+class LoggedValues:
+    """Adds up, in float64, what the clients of this rank log with ``self.log`` in a round."""
+
+    def __init__(self) -> None:
+        self.entries: Entries = {}
+        self._client: Entries = {}
+        self._phase: Entries = {}
+        self._counts: dict[str, int] = {}
+
+    def after_batch(self, results: ResultCollection, num_examples: int) -> None:
+        """Takes in values logged for the step only, which Lightning does not add up."""
+        for key, result in results.items():
+            if result.is_tensor and not result.meta.on_epoch and self._was_updated(key, result):
+                entry = logged.step_entry(result, num_examples)
+                if entry is not None:
+                    add_entry(self._phase, key, entry)
+
+    def after_phase(self, results: ResultCollection, counts: bool) -> None:
+        """Takes in what a client has logged in a phase, or drops it."""
+        for key, result in results.items():
+            of_training = result.is_tensor and result.meta.on_epoch and result.meta.fx != LATE_HOOK
+            if of_training and not result.has_reset and self._was_updated(key, result):
+                add_entry(self._phase, key, logged.entry(result))
+                logged.empty(result)
+        if counts:
+            for key, entry in self._phase.items():
+                add_entry(self._client, key, entry)
+        self._phase = {}
+
+    def after_client(
+        self, results: ResultCollection, accepted: bool, corrected: Mapping[str, Mapping[str, Any]] | None = None
+    ) -> dict[str, float]:
+        """Takes in what a client, or several together, have logged, or drops it if no update was accepted.
+
+        Args:
+            results: Where Lightning collects what is logged.
+            accepted: Whether an update was accepted.
+            corrected: Values and weights of accepted clients only, where others have logged together with them.
+
+        Returns:
+            What was logged, by name.
+        """
+        self.after_phase(results, accepted)
+        if accepted:
+            for key, entry in self._client.items():
+                add_entry(self.entries, key, {**entry, **(corrected or {}).get(key, {})})
+        own, self._client = self._client, {}
+        return {entry["name"]: value_of(entry) for entry in own.values()}
+
+    def _was_updated(self, key: str, result: Any) -> bool:
+        before, self._counts[key] = self._counts.get(key, 0), logged.num_updates(result)
+        return self._counts[key] != before
+
+
+def late_entries(results: ResultCollection) -> Entries:
+    """Values of the epoch logged in a hook that runs after the round has been closed."""
+    return {
+        key: logged.entry(result)
+        for key, result in results.items()
+        if result.is_tensor and result.meta.on_epoch and not result.has_reset and result.meta.fx == LATE_HOOK
+    }
+
+
+def logged_metric_entries(results: ResultCollection) -> Entries:
+    """The logged torchmetrics; their states travel by themselves."""
+    return {
+        key: logged.entry(result) for key, result in results.items() if not result.is_tensor and not result.has_reset
+    }
+
+
+def evaluation_entries(results: ResultCollection) -> Entries:
+    """What this rank has logged over the evaluation loader at hand."""
+    return {
+        key: logged.entry(result)
+        for key, result in results.valid_items()
+        if result.meta.on_epoch and not logged.is_computed(result)
+    }
+
+
+def hide_unmerged(results: ResultCollection, merged: Entries) -> None:
+    """Hides what only refused clients have logged in this round."""
+    for key, result in results.items():
+        if result.is_tensor and result.meta.on_epoch and result.meta.fx != LATE_HOOK and key not in merged:
+            result.has_reset = True
+
+
+def publish(entries: Entries, results: ResultCollection, module: nn.Module, device: torch.device) -> list[str]:
+    """Writes joined values into the result collection, where Lightning reads them.
+
+    Returns:
+        Keys that this rank had not logged itself; they are to be removed before it logs again.
+    """
+    added = []
+    for key, entry in entries.items():
+        if key not in results:
+            settings = {name: value for name, value in entry.items() if name not in ("value", "weight")}
+            results[key] = logged.placeholder(settings, device)
+            added.append(key)
+        result = results[key]
+        if not entry["is_tensor"]:
+            logged.show_metric(result, module.get_submodule(entry["metric_attribute"]))
+            continue
+        logged.show(result, value_of(entry))
+    return added

@@ -1,0 +1,357 @@
+"""Lightning's loops, changed where an epoch is a round of several clients. Holds for lightning >= 2.6, < 2.7.
+
+Together with ``internals.py`` this is all that touches what Lightning keeps private; ``tests/trainer`` fails when it
+changes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar, Timer
+from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
+from lightning.pytorch.loops.fetchers import _DataFetcher
+from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.loops.optimization.automatic import _AutomaticOptimization
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.trainer import call
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+
+from lightning_fl.clients.local_work import BatchPosition
+
+OUTSIDE_CLIENTS = BatchPosition(0)
+"""The position while no client trains: a window of its own, so that nothing waits for more batches."""
+
+
+class RoundEpochLoop(_TrainingEpochLoop):
+    """Lightning's epoch loop, in which an epoch is a round of several clients.
+
+    - One ``advance`` runs a whole round, which the strategy's driver leads from client group to client group; it calls
+      :meth:`train_batch` and :meth:`end_batch` for each batch, the two halves of what Lightning does in ``advance``.
+    - ``max_steps`` and ``should_stop`` count at the round's end only, where all ranks decide together; so does
+      validation.
+    - Accumulation windows, the frequency of step schedules and the ``batch_idx`` of ``training_step`` are counted
+      within a client, so that they do not depend on which rank trains it.
+    - Epoch schedules step when the round is closed.
+    - A rank without clients passes through the round without the user's batch hooks.
+    """
+
+    position: BatchPosition
+    """Where the current batch stands in its client's local work."""
+    is_round_done: bool | None
+    """Whether the round's last batch has come; None before a round has begun in this fit."""
+    outputs: Any
+    batch: Any
+    batch_idx_in_round: int
+
+    def prepare(self) -> None:
+        """Sets what :func:`adopt_loops` could not, since Lightning has made the object."""
+        self.position = OUTSIDE_CLIENTS
+        self.is_round_done = None
+        self.outputs = self.batch = None
+        self.batch_idx_in_round = -1
+
+    # ---- when it ends
+
+    def _num_ready_batches_reached(self) -> bool:
+        if self.is_round_done is None:  # a checkpoint holds complete rounds only
+            return self.batch_progress.current.ready > 0
+        return self.is_round_done
+
+    @property
+    def _is_training_done(self) -> bool:
+        return self._num_ready_batches_reached()
+
+    @property
+    def done(self) -> bool:
+        return self._is_training_done and self._is_validation_done
+
+    def _should_check_val_fx(self, data_fetcher: _DataFetcher) -> bool:
+        return self._num_ready_batches_reached() and self._should_check_val_epoch()
+
+    def _accumulated_batches_reached(self) -> bool:
+        return self.position.ends_window
+
+    def reset(self) -> None:
+        super().reset()
+        if not self.restarting:
+            self.is_round_done = False
+
+    # ---- a round
+
+    def advance(self, data_fetcher: _DataFetcher) -> None:
+        if self.restarting and self._should_check_val_fx(data_fetcher):
+            if self.val_loop.restarted_mid_evaluation:
+                return
+            if self.restarted_on_last:
+                self._skip_next_val = True
+                return
+            self.val_loop.increment_progress_to_evaluation_end()
+        self.val_loop.restarting = False
+        self.trainer.strategy.driver.run_round(self)  # type: ignore[attr-defined]
+
+    def on_advance_end(self, data_fetcher: _DataFetcher) -> None:
+        self.trainer.strategy.driver.settle()  # type: ignore[attr-defined]
+        super().on_advance_end(data_fetcher)
+
+    def train_batch(self, batch: Any, position: BatchPosition, ends_round: bool) -> Any:
+        """Trains on a batch with all of Lightning's hooks up to ``on_train_batch_end``.
+
+        Args:
+            batch: The batch as it was read.
+            position: Where it stands in its client's local work.
+            ends_round: Whether it is this rank's last batch of the round.
+
+        Returns:
+            What the optimization loop makes of the output of ``training_step``.
+        """
+        trainer = self.trainer
+        module, connector = trainer.lightning_module, trainer._logger_connector
+        self.position, self.is_round_done = position, ends_round
+        self.batch_idx_in_round, self.outputs = self.batch_idx + 1, None
+        self.batch_progress.is_last_batch = ends_round
+        batch = module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), dataloader_idx=0)
+        self.batch = batch = call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=0)
+        self.batch_progress.increment_ready()
+        connector.on_batch_start(batch)
+        if batch is None:
+            self._warning_cache.warn("train_dataloader yielded None. If this was on purpose, ignore this warning...")
+        else:
+            self._start_hooks(batch, self.batch_idx_in_round)
+            self.batch_progress.increment_started()
+            kwargs = self._build_kwargs(OrderedDict(), batch, position.offset)
+            with trainer.profiler.profile("run_training_batch"):  # type: ignore[attr-defined]
+                if module.automatic_optimization:
+                    optimizer = trainer.optimizers[0]
+                    self.outputs = self.automatic_optimization.run(optimizer, self.batch_idx_in_round, kwargs)
+                else:
+                    self.outputs = self.manual_optimization.run(kwargs)
+        self.batch_progress.increment_processed()
+        self.update_lr_schedulers("step", update_plateau_schedulers=False)
+        return self.outputs
+
+    def _start_hooks(self, batch: Any, batch_idx: int) -> None:
+        trainer = self.trainer
+        call._call_callback_hooks(trainer, "on_train_batch_start", batch, batch_idx)
+        response = call._call_lightning_module_hook(trainer, "on_train_batch_start", batch, batch_idx)
+        call._call_strategy_hook(trainer, "on_train_batch_start", batch, batch_idx)
+        if response == -1:
+            raise MisconfigurationException(
+                f"Round {trainer.current_epoch} ended before its last batch. `on_train_batch_start` must not return -1 "
+                "in a federation; use limit_train_batches or local_steps to train less."
+            )
+
+    def end_batch(self) -> None:
+        """Runs the hooks after a batch; those of the round's last batch after the round has been closed."""
+        trainer, batch, outputs = self.trainer, self.batch, self.outputs
+        call._call_callback_hooks(trainer, "on_train_batch_end", outputs, batch, self.batch_idx_in_round)
+        call._call_lightning_module_hook(trainer, "on_train_batch_end", outputs, batch, self.batch_idx_in_round)
+        self.batch = self.outputs = None
+        trainer._logger_connector.on_batch_end()
+        self.batch_progress.increment_completed()
+        trainer._logger_connector.update_train_step_metrics()
+        self._end_iteration()
+
+    def skip_batch(self) -> None:
+        """Passes through the end of a round in which this rank has no batch (left)."""
+        self.position, self.is_round_done = OUTSIDE_CLIENTS, True
+        self.batch_idx_in_round = self.batch_progress.current.ready
+        self.batch_progress.is_last_batch = True
+        self.batch_progress.increment_ready()
+        self.trainer._logger_connector.on_batch_start(None)
+        self.batch_progress.increment_started()
+        self.batch_progress.increment_processed()
+
+    def end_without_hooks(self) -> None:
+        """Ends the round's last batch for Lightning's own callbacks only, because no other looks at batches."""
+        trainer, module = self.trainer, self.trainer.lightning_module
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Checkpoint | Timer):
+                callback.on_train_batch_end(trainer, module, None, None, self.batch_idx_in_round)
+        trainer._logger_connector.on_batch_end()
+        self.batch_progress.increment_completed()
+        trainer._logger_connector.update_train_step_metrics()
+
+    # ---- the same without the hooks, for the tight loop
+
+    def count_start(self, batch: Any, position: BatchPosition, ends_round: bool) -> None:
+        """Counts a batch that begins outside Lightning's hooks; ``self.log`` in its step finds the batch."""
+        self.position, self.is_round_done = position, ends_round
+        self.batch_idx_in_round = self.batch_idx + 1
+        self.batch_progress.is_last_batch = ends_round
+        self.batch_progress.increment_ready()
+        self.batch_progress.increment_started()
+        self.trainer._logger_connector.on_batch_start(batch)
+
+    def count_trained(self) -> None:
+        """Counts a batch that was trained outside Lightning's hooks, and its optimizer step."""
+        self.batch_progress.increment_processed()
+        if self.position.ends_window:
+            step = self.automatic_optimization.optim_progress.optimizer.step
+            step.increment_ready()
+            step.increment_completed()
+            if self.trainer.lr_scheduler_configs:
+                self.step_client_schedules()
+
+    def count_end(self) -> None:
+        """Counts the end of a batch, and logs its values if it is the loggers' turn."""
+        self.batch_progress.increment_completed()
+        connector = self.trainer._logger_connector
+        if self.trainer.loggers and connector.should_update_logs:
+            connector.update_train_step_metrics()
+        self._end_iteration()
+
+    def show_group(self) -> None:
+        """Shows Lightning's own callbacks the last batch of a client group, whose batches they have not seen."""
+        trainer, module = self.trainer, self.trainer.lightning_module
+        trainer._logger_connector.on_batch_end()
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, ProgressBar):
+                callback.on_train_batch_end(trainer, module, None, None, self.batch_idx_in_round)
+
+    def _end_iteration(self) -> None:
+        if self.is_round_done:
+            return  # Lightning does it, once the global model has been validated
+        if self.position.ends_window:
+            self._batches_that_stepped += 1
+        self._save_loggers_on_train_batch_end()
+        if self.trainer.received_sigterm:
+            raise SIGTERMException
+        self.on_iteration_done()
+
+    # ---- within a client
+
+    def _build_kwargs(self, kwargs: OrderedDict, batch: Any, batch_idx: int) -> OrderedDict:
+        return super()._build_kwargs(kwargs, batch, self.position.offset)
+
+    def update_lr_schedulers(self, interval: str, update_plateau_schedulers: bool) -> None:
+        if interval == "epoch" and update_plateau_schedulers:
+            super().update_lr_schedulers(interval, update_plateau_schedulers)
+        elif interval == "step" and not update_plateau_schedulers and self.position.ends_window:
+            self.step_client_schedules()
+
+    def step_client_schedules(self) -> None:
+        """Steps the schedules that step inside a client's local training."""
+        if not self.trainer.lightning_module.automatic_optimization:
+            return
+        for config, schedule in self.trainer.strategy.driver.schedules:  # type: ignore[attr-defined]
+            if config.interval == "step" and (self.position.offset + 1) % config.frequency == 0:
+                self.scheduler_progress.increment_ready()
+                schedule.take_step()
+                self.scheduler_progress.increment_completed()
+
+    def step_epoch_schedules(self) -> None:
+        """Steps the schedules that step once a round."""
+        with warnings.catch_warnings():
+            # a rank without clients steps its schedules though its optimizers have not stepped
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            self._update_learning_rates("epoch", update_plateau_schedulers=False)
+
+    def set_global_step(self, step: int) -> None:
+        """Sets ``trainer.global_step``, which Lightning counts per process, so that all ranks agree."""
+        for total in (
+            self.automatic_optimization.optim_progress.optimizer.step.total,
+            self.manual_optimization.optim_step_progress.total,
+        ):
+            total.ready = total.completed = step
+
+
+class RoundOptimization(_AutomaticOptimization):
+    """Automatic optimization that empties the gradients at the start of a client's accumulation window."""
+
+    def _make_zero_grad_fn(self, batch_idx: int, optimizer: torch.optim.Optimizer) -> Callable[[], None] | None:
+        window_idx = 0 if self.trainer.fit_loop.epoch_loop.position.starts_window else 1  # type: ignore[attr-defined]
+        return super()._make_zero_grad_fn(window_idx if self.trainer.accumulate_grad_batches > 1 else 0, optimizer)
+
+
+class RoundFitLoop(_FitLoop):
+    """Lightning's fit loop, with the limit on batches left to the clients.
+
+    ``trainer.estimated_stepping_batches`` multiplies ``max_batches`` by the epochs. Until training starts it must see
+    the largest client, for whom schedules are made, not the sum over a rank's clients.
+    """
+
+    @property
+    def max_batches(self) -> int | float:
+        driver = getattr(self.trainer.strategy, "driver", None)
+        if driver is None or driver.has_started or self._looks_itself:
+            return self.__dict__["max_batches"]
+        return driver.largest_num_batches()
+
+    @max_batches.setter
+    def max_batches(self, value: int | float) -> None:
+        self.__dict__["max_batches"] = value
+
+    @property
+    def _looks_itself(self) -> bool:
+        return self.__dict__.get("looks_itself", False)
+
+    @contextmanager
+    def _looking_itself(self) -> Iterator[None]:
+        before, self.__dict__["looks_itself"] = self._looks_itself, True
+        try:
+            yield
+        finally:
+            self.__dict__["looks_itself"] = before
+
+    @property
+    def done(self) -> bool:
+        with self._looking_itself():
+            return super().done
+
+    def on_advance_end(self) -> None:
+        super().on_advance_end()
+        self.trainer.strategy.driver.agree_to_stop()  # type: ignore[attr-defined]
+
+    def setup_data(self) -> None:
+        strategy: Any = self.trainer.strategy
+        limit, self.trainer.limit_train_batches = self.trainer.limit_train_batches, 1.0
+        strategy.limit_train_batches = limit
+        try:
+            with strategy.local_phase(), self._looking_itself():
+                super().setup_data()
+        finally:
+            self.trainer.limit_train_batches = limit
+        if self._combined_loader is not None and strategy.driver is not None:
+            strategy.driver.set_length()
+
+
+class RoundEvaluationLoop(_EvaluationLoop):
+    """Lightning's evaluation loop, with metrics joined over ranks before they are read and collectives local in it.
+
+    Lightning compares the loaders' lengths over the ranks, one by one; silos may have different numbers of loaders.
+    """
+
+    def setup_data(self) -> None:
+        last = self._combined_loader
+        with self.trainer.strategy.local_phase():  # type: ignore[attr-defined]
+            super().setup_data()
+        if self._combined_loader is not last:
+            num_loaders = sum(num_batches > 0 for num_batches in self._max_batches)
+            self.trainer.strategy.check_evaluation_data(num_loaders)  # type: ignore[attr-defined]
+
+    def _store_dataloader_outputs(self) -> None:
+        with self.trainer.strategy.evaluation_metrics.merged(self._results):  # type: ignore[attr-defined]
+            super()._store_dataloader_outputs()
+
+    def _on_evaluation_epoch_end(self) -> None:
+        self.trainer.strategy.end_evaluation()  # type: ignore[attr-defined]
+        super()._on_evaluation_epoch_end()
+
+
+def adopt_loops(trainer: Trainer) -> None:
+    """Turns the Trainer's loops into those above; Lightning has no way to pass loops of one's own."""
+    epoch_loop = trainer.fit_loop.epoch_loop
+    trainer.fit_loop.__class__ = RoundFitLoop
+    epoch_loop.__class__ = RoundEpochLoop
+    epoch_loop.automatic_optimization.__class__ = RoundOptimization
+    assert isinstance(epoch_loop, RoundEpochLoop)
+    epoch_loop.prepare()
+    for loop in (epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop):
+        loop.__class__ = RoundEvaluationLoop

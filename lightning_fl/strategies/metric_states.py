@@ -1,0 +1,118 @@
+"""The torchmetrics of a module, joined over ranks by their states."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_sum
+
+from lightning_fl.types import Tree
+
+
+class MetricStates:
+    """The torchmetrics of a module, joined over ranks by their states, each in the way it declares itself.
+
+    After a merge every rank holds the union. If the user does not reset a metric, the union goes on on rank 0 only, so
+    that the next merge does not count it once for each rank.
+
+    Args:
+        module: The user's module.
+        rank: This process's place in the federation.
+    """
+
+    def __init__(self, module: nn.Module, rank: int) -> None:
+        self.metrics = {name: metric for name, metric in module.named_modules() if isinstance(metric, Metric)}
+        self.rank = rank
+        self._merged: dict[str, int] = {}
+        self._counts: dict[str, int] = {}
+        self.mark()
+
+    def mark(self) -> None:
+        """Counts updates from here on."""
+        kept = {name for name, count in self._merged.items() if self.metrics[name]._update_count == count}
+        self._merged = {name: count for name, count in self._merged.items() if name in kept}
+        if self.rank != 0:
+            for name in kept:
+                self.metrics[name].reset()
+        self._counts = {name: metric._update_count for name, metric in self.metrics.items()}
+
+    def snapshot(self) -> dict[str, tuple[int, dict[str, Any]]]:
+        """Copies of all states."""
+        return {
+            name: (metric._update_count, {key: _copy(getattr(metric, key)) for key in metric._defaults})
+            for name, metric in self.metrics.items()
+        }
+
+    def restore(self, snapshot: Mapping[str, tuple[int, dict[str, Any]]]) -> None:
+        """Puts back what :meth:`snapshot` copied."""
+        for name, (count, states) in snapshot.items():
+            metric = self.metrics[name]
+            for key, value in states.items():
+                setattr(metric, key, value)
+            metric._update_count = count
+            metric._computed = None
+
+    def report(self) -> tuple[dict[str, Any], Tree]:
+        """What to tell the other ranks: of each metric updated since :meth:`mark`, its number of updates and state."""
+        fields: dict[str, Any] = {}
+        tensors: Tree = {}
+        for name, metric in self.metrics.items():
+            if metric._update_count == self._counts[name] and not (self.rank == 0 and name in self._merged):
+                continue
+            lengths: dict[str, int | None] = {}
+            for key in metric._defaults:
+                state = getattr(metric, key)
+                lengths[key] = len(state) if isinstance(state, list) else None
+                for index, tensor in enumerate(state if isinstance(state, list) else [state]):
+                    tensors[f"{name}/{key}/{index}"] = tensor
+            is_sum = all(length is None for length in lengths.values()) and all(
+                metric._reductions[key] is dim_zero_sum for key in metric._defaults
+            )
+            fields[name] = {"count": metric._update_count, "lengths": lengths, "is_sum": is_sum}
+        return fields, tensors
+
+    def merge(self, reports: Sequence[tuple[Mapping[str, Any], Tree]], device: torch.device) -> None:
+        """Joins the ranks' states into the metrics of this rank.
+
+        Args:
+            reports: What :meth:`report` returned on each rank.
+            device: Where the states go.
+
+        Raises:
+            ValueError: If a rank reports a metric or a state that this rank's module does not have.
+        """
+        for name in dict.fromkeys(name for descriptions, _ in reports for name in descriptions):
+            metric = self.metrics.get(name)
+            reported = [(own[name], tensors) for own, tensors in reports if name in own]
+            if metric is None or any(set(own["lengths"]) != set(metric._defaults) for own, _ in reported):
+                raise ValueError(f"The ranks' modules differ in their metric {name!r}; they must be the same.")
+            for key in metric._defaults:
+                parts = [
+                    [tensors[f"{name}/{key}/{index}"].to(device) for index in range(_length(own["lengths"][key]))]
+                    for own, tensors in reported
+                ]
+                setattr(metric, key, _reduce(metric, key, parts))
+            metric._update_count = sum(own["count"] for own, _ in reported)
+            metric._computed = None
+            self._merged[name] = metric._update_count
+
+
+def _length(length: int | None) -> int:
+    """Tensors of a state: those of a list, or one."""
+    return 1 if length is None else length
+
+
+def _copy(state: Any) -> Any:
+    return list(state) if isinstance(state, list) else state.clone()
+
+
+def _reduce(metric: Metric, key: str, parts: list[list[Tensor]]) -> Any:
+    if isinstance(metric._defaults[key], list):
+        return [tensor for part in parts for tensor in part]
+    stacked = torch.stack([part[0] for part in parts])
+    reduction = metric._reductions[key]
+    return stacked if reduction is None else reduction(stacked)  # type: ignore[operator]

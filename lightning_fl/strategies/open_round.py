@@ -1,0 +1,55 @@
+"""A round in progress on this rank, as Lightning sees it."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning_fl.federation import Round
+from lightning_fl.strategies.batch_steps import BatchSteps
+from lightning_fl.strategies.client_session import ClientSession
+from lightning_fl.strategies.logged_values import LoggedValues
+from lightning_fl.strategies.round_loaders import RoundLoaders
+from lightning_fl.types import ClientId
+
+
+@dataclass
+class OpenRound:
+    """A round in progress on this rank.
+
+    Args:
+        round: The round.
+        loaders: Opens the clients' loaders.
+        steps: Trains on batches.
+        values: What the clients have logged.
+        pending: The client groups whose turn is still to come.
+        first_step: ``trainer.global_step`` when the round began.
+        first_logger_step: The x-axis of the loggers when the round began.
+        loops_before: The progress of Lightning's loops before the round.
+        paused: What :func:`~lightning_fl.strategies.internals.pause_by_step` has paused.
+        current: The group whose turn it is.
+        session: What is logged while it trains.
+        failed: Clients of this rank whose loader has raised, and what.
+        num_batches_done: Batches that this rank has trained.
+        has_trained: Whether this rank has finished a client.
+        more_logger_steps: Steps by which the loggers' x-axis advances beyond those that Lightning counts.
+        first_batch: A digest of the first batch, if ranks are to compare it.
+    """
+
+    round: Round
+    loaders: RoundLoaders
+    steps: BatchSteps
+    values: LoggedValues
+    pending: deque[tuple[ClientId, ...]]
+    first_step: int
+    first_logger_step: int
+    loops_before: dict[str, Any]
+    paused: list[Any]
+    current: tuple[ClientId, ...] = ()
+    session: ClientSession | None = None
+    failed: dict[ClientId, str] = field(default_factory=dict)
+    num_batches_done: int = 0
+    has_trained: bool = False
+    more_logger_steps: int = 0
+    first_batch: str = ""

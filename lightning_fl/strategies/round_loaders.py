@@ -1,0 +1,142 @@
+"""The loaders of a round's clients, each made when its turn comes, the next one's workers started ahead of it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
+
+from lightning_fl.clients import Population
+from lightning_fl.data.client_loaders import Loader
+from lightning_fl.data.lazy_batches import as_lazy
+from lightning_fl.data.prefetch import PrefetchedLoader, can_prefetch
+from lightning_fl.data.splitting import in_order
+from lightning_fl.federation import ClientBatches, LoaderFailed, RankPlan
+from lightning_fl.seeding import ClientRandomness, derive_seed, isolated_randomness
+from lightning_fl.strategies.user_warnings import UserWarnings
+from lightning_fl.types import ClientId
+
+UNKNOWN_LENGTH = sys.maxsize // 2
+
+
+class RoundLoaders:
+    """Opens the loaders of a round's clients.
+
+    Args:
+        plan: What this rank does in the round.
+        population: All clients.
+        seed: Seed of the federation.
+        following: Tells which client's turn comes after one's own; None: nobody's.
+        keep_order: Whether loaders that shuffle are read in order, as ``overfit_batches`` wants.
+        warnings: Is told of each loader.
+    """
+
+    def __init__(
+        self,
+        plan: RankPlan,
+        population: Population,
+        seed: int,
+        following: Callable[[ClientId], ClientId | None],
+        keep_order: bool,
+        warnings: UserWarnings,
+    ) -> None:
+        self.plan = plan
+        self.population = population
+        self.seed = seed
+        self.following = following
+        self.keep_order = keep_order
+        self.warnings = warnings
+        self._planned = dict(plan.loaders)
+        self._ahead: dict[ClientId, Loader] = {}
+        self._randomness = ClientRandomness()
+        self._read: list[ClientBatches] = []
+
+    @property
+    def seconds_waiting(self) -> float:
+        """Seconds in which training has waited for the clients' data."""
+        return sum(batches.seconds_waiting for batches in self._read)
+
+    def open(self, client: ClientId, works: Any) -> ClientBatches:
+        """A client's batches, to be read while it trains.
+
+        Raises:
+            LoaderFailed: If its loader can't be made.
+        """
+        return self._batches(client, self._take(client), works)
+
+    def open_ahead(self, client: ClientId, works: Any) -> ClientBatches:
+        """A client's batches, to be read before it trains, with the random numbers of its turn until :meth:`leave`.
+
+        Raises:
+            LoaderFailed: If its loader can't be made.
+        """
+        loader = self._take(client)
+        if type(loader) not in (list, tuple):  # which draw no random numbers
+            self._randomness.enter(self.seed, self.plan.round, client)
+            self._randomness.seed_loader(loader, derive_seed(self.seed, self.plan.round, "loader", client))
+            loader = as_lazy(loader)
+        return self._batches(client, loader, works)
+
+    def leave(self) -> None:
+        """Puts the random generators back."""
+        self._randomness.exit()
+
+    def _batches(self, client: ClientId, loader: Loader, works: Any) -> ClientBatches:
+        batches = ClientBatches(
+            client, loader, works, self.plan.round, self.plan.max_work, on_first_batch=self._start_workers
+        )
+        self._read.append(batches)
+        return batches
+
+    def _take(self, client: ClientId) -> Loader:
+        try:
+            loader = self._ahead.pop(client) if client in self._ahead else self._make(client)
+        except Exception as error:
+            raise LoaderFailed(client, error) from error
+        if isinstance(loader, PrefetchedLoader) or can_prefetch(loader):
+            self._make_next(client)
+        self.warnings.loader(loader)
+        return in_order(loader) if self.keep_order else loader
+
+    def _make(self, client: ClientId) -> Loader:
+        return self._planned.pop(client) if client in self._planned else self.population.loaders[client]
+
+    def _make_next(self, client: ClientId) -> None:
+        # Before this client is opened: what draws random numbers when it is made must not draw this client's.
+        following = self.following(client)
+        if following is not None and not self._ahead:
+            with suppress(Exception):  # it will be raised, and its client named, when its turn comes
+                self._ahead[following] = self._make(following)
+
+    def _start_workers(self) -> None:
+        """Lets the next client's workers read while the current client trains."""
+        for client, loader in self._ahead.items():
+            if self.keep_order or not can_prefetch(loader):
+                continue
+            with suppress(Exception), isolated_randomness(self.seed, self.plan.round, client) as randomness:
+                randomness.seed_loader(loader, derive_seed(self.seed, self.plan.round, "loader", client))
+                self._ahead[client] = PrefetchedLoader(loader)
+
+    def close(self) -> None:
+        """Lets go of what was made ahead, because the round ends."""
+        self._ahead.clear()
+        self.leave()
+
+
+class RoundLoader:
+    """Stands for a round's batches where Lightning wants a loader; the strategy's epoch loop reads the clients' own.
+
+    Args:
+        num_batches: Tells how many batches this rank has in the round; None if that is unknown.
+    """
+
+    def __init__(self, num_batches: Callable[[], int | None]) -> None:
+        self._num_batches = num_batches
+
+    def __len__(self) -> int:
+        num_batches = self._num_batches()
+        return UNKNOWN_LENGTH if num_batches is None else num_batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())

@@ -1,0 +1,179 @@
+"""What a callback may know and do of a round."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_fl.clients import ClientStore, LocalWork, Participation, Population
+from lightning_fl.communication import Group
+from lightning_fl.engines import LocalTrainer
+from lightning_fl.federation import FederationSettings, FederationState, Planner, RankPlan
+from lightning_fl.tree import move
+from lightning_fl.types import ClientId, State, Tree
+
+
+class _Driver(Protocol):
+    """The parts of the round driver that a view shows."""
+
+    population: Population
+    group: Group
+    settings: FederationSettings
+    participation: Participation
+    planner: Planner
+    plan: RankPlan
+    max_work: LocalWork
+    sticky: bool
+    store: ClientStore
+    state: FederationState
+    history: list[dict[str, Any]]
+    local_trainer: LocalTrainer | None
+    vectorized: Any
+
+
+class RoundView:
+    """The current round, or between rounds the one that comes next, as hooks of callbacks see it.
+
+    ``FederatedCallback``'s hooks get it as ``view`` if they name such a parameter; other hooks find it as
+    ``trainer.strategy.view``. What it returns is for reading, unless a method says otherwise.
+    """
+
+    def __init__(self, driver: _Driver) -> None:
+        self._driver = driver
+
+    # ---- the federation
+
+    @property
+    def settings(self) -> FederationSettings:
+        """Algorithm, aggregator, transforms, weighting, seed: what does not change from round to round."""
+        return self._driver.settings
+
+    @property
+    def population(self) -> Population:
+        """All clients and, as far as this rank has them, their loaders."""
+        return self._driver.population
+
+    @property
+    def participation(self) -> Participation:
+        """Who takes part in a round, and how much each client trains."""
+        return self._driver.participation
+
+    @property
+    def group(self) -> Group:
+        """The ranks of the federation."""
+        return self._driver.group
+
+    @property
+    def expected_cohort_size(self) -> float:
+        """Clients of a round, on average where the number is random."""
+        return self._driver.planner.sampler.sampling.size
+
+    @property
+    def history(self) -> Sequence[Mapping[str, Any]]:
+        """One entry for each finished round."""
+        return self._driver.history
+
+    @property
+    def server_state(self) -> State:
+        """The algorithm's server state; empty before the first round."""
+        return self._driver.state.server
+
+    # ---- the round
+
+    @property
+    def round(self) -> int:
+        """Number of the round, from 0."""
+        return self._driver.plan.round
+
+    @property
+    def cohort(self) -> Sequence[ClientId]:
+        """The clients of the round, on all ranks."""
+        return self._driver.plan.cohort
+
+    @property
+    def clients(self) -> Sequence[ClientId]:
+        """Those that this rank trains."""
+        return self._driver.plan.clients
+
+    @property
+    def groups(self) -> Sequence[tuple[ClientId, ...]]:
+        """The same, those together that were planned to train side by side."""
+        return self._driver.plan.groups
+
+    @property
+    def max_work(self) -> LocalWork:
+        """How much the client that trains the most trains in a round."""
+        return self._driver.max_work
+
+    def work_of(self, client: ClientId) -> list[LocalWork]:
+        """How much a client of the cohort trains, phase by phase; for others, the most that it may train."""
+        work = self._driver.plan.works.get(client, self._driver.max_work)
+        return self._driver.planner.phases(work)
+
+    def phases_of(self, work: LocalWork) -> list[LocalWork]:
+        """An amount of local work, phase by phase."""
+        return self._driver.planner.phases(work)
+
+    def place(self, clients: Sequence[ClientId], *, sticky: bool | None = None) -> list[list[ClientId]]:
+        """Which rank trains which of the clients.
+
+        Args:
+            clients: The clients.
+            sticky: Whether each stays on its home rank. None: as in training.
+        """
+        driver = self._driver
+        works = driver.plan.works if sticky is None else None
+        return driver.population.place(clients, driver.group.size, driver.sticky if sticky is None else sticky, works)
+
+    @property
+    def trains_groups(self) -> bool:
+        """Whether clients may train side by side, so that hooks do not see each of them by itself."""
+        return self._driver.vectorized is not None
+
+    # ---- the model
+
+    @property
+    def params(self) -> Mapping[str, Tensor]:
+        """The shared parameters of the module as they are at the moment, under their ``state_dict`` names."""
+        return self.trainer.tensors.params
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """All parameters and persistent buffers of the module as they are at the moment."""
+        return self.trainer.tensors.all
+
+    @property
+    def trainer(self) -> LocalTrainer:
+        """Trains this rank's client groups; its optimizers may be borrowed between rounds."""
+        trainer = self._driver.local_trainer
+        assert trainer is not None, "the view of a round's model is there from the start of training to its end"
+        return trainer
+
+    # ---- the clients' states
+
+    def clients_with_state(self) -> list[ClientId]:
+        """The clients of this rank that keep something between their rounds."""
+        return self._driver.store.clients()
+
+    def client_state(self, client: ClientId, device: torch.device | str = "cpu") -> dict[str, Any]:
+        """What a client that lives on this rank keeps between its rounds: ``personal`` tensors, ``algorithm``, ..."""
+        return move(self._driver.store.get(client) or {}, device)
+
+    def record_ledger(self, client: ClientId, ledger: Tensor) -> None:
+        """Keeps what has been spent of a client's privacy: at once, whatever becomes of the round."""
+        self._driver.store.record(client, ledger)
+
+    # ---- what is told of the round
+
+    def add_facts(self, facts: Mapping[str, float | str]) -> None:
+        """Adds facts to the last finished round's entry in ``strategy.history``."""
+        self._driver.history[-1].update(facts)
+
+
+def personal_tensors(view: RoundView, client: ClientId, device: torch.device | str) -> Tree:
+    """A client's personal tensors, or its own model; empty if it has none."""
+    personal: Tree = view.client_state(client, device).get("personal", {})
+    return personal
