@@ -4,10 +4,17 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-all audit experiments lint docs clean
+# Tests run in JOBS processes, each on one core; the tests of a file run in the same process.
+JOBS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+# What test-fast leaves out: tests of the Trainer, and of the helpers that start processes.
+NOT_FAST := audit callbacks cli contract examples helpers trainer test_benchmarks.py test_contributing.py test_docs.py test_recipes.py
+
+.PHONY: help demo test test-fast test-all audit experiments lint docs clean
 help:
 	@echo "make demo      trains 10 simulated clients on handwritten digits, beside the centralised baseline"
-	@echo "make test      the quick tests"
+	@echo "make test      all tests but the slow ones, in JOBS=2 processes"
+	@echo "make test-fast those that need no Trainer: about a minute"
 	@echo "make test-all  all tests"
 	@echo "make experiments  compares the recipes with their headers, then the published experiments: hours"
 	@echo "make audit     attacks on the shipped privacy, with what they prove beside what is claimed"
@@ -29,10 +36,13 @@ demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+test-fast: $(INSTALLED)
+	$(PYTEST) $(addprefix --ignore=tests/,$(NOT_FAST))
 
 test-all: $(INSTALLED)
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(PYTEST) -m "slow or not slow"
 
 experiments: $(INSTALLED)
 	$(BIN)/python benchmarks/recipes.py

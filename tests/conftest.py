@@ -5,15 +5,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch and NumPy; the processes that pytest-xdist starts inherit it
+
 import pytest
 import torch
 from hypothesis import settings
 
-from tests.helpers.distributed import WorkerPool, launches
+from tests.helpers.distributed import PATIENCE, WorkerPool, launches
 from tests.helpers.process_state import ProcessState
 
-MAX_LAUNCHES = 20  # `make test` starts no more processes than this: each costs 5 s
 MAX_RANKS = 4
+MAX_LAUNCHES = 16  # of commands and replaced workers in `make test`, beside a pool's workers: each costs 5 s
 
 torch.set_num_threads(1)
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
@@ -41,12 +43,12 @@ def worker_pool(pytestconfig: pytest.Config) -> Iterator[WorkerPool]:
 
 @pytest.fixture
 def run_ranks(worker_pool: WorkerPool) -> Callable[..., list[Any]]:
-    """``run_ranks(world_size, fn, *args, timeout=60, **kwargs)`` gives what ``fn`` returned on each rank.
+    """``run_ranks(world_size, fn, *args, timeout=PATIENCE, **kwargs)`` gives what ``fn`` returned on each rank.
 
     A world of one runs in pytest's own process, without the variables of a launcher.
     """
 
-    def run(world_size: int, fn: Callable[..., Any], *args: Any, timeout: float = 60.0, **kwargs: Any) -> list[Any]:
+    def run(world_size: int, fn: Callable[..., Any], *args: Any, timeout: float = PATIENCE, **kwargs: Any) -> list[Any]:
         if world_size > 1:
             return worker_pool.run(fn, *args, world_size=world_size, timeout=timeout, **kwargs)
         state = ProcessState()
@@ -58,12 +60,23 @@ def run_ranks(worker_pool: WorkerPool) -> Callable[..., list[Any]]:
     return run
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Count what a process of pytest-xdist has started, which is about to end."""
+    launches.extend(getattr(node, "workeroutput", {}).get("launches", []))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.write_line(f"process launches: {len(launches)}")
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if len(launches) > MAX_LAUNCHES and session.config.getoption("markexpr") == "not slow":
+    if hasattr(session.config, "workeroutput"):  # a process of pytest-xdist; the one that started it judges
+        session.config.workeroutput["launches"] = launches
+        return
+    num_pools = session.config.getoption("numprocesses", None) or 1
+    limit = MAX_LAUNCHES + MAX_RANKS * num_pools
+    if len(launches) > limit and session.config.getoption("markexpr") == "not slow":
         lines = "\n".join(launches)
-        print(f"\n{len(launches)} processes were started, at most {MAX_LAUNCHES} are allowed; use run_ranks:\n{lines}")
+        print(f"\n{len(launches)} processes were started, at most {limit} are allowed; use run_ranks:\n{lines}")
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

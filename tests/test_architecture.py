@@ -1,9 +1,12 @@
-"""Dependencies point one way, and only one file touches what Lightning keeps private."""
+"""Dependencies point one way and have no cycle, and what libraries keep private is touched in one place each."""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -11,24 +14,27 @@ import pytest
 import lightning_fl
 
 PACKAGE = Path(lightning_fl.__file__).parent
-INTERNALS = [PACKAGE / "strategies" / f"{name}.py" for name in ("internals", "results")]
-MAX_LINES = 500
-
+NAME = "lightning_fl"
 LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities")
-ON_TOP = tuple(f"lightning_fl.{room}" for room in ("callbacks", "cli", "datamodules", "models", "tracking"))
-WITHOUT_LIGHTNING = (*LIGHTNING, "lightning_fl.strategies", *ON_TOP)
-FORBIDDEN = {
-    "types.py": WITHOUT_LIGHTNING,
-    "tree.py": WITHOUT_LIGHTNING,
-    "optimizer_tree.py": WITHOUT_LIGHTNING,
-    "algorithms": (*WITHOUT_LIGHTNING, "torch.distributed"),
-    "aggregation": WITHOUT_LIGHTNING,
-    "clients": WITHOUT_LIGHTNING,
-    "communication": WITHOUT_LIGHTNING,
-    "engines": WITHOUT_LIGHTNING,
-    "privacy": WITHOUT_LIGHTNING,
-    "strategies": ON_TOP,
+
+LAYERS = (
+    ("types", "tree", "seeding", "optimizer_tree"),
+    ("algorithms", "clients", "data", "communication"),
+    ("aggregation", "engines"),
+    ("privacy",),
+    ("federation",),
+    ("strategies",),
+    ("callbacks", "datamodules", "models", "tracking"),
+    ("cli",),
+)
+"""Each room may import the rooms before its own layer; within a layer those that make no cycle."""
+LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
+WITHOUT_LIGHTNING = [room for rooms in LAYERS[: LAYER["strategies"]] for room in rooms]
+
+PRIVATE = {
+    "lightning": ("strategies/internals.py", "strategies/loops.py", "strategies/results.py"),
 }
+"""Where what a library keeps private may be touched; each touch has its reason there, and a test."""
 LIGHTNING_OBJECTS = {"trainer", "lightning_module", "pl_module", "fit_loop", "epoch_loop"}
 
 Finding = tuple[int, str]
@@ -52,12 +58,45 @@ def is_private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__")
 
 
-def forbidden_imports(source: str, forbidden: tuple[str, ...]) -> list[Finding]:
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def files() -> list[Path]:
+    found = sorted(PACKAGE.rglob("*.py"))
+    top = {PACKAGE / "__init__.py", PACKAGE / "__main__.py"}
+    return [path for path in found if path not in top and "starter" not in path.parts]
+
+
+def wrong_directions(sources: Mapping[Path, str]) -> list[str]:
+    """Imports of a room in a later layer than one's own."""
     return [
-        (line, name)
+        f"{path.relative_to(PACKAGE)}:{line}: {name}"
+        for path, source in sources.items()
         for line, name in imported_names(ast.parse(source))
-        if any(is_below(name, module) for module in forbidden)
+        if name.startswith(f"{NAME}.") and LAYER.get(name.split(".")[1], -1) > LAYER[room_of(path)]
     ]
+
+
+def import_graph(sources: Mapping[str, str]) -> dict[str, set[str]]:
+    """By module those that it imports, at whatever level and for whatever purpose."""
+    graph: dict[str, set[str]] = {}
+    for module, source in sources.items():
+        graph[module] = set()
+        for _, name in imported_names(ast.parse(source)):
+            target = name if name in sources else name.rpartition(".")[0]
+            if target in sources and target != module:
+                graph[module].add(target)
+    return graph
+
+
+def cycle_in(graph: Mapping[str, Iterable[str]]) -> list[str]:
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        cycle: list[str] = error.args[1]
+        return cycle
+    return []
 
 
 def private_touches(source: str) -> list[Finding]:
@@ -76,34 +115,105 @@ def private_touches(source: str) -> list[Finding]:
     return touches
 
 
-def report(findings: dict[Path, list[Finding]]) -> str:
-    return "\n".join(
-        f"{path.relative_to(PACKAGE.parent)}:{line}: {name}" for path, found in findings.items() for line, name in found
-    )
+def test_rooms_import_earlier_layers_only() -> None:
+    assert wrong_directions({path: path.read_text() for path in files()}) == []
 
 
-@pytest.mark.parametrize("room", FORBIDDEN)
-def test_dependencies_point_one_way(room: str) -> None:
-    files = [PACKAGE / room] if room.endswith(".py") else sorted((PACKAGE / room).rglob("*.py"))
-    findings = {path: forbidden_imports(path.read_text(), FORBIDDEN[room]) for path in files}
-    assert not any(findings.values()), f"{room} must not import:\n{report(findings)}"
+def test_every_room_has_its_layer() -> None:
+    assert {room_of(path) for path in files()} == set(LAYER)
 
 
-def test_only_one_file_touches_what_lightning_keeps_private() -> None:
-    findings = {
-        path: private_touches(path.read_text()) for path in sorted(PACKAGE.rglob("*.py")) if path not in INTERNALS
+def test_no_file_imports_itself_in_a_circle() -> None:
+    sources = {
+        f"{NAME}." + ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path.read_text()
+        for path in files()
+        if path.name != "__init__.py"
     }
-    assert not any(findings.values()), f"belongs into {INTERNALS[0].name}:\n{report(findings)}"
+    assert cycle_in(import_graph(sources)) == []
 
 
-def test_files_stay_readable() -> None:
-    lengths = {path: len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
-    assert {str(path): length for path, length in lengths.items() if length > MAX_LINES} == {}
+BLOCKED = f"""
+import importlib, pkgutil, sys, types
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {LIGHTNING!r}:
+            raise ImportError(f"{{name}} is blocked")
+
+sys.meta_path.insert(0, Block())
+package = types.ModuleType({NAME!r})  # without its __init__, which registers the strategies
+package.__path__ = [{str(PACKAGE)!r}]
+sys.modules[{NAME!r}] = package
+for room in {WITHOUT_LIGHTNING!r}:
+    module = importlib.import_module(f"{NAME}.{{room}}")
+    for found in pkgutil.walk_packages(getattr(module, "__path__", ()), f"{{module.__name__}}."):
+        importlib.import_module(found.name)
+
+import torch
+from lightning_fl.aggregation import WeightedMean
+from lightning_fl.algorithms import FedAvg
+from lightning_fl.clients import ClientStore, LocalWork
+from lightning_fl.communication import LocalGroup
+from lightning_fl.engines import OptimizerStates, SequentialEngine, StepFunctions
+from lightning_fl.federation import (
+    ClientBatches, ClientData, FederationSettings, FederationState, RankReport, Round
+)
+
+torch.manual_seed(0)
+network = torch.nn.Linear(2, 1)
+functions = StepFunctions(lambda batch, offset: (network(batch[0]) - batch[1]).square().mean())
+trainer = SequentialEngine(network, OptimizerStates([torch.optim.SGD(network.parameters(), 0.1)]), functions=functions)
+settings = FederationSettings(FedAvg(), WeightedMean(), (), "examples", seed=0, population=2)
+state, store, work = FederationState(), ClientStore(), LocalWork(epochs=3)
+x = torch.randn(8, 2)
+data = {{0: [(x[:4], x[:4].sum(1, keepdim=True))], 1: [(x[4:], x[4:].sum(1, keepdim=True))]}}
+for index in range(30):
+    round = Round.open(settings, state, trainer, store, LocalGroup(), index, [0, 1])
+    for client, loader in data.items():
+        task = round.start(ClientData(ClientBatches(client, loader, [work], index, work), 4))
+        for batch, position in task.batches:
+            round.step(task, batch, position)
+        round.finish(task)
+    state = round.close(round.merge(RankReport())).state
+print(float((network(x) - x.sum(1, keepdim=True)).square().mean()))
+"""
 
 
-def test_forbidden_imports_are_found() -> None:
-    source = "import lightning as L\ndef f():\n    from torch import distributed\nfrom lightning_fl.types import Tree\n"
-    assert forbidden_imports(source, FORBIDDEN["algorithms"]) == [(1, "lightning"), (3, "torch.distributed")]
+def test_a_round_over_a_plain_module_runs_without_lightning() -> None:
+    run = subprocess.run([sys.executable, "-c", BLOCKED], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert float(run.stdout) < 1e-4
+
+
+def test_what_lightning_keeps_private_is_touched_in_few_files() -> None:
+    allowed = {PACKAGE / name for name in PRIVATE["lightning"]}
+    found = [
+        f"{path.relative_to(PACKAGE)}:{line}: {name}"
+        for path in files()
+        if path not in allowed
+        for line, name in private_touches(path.read_text())
+    ]
+    assert found == [], f"belongs into one of {', '.join(PRIVATE['lightning'])}"
+
+
+# ---- the rules find what they are there for
+
+
+def test_wrong_directions_are_found() -> None:
+    path = PACKAGE / "federation" / "round.py"
+    source = "from lightning_fl.strategies.driver import RoundDriver\nfrom lightning_fl.types import Tree\n"
+    assert wrong_directions({path: source}) == [
+        "federation/round.py:1: lightning_fl.strategies.driver.RoundDriver",
+    ]
+
+
+def test_circles_are_found_also_behind_type_checking() -> None:
+    sources = {
+        "lightning_fl.a": "if TYPE_CHECKING:\n    from lightning_fl.b import B\n",
+        "lightning_fl.b": "def f():\n    import lightning_fl.a\n",
+    }
+    assert set(cycle_in(import_graph(sources))) == set(sources)
+    assert cycle_in(import_graph({**sources, "lightning_fl.b": ""})) == []
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def _registries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_worked_example_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    start, found = time.perf_counter(), blocks()
+    start, found = time.process_time(), blocks()
     assert found.keys() == {"fedsign.py", "test_fedsign.py", "pyproject.toml"}
     entry_points = found["pyproject.toml"].replace('[project.entry-points."', "[").replace('"]', "]").replace('"', "")
     install(tmp_path / "site", {name: text for name, text in found.items() if name.endswith(".py")}, entry_points)
@@ -59,7 +59,7 @@ def test_the_worked_example_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     from_yaml = parser.parse_object({"algorithm": {"class_path": "FedSign", "init_args": {"momentum": 0.5}}})
     assert parser.instantiate_classes(from_yaml).algorithm.momentum == 0.5
     assert repr(get_algorithm("fedsign")) == "FedSign(server_lr=0.01, momentum=0.9)"
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 OWN = "from lightning_fl.algorithms import FedAvg\nclass Own(FedAvg): pass\nclass Other: pass\n"

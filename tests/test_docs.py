@@ -91,9 +91,8 @@ def words_of_commands(text: str) -> list[list[str]]:
     ]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_commands_exist(page: Path) -> None:
-    texts = [text for language in ("console", "bash", "sh") for text in blocks(page, language)]
+def test_commands_exist() -> None:
+    texts = [text for page in PAGES for language in ("console", "bash", "sh") for text in blocks(page, language)]
     for words in (words for text in texts for words in words_of_commands(text)):
         start = words.index("lightning-fl") if "lightning-fl" in words else words.index("lightning_fl")
         command, *options = words[start + 1 :]
@@ -102,6 +101,19 @@ def test_commands_exist(page: Path) -> None:
             assert (recipes_directory() / f"{name}.yaml").exists()
         if "--trainer.strategy" in options:
             assert options[options.index("--trainer.strategy") + 1] in {"auto", *federated_strategy_names()}
+
+
+def test_the_tests_that_pages_name_exist() -> None:
+    """Pages write `tests/...` or a path in tests/trainer/, then `::test`; `test` alone is in the file named before."""
+    for page in [*PAGES, REPOSITORY / "CONTRIBUTING.md"]:
+        source = ""
+        for file, test in re.findall(r"`([\w/]*\btest_\w+\.py)?(?:::)?(test_\w+)?`", page.read_text()):
+            if file:
+                path = REPOSITORY / ("" if file.startswith("tests/") else "tests/trainer") / file
+                assert path.exists(), f"{name_of(page)} names {file}, which does not exist"
+                source = path.read_text()
+            if source:
+                assert f"def {test}" in source, f"{name_of(page)} names {test}, which is not in {file or 'its file'}"
 
 
 def test_the_mathematics_of_docstrings_becomes_mathml() -> None:

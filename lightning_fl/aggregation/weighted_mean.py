@@ -57,7 +57,8 @@ class WeightedMean(Aggregator):
             factors = [1.0] * len(weights) if tree.startswith("aux/") else weights
             for name, tensor in tensors.items():
                 _add_weighted(sums[tree][name], tensor, factors)
-        return replace(acc, weight=acc.weight + sum(weights), num_clients=acc.num_clients + len(weights))
+        weight, num_clients = acc.weight + sum(weights), acc.num_clients + len(weights)
+        return WeightedSum(acc.layout, acc.num_weighted, acc.sums, weight, num_clients)
 
     def merge(
         self, acc: WeightedSum, group: Group, report: Message, ctx: RoundContext

@@ -103,19 +103,27 @@ class ClientTask:
         return runs
 
     def _mean_losses(self) -> list[float]:
+        if len(self._every) == 1:
+            losses = [loss for _, loss, _ in self._losses if loss is not None]
+            if not losses:
+                return [float("nan")]
+            sizes = [num for _, loss, num in self._losses if loss is not None]
+            total = sum(loss * num for loss, num in zip(torch.stack(losses).tolist(), sizes, strict=True))
+            return [total / max(1, sum(num for _, _, num in self._losses))]
         size = len(self._every)
-        taken = [(mask, losses, num) for mask, losses, num in self._losses if losses is not None]
+        taken = [(mask, stacked, num) for mask, stacked, num in self._losses if stacked is not None]
         examples = torch.zeros(size, dtype=torch.float64)
         for mask, _, num in self._losses:
             examples[list(mask)] += num
         if not taken:
             return [float("nan")] * size
-        total = torch.zeros(size, dtype=torch.float64)
+        sums = torch.zeros(size, dtype=torch.float64)
         if all(mask == self._every for mask, _, _ in taken):
             weights = torch.tensor([num for _, _, num in taken], dtype=torch.float64)
-            stacked = torch.stack([losses.reshape(size) for _, losses, _ in taken]).cpu().double()
-            total = (stacked * weights[:, None]).sum(0)
+            of_steps = torch.stack([stacked.reshape(size) for _, stacked, _ in taken]).cpu().double()
+            sums = (of_steps * weights[:, None]).sum(0)
         else:
-            for mask, losses, num in taken:
-                total[list(mask)] += losses.cpu().double() * num
-        return (total / examples.clamp(min=1)).tolist()
+            for mask, stacked, num in taken:
+                sums[list(mask)] += stacked.cpu().double() * num
+        means: list[float] = (sums / examples.clamp(min=1)).tolist()
+        return means

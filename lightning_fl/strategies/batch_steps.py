@@ -63,7 +63,7 @@ class BatchSteps(ABC):
     @property
     def results(self) -> logged.ResultCollection:
         """Where Lightning collects what is logged."""
-        return internals.train_results(self.loop.trainer)
+        return self.loop.collected
 
 
 class HookedSteps(BatchSteps):

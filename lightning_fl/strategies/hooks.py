@@ -18,6 +18,8 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.plugins import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.profilers import PassThroughProfiler
 
+from lightning_fl.strategies import internals
+
 TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 BATCH_HOOKS = (
     *TRANSFER_HOOKS,
@@ -75,6 +77,8 @@ def _batch_hooks(trainer: L.Trainer, strategy_type: type) -> Iterator[str]:
         yield f"the profiler {type(profiler).__name__}"
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         yield "fast_dev_run"
+    if internals.skips_backward(trainer):
+        yield "a pass without gradients, which updates BatchNorm's statistics"
     for optimizer in trainer.optimizers:
         if isinstance(optimizer, torch.optim.LBFGS):
             yield "LBFGS, which computes several losses in a step"

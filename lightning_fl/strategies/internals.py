@@ -249,6 +249,11 @@ def set_running_hook(module: Any, name: str | None) -> None:
     vars(module)["_current_fx_name"] = name  # past the checks of `nn.Module`, which cost more than this in each step
 
 
+def skips_backward(trainer: Trainer) -> bool:
+    """Whether steps run forward only, as ``StochasticWeightAveraging`` has it to update BatchNorm statistics."""
+    return trainer.fit_loop.epoch_loop.automatic_optimization._skip_backward
+
+
 def fetches_itself(trainer: Trainer) -> bool:
     """Whether ``training_step`` takes ``dataloader_iter`` and so fetches its batches itself."""
     return isinstance(trainer.fit_loop._data_fetcher, _DataLoaderIterDataFetcher)

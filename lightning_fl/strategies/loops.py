@@ -21,6 +21,7 @@ from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.optimization.automatic import _AutomaticOptimization
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.trainer import call
+from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from lightning_fl.clients.local_work import BatchPosition
@@ -56,6 +57,11 @@ class RoundEpochLoop(_TrainingEpochLoop):
         self.is_round_done = None
         self.outputs = self.batch = None
         self.batch_idx_in_round = -1
+
+    @property
+    def collected(self) -> _ResultCollection:
+        """Where Lightning collects what is logged in training."""
+        return self._results
 
     # ---- when it ends
 
@@ -187,7 +193,10 @@ class RoundEpochLoop(_TrainingEpochLoop):
         self.batch_progress.is_last_batch = ends_round
         self.batch_progress.increment_ready()
         self.batch_progress.increment_started()
-        self.trainer._logger_connector.on_batch_start(batch)
+        connector, results = self.trainer._logger_connector, self._results
+        # What `connector.on_batch_start` does, which first asks the Trainer at length for the active loop.
+        connector._first_loop_iter = connector._first_loop_iter is None
+        results.batch, results.batch_size, results.dataloader_idx = batch, None, None
 
     def count_trained(self) -> None:
         """Counts a batch that was trained outside Lightning's hooks, and its optimizer step."""
@@ -210,7 +219,8 @@ class RoundEpochLoop(_TrainingEpochLoop):
     def show_group(self) -> None:
         """Shows Lightning's own callbacks the last batch of a client group, whose batches they have not seen."""
         trainer, module = self.trainer, self.trainer.lightning_module
-        trainer._logger_connector.on_batch_end()
+        if self._results:
+            trainer._logger_connector.on_batch_end()
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ProgressBar):
                 callback.on_train_batch_end(trainer, module, None, None, self.batch_idx_in_round)

@@ -360,9 +360,9 @@ def test_a_million_clients_are_no_loop(cohort: Cohort) -> None:
     def seconds(work: Callable[[int], Any]) -> float:
         times = []
         for round in range(5):
-            start = time.perf_counter()
+            start = time.process_time()
             work(round)
-            times.append(time.perf_counter() - start)
+            times.append(time.process_time() - start)
         return min(times)
 
     assert seconds(drawn.cohort) < 0.1 * seconds(lambda round: [drawn.population.position(i) for i in range(10**6)])

@@ -142,6 +142,33 @@ ENTRIES: dict[str, Entry] = {
 every_algorithm = pytest.mark.parametrize("name", ENTRIES)
 
 
+def capabilities(entry: Entry) -> tuple[Any, ...]:
+    """What of an algorithm the framework sees, apart from its mathematics."""
+    algorithm = entry.algorithm
+    return (
+        algorithm.server_init({"x": torch.zeros(1)}, population=3).keys() > {"params"},
+        algorithm.keeps_client_state,
+        algorithm.probe,
+        len(algorithm.phases()),
+        entry.personal,
+        *(
+            getattr(type(algorithm), name) is not getattr(Algorithm, name)
+            for name in ("grad_transform", "client_finish", "personal")
+        ),
+    )
+
+
+def one_of_each_kind() -> list[Any]:
+    """All names; those whose capabilities an earlier one has are for `make test-all`."""
+    kinds: dict[tuple[Any, ...], str] = {}
+    for name, entry in ENTRIES.items():
+        kinds.setdefault(capabilities(entry), name)
+    return [pytest.param(name, marks=[] if name in kinds.values() else pytest.mark.slow) for name in ENTRIES]
+
+
+every_kind = pytest.mark.parametrize("name", one_of_each_kind())
+
+
 SIZES = (1, 7, 23)
 
 
@@ -211,7 +238,7 @@ def test_states_are_trees_of_tensors_and_keep_shapes_and_dtypes(name: str, dtype
     assert repr(algorithm) == hyperparameters
 
 
-@every_algorithm
+@every_kind
 def test_frozen_parameters_stay(name: str) -> None:
     module = ENTRIES[name].module()
     module.net[1].requires_grad_(False)
@@ -221,7 +248,7 @@ def test_frozen_parameters_stay(name: str) -> None:
     assert changed == {"net.3.weight", "net.3.bias"} - set(ENTRIES[name].options.get("personal", ()))
 
 
-@every_algorithm
+@every_kind
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_a_run_with_sampling_resumes_exactly(name: str) -> None:
     algorithm, options = ENTRIES[name].algorithm, {"clients_per_round": 2}
@@ -270,7 +297,7 @@ def test_yaml_with_a_wrong_type_is_refused(name: str) -> None:
             from_yaml(registered()[name].__name__, {key: "abc"})
 
 
-@every_algorithm
+@every_kind
 @pytest.mark.parametrize("sizes", [(23, 23, 23), (2, 4, 6, 8, 10, 12, 14, 16, 18) * 2], ids=["equal", "unequal"])
 def test_clients_train_together_as_they_do_alone(name: str, sizes: tuple[int, ...]) -> None:
     algorithm = ENTRIES[name].algorithm

@@ -22,7 +22,7 @@ def run(make: Callable[..., Optimizer], num_steps: int, make_schedule: Any = Non
     schedule = make_schedule(optimizer) if make_schedule else None
     states = OptimizerStates([optimizer])
     states.begin_round()
-    states.start_client(kept)
+    states.restart(kept)
     for _ in range(num_steps):
         param.grad = torch.ones_like(param)
         optimizer.step()
@@ -92,7 +92,7 @@ def test_groups_must_go_equally_far(second: dict[str, Any], expected: float | No
     optimizer = SGD([{"params": [params["x"]]}, {"params": [params["y"]], **second}], lr=0.1)
     states = OptimizerStates([optimizer])
     states.begin_round()
-    states.start_client(None)
+    states.restart(None)
     for _ in range(3):
         for param in params.values():
             param.grad = torch.ones(1)

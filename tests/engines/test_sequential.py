@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_fl.engines import LocalResult, OptimizerStates, SequentialEngine
+from lightning_fl.engines.vectorized.stacking import part
 from lightning_fl.tree import add, scale, subtract
 from lightning_fl.types import Tree, Update
 from tests.helpers.federation import aggregate
@@ -82,17 +83,17 @@ class Federation:
         params = self.engine.begin_round(self.server)
         self.starts, self.ends, self.results, updates = [], [], [], []
         for client, weight in enumerate(self.weights):
-            self.engine.start_client(params, self.kept.get(client, {}))
+            self.engine.start([params], [self.kept.get(client, {})])
             self.starts.append(clone_state(self.module))
             self.train(self.module, self.optimizer, client)
             self.ends.append(clone_state(self.module))
-            result = self.engine.finish_client()
+            result = self.engine.finish()
             self.results.append(result)
-            self.kept[client] = result.kept
-            updates.append(Update(subtract(result.params, params), result.buffers, weight))
+            self.kept[client] = part(result.client_state, 0)
+            updates.append(Update(subtract(part(result.params, 0), params), part(result.buffers, 0), weight))
         mean = aggregate(updates)
         self.server = add(params, mean.mean())
-        self.engine.end_round(self.server, scale(mean.buffers, 1 / mean.weight), self.results[-1].schedule_end)
+        self.engine.end_round(self.server, scale(mean.buffers, 1 / mean.weight), self.results[-1].facts[0].schedule_end)
 
     def mean_of_ends(self, name: str) -> Tensor:
         shares = torch.tensor(self.weights, dtype=torch.float64) / sum(self.weights)
@@ -191,10 +192,10 @@ def test_every_client_starts_at_the_global_model(federation: Federation) -> None
 def test_ending_a_round_without_a_change_puts_everything_back(federation: Federation, net: Net) -> None:
     before = clone_state(net)
     params = federation.engine.begin_round(None)
-    federation.engine.start_client(params, {})
+    federation.engine.start([params], [{}])
     fit(net, federation.optimizer, 1)
-    result = federation.engine.finish_client()
-    federation.engine.end_round(params, {name: torch.zeros_like(b) for name, b in result.buffers.items()}, None)
+    result = federation.engine.finish()
+    federation.engine.end_round(params, {name: torch.zeros_like(b[0]) for name, b in result.buffers.items()}, None)
     torch.testing.assert_close(clone_state(net), before, rtol=0, atol=0)
 
 
@@ -237,15 +238,15 @@ def test_a_clients_optimizer_is_reset_or_kept(net: Net, client_optimizer: Any, s
 
 def test_steps_and_learning_rates_are_those_of_the_client(federation: Federation) -> None:
     federation.round()
-    assert [result.num_steps for result in federation.results] == [1, 3, 5]
+    assert [result.facts[0].num_steps for result in federation.results] == [1, 3, 5]
     for result, num_steps in zip(federation.results, (1, 3, 5), strict=True):
-        assert result.lr_sum.keys() == result.params.keys()
-        assert result.lr_sum["head.bias"] == pytest.approx(0.1 * num_steps)
+        assert result.facts[0].lr_sum.keys() == result.params.keys()
+        assert result.facts[0].lr_sum["head.bias"] == pytest.approx(0.1 * num_steps)
 
 
 def test_gradients_are_transformed_where_there_are_any(federation: Federation, net: Net) -> None:
     engine = federation.engine
-    engine.start_client(engine.begin_round(None), {})
+    params = engine.begin_round(None)
     net.head.bias.grad, net.head.weight.grad = torch.tensor([2.0]), None
     seen: dict[str, Tree] = {}
 
@@ -253,7 +254,10 @@ def test_gradients_are_transformed_where_there_are_any(federation: Federation, n
         seen.update(grads=grads, params=params)
         return {name: grad.double() + params[name] for name, grad in grads.items()}
 
-    engine.transform_grads(transform, federation.optimizer)
+    gradients = net.head.bias.grad, net.head.weight.grad
+    engine.start([params], [{}], grad_transform=transform)
+    net.head.bias.grad, net.head.weight.grad = gradients
+    engine.prepare_gradients(federation.optimizer)
     assert seen["grads"].keys() == seen["params"].keys() == {"head.bias"}
     assert net.head.weight.grad is None
     assert net.head.bias.grad.dtype == torch.float32
@@ -264,11 +268,11 @@ def test_only_gradients_of_the_stepping_optimizer_are_transformed() -> None:
     module = nn.ParameterDict({name: nn.Parameter(torch.zeros(1)) for name in ("first", "second")})
     optimizers = [SGD([param]) for param in module.values()]
     engine = SequentialEngine(module, OptimizerStates(optimizers))
-    engine.start_client(engine.begin_round(None), {})
+    engine.start([engine.begin_round(None)], [{}], grad_transform=lambda grads, params: scale(grads, 5))
     for _ in range(2):
         for param in module.values():
             param.grad = torch.ones(1)
-        engine.transform_grads(lambda grads, params: scale(grads, 5), optimizers[1])
+        engine.prepare_gradients(optimizers[1])
         assert [param.grad.item() for param in module.values()] == [1.0, 5.0]
 
 
@@ -337,10 +341,10 @@ def test_what_a_user_changes_between_rounds_counts() -> None:
 
 def test_results_do_not_change_when_the_next_client_trains(federation: Federation) -> None:
     params = federation.engine.begin_round(None)
-    federation.engine.start_client(params, {})
+    federation.engine.start([params], [{}])
     fit(federation.module, federation.optimizer, 1)
-    result = federation.engine.finish_client()
+    result = federation.engine.finish()
     copy = replace(result, params={name: tensor.clone() for name, tensor in result.params.items()})
-    federation.engine.start_client(params, {})
+    federation.engine.start([params], [{}])
     fit(federation.module, federation.optimizer, 2)
     torch.testing.assert_close(result.params, copy.params, rtol=0, atol=0)

@@ -24,9 +24,10 @@ from lightning_fl.federation import (
     Round,
 )
 from lightning_fl.types import Aggregate, State, Tree, Update
+from tests.helpers.distributed import PATIENCE
 
 
-def join_ranks(timeout: float = 30.0) -> Group:
+def join_ranks(timeout: float = PATIENCE) -> Group:
     """The group of the ranks on which ``run_ranks`` runs a check."""
     environ = os.environ
     return connect(
@@ -116,6 +117,7 @@ class Simulation:
     ) -> None:
         size = len(gradients)
         self.algorithm = algorithm
+        self.gradients = gradients
         self.num_steps = [num_steps] * size if isinstance(num_steps, int) else list(num_steps)
         self.weights = weights or [1.0] * size
         self.module = Gradients(gradients, params, [lr] * size if isinstance(lr, float) else lr)

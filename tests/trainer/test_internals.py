@@ -1,4 +1,4 @@
-"""What lightning_internals.py relies on; a failure here means that Lightning has changed."""
+"""What strategies/internals.py and loops.py rely on; a failure here means that Lightning has changed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata, _ResultCollection, _ResultMetric
 from packaging.version import Version
 
-from lightning_fl.strategies import internals as internals
+from lightning_fl.strategies import internals, loops
 from lightning_fl.strategies import results as logged
 from tests.helpers.training import Ordinary, Plain, loader, trainer
 
@@ -64,10 +64,10 @@ def test_overridden_properties_are_there_and_the_overrides_are_used() -> None:
     assert "max_batches" in vars(trainer("auto").fit_loop)
     fit = trainer("fedavg")
     fit.fit(Plain(), loader(20))
-    assert type(fit.fit_loop) is internals.RoundFitLoop
-    assert type(fit.fit_loop.epoch_loop) is internals.RoundEpochLoop
-    assert type(fit.fit_loop.epoch_loop.automatic_optimization) is internals.RoundOptimization
-    assert type(fit.fit_loop.epoch_loop.val_loop) is internals.RoundEvaluationLoop
+    assert type(fit.fit_loop) is loops.RoundFitLoop
+    assert type(fit.fit_loop.epoch_loop) is loops.RoundEpochLoop
+    assert type(fit.fit_loop.epoch_loop.automatic_optimization) is loops.RoundOptimization
+    assert type(fit.fit_loop.epoch_loop.val_loop) is loops.RoundEvaluationLoop
 
 
 def test_logged_values_carry_what_ranks_tell_each_other() -> None:

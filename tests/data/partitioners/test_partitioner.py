@@ -203,7 +203,7 @@ def test_a_partitioner_of_the_user_must_give_every_sample_to_one_client(parts: l
 
 
 def test_a_draw_that_cannot_succeed_ends_soon() -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(ValueError, match=r"In 100 draws .* at most 0 samples, expected at least 1"):
         Dirichlet(0.3)(labelled(6000), 10_000)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10

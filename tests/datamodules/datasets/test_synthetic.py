@@ -64,14 +64,14 @@ def test_a_client_is_the_same_whenever_it_is_asked_for_and_however_many_there_ar
 
 def test_a_million_clients_are_enumerable() -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.perf_counter()
+    start = time.process_time()
     data = SyntheticDataModule(num_clients=1_000_000)
     data.setup("fit")
     clients = data.train_dataloader()
     assert len(clients) == sum(1 for _ in clients) == 1_000_000
     x, y = next(iter(clients[999_999]))
     assert (x.shape, y.shape) == ((10, 60), (10,))
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
 
 

@@ -22,6 +22,7 @@ from lightning_fl.privacy.secagg import RetryRefused, SecureAggregation, SecureA
 from lightning_fl.privacy.secagg.session import Session
 from lightning_fl.tree import scale
 from lightning_fl.types import Aggregate, Update
+from tests.helpers.distributed import PATIENCE
 
 CPU = torch.device("cpu")
 
@@ -235,7 +236,7 @@ class Ranks:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.barrier = threading.Barrier(size, timeout=20)
+        self.barrier = threading.Barrier(size, timeout=PATIENCE)
         self.slots: list[Any] = [None] * size
         self.seen: list[Tensor] = []
         self.said: list[Message] = []

@@ -220,14 +220,17 @@ def test_an_advert_says_plainly_whether_it_has_an_update() -> None:
         KeyAdvertisement.decode(bytes(data))
 
 
-@pytest.mark.parametrize("field", range(0, 300, 7))
-def test_a_bit_flipped_in_an_advert_is_noticed(field: int) -> None:
+def test_a_bit_flipped_in_an_advert_is_noticed() -> None:
     made, roster = participants()
-    data = bytearray(roster.advertisements[2].encode())
-    data[field % len(data)] ^= 1
-    with pytest.raises(ProtocolError):  # noqa: PT012
-        changed = KeyAdvertisement.decode(bytes(data))
-        made[0].check(Roster({**roster.advertisements, changed.number: changed}), 3)
-        made[0].check(
-            Roster.decode(Roster({1: roster.advertisements[1], 2: changed, 3: roster.advertisements[3]}).encode()), 3
-        )
+    advert = roster.advertisements[2].encode()
+    for position in range(len(advert)):
+        data = bytearray(advert)
+        data[position] ^= 1
+        with pytest.raises(ProtocolError):  # noqa: PT012
+            changed = KeyAdvertisement.decode(bytes(data))
+            made[0].check(Roster({**roster.advertisements, changed.number: changed}), 3)
+            made[0].check(
+                Roster.decode(Roster({1: roster.advertisements[1], 2: changed, 3: roster.advertisements[3]}).encode()),
+                3,
+            )
+            pytest.fail(f"the flipped bit of byte {position} was not noticed")

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lightning_fl as fl
 from lightning_fl.aggregation import FederationFacts, RoundContext
 from lightning_fl.clients.local_work import LocalWork
 from lightning_fl.communication import Group, LocalGroup, Message
+from lightning_fl.federation.errors import ConfigurationError
 from lightning_fl.federation.report_masking import check_steps, mask, unmask
 from lightning_fl.federation.round import FederationSettings
 from lightning_fl.privacy.secagg import RetryRefused, SecureAggregation, SecureAggregationError
@@ -139,7 +139,7 @@ def test_an_evaluation_again_with_the_figures_of_fewer_silos_is_refused(keys: st
 def test_schedules_by_step_need_equally_many_in_every_phase(algorithm: Any, local_steps: int | None) -> None:
     """The head of FedRep, and one's own model in Ditto, train by epochs of their own."""
     settings = FederationSettings(algorithm, SecureAggregation(), [], "uniform", 0, 3, silos=True)
-    with pytest.raises(MisconfigurationException, match="the number of steps of the largest silo"):
+    with pytest.raises(ConfigurationError, match="the number of steps of the largest silo"):
         check_steps("It", settings, LocalWork(steps=local_steps))
     check_steps("It", replace(settings, silos=False), LocalWork(steps=local_steps))
     check_steps("It", replace(settings, algorithm=fl.algorithms.FedAvg()), LocalWork(steps=3))

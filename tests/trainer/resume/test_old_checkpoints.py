@@ -10,7 +10,7 @@ import torch
 
 from tests.fixtures.make_checkpoints import STRATEGIES, fit
 
-ARCHIVE = Path(__file__).parents[1] / "fixtures" / "checkpoints_82306ea.tar.gz"
+ARCHIVE = Path(__file__).parents[2] / "fixtures" / "checkpoints_82306ea.tar.gz"
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import ExponentialLR, OneCycleLR, ReduceLROnPlatea
 from lightning_fl import FederatedStrategy
 from lightning_fl.tree import subtract
 from tests.helpers.training import Ordinary, Plain, image_clients, trainer, weights
-from tests.trainer.test_features import assert_equals_plain
+from tests.trainer.features.test_callbacks_and_settings import assert_equals_plain
 
 SKIPPED = "`training_step` returned `None`"
 

@@ -241,7 +241,7 @@ def test_a_cohort_is_secure_if_it_or_a_transform_says_so(options: dict[str, Any]
     for _ in range(2):
         callback, strategy = Cohorts(), FederatedStrategy(**options)
         trainer(strategy, 5, callbacks=[callback]).fit(Plain(), image_clients([2] * 12))
-        assert strategy.active_driver.planner.draws.is_secure == is_secure
+        assert strategy.active_driver.planner.sampler.is_secure == is_secure
         assert callback.trained == [client for cohort in callback.cohorts for client in cohort]
         runs.append(callback.cohorts)
     assert (runs[0] == runs[1]) == (not is_secure)

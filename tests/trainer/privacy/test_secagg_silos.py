@@ -22,7 +22,7 @@ from lightning_fl.communication.group import TorchGroup
 from lightning_fl.privacy.secagg import SecureAggregation, SecureAggregationError
 from lightning_fl.privacy.secagg.keys import KeyFolder
 from tests.helpers.training import Plain, loader, trainer, weights
-from tests.trainer.test_rank_features import rank
+from tests.trainer.ranks.test_hooks_and_callbacks import rank
 
 RunRanks = Callable[..., list[Any]]
 SIZES = (5, 23, 11, 8)

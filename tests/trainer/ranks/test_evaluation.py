@@ -11,7 +11,7 @@ from torchmetrics.aggregation import SumMetric
 
 from lightning_fl import FederatedStrategy
 from tests.helpers.training import Ordinary, loader, trainer
-from tests.trainer.test_rank_features import SIZES, clients, metrics_of, rank
+from tests.trainer.ranks.test_hooks_and_callbacks import SIZES, clients, metrics_of, rank
 
 
 class ByHand(Ordinary):

@@ -15,16 +15,14 @@ import pytest
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning_fl.federation.round_loader import one_pass
-from lightning_fl.strategies.client_randomness import ClientReading
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import lightning_fl as fl
 from lightning_fl import FederatedStrategy
 from lightning_fl.algorithms import FedAvg, ProbeKind
+from lightning_fl.federation import Round
 from lightning_fl.strategies import internals as internals
-from lightning_fl.strategies.probe import probe
 from lightning_fl.strategies.validation import check_algorithm
 from lightning_fl.types import Context, LocalRun, State, Tree, Update
 from tests.helpers.training import Ordinary, Plain, Quadratic, image_clients, images, loader, trainer, weights
@@ -129,13 +127,15 @@ def test_a_probe_that_leaves_a_trace_is_seen(monkeypatch: pytest.MonkeyPatch) ->
     assert probed[2] != plain[2]
 
 
-def careless(self: ClientReading, kind: Any, round: int, client: Any, loader: Any, work: Any) -> Any:
-    return kind and (lambda params: probe(self.trainer, kind, one_pass(loader, 0, work), params))
-
-
 def test_a_probe_that_draws_from_the_trainings_randomness_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = train(FedAvg())
-    monkeypatch.setattr(ClientReading, "make_probe", careless)
+    seed = Round._seed
+
+    def careless(self: Round, client: Any, loader: Any, purpose: str = "client") -> None:
+        if purpose == "client" and not self._randomness._saved:  # not again after the probe
+            seed(self, client, loader, purpose)
+
+    monkeypatch.setattr(Round, "_seed", careless)
     assert not torch.equal(train(Measures())[0], plain[0])
 
 

@@ -298,7 +298,7 @@ def silos(mode: str | None) -> tuple[str, Tensor, list[str]]:
             run.fit(module, loader(8, seed=strategy.global_rank))
         except ValueError as refused:
             error = str(refused)
-    hashes = [message.fields["first_batch"] for call in data.call_args_list for message in call.args[1]]
+    hashes = [report.first_batch for call in data.call_args_list for report in call.args[1]]
     return error, weights(module), [text for text in hashes if text]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_fl import FederatedStrategy
 from tests.helpers.training import Plain, image_clients, trainer, weights
-from tests.trainer.test_features import assert_equals_plain
+from tests.trainer.features.test_callbacks_and_settings import assert_equals_plain
 
 
 class Target(Plain):
