@@ -28,7 +28,7 @@ class IndexedTensors(TensorDataset):
         """The collated batch of the examples at ``indices``, integers of shape ``[batch]``."""
         rows = torch.as_tensor(indices, dtype=torch.int64)
         rows = torch.where(rows < 0, rows + len(self), rows)  # index_select takes half as long, but counts from 0 only
-        return [tensor.index_select(0, rows) for tensor in self.tensors]
+        return [tensor.index_select(0, rows.to(tensor.device)) for tensor in self.tensors]
 
     @property
     def row_spec(self) -> Any:

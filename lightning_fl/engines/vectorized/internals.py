@@ -1,4 +1,4 @@
-"""Every private function of torch that the vectorized engine calls; torch 2.6 to 2.13 have them."""
+"""Every private function of torch that the vectorized engine calls; tried with torch 2.13."""
 
 from __future__ import annotations
 
