@@ -162,3 +162,15 @@ def test_what_is_logged_aside_leaves_no_trace_and_can_be_read() -> None:
     aside = Aside()
     trainer("fedavg", callbacks=[aside], limit_val_batches=0).fit(Ordinary(), loader(20), loader(4))
     assert aside.logged.keys() == {"val_loss", "val_acc"}
+
+
+def test_a_stand_in_is_found_as_the_trainer_of_a_module_and_its_submodules() -> None:
+    module = Plain()
+    module.inner = Plain()
+    module.trainer = own = trainer("auto")
+    stand_in = object()
+    with internals.trainer_replaced(module, stand_in):
+        assert module.trainer is stand_in
+        assert module.inner.trainer is stand_in
+    assert module.trainer is own
+    assert module.inner.trainer is own

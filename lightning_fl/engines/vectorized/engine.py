@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from lightning_fl.clients.local_work import BatchPosition
 from lightning_fl.engines.local_trainer import (
@@ -32,6 +31,7 @@ from lightning_fl.engines.vectorized.batched_linear import StackedLinears
 from lightning_fl.engines.vectorized.row_subset import RowSubset
 from lightning_fl.engines.vectorized.stacking import num_bytes, stack
 from lightning_fl.engines.vectorized.tracing import TracedStep, record, with_gradients
+from lightning_fl.torch_internals import pytree
 from lightning_fl.tree import cast_like
 from lightning_fl.types import Phase, Tree
 
@@ -201,7 +201,7 @@ class VectorizedEngine(SequentialEngine):
         self, step: Step, params: Tree, buffers: Tree, batch: Any, args: tuple[Any, ...], randomness: str
     ) -> tuple[Tensor, Any, Tree]:
         caller = _Caller(self.module, step)
-        dims = tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, batch)
+        dims = pytree.tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, batch)
 
         def of_one(params: Tree, buffers: Tree, batch: Any) -> tuple[Tensor, Any, Tree]:
             tensors = {f"module.{name}": tensor for name, tensor in {**params, **buffers}.items()}
@@ -224,7 +224,7 @@ class VectorizedEngine(SequentialEngine):
 
         With ``compile``, ``torch.compile`` makes it faster.
         """
-        leaves, spec = tree_flatten(batch)
+        leaves, spec = pytree.tree_flatten(batch)
         names, is_tensor = list(self._stacked), [isinstance(leaf, Tensor) for leaf in leaves]
         with_grads: list[str] = []
         replaced_names: list[str] = []
@@ -234,7 +234,9 @@ class VectorizedEngine(SequentialEngine):
             params = {name: next(given).detach().requires_grad_() for name in names}
             buffers = {name: next(given) for name in self._stacked_buffers}
             own = [next(given) if is_one else leaf for leaf, is_one in zip(leaves, is_tensor, strict=True)]
-            losses, others, replaced = self._run(step, params, buffers, tree_unflatten(own, spec), args, randomness)
+            losses, others, replaced = self._run(
+                step, params, buffers, pytree.tree_unflatten(own, spec), args, randomness
+            )
             grads = _gradients(losses.sum(), params)
             with_grads[:], replaced_names[:] = grads, replaced
             return [losses, *grads.values(), *replaced.values(), *others]
@@ -249,13 +251,13 @@ class VectorizedEngine(SequentialEngine):
         Returns:
             The sum of the losses, whose ``backward`` sets the gradients; the losses; and the other tensors.
         """
-        losses, grads, replaced, others = recording.run(self._inputs(tree_flatten(batch)[0]))
+        losses, grads, replaced, others = recording.run(self._inputs(pytree.tree_flatten(batch)[0]))
         self._stacked_buffers.update(zip(recording.replaced, replaced, strict=True))
         return with_gradients(losses.sum(), grads, [self._stacked[n] for n in recording.with_grads]), losses, others
 
     def try_out(self, recording: TracedStep, batch: Any) -> tuple[Tensor, Tree]:
         """Losses and gradients of the recorded step; changes nothing."""
-        inputs = [tensor.detach().clone() for tensor in self._inputs(tree_flatten(batch)[0])]
+        inputs = [tensor.detach().clone() for tensor in self._inputs(pytree.tree_flatten(batch)[0])]
         losses, grads, _, _ = recording.run(inputs)
         return losses, dict(zip(recording.with_grads, grads, strict=True))
 

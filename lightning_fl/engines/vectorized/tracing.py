@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_fl.torch_internals import TorchDispatchMode, make_fx, pytree
 
 Program = Callable[..., list[Tensor]]
 

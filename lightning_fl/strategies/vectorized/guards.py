@@ -25,6 +25,7 @@ from torchmetrics import Metric
 
 from lightning_fl.strategies.vectorized.log_capture import NotVectorizable
 from lightning_fl.strategies.vectorized.side_effects import FRAMEWORK_ATTRIBUTES
+from lightning_fl.torch_internals import non_persistent_buffers, own_modules, own_parameters
 
 MAX_MARKS = 4000
 _VALUES = {int, float, bool, str, bytes, complex, type(None), range}
@@ -35,6 +36,7 @@ _STEADY = (
     *(type(Ellipsis), type(NotImplemented), slice, weakref.ReferenceType, logging.Logger, PurePath),
     *(datetime.date, datetime.timedelta, type(threading.Lock()), type(threading.RLock())),
 )
+_CACHED = type(functools.lru_cache(len))
 _OPAQUE = (L.Trainer, Optimizer, LRScheduler)
 _NOT_IN_STEPS = {*dir(L.LightningModule)} - {"forward", "training_step"}
 _LIBRARIES = {"torch", "lightning", "pytorch_lightning", "torchmetrics", "torchvision", "numpy", "lightning_fl"}
@@ -107,7 +109,7 @@ def _look_into(value: Any) -> tuple[Any, Iterable[Any]]:
         return None, (value.__func__,)
     if isinstance(value, property):
         return None, (value.fget,)
-    if isinstance(value, functools._lru_cache_wrapper):
+    if isinstance(value, _CACHED):
         return None, (value.__wrapped__,)
     if isinstance(value, _STEADY) or type(value) is object:
         return None, ()
@@ -131,11 +133,13 @@ def _own(value: Any) -> Iterable[Any]:
 def _in_module(module: nn.Module) -> Iterable[Any]:
     own = {name: value for name, value in vars(module).items() if name not in FRAMEWORK_ATTRIBUTES}
     if isinstance(module, Metric):  # its states and counts change at each step, which does not read them
-        own = {name: own[name] for name in own if name[0] != "_" and name not in module._defaults}
+        own = {name: own[name] for name in own if name[0] != "_" and name not in module.metric_state}
         own = {name: own[name] for name in own if name not in ("update", "compute", "training")}
-    own |= module._modules
-    own |= {name: param for name, param in module._parameters.items() if param is not None and not param.requires_grad}
-    own |= {name: module._buffers[name] for name in module._non_persistent_buffers_set}
+    own |= own_modules(module)
+    own |= {
+        name: param for name, param in own_parameters(module).items() if param is not None and not param.requires_grad
+    }
+    own |= non_persistent_buffers(module)
     kinds = [kind for kind in type(module).__mro__ if _is_users(kind.__module__)]
     return [*own.keys(), *own.values(), *kinds]
 

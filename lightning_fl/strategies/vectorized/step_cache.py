@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
-from lightning import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_debug, rank_zero_warn
 from torch import Tensor
 
 from lightning_fl.engines import VectorizedEngine
 from lightning_fl.engines.vectorized.stacking import signature
 from lightning_fl.engines.vectorized.tracing import TracedStep
+from lightning_fl.strategies.internals import trainer_replaced
 from lightning_fl.strategies.vectorized.guards import Guards
 from lightning_fl.strategies.vectorized.log_capture import LogCapture, NotVectorizable
 from lightning_fl.types import Tree
@@ -55,7 +54,7 @@ def with_grads(
     stand_in, buffers = OpaqueProxy(), engine.copy_buffers()
     try:
         with (
-            _out_of_reach(capture.module, stand_in),
+            trainer_replaced(capture.module, stand_in),
             torch.random.fork_rng(enabled=randomness != "error"),
             torch.enable_grad(),
         ):
@@ -160,7 +159,7 @@ class StepCache:
         if torch.is_anomaly_enabled():
             raise NotVectorizable("a recorded step has no autograd in which anomalies could be detected")
         stand_in = OpaqueProxy()
-        with _out_of_reach(self.capture.module, stand_in):
+        with trainer_replaced(self.capture.module, stand_in):
             stand_ins = [stand_in] * len(args)
             recording = self.engine.record(self.capture, batch, *stand_ins, randomness=randomness, compile=self.compile)
         if stand_in.is_seen:
@@ -178,15 +177,3 @@ class StepCache:
             return False
         pairs = [(losses, own_losses), *((grads[name], own[name]) for name in own)]
         return all(torch.allclose(a, b, rtol=1e-4, equal_nan=True) for a, b in pairs)
-
-
-@contextmanager
-def _out_of_reach(module: LightningModule, stand_in: Any) -> Iterator[None]:
-    trainers = [(m, m._trainer) for m in module.modules() if isinstance(m, LightningModule)]
-    for owner, _ in trainers:
-        object.__setattr__(owner, "_trainer", stand_in)
-    try:
-        yield
-    finally:
-        for owner, trainer in trainers:
-            object.__setattr__(owner, "_trainer", trainer)
