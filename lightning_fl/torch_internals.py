@@ -6,32 +6,28 @@ when what it relies on has changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.fx.experimental.proxy_tensor import make_fx as _make_fx
+from torch._C import _functorch as functorch
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
+from torch._functorch.vmap import lazy_load_decompositions, vmap_increment_nesting
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.utils import _pytree
-from torch.utils._python_dispatch import TorchDispatchMode as _TorchDispatchMode
 
 BatchNorm = _BatchNorm
 """Base class of every BatchNorm; a list of the public classes would miss those of other libraries, such as apex."""
-
-make_fx = _make_fx
-"""Records the operations of a function; what ``torch.compile`` records is not public at all."""
-
-TorchDispatchMode = _TorchDispatchMode
-"""Sees each operation below autograd and ``vmap``, where ``TorchFunctionMode`` sees the user's calls only."""
 
 pytree = _pytree
 """Nested containers as torch.func flattens them: the ``in_dims`` of ``vmap`` must have the same structure."""
 
 FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-"""The attributes with a module's forward hooks: of the attributes of ``nn.Module`` itself, a forward pass depends on
-these and on ``training``."""
+"""Attributes of ``nn.Module`` that hold forward hooks, which change what a step computes; torch does not list them."""
 
 
 def version_counter(tensor: Tensor) -> int:
@@ -57,13 +53,11 @@ def step_hooks(optimizer: Optimizer) -> list[Callable[..., Any]]:
     return [*optimizer._optimizer_step_pre_hooks.values(), *optimizer._optimizer_step_post_hooks.values()]
 
 
-def own_modules(module: nn.Module) -> dict[str, nn.Module | None]:
-    """The dict that holds the module's children; ``named_children`` leaves out those that are None or come again."""
-    return module._modules
-
-
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
-    """The dict that holds the module's own parameters, with those that are None."""
+    """The dict that holds the module's own parameters, with those that are None.
+
+    A tensor put in it takes a parameter's place even if it is no ``nn.Parameter``, which ``setattr`` refuses.
+    """
     return module._parameters
 
 
@@ -75,11 +69,46 @@ def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
     return module._buffers
 
 
-def non_persistent_buffers(module: nn.Module) -> dict[str, Tensor | None]:
-    """The module's own buffers that are not in its ``state_dict``; finding them there would call the user's hooks."""
-    return {name: module._buffers[name] for name in module._non_persistent_buffers_set}
-
-
 def set_timeout(options: Any, timeout: timedelta) -> None:
     """Sets how long collectives wait; ``ProcessGroupNCCL.Options`` takes no timeout as an argument."""
     options._timeout = timeout
+
+
+def flat_vmap(function: Callable[..., Any], tensors: Sequence[Tensor], randomness: str) -> Any:
+    """``torch.func.vmap(function, randomness=randomness)(*tensors)``, without its checks, which a small step feels."""
+    lazy_load_decompositions()
+    size = len(tensors[0])
+    with vmap_increment_nesting(size, randomness) as level:
+        out = function(*(functorch._add_batch_dim(tensor, 0, level) for tensor in tensors))
+        return pytree.tree_map_only(Tensor, lambda own: functorch._remove_batch_dim(own, level, size, 0), out)
+
+
+def unwrap(*tensors: Tensor) -> list[Tensor] | None:
+    """The stacked tensors, clients first, that one ``vmap`` shows as those of a client.
+
+    A batching rule in Python needs them: an ``autograd.Function`` with a ``vmap`` method takes ten times as long.
+
+    Returns:
+        None if ``vmap`` is not the only transform, or if a tensor is not batched.
+    """
+    if functorch.maybe_current_level() != 1 or not all(map(functorch.is_batchedtensor, tensors)):
+        return None
+    pairs = [(functorch.get_unwrapped(tensor), functorch.maybe_get_bdim(tensor)) for tensor in tensors]
+    return [tensor.movedim(dim, 0) if dim else tensor for tensor, dim in pairs]
+
+
+def wrap(stacked: Tensor) -> Tensor:
+    """The reverse of :func:`unwrap`: makes a batching rule's result a tensor of one client again."""
+    wrapped: Tensor = functorch._add_batch_dim(stacked, 0, 1)
+    return wrapped
+
+
+def outside_vmap() -> AbstractContextManager[None]:
+    """Inside the block, operations are those on plain tensors: a batching rule works on what it has unwrapped."""
+    return temporarily_pop_interpreter_stack()
+
+
+def num_references(storage: torch.UntypedStorage) -> int:
+    """How many tensors and storage objects refer to the memory; autograd's are not visible to Python's counts."""
+    count: int = torch._C._storage_Use_Count(storage._cdata)
+    return count

@@ -10,26 +10,28 @@ import pytest
 import torch
 import torch.distributed as dist
 from packaging.version import Version
-from torch import nn
+from torch import Tensor, nn
 from torch.func import vmap
 
 from lightning_fl.torch_internals import (
     FORWARD_HOOKS,
     BatchNorm,
-    TorchDispatchMode,
+    flat_vmap,
     has_backward_hooks,
     has_gradient_hooks,
-    make_fx,
-    non_persistent_buffers,
+    num_references,
+    outside_vmap,
     own_buffers,
-    own_modules,
     own_parameters,
     pytree,
     set_timeout,
     step_hooks,
+    unwrap,
     version_counter,
+    wrap,
 )
 
+STACKED = torch.arange(24.0).reshape(2, 3, 4)
 Pair = namedtuple("Pair", "x y")  # pytree rebuilds it by its class, which must stand in a module
 
 
@@ -136,39 +138,15 @@ def test_a_buffer_is_replaced_through_the_dict_that_holds_it() -> None:
     assert buffers["unset"] is module.unset
 
 
-def test_children_and_parameters_are_in_the_dicts_that_hold_them() -> None:
+def test_parameters_are_in_the_dict_that_holds_them() -> None:
     module = nn.Module()
-    module.a = module.b = nn.Linear(1, 1)
-    module.register_module("unset", None)
+    module.child = nn.Linear(1, 1)
     module.weight = nn.Parameter(torch.zeros(1))
     module.register_parameter("bias", None)
-    assert own_modules(module) == {"a": module.a, "b": module.a, "unset": None}
-    assert own_parameters(module) == {"weight": module.weight, "bias": None}
-
-
-def test_buffers_that_do_not_persist_are_found() -> None:
-    module = nn.BatchNorm1d(2)
-    assert non_persistent_buffers(module) == {}
-    module.register_buffer("cache", torch.zeros(2), persistent=False)
-    assert non_persistent_buffers(module) == {"cache": module.cache}
-
-
-def test_operations_are_recorded_without_the_python_around_them() -> None:
-    graph = make_fx(lambda x: [x.sin().add(1)])(torch.zeros(3))
-    assert torch.equal(graph.forward(torch.ones(3))[0], torch.ones(3).sin() + 1)
-
-
-def test_operations_under_vmap_are_seen() -> None:
-    seen: list[Any] = []
-
-    class Mode(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            seen.append(func)
-            return func(*args, **(kwargs or {}))
-
-    with Mode():
-        vmap(torch.sin)(torch.zeros(2))
-    assert torch.ops.aten.sin.default in seen
+    params = own_parameters(module)
+    assert params == {"weight": module.weight, "bias": None}
+    params["weight"] = stand_in = torch.ones(1)  # type: ignore[assignment]
+    assert module.weight is stand_in
 
 
 def test_timeouts_of_process_groups_can_be_set() -> None:
@@ -179,3 +157,49 @@ def test_timeouts_of_process_groups_can_be_set() -> None:
         options = dist.ProcessGroupNCCL.Options()
         set_timeout(options, timedelta(seconds=7))
         assert options._timeout == timedelta(seconds=7)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_a_batching_rule_sees_the_stacked_tensor(dim: int) -> None:
+    def double_by_rule(x: Tensor) -> Tensor:
+        stacked = unwrap(x)
+        assert stacked is not None
+        with outside_vmap():
+            assert stacked[0].shape == STACKED.shape
+            return wrap(stacked[0] * 2)
+
+    torch.testing.assert_close(vmap(double_by_rule, in_dims=dim)(STACKED.movedim(0, dim)), STACKED * 2)
+
+
+def test_what_is_not_batched_by_one_vmap_has_no_rule() -> None:
+    assert unwrap(STACKED) is None
+    shared = torch.ones(3)
+    found: list[object] = []
+    vmap(lambda x: (found.append(unwrap(x, shared)), x)[1])(STACKED)
+    vmap(vmap(lambda x: (found.append(unwrap(x)), x)[1]))(STACKED)
+    assert found == [None, None]
+
+
+@pytest.mark.parametrize("randomness", ["error", "different"])
+def test_flat_vmap_is_vmap(randomness: str) -> None:
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        noise = torch.randn(3) if randomness == "different" else torch.zeros(3)
+        return (x @ y).relu() + noise
+
+    weight = torch.arange(8.0).reshape(2, 4)
+    torch.manual_seed(0)
+    expected = vmap(function, randomness=randomness)(STACKED, weight)
+    torch.manual_seed(0)
+    found, of_all = flat_vmap(lambda x, y: (function(x, y), torch.ones(())), [STACKED, weight], randomness)
+    torch.testing.assert_close(found, expected)
+    assert of_all.shape == (2,)
+
+
+def test_references_of_autograd_count() -> None:
+    memory = torch.ones(3)
+    storage = memory.untyped_storage()
+    before = num_references(storage)
+    product = memory[:2] * torch.ones(2, requires_grad=True)
+    assert num_references(storage) > before
+    del product
+    assert num_references(storage) == before

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 import torch
@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_fl.engines import VectorizedEngine
 from lightning_fl.engines.vectorized.stacking import part
 from lightning_fl.strategies.hooks import BATCH_HOOKS, TRANSFER_HOOKS, has_hooks
+from lightning_fl.strategies.internals import trainer_replaced
 from lightning_fl.strategies.vectorized.log_capture import LogCapture, NotVectorizable
 from lightning_fl.strategies.vectorized.side_effects import (
     attributes,
@@ -217,3 +218,43 @@ def _outside(engine: VectorizedEngine, module: nn.Module) -> list[tuple[str, Ten
     stacked = engine.stacked_names
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     return [(name, tensor, version_counter(tensor)) for name, tensor in tensors.items() if name not in stacked]
+
+
+class OpaqueProxy:
+    """Stands for the Trainer or the batch index in a step that is tried out; it can be handed on but not looked at."""
+
+    is_seen = False
+
+    def _look(self, *args: Any, **kwargs: Any) -> NoReturn:
+        object.__setattr__(self, "is_seen", True)
+        raise NotVectorizable("it looks at the Trainer or at batch_idx")
+
+    __getattr__ = __bool__ = __hash__ = __str__ = __repr__ = __format__ = __index__ = __int__ = __float__ = _look
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _look
+    __add__ = __sub__ = __mul__ = __truediv__ = __floordiv__ = __mod__ = __pow__ = _look
+    __radd__ = __rsub__ = __rmul__ = __rtruediv__ = __rfloordiv__ = __rmod__ = __rpow__ = _look
+
+
+def with_grads(
+    engine: VectorizedEngine, capture: LogCapture, batch: Any, args: tuple[Any, ...], randomness: str
+) -> frozenset[str] | None:
+    """The parameters that get a gradient in a step of several clients; leaves nothing changed.
+
+    Returns:
+        None if the step looks at the Trainer or at ``batch_idx``, so that it may be another one the next time.
+    """
+    stand_in, buffers = OpaqueProxy(), engine.copy_buffers()
+    try:
+        with (
+            trainer_replaced(capture.module, stand_in),
+            torch.random.fork_rng(enabled=randomness != "error"),
+            torch.enable_grad(),
+        ):
+            losses, _ = engine.forward_stacked(capture, batch, *[stand_in] * len(args), randomness=randomness)
+            names = frozenset(engine.gradients(losses.sum()))
+    except Exception:
+        return None
+    finally:
+        engine.put_buffers(buffers)
+        capture.clear()
+    return None if stand_in.is_seen else names

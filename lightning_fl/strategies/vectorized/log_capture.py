@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -94,31 +94,6 @@ class LogCapture:
     def has_calls(self) -> bool:
         """Whether the last step has logged anything or updated a torchmetric."""
         return bool(self._calls)
-
-    @property
-    def calls(self) -> list[_Call]:
-        """The last step's log calls, tensor values stripped."""
-        no_values = torch.empty(0)
-        return [
-            replace(call, leaves=[no_values if isinstance(leaf, Tensor) else leaf for leaf in call.leaves])
-            for call in self._calls
-        ]
-
-    @property
-    def logs_numbers(self) -> bool:
-        """Whether the step that has just run has logged Python numbers."""
-        logged = [
-            pytree.tree_unflatten(call.leaves, call.spec)[1]["value"] for call in self._calls if call.metric is None
-        ]
-        return any(isinstance(value, int | float) for value in logged)
-
-    def repeat(self, calls: Sequence[_Call]) -> None:
-        """Notes calls of an earlier step as those of the step that has just run."""
-        results = {id(call.result): _MetricResult(call.result.is_used) for call in calls}
-        self._calls = [
-            replace(call, leaves=[results.get(id(leaf), leaf) for leaf in call.leaves], result=results[id(call.result)])
-            for call in calls
-        ]
 
     def emit(self, tensors: Sequence[Tensor], rows: Tensor, batch_size: int) -> None:
         """Makes the calls of the step that has just run, once for all its clients.
