@@ -241,12 +241,7 @@ def batch_mover(trainer: Trainer) -> Callable[[Any], Any]:
 def _is_on_cpu(batch: Any) -> bool:
     if isinstance(batch, Tensor):
         return batch.is_cpu
-    if type(batch) not in (list, tuple):
-        return False
-    for leaf in batch:  # not `all`: a generator takes longer than the test
-        if not isinstance(leaf, Tensor) or not leaf.is_cpu:
-            return False
-    return True
+    return type(batch) in (list, tuple) and all(isinstance(leaf, Tensor) and leaf.is_cpu for leaf in batch)
 
 
 def set_running_hook(module: Any, name: str | None) -> None:
