@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from lightning_fl.engines.vectorized.buffer_pool import BufferPool
-from lightning_fl.engines.vectorized.internals import outside_vmap, unwrap, wrap
+from lightning_fl.torch_internals import outside_vmap, unwrap, wrap
 
 
 class BatchingRules(TorchFunctionMode):

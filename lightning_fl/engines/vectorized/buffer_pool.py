@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_fl.engines.vectorized.internals import num_references
+from lightning_fl.torch_internals import num_references
 
 MIN_BYTES = 128 * 2**10
 """glibc's ``malloc`` keeps smaller blocks by itself."""

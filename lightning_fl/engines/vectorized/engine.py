@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_fl.clients.local_work import BatchPosition
 from lightning_fl.engines.local_trainer import (
@@ -30,10 +29,10 @@ from lightning_fl.engines.sequential import SequentialEngine
 from lightning_fl.engines.tensors import clones, load
 from lightning_fl.engines.vectorized.batching_rules import BatchingRules
 from lightning_fl.engines.vectorized.buffer_pool import BufferPool
-from lightning_fl.engines.vectorized.internals import flat_vmap
 from lightning_fl.engines.vectorized.row_subset import RowSubset
 from lightning_fl.engines.vectorized.stacking import num_bytes, stack
 from lightning_fl.engines.vectorized.tensor_slots import TensorSlots
+from lightning_fl.torch_internals import flat_vmap, pytree
 from lightning_fl.tree import cast_like
 from lightning_fl.types import Phase, Tree
 
@@ -164,7 +163,7 @@ class VectorizedEngine(SequentialEngine):
         Returns:
             The losses, of shape ``[clients]``, and the other tensors, stacked.
         """
-        leaves, spec = tree_flatten(batch)
+        leaves, spec = pytree.tree_flatten(batch)
         places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         names = [*self._stacked, *self._stacked_buffers]
 
@@ -173,7 +172,7 @@ class VectorizedEngine(SequentialEngine):
             for place, tensor in zip(places, tensors[len(names) :], strict=True):
                 own[place] = tensor
             with self._slots.hold(dict(zip(names, tensors, strict=False))) as replaced:
-                loss, others = step(tree_unflatten(own, spec), *args)
+                loss, others = step(pytree.tree_unflatten(own, spec), *args)
             return loss, others, {name: value.to(self._stacked_buffers[name].dtype) for name, value in replaced.items()}
 
         inputs = (leaves[place] for place in places)

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from lightning_fl.engines.vectorized.buffer_pool import BufferPool
+from lightning_fl.torch_internals import pytree
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_fl.torch_internals import own_buffers, own_parameters
 from lightning_fl.types import Tree
 
 
@@ -21,7 +22,7 @@ class TensorSlots:
 
     def __init__(self, module: nn.Module, tensors: Tree) -> None:
         names = {id(tensor): name for name, tensor in tensors.items()}
-        owners: list[dict[str, Any]] = [owner for own in module.modules() for owner in (own._parameters, own._buffers)]
+        owners: list[dict[str, Any]] = [get(own) for own in module.modules() for get in (own_parameters, own_buffers)]
         self._slots = [(owner, key, names[id(t)]) for owner in owners for key, t in owner.items() if id(t) in names]
 
     @contextmanager

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from lightning import LightningModule
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from torchmetrics import Metric, MetricCollection
-from torchmetrics.utilities.data import dim_zero_cat, dim_zero_max, dim_zero_min, dim_zero_sum
+from torchmetrics.utilities import dim_zero_cat, dim_zero_max, dim_zero_min, dim_zero_sum
 
 from lightning_fl.engines.vectorized.stacking import part, select
 from lightning_fl.federation.metric_entries import Entries
+from lightning_fl.strategies.torchmetrics_internals import reductions
+from lightning_fl.torch_internals import pytree
 
 _SIGNATURE = inspect.signature(LightningModule.log)
 _REDUCTIONS: dict[Any, Callable[[Tensor], Tensor]] = {
@@ -248,10 +249,10 @@ def _is_additive(metric: Metric | MetricCollection | None) -> bool:
     if isinstance(metric, MetricCollection):
         return all(map(_is_additive, metric.values()))
     assert metric is not None
-    reductions = list(metric._reductions.values())
+    functions = reductions(metric).values()
     additive = (dim_zero_sum, dim_zero_cat, dim_zero_max, dim_zero_min)
     return (
-        bool(reductions)
+        bool(functions)
         and type(metric).__module__.startswith("torchmetrics.")
-        and all(reduction in additive for reduction in reductions)
+        and all(function in additive for function in functions)
     )

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from lightning_fl.strategies.vectorized.log_capture import NotVectorizable
+from lightning_fl.torch_internals import FORWARD_HOOKS, version_counter
 
 Attributes = dict[str, tuple[Any, Any, Any]]
 _SIMPLE = (int, float, bool, str, type(None))
 _CLOSED = (nn.Module, type, FunctionType, ModuleType)
-_READ_BY_STEPS = {"training", "_forward_hooks", "_forward_pre_hooks"}
+_READ_BY_STEPS = {"training", *FORWARD_HOOKS}
 FRAMEWORK_ATTRIBUTES = vars(L.LightningModule()).keys() - _READ_BY_STEPS
 
 
@@ -105,7 +106,7 @@ def _marks(value: Any, depth: int = 3) -> Any:
     if type(value) in _SIMPLE:
         return type(value), value
     if isinstance(value, Tensor):
-        return id(value), value._version
+        return id(value), version_counter(value)
     if isinstance(value, np.ndarray):
         return id(value), value.tobytes()
     if depth == 0 or isinstance(value, _CLOSED):
