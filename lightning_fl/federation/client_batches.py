@@ -74,11 +74,7 @@ class ClientBatches:
         for phase, work in enumerate(self.works):
             if phase:
                 next_phase()
-            try:
-                num_batches = count_batches(self.loader)
-                segments, pass_length = work.segments(num_batches), work.pass_length(num_batches)
-            except Exception as error:
-                raise LoaderFailed(self.client, error) from error
+            segments, pass_length = self._lengths(work)
             window, is_last_phase = work.accumulate, phase + 1 == len(self.works)
             batches = self._timed(self._phase(phase, work, segments, number))
             number += len(segments)
@@ -95,6 +91,28 @@ class ClientBatches:
                         is_last=ends_phase and is_last_phase,
                     ),
                 )
+
+    def read_all(self) -> list[Any]:
+        """All batches without their positions, for a client that trains like another one whose positions are known.
+
+        Raises:
+            LoaderFailed: As :meth:`read` does.
+        """
+        batches: list[Any] = []
+        number = self.first_pass
+        for phase, work in enumerate(self.works):
+            segments, _ = self._lengths(work)
+            batches += (item[0] for item in self._timed(self._phase(phase, work, segments, number)))
+            number += len(segments)
+        return batches
+
+    def _lengths(self, work: LocalWork) -> tuple[list[int | None], int | None]:
+        """The segments of a phase, and the length of a pass."""
+        try:
+            num_batches = count_batches(self.loader)
+            return work.segments(num_batches), work.pass_length(num_batches)
+        except Exception as error:
+            raise LoaderFailed(self.client, error) from error
 
     def read_once(self) -> Iterator[Any]:
         """The batches of one pass outside the client's local training, such as that of a probe.

@@ -125,7 +125,8 @@ class ClientGroup:
         if any(replace(run, loss=0.0) != replace(runs[0], loss=0.0) for run in runs[1:]):
             return self._finish_each(params, runs)
         try:
-            state, state_dims = stack(self._algorithm_states)
+            stateless = all(state is None for state in self._algorithm_states)
+            state, state_dims = (None, None) if stateless else stack(self._algorithm_states)
             return self._finish_at_once(params, state, state_dims, runs)
         except (NotStackable, RuntimeError):  # RuntimeError: vmap has no rule for what `client_finish` does
             return self._finish_each(params, runs)

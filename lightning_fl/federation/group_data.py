@@ -108,13 +108,17 @@ def read_group(
     positions: list[BatchPosition] = []
     for client in clients:
         try:
-            read = list(open_client(client).read())
+            batches = open_client(client)
+            if passes:
+                passes[client] = batches.read_all()
+                continue
+            pairs = list(batches.read())
         except LoaderFailed as failed:
             on_failure(failed)
             continue
-        passes[client] = [batch for batch, _ in read]
-        if len(passes) == 1:
-            positions = [position for _, position in read]
+        passes[client] = [batch for batch, _ in pairs]
+        positions = [position for _, position in pairs]
+        if pairs:
             parts = grouping.affordable(clients, passes[client], map(num_batches, clients))
             if len(parts) > 1:
                 raise GroupSplit(parts)
