@@ -18,6 +18,7 @@ import lightning_fl as fl
 from lightning_fl.algorithms import registry
 from lightning_fl.cli import COMMANDS, FederatedCLI, federated_strategy_names, recipes_directory
 from tests.helpers.distributed import REPOSITORY
+from tests.helpers.documents import blocks, imported_blocks
 from tests.helpers.training import Ordinary, image_clients
 
 DOCS = REPOSITORY / "docs"
@@ -30,10 +31,6 @@ SMALL: dict[str, Any] = {
     "enable_checkpointing": False,
     "accelerator": "cpu",
 }
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
 def with_blocks(language: str) -> list[Path]:
@@ -60,12 +57,13 @@ def small_trainers(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.filterwarnings("ignore:Trainer already configured with model summary callbacks")
 @pytest.mark.filterwarnings("ignore:The `lightning` package's default logger")
 @pytest.mark.parametrize("page", with_blocks("python"), ids=name_of)
-def test_python_runs(page: Path) -> None:
+def test_python_runs(page: Path, tmp_path: Path) -> None:
     own = {"L": L, "fl": fl, "DataLoader": DataLoader, "model": Ordinary(), "data": image_clients(validate=True)}
-    for index, source in enumerate(blocks(page, "python")):
-        if "ckpt_path=" in source or "load_client(" in source:
-            continue  # goes on from a file that the page's reader has
-        exec(compile(source, f"{page.name} block {index}", "exec"), own)
+    with imported_blocks(page, tmp_path / "site"):
+        for index, source in enumerate(blocks(page, "python")):
+            if "ckpt_path=" in source or "load_client(" in source:
+                continue  # goes on from a file that the page's reader has
+            exec(compile(source, f"{page.name} block {index}", "exec"), own)
 
 
 @pytest.mark.parametrize("page", with_blocks("yaml"), ids=name_of)
