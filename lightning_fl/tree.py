@@ -52,6 +52,8 @@ def squared_norm(tree: Tree) -> Tensor:
 
 def squared_norms(stacked: Tree) -> Tensor:
     """Squared Euclidean norm of each client's elements; float64 of shape ``[clients]``."""
+    if not stacked:
+        return torch.zeros(0, dtype=torch.float64)
     norms = [
         torch.linalg.vector_norm(as_real(tensor).float().reshape(len(tensor), -1), dim=1) for tensor in stacked.values()
     ]
@@ -213,7 +215,8 @@ class Layout:
 
 def is_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether no element is NaN or infinite."""
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+    # A sum that is finite has finite terms; one that is not may have overflowed, so that each term is looked at.
+    return all(bool(tensor.sum().isfinite()) or bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
 
 def fingerprint(tensor: Tensor) -> int:

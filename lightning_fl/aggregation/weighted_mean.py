@@ -20,13 +20,17 @@ from lightning_fl.types import Aggregate, Tree, Update
 class WeightedSum:
     """Accumulator of :class:`WeightedMean`: running sums, so that memory does not grow with the number of clients.
 
-    In each flat buffer the weighted tensors (delta, buffers) come before the side channels, which are not weighted: an
-    update is then added with two operations per dtype.
+    Args:
+        layout: Where each tensor stands in the flat buffers.
+        sums: The flat buffers, one per dtype: what the ranks all-reduce.
+        views: The same memory as trees.
+        weight: The sum of the weights.
+        num_clients: Updates that were added.
     """
 
     layout: Layout
-    num_weighted: dict[torch.dtype, int]
     sums: Flat
+    views: Mapping[str, Tree]
     weight: float = 0.0
     num_clients: int = 0
 
@@ -41,24 +45,25 @@ class WeightedMean(Aggregator):
 
     def init(self, template: Update, device: torch.device, session: Any = None) -> WeightedSum:
         layout = Layout.of(update_trees(template))
-        weighted = Layout.of({"delta": template.delta, "buffers": template.buffers})
-        return WeightedSum(layout, {dtype: weighted.size(dtype) for dtype in layout.dtypes}, layout.zeros(device))
+        sums = layout.zeros(device)
+        return WeightedSum(layout, sums, layout.unflatten(sums))
 
     def add(self, acc: WeightedSum, update: Update, ctx: RoundContext) -> WeightedSum:
-        for dtype, flat in acc.layout.flatten(update_trees(update)).items():
-            split = acc.num_weighted[dtype]
-            acc.sums[dtype][:split].add_(flat[:split], alpha=update.weight)
-            acc.sums[dtype][split:].add_(flat[split:])
-        return replace(acc, weight=acc.weight + update.weight, num_clients=acc.num_clients + 1)
+        for tree, tensors in update_trees(update).items():
+            weight = 1.0 if tree.startswith("aux/") else update.weight
+            for name, tensor in tensors.items():
+                acc.views[tree][name].add_(tensor, alpha=weight)
+        return WeightedSum(acc.layout, acc.sums, acc.views, acc.weight + update.weight, acc.num_clients + 1)
 
     def add_group(self, acc: WeightedSum, updates: Update, weights: Sequence[float], ctx: RoundContext) -> WeightedSum:
-        sums = acc.layout.unflatten(acc.sums)
+        if len(weights) == 1:
+            return self.add(acc, replace(updates.part(0), weight=weights[0]), ctx)
         for tree, tensors in update_trees(updates).items():
             factors = [1.0] * len(weights) if tree.startswith("aux/") else weights
             for name, tensor in tensors.items():
-                _add_weighted(sums[tree][name], tensor, factors)
+                _add_weighted(acc.views[tree][name], tensor, factors)
         weight, num_clients = acc.weight + sum(weights), acc.num_clients + len(weights)
-        return WeightedSum(acc.layout, acc.num_weighted, acc.sums, weight, num_clients)
+        return WeightedSum(acc.layout, acc.sums, acc.views, weight, num_clients)
 
     def merge(
         self, acc: WeightedSum, group: Group, report: Message, ctx: RoundContext
@@ -67,16 +72,13 @@ class WeightedMean(Aggregator):
         # example counts would be rounded.
         counts = {"weight": acc.weight, "num_clients": acc.num_clients}
         messages = group.all_gather(Message({**report.fields, **counts}, report.tensors), f"end of round {ctx.round}")
-        merged = replace(
-            acc,
-            sums={dtype: group.all_reduce(flat) for dtype, flat in acc.sums.items()},
-            weight=sum(message.fields["weight"] for message in messages),
-            num_clients=sum(message.fields["num_clients"] for message in messages),
-        )
-        return merged, messages
+        sums = {dtype: group.all_reduce(flat) for dtype, flat in acc.sums.items()}
+        weight = sum(message.fields["weight"] for message in messages)
+        num_clients = sum(message.fields["num_clients"] for message in messages)
+        return WeightedSum(acc.layout, sums, acc.layout.unflatten(sums), weight, num_clients), messages
 
     def result(self, acc: WeightedSum, ctx: RoundContext) -> Aggregate:
-        return aggregate_of(acc.layout.unflatten(acc.sums), acc.weight, acc.num_clients, ctx)
+        return aggregate_of(acc.views, acc.weight, acc.num_clients, ctx)
 
 
 def aggregate_of(trees: Mapping[str, Tree], weight: float, num_clients: int, ctx: RoundContext) -> Aggregate:

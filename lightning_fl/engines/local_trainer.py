@@ -263,6 +263,8 @@ def loss_of(output: Any) -> Tensor | None:
     Raises:
         ValueError: If it returned something else.
     """
+    if isinstance(output, Tensor):
+        return output
     loss = output.get("loss") if isinstance(output, Mapping) else output
     if loss is not None and not isinstance(loss, Tensor):
         raise ValueError(

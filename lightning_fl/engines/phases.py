@@ -48,7 +48,11 @@ class LocalPhases:
         self._index += 1
         self._phase = phase
         self._trained = self.tensors.select(phase.trains)
-        self._frozen = {id(param) for name, param in self.tensors.trainable.items() if name not in self._trained}
+        trainable = self.tensors.trainable
+        if len(self._trained) == len(trainable):
+            self._frozen = set()
+        else:
+            self._frozen = {id(param) for name, param in trainable.items() if name not in self._trained}
         if phase.model == "own" and self._model == "global":
             self._global_model = clones(self._all)
             load(self._all, self._own_model)

@@ -114,11 +114,10 @@ class FederatedTensors:
         return {**self.personal_params, **buffers}
 
 
-@torch.no_grad()
 def load(tensors: Mapping[str, Tensor], values: Tree) -> None:
     """Copies values into the tensors of the same names."""
     for name, tensor in tensors.items():
-        tensor.copy_(cast_like(values[name], tensor))
+        tensor.detach().copy_(cast_like(values[name], tensor))
 
 
 def clones(tensors: Mapping[str, Tensor]) -> Tree:

@@ -116,11 +116,13 @@ class ClientGroup:
         client_states: dict[str, Any] = dict(result.client_state)
         if algorithm_states is not None:
             client_states["algorithm"] = algorithm_states
-        return GroupUpdate(replace(updates, buffers=result.buffers), [run.weight for run in runs], client_states)
+        updates = Update(updates.delta, result.buffers, aux=updates.aux)
+        return GroupUpdate(updates, [run.weight for run in runs], client_states)
 
     def _finish(self, params: Tree, runs: Sequence[LocalRun]) -> tuple[Update, State | None]:
-        is_same_but_loss = all(replace(run, loss=0.0) == replace(runs[0], loss=0.0) for run in runs[1:])
-        if len(runs) == 1 or not is_same_but_loss:
+        if len(runs) == 1:
+            return self._finish_alone(params, runs[0])
+        if any(replace(run, loss=0.0) != replace(runs[0], loss=0.0) for run in runs[1:]):
             return self._finish_each(params, runs)
         try:
             state, state_dims = stack(self._algorithm_states)
@@ -149,11 +151,16 @@ class ClientGroup:
             update, own = self.algorithm.client_finish(part(params, index), context, state, run)
             updates.append((update.delta, dict(update.aux)))
             states.append(own)
-        delta, aux = _stack(updates)
-        return Update(delta=delta, aux=aux), None if states[0] is None else _stack(states)
+        (delta, aux), _ = stack(updates, share=False)
+        return Update(delta=delta, aux=aux), None if states[0] is None else stack(states, share=False)[0]
+
+    def _finish_alone(self, params: Tree, run: LocalRun) -> tuple[Update, State | None]:
+        own_params = {name: tensor[0] for name, tensor in params.items()}
+        update, state = self.algorithm.client_finish(own_params, self._contexts[0], self._algorithm_states[0], run)
+        aux = {name: _as_stack(tree) for name, tree in update.aux.items()}
+        return Update(delta=_as_stack(update.delta), aux=aux), None if state is None else _as_stack(state)
 
 
-def _stack(values: Sequence[Any]) -> Any:
-    if len(values) == 1:  # a view, where `stack` would copy the model
-        return pytree.tree_map(lambda leaf: leaf[None], values[0])
-    return stack(values, share=False)[0]
+def _as_stack(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree as that of a group of one: views, where ``stack`` would copy the model."""
+    return {name: value[None] if isinstance(value, Tensor) else _as_stack(value) for name, value in tree.items()}

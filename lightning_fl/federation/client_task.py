@@ -42,7 +42,10 @@ class ClientTask:
         """Batches trained on so far."""
         self._examples_seen = 0
         self._examples_of_pass: int | None = None
-        self._losses: list[tuple[Sequence[int], Tensor, int]] = []
+        self._losses: list[tuple[Sequence[int], Tensor | None, int]] = []
+        self._loss_sum = 0.0
+        self._examples_of_losses = 0
+        self._has_loss = False
         self._every = tuple(range(len(group.clients)))
 
     @property
@@ -77,9 +80,15 @@ class ClientTask:
         self._examples_seen += num_examples
         if position.ends_pass:
             self._examples_of_pass = self._examples_seen
-        if self.counts:
-            # Summed when the group is done: a tensor operation takes as long as a small model's layer.
-            self._losses.append((self._every if mask is None else mask, losses, num_examples))  # type: ignore[arg-type]
+        if not self.counts:
+            return
+        if mask is None and len(self._every) == 1 and (losses is None or losses.is_cpu):
+            self._examples_of_losses += num_examples
+            if losses is not None:
+                self._has_loss = True
+                self._loss_sum += losses.item() * num_examples
+        else:  # summed when the group is done: on a GPU, to read a loss would wait for the step
+            self._losses.append((self._every if mask is None else mask, losses, num_examples))
 
     @property
     def steps_by_client(self) -> list[int] | None:
@@ -103,13 +112,9 @@ class ClientTask:
         return runs
 
     def _mean_losses(self) -> list[float]:
-        if len(self._every) == 1:
-            losses = [loss for _, loss, _ in self._losses if loss is not None]
-            if not losses:
-                return [float("nan")]
-            sizes = [num for _, loss, num in self._losses if loss is not None]
-            total = sum(loss * num for loss, num in zip(torch.stack(losses).tolist(), sizes, strict=True))
-            return [total / max(1, sum(num for _, _, num in self._losses))]
+        if not self._losses:
+            size = max(1, self._examples_of_losses)
+            return [self._loss_sum / size if self._has_loss else float("nan")] * len(self._every)
         size = len(self._every)
         taken = [(mask, stacked, num) for mask, stacked, num in self._losses if stacked is not None]
         examples = torch.zeros(size, dtype=torch.float64)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,6 +11,7 @@ from functools import cached_property
 from itertools import compress
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from lightning_fl.aggregation import ClientLost, RoundContext
@@ -318,17 +321,19 @@ class Round:
     def _add_group(self, group: ClientGroup, own: GroupUpdate) -> list[bool]:
         """Adds the updates of a group at once; tells which were accepted."""
         totals, size = self.totals, len(group.clients)
-        finite = are_finite(self._must_be_finite(own.updates, own.client_states), size)
-        accepted: list[bool] = finite.tolist()
+        squares = squared_norms(own.updates.delta).tolist()
+        rest = self._must_be_finite(own.updates, own.client_states)
+        if all(map(math.isfinite, squares)):
+            del rest["delta"]  # whose norms are finite, so that it need not be looked at again
+        accepted = [is_finite(leaves(rest))] if size == 1 else are_finite(rest, size).tolist()
         totals.refused += [
             client for client, is_accepted in zip(group.clients, accepted, strict=True) if not is_accepted
         ]
         if any(accepted):
-            updates = own.updates if all(accepted) else own.updates.select(finite)
+            updates = own.updates if all(accepted) else own.updates.select(torch.tensor(accepted))
             weights = list(compress(own.weights, accepted))
             totals.acc = self.settings.aggregator.add_group(totals.acc, updates, weights, self.ctx)
-            squares = squared_norms(updates.delta).tolist()
-            totals.squared_norm += sum(weight * square for weight, square in zip(weights, squares, strict=True))
+            totals.squared_norm += sum(map(operator.mul, weights, compress(squares, accepted)))
         if own.client_states:
             for index in compress(range(size), accepted):
                 state = own.state_of(index)
@@ -377,15 +382,11 @@ class Round:
 
     def _must_be_finite(self, update: Update, client_state: Mapping[str, Any]) -> dict[str, Any]:
         """What of a client must be finite; a personal buffer may hold an infinity, as an attention mask does."""
-        trainable = self.trainer.tensors.trainable
-        personal = {name: value for name, value in client_state.get("personal", {}).items() if name in trainable}
-        return {
-            **client_state,
-            "personal": personal,
-            "delta": update.delta,
-            "buffers": update.buffers,
-            "aux": update.aux,
-        }
+        found = {**client_state, "delta": update.delta, "buffers": update.buffers, "aux": update.aux}
+        if "personal" in client_state:
+            trainable = self.trainer.tensors.trainable
+            found["personal"] = {n: value for n, value in client_state["personal"].items() if n in trainable}
+        return found
 
     def leave(self) -> None:
         """Forgets the group that is being trained, because it will not be finished."""

@@ -129,11 +129,14 @@ class TightSteps(BatchSteps):
 
 def _size(batch: Any) -> int:
     """What Lightning would infer as the size of a batch, found without its recursion where that is obvious."""
-    if type(batch) in (list, tuple) and all(isinstance(leaf, Tensor) and leaf.dim() for leaf in batch):
-        sizes = {len(leaf) for leaf in batch}
-        if len(sizes) == 1:
-            return sizes.pop()
-    return logged.count_examples(batch)
+    if type(batch) not in (list, tuple):
+        return logged.count_examples(batch)
+    size = None
+    for leaf in batch:
+        if not isinstance(leaf, Tensor) or not leaf.dim() or (size is not None and leaf.shape[0] != size):
+            return logged.count_examples(batch)
+        size = leaf.shape[0]
+    return logged.count_examples(batch) if size is None else size
 
 
 def step_functions(trainer: L.Trainer, run_group: Callable[..., tuple[Tensor, Tensor]] | None = None) -> StepFunctions:

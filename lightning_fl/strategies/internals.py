@@ -240,8 +240,13 @@ def batch_mover(trainer: Trainer) -> Callable[[Any], Any]:
 
 def _is_on_cpu(batch: Any) -> bool:
     if isinstance(batch, Tensor):
-        return batch.device.type == "cpu"
-    return type(batch) in (list, tuple) and all(isinstance(leaf, Tensor) and _is_on_cpu(leaf) for leaf in batch)
+        return batch.is_cpu
+    if type(batch) not in (list, tuple):
+        return False
+    for leaf in batch:  # not `all`: a generator takes longer than the test
+        if not isinstance(leaf, Tensor) or not leaf.is_cpu:
+            return False
+    return True
 
 
 def set_running_hook(module: Any, name: str | None) -> None:
