@@ -147,11 +147,6 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def asks_for_vectorized(args: argparse.Namespace) -> bool:
-    """Whether there is a setting of that engine."""
-    return bool(args.clients_per_step or args.compile or args.kept_bytes is not None)
-
-
 def run(args: argparse.Namespace) -> dict[str, Any]:
     work = WORKLOADS[args.workload]
     work = replace(work, rounds=args.rounds or work.rounds, per_round=args.per_round or work.per_round)
@@ -159,9 +154,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     clock = Clock(PlainLoop(work, data), args.share)
     module = Module(work, args.logs)
     engine = args.engine
-    if asks_for_vectorized(args):
-        own = {"clients_per_step": args.clients_per_step, "compile": args.compile, "kept_bytes": args.kept_bytes}
-        engine = fl.engines.Vectorized(**{name: value for name, value in own.items() if value is not None})
+    if args.clients_per_step:
+        engine = fl.engines.Vectorized(clients_per_step=args.clients_per_step)
     before = peak_bytes()
     with clock.stages.measured() if args.stages else nullcontext():
         strategy = fit(module, work, data, work.rounds, engine, (clock,))
@@ -194,8 +188,6 @@ def main() -> None:
     parser.add_argument("--workload", choices=WORKLOADS, default="W1")
     parser.add_argument("--engine", choices=["auto", "sequential", "vectorized"], default="auto")
     parser.add_argument("--clients-per-step", type=int, help="asks for the vectorized engine")
-    parser.add_argument("--compile", action="store_true", help="compile the recorded step; asks for that engine too")
-    parser.add_argument("--kept-bytes", type=int, help="freed memory that the process keeps; asks for that engine too")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, help="at least 2: the first is not counted")
     parser.add_argument("--per-round", type=int, help="clients a round")
@@ -206,8 +198,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.rounds is not None and args.rounds < 2:
         parser.error(f"--rounds {args.rounds}: expected at least 2, because the first is not counted.")
-    if args.engine == "sequential" and asks_for_vectorized(args):
-        parser.error("That setting is for the vectorized engine; leave out --engine sequential.")
+    if args.engine == "sequential" and args.clients_per_step:
+        parser.error("--clients-per-step is for the vectorized engine; leave out --engine sequential.")
     prepare_process(args.threads)
     result = run(args)
     if int(os.environ.get("RANK", 0)) == 0:

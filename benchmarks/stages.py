@@ -19,17 +19,14 @@ from lightning_fl.federation.planner import Planner
 from lightning_fl.federation.round import Round
 from lightning_fl.strategies.driver import RoundDriver
 from lightning_fl.strategies.vectorized import driver as together
-from lightning_fl.strategies.vectorized.step_cache import StepCache
 
 STAGES: dict[str, list[tuple[Any, str]]] = {
     "plan the round": [(Planner, "plan")],
     "read the clients' data": [(RoundDriver, "_open_together")],
     "load the clients": [(Round, "start_clients"), (Round, "start_client")],
-    "see that nothing has changed": [(StepCache, "start")],
     "stack batches": [(together, "stack_lazy"), (together, "stack")],
     "forward and backward": [
-        *[(VectorizedEngine, name) for name in ("step", "replay")],
-        *[(FederatedStrategy, "training_step"), (torch.Tensor, "backward")],
+        *[(VectorizedEngine, "step"), (FederatedStrategy, "training_step"), (torch.Tensor, "backward")],
     ],
     "optimizer": [(torch.optim.SGD, "step")],
     "note losses and metrics": [(together.VectorizedDriver, "training_step")],

@@ -50,14 +50,19 @@ def squared_norm(tree: Tree) -> Tensor:
     return sum((tensor.square().sum() for tensor in tree.values()), start=scalar_like(tree))
 
 
-def squared_norms(stacked: Tree) -> Tensor:
-    """Squared Euclidean norm of each client's elements; float64 of shape ``[clients]``."""
-    if not stacked:
-        return torch.zeros(0, dtype=torch.float64)
-    norms = [
-        torch.linalg.vector_norm(as_real(tensor).float().reshape(len(tensor), -1), dim=1) for tensor in stacked.values()
-    ]
-    return torch.stack(norms).double().square().sum(0)
+def squared_norms(stacked: Tree, num_clients: int) -> list[float]:
+    """Squared Euclidean norm of each client's elements.
+
+    Args:
+        stacked: Trees of several clients, each tensor ``[num_clients, ...]``.
+        num_clients: How many.
+    """
+    totals = [0.0] * num_clients
+    for tensor in stacked.values():
+        norms = torch.linalg.vector_norm(as_real(tensor).float().reshape(num_clients, -1), dim=1)
+        for index, value in enumerate(norms.tolist()):
+            totals[index] += value * value
+    return totals
 
 
 def norm(tree: Tree) -> float:

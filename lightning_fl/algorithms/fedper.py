@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_fl.algorithms.base import Algorithm
 from lightning_fl.algorithms.fedavg import FedAvg
 from lightning_fl.algorithms.registry import register
+from lightning_fl.torch_internals import BatchNorm
 
 
 def need_personal(algorithm: Algorithm, named: Sequence[str], what: str) -> Sequence[str]:
@@ -96,7 +96,7 @@ class FedBN(FedAvg):
     """
 
     def personal(self, module: nn.Module, named: Sequence[str]) -> Sequence[str]:
-        layers = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, _BatchNorm)]
+        layers = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, BatchNorm)]
         params = dict(module.named_parameters(remove_duplicate=False))
         frozen = {name for name, param in params.items() if not param.requires_grad}  # never change, so never personal
         norms = [f"{name}.{tensor}" for name, layer in layers for tensor in layer.state_dict()]

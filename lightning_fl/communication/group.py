@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_fl.communication.message import Message
+from lightning_fl.torch_internals import set_timeout
 from lightning_fl.tree import num_bytes
 
 MAX_MESSAGE_BYTES = 1 << 30
@@ -136,7 +137,7 @@ class TorchGroup(Group):
         self._backends: dict[str, Any] = {"cpu": gloo}
         if device.type == "cuda":
             options = dist.ProcessGroupNCCL.Options()
-            options._timeout = timeout
+            set_timeout(options, timeout)
             self._backends["cuda"] = dist.ProcessGroupNCCL(dist.PrefixStore("nccl", store), rank, size, options)
         # Finalizers also run at interpreter exit, where a process with an open Gloo group may abort.
         weakref.finalize(self, self._backends.clear)

@@ -6,9 +6,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import BatchSampler, DataLoader
 
+from lightning_fl.torch_internals import pytree
 from lightning_fl.types import ClientId
 
 Loader = Iterable[Any]
@@ -92,7 +92,7 @@ def _call_if_function(loader: Any) -> Loader:
 
 def batch_size(batch: Any) -> int:
     """Number of examples in a batch: the first dimension of its first tensor; 1 if it holds none."""
-    first = next((leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)), None)
+    first = next((leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)), None)
     return len(first) if first is not None and first.dim() else 1
 
 

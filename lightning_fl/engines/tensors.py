@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
+from lightning_fl.torch_internals import version_counter
 from lightning_fl.tree import cast_like
 from lightning_fl.types import Tree
 
@@ -48,7 +49,7 @@ class FederatedTensors:
         self._buffers = {name: place for name, place in buffers.items() if name not in own}
         self._personal_buffers = {name: place for name, place in buffers.items() if name in own}
         frozen = {name: param for name, param in module.named_parameters() if not param.requires_grad}
-        self._frozen = [(name, param, param._version, _sample(param)) for name, param in frozen.items()]
+        self._frozen = [(name, param, version_counter(param), _sample(param)) for name, param in frozen.items()]
         if not self.params:
             raise ValueError(
                 "No trainable parameter is left to share: each is frozen or personal. Unfreeze some, or narrow "
@@ -62,7 +63,7 @@ class FederatedTensors:
             ValueError: If one has.
         """
         for name, param, version, sample in self._frozen:
-            if param._version != version or not torch.equal(_sample(param), sample):
+            if version_counter(param) != version or not torch.equal(_sample(param), sample):
                 raise ValueError(
                     f"The frozen parameter {name!r} was changed during local training, so one client's value would "
                     "reach the next. Register it as a buffer, which is averaged, or name it in `personal` and let it "

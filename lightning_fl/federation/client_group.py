@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.func import vmap
-from torch.utils import _pytree as pytree
 
 from lightning_fl.engines import LocalResult
 from lightning_fl.engines.local_trainer import GradTransform
 from lightning_fl.engines.vectorized.stacking import NotStackable, part, stack
 from lightning_fl.federation.settings import FederationSettings
+from lightning_fl.torch_internals import pytree
 from lightning_fl.types import ClientId, LocalRun, Phase, State, Tree, Update
 
 

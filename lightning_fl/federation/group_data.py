@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from lightning_fl.clients.local_work import BatchPosition
@@ -51,12 +52,12 @@ class StackedData:
     def loader(self) -> Loader | None:
         return None  # the clients' data has been read
 
-    @property
+    @cached_property
     def works(self) -> dict[ClientId, tuple[Any, ...]]:
         """What must be alike for batches of clients to be stacked, by client."""
         return {client: tuple(map(batch_signature, batches)) for client, batches in self.passes.items()}
 
-    @property
+    @cached_property
     def masks(self) -> list[StepMask] | None:
         """Who trains in each step; None if all clients train in each."""
         return self.grouping.masks(list(self.works.values()))

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from lightning_fl.communication import Group, Message
+from lightning_fl.torch_internals import pytree
 
 
 def describe_module(module: nn.Module) -> dict[str, str]:
@@ -52,7 +52,7 @@ def synchronize_module(group: Group, module: nn.Module) -> None:
 def digest(batch: Any) -> str:
     """A digest of a batch's content."""
     content = hashlib.blake2b(digest_size=16)
-    for leaf in tree_leaves(batch):
+    for leaf in pytree.tree_leaves(batch):
         if isinstance(leaf, Tensor):
             content.update(leaf.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         else:

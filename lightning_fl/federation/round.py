@@ -321,7 +321,7 @@ class Round:
     def _add_group(self, group: ClientGroup, own: GroupUpdate) -> list[bool]:
         """Adds the updates of a group at once; tells which were accepted."""
         totals, size = self.totals, len(group.clients)
-        squares = squared_norms(own.updates.delta).tolist()
+        squares = squared_norms(own.updates.delta, size)
         rest = self._must_be_finite(own.updates, own.client_states)
         if all(map(math.isfinite, squares)):
             del rest["delta"]  # whose norms are finite, so that it need not be looked at again

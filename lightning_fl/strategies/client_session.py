@@ -25,17 +25,18 @@ class ClientSession:
         self.metric_states = metric_states
         self._before = self._before_phase = metric_states.snapshot()
 
-    def end_phase(self, counts: bool) -> None:
+    def end_phase(self, counts: bool, is_last: bool = False) -> None:
         """A phase of local training ends.
 
         Args:
             counts: Whether it trained the model that is sent, so that what was logged counts.
+            is_last: Whether no other phase follows.
         """
         self.values.after_phase(self.results, counts)
-        if counts:
-            self._before_phase = self.metric_states.snapshot()
-        else:
+        if not counts:
             self.metric_states.restore(self._before_phase)
+        elif not is_last:
+            self._before_phase = self.metric_states.snapshot()
 
     def finish(
         self,

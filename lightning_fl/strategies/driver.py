@@ -348,7 +348,7 @@ class RoundDriver:
         assert self.local_trainer is not None
         session, clients = opened.session, task.clients
         num_shared_steps = self.local_trainer.optimizers.num_steps
-        session.end_phase(task.counts)
+        session.end_phase(task.counts, is_last=True)
         outcome = opened.round.finish(task)
         opened.has_trained = True
         self.trained_groups.append(clients)

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
@@ -241,17 +241,25 @@ def batch_mover(trainer: Trainer) -> Callable[[Any], Any]:
 def _is_on_cpu(batch: Any) -> bool:
     if isinstance(batch, Tensor):
         return batch.is_cpu
-    if type(batch) not in (list, tuple):
-        return False
-    for leaf in batch:  # not `all`: a generator takes longer than the test
-        if not isinstance(leaf, Tensor) or not leaf.is_cpu:
-            return False
-    return True
+    return type(batch) in (list, tuple) and all(isinstance(leaf, Tensor) and leaf.is_cpu for leaf in batch)
 
 
 def set_running_hook(module: Any, name: str | None) -> None:
     """Tells ``self.log`` which hook is running, where Lightning does not call it."""
     vars(module)["_current_fx_name"] = name  # past the checks of `nn.Module`, which cost more than this in each step
+
+
+@contextmanager
+def trainer_replaced(module: LightningModule, stand_in: Any) -> Iterator[None]:
+    """Gives the module and its submodules ``stand_in`` as their Trainer; the public setter takes Trainers only."""
+    trainers = [(own, own._trainer) for own in module.modules() if isinstance(own, LightningModule)]
+    for owner, _ in trainers:
+        object.__setattr__(owner, "_trainer", stand_in)
+    try:
+        yield
+    finally:
+        for owner, trainer in trainers:
+            object.__setattr__(owner, "_trainer", trainer)
 
 
 def skips_backward(trainer: Trainer) -> bool:

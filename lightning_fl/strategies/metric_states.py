@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_sum
 
+from lightning_fl.strategies.torchmetrics_internals import is_list_state, reductions, set_states
 from lightning_fl.types import Tree
 
 
@@ -33,46 +34,39 @@ class MetricStates:
 
     def mark(self) -> None:
         """Counts updates from here on."""
-        kept = {name for name, count in self._merged.items() if self.metrics[name]._update_count == count}
+        kept = {name for name, count in self._merged.items() if self.metrics[name].update_count == count}
         self._merged = {name: count for name, count in self._merged.items() if name in kept}
         if self.rank != 0:
             for name in kept:
                 self.metrics[name].reset()
-        self._counts = {name: metric._update_count for name, metric in self.metrics.items()}
+        self._counts = {name: metric.update_count for name, metric in self.metrics.items()}
 
     def snapshot(self) -> dict[str, tuple[int, dict[str, Any]]]:
         """Copies of all states."""
         return {
-            name: (metric._update_count, {key: _copy(getattr(metric, key)) for key in metric._defaults})
+            name: (metric.update_count, {key: _copy(state) for key, state in metric.metric_state.items()})
             for name, metric in self.metrics.items()
         }
 
     def restore(self, snapshot: Mapping[str, tuple[int, dict[str, Any]]]) -> None:
         """Puts back what :meth:`snapshot` copied."""
         for name, (count, states) in snapshot.items():
-            metric = self.metrics[name]
-            for key, value in states.items():
-                setattr(metric, key, value)
-            metric._update_count = count
-            metric._computed = None
+            set_states(self.metrics[name], states, count)
 
     def report(self) -> tuple[dict[str, Any], Tree]:
         """What to tell the other ranks: of each metric updated since :meth:`mark`, its number of updates and state."""
         fields: dict[str, Any] = {}
         tensors: Tree = {}
         for name, metric in self.metrics.items():
-            if metric._update_count == self._counts[name] and not (self.rank == 0 and name in self._merged):
+            if metric.update_count == self._counts[name] and not (self.rank == 0 and name in self._merged):
                 continue
             lengths: dict[str, int | None] = {}
-            for key in metric._defaults:
-                state = getattr(metric, key)
+            for key, state in metric.metric_state.items():
                 lengths[key] = len(state) if isinstance(state, list) else None
                 for index, tensor in enumerate(state if isinstance(state, list) else [state]):
                     tensors[f"{name}/{key}/{index}"] = tensor
-            is_sum = all(length is None for length in lengths.values()) and all(
-                metric._reductions[key] is dim_zero_sum for key in metric._defaults
-            )
-            fields[name] = {"count": metric._update_count, "lengths": lengths, "is_sum": is_sum}
+            is_sum = all(length is None and reductions(metric)[key] is dim_zero_sum for key, length in lengths.items())
+            fields[name] = {"count": metric.update_count, "lengths": lengths, "is_sum": is_sum}
         return fields, tensors
 
     def merge(self, reports: Sequence[tuple[Mapping[str, Any], Tree]], device: torch.device) -> None:
@@ -88,17 +82,17 @@ class MetricStates:
         for name in dict.fromkeys(name for descriptions, _ in reports for name in descriptions):
             metric = self.metrics.get(name)
             reported = [(own[name], tensors) for own, tensors in reports if name in own]
-            if metric is None or any(set(own["lengths"]) != set(metric._defaults) for own, _ in reported):
+            if metric is None or any(own["lengths"].keys() != metric.metric_state.keys() for own, _ in reported):
                 raise ValueError(f"The ranks' modules differ in their metric {name!r}; they must be the same.")
-            for key in metric._defaults:
+            joined = {}
+            for key in metric.metric_state:
                 parts = [
                     [tensors[f"{name}/{key}/{index}"].to(device) for index in range(_length(own["lengths"][key]))]
                     for own, tensors in reported
                 ]
-                setattr(metric, key, _reduce(metric, key, parts))
-            metric._update_count = sum(own["count"] for own, _ in reported)
-            metric._computed = None
-            self._merged[name] = metric._update_count
+                joined[key] = _join(metric, key, parts)
+            set_states(metric, joined, sum(own["count"] for own, _ in reported))
+            self._merged[name] = metric.update_count
 
 
 def _length(length: int | None) -> int:
@@ -110,9 +104,9 @@ def _copy(state: Any) -> Any:
     return list(state) if isinstance(state, list) else state.clone()
 
 
-def _reduce(metric: Metric, key: str, parts: list[list[Tensor]]) -> Any:
-    if isinstance(metric._defaults[key], list):
+def _join(metric: Metric, key: str, parts: list[list[Tensor]]) -> Any:
+    if is_list_state(metric, key):
         return [tensor for part in parts for tensor in part]
     stacked = torch.stack([part[0] for part in parts])
-    reduction = metric._reductions[key]
-    return stacked if reduction is None else reduction(stacked)  # type: ignore[operator]
+    reduction = reductions(metric)[key]
+    return stacked if reduction is None else reduction(stacked)

@@ -96,6 +96,24 @@ def test_logged_values_carry_what_ranks_tell_each_other() -> None:
     assert results.metrics(on_step=False)["callback"] == {"loss": 3.0, "loss_epoch": 3.0}
 
 
+def test_logged_values_are_read_and_shown() -> None:
+    results = _ResultCollection(training=True)
+    for value in (1.0, 3.0):
+        results.log("training_step", "loss", torch.tensor(value), on_step=True, on_epoch=True, batch_size=2)
+    result = results["training_step.loss"]
+    assert logged.num_updates(result) == 2
+    assert logged.step_entry(result, 4)["value"] == 12.0
+    assert not logged.is_computed(result)
+    assert result.compute() == 2.0
+    assert logged.is_computed(result)
+    logged.show(result, 5.0)
+    assert results.metrics(on_step=True)["callback"] == {"loss": 5.0, "loss_step": 5.0}
+    assert results.metrics(on_step=False)["callback"] == {"loss": 5.0, "loss_epoch": 5.0}
+    logged.empty(result)
+    assert (result.value, result.cumulated_batch_size) == (0.0, 0)
+    assert not logged.is_computed(result)
+
+
 def test_a_stand_in_is_put_where_there_is_no_optimizer() -> None:
     assert internals.has_no_optimizer([_MockOptimizer()])
     assert not internals.has_no_optimizer(trained(Plain()).strategy.optimizers)
@@ -162,3 +180,15 @@ def test_what_is_logged_aside_leaves_no_trace_and_can_be_read() -> None:
     aside = Aside()
     trainer("fedavg", callbacks=[aside], limit_val_batches=0).fit(Ordinary(), loader(20), loader(4))
     assert aside.logged.keys() == {"val_loss", "val_acc"}
+
+
+def test_a_stand_in_is_found_as_the_trainer_of_a_module_and_its_submodules() -> None:
+    module = Plain()
+    module.inner = Plain()
+    module.trainer = own = trainer("auto")
+    stand_in = object()
+    with internals.trainer_replaced(module, stand_in):
+        assert module.trainer is stand_in
+        assert module.inner.trainer is stand_in
+    assert module.trainer is own
+    assert module.inner.trainer is own

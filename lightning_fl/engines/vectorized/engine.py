@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from lightning_fl.clients.local_work import BatchPosition
 from lightning_fl.engines.local_trainer import (
@@ -28,10 +27,12 @@ from lightning_fl.engines.local_trainer import (
 from lightning_fl.engines.optimizer_states import OptimizerStates
 from lightning_fl.engines.sequential import SequentialEngine
 from lightning_fl.engines.tensors import clones, load
-from lightning_fl.engines.vectorized.batched_linear import StackedLinears
+from lightning_fl.engines.vectorized.batching_rules import BatchingRules
+from lightning_fl.engines.vectorized.buffer_pool import BufferPool
 from lightning_fl.engines.vectorized.row_subset import RowSubset
 from lightning_fl.engines.vectorized.stacking import num_bytes, stack
-from lightning_fl.engines.vectorized.tracing import TracedStep, record, with_gradients
+from lightning_fl.engines.vectorized.tensor_slots import TensorSlots
+from lightning_fl.torch_internals import flat_vmap, pytree
 from lightning_fl.tree import cast_like
 from lightning_fl.types import Phase, Tree
 
@@ -48,21 +49,9 @@ class Vectorized:
         stacked_bytes: Bytes of the clients' parameters that stand side by side. Default 16 MiB, for a CPU's cache; a
             GPU takes more.
         batch_bytes: Bytes of their batches in memory at once. Default 1 GiB.
-        kept_bytes: Bytes of freed memory that the process keeps for its next steps, on a CPU with glibc, from the first
-            fit on; to fetch it from the operating system at each step takes longer. Environment variables of
-            ``malloc`` go first. 0: what the C library does by itself. Default 64 MiB.
-        record: Whether the step's tensor operations are recorded and then replayed without the Python in
-            ``training_step``. It is recorded anew when something else than a tensor's values has changed in what the
-            step can reach: attributes of the module, of its class and of objects in them, variables closed over, and
-            global variables that its code names. A step is never recorded if it looks at the Trainer or at
-            ``batch_idx``, reads a tensor's values into Python, or if what it can reach can't be watched. Turn it off
-            for one that depends on something else that changes, such as a file or the time, or that shall print or
-            write at each step. Default True.
-        compile: Whether ``torch.compile`` makes the recorded operations faster. It takes seconds for each shape of
-            batch, and needs a C++ compiler on a CPU. Default False.
 
     Raises:
-        ValueError: If a number is below 1 (``kept_bytes``: below 0), or if what is not recorded shall be compiled.
+        ValueError: If a number is below 1.
 
     Example:
         >>> import lightning_fl as fl
@@ -72,31 +61,12 @@ class Vectorized:
     clients_per_step: int | None = None
     stacked_bytes: int = 16 * 2**20
     batch_bytes: int = 2**30
-    kept_bytes: int = 64 * 2**20
-    record: bool = True
-    compile: bool = False
 
     def __post_init__(self) -> None:
         for name in ("clients_per_step", "stacked_bytes", "batch_bytes"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"Vectorized got {name}={value}; expected at least 1.")
-        if self.kept_bytes < 0:
-            raise ValueError(f"Vectorized got kept_bytes={self.kept_bytes}; expected at least 0.")
-        if self.compile and not self.record:
-            raise ValueError("Vectorized(compile=True) compiles what record=True has recorded, but got record=False.")
-
-
-class _Caller(nn.Module):
-    """Gives ``torch.func.functional_call`` a ``forward`` that is the user's step."""
-
-    def __init__(self, module: nn.Module, step: Step) -> None:
-        super().__init__()
-        self.module = module
-        self.step = step
-
-    def forward(self, *args: Any) -> tuple[Tensor, Any]:
-        return self.step(*args)
 
 
 class VectorizedEngine(SequentialEngine):
@@ -119,7 +89,7 @@ class VectorizedEngine(SequentialEngine):
         self._start: Tree = {}
         self._stacked: Tree = {}
         self._stacked_buffers: Tree = {}
-        self._is_tied = False
+        self.pool = BufferPool()
         self._subset: RowSubset | None = None
 
     def start(
@@ -139,12 +109,17 @@ class VectorizedEngine(SequentialEngine):
         params = {**tensors.params, **tensors.personal_params}
         every = {**tensors.buffers, **tensors.personal}
         buffers = {name: buffer for name, buffer in every.items() if name not in params}
-        self._stacked = {name: _spread(values[name], param, size).requires_grad_() for name, param in params.items()}
-        self._stacked_buffers = {name: _spread(values[name], buffer, size) for name, buffer in buffers.items()}
-        named = (self.module.named_parameters, self.module.named_buffers)
-        self._is_tied = any(len([*each(remove_duplicate=False)]) != len([*each()]) for each in named)
+        spread = partial(self._spread, size=size)
+        self._stacked = {name: spread(values[name], param).requires_grad_() for name, param in params.items()}
+        self._stacked_buffers = {name: spread(values[name], buffer) for name, buffer in buffers.items()}
+        self._slots = TensorSlots(self.module, {**params, **buffers})
         self.optimizers.restart_stacked({id(param): self._stacked[name] for name, param in params.items()})
         self.grad_transform = grad_transform
+
+    @torch.no_grad()
+    def _spread(self, value: Tensor, like: Tensor, size: int) -> Tensor:
+        """``value`` in the dtype of ``like``, repeated for each client unless it is stacked already."""
+        return self.pool.empty((size, *like.shape), like).copy_(cast_like(value, like))
 
     def choose(self, rows: Sequence[int]) -> None:
         """Lets only some of the loaded clients train in the next step.
@@ -153,18 +128,13 @@ class VectorizedEngine(SequentialEngine):
             rows: Their places among those given to :meth:`start`, in order.
         """
         if self._subset is None:
-            self._subset = RowSubset(self._stacked, self._stacked_buffers, self.optimizers)
+            self._subset = RowSubset(self._stacked, self._stacked_buffers, self.optimizers, self.pool)
         self._stacked, self._stacked_buffers = self._subset.choose(rows, self._stacked, self._stacked_buffers)
 
     @property
     def num_clients(self) -> int:
         """How many clients the next step trains."""
         return len(next(iter(self._stacked.values())))
-
-    @property
-    def is_gathered(self) -> bool:
-        """Whether only some of the loaded clients train."""
-        return self._subset is not None and self._subset.rows is not None
 
     def _forward(self, batch: Any, position: BatchPosition) -> tuple[Tensor | None, Tensor | None]:
         if not self._stacked:
@@ -193,75 +163,24 @@ class VectorizedEngine(SequentialEngine):
         Returns:
             The losses, of shape ``[clients]``, and the other tensors, stacked.
         """
-        losses, others, replaced = self._run(step, self._stacked, self._stacked_buffers, batch, args, randomness)
-        self._stacked_buffers.update({name: value.detach() for name, value in replaced.items()})
+        leaves, spec = pytree.tree_flatten(batch)
+        places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        names = [*self._stacked, *self._stacked_buffers]
+
+        def of_one(*tensors: Tensor) -> tuple[Tensor, Any, Tree]:
+            own = list(leaves)
+            for place, tensor in zip(places, tensors[len(names) :], strict=True):
+                own[place] = tensor
+            with self._slots.hold(dict(zip(names, tensors, strict=False))) as replaced:
+                loss, others = step(pytree.tree_unflatten(own, spec), *args)
+            return loss, others, {name: value.to(self._stacked_buffers[name].dtype) for name, value in replaced.items()}
+
+        inputs = (leaves[place] for place in places)
+        stacked = [*self._stacked.values(), *self._stacked_buffers.values(), *inputs]
+        with BatchingRules(self.pool), sdpa_kernel(SDPBackend.MATH):  # other kernels of attention have no rule for vmap
+            losses, others, replaced = flat_vmap(of_one, stacked, randomness)
+        self._stacked_buffers.update({name: value.detach().contiguous() for name, value in replaced.items()})
         return losses, others
-
-    def _run(
-        self, step: Step, params: Tree, buffers: Tree, batch: Any, args: tuple[Any, ...], randomness: str
-    ) -> tuple[Tensor, Any, Tree]:
-        caller = _Caller(self.module, step)
-        dims = tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, batch)
-
-        def of_one(params: Tree, buffers: Tree, batch: Any) -> tuple[Tensor, Any, Tree]:
-            tensors = {f"module.{name}": tensor for name, tensor in {**params, **buffers}.items()}
-            loss, others = functional_call(caller, tensors, (batch, *args), tie_weights=self._is_tied)
-            replaced = {
-                name: tensors[f"module.{name}"].to(buffer.dtype)
-                for name, buffer in buffers.items()
-                if tensors[f"module.{name}"] is not buffer
-            }
-            return loss, others, replaced
-
-        with StackedLinears(), sdpa_kernel(SDPBackend.MATH):  # other kernels of attention have no rule for vmap
-            losses, others, replaced = vmap(of_one, in_dims=(0, 0, dims), randomness=randomness)(params, buffers, batch)
-        return losses, others, {name: value.contiguous() for name, value in replaced.items()}
-
-    def record(
-        self, step: Step, batch: Any, *args: Any, randomness: str = "error", compile: bool = False
-    ) -> TracedStep:
-        """Records :meth:`forward_stacked`, gradients included, for batches of the same shapes; changes nothing.
-
-        With ``compile``, ``torch.compile`` makes it faster.
-        """
-        leaves, spec = tree_flatten(batch)
-        names, is_tensor = list(self._stacked), [isinstance(leaf, Tensor) for leaf in leaves]
-        with_grads: list[str] = []
-        replaced_names: list[str] = []
-
-        def run(*tensors: Tensor) -> list[Tensor]:
-            given = iter(tensors)
-            params = {name: next(given).detach().requires_grad_() for name in names}
-            buffers = {name: next(given) for name in self._stacked_buffers}
-            own = [next(given) if is_one else leaf for leaf, is_one in zip(leaves, is_tensor, strict=True)]
-            losses, others, replaced = self._run(step, params, buffers, tree_unflatten(own, spec), args, randomness)
-            grads = _gradients(losses.sum(), params)
-            with_grads[:], replaced_names[:] = grads, replaced
-            return [losses, *grads.values(), *replaced.values(), *others]
-
-        with torch.enable_grad():
-            program = record(run, self._inputs(leaves), compile)
-        return TracedStep(program, with_grads, replaced_names)
-
-    def replay(self, recording: TracedStep, batch: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """The recorded step.
-
-        Returns:
-            The sum of the losses, whose ``backward`` sets the gradients; the losses; and the other tensors.
-        """
-        losses, grads, replaced, others = recording.run(self._inputs(tree_flatten(batch)[0]))
-        self._stacked_buffers.update(zip(recording.replaced, replaced, strict=True))
-        return with_gradients(losses.sum(), grads, [self._stacked[n] for n in recording.with_grads]), losses, others
-
-    def try_out(self, recording: TracedStep, batch: Any) -> tuple[Tensor, Tree]:
-        """Losses and gradients of the recorded step; changes nothing."""
-        inputs = [tensor.detach().clone() for tensor in self._inputs(tree_flatten(batch)[0])]
-        losses, grads, _, _ = recording.run(inputs)
-        return losses, dict(zip(recording.with_grads, grads, strict=True))
-
-    def _inputs(self, batch: Sequence[Any]) -> list[Tensor]:
-        tensors = [leaf for leaf in batch if isinstance(leaf, Tensor)]
-        return [*self._stacked.values(), *self._stacked_buffers.values(), *tensors]
 
     def step_alone(self, step: Step, index: int, batch: Any, *args: Any) -> tuple[Tensor, Tree]:
         """Loss and gradients of the module's own step for the client at ``index``, with neither stacking nor ``vmap``.
@@ -279,14 +198,9 @@ class VectorizedEngine(SequentialEngine):
         finally:
             load({name: tensor for name, tensor in self.tensors.all.items() if name in before}, before)
 
-    def gradients(self, loss: Tensor, keep: bool = False) -> Tree:
-        """Gradients of ``loss`` for the stacked parameters that it depends on.
-
-        Args:
-            loss: What is differentiated.
-            keep: Whether it will be differentiated again.
-        """
-        return _gradients(loss, self._stacked, keep)
+    def gradients(self, loss: Tensor) -> Tree:
+        """Gradients of ``loss`` for the stacked parameters that it depends on."""
+        return _gradients(loss, self._stacked)
 
     def copy_buffers(self) -> Tree:
         """The clients' buffers as they are."""
@@ -295,12 +209,6 @@ class VectorizedEngine(SequentialEngine):
     def put_buffers(self, buffers: Tree) -> None:
         """Puts back what :meth:`copy_buffers` copied."""
         self._stacked_buffers = clones(buffers)
-
-    @property
-    def layout(self) -> Any:
-        """What must be alike for a recording to be replayed: each client's tensors in the stack."""
-        stacked = (*self._stacked.items(), *self._stacked_buffers.items())
-        return [(name, tensor.shape[1:], tensor.stride(), tensor.dtype) for name, tensor in stacked]
 
     @property
     def stacked_names(self) -> set[str]:
@@ -346,7 +254,7 @@ class VectorizedEngine(SequentialEngine):
         each = num_steps or [self.optimizers.num_steps] * self.num_clients
         facts = {number: self._facts(number, params) for number in sorted(set(each))}
         result = LocalResult(
-            params={name: trained_value(param.detach(), self._start[name]) for name, param in params.items()},
+            params={name: _trained(param.detach(), self._start[name]) for name, param in params.items()},
             buffers={name: buffer_delta(buffer, start[name]) for name, buffer in buffers.items()},
             client_state=client_state,
             facts=[facts[number] for number in each],
@@ -368,13 +276,11 @@ class VectorizedEngine(SequentialEngine):
         super().leave()
 
 
-def _gradients(loss: Tensor, params: Tree, keep: bool = False) -> Tree:
-    grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True, retain_graph=keep)
+def _trained(param: Tensor, start: Tensor) -> Tensor:
+    # no copy: nobody steps the stacked parameters once they are read
+    return param if param.dtype == start.dtype else trained_value(param, start)
+
+
+def _gradients(loss: Tensor, params: Tree) -> Tree:
+    grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
     return {name: grad for name, grad in zip(params, grads, strict=True) if grad is not None}
-
-
-@torch.no_grad()
-def _spread(value: Tensor, like: Tensor, size: int) -> Tensor:
-    """``value`` in the dtype of ``like``, repeated for each client unless it is stacked already."""
-    cast = cast_like(value, like)
-    return cast.detach().clone() if value.dim() > like.dim() else cast.expand(size, *like.shape).clone()

@@ -133,7 +133,7 @@ class Grouping:
     def stack(self, batches: Sequence[Any], mask: StepMask) -> StackedBatch:
         """One stacked batch of the clients at the places ``mask``."""
         is_lazy = isinstance(batches[0], LazyBatch)
-        content = stack_lazy(batches) if is_lazy else stack(batches, share=False)[0]
+        content = stack_lazy(batches) if is_lazy else stack(batches, share=False, pool=self.engine.pool)[0]
         return StackedBatch(self.convert(content), mask)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_fl.engines.optimizer_states import OptimizerStates
+from lightning_fl.engines.vectorized.buffer_pool import BufferPool
 from lightning_fl.types import Tree
 
 _STACKED = object()
@@ -24,13 +25,15 @@ class RowSubset:
         params: The clients' parameters, stacked, which the optimizers step.
         buffers: Their buffers, stacked.
         optimizers: The optimizers.
+        pool: Where the gathered rows get their memory.
     """
 
-    def __init__(self, params: Tree, buffers: Tree, optimizers: OptimizerStates) -> None:
+    def __init__(self, params: Tree, buffers: Tree, optimizers: OptimizerStates, pool: BufferPool) -> None:
         self.rows: Sequence[int] | None = None
         self._params = params
         self._buffers = buffers
         self._optimizers = optimizers
+        self._pool = pool
         self._num_clients = len(next(iter(params.values())))
         self._stacked_states: dict[tuple[str, str], Tensor] = {}
         self._other_states: dict[int, dict[tuple[str, str], Any]] = {}
@@ -55,8 +58,8 @@ class RowSubset:
             taken, taken_buffers = self._params, self._buffers
         else:
             index = self._index(params)
-            taken = {n: t.detach().index_select(0, index).requires_grad_() for n, t in self._params.items()}
-            taken_buffers = {name: tensor.index_select(0, index) for name, tensor in self._buffers.items()}
+            taken = {name: self._take(tensor, index).requires_grad_() for name, tensor in self._params.items()}
+            taken_buffers = {name: self._take(tensor, index) for name, tensor in self._buffers.items()}
         for param in params.values():
             param.grad = None
         self._optimizers.replace_params({id(param): taken[name] for name, param in params.items()})
@@ -98,7 +101,7 @@ class RowSubset:
             elif index is None:
                 own = self._stacked_states[name, key]
             else:
-                own = self._stacked_states[name, key].index_select(0, index)
+                own = self._take(self._stacked_states[name, key], index)
             found.setdefault(name, {})[key] = own
         for name, optimizer, param in self._stepped(params):
             if name in found:
@@ -111,6 +114,10 @@ class RowSubset:
                 for param in group["params"]:
                     if id(param) in names:
                         yield names[id(param)], optimizer, param
+
+    def _take(self, tensor: Tensor, index: Tensor) -> Tensor:
+        out = self._pool.empty((len(index), *tensor.shape[1:]), tensor)
+        return torch.index_select(tensor.detach(), 0, index, out=out)
 
     def _index(self, params: Tree) -> Tensor:
         return torch.tensor(self.rows, device=next(iter(params.values())).device)

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
+
+from lightning_fl.engines.vectorized.buffer_pool import BufferPool
+from lightning_fl.torch_internals import pytree
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes)
 
@@ -34,12 +36,13 @@ class StackedBatch:
         return StackedBatch(content, self.mask)
 
 
-def stack(values: Sequence[Any], share: bool = True) -> tuple[Any, Any]:
+def stack(values: Sequence[Any], share: bool = True, pool: BufferPool | None = None) -> tuple[Any, Any]:
     """Stacks equally shaped values, leaf by leaf.
 
     Args:
         values: One value a client: tensors, or nested containers of them.
         share: Whether a tensor that all clients have in common is left as it is rather than stacked.
+        pool: Where the stacked tensors get their memory. None: as any tensor.
 
     Returns:
         The value with a first dimension over the clients in each tensor, and along it ``in_dims`` for
@@ -54,23 +57,23 @@ def stack(values: Sequence[Any], share: bool = True) -> tuple[Any, Any]:
         for value in values:
             if type(value) is not type(first) or (value.keys() if type(value) is dict else range(len(value))) != keys:
                 raise NotStackable("they differ in structure")
-        pairs = [stack([value[key] for value in values], share) for key in keys]
+        pairs = [stack([value[key] for value in values], share, pool) for key in keys]
         stacked, dims = ([pair[side] for pair in pairs] for side in (0, 1))
         if type(first) is dict:
             return dict(zip(keys, stacked, strict=True)), dict(zip(keys, dims, strict=True))
         return type(first)(stacked), type(first)(dims)
     if isinstance(first, Tensor):
-        return _stack_leaf(values, share)
+        return _stack_leaf(values, share, pool)
     flat = [pytree.tree_flatten(value) for value in values]
     spec = flat[0][1]
     if any(own != spec for _, own in flat[1:]):
         raise NotStackable("they differ in structure")
-    pairs = [_stack_leaf(leaves, share) for leaves in zip(*(leaves for leaves, _ in flat), strict=True)]
+    pairs = [_stack_leaf(leaves, share, pool) for leaves in zip(*(leaves for leaves, _ in flat), strict=True)]
     stacked, dims = ([pair[side] for pair in pairs] for side in (0, 1))
     return pytree.tree_unflatten(stacked, spec), pytree.tree_unflatten(dims, spec)
 
 
-def _stack_leaf(leaves: Sequence[Any], share: bool) -> tuple[Any, int | None]:
+def _stack_leaf(leaves: Sequence[Any], share: bool, pool: BufferPool | None) -> tuple[Any, int | None]:
     first = leaves[0]
     if share and all(leaf is first for leaf in leaves):
         return first, None
@@ -83,7 +86,9 @@ def _stack_leaf(leaves: Sequence[Any], share: bool) -> tuple[Any, int | None]:
     for leaf in leaves:
         if not isinstance(leaf, Tensor) or leaf.shape != first.shape or leaf.dtype != first.dtype:
             raise NotStackable(f"they differ in shape: {_kind(first)} and {_kind(leaf)}")
-    return torch.stack(list(leaves)), 0
+    if pool is None or any(leaf.requires_grad for leaf in leaves):
+        return torch.stack(list(leaves)), 0
+    return torch.stack(list(leaves), out=pool.empty((len(leaves), *first.shape), first)), 0
 
 
 def _kind(leaf: Any) -> str:

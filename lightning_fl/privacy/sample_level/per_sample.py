@@ -11,12 +11,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from lightning_fl.privacy.client_level.clipping import ROUNDING
 from lightning_fl.privacy.noise import PrivacyError
 from lightning_fl.privacy.sample_level.rows import num_rows, take_rows
+from lightning_fl.torch_internals import BatchNorm
 from lightning_fl.types import Tree
 
 GradSampleMode = Literal["hooks", "functorch"]
@@ -48,7 +48,7 @@ def opacus_hooks() -> Any:
 def why_not_per_sample(module: nn.Module) -> str | None:
     """Returns why a module has no per-sample gradients, with the remedy; None if nothing is known against it."""
     for name, layer in module.named_modules():
-        if isinstance(layer, _BatchNorm) and layer.training:
+        if isinstance(layer, BatchNorm) and layer.training:
             return (
                 f"{name} is a {type(layer).__name__}, which mixes the examples of a batch. Use GroupNorm or LayerNorm: "
                 "opacus.validators.ModuleValidator.fix(network) replaces it"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 import torch
@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_fl.engines import VectorizedEngine
 from lightning_fl.engines.vectorized.stacking import part
 from lightning_fl.strategies.hooks import BATCH_HOOKS, TRANSFER_HOOKS, has_hooks
+from lightning_fl.strategies.internals import trainer_replaced
 from lightning_fl.strategies.vectorized.log_capture import LogCapture, NotVectorizable
 from lightning_fl.strategies.vectorized.side_effects import (
     attributes,
@@ -22,6 +23,13 @@ from lightning_fl.strategies.vectorized.side_effects import (
     check_undrawn,
     put_back,
     random_states,
+)
+from lightning_fl.torch_internals import (
+    has_backward_hooks,
+    has_gradient_hooks,
+    own_buffers,
+    step_hooks,
+    version_counter,
 )
 from lightning_fl.types import Phase
 
@@ -31,7 +39,6 @@ _DRAWN = "random operation"
 """What ``torch.func.vmap`` complains of when random numbers are drawn."""
 MAX_FLOPS_ON_CPU = 3e7
 """FLOPs per client step above which vectorizing no longer pays on a CPU."""
-PARAMETER_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
 def unsupported_reason(trainer: L.Trainer, module: L.LightningModule, strategy: Any) -> str | None:
@@ -46,9 +53,9 @@ def unsupported_reason(trainer: L.Trainer, module: L.LightningModule, strategy: 
         return f"{names[0]}(fused=True) counts its steps on the device"
     if any(_has_hooks_of_user(optimizer) for optimizer in optimizers):
         return f"hooks on {names[0]} would see the parameters of several clients"
-    if any(getattr(param, name, None) for param in module.parameters() for name in PARAMETER_HOOKS):
+    if any(map(has_gradient_hooks, module.parameters())):
         return "hooks on a parameter would see its gradients of several clients"
-    if any(m._backward_hooks or m._backward_pre_hooks for m in module.modules()):
+    if any(map(has_backward_hooks, module.modules())):
         return "backward hooks of a submodule do not run for several clients at once"
     if any(isinstance(m, nn.Embedding) and m.padding_idx is not None for m in module.modules()):
         return "torch.func.vmap gives the padding of an embedding a gradient"
@@ -79,8 +86,7 @@ def _client_hooks(trainer: L.Trainer) -> list[str]:
 
 
 def _has_hooks_of_user(optimizer: Optimizer) -> bool:
-    hooks = [*optimizer._optimizer_step_pre_hooks.values(), *optimizer._optimizer_step_post_hooks.values()]
-    return any(not getattr(hook, "__module__", "").startswith("lightning_fl.") for hook in hooks)
+    return any(not getattr(hook, "__module__", "").startswith("lightning_fl.") for hook in step_hooks(optimizer))
 
 
 def _is_elementwise(optimizer: Optimizer) -> bool:
@@ -97,8 +103,8 @@ def _transfer_hooks(datamodule: Any) -> list[str]:
 
 def unprofitable_reason(module: nn.Module, max_clients: int) -> str | None:
     """Why training clients in one step would not be faster; None if it should be."""
-    convolutions = (nn.modules.conv._ConvNd, nn.RNNBase)
-    if next(module.parameters()).device.type == "cpu" and any(isinstance(m, convolutions) for m in module.modules()):
+    slow = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.RNNBase)
+    if next(module.parameters()).device.type == "cpu" and any(isinstance(m, slow) for m in module.modules()):
         return "convolutions and recurrent layers of several clients are no faster together on a CPU"
     if max_clients < 4:
         return "the model is so large that its own arithmetic takes most of the time"
@@ -150,7 +156,7 @@ def _check(
 ) -> None:
     module = capture.module
     before, buffers, outside = attributes(module), engine.copy_buffers(), _outside(engine, module)
-    held = [(m._buffers, dict(m._buffers)) for m in module.modules()]
+    held = [(own, dict(own)) for own in map(own_buffers, module.modules())]
     drawn = random_states()
     try:
         with torch.enable_grad():
@@ -161,7 +167,7 @@ def _check(
         check_unchanged(before, attributes(module))
         check_undrawn(drawn)
         now = dict(module.named_buffers())
-        written = [n for n, t, version in outside if t._version != version or now.get(n, t) is not t]
+        written = [n for n, t, version in outside if version_counter(t) != version or now.get(n, t) is not t]
         if written:
             raise NotVectorizable(f"training_step writes to {written[0]}, which all clients share")
         engine.put_buffers(buffers)
@@ -174,8 +180,8 @@ def _check(
         raise NotVectorizable(_first_line(error)) from error
     finally:
         put_back(module, before)
-        for owner, own in held:
-            owner.update(own)
+        for own, items in held:
+            own.update(items)
         engine.put_buffers(buffers)
         capture.clear()
 
@@ -211,4 +217,44 @@ def _first_line(error: Exception) -> str:
 def _outside(engine: VectorizedEngine, module: nn.Module) -> list[tuple[str, Tensor, int]]:
     stacked = engine.stacked_names
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    return [(name, tensor, tensor._version) for name, tensor in tensors.items() if name not in stacked]
+    return [(name, tensor, version_counter(tensor)) for name, tensor in tensors.items() if name not in stacked]
+
+
+class OpaqueProxy:
+    """Stands for the Trainer or the batch index in a step that is tried out; it can be handed on but not looked at."""
+
+    is_seen = False
+
+    def _look(self, *args: Any, **kwargs: Any) -> NoReturn:
+        object.__setattr__(self, "is_seen", True)
+        raise NotVectorizable("it looks at the Trainer or at batch_idx")
+
+    __getattr__ = __bool__ = __hash__ = __str__ = __repr__ = __format__ = __index__ = __int__ = __float__ = _look
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _look
+    __add__ = __sub__ = __mul__ = __truediv__ = __floordiv__ = __mod__ = __pow__ = _look
+    __radd__ = __rsub__ = __rmul__ = __rtruediv__ = __rfloordiv__ = __rmod__ = __rpow__ = _look
+
+
+def with_grads(
+    engine: VectorizedEngine, capture: LogCapture, batch: Any, args: tuple[Any, ...], randomness: str
+) -> frozenset[str] | None:
+    """The parameters that get a gradient in a step of several clients; leaves nothing changed.
+
+    Returns:
+        None if the step looks at the Trainer or at ``batch_idx``, so that it may be another one the next time.
+    """
+    stand_in, buffers = OpaqueProxy(), engine.copy_buffers()
+    try:
+        with (
+            trainer_replaced(capture.module, stand_in),
+            torch.random.fork_rng(enabled=randomness != "error"),
+            torch.enable_grad(),
+        ):
+            losses, _ = engine.forward_stacked(capture, batch, *[stand_in] * len(args), randomness=randomness)
+            names = frozenset(engine.gradients(losses.sum()))
+    except Exception:
+        return None
+    finally:
+        engine.put_buffers(buffers)
+        capture.clear()
+    return None if stand_in.is_seen else names

@@ -20,7 +20,7 @@ from lightning_fl.federation import ClientTask
 from lightning_fl.federation.group_data import StackedData
 from lightning_fl.strategies import internals
 from lightning_fl.strategies import results as logged
-from lightning_fl.strategies.vectorized.compatibility import MAX_FLOPS_ON_CPU, check_equivalence
+from lightning_fl.strategies.vectorized.compatibility import MAX_FLOPS_ON_CPU, check_equivalence, with_grads
 from lightning_fl.strategies.vectorized.log_capture import LogCapture, NotVectorizable
 from lightning_fl.strategies.vectorized.side_effects import (
     check_unchanged,
@@ -28,7 +28,6 @@ from lightning_fl.strategies.vectorized.side_effects import (
     own_attributes,
     random_states,
 )
-from lightning_fl.strategies.vectorized.step_cache import StepCache, with_grads
 
 
 class VectorizedDriver:
@@ -59,9 +58,9 @@ class VectorizedDriver:
         convert = trainer.precision_plugin.convert_input
         self.grouping = Grouping(engine, settings, lambda: self.equal_work_only, convert)
         self.capture = LogCapture(trainer.lightning_module)
-        self.cache = StepCache(engine, self.capture, settings.compile) if settings.record else None
         self.task: ClientTask | None = None
         self._is_checked = False
+        self._has_stepped = False
         self._grads_of: dict[Any, frozenset[str] | None] = {}
         self._randomness = "error"
 
@@ -80,14 +79,13 @@ class VectorizedDriver:
                 checked at the first group.
         """
         self.task = task
+        self._has_stepped = False
         self.capture.clear()
         if not self._is_checked:
             first = data.first()
             self._select(first.mask)
             self._check(first)
             self._is_checked = True
-        if self.cache is not None:
-            self.cache.start()
 
     def _check(self, batch: StackedBatch) -> None:
         is_cpu = self.engine.device.type == "cpu"
@@ -150,22 +148,21 @@ class VectorizedDriver:
         """
         self._select(batch.mask)
         content = batch.content
-        if self.cache is None:
-            loss, losses, tensors = self._run(content, args)
-        else:
-            loss, losses, tensors = self.cache(content, args, self._randomness, self._run)
+        losses, tensors = self._run(content, args)
         if self.capture.has_calls:
             places, size = torch.tensor(batch.mask), logged.count_examples(part(content, 0))
             self.capture.emit(tensors, places, size)
-        return loss, losses
+        return losses.sum(), losses
 
-    def _run(self, content: Any, args: tuple[Any, ...]) -> tuple[Tensor, Tensor, list[Tensor]]:
+    def _run(self, content: Any, args: tuple[Any, ...]) -> tuple[Tensor, list[Tensor]]:
         module = self.capture.module
-        before, drawn = own_attributes(module), random_states()
+        before, drawn = own_attributes(module), None if self._has_stepped else random_states()
+        self._has_stepped = True
         try:
             losses, tensors = self.engine.forward_stacked(self.capture, content, *args, randomness=self._randomness)
             check_unchanged(before, own_attributes(module))
-            check_undrawn(drawn)
+            if drawn is not None:  # in a group's first step only: to look at the generators takes as long as a layer
+                check_undrawn(drawn)
         except (NotVectorizable, RuntimeError) as error:
             if not isinstance(error, NotVectorizable) and not any(word in str(error) for word in ("vmap", "functorch")):
                 raise
@@ -174,7 +171,7 @@ class VectorizedDriver:
                 f"training_step can't run for {len(self.task.clients)} clients in one step, though it could at first: "
                 f"{error}. Let each client train alone with FederatedStrategy(engine='sequential')."
             ) from error
-        return losses.sum(), losses, tensors
+        return losses, tensors
 
     def clip_norms(self, optimizer: torch.optim.Optimizer, max_norm: float) -> bool:
         """Clips each client's gradients by their norm; tells whether several clients train at the moment."""

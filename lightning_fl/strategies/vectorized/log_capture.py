@@ -5,18 +5,19 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lightning import LightningModule
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from torchmetrics import Metric, MetricCollection
-from torchmetrics.utilities.data import dim_zero_cat, dim_zero_max, dim_zero_min, dim_zero_sum
+from torchmetrics.utilities import dim_zero_cat, dim_zero_max, dim_zero_min, dim_zero_sum
 
 from lightning_fl.engines.vectorized.stacking import part, select
 from lightning_fl.federation.metric_entries import Entries
+from lightning_fl.strategies.torchmetrics_internals import reductions
+from lightning_fl.torch_internals import pytree
 
 _SIGNATURE = inspect.signature(LightningModule.log)
 _REDUCTIONS: dict[Any, Callable[[Tensor], Tensor]] = {
@@ -93,31 +94,6 @@ class LogCapture:
     def has_calls(self) -> bool:
         """Whether the last step has logged anything or updated a torchmetric."""
         return bool(self._calls)
-
-    @property
-    def calls(self) -> list[_Call]:
-        """The last step's log calls, tensor values stripped."""
-        no_values = torch.empty(0)
-        return [
-            replace(call, leaves=[no_values if isinstance(leaf, Tensor) else leaf for leaf in call.leaves])
-            for call in self._calls
-        ]
-
-    @property
-    def logs_numbers(self) -> bool:
-        """Whether the step that has just run has logged Python numbers."""
-        logged = [
-            pytree.tree_unflatten(call.leaves, call.spec)[1]["value"] for call in self._calls if call.metric is None
-        ]
-        return any(isinstance(value, int | float) for value in logged)
-
-    def repeat(self, calls: Sequence[_Call]) -> None:
-        """Notes calls of an earlier step as those of the step that has just run."""
-        results = {id(call.result): _MetricResult(call.result.is_used) for call in calls}
-        self._calls = [
-            replace(call, leaves=[results.get(id(leaf), leaf) for leaf in call.leaves], result=results[id(call.result)])
-            for call in calls
-        ]
 
     def emit(self, tensors: Sequence[Tensor], rows: Tensor, batch_size: int) -> None:
         """Makes the calls of the step that has just run, once for all its clients.
@@ -273,10 +249,10 @@ def _is_additive(metric: Metric | MetricCollection | None) -> bool:
     if isinstance(metric, MetricCollection):
         return all(map(_is_additive, metric.values()))
     assert metric is not None
-    reductions = list(metric._reductions.values())
+    functions = reductions(metric).values()
     additive = (dim_zero_sum, dim_zero_cat, dim_zero_max, dim_zero_min)
     return (
-        bool(reductions)
+        bool(functions)
         and type(metric).__module__.startswith("torchmetrics.")
-        and all(reduction in additive for reduction in reductions)
+        and all(function in additive for function in functions)
     )

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from lightning_fl.strategies.vectorized.log_capture import NotVectorizable
+from lightning_fl.torch_internals import FORWARD_HOOKS, version_counter
 
 Attributes = dict[str, tuple[Any, Any, Any]]
 _SIMPLE = (int, float, bool, str, type(None))
 _CLOSED = (nn.Module, type, FunctionType, ModuleType)
-_READ_BY_STEPS = {"training", "_forward_hooks", "_forward_pre_hooks"}
+_READ_BY_STEPS = {"training", *FORWARD_HOOKS}
 FRAMEWORK_ATTRIBUTES = vars(L.LightningModule()).keys() - _READ_BY_STEPS
 
 
@@ -72,19 +73,23 @@ def put_back(module: nn.Module, before: Attributes) -> None:
             own.update(items)
 
 
-def random_states() -> tuple[Any, Any]:
-    """Where the global generators of NumPy and Python stand; torch's is watched by ``torch.func.vmap``."""
-    return np.random.get_state(), random.getstate()
+def random_states() -> tuple[Any, ...]:
+    """Where the global generators of NumPy and Python stand; torch's is watched by ``torch.func.vmap``.
+
+    A draw either moves a generator's position or renews all its 624 words, so that one of these is enough.
+    """
+    _, words, *numpy = np.random.get_state()
+    _, python, spare = random.getstate()
+    return int(words[0]), *numpy, python[0], python[-1], spare
 
 
-def check_undrawn(before: tuple[Any, Any]) -> None:
+def check_undrawn(before: tuple[Any, ...]) -> None:
     """Makes sure that a step has drawn no random numbers from NumPy or Python.
 
     Raises:
         NotVectorizable: If it has.
     """
-    numpy, python = random_states()
-    if before[1] != python or before[0][2] != numpy[2] or (before[0][1] != numpy[1]).any():
+    if random_states() != before:
         raise NotVectorizable("training_step draws random numbers from Python or NumPy, one for all clients")
 
 
@@ -101,7 +106,7 @@ def _marks(value: Any, depth: int = 3) -> Any:
     if type(value) in _SIMPLE:
         return type(value), value
     if isinstance(value, Tensor):
-        return id(value), value._version
+        return id(value), version_counter(value)
     if isinstance(value, np.ndarray):
         return id(value), value.tobytes()
     if depth == 0 or isinstance(value, _CLOSED):

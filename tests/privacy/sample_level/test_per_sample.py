@@ -154,6 +154,27 @@ def test_gradients_are_those_of_each_example_alone(kind: str, mode: Any) -> None
     assert not any(hasattr(param, "grad_sample") for param in params.values())
 
 
+def test_what_a_failed_pass_left_on_the_parameters_is_cleared() -> None:
+    network = nn.Linear(8, 4)
+    batch, loss_of = [torch.randn(5, 8), torch.arange(5) % 4], cross_entropy(network)
+    gradients = PerSampleGradients(network, dict(network.named_parameters()))
+    gradients.start()
+    loss_of(batch).backward()
+    expected = gradients.take(5)
+    gradients.start()
+    failed = loss_of(batch)
+    loss_of(batch)  # never gets its backward pass
+    failed.backward()
+    left = [(param._forward_counter, hasattr(param, "_current_grad_sample")) for param in network.parameters()]  # type: ignore
+    assert left == [(1, True), (1, True)]
+    gradients.start()
+    loss_of(batch).backward()
+    samples = gradients.take(5)
+    gradients.detach()
+    for name, sample in expected.items():
+        torch.testing.assert_close(samples[name], sample)
+
+
 @pytest.mark.parametrize("kind", NETWORKS)
 @pytest.mark.parametrize("size", [1, 5])
 def test_the_check_accepts_means_over_examples(kind: str, size: int) -> None:

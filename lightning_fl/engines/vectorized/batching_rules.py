@@ -1,0 +1,116 @@
+"""Batching rules: functions that ``torch.func.vmap`` makes slow, computed for all clients by one kernel instead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import Function
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from lightning_fl.engines.vectorized.buffer_pool import BufferPool
+from lightning_fl.torch_internals import outside_vmap, unwrap, wrap
+
+
+class BatchingRules(TorchFunctionMode):
+    """Inside the block, linear layers and cross-entropy have batching rules of their own.
+
+    A rule applies where ``vmap`` is the only transform and all tensors are batched; elsewhere nothing changes.
+
+    Args:
+        pool: Where the gradients of weights get their memory. None: as any tensor.
+    """
+
+    def __init__(self, pool: BufferPool | None = None) -> None:
+        super().__init__()
+        self._rules: dict[Any, Callable[..., Tensor | None]] = {
+            functional.linear: partial(_linear, pool=pool),
+            functional.cross_entropy: _cross_entropy,
+        }
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        rule = self._rules.get(func)
+        out = None if rule is None else rule(*args, **kwargs)
+        return func(*args, **kwargs) if out is None else out
+
+
+class StackedLinear(Function):
+    """``x W^T + b`` for ``x`` of shape ``[clients, n, in]`` and ``W`` of shape ``[clients, out, in]``.
+
+    Its backward gives the weight's gradient in the weight's own memory layout, which autograd's does not.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, pool: BufferPool | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.pool = pool
+        transposed = weight.transpose(1, 2)
+        return torch.bmm(x, transposed) if bias is None else torch.baddbmm(bias.unsqueeze(1), x, transposed)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        weight_grad = None
+        if ctx.needs_input_grad[1]:
+            out = ctx.pool.empty(weight.shape, weight) if ctx.pool and not torch.is_grad_enabled() else None
+            weight_grad = torch.bmm(grad.transpose(1, 2), x, out=out)
+        return (
+            torch.bmm(grad, weight) if ctx.needs_input_grad[0] else None,
+            weight_grad,
+            grad.sum(1) if ctx.needs_input_grad[2] else None,
+            None,
+        )
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, pool: BufferPool | None) -> Tensor | None:
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    stacked = None if x.dim() < 2 or _is_autocast(x) else unwrap(*tensors)
+    if stacked is None:
+        return None
+    own_x, own_weight = stacked[:2]
+    own_bias = None if bias is None else stacked[2]
+    with outside_vmap():
+        rows = own_x if own_x.dim() == 3 else own_x.reshape(len(own_x), -1, own_x.shape[-1])
+        out = StackedLinear.apply(rows, own_weight, own_bias, pool)
+        return wrap(out if own_x.dim() == 3 else out.view(*own_x.shape[:-1], -1))
+
+
+def _cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor | None:
+    """The clients' examples as those of one batch, and each client's own mean of their losses."""
+    is_plain = weight is None and size_average is None and reduce is None and reduction == "mean"
+    if not is_plain or target.is_floating_point() or input.dim() < 2 or _is_autocast(input):
+        return None
+    stacked = unwrap(input, target)
+    if stacked is None:
+        return None
+    scores, labels = stacked
+    with outside_vmap():
+        losses = functional.cross_entropy(
+            scores.flatten(0, 1),
+            labels.flatten(0, 1),
+            ignore_index=ignore_index,
+            reduction="none",
+            label_smoothing=label_smoothing,
+        )
+        num_counted = (labels.flatten(1) != ignore_index).sum(1)
+        return wrap(losses.view(len(labels), -1).sum(1) / num_counted)
+
+
+def _is_autocast(tensor: Tensor) -> bool:
+    return torch.is_autocast_enabled(tensor.device.type)

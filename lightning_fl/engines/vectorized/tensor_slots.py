@@ -1,0 +1,49 @@
+"""The places of a module's tensors, where others stand in for them during a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from lightning_fl.torch_internals import own_buffers, own_parameters
+from lightning_fl.types import Tree
+
+
+class TensorSlots:
+    """Finds the places of tensors in a module once; ``torch.func.functional_call`` searches for them in each call.
+
+    Args:
+        module: The module.
+        tensors: Parameters and buffers of it; one that is tied has several places.
+    """
+
+    def __init__(self, module: nn.Module, tensors: Tree) -> None:
+        names = {id(tensor): name for name, tensor in tensors.items()}
+        owners: list[dict[str, Any]] = [get(own) for own in module.modules() for get in (own_parameters, own_buffers)]
+        self._slots = [(owner, key, names[id(t)]) for owner in owners for key, t in owner.items() if id(t) in names]
+
+    @contextmanager
+    def hold(self, tensors: Tree) -> Iterator[Tree]:
+        """Puts other tensors in the places.
+
+        Args:
+            tensors: By the names of those for which they stand in.
+
+        Yields:
+            An empty tree; when the block ends, it is filled with what the module holds in place of a tensor that it
+            has replaced meanwhile.
+        """
+        replaced: Tree = {}
+        before = [owner[key] for owner, key, _ in self._slots]
+        for owner, key, name in self._slots:
+            owner[key] = tensors[name]
+        try:
+            yield replaced
+        finally:
+            for (owner, key, name), own in zip(self._slots, before, strict=True):
+                if owner[key] is not tensors[name]:
+                    replaced.setdefault(name, owner[key])
+                owner[key] = own

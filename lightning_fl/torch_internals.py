@@ -1,0 +1,114 @@
+"""Every touch of torch's private and experimental parts, in one place. Holds for torch >= 2.6, < 3.
+
+Each name says why it is needed and has no public counterpart up to torch 2.13; ``tests/test_torch_internals.py`` fails
+when what it relies on has changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C import _functorch as functorch
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
+from torch._functorch.vmap import lazy_load_decompositions, vmap_increment_nesting
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
+from torch.utils import _pytree
+
+BatchNorm = _BatchNorm
+"""Base class of every BatchNorm; a list of the public classes would miss those of other libraries, such as apex."""
+
+pytree = _pytree
+"""Nested containers as torch.func flattens them: the ``in_dims`` of ``vmap`` must have the same structure."""
+
+FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+"""Attributes of ``nn.Module`` that hold forward hooks, which change what a step computes; torch does not list them."""
+
+
+def version_counter(tensor: Tensor) -> int:
+    """Autograd's count of in-place writes to a tensor; only the counter shows a write without comparing the values.
+
+    Writes through ``tensor.data`` are not counted.
+    """
+    return tensor._version
+
+
+def has_gradient_hooks(param: Tensor) -> bool:
+    """Whether hooks would see the parameter's gradient; torch adds and removes such hooks, but does not list them."""
+    return any(getattr(param, name) for name in ("_backward_hooks", "_post_accumulate_grad_hooks"))
+
+
+def has_backward_hooks(module: nn.Module) -> bool:
+    """Whether backward hooks are registered on the module itself; torch does not list them."""
+    return bool(module._backward_hooks or module._backward_pre_hooks)
+
+
+def step_hooks(optimizer: Optimizer) -> list[Callable[..., Any]]:
+    """The hooks before and after the optimizer's ``step``; torch does not list them."""
+    return [*optimizer._optimizer_step_pre_hooks.values(), *optimizer._optimizer_step_post_hooks.values()]
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """The dict that holds the module's own parameters, with those that are None.
+
+    A tensor put in it takes a parameter's place even if it is no ``nn.Parameter``, which ``setattr`` refuses.
+    """
+    return module._parameters
+
+
+def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
+    """The dict that holds the module's own buffers, with those that are None, which ``named_buffers`` leaves out.
+
+    Putting a tensor in it replaces a buffer without the checks of ``nn.Module.__setattr__``.
+    """
+    return module._buffers
+
+
+def set_timeout(options: Any, timeout: timedelta) -> None:
+    """Sets how long collectives wait; ``ProcessGroupNCCL.Options`` takes no timeout as an argument."""
+    options._timeout = timeout
+
+
+def flat_vmap(function: Callable[..., Any], tensors: Sequence[Tensor], randomness: str) -> Any:
+    """``torch.func.vmap(function, randomness=randomness)(*tensors)``, without its checks, which a small step feels."""
+    lazy_load_decompositions()
+    size = len(tensors[0])
+    with vmap_increment_nesting(size, randomness) as level:
+        out = function(*(functorch._add_batch_dim(tensor, 0, level) for tensor in tensors))
+        return pytree.tree_map_only(Tensor, lambda own: functorch._remove_batch_dim(own, level, size, 0), out)
+
+
+def unwrap(*tensors: Tensor) -> list[Tensor] | None:
+    """The stacked tensors, clients first, that one ``vmap`` shows as those of a client.
+
+    A batching rule in Python needs them: an ``autograd.Function`` with a ``vmap`` method takes ten times as long.
+
+    Returns:
+        None if ``vmap`` is not the only transform, or if a tensor is not batched.
+    """
+    if functorch.maybe_current_level() != 1 or not all(map(functorch.is_batchedtensor, tensors)):
+        return None
+    pairs = [(functorch.get_unwrapped(tensor), functorch.maybe_get_bdim(tensor)) for tensor in tensors]
+    return [tensor.movedim(dim, 0) if dim else tensor for tensor, dim in pairs]
+
+
+def wrap(stacked: Tensor) -> Tensor:
+    """The reverse of :func:`unwrap`: makes a batching rule's result a tensor of one client again."""
+    wrapped: Tensor = functorch._add_batch_dim(stacked, 0, 1)
+    return wrapped
+
+
+def outside_vmap() -> AbstractContextManager[None]:
+    """Inside the block, operations are those on plain tensors: a batching rule works on what it has unwrapped."""
+    return temporarily_pop_interpreter_stack()
+
+
+def num_references(storage: torch.UntypedStorage) -> int:
+    """How many tensors and storage objects refer to the memory; autograd's are not visible to Python's counts."""
+    count: int = torch._C._storage_Use_Count(storage._cdata)
+    return count
