@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import runpy
 import sys
 import time
@@ -14,24 +13,10 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_fl.algorithms import Algorithm, FedAvg, get_algorithm, load_entry_points, registered
 from lightning_fl.strategies import register_strategies
+from tests.helpers.documents import install, named_blocks
 from tests.helpers.training import minimise
 
 CONTRIBUTING = Path(__file__).parent.parent / "CONTRIBUTING.md"
-
-
-def install(folder: Path, files: dict[str, str], entry_points: str) -> None:
-    """Puts modules and the metadata of a distribution into a folder, as pip does."""
-    folder.mkdir()
-    for name, text in files.items():
-        (folder / name).write_text(text)
-    info = folder / "fake-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fake\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(entry_points)
-
-
-def blocks() -> dict[str, str]:
-    return dict(re.findall(r"<!-- (\S+) -->\n```\w+\n(.*?)```", CONTRIBUTING.read_text(), re.DOTALL))
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +29,7 @@ def _registries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_worked_example_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    start, found = time.process_time(), blocks()
+    start, found = time.process_time(), named_blocks(CONTRIBUTING)
     assert found.keys() == {"fedsign.py", "test_fedsign.py", "pyproject.toml"}
     entry_points = found["pyproject.toml"].replace('[project.entry-points."', "[").replace('"]', "]").replace('"', "")
     install(tmp_path / "site", {name: text for name, text in found.items() if name.endswith(".py")}, entry_points)

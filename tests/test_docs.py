@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import re
 import shlex
 import sys
 from pathlib import Path
+from types import FrameType, ModuleType
 from typing import Any
 
 import lightning as L
@@ -17,10 +20,13 @@ from torch.utils.data import DataLoader
 import lightning_fl as fl
 from lightning_fl.algorithms import registry
 from lightning_fl.cli import COMMANDS, FederatedCLI, federated_strategy_names, recipes_directory
+from lightning_fl.strategies.loops import RoundEpochLoop
 from tests.helpers.distributed import REPOSITORY
-from tests.helpers.training import Ordinary, image_clients
+from tests.helpers.documents import blocks, imported_blocks
+from tests.helpers.training import Ordinary, Plain, image_clients, trainer
 
 DOCS = REPOSITORY / "docs"
+CONTRIBUTING = REPOSITORY / "CONTRIBUTING.md"
 PAGES = [REPOSITORY / "README.md", *sorted(DOCS.rglob("*.md"))]
 SMALL: dict[str, Any] = {
     "max_epochs": 1,
@@ -30,10 +36,6 @@ SMALL: dict[str, Any] = {
     "enable_checkpointing": False,
     "accelerator": "cpu",
 }
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
 def with_blocks(language: str) -> list[Path]:
@@ -60,12 +62,13 @@ def small_trainers(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.filterwarnings("ignore:Trainer already configured with model summary callbacks")
 @pytest.mark.filterwarnings("ignore:The `lightning` package's default logger")
 @pytest.mark.parametrize("page", with_blocks("python"), ids=name_of)
-def test_python_runs(page: Path) -> None:
+def test_python_runs(page: Path, tmp_path: Path) -> None:
     own = {"L": L, "fl": fl, "DataLoader": DataLoader, "model": Ordinary(), "data": image_clients(validate=True)}
-    for index, source in enumerate(blocks(page, "python")):
-        if "ckpt_path=" in source or "load_client(" in source:
-            continue  # goes on from a file that the page's reader has
-        exec(compile(source, f"{page.name} block {index}", "exec"), own)
+    with imported_blocks(page, tmp_path / "site"):
+        for index, source in enumerate(blocks(page, "python")):
+            if "ckpt_path=" in source or "load_client(" in source:
+                continue  # goes on from a file that the page's reader has
+            exec(compile(source, f"{page.name} block {index}", "exec"), own)
 
 
 @pytest.mark.parametrize("page", with_blocks("yaml"), ids=name_of)
@@ -105,7 +108,7 @@ def test_commands_exist() -> None:
 
 def test_the_tests_that_pages_name_exist() -> None:
     """Pages write `tests/...` or a path in tests/trainer/, then `::test`; `test` alone is in the file named before."""
-    for page in [*PAGES, REPOSITORY / "CONTRIBUTING.md"]:
+    for page in [*PAGES, CONTRIBUTING]:
         source = ""
         for file, test in re.findall(r"`([\w/]*\btest_\w+\.py)?(?:::)?(test_\w+)?`", page.read_text()):
             if file:
@@ -116,15 +119,64 @@ def test_the_tests_that_pages_name_exist() -> None:
                 assert f"def {test}" in source, f"{name_of(page)} names {test}, which is not in {file or 'its file'}"
 
 
-def test_the_mathematics_of_docstrings_becomes_mathml() -> None:
-    pytest.importorskip("latex2mathml")
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("maths", DOCS / "hooks" / "maths.py")
+def hook(name: str) -> ModuleType:
+    """A module of docs/hooks."""
+    spec = importlib.util.spec_from_file_location(name, DOCS / "hooks" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
-    maths = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(maths)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_picture_of_the_rooms_is_that_of_the_code() -> None:
+    rooms = hook("rooms")
+    drawn = rooms.draw(*rooms.read_rooms(REPOSITORY / "lightning_fl"))
+    assert drawn == (DOCS / "images" / "rooms.svg").read_text(), "run python docs/hooks/rooms.py"
+
+
+ARCHITECTURE = DOCS / "architecture.md"
+
+
+def test_the_files_that_the_architecture_names_exist() -> None:
+    names = re.findall(r"`((?:[\w/]+/)?\w+\.py|\w+/)`", ARCHITECTURE.read_text())
+    assert len(names) > 40
+    places = [REPOSITORY / "lightning_fl", REPOSITORY, REPOSITORY / "lightning_fl" / "datamodules"]
+    assert [name for name in names if not any((place / name).exists() for place in places)] == []
+
+
+def test_a_batch_takes_the_way_that_the_architecture_describes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A round of clients that train one after the other calls the files of the table in its order."""
+    text = ARCHITECTURE.read_text()
+    table = re.findall(r"^\| (\d+) \| `([\w/]+\.py)` \|", text, re.MULTILINE)
+    assert [int(number) for number, _ in table] == list(range(1, len(table) + 1))
+    told = [re.findall(r"(\d+) files", page.read_text().replace("**", "")) for page in (ARCHITECTURE, CONTRIBUTING)]
+    assert told == [[str(len(table))]] * 2
+    package, called = f"{REPOSITORY / 'lightning_fl'}{os.sep}", dict[str, None]()
+
+    def note(frame: FrameType, event: str, argument: Any) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(package):
+            called[frame.f_code.co_filename.removeprefix(package)] = None
+
+    advance = RoundEpochLoop.advance
+
+    def traced(loop: RoundEpochLoop, fetcher: Any) -> None:
+        before = sys.getprofile()
+        sys.setprofile(note)
+        try:
+            advance(loop, fetcher)
+        finally:
+            sys.setprofile(before)
+
+    monkeypatch.setattr(RoundEpochLoop, "advance", traced)
+    trainer(fl.FederatedStrategy("fedavg", engine="sequential")).fit(Plain(), image_clients())
+    files = [file for _, file in table]
+    assert [file for file in called if file in files] == files
+
+
+def test_the_mathematics_of_docstrings_becomes_mathml() -> None:
+    pytest.importorskip("latex2mathml")
+    maths = hook("maths")
     docstring = fl.algorithms.Scaffold.__doc__ or ""
     text = maths.to_markdown(docstring)
     assert not re.search(r":math:|\.\. math", text)
