@@ -49,7 +49,9 @@ class WeightedMean(Aggregator):
         return WeightedSum(layout, sums, layout.unflatten(sums))
 
     def add(self, acc: WeightedSum, update: Update, ctx: RoundContext) -> WeightedSum:
-        for tree, tensors in update_trees(update).items():
+        trees = update_trees(update)
+        acc.layout.check(trees)
+        for tree, tensors in trees.items():
             weight = 1.0 if tree.startswith("aux/") else update.weight
             for name, tensor in tensors.items():
                 acc.views[tree][name].add_(tensor, alpha=weight)
@@ -58,6 +60,7 @@ class WeightedMean(Aggregator):
     def add_group(self, acc: WeightedSum, updates: Update, weights: Sequence[float], ctx: RoundContext) -> WeightedSum:
         if len(weights) == 1:
             return self.add(acc, replace(updates.part(0), weight=weights[0]), ctx)
+        acc.layout.check(update_trees(updates.part(0)))
         for tree, tensors in update_trees(updates).items():
             factors = [1.0] * len(weights) if tree.startswith("aux/") else weights
             for name, tensor in tensors.items():

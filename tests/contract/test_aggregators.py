@@ -357,7 +357,7 @@ class GroupsWeighAlike(WeightedMean):
 class KeepsToItself(WeightedMean):
     def merge(self, acc: Any, group: Group, report: Message, ctx: RoundContext) -> Any:
         merged, reports = super().merge(acc, group, report, ctx)
-        return replace(merged, sums=acc.sums), reports
+        return replace(merged, sums=acc.sums, views=acc.views), reports
 
 
 class HalfPrecision(WeightedMean):
