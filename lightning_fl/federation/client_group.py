@@ -122,7 +122,7 @@ class ClientGroup:
     def _finish(self, params: Tree, runs: Sequence[LocalRun]) -> tuple[Update, State | None]:
         if len(runs) == 1:
             return self._finish_alone(params, runs[0])
-        if any(replace(run, loss=0.0) != replace(runs[0], loss=0.0) for run in runs[1:]):
+        if any(_work_of(run) != _work_of(runs[0]) for run in runs[1:]):
             return self._finish_each(params, runs)
         try:
             stateless = all(state is None for state in self._algorithm_states)
@@ -160,6 +160,11 @@ class ClientGroup:
         update, state = self.algorithm.client_finish(own_params, self._contexts[0], self._algorithm_states[0], run)
         aux = {name: _as_stack(tree) for name, tree in update.aux.items()}
         return Update(delta=_as_stack(update.delta), aux=aux), None if state is None else _as_stack(state)
+
+
+def _work_of(run: LocalRun) -> tuple[Any, ...]:
+    """The facts that clients must share for `client_finish` to run on all of them at once."""
+    return run.num_steps, run.num_examples, run.weight, run.normalizer, run.lr_sum
 
 
 def _as_stack(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 from lightning_fl.clients.local_work import BatchPosition
@@ -63,21 +64,25 @@ class StackedData:
         return self.grouping.masks(list(self.works.values()))
 
     def read(self, next_phase: Callable[[], None]) -> Iterator[tuple[StackedBatch, BatchPosition]]:
-        masks = self.masks
-        batches = self.grouping.stacked(list(self.passes.values()), masks)
+        masks, batches = self.masks, chain([self.first], self._batches)
         if masks is None:
             return zip(batches, self.positions, strict=True)
         last = len(masks) - 1  # each step is a window of its own: accumulation needs equal work
         ends = (BatchPosition(step, ends_phase=step == last, is_last=step == last) for step in range(len(masks)))
         return zip(batches, ends, strict=True)
 
+    @cached_property
     def first(self) -> StackedBatch:
         """The first stacked batch.
 
         Raises:
             NotStackable: If the batches hold something that can't be stacked.
         """
-        return next(self.grouping.stacked(list(self.passes.values()), self.masks))
+        return next(self._batches)
+
+    @cached_property
+    def _batches(self) -> Iterator[StackedBatch]:
+        return self.grouping.stacked(list(self.passes.values()), self.masks)
 
     def read_once(self) -> Iterator[Any]:
         raise AssertionError("an algorithm with a probe trains its clients alone")

@@ -300,6 +300,7 @@ class Round:
         """Takes what a group's training has changed: its updates are added, its states wait for the round's end.
 
         An update, or a client's next state, that is not finite is refused: it reaches neither the sum nor the store.
+        The process's own random state comes back with :meth:`merge`; until then what draws continues the client's.
         """
         result = self.trainer.finish(task.steps_by_client)
         runs = task.runs(result.facts)
@@ -314,7 +315,6 @@ class Round:
             accepted = self._add_group(task.group, group_update)
             updates = [group_update.update_of(0) if accepted[0] else None] if len(runs) == 1 else []
         totals.num_examples += sum(run.num_examples for run in compress(runs, accepted))
-        self._randomness.exit()
         num_steps = sum(facts.num_steps_of_all for facts in result.facts)
         return GroupOutcome(runs, accepted, updates[0] if len(runs) == 1 else None, num_steps)
 
@@ -421,6 +421,7 @@ class Round:
         Returns:
             The reports of all ranks, the first rank's first.
         """
+        self._randomness.exit()
         self._trained = time.perf_counter()
         own, hides = self.report(report), self.settings.aggregator.hides_reports and self.group.size > 1
         message = mask(own.without_steps().to_message()) if hides else own.to_message()

@@ -107,7 +107,7 @@ class TightSteps(BatchSteps):
         loop.count_trained()
         results = self.results
         if isinstance(batch, StackedBatch):
-            size, mask = _size(part(batch.content, 0)), batch.mask
+            size, mask = _size(batch.content, dim=1), batch.mask
             task.record(position, size, losses, mask)
             size *= len(mask)
         else:
@@ -127,16 +127,19 @@ class TightSteps(BatchSteps):
         self.loop.end_without_hooks()
 
 
-def _size(batch: Any) -> int:
-    """What Lightning would infer as the size of a batch, found without its recursion where that is obvious."""
-    if type(batch) not in (list, tuple):
-        return logged.count_examples(batch)
-    size = None
-    for leaf in batch:
-        if not isinstance(leaf, Tensor) or not leaf.dim() or (size is not None and leaf.shape[0] != size):
-            return logged.count_examples(batch)
-        size = leaf.shape[0]
-    return logged.count_examples(batch) if size is None else size
+def _size(batch: Any, dim: int = 0) -> int:
+    """What Lightning would infer as the size of a batch, found without its recursion where that is obvious.
+
+    Args:
+        batch: The batch.
+        dim: The dimension of its tensors that counts the examples: 1 if they are stacked over clients.
+    """
+    leaves = batch if type(batch) in (list, tuple) else [batch]
+    if all(isinstance(leaf, Tensor) and leaf.dim() > dim for leaf in leaves):
+        sizes = {leaf.shape[dim] for leaf in leaves}
+        if len(sizes) == 1:
+            return sizes.pop()
+    return logged.count_examples(part(batch, 0) if dim else batch)
 
 
 def step_functions(trainer: L.Trainer, run_group: Callable[..., tuple[Tensor, Tensor]] | None = None) -> StepFunctions:

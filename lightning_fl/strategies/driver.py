@@ -316,7 +316,7 @@ class RoundDriver:
         finally:
             loaders.leave()
         try:
-            data.first()
+            _ = data.first
         except NotStackable as error:
             raise GroupSplit([[client] for client in clients]) from error
         try:

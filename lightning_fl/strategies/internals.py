@@ -28,6 +28,7 @@ from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor
 
 from lightning_fl.engines.optimizer_states import Schedule
+from lightning_fl.engines.vectorized.stacking import StackedBatch
 
 SubprocessLauncher = _SubprocessScriptLauncher
 
@@ -241,6 +242,8 @@ def batch_mover(trainer: Trainer) -> Callable[[Any], Any]:
 def _is_on_cpu(batch: Any) -> bool:
     if isinstance(batch, Tensor):
         return batch.is_cpu
+    if isinstance(batch, StackedBatch):
+        return _is_on_cpu(batch.content)
     return type(batch) in (list, tuple) and all(isinstance(leaf, Tensor) and leaf.is_cpu for leaf in batch)
 
 

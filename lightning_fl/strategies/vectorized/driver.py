@@ -82,7 +82,8 @@ class VectorizedDriver:
         self._has_stepped = False
         self.capture.clear()
         if not self._is_checked:
-            first = data.first()
+            # A copy of its own: a training_step may change its batch in place.
+            first = next(self.grouping.stacked(list(data.passes.values()), data.masks))
             self._select(first.mask)
             self._check(first)
             self._is_checked = True
