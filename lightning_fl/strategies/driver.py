@@ -270,6 +270,8 @@ class RoundDriver:
         assert self.local_trainer is not None
         hook = batch_hook(self.trainer, self.strategy_type)
         rank_zero_debug("The local loop is tight." if hook is None else f"Batches pass Lightning's hooks: {hook}.")
+        if self.vectorized is not None:
+            self.vectorized.logs_may_wait = hook is None
         return (TightSteps if hook is None else HookedSteps)(loop, self.local_trainer, values)
 
     @property
@@ -341,13 +343,19 @@ class RoundDriver:
     def _end_phase(self, opened: OpenRound, task: ClientTask, ends_phase: bool) -> None:
         if ends_phase:
             assert opened.session is not None
+            self._flush_logs()
             opened.session.end_phase(task.counts)
+
+    def _flush_logs(self) -> None:
+        if self.vectorized is not None:
+            self.vectorized.flush_logs()
 
     def _finish(self, opened: OpenRound, task: ClientTask) -> None:
         assert opened.session is not None
         assert self.local_trainer is not None
         session, clients = opened.session, task.clients
         num_shared_steps = self.local_trainer.optimizers.num_steps
+        self._flush_logs()
         session.end_phase(task.counts, is_last=True)
         outcome = opened.round.finish(task)
         opened.has_trained = True

@@ -59,6 +59,8 @@ class VectorizedDriver:
         self.grouping = Grouping(engine, settings, lambda: self.equal_work_only, convert)
         self.capture = LogCapture(trainer.lightning_module)
         self.task: ClientTask | None = None
+        self.logs_may_wait = False
+        """Whether nobody looks at what is logged before :meth:`flush_logs`."""
         self._is_checked = False
         self._has_stepped = False
         self._grads_of: dict[Any, frozenset[str] | None] = {}
@@ -152,8 +154,15 @@ class VectorizedDriver:
         losses, tensors = self._run(content, args)
         if self.capture.has_calls:
             places, size = torch.tensor(batch.mask), logged.count_examples(part(content, 0))
-            self.capture.emit(tensors, places, size)
+            self.capture.emit(tensors, places, size, self.logs_may_wait)
         return losses.sum(), losses
+
+    def flush_logs(self) -> None:
+        """Hands on what the group has logged and Lightning has not been told yet."""
+        module = self.trainer.lightning_module
+        internals.set_running_hook(module, "training_step")
+        self.capture.flush()
+        internals.set_running_hook(module, None)
 
     def _run(self, content: Any, args: tuple[Any, ...]) -> tuple[Tensor, list[Tensor]]:
         module = self.capture.module

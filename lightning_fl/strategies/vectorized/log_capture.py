@@ -65,6 +65,25 @@ class _Step:
         """Where in the step the clients stand for whom ``accepted`` is true."""
         return accepted[self.rows].nonzero().flatten()
 
+    @property
+    def form(self) -> list[Any]:
+        """What two steps must share for their calls to be made as one: all but values, clients and examples."""
+        calls = [
+            (call.metric, call.method, call.spec, [None if isinstance(leaf, Tensor) else leaf for leaf in call.leaves])
+            for call in self.calls
+        ]
+        return [*calls, *((tensor.dtype, tensor.dim(), tensor.shape[2:]) for tensor in self.tensors)]
+
+    @property
+    def can_wait(self) -> bool:
+        """Whether one call with the values of several steps tells Lightning the same as one for each step."""
+        return all(
+            _takes_rows(call, args, kwargs)
+            if call.metric is not None
+            else kwargs["on_step"] is False and kwargs["on_epoch"] and not isinstance(kwargs["value"], _MetricResult)
+            for call, args, kwargs in _with_tensors(self)
+        )
+
 
 class LogCapture:
     """Runs a module's ``training_step`` for one client under ``vmap`` and notes what it logs.
@@ -77,6 +96,7 @@ class LogCapture:
         self.module = module
         self.metrics = list(_outermost_metrics(module))
         self.steps: list[_Step] = []
+        self._waiting: list[_Step] = []
         self._calls: list[_Call] = []
 
     def __call__(self, *args: Any) -> tuple[Tensor, list[Tensor]]:
@@ -95,30 +115,47 @@ class LogCapture:
         """Whether the last step has logged anything or updated a torchmetric."""
         return bool(self._calls)
 
-    def emit(self, tensors: Sequence[Tensor], rows: Tensor, batch_size: int) -> None:
+    def emit(self, tensors: Sequence[Tensor], rows: Tensor, batch_size: int, may_wait: bool = False) -> None:
         """Makes the calls of the step that has just run, once for all its clients.
 
         Args:
             tensors: What the step returned, stacked over the clients.
-            rows: Their places among the clients at hand, shape ``[num_clients]``.
+            rows: Their places in the group, shape ``[num_clients]``.
             batch_size: Examples in the batch of one client.
+            may_wait: Whether nobody looks before :meth:`flush` makes the calls that are still to be made.
         """
-        num_clients = len(rows)
-        step = _Step(self._calls, list(tensors), num_clients, batch_size, rows)
+        step = _Step(self._calls, list(tensors), len(rows), batch_size, rows)
         self.steps.append(step)
-        for call, args, kwargs in _with_tensors(step):
-            if call.metric is not None:
-                _update(call, args, kwargs, num_clients)
+        waits = may_wait and step.can_wait
+        if self._waiting and not (waits and step.form == self._waiting[0].form):
+            self.flush()
+        self._waiting.append(step)
+        if not waits:
+            self.flush()
+
+    def flush(self) -> None:
+        """Makes the calls that are still to be made: one for all steps that wait."""
+        steps, self._waiting = self._waiting, []
+        for made in zip(*map(_with_tensors, steps), strict=True):
+            call, args, kwargs = made[0]
+            if call.metric is not None and len(steps) > 1:
+                args, kwargs = _concatenated([_as_rows(args, kwargs) for _, args, kwargs in made])
+                getattr(call.metric, call.method)(*args, **kwargs)
+            elif call.metric is not None:
+                _update(call, args, kwargs, steps[0].num_clients)
             elif isinstance(kwargs["value"], Metric):
                 self.module.log(**kwargs)
             else:
-                value = _reduction(kwargs)(_values(kwargs["value"], num_clients))
-                size = (kwargs["batch_size"] or batch_size) * num_clients
-                self.module.log(**{**kwargs, "value": value, "batch_size": size})
+                values = [
+                    (_reduction(own), _values(own["value"], step.num_clients), own["batch_size"] or step.batch_size)
+                    for (_, _, own), step in zip(made, steps, strict=True)
+                ]
+                joined, size = _join(values), sum(len(own) * size for _, own, size in values)
+                self.module.log(**{**kwargs, "value": joined["value"] / joined["weight"], "batch_size": size})
 
     def clear(self) -> None:
-        """Drops the notes of the clients at hand."""
-        self.steps = []
+        """Drops the notes of the group."""
+        self.steps, self._waiting = [], []
 
     def entries(self, accepted: Tensor) -> Entries:
         """Value and weight, by key of Lightning's results, of what the clients have logged that are ``accepted``."""
@@ -227,9 +264,8 @@ def _outermost_metrics(module: torch.nn.Module) -> Iterator[Metric | MetricColle
 
 def _update(call: _Call, args: Any, kwargs: Any, num_clients: int) -> None:
     method = getattr(call.metric, call.method)
-    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    if not call.result.is_used and len({_has_rows(leaf) for leaf in tensors}) == 1 and _is_additive(call.metric):
-        args, kwargs = pytree.tree_map(lambda leaf: leaf.flatten(0, 1) if _has_rows(leaf) else leaf, (args, kwargs))
+    if _takes_rows(call, args, kwargs):
+        args, kwargs = _as_rows(args, kwargs)
         method(*args, **kwargs)
         return
     values = []
@@ -238,6 +274,27 @@ def _update(call: _Call, args: Any, kwargs: Any, num_clients: int) -> None:
         values.append(method(*own_args, **own_kwargs))
     if call.result.is_used:
         call.result.values = torch.stack(values)
+
+
+def _takes_rows(call: _Call, args: Any, kwargs: Any) -> bool:
+    """Whether a torchmetric may be given the examples of all clients at once."""
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    return not call.result.is_used and len({_has_rows(leaf) for leaf in tensors}) == 1 and _is_additive(call.metric)
+
+
+def _as_rows(args: Any, kwargs: Any) -> Any:
+    """Arguments whose tensors hold the examples of all clients one after the other."""
+    return pytree.tree_map(lambda leaf: leaf.flatten(0, 1) if _has_rows(leaf) else leaf, (args, kwargs))
+
+
+def _concatenated(arguments: Sequence[Any]) -> Any:
+    """The arguments of several steps as those of one."""
+    flat = [pytree.tree_flatten(own) for own in arguments]
+    leaves = [
+        torch.cat(own) if isinstance(own[0], Tensor) else own[0]
+        for own in zip(*(leaves for leaves, _ in flat), strict=True)
+    ]
+    return pytree.tree_unflatten(leaves, flat[0][1])
 
 
 def _has_rows(leaf: Any) -> bool:
