@@ -388,10 +388,14 @@ class Round:
             found["personal"] = {n: value for n, value in client_state["personal"].items() if n in trainable}
         return found
 
+    def restore_randomness(self) -> None:
+        """Puts the random generators back to where they were before the round's first client."""
+        self._randomness.exit()
+
     def leave(self) -> None:
         """Forgets the group that is being trained, because it will not be finished."""
         self.trainer.leave()
-        self._randomness.exit()
+        self.restore_randomness()
 
     # ---- the round's end
 
@@ -421,7 +425,7 @@ class Round:
         Returns:
             The reports of all ranks, the first rank's first.
         """
-        self._randomness.exit()
+        self.restore_randomness()
         self._trained = time.perf_counter()
         own, hides = self.report(report), self.settings.aggregator.hides_reports and self.group.size > 1
         message = mask(own.without_steps().to_message()) if hides else own.to_message()
@@ -471,7 +475,7 @@ class Round:
 
     def abandon(self) -> None:
         """Puts the module and the clients' states back to the round's start, because the round can't be finished."""
-        self._randomness.exit()
+        self.restore_randomness()
         self.store.roll_back()
         self.trainer.end_round(self.state.server["params"], zeros_like(self.template.buffers), None)
 

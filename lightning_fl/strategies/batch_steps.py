@@ -18,6 +18,7 @@ from lightning_fl.engines.vectorized.stacking import StackedBatch, part
 from lightning_fl.federation import ClientTask
 from lightning_fl.strategies import internals
 from lightning_fl.strategies import results as logged
+from lightning_fl.strategies.log_buffer import LogBuffer
 from lightning_fl.strategies.logged_values import LoggedValues
 from lightning_fl.strategies.loops import RoundEpochLoop
 
@@ -48,6 +49,14 @@ class BatchSteps(ABC):
     @abstractmethod
     def end_batch(self) -> None:
         """Does what comes after a batch."""
+
+    @abstractmethod
+    def flush_logs(self) -> None:
+        """Hands on what has been logged and Lightning has not been told yet."""
+
+    @abstractmethod
+    def drop_logs(self) -> None:
+        """Forgets what has been logged and Lightning has not been told yet."""
 
     def skip(self) -> None:
         """Passes through the end of a round in which this rank has no batch left."""
@@ -83,6 +92,12 @@ class HookedSteps(BatchSteps):
         task.record(position, size, losses, mask)
         self.values.after_batch(self.results, size * (1 if mask is None else len(mask)))
 
+    def flush_logs(self) -> None:
+        """Lightning has been told at once."""
+
+    def drop_logs(self) -> None:
+        """Lightning has been told at once."""
+
     def end_batch(self) -> None:
         self.is_open = False
         self.loop.end_batch()
@@ -94,27 +109,35 @@ class TightSteps(BatchSteps):
     def __init__(self, loop: RoundEpochLoop, trainer: LocalTrainer, values: LoggedValues) -> None:
         super().__init__(loop, trainer, values)
         self._move = internals.batch_mover(loop.trainer)
-        self._module = loop.trainer.lightning_module
+        self._logs = LogBuffer(loop.trainer.lightning_module)
 
     def train(self, task: ClientTask, batch: Any, position: BatchPosition, ends_round: bool) -> None:
         loop = self.loop
         batch = self._move(batch)
         loop.count_start(batch, position, ends_round)
         self.is_open = True
-        internals.set_running_hook(self._module, "training_step")
-        losses = self.trainer.step(batch, position)
-        internals.set_running_hook(self._module, None)
+        is_stacked = isinstance(batch, StackedBatch)
+        size = _obvious_size(batch.content, dim=1) if is_stacked else _obvious_size(batch)
+        with self._logs.in_step(None if is_stacked else size):
+            losses = self.trainer.step(batch, position)
         loop.count_trained()
         results = self.results
-        if isinstance(batch, StackedBatch):
-            size, mask = _size(batch.content, dim=1), batch.mask
-            task.record(position, size, losses, mask)
-            size *= len(mask)
+        if is_stacked:
+            size = logged.count_examples(part(batch.content, 0)) if size is None else size
+            task.record(position, size, losses, batch.mask)
+            size *= len(batch.mask)
         else:
-            size = _size(batch) if results.batch_size is None else results.batch_size
+            if size is None or results.batch_size is not None:
+                size = logged.batch_size(results, batch)
             task.record(position, size, losses)
         if results:
             self.values.after_batch(results, size)
+
+    def flush_logs(self) -> None:
+        self._logs.flush()
+
+    def drop_logs(self) -> None:
+        self._logs.drop()
 
     def end_batch(self) -> None:
         self.is_open = False
@@ -127,19 +150,18 @@ class TightSteps(BatchSteps):
         self.loop.end_without_hooks()
 
 
-def _size(batch: Any, dim: int = 0) -> int:
-    """What Lightning would infer as the size of a batch, found without its recursion where that is obvious.
+def _obvious_size(batch: Any, dim: int = 0) -> int | None:
+    """What Lightning would infer as the size of a batch, found without its recursion; None if that takes more.
 
     Args:
         batch: The batch.
         dim: The dimension of its tensors that counts the examples: 1 if they are stacked over clients.
     """
     leaves = batch if type(batch) in (list, tuple) else [batch]
-    if all(isinstance(leaf, Tensor) and leaf.dim() > dim for leaf in leaves):
-        sizes = {leaf.shape[dim] for leaf in leaves}
-        if len(sizes) == 1:
-            return sizes.pop()
-    return logged.count_examples(part(batch, 0) if dim else batch)
+    if not all(isinstance(leaf, Tensor) and leaf.dim() > dim for leaf in leaves):
+        return None
+    sizes = {leaf.shape[dim] for leaf in leaves}
+    return sizes.pop() if len(sizes) == 1 else None
 
 
 def step_functions(trainer: L.Trainer, run_group: Callable[..., tuple[Tensor, Tensor]] | None = None) -> StepFunctions:

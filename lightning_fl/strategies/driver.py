@@ -249,6 +249,7 @@ class RoundDriver:
                 self.population,
                 self.settings.seed,
                 self._following,
+                round.restore_randomness,
                 trainer.overfit_batches > 0,  # type: ignore[attr-defined]
                 self.warnings,
             ),
@@ -343,10 +344,11 @@ class RoundDriver:
     def _end_phase(self, opened: OpenRound, task: ClientTask, ends_phase: bool) -> None:
         if ends_phase:
             assert opened.session is not None
-            self._flush_logs()
+            self._flush_logs(opened)
             opened.session.end_phase(task.counts)
 
-    def _flush_logs(self) -> None:
+    def _flush_logs(self, opened: OpenRound) -> None:
+        opened.steps.flush_logs()
         if self.vectorized is not None:
             self.vectorized.flush_logs()
 
@@ -355,7 +357,7 @@ class RoundDriver:
         assert self.local_trainer is not None
         session, clients = opened.session, task.clients
         num_shared_steps = self.local_trainer.optimizers.num_steps
-        self._flush_logs()
+        self._flush_logs(opened)
         session.end_phase(task.counts, is_last=True)
         outcome = opened.round.finish(task)
         opened.has_trained = True
@@ -377,6 +379,7 @@ class RoundDriver:
         """Goes on without the client that is being trained."""
         self._note_failure(opened, failed)
         opened.round.leave()
+        opened.steps.drop_logs()
         if opened.session is not None:
             opened.session.drop()
         if opened.steps.is_open:

@@ -28,6 +28,7 @@ class RoundLoaders:
         population: All clients.
         seed: Seed of the federation.
         following: Tells which client's turn comes after one's own; None: nobody's.
+        restore_randomness: Puts the random generators back to where they were before the round's first client.
         keep_order: Whether loaders that shuffle are read in order, as ``overfit_batches`` wants.
         warnings: Is told of each loader.
     """
@@ -38,6 +39,7 @@ class RoundLoaders:
         population: Population,
         seed: int,
         following: Callable[[ClientId], ClientId | None],
+        restore_randomness: Callable[[], None],
         keep_order: bool,
         warnings: UserWarnings,
     ) -> None:
@@ -45,6 +47,7 @@ class RoundLoaders:
         self.population = population
         self.seed = seed
         self.following = following
+        self.restore_randomness = restore_randomness
         self.keep_order = keep_order
         self.warnings = warnings
         self._planned = dict(plan.loaders)
@@ -100,7 +103,12 @@ class RoundLoaders:
         return in_order(loader) if self.keep_order else loader
 
     def _make(self, client: ClientId) -> Loader:
-        return self._planned.pop(client) if client in self._planned else self.population.loaders[client]
+        if client in self._planned:
+            return self._planned.pop(client)
+        # What draws random numbers when it is made must not draw those of the client before.
+        self.leave()
+        self.restore_randomness()
+        return self.population.loaders[client]
 
     def _make_next(self, client: ClientId) -> None:
         # Before this client is opened: what draws random numbers when it is made must not draw this client's.
