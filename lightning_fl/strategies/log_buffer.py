@@ -1,0 +1,109 @@
+"""Sums up what a client logs, so that Lightning is told once a client and not once a batch."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_fl.strategies import internals
+
+
+@dataclass
+class _Entry:
+    """The calls of ``self.log`` for one name: the metric, or the values weighted by their batches' examples."""
+
+    arguments: dict[str, Any]
+    metric: Metric | None = None
+    total: Any = 0.0
+    num_examples: int = 0
+
+
+class LogBuffer:
+    """Stands for a module's ``log`` while ``training_step`` runs without Lightning's hooks around it.
+
+    Only means over the epoch wait, for which one call with the mean of several batches tells Lightning the same as one
+    call a batch; all others go to Lightning at once.
+
+    Args:
+        module: The user's module.
+    """
+
+    def __init__(self, module: L.LightningModule) -> None:
+        self.module = module
+        self._is_plain = type(module).log is L.LightningModule.log and "log" not in vars(module)
+        self._log = module.log
+        self._entries: dict[tuple[Any, ...], _Entry] = {}
+        self._num_examples = 0
+
+    @contextmanager
+    def in_step(self, num_examples: int | None) -> Iterator[None]:
+        """A block in which ``training_step`` runs.
+
+        Args:
+            num_examples: Examples in its batch. None: only Lightning can tell.
+        """
+        module = self.module
+        internals.set_running_hook(module, "training_step")
+        if self._is_plain and num_examples is not None:
+            self._num_examples = num_examples
+            vars(module)["log"] = self._note  # past `nn.Module.__setattr__`, which takes longer
+        try:
+            yield
+        finally:
+            if self._is_plain:
+                vars(module).pop("log", None)
+            internals.set_running_hook(module, None)
+
+    def flush(self) -> None:
+        """Tells Lightning what has been logged since the last time."""
+        entries, self._entries = self._entries, {}
+        if not entries:
+            return
+        internals.set_running_hook(self.module, "training_step")
+        for entry in entries.values():
+            if entry.metric is not None:
+                self._log(value=entry.metric, **entry.arguments)
+            else:
+                mean, size = entry.total / max(1, entry.num_examples), entry.num_examples
+                self._log(value=mean, batch_size=size, **entry.arguments)
+        internals.set_running_hook(self.module, None)
+
+    def drop(self) -> None:
+        """Forgets what has been logged since the last time."""
+        self._entries = {}
+
+    def _note(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        if args or not _is_epoch_mean(kwargs) or not (isinstance(value, Metric) or _is_number(value)):
+            self._log(name, value, *args, **kwargs)
+            return
+        key = (name, isinstance(value, Metric), *kwargs.items())
+        entry = self._entries.get(key)
+        if entry is None:
+            entry = self._entries[key] = _Entry({"name": name, **kwargs})
+        if isinstance(value, Metric):
+            entry.metric = value
+        else:
+            entry.total = entry.total + (value.detach() if isinstance(value, Tensor) else value) * self._num_examples
+            entry.num_examples += self._num_examples
+
+
+_DEFAULTS = {name: own.default for name, own in inspect.signature(L.LightningModule.log).parameters.items()}
+_FREE = {"on_step", "on_epoch", "prog_bar", "logger"}
+
+
+def _is_epoch_mean(kwargs: dict[str, Any]) -> bool:
+    is_of_epoch = kwargs.get("on_step") is False and kwargs.get("on_epoch") is True
+    return is_of_epoch and all(kwargs[name] == _DEFAULTS[name] for name in kwargs.keys() - _FREE)
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and value.is_floating_point()
+    return type(value) in (int, float)
