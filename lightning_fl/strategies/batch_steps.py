@@ -104,6 +104,8 @@ class TightSteps(BatchSteps):
         internals.set_running_hook(self._module, "training_step")
         losses = self.trainer.step(batch, position)
         internals.set_running_hook(self._module, None)
+        if losses is None:
+            internals.warn_of_no_loss()
         loop.count_trained()
         results = self.results
         if isinstance(batch, StackedBatch):

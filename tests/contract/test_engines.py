@@ -1,0 +1,136 @@
+"""Every way of training clients gives the same: a new engine or form of a step is one entry in ``FORMS``.
+
+The reference trains each client alone, with each batch passing Lightning's hooks. The tight loop must give the same bit
+for bit; clients side by side to rounding; and one client that keeps its optimizer what a plain Trainer gives.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import lightning_fl as fl
+from tests.contract.engine_runs import (
+    FORMS,
+    OF_GROUPS,
+    OF_STEPS,
+    REFERENCE,
+    Counting,
+    Entry,
+    Fit,
+    Frozen,
+    Logging,
+    NotedOrdinary,
+    NotedPlain,
+    Poisoned,
+    Skipping,
+    StepLogging,
+    Tied,
+    WithoutIndex,
+    assert_plain,
+    assert_same,
+    failing_clients,
+    poisoned_clients,
+    scheduled,
+)
+from tests.helpers.training import image_clients, loader
+
+ENTRIES = {
+    "logging": Entry(plain=True, rounds=3),
+    "logging every third step": Entry(trainer={"log_every_n_steps": 3}, plain=True, rounds=3),
+    "logging by step only": Entry(StepLogging),
+    "an ordinary module": Entry(NotedOrdinary, data=lambda: image_clients((7, 5, 7, 2, 7), validate=True)),
+    "without batch_idx": Entry(WithoutIndex, plain=True),
+    "buffers": Entry(Counting, plain=True),
+    "frozen": Entry(Frozen, plain=True),
+    "tied": Entry(Tied, plain=True),
+    "skipped batches": Entry(Skipping, groups=False, plain=True, warns="returned `None`"),
+    "skipped batches with accumulation": Entry(
+        Skipping, {"accumulate_grad_batches": 2}, groups=False, plain=True, warns="returned `None`"
+    ),
+    "accumulation": Entry(trainer={"accumulate_grad_batches": 2}, data=lambda: image_clients((11, 9, 11)), plain=True),
+    "accumulation, logging every third step": Entry(
+        trainer={"accumulate_grad_batches": 2, "log_every_n_steps": 3}, data=lambda: image_clients((11, 9, 11))
+    ),
+    "clipping by norm": Entry(trainer={"gradient_clip_val": 0.05}, plain=True),
+    "clipping by value": Entry(trainer={"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}, plain=True),
+    "schedule by step": Entry(scheduled("step"), plain=True),
+    "schedule by every second step": Entry(scheduled("step", 2), data=lambda: image_clients((11, 9, 11)), plain=True),
+    "schedule by step with accumulation": Entry(
+        scheduled("step"), {"accumulate_grad_batches": 2}, data=lambda: image_clients((11, 9, 11)), plain=True
+    ),
+    "schedule by epoch": Entry(scheduled("epoch"), plain=True, rounds=3),
+    "schedule by every second epoch": Entry(scheduled("epoch", 2), plain=True, rounds=3),
+    "precision 64-true": Entry(lambda: Logging(torch.float32), {"precision": "64-true"}, plain=True),
+    "precision bf16-true": Entry(lambda: Logging(torch.float32), {"precision": "bf16-true"}, rtol=0.05),
+    "precision bf16-mixed": Entry(
+        lambda: Logging(torch.float32), {"precision": "bf16-mixed"}, groups=False, plain=True, rtol=1e-5
+    ),
+    "float32": Entry(lambda: Logging(torch.float32), rtol=1e-5, plain=True),
+    "fedprox": Entry(strategy={"algorithm": fl.algorithms.FedProx(1.0)}, trainer={"gradient_clip_val": 0.05}),
+    "scaffold": Entry(strategy={"algorithm": "scaffold"}, rounds=3),
+    "ditto": Entry(strategy={"algorithm": "ditto"}, groups=False),
+    "mimelite": Entry(strategy={"algorithm": "mimelite"}, groups=False),
+    "personal": Entry(strategy={"personal": ["net.3.*"]}),
+    "kept optimizers": Entry(scheduled("step"), strategy={"client_optimizer": "keep"}, groups=False),
+    "cohorts": Entry(strategy={"clients_per_round": 3}, rounds=3),
+    "local steps": Entry(strategy={"local_steps": 3}),
+    "local epochs": Entry(strategy={"local_epochs": 2}),
+    "uneven work": Entry(
+        NotedPlain, strategy={"local_epochs": fl.clients.Between(1, 3)}, data=lambda: image_clients([7] * 12)
+    ),
+    "limit_train_batches": Entry(trainer={"limit_train_batches": 1}, plain=True),
+    "a share of the batches": Entry(trainer={"limit_train_batches": 0.5}, data=lambda: image_clients((11, 9, 11))),
+    "overfit_batches": Entry(trainer={"overfit_batches": 1}),
+    "max_steps": Entry(trainer={"max_steps": 12, "max_epochs": -1}),
+    "a refused client": Entry(Poisoned, data=poisoned_clients, warns="NaN or Inf"),
+    "a loader that fails at once": Entry(
+        data=lambda: failing_clients(0), strategy={"on_client_error": "skip"}, warns="the file is damaged"
+    ),
+    "a loader that fails in training": Entry(
+        data=lambda: failing_clients(5), strategy={"on_client_error": "skip"}, warns="the file is damaged", groups=False
+    ),
+}
+
+
+def param(name: str, *args: Any) -> Any:
+    return pytest.param(ENTRIES[name], *args, id="-".join([name, *(str(arg) for arg in args)]))
+
+
+@pytest.fixture(scope="module")
+def reference() -> Any:
+    """The fit of an entry in the reference form, made once."""
+    fits: dict[int, Fit] = {}
+
+    def of(entry: Entry) -> Fit:
+        if id(entry) not in fits:
+            fits[id(entry)] = entry.fit(REFERENCE)
+        return fits[id(entry)]
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("entry", "form"),
+    [
+        param(name, form)
+        for name, entry in ENTRIES.items()
+        for form, how in FORMS.items()
+        if form != REFERENCE and (entry.groups or not how.is_group)
+    ],
+)
+def test_every_form_gives_what_the_reference_gives(entry: Entry, form: str, reference: Any) -> None:
+    is_group = FORMS[form].is_group
+    assert_same(entry.fit(form), reference(entry), OF_GROUPS if is_group else OF_STEPS, entry.rtol if is_group else 0.0)
+
+
+@pytest.mark.parametrize(
+    ("entry", "form"),
+    [param(name, form) for name, entry in ENTRIES.items() if entry.plain for form in ("hooked", "tight")],
+)
+def test_one_client_that_keeps_its_optimizer_is_a_plain_trainer(entry: Entry, form: str) -> None:
+    alone = replace(entry, strategy={"client_optimizer": "keep"}, data=lambda: fl.datamodules.ClientLoaders([loader()]))
+    assert_plain(alone.fit(form), entry.fit_plain(loader()), entry.rounds, entry.rtol)
