@@ -68,7 +68,7 @@ class Logging(NotedPlain):
         logits = self.net(x.to(self.net[1].weight.dtype))
         self.log("by_step", loss)
         self.log("sum_by_step", loss, reduce_fx="sum")
-        self.log("epoch", loss, on_step=False, on_epoch=True)
+        self.log("by_epoch", loss, on_step=False, on_epoch=True)
         self.log("both", loss, on_step=True, on_epoch=True, prog_bar=True)
         self.log("sum", loss, on_step=False, on_epoch=True, reduce_fx="sum")
         self.log("min", loss, on_step=True, on_epoch=True, reduce_fx="min")

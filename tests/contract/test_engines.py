@@ -6,11 +6,22 @@ for bit; clients side by side to rounding; and one client that keeps its optimiz
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    Timer,
+)
 
 import lightning_fl as fl
 from tests.contract.engine_runs import (
@@ -134,3 +145,88 @@ def test_every_form_gives_what_the_reference_gives(entry: Entry, form: str, refe
 def test_one_client_that_keeps_its_optimizer_is_a_plain_trainer(entry: Entry, form: str) -> None:
     alone = replace(entry, strategy={"client_optimizer": "keep"}, data=lambda: fl.datamodules.ClientLoaders([loader()]))
     assert_plain(alone.fit(form), entry.fit_plain(loader()), entry.rounds, entry.rtol)
+
+
+# ---- a fit that stops and goes on under another form
+
+
+RESUMED = {
+    "logging": ENTRIES["logging"],
+    "an ordinary module": ENTRIES["an ordinary module"],
+    "scaffold": ENTRIES["scaffold"],
+    "kept optimizers": ENTRIES["kept optimizers"],
+    "personal": ENTRIES["personal"],
+}
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:The dirpath has changed")
+@pytest.mark.parametrize(
+    ("entry", "first", "second"),
+    [
+        pytest.param(entry, first, second, id=f"{name}-{first}-{second}")
+        for name, entry in RESUMED.items()
+        for first, second in [("hooked", "tight"), ("tight", "hooked"), ("tight", "group"), ("group", "tight")]
+        if entry.groups or not (FORMS[first].is_group or FORMS[second].is_group)
+    ],
+)
+def test_a_checkpoint_of_one_form_goes_on_in_another(entry: Entry, first: str, second: str) -> None:
+    entry = replace(entry, rounds=3)
+    whole = entry.fit(REFERENCE)
+
+    def saver(directory: str) -> ModelCheckpoint:
+        return ModelCheckpoint(directory, filename="{epoch}", save_top_k=-1)
+
+    entry.fit(first, enable_checkpointing=True, callbacks=[saver("first")])
+    saved = {"enable_checkpointing": True, "ckpt_path": "first/epoch=1.ckpt"}
+    resumed = entry.fit(second, callbacks=[saver("second")], **saved)
+    has_group = FORMS[first].is_group or FORMS[second].is_group
+    names = ("weights", "metrics", "bar", "counters", "history", "states")
+    assert_same(resumed, whole, names, entry.rtol if has_group else 0.0)
+    if not has_group:
+        last = replace(whole, rows=whole.rows[-len(resumed.rows) :], seen=whole.seen[-len(resumed.seen) :])
+        assert_same(resumed, last, ("rows", "seen"))
+
+
+# ---- Lightning's callbacks that the tight loop serves by client group
+
+
+CALLBACKS: dict[str, tuple[Callable[[], L.Callback], dict[str, Any]]] = {
+    "checkpoints by step": (
+        lambda: ModelCheckpoint("saved", filename="{step}", every_n_train_steps=7, save_top_k=-1),
+        {"enable_checkpointing": True},
+    ),
+    "checkpoint of the best round": (
+        lambda: ModelCheckpoint("saved", filename="{epoch}", monitor="by_epoch", save_top_k=1),
+        {"enable_checkpointing": True},
+    ),
+    "early stopping": (lambda: EarlyStopping("by_epoch", patience=1, min_delta=10.0), {"max_epochs": 5}),
+    "learning rates by epoch": (lambda: LearningRateMonitor("epoch"), {}),
+    "accumulation that changes": (lambda: GradientAccumulationScheduler({0: 1, 1: 2}), {}),
+    "a timer": (lambda: Timer(timedelta(milliseconds=1)), {"max_epochs": 5}),
+    "max_time": (lambda: Nothing(), {"max_epochs": 5, "max_time": timedelta(milliseconds=1)}),
+}
+
+
+class Nothing(L.Callback):
+    """Does nothing."""
+
+
+@pytest.mark.parametrize("name", CALLBACKS)
+def test_callbacks_act_alike_in_both_forms(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    make, options = CALLBACKS[name]
+    entry = ENTRIES["an ordinary module"] if "rates" in name else ENTRIES["logging"]
+    fits, files = [], []
+    for form in ("hooked", "tight"):
+        (tmp_path / form).mkdir()
+        monkeypatch.chdir(tmp_path / form)
+        fits.append(entry.fit(form, **options, callbacks=[make()]))
+        files.append(
+            sorted(str(path.relative_to(tmp_path / form)) for path in Path("saved").absolute().rglob("*.ckpt"))
+        )
+    # Once training is to stop, Lightning logs every step, and the tight loop looks at the time at the round's end.
+    names = [part for part in OF_STEPS if part != "rows" or "time" not in name]
+    assert_same(fits[1], fits[0], names)
+    assert files[1] == files[0]
+    assert bool(files[0]) == ("checkpoint" in name)
+    stops = {"early stopping": 2, "a timer": 1, "max_time": 1}
+    assert fits[0].counters["epoch"] == stops.get(name, entry.rounds)
