@@ -7,6 +7,7 @@ for bit; clients side by side to rounding; and one client that keeps its optimiz
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +25,11 @@ from lightning.pytorch.callbacks import (
 )
 
 import lightning_fl as fl
+from lightning_fl.engines import LocalTrainer, SequentialEngine
+from lightning_fl.federation import ClientTask
+from lightning_fl.strategies import batch_steps, engine_selection
+from lightning_fl.strategies.logged_values import LoggedValues
+from lightning_fl.strategies.loops import RoundEpochLoop
 from tests.contract.engine_runs import (
     FORMS,
     OF_GROUPS,
@@ -134,8 +140,14 @@ def reference() -> Any:
     ],
 )
 def test_every_form_gives_what_the_reference_gives(entry: Entry, form: str, reference: Any) -> None:
-    is_group = FORMS[form].is_group
-    assert_same(entry.fit(form), reference(entry), OF_GROUPS if is_group else OF_STEPS, entry.rtol if is_group else 0.0)
+    assert_same_as_reference(entry.fit(form), entry, form, reference(entry))
+
+
+def assert_same_as_reference(found: Fit, entry: Entry, form: str, reference: Fit) -> None:
+    if FORMS[form].is_group:
+        assert_same(found, reference, OF_GROUPS, entry.rtol)
+    else:
+        assert_same(found, reference)
 
 
 @pytest.mark.parametrize(
@@ -230,3 +242,118 @@ def test_callbacks_act_alike_in_both_forms(name: str, monkeypatch: pytest.Monkey
     assert bool(files[0]) == ("checkpoint" in name)
     stops = {"early stopping": 2, "a timer": 1, "max_time": 1}
     assert fits[0].counters["epoch"] == stops.get(name, entry.rounds)
+
+
+# ---- forms of a step that break the contract, so that each property is known to find something
+
+
+@pytest.fixture
+def breach(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Breaks the tight loop in the named way."""
+    globals()[f"break_{request.param}"](monkeypatch)
+
+
+def _with_functions(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+    make = engine_selection.step_functions
+    monkeypatch.setattr(engine_selection, "step_functions", lambda *args: replace(make(*args), **changes))
+
+
+def _at_other_positions(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+    step = LocalTrainer.step
+    monkeypatch.setattr(
+        LocalTrainer, "step", lambda own, batch, position: step(own, batch, position._replace(**changes))
+    )
+
+
+def break_clipping(monkeypatch: pytest.MonkeyPatch) -> None:
+    _with_functions(monkeypatch, clip=None)
+
+
+def break_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    _with_functions(monkeypatch, context=nullcontext)
+
+
+def break_accumulation(monkeypatch: pytest.MonkeyPatch) -> None:
+    _at_other_positions(monkeypatch, starts_window=True, ends_window=True)
+
+
+def break_window_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    _at_other_positions(monkeypatch, window=1)
+
+
+def break_batch_idx(monkeypatch: pytest.MonkeyPatch) -> None:
+    _at_other_positions(monkeypatch, offset=0)
+
+
+def break_grad_transform(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SequentialEngine, "prepare_gradients", lambda own, optimizer: None)
+
+
+def break_step_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    count = RoundEpochLoop.count_trained
+
+    def count_trained(loop: RoundEpochLoop) -> None:
+        count(loop)
+        loop.automatic_optimization.optim_progress.optimizer.step.increment_completed()
+
+    monkeypatch.setattr(RoundEpochLoop, "count_trained", count_trained)
+
+
+def break_schedules(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RoundEpochLoop, "step_client_schedules", lambda loop: None)
+
+
+def break_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_steps, "_size", lambda batch: 1)
+
+
+def break_logger_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RoundEpochLoop, "count_end", RoundEpochLoop._end_iteration)
+
+
+def break_logger_axis(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RoundEpochLoop, "_end_iteration", lambda loop: None)
+
+
+def break_step_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LoggedValues, "after_batch", lambda *args: None)
+
+
+def break_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = ClientTask.record
+    monkeypatch.setattr(ClientTask, "record", lambda task, *args: record(task, args[0], 1, *args[2:]))
+
+
+@pytest.mark.parametrize(
+    ("breach", "name", "form"),
+    [
+        ("clipping", "clipping by norm", "tight"),
+        ("clipping", "clipping by value", "tight"),
+        ("precision", "precision bf16-mixed", "tight"),
+        ("precision", "precision 64-true", "tight"),
+        ("accumulation", "accumulation", "tight"),
+        ("window_mean", "accumulation", "tight"),
+        ("batch_idx", "logging", "tight"),
+        ("grad_transform", "fedprox", "tight"),
+        ("grad_transform", "scaffold", "tight"),
+        ("step_count", "frozen", "tight"),
+        ("schedules", "schedule by step", "tight"),
+        ("batch_size", "logging by step only", "tight"),
+        ("logger_steps", "logging every third step", "tight"),
+        ("logger_axis", "logging", "tight"),
+        ("step_values", "logging by step only", "tight"),
+        ("losses", "logging", "tight"),
+        ("clipping", "clipping by norm", "group"),
+        ("accumulation", "accumulation", "group"),
+        ("schedules", "schedule by step", "group"),
+        ("batch_size", "logging by step only", "group"),
+        ("step_values", "logging by step only", "group"),
+    ],
+    indirect=["breach"],
+)
+def test_a_breach_is_found(breach: None, name: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = ENTRIES[name]
+    broken = entry.fit(form)
+    monkeypatch.undo()
+    with pytest.raises(AssertionError):
+        assert_same_as_reference(broken, entry, form, entry.fit(REFERENCE))
