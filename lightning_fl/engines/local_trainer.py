@@ -188,8 +188,9 @@ class LocalTrainer(ABC):
                     param.grad = None
         if loss is not None:
             functions.backward(loss if position.window == 1 else loss / position.window)
-        if position.ends_window:
-            if functions.unscale is not None and loss is not None:
+        # Where gradients are scaled, a batch without loss at the end of a window drops the window, as in Lightning.
+        if position.ends_window and (loss is not None or functions.unscale is None):
+            if functions.unscale is not None:
                 functions.unscale(optimizer)
             self.prepare_gradients(optimizer)
             if functions.clip is not None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.loops.optimization.automatic import Closure
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.profilers import PassThroughProfiler
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
@@ -200,6 +201,21 @@ def failing_clients(damaged: int) -> fl.datamodules.ClientLoaders:
     return fl.datamodules.ClientLoaders([torch.utils.data.DataLoader(dataset, batch_size=4) for dataset in datasets])
 
 
+def clients_with_missing_batches() -> fl.datamodules.ClientLoaders:
+    """Three clients whose second batch is None, as from a collation that has found nothing to use."""
+
+    def collate(examples: list[Any]) -> Any:
+        return None if len(examples) == 3 else torch.utils.data.default_collate(examples)
+
+    sampler = [[0, 1, 2, 3], [4, 5, 6], [7, 8, 9, 10], [11, 12]]
+    return fl.datamodules.ClientLoaders(
+        [
+            torch.utils.data.DataLoader(images(13, seed), batch_sampler=sampler, collate_fn=collate)  # type: ignore[arg-type]
+            for seed in range(3)
+        ]
+    )
+
+
 # ---- forms
 
 
@@ -261,6 +277,19 @@ class Recorder(Logger):
         row = {name: value for name, value in metrics.items() if not name.startswith("fl/")}
         if row.keys() - {"epoch"}:
             self.rows.append({"logger step": -1 if step is None else step, **row})
+
+
+class ClipsFromRoundOne(L.Callback):
+    """Turns clipping on after the first round."""
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.gradient_clip_val = 0.01 if trainer.current_epoch else None
+
+
+def scaling() -> dict[str, Any]:
+    """Half precision with a gradient scaler, which here halves its scale twice a round."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=3)
+    return {"plugins": [MixedPrecision("16-mixed", "cpu", scaler)]}
 
 
 class Watch(FederatedCallback):

@@ -35,6 +35,7 @@ from tests.contract.engine_runs import (
     OF_GROUPS,
     OF_STEPS,
     REFERENCE,
+    ClipsFromRoundOne,
     Counting,
     Entry,
     Fit,
@@ -49,8 +50,10 @@ from tests.contract.engine_runs import (
     WithoutIndex,
     assert_plain,
     assert_same,
+    clients_with_missing_batches,
     failing_clients,
     poisoned_clients,
+    scaling,
     scheduled,
 )
 from tests.helpers.training import image_clients, loader
@@ -74,6 +77,11 @@ ENTRIES = {
     ),
     "clipping by norm": Entry(trainer={"gradient_clip_val": 0.05}, plain=True),
     "clipping by value": Entry(trainer={"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}, plain=True),
+    "clipping from the second round": Entry(fresh=lambda: {"callbacks": [ClipsFromRoundOne()]}, rounds=3, plain=True),
+    "missing batches": Entry(data=clients_with_missing_batches, groups=False, warns="yielded None"),
+    "missing batches with accumulation": Entry(
+        trainer={"accumulate_grad_batches": 2}, data=clients_with_missing_batches, groups=False, warns="yielded None"
+    ),
     "schedule by step": Entry(scheduled("step"), plain=True),
     "schedule by every second step": Entry(scheduled("step", 2), data=lambda: image_clients((11, 9, 11)), plain=True),
     "schedule by step with accumulation": Entry(
@@ -85,6 +93,16 @@ ENTRIES = {
     "precision bf16-true": Entry(lambda: Logging(torch.float32), {"precision": "bf16-true"}, rtol=0.05),
     "precision bf16-mixed": Entry(
         lambda: Logging(torch.float32), {"precision": "bf16-mixed"}, groups=False, plain=True, rtol=1e-5
+    ),
+    "precision 16-mixed": Entry(lambda: Logging(torch.float32), fresh=scaling, groups=False, rounds=3),
+    "precision 16-mixed, skipped batches": Entry(
+        lambda: Skipping(torch.float32), fresh=scaling, groups=False, warns="returned `None`"
+    ),
+    "precision 16-mixed, skipped batches with accumulation": Entry(
+        lambda: Skipping(torch.float32), {"accumulate_grad_batches": 2}, fresh=scaling, groups=False, warns="`None`"
+    ),
+    "precision 16-mixed, clipping": Entry(
+        lambda: Logging(torch.float32), {"gradient_clip_val": 0.05}, fresh=scaling, groups=False
     ),
     "float32": Entry(lambda: Logging(torch.float32), rtol=1e-5, plain=True),
     "fedprox": Entry(strategy={"algorithm": fl.algorithms.FedProx(1.0)}, trainer={"gradient_clip_val": 0.05}),
