@@ -129,6 +129,8 @@ class TightSteps(BatchSteps):
         self.loop.count_end()
 
     def end_round(self) -> None:
+        if self.is_open:
+            self.loop.show_group()
         self.is_open = False
         self.loop.end_without_hooks()
 

@@ -6,7 +6,11 @@ for bit; clients side by side to rounding; and one client that keeps its optimiz
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
+import os
+import re
+import signal
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
@@ -21,10 +25,15 @@ from lightning.pytorch.callbacks import (
     GradientAccumulationScheduler,
     LearningRateMonitor,
     ModelCheckpoint,
+    RichProgressBar,
     Timer,
+    TQDMProgressBar,
 )
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from rich.console import Console
 
 import lightning_fl as fl
+from lightning_fl.callbacks import FederatedCallback, FederatedProgressBar
 from lightning_fl.engines import LocalTrainer, SequentialEngine
 from lightning_fl.federation import ClientTask
 from lightning_fl.strategies import batch_steps, engine_selection
@@ -35,6 +44,7 @@ from tests.contract.engine_runs import (
     OF_GROUPS,
     OF_STEPS,
     REFERENCE,
+    SEEN,
     ClipsFromRoundOne,
     Counting,
     Entry,
@@ -56,7 +66,7 @@ from tests.contract.engine_runs import (
     scaling,
     scheduled,
 )
-from tests.helpers.training import image_clients, loader
+from tests.helpers.training import Plain, image_clients, loader, trainer, weights
 
 ENTRIES = {
     "logging": Entry(plain=True, rounds=3),
@@ -260,6 +270,125 @@ def test_callbacks_act_alike_in_both_forms(name: str, monkeypatch: pytest.Monkey
     assert bool(files[0]) == ("checkpoint" in name)
     stops = {"early stopping": 2, "a timer": 1, "max_time": 1}
     assert fits[0].counters["epoch"] == stops.get(name, entry.rounds)
+
+
+# ---- errors and interruptions
+
+
+class Returns(Plain):
+    """Returns something else than a loss."""
+
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self.output = output
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        super().training_step(batch, batch_idx)
+        return self.output
+
+
+@pytest.mark.parametrize("form", ["hooked", "tight"])
+@pytest.mark.parametrize("output", [{"logits": 1.0}, {"loss": None}, "loss", 1.0], ids=str)
+def test_what_is_no_loss_is_refused(form: str, output: Any) -> None:
+    with pytest.raises((ValueError, MisconfigurationException), match=r"loss|must return a Tensor"):
+        Entry(lambda: Returns(output)).fit(form)
+
+
+class Interrupts(Logging):
+    """Raises, or gets a signal, in a step of the second round."""
+
+    def __init__(self, cause: BaseException | signal.Signals) -> None:
+        super().__init__()
+        self.cause = cause
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.current_epoch == 1 and len(SEEN) == 14:
+            if isinstance(self.cause, BaseException):
+                raise self.cause
+            os.kill(os.getpid(), self.cause)
+        return super().training_step(batch, batch_idx)
+
+
+class AtTheEnd(L.Callback):
+    """Notes what an interrupted fit leaves."""
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        strategy: Any = trainer.strategy
+        self.left = weights(pl_module), trainer.global_step, len(strategy.history), dict(strategy.driver.state.server)
+
+
+@pytest.mark.parametrize(
+    ("cause", "expected"),
+    [
+        (KeyboardInterrupt(), SystemExit),
+        (RuntimeError("a user's error"), RuntimeError),
+        (signal.SIGTERM, SIGTERMException),
+        (signal.SIGINT, SystemExit),
+    ],
+    ids=["KeyboardInterrupt", "an error", "SIGTERM", "SIGINT"],
+)
+@pytest.mark.parametrize("form", ["hooked", "tight"])
+def test_an_interrupted_round_is_dropped(form: str, cause: Any, expected: type[BaseException]) -> None:
+    one_round = Entry(rounds=1).fit(REFERENCE)
+    watch = AtTheEnd()
+    with pytest.raises(expected):
+        Entry(lambda: Interrupts(cause), rounds=3).fit(form, callbacks=[watch])
+    values, global_step, num_rounds, server = watch.left
+    assert torch.equal(values, one_round.weights)
+    assert (global_step, num_rounds) == (one_round.counters["global_step"], 1)
+    torch.testing.assert_close(server, one_round.states["server"], rtol=0, atol=0)
+
+
+# ---- progress bars, which are told by client group
+
+
+def positions(bar: Any, form: str, sizes: Sequence[int]) -> list[tuple[float, float]]:
+    """Where the bar of batches stood, and its total, after each client group and at the round's end."""
+    seen: list[tuple[float, float]] = []
+
+    class Look(FederatedCallback):
+        def note(self) -> None:
+            if isinstance(bar, TQDMProgressBar):
+                seen.append((bar.train_progress_bar.n, bar.train_progress_bar.total))
+            else:
+                task = bar.progress.tasks[bar.train_progress_bar_id]
+                seen.append((task.completed, task.total))
+
+        def on_client_start(self, *args: Any) -> None:  # type: ignore[override]
+            self.note()
+
+        def on_train_epoch_end(self, *args: Any) -> None:
+            self.note()
+
+    how = FORMS[form]
+    run = trainer(
+        fl.FederatedStrategy(engine=how.engine), callbacks=[bar, Look(), *how.callbacks()], enable_progress_bar=True
+    )
+    run.fit(Plain(), image_clients(sizes))
+    return seen
+
+
+@pytest.mark.parametrize("form", ["hooked", "tight"])
+@pytest.mark.parametrize("make", [TQDMProgressBar, RichProgressBar])
+def test_the_bar_moves_with_each_client(make: Any, form: str) -> None:
+    assert positions(make(), form, (7, 1, 11)) == [(0, 6), (2, 6), (3, 6), (6, 6)]
+
+
+@pytest.mark.parametrize("refresh_rate", [1, 4])
+@pytest.mark.parametrize("form", ["hooked", "tight"])
+def test_the_bar_of_the_only_client_comes_to_its_end(form: str, refresh_rate: int) -> None:
+    assert positions(TQDMProgressBar(refresh_rate), form, (22,))[-1] == (6, 6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_bar_of_the_federation_counts_clients(form: str) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=120, legacy_windows=False, _environ={})
+    how = FORMS[form]
+    options = {"callbacks": [FederatedProgressBar(console=console), *how.callbacks()], "enable_progress_bar": True}
+    run = trainer(fl.FederatedStrategy(engine=how.engine), **how.options(), **options)
+    run.fit(Plain(), image_clients((7, 7, 7)))
+    shown = re.findall(r"clients\s+\S+\s+(\d)/3", re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", console.file.getvalue()))
+    assert shown[-1] == "3"
 
 
 # ---- forms of a step that break the contract, so that each property is known to find something
