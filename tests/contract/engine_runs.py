@@ -150,6 +150,23 @@ class Tied(NotedPlain):
         self.net[5].weight = self.net[4].weight
 
 
+class Random(Logging):
+    """Draws random numbers in its step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.insert(3, nn.Dropout(0.5))
+
+
+class OnDicts(NotedPlain):
+    """Its batches are mappings."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step((batch["x"], batch["y"]), batch_idx)
+        self.log("by_step", loss)
+        return loss
+
+
 class Poisoned(Logging):
     """Gives NaN for the client whose images are shifted by 1000."""
 
@@ -199,6 +216,40 @@ def failing_clients(damaged: int) -> fl.datamodules.ClientLoaders:
     """Four clients of six examples; the second one fails at its example ``damaged``."""
     datasets = [images(6, 0), Broken(damaged), images(6, 2), images(6, 3)]
     return fl.datamodules.ClientLoaders([torch.utils.data.DataLoader(dataset, batch_size=4) for dataset in datasets])
+
+
+class Mappings(torch.utils.data.Dataset[Any]):
+    """Images as mappings."""
+
+    def __init__(self, num_examples: int, seed: int) -> None:
+        self.images = images(num_examples, seed)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        x, y = self.images[index]
+        return {"x": x, "y": y}
+
+
+class Stream(torch.utils.data.IterableDataset[Any]):
+    """Images without a length."""
+
+    def __init__(self, num_examples: int, seed: int) -> None:
+        self.images = images(num_examples, seed)
+
+    def __iter__(self) -> Any:
+        return iter([self.images[index] for index in range(len(self.images))])
+
+
+def clients_of(kind: Callable[[int, int], Any]) -> Callable[[], fl.datamodules.ClientLoaders]:
+    """Clients whose data sets are ``kind(num_examples, seed)``."""
+
+    def make() -> fl.datamodules.ClientLoaders:
+        datasets = [kind(size, seed) for seed, size in enumerate(SIZES)]
+        return fl.datamodules.ClientLoaders([torch.utils.data.DataLoader(own, batch_size=4) for own in datasets])
+
+    return make
 
 
 def clients_with_missing_batches() -> fl.datamodules.ClientLoaders:
