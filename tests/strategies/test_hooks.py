@@ -26,11 +26,13 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.profilers import PassThroughProfiler
 from torch import Tensor, nn
+from torch.optim import SGD
+from torch.optim.lr_scheduler import ExponentialLR
 
 import lightning_fl as fl
 from lightning_fl.callbacks import FederatedCallback, FederatedProgressBar
 from lightning_fl.strategies.hooks import BATCH_HOOKS, STRATEGY_HOOKS, TRANSFER_HOOKS
-from tests.helpers.training import Plain, image_clients, trainer
+from tests.helpers.training import Plain, image_clients, loader, trainer, weights
 
 TIGHT = "The local loop is tight."
 
@@ -113,31 +115,38 @@ def test_a_subclass_of_the_strategy_that_does_not_look_at_batches(reason: Any) -
     assert reason(strategy=own(engine="sequential")) == TIGHT
 
 
-@pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:.*AMP with fp16 is not supported on CPU")
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"callbacks": [TQDMProgressBar()], "enable_progress_bar": True},
-        {"callbacks": [RichProgressBar()], "enable_progress_bar": True},
-        {"callbacks": [FederatedProgressBar()], "enable_progress_bar": True},
-        {"callbacks": [ModelCheckpoint(".", every_n_train_steps=2)], "enable_checkpointing": True},
-        {"callbacks": [Timer(interval="step")]},
-        {"callbacks": [LearningRateMonitor("epoch")], "logger": CSVLogger(".")},
-        {"callbacks": [GradientAccumulationScheduler({0: 2})]},
-        {"callbacks": [EarlyStopping("x", strict=False)]},
-        {"max_time": "00:01:00:00"},
-        {"profiler": PassThroughProfiler()},
-        {"gradient_clip_val": 0.1},
-        {"accumulate_grad_batches": 2},
-        {"limit_train_batches": 1},
-        {"overfit_batches": 1},
-        {"detect_anomaly": True},
-        *({"precision": precision} for precision in ("32-true", "64-true", "bf16-true", "bf16-mixed", "16-mixed")),
-    ],
-    ids=lambda options: ",".join(options),
-)
-def test_what_leaves_the_loop_tight(reason: Any, options: dict[str, Any]) -> None:
-    assert reason(Plain(torch.float32), **options) == TIGHT
+Make = Callable[[], dict[str, Any]]
+TIGHT_OPTIONS: dict[str, Make] = {
+    "TQDM": lambda: {"callbacks": [TQDMProgressBar()], "enable_progress_bar": True},
+    "Rich": lambda: {"callbacks": [RichProgressBar()], "enable_progress_bar": True},
+    "FederatedProgressBar": lambda: {"callbacks": [FederatedProgressBar()], "enable_progress_bar": True},
+    "checkpoints": lambda: {
+        "callbacks": [ModelCheckpoint(".", every_n_train_steps=2)],
+        "enable_checkpointing": True,
+    },
+    "timer": lambda: {"callbacks": [Timer(interval="step")]},
+    "learning rates by epoch": lambda: {"callbacks": [LearningRateMonitor("epoch")], "logger": CSVLogger(".")},
+    "accumulation that changes": lambda: {"callbacks": [GradientAccumulationScheduler({0: 2})]},
+    "early stopping": lambda: {"callbacks": [EarlyStopping("x", strict=False)]},
+    "max_time": lambda: {"max_time": "00:01:00:00"},
+    "no profiler": lambda: {"profiler": PassThroughProfiler()},
+    "clipping": lambda: {"gradient_clip_val": 0.1},
+    "accumulation": lambda: {"accumulate_grad_batches": 2},
+    "limit_train_batches": lambda: {"limit_train_batches": 1},
+    "overfit_batches": lambda: {"overfit_batches": 1},
+    "detect_anomaly": lambda: {"detect_anomaly": True},
+    "32-true": lambda: {"precision": "32-true"},
+    "64-true": lambda: {"precision": "64-true"},
+    "bf16-true": lambda: {"precision": "bf16-true"},
+    "bf16-mixed": lambda: {"precision": "bf16-mixed"},
+    "16-mixed": lambda: {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]},
+}
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+@pytest.mark.parametrize("make", TIGHT_OPTIONS.values(), ids=TIGHT_OPTIONS)
+def test_what_leaves_the_loop_tight(reason: Any, make: Make) -> None:
+    assert reason(Plain(torch.float32), **make()) == TIGHT
 
 
 class OwnPrecision(Precision):
@@ -152,26 +161,28 @@ class OwnProgressBar(TQDMProgressBar):
     """May do anything with a batch."""
 
 
-@pytest.mark.filterwarnings("ignore:Checkpoint directory")
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({"callbacks": [LearningRateMonitor("step")], "logger": CSVLogger(".")}, "LearningRateMonitor.on_train_batch"),
-        ({"callbacks": [LearningRateMonitor()], "logger": CSVLogger(".")}, "LearningRateMonitor.on_train_batch_start"),
-        ({"callbacks": [DeviceStatsMonitor()], "logger": CSVLogger(".")}, "DeviceStatsMonitor.on_train_batch_start"),
-        ({"callbacks": [EMAWeightAveraging()]}, "EMAWeightAveraging.on_train_batch_end"),
-        ({"callbacks": [OwnProgressBar()], "enable_progress_bar": True}, "OwnProgressBar.on_train_batch_end"),
-        ({"plugins": [OwnPrecision()]}, "the precision plug-in OwnPrecision"),
-        ({"plugins": [OwnMixedPrecision("bf16-mixed", "cpu")]}, "the precision plug-in OwnMixedPrecision"),
-        ({"profiler": "simple"}, "the profiler SimpleProfiler"),
-        ({"profiler": "advanced"}, "the profiler AdvancedProfiler"),
-        ({"fast_dev_run": True}, "fast_dev_run"),
-        ({"fast_dev_run": 2}, "fast_dev_run"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_settings_of_the_trainer_that_look_at_batches(reason: Any, options: dict[str, Any], expected: str) -> None:
-    assert reason(Plain(torch.float32), **options).startswith(expected)
+HOOKED_OPTIONS: dict[str, Make] = {
+    "LearningRateMonitor.on_train_batch_start": lambda: {
+        "callbacks": [LearningRateMonitor("step")],
+        "logger": CSVLogger("."),
+    },
+    "DeviceStatsMonitor.on_train_batch_start": lambda: {
+        "callbacks": [DeviceStatsMonitor()],
+        "logger": CSVLogger("."),
+    },
+    "EMAWeightAveraging.on_train_batch_end": lambda: {"callbacks": [EMAWeightAveraging()]},
+    "OwnProgressBar.on_train_batch_end": lambda: {"callbacks": [OwnProgressBar()], "enable_progress_bar": True},
+    "the precision plug-in OwnPrecision": lambda: {"plugins": [OwnPrecision()]},
+    "the precision plug-in OwnMixedPrecision": lambda: {"plugins": [OwnMixedPrecision("bf16-mixed", "cpu")]},
+    "the profiler SimpleProfiler": lambda: {"profiler": "simple"},
+    "the profiler AdvancedProfiler": lambda: {"profiler": "advanced"},
+    "fast_dev_run": lambda: {"fast_dev_run": 2},
+}
+
+
+@pytest.mark.parametrize("expected", HOOKED_OPTIONS)
+def test_settings_of_the_trainer_that_look_at_batches(reason: Any, expected: str) -> None:
+    assert reason(Plain(torch.float32), **HOOKED_OPTIONS[expected]()) == expected
 
 
 class Averaged(Plain):
@@ -190,6 +201,43 @@ def test_a_pass_without_gradients(reason: Any) -> None:
 
 def test_lbfgs(reason: Any) -> None:
     assert reason(Plain(make_optimizer=torch.optim.LBFGS)).startswith("LBFGS")
+
+
+class SharpnessAware(SGD):
+    """Takes the gradients a little uphill of where it stands, for which it computes the loss twice."""
+
+    def step(self, closure: Any = None) -> Any:
+        closure()
+        params = [param for group in self.param_groups for param in group["params"]]
+        moves = [0.1 * param.grad for param in params]
+        for param, move in zip(params, moves, strict=True):
+            param.data.add_(move)
+        loss = closure()
+        for param, move in zip(params, moves, strict=True):
+            param.data.sub_(move)
+        super().step()
+        return loss
+
+
+class OwnSGD(SGD):
+    """Steps as SGD does."""
+
+
+def test_an_optimizer_with_a_step_of_its_own(reason: Any) -> None:
+    federated, plain = (Plain(make_optimizer=lambda params: SharpnessAware(params, lr=0.1)) for _ in range(2))
+    client = fl.datamodules.ClientLoaders([loader()])
+    told = reason(federated, data=client, rounds=2)
+    assert told == "SharpnessAware.step, which may compute the loss again"
+    trainer("auto", 2).fit(plain, loader())
+    torch.testing.assert_close(weights(federated), weights(plain), rtol=1e-10, atol=1e-12)
+
+
+def test_an_optimizer_that_inherits_its_step(reason: Any) -> None:
+    def make(params: Any) -> Any:
+        optimizer = OwnSGD(params, lr=0.1)
+        return [optimizer], [{"scheduler": ExponentialLR(optimizer, 0.5), "interval": "step"}]
+
+    assert reason(Plain(make_optimizer=make)) == TIGHT
 
 
 class Manual(Plain):
