@@ -459,7 +459,7 @@ class Entry:
         )
         assert watch.steps, "no round was trained"
         assert all(type(steps) is how.steps for steps in watch.steps)
-        assert (max(watch.group_sizes) > 1) == how.is_group
+        assert (max(watch.group_sizes, default=0) > 1) == how.is_group
         driver = run.strategy.active_driver
         kept = {str(client): driver.store.get(client) or {} for client in driver.store.clients()}
         history = [{k: v for k, v in entry.items() if k != "seconds"} for entry in run.strategy.history]

@@ -202,6 +202,24 @@ def test_one_client_that_keeps_its_optimizer_is_a_plain_trainer(entry: Entry, fo
     assert_plain(alone.fit(form), entry.fit_plain(loader()), entry.rounds, entry.rtol)
 
 
+# ---- several ranks
+
+
+def fit_on_rank(name: str, form: str) -> Fit:
+    return ENTRIES[name].fit(form)
+
+
+@pytest.mark.parametrize("name", ["logging", "cohorts", "an ordinary module", "schedule by step"])
+def test_the_forms_agree_on_two_ranks(name: str, run_ranks: Any, reference: Any) -> None:
+    """With cohorts of three clients, a rank has sometimes one and sometimes two."""
+    entry = ENTRIES[name]
+    hooked, tight = (run_ranks(2, fit_on_rank, name, form) for form in ("hooked", "tight"))
+    for own, expected in zip(tight, hooked, strict=True):
+        assert_same(own, expected)
+        one_rank = reference(entry)
+        assert_same(own, one_rank, ("weights", "metrics", "rounds", "counters"), entry.rtol)
+
+
 # ---- a fit that stops and goes on under another form
 
 

@@ -76,8 +76,9 @@ def test_a_round_in_closed_form() -> None:
     squares = sum(w * d**2 for w, d in zip(WEIGHTS, deltas, strict=True))
     assert own.x == pytest.approx(10 + mean, rel=1e-14)
     assert own.module.x.item() == own.x
-    expected = [3, 4.0, 3, 4, squares, abs(mean), 1 - mean**2 * 4 / squares]
-    assert facts(result) == pytest.approx(expected, rel=1e-12)
+    assert facts(result)[:4] == [3, 4.0, 3, 4]
+    norms = [squares, abs(mean), 1 - mean**2 * 4 / squares]  # measured in float32
+    assert facts(result)[4:] == pytest.approx(norms, rel=1e-6)
     assert set(result.seconds) == {"read", "train", "wait", "communicate", "server"}
     assert (result.num_bytes, result.hides_clients, result.stop_reason, result.facts) == (0, False, None, {})
 
