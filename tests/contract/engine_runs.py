@@ -338,7 +338,7 @@ class ClipsFromRoundOne(L.Callback):
 
 
 def scaling() -> dict[str, Any]:
-    """Half precision with a gradient scaler, which here halves its scale twice a round."""
+    """Half precision with a gradient scaler, whose scale is so large at first that gradients overflow in some steps."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=3)
     return {"plugins": [MixedPrecision("16-mixed", "cpu", scaler)]}
 
