@@ -198,6 +198,12 @@ def assert_same_as_reference(found: Fit, entry: Entry, form: str, reference: Fit
         assert_same(found, reference)
 
 
+@pytest.mark.parametrize("name", [*HOOKED_GROUPS, "logging every third step", "logging by step only"])
+def test_both_forms_of_a_groups_step_tell_the_loggers_the_same(name: str) -> None:
+    tight, hooked = (ENTRIES[name].fit(form) for form in ("group", "hooked group"))
+    assert_same(tight, hooked, (*OF_GROUPS, "rows", "progress"))
+
+
 @pytest.mark.parametrize(
     ("entry", "form"),
     [param(name, form) for name, entry in ENTRIES.items() if entry.plain for form in ("hooked", "tight")],
