@@ -188,8 +188,9 @@ class LocalTrainer(ABC):
                     param.grad = None
         if loss is not None:
             functions.backward(loss if position.window == 1 else loss / position.window)
-        if position.ends_window:
-            if functions.unscale is not None and loss is not None:
+        # Where gradients are scaled, a batch without loss at the end of a window drops the window, as in Lightning.
+        if position.ends_window and (loss is not None or functions.unscale is None):
+            if functions.unscale is not None:
                 functions.unscale(optimizer)
             self.prepare_gradients(optimizer)
             if functions.clip is not None:
@@ -258,7 +259,7 @@ class LocalTrainer(ABC):
 
 
 def loss_of(output: Any) -> Tensor | None:
-    """The loss in what a ``training_step`` has returned; None if it is to be skipped.
+    """The loss in what a ``training_step`` has returned; None if the batch is to be skipped.
 
     Raises:
         ValueError: If it returned something else.
@@ -266,12 +267,15 @@ def loss_of(output: Any) -> Tensor | None:
     if isinstance(output, Tensor):
         return output
     loss = output.get("loss") if isinstance(output, Mapping) else output
-    if loss is not None and not isinstance(loss, Tensor):
-        raise ValueError(
-            f"training_step returned a {type(loss).__name__} as its loss; expected a tensor, a mapping with a tensor "
-            "as 'loss', or None to skip the batch."
-        )
-    return loss
+    if isinstance(loss, Tensor) or output is None:
+        return loss
+    found = f"a {type(output).__name__}"
+    if isinstance(output, Mapping):
+        found = f"a mapping whose 'loss' is {loss!r}" if "loss" in output else "a mapping without the entry 'loss'"
+    raise ValueError(
+        f"training_step returned {found}; expected a tensor, a mapping with a tensor as 'loss', or None to skip the "
+        "batch."
+    )
 
 
 def transform_gradients(transform: GradTransform, params: Mapping[str, Tensor], optimizer: Optimizer) -> None:

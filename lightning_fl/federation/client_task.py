@@ -117,7 +117,7 @@ class ClientTask:
             return [self._loss_sum / size if self._has_loss else float("nan")] * len(self._every)
         size = len(self._every)
         taken = [(mask, stacked, num) for mask, stacked, num in self._losses if stacked is not None]
-        examples = torch.zeros(size, dtype=torch.float64)
+        examples = torch.full((size,), float(self._examples_of_losses), dtype=torch.float64)
         for mask, _, num in self._losses:
             examples[list(mask)] += num
         if not taken:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import lightning as L
@@ -113,6 +112,11 @@ class TightSteps(BatchSteps):
 
     def train(self, task: ClientTask, batch: Any, position: BatchPosition, ends_round: bool) -> None:
         loop = self.loop
+        if batch is None:  # Lightning warns, and goes on without a step
+            loop.train_batch(batch, position, ends_round)
+            self.is_open = True
+            task.record(position, 1, None)
+            return
         batch = self._move(batch)
         loop.count_start(batch, position, ends_round)
         self.is_open = True
@@ -120,6 +124,8 @@ class TightSteps(BatchSteps):
         size = _obvious_size(batch.content, dim=1) if is_stacked else _obvious_size(batch)
         with self._logs.in_step(None if is_stacked else size):
             losses = self.trainer.step(batch, position)
+        if losses is None:
+            internals.warn_of_no_loss()
         loop.count_trained()
         results = self.results
         if is_stacked:
@@ -146,6 +152,8 @@ class TightSteps(BatchSteps):
         self.loop.count_end()
 
     def end_round(self) -> None:
+        if self.is_open:
+            self.loop.show_group()
         self.is_open = False
         self.loop.end_without_hooks()
 
@@ -176,10 +184,11 @@ def step_functions(trainer: L.Trainer, run_group: Callable[..., tuple[Tensor, Te
     takes_index = logged.takes_batch_idx(module)
     scaler: Any = getattr(precision, "scaler", None)
     is_plain = type(precision) is L.pytorch.plugins.Precision
-    clip = None
-    if trainer.gradient_clip_val:
-        value, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
-        clip = partial(module.clip_gradients, gradient_clip_val=value, gradient_clip_algorithm=algorithm)
+
+    def clip(optimizer: torch.optim.Optimizer) -> None:
+        # Read at each step, as Lightning does: a callback may change it during training.
+        if trainer.gradient_clip_val:
+            module.clip_gradients(optimizer, trainer.gradient_clip_val, trainer.gradient_clip_algorithm)
 
     def training_step(batch: Any, offset: int) -> Any:
         return module.training_step(batch, offset) if takes_index else module.training_step(batch)

@@ -82,6 +82,8 @@ def _batch_hooks(trainer: L.Trainer, strategy_type: type) -> Iterator[str]:
     for optimizer in trainer.optimizers:
         if isinstance(optimizer, torch.optim.LBFGS):
             yield "LBFGS, which computes several losses in a step"
+        elif not type(optimizer).step.__module__.startswith("torch.optim."):
+            yield f"{type(optimizer).__name__}.step, which may compute the loss again"
 
 
 def _hooks_of(callback: L.Callback) -> Iterator[str]:

@@ -18,6 +18,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
+from lightning.pytorch.loops.optimization.automatic import Closure
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer import call
@@ -263,6 +264,11 @@ def trainer_replaced(module: LightningModule, stand_in: Any) -> Iterator[None]:
     finally:
         for owner, trainer in trainers:
             object.__setattr__(owner, "_trainer", trainer)
+
+
+def warn_of_no_loss() -> None:
+    """Gives Lightning's warning of a ``training_step`` that returned None, once in a process as there."""
+    Closure.warning_cache.warn("`training_step` returned `None`. If this was on purpose, ignore this warning...")
 
 
 def skips_backward(trainer: Trainer) -> bool:

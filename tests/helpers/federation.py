@@ -20,8 +20,10 @@ from lightning_fl.federation import (
     ClientData,
     FederationSettings,
     FederationState,
+    GroupOutcome,
     RankReport,
     Round,
+    RoundResult,
 )
 from lightning_fl.types import Aggregate, State, Tree, Update
 from tests.helpers.distributed import PATIENCE
@@ -150,19 +152,28 @@ class Simulation:
             self.round()
         return self.x
 
-    def round(self, cohort: Sequence[int] | None = None) -> None:
-        """Runs one round with the clients of ``cohort``, or all."""
-        cohort = range(len(self.weights)) if cohort is None else cohort
-        opened = Round.open(
-            self.settings, self.state, self.trainer, self.store, LocalGroup(), self.num_rounds, list(cohort)
-        )
-        for client in cohort:
-            task = opened.start(self._data(client), probe=lambda kind, batches, params: self._probe(kind, batches))
-            for batch, position in task.batches:
-                opened.step(task, batch, position)
-            opened.finish(task)
-        self.state = opened.close(opened.merge(RankReport())).state
+    def round(self, cohort: Sequence[int] | None = None, group: Group | None = None) -> RoundResult:
+        """Runs one round with the clients of ``cohort``, or all, of whom this rank trains its share."""
+        cohort, group = range(len(self.weights)) if cohort is None else cohort, group or LocalGroup()
+        opened = self.open(cohort, group)
+        for client in cohort[group.rank :: group.size]:
+            self.train(opened, client)
+        result = opened.close(opened.merge(RankReport()))
+        self.state = result.state
         self.num_rounds += 1
+        return result
+
+    def open(self, cohort: Sequence[int], group: Group | None = None) -> Round:
+        """Opens a round, to be trained and closed by the caller."""
+        parts = self.settings, self.state, self.trainer, self.store, group or LocalGroup()
+        return Round.open(*parts, self.num_rounds, list(cohort))
+
+    def train(self, opened: Round, client: int) -> GroupOutcome:
+        """Trains a client in a round."""
+        task = opened.start(self._data(client), probe=lambda kind, batches, params: self._probe(kind, batches))
+        for batch, position in task.batches:
+            opened.step(task, batch, position)
+        return opened.finish(task)
 
     def _data(self, client: int) -> ClientData:
         work = LocalWork(steps=self.num_steps[client])
