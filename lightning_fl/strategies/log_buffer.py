@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
+import torch
 from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_fl.strategies import internals
+from lightning_fl.tree import sum_dtype
 
 
 @dataclass
@@ -72,7 +74,8 @@ class LogBuffer:
                 self._log(value=entry.metric, **entry.arguments)
             else:
                 mean, size = entry.total / max(1, entry.num_examples), entry.num_examples
-                self._log(value=mean, batch_size=size, **entry.arguments)
+                with _as_default_dtype(mean):
+                    self._log(value=mean, batch_size=size, **entry.arguments)
         internals.set_running_hook(self.module, None)
 
     def drop(self) -> None:
@@ -90,8 +93,20 @@ class LogBuffer:
         if isinstance(value, Metric):
             entry.metric = value
         else:
-            entry.total = entry.total + (value.detach() if isinstance(value, Tensor) else value) * self._num_examples
+            number = value.detach().to(sum_dtype(value.dtype)) if isinstance(value, Tensor) else value
+            entry.total = entry.total + number * self._num_examples
             entry.num_examples += self._num_examples
+
+
+@contextmanager
+def _as_default_dtype(value: Tensor | float) -> Iterator[None]:
+    """A block in which the default dtype, to which Lightning casts what is logged, is that of ``value``."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(value.dtype if isinstance(value, Tensor) else before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 _DEFAULTS = {name: own.default for name, own in inspect.signature(L.LightningModule.log).parameters.items()}
