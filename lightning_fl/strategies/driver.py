@@ -63,7 +63,7 @@ class RoundDriver:
         trainer: The Trainer.
         population: All clients.
         group: The ranks of the federation.
-        settings: What does not change from round to round.
+        settings: The federation's settings.
         participation: Who takes part in a round, and how much each client trains.
         limit: Batches of one local pass, as a count or a share.
         sticky: Whether clients keep state and so must train on their home rank.
