@@ -123,9 +123,9 @@ def check_steps(what: str, settings: FederationSettings, work: LocalWork) -> Non
     by_epochs = any(work.for_phase(phase).steps is None for phase in settings.algorithm.phases())
     if settings.hides_silos and by_epochs:
         raise ConfigurationError(
-            f"{what} needs the number of steps of the largest silo, which secure aggregation keeps to itself. Let all "
-            "take equally many, FederatedStrategy(local_steps=...), with an algorithm that has no phase of epochs of "
-            "its own, or step schedules by epoch."
+            f"{what} needs the number of steps of the largest silo, which secure aggregation hides. Give all silos the "
+            "same number with FederatedStrategy(local_steps=...) and an algorithm that has no phase of epochs of its "
+            "own, or step schedules by epoch."
         )
 
 

@@ -1,10 +1,11 @@
-"""The two forms of a training step with one result: with Lightning's hooks around each batch, and without."""
+"""The two forms of a training step, with the same result: with Lightning's hooks around each batch, and without."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -25,13 +26,13 @@ from lightning_fl.strategies.loops import RoundEpochLoop
 class BatchSteps(ABC):
     """Trains on the batches of a round, one after the other.
 
-    ``train`` for each batch, and ``end_batch`` after it: for the last batch of a client once the client is finished,
-    for the last of the round once the round is closed.
+    Call ``train`` for each batch, and ``end_batch`` after it: for a client's last batch when the client has finished,
+    for the round's last batch when the round has been closed.
 
     Args:
         loop: Lightning's epoch loop.
         trainer: Trains the client groups.
-        values: Takes in what is logged.
+        values: Sums up the logged values.
     """
 
     def __init__(self, loop: RoundEpochLoop, trainer: LocalTrainer, values: LoggedValues) -> None:
@@ -39,7 +40,7 @@ class BatchSteps(ABC):
         self.trainer = trainer
         self.values = values
         self.is_open = False
-        """Whether a batch has been trained whose end is still to come."""
+        """Whether ``end_batch`` is still to be called for the last batch."""
 
     @abstractmethod
     def train(self, task: ClientTask, batch: Any, position: BatchPosition, ends_round: bool) -> None:
@@ -47,14 +48,14 @@ class BatchSteps(ABC):
 
     @abstractmethod
     def end_batch(self) -> None:
-        """Does what comes after a batch."""
+        """Ends the last batch: hooks, counters and logging."""
 
     def skip(self) -> None:
-        """Passes through the end of a round in which this rank has no batch left."""
+        """Counts a batch that was not there, because this rank ends the round without one."""
         self.loop.skip_batch()
 
     def end_round(self) -> None:
-        """The round has been closed: does what comes after its last batch, if there was one."""
+        """Ends the round's last batch, if there was one, after the round has been closed."""
         if self.is_open:
             self.end_batch()
         else:
@@ -62,7 +63,7 @@ class BatchSteps(ABC):
 
     @property
     def results(self) -> logged.ResultCollection:
-        """Where Lightning collects what is logged."""
+        """Lightning's collection of the logged values."""
         return self.loop.collected
 
 
@@ -77,7 +78,7 @@ class HookedSteps(BatchSteps):
             size, mask = logged.count_examples(part(batch.content, 0)), batch.mask
         else:
             loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-            # Lightning has divided it by the batches of a window.
+            # Lightning has divided it by the number of batches in the accumulation window.
             losses = loss.detach() * position.window if isinstance(loss, Tensor) else None
             size, mask = logged.batch_size(self.results, self.loop.batch), None
         task.record(position, size, losses, mask)
@@ -89,7 +90,7 @@ class HookedSteps(BatchSteps):
 
 
 class TightSteps(BatchSteps):
-    """No hook looks at batches, so each goes straight through the trainer's step; hooks are served by client group."""
+    """Each batch goes straight to the trainer's step, since no hook looks at batches; others run by client group."""
 
     def __init__(self, loop: RoundEpochLoop, trainer: LocalTrainer, values: LoggedValues) -> None:
         super().__init__(loop, trainer, values)
@@ -128,7 +129,7 @@ class TightSteps(BatchSteps):
 
 
 def _size(batch: Any) -> int:
-    """What Lightning would infer as the size of a batch, found without its recursion where that is obvious."""
+    """The batch size that Lightning would infer, found without its recursion for a flat list or tuple of tensors."""
     if type(batch) not in (list, tuple):
         return logged.count_examples(batch)
     size = None
@@ -140,7 +141,7 @@ def _size(batch: Any) -> int:
 
 
 def step_functions(trainer: L.Trainer, run_group: Callable[..., tuple[Tensor, Tensor]] | None = None) -> StepFunctions:
-    """What a step is made of, from the Trainer's precision, clipping and module.
+    """The parts of a training step, from the Trainer's precision plug-in, gradient clipping and module.
 
     Args:
         trainer: The Trainer.
@@ -175,12 +176,9 @@ def step_functions(trainer: L.Trainer, run_group: Callable[..., tuple[Tensor, Te
     )
     if scaler is None:
         return functions
-    return StepFunctions(
-        functions.training_step,
-        functions.context,
+    return replace(
+        functions,
         backward=lambda loss: scaler.scale(loss).backward(),
         unscale=scaler.unscale_,
-        clip=clip,
         optimizer_step=scaled_step,
-        group_step=functions.group_step,
     )
