@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -129,7 +129,7 @@ class TightSteps(BatchSteps):
 
 
 def _size(batch: Any) -> int:
-    """The batch size that Lightning would infer, found without its recursion for a flat list or tuple of tensors."""
+    """What Lightning would infer as the size of a batch, found without its recursion where that is obvious."""
     if type(batch) not in (list, tuple):
         return logged.count_examples(batch)
     size = None
@@ -176,7 +176,7 @@ def step_functions(trainer: L.Trainer, run_group: Callable[..., tuple[Tensor, Te
     )
     if scaler is None:
         return functions
-    return replace(
+    return dataclasses.replace(
         functions,
         backward=lambda loss: scaler.scale(loss).backward(),
         unscale=scaler.unscale_,

@@ -18,6 +18,7 @@ from lightning_fl.clients import ClientStore, Population
 from lightning_fl.clients.state_files import StateFiles
 from lightning_fl.communication import Group, Message
 from lightning_fl.federation import FederationState
+from lightning_fl.federation.server import some
 from lightning_fl.tree import move, to_sum_dtype
 from lightning_fl.types import State, Tree
 
@@ -191,11 +192,10 @@ def load_client(checkpoint_path: str | Path, client_id: int | str) -> dict[str, 
     manifests = [manifest for name in names if (manifest := files.read_manifest(name)) is not None]
     versions = {client: name for manifest in manifests for client, name in manifest.items()}
     if client_id not in versions:
-        known = ", ".join(map(repr, list(versions)[:5])) or "none"
         raise ValueError(
-            f"The checkpoint {checkpoint_path} holds no state of client {client_id!r}; it holds those of {known}"
-            f"{', ...' if len(versions) > 5 else ''}. A client has state only after it has taken part, and "
-            "with `personal` tensors, client_optimizer='keep', or an algorithm whose clients keep state."
+            f"The checkpoint {checkpoint_path} holds no state of client {client_id!r}; it holds those of "
+            f"{some(list(versions)) or 'none'}. A client has state only after it has taken part, and with `personal` "
+            "tensors, client_optimizer='keep', or an algorithm whose clients keep state."
         )
     personal = files.read(client_id, versions[client_id]).get("personal", {})
     return {**checkpoint["state_dict"], **personal}

@@ -332,8 +332,15 @@ class FederatedStrategy(ParallelStrategy):
             return dataloader
         if self.driver is not None and not internals.has_train_loader(trainer):
             raise MisconfigurationException(SEVERAL_LOADERS)
-        asked = self.started_by_launcher, self.num_clients, self.partition
-        population = build_population(dataloader, self.federation, *asked, self._seed, trainer.callbacks)  # type: ignore[attr-defined]
+        population = build_population(
+            dataloader,
+            self.federation,
+            started_by_launcher=self.started_by_launcher,
+            num_clients=self.num_clients,
+            partition=self.partition,
+            seed=self._seed,
+            callbacks=trainer.callbacks,  # type: ignore[attr-defined]
+        )
         if self.driver is None:
             self.driver = self._make_driver(population)
         else:
@@ -342,11 +349,15 @@ class FederatedStrategy(ParallelStrategy):
 
     def _make_driver(self, population: Population) -> RoundDriver:
         trainer = self._trainer
-        size = len(population)
-        sampling = describe_sampling(self.cohort, size, self.clients_per_round)
-        silos = population.silos is not None
         settings = FederationSettings(
-            self.algorithm, self.aggregator, self.transforms, self.weighting, self._seed, size, sampling, silos
+            self.algorithm,
+            self.aggregator,
+            self.transforms,
+            self.weighting,
+            seed=self._seed,
+            population=len(population),
+            sampling=describe_sampling(self.cohort, len(population), self.clients_per_round),
+            silos=population.silos is not None,
         )
         stateful = self.algorithm.keeps_client_state or self.client_optimizer == "keep" or bool(self.personal)
         stateful |= any(phase.model == "own" for phase in self.algorithm.phases())
@@ -358,11 +369,11 @@ class FederatedStrategy(ParallelStrategy):
             self.federation,
             settings,
             self.participation,
-            self.limit_train_batches,
-            sticky,
-            FederatedStrategy,
-            self.on_client_error,
-            self._last_driver,
+            limit=self.limit_train_batches,
+            sticky=sticky,
+            strategy_type=FederatedStrategy,
+            on_client_error=self.on_client_error,
+            last=self._last_driver,
         )
 
     # ---- hooks

@@ -35,8 +35,9 @@ class NotVectorizable(Exception):
 class _MetricResult:
     """Placeholder for what a torchmetric's ``forward`` returns when its call is replayed."""
 
-    def __init__(self, is_used: bool = False) -> None:
-        self.is_used = is_used
+    def __init__(self) -> None:
+        self.is_used = False
+        """Whether the placeholder is logged, so that the values of all clients are needed."""
         self.values: Tensor | None = None
 
 
@@ -96,11 +97,11 @@ class LogCapture:
         return bool(self._calls)
 
     def emit(self, tensors: Sequence[Tensor], rows: Tensor, batch_size: int) -> None:
-        """Replays the calls of the last step, once for all its clients.
+        """Makes the calls of the step that has just run, once for all its clients.
 
         Args:
-            tensors: The tensors that the step returned, stacked over the clients.
-            rows: The clients' positions in the group, shape ``[num_clients]``.
+            tensors: What the step returned, stacked over the clients.
+            rows: Their places among the clients at hand, shape ``[num_clients]``.
             batch_size: Examples in the batch of one client.
         """
         num_clients = len(rows)
@@ -117,7 +118,7 @@ class LogCapture:
                 self.module.log(**{**kwargs, "value": value, "batch_size": size})
 
     def clear(self) -> None:
-        """Drops the recorded steps."""
+        """Drops the notes of the clients at hand."""
         self.steps = []
 
     def entries(self, accepted: Tensor) -> Entries:
