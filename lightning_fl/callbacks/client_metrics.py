@@ -1,51 +1,50 @@
-"""What each client did in each round."""
+"""Records metrics of each client in each round."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import lightning as L
 import numpy as np
-import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor
 
 from lightning_fl.callbacks.federated import FederatedCallback
 from lightning_fl.callbacks.run_record import run_folder
 from lightning_fl.communication import Message
-from lightning_fl.strategies import FederatedStrategy
-from lightning_fl.strategies import internals as internals
+from lightning_fl.engines.tensors import clones
+from lightning_fl.strategies import FederatedStrategy, internals
 from lightning_fl.strategies.round_view import RoundView
 from lightning_fl.strategies.validation import forbid_client_disclosure
 from lightning_fl.tracking import loggers
 from lightning_fl.tracking.metrics import is_higher_better
 from lightning_fl.tracking.run import CLIENTS_STEM, Row, append_rows, read_clients, to_json, write_file
-from lightning_fl.types import Aggregate, ClientId, LocalRun, Update
+from lightning_fl.tree import joint_norm, subtract
+from lightning_fl.types import Aggregate, ClientId, LocalRun, Tree, Update
 
 SHARE_OF_WORST = 0.1
 
 
 class ClientMetrics(FederatedCallback):
-    r"""Notes what each client did in each round: loss, logged values, examples, steps, seconds and drift.
+    r"""Records each client's loss, logged values, examples, steps, seconds and drift in each round.
 
-    Drift is :math:`\lVert y_i - x \rVert`, how far a client has moved the shared parameters :math:`x`, before any
-    transform. ``clients.parquet`` in the run's folder (``clients.csv`` without pyarrow) has a row for each client and
-    round; while the run goes on the rows stand in ``clients.jsonl``, so a run that is killed loses none. The loggers
-    get, for the cohort of each round, mean, variance and mean of the worst tenth (at least one client) under
+    Drift is :math:`\lVert y_i - x \rVert`, the distance by which a client has moved the shared parameters :math:`x`,
+    before any transform. ``clients.parquet`` in the run's folder (``clients.csv`` without pyarrow) has a row for each
+    client and round; during the run the rows are in ``clients.jsonl``, so that a run that is killed loses none. The
+    loggers get, for the cohort of each round, mean, variance and mean of the worst tenth (at least one client) under
     ``clients/``, and at the end a table with each client's last round.
 
-    Values logged as numbers in ``training_step``, such as ``self.log("train_acc", accuracy_of_batch)``, stand under
-    their names; logged torchmetrics do not, since their states hold several clients.
+    Values logged as numbers in ``training_step``, such as ``self.log("train_acc", accuracy_of_batch)``, have a column
+    of their name; logged torchmetrics do not, since their states hold several clients.
 
-    The rows of all ranks go to rank 0. They are facts about single clients that leave them in the clear: do not use it
-    where differential privacy or secure aggregation is to protect clients from who sees this run's files.
+    The rows of all ranks go to rank 0. They disclose facts about single clients: do not use this callback where
+    differential privacy or secure aggregation is to protect clients from those who see this run's files.
 
     Args:
         folder: Where to write. None: the folder of the first logger.
-        names: The logged values to sum up under ``clients/``, besides loss and drift.
+        names: The logged values to summarize under ``clients/``, besides loss and drift.
 
     Raises:
         MisconfigurationException: When training starts, if the strategy is not federated, or there is neither a
@@ -61,15 +60,20 @@ class ClientMetrics(FederatedCallback):
         self.folder = None if folder is None else Path(folder)
         self.names = tuple(names)
         self._path: Path | None = None
+        self._rank = 0
+        self._only_numbers = False
+        """Whether all client ids are numbers; else the rows hold all of them as text."""
+        self._start: Tree = {}
+        self._start_time = 0.0
         self._own: list[Row] = []
         self._last: dict[ClientId, Row] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Finds the folder; rows of an earlier run that goes on there stay."""
+        """Finds the folder, and keeps the rows of a run that is resumed there."""
         strategy = trainer.strategy
         if not isinstance(strategy, FederatedStrategy):
             raise MisconfigurationException(
-                f"ClientMetrics looks at clients, but the strategy is {type(strategy).__name__}. Leave it out, or "
+                f"ClientMetrics records clients, but the strategy is {type(strategy).__name__}. Leave it out, or "
                 "choose a federated strategy, such as Trainer(strategy='fedavg')."
             )
         view = strategy.view
@@ -78,17 +82,16 @@ class ClientMetrics(FederatedCallback):
         self._rank = strategy.federation.rank
         self._only_numbers = all(isinstance(client, int) for client in view.population.ids)
         if self._path is not None and trainer.is_global_zero:
-            goes_on = trainer.current_epoch > 0
-            earlier = (
-                [row for row in read_clients(self._path) if row["round"] < trainer.current_epoch] if goes_on else []
-            )
+            is_resumed = trainer.current_epoch > 0
+            rows = read_clients(self._path) if is_resumed else []
+            earlier = [row for row in rows if row["round"] < trainer.current_epoch]
             self._remove_tables(self._path)
             write_file(self._lines(self._path), "".join(to_json(row) + "\n" for row in earlier))
 
     def on_client_start(self, trainer: L.Trainer, module: L.LightningModule, client: ClientId, view: RoundView) -> None:
-        """Notes what the client starts from, and when."""
-        self._start = {name: param.detach().clone() for name, param in view.params.items()}
-        self._time = time.perf_counter()
+        """Records the parameters from which the client starts, and the time."""
+        self._start = clones(view.params)
+        self._start_time = time.perf_counter()
 
     def on_client_end(
         self,
@@ -107,9 +110,9 @@ class ClientMetrics(FederatedCallback):
             "num_examples": run.num_examples,
             "num_steps": run.num_steps,
             "weight": run.weight,
-            "seconds": time.perf_counter() - self._time,
+            "seconds": time.perf_counter() - self._start_time,
             "loss": run.loss,
-            "drift": _distance(view.params, self._start),
+            "drift": joint_norm([subtract(clones(view.params), self._start)]),
             "refused": update is None,
         }
         self._own.append({**row, **{name: value for name, value in run.logged.items() if name not in row}})
@@ -118,10 +121,10 @@ class ClientMetrics(FederatedCallback):
     def on_aggregate_end(
         self, trainer: L.Trainer, module: L.LightningModule, aggregate: Aggregate, view: RoundView
     ) -> None:
-        """Brings the ranks' rows together on rank 0, and logs what they come to."""
+        """Gathers the ranks' rows, and logs their summary."""
         own, self._own = self._own, []
-        told = view.group.all_gather(Message({"rows": own}), "client metrics")
-        rows = [row for message in told for row in message.fields["rows"]]
+        messages = view.group.all_gather(Message({"rows": own}), "client metrics")
+        rows = [row for message in messages for row in message.fields["rows"]]
         self._last.update({row["client"]: row for row in rows})
         figures = {}
         for name in ("loss", "drift", *self.names):
@@ -133,7 +136,7 @@ class ClientMetrics(FederatedCallback):
             append_rows(self._lines(self._path), rows)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Writes the table and shows it to the loggers."""
+        """Writes the table and logs each client's last round."""
         self._own = []
         if not trainer.is_global_zero:
             return
@@ -155,14 +158,8 @@ class ClientMetrics(FederatedCallback):
             (folder / f"{CLIENTS_STEM}.{suffix}").unlink(missing_ok=True)
 
 
-def _distance(params: Mapping[str, Tensor], start: dict[str, Tensor]) -> float:
-    with torch.no_grad():
-        norms = [torch.linalg.vector_norm((params[name] - start[name]).double()) for name in start]
-        return float(torch.linalg.vector_norm(torch.stack(norms)))
-
-
 def _summary(name: str, values: Sequence[float]) -> dict[str, float]:
-    """Mean and variance over the clients, and the mean of those that do worst: highest, or lowest for an accuracy."""
+    """Mean and variance over the clients, and the mean of the worst: the highest, or the lowest of an accuracy."""
     if not values:
         return {}
     ordered = np.sort(np.asarray(values, dtype=float))

@@ -1,4 +1,4 @@
-"""What a run would do, without training."""
+"""Prints what a run would do, without training."""
 
 from __future__ import annotations
 

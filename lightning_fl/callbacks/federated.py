@@ -1,4 +1,4 @@
-"""Hooks into the life of a round."""
+"""The base class of callbacks with hooks for rounds and clients."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from lightning_fl.types import Aggregate, ClientId, LocalRun, Update
 class FederatedCallback(L.Callback):
     """A Lightning callback with hooks for rounds and clients; override what you need.
 
-    The client hooks run on the rank that trains the client, the round hooks on every rank. What they are given must
-    not be changed in place. Each hook gets, as ``view``, what it may know and do of the round; a hook of yours that has
-    no parameter of that name is called without.
+    The client hooks run on the rank that trains the client, the round hooks on every rank. Do not change their
+    arguments in place. Each hook gets a :class:`~lightning_fl.strategies.round_view.RoundView` as ``view``; a hook of
+    yours that has no parameter of that name is called without it.
 
     Example:
         >>> class Cohorts(FederatedCallback):
@@ -26,25 +26,25 @@ class FederatedCallback(L.Callback):
     """
 
     keeps_client_state: ClassVar[bool] = False
-    """Whether it keeps something in the clients' states, so that each must train on its home rank."""
+    """Whether the callback writes to the clients' states, so that each client must train on its home rank."""
 
     def wrap_loaders(self, loaders: ClientLoaders) -> ClientLoaders:
-        """The clients' loaders have been found; may put others in their place, for the same clients."""
+        """Called when the clients' loaders are known; returns the loaders to use for the same clients."""
         return loaders
 
     def run_training_step(
         self, trainer: L.Trainer, module: L.LightningModule, step: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """Runs ``step``, the module's ``training_step``, on a batch of one client; what it returns is trained on."""
+        """Runs ``step``, the module's ``training_step``, on a batch of one client; returns its output."""
         return step(*args, **kwargs)
 
     def on_round_start(
         self, trainer: L.Trainer, module: L.LightningModule, round: int, cohort: Sequence[ClientId], view: RoundView
     ) -> None:
-        """A round begins with the clients ``cohort``."""
+        """Called when a round begins with the clients ``cohort``."""
 
     def on_client_start(self, trainer: L.Trainer, module: L.LightningModule, client: ClientId, view: RoundView) -> None:
-        """A client begins its local training; the module holds what it starts from."""
+        """Called when a client begins its local training; the module holds the model from which it starts."""
 
     def on_client_end(
         self,
@@ -55,17 +55,17 @@ class FederatedCallback(L.Callback):
         update: Update | None,
         view: RoundView,
     ) -> None:
-        """A client has finished; ``update`` is None if it was refused for NaN or Inf."""
+        """Called when a client has finished; ``update`` is None if it was refused for NaN or Inf."""
 
     def on_group_end(
         self, trainer: L.Trainer, module: L.LightningModule, clients: Sequence[ClientId], view: RoundView
     ) -> None:
-        """A client group has finished: one client, or several that have trained side by side.
+        """Called when a client group has finished: one client, or several that have trained side by side.
 
-        Unlike the hooks for single clients, this one lets clients train side by side.
+        Unlike the hooks for single clients, overriding this one still lets clients train side by side.
         """
 
     def on_aggregate_end(
         self, trainer: L.Trainer, module: L.LightningModule, aggregate: Aggregate, view: RoundView
     ) -> None:
-        """The round is aggregated, and the module holds the new global model."""
+        """Called when the round has been aggregated; the module holds the new global model."""

@@ -1,4 +1,4 @@
-"""Each client's own metrics of the global, the personalized and the purely local model."""
+"""Evaluates the global, the personalized and a purely local model on each client's own validation data."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lightning_fl.types import ClientId, Tree
 
 
 class PersonalizedEvaluation(L.Callback):
-    r"""Evaluates on each client's own validation data what federation and personalization have given that client.
+    """Evaluates on each client's own validation data what the client gains from federation and personalization.
 
     Three models are compared, with the module's own ``validation_step``:
 
@@ -30,18 +30,19 @@ class PersonalizedEvaluation(L.Callback):
       model; then trained for ``finetune_epochs`` on the client's training data;
     - ``"local"``: the model of the first round, trained on the client's training data alone.
 
-    Training here is plain: without the algorithm, schedules, callbacks and logging, with a fresh optimizer at the
-    learning rates of the last round's start. Nothing of it reaches the federation. Each client is evaluated on its home
-    rank, also those that have not taken part yet.
+    These models are trained without the algorithm, schedules, callbacks and logging, with a fresh optimizer at the
+    learning rates of the last round's start. Federated training is not affected. Each client is evaluated on its home
+    rank, also if it has not taken part yet.
 
     Args:
-        val: By client the loader of its validation data, or a function that makes it. None: the datamodule's own, as
-            ``fl.datamodules.ClientDatasets(train=[...], val=[...])`` has; a silo's is its validation loader.
+        val: For each client the loader of its validation data, or a function that makes it. None: those of the
+            datamodule, such as ``fl.datamodules.ClientDatasets(train=[...], val=[...])``; a silo's is its validation
+            loader.
         finetune_epochs: Passes of the personalized model over the client's training data. None: 1, or 0 for clients
             that have personal tensors or a model of their own.
-        local_epochs: Passes of the local model; 0 leaves it out. None: as many as a client makes that takes part in all
-            rounds so far.
-        every_n_rounds: Evaluate after every so many rounds, and log the means, weighted by examples, as
+        local_epochs: Passes of the local model over the client's training data; 0 leaves it out. None: as many as a
+            client makes that takes part in all rounds so far.
+        every_n_rounds: Evaluate after every ``every_n_rounds`` rounds, and log the means, weighted by examples, as
             ``personalized/val_loss`` and so on. None: once, after the last round.
 
     Raises:
@@ -64,9 +65,9 @@ class PersonalizedEvaluation(L.Callback):
         local_epochs: int | None = None,
         every_n_rounds: int | None = None,
     ) -> None:
-        for name, value, least in (("finetune", finetune_epochs, 0), ("local", local_epochs, 0)):
-            if value is not None and value < least:
-                raise ValueError(f"{name}_epochs={value} must be None, or a whole number that is not negative.")
+        for name, value in (("finetune_epochs", finetune_epochs), ("local_epochs", local_epochs)):
+            if value is not None and value < 0:
+                raise ValueError(f"{name}={value} must be None, or a whole number that is not negative.")
         if every_n_rounds is not None and every_n_rounds < 1:
             raise ValueError(f"every_n_rounds={every_n_rounds} must be None, or a whole number, at least 1.")
         self.val = val
@@ -74,9 +75,10 @@ class PersonalizedEvaluation(L.Callback):
         self.local_epochs = local_epochs
         self.every_n_rounds = every_n_rounds
         self.metrics: dict[ClientId, dict[str, dict[str, float]]] = {}
-        """By client and model what ``validation_step`` logged, the same on every rank."""
+        """By client and model, the values that ``validation_step`` logged; the same on every rank."""
         self.num_examples: dict[ClientId, int] = {}
-        """By client its examples of validation data."""
+        """By client, its number of validation examples."""
+        self._loaders: Mapping[ClientId, Any] = {}
         self._first: Tree = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -87,21 +89,21 @@ class PersonalizedEvaluation(L.Callback):
             self._first = clones(pl_module.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
-        """The first model, for a run that goes on from a checkpoint."""
+        """The first model, for a run that is resumed from a checkpoint."""
         return {"first": self._first}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from a checkpoint."""
+        """Restores the first model from a checkpoint."""
         self._first = state_dict["first"]
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Evaluates if it is the round to do so."""
+        """Evaluates if ``every_n_rounds`` says so."""
         if self.every_n_rounds is not None and (trainer.current_epoch + 1) % self.every_n_rounds == 0:
             self._evaluate(trainer)
             self.log_dict(self.means())  # type: ignore[attr-defined]
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Evaluates if it has not been done in between."""
+        """Evaluates if ``every_n_rounds`` is None."""
         if self.every_n_rounds is None and trainer.strategy.history:  # type: ignore[attr-defined]
             self._evaluate(trainer)
             log_to_loggers(trainer, self.means())
@@ -126,8 +128,8 @@ class PersonalizedEvaluation(L.Callback):
             for client in placed[strategy.federation.rank]:
                 with isolated_randomness(view.settings.seed, len(view.history), client, "evaluation"):
                     own.append((client, *self._evaluate_client(trainer, client)))
-        told = strategy.federation.all_gather(Message({"clients": own}), "evaluation of the clients")
-        found = {client: rest for message in told for client, *rest in message.fields["clients"]}
+        messages = strategy.federation.all_gather(Message({"clients": own}), "evaluation of the clients")
+        found = {client: rest for message in messages for client, *rest in message.fields["clients"]}
         self.metrics = {client: found[client][0] for client in view.population.ids if client in found}
         self.num_examples = {client: found[client][1] for client in self.metrics}
 
@@ -137,9 +139,7 @@ class PersonalizedEvaluation(L.Callback):
         view = strategy.view
         loader, tensors = self._loader(trainer, client), view.tensors
         before, personal = clones(tensors), personal_tensors(view, client, module.device)
-        num_passes = self.local_epochs
-        if num_passes is None:
-            num_passes = _num_passes(view, client)
+        num_passes = _num_passes(view, client) if self.local_epochs is None else self.local_epochs
         finetune_epochs = self.finetune_epochs if self.finetune_epochs is not None else int(not personal)
         starts: dict[str, tuple[Tree, int]] = {"global": (before, 0)}
         starts["personalized"] = {**before, **personal}, finetune_epochs
@@ -209,7 +209,7 @@ class PersonalizedEvaluation(L.Callback):
 
 
 def _num_passes(view: RoundView, client: ClientId) -> int:
-    """Passes over its data that a client makes that takes part in all rounds so far."""
+    """The number of passes over its data that a client makes if it takes part in all rounds so far."""
     work = view.max_work
     if work.steps is None:
         return len(view.history) * work.epochs

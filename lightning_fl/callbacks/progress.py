@@ -1,4 +1,4 @@
-"""Progress of a federation: rounds, the cohort at hand, the global metric, the time left."""
+"""A progress bar of rounds and clients, with the global metrics and the time left."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from lightning_fl.types import Aggregate, ClientId
 
 MAX_LINES = 20
 SECONDS_OF_SPEED = 3600.0
-"""The time left is that at the speed of the last hour: a round may take many minutes."""
+"""The time left is estimated from the speed of the last hour, since a round may take many minutes."""
 
 
 class FederatedProgressBar(ProgressBar, FederatedCallback):
-    """Shows the rounds with the time left and the global metrics, and below them how far the cohort is.
+    """Shows the rounds with the time left and the global metrics, and below them the progress within the cohort.
 
-    ``lightning-fl fit`` takes it unless the configuration names another. What the module logs with ``prog_bar=True``
-    is shown. With several ranks it is rank 0's clients whose progress shows. Where the output is no terminal, such as
-    in a file, a line is printed for about every twentieth part of the rounds.
+    ``lightning-fl fit`` uses it unless the configuration names another. Values that the module logs with
+    ``prog_bar=True`` are shown. With several ranks, the progress is that of rank 0's clients. Where the output is no
+    terminal but, for example, a file, a line is printed for about every twentieth part of the rounds.
 
     Args:
         metrics: Names of the metrics to show. None: those logged with ``prog_bar=True``.
@@ -62,26 +62,26 @@ class FederatedProgressBar(ProgressBar, FederatedCallback):
     def on_round_start(
         self, trainer: L.Trainer, module: L.LightningModule, round: int, cohort: Sequence[ClientId], view: RoundView
     ) -> None:
-        """Begins the cohort's bar."""
+        """Starts the cohort's bar."""
         if self._bars is not None:
             self._bars.begin_cohort(len(view.clients), len(cohort))
 
     def on_group_end(
         self, trainer: L.Trainer, module: L.LightningModule, clients: Sequence[ClientId], view: RoundView
     ) -> None:
-        """Moves the cohort's bar on by the clients that have finished."""
+        """Advances the cohort's bar by the clients that have finished."""
         if self._bars is not None:
             self._bars.end_clients(len(clients))
 
     def on_aggregate_end(
         self, trainer: L.Trainer, module: L.LightningModule, aggregate: Aggregate, view: RoundView
     ) -> None:
-        """The cohort is done; the global model is about to be validated."""
+        """Completes the cohort's bar; validation of the global model follows."""
         if self._bars is not None:
             self._bars.end_cohort("validation")
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Moves the bar of the rounds on by one, with the global model's metrics."""
+        """Advances the rounds' bar by one, with the global model's metrics."""
         done = trainer.current_epoch + 1
         if self._bars is not None:
             self._bars.end_round(done, self._shown(trainer))
@@ -94,7 +94,7 @@ class FederatedProgressBar(ProgressBar, FederatedCallback):
         self._close()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Gives the terminal back."""
+        """Removes the cohort's bar and stops drawing."""
         self._close()
 
     def print(self, *args: Any, **kwargs: Any) -> None:
@@ -119,36 +119,36 @@ class FederatedProgressBar(ProgressBar, FederatedCallback):
 
 
 class _TimeLeft(TimeRemainingColumn):
-    """The time left for the rounds; a cohort is soon done."""
+    """The time left, on the rounds' bar only."""
 
     def render(self, task: Task) -> Text:
         return Text.assemble(super().render(task), " left") if task.description == "rounds" else Text()
 
 
 class _Bars:
-    """A bar for the rounds and one for the cohort at hand."""
+    """A bar for the rounds and one for the current cohort."""
 
     def __init__(self, console: Console, num_rounds: int | None, done: int) -> None:
-        told = TextColumn("{task.fields[told]}")
-        columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), _TimeLeft(), told)
+        text = TextColumn("{task.fields[text]}")
+        columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), _TimeLeft(), text)
         self._progress = Progress(*columns, console=console, speed_estimate_period=SECONDS_OF_SPEED)
-        self._rounds = self._progress.add_task("rounds", total=num_rounds, completed=done, told="")
-        self._cohort = self._progress.add_task("clients", total=None, told="")
+        self._rounds = self._progress.add_task("rounds", total=num_rounds, completed=done, text="")
+        self._cohort = self._progress.add_task("clients", total=None, text="")
         self._progress.start()
 
     def begin_cohort(self, num_here: int, num_clients: int) -> None:
-        told = "" if num_here == num_clients else f"on this rank, of {num_clients} in the round"
-        self._progress.update(self._cohort, completed=0, total=num_here, told=told)
+        text = "" if num_here == num_clients else f"on this rank, of {num_clients} in the round"
+        self._progress.update(self._cohort, completed=0, total=num_here, text=text)
 
     def end_clients(self, num_clients: int) -> None:
         self._progress.advance(self._cohort, num_clients)
 
-    def end_cohort(self, told: str) -> None:
+    def end_cohort(self, text: str) -> None:
         total = self._progress.tasks[self._cohort].total
-        self._progress.update(self._cohort, completed=total, told=told, refresh=True)
+        self._progress.update(self._cohort, completed=total, text=text, refresh=True)
 
     def end_round(self, done: int, metrics: str) -> None:
-        self._progress.update(self._rounds, completed=done, told=metrics)
+        self._progress.update(self._rounds, completed=done, text=metrics)
 
     def close(self) -> None:
         self._progress.update(self._cohort, visible=False)

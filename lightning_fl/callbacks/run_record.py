@@ -1,4 +1,4 @@
-"""A run's record: what ``lightning-fl report`` and ``compare`` read, and what loggers show besides the metrics."""
+"""Writes a run's record for ``lightning-fl report`` and ``compare``, and logs the federation's settings and data."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ MAX_CLIENTS = 200
 
 
 class RunRecord(L.Callback):
-    """Keeps a record of the run in its folder, and shows loggers the federation besides the metrics.
+    """Writes a record of the run to its folder, and logs the federation's settings and the partition of the data.
 
-    ``lightning-fl fit`` adds it by itself. The folder is the logger's, beside ``checkpoints``. It gets ``run.json``
-    (settings, versions, who has what, the command line) and ``rounds.jsonl`` (a line for each round: the figures of
-    ``strategy.history`` and the global metrics), which ``lightning-fl report`` and ``compare`` read. A run without a
-    federation is recorded too, an epoch as a round, to be compared with.
+    ``lightning-fl fit`` adds it by itself. The folder is the logger's, which also has ``checkpoints``. It gets
+    ``run.json`` (settings, versions, partition of the data, the command line) and ``rounds.jsonl`` (a line for each
+    round: the figures of ``strategy.history`` and the global metrics), which ``lightning-fl report`` and ``compare``
+    read. A run without a federation is recorded too, with its epochs as rounds, for comparison.
 
-    TensorBoard and W&B get the strategy's settings, the table and the picture of who has what, and all metrics once
-    more against the round, under ``round/``. Silos are asked for their number of examples, and only when clients weigh
-    by it; how many they have of each label stays with them.
+    TensorBoard and W&B get the strategy's settings, the partition as a table and as a picture, and all metrics once
+    more by round, under ``round/``. Silos share their number of examples only if clients are weighted by it, and never
+    their label counts.
 
     Args:
         folder: Where to write. None: the folder of the first logger.
@@ -58,6 +58,8 @@ class RunRecord(L.Callback):
         self._rows: list[Row] = []
         self.path: Path | None = None
         """The run's folder, once training has started."""
+        self._facts: dict[str, Any] = {}
+        self._start = 0.0
         self._last_step = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -92,7 +94,7 @@ class RunRecord(L.Callback):
             loggers.log_partition(trainer, summary)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Adds the round at hand, after the global model's validation."""
+        """Adds the current round, after the global model's validation."""
         if self.path is None:
             return
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -107,11 +109,11 @@ class RunRecord(L.Callback):
         loggers.log_by_round(trainer, row["round"], metrics)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Notes that the run came to its end."""
+        """Records that the run has finished."""
         self._close(trainer, "finished")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Notes what ended the run."""
+        """Records the exception that ended the run."""
         stopped = "stopped by the user" if isinstance(exception, KeyboardInterrupt) else f"failed: {exception!r}"
         self._close(trainer, stopped)
 
@@ -123,16 +125,16 @@ class RunRecord(L.Callback):
         write_file(self.path / RUN_FILE, to_json(self._facts) + "\n")
 
     def state_dict(self) -> dict[str, Any]:
-        """The rounds so far, so that a run that goes on from a checkpoint has them all."""
+        """The rounds so far, so that a run resumed from a checkpoint has all rounds."""
         return {"rows": to_json({"rows": self._rows})}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over the rounds of the run that is gone on with."""
+        """Restores the rounds of the run that is resumed."""
         self._rows = json.loads(state_dict["rows"])["rows"]
 
 
 def run_folder(trainer: L.Trainer, folder: Path | None) -> Path | None:
-    """Where the run's files go, the same on every rank; None for a run that leaves none, as with ``fast_dev_run``.
+    """The run's folder, the same on every rank; None for a run that writes no files, as with ``fast_dev_run``.
 
     Raises:
         MisconfigurationException: If there is neither a logger nor a folder.
@@ -144,8 +146,8 @@ def run_folder(trainer: L.Trainer, folder: Path | None) -> Path | None:
         return None
     if first is None:
         raise MisconfigurationException(
-            "The run's record has no folder, because the Trainer has no logger. Give it one, "
-            "fl.callbacks.RunRecord(folder='runs/first'), or let the Trainer have a logger."
+            "The run's files have no folder, because the Trainer has no logger. Give the callback one, such as "
+            "fl.callbacks.RunRecord(folder='runs/first'), or give the Trainer a logger."
         )
     if isinstance(first, TensorBoardLogger | CSVLogger):
         return Path(trainer.log_dir or ".")
@@ -155,7 +157,7 @@ def run_folder(trainer: L.Trainer, folder: Path | None) -> Path | None:
 
 
 def describe_settings(trainer: L.Trainer) -> dict[str, str]:
-    """The settings of a run that a reader wants to know, as text."""
+    """The settings of a run as text."""
     strategy = trainer.strategy
     settings = {}
     if isinstance(strategy, FederatedStrategy):

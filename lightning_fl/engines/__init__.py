@@ -1,4 +1,4 @@
-"""How a rank trains its clients."""
+"""Engines: local training of a rank's clients, one after the other or many in one step."""
 
 from lightning_fl.engines.local_trainer import ClientFacts, ClientOptimizer, LocalResult, LocalTrainer, StepFunctions
 from lightning_fl.engines.optimizer_states import OptimizerStates, Schedule, ScheduleEnd

@@ -1,4 +1,4 @@
-"""Local training of client groups: what every engine offers, and the step that all of them take."""
+"""Local training of client groups: the interface of engines, and the training step that all of them share."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ ONE_PHASE = Phase()
 
 @dataclass(frozen=True)
 class StepFunctions:
-    """What a training step is made of; whoever drives a trainer replaces what it does differently.
+    """The parts of a training step; a caller replaces those that it does differently.
 
     Args:
         training_step: Called with a batch and its index among the client's batches; returns the loss, a mapping with
-            the entry ``"loss"``, or None to learn nothing from the batch.
-        context: Makes the context in which ``training_step`` runs, such as autocast.
+            the entry ``"loss"``, or None to skip the batch.
+        context: Returns the context in which ``training_step`` runs, such as autocast.
         backward: Computes the gradients of a loss.
-        unscale: Called once before the gradients of an optimizer are looked at; None: there is nothing to unscale.
+        unscale: Unscales the gradients of an optimizer before they are read. None: there is nothing to unscale.
         clip: Clips the gradients that an optimizer is about to step; None: they are not clipped.
         optimizer_step: Takes the step.
         group_step: The step of several clients: called with their stacked batch, returns the sum of their losses, to be
@@ -54,10 +54,10 @@ class ClientFacts:
     """Facts of one client's local training.
 
     Args:
-        num_steps: Optimizer steps really taken, in the phases that train what is sent.
+        num_steps: Optimizer steps actually taken, in the phases that train what is sent.
         lr_sum: For each shared parameter, the learning rates of its steps summed.
         normalizer: FedNova's ``|a_i|_1``, or None if it is unknown for the optimizer.
-        schedule_end: Where the longest phase has taken the schedules.
+        schedule_end: What the schedules have reached at the end of the longest phase.
         num_steps_of_all: Optimizer steps of all phases.
     """
 
@@ -70,12 +70,12 @@ class ClientFacts:
 
 @dataclass(frozen=True)
 class LocalResult:
-    """What is left of a group's local training; each tensor is stacked over the clients, ``[num_clients, ...]``.
+    """The result of a group's local training; each tensor is stacked over the clients, ``[num_clients, ...]``.
 
     Args:
         params: The trained shared parameters, in the dtype in which they are summed.
         buffers: The change of the shared buffers.
-        client_state: What the clients keep until their next round: personal tensors, optimizer state.
+        client_state: The clients' state for their next round: personal tensors, optimizer state.
         facts: Facts of each client's training.
     """
 
@@ -106,8 +106,8 @@ class LocalTrainer(ABC):
         personal: ``fnmatch`` globs of tensors that stay with their client.
         client_optimizer: ``"reset"``: each client starts with a fresh optimizer state; ``"keep"``: with that of its
             last round.
-        functions: What a step is made of. None: :meth:`step` is not called, because another loop runs the steps and
-            calls :meth:`prepare_gradients` in each.
+        functions: The parts of a step. None: :meth:`step` is not called, because another loop runs the steps and calls
+            :meth:`prepare_gradients` in each.
     """
 
     def __init__(
@@ -131,8 +131,8 @@ class LocalTrainer(ABC):
     def begin_round(self, server_params: Tree | None, schedules: Sequence[Schedule] = ()) -> Tree:
         """Takes the module's tensors as the round's start.
 
-        What was changed on the module between rounds counts: a value of ``server_params`` (kept in at least float32)
-        is taken only where the module still holds its cast.
+        Changes of the module between rounds take precedence: a value of ``server_params`` (in at least float32) is used
+        only where the module still holds its cast.
 
         Returns:
             The global parameters, in the dtype in which they are summed.
@@ -159,9 +159,9 @@ class LocalTrainer(ABC):
 
         Args:
             starts: The parameters from which each client starts.
-            client_states: What each client has kept from its last round.
+            client_states: Each client's state from its last round.
             phase: The first phase.
-            grad_transform: The algorithm's change of the gradients; of several clients, with stacked tensors.
+            grad_transform: The algorithm's transform of the gradients, which are stacked if there are several clients.
         """
 
     @abstractmethod
@@ -173,11 +173,11 @@ class LocalTrainer(ABC):
 
         Args:
             batch: The batch, on the module's device.
-            position: Where it stands in the client's local work.
+            position: Its position in the client's local work.
 
         Returns:
-            The loss without its graph: a number for a client alone, ``[num_clients]`` for several; None if there is
-            nothing to learn from the batch.
+            The detached loss: a scalar for a client alone, ``[num_clients]`` for several; None if the batch was
+            skipped.
         """
         functions, (optimizer,) = self.functions, self.optimizers.optimizers
         assert functions is not None
@@ -200,22 +200,22 @@ class LocalTrainer(ABC):
 
     @abstractmethod
     def prepare_gradients(self, optimizer: Optimizer) -> None:
-        """Lets phase and algorithm change the gradients that ``optimizer`` is about to step: unscaled, not clipped."""
+        """Lets phase and algorithm change the gradients before the step: unscaled and not yet clipped."""
 
     @abstractmethod
     def finish(self, num_steps: Sequence[int] | None = None) -> LocalResult:
-        """Reads what the group's local training has changed.
+        """Ends the group's local training and returns its result.
 
         Args:
             num_steps: How many steps each client of a group has taken. None: all have taken every step.
 
         Raises:
-            ValueError: If it has changed a frozen parameter, which the next client would inherit.
+            ValueError: If training has changed a frozen parameter, which the next client would inherit.
         """
 
     @abstractmethod
     def leave(self) -> None:
-        """Forgets the group, which will not be finished."""
+        """Discards the group, which will not be finished."""
 
     def end_round(self, params: Tree, buffers: Tree, schedule_end: ScheduleEnd | None) -> None:
         """Loads the new global model.
@@ -223,7 +223,7 @@ class LocalTrainer(ABC):
         Args:
             params: The new global parameters.
             buffers: The mean change of the shared buffers.
-            schedule_end: Where the client with the most steps has taken the schedules; None: back to the start.
+            schedule_end: What the schedules have reached on the client with the most steps. None: back to the start.
         """
         self.leave()
         start = self.round_start
@@ -242,7 +242,7 @@ class LocalTrainer(ABC):
 
     @property
     def tensors(self) -> FederatedTensors:
-        """The module's tensors, by their part in the federation."""
+        """The module's tensors, by their role in the federation."""
         return self.round_start.tensors
 
     @property
@@ -287,7 +287,7 @@ def transform_gradients(transform: GradTransform, params: Mapping[str, Tensor], 
 
 
 def buffer_delta(buffer: Tensor, start: Tensor) -> Tensor:
-    """What training has changed; 0 also where an infinity has stayed one, as in an attention mask."""
+    """The change of a buffer by training; 0 where an infinity has not changed, as in an attention mask."""
     dtype = sum_dtype(buffer.dtype)
     return (buffer.detach().to(dtype) - start.to(dtype)).masked_fill(buffer == start, 0)
 

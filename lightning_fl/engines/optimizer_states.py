@@ -25,8 +25,8 @@ class Schedule:
     Args:
         scheduler: Any scheduler that steps without a metric.
         step: Steps it once.
-        by_user: Whether the user's own code steps it, so that its ``last_epoch`` has to tell the steps.
-        num_steps: Steps taken in the local training of the client at hand.
+        by_user: Whether the user's own code steps it, so that its steps must be read from ``last_epoch``.
+        num_steps: Steps taken in the local training of the current client.
     """
 
     scheduler: Any
@@ -42,12 +42,12 @@ class Schedule:
 
 @dataclass(frozen=True)
 class ScheduleEnd:
-    """Where a client's local training has taken the schedules.
+    """What the schedules have reached at the end of a client's local training.
 
     Args:
         num_steps: Steps of each schedule.
-        options: Each optimizer's options (learning rate, momentum, ...), one mapping a parameter group.
-        num_optimizer_steps: Steps of the optimizers; the client with the most decides where the next round starts.
+        options: Each optimizer's options (learning rate, momentum, ...), one mapping per parameter group.
+        num_optimizer_steps: Steps of the optimizers; the next round continues from the client with the most.
     """
 
     num_steps: list[int]
@@ -56,9 +56,9 @@ class ScheduleEnd:
 
 
 class FedNovaNormalizer:
-    """How far SGD goes on a gradient of 1, in units of its first learning rate: FedNova's normalizer.
+    """FedNova's normalizer: how far SGD moves under a constant gradient of 1, in units of its first learning rate.
 
-    Momentum, dampening and schedules count as what they do; weight decay is part of the loss.
+    Takes momentum, dampening and schedules into account; weight decay counts as part of the loss.
     """
 
     def __init__(self) -> None:
@@ -104,19 +104,19 @@ class OptimizerStates:
         ]
 
     def close(self) -> None:
-        """Lets go of the optimizers."""
+        """Removes the hooks from the optimizers."""
         for hook in self._hooks:
             hook.remove()
 
     def begin_round(self, schedules: Sequence[Schedule] = ()) -> None:
-        """Remembers the options and schedules from which every client of the round starts."""
+        """Saves the options and schedules from which every client of the round starts."""
         self.schedules = list(schedules)
         self._options = [_options(optimizer) for optimizer in self.optimizers]
         self._first_epochs = [getattr(schedule.scheduler, "last_epoch", 0) for schedule in self.schedules]
         self._schedule_states = [copy.deepcopy(schedule.scheduler.state_dict()) for schedule in self.schedules]
 
     def restart(self, kept: Tree | None) -> None:
-        """Goes back to the round's options and schedules, with a fresh optimizer state or the one that was kept."""
+        """Restores the round's options and schedules, with a fresh optimizer state or the client's last one."""
         self._restore()
         for index, optimizer in enumerate(self.optimizers):
             optimizer.state.clear()
@@ -129,10 +129,10 @@ class OptimizerStates:
         self._start_counting(not kept and all(type(optimizer) is SGD for optimizer in self.optimizers))
 
     def restart_stacked(self, stacked: Mapping[int, Tensor]) -> None:
-        """Restarts with several clients' parameters in the place of the module's, until :meth:`unstack`.
+        """Restarts with several clients' parameters instead of the module's, until :meth:`unstack`.
 
         Args:
-            stacked: By ``id`` of a parameter, the clients' parameters that take its place, stacked.
+            stacked: By ``id`` of a parameter, the clients' stacked parameters that replace it.
         """
         self.restart(None)
         self._own_params = [[group["params"] for group in optimizer.param_groups] for optimizer in self.optimizers]
@@ -146,7 +146,7 @@ class OptimizerStates:
                     optimizer.state[stacked[id(param)]] = _stack_state(values, param, stacked[id(param)])
 
     def unstack(self) -> None:
-        """Gives the optimizers the module's own parameters back, if they had stacked ones."""
+        """Puts the module's own parameters back into the optimizers, if they had stacked ones."""
         for optimizer, groups in zip(self.optimizers, self._own_params, strict=False):
             optimizer.state.clear()
             for group, params in zip(optimizer.param_groups, groups, strict=True):
@@ -154,7 +154,11 @@ class OptimizerStates:
         self._own_params = []
 
     def replace_params(self, replaced: Mapping[int, Tensor]) -> None:
-        """Lets the optimizers step other tensors, by ``id`` of those that they replace, without their states."""
+        """Lets the optimizers step other tensors, with empty states.
+
+        Args:
+            replaced: By ``id`` of a tensor, the one that replaces it.
+        """
         for optimizer in self.optimizers:
             optimizer.state.clear()
             for group in optimizer.param_groups:
@@ -162,23 +166,23 @@ class OptimizerStates:
 
     @property
     def num_steps_apart(self) -> float:
-        """A client's first steps that it can take only beside clients which are at the same one.
+        """The number of a client's first steps that it can take only together with clients that are at the same step.
 
-        Plain SGD keeps nothing, momentum begins with the first step, others count steps in states that all share.
+        Plain SGD has no state, momentum is special in the first step, others count steps in a state that all share.
         """
         if any(type(optimizer) is not SGD for optimizer in self.optimizers):
             return math.inf
         return int(any(group["momentum"] for optimizer in self.optimizers for group in optimizer.param_groups))
 
     def recount(self, num_steps: int) -> None:
-        """Counts the steps of a client anew: ``num_steps`` with the options as they are."""
+        """Restarts counting with ``num_steps`` steps at the current options."""
         self._start_counting(self._normalizers is not None)
         for _ in range(num_steps):
             for index, optimizer in enumerate(self.optimizers):
                 self._count(index, optimizer)
 
     def keep(self) -> Tree:
-        """The optimizers' states as a tree, to be given to :meth:`restart` in the client's next round."""
+        """The optimizers' states as a tree, to be passed to :meth:`restart` in the client's next round."""
         return {
             f"{index}.{position}.{entry}": value.clone()
             for index, optimizer in enumerate(self.optimizers)
@@ -187,7 +191,7 @@ class OptimizerStates:
         }
 
     def schedule_end(self) -> ScheduleEnd:
-        """Where the client at hand has taken the schedules."""
+        """What the schedules have reached in the current client's local training."""
         steps = [
             schedule.scheduler.last_epoch - first if schedule.by_user else schedule.num_steps
             for schedule, first in zip(self.schedules, self._first_epochs, strict=True)
@@ -195,15 +199,15 @@ class OptimizerStates:
         return ScheduleEnd(steps, [_options(optimizer) for optimizer in self.optimizers], self.num_steps)
 
     def end_round(self, end: ScheduleEnd | None) -> None:
-        """Takes schedules and options to where the next round starts.
+        """Sets schedules and options for the next round.
 
         Args:
-            end: Where the client with the most steps has taken them; None puts them back to the round's start.
+            end: What they have reached on the client with the most steps. None: back to the round's start.
         """
         self._restore()
         if end is not None:
             with warnings.catch_warnings():
-                # a rank without clients steps its schedules though its optimizers have not stepped
+                # A rank without clients steps its schedules although its optimizers have not stepped.
                 warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
                 for schedule, num_steps in zip(self.schedules, end.num_steps, strict=True):
                     for _ in range(num_steps):
@@ -218,10 +222,10 @@ class OptimizerStates:
 
     @contextmanager
     def borrowed_optimizer(self) -> Iterator[Optimizer]:
-        """Lends the only optimizer for training outside the rounds, fresh and as the last round began.
+        """Lends the only optimizer for training outside rounds, with a fresh state and the last round's start options.
 
         Yields:
-            The optimizer. Afterwards its options and the schedules are what they were.
+            The optimizer. Afterwards its options and the schedules are restored.
         """
         (optimizer,) = self.optimizers
         options = [_options(optimizer) for optimizer in self.optimizers]
@@ -249,8 +253,8 @@ class OptimizerStates:
         """FedNova's normalizer of the client's local training.
 
         Returns:
-            None if it is unknown: for other optimizers than ``torch.optim.SGD``, for a kept momentum, and if parameter
-            groups went differently far.
+            None if it is unknown: for other optimizers than ``torch.optim.SGD``, for momentum of an earlier round, and
+            if it differs between parameter groups.
         """
         if self._normalizers is None:
             return None

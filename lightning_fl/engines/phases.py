@@ -1,4 +1,4 @@
-"""The phases of a client's local training: what each of them trains, and what they add up to."""
+"""The phases of a client's local training: which tensors each phase trains, and the facts of all phases together."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class LocalPhases:
     Args:
         tensors: The module's tensors; they hold the model that came from the server.
         start_params: The shared parameters from which the client starts.
-        client_state: What the client has kept from its last round.
+        client_state: The client's state from its last round.
         own_model: The client's own model, for phases that train it.
     """
 
@@ -61,7 +61,7 @@ class LocalPhases:
         self._model = phase.model
 
     def mask_frozen_grads(self, optimizer: Optimizer) -> None:
-        """Takes away the gradients of what the phase does not train, so that the optimizer leaves it as it is."""
+        """Sets the gradients of parameters that the phase does not train to None, so that they are not stepped."""
         if self._frozen:
             for group in optimizer.param_groups:
                 for param in group["params"]:
@@ -69,11 +69,11 @@ class LocalPhases:
                         param.grad = None
 
     def end(self, optimizers: OptimizerStates, keep: bool) -> None:
-        """Takes in the phase's facts.
+        """Adds the phase's facts.
 
         Args:
             optimizers: The optimizers, after the phase.
-            keep: Whether the client keeps their states.
+            keep: Whether the client keeps their states for its next round.
         """
         if keep:
             self.next_state[self.optimizer_entry] = optimizers.keep()
@@ -91,19 +91,19 @@ class LocalPhases:
             self.lr_sum[name] += total
 
     def leave_own(self) -> Tree:
-        """Puts the model that is sent back into the module; gives the client's own, empty if none was trained."""
+        """Puts the model that is sent back into the module; returns the client's own model, empty if not trained."""
         self._leave_own()
         return self._own_model if self._global_model else {}
 
     @property
     def schedule_end(self) -> ScheduleEnd:
-        """Where the phase with the most steps has taken the schedules."""
+        """What the schedules have reached at the end of the phase with the most steps."""
         assert self._end is not None, "no phase has ended"
         return self._end
 
     @property
     def optimizer_entry(self) -> str:
-        """Under which name a client keeps the optimizers' states of the phase at hand."""
+        """The entry of the client's state for the optimizers' states of the current phase."""
         return optimizer_entry(self._index)
 
     @property
@@ -118,5 +118,5 @@ class LocalPhases:
 
 
 def optimizer_entry(index: int) -> str:
-    """Under which name a client keeps the optimizers' states of a phase."""
+    """The entry of a client's state for the optimizers' states of the phase ``index``."""
     return f"optimizer {index}" if index else "optimizer"

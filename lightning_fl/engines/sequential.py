@@ -1,4 +1,4 @@
-"""Trains clients one after the other on the user's own module: right for any module."""
+"""Trains clients one after the other on the user's own module; works for any module."""
 
 from __future__ import annotations
 

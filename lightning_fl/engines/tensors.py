@@ -1,4 +1,4 @@
-"""Which of a module's tensors are shared, which stay with their client."""
+"""Sorts a module's tensors into shared, personal and frozen ones."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from lightning_fl.types import Tree
 
 
 class FederatedTensors:
-    """A module's tensors by their part in the federation, under their ``state_dict`` names; tied ones stand once.
+    """A module's tensors by their role in the federation, under their ``state_dict`` names; tied ones appear once.
 
-    Buffers are looked up each time, because a module may put a new tensor in a buffer's place.
+    Buffers are looked up each time, because a module may replace a buffer by a new tensor.
 
     Args:
         module: The user's module.
         personal: ``fnmatch`` globs on ``state_dict`` names: tensors that never leave their client. A tied tensor
-            answers to each of its names.
+            matches by each of its names.
 
     Raises:
         ValueError: If a glob matches nothing, or nothing trainable is left to share.
@@ -91,10 +91,10 @@ class FederatedTensors:
         return {**self.params, **self.personal_params}
 
     def select(self, names: str | Sequence[str]) -> set[str]:
-        """The trainable parameters that ``"all"``, ``"shared"``, ``"personal"`` or ``fnmatch`` globs stand for.
+        """The trainable parameters selected by ``"all"``, ``"shared"``, ``"personal"`` or ``fnmatch`` globs.
 
         Raises:
-            ValueError: If that is none.
+            ValueError: If there are none.
         """
         groups = {"all": self.trainable, "shared": self.params, "personal": self.personal_params}
         if isinstance(names, str):
@@ -127,7 +127,7 @@ def clones(tensors: Mapping[str, Tensor]) -> Tree:
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    """The bytes of up to some 1,000 elements: writing to ``tensor.data`` leaves the version as it is."""
+    """The bytes of about 1,000 elements at most, since writing to ``tensor.data`` does not change the version."""
     elements = tensor.detach().reshape(-1)
     return elements[:: max(1, len(elements) // 1000)].clone().view(torch.uint8)
 

@@ -1,4 +1,4 @@
-"""The life of a round, without Lightning: what a simulation, a job, a coordinator and a gossiping node all call.
+"""One round of federated training, independent of Lightning.
 
 A round reads::
 

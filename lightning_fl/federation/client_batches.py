@@ -15,11 +15,11 @@ _END = object()
 
 
 class LoaderFailed(Exception):
-    """A client's loader has raised ``error``.
+    """Raised when a client's loader raises an error.
 
     Args:
         client: The client.
-        error: What its loader has raised.
+        error: The error that its loader raised.
     """
 
     def __init__(self, client: ClientId, error: Exception) -> None:
@@ -33,11 +33,11 @@ class ClientBatches:
 
     Args:
         client: The client.
-        loader: Its loader.
-        works: How much it trains in each phase.
+        loader: The client's loader.
+        works: The client's local work in each phase.
         round: Number of the round.
-        max_work: How much the client that trains the most trains: passes are numbered over the rounds, for samplers
-            that order by epoch, and no number may come twice.
+        max_work: The largest local work of any client. Passes are numbered over all rounds, for samplers that shuffle
+            by epoch, and no number may repeat.
         on_first_batch: Called once the first batch has been read.
     """
 
@@ -62,7 +62,7 @@ class ClientBatches:
         self.first_pass = round * num_passes
 
     def read(self, next_phase: Callable[[], None] = lambda: None) -> Iterator[tuple[Any, BatchPosition]]:
-        """The batches and their positions.
+        """Yields each batch with its position.
 
         Args:
             next_phase: Called between the last batch of a phase and the first of the next.
@@ -93,7 +93,7 @@ class ClientBatches:
                 )
 
     def read_all(self) -> list[Any]:
-        """All batches without their positions, for a client that trains like another one whose positions are known.
+        """Reads all batches without their positions, for a client whose positions equal those of another client.
 
         Raises:
             LoaderFailed: As :meth:`read` does.
@@ -115,10 +115,10 @@ class ClientBatches:
             raise LoaderFailed(self.client, error) from error
 
     def read_once(self) -> Iterator[Any]:
-        """The batches of one pass outside the client's local training, such as that of a probe.
+        """Yields the batches of one pass outside the client's local training, such as for a probe.
 
         Raises:
-            LoaderFailed: If the loader raises, or can't be read once more than training reads it.
+            LoaderFailed: If the loader raises, can be read only once, or may never end.
         """
         work, loader = self.max_work, self.loader
         try:
@@ -157,7 +157,7 @@ class ClientBatches:
     def _phase(
         self, phase: int, work: LocalWork, segments: Sequence[int | None], number: int
     ) -> Iterator[tuple[Any, int, bool, bool]]:
-        """The batches of a phase, with their index in their segment and whether they end segment and phase."""
+        """Yields the batches of a phase, each with its index in its segment and whether it ends segment and phase."""
         num_batches = count_batches(self.loader)
         for position, length in enumerate(segments):
             is_last = position + 1 == len(segments)
@@ -182,7 +182,7 @@ class ClientBatches:
                 )
 
     def _until_end(self, batches: Iterator[Any], is_last: bool) -> Iterator[tuple[Any, int, bool, bool]]:
-        # One batch is read ahead, because the optimizer steps on the last one whatever the accumulation.
+        # Reads one batch ahead: the optimizer steps on the last batch even if it does not fill an accumulation window.
         batch = next(batches, _END)
         if batch is _END:
             raise ValueError(f"The loader of client {self.client!r} has no length and yielded no batch.")
@@ -207,7 +207,7 @@ class ClientBatches:
 
 
 def begin_pass(loader: Any, number: int) -> None:
-    """Tells samplers that order by epoch, such as ``DistributedSampler``, which pass comes."""
+    """Calls ``set_epoch`` of samplers that have it, such as ``DistributedSampler``."""
     samplers: tuple[Any, Any] = (
         getattr(loader, "sampler", None),
         getattr(getattr(loader, "batch_sampler", None), "sampler", None),
@@ -218,7 +218,7 @@ def begin_pass(loader: Any, number: int) -> None:
 
 
 def raise_to_user(failed: LoaderFailed) -> None:
-    """Raises what a client's loader has raised, with the client named."""
+    """Re-raises the error of a client's loader, with the client named."""
     if f"client {failed.client!r}" in str(failed.error):
         raise failed.error
     raise ValueError(

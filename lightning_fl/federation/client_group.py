@@ -1,4 +1,4 @@
-"""The algorithm's side of a client group: contexts, gradients and states of its clients."""
+"""Calls the algorithm for the clients of a group: contexts, gradients, updates and states."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ class GroupUpdate:
     """What a client group contributes to a round.
 
     Args:
-        updates: The clients' updates, each tensor stacked, ``[num_clients, ...]``; their ``weight`` does not count.
+        updates: The clients' updates, each tensor stacked, ``[num_clients, ...]``; ``weights`` replaces their
+            ``weight``.
         weights: The clients' weights.
-        client_states: What they keep until their next round, each tensor stacked; empty if they keep nothing.
+        client_states: The states to store until the clients' next round, each tensor stacked; empty if there are none.
     """
 
     updates: Update
@@ -37,7 +38,7 @@ class GroupUpdate:
         return replace(self.updates.part(index), weight=self.weights[index])
 
     def state_of(self, index: int) -> dict[str, Any]:
-        """What the client at ``index`` keeps."""
+        """The state to store for the client at ``index``."""
         state: dict[str, Any] = part(dict(self.client_states), index)
         return state
 
@@ -49,14 +50,14 @@ class ClientGroup:
     tensors.
 
     Args:
-        settings: What does not change from round to round.
-        server: The server's state.
+        settings: The federation's settings.
+        server: The algorithm's server state.
         clients: The clients.
-        client_states: What each of them has kept from its last round.
-        probe: What the algorithm's ``probe`` has measured; of a client alone only.
+        client_states: Each client's state from its last round.
+        probe: What the algorithm's ``probe`` has measured; only for a client alone.
 
     Raises:
-        NotStackable: If the algorithm gives the clients contexts that can't stand side by side.
+        NotStackable: If the contexts that the algorithm returns for the clients can't be stacked.
     """
 
     def __init__(
@@ -87,14 +88,14 @@ class ClientGroup:
         return [context["params"] for context in self._contexts]
 
     def select(self, mask: Sequence[int]) -> None:
-        """Lets :meth:`grad_transform` see only the clients at the places ``mask``, who train in the next step."""
+        """Restricts :meth:`grad_transform` to the clients at the positions ``mask``, which train in the next step."""
         if tuple(mask) != self._mask:
             index = list(mask)
             self._mask = tuple(mask)
             self._selected = pytree.tree_map(lambda x, dim: x if dim is None else x[index], self._stacked, self._dims)
 
     def grad_transform(self, phase: Phase) -> GradTransform | None:
-        """The algorithm's change of the gradients in a phase; None if there is none."""
+        """The transform of the gradients in a phase; None if they stay as they are."""
         transform = phase.grad_transform
         if transform is None and self.settings.transforms_gradients:
             transform = self.algorithm.grad_transform
@@ -106,10 +107,10 @@ class ClientGroup:
         return lambda grads, params: run(grads, params, self._selected)
 
     def finish(self, result: LocalResult, runs: Sequence[LocalRun]) -> GroupUpdate:
-        """The algorithm's ``client_finish`` for each client.
+        """Calls the algorithm's ``client_finish`` for each client.
 
         Args:
-            result: What is left of the group's local training.
+            result: The result of the group's local training.
             runs: The facts of each client's training.
         """
         updates, algorithm_states = self._finish(result.params, runs)
@@ -168,5 +169,5 @@ def _work_of(run: LocalRun) -> tuple[Any, ...]:
 
 
 def _as_stack(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A tree as that of a group of one: views, where ``stack`` would copy the model."""
+    """The tree with a client dimension of size 1: views, where ``stack`` would copy the model."""
     return {name: value[None] if isinstance(value, Tensor) else _as_stack(value) for name, value in tree.items()}

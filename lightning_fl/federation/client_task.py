@@ -1,4 +1,4 @@
-"""A client group's turn in a round: its batches, and what is measured while it trains."""
+"""The local training of a client group in a round: its batches, its phases, and what is measured meanwhile."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from lightning_fl.types import ClientId, LocalRun, Phase
 
 
 class ClientTask:
-    """What a client group has to do in a round.
+    """The local training of a client group in a round.
 
     Args:
-        group: The algorithm's side of the group.
-        batches: Its batches, each with its position.
+        group: Calls the algorithm for the group.
+        batches: The group's batches, each with its position.
         phases: The phases of its training.
-        known_sizes: The number of examples that one pass over each client's data yields, None where only training
-            will show it.
+        known_sizes: The number of examples that one pass over each client's data yields; None if it is known only
+            after training.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class ClientTask:
         return self.phase.model == "global"
 
     def next_phase(self) -> Phase:
-        """Goes on to the next phase."""
+        """Starts the next phase."""
         self._phase_index += 1
         self.phase = self.phases[self._phase_index]
         self._examples_seen = 0
@@ -68,13 +68,13 @@ class ClientTask:
     def record(
         self, position: BatchPosition, num_examples: int, losses: Tensor | None, mask: Sequence[int] | None = None
     ) -> None:
-        """Notes a step.
+        """Records a step.
 
         Args:
-            position: Where its batch stands.
+            position: The batch's position in the local work.
             num_examples: Examples in the batch of one client.
             losses: The loss of a client alone, or of each of several; None if the batch was skipped.
-            mask: The places in the group of the clients that trained. None: all.
+            mask: The positions in the group of the clients that trained. None: all.
         """
         self.num_steps += 1
         self._examples_seen += num_examples
@@ -87,7 +87,7 @@ class ClientTask:
             if losses is not None:
                 self._has_loss = True
                 self._loss_sum += losses.item() * num_examples
-        else:  # summed when the group is done: on a GPU, to read a loss would wait for the step
+        else:  # summed when the group has finished: reading a loss on a GPU would wait for the step
             self._losses.append((self._every if mask is None else mask, losses, num_examples))
 
     @property
@@ -102,7 +102,7 @@ class ClientTask:
         return counts
 
     def runs(self, facts: Sequence[ClientFacts]) -> list[LocalRun]:
-        """The facts of each client's training, what the engine has measured taken in."""
+        """Combines the engine's facts with the recorded losses and examples of each client."""
         weight_of = self.group.settings.weight_of
         runs = []
         for known, own, loss in zip(self.known_sizes, facts, self._mean_losses(), strict=True):

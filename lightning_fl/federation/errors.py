@@ -1,5 +1,5 @@
-"""Errors of a federation's settings."""
+"""The error for settings that contradict each other."""
 
 
 class ConfigurationError(ValueError):
-    """Settings that can't be right together; a framework around the federation may show it as an error of its own."""
+    """Raised for settings that contradict each other; the strategy raises it as a ``MisconfigurationException``."""

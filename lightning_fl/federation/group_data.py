@@ -1,4 +1,4 @@
-"""The data of several clients that train side by side: read before they train, stacked step by step."""
+"""The batches of clients that train side by side: read before they train, stacked step by step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_fl.types import ClientId
 
 
 class GroupSplit(Exception):
-    """Raised for clients that can't, or had better not, train together as planned.
+    """Raised when the clients of a planned group can't train together, or would be slower than apart.
 
     Args:
         parts: The groups in which they train instead.
@@ -34,10 +34,10 @@ class StackedData:
     """The batches of a client group.
 
     Args:
-        grouping: Stacks them.
-        passes: By client its batches of the round.
-        positions: The positions of the batches of a client, for groups in which all clients have equal work.
-        sizes: Examples of one pass over each client's data.
+        grouping: Stacks the batches.
+        passes: Each client's batches of the round.
+        positions: The positions of one client's batches, for groups in which all clients have equal work.
+        sizes: Number of examples in one pass over each client's data.
     """
 
     grouping: Grouping
@@ -55,7 +55,7 @@ class StackedData:
 
     @cached_property
     def works(self) -> dict[ClientId, tuple[Any, ...]]:
-        """What must be alike for batches of clients to be stacked, by client."""
+        """For each client, the signatures of its batches: batches of equal signature can be stacked."""
         return {client: tuple(map(batch_signature, batches)) for client, batches in self.passes.items()}
 
     @cached_property
@@ -101,13 +101,13 @@ def read_group(
     Args:
         grouping: Decides who may train together.
         clients: The clients of the group.
-        open_client: Makes a client's batches, to be read with the client's randomness.
-        num_batches: Tells how many batches a client has in the round.
-        sizes: Examples of one pass over each client's data.
-        on_failure: Called when a client's loader raises; the others are read on.
+        open_client: Opens a client's batches, to be read with the client's random numbers.
+        num_batches: Returns the number of batches that a client has in the round.
+        sizes: Number of examples in one pass over each client's data.
+        on_failure: Called when a client's loader raises; reading continues with the next client.
 
     Raises:
-        GroupSplit: If the batches are not what was expected when the group was made.
+        GroupSplit: If the batches are not what the planner expected.
     """
     passes: dict[ClientId, list[Any]] = {}
     positions: list[BatchPosition] = []

@@ -1,4 +1,4 @@
-"""What is kept and logged of a finished round."""
+"""The entry of a finished round in ``strategy.history``, and what of it goes to the loggers."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from lightning_fl.federation.round import RoundResult
 from lightning_fl.types import ClientId
 
 CLIENT_FIGURES = ("num_clients", "num_examples", "num_steps", "update_spread", "num_bytes")
-"""What discloses exact facts about the clients of a round; so do the seconds that it took."""
+"""Figures that disclose exact facts about the clients of a round; so does the time that it took."""
 
 
 def history_entry(round: int, result: RoundResult, dropped: Sequence[ClientId]) -> dict[str, Any]:
-    """The entry of a round in ``strategy.history``: plain values, the same on every rank but for the seconds.
+    """The entry of a round in ``strategy.history``: plain values, the same on every rank except for the seconds.
 
     Args:
         round: Number of the round.
-        result: What the round gave.
+        result: The round's result.
         dropped: Stragglers that were left out.
     """
     report = result.report
@@ -53,5 +53,5 @@ def figures(entry: Mapping[str, Any], hides_clients: bool = False) -> dict[str, 
 
 
 def words(entry: Mapping[str, Any]) -> dict[str, str]:
-    """The facts in words of a round's entry, which the loggers get once."""
+    """The text values of a round's entry, which the loggers get once."""
     return {f"fl/{name}": value for name, value in entry.items() if isinstance(value, str)}

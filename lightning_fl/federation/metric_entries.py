@@ -1,4 +1,4 @@
-"""Logged values on their way from a client to the cohort's mean: plain settings, a value and a weight by key."""
+"""Logged values as plain data (settings, value and weight by key), to be summed over batches, clients and ranks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 Entry = dict[str, Any]
-"""The settings of a log call (``name``, ``reduction``, ``on_step``, ...), and ``value`` and ``weight`` added up."""
+"""The settings of a log call (``name``, ``reduction``, ``on_step``, ...), and the summed ``value`` and ``weight``."""
 Entries = dict[str, Entry]
 
 
@@ -27,7 +27,7 @@ def add_entry(entries: Entries, key: str, entry: Entry) -> None:
 
 
 def merge_entries(parts: Iterable[Entries]) -> Entries:
-    """Joins what several ranks have logged."""
+    """Merges the entries of several ranks."""
     merged: Entries = {}
     for entries in parts:
         for key, entry in entries.items():
@@ -36,7 +36,7 @@ def merge_entries(parts: Iterable[Entries]) -> Entries:
 
 
 def value_of(entry: Entry) -> float:
-    """The number that an entry stands for: for a mean, its sum divided by its weight."""
+    """The final value of an entry: for a mean, its sum divided by its weight."""
     value, weight = float(entry["value"]), float(entry["weight"])
     if entry["reduction"] != "mean":
         return value

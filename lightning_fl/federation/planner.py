@@ -1,4 +1,4 @@
-"""What one rank does in a round, worked out before it begins."""
+"""Plans what one rank does in a round, before the round begins."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ class RankPlan:
         round: Number of the round.
         cohort: The clients of the round, on all ranks, without dropped stragglers.
         groups: This rank's client groups, in the order of training; each client has at least one batch.
-        works: How much each client of the cohort trains.
-        max_work: How much the client that trains the most trains.
+        works: The local work of each client of the cohort.
+        max_work: The largest local work of any client.
         dropped: Stragglers that are left out.
-        sizes: Of each client of this rank the examples of one pass, None where that shows only in training.
-        lengths: Of each client of this rank its batches in the round, None where that shows only in training.
-        steps_of_group: Steps of groups of clients with unequal work.
+        sizes: For each client of this rank, the number of examples in one pass; None if known only after training.
+        lengths: For each client of this rank, its number of batches in the round; None if known only after training.
+        steps_of_group: The number of steps of each group whose clients have unequal work.
         empty: Clients of this rank without data.
-        failed: What the loaders of clients of this rank have raised.
-        loaders: Loaders that the planning has made and looked at, of those clients that train together first.
+        failed: For each client of this rank whose loader raised, the description of the error.
+        loaders: Loaders that were made while planning, to be used by the clients that train first.
     """
 
     round: int
@@ -54,7 +54,7 @@ class RankPlan:
         return [client for group in self.groups for client in group]
 
     def num_batches(self, group: Sequence[ClientId]) -> int | None:
-        """Steps that a group takes, None where that shows only in training."""
+        """The number of steps that a group takes; None if it is known only after training."""
         return self.steps_of_group.get(tuple(group), self.lengths[group[0]])
 
 
@@ -64,10 +64,10 @@ class Planner:
     Args:
         population: All clients.
         participation: Who takes part in a round, and how much each client trains.
-        settings: What does not change from round to round.
+        settings: The federation's settings.
         group: The ranks of the federation.
         sticky: Whether clients keep state and so must train on their home rank.
-        describe_failure: Describes what a client's loader has raised, or raises itself.
+        describe_failure: Describes the error of a client's loader, or raises it.
     """
 
     def __init__(
@@ -88,12 +88,12 @@ class Planner:
         self._largest: int | float | None = None
 
     def plan(self, index: int, max_work: LocalWork, grouping: Grouping | None = None) -> RankPlan:
-        """The round ``index``.
+        """Plans a round.
 
         Args:
             index: Number of the round.
-            max_work: How much the client that trains the most trains.
-            grouping: Lets clients train side by side. None: each alone.
+            max_work: The largest local work of any client.
+            grouping: Forms groups of clients that train side by side. None: each client trains alone.
         """
         population = self.population
         drawn = self.sampler.cohort(index)
@@ -139,7 +139,7 @@ class Planner:
         )
 
     def phases(self, work: LocalWork) -> list[LocalWork]:
-        """A client's work, phase by phase."""
+        """A client's local work, phase by phase."""
         return [work.for_phase(phase) for phase in self.settings.algorithm.phases()]
 
     def largest_num_batches(self, work: LocalWork) -> int | float:
@@ -149,7 +149,7 @@ class Planner:
             loaders = self.population.loaders
             phases = self.phases(work)
             all_by_steps = all(phase.steps is not None for phase in phases)
-            clients = [next(iter(loaders))] if all_by_steps else loaders  # then every client takes as many
+            clients = [next(iter(loaders))] if all_by_steps else loaders  # by steps, every client takes equally many
             steps = [phase.num_steps(count_batches(loaders[client])) for client in clients for phase in phases]
             own = float("inf") if None in steps else float(max(step for step in steps if step is not None))
             reports = self.group.all_gather(Message({"steps": own}), "estimated steps")

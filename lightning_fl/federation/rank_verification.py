@@ -1,4 +1,4 @@
-"""Before anything is summed, the ranks make sure that they train the same thing."""
+"""Checks, before the first round, that all ranks train the same module with the same settings."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def verify_ranks(group: Group, module: nn.Module, settings: Mapping[str, str], v
 
 
 def synchronize_module(group: Group, module: nn.Module) -> None:
-    """Gives all ranks the tensors of rank 0."""
+    """Broadcasts the module's tensors from rank 0 to all ranks."""
     with torch.no_grad():
         for tensor in module.state_dict().values():
             if isinstance(tensor, Tensor):

@@ -1,4 +1,4 @@
-"""What a rank tells the others of its round: each field is declared once, with how the ranks' values are joined."""
+"""A rank's report of its round; each field declares how the ranks' values are joined."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ def _joined(default: Any, join: Callable[[list[Any]], Any], *, is_secret: bool =
     """A field of a report.
 
     Args:
-        default: Its value, or a type to be called for it.
-        join: Makes one value of those of all ranks.
-        is_secret: Whether it tells of a client's data, so that behind a secure sum only the sum is told.
+        default: The default value, or a type to be called for it.
+        join: Joins the values of all ranks into one.
+        is_secret: Whether it reveals something about a client's data; under secure aggregation only its sum over all
+            ranks is then revealed.
     """
     metadata = {"join": join, "is_secret": is_secret}
     if isinstance(default, type):
@@ -38,7 +39,7 @@ def _first(values: list[T]) -> T:
 
 
 def _common(values: list[str]) -> str:
-    """The value that several ranks have in common, all of them; else an empty string."""
+    """The value, if there are several ranks and all have the same; else an empty string."""
     return values[0] if len(values) > 1 and len(set(values)) == 1 else ""
 
 
@@ -49,28 +50,28 @@ def _longest(values: list[ScheduleEnd | None]) -> ScheduleEnd | None:
 
 @dataclass(frozen=True)
 class RankReport:
-    """A rank's report of its round; :meth:`join` makes one of those of all ranks.
+    """A rank's report of its round; :meth:`join` joins the reports of all ranks into one.
 
     Args:
-        num_clients: Updates that were accepted.
-        weight: Their weights, summed.
+        num_clients: Number of accepted updates.
+        weight: The sum of their weights.
         num_steps: Optimizer steps of all clients.
-        num_examples: Examples of all clients, of one pass each.
-        squared_norm: The squared norms of the updates, weighted and summed.
-        schedule_end: Where the client with the most steps has taken the schedules.
+        num_examples: Number of examples of all clients, in one pass each.
+        squared_norm: The weighted sum of the updates' squared norms.
+        schedule_end: What the schedules have reached on the client with the most steps.
         refused: Clients whose update was not finite.
-        lost: Clients that vanished before their update was added.
+        lost: Clients that dropped out before their update was added.
         empty: Clients without data.
-        failed: Clients whose loader raised, and what.
-        metrics: What the clients have logged.
-        metric_states: Of each torchmetric that was updated, the description of its state; the states are ``tensors``.
+        failed: Clients whose loader raised, each with a description of the error.
+        metrics: The values that the clients have logged.
+        metric_states: For each torchmetric that was updated, a description of its state, which is in ``tensors``.
             Joined by :class:`~lightning_fl.strategies.metric_states.MetricStates`, from the reports of all ranks.
         has_late_values: Whether values are still logged after the round has been closed.
-        first_batch: A digest of the first batch, to find ranks with the same data by mistake.
-        logger_steps: By how much the loggers' x-axis advances.
+        first_batch: A digest of the first batch, to detect ranks that have the same data by mistake.
+        logger_steps: The steps by which the loggers' x-axis advances.
         should_stop: Whether training is to stop.
-        deferred_checkpoints: By path the checkpoints that were asked for inside the round, and whether they hold
-            weights only; the ranks ask for the same.
+        deferred_checkpoints: The checkpoints requested inside the round, the same on all ranks: by path, whether they
+            hold weights only.
         tensors: Tensors that travel with the report.
     """
 
@@ -101,7 +102,7 @@ class RankReport:
 
     @classmethod
     def from_message(cls, message: Message) -> RankReport:
-        """The report that :meth:`to_message` made of it, once the aggregator has passed it on.
+        """Reads the report from a message of :meth:`to_message` to which the aggregator has added its fields.
 
         Raises:
             ValueError: If a field is missing.
@@ -120,13 +121,13 @@ class RankReport:
 
     @classmethod
     def join(cls, reports: Sequence[RankReport]) -> RankReport:
-        """The report of all ranks together."""
+        """Joins the reports of all ranks into one."""
         return cls(
             **{name.name: name.metadata["join"]([getattr(own, name.name) for own in reports]) for name in fields(cls)}
         )
 
     def without_steps(self) -> RankReport:
-        """The report without the number of optimizer steps behind schedules that have not stepped."""
+        """The report without the number of optimizer steps, if no schedule has stepped and so nobody needs it."""
         end = self.schedule_end
         if end is None or any(end.num_steps):
             return self
@@ -134,4 +135,4 @@ class RankReport:
 
 
 SECRET_FIELDS = tuple(name.name for name in fields(RankReport) if name.metadata["is_secret"])
-"""The fields of which only the sum over all ranks may be told behind a secure sum."""
+"""The fields of which only the sum over all ranks is revealed under secure aggregation."""

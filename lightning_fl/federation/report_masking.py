@@ -17,13 +17,13 @@ from lightning_fl.federation.settings import FederationSettings
 
 
 def mask(report: Message) -> Message:
-    """Moves everything that tells of a client's data into the field ``"sums"``, numbers by name.
+    """Moves everything that reveals something about a client's data into the field ``"sums"``: numbers by name.
 
-    What stays public: names and settings of metrics, shapes of their states, who was refused, empty or failed, wishes
-    to stop or to save.
+    What stays public: names and settings of metrics, shapes of their states, who was refused, empty or failed, and
+    requests to stop or to save.
 
     Raises:
-        ConfigurationError: If a metric is not a mean or a sum, so that a sum would not give it.
+        ConfigurationError: If a metric is neither a mean nor a sum, so that it can't be computed from a sum.
     """
     public, sums = dict(report.fields), {}
     for name in SECRET_FIELDS:
@@ -46,7 +46,7 @@ def mask(report: Message) -> Message:
 
 
 def unmask(reports: list[Message]) -> list[Message]:
-    """Puts the sums of all ranks, which the first report holds, where the ranks' own figures stood."""
+    """Replaces what :func:`mask` removed by the sums over all ranks, which the first report holds."""
     first, *others = reports
     sums: dict[str, float] = first.fields["sums"]
     counts = {
@@ -88,10 +88,14 @@ def unmask(reports: list[Message]) -> list[Message]:
 
 
 def forbid_client_disclosure(what: str, settings: FederationSettings) -> None:
-    """Refuses what would show each silo's figures to the others, or each client's beside a private model.
+    """Refuses a feature that shows a silo's figures to the others, or a client's figures where clients are private.
+
+    Args:
+        what: The feature, as the error names it.
+        settings: The federation's settings.
 
     Raises:
-        ConfigurationError: If silos hide them, or a transform hides the clients of a round.
+        ConfigurationError: If silos hide their figures, or a transform hides the clients of a round.
     """
     if settings.hides_silos:
         raise ConfigurationError(
@@ -106,7 +110,12 @@ def forbid_client_disclosure(what: str, settings: FederationSettings) -> None:
 
 
 def check_steps(what: str, settings: FederationSettings, work: LocalWork) -> None:
-    """Refuses what would tell the silos how much data each of them has.
+    """Refuses a feature that reveals how much data each silo has.
+
+    Args:
+        what: The feature, as the error names it.
+        settings: The federation's settings.
+        work: The local work of a client.
 
     Raises:
         ConfigurationError: If silos hide it, and may take different numbers of steps in a phase of local training.
@@ -114,9 +123,9 @@ def check_steps(what: str, settings: FederationSettings, work: LocalWork) -> Non
     by_epochs = any(work.for_phase(phase).steps is None for phase in settings.algorithm.phases())
     if settings.hides_silos and by_epochs:
         raise ConfigurationError(
-            f"{what} needs the number of steps of the largest silo, which secure aggregation keeps to itself. Let all "
-            "take equally many, FederatedStrategy(local_steps=...), with an algorithm that has no phase of epochs of "
-            "its own, or step schedules by epoch."
+            f"{what} needs the number of steps of the largest silo, which secure aggregation hides. Give all silos the "
+            "same number with FederatedStrategy(local_steps=...) and an algorithm that has no phase of epochs of its "
+            "own, or step schedules by epoch."
         )
 
 
@@ -128,7 +137,7 @@ def _mask_entry(key: str, entry: Entry, sums: dict[str, float]) -> Entry:
         )
     value = float(entry["value"])
     is_finite = math.isfinite(value)
-    # A NaN would make every silo's sum NaN and so tell nothing of who had it; it travels as a count instead.
+    # A secure sum adds finite numbers only, so that other values are sent as a count.
     sums[f"metric {key} value"] = value if is_finite else 0.0
     sums[f"metric {key} not finite"] = float(not is_finite)
     sums[f"metric {key} weight"] = float(entry["weight"])

@@ -34,7 +34,7 @@ from lightning_fl.tree import clone, is_finite, leaves, move, norm, scale, squar
 from lightning_fl.types import Aggregate, ClientId, LocalRun, State, Update
 
 Probe = Callable[[ProbeKind, Iterator[Any], Mapping[str, Tensor]], Any]
-"""Measures what an algorithm's ``probe`` asks for: ``(kind, batches, params)``, the module being the global model."""
+"""Measures what an algorithm's ``probe`` asks for: ``(kind, batches, params)``; the module holds the global model."""
 
 
 class GroupData(Protocol):
@@ -46,7 +46,7 @@ class GroupData(Protocol):
 
     @property
     def sizes(self) -> Sequence[int | None]:
-        """Examples of one pass over each client's data; None where only training will show it."""
+        """Number of examples in one pass over each client's data; None if it is known only after training."""
 
     @property
     def loader(self) -> Loader | None:
@@ -64,8 +64,8 @@ class ClientData:
     """The data of a client that trains alone.
 
     Args:
-        batches: Its batches.
-        size: Examples of one pass, None where only training will show it.
+        batches: The client's batches.
+        size: Number of examples in one pass; None if it is known only after training.
     """
 
     batches: ClientBatches
@@ -92,7 +92,7 @@ class ClientData:
 
 @dataclass(frozen=True)
 class GroupOutcome:
-    """What has become of a finished group.
+    """The outcome of a finished group.
 
     Args:
         runs: The facts of each client's training.
@@ -109,7 +109,7 @@ class GroupOutcome:
 
 @dataclass(frozen=True)
 class RoundResult:
-    """What a round gave, the same on every rank but for the seconds.
+    """The result of a round, the same on every rank except for ``seconds``.
 
     Args:
         state: The federation's next state.
@@ -134,7 +134,7 @@ class RoundResult:
 
     @property
     def spread(self) -> float:
-        """How far the clients' updates point apart, ``1 - |mean|^2 / mean |update|^2``: 0 if they are the same."""
+        """How much the clients' updates differ, ``1 - |mean|^2 / mean |update|^2``: 0 if they are equal."""
         mean_square = self.report.squared_norm / max(self.report.weight, 1e-300)
         return 1 - self.norm**2 / mean_square if mean_square > 0 else 0.0
 
@@ -146,7 +146,7 @@ class RoundResult:
 
 @dataclass
 class RankTotals:
-    """What this rank adds up over the clients of a round."""
+    """This rank's sums over the clients of a round."""
 
     acc: Any
     num_steps: int = 0
@@ -157,7 +157,7 @@ class RankTotals:
     schedule_end: ScheduleEnd | None = None
 
     def count(self, facts: ClientFacts) -> None:
-        """Takes in the steps of a client."""
+        """Adds the steps of a client."""
         self.num_steps += facts.num_steps_of_all
         end = facts.schedule_end
         if self.schedule_end is None or self.schedule_end.num_optimizer_steps < end.num_optimizer_steps:
@@ -168,14 +168,14 @@ class Round:
     """One round on one rank; made by :meth:`open`.
 
     Args:
-        settings: What does not change from round to round.
+        settings: The federation's settings.
         state: The federation's state, opened for the round.
         trainer: Trains this rank's clients; it has begun the round.
         store: The states of the clients that live on this rank.
         group: The ranks of the federation.
         ctx: Facts of the round.
-        template: An update with the names and shapes of all that will come.
-        totals: What this rank adds up, with an empty accumulator.
+        template: An update with the names and shapes that every update of the round must have.
+        totals: This rank's sums, with an empty accumulator.
     """
 
     def __init__(
@@ -217,7 +217,7 @@ class Round:
         """Begins a round: the trainer takes the module as the global model, the transforms prepare their server halves.
 
         Args:
-            settings: What does not change from round to round.
+            settings: The federation's settings.
             state: The federation's state before the round.
             trainer: Trains this rank's clients.
             store: The states of the clients that live on this rank.
@@ -252,7 +252,7 @@ class Round:
     # ---- a client group
 
     def start(self, data: GroupData, probe: Probe | None = None) -> ClientTask:
-        """Loads a client group, with the randomness of its (first) client.
+        """Loads a client group, and sets the random generators to those of its (first) client.
 
         Args:
             data: The group's clients and their batches.
@@ -260,7 +260,7 @@ class Round:
 
         Raises:
             LoaderFailed: If the loader raises in the pass that the probe needs.
-            NotStackable: If what the algorithm gives several clients can't stand side by side.
+            NotStackable: If the contexts that the algorithm returns for several clients can't be stacked.
         """
         client = data.clients[0]
         self._seed(client, data.loader)
@@ -289,7 +289,7 @@ class Round:
             self._randomness.seed_loader(loader, derive_seed(seed, index, "loader", client))
 
     def step(self, task: ClientTask, batch: Any, position: BatchPosition) -> None:
-        """Trains a group on one batch, for whoever has no loop of its own around the trainer's steps."""
+        """Trains a group on one batch, for callers that have no training loop of their own."""
         mask = batch.mask if isinstance(batch, StackedBatch) else None
         if mask is not None:
             task.group.select(mask)
@@ -297,7 +297,7 @@ class Round:
         task.record(position, size, self.trainer.step(batch, position), mask)
 
     def finish(self, task: ClientTask) -> GroupOutcome:
-        """Takes what a group's training has changed: its updates are added, its states wait for the round's end.
+        """Ends a group's training: adds its updates to the sum, and stages its states until the round is closed.
 
         An update, or a client's next state, that is not finite is refused: it reaches neither the sum nor the store.
         The process's own random state comes back with :meth:`merge`; until then what draws continues the client's.
@@ -319,12 +319,12 @@ class Round:
         return GroupOutcome(runs, accepted, updates[0] if len(runs) == 1 else None, num_steps)
 
     def _add_group(self, group: ClientGroup, own: GroupUpdate) -> list[bool]:
-        """Adds the updates of a group at once; tells which were accepted."""
+        """Adds the updates of a group at once; returns which were accepted."""
         totals, size = self.totals, len(group.clients)
         squares = squared_norms(own.updates.delta, size)
         rest = self._must_be_finite(own.updates, own.client_states)
         if all(map(math.isfinite, squares)):
-            del rest["delta"]  # whose norms are finite, so that it need not be looked at again
+            del rest["delta"]  # finite norms imply finite elements
         accepted = [is_finite(leaves(rest))] if size == 1 else are_finite(rest, size).tolist()
         totals.refused += [
             client for client, is_accepted in zip(group.clients, accepted, strict=True) if not is_accepted
@@ -381,7 +381,7 @@ class Round:
         return update, {key: state for key, state in states.items() if state}
 
     def _must_be_finite(self, update: Update, client_state: Mapping[str, Any]) -> dict[str, Any]:
-        """What of a client must be finite; a personal buffer may hold an infinity, as an attention mask does."""
+        """The tensors of a client that must be finite; a personal buffer, such as a mask, may hold an infinity."""
         found = {**client_state, "delta": update.delta, "buffers": update.buffers, "aux": update.aux}
         if "personal" in client_state:
             trainable = self.trainer.tensors.trainable
@@ -393,17 +393,17 @@ class Round:
         self._randomness.exit()
 
     def leave(self) -> None:
-        """Forgets the group that is being trained, because it will not be finished."""
+        """Discards the group that is being trained, because it will not be finished."""
         self.trainer.leave()
         self.restore_randomness()
 
     # ---- the round's end
 
     def report(self, report: RankReport) -> RankReport:
-        """This rank's report with what the round has added up.
+        """Completes this rank's report with the round's sums.
 
         Args:
-            report: What whoever drives the round tells besides.
+            report: The fields that the caller fills in.
         """
         totals = self.totals
         return replace(
@@ -420,7 +420,7 @@ class Round:
         """Joins the ranks' accumulators and exchanges their reports; every rank calls it once a round.
 
         Args:
-            report: What whoever drives the round tells besides.
+            report: The fields of this rank's report that the caller fills in.
 
         Returns:
             The reports of all ranks, the first rank's first.
@@ -434,25 +434,25 @@ class Round:
         return [RankReport.from_message(one) for one in (unmask(messages) if hides else messages)]
 
     def close(self, reports: Sequence[RankReport], seconds_reading: float = 0.0) -> RoundResult:
-        """Makes the next global model of the merged updates and loads it.
+        """Computes the next global model from the merged updates and loads it.
 
-        A round in which nobody was there to train leaves the model and the algorithm's state as they are, unless a
-        transform gives it weight, as one that adds noise for differential privacy does.
+        A round without clients leaves the model and the algorithm's state as they are, unless a transform gives it
+        weight, as one that adds noise for differential privacy does.
 
         Args:
             reports: What :meth:`merge` returned.
             seconds_reading: Seconds since the round was opened in which it has waited for the clients' data.
 
         Raises:
-            ValueError: If no client has given an update that can be used.
+            ValueError: If the updates of all clients were refused.
         """
         merged = time.perf_counter()
         joined, settings = RankReport.join(reports), self.settings
         if joined.refused and not joined.num_clients:
             raise ValueError(
                 f"Round {self.ctx.round} has no update left: those of all its clients ({some(joined.refused)}) hold "
-                "NaN or Inf. The global model is as it was. Lower the learning rate, clip gradients, or look at their "
-                "data."
+                "NaN or Inf. The global model is unchanged. Lower the learning rate, clip gradients, or check the "
+                "clients' data."
             )
         may_be_empty = settings.hides_clients or len(self.ctx.cohort) < self.ctx.population
         is_empty = may_be_empty and not joined.num_clients
@@ -474,7 +474,7 @@ class Round:
         return RoundResult(state, aggregate, joined, seconds, num_bytes, facts, settings.hides_clients, reason)
 
     def abandon(self) -> None:
-        """Puts the module and the clients' states back to the round's start, because the round can't be finished."""
+        """Restores the module and the clients' states of the round's start, because the round can't be finished."""
         self.restore_randomness()
         self.store.roll_back()
         self.trainer.end_round(self.state.server["params"], zeros_like(self.template.buffers), None)

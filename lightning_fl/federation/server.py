@@ -1,4 +1,4 @@
-"""The server's side of a round as pure functions: whatever closes a round calls them."""
+"""The server's side of a round, as pure functions."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def open_server(
 ) -> FederationState:
     """The state with which a round starts.
 
-    Transforms may spend privacy budget here, which stays spent if the round then fails: the caller keeps the
-    ``transforms`` of what this returns whatever becomes of the round.
+    Transforms may spend privacy budget here, which stays spent if the round then fails: the caller must keep the
+    ``transforms`` of the returned state in any case.
 
     Args:
-        settings: What does not change from round to round.
+        settings: The federation's settings.
         state: The state after the last round.
         params: The global parameters.
         ctx: Facts of the round.
@@ -38,17 +38,17 @@ def server_step(
 ) -> tuple[FederationState, Aggregate, dict[str, float | str]]:
     """Moves the global model by the aggregate of a round.
 
-    The server halves of the transforms run in reverse, then the algorithm's ``server_update``. An aggregate that still
-    weighs nothing leaves the algorithm's state as it is.
+    The server halves of the transforms run in reverse, then the algorithm's ``server_update``. An aggregate whose
+    weight is still 0 leaves the algorithm's state as it is.
 
     Args:
-        settings: What does not change from round to round.
+        settings: The federation's settings.
         state: What :func:`open_server` returned.
         aggregate: The sums of the round's updates, not yet divided.
         ctx: Facts of the round.
 
     Returns:
-        The next state, the aggregate after the transforms, and what the transforms report.
+        The next state, the aggregate after the transforms, and the facts that the transforms report.
     """
     states = list(state.transforms)
     for index, transform in reversed(list(enumerate(settings.transforms))):
@@ -60,7 +60,7 @@ def server_step(
 
 
 def stop_reason(settings: FederationSettings, state: FederationState, ctx: RoundContext) -> str | None:
-    """Why no other round may follow, such as a spent privacy budget; None if one may."""
+    """Why training must stop after this round, such as a spent privacy budget; None if it need not."""
     transforms = zip(settings.transforms, state.transforms, strict=True)
     reasons = (transform.stop_reason(own, ctx) for transform, own in transforms)
     return next((reason for reason in reasons if reason is not None), None)
@@ -76,7 +76,7 @@ def _continue(settings: FederationSettings, server: State, params: Tree) -> Stat
         raise ValueError(
             f"The shared tensors have changed between rounds ({some(changed)}), but the clients of "
             f"{type(settings.algorithm).__name__} keep state for each of them. Freeze and unfreeze before `fit`, or "
-            "take an algorithm without client state."
+            "use an algorithm without client state."
         )
     fresh = settings.algorithm.server_init(params, settings.population)
     return {key: _complete(server.get(key), value) for key, value in fresh.items()} | {"params": params}

@@ -1,4 +1,4 @@
-"""What a federation is made of, and what it carries from round to round."""
+"""The settings of a federation, and the state that it carries from round to round."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from lightning_fl.types import State
 
 @dataclass(frozen=True)
 class FederationSettings:
-    """What does not change from round to round.
+    """The settings of a federation, the same in every round.
 
     Args:
-        algorithm: The mathematics.
-        aggregator: How updates become one.
-        transforms: What happens to updates on their way.
-        weighting: What a client weighs in the mean.
-        seed: Seed of all randomness that privacy does not rest on.
+        algorithm: The federated algorithm.
+        aggregator: Combines the updates of a round.
+        transforms: Change each update between client and server, in order.
+        weighting: How clients are weighted in the mean.
+        seed: Seed of all random numbers except those that privacy depends on.
         population: Number of clients in the federation.
         sampling: How the cohorts are drawn.
         silos: Whether each rank is a silo with its own data.
@@ -42,22 +42,22 @@ class FederationSettings:
 
     @property
     def hides_silos(self) -> bool:
-        """Whether silos must not tell each other anything about their data."""
+        """Whether silos must not reveal anything about their data to each other."""
         return self.silos and self.aggregator.hides_reports
 
     @property
     def transforms_gradients(self) -> bool:
-        """Whether the algorithm changes gradients at all."""
+        """Whether the algorithm overrides ``grad_transform``."""
         return type(self.algorithm).grad_transform is not Algorithm.grad_transform
 
     def weight_of(self, num_examples: int) -> float:
-        """The weight of a client with so many examples."""
+        """The weight of a client with ``num_examples`` examples."""
         return float(num_examples) if self.weighting == "examples" else 1.0
 
 
 @dataclass(frozen=True)
 class FederationState:
-    """What changes from round to round, the same on every rank.
+    """The state of a federation between rounds, the same on every rank.
 
     Args:
         server: The algorithm's server state; empty before the first round.

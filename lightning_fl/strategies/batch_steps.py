@@ -1,7 +1,8 @@
-"""The two forms of a training step with one result: with Lightning's hooks around each batch, and without."""
+"""The two forms of a training step, with the same result: with Lightning's hooks around each batch, and without."""
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -25,13 +26,13 @@ from lightning_fl.strategies.loops import RoundEpochLoop
 class BatchSteps(ABC):
     """Trains on the batches of a round, one after the other.
 
-    ``train`` for each batch, and ``end_batch`` after it: for the last batch of a client once the client is finished,
-    for the last of the round once the round is closed.
+    Call ``train`` for each batch, and ``end_batch`` after it: for a client's last batch when the client has finished,
+    for the round's last batch when the round has been closed.
 
     Args:
         loop: Lightning's epoch loop.
         trainer: Trains the client groups.
-        values: Takes in what is logged.
+        values: Sums up the logged values.
     """
 
     def __init__(self, loop: RoundEpochLoop, trainer: LocalTrainer, values: LoggedValues) -> None:
@@ -39,7 +40,7 @@ class BatchSteps(ABC):
         self.trainer = trainer
         self.values = values
         self.is_open = False
-        """Whether a batch has been trained whose end is still to come."""
+        """Whether ``end_batch`` is still to be called for the last batch."""
 
     @abstractmethod
     def train(self, task: ClientTask, batch: Any, position: BatchPosition, ends_round: bool) -> None:
@@ -47,7 +48,7 @@ class BatchSteps(ABC):
 
     @abstractmethod
     def end_batch(self) -> None:
-        """Does what comes after a batch."""
+        """Ends the last batch: hooks, counters and logging."""
 
     @abstractmethod
     def flush_logs(self) -> None:
@@ -58,11 +59,11 @@ class BatchSteps(ABC):
         """Forgets what has been logged and Lightning has not been told yet."""
 
     def skip(self) -> None:
-        """Passes through the end of a round in which this rank has no batch left."""
+        """Counts a batch that was not there, because this rank ends the round without one."""
         self.loop.skip_batch()
 
     def end_round(self) -> None:
-        """The round has been closed: does what comes after its last batch, if there was one."""
+        """Ends the round's last batch, if there was one, after the round has been closed."""
         if self.is_open:
             self.end_batch()
         else:
@@ -70,7 +71,7 @@ class BatchSteps(ABC):
 
     @property
     def results(self) -> logged.ResultCollection:
-        """Where Lightning collects what is logged."""
+        """Lightning's collection of the logged values."""
         return self.loop.collected
 
 
@@ -85,7 +86,7 @@ class HookedSteps(BatchSteps):
             size, mask = logged.count_examples(part(batch.content, 0)), batch.mask
         else:
             loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-            # Lightning has divided it by the batches of a window.
+            # Lightning has divided it by the number of batches in the accumulation window.
             losses = loss.detach() * position.window if isinstance(loss, Tensor) else None
             size, mask = logged.batch_size(self.results, self.loop.batch), None
         task.record(position, size, losses, mask)
@@ -103,7 +104,7 @@ class HookedSteps(BatchSteps):
 
 
 class TightSteps(BatchSteps):
-    """No hook looks at batches, so each goes straight through the trainer's step; hooks are served by client group."""
+    """Each batch goes straight to the trainer's step, since no hook looks at batches; others run by client group."""
 
     def __init__(self, loop: RoundEpochLoop, trainer: LocalTrainer, values: LoggedValues) -> None:
         super().__init__(loop, trainer, values)
@@ -173,7 +174,7 @@ def _obvious_size(batch: Any, dim: int = 0) -> int | None:
 
 
 def step_functions(trainer: L.Trainer, run_group: Callable[..., tuple[Tensor, Tensor]] | None = None) -> StepFunctions:
-    """What a step is made of, from the Trainer's precision, clipping and module.
+    """The parts of a training step, from the Trainer's precision plug-in, gradient clipping and module.
 
     Args:
         trainer: The Trainer.
@@ -209,12 +210,9 @@ def step_functions(trainer: L.Trainer, run_group: Callable[..., tuple[Tensor, Te
     )
     if scaler is None:
         return functions
-    return StepFunctions(
-        functions.training_step,
-        functions.context,
+    return dataclasses.replace(
+        functions,
         backward=lambda loss: scaler.scale(loss).backward(),
         unscale=scaler.unscale_,
-        clip=clip,
         optimizer_step=scaled_step,
-        group_step=functions.group_step,
     )

@@ -1,4 +1,4 @@
-"""The strategy's own callback: where in Lightning's hooks the strategy acts."""
+"""The strategy's own callback, through which Lightning's hooks reach the strategy."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ class _Strategy(Protocol):
         """The driver of the current fit's rounds."""
 
     def start_training(self) -> None:
-        """Training is about to start."""
+        """Called when training starts."""
 
     def interrupt(self) -> None:
-        """An exception ends the run."""
+        """Called when an exception ends the run."""
 
 
 class RoundCallback(L.Callback):
-    """Stands first in the Trainer's list, so that every other callback sees what the strategy has made of a hook."""
+    """Comes first in ``trainer.callbacks``, so that in each hook the strategy acts before every other callback."""
 
-    serves_batches_by_group = True  # what it does to gradients, the trainer's own step does as well
+    serves_batches_by_group = True  # the tight loop prepares the gradients itself
 
     def __init__(self, strategy: _Strategy) -> None:
         self.strategy = strategy

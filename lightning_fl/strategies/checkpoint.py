@@ -1,4 +1,4 @@
-"""What a federation adds to a Lightning checkpoint, and the files that lie beside it."""
+"""What a federation adds to a Lightning checkpoint, and the client states in files next to it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -17,6 +18,7 @@ from lightning_fl.clients import ClientStore, Population
 from lightning_fl.clients.state_files import StateFiles
 from lightning_fl.communication import Group, Message
 from lightning_fl.federation import FederationState
+from lightning_fl.federation.server import some
 from lightning_fl.tree import move, to_sum_dtype
 from lightning_fl.types import State, Tree
 
@@ -25,7 +27,7 @@ FORMAT = 1
 
 
 def state_files(checkpoint_path: str | Path) -> StateFiles:
-    """The folder of client states beside a checkpoint."""
+    """The folder of client states next to a checkpoint."""
     return StateFiles(Path(checkpoint_path).parent / "client_states")
 
 
@@ -51,21 +53,21 @@ def pack(
 
 
 def unpack(packed: Mapping[str, Any], algorithm: Algorithm, module: nn.Module) -> FederationState:
-    """The state that :func:`pack` was given, on the module's device.
+    """Restores the state that :func:`pack` packed, on the module's device.
 
     Raises:
-        MisconfigurationException: If another algorithm, or another format, has written it.
+        MisconfigurationException: If it was written by another algorithm or in another format.
     """
     if packed["format"] != FORMAT:
         raise MisconfigurationException(
-            f"The checkpoint has format {packed['format']} of federated state, this version reads {FORMAT}. Load it "
-            "with the version that wrote it, or take the weights only: MyModule.load_from_checkpoint(...)."
+            f"The checkpoint's federated state has format {packed['format']}, but this version reads format {FORMAT}. "
+            "Load it with the version that wrote it, or load the weights only: MyModule.load_from_checkpoint(...)."
         )
     written_by = packed["algorithm"].partition("(")[0]
     if written_by != type(algorithm).__name__:
         raise MisconfigurationException(
-            f"The checkpoint was written by {written_by}, whose state {type(algorithm).__name__} can't go on from. "
-            "Resume with the same algorithm, or take the weights only: MyModule.load_from_checkpoint(...)."
+            f"The checkpoint was written by {written_by}, whose state {type(algorithm).__name__} can't continue from. "
+            "Resume with the same algorithm, or load the weights only: MyModule.load_from_checkpoint(...)."
         )
     held = dict(module.named_parameters())
     device = next(iter(held.values())).device
@@ -75,14 +77,14 @@ def unpack(packed: Mapping[str, Any], algorithm: Algorithm, module: nn.Module) -
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoint files, each put in place when it is complete and has reached the disk.
+    """Writes checkpoints atomically: a file appears under its name only when it is complete and on the disk.
 
-    Lightning writes to the folder for temporary files first; from there to another file system it copies over the last
-    checkpoint, and a full disk or a kill leaves half of it.
+    Lightning writes to the system's temporary folder first and copies from there if that is another file system. If the
+    disk is full or the process is killed meanwhile, half a file remains in the place of the last checkpoint.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Writes beside the file and then renames; a path that is a URL is left to Lightning."""
+        """Writes a file next to ``path`` and renames it; URLs are left to Lightning."""
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -97,7 +99,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
 
 class ClientStateFiles:
-    """Writes the clients' states beside a checkpoint, each rank those of its own clients.
+    """Writes the clients' states next to a checkpoint, each rank those of its own clients.
 
     Args:
         group: The ranks of the federation.
@@ -110,7 +112,7 @@ class ClientStateFiles:
     def __init__(self, group: Group, path: str | Path) -> None:
         if "://" in str(path):
             raise MisconfigurationException(
-                f"Client states lie beside the checkpoint and need a local path, found {path}. Give "
+                f"Client states are stored next to the checkpoint and need a local path, found {path}. Give "
                 "ModelCheckpoint(dirpath=...) a local folder."
             )
         self.group = group
@@ -118,7 +120,7 @@ class ClientStateFiles:
         self.files = state_files(path)
 
     def write(self, store: ClientStore) -> list[str]:
-        """Writes this rank's states; returns the manifests of all ranks. Called on all ranks."""
+        """Writes this rank's states and returns the manifests of all ranks; every rank must call it."""
         own = self.files.write_manifest(store.save(self.files))
         manifests = [
             message.fields["manifest"] for message in self.group.all_gather(Message({"manifest": own}), "checkpoint")
@@ -127,7 +129,7 @@ class ClientStateFiles:
         return manifests
 
     def finish(self, manifests: list[str]) -> None:
-        """The checkpoint has been written: what nothing names any more goes."""
+        """Deletes the states that no checkpoint refers to any more, once the checkpoint has been written."""
         self.files.name(self.name, manifests, also_old=False)
         self.files.collect()
 
@@ -135,17 +137,17 @@ class ClientStateFiles:
 def read_client_states(
     path: str | Path, manifests: list[str], store: ClientStore, population: Population, group: Group
 ) -> None:
-    """Gives a store the states of the clients that live on this rank.
+    """Loads the states of this rank's clients into a store.
 
     Args:
         path: The checkpoint's path.
         manifests: Names of its manifests, one for each rank that wrote it.
-        store: Takes the states.
-        population: The clients.
+        store: The store to fill.
+        population: All clients.
         group: The ranks of the federation.
 
     Raises:
-        MisconfigurationException: If they do not lie beside the checkpoint; a silo needs its own only.
+        MisconfigurationException: If they are not next to the checkpoint; a silo needs only its own.
     """
     files = state_files(path)
     found = [files.read_manifest(name) for name in manifests]
@@ -164,10 +166,10 @@ def read_client_states(
 
 
 def warn_of_plain_checkpoint(path: str | Path) -> None:
-    """Says that a checkpoint has no federated state."""
+    """Warns that a checkpoint has no federated state."""
     rank_zero_warn(
-        f"The checkpoint {path} was not written by a federation: its model, loops and schedules are taken, the "
-        "algorithm's state starts afresh."
+        f"The checkpoint {path} was not written by a federation: its model, loops and schedules are restored, but the "
+        "algorithm starts without state."
     )
 
 
@@ -175,28 +177,25 @@ def load_client(checkpoint_path: str | Path, client_id: int | str) -> dict[str, 
     """One client's model: the global ``state_dict`` of a checkpoint with the client's personal tensors in place.
 
     Args:
-        checkpoint_path: A checkpoint that a federation has written, with its folder ``client_states`` beside it.
+        checkpoint_path: A checkpoint that a federation has written, with its folder ``client_states`` next to it.
         client_id: The client.
 
     Returns:
         A ``state_dict`` for ``module.load_state_dict``.
 
     Raises:
-        ValueError: If the checkpoint knows no such client.
+        ValueError: If the checkpoint holds no state of the client.
     """
-    import torch
-
     checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
     files = state_files(checkpoint_path)
     names = checkpoint.get(KEY, {}).get("manifests") or []
     manifests = [manifest for name in names if (manifest := files.read_manifest(name)) is not None]
     versions = {client: name for manifest in manifests for client, name in manifest.items()}
     if client_id not in versions:
-        known = ", ".join(map(repr, list(versions)[:5])) or "none"
         raise ValueError(
-            f"The checkpoint {checkpoint_path} holds no state of client {client_id!r}; it holds those of {known}"
-            f"{', ...' if len(versions) > 5 else ''}. A client keeps state only with `personal` tensors, a kept "
-            "optimizer or an algorithm that needs it, and once it has taken part."
+            f"The checkpoint {checkpoint_path} holds no state of client {client_id!r}; it holds those of "
+            f"{some(list(versions)) or 'none'}. A client has state only after it has taken part, and with `personal` "
+            "tensors, client_optimizer='keep', or an algorithm whose clients keep state."
         )
     personal = files.read(client_id, versions[client_id]).get("personal", {})
     return {**checkpoint["state_dict"], **personal}

@@ -1,4 +1,4 @@
-"""Who is a client: from what the user gives as training loader to the federation's population."""
+"""Finds the federation's clients from the user's training loader."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def build_population(
     """Finds the clients behind a training loader.
 
     Args:
-        loader: What the user gave as training loader.
+        loader: The user's training loader.
         group: The ranks of the federation.
         started_by_launcher: Whether torchrun, SLURM or MPI started the ranks, rather than Lightning.
-        num_clients: Simulated clients, if the user said how many.
-        partition: How the data is split among simulated clients, if the user said so.
+        num_clients: Number of simulated clients. None: not set by the user.
+        partition: How the data is split among simulated clients. None: not set by the user.
         seed: Seed of the split.
-        callbacks: Those with a method ``wrap_loaders`` may replace the clients' loaders.
+        callbacks: The Trainer's callbacks; those with a method ``wrap_loaders`` may replace the clients' loaders.
 
     Raises:
         MisconfigurationException: If the loader does not fit the settings or can't be split.

@@ -1,4 +1,4 @@
-"""What is logged while a client group trains: kept if its updates are accepted, undone if they are not."""
+"""Logged values and torchmetrics of a client group: committed if its updates are accepted, else rolled back."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class ClientSession:
     """The logged values and torchmetrics of one client group.
 
     Args:
-        results: Where Lightning collects what is logged.
-        values: Takes in the values of accepted clients.
+        results: Lightning's collection of the logged values.
+        values: Sums up the values of accepted clients.
         metric_states: The module's torchmetrics, as they are before the group trains.
     """
 
@@ -26,7 +26,7 @@ class ClientSession:
         self._before = self._before_phase = metric_states.snapshot()
 
     def end_phase(self, counts: bool, is_last: bool = False) -> None:
-        """A phase of local training ends.
+        """Ends a phase of local training.
 
         Args:
             counts: Whether it trained the model that is sent, so that what was logged counts.
@@ -43,14 +43,15 @@ class ClientSession:
         accepted: Sequence[bool],
         restrict_to: Callable[[Sequence[bool]], Mapping[str, Mapping[str, Any]]] | None = None,
     ) -> dict[str, float]:
-        """The group has been trained.
+        """Commits the logged values and metrics of the accepted clients, and rolls back the others.
 
         Args:
             accepted: For each client, whether its update was accepted.
-            restrict_to: Updates the torchmetrics with the accepted clients only and returns what those have logged.
+            restrict_to: Updates the torchmetrics with the accepted clients only and returns the values that those have
+                logged.
 
         Returns:
-            What was logged, by name.
+            The logged values by name.
         """
         corrected = None
         if not all(accepted):
@@ -59,6 +60,6 @@ class ClientSession:
         return self.values.after_client(self.results, any(accepted), corrected)
 
     def drop(self) -> None:
-        """The group will not be finished."""
+        """Rolls back, because the group will not be finished."""
         self.values.after_client(self.results, accepted=False)
         self.metric_states.restore(self._before)

@@ -63,13 +63,13 @@ class RoundDriver:
         trainer: The Trainer.
         population: All clients.
         group: The ranks of the federation.
-        settings: What does not change from round to round.
+        settings: The federation's settings.
         participation: Who takes part in a round, and how much each client trains.
-        limit: Batches of one local pass, as a count or a share.
+        limit: The Trainer's ``limit_train_batches``, for one pass of a client: a count or a share.
         sticky: Whether clients keep state and so must train on their home rank.
         strategy_type: The strategy's class as this package defines it.
         on_client_error: Whether a client whose loader raises ends the run or is left out.
-        last: The driver of the Trainer's last ``fit``, whose state goes on if this one does not start at round 0.
+        last: The driver of the last ``fit``, whose state is taken over if this ``fit`` does not start at round 0.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class RoundDriver:
         self.rank_sync = RankSync(trainer, group)
         self.has_late_values = False
         self.trained_groups: list[tuple[ClientId, ...]] = []
-        """The client groups that this rank has trained in the last round, as they were in the end."""
+        """The client groups that this rank has trained in the last round, after any splits."""
         self.num_batches_trained = 0
         """Batches, or stacked batches, that this rank has trained in the last round."""
         self.view = RoundView(self)
@@ -123,7 +123,7 @@ class RoundDriver:
         self.renew(population)
 
     def renew(self, population: Population) -> None:
-        """Takes new loaders of the clients."""
+        """Replaces the clients' loaders."""
         self.population = population
         self.planner = Planner(
             population, self.participation, self.settings, self.group, self.sticky, self._describe_failure
@@ -132,7 +132,7 @@ class RoundDriver:
 
     @property
     def facts(self) -> FederationFacts:
-        """What every rank may know before training starts."""
+        """Facts of the federation that every rank may know before training starts."""
         is_uniform, population = self.settings.weighting == "uniform", self.population
         max_weight = (lambda: 1.0) if is_uniform else population.max_examples
         sampling = self.settings.sampling
@@ -154,11 +154,11 @@ class RoundDriver:
     # ---- the fit
 
     def start(self, local_trainer: LocalTrainer, vectorized: VectorizedDriver | None, session: Any) -> None:
-        """Training is about to start.
+        """Called when training starts.
 
         Args:
             local_trainer: Trains the client groups.
-            vectorized: Lets clients train side by side. None: each alone.
+            vectorized: Lets clients train side by side. None: each client trains alone.
             session: What the aggregator's ``open`` returned.
         """
         last, self._last = self._last, None
@@ -182,7 +182,7 @@ class RoundDriver:
         self.set_length()
 
     def plan_round(self) -> None:
-        """A new round comes: its cohort is drawn, and the loops learn how many batches it has on this rank."""
+        """Draws the cohort of the next round, and sets this rank's number of batches in Lightning's loops."""
         index = internals.current_round(self.trainer)
         if self.plan.round != index:
             self.plan = self._plan(index)
@@ -191,7 +191,7 @@ class RoundDriver:
     # ---- a round
 
     def run_round(self, loop: RoundEpochLoop) -> None:
-        """One round: each client group trains on its batches, then their updates become the next global model."""
+        """Runs a round: each client group trains on its batches, then their updates become the next global model."""
         opened = self._open(loop)
         steps = opened.steps
         for task in self._tasks(opened):
@@ -234,7 +234,7 @@ class RoundDriver:
             [schedule for _, schedule in self.schedules],
             self._session,
         )
-        # What the transforms have spent stays spent, whatever becomes of the round.
+        # Privacy budget that the transforms have spent stays spent, even if the round fails.
         self.state = replace(self.state, transforms=round.state.transforms)
         results = internals.train_results(trainer)
         for key in self._placeholders:
@@ -280,7 +280,7 @@ class RoundDriver:
         return self.group.size == 1 and len(self.population) == 1
 
     def _tasks(self, opened: OpenRound) -> Iterator[ClientTask]:
-        """The client groups of this rank, each loaded when its turn comes."""
+        """Yields the client groups of this rank, each loaded when its turn comes."""
         while opened.pending:
             opened.current = clients = opened.pending.popleft()
             try:
@@ -337,7 +337,7 @@ class RoundDriver:
         return task
 
     def _look_at_first(self, opened: OpenRound, batch: Any) -> None:
-        """Remembers the first batch of a silo's first round, to warn of silos that have the same data."""
+        """Records the first batch of a silo's first round, to warn of silos that have the same data."""
         if not opened.first_batch and self.population.silos and not self.history and not self.settings.hides_clients:
             opened.first_batch = digest(batch)
 
@@ -376,7 +376,7 @@ class RoundDriver:
             self.set_length()
 
     def _leave_out(self, opened: OpenRound, failed: LoaderFailed) -> None:
-        """Goes on without the client that is being trained."""
+        """Leaves the client that is being trained out of the round."""
         self._note_failure(opened, failed)
         opened.round.leave()
         opened.steps.drop_logs()
@@ -392,11 +392,11 @@ class RoundDriver:
     def _describe_failure(self, failed: LoaderFailed) -> str:
         if self.on_client_error == "raise":
             raise_to_user(failed)
-        error = failed.error.with_traceback(None)  # whose frames hold the loader's workers
+        error = failed.error.with_traceback(None)  # its frames would keep the loader's workers alive
         return f"{type(error).__name__}: {error}"
 
     def _following(self, client: ClientId) -> ClientId | None:
-        """Whose turn comes after a client's."""
+        """The client that trains after ``client``."""
         opened = self.open_round
         assert opened is not None
         in_turn = [other for group in (opened.current, *opened.pending) for other in group]
@@ -437,29 +437,29 @@ class RoundDriver:
     # ---- after a round
 
     def settle(self) -> None:
-        """The hooks after the round's last batch have run."""
+        """Called after the hooks of the round's last batch: brings what they changed to all ranks."""
         is_new, self._is_unsettled = self._is_unsettled, False
         if is_new:
             assert self.local_trainer is not None
             self.rank_sync.settle(self.plan.round, self.local_trainer.tensors.all, self._trained_last_round)
 
     def after_round(self) -> None:
-        """The epoch ends; validation has seen the global model."""
+        """Called at the epoch's end, after validation: joins the values that were logged after the round was closed."""
         if self.has_late_values:
             late = Message(as_numbers(late_entries(internals.train_results(self.trainer))))
             self.publish(merge_entries(self.rank_sync.gather(self.plan.round, late, "late metrics")))
 
     def agree_to_stop(self) -> None:
-        """The epoch has ended: if one rank's hooks have asked to stop since the round's end, all ranks stop."""
+        """Stops all ranks if the hooks of one have set ``trainer.should_stop`` since the round's end."""
         self.rank_sync.stop(self.plan.round)
 
     def publish(self, entries: Entries) -> None:
-        """Shows joined values to Lightning, on ranks that have not logged them too."""
+        """Writes joined values into Lightning's results, also on ranks that have not logged them."""
         results = internals.train_results(self.trainer)
         self._placeholders += publish(entries, results, self.module, self.module.device)
 
     def interrupt(self) -> None:
-        """An exception ends the fit: what the round has done so far is dropped."""
+        """Called when an exception ends the fit: rolls the round back."""
         opened, self.open_round = self.open_round, None
         if self.vectorized is not None:
             self.vectorized.leave()
@@ -471,7 +471,7 @@ class RoundDriver:
             self.interrupted_loops = opened.loops_before
 
     def stop(self) -> None:
-        """The fit is over."""
+        """Called at the end of the fit: removes the hooks from the optimizers."""
         if self.local_trainer is not None:
             self.local_trainer.optimizers.close()
             self.local_trainer = None
@@ -479,16 +479,16 @@ class RoundDriver:
     # ---- checkpoints
 
     def resume(self, state: FederationState, history: list[dict[str, Any]]) -> None:
-        """Goes on from a checkpoint."""
+        """Restores the federation's state and history from a checkpoint."""
         self.state, self.history = state, history
 
     def defer_checkpoint(self, path: str, weights_only: bool) -> None:
-        """Notes a checkpoint that is asked for inside the round, to be written at its end."""
+        """Records a checkpoint that is requested inside the round, to be written at its end."""
         self.warnings.deferred_checkpoint()
         self.deferred_checkpoints[path] = weights_only
 
     def forget_deferred(self, path: str) -> bool:
-        """Drops a noted checkpoint; tells whether there was one."""
+        """Cancels a deferred checkpoint; returns whether there was one."""
         return self.deferred_checkpoints.pop(path, None) is not None
 
     # ---- plans
@@ -511,7 +511,7 @@ class RoundDriver:
         return max(1, total + (0 if opened is None else opened.num_batches_done))
 
     def set_length(self) -> None:
-        """Tells Lightning's loops how many batches the round has."""
+        """Sets the round's number of batches in Lightning's loops."""
         internals.set_round_length(self.trainer, self.num_batches, UNKNOWN_LENGTH)
 
     def largest_num_batches(self) -> int | float:
@@ -522,12 +522,12 @@ class RoundDriver:
     # ---- hooks
 
     def prepare_gradients(self, optimizer: Optimizer) -> None:
-        """The gradients of a step that Lightning runs are there, unscaled and not yet clipped."""
+        """Called in a step that Lightning runs, when the gradients are unscaled and not yet clipped."""
         if self.open_round is not None and self.local_trainer is not None:
             self.local_trainer.prepare_gradients(optimizer)
 
     def call_hook(self, hook: str, *args: Any) -> None:
-        """Calls a hook of :class:`~lightning_fl.callbacks.FederatedCallback`; one that names ``view`` gets it."""
+        """Calls a hook of :class:`~lightning_fl.callbacks.FederatedCallback`, with ``view`` if it is a parameter."""
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             method: Callable[..., None] | None = getattr(callback, hook, None)
             if method is not None:

@@ -1,4 +1,4 @@
-"""Which engine trains a rank's clients."""
+"""Selects the engine that trains a rank's clients."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from lightning_fl.strategies.vectorized.driver import VectorizedDriver
 def select_engine(
     strategy: Any, trainer: L.Trainer, optimizers: OptimizerStates
 ) -> tuple[LocalTrainer, VectorizedDriver | None]:
-    """The engine that the strategy's setting asks for, and what lets clients train side by side if it can.
+    """The engine for the strategy's ``engine`` setting, and the driver of client groups if clients train side by side.
 
     Raises:
-        MisconfigurationException: If the vectorized engine is asked for but can't train these clients.
+        MisconfigurationException: If the vectorized engine is requested but can't train these clients.
     """
     module, arguments = trainer.lightning_module, (optimizers, strategy.personal, strategy.client_optimizer)
     if strategy.engine == "sequential":

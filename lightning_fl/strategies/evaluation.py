@@ -1,4 +1,4 @@
-"""Metrics of an evaluation, equal on all ranks."""
+"""Joins the metrics of an evaluation over the ranks."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from lightning_fl.types import Tree
 class EvaluationMetrics:
     """Metrics of an evaluation, equal on all ranks.
 
-    Ranks that have read the same data count once, others as the union of their data.
+    If all ranks have read the same data, it counts once; otherwise the metrics are those of the union of their data.
 
     Args:
         group: The ranks of the federation.
         module: The user's module.
-        aggregator: Joins what ranks with data of their own report, and may hide it.
+        aggregator: Joins the reports of ranks with data of their own, and may hide them.
     """
 
     def __init__(self, group: Group, module: LightningModule, aggregator: Aggregator) -> None:
@@ -41,12 +41,12 @@ class EvaluationMetrics:
         self._placeholders: list[str] = []
 
     def start(self, results: ResultCollection, per_rank: bool, silos: bool) -> None:
-        """An evaluation begins.
+        """Called when an evaluation begins.
 
         Args:
-            results: Where Lightning collects what is logged.
+            results: Lightning's collection of the logged values.
             per_rank: Whether ranks may have data of their own.
-            silos: Whether it is that of silos.
+            silos: Whether each rank is a silo.
         """
         self.hides = silos and self.aggregator.hides_reports and self.group.size > 1
         if self.hides and self._session is None:
@@ -60,7 +60,7 @@ class EvaluationMetrics:
 
     @contextmanager
     def merged(self, results: ResultCollection) -> Iterator[None]:
-        """Inside the block, the values of the loader at hand are those of all ranks."""
+        """Inside the block, the values of the current loader are those of all ranks."""
         if self.group.size == 1:
             yield
             return
@@ -73,7 +73,7 @@ class EvaluationMetrics:
         self.states.restore(own)
 
     def end(self) -> None:
-        """All loaders have been read: metrics that the user computes by hand are those of all ranks."""
+        """Called after the last loader: joins the torchmetrics, for users who compute them in ``..._epoch_end``."""
         if self.group.size > 1:
             self.states.merge(_states(self._gather({})), self.module.device)
 

@@ -31,7 +31,7 @@ from lightning_fl.engines import ClientOptimizer, OptimizerStates, Vectorized
 from lightning_fl.engines.vectorized.stacking import StackedBatch
 from lightning_fl.federation import FederationSettings
 from lightning_fl.federation.rank_verification import digest, synchronize_module, verify_ranks
-from lightning_fl.strategies import internals as internals
+from lightning_fl.strategies import internals
 from lightning_fl.strategies.callback import RoundCallback
 from lightning_fl.strategies.checkpoint import (
     KEY,
@@ -75,11 +75,12 @@ class FederatedStrategy(ParallelStrategy):
             :class:`~lightning_fl.clients.Amount`, such as ``fl.clients.Between(1, 5)``.
         local_steps: Optimizer steps of each client in a round, instead of passes; its loader is cycled.
         partition: How a plain training loader is split among simulated clients. None: IID.
-        weighting: What a client weighs in the mean: ``"examples"``, ``"uniform"``, or None for the algorithm's own.
+        weighting: How clients are weighted in the mean: by ``"examples"``, ``"uniform"``, or None for the algorithm's
+            own.
         client_optimizer: ``"reset"``: each client starts a round with a fresh optimizer state; ``"keep"``: with the
             state of its last round.
-        aggregator: How updates become one. None: :class:`~lightning_fl.aggregation.WeightedMean`.
-        transforms: What happens to updates on their way, in order.
+        aggregator: Combines the updates of a round. None: :class:`~lightning_fl.aggregation.WeightedMean`.
+        transforms: Change each update between client and server, in order.
         personal: ``fnmatch`` globs on ``state_dict`` names: tensors that never leave their client.
         engine: How a rank trains its clients: ``"sequential"``, one after the other; ``"vectorized"`` (or an
             ``fl.engines.Vectorized(...)``), many in one step; ``"auto"`` for the faster one where it is exact.
@@ -88,7 +89,7 @@ class FederatedStrategy(ParallelStrategy):
         on_client_error: Whether a client whose loader raises ends the run (``"raise"``) or is left out of the round
             with a warning (``"skip"``).
         cohort: How the clients of a round are chosen. None: :class:`~lightning_fl.clients.Uniform`.
-        stragglers: Clients that do not finish their local training. None: all do.
+        stragglers: Clients that do not finish their local training. None: all clients finish.
         timeout: Seconds that a collective waits for the other ranks.
 
     Raises:
@@ -175,6 +176,7 @@ class FederatedStrategy(ParallelStrategy):
         """The losses of the clients that train side by side, in their last step."""
         self._works_alone = False
         self._warnings = UserWarnings()
+        self._evaluation_metrics: EvaluationMetrics | None = None
 
     # ---- processes and devices
 
@@ -195,12 +197,12 @@ class FederatedStrategy(ParallelStrategy):
 
     @property
     def is_distributed(self) -> bool:
-        """Whether there are several ranks; Lightning reads it to decide whether ``sync_dist`` means anything."""
+        """Whether there are several ranks; Lightning reads it to decide whether ``sync_dist`` has an effect."""
         return super().world_size > 1
 
     @property
     def world_size(self) -> int:
-        """Number of ranks; 1 while a rank trains its clients, which it does on its own."""
+        """Number of ranks; 1 while a rank trains its clients, which needs no other rank."""
         return 1 if self.in_local_phase else super().world_size
 
     @property
@@ -218,7 +220,7 @@ class FederatedStrategy(ParallelStrategy):
             self._works_alone = before
 
     def set_world_ranks(self) -> None:
-        """Tells the cluster environment and Lightning's rank-zero functions this process's rank."""
+        """Sets this process's rank in the cluster environment and in Lightning's rank-zero functions."""
         assert self.cluster_environment is not None
         if self.started_by_launcher:
             started, asked = super().world_size, self.num_processes * self.num_nodes
@@ -308,7 +310,7 @@ class FederatedStrategy(ParallelStrategy):
             versions = {"lightning": L.__version__, "torch": torch.__version__.split("+")[0]}
             verify_ranks(self.federation, self.lightning_module, settings_of_ranks(self, trainer), versions)
             synchronize_module(self.federation, self.lightning_module)
-        self.evaluation_metrics = EvaluationMetrics(self.federation, self.lightning_module, self.aggregator)
+        self._evaluation_metrics = EvaluationMetrics(self.federation, self.lightning_module, self.aggregator)
 
     def setup_optimizers(self, trainer: L.Trainer) -> None:
         super().setup_optimizers(trainer)
@@ -330,8 +332,15 @@ class FederatedStrategy(ParallelStrategy):
             return dataloader
         if self.driver is not None and not internals.has_train_loader(trainer):
             raise MisconfigurationException(SEVERAL_LOADERS)
-        asked = self.started_by_launcher, self.num_clients, self.partition
-        population = build_population(dataloader, self.federation, *asked, self._seed, trainer.callbacks)  # type: ignore[attr-defined]
+        population = build_population(
+            dataloader,
+            self.federation,
+            started_by_launcher=self.started_by_launcher,
+            num_clients=self.num_clients,
+            partition=self.partition,
+            seed=self._seed,
+            callbacks=trainer.callbacks,  # type: ignore[attr-defined]
+        )
         if self.driver is None:
             self.driver = self._make_driver(population)
         else:
@@ -340,11 +349,15 @@ class FederatedStrategy(ParallelStrategy):
 
     def _make_driver(self, population: Population) -> RoundDriver:
         trainer = self._trainer
-        size = len(population)
-        sampling = describe_sampling(self.cohort, size, self.clients_per_round)
-        silos = population.silos is not None
         settings = FederationSettings(
-            self.algorithm, self.aggregator, self.transforms, self.weighting, self._seed, size, sampling, silos
+            self.algorithm,
+            self.aggregator,
+            self.transforms,
+            self.weighting,
+            seed=self._seed,
+            population=len(population),
+            sampling=describe_sampling(self.cohort, len(population), self.clients_per_round),
+            silos=population.silos is not None,
         )
         stateful = self.algorithm.keeps_client_state or self.client_optimizer == "keep" or bool(self.personal)
         stateful |= any(phase.model == "own" for phase in self.algorithm.phases())
@@ -356,11 +369,11 @@ class FederatedStrategy(ParallelStrategy):
             self.federation,
             settings,
             self.participation,
-            self.limit_train_batches,
-            sticky,
-            FederatedStrategy,
-            self.on_client_error,
-            self._last_driver,
+            limit=self.limit_train_batches,
+            sticky=sticky,
+            strategy_type=FederatedStrategy,
+            on_client_error=self.on_client_error,
+            last=self._last_driver,
         )
 
     # ---- hooks
@@ -417,12 +430,12 @@ class FederatedStrategy(ParallelStrategy):
         self._works_alone = True
 
     def end_evaluation(self) -> None:
-        """Evaluation batches are done: collectives concern all ranks again."""
+        """Called after the last evaluation batch: from here on collectives concern all ranks again."""
         self._works_alone = False
         self.evaluation_metrics.end()
 
     def check_evaluation_data(self, num_loaders: int) -> None:
-        """Makes sure that all ranks have equally many loaders to evaluate."""
+        """Makes sure that all ranks have the same number of loaders to evaluate."""
         check_same_on_ranks(self.federation, "loaders with batches to evaluate", num_loaders)
 
     def interrupt(self) -> None:
@@ -473,7 +486,7 @@ class FederatedStrategy(ParallelStrategy):
             self.driver.stop()
         super().teardown()
 
-    # ---- what others may look at
+    # ---- public state
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -488,8 +501,14 @@ class FederatedStrategy(ParallelStrategy):
         return self.driver
 
     @property
+    def evaluation_metrics(self) -> EvaluationMetrics:
+        """Joins the metrics of evaluations over the ranks."""
+        assert self._evaluation_metrics is not None
+        return self._evaluation_metrics
+
+    @property
     def view(self) -> RoundView:
-        """The current round, or between rounds the one that comes next, for callbacks to look at."""
+        """The current round, or between rounds the next one, as callbacks see it."""
         return self.active_driver.view
 
     @property

@@ -1,4 +1,4 @@
-"""Which hooks the user's module and callbacks have, and whether one of them looks at batches."""
+"""Finds the hooks of the user's module and callbacks, and whether one of them looks at batches."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ BATCH_HOOKS = (
 """Hooks that see a batch, its gradients or its optimizer step."""
 STRATEGY_HOOKS = ("training_step", "backward", "optimizer_step", "batch_to_device", "on_train_batch_start")
 SERVED_BY_GROUP = (ModelCheckpoint, Timer, TQDMProgressBar, RichProgressBar)
-"""Lightning's callbacks whose batch hooks do nothing that a client group's end could not do as well."""
+"""Lightning's callbacks whose batch hooks work as well at the end of each client group."""
 PRECISIONS = (Precision, DoublePrecision, HalfPrecision, MixedPrecision)
 
 
 def batch_hook(trainer: L.Trainer, strategy_type: type) -> str | None:
-    """What looks at single batches, so that each must pass Lightning's batch hooks; None if nothing does.
+    """Names a hook that looks at single batches, so that each must pass Lightning's batch hooks; None if none does.
 
     Args:
         trainer: The Trainer.
@@ -111,7 +111,7 @@ def has_hooks(trainer: L.Trainer, *names: str) -> bool:
 
 
 def run_training_step(trainer: L.Trainer, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """One client's training step, in the way of the callbacks that want to run it themselves."""
+    """Runs one client's training step, through ``run_training_step`` of the callbacks that have it."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         own = getattr(callback, "run_training_step", None)
         if own is not None:

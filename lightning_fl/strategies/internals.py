@@ -40,12 +40,12 @@ def keep_samplers(trainer: Trainer) -> None:
 
 
 def set_round_length(trainer: Trainer, num_batches: int | None, fetch_limit: int) -> None:
-    """Tells the loops how many batches the round has; Lightning asks the loader once only.
+    """Sets the round's number of batches in the loops; Lightning asks the loader only once.
 
     Args:
         trainer: The Trainer.
         num_batches: Batches of the round, or None while unknown.
-        fetch_limit: What the fetcher takes for the length while it is unknown; without a length it would prefetch.
+        fetch_limit: The fetcher's length while the number is unknown; without a length it would prefetch.
     """
     fit_loop = trainer.fit_loop
     fit_loop.max_batches = trainer.val_check_batch = float("inf") if num_batches is None else num_batches
@@ -62,12 +62,12 @@ def has_train_loader(trainer: Trainer) -> bool:
 
 
 def has_no_optimizer(optimizers: list[torch.optim.Optimizer]) -> bool:
-    """Whether ``configure_optimizers`` returned None, for which Lightning puts a stand-in."""
+    """Whether ``configure_optimizers`` returned None, which Lightning replaces by a mock optimizer."""
     return not optimizers or any(isinstance(optimizer, _MockOptimizer) for optimizer in optimizers)
 
 
 def current_round(trainer: Trainer) -> int:
-    """Number of the round at hand; ``trainer.current_epoch`` is one behind while a resumed loader is built."""
+    """Number of the current round; ``trainer.current_epoch`` is one behind while a resumed loader is built."""
     return trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
 
 
@@ -89,7 +89,7 @@ def set_logger_steps(trainer: Trainer, steps: int) -> None:
 
 
 def loops_before_round(trainer: Trainer) -> dict[str, Any]:
-    """The progress of the loops as it was when the round before had ended; the new one has just been started."""
+    """The loops' progress as it was at the end of the previous round; the current one has only just started."""
     state = copy.deepcopy(trainer.fit_loop.state_dict())
     for count in state["epoch_progress"].values():
         count["ready"] = count["started"] = count["processed"]
@@ -97,7 +97,7 @@ def loops_before_round(trainer: Trainer) -> dict[str, Any]:
 
 
 def pause_by_step(trainer: Trainer, averages: bool) -> list[tuple[Callback, dict[str, Any]]]:
-    """Keeps ``ModelCheckpoint``, and ``WeightAveraging`` if told so, from acting on single clients inside a round."""
+    """Keeps ``ModelCheckpoint``, and ``WeightAveraging`` if ``averages``, from acting on clients inside a round."""
     paused: list[tuple[Callback, dict[str, Any]]] = []
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         settings: dict[str, Any] = {}
@@ -142,7 +142,7 @@ def average_passed_steps(trainer: Trainer, before: int, after: int) -> None:
 
 
 def train_results(trainer: Trainer) -> _ResultCollection:
-    """What ``self.log`` has collected in training."""
+    """The values that ``self.log`` has collected in training."""
     return trainer.fit_loop.epoch_loop._results
 
 
@@ -157,8 +157,8 @@ def client_schedules(trainer: Trainer) -> list[tuple[LRSchedulerConfig, Schedule
     for config in trainer.lr_scheduler_configs:
         if config.reduce_on_plateau and config.interval == "step" and automatic:
             raise MisconfigurationException(
-                f"{type(config.scheduler).__name__} with interval='step' asks for a metric inside a round, where each "
-                "client would give another. Use interval='epoch', which is a round."
+                f"{type(config.scheduler).__name__} with interval='step' needs a metric inside a round, where each "
+                "client has its own. Use interval='epoch', which is a round."
             )
         if not config.reduce_on_plateau and (config.interval == "step" or not automatic):
             step = partial(call._call_lightning_module_hook, trainer, "lr_scheduler_step", config.scheduler, None)
@@ -168,9 +168,9 @@ def client_schedules(trainer: Trainer) -> list[tuple[LRSchedulerConfig, Schedule
 
 @contextmanager
 def logging_out_of_loop(trainer: Trainer, training: bool) -> Iterator[_ResultCollection]:
-    """Collects what the module logs inside the block apart from what the loops collect.
+    """Collects what the module logs inside the block separately from what the loops collect.
 
-    Lightning knows one place for what is logged in an epoch; a step outside its loops must leave no trace there.
+    Lightning has one collection of logged values for an epoch, which a step outside its loops must not change.
     """
     epoch_loop, connector = trainer.fit_loop.epoch_loop, trainer._logger_connector
     before = epoch_loop._results, connector._current_fx, connector._first_loop_iter
@@ -182,7 +182,7 @@ def logging_out_of_loop(trainer: Trainer, training: bool) -> Iterator[_ResultCol
 
 
 def step_out_of_loop(trainer: Trainer, hook: str, batch: Any, batch_idx: int) -> tuple[Any, Any]:
-    """Calls ``training_step`` or ``validation_step`` as the loops do, but no callback; also gives the batch it saw."""
+    """Calls ``training_step`` or ``validation_step`` as the loops do, without callbacks; returns output and batch."""
     module = trainer.lightning_module
     batch = module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), dataloader_idx=0)
     batch = call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=0)
@@ -203,19 +203,19 @@ def logged_out_of_loop(results: _ResultCollection) -> dict[str, float]:
 
 
 def log_to_loggers(trainer: Trainer, figures: dict[str, float]) -> None:
-    """Gives figures to the loggers, at the step at which Lightning logs the epoch's metrics."""
+    """Logs figures, at the step at which Lightning logs the epoch's metrics."""
     trainer._logger_connector.log_metrics(dict(figures))  # type: ignore[arg-type]
 
 
 def results_at_hand(trainer: Trainer) -> _ResultCollection:
-    """Where Lightning collects what is logged at the moment."""
+    """The collection to which ``self.log`` adds at the moment."""
     results = trainer._results
     assert results is not None
     return results
 
 
 def clip_norms_with(precision: Any, clip: Callable[[torch.optim.Optimizer, float], bool]) -> None:
-    """Lets ``clip`` clip gradients by norm before Lightning does; it returns whether it has."""
+    """Lets ``clip`` clip gradients by norm in Lightning's place, if it returns that it has."""
 
     def clip_grad_by_norm(optimizer: torch.optim.Optimizer, clip_val: int | float) -> None:
         if not clip(optimizer, float(clip_val)):
@@ -225,9 +225,9 @@ def clip_norms_with(precision: Any, clip: Callable[[torch.optim.Optimizer, float
 
 
 def batch_mover(trainer: Trainer) -> Callable[[Any], Any]:
-    """What brings a batch to the module's precision and device, where no transfer hook is overridden.
+    """A function that moves a batch to the module's precision and device, where no transfer hook is overridden.
 
-    Plain containers of tensors that are on the CPU already stay what they are; Lightning would rebuild them.
+    A flat list or tuple of tensors that are on the CPU already is returned as it is; Lightning would rebuild it.
     """
     strategy, precision = trainer.strategy, trainer.precision_plugin
     converts = type(precision).convert_input is not Precision.convert_input
@@ -249,7 +249,7 @@ def _is_on_cpu(batch: Any) -> bool:
 
 
 def set_running_hook(module: Any, name: str | None) -> None:
-    """Tells ``self.log`` which hook is running, where Lightning does not call it."""
+    """Sets the hook that ``self.log`` takes to be running, where Lightning does not call the hook."""
     vars(module)["_current_fx_name"] = name  # past the checks of `nn.Module`, which cost more than this in each step
 
 
@@ -272,7 +272,7 @@ def warn_of_no_loss() -> None:
 
 
 def skips_backward(trainer: Trainer) -> bool:
-    """Whether steps run forward only, as ``StochasticWeightAveraging`` has it to update BatchNorm statistics."""
+    """Whether steps run forward only, as when ``StochasticWeightAveraging`` updates BatchNorm statistics."""
     return trainer.fit_loop.epoch_loop.automatic_optimization._skip_backward
 
 

@@ -1,4 +1,4 @@
-"""What the clients log with ``self.log``, on its way into the cohort's mean and back to Lightning."""
+"""Sums the values that clients log with ``self.log``, and writes the cohort's means back to Lightning."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LATE_HOOK = "on_train_batch_end"
 
 
 class LoggedValues:
-    """Adds up, in float64, what the clients of this rank log with ``self.log`` in a round."""
+    """Sums, in float64, the values that this rank's clients log with ``self.log`` in a round."""
 
     def __init__(self) -> None:
         self.entries: Entries = {}
@@ -26,7 +26,7 @@ class LoggedValues:
         self._counts: dict[str, int] = {}
 
     def after_batch(self, results: ResultCollection, num_examples: int) -> None:
-        """Takes in values logged for the step only, which Lightning does not add up."""
+        """Adds values logged with ``on_epoch=False``, which Lightning does not accumulate."""
         for key, result in results.items():
             if result.is_tensor and not result.meta.on_epoch and self._was_updated(key, result):
                 entry = logged.step_entry(result, num_examples)
@@ -34,7 +34,7 @@ class LoggedValues:
                     add_entry(self._phase, key, entry)
 
     def after_phase(self, results: ResultCollection, counts: bool) -> None:
-        """Takes in what a client has logged in a phase, or drops it."""
+        """Adds the values that a client has logged in a phase, or drops them if they do not count."""
         for key, result in results.items():
             of_training = result.is_tensor and result.meta.on_epoch and result.meta.fx != LATE_HOOK
             if of_training and not result.has_reset and self._was_updated(key, result):
@@ -48,15 +48,15 @@ class LoggedValues:
     def after_client(
         self, results: ResultCollection, accepted: bool, corrected: Mapping[str, Mapping[str, Any]] | None = None
     ) -> dict[str, float]:
-        """Takes in what a client, or several together, have logged, or drops it if no update was accepted.
+        """Adds the values that a client, or a group, has logged, or drops them if no update was accepted.
 
         Args:
-            results: Where Lightning collects what is logged.
+            results: Lightning's collection of the logged values.
             accepted: Whether an update was accepted.
-            corrected: Values and weights of accepted clients only, where others have logged together with them.
+            corrected: Values and weights of the accepted clients of a group, if others were refused.
 
         Returns:
-            What was logged, by name.
+            The logged values by name.
         """
         self.after_phase(results, accepted)
         if accepted:
@@ -71,7 +71,7 @@ class LoggedValues:
 
 
 def late_entries(results: ResultCollection) -> Entries:
-    """Values of the epoch logged in a hook that runs after the round has been closed."""
+    """The epoch's values that are logged in a hook which runs after the round has been closed."""
     return {
         key: logged.entry(result)
         for key, result in results.items()
@@ -80,14 +80,14 @@ def late_entries(results: ResultCollection) -> Entries:
 
 
 def logged_metric_entries(results: ResultCollection) -> Entries:
-    """The logged torchmetrics; their states travel by themselves."""
+    """The logged torchmetrics; their states are reported separately."""
     return {
         key: logged.entry(result) for key, result in results.items() if not result.is_tensor and not result.has_reset
     }
 
 
 def evaluation_entries(results: ResultCollection) -> Entries:
-    """What this rank has logged over the evaluation loader at hand."""
+    """The values that this rank has logged over the current evaluation loader."""
     return {
         key: logged.entry(result)
         for key, result in results.valid_items()
@@ -96,7 +96,7 @@ def evaluation_entries(results: ResultCollection) -> Entries:
 
 
 def hide_unmerged(results: ResultCollection, merged: Entries) -> None:
-    """Hides what only refused clients have logged in this round."""
+    """Hides values that only refused clients have logged in this round."""
     for key, result in results.items():
         if result.is_tensor and result.meta.on_epoch and result.meta.fx != LATE_HOOK and key not in merged:
             result.has_reset = True

@@ -1,7 +1,7 @@
-"""Lightning's loops, changed where an epoch is a round of several clients. Holds for lightning >= 2.6, < 2.7.
+"""Lightning's loops, changed so that an epoch is a round of several clients. Holds for lightning >= 2.6, < 2.7.
 
-Together with ``internals.py`` this is all that touches what Lightning keeps private; ``tests/trainer`` fails when it
-changes.
+Besides ``internals.py`` and ``results.py``, only this module uses private parts of Lightning; ``tests/trainer`` fails
+when they change.
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ OUTSIDE_CLIENTS = BatchPosition(0)
 class RoundEpochLoop(_TrainingEpochLoop):
     """Lightning's epoch loop, in which an epoch is a round of several clients.
 
-    - One ``advance`` runs a whole round, which the strategy's driver leads from client group to client group; it calls
+    - One ``advance`` runs a whole round: the strategy's driver trains one client group after the other, and calls
       :meth:`train_batch` and :meth:`end_batch` for each batch, the two halves of what Lightning does in ``advance``.
-    - ``max_steps`` and ``should_stop`` count at the round's end only, where all ranks decide together; so does
+    - ``max_steps`` and ``should_stop`` take effect at the round's end only, where all ranks decide together; so does
       validation.
     - Accumulation windows, the frequency of step schedules and the ``batch_idx`` of ``training_step`` are counted
       within a client, so that they do not depend on which rank trains it.
     - Epoch schedules step when the round is closed.
-    - A rank without clients passes through the round without the user's batch hooks.
+    - A rank without clients runs the round without the user's batch hooks.
     """
 
     position: BatchPosition
-    """Where the current batch stands in its client's local work."""
+    """The current batch's position in its client's local work."""
     is_round_done: bool | None
-    """Whether the round's last batch has come; None before a round has begun in this fit."""
+    """Whether the round's last batch has been reached; None before a round has begun in this fit."""
     outputs: Any
     batch: Any
     batch_idx_in_round: int
 
     def prepare(self) -> None:
-        """Sets what :func:`adopt_loops` could not, since Lightning has made the object."""
+        """Initializes what ``__init__`` would; it has run as Lightning's before :func:`adopt_loops` set the class."""
         self.position = OUTSIDE_CLIENTS
         self.is_round_done = None
         self.outputs = self.batch = None
@@ -60,7 +60,7 @@ class RoundEpochLoop(_TrainingEpochLoop):
 
     @property
     def collected(self) -> _ResultCollection:
-        """Where Lightning collects what is logged in training."""
+        """Lightning's collection of the values logged in training."""
         return self._results
 
     # ---- when it ends
@@ -111,11 +111,11 @@ class RoundEpochLoop(_TrainingEpochLoop):
 
         Args:
             batch: The batch as it was read.
-            position: Where it stands in its client's local work.
+            position: Its position in its client's local work.
             ends_round: Whether it is this rank's last batch of the round.
 
         Returns:
-            What the optimization loop makes of the output of ``training_step``.
+            What Lightning's optimization loop returns for the output of ``training_step``.
         """
         trainer = self.trainer
         module, connector = trainer.lightning_module, trainer._logger_connector
@@ -165,7 +165,7 @@ class RoundEpochLoop(_TrainingEpochLoop):
         self._end_iteration()
 
     def skip_batch(self) -> None:
-        """Passes through the end of a round in which this rank has no batch (left)."""
+        """Counts a batch without training, because this rank has no batch (left) in the round."""
         self.position, self.is_round_done = OUTSIDE_CLIENTS, True
         self.batch_idx_in_round = self.batch_progress.current.ready
         self.batch_progress.is_last_batch = True
@@ -175,7 +175,7 @@ class RoundEpochLoop(_TrainingEpochLoop):
         self.batch_progress.increment_processed()
 
     def end_without_hooks(self) -> None:
-        """Ends the round's last batch for Lightning's own callbacks only, because no other looks at batches."""
+        """Ends the round's last batch for Lightning's own callbacks only, because no others look at batches."""
         trainer, module = self.trainer, self.trainer.lightning_module
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Checkpoint | Timer):
@@ -194,7 +194,7 @@ class RoundEpochLoop(_TrainingEpochLoop):
         self.batch_progress.increment_ready()
         self.batch_progress.increment_started()
         connector, results = self.trainer._logger_connector, self._results
-        # What `connector.on_batch_start` does, which first asks the Trainer at length for the active loop.
+        # As `connector.on_batch_start` does, without its slow lookup of the active loop.
         connector._first_loop_iter = connector._first_loop_iter is None
         results.batch, results.batch_size, results.dataloader_idx = batch, None, None
 
@@ -209,7 +209,7 @@ class RoundEpochLoop(_TrainingEpochLoop):
                 self.step_client_schedules()
 
     def count_end(self) -> None:
-        """Counts the end of a batch, and logs its values if it is the loggers' turn."""
+        """Counts the end of a batch, and logs its values if ``log_every_n_steps`` says so."""
         self.batch_progress.increment_completed()
         connector = self.trainer._logger_connector
         if self.trainer.loggers and connector.should_update_logs:
@@ -217,7 +217,7 @@ class RoundEpochLoop(_TrainingEpochLoop):
         self._end_iteration()
 
     def show_group(self) -> None:
-        """Shows Lightning's own callbacks the last batch of a client group, whose batches they have not seen."""
+        """Lets progress bars advance by the batches of a client group, at its last one."""
         trainer, module = self.trainer, self.trainer.lightning_module
         if self._results:
             trainer._logger_connector.on_batch_end()
@@ -259,7 +259,7 @@ class RoundEpochLoop(_TrainingEpochLoop):
     def step_epoch_schedules(self) -> None:
         """Steps the schedules that step once a round."""
         with warnings.catch_warnings():
-            # a rank without clients steps its schedules though its optimizers have not stepped
+            # A rank without clients steps its schedules although its optimizers have not stepped.
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
             self._update_learning_rates("epoch", update_plateau_schedulers=False)
 
@@ -273,7 +273,7 @@ class RoundEpochLoop(_TrainingEpochLoop):
 
 
 class RoundOptimization(_AutomaticOptimization):
-    """Automatic optimization that empties the gradients at the start of a client's accumulation window."""
+    """Automatic optimization that zeroes the gradients at the start of a client's accumulation window."""
 
     def _make_zero_grad_fn(self, batch_idx: int, optimizer: torch.optim.Optimizer) -> Callable[[], None] | None:
         window_idx = 0 if self.trainer.fit_loop.epoch_loop.position.starts_window else 1  # type: ignore[attr-defined]
@@ -281,16 +281,16 @@ class RoundOptimization(_AutomaticOptimization):
 
 
 class RoundFitLoop(_FitLoop):
-    """Lightning's fit loop, with the limit on batches left to the clients.
+    """Lightning's fit loop, in which ``limit_train_batches`` applies to each client.
 
-    ``trainer.estimated_stepping_batches`` multiplies ``max_batches`` by the epochs. Until training starts it must see
-    the largest client, for whom schedules are made, not the sum over a rank's clients.
+    ``trainer.estimated_stepping_batches`` multiplies ``max_batches`` by the epochs. Until training starts, it must get
+    the batches of the largest client, on which schedules depend, and not the sum over a rank's clients.
     """
 
     @property
     def max_batches(self) -> int | float:
         driver = getattr(self.trainer.strategy, "driver", None)
-        if driver is None or driver.has_started or self._looks_itself:
+        if driver is None or driver.has_started or self._is_read_by_loop:
             return self.__dict__["max_batches"]
         return driver.largest_num_batches()
 
@@ -299,20 +299,21 @@ class RoundFitLoop(_FitLoop):
         self.__dict__["max_batches"] = value
 
     @property
-    def _looks_itself(self) -> bool:
-        return self.__dict__.get("looks_itself", False)
+    def _is_read_by_loop(self) -> bool:
+        return self.__dict__.get("is_read_by_loop", False)
 
     @contextmanager
-    def _looking_itself(self) -> Iterator[None]:
-        before, self.__dict__["looks_itself"] = self._looks_itself, True
+    def _read_by_loop(self) -> Iterator[None]:
+        """Inside the block, ``max_batches`` is the loop's own value."""
+        before, self.__dict__["is_read_by_loop"] = self._is_read_by_loop, True
         try:
             yield
         finally:
-            self.__dict__["looks_itself"] = before
+            self.__dict__["is_read_by_loop"] = before
 
     @property
     def done(self) -> bool:
-        with self._looking_itself():
+        with self._read_by_loop():
             return super().done
 
     def on_advance_end(self) -> None:
@@ -324,7 +325,7 @@ class RoundFitLoop(_FitLoop):
         limit, self.trainer.limit_train_batches = self.trainer.limit_train_batches, 1.0
         strategy.limit_train_batches = limit
         try:
-            with strategy.local_phase(), self._looking_itself():
+            with strategy.local_phase(), self._read_by_loop():
                 super().setup_data()
         finally:
             self.trainer.limit_train_batches = limit
@@ -333,9 +334,10 @@ class RoundFitLoop(_FitLoop):
 
 
 class RoundEvaluationLoop(_EvaluationLoop):
-    """Lightning's evaluation loop, with metrics joined over ranks before they are read and collectives local in it.
+    """Lightning's evaluation loop, with metrics that are joined over the ranks before Lightning reads them.
 
-    Lightning compares the loaders' lengths over the ranks, one by one; silos may have different numbers of loaders.
+    The loaders are set up without collectives: Lightning compares their lengths over the ranks one by one, but silos
+    may have different numbers of loaders.
     """
 
     def setup_data(self) -> None:
@@ -356,7 +358,7 @@ class RoundEvaluationLoop(_EvaluationLoop):
 
 
 def adopt_loops(trainer: Trainer) -> None:
-    """Turns the Trainer's loops into those above; Lightning has no way to pass loops of one's own."""
+    """Turns the Trainer's loops into those above; a Trainer does not accept custom loops."""
     epoch_loop = trainer.fit_loop.epoch_loop
     trainer.fit_loop.__class__ = RoundFitLoop
     epoch_loop.__class__ = RoundEpochLoop

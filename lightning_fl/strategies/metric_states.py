@@ -15,9 +15,9 @@ from lightning_fl.types import Tree
 
 
 class MetricStates:
-    """The torchmetrics of a module, joined over ranks by their states, each in the way it declares itself.
+    """The torchmetrics of a module, joined over ranks by their states with each metric's own ``dist_reduce_fx``.
 
-    After a merge every rank holds the union. If the user does not reset a metric, the union goes on on rank 0 only, so
+    After a merge every rank holds the union. If the user does not reset a metric, the union stays on rank 0 only, so
     that the next merge does not count it once for each rank.
 
     Args:
@@ -33,7 +33,7 @@ class MetricStates:
         self.mark()
 
     def mark(self) -> None:
-        """Counts updates from here on."""
+        """Starts counting updates."""
         kept = {name for name, count in self._merged.items() if self.metrics[name].update_count == count}
         self._merged = {name: count for name, count in self._merged.items() if name in kept}
         if self.rank != 0:
@@ -54,7 +54,7 @@ class MetricStates:
             set_states(self.metrics[name], states, count)
 
     def report(self) -> tuple[dict[str, Any], Tree]:
-        """What to tell the other ranks: of each metric updated since :meth:`mark`, its number of updates and state."""
+        """The report for the other ranks: number of updates and state of each metric updated since :meth:`mark`."""
         fields: dict[str, Any] = {}
         tensors: Tree = {}
         for name, metric in self.metrics.items():
@@ -74,7 +74,7 @@ class MetricStates:
 
         Args:
             reports: What :meth:`report` returned on each rank.
-            device: Where the states go.
+            device: The device of the joined states.
 
         Raises:
             ValueError: If a rank reports a metric or a state that this rank's module does not have.
@@ -83,7 +83,9 @@ class MetricStates:
             metric = self.metrics.get(name)
             reported = [(own[name], tensors) for own, tensors in reports if name in own]
             if metric is None or any(own["lengths"].keys() != metric.metric_state.keys() for own, _ in reported):
-                raise ValueError(f"The ranks' modules differ in their metric {name!r}; they must be the same.")
+                raise ValueError(
+                    f"The ranks' modules differ in their metric {name!r}. Start all ranks with the same module."
+                )
             joined = {}
             for key in metric.metric_state:
                 parts = [
@@ -96,7 +98,7 @@ class MetricStates:
 
 
 def _length(length: int | None) -> int:
-    """Tensors of a state: those of a list, or one."""
+    """The number of tensors of a state: the length of a list state, or 1."""
     return 1 if length is None else length
 
 

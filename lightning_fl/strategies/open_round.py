@@ -22,15 +22,15 @@ class OpenRound:
         round: The round.
         loaders: Opens the clients' loaders.
         steps: Trains on batches.
-        values: What the clients have logged.
-        pending: The client groups whose turn is still to come.
+        values: The values that the clients have logged.
+        pending: The client groups that have not trained yet.
         first_step: ``trainer.global_step`` when the round began.
         first_logger_step: The x-axis of the loggers when the round began.
         loops_before: The progress of Lightning's loops before the round.
         paused: What :func:`~lightning_fl.strategies.internals.pause_by_step` has paused.
-        current: The group whose turn it is.
-        session: What is logged while it trains.
-        failed: Clients of this rank whose loader has raised, and what.
+        current: The group that is being trained.
+        session: Its logged values and torchmetrics.
+        failed: For each client of this rank whose loader has raised, the description of the error.
         num_batches_done: Batches that this rank has trained.
         has_trained: Whether this rank has finished a client.
         more_logger_steps: Steps by which the loggers' x-axis advances beyond those that Lightning counts.

@@ -13,21 +13,21 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from lightning_fl.engines.tensors import owner
-from lightning_fl.strategies import internals as internals
+from lightning_fl.strategies import internals
 from lightning_fl.strategies.metric_states import MetricStates
 from lightning_fl.strategies.results import ResultCollection, batch_size
 
 
 @contextmanager
 def out_of_loop(trainer: L.Trainer, training: bool) -> Iterator[ResultCollection]:
-    """Inside the block what the module logs is collected apart; afterwards its metrics and buffers are as before.
+    """Collects what the module logs inside the block separately, and restores its metrics and buffers afterwards.
 
     Args:
         trainer: The Trainer.
         training: Whether training steps are run, or validation steps.
 
     Yields:
-        What is logged.
+        The collection of the logged values.
     """
     module = trainer.lightning_module
     states = MetricStates(module, rank=0)
@@ -45,7 +45,7 @@ def train_out_of_loop(trainer: L.Trainer, loader: Iterable[Any], optimizer: Opti
     """Trains the module on a loader as a plain Trainer would, without callbacks, schedules and logging.
 
     Args:
-        trainer: The Trainer; gradient clipping and accumulation are as it says.
+        trainer: The Trainer, whose gradient clipping and accumulation apply.
         loader: One client's data.
         optimizer: The module's optimizer.
         num_epochs: Passes over the data.
@@ -76,7 +76,7 @@ def validate_out_of_loop(trainer: L.Trainer, loader: Iterable[Any]) -> tuple[dic
     """Runs the module's ``validation_step`` on a loader, in evaluation mode and without callbacks.
 
     Returns:
-        What it logged, by name, and the number of examples.
+        The logged values by name, and the number of examples.
     """
     module, num_examples = trainer.lightning_module, 0
     modes = [(part, part.training) for part in module.modules()]

@@ -1,4 +1,4 @@
-"""What a client's data gives at the global model, before it trains."""
+"""Measures the mean loss or gradient of a client's data at the global model, before the client trains."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_fl.algorithms import ProbeKind
-from lightning_fl.strategies import internals as internals
+from lightning_fl.strategies import internals
 from lightning_fl.strategies import results as logged
 from lightning_fl.strategies.out_of_loop import out_of_loop
 from lightning_fl.tree import sum_dtype
@@ -20,8 +20,8 @@ from lightning_fl.types import Tree
 def probe(trainer: L.Trainer, kind: ProbeKind, batches: Iterable[Any], params: Mapping[str, Tensor]) -> Tensor | Tree:
     """Runs the module's ``training_step`` on each batch without training on it.
 
-    Logged values, torchmetrics, buffers, step counts and callbacks see nothing of it. The module stays in training
-    mode, so that dropout and BatchNorm act as they do in training.
+    Logged values, torchmetrics, buffers, step counts and callbacks are not affected. The module stays in training mode,
+    so that dropout and BatchNorm act as they do in training.
 
     Args:
         trainer: The Trainer; its module is the global model.
@@ -30,8 +30,8 @@ def probe(trainer: L.Trainer, kind: ProbeKind, batches: Iterable[Any], params: M
         params: The module's shared parameters.
 
     Returns:
-        The mean over the examples: of the loss, a tensor without dimensions in float64, or of the parameters'
-        gradients, in the dtypes in which they are added up.
+        The mean over the examples: of the loss, a scalar tensor in float64, or of the parameters' gradients, in the
+        dtypes in which they are summed.
 
     Raises:
         ValueError: If ``training_step`` returned no loss at all.
@@ -56,6 +56,7 @@ def probe(trainer: L.Trainer, kind: ProbeKind, batches: Iterable[Any], params: M
                     sums += grad.to(sums.dtype) * size
     if not num_examples:
         raise ValueError(
-            "The algorithm measures the loss of each client's data, but `training_step` returned none for any batch."
+            "The algorithm measures the loss of each client's data, but `training_step` returned none for any batch. "
+            "Return a loss, or use another algorithm."
         )
     return total / num_examples if kind == "loss" else {name: sums / num_examples for name, sums in grads.items()}

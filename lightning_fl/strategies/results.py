@@ -1,4 +1,4 @@
-"""What Lightning collects from ``self.log``: its private parts, in one place with ``lightning_internals.py``."""
+"""The private parts of Lightning's collection of logged values, in one place. Holds for lightning >= 2.6, < 2.7."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def describe(result: _ResultMetric) -> dict[str, Any]:
 
 
 def placeholder(settings: dict[str, Any], device: torch.device) -> _ResultMetric:
-    """A logged value for a rank on which nothing was logged under that name."""
+    """An empty logged value, for a rank on which nothing was logged under that name."""
     settings = dict(settings)
     is_tensor = settings.pop("is_tensor")
     meta = _Metadata(reduce_fx=REDUCTIONS[settings.pop("reduction")], **settings)
@@ -52,7 +52,7 @@ def placeholder(settings: dict[str, Any], device: torch.device) -> _ResultMetric
 
 
 def entry(result: _ResultMetric) -> dict[str, Any]:
-    """What was logged under a name so far: the settings, a value added up in float64, and its weight."""
+    """The values logged under a name so far: the settings, their sum in float64, and its weight."""
     settings = describe(result)
     if not result.is_tensor:
         return {**settings, "value": 0.0, "weight": 1}
@@ -61,7 +61,7 @@ def entry(result: _ResultMetric) -> dict[str, Any]:
 
 
 def step_entry(result: _ResultMetric, num_examples: int) -> dict[str, Any] | None:
-    """The value last logged for the step only, which Lightning does not add up; None if there is none."""
+    """The last value logged with ``on_epoch=False``, which Lightning does not accumulate; None if there is none."""
     if result._forward_cache is None:
         return None
     weight = num_examples if result.meta.is_mean_reduction else 1
@@ -79,7 +79,7 @@ def is_computed(result: _ResultMetric) -> bool:
 
 
 def empty(result: _ResultMetric) -> None:
-    """Starts adding up anew; the value of the last step stays."""
+    """Resets the accumulated value; that of the last step stays."""
     result.value = result._defaults["value"].to(result.value.device)  # type: ignore[union-attr]
     if result.meta.is_mean_reduction:
         result.cumulated_batch_size = torch.zeros_like(result.cumulated_batch_size)
@@ -87,7 +87,7 @@ def empty(result: _ResultMetric) -> None:
 
 
 def show(result: _ResultMetric, value: float) -> None:
-    """Puts a value where Lightning reads that of the epoch, and of the step."""
+    """Sets the value that Lightning reads for the epoch and for the step."""
     result.has_reset = False
     joined = torch.tensor(value, dtype=result.value.dtype, device=result.value.device)
     if result.meta.on_step:
@@ -97,31 +97,31 @@ def show(result: _ResultMetric, value: float) -> None:
 
 
 def show_metric(result: _ResultMetric, metric: Any) -> None:
-    """Lets Lightning read the epoch's value from a torchmetric, also where a value of an earlier epoch is kept."""
+    """Lets Lightning read the epoch's value from a torchmetric, also if the value of an earlier epoch is cached."""
     result.has_reset = False
     result.value = metric
     result._computed = None
 
 
 def takes_batch_idx(module: LightningModule) -> bool:
-    """Whether Lightning gives ``training_step`` the batch's index besides the batch."""
+    """Whether Lightning passes the batch's index to ``training_step``."""
     return bool(is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2))
 
 
 def step_arguments(module: LightningModule, batch_idx: int) -> tuple[Any, ...]:
-    """What Lightning gives ``training_step`` besides the batch."""
+    """The arguments that Lightning passes to ``training_step`` after the batch."""
     return (batch_idx,) if takes_batch_idx(module) else ()
 
 
 def batch_size(results: _ResultCollection, batch: Any) -> int:
-    """Number of examples in a batch, as Lightning sees it; 1 if it can't tell."""
+    """Number of examples in the loop's current batch, as Lightning infers it; 1 if it can't."""
     if results.batch_size is None:
         results.batch_size = _extracted(batch)
     return 1 if results.batch_size is None else results.batch_size
 
 
 def count_examples(batch: Any) -> int:
-    """Number of examples in a batch that is not the one at hand in Lightning's loop; 1 if it can't tell."""
+    """Number of examples in any other batch, as Lightning infers it; 1 if it can't."""
     found = _extracted(batch)
     return 1 if found is None else found
 

@@ -1,4 +1,4 @@
-"""The end of a round inside Lightning: what this rank reports, and what is shown of all ranks' reports."""
+"""The end of a round inside Lightning: this rank's report, and the counters that follow from all ranks' reports."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def rank_report(
     metric_states: MetricStates,
     deferred_checkpoints: dict[str, bool],
 ) -> RankReport:
-    """What this rank tells the others of the round, besides what the round itself has added up.
+    """This rank's report of the round, without the sums that the round itself adds.
 
     Args:
         trainer: The Trainer.
         opened: The round.
-        plan: What this rank was to do in it.
+        plan: This rank's plan of the round.
         metric_states: The module's torchmetrics.
-        deferred_checkpoints: The checkpoints that were asked for inside the round.
+        deferred_checkpoints: The checkpoints that were requested inside the round.
     """
     results = internals.train_results(trainer)
     descriptions, tensors = metric_states.report()
@@ -46,7 +46,7 @@ def rank_report(
 
 
 def show_result(trainer: L.Trainer, opened: OpenRound, joined: RankReport, last_step: int) -> Entries:
-    """Brings Lightning's schedules and counters to where the round has taken them on every rank.
+    """Advances Lightning's schedules and counters by the round, equally on every rank.
 
     Args:
         trainer: The Trainer.
@@ -55,7 +55,7 @@ def show_result(trainer: L.Trainer, opened: OpenRound, joined: RankReport, last_
         last_step: ``trainer.global_step`` after the round.
 
     Returns:
-        What the clients of all ranks have logged.
+        The values that the clients of all ranks have logged.
     """
     loop = opened.steps.loop
     if trainer.lightning_module.automatic_optimization:

@@ -1,4 +1,4 @@
-"""The loaders of a round's clients, each made when its turn comes, the next one's workers started ahead of it."""
+"""Opens the clients' loaders when their turn comes, and starts the next client's workers in advance."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class RoundLoaders:
         plan: What this rank does in the round.
         population: All clients.
         seed: Seed of the federation.
-        following: Tells which client's turn comes after one's own; None: nobody's.
-        restore_randomness: Puts the random generators back to where they were before the round's first client.
-        keep_order: Whether loaders that shuffle are read in order, as ``overfit_batches`` wants.
-        warnings: Is told of each loader.
+        following: Returns the client that trains after a given one; None if there is none.
+        restore_randomness: Restores the random generators' states of before the round's first client.
+        keep_order: Whether loaders that shuffle are read in order, as ``overfit_batches`` requires.
+        warnings: Checks each loader for settings to warn of.
     """
 
     def __init__(
@@ -69,20 +69,20 @@ class RoundLoaders:
         return self._batches(client, self._take(client), works)
 
     def open_ahead(self, client: ClientId, works: Any) -> ClientBatches:
-        """A client's batches, to be read before it trains, with the random numbers of its turn until :meth:`leave`.
+        """A client's batches, to be read before it trains; the random generators are the client's until :meth:`leave`.
 
         Raises:
             LoaderFailed: If its loader can't be made.
         """
         loader = self._take(client)
-        if type(loader) not in (list, tuple):  # which draw no random numbers
+        if type(loader) not in (list, tuple):  # reading these draws no random numbers
             self._randomness.enter(self.seed, self.plan.round, client)
             self._randomness.seed_loader(loader, derive_seed(self.seed, self.plan.round, "loader", client))
             loader = as_lazy(loader)
         return self._batches(client, loader, works)
 
     def leave(self) -> None:
-        """Puts the random generators back."""
+        """Restores the random generators."""
         self._randomness.exit()
 
     def _batches(self, client: ClientId, loader: Loader, works: Any) -> ClientBatches:
@@ -111,10 +111,10 @@ class RoundLoaders:
         return self.population.loaders[client]
 
     def _make_next(self, client: ClientId) -> None:
-        # Before this client is opened: what draws random numbers when it is made must not draw this client's.
+        # Runs before this client is seeded, so that a loader made here does not draw this client's random numbers.
         following = self.following(client)
         if following is not None and not self._ahead:
-            with suppress(Exception):  # it will be raised, and its client named, when its turn comes
+            with suppress(Exception):  # raised again, with the client named, when its turn comes
                 self._ahead[following] = self._make(following)
 
     def _start_workers(self) -> None:
@@ -127,16 +127,16 @@ class RoundLoaders:
                 self._ahead[client] = PrefetchedLoader(loader)
 
     def close(self) -> None:
-        """Lets go of what was made ahead, because the round ends."""
+        """Drops the loaders that were made in advance, because the round ends."""
         self._ahead.clear()
         self.leave()
 
 
 class RoundLoader:
-    """Stands for a round's batches where Lightning wants a loader; the strategy's epoch loop reads the clients' own.
+    """The empty training loader that Lightning gets; the strategy's epoch loop reads the clients' own loaders.
 
     Args:
-        num_batches: Tells how many batches this rank has in the round; None if that is unknown.
+        num_batches: Returns the number of batches of this rank in the round; None if it is unknown.
     """
 
     def __init__(self, num_batches: Callable[[], int | None]) -> None:

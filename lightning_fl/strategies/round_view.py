@@ -1,4 +1,4 @@
-"""What a callback may know and do of a round."""
+"""The view of a round that callbacks get."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class _Driver(Protocol):
 
 
 class RoundView:
-    """The current round, or between rounds the one that comes next, as hooks of callbacks see it.
+    """The current round, or between rounds the next one, as callbacks see it.
 
-    ``FederatedCallback``'s hooks get it as ``view`` if they name such a parameter; other hooks find it as
-    ``trainer.strategy.view``. What it returns is for reading, unless a method says otherwise.
+    The hooks of ``FederatedCallback`` get it as ``view`` if they have a parameter of that name; other hooks find it as
+    ``trainer.strategy.view``. Do not change what it returns, unless a method says otherwise.
     """
 
     def __init__(self, driver: _Driver) -> None:
@@ -95,21 +95,21 @@ class RoundView:
 
     @property
     def clients(self) -> Sequence[ClientId]:
-        """Those that this rank trains."""
+        """The clients of the round that this rank trains."""
         return self._driver.plan.clients
 
     @property
     def groups(self) -> Sequence[tuple[ClientId, ...]]:
-        """The same, those together that were planned to train side by side."""
+        """The same clients, in the groups that are planned to train side by side."""
         return self._driver.plan.groups
 
     @property
     def max_work(self) -> LocalWork:
-        """How much the client that trains the most trains in a round."""
+        """The largest local work of any client in a round."""
         return self._driver.max_work
 
     def work_of(self, client: ClientId) -> list[LocalWork]:
-        """How much a client of the cohort trains, phase by phase; for others, the most that it may train."""
+        """The local work of a client of the cohort, phase by phase; for other clients, the largest of any."""
         work = self._driver.plan.works.get(client, self._driver.max_work)
         return self._driver.planner.phases(work)
 
@@ -118,11 +118,11 @@ class RoundView:
         return self._driver.planner.phases(work)
 
     def place(self, clients: Sequence[ClientId], *, sticky: bool | None = None) -> list[list[ClientId]]:
-        """Which rank trains which of the clients.
+        """Places clients on the ranks; returns the clients of each rank.
 
         Args:
             clients: The clients.
-            sticky: Whether each stays on its home rank. None: as in training.
+            sticky: Whether each client is placed on its home rank. None: as in training.
         """
         driver = self._driver
         works = driver.plan.works if sticky is None else None
@@ -149,24 +149,24 @@ class RoundView:
     def trainer(self) -> LocalTrainer:
         """Trains this rank's client groups; its optimizers may be borrowed between rounds."""
         trainer = self._driver.local_trainer
-        assert trainer is not None, "the view of a round's model is there from the start of training to its end"
+        assert trainer is not None, "the model can be viewed only between the start and the end of training"
         return trainer
 
     # ---- the clients' states
 
     def clients_with_state(self) -> list[ClientId]:
-        """The clients of this rank that keep something between their rounds."""
+        """The clients of this rank that have a state."""
         return self._driver.store.clients()
 
     def client_state(self, client: ClientId, device: torch.device | str = "cpu") -> dict[str, Any]:
-        """What a client that lives on this rank keeps between its rounds: ``personal`` tensors, ``algorithm``, ..."""
+        """The state that a client of this rank keeps between its rounds: ``personal`` tensors, ``algorithm``, ..."""
         return move(self._driver.store.get(client) or {}, device)
 
     def record_ledger(self, client: ClientId, ledger: Tensor) -> None:
-        """Keeps what has been spent of a client's privacy: at once, whatever becomes of the round."""
+        """Stores a client's privacy ledger at once, so that it stays even if the round fails."""
         self._driver.store.record(client, ledger)
 
-    # ---- what is told of the round
+    # ---- the history
 
     def add_facts(self, facts: Mapping[str, float | str]) -> None:
         """Adds facts to the last finished round's entry in ``strategy.history``."""

@@ -14,7 +14,7 @@ from torchmetrics import Metric
 
 
 def reductions(metric: Metric) -> Mapping[str, Callable[[Tensor], Any] | None]:
-    """By state the ``dist_reduce_fx`` given to ``add_state``; nothing public tells how states are joined."""
+    """By state the ``dist_reduce_fx`` given to ``add_state``, which torchmetrics does not make public."""
     return metric._reductions  # type: ignore[return-value]
 
 

@@ -1,4 +1,4 @@
-"""What a federation tells its user while it trains."""
+"""Warnings about clients and their data during training."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class UserWarnings:
         self._given: set[object] = set()
 
     def deferred_checkpoint(self) -> None:
-        """A checkpoint has been asked for inside a round."""
+        """Warns that a checkpoint requested inside a round is deferred."""
         if self._is_new("deferred"):
             rank_zero_warn("A checkpoint asked for inside a round is written at its end, when there is a global model.")
 
     def personal(self, trainer: L.Trainer, personal: Sequence[str]) -> None:
-        """The global model is validated, and some of its tensors live with the clients."""
+        """Warns that the global model is validated with the start values of personal tensors."""
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         if not any(getattr(c, "evaluates_clients", False) for c in callbacks) and self._is_new("personal"):
             rank_zero_warn(
@@ -42,7 +42,7 @@ class UserWarnings:
             )
 
     def loader(self, loader: Any) -> None:
-        """A client's loader is about to be read."""
+        """Warns of a client's loader whose random numbers are not those of the round."""
         if getattr(loader, "persistent_workers", False) and self._is_new("persistent workers"):
             rank_zero_warn(
                 "A client's loader has persistent_workers=True: their random numbers are not those of the round and "
@@ -50,7 +50,7 @@ class UserWarnings:
             )
 
     def data(self, round: int, reports: Sequence[RankReport]) -> None:
-        """The ranks have reported what they found in the clients' data."""
+        """Warns of clients without data, loaders that raised, and ranks with the same data."""
         joined = RankReport.join(reports)
         for client in joined.empty:
             if self._is_new(("empty", client)):
@@ -67,43 +67,43 @@ class UserWarnings:
             )
 
     def result(self, round: int, result: RoundResult, trainer: L.Trainer, logged: Entries) -> None:
-        """A round has been closed, in which the clients have logged something."""
+        """Warns of refused updates, and of metrics that disclose hidden clients; informs of empty and last rounds."""
         if result.hides_clients:
             self._monitors(trainer, {name for entry in logged.values() for name in _forms(entry["name"])})
         if result.report.refused:
             rank_zero_warn(
                 f"Round {round}: the updates of {', '.join(map(repr, result.report.refused))} hold NaN or Inf and were "
-                "left out. Lower the learning rate, clip gradients, or look at these clients' data."
+                "left out. Lower the learning rate, clip gradients, or check these clients' data."
             )
         if not result.aggregate.num_clients:
             rank_zero_info(f"Round {round}: no client takes part.")
-
         if result.stop_reason is not None:
             rank_zero_info(result.stop_reason)
 
     def _monitors(self, trainer: L.Trainer, names: set[str]) -> None:
-        """Something decides by exact metrics of training in which clients are hidden."""
+        """Warns of callbacks and schedules that monitor an exact metric of clients which are to be hidden."""
         schedules = [(config.scheduler, config.monitor) for config in trainer.lr_scheduler_configs if config.monitor]
         callbacks = [(c, getattr(c, "monitor", None)) for c in trainer.callbacks]  # type: ignore[attr-defined]
         for judge, monitor in [*schedules, *callbacks]:
             if monitor in names and self._is_new(("monitor", type(judge), monitor)):
                 rank_zero_warn(
                     f"{type(judge).__name__} decides by {monitor!r}, an exact figure of the clients' own data: its "
-                    "choices, and so the models, tell of it beyond the epsilon. Monitor a metric of public validation "
-                    "data instead."
+                    "choices, and so the models, reveal more of the data than epsilon accounts for. Monitor a metric "
+                    "of public validation data instead."
                 )
 
     def new_ledger(self, module: nn.Module) -> None:
-        """Clients that are hidden start to train a module, and what has been released before is not known."""
+        """Warns if hidden clients train a module that has been trained before, whose spent epsilon is not known."""
         if module in _TRAINED:
             rank_zero_warn(
                 "This module has been trained with differential privacy before, and its epsilon starts anew: that of "
-                "this fit is not that of both. Add their ledgers, go on with fit(ckpt_path=...), or take a new module."
+                "this fit does not include what was spent before. Add the ledgers, resume with fit(ckpt_path=...), or "
+                "start with a new module."
             )
         _TRAINED.add(module)
 
     def words(self, trainer: L.Trainer, words: Mapping[str, str]) -> None:
-        """A round tells the loggers something in words."""
+        """Logs a round's text values as hyper-parameters, if they are new."""
         if words and self._is_new(tuple(words.items())):
             for logger in trainer.loggers:
                 logger.log_hyperparams(dict(words))

@@ -1,4 +1,4 @@
-"""Settings that can't be right, refused with the remedy."""
+"""Checks of the strategy's and the Trainer's settings; each error says what to change."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _MEASURED = {"loss": "mean loss", "grad": "mean gradient"}
 
 @contextmanager
 def misconfiguration() -> Iterator[None]:
-    """Shows the federation's configuration errors as Lightning's."""
+    """Raises the federation's configuration errors as Lightning's."""
     try:
         yield
     except ConfigurationError as error:
@@ -37,17 +37,21 @@ def misconfiguration() -> Iterator[None]:
 
 
 def forbid_client_disclosure(what: str, settings: FederationSettings) -> None:
-    """Refuses what would show each silo's figures to the others, or each client's beside a private model.
+    """Refuses a feature that shows a silo's figures to the others, or a client's figures where clients are private.
+
+    Args:
+        what: The feature, as the error names it.
+        settings: The federation's settings.
 
     Raises:
-        MisconfigurationException: If silos hide them, or a transform hides the clients of a round.
+        MisconfigurationException: If silos hide their figures, or a transform hides the clients of a round.
     """
     with misconfiguration():
         report_masking.forbid_client_disclosure(what, settings)
 
 
 def check_schedules(schedules: Schedules, settings: FederationSettings, work: LocalWork) -> Schedules:
-    """The schedules, unless where they end would disclose how much data a silo has.
+    """Returns the schedules, unless their number of steps would disclose how much data a silo has.
 
     Raises:
         MisconfigurationException: If it would.
@@ -74,7 +78,7 @@ def check_types(partition: Any, aggregator: Any, transforms: Any, personal: Any)
     """Makes sure that the strategy's parts are of the right kind.
 
     Raises:
-        ValueError: If one is not; says what is expected.
+        ValueError: If one is not.
     """
     check_type("partition", partition, Partitioner, "fl.datamodules.Dirichlet(0.3)")
     check_type("aggregator", aggregator, Aggregator, "fl.aggregation.WeightedMean()")
@@ -123,7 +127,7 @@ def check_work(num_clients: int | None, participation: Participation) -> None:
 
 
 def check_trainer(trainer: L.Trainer) -> None:
-    """Checks the Trainer's settings that a round can't honour.
+    """Refuses settings of the Trainer that are impossible inside a round.
 
     Raises:
         MisconfigurationException: If one of them is set.
@@ -148,7 +152,7 @@ def check_trainer(trainer: L.Trainer) -> None:
 
 
 def check_phases(algorithm: Algorithm, local_epochs: Any, local_steps: Any) -> None:
-    """Makes sure that the strategy's amount of local work means something to the algorithm.
+    """Makes sure that the strategy's amount of local work has an effect on the algorithm.
 
     Raises:
         ValueError: If it would be ignored.
@@ -157,13 +161,13 @@ def check_phases(algorithm: Algorithm, local_epochs: Any, local_steps: Any) -> N
     name, value = next(((name, value) for name, value in given.items() if value is not None), ("", None))
     if value is not None and all(phase.has_own_work for phase in algorithm.phases()):
         raise ValueError(
-            f"{type(algorithm).__name__} says itself how much a client trains, so {name}={value!r} would be ignored. "
-            "Leave it out."
+            f"{type(algorithm).__name__} sets itself how much a client trains, so {name}={value!r} would be ignored. "
+            f"Leave {name} out."
         )
 
 
 def check_algorithm(algorithm: Algorithm, trainer: L.Trainer) -> None:
-    """Checks that the module trains in a way that the algorithm can look into.
+    """Checks that the algorithm trains something that is sent, and can measure what its ``probe`` asks for.
 
     Raises:
         MisconfigurationException: If it does not.
@@ -185,7 +189,7 @@ def check_algorithm(algorithm: Algorithm, trainer: L.Trainer) -> None:
 
 
 def check_same_on_ranks(group: Group, what: str, own: int) -> None:
-    """Makes sure that all ranks have as many of something: one that skips a step would leave the others waiting.
+    """Makes sure that all ranks have the same number of something; otherwise some would wait for the others forever.
 
     Raises:
         MisconfigurationException: On every rank, if they differ.
@@ -200,7 +204,7 @@ def check_same_on_ranks(group: Group, what: str, own: int) -> None:
 
 
 def check_type(name: str, value: Any, kind: type, example: str) -> None:
-    """Makes sure that an argument has the type that it must have, or is None.
+    """Makes sure that an argument is None or an instance of ``kind``.
 
     Raises:
         ValueError: If it has not.

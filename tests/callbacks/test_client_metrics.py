@@ -115,7 +115,7 @@ def test_a_run_that_is_cut_off_loses_no_finished_round() -> None:
 
 
 def test_a_strategy_without_clients_is_refused() -> None:
-    with pytest.raises(MisconfigurationException, match="ClientMetrics looks at clients, but the strategy is Single"):
+    with pytest.raises(MisconfigurationException, match="ClientMetrics records clients, but the strategy is Single"):
         rows("auto", Plain(), image_clients())
 
 

@@ -1,7 +1,8 @@
 """Every way of training clients gives the same: a new engine or form of a step is one entry in ``FORMS``.
 
 The reference trains each client alone, with each batch passing Lightning's hooks. The tight loop must give the same bit
-for bit, logged means to rounding; clients side by side to rounding; and one client that keeps its optimizer what a plain Trainer gives.
+for bit, logged means to rounding; clients side by side to rounding; and one client that keeps its optimizer what a
+plain Trainer gives.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What clients release under sample-level privacy, and what they have released."""
+"""The privacy ledgers of clients under sample-level privacy: what they have spent, and what a round will cost."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from lightning_fl.types import ClientId
 
 
 def clients_here(view: RoundView) -> list[ClientId]:
-    """The clients that live on this rank."""
+    """The clients whose home is this rank."""
     return view.place(list(view.population.ids), sticky=True)[view.group.rank]
 
 
 def ledger_of(view: RoundView, client: ClientId) -> Ledger:
-    """What a client that lives on this rank has released."""
+    """The privacy ledger of a client whose home is this rank."""
     ledger, state = Ledger(), view.client_state(client)
     if LEDGER in state:
         ledger.load_state_dict(unpack(state[LEDGER]))
@@ -36,10 +36,10 @@ def ledger_of(view: RoundView, client: ClientId) -> Ledger:
 
 
 def loader_of(view: RoundView, client: ClientId) -> PoissonLoader:
-    """A client's loader, which draws Poisson batches.
+    """A client's Poisson loader.
 
     Raises:
-        PrivacyError: If it does not.
+        PrivacyError: If its loader is another one.
     """
     loader = view.population.loaders[client]
     if not isinstance(loader, PoissonLoader):
@@ -50,13 +50,13 @@ def loader_of(view: RoundView, client: ClientId) -> PoissonLoader:
 
 
 def cost_of(view: RoundView, client: ClientId, noise_multiplier: float, work: LocalWork | None = None) -> Ledger:
-    """What a client releases in a round.
+    """What a client's training in a round adds to its ledger.
 
     Args:
         view: The current round.
         client: The client.
         noise_multiplier: The noise of its steps.
-        work: How much it trains. None: as planned for the round at hand, or as much as any client may.
+        work: The client's local work. None: as planned for the current round, else the largest of any client.
     """
     loader, ledger = loader_of(view, client), Ledger()
     phases = view.work_of(client) if work is None else view.phases_of(work)
@@ -75,14 +75,14 @@ def with_another_round(view: RoundView, noise_multiplier: float) -> list[Ledger]
 
 
 def gather(view: RoundView, own: dict[str, Any]) -> list[dict[str, Any]]:
-    """What all ranks tell; this rank alone where silos hide the sizes of their data, which this would show."""
+    """Gathers the ranks' fields; only this rank's where silos hide the sizes of their data, which others would show."""
     if view.settings.aggregator.hides_reports and view.population.silos is not None:
         return [own]
     return [message.fields for message in view.group.all_gather(Message(own), "sample-level privacy")]
 
 
 def calibrate(trainer: L.Trainer, view: RoundView, target_epsilon: float, delta: float, method: Method) -> float:
-    """The least noise multiplier with which no client's epsilon exceeds the target in ``max_epochs`` view.
+    """The smallest noise multiplier with which no client's epsilon exceeds the target in ``max_epochs`` rounds.
 
     Raises:
         MisconfigurationException: If the number of rounds is not known.

@@ -1,10 +1,11 @@
-"""Differential privacy for examples: DP-SGD inside each client."""
+"""Sample-level differential privacy: DP-SGD inside each client."""
 
 from __future__ import annotations
 
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import lightning as L
@@ -44,39 +45,60 @@ ADVERSARY = "whoever sees what a client sends, its server included, but not the 
 TOLERANCES = {"64-true": 1e-6, "32-true": 2e-3, "bf16-mixed": 0.2}
 
 
+@dataclass
+class _ClientTraining:
+    """A client's local training in a round.
+
+    Args:
+        client: The client.
+        loader: Draws its batches.
+        noise: Sums clipped gradients and adds noise to them.
+        steps_left: Steps that its ledger records and that it has not taken yet.
+        counts: How often each of its examples was drawn.
+        sizes: The sizes of its batches.
+    """
+
+    client: ClientId
+    loader: PoissonLoader
+    noise: NoisySum
+    steps_left: int
+    counts: np.ndarray
+    sizes: list[int] = field(default_factory=list)
+
+
 class SampleLevelDP(FederatedCallback):
     r"""Sample-level differential privacy: each client trains by DP-SGD, on an unmodified LightningModule.
 
     .. math::
         g = \frac{1}{q n} \Bigl(\sum_{i \in B} g_i \min(1, C / \lVert g_i \rVert) + \mathcal{N}(0, z^2 C^2)\Bigr)
 
-    takes the place of a batch's gradient, where each of a client's :math:`n` examples is in the batch :math:`B` with
-    probability :math:`q = \min(1, b / n)` for a ``batch_size`` of b, drawn from the operating system's randomness. A
-    batch of none releases its noise. What an algorithm does to gradients, as FedProx, and what the optimizer does come
-    after. One example more or less of a client is what is protected, in all that the client sends in all its rounds;
-    how many examples and steps a client has counts as public, and so does who takes part.
+    replaces a batch's gradient, where each of a client's :math:`n` examples is in the batch :math:`B` with probability
+    :math:`q = \min(1, b / n)` for a ``batch_size`` of b, drawn from the operating system's randomness. An empty batch
+    releases noise only. Changes of gradients by an algorithm, such as FedProx, and the optimizer's step come after.
+    Protected is the presence of one example of a client, in everything that the client sends in all its rounds; the
+    numbers of examples and steps of a client are public, and so is who takes part.
 
-    Each client has a ledger over all its rounds in its state, and so in the checkpoint; a round's steps are in it
-    before the client trains. Every round logs the largest epsilon of any client. What can't be right is refused; what
-    goes wrong later ends the run: the batches, the per-sample gradients, the clipping and the noise are checked when
-    training starts and in every round.
+    Each client's state, and so the checkpoint, holds a ledger over all its rounds; a round's steps are recorded before
+    the client trains. Every round logs the largest epsilon of any client. Settings that break the guarantee are
+    refused. The batches, the per-sample gradients, the clipping and the noise are checked when training starts and in
+    every round; if a check fails, the run ends.
 
     Args:
         noise_multiplier: The noise :math:`z`, relative to the clip norm. 0 only clips, which is NOT PRIVATE.
         max_grad_norm: The clip norm :math:`C`, over all trained parameters of an example's gradient.
         delta: The delta at which epsilon holds.
-        target_epsilon: Instead of ``noise_multiplier``: takes the least noise with which no client's epsilon exceeds
-            this in ``max_epochs`` rounds, in each of which it takes part.
+        target_epsilon: Instead of ``noise_multiplier``: uses the smallest noise with which no client's epsilon exceeds
+            this, if it takes part in all of ``max_epochs`` rounds.
         max_epsilon: Training stops before a round that would make a client's epsilon larger. None: ``target_epsilon``.
-        max_physical_batch_size: Examples that go through the network at once; larger batches go in parts. None: all.
+        max_physical_batch_size: The most examples in a forward pass; larger batches are split. None: no limit.
         method: The accountant, as for :meth:`fl.privacy.Ledger.epsilon`.
-        grad_sample_mode: ``"hooks"``: Opacus's rules for known layers; ``"functorch"`` for all, slower.
+        grad_sample_mode: ``"hooks"``: Opacus's rules for known layers; ``"functorch"``: any layer, slower.
         insecure_test_seed: Makes batches and noise repeat, for tests; the run is then NOT PRIVATE, and stays so if it
-            goes on without the seed.
+            is resumed without the seed.
 
     Raises:
         ValueError: If an argument is out of range.
-        MisconfigurationException: When training starts, if something beside it breaks the guarantee.
+        MisconfigurationException: When training starts, if another setting breaks the guarantee.
         ImportError: If the ``privacy`` extra is not installed.
 
     Reference:
@@ -140,27 +162,37 @@ class SampleLevelDP(FederatedCallback):
         self._next_round = 0
         self._was_without = self._was_insecure = False
         self._round = 0
-        self._client: ClientId | None = None
+        self._training: _ClientTraining | None = None
         self._drawn: deque[np.ndarray] = deque()
+        self._draws = DrawCheck()
+        self._watch = NoiseWatch()
+        self._chosen_sigma: float | None = None
+        self._size = 0
         self._has_gradient = self._is_checked = False
-        self._words: dict[str, Any] = {}
+        self._words: dict[str, str] = {}
         self._gradients: PerSampleGradients | None = None
         self._handle: Any = None
-        self._has_told = False
+        self._has_warned_of_delta = False
+
+    @property
+    def _sigma(self) -> float:
+        """The noise multiplier of the current fit."""
+        assert self._chosen_sigma is not None, "training has not started"
+        return self._chosen_sigma
 
     # ---- before the rounds
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuses what shows before the data is there."""
+        """Refuses settings that break the guarantee, as far as they are known before the data is loaded."""
         if stage == "fit":
             check_settings(trainer, pl_module)
 
     def wrap_loaders(self, loaders: ClientLoaders) -> ClientLoaders:
-        """Gives each client Poisson batches in place of its own."""
+        """Replaces each client's loader by one that draws Poisson batches."""
         return poisson_loaders(loaders, self._poisson_loader)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Makes sure of sampler and noise, finds the noise multiplier, and attaches the hooks."""
+        """Checks sampler and noise, chooses the noise multiplier, and attaches the hooks."""
         optimizer = check_training(trainer, pl_module)
         check_sampler()
         check_source()
@@ -170,17 +202,18 @@ class SampleLevelDP(FederatedCallback):
         }
         if self.target_epsilon is None:
             assert self.noise_multiplier is not None
-            self._sigma = self.noise_multiplier
+            sigma = self.noise_multiplier
         else:
-            self._sigma = accounting.calibrate(trainer, _view(trainer), self.target_epsilon, self.delta, self.method)
+            sigma = accounting.calibrate(trainer, _view(trainer), self.target_epsilon, self.delta, self.method)
+        self._chosen_sigma = sigma
         self._draws = DrawCheck()
         self._drawn.clear()
         self._watch = NoiseWatch()
         if trainer.current_epoch == 0:
             if self._next_round:
                 rank_zero_warn(
-                    "This fit starts at round 0, and its clients with ledgers of their own. If they hold the examples "
-                    "of the last fit, add what that has released: SampleLevelDP.ledgers(trainer) gives both."
+                    "This fit starts at round 0, and its clients start with new ledgers. If they hold the examples of "
+                    "the last fit, add the ledgers of that fit: SampleLevelDP.ledgers(trainer) returns those of a fit."
                 )
             self._next_round, self._was_without, self._was_insecure = 0, False, False
         self._was_without |= self._was_insecure and self.insecure_test_seed is None
@@ -190,15 +223,15 @@ class SampleLevelDP(FederatedCallback):
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
         self._handle = optimizer.register_step_post_hook(self._after_step)
-        if not self._sigma:
+        if not sigma:
             rank_zero_warn("SampleLevelDP(noise_multiplier=0) only clips: this run is NOT PRIVATE.")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Takes the hooks off the module."""
+        """Removes the hooks."""
         self._detach()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Takes the hooks off the module."""
+        """Removes the hooks."""
         self._detach()
 
     # ---- a round
@@ -213,38 +246,38 @@ class SampleLevelDP(FederatedCallback):
         self._was_without |= round > self._next_round
         self._round, self._is_checked = round, False
         if self.max_epsilon is not None:
-            here = dict.fromkeys(view.clients)
-            cost = {client: accounting.cost_of(view, client, self._sigma) for client in here}
-            self._check_budget([accounting.ledger_of(view, client) + own for client, own in cost.items()])
+            after = [
+                accounting.ledger_of(view, client) + accounting.cost_of(view, client, self._sigma)
+                for client in view.clients
+            ]
+            self._check_budget(after)
 
     def on_client_start(self, trainer: L.Trainer, module: L.LightningModule, client: ClientId, view: RoundView) -> None:
-        """Records what the client is about to release."""
+        """Records in the client's ledger what its training will release, before it trains."""
         cost, loader = accounting.cost_of(view, client, self._sigma), accounting.loader_of(view, client)
         view.record_ledger(client, pack((accounting.ledger_of(view, client) + cost).state_dict()))
-        self._client, self._loader, self._left = client, loader, sum(count for _, count in cost)
-        self._counts = np.zeros(loader.num_examples, dtype=np.int64)
-        self._sizes: list[int] = []
-        seed = self.insecure_test_seed
-        self._noise = NoisySum(
+        noise = NoisySum(
             self._sigma,
             self.max_grad_norm,
             loader.expected_batch_size,
             self._watch,
-            seed,
+            self.insecure_test_seed,
             self._round,
             str(client),
         )
-        if loader.num_examples * self.delta >= 1 and not self._has_told:
-            self._has_told = True
+        num_steps, counts = sum(count for _, count in cost), np.zeros(loader.num_examples, dtype=np.int64)
+        self._training = _ClientTraining(client, loader, noise, num_steps, counts)
+        if loader.num_examples * self.delta >= 1 and not self._has_warned_of_delta:
+            self._has_warned_of_delta = True
             rank_zero_warn(
                 f"delta={self.delta:g} is no less than 1 / {loader.num_examples}, the examples of client {client!r}: "
-                "that would allow giving one of them away. Take a smaller delta."
+                "that would allow revealing one of them. Use a smaller delta."
             )
 
     def run_training_step(
         self, trainer: L.Trainer, module: L.LightningModule, step: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """Runs the step on the batch in parts, and takes in the gradients of all parts but the last."""
+        """Runs the step on the batch in parts, and adds the clipped gradients of all parts but the last."""
         assert self._gradients is not None
         batch, rest = args[0], args[1:]
         size = self._take_draw(batch)
@@ -276,17 +309,17 @@ class SampleLevelDP(FederatedCallback):
         return {**outputs, "loss": loss} if isinstance(outputs, Mapping) else loss
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Puts the clipped, noisy gradient in the place of the batch's, before the algorithm sees it."""
-        gradients = self._gradients
-        if gradients is None or self._client is None or self._has_gradient:
+        """Replaces the batch's gradient by the clipped and noisy one, before the algorithm changes it."""
+        gradients, training = self._gradients, self._training
+        if gradients is None or training is None or self._has_gradient:
             raise PrivacyError(
                 "A backward pass does not belong to a batch of a client, so its gradient is not private. The run stops."
             )
         self._add_part()
-        self._left -= 1
-        if self._left < 0:
-            raise PrivacyError(f"Client {self._client!r} takes more steps than its ledger records. The run stops.")
-        for name, grad in self._noise.release(gradients.params).items():
+        training.steps_left -= 1
+        if training.steps_left < 0:
+            raise PrivacyError(f"Client {training.client!r} takes more steps than its ledger records. The run stops.")
+        for name, grad in training.noise.release(gradients.params).items():
             gradients.params[name].grad = grad
         trained = {id(param) for param in gradients.params.values()}
         for param in pl_module.parameters():
@@ -303,9 +336,10 @@ class SampleLevelDP(FederatedCallback):
         update: Update | None,
         view: RoundView,
     ) -> None:
-        """Looks at what the client has drawn and changed, before anything of it leaves the rank."""
-        self._client = None
-        self._draws.add(self._counts, np.array(self._sizes, dtype=np.int64), self._loader.rate)
+        """Checks the batches that the client has drawn and its buffers, before its update leaves the rank."""
+        training, self._training = self._training, None
+        assert training is not None, "the client has not been started"
+        self._draws.add(training.counts, np.array(training.sizes, dtype=np.int64), training.loader.rate)
         if self._draws.problem is not None:
             raise PrivacyError(f"The batches are not drawn by Poisson sampling: {self._draws.problem}. The run stops.")
         changed = [name for name, value in (update.buffers if update else {}).items() if bool(value.count_nonzero())]
@@ -318,7 +352,7 @@ class SampleLevelDP(FederatedCallback):
     def on_aggregate_end(
         self, trainer: L.Trainer, module: L.LightningModule, aggregate: Aggregate, view: RoundView
     ) -> None:
-        """Logs what the round's models amount to, and stops if a client could not take part once more."""
+        """Logs the largest epsilon of any client, and stops if a client could not take part in another round."""
         self._next_round = max(self._next_round, self._round + 1)
         self._was_insecure |= self.insecure_test_seed is not None
         spent, _ = largest_epsilon(self.ledgers(trainer).values(), self.delta, self.method, GRID)
@@ -327,8 +361,8 @@ class SampleLevelDP(FederatedCallback):
         if self.max_epsilon is not None and not is_last:
             each = accounting.with_another_round(view, self._sigma)
             is_over = exceeding(each, self.max_epsilon, self.delta, self.method) is not None
-        told = accounting.gather(view, {"epsilon": epsilon, "over": is_over})
-        facts = self._facts(max(fields["epsilon"] for fields in told))
+        ranks = accounting.gather(view, {"epsilon": epsilon, "over": is_over})
+        facts = self._facts(max(fields["epsilon"] for fields in ranks))
         prefix = "dp_example" if "dp_epsilon" in view.history[-1] else "dp"
         facts = {f"{prefix}_{name}": value for name, value in facts.items()}
         view.add_facts(facts)
@@ -339,29 +373,29 @@ class SampleLevelDP(FederatedCallback):
             self._words = words
             for logger in trainer.loggers:
                 logger.log_hyperparams(words)
-        if any(fields["over"] for fields in told) and len(told) == view.group.size:
+        if any(fields["over"] for fields in ranks) and len(ranks) == view.group.size:
             trainer.should_stop = True
             rank_zero_info(
                 f"Training stops: another round would exceed max_epsilon={self.max_epsilon:g} for a client that takes "
                 "part in it."
             )
 
-    # ---- what it amounts to
+    # ---- ledgers
 
     def ledger(self, trainer: L.Trainer, client: ClientId) -> Ledger:
-        """What a client that lives on this rank has released."""
+        """The privacy ledger of a client whose home is this rank."""
         ledger = accounting.ledger_of(_view(trainer), client)
         if self._was_without:
             ledger.record(Gaussian(0.0))  # earlier rounds that were not private
         return ledger
 
     def ledgers(self, trainer: L.Trainer) -> dict[ClientId, Ledger]:
-        """What each client that lives on this rank has released; those that have never taken part are left out."""
+        """The ledger of each client whose home is this rank and that has taken part."""
         ledgers = {client: self.ledger(trainer, client) for client in _view(trainer).clients_with_state()}
         return {client: ledger for client, ledger in ledgers.items() if ledger.entries}
 
     def epsilons(self, trainer: L.Trainer) -> dict[ClientId, Epsilon]:
-        """An upper bound on epsilon for each client that lives on this rank and has taken part."""
+        """An upper bound on epsilon for each client whose home is this rank and that has taken part."""
         return {client: own.epsilon(self.delta, self.method) for client, own in self.ledgers(trainer).items()}
 
     def state_dict(self) -> dict[str, Any]:
@@ -370,7 +404,7 @@ class SampleLevelDP(FederatedCallback):
         return {"next_round": self._next_round, "was_without": self._was_without, "was_insecure": insecure}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from a checkpoint."""
+        """Restores a checkpoint."""
         self._next_round, self._was_without = state_dict["next_round"], state_dict["was_without"]
         self._was_insecure = state_dict["was_insecure"]
 
@@ -409,7 +443,7 @@ class SampleLevelDP(FederatedCallback):
     def _take_draw(self, batch: Any) -> int:
         """Makes sure that a batch is the one that was drawn; returns its number of examples."""
         self._has_gradient = False
-        if self._client is None or not self._drawn:
+        if self._training is None or not self._drawn:
             raise PrivacyError("A batch was not drawn by Poisson sampling. The run stops.")
         chosen = self._drawn.popleft()
         size = num_rows(batch)
@@ -418,20 +452,21 @@ class SampleLevelDP(FederatedCallback):
                 f"{len(chosen)} examples were drawn, but the batch has {size}. The run stops. A batch must hold the "
                 "examples drawn and no others, one each."
             )
-        self._counts[chosen] += 1
-        self._sizes.append(size)
+        self._training.counts[chosen] += 1
+        self._training.sizes.append(size)
         return size
 
     def _add_part(self) -> None:
         assert self._gradients is not None
-        self._noise.add(self._gradients.take(self._size), self._size)
+        assert self._training is not None
+        self._training.noise.add(self._gradients.take(self._size), self._size)
 
     def _check_per_sample(self, trainer: L.Trainer, step: Callable[[Any], Any], batch: Any) -> None:
         assert self._gradients is not None
-        assert self._client is not None
+        assert self._training is not None
         precision = str(trainer.precision)
         with (
-            isolated_randomness(_view(trainer).settings.seed, self._round, self._client, "check"),
+            isolated_randomness(_view(trainer).settings.seed, self._round, self._training.client, "check"),
             out_of_loop(trainer, training=True) as results,
         ):
 
@@ -443,7 +478,7 @@ class SampleLevelDP(FederatedCallback):
         self._is_checked = True
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self._client is not None and not self._has_gradient:
+        if self._training is not None and not self._has_gradient:
             raise PrivacyError("The optimizer has taken a step on a gradient that is not private. The run stops.")
         self._has_gradient = False
 
@@ -451,15 +486,15 @@ class SampleLevelDP(FederatedCallback):
         if self._gradients is not None:
             self._gradients.detach()
             self._handle.remove()
-        self._gradients = self._client = None
+        self._gradients = self._training = None
 
 
 def _loss(outputs: Any) -> Tensor:
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
     if not isinstance(loss, Tensor):
         raise PrivacyError(
-            f"training_step returned {type(loss).__name__} instead of a loss. Skipping a step shows something of the "
-            "batch, so the run stops. Return a loss for every batch."
+            f"training_step returned {type(loss).__name__} instead of a loss. Skipping a step reveals something about "
+            "the batch, so the run stops. Return a loss for every batch."
         )
     return loss
 

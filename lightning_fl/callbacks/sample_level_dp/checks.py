@@ -1,4 +1,4 @@
-"""What sample-level privacy can't stand beside, refused with the remedy."""
+"""Refuses settings that break the guarantee of sample-level privacy; each error says what to change."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ PRECISIONS = ("32-true", "64-true", "bf16-mixed")
 
 
 def refuse(found: str) -> MisconfigurationException:
-    """The error that names what stands against sample-level privacy; to be raised."""
+    """The error to raise for a setting that breaks the guarantee."""
     return MisconfigurationException(f"SampleLevelDP can't give its guarantee: {found}.")
 
 
 def check_settings(trainer: L.Trainer, module: L.LightningModule) -> None:
-    """Checks what shows before the data is there, and again in every round, since callbacks may change it.
+    """Checks what is known before the data is loaded, and again in every round, since callbacks may change it.
 
     Raises:
         MisconfigurationException: If something breaks the guarantee.
@@ -67,7 +67,7 @@ def check_settings(trainer: L.Trainer, module: L.LightningModule) -> None:
 
 
 def check_training(trainer: L.Trainer, module: L.LightningModule) -> Optimizer:
-    """Checks what shows when training starts; returns the optimizer.
+    """Checks what is known only when training starts; returns the optimizer.
 
     Raises:
         MisconfigurationException: If something breaks the guarantee.

@@ -17,12 +17,12 @@ from lightning_fl.torch_internals import outside_vmap, unwrap, wrap
 
 
 class BatchingRules(TorchFunctionMode):
-    """Inside the block, linear layers and cross-entropy have batching rules of their own.
+    """Inside the block, linear layers and cross-entropy have their own batching rules.
 
     A rule applies where ``vmap`` is the only transform and all tensors are batched; elsewhere nothing changes.
 
     Args:
-        pool: Where the gradients of weights get their memory. None: as any tensor.
+        pool: Provides the memory of the weights' gradients. None: PyTorch's allocator.
     """
 
     def __init__(self, pool: BufferPool | None = None) -> None:
@@ -92,7 +92,7 @@ def _cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor | None:
-    """The clients' examples as those of one batch, and each client's own mean of their losses."""
+    """Computes the losses of all clients' examples as one batch, and the mean of each client's."""
     is_plain = weight is None and size_average is None and reduce is None and reduction == "mean"
     if not is_plain or target.is_floating_point() or input.dim() < 2 or _is_autocast(input):
         return None

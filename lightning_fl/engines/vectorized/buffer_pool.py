@@ -1,4 +1,4 @@
-"""Memory of steps that is used again by the next steps."""
+"""A pool of CPU memory that training steps reuse."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 from lightning_fl.torch_internals import num_references
 
 MIN_BYTES = 128 * 2**10
-"""glibc's ``malloc`` keeps smaller blocks by itself."""
+"""glibc's ``malloc`` caches smaller blocks by itself."""
 
 
 class BufferPool:
-    """Hands out tensors on a CPU, and hands their memory out again once nothing refers to it any more.
+    """Allocates CPU tensors, and reuses their memory once nothing refers to it any more.
 
-    To give megabytes back to the operating system and fetch them again in each step can take longer than the step's
-    arithmetic. CUDA tensors have such an allocator already.
+    Returning megabytes to the operating system and allocating them again in each step can take longer than the step's
+    arithmetic. For CUDA tensors, PyTorch has a caching allocator already.
     """
 
     def __init__(self) -> None:

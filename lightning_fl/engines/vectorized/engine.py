@@ -37,7 +37,7 @@ from lightning_fl.tree import cast_like
 from lightning_fl.types import Phase, Tree
 
 Step = Callable[..., tuple[Any, Any]]
-"""Calls the user's step; returns the loss and tensors to be handed on."""
+"""Calls the user's step; returns the loss and other tensors to return with it."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class Vectorized:
 
     Args:
         clients_per_step: The most clients that train in one step. None: as many as fit in ``stacked_bytes``.
-        stacked_bytes: Bytes of the clients' parameters that stand side by side. Default 16 MiB, for a CPU's cache; a
-            GPU takes more.
-        batch_bytes: Bytes of their batches in memory at once. Default 1 GiB.
+        stacked_bytes: The most bytes of the clients' stacked parameters. Default 16 MiB, for a CPU's cache; use more on
+            a GPU.
+        batch_bytes: The most bytes of their batches in memory at once. Default 1 GiB.
 
     Raises:
         ValueError: If a number is below 1.
@@ -72,8 +72,8 @@ class Vectorized:
 class VectorizedEngine(SequentialEngine):
     """Advances several clients in one step, each with its own parameters, buffers and optimizer state.
 
-    The clients stand along the first dimension of stacked tensors; ``torch.func.vmap`` runs the user's step over them
-    and the user's own optimizer steps the stacked parameters, which is right for every optimizer that treats elements
+    The first dimension of stacked tensors is that of the clients; ``torch.func.vmap`` runs the user's step over it, and
+    the user's own optimizer steps the stacked parameters, which is correct for every optimizer that treats each element
     alone. A client alone is trained as by :class:`SequentialEngine`.
     """
 
@@ -125,7 +125,7 @@ class VectorizedEngine(SequentialEngine):
         """Lets only some of the loaded clients train in the next step.
 
         Args:
-            rows: Their places among those given to :meth:`start`, in order.
+            rows: Their positions among those passed to :meth:`start`, in order.
         """
         if self._subset is None:
             self._subset = RowSubset(self._stacked, self._stacked_buffers, self.optimizers, self.pool)
@@ -156,9 +156,9 @@ class VectorizedEngine(SequentialEngine):
         Args:
             step: Calls the user's step with a client's batch and ``args``.
             batch: The clients' batches, each of their tensors stacked.
-            args: Handed to ``step`` as they are.
-            randomness: Of ``torch.func.vmap``: ``"error"`` refuses random numbers, ``"different"`` draws each
-                client's own.
+            args: Passed to ``step`` as they are.
+            randomness: As for ``torch.func.vmap``: ``"error"`` refuses random numbers, ``"different"`` draws different
+                ones for each client.
 
         Returns:
             The losses, of shape ``[clients]``, and the other tensors, stacked.
@@ -183,9 +183,9 @@ class VectorizedEngine(SequentialEngine):
         return losses, others
 
     def step_alone(self, step: Step, index: int, batch: Any, *args: Any) -> tuple[Tensor, Tree]:
-        """Loss and gradients of the module's own step for the client at ``index``, with neither stacking nor ``vmap``.
+        """Loss and gradients of the module's own step for the client at ``index``, without stacking and ``vmap``.
 
-        The module's tensors are those of the client meanwhile.
+        The client's tensors are loaded into the module meanwhile.
         """
         own = {**self._stacked, **self._stacked_buffers}
         tensors = {name: tensor for name, tensor in self.tensors.all.items() if name in own}
@@ -203,11 +203,11 @@ class VectorizedEngine(SequentialEngine):
         return _gradients(loss, self._stacked)
 
     def copy_buffers(self) -> Tree:
-        """The clients' buffers as they are."""
+        """Copies of the clients' buffers."""
         return clones(self._stacked_buffers)
 
     def put_buffers(self, buffers: Tree) -> None:
-        """Puts back what :meth:`copy_buffers` copied."""
+        """Restores what :meth:`copy_buffers` copied."""
         self._stacked_buffers = clones(buffers)
 
     @property
@@ -277,7 +277,7 @@ class VectorizedEngine(SequentialEngine):
 
 
 def _trained(param: Tensor, start: Tensor) -> Tensor:
-    # no copy: nobody steps the stacked parameters once they are read
+    # No copy is needed: the stacked parameters are not stepped after this.
     return param if param.dtype == start.dtype else trained_value(param, start)
 
 

@@ -1,4 +1,4 @@
-"""What the batches of a client will look like, as far as it shows without reading them."""
+"""Forecasts what a client's batches will look like without reading them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class BatchForecast:
     """What is known of a client's batches before they are read.
 
     Args:
-        family: What clients must have in common to train side by side.
-        work: What its batches of the round look like, one after the other.
-        segments: Numbers of batches between which gradients do not accumulate.
+        family: Clients can train side by side only if this is equal.
+        work: The signature or size of each of its batches in the round.
+        segments: The number of batches of each segment; gradients do not accumulate across segments.
     """
 
     family: Any
@@ -31,9 +31,9 @@ def forecast_batches(loader: Loader, segments: Sequence[int | None], pass_length
     """The forecast for a client, or None if its batches have to be read to know.
 
     Args:
-        loader: The client's.
-        segments: Numbers of batches that it trains on; each begins with the loader's first.
-        pass_length: Batches of a pass over the loader.
+        loader: The client's loader.
+        segments: The number of batches of each segment of its training; each starts with the loader's first batch.
+        pass_length: The number of batches in a pass over the loader.
     """
     family: Any
     if isinstance(loader, DataLoader):
@@ -47,7 +47,7 @@ def forecast_batches(loader: Loader, segments: Sequence[int | None], pass_length
         family = "in memory"
         try:
             own = [signature(loader[0])] * (len(loader) - 1) + [signature(loader[-1])]
-        except Exception:  # it will be raised, and its client named, when the loader is read
+        except Exception:  # raised again, with the client named, when the loader is read
             return None
     else:
         return None

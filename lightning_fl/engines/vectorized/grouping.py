@@ -1,4 +1,4 @@
-"""Which clients train side by side, and the batches that they train on together."""
+"""Decides which clients train side by side, and stacks their batches."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Grouping:
     Args:
         engine: Trains the groups.
         settings: How many clients train together.
-        equal_work_only: Whether at the moment only clients with equal work may train together, because their steps
-            share more than a shape: an accumulation window, a schedule.
-        convert: Changes a stacked batch before it is used, such as its precision.
+        equal_work_only: Returns whether only clients with equal work may train together, because their steps share more
+            than a shape: an accumulation window, a schedule.
+        convert: Converts a stacked batch before it is used, for example to another precision.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Grouping:
         return self.settings.clients_per_step or self.engine.max_clients(self.settings.stacked_bytes)
 
     def group(self, forecasts: Mapping[ClientId, BatchForecast | None]) -> list[list[ClientId]]:
-        """Puts clients together that may train side by side.
+        """Forms groups of clients that may train side by side.
 
         Args:
             forecasts: What is known of each client's batches before they are read.
@@ -63,7 +63,7 @@ class Grouping:
             for client, work in works.items():
                 by_work.setdefault(work, []).append(client)
             rest: list[ClientId] = []
-            # Full groups of equal clients need no masks; what is left of each kind is mixed.
+            # Full groups of equal clients need no masks; the clients that remain of each kind are mixed.
             for equal in sorted(by_work.values(), key=lambda equal: -len(works[equal[0]])):
                 num_full = len(equal) // max_clients * max_clients
                 groups += [equal[start : start + max_clients] for start in range(0, num_full, max_clients)]
@@ -74,10 +74,10 @@ class Grouping:
         return groups
 
     def split(self, works: Mapping[ClientId, Sequence[Any]]) -> list[list[ClientId]]:
-        """Divides clients into those that had best train together.
+        """Divides clients into the groups that train fastest.
 
         Args:
-            works: For each client, what its batches look like, one after the other.
+            works: For each client, the signatures of its batches.
         """
         clients = list(works)
         compute_bound = min(1.0, self.engine.bytes_of_one / COMPUTE_BOUND_BYTES)
@@ -97,12 +97,12 @@ class Grouping:
     def affordable(
         self, clients: Sequence[ClientId], batches: Sequence[Any], lengths: Iterable[int]
     ) -> list[list[ClientId]]:
-        """Divides clients into groups whose batches may be in memory at once.
+        """Divides clients into groups whose batches fit in memory at once.
 
         Args:
             clients: The clients.
-            batches: Those of one of them, which has at least one.
-            lengths: How many batches each has.
+            batches: The batches of one of them, at least one.
+            lengths: The number of batches of each client.
         """
         per_batch = sum(map(_num_bytes, batches)) / len(batches)
         groups: list[list[ClientId]] = [[]]
@@ -116,14 +116,14 @@ class Grouping:
         return groups
 
     def stacked(self, passes: Sequence[Sequence[Any]], masks: Sequence[StepMask] | None) -> Iterator[StackedBatch]:
-        """The batches of clients that :meth:`split` leaves together side by side, each made when its turn comes.
+        """Yields the stacked batches of clients that :meth:`split` leaves together, each made when its turn comes.
 
         Args:
             passes: Each client's batches.
-            masks: Who of them trains in each step. None: all.
+            masks: Which clients train in each step. None: all.
 
         Raises:
-            NotStackable: If they hold something that can't be stacked.
+            NotStackable: If the batches hold something that can't be stacked.
         """
         unread = [iter(batches) for batches in passes]
         every = tuple(range(len(passes)))
@@ -131,14 +131,14 @@ class Grouping:
             yield self.stack([next(unread[place]) for place in mask], mask)
 
     def stack(self, batches: Sequence[Any], mask: StepMask) -> StackedBatch:
-        """One stacked batch of the clients at the places ``mask``."""
+        """One stacked batch of the clients at the positions ``mask``."""
         is_lazy = isinstance(batches[0], LazyBatch)
         content = stack_lazy(batches) if is_lazy else stack(batches, share=False, pool=self.engine.pool)[0]
         return StackedBatch(self.convert(content), mask)
 
 
 def batch_signature(batch: Any) -> Any:
-    """What must be alike for batches of clients to be stacked."""
+    """The signature of a batch: batches of equal signature can be stacked."""
     return batch.signature if isinstance(batch, LazyBatch) else signature(batch)
 
 

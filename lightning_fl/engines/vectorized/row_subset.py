@@ -15,17 +15,17 @@ from lightning_fl.engines.vectorized.buffer_pool import BufferPool
 from lightning_fl.types import Tree
 
 _STACKED = object()
-"""In a client's other states, marks one that it has element by element, as a row of a stacked tensor."""
+"""In ``_other_states``, marks an optimizer state that is a row of a stacked tensor."""
 
 
 class RowSubset:
-    """The tensors of all clients of a unit, and their optimizer states, while some of them train.
+    """The tensors of all clients of a group, and their optimizer states, while some of them train.
 
     Args:
         params: The clients' parameters, stacked, which the optimizers step.
         buffers: Their buffers, stacked.
         optimizers: The optimizers.
-        pool: Where the gathered rows get their memory.
+        pool: Provides the memory of the gathered rows.
     """
 
     def __init__(self, params: Tree, buffers: Tree, optimizers: OptimizerStates, pool: BufferPool) -> None:
@@ -42,12 +42,12 @@ class RowSubset:
         """Lets the optimizers step the clients at ``rows``.
 
         Args:
-            rows: In order. None: all clients.
-            params: The stacked parameters at hand; they are written back.
-            buffers: The stacked buffers at hand; they are written back.
+            rows: The clients' positions, in order. None: all clients.
+            params: The current stacked parameters, to be written back.
+            buffers: The current stacked buffers, to be written back.
 
         Returns:
-            Those of the chosen clients; if these are all, the tensors of the unit themselves.
+            Parameters and buffers of the chosen clients; if all are chosen, the group's own tensors.
         """
         chosen = None if rows is None or len(rows) == self._num_clients else rows
         if chosen == self.rows:

@@ -1,4 +1,4 @@
-"""Clients side by side: their values stacked along a new first dimension, and taken apart again."""
+"""Stacks the values of several clients along a new first dimension, and takes them apart again."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PLAIN = (type(None), bool, int, float, complex, str, bytes)
 
 
 class NotStackable(ValueError):
-    """Raised for values of clients that can't stand side by side; says why."""
+    """Raised for values of clients that can't be stacked."""
 
 
 class StackedBatch:
@@ -23,7 +23,7 @@ class StackedBatch:
 
     Args:
         content: The batches, in which each tensor is stacked over the clients.
-        mask: The clients of the group that train on it: their places in the group, in order.
+        mask: The positions in the group of the clients that train on it, in order.
     """
 
     def __init__(self, content: Any, mask: Sequence[int]) -> None:
@@ -40,16 +40,16 @@ def stack(values: Sequence[Any], share: bool = True, pool: BufferPool | None = N
     """Stacks equally shaped values, leaf by leaf.
 
     Args:
-        values: One value a client: tensors, or nested containers of them.
-        share: Whether a tensor that all clients have in common is left as it is rather than stacked.
-        pool: Where the stacked tensors get their memory. None: as any tensor.
+        values: One value per client: tensors, or nested containers of them.
+        share: Whether a tensor that is the same object for all clients is left as it is instead of stacked.
+        pool: Provides the memory of the stacked tensors. None: PyTorch's allocator.
 
     Returns:
-        The value with a first dimension over the clients in each tensor, and along it ``in_dims`` for
-        ``torch.func.vmap``: 0 for what was stacked, None for what all clients have in common and stays as it is.
+        The value with a first dimension over the clients in each tensor, and its ``in_dims`` for ``torch.func.vmap``: 0
+        for stacked tensors, None for leaves that all clients share.
 
     Raises:
-        NotStackable: If the values differ in structure, shape, dtype, or in something that is no tensor.
+        NotStackable: If the values differ in structure, shape, dtype, or in a leaf that is no tensor.
     """
     first = values[0]
     if type(first) in (tuple, list, dict):
@@ -96,17 +96,17 @@ def _kind(leaf: Any) -> str:
 
 
 def part(value: Any, index: int) -> Any:
-    """What belongs to the client at ``index`` of a value whose tensors are all stacked."""
+    """The part of a stacked value that belongs to the client at ``index``."""
     return pytree.tree_map(lambda leaf: leaf[index] if isinstance(leaf, Tensor) else leaf, value)
 
 
 def select(value: Any, indices: Tensor) -> Any:
-    """The stacked value of the clients at ``indices`` only."""
+    """The stacked value, restricted to the clients at ``indices``."""
     return pytree.tree_map(lambda leaf: leaf[indices] if isinstance(leaf, Tensor) else leaf, value)
 
 
 def signature(value: Any) -> Any:
-    """What must be alike for values to be stacked: structure, shapes, dtypes, and leaves that are no tensors."""
+    """What must be equal for values to be stacked: structure, shapes, dtypes, and leaves that are no tensors."""
     if isinstance(value, Tensor):
         return value.shape, value.dtype
     if type(value) in (tuple, list):
@@ -124,7 +124,7 @@ def num_bytes(value: Any) -> int:
 
 
 def are_finite(tree: Mapping[str, Any], num_clients: int) -> Tensor:
-    """For each client whether all its elements of a stacked tree are finite; shape ``[num_clients]``."""
+    """Whether all elements of each client in a stacked tree are finite; shape ``[num_clients]``."""
     leaves = [leaf for leaf in pytree.tree_leaves(tree) if not bool(torch.isfinite(leaf.sum()))]
     flags = [torch.isfinite(leaf).reshape(num_clients, -1).all(1) for leaf in leaves]
     return torch.stack([torch.ones(num_clients, dtype=torch.bool), *(flag.cpu() for flag in flags)]).all(0)

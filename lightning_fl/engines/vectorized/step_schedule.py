@@ -1,4 +1,4 @@
-"""Clients of unequal work side by side: who trains in which step."""
+"""Schedules clients with unequal work side by side: which clients train in which step."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ ALL_COST, SUBSET_COST = 2, 4
 
 
 StepMask = tuple[int, ...]
-"""Which clients of a group train in a step: their places in it, in order."""
+"""The clients of a group that train in a step: their positions in the group, in order."""
 
 
 def step_masks(works: Sequence[Sequence[Hashable]], num_steps_apart: float = 0) -> list[StepMask]:
-    """Schedules clients with unequal work: who trains in each step.
+    """Schedules clients with unequal work: which clients train in each step.
 
-    Each client trains its batches in their order; clients that wait for batches of the same shape train together. The
-    shape with the longest remaining client goes first, so that the others catch up meanwhile. With one pass each that
-    takes the fewest steps.
+    Each client trains its batches in their order; clients whose next batches have the same shape train together. The
+    shape whose longest client has the most batches left goes first, so that the others catch up meanwhile. With one
+    pass each, that takes the fewest steps.
 
     Args:
-        works: For each client, what its batches look like, one after the other.
+        works: For each client, the signatures of its batches, in order.
         num_steps_apart: Initial steps for which clients must share a step index to train together.
     """
     waiting: dict[Hashable, list[int]] = {}
@@ -60,7 +60,7 @@ def group_clients(
     """Groups clients so that training takes the least time: all together, or only those with equal work.
 
     Args:
-        works: For each client, what its batches look like, one after the other.
+        works: For each client, the signatures of its batches, in order.
         num_steps_apart: Initial steps for which clients must share a step index to train together.
         wants_equal: Whether only clients with equal work may train together.
         compute_bound: Share of a single-client step that is arithmetic, which grouping does not make faster.

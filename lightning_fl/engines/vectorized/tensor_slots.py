@@ -1,4 +1,4 @@
-"""The places of a module's tensors, where others stand in for them during a step."""
+"""Replaces a module's tensors by others during a step."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from lightning_fl.types import Tree
 
 
 class TensorSlots:
-    """Finds the places of tensors in a module once; ``torch.func.functional_call`` searches for them in each call.
+    """The slots of tensors in a module, found once; ``torch.func.functional_call`` searches for them in each call.
 
     Args:
         module: The module.
-        tensors: Parameters and buffers of it; one that is tied has several places.
+        tensors: Some of its parameters and buffers; a tied tensor has several slots.
     """
 
     def __init__(self, module: nn.Module, tensors: Tree) -> None:
@@ -27,14 +27,14 @@ class TensorSlots:
 
     @contextmanager
     def hold(self, tensors: Tree) -> Iterator[Tree]:
-        """Puts other tensors in the places.
+        """Puts other tensors into the slots inside the block.
 
         Args:
-            tensors: By the names of those for which they stand in.
+            tensors: By the names of the tensors that they replace.
 
         Yields:
-            An empty tree; when the block ends, it is filled with what the module holds in place of a tensor that it
-            has replaced meanwhile.
+            An empty tree. When the block ends, it is filled with the tensors that the module itself has assigned to
+            slots meanwhile, such as a new value of a buffer.
         """
         replaced: Tree = {}
         before = [owner[key] for owner, key, _ in self._slots]

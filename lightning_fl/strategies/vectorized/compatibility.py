@@ -1,4 +1,4 @@
-"""When several clients may train in one step: what is refused, and how it is checked."""
+"""Checks whether several clients can train in one step with the result that each has alone."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ from lightning_fl.torch_internals import (
 from lightning_fl.types import Phase
 
 ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop")
-"""Optimizers of ``torch.optim`` that treat each element alone, so that they step stacked parameters as single ones."""
+"""Optimizers of ``torch.optim`` that treat each element alone, so that they can step stacked parameters."""
 _DRAWN = "random operation"
-"""What ``torch.func.vmap`` complains of when random numbers are drawn."""
+"""Part of the error of ``torch.func.vmap`` when random numbers are drawn."""
 MAX_FLOPS_ON_CPU = 3e7
 """FLOPs per client step above which vectorizing no longer pays on a CPU."""
 
@@ -122,20 +122,20 @@ def check_equivalence(
     """Compares one step of several clients with the same step of two of them alone; leaves nothing changed.
 
     Args:
-        engine: Has the clients loaded.
-        capture: Notes what they log.
+        engine: The engine, with the clients loaded.
+        capture: Records what the clients log.
         batch: Their batches, stacked.
         args: The other arguments of ``training_step``.
-        allows_random: Whether random numbers may be others than a client alone would draw.
-        max_flops: The most floating-point operations of one client's step that is worth to be run with others'.
+        allows_random: Whether random numbers may differ from those that a client alone would draw.
+        max_flops: The floating-point operations of one client's step above which training together does not pay off.
 
     Returns:
-        What ``torch.func.vmap`` is to do about random numbers: ``"error"``, or ``"different"`` if the step draws some
-        and that is allowed.
+        The ``randomness`` of ``torch.func.vmap``: ``"error"``, or ``"different"`` if the step draws random numbers and
+        that is allowed.
 
     Raises:
-        NotVectorizable: If the step can't run under ``vmap``, gives other losses or gradients, changes more than it
-            returns, or is so long that it would gain nothing.
+        NotVectorizable: If the step can't run under ``vmap``, gives different losses or gradients, has side effects,
+            or takes so long that training together would gain nothing.
     """
     try:
         _check(engine, capture, batch, args, "error", max_flops)
@@ -215,13 +215,14 @@ def _first_line(error: Exception) -> str:
 
 
 def _outside(engine: VectorizedEngine, module: nn.Module) -> list[tuple[str, Tensor, int]]:
+    """The module's tensors that are not stacked, with their version counters."""
     stacked = engine.stacked_names
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     return [(name, tensor, version_counter(tensor)) for name, tensor in tensors.items() if name not in stacked]
 
 
 class OpaqueProxy:
-    """Stands for the Trainer or the batch index in a step that is tried out; it can be handed on but not looked at."""
+    """Replaces the Trainer and the batch index in a trial step; it can be passed on, but reading it is an error."""
 
     is_seen = False
 
@@ -241,7 +242,7 @@ def with_grads(
     """The parameters that get a gradient in a step of several clients; leaves nothing changed.
 
     Returns:
-        None if the step looks at the Trainer or at ``batch_idx``, so that it may be another one the next time.
+        None if the step reads the Trainer or ``batch_idx``, so that it may do something else the next time.
     """
     stand_in, buffers = OpaqueProxy(), engine.copy_buffers()
     try:

@@ -31,15 +31,15 @@ from lightning_fl.strategies.vectorized.side_effects import (
 
 
 class VectorizedDriver:
-    """Runs the steps of client groups, and hands on what they log.
+    """Runs the steps of client groups, and logs what they log.
 
     Args:
         trainer: The Trainer.
         engine: Trains the groups.
         settings: How many clients train together.
-        is_asked_for: Whether the user has asked for it, so that what stands against it is an error.
+        is_asked_for: Whether the user has requested the vectorized engine, so that an obstacle is an error.
         allows_random: Whether random numbers in a step may differ from those that a client alone would draw, and
-            depend on who trains beside it.
+            depend on the other clients of the group.
     """
 
     def __init__(
@@ -52,7 +52,6 @@ class VectorizedDriver:
     ) -> None:
         self.trainer = trainer
         self.engine = engine
-        self.settings = settings
         self.is_asked_for = is_asked_for
         self.allows_random = allows_random
         convert = trainer.precision_plugin.convert_input
@@ -74,11 +73,11 @@ class VectorizedDriver:
         return is_shared or None in kinds or len(kinds) > 1
 
     def start(self, task: ClientTask, data: StackedData) -> None:
-        """The clients of a group have been loaded into the engine.
+        """Called when the clients of a group have been loaded into the engine.
 
         Raises:
-            NotVectorizable: If one step of the group would not do what a step of each client does; says why. It is
-                checked at the first group.
+            NotVectorizable: If one step of the group would not do what a step of each client does; only the first
+                group is checked.
         """
         self.task = task
         self._has_stepped = False
@@ -99,7 +98,7 @@ class VectorizedDriver:
             )
 
     def look_at(self, data: StackedData) -> bool:
-        """Tries a step of each new shape of batch; tells whether :attr:`equal_work_only` has changed since.
+        """Tries a step with each new shape of batch; returns whether :attr:`equal_work_only` has changed.
 
         A shape for which some parameters get no gradient must not share steps with one for which they do.
         """
@@ -125,14 +124,14 @@ class VectorizedDriver:
             yield content, logged.step_arguments(self.trainer.lightning_module, 0)
 
     def leave(self) -> None:
-        """The clients that were started will not be trained together."""
+        """Forgets the group, which has been trained or will not be trained together."""
         self.task = None
 
     def refuse(self, reason: str) -> None:
-        """Clients can't train together, or had better not; says so.
+        """Reports why clients do not train together.
 
         Raises:
-            MisconfigurationException: If the user has asked for it.
+            MisconfigurationException: If the user has requested that they do.
         """
         self.leave()
         if self.is_asked_for:
@@ -144,10 +143,10 @@ class VectorizedDriver:
             rank_zero_info(f"Clients train one after the other: {reason}.")
 
     def step(self, batch: StackedBatch, *args: Any) -> tuple[Tensor, Tensor]:
-        """The step of all clients of the group that train on ``batch``.
+        """Runs the step of all clients of the group that train on ``batch``.
 
         Returns:
-            The sum of their losses, so that each gets its own gradient, and the losses, ``[num_clients]``.
+            The sum of their losses, whose gradient is each client's own, and the losses, ``[num_clients]``.
         """
         self._select(batch.mask)
         content = batch.content
@@ -171,7 +170,7 @@ class VectorizedDriver:
         try:
             losses, tensors = self.engine.forward_stacked(self.capture, content, *args, randomness=self._randomness)
             check_unchanged(before, own_attributes(module))
-            if drawn is not None:  # in a group's first step only: to look at the generators takes as long as a layer
+            if drawn is not None:  # in a group's first step only: reading the generators takes as long as a layer
                 check_undrawn(drawn)
         except (NotVectorizable, RuntimeError) as error:
             if not isinstance(error, NotVectorizable) and not any(word in str(error) for word in ("vmap", "functorch")):
@@ -184,13 +183,13 @@ class VectorizedDriver:
         return losses, tensors
 
     def clip_norms(self, optimizer: torch.optim.Optimizer, max_norm: float) -> bool:
-        """Clips each client's gradients by their norm; tells whether several clients train at the moment."""
+        """Clips each client's gradients by their norm; returns False if no group is being trained."""
         if self.task is not None:
             self.engine.clip_norms(optimizer, max_norm)
         return self.task is not None
 
     def restrict_to(self, accepted: Sequence[bool]) -> Mapping[str, Mapping[str, Any]]:
-        """Updates the torchmetrics again with the clients whose updates were accepted; returns what those logged."""
+        """Repeats the updates of torchmetrics for the accepted clients only; returns the values that these logged."""
         chosen = torch.tensor(accepted)
         entries = self.capture.entries(chosen)
         self.capture.update_metrics(chosen)

@@ -1,4 +1,4 @@
-"""What a training step tells Lightning (``self.log``, torchmetrics), noted under ``vmap`` and told afterwards."""
+"""Records under ``vmap`` what a training step logs (``self.log``, torchmetrics), and replays it afterwards."""
 
 from __future__ import annotations
 
@@ -29,14 +29,15 @@ _REDUCTIONS: dict[Any, Callable[[Tensor], Tensor]] = {
 
 
 class NotVectorizable(Exception):
-    """Raised when a module's step can't run for several clients at once; says why."""
+    """Raised when a module's step can't run for several clients at once."""
 
 
 class _MetricResult:
-    """Stands for what a torchmetric's ``forward`` will return once its call is made."""
+    """Placeholder for what a torchmetric's ``forward`` returns when its call is replayed."""
 
-    def __init__(self, is_used: bool = False) -> None:
-        self.is_used = is_used
+    def __init__(self) -> None:
+        self.is_used = False
+        """Whether the placeholder is logged, so that the values of all clients are needed."""
         self.values: Tensor | None = None
 
 
@@ -62,7 +63,7 @@ class _Step:
     rows: Tensor
 
     def of(self, accepted: Tensor) -> Tensor:
-        """Where in the step the clients stand for whom ``accepted`` is true."""
+        """Rows of the step's clients for which ``accepted`` is true."""
         return accepted[self.rows].nonzero().flatten()
 
     @property
@@ -86,7 +87,7 @@ class _Step:
 
 
 class LogCapture:
-    """Runs a module's ``training_step`` for one client under ``vmap`` and notes what it logs.
+    """Runs a module's ``training_step`` for one client under ``vmap`` and records what it logs.
 
     Args:
         module: The user's module.
@@ -100,9 +101,9 @@ class LogCapture:
         self._calls: list[_Call] = []
 
     def __call__(self, *args: Any) -> tuple[Tensor, list[Tensor]]:
-        """Runs the step; returns its loss and the tensors to be handed to :meth:`emit`."""
+        """Runs the step; returns its loss and the tensors to be passed to :meth:`emit`."""
         self._calls = []
-        with self._noting():
+        with self._recording():
             output = self.module.training_step(*args)
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor):
@@ -158,7 +159,7 @@ class LogCapture:
         self.steps, self._waiting = [], []
 
     def entries(self, accepted: Tensor) -> Entries:
-        """Value and weight, by key of Lightning's results, of what the clients have logged that are ``accepted``."""
+        """By key of Lightning's results, value and weight of what the ``accepted`` clients have logged."""
         logged: dict[str, list[tuple[Any, Tensor, float]]] = {}
         for step in self.steps:
             chosen = step.of(accepted)
@@ -172,7 +173,7 @@ class LogCapture:
         return {key: _join(values) for key, values in logged.items()}
 
     def update_metrics(self, accepted: Tensor) -> None:
-        """Calls the torchmetrics again, for the clients only that are ``accepted``."""
+        """Replays the calls of torchmetrics, for the ``accepted`` clients only."""
         for step in self.steps:
             chosen = step.of(accepted)
             own = _Step(step.calls, select(step.tensors, chosen), len(chosen), step.batch_size, step.rows[chosen])
@@ -181,17 +182,17 @@ class LogCapture:
                     _update(call, args, kwargs, len(chosen))
 
     @contextmanager
-    def _noting(self) -> Iterator[None]:
+    def _recording(self) -> Iterator[None]:
         patched: list[tuple[Any, str, Any]] = []
 
-        def patch(owner: Any, name: str, note: Callable[..., Any]) -> None:
+        def patch(owner: Any, name: str, record: Callable[..., Any]) -> None:
             patched.append((owner, name, vars(owner).get(name, patched)))
-            object.__setattr__(owner, name, note)
+            object.__setattr__(owner, name, record)
 
-        patch(self.module, "log", self._note_log)
+        patch(self.module, "log", self._record_log)
         for metric in self.metrics:
             for method in ("forward", "update"):
-                patch(metric, method, lambda *args, m=metric, n=method, **kwargs: self._note(m, n, args, kwargs))
+                patch(metric, method, lambda *args, m=metric, n=method, **kwargs: self._record(m, n, args, kwargs))
             for method in ("compute", "reset"):
                 patch(metric, method, lambda *args, n=method, **kwargs: _refuse(n))
         try:
@@ -202,7 +203,7 @@ class LogCapture:
                 if before is not patched:
                     object.__setattr__(owner, name, before)
 
-    def _note_log(self, *args: Any, **kwargs: Any) -> None:
+    def _record_log(self, *args: Any, **kwargs: Any) -> None:
         bound = _SIGNATURE.bind(self.module, *args, **kwargs)
         bound.apply_defaults()
         arguments = {name: value for name, value in bound.arguments.items() if name != "self"}
@@ -211,9 +212,9 @@ class LogCapture:
             value.is_used = True
         elif not isinstance(value, Metric | Tensor | int | float):
             raise NotVectorizable(f"self.log({arguments['name']!r}, ...) got a {type(value).__name__}")
-        self._note(None, "log", (), arguments)
+        self._record(None, "log", (), arguments)
 
-    def _note(self, metric: Any, method: str, args: Any, kwargs: Any) -> _MetricResult | None:
+    def _record(self, metric: Any, method: str, args: Any, kwargs: Any) -> _MetricResult | None:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         result = _MetricResult()
         self._calls.append(_Call(metric, method, spec, leaves, result))
@@ -221,7 +222,7 @@ class LogCapture:
 
 
 def _with_tensors(step: _Step) -> Iterator[tuple[_Call, Any, dict[str, Any]]]:
-    """The calls with their arguments, in which tensors are stacked over the clients."""
+    """Yields the calls with their arguments, in which tensors are stacked over the clients."""
     tensors = iter(step.tensors)
     for call in step.calls:
         leaves = [next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in call.leaves]

@@ -1,4 +1,4 @@
-"""What a training step may leave behind besides its loss: attributes of the module, and random numbers drawn."""
+"""Detects side effects of a training step: changed attributes of the module, and random numbers drawn."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FRAMEWORK_ATTRIBUTES = vars(L.LightningModule()).keys() - _READ_BY_STEPS
 
 
 def attributes(module: nn.Module, path: str = "") -> Attributes:
-    """What :func:`own_attributes` gives of a module and its submodules, torchmetrics left out."""
+    """The :func:`own_attributes` of a module and its submodules, without torchmetrics."""
     found = {f"{path}{name}": entry for name, entry in own_attributes(module).items()}
     for name, child in module.named_children():
         if not isinstance(child, Metric | MetricCollection):
@@ -34,7 +34,7 @@ def attributes(module: nn.Module, path: str = "") -> Attributes:
 
 
 def own_attributes(module: nn.Module) -> Attributes:
-    """By attribute, each Python value, a shallow copy of it if it is a container, and marks that show its changes."""
+    """By attribute, its value, a shallow copy of it if it is a container, and marks that differ if it changes."""
     return {
         name: (value, _shallow_copy(value), _marks(value))
         for name, value in vars(module).items()
@@ -46,7 +46,7 @@ def check_unchanged(before: Attributes, after: Attributes) -> None:
     """Makes sure that a step has not set attributes of the module.
 
     Raises:
-        NotVectorizable: If it has; names one.
+        NotVectorizable: If it has.
     """
     changed = [key for key in {**before, **after} if before.get(key, (0,))[-1] != after.get(key, (0,))[-1]]
     if changed:
@@ -54,7 +54,7 @@ def check_unchanged(before: Attributes, after: Attributes) -> None:
 
 
 def put_back(module: nn.Module, before: Attributes) -> None:
-    """Gives a module and its submodules the attributes that they had."""
+    """Restores the attributes of a module and its submodules."""
     for key in set(attributes(module)) - set(before):
         path, _, name = key.rpartition(".")
         object.__delattr__(module.get_submodule(path), name)
@@ -74,9 +74,9 @@ def put_back(module: nn.Module, before: Attributes) -> None:
 
 
 def random_states() -> tuple[Any, ...]:
-    """Where the global generators of NumPy and Python stand; torch's is watched by ``torch.func.vmap``.
+    """What shows a draw from the global generators of NumPy and Python; ``torch.func.vmap`` watches torch's.
 
-    A draw either moves a generator's position or renews all its 624 words, so that one of these is enough.
+    A draw either moves a generator's position or replaces all its 624 words, so that one of these is enough.
     """
     _, words, *numpy = np.random.get_state()
     _, python, spare = random.getstate()
@@ -94,7 +94,7 @@ def check_undrawn(before: tuple[Any, ...]) -> None:
 
 
 def _shallow_copy(value: Any) -> Any:
-    """What a container holds, or an object's attributes; None for what is not looked into."""
+    """A copy of a container, or of an object's attributes; None for values whose content is not compared."""
     if isinstance(value, (list, dict, set)):
         return copy.copy(value)
     is_looked_into = hasattr(value, "__dict__") and not isinstance(value, (Tensor, *_CLOSED))
@@ -102,7 +102,7 @@ def _shallow_copy(value: Any) -> Any:
 
 
 def _marks(value: Any, depth: int = 3) -> Any:
-    """What changes if something in the value does: identities, and versions of tensors."""
+    """Marks that differ if something in the value changes: identities, and version counters of tensors."""
     if type(value) in _SIMPLE:
         return type(value), value
     if isinstance(value, Tensor):

@@ -148,7 +148,7 @@ def test_arguments(options: dict[str, Any], message: str) -> None:
 
 def test_a_delta_that_gives_examples_away() -> None:
     callback = SampleLevelDP(noise_multiplier=1.0, delta=0.2)
-    with pytest.warns(UserWarning, match="Take a smaller delta"):
+    with pytest.warns(UserWarning, match="Use a smaller delta"):
         trainer("fedavg", callbacks=[callback]).fit(Plain(), image_clients((9,), 4))
 
 

@@ -131,7 +131,7 @@ def test_a_buffer_that_changes() -> None:
 def test_a_second_fit_from_the_start_is_warned_of() -> None:
     callback = private(method="rdp")
     fit(callback)
-    with pytest.warns(UserWarning, match="ledgers of their own"):
+    with pytest.warns(UserWarning, match="start with new ledgers"):
         fit(callback)
 
 

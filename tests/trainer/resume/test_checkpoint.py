@@ -140,7 +140,7 @@ def test_a_federation_goes_on_from_a_plain_checkpoint() -> None:
 
 def test_another_algorithm_does_not_go_on() -> None:
     fit("scaffold", 1, **every_round())
-    with pytest.raises(MisconfigurationException, match="written by Scaffold, whose state FedAvg can't go on from"):
+    with pytest.raises(MisconfigurationException, match="written by Scaffold, whose state FedAvg can't continue from"):
         fit("fedavg", 2, "ckpt/epoch=0.ckpt")
 
 
