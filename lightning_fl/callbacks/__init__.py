@@ -1,4 +1,4 @@
-"""What a user adds to the Trainer."""
+"""Callbacks for a Trainer with a federated strategy."""
 
 from lightning_fl.callbacks.client_metrics import ClientMetrics
 from lightning_fl.callbacks.dry_run import DryRun

@@ -57,7 +57,7 @@ class ClientFacts:
         num_steps: Optimizer steps actually taken, in the phases that train what is sent.
         lr_sum: For each shared parameter, the learning rates of its steps summed.
         normalizer: FedNova's ``|a_i|_1``, or None if it is unknown for the optimizer.
-        schedule_end: What the schedules have reached at the end of the longest phase.
+        schedule_end: The progress of the schedules at the end of the longest phase.
         num_steps_of_all: Optimizer steps of all phases.
     """
 
@@ -223,7 +223,7 @@ class LocalTrainer(ABC):
         Args:
             params: The new global parameters.
             buffers: The mean change of the shared buffers.
-            schedule_end: What the schedules have reached on the client with the most steps. None: back to the start.
+            schedule_end: The progress of the schedules on the client with the most steps. None: back to the start.
         """
         self.leave()
         start = self.round_start

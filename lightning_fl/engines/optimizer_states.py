@@ -42,7 +42,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class ScheduleEnd:
-    """What the schedules have reached at the end of a client's local training.
+    """The progress of the schedules at the end of a client's local training.
 
     Args:
         num_steps: Steps of each schedule.
@@ -191,7 +191,7 @@ class OptimizerStates:
         }
 
     def schedule_end(self) -> ScheduleEnd:
-        """What the schedules have reached in the current client's local training."""
+        """The progress of the schedules in the current client's local training."""
         steps = [
             schedule.scheduler.last_epoch - first if schedule.by_user else schedule.num_steps
             for schedule, first in zip(self.schedules, self._first_epochs, strict=True)
@@ -202,7 +202,7 @@ class OptimizerStates:
         """Sets schedules and options for the next round.
 
         Args:
-            end: What they have reached on the client with the most steps. None: back to the round's start.
+            end: Their progress on the client with the most steps. None: back to the round's start.
         """
         self._restore()
         if end is not None:

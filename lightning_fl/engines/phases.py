@@ -97,7 +97,7 @@ class LocalPhases:
 
     @property
     def schedule_end(self) -> ScheduleEnd:
-        """What the schedules have reached at the end of the phase with the most steps."""
+        """The progress of the schedules at the end of the phase with the most steps."""
         assert self._end is not None, "no phase has ended"
         return self._end
 

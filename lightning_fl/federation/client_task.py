@@ -1,4 +1,4 @@
-"""The local training of a client group in a round: its batches, its phases, and what is measured meanwhile."""
+"""The local training of a client group in a round: its batches, its phases, and what is measured."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class RankReport:
         num_steps: Optimizer steps of all clients.
         num_examples: Number of examples of all clients, in one pass each.
         squared_norm: The weighted sum of the updates' squared norms.
-        schedule_end: What the schedules have reached on the client with the most steps.
+        schedule_end: The progress of the schedules on the client with the most steps.
         refused: Clients whose update was not finite.
         lost: Clients that dropped out before their update was added.
         empty: Clients without data.

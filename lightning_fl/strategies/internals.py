@@ -132,7 +132,7 @@ def save_passed_steps(trainer: Trainer, before: int, after: int) -> None:
 
 
 def average_passed_steps(trainer: Trainer, before: int, after: int) -> None:
-    """Lets ``WeightAveraging`` take in the global model if it would have taken in one at a step of the round."""
+    """Lets ``WeightAveraging`` average the global model in, if it would have averaged at a step of the round."""
     callbacks = [c for c in trainer.callbacks if isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
     for callback in callbacks:
         if any(callback.should_update(step_idx=step) for step in range(before, after)):

@@ -24,7 +24,7 @@ class RoundLoaders:
     """Opens the loaders of a round's clients.
 
     Args:
-        plan: What this rank does in the round.
+        plan: The plan of this rank for the round.
         population: All clients.
         seed: Seed of the federation.
         following: Returns the client that trains after a given one; None if there is none.
