@@ -13,25 +13,24 @@ from unittest.mock import patch
 
 import torch
 
-from lightning_fl import FederatedStrategy
-from lightning_fl.engines import VectorizedEngine
+from lightning_fl.engines import LocalTrainer
+from lightning_fl.engines.vectorized.grouping import Grouping
 from lightning_fl.federation.planner import Planner
 from lightning_fl.federation.round import Round
+from lightning_fl.strategies import driver
 from lightning_fl.strategies.driver import RoundDriver
-from lightning_fl.strategies.vectorized import driver as together
+from lightning_fl.strategies.round_loaders import RoundLoaders
 
 STAGES: dict[str, list[tuple[Any, str]]] = {
     "plan the round": [(Planner, "plan")],
-    "read the clients' data": [(RoundDriver, "_open_together")],
-    "load the clients": [(Round, "start_clients"), (Round, "start_client")],
-    "stack batches": [(together, "stack_lazy"), (together, "stack")],
-    "forward and backward": [
-        *[(VectorizedEngine, "step"), (FederatedStrategy, "training_step"), (torch.Tensor, "backward")],
-    ],
+    "read the clients' data": [(driver, "read_group"), (RoundLoaders, "open")],
+    "load the clients": [(Round, "start")],
+    "stack batches": [(Grouping, "stack")],
+    "forward and backward": [(LocalTrainer, "step")],
     "optimizer": [(torch.optim.SGD, "step")],
-    "note losses and metrics": [(together.VectorizedDriver, "training_step")],
-    "add up the updates": [(Round, "finish_clients"), (Round, "finish_client")],
-    "close the round": [(RoundDriver, "_close_round")],
+    "hand on what is logged": [(RoundDriver, "_flush_logs")],
+    "add up the updates": [(Round, "finish")],
+    "close the round": [(RoundDriver, "_close")],
 }
 REST = "Lightning's loop and hooks"
 

@@ -195,7 +195,7 @@ def test_the_model_is_that_of_the_moment() -> None:
 
 def test_the_model_is_there_in_training_only() -> None:
     run: Any = fit(Notes(lambda view: None), rounds=1)
-    with pytest.raises(AssertionError, match="from the start of training to its end"):
+    with pytest.raises(AssertionError, match="only between the start and the end of training"):
         _ = run.strategy.view.params
 
 
