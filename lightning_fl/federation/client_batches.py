@@ -58,8 +58,8 @@ class ClientBatches:
         self.on_first_batch = on_first_batch
         self.seconds_waiting = 0.0
         """Seconds in which training has waited for the loader."""
-        num_passes = max_work.epochs if len(works) == 1 else sum(work.epochs for work in works)
-        self.first_pass = round * num_passes
+        # At least as many passes as any client makes in any round, so that no pass number repeats.
+        self.first_pass = round * sum(max(work.epochs, max_work.epochs) for work in works)
 
     def read(self, next_phase: Callable[[], None] = lambda: None) -> Iterator[tuple[Any, BatchPosition]]:
         """Yields each batch with its position.

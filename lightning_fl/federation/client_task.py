@@ -38,8 +38,6 @@ class ClientTask:
         self.known_sizes = known_sizes
         self.phase = phases[0]
         self._phase_index = 0
-        self.num_steps = 0
-        """Batches trained on so far."""
         self._examples_seen = 0
         self._examples_of_pass: int | None = None
         self._losses: list[tuple[Sequence[int], Tensor | None, int]] = []
@@ -76,7 +74,6 @@ class ClientTask:
             losses: The loss of a client alone, or of each of several; None if the batch was skipped.
             mask: The positions in the group of the clients that trained. None: all.
         """
-        self.num_steps += 1
         self._examples_seen += num_examples
         if position.ends_pass:
             self._examples_of_pass = self._examples_seen

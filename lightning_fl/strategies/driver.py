@@ -139,7 +139,9 @@ class RoundDriver:
         is_random = sampling is not None and sampling.kind == "poisson"
         cohort_size = len(population) if is_random else len(self.plan.cohort)
         least = 0 if is_random and sampling is not None and sampling.rate < 1 else None
-        return FederationFacts(population.silos is not None, cohort_size, True, max_weight, least)
+        return FederationFacts(
+            population.silos is not None, cohort_size, is_training=True, max_weight=max_weight, min_cohort_size=least
+        )
 
     @property
     def module(self) -> L.LightningModule:
@@ -388,6 +390,8 @@ class RoundDriver:
 
     def _note_failure(self, opened: OpenRound, failed: LoaderFailed) -> None:
         opened.failed[failed.client] = self._describe_failure(failed)
+        if self.settings.aggregator.hides_reports and self.group.size > 1:
+            self.warnings.hidden_failure(self.plan.round, failed.client, opened.failed[failed.client])
 
     def _describe_failure(self, failed: LoaderFailed) -> str:
         if self.on_client_error == "raise":

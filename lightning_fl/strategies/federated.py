@@ -390,8 +390,12 @@ class FederatedStrategy(ParallelStrategy):
             )
         self._resume()
         optimizers = OptimizerStates(self.optimizers)
-        local_trainer, vectorized = select_engine(self, trainer, optimizers)
-        session = self.aggregator.open(self.federation, self.active_driver.facts)
+        try:
+            local_trainer, vectorized = select_engine(self, trainer, optimizers)
+            session = self.aggregator.open(self.federation, self.active_driver.facts)
+        except BaseException:
+            optimizers.close()
+            raise
         self.active_driver.start(local_trainer, vectorized, session)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import WeakSet
@@ -12,6 +13,7 @@ from torch import nn
 
 from lightning_fl.federation import RankReport, RoundResult
 from lightning_fl.federation.metric_entries import Entries
+from lightning_fl.types import ClientId
 
 _TRAINED: WeakSet[nn.Module] = WeakSet()
 """Modules that have been trained with hidden clients."""
@@ -65,6 +67,14 @@ class UserWarnings:
                 f"All {len(reports)} ranks trained on the same first batch. Started by a launcher, each rank is a silo "
                 "with its own data. To split one data set among simulated clients, give num_clients or partition."
             )
+
+    def hidden_failure(self, round: int, client: ClientId, error: str) -> None:
+        """Warns, on this rank only, of a loader that raised under an aggregator that hides the ranks' reports."""
+        warnings.warn(
+            f"Round {round}: the loader of client {client!r} raised {error}, so it was left out. The other ranks do "
+            "not see this error.",
+            stacklevel=2,
+        )
 
     def result(self, round: int, result: RoundResult, trainer: L.Trainer, logged: Entries) -> None:
         """Warns of refused updates, and of metrics that disclose hidden clients; informs of empty and last rounds."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -66,12 +67,21 @@ def settings_of_ranks(strategy: Any, trainer: L.Trainer) -> dict[str, str]:
     """The settings of a federation that must be the same on all ranks."""
     of_strategy = ("algorithm", "weighting", "client_optimizer", "cohort", "clients_per_round", "stragglers")
     of_trainer = ("max_epochs", "max_steps", "min_epochs", "check_val_every_n_epoch", "num_sanity_val_steps")
-    names = (*of_strategy, "local_epochs", "local_steps", "personal", "_seed")
-    return {
+    of_data = ("num_clients", "partition", "split_validation")
+    names = (*of_strategy, *of_data, "local_epochs", "local_steps", "personal", "_seed")
+    settings = {
         **{name: repr(getattr(strategy, name)) for name in names},
         **{name: repr(getattr(trainer, name)) for name in of_trainer},
         "aggregator": type(strategy.aggregator).__name__,
+        "transforms": ", ".join(map(_numbers_of, strategy.transforms)),
     }
+    return {name: re.sub(r" at 0x[0-9a-f]+", "", value) for name, value in settings.items()}
+
+
+def _numbers_of(transform: Transform) -> str:
+    """A transform's type and the numbers it was made with; its other attributes may differ between ranks."""
+    numbers = {name: value for name, value in vars(transform).items() if type(value) in (int, float, bool)}
+    return f"{type(transform).__name__}({numbers})"
 
 
 def check_types(partition: Any, aggregator: Any, transforms: Any, personal: Any) -> None:

@@ -44,6 +44,26 @@ def read(loader: Any, *works: LocalWork, round: int = 0, **options: Any) -> tupl
     return [batch for batch, _ in pairs], [position for _, position in pairs]
 
 
+class CountsPasses(DistributedSampler[int]):
+    """Remembers which pass numbers it was told."""
+
+    def __init__(self) -> None:
+        super().__init__(range(4), num_replicas=1, rank=0)
+        self.told: list[int] = []
+
+    def set_epoch(self, epoch: int) -> None:
+        self.told.append(epoch)
+
+
+def test_pass_numbers_never_repeat_with_several_phases_and_uneven_work() -> None:
+    sampler = CountsPasses()
+    loader = DataLoader(range(4), sampler=sampler)
+    for round, epochs in enumerate((5, 3, 2, 5)):
+        works = [LocalWork(epochs), LocalWork(1)]
+        list(ClientBatches("a", loader, works, round, LocalWork(5)).read())
+    assert len(set(sampler.told)) == len(sampler.told) == 19
+
+
 def windows(segments: Sequence[int], accumulate: int) -> list[list[int]]:
     """The accumulation windows of a client, each the offsets of its batches."""
     found, offset = [], 0

@@ -42,7 +42,7 @@ def test_the_loss_of_a_client_is_the_mean_over_its_examples(mask: Any) -> None:
     task.record(END_OF_PASS, 2, torch.tensor(4.0), mask)
     (run,) = runs(task)
     assert run.loss == (4 * 1 + 2 * 4) / 6
-    assert (run.num_examples, run.weight, task.num_steps) == (6, 6.0, 2)
+    assert (run.num_examples, run.weight) == (6, 6.0)
     assert (run.num_steps, run.lr_sum, run.normalizer) == (3, {"x": 0.3}, 2.5)
 
 
@@ -115,4 +115,4 @@ def test_only_phases_that_train_what_is_sent_count() -> None:
     task.next_phase()
     task.record(END_OF_PASS, 3, torch.tensor(2.0))
     (run,) = runs(task)
-    assert (run.loss, run.num_examples, task.num_steps) == (1.5, 3, 3)
+    assert (run.loss, run.num_examples) == (1.5, 3)

@@ -165,13 +165,17 @@ def one_rank_differs(what: str) -> str:
     module = Plain()
     if rank == 1 and what == "tensor":
         module.net[3] = nn.Linear(8, 5)
-    strategy = FederatedStrategy("scaffold" if rank == 1 and what == "setting" else "fedavg")
+    others: dict[str, Any] = {"setting": {"algorithm": "scaffold"}, "clients": {"num_clients": 7}}
+    options = {"algorithm": "fedavg", **({"num_clients": 4} if what == "clients" else {})}
+    strategy = FederatedStrategy(**{**options, **(others.get(what, {}) if rank == 1 else {})})
     with pytest.raises(ValueError, match="do not train the same thing") as error:
         trainer(strategy).fit(module, loader(8, seed=rank))
     return str(error.value)
 
 
-@pytest.mark.parametrize(("what", "named"), [("tensor", "'net.3.weight'"), ("setting", "'algorithm'")])
+@pytest.mark.parametrize(
+    ("what", "named"), [("tensor", "'net.3.weight'"), ("setting", "'algorithm'"), ("clients", "'num_clients'")]
+)
 def test_ranks_that_differ_are_told_on_every_rank(run_ranks: Any, what: str, named: str) -> None:
     messages = run_ranks(2, one_rank_differs, what)
     assert messages[0] == messages[1]
