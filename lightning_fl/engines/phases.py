@@ -57,7 +57,7 @@ class LocalPhases:
             self._global_model = clones(self._all)
             load(self._all, self._own_model)
         elif phase.model == "global":
-            self._leave_own()
+            self._restore_global_model()
         self._model = phase.model
 
     def mask_frozen_grads(self, optimizer: Optimizer) -> None:
@@ -90,9 +90,9 @@ class LocalPhases:
         for name, total in optimizers.lr_sum(sent).items():
             self.lr_sum[name] += total
 
-    def leave_own(self) -> Tree:
+    def restore_global_model(self) -> Tree:
         """Puts the model that is sent back into the module; returns the client's own model, empty if not trained."""
-        self._leave_own()
+        self._restore_global_model()
         return self._own_model if self._global_model else {}
 
     @property
@@ -110,7 +110,7 @@ class LocalPhases:
     def _all(self) -> Tree:
         return {**self.tensors.trainable, **self.tensors.buffers, **self.tensors.personal}
 
-    def _leave_own(self) -> None:
+    def _restore_global_model(self) -> None:
         if self._model == "own":
             self._own_model = clones(self._all)
             load(self._all, self._global_model)

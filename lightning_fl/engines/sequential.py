@@ -77,7 +77,7 @@ class SequentialEngine(LocalTrainer):
         tensors, phases = self.tensors, self.phases
         tensors.check_frozen()
         self._end_phase()
-        own_model = phases.leave_own()
+        own_model = phases.restore_global_model()
         client_state: dict[str, Tree] = dict(phases.next_state)
         if self.personal or own_model:
             client_state["personal"] = own_model or clones(tensors.personal)

@@ -300,7 +300,7 @@ class Round:
         """Ends a group's training: adds its updates to the sum, and stages its states until the round is closed.
 
         An update, or a client's next state, that is not finite is refused: it reaches neither the sum nor the store.
-        The process's own random state comes back with :meth:`merge`; until then what draws continues the client's.
+        The random generators stay the client's until the next client starts; :meth:`merge` restores the process's own.
         """
         result = self.trainer.finish(task.steps_by_client)
         runs = task.runs(result.facts)

@@ -52,11 +52,11 @@ class BatchSteps(ABC):
 
     @abstractmethod
     def flush_logs(self) -> None:
-        """Hands on what has been logged and Lightning has not been told yet."""
+        """Passes logged values that were held back on to Lightning."""
 
     @abstractmethod
     def drop_logs(self) -> None:
-        """Forgets what has been logged and Lightning has not been told yet."""
+        """Drops logged values that were held back."""
 
     def skip(self) -> None:
         """Counts a batch that was not there, because this rank ends the round without one."""
@@ -93,10 +93,10 @@ class HookedSteps(BatchSteps):
         self.values.after_batch(self.results, size * (1 if mask is None else len(mask)))
 
     def flush_logs(self) -> None:
-        """Lightning has been told at once."""
+        """Does nothing: values reach Lightning in the step that logs them."""
 
     def drop_logs(self) -> None:
-        """Lightning has been told at once."""
+        """Does nothing: values reach Lightning in the step that logs them."""
 
     def end_batch(self) -> None:
         self.is_open = False

@@ -333,7 +333,7 @@ class RoundDriver:
             remaining = {client for group in (clients, *opened.pending) for client in group}
             opened.pending.clear()
             raise GroupSplit([[client] for client in self.plan.sizes if client in remaining]) from error
-        if data.masks is not None and vectorized.look_at(data):
+        if data.masks is not None and vectorized.try_new_shapes(data):
             vectorized.leave()
             raise GroupSplit(vectorized.grouping.split(data.works))
         return task

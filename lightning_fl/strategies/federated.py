@@ -429,7 +429,7 @@ class FederatedStrategy(ParallelStrategy):
         self._start_evaluation()
 
     def _start_evaluation(self) -> None:
-        results, silos = internals.results_at_hand(self._trainer), self._validation_is_per_rank
+        results, silos = internals.active_results(self._trainer), self._validation_is_per_rank
         self.evaluation_metrics.start(results, silos or self.split_validation, silos)
         self._works_alone = True
 

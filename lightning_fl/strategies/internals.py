@@ -186,7 +186,7 @@ def step_out_of_loop(trainer: Trainer, hook: str, batch: Any, batch_idx: int) ->
     module = trainer.lightning_module
     batch = module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), dataloader_idx=0)
     batch = call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=0)
-    results = results_at_hand(trainer)
+    results = active_results(trainer)
     results.batch, results.batch_size = batch, None
     takes_index = is_param_in_hook_signature(getattr(module, hook), "batch_idx", min_args=2)
     return call._call_strategy_hook(trainer, hook, batch, *([batch_idx] if takes_index else [])), batch
@@ -207,7 +207,7 @@ def log_to_loggers(trainer: Trainer, figures: dict[str, float]) -> None:
     trainer._logger_connector.log_metrics(dict(figures))  # type: ignore[arg-type]
 
 
-def results_at_hand(trainer: Trainer) -> _ResultCollection:
+def active_results(trainer: Trainer) -> _ResultCollection:
     """The collection to which ``self.log`` adds at the moment."""
     results = trainer._results
     assert results is not None

@@ -1,4 +1,4 @@
-"""Sums up what a client logs, so that Lightning is told once a client and not once a batch."""
+"""Sums up a client's logged values, so that Lightning's ``log`` runs once a client instead of once a batch."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class _Entry:
 class LogBuffer:
     """Stands for a module's ``log`` while ``training_step`` runs without Lightning's hooks around it.
 
-    Only means over the epoch wait, for which one call with the mean of several batches tells Lightning the same as one
-    call a batch; all others go to Lightning at once.
+    Only means over the epoch are held back: one call with the mean of several batches has the same result as one call
+    a batch. All other calls go to Lightning directly.
 
     Args:
         module: The user's module.
@@ -64,7 +64,7 @@ class LogBuffer:
             internals.set_running_hook(module, None)
 
     def flush(self) -> None:
-        """Tells Lightning what has been logged since the last time."""
+        """Passes the values logged since the last flush on to Lightning."""
         entries, self._entries = self._entries, {}
         if not entries:
             return
@@ -79,7 +79,7 @@ class LogBuffer:
         internals.set_running_hook(self.module, None)
 
     def drop(self) -> None:
-        """Forgets what has been logged since the last time."""
+        """Drops the values logged since the last flush."""
         self._entries = {}
 
     def _note(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:

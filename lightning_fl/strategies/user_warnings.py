@@ -106,8 +106,8 @@ class UserWarnings:
         """Warns if hidden clients train a module that has been trained before, whose spent epsilon is not known."""
         if module in _TRAINED:
             rank_zero_warn(
-                "This module has been trained with differential privacy before, and its epsilon starts anew: that of "
-                "this fit does not include what was spent before. Add the ledgers, resume with fit(ckpt_path=...), or "
+                "This module has been trained with differential privacy before, and its epsilon starts at 0 again, "
+                "without what was spent before. Add the ledgers, resume with fit(ckpt_path=...), or "
                 "start with a new module."
             )
         _TRAINED.add(module)

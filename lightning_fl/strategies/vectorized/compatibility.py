@@ -236,7 +236,7 @@ class OpaqueProxy:
     __radd__ = __rsub__ = __rmul__ = __rtruediv__ = __rfloordiv__ = __rmod__ = __rpow__ = _look
 
 
-def with_grads(
+def params_with_gradients(
     engine: VectorizedEngine, capture: LogCapture, batch: Any, args: tuple[Any, ...], randomness: str
 ) -> frozenset[str] | None:
     """The parameters that get a gradient in a step of several clients; leaves nothing changed.

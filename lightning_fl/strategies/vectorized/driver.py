@@ -20,7 +20,7 @@ from lightning_fl.federation import ClientTask
 from lightning_fl.federation.group_data import StackedData
 from lightning_fl.strategies import internals
 from lightning_fl.strategies import results as logged
-from lightning_fl.strategies.vectorized.compatibility import MAX_FLOPS_ON_CPU, check_equivalence, with_grads
+from lightning_fl.strategies.vectorized.compatibility import MAX_FLOPS_ON_CPU, check_equivalence, params_with_gradients
 from lightning_fl.strategies.vectorized.log_capture import LogCapture, NotVectorizable
 from lightning_fl.strategies.vectorized.side_effects import (
     check_unchanged,
@@ -97,7 +97,7 @@ class VectorizedDriver:
                 self.engine, self.capture, content, args, self.allows_random, max_flops
             )
 
-    def look_at(self, data: StackedData) -> bool:
+    def try_new_shapes(self, data: StackedData) -> bool:
         """Tries a step with each new shape of batch; returns whether :attr:`equal_work_only` has changed.
 
         A shape for which some parameters get no gradient must not share steps with one for which they do.
@@ -108,7 +108,9 @@ class VectorizedDriver:
                 if key not in self._grads_of:
                     self._select((place,))
                     with self._in_step(self.grouping.stack([batch], (place,))) as (content, args):
-                        self._grads_of[key] = with_grads(self.engine, self.capture, content, args, self._randomness)
+                        self._grads_of[key] = params_with_gradients(
+                            self.engine, self.capture, content, args, self._randomness
+                        )
         return self.equal_work_only != before
 
     def _select(self, mask: Sequence[int]) -> None:
@@ -157,7 +159,7 @@ class VectorizedDriver:
         return losses.sum(), losses
 
     def flush_logs(self) -> None:
-        """Hands on what the group has logged and Lightning has not been told yet."""
+        """Passes the group's logged values that were held back on to Lightning."""
         module = self.trainer.lightning_module
         internals.set_running_hook(module, "training_step")
         self.capture.flush()

@@ -77,7 +77,7 @@ class _Step:
 
     @property
     def can_wait(self) -> bool:
-        """Whether one call with the values of several steps tells Lightning the same as one for each step."""
+        """Whether one call with the values of several steps has the same result as one call for each step."""
         return all(
             _takes_rows(call, args, kwargs)
             if call.metric is not None
@@ -123,7 +123,7 @@ class LogCapture:
             tensors: What the step returned, stacked over the clients.
             rows: Their places in the group, shape ``[num_clients]``.
             batch_size: Examples in the batch of one client.
-            may_wait: Whether nobody looks before :meth:`flush` makes the calls that are still to be made.
+            may_wait: Whether the calls may be held back until :meth:`flush`, because nothing reads the values earlier.
         """
         step = _Step(self._calls, list(tensors), len(rows), batch_size, rows)
         self.steps.append(step)
@@ -135,7 +135,7 @@ class LogCapture:
             self.flush()
 
     def flush(self) -> None:
-        """Makes the calls that are still to be made: one for all steps that wait."""
+        """Makes the calls that were held back: one for all steps."""
         steps, self._waiting = self._waiting, []
         for made in zip(*map(_with_tensors, steps), strict=True):
             call, args, kwargs = made[0]

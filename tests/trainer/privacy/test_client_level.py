@@ -356,8 +356,8 @@ def test_a_second_fit_of_a_module_warns_that_its_ledger_is_new(recwarn: Any) -> 
     run.fit_loop.max_epochs = 2
     run.fit(module, clients)
     assert ledger_of(run.strategy) == recorded((Gaussian(1.0), 2))
-    assert not [warning for warning in recwarn if "epsilon starts anew" in str(warning.message)]
-    with pytest.warns(UserWarning, match="epsilon starts anew"):
+    assert not [warning for warning in recwarn if "epsilon starts at 0" in str(warning.message)]
+    with pytest.warns(UserWarning, match="epsilon starts at 0"):
         trainer(FederatedStrategy("fedavg", transforms=[private()]), 1).fit(module, clients)
 
 
