@@ -27,6 +27,10 @@ class FederatedCallback(L.Callback):
 
     keeps_client_state: ClassVar[bool] = False
     """Whether the callback writes to the clients' states, so that each client must train on its home rank."""
+    serves_batches_by_group: ClassVar[bool] = False
+    """Whether the callback's batch hooks need not run where training goes without them."""
+    evaluates_clients: ClassVar[bool] = False
+    """Whether the callback evaluates each client's own model, so that a warning about personal tensors is not due."""
 
     def wrap_loaders(self, loaders: ClientLoaders) -> ClientLoaders:
         """Called when the clients' loaders are known; returns the loaders to use for the same clients."""

@@ -206,9 +206,7 @@ class OptimizerStates:
         """
         self._restore()
         if end is not None:
-            with warnings.catch_warnings():
-                # A rank without clients steps its schedules although its optimizers have not stepped.
-                warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            with schedules_ahead_of_optimizers():
                 for schedule, num_steps in zip(self.schedules, end.num_steps, strict=True):
                     for _ in range(num_steps):
                         schedule.step()
@@ -290,6 +288,17 @@ class OptimizerStates:
         for schedule, state in zip(self.schedules, self._schedule_states, strict=True):
             schedule.scheduler.load_state_dict(copy.deepcopy(state))
             schedule.num_steps = 0
+
+
+@contextmanager
+def schedules_ahead_of_optimizers() -> Iterator[None]:
+    """A block in which PyTorch does not warn of schedules that step before their optimizers.
+
+    A rank without clients steps its schedules although its optimizers have not stepped.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+        yield
 
 
 _IMMUTABLE = (int, float, bool, str, type(None))

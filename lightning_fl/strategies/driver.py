@@ -44,7 +44,7 @@ from lightning_fl.strategies.metric_states import MetricStates
 from lightning_fl.strategies.open_round import OpenRound
 from lightning_fl.strategies.probe import probe
 from lightning_fl.strategies.rank_sync import RankSync, naming_round
-from lightning_fl.strategies.round_end import rank_report, show_result
+from lightning_fl.strategies.round_end import advance_trainer, rank_report
 from lightning_fl.strategies.round_loaders import UNKNOWN_LENGTH, RoundLoader, RoundLoaders
 from lightning_fl.strategies.round_view import RoundView
 from lightning_fl.strategies.user_warnings import UserWarnings
@@ -120,15 +120,19 @@ class RoundDriver:
         self._is_unsettled = False
         self._trained_last_round = False
         self._placeholders: list[str] = []
-        self.renew(population)
+        self.planner = self._make_planner()
+        self.plan = self._plan(internals.current_round(trainer))
 
     def renew(self, population: Population) -> None:
         """Replaces the clients' loaders."""
         self.population = population
-        self.planner = Planner(
-            population, self.participation, self.settings, self.group, self.sticky, self._describe_failure
-        )
+        self.planner = self._make_planner()
         self.plan = self._plan(internals.current_round(self.trainer))
+
+    def _make_planner(self) -> Planner:
+        return Planner(
+            self.population, self.participation, self.settings, self.group, self.sticky, self._describe_failure
+        )
 
     @property
     def facts(self) -> FederationFacts:
@@ -419,7 +423,7 @@ class RoundDriver:
         self.num_batches_trained = opened.num_batches_done
         self._is_unsettled, self._trained_last_round = True, opened.has_trained
         last_step = opened.first_step + result.report.num_steps
-        logged = show_result(trainer, opened, result.report, last_step)
+        logged = advance_trainer(trainer, opened, result.report, last_step)
         self.metric_states.merge([(own.metric_states, own.tensors) for own in reports], self.module.device)
         self.publish(logged)
         self.has_late_values = result.report.has_late_values

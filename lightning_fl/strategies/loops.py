@@ -6,7 +6,6 @@ when they change.
 
 from __future__ import annotations
 
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from lightning.pytorch.trainer.connectors.logger_connector.result import _Result
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from lightning_fl.clients.local_work import BatchPosition
+from lightning_fl.engines.optimizer_states import schedules_ahead_of_optimizers
 
 OUTSIDE_CLIENTS = BatchPosition(0)
 """The position while no client trains: a window of its own, so that nothing waits for more batches."""
@@ -258,9 +258,7 @@ class RoundEpochLoop(_TrainingEpochLoop):
 
     def step_epoch_schedules(self) -> None:
         """Steps the schedules that step once a round."""
-        with warnings.catch_warnings():
-            # A rank without clients steps its schedules although its optimizers have not stepped.
-            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+        with schedules_ahead_of_optimizers():
             self._update_learning_rates("epoch", update_plateau_schedulers=False)
 
     def set_global_step(self, step: int) -> None:

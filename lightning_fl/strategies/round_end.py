@@ -45,7 +45,7 @@ def rank_report(
     )
 
 
-def show_result(trainer: L.Trainer, opened: OpenRound, joined: RankReport, last_step: int) -> Entries:
+def advance_trainer(trainer: L.Trainer, opened: OpenRound, joined: RankReport, last_step: int) -> Entries:
     """Advances Lightning's schedules and counters by the round, equally on every rank.
 
     Args:

@@ -30,10 +30,10 @@ from lightning_fl.engines.tensors import clones, load
 from lightning_fl.engines.vectorized.batching_rules import BatchingRules
 from lightning_fl.engines.vectorized.buffer_pool import BufferPool
 from lightning_fl.engines.vectorized.row_subset import RowSubset
-from lightning_fl.engines.vectorized.stacking import num_bytes, stack
+from lightning_fl.engines.vectorized.stacking import stack
 from lightning_fl.engines.vectorized.tensor_slots import TensorSlots
 from lightning_fl.torch_internals import flat_vmap, pytree
-from lightning_fl.tree import cast_like
+from lightning_fl.tree import cast_like, num_bytes
 from lightning_fl.types import Phase, Tree
 
 Step = Callable[..., tuple[Any, Any]]
@@ -91,6 +91,7 @@ class VectorizedEngine(SequentialEngine):
         self._stacked_buffers: Tree = {}
         self.pool = BufferPool()
         self._subset: RowSubset | None = None
+        self._slots = TensorSlots(module, {})
 
     def start(
         self,

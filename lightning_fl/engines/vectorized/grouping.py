@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from lightning_fl.data.lazy_batches import LazyBatch, stack_lazy
 from lightning_fl.engines.vectorized.engine import Vectorized, VectorizedEngine
 from lightning_fl.engines.vectorized.forecast import BatchForecast
-from lightning_fl.engines.vectorized.stacking import StackedBatch, num_bytes, signature, stack
+from lightning_fl.engines.vectorized.stacking import StackedBatch, signature, stack
 from lightning_fl.engines.vectorized.step_schedule import StepMask, are_equal, group_clients, step_masks
+from lightning_fl.torch_internals import pytree
+from lightning_fl.tree import num_bytes
 from lightning_fl.types import ClientId
 
 COMPUTE_BOUND_BYTES = 2**20
@@ -143,4 +147,6 @@ def batch_signature(batch: Any) -> Any:
 
 
 def _num_bytes(batch: Any) -> int:
-    return batch.num_bytes if isinstance(batch, LazyBatch) else num_bytes(batch)
+    if isinstance(batch, LazyBatch):
+        return batch.num_bytes
+    return num_bytes(leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor))

@@ -117,12 +117,6 @@ def signature(value: Any) -> Any:
     )
 
 
-def num_bytes(value: Any) -> int:
-    """Bytes of all tensors in a value."""
-    leaves = pytree.tree_leaves(value)
-    return sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, Tensor))
-
-
 def are_finite(tree: Mapping[str, Any], num_clients: int) -> Tensor:
     """Whether all elements of each client in a stacked tree are finite; shape ``[num_clients]``."""
     leaves = [leaf for leaf in pytree.tree_leaves(tree) if not bool(torch.isfinite(leaf.sum()))]
