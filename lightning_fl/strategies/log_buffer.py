@@ -86,10 +86,11 @@ class LogBuffer:
         if args or not _is_epoch_mean(kwargs) or not (isinstance(value, Metric) or _is_number(value)):
             self._log(name, value, *args, **kwargs)
             return
-        key = (name, isinstance(value, Metric), *kwargs.items())
+        arguments = {key: own for key, own in kwargs.items() if key in _FREE}
+        key = (name, isinstance(value, Metric), *sorted(arguments.items()))
         entry = self._entries.get(key)
         if entry is None:
-            entry = self._entries[key] = _Entry({"name": name, **kwargs})
+            entry = self._entries[key] = _Entry({"name": name, **arguments})
         if isinstance(value, Metric):
             entry.metric = value
         else:
@@ -111,6 +112,7 @@ def _as_default_dtype(value: Tensor | float) -> Iterator[None]:
 
 _DEFAULTS = {name: own.default for name, own in inspect.signature(L.LightningModule.log).parameters.items()}
 _FREE = {"on_step", "on_epoch", "prog_bar", "logger"}
+"""Arguments that may have any value; of all others only the default is held back."""
 
 
 def _is_epoch_mean(kwargs: dict[str, Any]) -> bool:

@@ -90,6 +90,25 @@ class Logging(NotedPlain):
         self.by_hand.reset()
 
 
+class EpochLogging(NotedPlain):
+    """Logs for the epoch only, so that Lightning need not be called in each step."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.accuracy = MulticlassAccuracy(4, average="micro")
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        x, y = batch
+        self.accuracy(self.net(x.to(self.net[1].weight.dtype)), y)
+        self.log("mean", loss, on_step=False, on_epoch=True)
+        self.log("sized", loss, on_step=False, on_epoch=True, batch_size=7)
+        self.log("max", loss, on_step=False, on_epoch=True, reduce_fx="max")
+        self.log_dict({"sum": loss, "half": loss / 2}, on_step=False, on_epoch=True, reduce_fx="sum")
+        self.log_dict({"number": batch_idx, "accuracy": self.accuracy}, on_step=False, on_epoch=True)
+        return loss
+
+
 class StepLogging(NotedPlain):
     """Logs for the step only, where Lightning does not ask for the size of a batch."""
 
