@@ -41,6 +41,8 @@ class LogBuffer:
         self.module = module
         self._is_plain = type(module).log is L.LightningModule.log and "log" not in vars(module)
         self._log = module.log
+        # As Lightning does with its own `log`: a compiled training_step must not trace what is collected here.
+        self._held_log = torch.compiler.disable(self._note)
         self._entries: dict[tuple[Any, ...], _Entry] = {}
         self._num_examples = 0
 
@@ -55,7 +57,7 @@ class LogBuffer:
         internals.set_running_hook(module, "training_step")
         if self._is_plain and num_examples is not None:
             self._num_examples = num_examples
-            vars(module)["log"] = self._note  # past `nn.Module.__setattr__`, which takes longer
+            vars(module)["log"] = self._held_log  # past `nn.Module.__setattr__`, which takes longer
         try:
             yield
         finally:

@@ -69,3 +69,15 @@ def test_everything_else_is_logged_in_each_step(
 ) -> None:
     num_batches = sum(-(-size // 4) for size in SIZES)
     assert num_calls(monkeypatch, "sequential", callbacks, **options) == num_batches
+
+
+def test_a_compiled_training_step_logs_the_same() -> None:
+    found = []
+    for is_compiled in (False, True):
+        module = Logs()
+        if is_compiled:
+            module.training_step = torch.compile(module.training_step, backend="eager")  # type: ignore[method-assign]
+        federation = trainer(fl.FederatedStrategy("fedavg", engine="sequential"), 2)
+        federation.fit(module, image_clients((8, 12, 8)))
+        found.append(float(federation.callback_metrics["loss"]))
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
