@@ -71,6 +71,7 @@ def test_everything_else_is_logged_in_each_step(
     assert num_calls(monkeypatch, "sequential", callbacks, **options) == num_batches
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's, at a graph break
 def test_a_compiled_training_step_logs_the_same() -> None:
     found = []
     for is_compiled in (False, True):
