@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -66,11 +67,17 @@ class _Step:
         """Rows of the step's clients for which ``accepted`` is true."""
         return accepted[self.rows].nonzero().flatten()
 
-    @property
+    @cached_property
     def form(self) -> list[Any]:
         """What two steps must share for their calls to be made as one: all but values, clients and examples."""
         calls = [
-            (call.metric, call.method, call.spec, [None if isinstance(leaf, Tensor) else leaf for leaf in call.leaves])
+            (
+                call.metric,
+                call.method,
+                call.result.is_used,
+                call.spec,
+                [None if isinstance(leaf, Tensor) else leaf for leaf in call.leaves],
+            )
             for call in self.calls
         ]
         return [*calls, *((tensor.dtype, tensor.dim(), tensor.shape[2:]) for tensor in self.tensors)]
@@ -127,11 +134,11 @@ class LogCapture:
         """
         step = _Step(self._calls, list(tensors), len(rows), batch_size, rows)
         self.steps.append(step)
-        waits = may_wait and step.can_wait
-        if self._waiting and not (waits and step.form == self._waiting[0].form):
+        joins = bool(self._waiting) and step.form == self._waiting[0].form
+        if not joins:
             self.flush()
         self._waiting.append(step)
-        if not waits:
+        if not (joins or (may_wait and step.can_wait)):
             self.flush()
 
     def flush(self) -> None:
