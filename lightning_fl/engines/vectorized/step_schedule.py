@@ -38,6 +38,7 @@ def step_masks(works: Sequence[Sequence[Hashable]], num_steps_apart: float = 0) 
         most_left = {
             kind: (max(len(works[row]) - positions[row] for row in rows), len(rows)) for kind, rows in waiting.items()
         }
+        # Sorted, because a mask that names all clients in order needs no gathering of rows.
         rows = sorted(waiting.pop(max(most_left, key=most_left.__getitem__)))
         masks.append(tuple(rows))
         for row in rows:
@@ -72,6 +73,7 @@ def group_clients(
     if wants_equal or len(groups) < 2:
         return groups
     apart = sum(len(works[rows[0]]) * (ALL_COST + compute_bound * len(rows) if rows[1:] else 1) for rows in groups)
+    # A bound that needs no schedule: together, there are at least as many steps as the longest client has.
     lower_bound = SUBSET_COST * max(map(len, works)) + compute_bound * sum(map(len, works))
     if lower_bound >= apart:
         return groups
