@@ -71,6 +71,8 @@ class FederatedProgressBar(ProgressBar, FederatedCallback):
     ) -> None:
         """Advances the cohort's bar by the clients that have finished."""
         if self._bars is not None:
+            # Advanced by groups: a callback that overrides a hook for single clients makes them train one after the
+            # other.
             self._bars.end_clients(len(clients))
 
     def on_aggregate_end(
@@ -87,6 +89,7 @@ class FederatedProgressBar(ProgressBar, FederatedCallback):
             self._bars.end_round(done, self._shown(trainer))
         elif self._enabled and self._is_due(done):
             of = "" if self._num_rounds is None else f"/{self._num_rounds}"
+            # Without soft_wrap rich would break the line at the width that it assumes for a file.
             self.console.print(f"round {done}{of}  {self._shown(trainer)}", highlight=False, soft_wrap=True)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

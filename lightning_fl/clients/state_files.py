@@ -46,6 +46,7 @@ class StateFiles:
         """
         data = save(_flatten(state))
         name = hashlib.blake2b(data, digest_size=16).hexdigest()
+        # Named by content, an existing file is the same version already.
         _write(self._path(client, name), data, durable=self.durable)
         return name
 
@@ -154,6 +155,7 @@ def _flatten(state: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
         if isinstance(value, Mapping):
             flat.update(_flatten(value, f"{prefix}{name}{_SEPARATOR}"))
         elif isinstance(value, Tensor):
+            # Cloned, because safetensors refuses tensors that share memory, as views of one buffer and tied tensors do.
             flat[prefix + name] = value.detach().cpu().contiguous().clone()
         else:
             raise TypeError(f"A client's state holds a {type(value).__name__} as {name!r}; it may hold tensors only.")

@@ -292,8 +292,7 @@ def transform_gradients(transform: GradTransform, params: Mapping[str, Tensor], 
     stepped = {id(param) for group in optimizer.param_groups for param in group["params"]}
     grads = {name: param.grad for name, param in params.items() if id(param) in stepped and param.grad is not None}
     for name, grad in transform(grads, {name: params[name].detach() for name in grads}).items():
-        # A correction in float32 would promote gradients in half precision, which the optimizer then refuses to
-        # combine.
+        # A correction in float32 promotes gradients in half precision, and torch refuses a gradient of another dtype.
         params[name].grad = grad.to(params[name].dtype)
 
 

@@ -124,7 +124,7 @@ class OptimizerStates:
         """Restores the round's options and schedules, with a fresh optimizer state or the client's last one."""
         self._restore()
         for index, optimizer in enumerate(self.optimizers):
-            # Cleared in place: Lightning's wrappers and the schedulers refer to these optimizer objects.
+            # The optimizers are restarted instead of made anew: Lightning's wrappers and the schedulers refer to them.
             optimizer.state.clear()
             if kept is None:
                 optimizer.state.update(_copy_state(self._fresh[index]))

@@ -482,7 +482,7 @@ class Round:
         # Algorithms do not see buffers, so their mean is taken here.
         buffers = scale(aggregate.buffers, 1 / (aggregate.weight or 1.0))
         self.trainer.end_round(state.server["params"], buffers, joined.schedule_end)
-        # Last, so that every client keeps its state of the round before if the server's step raises.
+        # After the server's step, so that every client keeps its state of the last round if that step raises.
         self.store.commit()
         traffic, before = self.group.traffic, self._traffic
         seconds = {

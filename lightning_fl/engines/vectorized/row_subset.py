@@ -91,7 +91,8 @@ class RowSubset:
             self._stacked_states[key] = value
             return
         if key not in self._stacked_states:
-            # The zeros are never read: a row's state is loaded only after the row has been stepped and written.
+            # No step uses the zeros: a row that has not been stepped yet takes its first steps with others at the same
+            # step only.
             self._stacked_states[key] = value.new_zeros(self._num_clients, *value.shape[1:])
         self._stacked_states[key].index_copy_(0, index, value)
 

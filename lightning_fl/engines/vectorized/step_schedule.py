@@ -38,7 +38,7 @@ def step_masks(works: Sequence[Sequence[Hashable]], num_steps_apart: float = 0) 
         most_left = {
             kind: (max(len(works[row]) - positions[row] for row in rows), len(rows)) for kind, rows in waiting.items()
         }
-        # Sorted, because a mask that names all clients in order needs no gathering of rows.
+        # Sorted, because a mask of all clients stands for the group's own tensors, whose rows are in order.
         rows = sorted(waiting.pop(max(most_left, key=most_left.__getitem__)))
         masks.append(tuple(rows))
         for row in rows:
