@@ -52,6 +52,7 @@ class WeightedMean(Aggregator):
         trees = update_trees(update)
         acc.layout.check(trees)
         for tree, tensors in trees.items():
+            # Side channels are sums over the clients, such as counts, which a weight would distort.
             weight = 1.0 if tree.startswith("aux/") else update.weight
             for name, tensor in tensors.items():
                 # Into the flat buffer through its view, so that neither a weighted copy nor a flat one of the update is
@@ -82,6 +83,7 @@ class WeightedMean(Aggregator):
         messages = group.all_gather(Message({**report.fields, **counts}, report.tensors), f"end of round {ctx.round}")
         # `all_reduce` returns a new tensor, so that the accumulator stays valid for another attempt.
         sums = {dtype: group.all_reduce(flat) for dtype, flat in acc.sums.items()}
+        # Added in the order of the ranks on each of them, so that all get the same float.
         weight = sum(message.fields["weight"] for message in messages)
         num_clients = sum(message.fields["num_clients"] for message in messages)
         return WeightedSum(acc.layout, sums, acc.layout.unflatten(sums), weight, num_clients), messages

@@ -55,6 +55,7 @@ class FederatedProgressBar(ProgressBar, FederatedCallback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Shows the empty bars."""
         max_epochs = trainer.max_epochs
+        # Lightning's -1 stands for training without end.
         self._num_rounds = max_epochs if max_epochs is not None and max_epochs > 0 else None
         if self._enabled and self.console.is_terminal:
             self._bars = _Bars(self.console, self._num_rounds, trainer.current_epoch)
@@ -125,6 +126,7 @@ class _TimeLeft(TimeRemainingColumn):
     """The time left, on the rounds' bar only."""
 
     def render(self, task: Task) -> Text:
+        # The cohort's bar starts again in every round, which an estimate from an hour of speed does not fit.
         return Text.assemble(super().render(task), " left") if task.description == "rounds" else Text()
 
 
@@ -147,6 +149,7 @@ class _Bars:
         self._progress.advance(self._cohort, num_clients)
 
     def end_cohort(self, text: str) -> None:
+        # Clients whose loader has failed have not advanced the bar.
         total = self._progress.tasks[self._cohort].total
         self._progress.update(self._cohort, completed=total, text=text, refresh=True)
 

@@ -206,6 +206,7 @@ def _text(value: Any) -> str:
         return str(value)
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_text, value))}]"
+    # The default repr holds an address, so that equal settings would differ from run to run.
     return type(value).__name__ if type(value).__repr__ is object.__repr__ else repr(value)
 
 
@@ -222,6 +223,7 @@ def _versions() -> dict[str, str]:
 
 def command_line() -> str:
     """The command that started this process, as far as Python can tell."""
+    # Not `sys.argv`, in which `-m package` has become the path of a file.
     words = list(sys.orig_argv[1:])
     while words and words[0].startswith("-") and words[0] not in ("-m", "-c"):
         words.pop(0)

@@ -137,6 +137,7 @@ def _write(path: Path, data: bytes, replace: bool = False, durable: bool = True)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     # Renaming is atomic: a reader finds the whole file or none, even if this process is killed half way.
+    # With the process id in its name, ranks that write the same file at the same time do not write into one another's.
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
     try:
         with unfinished.open("wb") as file:

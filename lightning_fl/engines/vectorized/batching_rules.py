@@ -72,6 +72,7 @@ class StackedLinear(Function):
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, pool: BufferPool | None) -> Tensor | None:
     tensors = (x, weight) if bias is None else (x, weight, bias)
+    # `baddbmm` needs rows: an input without a batch dimension is left to vmap.
     stacked = None if x.dim() < 2 or _is_autocast(x) else unwrap(*tensors)
     if stacked is None:
         return None

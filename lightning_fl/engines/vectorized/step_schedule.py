@@ -29,6 +29,8 @@ def step_masks(works: Sequence[Sequence[Hashable]], num_steps_apart: float = 0) 
     def wait(row: int) -> None:
         position = positions[row]
         if position < len(works[row]):
+            # Beyond the first steps nothing in an optimizer's state depends on the position, so clients at different
+            # ones may share a step.
             waiting.setdefault((works[row][position], min(position, num_steps_apart)), []).append(row)
 
     for row in range(len(works)):
