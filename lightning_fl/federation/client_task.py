@@ -112,7 +112,8 @@ class ClientTask:
         runs = []
         for known, own, loss in zip(self.known_sizes, facts, self._mean_losses(), strict=True):
             size = self._examples_of_pass if known is None else known
-            # A loader without length never marks the end of a pass, so its client is weighted by what it has processed.
+            # Without a length, or with fewer steps than a pass has batches, no end of a pass is seen; the client is
+            # then weighted by what it has processed.
             size = self._examples_seen if size is None else size
             runs.append(LocalRun(own.num_steps, size, weight_of(size), loss, own.lr_sum, own.normalizer))
         return runs

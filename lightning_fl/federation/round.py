@@ -332,8 +332,7 @@ class Round:
         totals, size = self.totals, len(group.clients)
         squares = squared_norms(own.updates.delta, size)
         rest = self._must_be_finite(own.updates, own.client_states)
-        # The converse does not hold: the norm of finite elements may overflow. Then the elements are looked at one by
-        # one.
+        # A norm that is not finite proves nothing, since finite elements may overflow it; the elements then decide.
         if all(map(math.isfinite, squares)):
             del rest["delta"]  # finite norms imply finite elements
         accepted = [is_finite(leaves(rest))] if size == 1 else are_finite(rest, size).tolist()
