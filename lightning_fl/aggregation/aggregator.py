@@ -45,6 +45,7 @@ class Aggregator(ABC):
     returned; an aggregator never changes.
     """
 
+    # False unless declared: client-level privacy rests on the claim, and refuses an aggregator that does not make it.
     is_sum: ClassVar[bool] = False
     """Whether the aggregate is the weighted sum of the updates, up to floating-point rounding. If so, one client moves
     it by no more than its weight times the norm of its update."""

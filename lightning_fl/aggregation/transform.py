@@ -24,6 +24,7 @@ class Transform(ABC):
     """Whether cohorts must be drawn from the operating system's randomness, so that nobody can predict them."""
     weighting: ClassVar[Literal["examples", "uniform"] | None] = None
     """The weighting that the transform requires; None: any."""
+    # False unless declared: after a clip that privacy rests on, a transform that makes no such claim is refused.
     keeps_norm_bound: ClassVar[bool] = False
     """Whether the client half never increases an update's norm and the server half leaves the sum unchanged."""
     hides_clients: bool = False

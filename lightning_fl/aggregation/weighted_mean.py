@@ -52,14 +52,18 @@ class WeightedMean(Aggregator):
         trees = update_trees(update)
         acc.layout.check(trees)
         for tree, tensors in trees.items():
+            # Side channels are sums over the clients, such as counts, which a weight would distort.
             weight = 1.0 if tree.startswith("aux/") else update.weight
             for name, tensor in tensors.items():
+                # Into the flat buffer through its view, so that neither a weighted copy nor a flat one of the update is
+                # made.
                 acc.views[tree][name].add_(tensor, alpha=weight)
         return WeightedSum(acc.layout, acc.sums, acc.views, acc.weight + update.weight, acc.num_clients + 1)
 
     def add_group(self, acc: WeightedSum, updates: Update, weights: Sequence[float], ctx: RoundContext) -> WeightedSum:
         if len(weights) == 1:
             return self.add(acc, replace(updates.part(0), weight=weights[0]), ctx)
+        # Stacked tensors have the same shape for every client, so one client's part stands for all.
         acc.layout.check(update_trees(updates.part(0)))
         for tree, tensors in update_trees(updates).items():
             factors = [1.0] * len(weights) if tree.startswith("aux/") else weights
@@ -74,8 +78,12 @@ class WeightedMean(Aggregator):
         # The weights travel with the reports as Python floats, which are float64: in the tensors' dtype a sum of many
         # example counts would be rounded.
         counts = {"weight": acc.weight, "num_clients": acc.num_clients}
+        # The small messages first: ranks that are not at the end of the same round are told apart by the topic, before
+        # tensors are exchanged.
         messages = group.all_gather(Message({**report.fields, **counts}, report.tensors), f"end of round {ctx.round}")
+        # `all_reduce` returns a new tensor, so that the accumulator stays valid for another attempt.
         sums = {dtype: group.all_reduce(flat) for dtype, flat in acc.sums.items()}
+        # Added in the order of the ranks on each of them, so that all get the same float.
         weight = sum(message.fields["weight"] for message in messages)
         num_clients = sum(message.fields["num_clients"] for message in messages)
         return WeightedSum(acc.layout, sums, acc.layout.unflatten(sums), weight, num_clients), messages
@@ -90,6 +98,7 @@ def aggregate_of(trees: Mapping[str, Tree], weight: float, num_clients: int, ctx
     Raises:
         ValueError: If the weights do not add up to a positive number.
     """
+    # Written so that a weight of NaN is refused too.
     if not weight > 0:
         raise ValueError(
             f"The weights of round {ctx.round} add up to {weight} over {num_clients} updates; a weighted mean needs a "

@@ -84,12 +84,14 @@ class ClientMetrics(FederatedCallback):
         if self._path is not None and trainer.is_global_zero:
             is_resumed = trainer.current_epoch > 0
             rows = read_clients(self._path) if is_resumed else []
+            # A run that was killed may have written rows after its last checkpoint; their rounds are trained again.
             earlier = [row for row in rows if row["round"] < trainer.current_epoch]
             self._remove_tables(self._path)
             write_file(self._lines(self._path), "".join(to_json(row) + "\n" for row in earlier))
 
     def on_client_start(self, trainer: L.Trainer, module: L.LightningModule, client: ClientId, view: RoundView) -> None:
         """Records the parameters from which the client starts, and the time."""
+        # Copies, because training changes these tensors in place.
         self._start = clones(view.params)
         self._start_time = time.perf_counter()
 
@@ -115,7 +117,9 @@ class ClientMetrics(FederatedCallback):
             "drift": joint_norm([subtract(clones(view.params), self._start)]),
             "refused": update is None,
         }
+        # A value that the module logs as `loss`, or under another name of a column, does not replace that column.
         self._own.append({**row, **{name: value for name, value in run.logged.items() if name not in row}})
+        # Between clients no second model is kept in memory.
         self._start = {}
 
     def on_aggregate_end(
@@ -123,6 +127,7 @@ class ClientMetrics(FederatedCallback):
     ) -> None:
         """Gathers the ranks' rows, and logs their summary."""
         own, self._own = self._own, []
+        # Also without rows: every rank takes part in the collective.
         messages = view.group.all_gather(Message({"rows": own}), "client metrics")
         rows = [row for message in messages for row in message.fields["rows"]]
         self._last.update({row["client"]: row for row in rows})
@@ -142,6 +147,8 @@ class ClientMetrics(FederatedCallback):
             return
         if self._path is not None:
             write_table(self._path)
+        # A comparison with NaN is never true and would leave the order to chance; a client whose loss is NaN is the
+        # worst.
         rows = sorted(self._last.values(), key=lambda row: -math.inf if math.isnan(row["loss"]) else -row["loss"])
         columns = list(dict.fromkeys(name for row in rows for name in row))
         loggers.log_table(trainer, "clients/last_round", columns, [[row.get(name) for name in columns] for row in rows])
@@ -186,6 +193,7 @@ def write_table(folder: Path) -> Path:
     names = dict.fromkeys(name for row in rows for name in row)
     table = pyarrow.table({name: [row.get(name) for row in rows] for name in names})
     pyarrow.parquet.write_table(table, unfinished)
+    # Only a whole table takes the name, and the lines are removed only after that: a run that is killed loses neither.
     unfinished.replace(path)
     lines.unlink()
     return path

@@ -75,6 +75,7 @@ def _facts(strategy: FederatedStrategy, module: nn.Module) -> Table:
 def _shared(strategy: FederatedStrategy, module: nn.Module) -> tuple[int, int]:
     tensors = FederatedTensors(module, strategy.personal)
     values: list[Any] = [*tensors.params.values(), *tensors.buffers.values()]
+    # Tensors travel in the dtype in which they are summed, which may be wider than their own.
     return len(values), sum(value.numel() * sum_dtype(value.dtype).itemsize for value in values)
 
 

@@ -85,6 +85,8 @@ class PersonalizedEvaluation(L.Callback):
         """Finds the clients' validation data, and keeps the first model for the local ones."""
         self._check(trainer, pl_module)
         self._loaders = self._find_loaders(trainer)
+        # A run that is resumed has the first model from its checkpoint; the module's tensors are those of a later
+        # round.
         if trainer.current_epoch == 0 and self.local_epochs != 0:
             self._first = clones(pl_module.state_dict())
 
@@ -122,10 +124,13 @@ class PersonalizedEvaluation(L.Callback):
         strategy: Any = trainer.strategy
         view: RoundView = strategy.view
         ids = [client for client in view.population.ids if client in self._loaders]
+        # A client's personal tensors are in the store of its home rank.
         placed = view.place(ids, sticky=True)
+        # Ranks have different numbers of clients, so nothing that Lightning calls meanwhile may be a collective.
         with strategy.local_phase():
             own = []
             for client in placed[strategy.federation.rank]:
+                # Evaluation must not move the random numbers of training.
                 with isolated_randomness(view.settings.seed, len(view.history), client, "evaluation"):
                     own.append((client, *self._evaluate_client(trainer, client)))
         messages = strategy.federation.all_gather(Message({"clients": own}), "evaluation of the clients")
@@ -152,6 +157,7 @@ class PersonalizedEvaluation(L.Callback):
                 if num_epochs:
                     self._train(trainer, view, client, num_epochs)
                 metrics[kind], num_examples = validate_out_of_loop(trainer, loader)
+        # Whatever follows an error, such as a checkpoint on exception, must find the global model in the module.
         finally:
             load(tensors, before)
         return metrics, num_examples
@@ -159,6 +165,7 @@ class PersonalizedEvaluation(L.Callback):
     def _train(self, trainer: L.Trainer, view: RoundView, client: ClientId, num_epochs: int) -> None:
         randomness, seed = ClientRandomness(), view.settings.seed
         loader = view.population.loaders[client]
+        # Seeded for each training, so that the personalized and the local model see the same batches in the same order.
         randomness.enter(seed, len(view.history), client, "evaluation")
         randomness.seed_loader(loader, derive_seed(seed, len(view.history), "evaluation loader", client))
         try:
@@ -187,6 +194,7 @@ class PersonalizedEvaluation(L.Callback):
         strategy: Any = trainer.strategy
         population = strategy.view.population
         loaders: Mapping[ClientId, Any] = self.val or {}
+        # A silo's validation loader may not be loaded yet; `_loader` asks the Trainer for it later.
         if self.val is None and population.silos is not None:
             return dict.fromkeys(population.ids)
         if self.val is None:

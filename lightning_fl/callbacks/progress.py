@@ -55,6 +55,7 @@ class FederatedProgressBar(ProgressBar, FederatedCallback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Shows the empty bars."""
         max_epochs = trainer.max_epochs
+        # Lightning's -1 stands for training without end.
         self._num_rounds = max_epochs if max_epochs is not None and max_epochs > 0 else None
         if self._enabled and self.console.is_terminal:
             self._bars = _Bars(self.console, self._num_rounds, trainer.current_epoch)
@@ -71,6 +72,8 @@ class FederatedProgressBar(ProgressBar, FederatedCallback):
     ) -> None:
         """Advances the cohort's bar by the clients that have finished."""
         if self._bars is not None:
+            # Advanced by groups: a callback that overrides a hook for single clients makes them train one after the
+            # other.
             self._bars.end_clients(len(clients))
 
     def on_aggregate_end(
@@ -87,6 +90,7 @@ class FederatedProgressBar(ProgressBar, FederatedCallback):
             self._bars.end_round(done, self._shown(trainer))
         elif self._enabled and self._is_due(done):
             of = "" if self._num_rounds is None else f"/{self._num_rounds}"
+            # Without soft_wrap rich would break the line at the width that it assumes for a file.
             self.console.print(f"round {done}{of}  {self._shown(trainer)}", highlight=False, soft_wrap=True)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -122,6 +126,7 @@ class _TimeLeft(TimeRemainingColumn):
     """The time left, on the rounds' bar only."""
 
     def render(self, task: Task) -> Text:
+        # The cohort's bar starts again in every round, which an estimate from an hour of speed does not fit.
         return Text.assemble(super().render(task), " left") if task.description == "rounds" else Text()
 
 
@@ -144,6 +149,7 @@ class _Bars:
         self._progress.advance(self._cohort, num_clients)
 
     def end_cohort(self, text: str) -> None:
+        # Clients whose loader has failed have not advanced the bar.
         total = self._progress.tasks[self._cohort].total
         self._progress.update(self._cohort, completed=total, text=text, refresh=True)
 

@@ -72,6 +72,8 @@ class RunRecord(L.Callback):
         summary = None
         if isinstance(strategy, FederatedStrategy):
             population, hides = strategy.view.population, strategy.view.settings.hides_silos
+            # Under weighting by examples silos learn each other's sizes in any case, unless secure aggregation hides
+            # them.
             if population.silos is None or (strategy.weighting == "examples" and not hides):
                 summary = summarise(population, strategy.federation, MAX_CLIENTS, share_labels=False)
         self._facts = {
@@ -83,7 +85,9 @@ class RunRecord(L.Callback):
             "versions": _versions(),
             "partition": None if summary is None else summary.as_dict(),
         }
+        # Rounds after the checkpoint are trained again, and their lines are written again.
         self._rows = [row for row in self._rows if row["round"] < trainer.current_epoch]
+        # The time of a resumed run goes on from its last row.
         self._start = time.perf_counter() - (self._rows[-1]["time"] if self._rows else 0.0)
         self._last_step = trainer.global_step
         if trainer.is_global_zero:
@@ -149,8 +153,10 @@ def run_folder(trainer: L.Trainer, folder: Path | None) -> Path | None:
             "The run's files have no folder, because the Trainer has no logger. Give the callback one, such as "
             "fl.callbacks.RunRecord(folder='runs/first'), or give the Trainer a logger."
         )
+    # `log_dir` broadcasts the folder of rank 0 itself.
     if isinstance(first, TensorBoardLogger | CSVLogger):
         return Path(trainer.log_dir or ".")
+    # Other loggers may know their version on rank 0 only, so that rank's answer counts for all.
     version = first.version if isinstance(first.version, str) else f"version_{first.version}"
     own = str(Path(first.save_dir or trainer.default_root_dir, str(first.name), version))
     return Path(trainer.strategy.broadcast(own))
@@ -200,6 +206,7 @@ def _text(value: Any) -> str:
         return str(value)
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_text, value))}]"
+    # The default repr holds an address, so that equal settings would differ from run to run.
     return type(value).__name__ if type(value).__repr__ is object.__repr__ else repr(value)
 
 
@@ -216,6 +223,7 @@ def _versions() -> dict[str, str]:
 
 def command_line() -> str:
     """The command that started this process, as far as Python can tell."""
+    # Not `sys.argv`, in which `-m package` has become the path of a file.
     words = list(sys.orig_argv[1:])
     while words and words[0].startswith("-") and words[0] not in ("-m", "-c"):
         words.pop(0)

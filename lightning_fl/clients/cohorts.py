@@ -28,10 +28,12 @@ def cohort_size(clients_per_round: ClientsPerRound, population: int) -> int:
     """
     if clients_per_round is None:
         return population
+    # A bool is an int to Python, and True would pass as one client.
     if isinstance(clients_per_round, bool) or not isinstance(clients_per_round, int | float):
         raise ValueError(
             f"clients_per_round={clients_per_round!r} is neither a count (int), a share (float) nor None (all)."
         )
+    # The type decides, not the value: 1.0 is all clients, and 1 is one.
     if isinstance(clients_per_round, float):
         if not 0.0 < clients_per_round <= 1.0:
             raise ValueError(
@@ -166,6 +168,7 @@ class Uniform(Cohort):
         """See :meth:`Cohort.draw`."""
         if sampling.kind == "full":
             return np.arange(sampling.num_clients)
+        # Not shuffled, because the caller sorts the positions anyway.
         return rng.choice(sampling.num_clients, int(sampling.size), replace=False, shuffle=False)
 
 
@@ -214,6 +217,7 @@ class Poisson(Cohort):
         chunk = int(sampling.size + 5 * sampling.size**0.5) + 1
         drawn, last = [], -1.0
         while last < sampling.num_clients:
+            # `random` is below 1, so the logarithm is finite.
             gaps = np.floor(np.log1p(-rng.random(chunk)) / np.log1p(-self.rate)) + 1
             drawn.append(last + np.cumsum(gaps))
             last = drawn[-1][-1]
@@ -240,5 +244,6 @@ def describe(values: Any) -> str:
     """
     if not isinstance(values, Mapping) or len(values) <= 20:
         return repr(values)
+    # A sum, because mappings that differ in order only are equal. Not `hash`, which differs between processes for text.
     checksum = sum(crc32(repr(item).encode()) for item in values.items())
     return f"<{len(values)} clients, checksum {checksum:x}>"

@@ -47,6 +47,7 @@ class LocalWork:
                     f"limit_train_batches={self.limit} is a share, but the client's loader has no length. Give a count."
                 )
             return None
+        # Rounded down, as Lightning does.
         limited = int(num_batches * self.limit)
         if num_batches and not limited:
             raise ValueError(

@@ -82,6 +82,7 @@ class ParticipationSampler:
     @property
     def is_secure(self) -> bool:
         """Whether cohorts come from the operating system's randomness."""
+        # Where all take part nothing is drawn, and no collective is needed to agree on it.
         is_random = self.sampling.kind != "full"
         return is_random and (self.participation.secure or self.participation.cohort.secure)
 
@@ -105,6 +106,7 @@ class ParticipationSampler:
                 works = {client: replace(max_work, **{name: n}) for client, n in zip(cohort, drawn, strict=True)}
         if settings.stragglers is not None:
             stragglers = settings.stragglers
+            # A purpose of its own: stragglers stay the same whether or not the amounts of work are drawn.
             parts = self._each(
                 cohort, round, "stragglers", lambda clients, rng: stragglers.draw(len(clients), rng).tolist()
             )
@@ -140,6 +142,8 @@ class ParticipationSampler:
     def _secure_positions(self, round: int) -> list[int]:
         # Drawn once per round: a second call must give the same cohort.
         if self._secure_cohort is None or self._secure_cohort[0] != round:
+            # The operating system's randomness can't be repeated on another rank, so one rank draws and the others are
+            # told.
             drawn = self._positions(round, secure=True) if self.group.rank == 0 else []
             message = Message(tensors={"cohort": torch.tensor(drawn, dtype=torch.int64)})
             self._secure_cohort = round, self.group.broadcast_message(message).tensors["cohort"].tolist()

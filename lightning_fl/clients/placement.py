@@ -27,6 +27,7 @@ def place_by_size(
     sizes = [size_of(client) for client in cohort]
     loads = [0.0] * num_ranks
     rank_of = [0] * len(cohort)
+    # Ties are decided by position in the stable sort and in `min`, so every rank computes the same placement by itself.
     for index in sorted(range(len(cohort)), key=lambda index: -sizes[index]):
         rank = min(range(num_ranks), key=loads.__getitem__)
         rank_of[index] = rank

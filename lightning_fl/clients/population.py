@@ -22,6 +22,7 @@ class Population:
         self.loaders = loaders
         self.silos = silos
         self.ids: Sequence[ClientId] = _sorted(loaders) if silos is None else range(silos)
+        # A range finds a position by arithmetic, and needs no dict of a million entries.
         self._positions = None if isinstance(self.ids, range) else {client: i for i, client in enumerate(self.ids)}
 
     def __len__(self) -> int:
@@ -52,6 +53,7 @@ class Population:
         Returns:
             The clients of each rank.
         """
+        # Silo i is rank i, and no other rank has its data.
         if at_home or self.silos is not None:
             return place_at_home(cohort, self.position, num_ranks)
         if works is None:
@@ -80,6 +82,7 @@ class Population:
         """Examples of the largest client; None for silos, whose sizes are private, and if a size is not declared."""
         if self.silos is not None:
             return None
+        # Declared sizes only: to make every client's loader for an upper bound would cost too much.
         sizes = [self.loaders.num_examples(client) for client in self.ids]
         return None if None in sizes else max(sizes)  # type: ignore[type-var]
 

@@ -46,6 +46,7 @@ class StateFiles:
         """
         data = save(_flatten(state))
         name = hashlib.blake2b(data, digest_size=16).hexdigest()
+        # Named by content, an existing file is the same version already.
         _write(self._path(client, name), data, durable=self.durable)
         return name
 
@@ -136,6 +137,7 @@ def _write(path: Path, data: bytes, replace: bool = False, durable: bool = True)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     # Renaming is atomic: a reader finds the whole file or none, even if this process is killed half way.
+    # With the process id in its name, ranks that write the same file at the same time do not write into one another's.
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
     try:
         with unfinished.open("wb") as file:
@@ -154,6 +156,7 @@ def _flatten(state: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
         if isinstance(value, Mapping):
             flat.update(_flatten(value, f"{prefix}{name}{_SEPARATOR}"))
         elif isinstance(value, Tensor):
+            # Cloned, because safetensors refuses tensors that share memory, as views of one buffer and tied tensors do.
             flat[prefix + name] = value.detach().cpu().contiguous().clone()
         else:
             raise TypeError(f"A client's state holds a {type(value).__name__} as {name!r}; it may hold tensors only.")

@@ -40,6 +40,7 @@ class ClientStore:
     def get(self, client: ClientId) -> State | None:
         """The client's state, or None before its first round."""
         if client in self._loaded:
+            # Order of last use, in which `_make_room` evicts.
             self._loaded.move_to_end(client)
             return self._loaded[client]
         if client not in self._files:
@@ -70,6 +71,7 @@ class ClientStore:
                 # Staged states hold no ledger: it was recorded directly during the round, and stays.
                 ledger = {name: value for name, value in (self.get(client) or {}).items() if name == LEDGER}
                 self.put(client, {**ledger, **(staged.get(client) or {})})
+                # Dropped one by one, so that the round's states are not in memory twice.
                 staged._drop(client)
 
     def record(self, client: ClientId, ledger: Tensor) -> None:
@@ -99,6 +101,8 @@ class ClientStore:
                 self._files[client] = files, files.write(client, self._loaded[client])
             elif self._files[client][0].root != files.root:
                 other, name = self._files[client]
+                # A checkpoint's folder must be complete without the folders of earlier checkpoints and without scratch
+                # files.
                 files.copy_from(other, client, name)
                 self._forget_file(client)
                 self._files[client] = files, name
@@ -135,12 +139,14 @@ class ClientStore:
     def _scratch_files(self) -> StateFiles:
         if self._scratch is None:
             root = tempfile.mkdtemp(prefix="lightning_fl_states_")
+            # Not `__del__`: a finalizer also runs when the interpreter exits.
             weakref.finalize(self, shutil.rmtree, root, ignore_errors=True)
             self._scratch = StateFiles(Path(root), durable=False)
         return self._scratch
 
     def _forget_file(self, client: ClientId) -> None:
         files, name = self._files.pop(client, (None, ""))
+        # Only scratch files: a version in a checkpoint's folder belongs to that checkpoint.
         if files is not None and files is self._scratch:
             files.remove(client, name)
 

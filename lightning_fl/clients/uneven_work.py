@@ -117,6 +117,7 @@ class PerClient(Amount):
 
     def draw(self, clients: Sequence[ClientId], rng: np.random.Generator) -> Sequence[int]:
         """See :meth:`Amount.draw`."""
+        # The 1 is never used: `check` has refused clients that are not named where there is no default.
         return [self.amounts.get(client, self.default or 1) for client in clients]
 
 
@@ -168,6 +169,7 @@ class Stragglers:
             Numbers in (0, 1], 0 for a client that is dropped: shape ``[num_clients]``.
         """
         parts = np.ones(num_clients)
+        # Rounded at random once for the cohort: a coin for each client would have the same mean, but vary more.
         num_late = int(self.share * num_clients + rng.random())
         late = rng.permutation(num_clients)[:num_late]
         # random() is in [0, 1), so 1 - random() is never 0, which would stand for a dropped client.
@@ -176,4 +178,5 @@ class Stragglers:
 
 
 def _is_count(value: object) -> bool:
+    # To Python, True is an int.
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1

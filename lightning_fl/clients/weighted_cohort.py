@@ -39,10 +39,12 @@ class Inclusion:
         certain = np.zeros(len(weights), dtype=bool)
         while True:
             rest = size - certain.sum()
+            # The bound avoids 0 / 0 when every client is certain.
             share = np.where(certain, 1.0, rest * weights / max(weights[~certain].sum(), 1e-300))
             if not (share > 1).any():
                 break
             certain |= share > 1 - 1e-12
+        # A client that always takes part has infinite odds, which rules out drawing by odds below.
         with np.errstate(divide="ignore"):
             odds = share / (1 - share)
         # Expected number of pairs of equal draws (the birthday problem); each costs another attempt.
@@ -126,6 +128,7 @@ def _rejective(inclusion: Inclusion, size: int, rng: Randomness) -> np.ndarray:
         points = rng.random(size)
         first = np.searchsorted(inclusion.sums, points[:1] * inclusion.sums[-1], side="right")
         others = np.searchsorted(inclusion.odds, points[1:] * inclusion.odds[-1], side="right")
+        # Rounding may put a point at the very end of the line, behind the last client.
         chosen = np.unique(np.minimum([*first, *others], len(inclusion.sums) - 1))
         if len(chosen) == size:
             return chosen
@@ -135,5 +138,6 @@ def _systematic(inclusion: Inclusion, size: int, rng: Randomness) -> np.ndarray:
     """Systematic sampling: equally spaced points on a line of the clients' probabilities, in random order."""
     order = rng.permutation(len(inclusion.positions))
     ends = np.cumsum(inclusion.probabilities[order])
+    # Spaced by the sum as it came out in floating point, so that all points lie on the line.
     points = (rng.random(1) + np.arange(size)) * (ends[-1] / size)
     return order[np.minimum(np.searchsorted(ends, points, side="right"), len(order) - 1)]

@@ -137,6 +137,7 @@ class LocalTrainer(ABC):
         Returns:
             The global parameters, in the dtype in which they are summed.
         """
+        # Sorted anew in each round, because callbacks freeze and unfreeze layers between rounds.
         tensors = FederatedTensors(self.module, self.personal)
         self._round_start = RoundStart(tensors, clones(tensors.buffers), clones(tensors.personal))
         self.optimizers.begin_round(schedules)
@@ -182,15 +183,20 @@ class LocalTrainer(ABC):
         functions, (optimizer,) = self.functions, self.optimizers.optimizers
         assert functions is not None
         loss, losses = self._forward(batch, position)
+        # After the forward pass, as in Lightning's closure: a training_step may still read the gradients of the last
+        # step.
         if position.starts_window:
             for group in optimizer.param_groups:
                 for param in group["params"]:
                     param.grad = None
         if loss is not None:
+            # A last window that is not full is divided by the full window too, as in Lightning.
             functions.backward(loss if position.window == 1 else loss / position.window)
         # Where gradients are scaled, a batch without loss at the end of a window drops the window, as in Lightning.
         if position.ends_window and (loss is not None or functions.unscale is None):
             if functions.unscale is not None:
+                # An algorithm's correction has the scale of true gradients, and clipping bounds what is stepped:
+                # unscale, correct, clip.
                 functions.unscale(optimizer)
             self.prepare_gradients(optimizer)
             if functions.clip is not None:
@@ -225,10 +231,12 @@ class LocalTrainer(ABC):
             buffers: The mean change of the shared buffers.
             schedule_end: The progress of the schedules on the client with the most steps. None: back to the start.
         """
+        # A group may still be in training where a round is abandoned, and its tensors may be in the optimizers.
         self.leave()
         start = self.round_start
         load(self.tensors.params, params)
         load(self.tensors.buffers, tree_map(_move, start.buffers, buffers))
+        # Between rounds the module holds the common start values, not those of the client that was trained last.
         load(self.tensors.personal, start.personal)
         self.optimizers.end_round(schedule_end)
 
@@ -280,9 +288,11 @@ def loss_of(output: Any) -> Tensor | None:
 
 def transform_gradients(transform: GradTransform, params: Mapping[str, Tensor], optimizer: Optimizer) -> None:
     """Replaces the gradients of those of ``params`` that ``optimizer`` steps by ``transform(grads, params)``."""
+    # With several optimizers, gradients of the others must not be corrected once for each of them.
     stepped = {id(param) for group in optimizer.param_groups for param in group["params"]}
     grads = {name: param.grad for name, param in params.items() if id(param) in stepped and param.grad is not None}
     for name, grad in transform(grads, {name: params[name].detach() for name in grads}).items():
+        # A correction in float32 promotes gradients in half precision, and torch refuses a gradient of another dtype.
         params[name].grad = grad.to(params[name].dtype)
 
 
@@ -296,6 +306,8 @@ def trained_value(param: Tensor, start: Tensor) -> Tensor:
     """The trained parameter in the dtype of ``start``, of which only what training has changed counts."""
     if param.dtype == start.dtype:
         return param.clone()
+    # The module started from `start` rounded to its own dtype. The difference to that rounded value leaves a client
+    # that has not trained exactly at `start`.
     return start + (param.to(start.dtype) - start.to(param.dtype).to(start.dtype))
 
 

@@ -69,9 +69,11 @@ class FedNovaNormalizer:
     def step(self, group: Mapping[str, Any]) -> None:
         """Takes a step with the options of a parameter group."""
         momentum, lr, move = group["momentum"], float(group["lr"]), 1.0
+        # As in torch's SGD, dampening does not apply to the first step.
         if momentum:
             self._buffer = 1.0 if self._buffer is None else momentum * self._buffer + 1 - group["dampening"]
             move = 1 + momentum * self._buffer if group["nesterov"] else self._buffer
+        # A warm-up may begin at a learning rate of 0, which can't be a unit.
         self._unit = self._unit or lr
         if lr:
             self.length += lr / self._unit * move
@@ -97,7 +99,9 @@ class OptimizerStates:
         self._options: list[list[dict[str, Any]]] = []
         self._schedule_states: list[dict[str, Any]] = []
         self._first_epochs: list[int] = []
+        # Not always empty: Adagrad, for one, makes its accumulators when it is constructed.
         self._fresh = [_copy_state(optimizer.state) for optimizer in self.optimizers]
+        # Counted by hooks, so that steps of manual optimization count and those that a gradient scaler skips do not.
         self._hooks = [
             optimizer.register_step_post_hook(lambda optimizer, *_, index=index: self._count(index, optimizer))
             for index, optimizer in enumerate(self.optimizers)
@@ -113,19 +117,24 @@ class OptimizerStates:
         self.schedules = list(schedules)
         self._options = [_options(optimizer) for optimizer in self.optimizers]
         self._first_epochs = [getattr(schedule.scheduler, "last_epoch", 0) for schedule in self.schedules]
+        # `state_dict` holds the scheduler's own containers, which its steps may change.
         self._schedule_states = [copy.deepcopy(schedule.scheduler.state_dict()) for schedule in self.schedules]
 
     def restart(self, kept: Tree | None) -> None:
         """Restores the round's options and schedules, with a fresh optimizer state or the client's last one."""
         self._restore()
         for index, optimizer in enumerate(self.optimizers):
+            # The optimizers are restarted instead of made anew: Lightning's wrappers and the schedulers refer to them.
             optimizer.state.clear()
             if kept is None:
                 optimizer.state.update(_copy_state(self._fresh[index]))
             else:
                 state: dict[Any, Any] = dict(_unpack(kept, index, optimizer))
                 optimizer.state.update(state)
+            # Also under manual optimization, where the module may add to gradients that it finds.
             _empty_grads(optimizer)
+        # An empty `kept` is that of SGD without momentum, which starts as if it were fresh. Momentum of an earlier
+        # round would move the parameters in a way that the normalizer does not know.
         self._start_counting(not kept and all(type(optimizer) is SGD for optimizer in self.optimizers))
 
     def restart_stacked(self, stacked: Mapping[int, Tensor]) -> None:
@@ -147,6 +156,7 @@ class OptimizerStates:
 
     def unstack(self) -> None:
         """Puts the module's own parameters back into the optimizers, if they had stacked ones."""
+        # Not strict: without stacked parameters there is nothing to put back.
         for optimizer, groups in zip(self.optimizers, self._own_params, strict=False):
             optimizer.state.clear()
             for group, params in zip(optimizer.param_groups, groups, strict=True):
@@ -177,6 +187,8 @@ class OptimizerStates:
     def recount(self, num_steps: int) -> None:
         """Restarts counting with ``num_steps`` steps at the current options."""
         self._start_counting(self._normalizers is not None)
+        # Every step is counted with the current options: under a schedule clients train together only with equal work,
+        # whose steps need no recount.
         for _ in range(num_steps):
             for index, optimizer in enumerate(self.optimizers):
                 self._count(index, optimizer)
@@ -207,12 +219,17 @@ class OptimizerStates:
         self._restore()
         if end is not None:
             with schedules_ahead_of_optimizers():
+                # From the round's start and not from where the last client of this rank has left them: the client with
+                # the most steps may be on another rank.
                 for schedule, num_steps in zip(self.schedules, end.num_steps, strict=True):
                     for _ in range(num_steps):
                         schedule.step()
             for optimizer, options in zip(self.optimizers, end.options, strict=True):
                 for group, reached in zip(optimizer.param_groups, options, strict=True):
+                    # The options as they were reached, because not only schedules change them: callbacks and the module
+                    # may, too.
                     group.update({name: _like(value, group.get(name)) for name, value in reached.items()})
+        # A checkpoint at the round's end must not hold the state of whichever client this rank has trained last.
         for optimizer, fresh in zip(self.optimizers, self._fresh, strict=True):
             optimizer.state.clear()
             optimizer.state.update(_copy_state(fresh))
@@ -232,6 +249,8 @@ class OptimizerStates:
             self.restart(None)
             yield optimizer
         finally:
+            # `end_round` goes back to what these attributes hold, so they are those of the entry for the length of the
+            # call.
             self._options, before = options, self._options
             self._schedule_states, first = states, self._schedule_states
             self.end_round(None)
@@ -277,6 +296,7 @@ class OptimizerStates:
         if self._normalizers is not None:
             for run, group in zip(self._normalizers[index], optimizer.param_groups, strict=False):
                 run.step(group)
+        # A parameter group that was added during the round, as a finetuning callback does, has no entry yet.
         sums = self.lr_sums[index] if self.lr_sums else []
         for position, group in enumerate(optimizer.param_groups[: len(sums)]):
             sums[position] += float(group["lr"])
@@ -286,6 +306,7 @@ class OptimizerStates:
             for group, saved in zip(optimizer.param_groups, options, strict=True):
                 group.update({name: _copied(value) for name, value in saved.items()})
         for schedule, state in zip(self.schedules, self._schedule_states, strict=True):
+            # `load_state_dict` takes over the objects that it is given, and the next client needs them unchanged.
             schedule.scheduler.load_state_dict(copy.deepcopy(state))
             schedule.num_steps = 0
 
@@ -322,6 +343,7 @@ def _empty_grads(optimizer: Optimizer) -> None:
 
 
 def _like(value: Any, own: Any) -> Any:
+    # A learning rate that is a tensor stays one, on its device; the report of another rank holds a number.
     return torch.full_like(own, value) if isinstance(own, Tensor) else copy.deepcopy(value)
 
 
@@ -331,6 +353,7 @@ def _copy_state(state: Mapping[Any, Any]) -> dict[Any, Any]:
 
 def _stack_state(values: Mapping[str, Any], param: Tensor, stacked: Tensor) -> dict[str, Any]:
     def repeat(key: str, value: Any) -> Any:
+        # A step counter has the shape of a parameter without dimensions, but is one number for all clients.
         is_elementwise = isinstance(value, Tensor) and value.shape == param.shape and key != "step"
         return value.expand(stacked.shape).clone() if is_elementwise else copy.deepcopy(value)
 

@@ -49,6 +49,7 @@ class LocalPhases:
         self._phase = phase
         self._trained = self.tensors.select(phase.trains)
         trainable = self.tensors.trainable
+        # An empty set spares `mask_frozen_grads`, which runs in every step, the way through all parameters.
         if len(self._trained) == len(trainable):
             self._frozen = set()
         else:
@@ -66,6 +67,7 @@ class LocalPhases:
             for group in optimizer.param_groups:
                 for param in group["params"]:
                     if id(param) in self._frozen:
+                        # None and not zero: momentum and weight decay would move a parameter whose gradient is zero.
                         param.grad = None
 
     def end(self, optimizers: OptimizerStates, keep: bool) -> None:
@@ -81,11 +83,13 @@ class LocalPhases:
         end = optimizers.schedule_end()
         if self._end is None or self._end.num_optimizer_steps < end.num_optimizer_steps:
             self._end = end
+        # What a client does to its own model must not count as work on the model that it sends.
         sent = {name: param for name, param in self.tensors.params.items() if name in self._trained}
         if self._phase.model == "own" or not sent:
             return
         self._num_sent += 1
         self.num_steps += optimizers.num_steps
+        # Several phases with fresh optimizers, and perhaps different parameters, have no normalizer in common.
         self.normalizer = optimizers.normalizer(sent) if self._num_sent == 1 else None
         for name, total in optimizers.lr_sum(sent).items():
             self.lr_sum[name] += total

@@ -41,6 +41,7 @@ class SequentialEngine(LocalTrainer):
         load(tensors.params, params)
         load(tensors.buffers, round_start.buffers)
         load(tensors.personal, personal)
+        # No copies are needed: the phases copy the values into the module when they load them.
         own_model = {**params, **round_start.buffers, **round_start.personal, **client_state.get("personal", {})}
         self._phases = LocalPhases(tensors, params, client_state, own_model)
         self._start_phase(phase, grad_transform)
@@ -51,6 +52,7 @@ class SequentialEngine(LocalTrainer):
 
     def _start_phase(self, phase: Phase, grad_transform: GradTransform | None) -> None:
         self.phases.start(phase)
+        # After the phase has been started, because each phase has an optimizer state of its own.
         self.optimizers.restart(self.phases.client_state.get(self.phases.optimizer_entry))
         self.grad_transform = grad_transform
 
@@ -68,6 +70,7 @@ class SequentialEngine(LocalTrainer):
         return self.tensors.params
 
     def prepare_gradients(self, optimizer: Optimizer) -> None:
+        # None while several clients are trained side by side by the subclass, which knows no phases.
         if self._phases is not None:
             self._phases.mask_frozen_grads(optimizer)
         if self.grad_transform is not None:
@@ -75,16 +78,20 @@ class SequentialEngine(LocalTrainer):
 
     def finish(self, num_steps: Sequence[int] | None = None) -> LocalResult:
         tensors, phases = self.tensors, self.phases
+        # Before anything is read: a result of parameters that must not have changed would be wrong.
         tensors.check_frozen()
         self._end_phase()
         own_model = phases.restore_global_model()
         client_state: dict[str, Tree] = dict(phases.next_state)
         if self.personal or own_model:
+            # The module's personal tensors are the next client's soon; the own model was copied when it left the
+            # module.
             client_state["personal"] = own_model or clones(tensors.personal)
         facts = ClientFacts(
             phases.num_steps, phases.lr_sum, phases.normalizer, phases.schedule_end, phases.num_steps_of_all
         )
         start = self.round_start.buffers
+        # Indexing with None gives a client dimension without the copy that stacking would make.
         result = LocalResult(
             params={n: trained_value(p.detach(), phases.start_params[n])[None] for n, p in tensors.params.items()},
             buffers={name: buffer_delta(buffer, start[name])[None] for name, buffer in tensors.buffers.items()},

@@ -28,10 +28,13 @@ class FederatedTensors:
     """
 
     def __init__(self, module: nn.Module, personal: Sequence[str] = ()) -> None:
+        # Buffers that are not persistent, such as caches and the states of metrics, belong to no model and never
+        # travel.
         persistent = set(module.state_dict())
         params = {name: param for name, param in module.named_parameters() if param.requires_grad}
         buffers = {name: owner(module, name) for name, _ in module.named_buffers() if name in persistent}
         names = [*params, *buffers]
+        # With the duplicates, because a tied tensor must be found by each of its names.
         aliases = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
         tensors = dict(aliases)
         own: set[str] = set()
@@ -49,6 +52,7 @@ class FederatedTensors:
         self._buffers = {name: place for name, place in buffers.items() if name not in own}
         self._personal_buffers = {name: place for name, place in buffers.items() if name in own}
         frozen = {name: param for name, param in module.named_parameters() if not param.requires_grad}
+        # Version and sample of the start, since a copy of all frozen parameters would take another model's memory.
         self._frozen = [(name, param, version_counter(param), _sample(param)) for name, param in frozen.items()]
         if not self.params:
             raise ValueError(
@@ -63,6 +67,7 @@ class FederatedTensors:
             ValueError: If one has.
         """
         for name, param, version, sample in self._frozen:
+            # The counter misses writes through `param.data`, the sample misses elements between those it takes.
             if version_counter(param) != version or not torch.equal(_sample(param), sample):
                 raise ValueError(
                     f"The frozen parameter {name!r} was changed during local training, so one client's value would "
@@ -118,6 +123,7 @@ class FederatedTensors:
 def load(tensors: Mapping[str, Tensor], values: Tree) -> None:
     """Copies values into the tensors of the same names."""
     for name, tensor in tensors.items():
+        # In place, because optimizers, tied modules and the user's own references hold these tensors.
         tensor.detach().copy_(cast_like(values[name], tensor))
 
 
@@ -128,6 +134,7 @@ def clones(tensors: Mapping[str, Tensor]) -> Tree:
 
 def _sample(tensor: Tensor) -> Tensor:
     """The bytes of about 1,000 elements at most, since writing to ``tensor.data`` does not change the version."""
+    # Compared as bytes, a NaN equals itself.
     elements = tensor.detach().reshape(-1)
     return elements[:: max(1, len(elements) // 1000)].clone().view(torch.uint8)
 

@@ -11,6 +11,7 @@ from lightning_fl.clients.local_work import BatchPosition, LocalWork
 from lightning_fl.data.client_loaders import Loader, count_batches
 from lightning_fl.types import ClientId
 
+# None can't mark the end: it is a batch that a loader may yield, and that training skips.
 _END = object()
 
 
@@ -79,6 +80,7 @@ class ClientBatches:
             batches = self._timed(self._phase(phase, work, segments, number))
             number += len(segments)
             for offset, (batch, index, ends_segment, ends_phase) in enumerate(batches):
+                # The index starts at 0 in each segment, so that no accumulation window straddles two passes.
                 yield (
                     batch,
                     BatchPosition(
@@ -124,6 +126,8 @@ class ClientBatches:
         try:
             num_batches = count_batches(loader)
             length = work.max_pass_length if num_batches is None else work.pass_length(num_batches)
+            # Checked before anything is read: the batches that a probe takes from an iterator would be missing in
+            # training.
             if isinstance(loader, Iterator):
                 raise ValueError(
                     "it is an iterator, which can be read once only, and the algorithm needs a pass of its own"
@@ -175,6 +179,8 @@ class ClientBatches:
             for index, batch in enumerate(batches):
                 ends = index + 1 == length
                 yield batch, index, ends, ends and is_last
+            # The positions rest on the promised length: with fewer batches none is the last one, and the last optimizer
+            # step of the segment would silently be missing.
             if index + 1 != length:
                 raise ValueError(
                     f"The loader of client {self.client!r} yielded {index + 1} batches, but its length promised "
@@ -196,6 +202,8 @@ class ClientBatches:
 
     def _cycle(self, pass_length: int | None, round: int) -> Iterator[Any]:
         for number in count():
+            # How many passes a number of steps takes is not known beforehand; room for 65,536 of them keeps the numbers
+            # of different rounds and phases apart.
             begin_pass(self.loader, (round << 16) + number)
             batch = _END
             for batch in islice(self.loader, pass_length):
@@ -208,6 +216,8 @@ class ClientBatches:
 
 def begin_pass(loader: Any, number: int) -> None:
     """Calls ``set_epoch`` of samplers that have it, such as ``DistributedSampler``."""
+    # A DataLoader that was given a batch sampler has an unused default as its `sampler`; the one that shuffles is
+    # inside the batch sampler. Otherwise both are the same object, which is called once.
     samplers: tuple[Any, Any] = (
         getattr(loader, "sampler", None),
         getattr(getattr(loader, "batch_sampler", None), "sampler", None),
@@ -219,6 +229,7 @@ def begin_pass(loader: Any, number: int) -> None:
 
 def raise_to_user(failed: LoaderFailed) -> None:
     """Re-raises the error of a client's loader, with the client named."""
+    # An error that names the client already needs no second message around it.
     if f"client {failed.client!r}" in str(failed.error):
         raise failed.error
     raise ValueError(

@@ -73,6 +73,8 @@ class ClientGroup:
         self.clients = tuple(clients)
         self.client_states = list(client_states)
         states = [state.get("algorithm") for state in client_states]
+        # Called client by client: `stack` then recognizes tensors that are the same object for all, such as the global
+        # model, and shares them instead of copying them for each client.
         self._contexts = [self.algorithm.client_init(server, state, probe) for state in states]
         self._algorithm_states = states
         self._stacked: Any = self._contexts[0]
@@ -101,6 +103,7 @@ class ClientGroup:
             transform = self.algorithm.grad_transform
         if transform is None:
             return None
+        # The lambdas read `_selected` when they are called, because `select` replaces it from step to step.
         if len(self.clients) == 1:
             return lambda grads, params: transform(grads, params, self._selected)
         run = vmap(transform, in_dims=(0, 0, self._dims))
@@ -117,12 +120,14 @@ class ClientGroup:
         client_states: dict[str, Any] = dict(result.client_state)
         if algorithm_states is not None:
             client_states["algorithm"] = algorithm_states
+        # Buffers bypass the algorithm: they are always averaged, and no algorithm's correction is meant for them.
         updates = Update(updates.delta, result.buffers, aux=updates.aux)
         return GroupUpdate(updates, [run.weight for run in runs], client_states)
 
     def _finish(self, params: Tree, runs: Sequence[LocalRun]) -> tuple[Update, State | None]:
         if len(runs) == 1:
             return self._finish_alone(params, runs[0])
+        # Under vmap `client_finish` runs once, so a Python number in its facts can have one value only.
         if any(_work_of(run) != _work_of(runs[0]) for run in runs[1:]):
             return self._finish_each(params, runs)
         try:
@@ -141,8 +146,11 @@ class ClientGroup:
             nonlocal keeps_state
             update, own = self.algorithm.client_finish(params, context, state, replace(runs[0], loss=loss))  # type: ignore[arg-type]
             keeps_state = own is not None
+            # vmap refuses None as an output; the empty tree stands for a client without state.
             return update.delta, dict(update.aux), own if keeps_state else {}
 
+        # Losses differ between clients in any case, so they enter as a tensor; float64 keeps the precision of a Python
+        # float.
         losses = torch.tensor([run.loss for run in runs], dtype=torch.float64)
         delta, aux, states = vmap(finish, in_dims=(0, self._dims, state_dims, 0))(params, self._stacked, state, losses)
         return Update(delta=delta, aux=aux), states if keeps_state else None
@@ -153,6 +161,8 @@ class ClientGroup:
             update, own = self.algorithm.client_finish(part(params, index), context, state, run)
             updates.append((update.delta, dict(update.aux)))
             states.append(own)
+        # Not shared: the aggregator expects the client dimension in every tensor, also if all clients return the same
+        # object.
         (delta, aux), _ = stack(updates, share=False)
         return Update(delta=delta, aux=aux), None if states[0] is None else stack(states, share=False)[0]
 

@@ -58,6 +58,8 @@ class ClientTask:
 
     def next_phase(self) -> Phase:
         """Starts the next phase."""
+        # Each phase reads the data anew: with the examples of earlier phases in the count, the pass that ends in this
+        # phase would seem larger than it is.
         self._phase_index += 1
         self.phase = self.phases[self._phase_index]
         self._examples_seen = 0
@@ -74,11 +76,15 @@ class ClientTask:
             losses: The loss of a client alone, or of each of several; None if the batch was skipped.
             mask: The positions in the group of the clients that trained. None: all.
         """
+        # Examples count in every phase, because a client's weight is the size of its data, whichever model a phase
+        # trains.
         self._examples_seen += num_examples
         if position.ends_pass:
             self._examples_of_pass = self._examples_seen
         if not self.counts:
             return
+        # Reading a loss on a CPU costs nothing, and a running sum needs no memory for each step. A skipped batch takes
+        # this way on a GPU too: it has no loss to wait for.
         if mask is None and len(self._every) == 1 and (losses is None or losses.is_cpu):
             self._examples_of_losses += num_examples
             if losses is not None:
@@ -90,6 +96,8 @@ class ClientTask:
     @property
     def steps_by_client(self) -> list[int] | None:
         """How many steps each client has taken; None if all have taken every step."""
+        # The records count batches, which are optimizer steps only where gradients do not accumulate. Groups with
+        # unequal work never accumulate; all others rely on the engine's own count.
         if all(len(mask) == len(self._every) for mask, _, _ in self._losses):
             return None
         counts = [0] * len(self._every)
@@ -104,6 +112,8 @@ class ClientTask:
         runs = []
         for known, own, loss in zip(self.known_sizes, facts, self._mean_losses(), strict=True):
             size = self._examples_of_pass if known is None else known
+            # Without a length, or with fewer steps than a pass has batches, no end of a pass is seen; the client is
+            # then weighted by what it has processed.
             size = self._examples_seen if size is None else size
             runs.append(LocalRun(own.num_steps, size, weight_of(size), loss, own.lr_sum, own.normalizer))
         return runs
@@ -114,6 +124,8 @@ class ClientTask:
             return [self._loss_sum / size if self._has_loss else float("nan")] * len(self._every)
         size = len(self._every)
         taken = [(mask, stacked, num) for mask, stacked, num in self._losses if stacked is not None]
+        # Skipped batches of a client alone were counted without an entry in the list; they enlarge the denominator as
+        # on a CPU.
         examples = torch.full((size,), float(self._examples_of_losses), dtype=torch.float64)
         for mask, _, num in self._losses:
             examples[list(mask)] += num
@@ -122,6 +134,7 @@ class ClientTask:
         sums = torch.zeros(size, dtype=torch.float64)
         if all(mask == self._every for mask, _, _ in taken):
             weights = torch.tensor([num for _, _, num in taken], dtype=torch.float64)
+            # One copy for all steps: a copy for each would wait for the GPU as often as the client has steps.
             of_steps = torch.stack([stacked.reshape(size) for _, stacked, _ in taken]).cpu().double()
             sums = (of_steps * weights[:, None]).sum(0)
         else:

@@ -64,6 +64,7 @@ class StackedData:
         return self.grouping.masks(list(self.works.values()))
 
     def read(self, next_phase: Callable[[], None]) -> Iterator[tuple[StackedBatch, BatchPosition]]:
+        # `first` has been taken off the iterator, to try a step of the group before it is trained.
         masks, batches = self.masks, chain([self.first], self._batches)
         if masks is None:
             return zip(batches, self.positions, strict=True)
@@ -114,6 +115,8 @@ def read_group(
     for client in clients:
         try:
             batches = open_client(client)
+            # Positions of the first client serve the whole group: with equal work all have the same, and with unequal
+            # work `read` makes positions of its own.
             if passes:
                 passes[client] = batches.read_all()
                 continue
@@ -123,12 +126,15 @@ def read_group(
             continue
         passes[client] = [batch for batch, _ in pairs]
         positions = [position for _, position in pairs]
+        # Only a batch that has been read shows how much memory batches take, and reading all of them first would
+        # already take it.
         if pairs:
             parts = grouping.affordable(clients, passes[client], map(num_batches, clients))
             if len(parts) > 1:
                 raise GroupSplit(parts)
     data = StackedData(grouping, passes, positions, [sizes[client] for client in passes])
     parts = grouping.split(data.works)
+    # This also differs if a client's loader has failed: the remaining ones are then planned as a group of their own.
     if parts != [list(clients)]:
         raise GroupSplit(parts)
     return data

@@ -48,6 +48,7 @@ def figures(entry: Mapping[str, Any], hides_clients: bool = False) -> dict[str, 
     """
     hidden = CLIENT_FIGURES if hides_clients else ()
     numbers = {name: value for name, value in entry.items() if isinstance(value, int | float) and name not in hidden}
+    # The time that a round takes grows with the number of its clients.
     seconds = {} if hides_clients else {f"fl/seconds_{phase}": value for phase, value in entry["seconds"].items()}
     return {**{f"fl/{name}": value for name, value in numbers.items()}, **seconds}
 

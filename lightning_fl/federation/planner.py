@@ -85,6 +85,8 @@ class Planner:
         self.sticky = sticky
         self.describe_failure = describe_failure
         self.sampler = ParticipationSampler(participation, population, settings.seed, group)
+        # The estimate costs a collective and, with work by epochs, every client's loader, but it may be asked for
+        # repeatedly.
         self._largest: int | float | None = None
 
     def plan(self, index: int, max_work: LocalWork, grouping: Grouping | None = None) -> RankPlan:
@@ -105,11 +107,13 @@ class Planner:
         empty: list[ClientId] = []
         failed: dict[ClientId, str] = {}
         num_kept = 0 if grouping is None else grouping.max_clients
+        # Only those that train are placed; dropped stragglers would count as load on their ranks.
         for client in population.place(list(works), self.group.size, self.sticky, works)[self.group.rank]:
             try:
                 loader = population.loaders[client]
                 num_batches = count_batches(loader)
                 segments = [phase.segments(num_batches) for phase in self.phases(works[client])]
+            # Loaders, and their `__len__`, are the user's code and may raise anything.
             except Exception as error:
                 failed[client] = self.describe_failure(LoaderFailed(client, error))
                 continue
@@ -123,6 +127,7 @@ class Planner:
             if grouping is not None:
                 if sizes[client] is not None:
                     forecasts[client] = forecast_batches(loader, segments[0], works[client].pass_length(num_batches))
+                # The first group finds its loaders ready; to keep all would cost memory in the number of clients.
                 if len(loaders) < num_kept:
                     loaders[client] = loader
         groups: list[tuple[ClientId, ...]] = [(client,) for client in forecasts]
@@ -151,8 +156,11 @@ class Planner:
             all_by_steps = all(phase.steps is not None for phase in phases)
             clients = [next(iter(loaders))] if all_by_steps else loaders  # by steps, every client takes equally many
             steps = [phase.num_steps(count_batches(loaders[client])) for client in clients for phase in phases]
+            # Infinity rather than None: it survives `max` over clients and ranks if any of them has no length.
             own = float("inf") if None in steps else float(max(step for step in steps if step is not None))
             reports = self.group.all_gather(Message({"steps": own}), "estimated steps")
+            # Ranks hold different clients, but learning-rate schedules must have the same length on all of them.
             largest = max(float(message.fields["steps"]) for message in reports)
+            # Counted in batches, because Lightning divides by the accumulation again.
             self._largest = largest if largest == float("inf") else max(int(largest), 1) * work.accumulate
         return self._largest

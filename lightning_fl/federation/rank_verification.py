@@ -34,6 +34,8 @@ def verify_ranks(group: Group, module: nn.Module, settings: Mapping[str, str], v
     Raises:
         ValueError: If two ranks differ; the message names the first difference and the rank.
     """
+    # Every rank compares all descriptions with the first, so that all of them raise: if only the rank that differs did,
+    # the others would wait for it in the next collective.
     own = {"version": dict(versions), "setting": dict(settings), "tensor": describe_module(module)}
     first, *others = [message.fields for message in group.all_gather(Message(own), "handshake")]
     for rank, other in enumerate(others, start=1):
@@ -44,6 +46,8 @@ def verify_ranks(group: Group, module: nn.Module, settings: Mapping[str, str], v
 def synchronize_module(group: Group, module: nn.Module) -> None:
     """Broadcasts the module's tensors from rank 0 to all ranks."""
     with torch.no_grad():
+        # Everything, not only what is averaged: frozen parameters and the common start of personal ones must agree too,
+        # and no later step would make them equal.
         for tensor in module.state_dict().values():
             if isinstance(tensor, Tensor):
                 tensor.copy_(group.broadcast(tensor))
@@ -54,6 +58,8 @@ def digest(batch: Any) -> str:
     content = hashlib.blake2b(digest_size=16)
     for leaf in pytree.tree_leaves(batch):
         if isinstance(leaf, Tensor):
+            # Bytes instead of NumPy values, since NumPy has no bfloat16. Flat first, because a tensor without
+            # dimensions can't be viewed in a dtype of another size.
             content.update(leaf.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         else:
             content.update(repr(leaf).encode())

@@ -45,6 +45,7 @@ def _common(values: list[str]) -> str:
 
 def _longest(values: list[ScheduleEnd | None]) -> ScheduleEnd | None:
     reached = [value for value in values if value is not None]
+    # Among equals `max` takes the first, and all ranks hold the reports in the order of the ranks, so they agree.
     return max(reached, key=lambda end: end.num_optimizer_steps, default=None)
 
 
@@ -97,6 +98,8 @@ class RankReport:
     def to_message(self) -> Message:
         """The report as a message; the aggregator adds ``num_clients`` and ``weight``."""
         own = {name.name: getattr(self, name.name) for name in fields(self) if name.name != "tensors"}
+        # Encoded, because options hold tuples, such as Adam's betas, and tensors, which a message's JSON would change
+        # or refuse.
         own["schedule_end"] = None if self.schedule_end is None else encode(asdict(self.schedule_end))
         return Message(own, self.tensors)
 
@@ -116,6 +119,7 @@ class RankReport:
         own = {name: message.fields[name] for name in names}
         end = own["schedule_end"]
         own["schedule_end"] = None if end is None else ScheduleEnd(**decode(end))
+        # JSON has turned the pairs into lists.
         own["failed"] = [(client, error) for client, error in own["failed"]]
         return cls(**own, tensors=message.tensors)
 
@@ -128,6 +132,7 @@ class RankReport:
 
     def without_steps(self) -> RankReport:
         """The report without the number of optimizer steps, if no schedule has stepped and so nobody needs it."""
+        # The largest number of optimizer steps on a rank tells the size of its largest client.
         end = self.schedule_end
         if end is None or any(end.num_steps):
             return self

@@ -29,11 +29,14 @@ def mask(report: Message) -> Message:
     for name in SECRET_FIELDS:
         if name in public:
             sums[name] = float(public[name])
+            # The field stays, as 0: a report that lacks a field is refused, and joining reports adds up the ranks'
+            # values.
             public[name] = 0
     public["metrics"] = {key: _mask_entry(key, entry, sums) for key, entry in public["metrics"].items()}
     public["metric_states"] = {
         name: _mask_state(name, state, report, sums) for name, state in public["metric_states"].items()
     }
+    # The digest would confirm to another rank a guess of what the batch holds.
     public["first_batch"] = ""
     if public.get("has_late_values"):
         raise ConfigurationError(
@@ -41,6 +44,7 @@ def mask(report: Message) -> Message:
             "secure sum. Under secure aggregation log it in `training_step`."
         )
     if "failed" in public:
+        # The text of an error may quote the client's data.
         public["failed"] = [(client, "an error that it alone has seen") for client, _ in public["failed"]]
     return Message({**public, "sums": sums})
 
@@ -54,6 +58,7 @@ def unmask(reports: list[Message]) -> list[Message]:
     }
     settings: dict[str, Any] = {}
     states: dict[str, Any] = {}
+    # A rank without clients has logged nothing, so no single report names all metrics.
     for message in reports:
         settings.update(message.fields["metrics"])
         states.update(message.fields["metric_states"])
@@ -73,6 +78,7 @@ def unmask(reports: list[Message]) -> list[Message]:
             values = [sums[f"state {name} {key} {index}"] for index in range(math.prod(shape))]
             value = torch.tensor(values, dtype=torch.float64).reshape(shape)
             kind = getattr(torch, dtype)
+            # Rounded, because truncation would lose one where a sum has come out just below the whole number.
             tensors[f"{name}/{key}/0"] = value.to(kind) if kind.is_floating_point else value.round().to(kind)
     joined = {
         **first.fields,
@@ -83,6 +89,8 @@ def unmask(reports: list[Message]) -> list[Message]:
             for name, state in states.items()
         },
     }
+    # The sums stand in the first report only: joining adds up the metrics of all reports and would count them once a
+    # rank.
     empty: dict[str, Any] = {"metrics": {}, "metric_states": {}}
     return [Message(joined, tensors), *(Message({**message.fields, **empty}, {}) for message in others)]
 

@@ -199,6 +199,7 @@ class Round:
         self.totals = totals
         self._randomness = ClientRandomness()
         self._opened = self._trained = time.perf_counter()
+        # A copy, because the group goes on counting in the same object; a round's figures are differences.
         self._traffic = replace(group.traffic)
 
     @classmethod
@@ -230,6 +231,7 @@ class Round:
         Raises:
             ValueError: If the shared tensors have changed under an algorithm whose clients keep state for each of them.
         """
+        # Before the server is opened: the server's state starts from the tensors that the module holds now.
         params = trainer.begin_round(state.server.get("params"), schedules)
         ctx = RoundContext(
             index,
@@ -244,6 +246,7 @@ class Round:
         template = Update(
             delta=params, buffers=to_sum_dtype(trainer.tensors.buffers), aux=settings.algorithm.aux_like(params)
         )
+        # The aggregator receives what the client halves send, whose shapes may differ from the model's.
         for transform in settings.transforms:
             template = transform.like(template)
         totals = RankTotals(settings.aggregator.init(template, trainer.device, session))
@@ -263,6 +266,7 @@ class Round:
             NotStackable: If the contexts that the algorithm returns for several clients can't be stacked.
         """
         client = data.clients[0]
+        # Seeded before anything of the client runs, so that nothing it draws depends on who was trained before it.
         self._seed(client, data.loader)
         states = [move(self.store.get(own) or {}, self.trainer.device) for own in data.clients]
         kind, measured = self.settings.algorithm.probe, None
@@ -273,6 +277,7 @@ class Round:
             self._seed(client, data.loader)  # training draws the same random numbers as without a probe
         group = ClientGroup(self.settings, self.state.server, data.clients, states, measured)
         phases = self.settings.algorithm.phases()
+        # Task and batches need each other: a change of phase while reading acts on the task.
         task = ClientTask(group, iter(()), phases, data.sizes)
         self.trainer.start(group.starts, states, phases[0], group.grad_transform(phases[0]))
         task.batches = data.read(lambda: self._next_phase(task))
@@ -291,6 +296,7 @@ class Round:
     def step(self, task: ClientTask, batch: Any, position: BatchPosition) -> None:
         """Trains a group on one batch, for callers that have no training loop of their own."""
         mask = batch.mask if isinstance(batch, StackedBatch) else None
+        # Before the trainer's step, which calls `grad_transform` with the contexts selected here.
         if mask is not None:
             task.group.select(mask)
         size = batch_size(batch if mask is None else part(batch.content, 0))
@@ -306,8 +312,11 @@ class Round:
         runs = task.runs(result.facts)
         group_update = task.group.finish(result, runs)
         totals = self.totals
+        # Steps count for refused clients too, because they were taken and the schedules have advanced with them;
+        # examples count below only where they have reached the model.
         for facts in result.facts:
             totals.count(facts)
+        # Transforms have state and random numbers of their own for each client, so they see one update at a time.
         if self.settings.transforms or not self.settings.aggregator.adds_groups:
             updates = [self._add_one(task.group, group_update, index) for index in range(len(runs))]
             accepted = [update is not None for update in updates]
@@ -323,6 +332,7 @@ class Round:
         totals, size = self.totals, len(group.clients)
         squares = squared_norms(own.updates.delta, size)
         rest = self._must_be_finite(own.updates, own.client_states)
+        # A norm that is not finite proves nothing, since finite elements may overflow it; the elements then decide.
         if all(map(math.isfinite, squares)):
             del rest["delta"]  # finite norms imply finite elements
         accepted = [is_finite(leaves(rest))] if size == 1 else are_finite(rest, size).tolist()
@@ -337,12 +347,15 @@ class Round:
         if own.client_states:
             for index in compress(range(size), accepted):
                 state = own.state_of(index)
+                # A part of a stacked state is a view: stored without a copy, it would keep the states of the whole
+                # group in memory.
                 self.store.stage(group.clients[index], move(state if size == 1 else clone(state), "cpu"))
         return accepted
 
     def _add_one(self, group: ClientGroup, own: GroupUpdate, index: int) -> Update | None:
         """Adds the update of one client, on its way through the transforms; None if it was not accepted."""
         client, update, totals = group.clients[index], own.update_of(index), self.totals
+        # Copied for the same reason as in `_add_group`.
         client_state = clone(own.state_of(index))
         is_sound = is_finite(leaves(self._must_be_finite(update, client_state)))
         is_sendable = is_sound
@@ -361,6 +374,7 @@ class Round:
         try:
             totals.acc = self.settings.aggregator.add(totals.acc, update, replace(self.ctx, client=client))
         except ClientLost:
+            # The client's state is not staged either: the server never got the update that it belongs to.
             totals.lost.append(client)
             return None
         totals.squared_norm += update.weight * norm(update.delta) ** 2
@@ -376,8 +390,10 @@ class Round:
             generator = client_generator(self.settings.seed, self.ctx.round, client, f"transform {index}")
             server = self.state.transforms[index]
             ctx = replace(self.ctx, client=client, generator=generator, server=server)
+            # By position, because the same transform may occur twice.
             key = f"transform {index}"
             update, states[key] = transform.client(update, before.get(key, {}), ctx)
+        # Empty states are left out, so that clients of transforms without state leave nothing in the store.
         return update, {key: state for key, state in states.items() if state}
 
     def _must_be_finite(self, update: Update, client_state: Mapping[str, Any]) -> dict[str, Any]:
@@ -426,6 +442,7 @@ class Round:
             The reports of all ranks, the first rank's first.
         """
         self.restore_randomness()
+        # Taken before the collective, in which a rank waits for slower ones.
         self._trained = time.perf_counter()
         own, hides = self.report(report), self.settings.aggregator.hides_reports and self.group.size > 1
         message = mask(own.without_steps().to_message()) if hides else own.to_message()
@@ -448,18 +465,23 @@ class Round:
         """
         merged = time.perf_counter()
         joined, settings = RankReport.join(reports), self.settings
+        # All ranks hold the same joined report, so all of them raise, and before the model has changed.
         if joined.refused and not joined.num_clients:
             raise ValueError(
                 f"Round {self.ctx.round} has no update left: those of all its clients ({some(joined.refused)}) hold "
                 "NaN or Inf. The global model is unchanged. Lower the learning rate, clip gradients, or check the "
                 "clients' data."
             )
+        # If all clients were to take part and none has contributed, something is wrong: the aggregator's `result` then
+        # raises.
         may_be_empty = settings.hides_clients or len(self.ctx.cohort) < self.ctx.population
         is_empty = may_be_empty and not joined.num_clients
         aggregate = self._nothing() if is_empty else settings.aggregator.result(self.totals.acc, self.ctx)
         state, aggregate, facts = server_step(settings, self.state, aggregate, self.ctx)
+        # Algorithms do not see buffers, so their mean is taken here.
         buffers = scale(aggregate.buffers, 1 / (aggregate.weight or 1.0))
         self.trainer.end_round(state.server["params"], buffers, joined.schedule_end)
+        # After the server's step, so that every client keeps its state of the last round if that step raises.
         self.store.commit()
         traffic, before = self.group.traffic, self._traffic
         seconds = {

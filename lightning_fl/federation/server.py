@@ -50,9 +50,12 @@ def server_step(
     Returns:
         The next state, the aggregate after the transforms, and the facts that the transforms report.
     """
+    # The caller's state is not changed: it is the one to go back to if the round can't be closed.
     states = list(state.transforms)
+    # What the last client half did to an update has to be undone first.
     for index, transform in reversed(list(enumerate(settings.transforms))):
         aggregate, states[index] = transform.server(aggregate, states[index], ctx)
+    # Asked after the transforms, since one that adds noise gives weight to a round that had no client.
     server = settings.algorithm.server_update(state.server, aggregate) if aggregate.weight else state.server
     transforms = zip(settings.transforms, states, strict=True)
     facts = {key: value for transform, own in transforms for key, value in transform.report(own, ctx).items()}
@@ -69,6 +72,7 @@ def stop_reason(settings: FederationSettings, state: FederationState, ctx: Round
 def _continue(settings: FederationSettings, server: State, params: Tree) -> State:
     if not server:
         return settings.algorithm.server_init(params, settings.population)
+    # The module's values win over the state's, because users and callbacks may change the model between rounds.
     if server["params"].keys() == params.keys():
         return {**server, "params": params}
     if settings.algorithm.keeps_client_state:
@@ -78,6 +82,8 @@ def _continue(settings: FederationSettings, server: State, params: Tree) -> Stat
             f"{type(settings.algorithm).__name__} keep state for each of them. Freeze and unfreeze before `fit`, or "
             "use an algorithm without client state."
         )
+    # Layers were frozen or unfrozen: what is still shared keeps its entries, such as momentum, and the rest starts
+    # afresh.
     fresh = settings.algorithm.server_init(params, settings.population)
     return {key: _complete(server.get(key), value) for key, value in fresh.items()} | {"params": params}
 

@@ -43,11 +43,13 @@ class FederationSettings:
     @property
     def hides_silos(self) -> bool:
         """Whether silos must not reveal anything about their data to each other."""
+        # In a simulation one party holds all data, so there is nobody to hide it from.
         return self.silos and self.aggregator.hides_reports
 
     @property
     def transforms_gradients(self) -> bool:
         """Whether the algorithm overrides ``grad_transform``."""
+        # The default changes nothing, but calling it would cost Python time in every step of every client.
         return type(self.algorithm).grad_transform is not Algorithm.grad_transform
 
     def weight_of(self, num_examples: int) -> float:

@@ -95,8 +95,12 @@ def calibrate(trainer: L.Trainer, view: RoundView, target_epsilon: float, delta:
     counts: dict[Sampling, int] = {}
     for client in clients_here(view):
         for event, count in cost_of(view, client, 1.0, view.max_work):
+            # Of clients with the same sampling rate the one with the most steps spends most, so the others need no
+            # calculation.
             counts[event.sampling] = max(counts.get(event.sampling, 0), count * num_rounds)
     own = noise_multiplier_for_all(target_epsilon, delta, counts, method) if counts else 0.0
+    # Where ranks may know each other's figures, one multiplier serves all: any rank may have the client that needs
+    # most.
     found = max(float(fields["noise"]) for fields in gather(view, {"noise": own}))
     rank_zero_info(
         f"noise_multiplier={found:.4f} keeps each client's epsilon within {target_epsilon:g} for {num_rounds} rounds, "

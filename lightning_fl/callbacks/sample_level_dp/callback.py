@@ -130,6 +130,7 @@ class SampleLevelDP(FederatedCallback):
                 "of them: how much noise, or how large epsilon may become."
             )
         if noise_multiplier is not None:
+            # Built for its checks only.
             Gaussian(noise_multiplier)
         for name, value in (("max_grad_norm", max_grad_norm), ("target_epsilon", target_epsilon)):
             if value is not None and not 0 < value < math.inf:
@@ -146,6 +147,7 @@ class SampleLevelDP(FederatedCallback):
                 "Ghost clipping needs a second backward pass, which automatic optimization does not give it; to save "
                 "memory set max_physical_batch_size."
             )
+        # Both calls only check: a wrong delta or method, or a missing extra, is reported here and not after a round.
         Ledger().epsilon(delta, method)
         opacus_hooks()
         self.noise_multiplier = noise_multiplier
@@ -196,6 +198,7 @@ class SampleLevelDP(FederatedCallback):
         optimizer = check_training(trainer, pl_module)
         check_sampler()
         check_source()
+        # What no optimizer steps is not released, so it does not count in the norm that is clipped.
         trained = {id(param) for group in optimizer.param_groups for param in group["params"]}
         params = {
             name: param for name, param in pl_module.named_parameters() if param.requires_grad and id(param) in trained
@@ -216,6 +219,7 @@ class SampleLevelDP(FederatedCallback):
                     "the last fit, add the ledgers of that fit: SampleLevelDP.ledgers(trainer) returns those of a fit."
                 )
             self._next_round, self._was_without, self._was_insecure = 0, False, False
+        # Noise that a known seed repeats protects nobody; without the seed nothing else would remember it.
         self._was_without |= self._was_insecure and self.insecure_test_seed is None
         self._detach()
         try:
@@ -243,6 +247,7 @@ class SampleLevelDP(FederatedCallback):
         check_settings(trainer, module)
         if self.insecure_test_seed is None:
             check_source()
+        # Rounds in between were trained without this callback, so without noise.
         self._was_without |= round > self._next_round
         self._round, self._is_checked = round, False
         if self.max_epsilon is not None:
@@ -255,6 +260,8 @@ class SampleLevelDP(FederatedCallback):
     def on_client_start(self, trainer: L.Trainer, module: L.LightningModule, client: ClientId, view: RoundView) -> None:
         """Records in the client's ledger what its training will release, before it trains."""
         cost, loader = accounting.cost_of(view, client, self._sigma), accounting.loader_of(view, client)
+        # Recorded before the first step and outside the round's transaction: a round that fails may have released
+        # something.
         view.record_ledger(client, pack((accounting.ledger_of(view, client) + cost).state_dict()))
         noise = NoisySum(
             self._sigma,
@@ -283,6 +290,7 @@ class SampleLevelDP(FederatedCallback):
         size = self._take_draw(batch)
         self._size = 0
         if not size:
+            # An empty batch takes a step too, on noise alone: to skip it would show that no example was drawn.
             return next(iter(self._gradients.params.values())).sum() * 0.0
         results = internals.train_results(trainer)
         if not self._is_checked:
@@ -294,10 +302,12 @@ class SampleLevelDP(FederatedCallback):
             part = batch if len(starts) == 1 else take_rows(batch, slice(start, start + most))
             self._size = min(most, size - start)
             if len(starts) > 1:
+                # Lightning weights logged values by the size of the batch that it finds here.
                 results.batch, results.batch_size = part, None
             self._gradients.start()
             outputs = step(part, *rest, **kwargs)
             loss = _loss(outputs)
+            # The backward pass of the last part is Lightning's own, which needs a loss with a graph.
             if start != starts[-1]:
                 loss.backward()
                 self._add_part()
@@ -305,6 +315,7 @@ class SampleLevelDP(FederatedCallback):
         if len(starts) == 1:
             return outputs
         results.batch, results.batch_size = batch, None
+        # The value is the mean over the whole batch, for logs and callbacks; the graph stays that of the last part.
         loss = loss + ((total + loss.detach() * self._size) / size - loss.detach())
         return {**outputs, "loss": loss} if isinstance(outputs, Mapping) else loss
 
@@ -322,6 +333,7 @@ class SampleLevelDP(FederatedCallback):
         for name, grad in training.noise.release(gradients.params).items():
             gradients.params[name].grad = grad
         trained = {id(param) for param in gradients.params.values()}
+        # A gradient that was neither clipped nor noised must not be left for a callback or a logger to read.
         for param in pl_module.parameters():
             if id(param) not in trained:
                 param.grad = None
@@ -342,6 +354,7 @@ class SampleLevelDP(FederatedCallback):
         self._draws.add(training.counts, np.array(training.sizes, dtype=np.int64), training.loader.rate)
         if self._draws.problem is not None:
             raise PrivacyError(f"The batches are not drawn by Poisson sampling: {self._draws.problem}. The run stops.")
+        # Buffers leave the client without noise, so training may not change them.
         changed = [name for name, value in (update.buffers if update else {}).items() if bool(value.count_nonzero())]
         if changed:
             raise PrivacyError(
@@ -363,6 +376,7 @@ class SampleLevelDP(FederatedCallback):
             is_over = exceeding(each, self.max_epsilon, self.delta, self.method) is not None
         ranks = accounting.gather(view, {"epsilon": epsilon, "over": is_over})
         facts = self._facts(max(fields["epsilon"] for fields in ranks))
+        # A client-level mechanism of the same run reports under `dp_` already.
         prefix = "dp_example" if "dp_epsilon" in view.history[-1] else "dp"
         facts = {f"{prefix}_{name}": value for name, value in facts.items()}
         view.add_facts(facts)
@@ -373,6 +387,8 @@ class SampleLevelDP(FederatedCallback):
             self._words = words
             for logger in trainer.loggers:
                 logger.log_hyperparams(words)
+        # Where silos hide the sizes of their data, a rank has only its own answer; if it stopped alone, the others
+        # would wait for it. The check at the next round's start then refuses the round.
         if any(fields["over"] for fields in ranks) and len(ranks) == view.group.size:
             trainer.should_stop = True
             rank_zero_info(
@@ -445,8 +461,10 @@ class SampleLevelDP(FederatedCallback):
         self._has_gradient = False
         if self._training is None or not self._drawn:
             raise PrivacyError("A batch was not drawn by Poisson sampling. The run stops.")
+        # In order of drawing, because a loader may draw ahead of training.
         chosen = self._drawn.popleft()
         size = num_rows(batch)
+        # An example that stood twice in a batch would be clipped twice and weigh up to twice the clip norm.
         if size != len(chosen) or len(np.unique(chosen)) != size:
             raise PrivacyError(
                 f"{len(chosen)} examples were drawn, but the batch has {size}. The run stops. A batch must hold the "
@@ -466,6 +484,7 @@ class SampleLevelDP(FederatedCallback):
         assert self._training is not None
         precision = str(trainer.precision)
         with (
+            # The check must neither use up the client's random numbers nor log anything.
             isolated_randomness(_view(trainer).settings.seed, self._round, self._training.client, "check"),
             out_of_loop(trainer, training=True) as results,
         ):
@@ -478,6 +497,7 @@ class SampleLevelDP(FederatedCallback):
         self._is_checked = True
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        # The optimizer's own hook sees every step, also one that bypasses the Trainer's.
         if self._training is not None and not self._has_gradient:
             raise PrivacyError("The optimizer has taken a step on a gradient that is not private. The run stops.")
         self._has_gradient = False

@@ -61,6 +61,7 @@ def check_settings(trainer: L.Trainer, module: L.LightningModule) -> None:
             f"{name} measures the mean {'loss' if probe == 'loss' else 'gradient'} of each client's data, without "
             "noise. Use another algorithm, or an option of it without that measurement"
         )
+    # An override is enough to refuse: what it does to gradients can't be seen from outside.
     for hook in ("backward", "configure_gradient_clipping"):
         if is_overridden(hook, module):
             raise refuse(f"the module has its own {hook}, which could change gradients past the clipping. Remove it")
@@ -75,9 +76,11 @@ def check_training(trainer: L.Trainer, module: L.LightningModule) -> Optimizer:
     strategy: Any = trainer.strategy
     if strategy.view.trains_groups:
         raise refuse("engine='vectorized' trains several clients in one step. Use engine='sequential'")
+    # Each look at the batch would release a gradient, but the ledger counts one for each step.
     if isinstance(trainer.optimizers[0], torch.optim.LBFGS):
         raise refuse("LBFGS looks at a batch several times in a step. Use another optimizer")
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        # Models that it trains leave no trace in a ledger, yet their metrics depend on the clients' examples.
         trains = isinstance(callback, PersonalizedEvaluation) and (callback.finetune_epochs, callback.local_epochs)
         if trains not in (False, (0, 0)):
             raise refuse(

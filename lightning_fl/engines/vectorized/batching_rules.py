@@ -59,6 +59,7 @@ class StackedLinear(Function):
         x, weight = ctx.saved_tensors
         weight_grad = None
         if ctx.needs_input_grad[1]:
+            # With create_graph the backward pass is recorded itself, which writing to `out` does not allow.
             out = ctx.pool.empty(weight.shape, weight) if ctx.pool and not torch.is_grad_enabled() else None
             weight_grad = torch.bmm(grad.transpose(1, 2), x, out=out)
         return (
@@ -71,6 +72,7 @@ class StackedLinear(Function):
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, pool: BufferPool | None) -> Tensor | None:
     tensors = (x, weight) if bias is None else (x, weight, bias)
+    # `baddbmm` needs rows: an input without a batch dimension is left to vmap.
     stacked = None if x.dim() < 2 or _is_autocast(x) else unwrap(*tensors)
     if stacked is None:
         return None
@@ -101,6 +103,7 @@ def _cross_entropy(
         return None
     scores, labels = stacked
     with outside_vmap():
+        # Unreduced, because a mean over the flattened batch would mix the clients.
         losses = functional.cross_entropy(
             scores.flatten(0, 1),
             labels.flatten(0, 1),
@@ -108,6 +111,7 @@ def _cross_entropy(
             reduction="none",
             label_smoothing=label_smoothing,
         )
+        # 0 / 0 gives NaN where every label is ignored, as torch's mean does.
         num_counted = (labels.flatten(1) != ignore_index).sum(1)
         return wrap(losses.view(len(labels), -1).sum(1) / num_counted)
 

@@ -29,14 +29,17 @@ class BufferPool:
         num_bytes = size.numel() * like.dtype.itemsize
         if like.device.type != "cpu" or num_bytes < MIN_BYTES:
             return like.new_empty(size)
+        # More references than when it was made mean that a tensor, or autograd, still uses the memory.
         free = [own for own in self._buffers if num_references(own[1]) == own[2]]
         fitting = [own for own in free if own[0].numel() >= num_bytes]
         if not fitting:
+            # Free memory that is too small is given up; otherwise sizes that are no longer asked for would add up.
             too_small = set(map(id, free))
             self._buffers = [own for own in self._buffers if id(own) not in too_small]
             memory = torch.empty(num_bytes, dtype=torch.uint8)
             storage = memory.untyped_storage()
             fitting = [(memory, storage, num_references(storage))]
             self._buffers += fitting
+        # The smallest that fits leaves the large ones to large tensors.
         memory = min(fitting, key=lambda own: own[0].numel())[0]
         return memory[:num_bytes].view(like.dtype).view(size)

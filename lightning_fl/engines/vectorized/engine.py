@@ -113,6 +113,7 @@ class VectorizedEngine(SequentialEngine):
         spread = partial(self._spread, size=size)
         self._stacked = {name: spread(values[name], param).requires_grad_() for name, param in params.items()}
         self._stacked_buffers = {name: spread(values[name], buffer) for name, buffer in buffers.items()}
+        # Found once for each group: `functional_call` would search for them in every step.
         self._slots = TensorSlots(self.module, {**params, **buffers})
         self.optimizers.restart_stacked({id(param): self._stacked[name] for name, param in params.items()})
         self.grad_transform = grad_transform
@@ -149,6 +150,8 @@ class VectorizedEngine(SequentialEngine):
             losses, _ = self.forward_stacked(
                 lambda own: (loss_of(training_step(own, position.offset)), []), batch.content
             )
+        # The sum and not the mean: a client's loss depends on its own rows only, so that its gradient is that of the
+        # client alone.
         return losses.sum(), losses
 
     def forward_stacked(self, step: Step, batch: Any, *args: Any, randomness: str = "error") -> tuple[Tensor, Any]:
@@ -172,6 +175,7 @@ class VectorizedEngine(SequentialEngine):
             own = list(leaves)
             for place, tensor in zip(places, tensors[len(names) :], strict=True):
                 own[place] = tensor
+            # Not strict: behind the tensors of the module stand those of the batch.
             with self._slots.hold(dict(zip(names, tensors, strict=False))) as replaced:
                 loss, others = step(pytree.tree_unflatten(own, spec), *args)
             return loss, others, {name: value.to(self._stacked_buffers[name].dtype) for name, value in replaced.items()}
@@ -180,6 +184,7 @@ class VectorizedEngine(SequentialEngine):
         stacked = [*self._stacked.values(), *self._stacked_buffers.values(), *inputs]
         with BatchingRules(self.pool), sdpa_kernel(SDPBackend.MATH):  # other kernels of attention have no rule for vmap
             losses, others, replaced = flat_vmap(of_one, stacked, randomness)
+        # Detached, or the graphs of all steps would hang on the buffers.
         self._stacked_buffers.update({name: value.detach().contiguous() for name, value in replaced.items()})
         return losses, others
 
@@ -235,6 +240,7 @@ class VectorizedEngine(SequentialEngine):
         if not grads:
             return
         norms = torch.stack([torch.linalg.vector_norm(grad.reshape(len(grad), -1), dim=1) for grad in grads])
+        # The small summand and the clamp are those of torch's `clip_grad_norm_`.
         factors = (max_norm / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp(max=1.0)
         for grad in grads:
             grad.mul_(factors.to(grad.dtype).view(-1, *[1] * (grad.dim() - 1)))
@@ -244,6 +250,7 @@ class VectorizedEngine(SequentialEngine):
             return super().finish()
         tensors, start = self.tensors, self.round_start.buffers
         tensors.check_frozen()
+        # Rows that trained by themselves are written back before the result is read.
         if self._subset is not None:
             self._stacked, self._stacked_buffers = self._subset.choose(None, self._stacked, self._stacked_buffers)
         client_state: dict[str, Tree] = {}
@@ -253,6 +260,7 @@ class VectorizedEngine(SequentialEngine):
         params = {name: self._stacked[name] for name in tensors.params}
         buffers = {name: self._stacked_buffers[name] for name in tensors.buffers}
         each = num_steps or [self.optimizers.num_steps] * self.num_clients
+        # Once for each number of steps, because counting changes what the optimizers have counted.
         facts = {number: self._facts(number, params) for number in sorted(set(each))}
         result = LocalResult(
             params={name: _trained(param.detach(), self._start[name]) for name, param in params.items()},
@@ -271,6 +279,7 @@ class VectorizedEngine(SequentialEngine):
         return ClientFacts(num_steps, lr_sum, normalizer, optimizers.schedule_end(), num_steps)
 
     def leave(self) -> None:
+        # The optimizers must not go on holding the stacked tensors, which the module does not have.
         self.optimizers.unstack()
         self._subset = None
         self._start, self._stacked, self._stacked_buffers = {}, {}, {}

@@ -38,6 +38,7 @@ def forecast_batches(loader: Loader, segments: Sequence[int | None], pass_length
     family: Any
     if isinstance(loader, DataLoader):
         sampler: Any = loader.batch_sampler
+        # A subclass may yield batches of any size.
         if type(sampler) is not BatchSampler:
             return None
         size = family = sampler.batch_size
@@ -46,6 +47,8 @@ def forecast_batches(loader: Loader, segments: Sequence[int | None], pass_length
     elif isinstance(loader, Sequence) and len(loader):
         family = "in memory"
         try:
+            # Only the ends are looked at, since a look at each batch would read all data. If others differ, the group
+            # is split once its batches have been read.
             own = [signature(loader[0])] * (len(loader) - 1) + [signature(loader[-1])]
         except Exception:  # raised again, with the client named, when the loader is read
             return None

@@ -57,6 +57,8 @@ class Grouping:
         max_clients, wants_equal = self.max_clients, self.equal_work_only()
         families: dict[Any, list[ClientId]] = {}
         for client, forecast in forecasts.items():
+            # Where steps must be equal, so must the ends of passes: the optimizer steps there even if a window is not
+            # full.
             segments = forecast.segments if forecast is not None and wants_equal else None
             family = (None, client) if forecast is None else (forecast.family, segments)
             families.setdefault(family, []).append(client)
@@ -72,6 +74,7 @@ class Grouping:
                 num_full = len(equal) // max_clients * max_clients
                 groups += [equal[start : start + max_clients] for start in range(0, num_full, max_clients)]
                 rest += equal[num_full:]
+            # The longest come first in `rest`, so that a mixed group holds clients of similar length.
             for start in range(0, len(rest), max_clients):
                 chunk = set(rest[start : start + max_clients])
                 groups += self.split({client: work for client, work in works.items() if client in chunk})
@@ -129,6 +132,7 @@ class Grouping:
         Raises:
             NotStackable: If the batches hold something that can't be stacked.
         """
+        # Stacked one step at a time: all steps at once would hold the data twice.
         unread = [iter(batches) for batches in passes]
         every = tuple(range(len(passes)))
         for mask in [every] * len(passes[0]) if masks is None else masks:
@@ -137,6 +141,7 @@ class Grouping:
     def stack(self, batches: Sequence[Any], mask: StepMask) -> StackedBatch:
         """One stacked batch of the clients at the positions ``mask``."""
         is_lazy = isinstance(batches[0], LazyBatch)
+        # Not shared even if two clients have the same tensor: the step maps over the first dimension of every tensor.
         content = stack_lazy(batches) if is_lazy else stack(batches, share=False, pool=self.engine.pool)[0]
         return StackedBatch(self.convert(content), mask)
 

@@ -52,6 +52,7 @@ class RowSubset:
         chosen = None if rows is None or len(rows) == self._num_clients else rows
         if chosen == self.rows:
             return params, buffers
+        # Before the optimizers get other tensors, which empties their states.
         self._write_back(params, buffers)
         self.rows = chosen
         if chosen is None:
@@ -81,6 +82,7 @@ class RowSubset:
                 others[name, key] = _STACKED if is_stacked else value
                 if is_stacked:
                     self._write_state((name, key), value, index)
+        # By row, since clients at different steps have different counters.
         for row in self.rows or range(self._num_clients):
             self._other_states[row] = others
 
@@ -89,6 +91,8 @@ class RowSubset:
             self._stacked_states[key] = value
             return
         if key not in self._stacked_states:
+            # No step uses the zeros: a row that has not been stepped yet takes its first steps with others at the same
+            # step only.
             self._stacked_states[key] = value.new_zeros(self._num_clients, *value.shape[1:])
         self._stacked_states[key].index_copy_(0, index, value)
 
@@ -97,6 +101,7 @@ class RowSubset:
         found: dict[str, dict[str, Any]] = {}
         for (name, key), value in self._other_states[self.rows[0] if self.rows else 0].items():
             if value is not _STACKED:
+                # Rows share the object, and an optimizer counts in place.
                 own = copy.deepcopy(value)
             elif index is None:
                 own = self._stacked_states[name, key]

@@ -75,9 +75,11 @@ def stack(values: Sequence[Any], share: bool = True, pool: BufferPool | None = N
 
 def _stack_leaf(leaves: Sequence[Any], share: bool, pool: BufferPool | None) -> tuple[Any, int | None]:
     first = leaves[0]
+    # Compared by identity: comparing the elements would read every tensor, and equal ones may be written to separately.
     if share and all(leaf is first for leaf in leaves):
         return first, None
     if not isinstance(first, Tensor):
+        # By repr and type, so that NaN equals itself and 1 differs from True.
         if type(first) not in PLAIN or any(
             type(leaf) is not type(first) or repr(leaf) != repr(first) for leaf in leaves
         ):
@@ -86,6 +88,7 @@ def _stack_leaf(leaves: Sequence[Any], share: bool, pool: BufferPool | None) -> 
     for leaf in leaves:
         if not isinstance(leaf, Tensor) or leaf.shape != first.shape or leaf.dtype != first.dtype:
             raise NotStackable(f"they differ in shape: {_kind(first)} and {_kind(leaf)}")
+    # Autograd can't record an operation that writes to `out`.
     if pool is None or any(leaf.requires_grad for leaf in leaves):
         return torch.stack(list(leaves)), 0
     return torch.stack(list(leaves), out=pool.empty((len(leaves), *first.shape), first)), 0
@@ -119,6 +122,8 @@ def signature(value: Any) -> Any:
 
 def are_finite(tree: Mapping[str, Any], num_clients: int) -> Tensor:
     """Whether all elements of each client in a stacked tree are finite; shape ``[num_clients]``."""
+    # A sum is one pass without a mask. It is NaN or infinite if an element is, or if it overflows; only then each
+    # element is looked at.
     leaves = [leaf for leaf in pytree.tree_leaves(tree) if not bool(torch.isfinite(leaf.sum()))]
     flags = [torch.isfinite(leaf).reshape(num_clients, -1).all(1) for leaf in leaves]
     return torch.stack([torch.ones(num_clients, dtype=torch.bool), *(flag.cpu() for flag in flags)]).all(0)

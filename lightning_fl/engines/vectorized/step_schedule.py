@@ -29,6 +29,8 @@ def step_masks(works: Sequence[Sequence[Hashable]], num_steps_apart: float = 0) 
     def wait(row: int) -> None:
         position = positions[row]
         if position < len(works[row]):
+            # Beyond the first steps nothing in an optimizer's state depends on the position, so clients at different
+            # ones may share a step.
             waiting.setdefault((works[row][position], min(position, num_steps_apart)), []).append(row)
 
     for row in range(len(works)):
@@ -38,6 +40,7 @@ def step_masks(works: Sequence[Sequence[Hashable]], num_steps_apart: float = 0) 
         most_left = {
             kind: (max(len(works[row]) - positions[row] for row in rows), len(rows)) for kind, rows in waiting.items()
         }
+        # Sorted, because a mask of all clients stands for the group's own tensors, whose rows are in order.
         rows = sorted(waiting.pop(max(most_left, key=most_left.__getitem__)))
         masks.append(tuple(rows))
         for row in rows:
@@ -72,6 +75,7 @@ def group_clients(
     if wants_equal or len(groups) < 2:
         return groups
     apart = sum(len(works[rows[0]]) * (ALL_COST + compute_bound * len(rows) if rows[1:] else 1) for rows in groups)
+    # A bound that needs no schedule: together, there are at least as many steps as the longest client has.
     lower_bound = SUBSET_COST * max(map(len, works)) + compute_bound * sum(map(len, works))
     if lower_bound >= apart:
         return groups

@@ -22,6 +22,7 @@ class TensorSlots:
 
     def __init__(self, module: nn.Module, tensors: Tree) -> None:
         names = {id(tensor): name for name, tensor in tensors.items()}
+        # Written to the dicts themselves: `setattr` refuses a tensor that is no `nn.Parameter` in a parameter's place.
         owners: list[dict[str, Any]] = [get(own) for own in module.modules() for get in (own_parameters, own_buffers)]
         self._slots = [(owner, key, names[id(t)]) for owner in owners for key, t in owner.items() if id(t) in names]
 
@@ -44,6 +45,8 @@ class TensorSlots:
             yield replaced
         finally:
             for (owner, key, name), own in zip(self._slots, before, strict=True):
+                # A module may assign a new tensor to a buffer instead of writing to it, which would be lost with the
+                # slot.
                 if owner[key] is not tensors[name]:
                     replaced.setdefault(name, owner[key])
                 owner[key] = own
