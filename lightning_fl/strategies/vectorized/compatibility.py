@@ -177,6 +177,7 @@ def _check(
     except NotVectorizable:
         raise
     except Exception as error:
+        # What `vmap` can't do shows as errors of many types, raised deep inside torch.
         raise NotVectorizable(_first_line(error)) from error
     finally:
         put_back(module, before)
@@ -206,6 +207,8 @@ def _compare(
         largest = max(float(grad.nan_to_num(0, 0, 0).abs().max()) for grad in own.values())
         for name, grad in own.items():
             eps = torch.finfo(grad.dtype).eps
+            # Relative to the largest gradient: an element near 0 carries the rounding errors of the large terms that
+            # have cancelled in it.
             if not torch.allclose(grads[name][client], grad, rtol=1e3 * eps, atol=100 * eps * largest, equal_nan=True):
                 raise NotVectorizable(f"the gradient of {name} together differs from that of a client alone")
 
@@ -248,6 +251,7 @@ def params_with_gradients(
     try:
         with (
             trainer_replaced(capture.module, stand_in),
+            # A trial must not take random numbers away from the steps that count.
             torch.random.fork_rng(enabled=randomness != "error"),
             torch.enable_grad(),
         ):
