@@ -63,11 +63,13 @@ class ClientLoaders(Mapping[ClientId, Loader]):
         self._num_examples = num_examples
 
     def __getitem__(self, client: ClientId) -> Loader:
+        # The user's function may well make a loader for an id that is not a client's.
         if client not in self._ids:
             raise KeyError(client)
         return self._make(client)
 
     def __contains__(self, client: object) -> bool:
+        # `Mapping` would look the client up, and so create its loader.
         return client in self._ids
 
     def __iter__(self) -> Iterator[ClientId]:

@@ -185,6 +185,7 @@ def pixel_statistics(images: Tensor, scaling: str) -> tuple[Tensor, Tensor]:
         squares = squares + (values**2).sum(axes, keepdim=True)
     count = images.numel() / total.numel()
     mean = total / count
+    # Rounding can take the difference below 0 for a pixel that is the same in all images.
     std = (squares / count - mean**2).clamp(min=0).sqrt() + (1e-3 if scaling == "pixel" else 0)
     return mean[0].float(), std[0].clamp(min=1e-6).float()
 

@@ -140,6 +140,8 @@ def add_noise(flat: Flat, std: float, source: SecureNoise) -> Flat:
     for dtype, values in flat.items():
         real = as_real(values)
         noise = source.normal(real.numel(), std).to(real.device).view_as(real)
+        # Rounded only after the addition: what is done to the noisy value, without another look at the data, costs no
+        # privacy.
         result = (real.double() + noise).to(real.dtype)
         noisy[dtype] = torch.view_as_complex(result) if values.is_complex() else result
     return noisy

@@ -57,6 +57,7 @@ class PartitionSummary:
         total = counts.sum()
         if not total:
             return None
+        # A fixed seed, so that a report made again shows the same number.
         rng = np.random.default_rng(0)
         draws = [rng.multinomial(size, counts.sum(axis=0) / total) for size in counts.sum(axis=1)]
         return _label_skew(np.asarray(draws, dtype=float))

@@ -108,6 +108,7 @@ class NoisySum:
         layout = Layout.of({"gradient": tree})
         flat = layout.flatten({"gradient": tree})
         noisy = add_noise(flat, self.std, self._source)
+        # On what is released, after rounding: noise that rounding has swallowed protects nobody.
         check_added(flat, noisy, self.std)
         if self.std:
             added = {dtype: (noisy[dtype] - flat[dtype])[:NUM_COMPARED] for dtype in flat}
