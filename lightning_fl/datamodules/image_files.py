@@ -77,6 +77,7 @@ class ImageFilesDataModule(CentralDataModule):
 
     def prepare_data(self) -> None:
         """Downloads the files if they are missing and ``download`` is set."""
+        # Here and not in `setup`, because Lightning calls this in one process of a machine only.
         if self.download and self._find() is None:
             download(self.title, self.files, self._candidates()[0])
 

@@ -172,6 +172,8 @@ class RoundDriver:
         if last is not None and last.module_trained is self.module and index > 0:
             self.state, self.store, self.history = last.state, last.store, last.history
             for phase in range(len(self.settings.algorithm.phases())):
+                # Each fit configures its optimizers anew, as with a plain Trainer, so the states of the last fit's are
+                # not taken over.
                 self.store.drop_entry(optimizer_entry(phase))
         if self.settings.hides_clients and not self.state.transforms:
             self.warnings.new_ledger(self.module)
@@ -183,6 +185,7 @@ class RoundDriver:
         self.settings.algorithm.check_optimizers(local_trainer.optimizers.optimizers)
         self.metric_states = MetricStates(self.module, self.group.rank)
         self.has_started = True
+        # The plan so far was made with the loader, before it was known that clients may train side by side.
         if vectorized is not None:
             self.plan = self._plan(index)
         self.set_length()
@@ -454,6 +457,7 @@ class RoundDriver:
         self.call_hook("on_aggregate_end", result.aggregate)
         # Only now is there a global model to save or to average.
         internals.resume_by_step(opened.paused)
+        # A client alone trains as in a plain Trainer, where the callback has averaged at each step.
         if not self._is_alone:
             internals.average_passed_steps(trainer, opened.first_step, last_step)
         self.deferred_checkpoints = {}
@@ -465,6 +469,8 @@ class RoundDriver:
 
     def settle(self) -> None:
         """Called after the hooks of the round's last batch: brings what they changed to all ranks."""
+        # Lightning calls this also for a resumed loop that has nothing left to train; a collective may follow a round
+        # only.
         is_new, self._is_unsettled = self._is_unsettled, False
         if is_new:
             assert self.local_trainer is not None

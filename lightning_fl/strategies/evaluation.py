@@ -52,6 +52,7 @@ class EvaluationMetrics:
         # One session for all evaluations: opening it is a handshake of all ranks.
         if self.hides and self._session is None:
             self._session = self.aggregator.open(self.group, FederationFacts(silos, self.group.size, is_training=False))
+        # They carry other ranks' settings, which `self.log` of the same name on this rank would not match.
         for key in self._placeholders:
             results.pop(key, None)
         self._placeholders = []

@@ -338,6 +338,8 @@ class FederatedStrategy(ParallelStrategy):
             )
 
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        # The first batch only: it tells whether the ranks evaluate the same data, and a digest of every batch would
+        # cost time.
         if self._works_alone and self.federation.size > 1 and not self.evaluation_metrics.first_batch:
             self.evaluation_metrics.first_batch = digest(batch)
         return super().batch_to_device(batch, device, dataloader_idx)
@@ -350,6 +352,7 @@ class FederatedStrategy(ParallelStrategy):
             if self.split_validation and not trainer.predicting and not self._validation_is_per_rank:
                 return shard(dataloader, self.federation.rank, self.federation.size)
             return dataloader
+        # Lightning processes the loaders of a list one by one before it combines them; this is the second.
         if self.driver is not None and not internals.has_train_loader(trainer):
             raise MisconfigurationException(SEVERAL_LOADERS)
         population = build_population(
@@ -426,6 +429,7 @@ class FederatedStrategy(ParallelStrategy):
         assert vectorized is not None
         with self.precision_plugin.train_step_context():
             loss, losses = vectorized.step(*args, **kwargs)
+        # Lightning's closure passes only the sum on; the hooked steps find each client's loss here.
         self.group_losses = losses.detach()
         return loss
 
@@ -564,5 +568,6 @@ class FederatedStrategy(ParallelStrategy):
         driver = self.driver or self._last_driver
         if driver is not None:
             return driver.population.silos is not None
+        # Without a fit there is no driver to ask, so this decides as `build_population` would.
         simulated = getattr(getattr(self._trainer, "datamodule", None), "gives_clients", False)
         return self.started_by_launcher and self.num_clients is None and self.partition is None and not simulated

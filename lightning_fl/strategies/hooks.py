@@ -96,6 +96,7 @@ def _hooks_of(callback: L.Callback) -> Iterator[str]:
     if type(callback) is LearningRateMonitor and callback.logging_interval == "epoch":
         return
     for hook in BATCH_HOOKS:
+        # Some of these hooks exist for modules only.
         if hasattr(L.Callback, hook) and is_overridden(callback, hook, L.Callback):
             yield f"{type(callback).__name__}.{hook}"
     step = getattr(callback, "run_training_step", None)

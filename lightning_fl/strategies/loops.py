@@ -79,6 +79,8 @@ class RoundEpochLoop(_TrainingEpochLoop):
         return self._is_training_done and self._is_validation_done
 
     def _should_check_val_fx(self, data_fetcher: _DataFetcher) -> bool:
+        # Without Lightning's other occasions, such as `should_stop` in mid-epoch: there is no global model to validate
+        # then.
         return self._num_ready_batches_reached() and self._should_check_val_epoch()
 
     def _accumulated_batches_reached(self) -> bool:
@@ -335,6 +337,7 @@ class RoundFitLoop(_FitLoop):
 
     def on_advance_end(self) -> None:
         super().on_advance_end()
+        # Last, because `on_train_epoch_end`, which the base class calls, may set `should_stop` on one rank only.
         self.trainer.strategy.driver.agree_to_stop()  # type: ignore[attr-defined]
 
     def setup_data(self) -> None:

@@ -273,6 +273,7 @@ def _assign_labels(num_clients: int, num_labels: int, num_groups: int, rng: np.r
     holds = np.zeros((num_clients, num_groups), dtype=bool)
     num_holders = np.zeros(num_groups)
     for client in range(num_clients):
+        # The random part is below 1, so it only breaks ties between labels that equally many clients hold.
         labels = np.argsort(num_holders + rng.random(num_groups))[:num_labels]
         holds[client, labels] = True
         num_holders[labels] += 1

@@ -154,6 +154,7 @@ class SecureAggregation(Aggregator):
         if session is None:
             raise ValueError("SecureAggregation.init got no session. Pass the one that open(group, facts) returned.")
         packing = Packing(template, session.ranges)
+        # In the double-masking protocol each client's vector is masked by itself, so there is no running sum.
         vector = packing.zeros(device) if self.protocol == "pairwise" else torch.empty(0, dtype=packing.dtype)
         return SecureSum(session, packing, vector, model_digest(template))
 
@@ -263,6 +264,8 @@ class SecureAggregation(Aggregator):
         session, num_clients = acc.session, len(ctx.cohort)
         settings = digest(repr(self).encode(), acc.packing.digest)
         attempt = session.next_attempt(ctx.round)
+        # With the frozen tensors: clients whose frozen layers differ would train different models and sum what does not
+        # belong together.
         model = digest(acc.model, tensors_digest(ctx.frozen))
         return SessionParams(session.id, model, settings, ctx.round, attempt, num_clients, threshold)
 
