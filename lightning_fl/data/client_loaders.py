@@ -109,6 +109,7 @@ def count_batches(loader: Loader) -> int | None:
 def count_examples(loader: Any) -> int | None:
     """Number of examples that one pass over a ``DataLoader`` yields; None if it is unknown beforehand."""
     sampler = getattr(loader, "batch_sampler", None)
+    # A batch sampler of the user's own may yield any number of examples.
     if not isinstance(loader, DataLoader) or type(sampler) is not BatchSampler:
         return None
     try:

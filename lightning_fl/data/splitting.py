@@ -170,6 +170,7 @@ def _rebuild(
         timeout=loader.timeout,
         worker_init_fn=loader.worker_init_fn,
         multiprocessing_context=loader.multiprocessing_context,
+        # The new loader makes its own sampler, which gets only this generator; that of the old sampler would be lost.
         generator=loader.generator if loader.generator is not None else sampler_generator,
         prefetch_factor=loader.prefetch_factor,
         persistent_workers=False,  # they would pile up, one set per client

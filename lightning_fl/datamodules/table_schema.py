@@ -151,6 +151,7 @@ def fit_schema(
                 f"Column {column!r} of {name} has dates; convert it to numbers, or leave it out with `drop`."
             )
         else:
+            # Sorted, so that the features do not depend on the order of the rows.
             categories[column] = sorted(map(str, values.dropna().unique()))
             if len(categories[column]) > MAX_CATEGORIES:
                 raise ValueError(

@@ -455,7 +455,7 @@ class RoundDriver:
         self.warnings.words(trainer, words(self.history[-1]))
         trainer.should_stop |= result.stop_reason is not None
         self.call_hook("on_aggregate_end", result.aggregate)
-        # Only now is there a global model to save or to average.
+        # Only now that the round is closed is there a global model to save or to average.
         internals.resume_by_step(opened.paused)
         # A client alone trains as in a plain Trainer, where the callback has averaged at each step.
         if not self._is_alone:

@@ -196,6 +196,7 @@ def _join(num_clients: int, found: Sequence[Mapping[str, Any]]) -> PartitionSumm
         return PartitionSummary(num_clients, ids, sizes)
     names = list(dict.fromkeys(name for fields in found for name in fields["values"]))
     if all(name.lstrip("-").isdigit() for name in names):
+        # As text, 10 would come before 2.
         names.sort(key=int)
     counts = [
         [fields["values"].get(name, [0] * len(fields["ids"]))[row] for name in names]

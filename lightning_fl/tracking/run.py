@@ -136,6 +136,7 @@ class Run:
         """The rounds, counted from 1, and a metric's values in them; NaN where a value was not finite."""
         rows = [row for row in self.rounds if name in row.get("metrics", {})]
         values = [row["metrics"][name] for row in rows]
+        # JSON has no NaN; it was written as null.
         return [row["round"] + 1 for row in rows], [math.nan if value is None else value for value in values]
 
     def total(self, name: str) -> float | None:

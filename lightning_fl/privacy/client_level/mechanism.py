@@ -226,6 +226,7 @@ class ClientLevelDP(Transform):
     def server(self, aggregate: Aggregate, state: State, ctx: RoundContext) -> tuple[Aggregate, State]:
         clip, cohort = float(state["clip"]), self.cohort(ctx)
         aux = dict(aggregate.aux)
+        # Taken out, because the bits get noise of another scale than the update.
         channel = aux.pop(BITS, None)
         bits = _NO_BITS if channel is None else channel["unclipped"].double()
         flat, layout = _flatten(update_trees(replace(aggregate, aux=aux)))

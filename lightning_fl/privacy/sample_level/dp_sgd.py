@@ -111,6 +111,7 @@ class NoisySum:
         # On what is released, after rounding: noise that rounding has swallowed protects nobody.
         check_added(flat, noisy, self.std)
         if self.std:
+            # A few values are enough to notice a repetition; all of them would be another model in memory.
             added = {dtype: (noisy[dtype] - flat[dtype])[:NUM_COMPARED] for dtype in flat}
             self._watch.check(added, self._source, self.std)
         released = layout.unflatten(noisy)["gradient"]

@@ -101,6 +101,8 @@ class PerSampleGradients:
                 "no buffers; replace it."
             ) from error
         self._hooks.disable_hooks()
+        # The warnings come from a forward and a backward pass between `start` and `take`, which no `with` block can
+        # span.
         self._quiet = ExitStack()
 
     def detach(self) -> None:
