@@ -63,11 +63,13 @@ class ClientLoaders(Mapping[ClientId, Loader]):
         self._num_examples = num_examples
 
     def __getitem__(self, client: ClientId) -> Loader:
+        # The user's function may well make a loader for an id that is not a client's.
         if client not in self._ids:
             raise KeyError(client)
         return self._make(client)
 
     def __contains__(self, client: object) -> bool:
+        # `Mapping` would look the client up, and so create its loader.
         return client in self._ids
 
     def __iter__(self) -> Iterator[ClientId]:
@@ -107,6 +109,7 @@ def count_batches(loader: Loader) -> int | None:
 def count_examples(loader: Any) -> int | None:
     """Number of examples that one pass over a ``DataLoader`` yields; None if it is unknown beforehand."""
     sampler = getattr(loader, "batch_sampler", None)
+    # A batch sampler of the user's own may yield any number of examples.
     if not isinstance(loader, DataLoader) or type(sampler) is not BatchSampler:
         return None
     try:

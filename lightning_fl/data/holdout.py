@@ -40,6 +40,7 @@ class Holdout(NamedTuple):
         """Sorted positions of a client's samples in a part; the three parts are disjoint and cover all samples."""
         if sum(self) == 0:
             return np.arange(num_samples if part == "train" else 0)
+        # Seeded by client, so that a client's parts do not depend on which others there are.
         order = np.random.default_rng(derive_seed(seed, "holdout", client)).permutation(num_samples)
         num_train, num_val = self.size(num_samples, "train"), self.size(num_samples, "val")
         pieces = np.split(order, [num_train, num_train + num_val])

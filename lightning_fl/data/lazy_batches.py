@@ -54,6 +54,7 @@ class LazyBatch:
 def stack_lazy(batches: Sequence[LazyBatch]) -> list[Tensor]:
     """Reads the batches of several clients and stacks them, with a single indexing if they share their source."""
     source = batches[0].source
+    # Clients with data sets of their own: their rows are not in one tensor.
     if any(batch.source.source_id != source.source_id for batch in batches):
         read = [batch.source.gather(batch.indices) for batch in batches]
         return [torch.stack(tensors) for tensors in zip(*read, strict=True)]
@@ -92,6 +93,7 @@ class LazyLoader:
 
 def as_lazy(loader: Any) -> Any:
     """A :class:`LazyLoader` if the loader only reads tensors in memory; otherwise the loader itself."""
+    # Exact types here and below: a subclass may read, batch or collate in a way that the indices do not show.
     if type(loader) is not DataLoader or type(loader.batch_sampler) is not BatchSampler:
         return loader
     if loader.num_workers or loader.pin_memory or loader.collate_fn not in (default_collate, collate_indexed):

@@ -26,6 +26,7 @@ def check_splittable(loader: Any) -> None:
     Raises:
         ValueError: If it is anything else.
     """
+    # A subclass that iterates in a way of its own would lose that when its loader is made anew for each client.
     if not isinstance(loader, DataLoader) or type(loader).__iter__ is not DataLoader.__iter__:
         raise ValueError(
             f"The training loader is a {type(loader).__name__}; only one plain DataLoader can be split among clients. "
@@ -76,6 +77,7 @@ def split_loader(
     size = loader.batch_size
     clients = range(len(parts)) if ids is None else ids
     position = (
+        # A range finds a position without a dict of all clients, of which there may be a million.
         clients.index if isinstance(clients, range) else {client: i for i, client in enumerate(clients)}.__getitem__
     )
     make = make_dataset or (lambda _, part: Subset(loader.dataset, part.tolist()))
@@ -136,6 +138,7 @@ def shard(loader: Any, rank: int, size: int) -> DataLoader:
         raise ValueError(
             f"split_validation=True can't split {len(loader.dataset)} samples among {size} ranks; set it to False."
         )
+    # Not a `DistributedSampler`, which repeats samples to make the ranks equal and so changes the metrics.
     return _rebuild(loader, Subset(loader.dataset, range(rank, len(loader.dataset), size)))
 
 
@@ -167,6 +170,7 @@ def _rebuild(
         timeout=loader.timeout,
         worker_init_fn=loader.worker_init_fn,
         multiprocessing_context=loader.multiprocessing_context,
+        # The new loader makes its own sampler, which gets only this generator; that of the old sampler would be lost.
         generator=loader.generator if loader.generator is not None else sampler_generator,
         prefetch_factor=loader.prefetch_factor,
         persistent_workers=False,  # they would pile up, one set per client

@@ -73,6 +73,7 @@ def label_groups(dataset: Any, num_bins: int = 10) -> np.ndarray:
         first = values[:, by_rarity].argmax(axis=1)
         values = np.where(values.any(axis=1), by_rarity[first], -1)
     elif values.dtype == np.float64 and len(np.unique(values)) > num_bins:
+        # Quantiles, because bins of equal width would be nearly empty where the targets are skewed.
         edges = np.quantile(values, np.arange(1, num_bins) / num_bins)
         values = np.searchsorted(edges, values, side="right")
     return np.unique(values, return_inverse=True)[1].astype(np.int64)

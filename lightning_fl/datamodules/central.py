@@ -57,12 +57,14 @@ class CentralDataModule(L.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Reads the data, once."""
+        # Lightning calls this for each stage, and again for each fit.
         if self._is_read:
             return
         train, test = self.read()
         self.train_set, self.val_set, self.test_set = train, test, test
         if self.val_share > 0:
             order = np.random.default_rng(self.seed).permutation(len(train))  # type: ignore[arg-type]
+            # At least one sample on each side: a loader without samples would silently skip training or validation.
             num_val = min(max(round(len(order) * self.val_share), 1), len(order) - 1)
             self.train_set = Subset(train, np.sort(order[num_val:]).tolist())
             self.val_set = Subset(train, np.sort(order[:num_val]).tolist())

@@ -113,6 +113,7 @@ class ClientDatasets(OptionalLoaders):
         return DataLoader(
             dataset,
             batch_size=self.batch_size or max(num_samples, 1),
+            # `RandomSampler` refuses an empty data set, which a client may have.
             shuffle=shuffle and num_samples > 0,
             num_workers=self.num_workers,
             drop_last=drop_last,
@@ -145,6 +146,7 @@ def _union(sources: Collection[Source]) -> Dataset:
 
 
 def _open(source: Source) -> Dataset:
+    # A data set may be callable as well.
     dataset: Any = source() if callable(source) and not hasattr(source, "__getitem__") else source
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         raise ValueError(

@@ -77,6 +77,7 @@ class ImageFilesDataModule(CentralDataModule):
 
     def prepare_data(self) -> None:
         """Downloads the files if they are missing and ``download`` is set."""
+        # Here and not in `setup`, because Lightning calls this in one process of a machine only.
         if self.download and self._find() is None:
             download(self.title, self.files, self._candidates()[0])
 
@@ -185,6 +186,7 @@ def pixel_statistics(images: Tensor, scaling: str) -> tuple[Tensor, Tensor]:
         squares = squares + (values**2).sum(axes, keepdim=True)
     count = images.numel() / total.numel()
     mean = total / count
+    # Rounding can take the difference below 0 for a pixel that is the same in all images.
     std = (squares / count - mean**2).clamp(min=0).sqrt() + (1e-3 if scaling == "pixel" else 0)
     return mean[0].float(), std[0].clamp(min=1e-6).float()
 

@@ -99,6 +99,7 @@ class _ImageFiles(Dataset):
         self, images: list[tuple[Path, int]], image_size: int, channels: int, transform: Transform | None
     ) -> None:
         self.images, self.image_size, self.channels, self.transform = images, image_size, channels, transform
+        # Lets partition summaries find the labels without opening an image.
         self.targets = [label for _, label in images]
 
     def __len__(self) -> int:
@@ -111,6 +112,7 @@ class _ImageFiles(Dataset):
         try:
             with Image.open(path) as image:
                 scaled = image.convert("RGB" if self.channels == 3 else "L").resize((self.image_size, self.image_size))
+        # Pillow raises SyntaxError for a broken PNG.
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"{path} is not an image or is corrupt ({error}). Fix or delete it.") from error
         pixels = np.array(scaled, dtype=np.float32).reshape(self.image_size, self.image_size, self.channels) / 255

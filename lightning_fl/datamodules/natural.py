@@ -180,6 +180,7 @@ class NaturalDataModule(OptionalLoaders):
         return self._loader(self.pooled(part)) if self._has(part) else []
 
     def _loader(self, dataset: Dataset, train: bool = False) -> DataLoader:
+        # `RandomSampler` refuses an empty data set, which a client may have.
         shuffle = train and len(dataset) > 0  # type: ignore[arg-type]
         size = self.batch_size if train else self.eval_batch_size
         return DataLoader(dataset, batch_size=size, shuffle=shuffle, num_workers=self.num_workers)

@@ -74,6 +74,7 @@ class PartitionedDataModule(OptionalLoaders):
         val_share: float = 0.0,
         test_share: float = 0.0,
     ) -> None:
+        # Before the base class, which sets `trainer`: here that is a property of `data`.
         self.data = data
         super().__init__()
         self.partitioner = partitioner
@@ -107,6 +108,7 @@ class PartitionedDataModule(OptionalLoaders):
         """The clients' loaders; one loader over all their data if the strategy is not federated."""
         if wants_client_loaders(self.trainer):
             return self._client_loaders("train")
+        # Only then does the centralised baseline need a loader of its own to train on the same examples.
         if self.partitioner.changes_examples or sum(self.holdout) > 0:
             return self._pooled_loader("train")
         return self.data.train_dataloader()
@@ -135,6 +137,7 @@ class PartitionedDataModule(OptionalLoaders):
 
     def _pooled_loader(self, part: Part) -> DataLoader:
         loader, _, parts, dataset_of = self._split(part)
+        # A client may have too few samples to hold any out.
         datasets = [dataset_of(client, indices) for client, indices in enumerate(parts) if len(indices)]
         return with_dataset(loader, ConcatDataset(datasets))
 

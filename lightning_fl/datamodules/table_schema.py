@@ -94,6 +94,7 @@ class TableSchema:
         columns = [np.nan_to_num(values, nan=0.0) for values in columns]
         for column, values in self.categories.items():
             text = table[column].astype(str).to_numpy()
+            # As text a missing value is "nan", which may be the name of a category.
             columns += [(text == str(value)) & table[column].notna().to_numpy() for value in values]
         features = np.stack(columns, axis=1).astype(np.float32)
         return torch.from_numpy(features), self._targets(table, name)
@@ -143,12 +144,14 @@ def fit_schema(
             numbers = values.to_numpy(dtype=np.float64, na_value=np.nan)
             numbers = numbers[np.isfinite(numbers)]
             mean, std = (float(numbers.mean()), float(numbers.std())) if len(numbers) else (0.0, 1.0)
+            # A constant column is not scaled, which would divide by 0.
             numeric[column] = (mean, std if std > 0 else 1.0)
         elif values.dtype.kind in "mM":
             raise ValueError(
                 f"Column {column!r} of {name} has dates; convert it to numbers, or leave it out with `drop`."
             )
         else:
+            # Sorted, so that the features do not depend on the order of the rows.
             categories[column] = sorted(map(str, values.dropna().unique()))
             if len(categories[column]) > MAX_CATEGORIES:
                 raise ValueError(

@@ -104,6 +104,7 @@ class TabularDataModule(NaturalDataModule):
                 return_counts=True,
             )
             ids = keys.tolist()
+            # Contiguous rows, so that a client's tensors are slices of the table's and not copies.
             table = table.iloc[np.argsort(owner, kind="stable")].reset_index(drop=True)
         starts = dict(zip(ids, (np.cumsum(sizes) - sizes).tolist(), strict=True))
         counts = dict(zip(ids, sizes.tolist(), strict=True))
@@ -151,6 +152,7 @@ class TabularDataModule(NaturalDataModule):
         columns = self.features or [column for column in table.columns if column not in excluded]
         if not columns:
             raise ValueError(f"{name} has no column left to predict {self.target!r} from. Drop fewer columns.")
+        # From the training rows only, or held-out data would leak into the scaling.
         return fit_schema(table, self._rows["train"], self.target, columns, self.task, name)
 
 

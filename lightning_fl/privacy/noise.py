@@ -61,8 +61,10 @@ class SecureNoise:
                 "Noise for privacy needs cryptography, which is not installed: pip install 'lightning-fl[privacy]'"
             ) from error
         if insecure_test_seed is None:
+            # A key of its own for every stream, because the counter of each starts at 0.
             key = os.urandom(32)
         else:
+            # With the purpose, or all streams of a test would hold the same noise.
             key = hashlib.sha256(repr((insecure_test_seed, *purpose)).encode()).digest()
         self._stream = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
 
@@ -140,6 +142,8 @@ def add_noise(flat: Flat, std: float, source: SecureNoise) -> Flat:
     for dtype, values in flat.items():
         real = as_real(values)
         noise = source.normal(real.numel(), std).to(real.device).view_as(real)
+        # Rounded only after the addition: what is done to the noisy value, without another look at the data, costs no
+        # privacy.
         result = (real.double() + noise).to(real.dtype)
         noisy[dtype] = torch.view_as_complex(result) if values.is_complex() else result
     return noisy

@@ -88,6 +88,7 @@ class HookedSteps(BatchSteps):
             loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
             # Lightning has divided it by the number of batches in the accumulation window.
             losses = loss.detach() * position.window if isinstance(loss, Tensor) else None
+            # The batch as the hooks have changed it, which is the one that `self.log` weighs its values by.
             size, mask = logged.batch_size(self.results, self.loop.batch), None
         task.record(position, size, losses, mask)
         self.values.after_batch(self.results, size * (1 if mask is None else len(mask)))
@@ -119,6 +120,7 @@ class TightSteps(BatchSteps):
             task.record(position, 1, None)
             return
         batch = self._move(batch)
+        # After the move and before the step: `self.log` infers the batch size from the batch noted here.
         loop.count_start(batch, position, ends_round)
         self.is_open = True
         is_stacked = isinstance(batch, StackedBatch)
@@ -134,6 +136,7 @@ class TightSteps(BatchSteps):
             task.record(position, size, losses, batch.mask)
             size *= len(batch.mask)
         else:
+            # `self.log` has inferred a size; the client's mean then uses the same one.
             if size is None or results.batch_size is not None:
                 size = logged.batch_size(results, batch)
             task.record(position, size, losses)
@@ -192,6 +195,8 @@ def step_functions(trainer: L.Trainer, run_group: Callable[..., tuple[Tensor, Te
             module.clip_gradients(optimizer, trainer.gradient_clip_val, trainer.gradient_clip_algorithm)
 
     def training_step(batch: Any, offset: int) -> Any:
+        # Past `strategy.training_step`: `batch_hook` has ruled out wrappers, overrides and callbacks that replace the
+        # step, and the precision plug-in's context is entered by the engine.
         return module.training_step(batch, offset) if takes_index else module.training_step(batch)
 
     def group_step(batch: Any, offset: int) -> tuple[Tensor, Tensor]:
@@ -204,6 +209,7 @@ def step_functions(trainer: L.Trainer, run_group: Callable[..., tuple[Tensor, Te
 
     functions = StepFunctions(
         training_step,
+        # The plain plug-in's context does nothing but is built from generators, which costs in every step.
         context=nullcontext if is_plain else precision.train_step_context,
         clip=clip,
         group_step=None if run_group is None else group_step,
@@ -214,5 +220,6 @@ def step_functions(trainer: L.Trainer, run_group: Callable[..., tuple[Tensor, Te
         functions,
         backward=lambda loss: scaler.scale(loss).backward(),
         unscale=scaler.unscale_,
+        # The scaler skips the step if a gradient overflowed.
         optimizer_step=scaled_step,
     )

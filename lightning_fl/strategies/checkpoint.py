@@ -45,6 +45,7 @@ def pack(
         "format": FORMAT,
         "algorithm": repr(algorithm),
         "params": list(params),
+        # A parameter in half precision is rounded in the module's state_dict; a resume from it would not be exact.
         "master": {name: value for name, value in params.items() if value.dtype != held[name].dtype},
         "server": server,
         "transforms": list(state.transforms),
@@ -63,6 +64,7 @@ def unpack(packed: Mapping[str, Any], algorithm: Algorithm, module: nn.Module) -
             f"The checkpoint's federated state has format {packed['format']}, but this version reads format {FORMAT}. "
             "Load it with the version that wrote it, or load the weights only: MyModule.load_from_checkpoint(...)."
         )
+    # Only the class must agree: a user may resume with another learning rate of the server.
     written_by = packed["algorithm"].partition("(")[0]
     if written_by != type(algorithm).__name__:
         raise MisconfigurationException(
@@ -92,6 +94,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
         try:
             super().save_checkpoint(checkpoint, unfinished, storage_options)
             with unfinished.open("rb") as file:
+                # A rename may reach the disk before the content does; after a power failure the file would be empty.
                 os.fsync(file.fileno())
             unfinished.replace(path)
         finally:
@@ -125,6 +128,7 @@ class ClientStateFiles:
         manifests = [
             message.fields["manifest"] for message in self.group.all_gather(Message({"manifest": own}), "checkpoint")
         ]
+        # The checkpoint that is still under this name needs its own manifests until it is replaced.
         self.files.name(self.name, manifests, also_old=True)
         return manifests
 
@@ -157,6 +161,8 @@ def read_client_states(
             "`client_states` along with the checkpoint."
         )
     for manifest in found:
+        # The number of ranks may have changed since, and with it each client's home rank, so every manifest is looked
+        # through.
         at_home = {
             client: name
             for client, name in (manifest or {}).items()
@@ -186,6 +192,7 @@ def load_client(checkpoint_path: str | Path, client_id: int | str) -> dict[str, 
     Raises:
         ValueError: If the checkpoint holds no state of the client.
     """
+    # With `weights_only`, because a checkpoint from somebody else could otherwise run code.
     checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
     files = state_files(checkpoint_path)
     names = checkpoint.get(KEY, {}).get("manifests") or []

@@ -172,6 +172,8 @@ class RoundDriver:
         if last is not None and last.module_trained is self.module and index > 0:
             self.state, self.store, self.history = last.state, last.store, last.history
             for phase in range(len(self.settings.algorithm.phases())):
+                # Each fit configures its optimizers anew, as with a plain Trainer, so the states of the last fit's are
+                # not taken over.
                 self.store.drop_entry(optimizer_entry(phase))
         if self.settings.hides_clients and not self.state.transforms:
             self.warnings.new_ledger(self.module)
@@ -183,6 +185,7 @@ class RoundDriver:
         self.settings.algorithm.check_optimizers(local_trainer.optimizers.optimizers)
         self.metric_states = MetricStates(self.module, self.group.rank)
         self.has_started = True
+        # The plan so far was made with the loader, before it was known that clients may train side by side.
         if vectorized is not None:
             self.plan = self._plan(index)
         self.set_length()
@@ -200,6 +203,8 @@ class RoundDriver:
         """Runs a round: each client group trains on its batches, then their updates become the next global model."""
         opened = self._open(loop)
         steps = opened.steps
+        # A client's `on_train_batch_end` of its last batch must see the finished client, and that of the round's last
+        # batch the global model. So `end_batch` comes late: after `_finish`, and after `_close` if nothing is pending.
         for task in self._tasks(opened):
             try:
                 for batch, position in task.batches:
@@ -215,6 +220,7 @@ class RoundDriver:
             self._finish(opened, task)
             if opened.pending:
                 steps.end_batch()
+        # A resumed loop that has counted no batch is taken for one whose round has not begun.
         if not steps.is_open:
             steps.skip()
         self._close(opened)
@@ -223,6 +229,8 @@ class RoundDriver:
     def _open(self, loop: RoundEpochLoop) -> OpenRound:
         assert self.local_trainer is not None
         trainer, index = self.trainer, internals.current_round(self.trainer)
+        # A callback such as `GradientAccumulationScheduler` may have changed the window in `on_train_epoch_start`,
+        # after the round was planned; the number of batches of an optimizer step depends on it.
         if self.plan.round != index or self.max_work.accumulate != trainer.accumulate_grad_batches:
             self.plan = self._plan(index)
             self.set_length()
@@ -243,6 +251,8 @@ class RoundDriver:
         # Privacy budget that the transforms have spent stays spent, even if the round fails.
         self.state = replace(self.state, transforms=round.state.transforms)
         results = internals.train_results(trainer)
+        # They stand for values that only other ranks have logged, with settings from these ranks. `self.log` of the
+        # same name on this rank would find settings that are not its own.
         for key in self._placeholders:
             results.pop(key, None)
         self._placeholders = []
@@ -300,6 +310,8 @@ class RoundDriver:
 
     def _start(self, opened: OpenRound, clients: tuple[ClientId, ...]) -> ClientTask:
         opened.session = ClientSession(internals.train_results(self.trainer), opened.values, self.metric_states)
+        # Each client starts at the round's step, so that what reads `global_step` does not depend on which clients this
+        # rank has trained before.
         opened.steps.loop.set_global_step(opened.first_step)
         if len(clients) > 1:
             return self._start_group(opened, clients)
@@ -325,6 +337,8 @@ class RoundDriver:
         finally:
             loaders.leave()
         try:
+            # Stacks the first batches now, so that a group that can't be stacked is split before its clients are
+            # loaded.
             _ = data.first
         except NotStackable as error:
             raise GroupSplit([[client] for client in clients]) from error
@@ -334,6 +348,8 @@ class RoundDriver:
         except (NotStackable, NotVectorizable) as error:
             vectorized.refuse(str(error))
             self.vectorized = None
+            # The plan's remaining groups were formed for training side by side, so all of them are undone, not only
+            # this one.
             remaining = {client for group in (clients, *opened.pending) for client in group}
             opened.pending.clear()
             raise GroupSplit([[client] for client in self.plan.sizes if client in remaining]) from error
@@ -413,12 +429,16 @@ class RoundDriver:
 
     def _close(self, opened: OpenRound) -> None:
         trainer, index, round = self.trainer, self.plan.round, opened.round
+        # Restores the random generators too, so that what draws random numbers after the round does not go on from a
+        # client's.
         opened.loaders.close()
         report = rank_report(trainer, opened, self.plan, self.metric_states, self.deferred_checkpoints)
         with naming_round(f"Round {index}", "The round is dropped. "), misconfiguration():
             reports = round.merge(report)
             self.warnings.data(index, reports)
             result = round.close(reports, opened.loaders.seconds_waiting)
+        # This ends the local phase: from here on the strategy's collectives concern all ranks, which the checkpoints
+        # and the logged figures below need.
         self.state, self.open_round = result.state, None
         self.num_batches_trained = opened.num_batches_done
         self._is_unsettled, self._trained_last_round = True, opened.has_trained
@@ -427,6 +447,7 @@ class RoundDriver:
         self.metric_states.merge([(own.metric_states, own.tensors) for own in reports], self.module.device)
         self.publish(logged)
         self.has_late_values = result.report.has_late_values
+        # A rank that stopped alone would leave the others waiting in the next round.
         trainer.should_stop = result.report.should_stop
         self.warnings.result(index, result, trainer, logged)
         self.history.append(history_entry(index, result, self.plan.dropped))
@@ -434,7 +455,9 @@ class RoundDriver:
         self.warnings.words(trainer, words(self.history[-1]))
         trainer.should_stop |= result.stop_reason is not None
         self.call_hook("on_aggregate_end", result.aggregate)
+        # Only now that the round is closed is there a global model to save or to average.
         internals.resume_by_step(opened.paused)
+        # A client alone trains as in a plain Trainer, where the callback has averaged at each step.
         if not self._is_alone:
             internals.average_passed_steps(trainer, opened.first_step, last_step)
         self.deferred_checkpoints = {}
@@ -446,6 +469,8 @@ class RoundDriver:
 
     def settle(self) -> None:
         """Called after the hooks of the round's last batch: brings what they changed to all ranks."""
+        # Lightning calls this also for a resumed loop that has nothing left to train; a collective may follow a round
+        # only.
         is_new, self._is_unsettled = self._is_unsettled, False
         if is_new:
             assert self.local_trainer is not None
@@ -476,6 +501,8 @@ class RoundDriver:
             opened.round.abandon()
             opened.steps.loop.set_global_step(opened.first_step)
             internals.resume_by_step(opened.paused)
+            # A callback that saves on an exception saves after this one; with the loops inside the round, a resume
+            # would skip the rest of the round although the model is back at its start.
             self.interrupted_loops = opened.loops_before
 
     def stop(self) -> None:
@@ -516,6 +543,7 @@ class RoundDriver:
         if None in lengths:
             return None
         total = sum(length for length in lengths if length is not None)
+        # Lightning ends the whole fit if a rank has 0 batches, and the other ranks would wait for it.
         return max(1, total + (0 if opened is None else opened.num_batches_done))
 
     def set_length(self) -> None:
@@ -537,8 +565,10 @@ class RoundDriver:
     def call_hook(self, hook: str, *args: Any) -> None:
         """Calls a hook of :class:`~lightning_fl.callbacks.FederatedCallback`, with ``view`` if it is a parameter."""
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            # By name, because `callbacks` stands above this room and its base class can't be imported here.
             method: Callable[..., None] | None = getattr(callback, hook, None)
             if method is not None:
+                # The cache gets the plain function: a bound method in it would keep the callback alive.
                 view = {"view": self.view} if _takes_view(getattr(method, "__func__", method)) else {}
                 method(self.trainer, self.module, *args, **view)
 

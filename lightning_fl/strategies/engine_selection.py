@@ -28,6 +28,7 @@ def select_engine(
     is_asked_for, is_secure = strategy.engine != "auto", strategy.participation.secure
     engine = VectorizedEngine(module, *arguments)
     vectorized = VectorizedDriver(trainer, engine, settings, is_asked_for, is_asked_for and not is_secure)
+    # Set last, because the engine and the driver of its groups need each other.
     engine.functions = step_functions(trainer, vectorized.step)
     reason = unsupported_reason(trainer, module, strategy)
     if reason is None and not is_asked_for:

@@ -49,8 +49,10 @@ class EvaluationMetrics:
             silos: Whether each rank is a silo.
         """
         self.hides = silos and self.aggregator.hides_reports and self.group.size > 1
+        # One session for all evaluations: opening it is a handshake of all ranks.
         if self.hides and self._session is None:
             self._session = self.aggregator.open(self.group, FederationFacts(silos, self.group.size, is_training=False))
+        # They carry other ranks' settings, which `self.log` of the same name on this rank would not match.
         for key in self._placeholders:
             results.pop(key, None)
         self._placeholders = []
@@ -64,6 +66,8 @@ class EvaluationMetrics:
         if self.group.size == 1:
             yield
             return
+        # The union is for Lightning to read only. A metric that spans several loaders goes on with this rank's own
+        # share; otherwise the next merge would count the other ranks' batches twice.
         own = self.states.snapshot()
         reports = self._gather(as_numbers(evaluation_entries(results)))
         self.states.merge(_states(reports), self.module.device)
@@ -83,6 +87,7 @@ class EvaluationMetrics:
         if self.hides:
             return unmask(self.aggregator.gather(self._session, self.group, mask(report), "evaluation"))
         reports = self.group.all_gather(report, "evaluation")
+        # Silos that validate on a common public set would otherwise count it once for each silo.
         same_data = len({message.fields["first_batch"] for message in reports}) == 1
         return reports if self.per_rank and not same_data else reports[:1]
 

@@ -182,6 +182,8 @@ class FederatedStrategy(ParallelStrategy):
 
     @property
     def root_device(self) -> torch.device:
+        # Under torchrun `devices="auto"` is a single CPU device for any number of ranks, and ranks may share a GPU:
+        # `local_rank` may lie beyond the list.
         devices = self.parallel_devices or [torch.device("cpu")]
         return devices[0] if devices[0].type == "cpu" else devices[self.local_rank % len(devices)]
 
@@ -198,11 +200,15 @@ class FederatedStrategy(ParallelStrategy):
     @property
     def is_distributed(self) -> bool:
         """Whether there are several ranks; Lightning reads it to decide whether ``sync_dist`` has an effect."""
+        # Not the `world_size` below: Lightning keeps the settings of a name's first `self.log`, of which this is one,
+        # and raises if a later call has others. So it must be the same inside a round and after it.
         return super().world_size > 1
 
     @property
     def world_size(self) -> int:
         """Number of ranks; 1 while a rank trains its clients, which needs no other rank."""
+        # With more than one rank Lightning refuses a `training_step` that returns None, and on SIGTERM it broadcasts
+        # over the default process group, if there is one, to ranks that are busy with other clients.
         return 1 if self.in_local_phase else super().world_size
 
     @property
@@ -237,11 +243,13 @@ class FederatedStrategy(ParallelStrategy):
 
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None
+        # Without a launcher Lightning runs in this process, which is right where torchrun, SLURM or MPI has started it.
         if not self.cluster_environment.creates_processes_externally and self.num_processes * self.num_nodes > 1:
             self._launcher = internals.SubprocessLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
 
     def setup_environment(self) -> None:
         super().setup_environment()
+        # Each fit, validate and test comes here; the ranks stay connected between them.
         if self._connected:
             return
         assert self.cluster_environment is not None
@@ -265,6 +273,7 @@ class FederatedStrategy(ParallelStrategy):
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         if self.in_local_phase or self.federation.size == 1 or not isinstance(tensor, Tensor):
             return tensor
+        # Callers give a name or torch's `ReduceOp`, whose text has the class in front.
         name = str(reduce_op).lower().rpartition(".")[2]
         name = {"avg": "mean"}.get(name, name)
         check_choice("reduce_op", name, ("sum", "mean", "min", "max"))
@@ -277,6 +286,7 @@ class FederatedStrategy(ParallelStrategy):
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         if self.in_local_phase or self.federation.size == 1:
             return obj
+        # Not torch's `broadcast_object_list`, which unpickles what a peer has sent and so would run its code.
         return decode_object(self.federation.broadcast_message(encode_object(obj), src))
 
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
@@ -291,11 +301,17 @@ class FederatedStrategy(ParallelStrategy):
         super().connect(model)
         self._loaded_checkpoint = None
         trainer = model.trainer
+        # Lightning connects for each fit, validate and test. The last fit's driver still knows the history, whose data
+        # validation uses, and the state from which another fit goes on.
         self._last_driver, self.driver = self.driver or self._last_driver, None
         self._works_alone = False
+        # Lightning cuts loaders up by rank wherever `is_distributed` holds, which `sync_dist` needs; the clients are
+        # spread over the ranks instead.
         internals.keep_samplers(trainer)
         adopt_loops(trainer)
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        # A second one would drive each round twice. It is inserted here, and not by a hook of the user's module,
+        # because Lightning orders the callbacks and restores their states only after it has connected the strategy.
         if not any(isinstance(callback, RoundCallback) for callback in callbacks):
             callbacks.insert(0, RoundCallback(self))
 
@@ -309,6 +325,8 @@ class FederatedStrategy(ParallelStrategy):
         if self.federation.size > 1:
             versions = {"lightning": L.__version__, "torch": torch.__version__.split("+")[0]}
             verify_ranks(self.federation, self.lightning_module, settings_of_ranks(self, trainer), versions)
+            # Without `seed_everything` the ranks have initialised their modules differently. Only after the check: with
+            # modules whose tensors differ, the broadcasts would pair up different ones.
             synchronize_module(self.federation, self.lightning_module)
         self._evaluation_metrics = EvaluationMetrics(self.federation, self.lightning_module, self.aggregator)
 
@@ -320,16 +338,21 @@ class FederatedStrategy(ParallelStrategy):
             )
 
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        # The first batch only: it tells whether the ranks evaluate the same data, and a digest of every batch would
+        # cost time.
         if self._works_alone and self.federation.size > 1 and not self.evaluation_metrics.first_batch:
             self.evaluation_metrics.first_batch = digest(batch)
         return super().batch_to_device(batch, device, dataloader_idx)
 
     def process_dataloader(self, dataloader: object) -> object:
         trainer = self._trainer
+        # Lightning hands over every loader without saying what it is for; `training` is true only for the training
+        # loader, not for those of the sanity check.
         if not trainer.training:
             if self.split_validation and not trainer.predicting and not self._validation_is_per_rank:
                 return shard(dataloader, self.federation.rank, self.federation.size)
             return dataloader
+        # Lightning processes the loaders of a list one by one before it combines them; this is the second.
         if self.driver is not None and not internals.has_train_loader(trainer):
             raise MisconfigurationException(SEVERAL_LOADERS)
         population = build_population(
@@ -389,6 +412,7 @@ class FederatedStrategy(ParallelStrategy):
                 "to a client. Write `training_step(batch, batch_idx)`."
             )
         self._resume()
+        # It hooks into the user's optimizers, and the hooks must not outlive a start that fails.
         optimizers = OptimizerStates(self.optimizers)
         try:
             local_trainer, vectorized = select_engine(self, trainer, optimizers)
@@ -405,6 +429,7 @@ class FederatedStrategy(ParallelStrategy):
         assert vectorized is not None
         with self.precision_plugin.train_step_context():
             loss, losses = vectorized.step(*args, **kwargs)
+        # Lightning's closure passes only the sum on; the hooked steps find each client's loss here.
         self.group_losses = losses.detach()
         return loss
 
@@ -431,6 +456,7 @@ class FederatedStrategy(ParallelStrategy):
     def _start_evaluation(self) -> None:
         results, silos = internals.active_results(self._trainer), self._validation_is_per_rank
         self.evaluation_metrics.start(results, silos or self.split_validation, silos)
+        # Until the last batch: ranks may have different numbers of batches, so that a collective in a step would hang.
         self._works_alone = True
 
     def end_evaluation(self) -> None:
@@ -444,6 +470,8 @@ class FederatedStrategy(ParallelStrategy):
 
     def interrupt(self) -> None:
         """Called by :class:`RoundCallback` when an exception ends the run; from here on a rank works alone."""
+        # The exception may be this rank's alone. A collective in another callback's `on_exception` or in a last
+        # checkpoint would wait for ranks that never come.
         self._works_alone = True
         if self.driver is not None:
             self.driver.interrupt()
@@ -451,6 +479,7 @@ class FederatedStrategy(ParallelStrategy):
     # ---- checkpoints
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        # Lightning does not pass `save_weights_only` on; it shows in what the checkpoint holds.
         weights_only = "optimizer_states" not in checkpoint
         driver = self.driver
         if driver is not None and driver.open_round is not None:
@@ -462,7 +491,10 @@ class FederatedStrategy(ParallelStrategy):
         if driver.interrupted_loops is not None:
             checkpoint["loops"]["fit_loop"] = driver.interrupted_loops
         checkpoint[KEY] = pack(self.algorithm, driver.state, driver.history, self._module)
+        # After an exception the other ranks may be gone, or may not save at all.
         group = LocalGroup() if self.in_local_phase else self.federation
+        # Client states are written before the checkpoint that names them, and those of its predecessor are deleted
+        # after it: whenever the process dies, the checkpoint on disk has its states.
         client_states = ClientStateFiles(group, filepath) if driver.sticky else None
         checkpoint[KEY]["manifests"] = client_states.write(driver.store) if client_states else []
         super().save_checkpoint(checkpoint, filepath, storage_options)
@@ -482,6 +514,8 @@ class FederatedStrategy(ParallelStrategy):
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        # Kept until training starts: Lightning loads a checkpoint before it makes the training loader, and with it the
+        # driver that the state belongs to.
         self._loaded_checkpoint = checkpoint_path, checkpoint.get(KEY)
         return checkpoint
 
@@ -526,6 +560,7 @@ class FederatedStrategy(ParallelStrategy):
 
     @property
     def _seed(self) -> int:
+        # Read at each use: `seed_everything` may be called after the strategy was made.
         return int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed
 
     @property
@@ -533,5 +568,6 @@ class FederatedStrategy(ParallelStrategy):
         driver = self.driver or self._last_driver
         if driver is not None:
             return driver.population.silos is not None
+        # Without a fit there is no driver to ask, so this decides as `build_population` would.
         simulated = getattr(getattr(self._trainer, "datamodule", None), "gives_clients", False)
         return self.started_by_launcher and self.num_clients is None and self.partition is None and not simulated

@@ -66,13 +66,16 @@ def _batch_hooks(trainer: L.Trainer, strategy_type: type) -> Iterator[str]:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         yield from _hooks_of(callback)
     for hook in STRATEGY_HOOKS:
+        # A subclass of the strategy by the user; the package's own methods are served by the tight loop.
         if getattr(type(strategy), hook) is not getattr(strategy_type, hook):
             yield f"{type(strategy).__name__}.{hook}"
+    # A wrapper's forward pass must run, which the tight loop would go around.
     if strategy.model is not module:
         yield "a wrapper around the module"
     if type(trainer.precision_plugin) not in PRECISIONS:
         yield f"the precision plug-in {type(trainer.precision_plugin).__name__}"
     profiler = trainer.profiler  # type: ignore[attr-defined]
+    # A profiler measures the actions that Lightning's batch hooks announce.
     if type(profiler) is not PassThroughProfiler:
         yield f"the profiler {type(profiler).__name__}"
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -87,20 +90,24 @@ def _batch_hooks(trainer: L.Trainer, strategy_type: type) -> Iterator[str]:
 
 
 def _hooks_of(callback: L.Callback) -> Iterator[str]:
+    # The exact type: a subclass may look at batches in the same hooks.
     if type(callback) in SERVED_BY_GROUP or getattr(callback, "serves_batches_by_group", False):
         return
     if type(callback) is LearningRateMonitor and callback.logging_interval == "epoch":
         return
     for hook in BATCH_HOOKS:
+        # Some of these hooks exist for modules only.
         if hasattr(L.Callback, hook) and is_overridden(callback, hook, L.Callback):
             yield f"{type(callback).__name__}.{hook}"
     step = getattr(callback, "run_training_step", None)
+    # By name, because `callbacks` stands above this room and its base class can't be imported here.
     if step is not None and not getattr(step, "__qualname__", "").startswith("FederatedCallback."):
         yield f"{type(callback).__name__}.run_training_step"
 
 
 def is_overridden(holder: Any, hook: str, base: type) -> bool:
     """Whether an object has a hook of its own, by its class or set on the object itself."""
+    # On the object too: `PartitionedDataModule` forwards the hooks of its datamodule in this way.
     return hook in vars(holder) or getattr(type(holder), hook, None) is not getattr(base, hook, None)
 
 
@@ -121,4 +128,6 @@ def run_training_step(trainer: L.Trainer, step: Callable[..., Any], *args: Any, 
 
 def _is_of_user(hook: Any) -> bool:
     function = getattr(hook, "__func__", hook)
+    # `has_hooks` decides whether a collective is run, so all ranks must answer alike: it looks only at which package a
+    # hook comes from.
     return function is not None and not getattr(function, "__module__", "").startswith(("lightning.", "lightning_fl."))

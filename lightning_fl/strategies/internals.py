@@ -36,6 +36,7 @@ SubprocessLauncher = _SubprocessScriptLauncher
 
 def keep_samplers(trainer: Trainer) -> None:
     """Stops Lightning from cutting loaders up by rank with a ``DistributedSampler``."""
+    # Lightning does so wherever a strategy is distributed, and `sync_dist` has no effect where it is not.
     trainer._accelerator_connector.use_distributed_sampler = False
 
 
@@ -90,6 +91,7 @@ def set_logger_steps(trainer: Trainer, steps: int) -> None:
 
 def loops_before_round(trainer: Trainer) -> dict[str, Any]:
     """The loops' progress as it was at the end of the previous round; the current one has only just started."""
+    # A copy, because the loops go on counting while this is kept for an exception.
     state = copy.deepcopy(trainer.fit_loop.state_dict())
     for count in state["epoch_progress"].values():
         count["ready"] = count["started"] = count["processed"]
@@ -123,6 +125,8 @@ def save_passed_steps(trainer: Trainer, before: int, after: int) -> None:
         every = callback._every_n_train_steps
         if every < 1 or before // every == after // every or callback._should_skip_saving_checkpoint(trainer):
             continue
+        # The rest is what the callback does in `on_train_batch_end`, which saves only at exact multiples of n; the end
+        # of a round jumps over them.
         candidates = callback._monitor_candidates(trainer)
         if callback.monitor is not None and callback.monitor not in candidates:
             callback._defer_save_until_validation = True
@@ -138,6 +142,7 @@ def average_passed_steps(trainer: Trainer, before: int, after: int) -> None:
         if any(callback.should_update(step_idx=step) for step in range(before, after)):
             assert callback._average_model is not None
             callback._average_model.update_parameters(trainer.lightning_module)
+        # Also where nothing was averaged: the callback must not take the jump of `global_step` for a step of its own.
         callback._latest_update_step = after
 
 
@@ -187,6 +192,7 @@ def step_out_of_loop(trainer: Trainer, hook: str, batch: Any, batch_idx: int) ->
     batch = module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), dataloader_idx=0)
     batch = call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=0)
     results = active_results(trainer)
+    # `self.log` infers the batch size from these, which Lightning's loops set before each step.
     results.batch, results.batch_size = batch, None
     takes_index = is_param_in_hook_signature(getattr(module, hook), "batch_idx", min_args=2)
     return call._call_strategy_hook(trainer, hook, batch, *([batch_idx] if takes_index else [])), batch

@@ -89,6 +89,7 @@ class LogBuffer:
             self._log(name, value, *args, **kwargs)
             return
         arguments = {key: own for key, own in kwargs.items() if key in _FREE}
+        # With the arguments: two calls for one name that differ in them must both reach Lightning, which raises.
         key = (name, isinstance(value, Metric), *sorted(arguments.items()))
         entry = self._entries.get(key)
         if entry is None:
@@ -96,6 +97,7 @@ class LogBuffer:
         if isinstance(value, Metric):
             entry.metric = value
         else:
+            # Detached, or the sum would keep the graph of every batch in memory until the client ends.
             number = value.detach().to(sum_dtype(value.dtype)) if isinstance(value, Tensor) else value
             entry.total = entry.total + number * self._num_examples
             entry.num_examples += self._num_examples

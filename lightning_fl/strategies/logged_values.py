@@ -39,6 +39,8 @@ class LoggedValues:
             of_training = result.is_tensor and result.meta.on_epoch and result.meta.fx != LATE_HOOK
             if of_training and not result.has_reset and self._was_updated(key, result):
                 add_entry(self._phase, key, logged.entry(result))
+                # Taken over into this class's sums; what stayed in Lightning's would be counted again with the next
+                # client.
                 logged.empty(result)
         if counts:
             for key, entry in self._phase.items():
@@ -99,6 +101,7 @@ def hide_unmerged(results: ResultCollection, merged: Entries) -> None:
     """Hides values that only refused clients have logged in this round."""
     for key, result in results.items():
         if result.is_tensor and result.meta.on_epoch and result.meta.fx != LATE_HOOK and key not in merged:
+            # Lightning leaves out only entries that are marked as reset.
             result.has_reset = True
 
 

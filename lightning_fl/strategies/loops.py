@@ -79,6 +79,8 @@ class RoundEpochLoop(_TrainingEpochLoop):
         return self._is_training_done and self._is_validation_done
 
     def _should_check_val_fx(self, data_fetcher: _DataFetcher) -> bool:
+        # Without Lightning's other occasions, such as `should_stop` in mid-epoch: there is no global model to validate
+        # then.
         return self._num_ready_batches_reached() and self._should_check_val_epoch()
 
     def _accumulated_batches_reached(self) -> bool:
@@ -92,6 +94,8 @@ class RoundEpochLoop(_TrainingEpochLoop):
     # ---- a round
 
     def advance(self, data_fetcher: _DataFetcher) -> None:
+        # The restart logic is Lightning's own. Lightning's broadcast of SIGTERM before each batch is left out on
+        # purpose: ranks have different numbers of batches, so it would pair up different batches or hang.
         if self.restarting and self._should_check_val_fx(data_fetcher):
             if self.val_loop.restarted_mid_evaluation:
                 return
@@ -122,6 +126,8 @@ class RoundEpochLoop(_TrainingEpochLoop):
         self.position, self.is_round_done = position, ends_round
         self.batch_idx_in_round, self.outputs = self.batch_idx + 1, None
         self.batch_progress.is_last_batch = ends_round
+        # From here on the calls and their order are those of Lightning's `advance`, on which callbacks and loggers
+        # rely.
         batch = module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), dataloader_idx=0)
         self.batch = batch = call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=0)
         self.batch_progress.increment_ready()
@@ -147,6 +153,8 @@ class RoundEpochLoop(_TrainingEpochLoop):
         call._call_callback_hooks(trainer, "on_train_batch_start", batch, batch_idx)
         response = call._call_lightning_module_hook(trainer, "on_train_batch_start", batch, batch_idx)
         call._call_strategy_hook(trainer, "on_train_batch_start", batch, batch_idx)
+        # Lightning ends the epoch without `on_train_batch_end` and without validation then, on this rank alone; the
+        # others would wait for it in the round's collectives.
         if response == -1:
             raise MisconfigurationException(
                 f"Round {trainer.current_epoch} ended before its last batch. `on_train_batch_start` must not return -1 "
@@ -178,6 +186,8 @@ class RoundEpochLoop(_TrainingEpochLoop):
         """Ends the round's last batch for Lightning's own callbacks only, because no others look at batches."""
         trainer, module = self.trainer, self.trainer.lightning_module
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            # Saving is a barrier in `Trainer.save_checkpoint` and `Timer` broadcasts its decision, so that a rank that
+            # ends the round without a batch must take part.
             if isinstance(callback, Checkpoint | Timer):
                 callback.on_train_batch_end(trainer, module, None, None, self.batch_idx_in_round)
         trainer._logger_connector.on_batch_end()
@@ -205,6 +215,7 @@ class RoundEpochLoop(_TrainingEpochLoop):
             step = self.automatic_optimization.optim_progress.optimizer.step
             step.increment_ready()
             step.increment_completed()
+            # Most modules have no schedule, and this runs in every step of the tight loop.
             if self.trainer.lr_scheduler_configs:
                 self.step_client_schedules()
 
@@ -212,6 +223,8 @@ class RoundEpochLoop(_TrainingEpochLoop):
         """Counts the end of a batch, and logs its values if ``log_every_n_steps`` says so."""
         self.batch_progress.increment_completed()
         connector = self.trainer._logger_connector
+        # Without loggers the values would be computed for nothing: progress bars are told once a group, by
+        # `show_group`.
         if self.trainer.loggers and connector.should_update_logs:
             connector.update_train_step_metrics()
         self._end_iteration()
@@ -241,6 +254,8 @@ class RoundEpochLoop(_TrainingEpochLoop):
         return super()._build_kwargs(kwargs, batch, self.position.offset)
 
     def update_lr_schedulers(self, interval: str, update_plateau_schedulers: bool) -> None:
+        # Lightning steps the other epoch schedules on the last batch, before there is a global model and not at all on
+        # a rank without a batch; `step_epoch_schedules` does it when the round is closed.
         if interval == "epoch" and update_plateau_schedulers:
             super().update_lr_schedulers(interval, update_plateau_schedulers)
         elif interval == "step" and not update_plateau_schedulers and self.position.ends_window:
@@ -248,6 +263,7 @@ class RoundEpochLoop(_TrainingEpochLoop):
 
     def step_client_schedules(self) -> None:
         """Steps the schedules that step inside a client's local training."""
+        # With manual optimization it is the module that steps its schedules, as in Lightning.
         if not self.trainer.lightning_module.automatic_optimization:
             return
         for config, schedule in self.trainer.strategy.driver.schedules:  # type: ignore[attr-defined]
@@ -263,6 +279,7 @@ class RoundEpochLoop(_TrainingEpochLoop):
 
     def set_global_step(self, step: int) -> None:
         """Sets ``trainer.global_step``, which Lightning counts per process, so that all ranks agree."""
+        # Lightning reads the one or the other, depending on `automatic_optimization`, so both are kept equal.
         for total in (
             self.automatic_optimization.optim_progress.optimizer.step.total,
             self.manual_optimization.optim_step_progress.total,
@@ -274,6 +291,8 @@ class RoundOptimization(_AutomaticOptimization):
     """Automatic optimization that zeroes the gradients at the start of a client's accumulation window."""
 
     def _make_zero_grad_fn(self, batch_idx: int, optimizer: torch.optim.Optimizer) -> Callable[[], None] | None:
+        # Lightning zeroes the gradients if the index is a multiple of the window, counted over the whole epoch, so that
+        # a window would straddle two clients. 0 is such a multiple, and 1 never is.
         window_idx = 0 if self.trainer.fit_loop.epoch_loop.position.starts_window else 1  # type: ignore[attr-defined]
         return super()._make_zero_grad_fn(window_idx if self.trainer.accumulate_grad_batches > 1 else 0, optimizer)
 
@@ -287,6 +306,8 @@ class RoundFitLoop(_FitLoop):
 
     @property
     def max_batches(self) -> int | float:
+        # Lightning's `__init__` has stored the value in the instance, and a property takes precedence over it, so that
+        # the value can stay where it is when `adopt_loops` changes the class.
         driver = getattr(self.trainer.strategy, "driver", None)
         if driver is None or driver.has_started or self._is_read_by_loop:
             return self.__dict__["max_batches"]
@@ -316,10 +337,13 @@ class RoundFitLoop(_FitLoop):
 
     def on_advance_end(self) -> None:
         super().on_advance_end()
+        # Last, because `on_train_epoch_end`, which the base class calls, may set `should_stop` on one rank only.
         self.trainer.strategy.driver.agree_to_stop()  # type: ignore[attr-defined]
 
     def setup_data(self) -> None:
         strategy: Any = self.trainer.strategy
+        # Lightning would cut this rank's round off at the limit, which here applies to one pass of each client. The
+        # driver applies it, so Lightning must see a limit that has no effect.
         limit, self.trainer.limit_train_batches = self.trainer.limit_train_batches, 1.0
         strategy.limit_train_batches = limit
         try:
@@ -327,6 +351,7 @@ class RoundFitLoop(_FitLoop):
                 super().setup_data()
         finally:
             self.trainer.limit_train_batches = limit
+        # Lightning asks a loader for its length only once, but a round's length changes with its cohort.
         if self._combined_loader is not None and strategy.driver is not None:
             strategy.driver.set_length()
 
@@ -342,6 +367,7 @@ class RoundEvaluationLoop(_EvaluationLoop):
         last = self._combined_loader
         with self.trainer.strategy.local_phase():  # type: ignore[attr-defined]
             super().setup_data()
+        # Only where loaders have been made anew: the check is a collective, and all ranks make theirs at the same time.
         if self._combined_loader is not last:
             num_loaders = sum(num_batches > 0 for num_batches in self._max_batches)
             self.trainer.strategy.check_evaluation_data(num_loaders)  # type: ignore[attr-defined]
@@ -351,6 +377,7 @@ class RoundEvaluationLoop(_EvaluationLoop):
             super()._store_dataloader_outputs()
 
     def _on_evaluation_epoch_end(self) -> None:
+        # Before the user's epoch-end hooks, in which torchmetrics are computed and collectives concern all ranks again.
         self.trainer.strategy.end_evaluation()  # type: ignore[attr-defined]
         super()._on_evaluation_epoch_end()
 
@@ -358,6 +385,8 @@ class RoundEvaluationLoop(_EvaluationLoop):
 def adopt_loops(trainer: Trainer) -> None:
     """Turns the Trainer's loops into those above; a Trainer does not accept custom loops."""
     epoch_loop = trainer.fit_loop.epoch_loop
+    # The class is changed in place, because the Trainer's connectors and the loops themselves already refer to these
+    # objects.
     trainer.fit_loop.__class__ = RoundFitLoop
     epoch_loop.__class__ = RoundEpochLoop
     epoch_loop.automatic_optimization.__class__ = RoundOptimization

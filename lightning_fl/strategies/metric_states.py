@@ -58,6 +58,7 @@ class MetricStates:
         fields: dict[str, Any] = {}
         tensors: Tree = {}
         for name, metric in self.metrics.items():
+            # Rank 0 holds the last union for all ranks, so it reports it even without new updates.
             if metric.update_count == self._counts[name] and not (self.rank == 0 and name in self._merged):
                 continue
             lengths: dict[str, int | None] = {}
@@ -103,6 +104,7 @@ def _length(length: int | None) -> int:
 
 
 def _copy(state: Any) -> Any:
+    # `update` appends to a list state, so copying the list is enough; it may change a tensor state in place.
     return list(state) if isinstance(state, list) else state.clone()
 
 

@@ -32,6 +32,8 @@ def out_of_loop(trainer: L.Trainer, training: bool) -> Iterator[ResultCollection
     module = trainer.lightning_module
     states = MetricStates(module, rank=0)
     metrics = states.snapshot()
+    # All buffers, also non-persistent ones, and the tensor itself beside its value: the engine's table of tensors
+    # refers to it.
     buffers = [(*owner(module, name), tensor, tensor.clone()) for name, tensor in module.named_buffers()]
     try:
         with internals.logging_out_of_loop(trainer, training) as results:
@@ -57,6 +59,8 @@ def train_out_of_loop(trainer: L.Trainer, loader: Iterable[Any], optimizer: Opti
             batches = iter(loader)
             batch, index = next(batches, None), 0
             while batch is not None:
+                # Read one ahead, because the last batch ends its accumulation window early and an iterator has no
+                # length.
                 following = next(batches, None)
                 outputs, _ = internals.step_out_of_loop(trainer, "training_step", batch, index)
                 loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
@@ -79,6 +83,7 @@ def validate_out_of_loop(trainer: L.Trainer, loader: Iterable[Any]) -> tuple[dic
         The logged values by name, and the number of examples.
     """
     module, num_examples = trainer.lightning_module, 0
+    # By submodule: a user may keep single layers, such as a frozen BatchNorm, in evaluation mode during training.
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:

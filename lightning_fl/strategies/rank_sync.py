@@ -53,8 +53,10 @@ class RankSync:
         """
         if self.group.size == 1 or not has_hooks(self.trainer, "on_train_batch_end"):
             return
+        # Fingerprints first: as a rule nothing has changed, and then no tensor travels.
         own = {name: fingerprint(tensor) for name, tensor in tensors.items()}
         ranks = self.gather(round, Message({"own": own, "trained": has_trained}), "after the last batch")
+        # A rank that has trained has run the hooks, whose changes are to be kept.
         source = next((rank for rank, fields in enumerate(ranks) if fields["trained"]), 0)
         with torch.no_grad():
             for name, tensor in tensors.items():

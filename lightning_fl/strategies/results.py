@@ -45,6 +45,8 @@ def placeholder(settings: dict[str, Any], device: torch.device) -> _ResultMetric
     settings = dict(settings)
     is_tensor = settings.pop("is_tensor")
     meta = _Metadata(reduce_fx=REDUCTIONS[settings.pop("reduction")], **settings)
+    # Without a function of its own: the value is joined already, and syncing it again would be a collective of this
+    # rank alone.
     meta.sync = _Sync()
     result = _ResultMetric(meta, is_tensor).to(device)
     result.has_reset = False
@@ -80,6 +82,7 @@ def is_computed(result: _ResultMetric) -> bool:
 
 def empty(result: _ResultMetric) -> None:
     """Resets the accumulated value; that of the last step stays."""
+    # The default itself, not a copy: Lightning never updates a value in place.
     result.value = result._defaults["value"].to(result.value.device)  # type: ignore[union-attr]
     if result.meta.is_mean_reduction:
         result.cumulated_batch_size = torch.zeros_like(result.cumulated_batch_size)
@@ -89,6 +92,7 @@ def empty(result: _ResultMetric) -> None:
 def show(result: _ResultMetric, value: float) -> None:
     """Sets the value that Lightning reads for the epoch and for the step."""
     result.has_reset = False
+    # Shown as the cached result, which Lightning reads without computing it from this rank's own sum.
     joined = torch.tensor(value, dtype=result.value.dtype, device=result.value.device)
     if result.meta.on_step:
         result._forward_cache = joined

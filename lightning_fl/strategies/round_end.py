@@ -30,6 +30,7 @@ def rank_report(
     """
     results = internals.train_results(trainer)
     descriptions, tensors = metric_states.report()
+    # A rank without clients has counted one batch that was not there, which must not move the x-axis.
     own_steps = internals.logger_steps(trainer) - opened.first_logger_step + opened.more_logger_steps
     return RankReport(
         metrics=as_numbers({**opened.values.entries, **logged_metric_entries(results)}),

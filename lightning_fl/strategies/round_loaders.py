@@ -94,9 +94,11 @@ class RoundLoaders:
 
     def _take(self, client: ClientId) -> Loader:
         try:
+            # The user's code makes the loader, so that anything may be raised; the error names the client.
             loader = self._ahead.pop(client) if client in self._ahead else self._make(client)
         except Exception as error:
             raise LoaderFailed(client, error) from error
+        # Only where workers read: without them a loader made early would save nothing and keep its data in memory.
         if isinstance(loader, PrefetchedLoader) or can_prefetch(loader):
             self._make_next(client)
         self.warnings.loader(loader)

@@ -15,6 +15,7 @@ from lightning_fl.federation import RankReport, RoundResult
 from lightning_fl.federation.metric_entries import Entries
 from lightning_fl.types import ClientId
 
+# Weak, because to remember a module must not keep its tensors in memory.
 _TRAINED: WeakSet[nn.Module] = WeakSet()
 """Modules that have been trained with hidden clients."""
 

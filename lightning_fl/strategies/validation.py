@@ -75,6 +75,7 @@ def settings_of_ranks(strategy: Any, trainer: L.Trainer) -> dict[str, str]:
         "aggregator": type(strategy.aggregator).__name__,
         "transforms": ", ".join(map(_numbers_of, strategy.transforms)),
     }
+    # A default repr holds the object's address, which differs from process to process.
     return {name: re.sub(r" at 0x[0-9a-f]+", "", value) for name, value in settings.items()}
 
 
@@ -143,12 +144,14 @@ def check_trainer(trainer: L.Trainer) -> None:
         MisconfigurationException: If one of them is set.
     """
     tuners = [type(callback).__name__ for callback in trainer.callbacks]  # type: ignore[attr-defined]
+    # By name, because the callback of Lightning's `lr_find` is private.
     tuner = next((name for name in tuners if name in ("_LRCallback", "LearningRateFinder", "BatchSizeFinder")), None)
     if tuner is not None:
         raise MisconfigurationException(
             "The tuner (lr_find, scale_batch_size) trains batch by batch and has no rounds. Tune with strategy='auto'."
         )
     val_check_interval = getattr(trainer, "val_check_interval", "a time")  # Lightning sets none if it is a time
+    # The integer 1 equals 1.0, but to Lightning it means after every batch.
     if val_check_interval != 1.0 or isinstance(val_check_interval, int):
         raise MisconfigurationException(
             f"val_check_interval={val_check_interval} asks for validation inside a round, where there is no "

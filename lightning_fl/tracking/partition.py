@@ -57,6 +57,7 @@ class PartitionSummary:
         total = counts.sum()
         if not total:
             return None
+        # A fixed seed, so that a report made again shows the same number.
         rng = np.random.default_rng(0)
         draws = [rng.multinomial(size, counts.sum(axis=0) / total) for size in counts.sum(axis=1)]
         return _label_skew(np.asarray(draws, dtype=float))
@@ -195,6 +196,7 @@ def _join(num_clients: int, found: Sequence[Mapping[str, Any]]) -> PartitionSumm
         return PartitionSummary(num_clients, ids, sizes)
     names = list(dict.fromkeys(name for fields in found for name in fields["values"]))
     if all(name.lstrip("-").isdigit() for name in names):
+        # As text, 10 would come before 2.
         names.sort(key=int)
     counts = [
         [fields["values"].get(name, [0] * len(fields["ids"]))[row] for name in names]

@@ -80,6 +80,8 @@ def render(run: Run) -> str:
         _section("Do it again", _again(run)),
     ]
     return (
+        # Everything that comes from the run is escaped: names of metrics and clients could otherwise put scripts into
+        # the page.
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(run.name)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"

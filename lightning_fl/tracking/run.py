@@ -40,6 +40,7 @@ def _plain(value: Any) -> Any:
 def write_file(path: Path, text: str) -> None:
     """Writes a file atomically: a reader sees the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, because a rename is atomic only within a file system.
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     unfinished.write_text(text)
     unfinished.replace(path)
@@ -135,6 +136,7 @@ class Run:
         """The rounds, counted from 1, and a metric's values in them; NaN where a value was not finite."""
         rows = [row for row in self.rounds if name in row.get("metrics", {})]
         values = [row["metrics"][name] for row in rows]
+        # JSON has no NaN; it was written as null.
         return [row["round"] + 1 for row in rows], [math.nan if value is None else value for value in values]
 
     def total(self, name: str) -> float | None:

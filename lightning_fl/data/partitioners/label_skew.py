@@ -101,7 +101,9 @@ class Dirichlet(Partitioner):
 
 def _counts_per_class(alpha: float, class_sizes: np.ndarray, num_clients: int, rng: np.random.Generator) -> np.ndarray:
     shares = rng.dirichlet(np.full(num_clients, alpha), size=len(class_sizes))
+    # The cumulative shares are rounded, not the shares, so that the counts sum to the size of the class.
     edges = np.rint(np.cumsum(shares, axis=1) * class_sizes[:, None]).astype(np.int64)
+    # Cumulative shares may end slightly off 1.
     edges[:, -1] = class_sizes
     return np.diff(edges, axis=1, prepend=0).T
 
@@ -150,6 +152,8 @@ def deal_groups(groups: np.ndarray, counts: np.ndarray, rng: np.random.Generator
     """
     owner = np.empty(len(groups), dtype=np.int64)
     shuffled = rng.permutation(len(groups))
+    # Shuffled first: the stable sort alone would keep the data set's order within a group, and the first clients would
+    # get the first samples.
     members = shuffled[np.argsort(groups[shuffled], kind="stable")]
     owner[members] = np.repeat(np.tile(np.arange(len(counts)), counts.shape[1]), counts.T.ravel())
     return np.split(np.argsort(owner, kind="stable"), np.cumsum(counts.sum(axis=1))[:-1])
@@ -193,6 +197,7 @@ class Shards(Partitioner):
             )
         groups = label_groups(dataset, self.num_bins)
         shuffled = rng.permutation(len(groups))
+        # Shuffled first, so that the shards of a label are random samples of it.
         by_label = shuffled[np.argsort(groups[shuffled], kind="stable")]
         shard_owner = rng.permutation(np.repeat(np.arange(num_clients), self.shards_per_client))
         shard_sizes = np.diff(np.arange(num_shards + 1) * len(groups) // num_shards)
@@ -268,6 +273,7 @@ def _assign_labels(num_clients: int, num_labels: int, num_groups: int, rng: np.r
     holds = np.zeros((num_clients, num_groups), dtype=bool)
     num_holders = np.zeros(num_groups)
     for client in range(num_clients):
+        # The random part is below 1, so it only breaks ties between labels that equally many clients hold.
         labels = np.argsort(num_holders + rng.random(num_groups))[:num_labels]
         holds[client, labels] = True
         num_holders[labels] += 1
@@ -277,6 +283,7 @@ def _assign_labels(num_clients: int, num_labels: int, num_groups: int, rng: np.r
 def random_sizes(total: int, num_parts: int, min_size: int, sigma: float, rng: np.random.Generator) -> np.ndarray:
     """Sizes that sum to ``total``: ``min_size`` plus log-normal parts of the rest; equal to within 1 if sigma is 0."""
     if sigma == 0:
+        # Permuted, so that the larger parts of all labels do not go to the same clients.
         return rng.permutation(np.diff(np.arange(num_parts + 1) * total // num_parts))
     return min_size + apportion(total - min_size * num_parts, np.exp(sigma * rng.standard_normal(num_parts)))
 

@@ -137,6 +137,7 @@ def _refuse_repeated_clients(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _are_indices(samples: Any) -> bool:
+    # The exact type: JSON's true is an int too.
     return isinstance(samples, list) and all(type(sample) is int and sample >= 0 for sample in samples)
 
 

@@ -50,6 +50,7 @@ class Partitioner(ABC):
                 f"{type(dataset).__name__} cannot be partitioned: expected a map-style data set with a length. Give "
                 "each client its own loader with fl.datamodules.ClientLoaders."
             )
+        # A number below 1 is left as it is, for the error that follows.
         if num_clients is None or num_clients > 0:
             num_clients = len(self.client_ids(dataset, num_clients))
         if not 1 <= num_clients <= len(dataset):

@@ -32,6 +32,7 @@ class BreastCancerDataModule(CentralDataModule):
         """Training and test data."""
         features, labels = load("load_breast_cancer", type(self).__name__)
         train, test = stratified_split(labels, self.test_share, self.seed)
+        # From the training rows only, or the test data would leak into the features.
         mean, std = features[train].mean(axis=0), features[train].std(axis=0)
         x, y = torch.from_numpy((features - mean) / std).float(), torch.from_numpy(labels).long()
         return TensorDataset(x[train], y[train]), TensorDataset(x[test], y[test])

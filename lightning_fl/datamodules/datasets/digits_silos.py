@@ -64,6 +64,7 @@ class DigitsSiloDataModule(DigitsDataModule):
 
     def _part(self, dataset: Dataset, silo: int) -> TensorDataset:
         assert isinstance(dataset, TensorDataset)
+        # The same order in every silo's process, so that their parts are disjoint without communication.
         order = np.random.default_rng(self.seed).permutation(len(dataset))
         ends = np.round(len(dataset) * np.cumsum(self.shares) / sum(self.shares)).astype(int)
         return TensorDataset(*dataset[np.split(order, ends[:-1])[silo]])

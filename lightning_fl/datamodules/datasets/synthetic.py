@@ -80,6 +80,7 @@ class SyntheticDataModule(NaturalDataModule):
 
     @cached_property
     def _sizes(self) -> np.ndarray:
+        # From a stream of their own, so that sizes are known without generating any client's data.
         normal = np.random.default_rng(derive_seed(self.seed, "synthetic sizes")).standard_normal(self.num_clients)
         sizes = np.exp(4 + 2 * normal) + 50
         return np.minimum(sizes, self.max_size or np.inf).astype(np.int64)

@@ -88,6 +88,7 @@ def epsilon_of(
         return math.inf
     if method == "rdp":
         return _rdp(entries, delta, relation)
+    # The exact answer in closed form, which no accountant improves on.
     if all(isinstance(sampling, Full) for _, sampling, _ in entries):
         return _analytic(entries, delta, relation)
     # Only RDP has an amplification bound for draws of fixed size; both bounds hold, so the smaller one is returned.
@@ -176,6 +177,7 @@ def _loss(sigma: float, sampling: Sampling, count: int, relation: Relation, grid
         return _single(sigma, sampling.rate, relation, grid).self_compose(count)
     if isinstance(sampling, LocalSteps):
         return _round(sigma, sampling, relation, grid).self_compose(count)
+    # Gaussians without amplification compose to one exactly, so that no error of a grid adds up over the releases.
     return _single(sigma / count**0.5, 1.0, relation, grid)
 
 

@@ -124,6 +124,7 @@ class Ledger:
     @property
     def entries(self) -> tuple[Entry, ...]:
         """Everything recorded, in an order that does not depend on when it was recorded."""
+        # Sorted, so that ledgers of the same releases share the cached epsilon, to the last bit.
         return tuple(
             sorted(((float(event.noise_multiplier), event.sampling, count) for event, count in self), key=repr)
         )

@@ -32,9 +32,11 @@ def largest_epsilon(
     largest, of = Ledger().epsilon(delta, method), Ledger()
     bounds = {ledger.entries: (rough_epsilon(ledger.entries, delta), ledger) for ledger in ledgers}
     for bound, ledger in sorted(bounds.values(), key=lambda pair: -pair[0]):
+        # In falling order of the rough bounds, so no ledger after this one can have a larger epsilon.
         if bound <= largest:
             break
         found = ledger.epsilon(delta, method, grid=grid)
+        # Both are upper bounds, so the smaller one holds.
         if min(found, bound) > largest:
             largest, of = Epsilon(min(found, bound), delta, method, found.relation), ledger
     return largest, of

@@ -105,6 +105,8 @@ def clip_update(update: Update, clip: float) -> Update:
     """Scales the update down to norm ``clip`` if it is longer; returns zeros if it holds NaN or infinities."""
     trees = update_trees(update)
     norm = joint_norm(trees.values())
+    # Negated, because every comparison with NaN is false. Zeros instead of a refusal: who is left out would depend on
+    # the clients' data, which the noise on the sum does not cover.
     if not norm < math.inf:
         return with_trees(update, {name: zeros_like(tree) for name, tree in trees.items()})
     if norm <= clip:
@@ -126,6 +128,7 @@ def check_clipped(update: Update, clip: float) -> None:
         PrivacyError: If it is longer, or holds NaN.
     """
     norm = joint_norm(update_trees(update).values())
+    # Negated, so that NaN fails too.
     if not norm <= clip:
         raise PrivacyError(
             f"An update has norm {norm:.6g} after clipping to {clip:.6g}, so the noise would not cover it. The run "

@@ -127,6 +127,7 @@ class ClientLevelDP(Transform):
             raise ValueError(f"ClientLevelDP got delta={self.delta}; expected a number well below 1 / clients.")
         if self.max_epsilon is not None and not self.max_epsilon > 0:
             raise ValueError(f"ClientLevelDP got max_epsilon={self.max_epsilon}; expected a positive number.")
+        # Both raise if a library is missing: now, not after the first round has been trained.
         dp_accounting()
         SecureNoise()
         if self.insecure_test_seed is not None:
@@ -208,6 +209,7 @@ class ClientLevelDP(Transform):
         if update.weight != 1.0:
             raise PrivacyError(f"Client {ctx.client!r} weighs {update.weight}, but clients must weigh 1.")
         clip = float(ctx.server["clip"])
+        # Before clipping, after which every update is within the norm.
         bits = centred_bit(update, clip) if isinstance(self.clip, AdaptiveClip) else _NO_BITS
         update = clip_update(update, clip)
         check_clipped(update, clip)
@@ -224,6 +226,7 @@ class ClientLevelDP(Transform):
     def server(self, aggregate: Aggregate, state: State, ctx: RoundContext) -> tuple[Aggregate, State]:
         clip, cohort = float(state["clip"]), self.cohort(ctx)
         aux = dict(aggregate.aux)
+        # Taken out, because the bits get noise of another scale than the update.
         channel = aux.pop(BITS, None)
         bits = _NO_BITS if channel is None else channel["unclipped"].double()
         flat, layout = _flatten(update_trees(replace(aggregate, aux=aux)))
@@ -257,6 +260,7 @@ class ClientLevelDP(Transform):
             "dp_epsilon": float(epsilon),
             "dp_delta": epsilon.delta,
             "dp_noise_multiplier": float(self.noise_multiplier),
+            # `clip` is already the one of the next round.
             "dp_clip": float(state.get("last_clip", state["clip"])),
             "dp_is_private": float(is_private),
             "dp_guarantee": f"epsilon-delta, {epsilon.relation}" if is_private else f"NOT PRIVATE{seed}",
@@ -291,6 +295,7 @@ class ClientLevelDP(Transform):
         return float(ctx.sampling.size if ctx.sampling is not None else max(len(ctx.cohort), 1))
 
     def _epsilon(self, ledger: Ledger, ctx: RoundContext) -> Epsilon:
+        # Well below 1 / clients: with a delta of that size, publishing one client outright would count as private.
         delta = min(1e-5, max(ctx.population, 1) ** -1.1) if self.delta is None else self.delta
         relation: Relation | None = "replace_one" if self.mode == "local" else None
         return ledger.epsilon(delta, self.method, relation, GRID)

@@ -108,8 +108,10 @@ class NoisySum:
         layout = Layout.of({"gradient": tree})
         flat = layout.flatten({"gradient": tree})
         noisy = add_noise(flat, self.std, self._source)
+        # On what is released, after rounding: noise that rounding has swallowed protects nobody.
         check_added(flat, noisy, self.std)
         if self.std:
+            # A few values are enough to notice a repetition; all of them would be another model in memory.
             added = {dtype: (noisy[dtype] - flat[dtype])[:NUM_COMPARED] for dtype in flat}
             self._watch.check(added, self._source, self.std)
         released = layout.unflatten(noisy)["gradient"]

@@ -101,6 +101,8 @@ class PerSampleGradients:
                 "no buffers; replace it."
             ) from error
         self._hooks.disable_hooks()
+        # The warnings come from a forward and a backward pass between `start` and `take`, which no `with` block can
+        # span.
         self._quiet = ExitStack()
 
     def detach(self) -> None:
@@ -129,6 +131,8 @@ class PerSampleGradients:
         samples = {}
         for name, param in self.params.items():
             sample = getattr(param, "grad_sample", None)
+            # A gradient of zero needs no clipping: it may come from a part of the loss that does not depend on the
+            # parameter.
             if sample is None and param.grad is not None and bool(param.grad.count_nonzero()):
                 raise PrivacyError(
                     f"{name} has a gradient, but none per sample, so it can't be clipped. The run stops. Use "
@@ -137,6 +141,7 @@ class PerSampleGradients:
                 )
             if sample is None:
                 continue
+            # Opacus makes a list of them if backward runs more than once.
             if not isinstance(sample, Tensor) or sample.shape != (size, *param.shape):
                 found = tuple(sample.shape) if isinstance(sample, Tensor) else f"{len(sample)} parts"
                 raise PrivacyError(
@@ -177,13 +182,16 @@ def clipped_sum(samples: Tree, clip: float) -> Tree:
     """
     if not samples:
         return {}
+    # The extra dimension lets parameters without dimensions be flattened in the same way.
     flat = {name: _at_least_float32(sample).unsqueeze(-1).flatten(1) for name, sample in samples.items()}
     norms = torch.stack([torch.linalg.vector_norm(sample, dim=1) for sample in flat.values()])
+    # The norm of the norms is the joint norm, without a copy of all gradients side by side.
     norms = torch.linalg.vector_norm(norms, dim=0)
     is_finite = norms.isfinite()
     factors = torch.where(is_finite, (clip * (1 - ROUNDING) / norms).clamp(max=1.0), torch.zeros_like(norms))
     if not bool(is_finite.all()):  # a factor of zero is not enough: 0 * NaN is NaN
         flat = {name: torch.where(is_finite[:, None], sample, 0) for name, sample in flat.items()}
+    # A product, because the scaled gradients of all examples would take as much memory again.
     return {
         name: (factors.to(flat[name].dtype) @ flat[name]).view(sample.shape[1:]) for name, sample in samples.items()
     }
@@ -196,6 +204,7 @@ def check_clipped_sum(total: Tree, size: int, clip: float) -> None:
         PrivacyError: If it is longer, or holds NaN.
     """
     norm = math.sqrt(sum(float(torch.linalg.vector_norm(value).double()) ** 2 for value in total.values()))
+    # Negated, so that NaN fails too.
     if not norm <= size * clip * (1 + 1e-5):
         raise PrivacyError(
             f"The sum of {size} gradients clipped to {clip:g} has norm {norm:.6g}. The run stops before it is used."
@@ -225,6 +234,7 @@ def check_per_sample(
     Raises:
         PrivacyError: If they differ, so that one example would change the others' gradients or escape the clip.
     """
+    # Two examples show whether they influence each other; a batch of one gives the same example twice.
     both, size = take_rows(batch, [0, min(1, num_rows(batch) - 1)]), 2
     params = list(gradients.params.values())
     with quiet_hooks(), WithoutDropout(), torch.enable_grad():

@@ -91,6 +91,7 @@ class PoissonLoader(DataLoader):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         # Workers prefetch, so several batches are drawn before the first is yielded; the queue pairs them up.
+        # A pass that was broken off has left draws whose batches were never yielded.
         self._draws.drawn.clear()
         for batch in super().__iter__():
             chosen = self._draws.drawn.popleft()
@@ -171,6 +172,7 @@ class DrawCheck:
         """
         trials = len(counts) * len(sizes)
         self._drawn.add(float(sizes.sum()), trials * rate, trials * rate * (1 - rate), trials * rate, 1.0)
+        # At a rate of 1 nothing varies, and the squares would be divided by a variance of 0.
         if rate < 1:
             _add_squares(self._of_examples, counts, len(sizes), rate)
             _add_squares(self._of_batches, sizes, len(counts), rate)
@@ -204,6 +206,7 @@ class _Sum:
     @property
     def is_wrong(self) -> bool:
         distance = abs(self.found - self.expected)
+        # Rounding of the sums; with a rate of 1 the bound below leaves no room for any distance.
         if distance <= 1e-9 * max(self.expected, 1.0):
             return False
         # Bernstein's inequality above the mean; below it, the sharper bound for non-negative numbers.

@@ -40,6 +40,7 @@ def take_rows(batch: Any, rows: slice | list[int]) -> Any:
         if isinstance(value, list | tuple):
             is_nested = any(isinstance(item, Tensor | list | tuple | Mapping) for item in value)
             items: Any = [take(item) for item in value]
+            # One plain entry for each example, such as a list of names.
             if len(value) == size and not is_nested:
                 items = value[rows] if isinstance(rows, slice) else [value[row] for row in rows]
             return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)

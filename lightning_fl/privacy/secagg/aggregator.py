@@ -119,11 +119,13 @@ class SecureAggregation(Aggregator):
             raise ValueError(f"max_weight={max_weight} must be a positive number.")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout={dropout} must be a share from 0 to below 1.")
+        # Raises if the library is missing: now, not in the first round.
         library()
         self.protocol: Protocol = protocol
         self.ranges = Ranges(clip, aux_clip, max_weight or DEFAULT_MAX_WEIGHT, modulus_bits)
         self.max_weight = max_weight
         for tree in ("delta", "aux"):
+            # Raises if even the smallest sum would leave too few bits for a coordinate.
             self.ranges.quantizer(tree, min_clients)
         self.min_clients = min_clients
         self.keys = keys
@@ -131,6 +133,7 @@ class SecureAggregation(Aggregator):
         self.dropout_seed = dropout_seed
 
     def __repr__(self) -> str:
+        # Hashed as what all participants must share, so it leaves out `keys`, which differs between silos.
         settings = {"protocol": self.protocol, **vars(self.ranges), "min_clients": self.min_clients}
         return f"SecureAggregation({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
 
@@ -154,6 +157,7 @@ class SecureAggregation(Aggregator):
         if session is None:
             raise ValueError("SecureAggregation.init got no session. Pass the one that open(group, facts) returned.")
         packing = Packing(template, session.ranges)
+        # In the double-masking protocol each client's vector is masked by itself, so there is no running sum.
         vector = packing.zeros(device) if self.protocol == "pairwise" else torch.empty(0, dtype=packing.dtype)
         return SecureSum(session, packing, vector, model_digest(template))
 
@@ -163,6 +167,7 @@ class SecureAggregation(Aggregator):
         if self.protocol == "bonawitz":
             acc = self._simulate(acc, ctx)
             assert acc.simulation is not None
+            # From 1, because at 0 Shamir's polynomial is the secret itself.
             number = ctx.cohort.index(ctx.client) + 1
             if not acc.simulation.is_waiting_for(number):
                 raise ClientLost
@@ -263,6 +268,8 @@ class SecureAggregation(Aggregator):
         session, num_clients = acc.session, len(ctx.cohort)
         settings = digest(repr(self).encode(), acc.packing.digest)
         attempt = session.next_attempt(ctx.round)
+        # With the frozen tensors: clients whose frozen layers differ would train different models and sum what does not
+        # belong together.
         model = digest(acc.model, tensors_digest(ctx.frozen))
         return SessionParams(session.id, model, settings, ctx.round, attempt, num_clients, threshold)
 

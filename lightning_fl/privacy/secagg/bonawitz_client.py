@@ -219,6 +219,7 @@ class BonawitzClient(Secret):
             {number: of_mask for number, (of_mask, _) in shares.items() if number in survivors},
             {number: of_key for number, (_, of_key) in shares.items() if number not in survivors},
         )
+        # Asked again with another list, it would give away the other share of a client.
         self.end()
         return answer.encode()
 

@@ -71,6 +71,7 @@ class BonawitzServer:
         message = MaskedVector.decode(masked, self.total.numel() * self.total.element_size())
         if message.number not in self._shared or message.number in self._survivors:
             raise ProtocolError(f"Participant {message.number} sent a vector twice, or without sharing its secrets.")
+        # A bytearray, because torch warns of tensors over memory that can't be written.
         self.total += torch.frombuffer(bytearray(message.vector), dtype=self.total.dtype)
         self._survivors.append(message.number)
 
@@ -98,6 +99,7 @@ class BonawitzServer:
             masks.append((_recover({answer.number: answer.self_masks.get(number) for answer in decoded}, number), -1))
         for number in set(self._shared) - set(self._survivors):
             key = AgreementKey(_recover({answer.number: answer.mask_keys.get(number) for answer in decoded}, number))
+            # Wrong shares still give some key, whose masks would leave the sum as noise without an error.
             if key.public != self._roster.advertisements[number].mask_key:
                 raise ProtocolError(f"The shares of the mask key of participant {number} do not reconstruct it.")
             others = [self._roster.advertisements[other] for other in self._survivors]

@@ -45,6 +45,7 @@ class Journal:
         if self.path is None:
             self._check_and_note(vector_id.hex(), roster.hex())
             return
+        # Imported here, because Windows has no such module and simulations, which keep no file, need no lock.
         import fcntl
 
         with os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "r+b") as file:
@@ -53,8 +54,10 @@ class Journal:
 
     def _claim_in(self, file: BinaryIO, vector_id: str, roster: str) -> None:
         content = file.read()
+        # Read again under the lock: another process of the silo may have sent a vector since.
         self._rosters = self._parse(content)
         if self._check_and_note(vector_id, roster):
+            # A crash or an editor may have lost the last newline; two lines in one would make the file unreadable.
             start = "" if not content or content.endswith(b"\n") else "\n"
             file.write(f"{start}{vector_id} {roster}\n".encode())
             file.flush()

@@ -140,6 +140,8 @@ class KeyFolder:
 
 def _write(path: Path, text: str, mode: int = 0o600, is_new: bool = False) -> None:
     """Writes a file atomically; with ``is_new``, never over an existing one."""
+    # Readable by its owner only from the first byte on, and in the same folder, because only within a file system a
+    # file gets its name atomically.
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(descriptor, "w") as file:
@@ -147,6 +149,7 @@ def _write(path: Path, text: str, mode: int = 0o600, is_new: bool = False) -> No
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
+        # `replace` would overwrite an identity that another process has made since the check; `link` fails.
         if is_new:
             os.link(temporary, path)
         else:
@@ -174,6 +177,7 @@ def _check_owner(path: Path, owner: int) -> None:
 
 
 def _check_mode(path: Path) -> None:
+    # Whoever may write into the folder may replace the file, whatever its own mode.
     _check_folder(path.parent)
     status = path.stat()
     _check_owner(path, status.st_uid)

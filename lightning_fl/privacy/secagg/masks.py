@@ -65,5 +65,6 @@ class Keystream:
         num_bytes = count * dtype.itemsize
         assert num_bytes <= BLOCK_BYTES, f"a block has {BLOCK_BYTES} bytes, asked for {num_bytes}"
         zeros = _ZEROS if num_bytes == BLOCK_BYTES else _ZEROS[:num_bytes]
+        # Zeros encrypted in counter mode are the keystream itself.
         self._encryptor.update_into(zeros, self._buffer.data)
         return self._buffer.views[dtype][:count]

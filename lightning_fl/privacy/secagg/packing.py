@@ -112,6 +112,7 @@ class Packing:
                 f"{self.ranges.max_weight:g}. Give SecureAggregation(max_weight=...) a bound that holds for every "
                 "client, or weigh them alike with weighting='uniform'."
             )
+        # `torch.cat` refuses an empty list, and there may be no such tensor.
         exact = [torch.empty(0, dtype=torch.float64, device=vector.device)] + [
             trees[tree][name].detach().double().reshape(-1) * _weight(tree, weight)
             for tree, name, shape, _ in self.layout.entries

@@ -65,6 +65,7 @@ class PairwiseClient(Secret):
         participant = self._participant
         if self._is_done:
             raise ProtocolError("A client was asked for the masks of a sum again; they are used once.")
+        # Before anything can fail: a caller could otherwise try one roster after the other.
         self._is_done = True
         roster = roster_of(advertisements)
         participant.check(roster, participant.params.threshold)
@@ -97,6 +98,7 @@ def roster_of(advertisements: list[bytes]) -> Roster:
     """
     decoded = [KeyAdvertisement.decode(advertisement) for advertisement in advertisements]
     roster = Roster({advertisement.number: advertisement for advertisement in decoded})
+    # Of two with the same number the mapping keeps one, and the masks of the other would not cancel.
     if len(roster.advertisements) != len(decoded):
         raise ProtocolError("Two participants have the same number.")
     return roster

@@ -70,6 +70,8 @@ class Participant(Secret):
         advertisements = roster.advertisements
         local = advertisements.get(self.number)
         sent = self.identity.public, self.mask_key.public, self.has_update
+        # With other keys in its place the others would derive masks that do not cancel with its own, or that somebody
+        # else knows.
         if local is None or (local.identity, local.mask_key, local.has_update) != sent:
             raise ProtocolError(f"The list of participants lacks number {self.number} with the keys that it has sent.")
         if len(advertisements) < max(minimum, MIN_CLIENTS):
@@ -92,6 +94,7 @@ class Participant(Secret):
         ]
         if self.channel_key is not None:
             keys += [advertisement.channel_key for advertisement in advertisements.values()]
+        # One party under two numbers would count twice towards the fewest participants.
         if len(set(keys)) != len(keys):
             raise ProtocolError("Two participants have the same key.")
 

@@ -93,6 +93,8 @@ class Quantizer:
             exact = exact.clamp(-self.clip, self.clip).mul_(factor / self.step)
             # The integers are signed, so u is uniform on [0, 1), and floor(x + u) rounds up with probability frac(x).
             uniform = noise.integers(len(part)).to(exact.device).double().mul_(2.0**-32).add_(0.5)
+            # Clamped, because adding u to the largest level may round up to the next one in float64, and the sum of all
+            # clients would then leave the modulus.
             target.add_(exact.add_(uniform).floor_().clamp_(-limit, limit).to(target.dtype))
         return clipped
 
@@ -122,6 +124,7 @@ def to_limbs(scalars: Tensor, dtype: torch.dtype) -> Tensor:
     whole = scalars.floor()
     fraction = (scalars - whole).mul(2.0**FRACTION_BITS).round().long()
     parts = torch.stack([fraction, whole.long()], dim=1)
+    # The highest limb is not masked: it holds the sign of the integer part, and a fraction that was rounded up to 1.
     limbs = torch.stack([parts & _MASK, (parts >> LIMB_BITS) & _MASK, parts >> (2 * LIMB_BITS)], dim=2)
     return limbs.reshape(-1).to(dtype)
 

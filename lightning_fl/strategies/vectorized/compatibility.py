@@ -170,6 +170,7 @@ def _check(
         written = [n for n, t, version in outside if version_counter(t) != version or now.get(n, t) is not t]
         if written:
             raise NotVectorizable(f"training_step writes to {written[0]}, which all clients share")
+        # The step has moved the clients' BatchNorm statistics; the comparison must start from the same ones.
         engine.put_buffers(buffers)
         if randomness == "error":
             with torch.enable_grad():
@@ -177,6 +178,7 @@ def _check(
     except NotVectorizable:
         raise
     except Exception as error:
+        # What `vmap` can't do shows as errors of many types, raised deep inside torch.
         raise NotVectorizable(_first_line(error)) from error
     finally:
         put_back(module, before)
@@ -203,9 +205,12 @@ def _compare(
         rtol = max(1e-3, 4 * torch.finfo(loss.dtype).eps)
         if not torch.allclose(losses[client], loss, rtol=rtol, atol=1e-5, equal_nan=True):
             raise NotVectorizable(f"the loss of a client together is {losses[client]:g}, alone {loss:g}")
+        # With a NaN the tolerance would be NaN, and gradients that agree, NaN for NaN, would count as different.
         largest = max(float(grad.nan_to_num(0, 0, 0).abs().max()) for grad in own.values())
         for name, grad in own.items():
             eps = torch.finfo(grad.dtype).eps
+            # Relative to the largest gradient: an element near 0 carries the rounding errors of the large terms that
+            # have cancelled in it.
             if not torch.allclose(grads[name][client], grad, rtol=1e3 * eps, atol=100 * eps * largest, equal_nan=True):
                 raise NotVectorizable(f"the gradient of {name} together differs from that of a client alone")
 
@@ -248,6 +253,7 @@ def params_with_gradients(
     try:
         with (
             trainer_replaced(capture.module, stand_in),
+            # A trial must not take random numbers away from the steps that count.
             torch.random.fork_rng(enabled=randomness != "error"),
             torch.enable_grad(),
         ):

@@ -175,6 +175,7 @@ class VectorizedDriver:
             if drawn is not None:  # in a group's first step only: reading the generators takes as long as a layer
                 check_undrawn(drawn)
         except (NotVectorizable, RuntimeError) as error:
+            # `vmap` raises plain RuntimeErrors; only their text tells them from the user's own.
             if not isinstance(error, NotVectorizable) and not any(word in str(error) for word in ("vmap", "functorch")):
                 raise
             assert self.task is not None

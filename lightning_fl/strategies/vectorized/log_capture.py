@@ -193,6 +193,7 @@ class LogCapture:
         patched: list[tuple[Any, str, Any]] = []
 
         def patch(owner: Any, name: str, record: Callable[..., Any]) -> None:
+            # The list itself marks a name that the object had no attribute of its own for; None could be one's value.
             patched.append((owner, name, vars(owner).get(name, patched)))
             object.__setattr__(owner, name, record)
 
@@ -205,6 +206,7 @@ class LogCapture:
         try:
             yield
         finally:
+            # Backwards, because a metric that two submodules share is patched twice.
             for owner, name, before in reversed(patched):
                 object.__delattr__(owner, name)
                 if before is not patched:
@@ -318,6 +320,7 @@ def _is_additive(metric: Metric | MetricCollection | None) -> bool:
     additive = (dim_zero_sum, dim_zero_cat, dim_zero_max, dim_zero_min)
     return (
         bool(functions)
+        # The `update` of a user's own metric may do more than its declared states show.
         and type(metric).__module__.startswith("torchmetrics.")
         and all(function in additive for function in functions)
     )

@@ -36,6 +36,8 @@ def attributes(module: nn.Module, path: str = "") -> Attributes:
 def own_attributes(module: nn.Module) -> Attributes:
     """By attribute, its value, a shallow copy of it if it is a container, and marks that differ if it changes."""
     return {
+        # The value is kept alive: the id of an object that is freed could be given to its successor and hide the
+        # change.
         name: (value, _shallow_copy(value), _marks(value))
         for name, value in vars(module).items()
         if name not in FRAMEWORK_ATTRIBUTES
@@ -57,6 +59,7 @@ def put_back(module: nn.Module, before: Attributes) -> None:
     """Restores the attributes of a module and its submodules."""
     for key in set(attributes(module)) - set(before):
         path, _, name = key.rpartition(".")
+        # Past `nn.Module`, whose own methods would look the name up among parameters, buffers and submodules.
         object.__delattr__(module.get_submodule(path), name)
     for key, (value, items, _) in before.items():
         path, _, name = key.rpartition(".")
@@ -106,11 +109,13 @@ def _marks(value: Any, depth: int = 3) -> Any:
     if type(value) in _SIMPLE:
         return type(value), value
     if isinstance(value, Tensor):
+        # An in-place write keeps the identity but counts the version up, without a look at the content.
         return id(value), version_counter(value)
     if isinstance(value, np.ndarray):
         return id(value), value.tobytes()
     if depth == 0 or isinstance(value, _CLOSED):
         return id(value)
+    # The marks are taken in every step, so long containers are compared by length only.
     if isinstance(value, Sized) and len(value) > 1000:
         return id(value), len(value)
     if isinstance(value, dict):
