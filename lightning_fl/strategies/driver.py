@@ -513,6 +513,10 @@ class RoundDriver:
 
     # ---- checkpoints
 
+    def forget_last_fit(self) -> None:
+        """Takes nothing over from the last fit of the same objects, because this one starts from a checkpoint."""
+        self._last = None
+
     def resume(self, state: FederationState, history: list[dict[str, Any]]) -> None:
         """Restores the federation's state and history from a checkpoint."""
         self.state, self.history = state, history

@@ -438,6 +438,7 @@ class FederatedStrategy(ParallelStrategy):
             return
         (path, packed), self._loaded_checkpoint = self._loaded_checkpoint, None
         driver = self.active_driver
+        driver.forget_last_fit()
         if packed is None:
             warn_of_plain_checkpoint(path)
             return

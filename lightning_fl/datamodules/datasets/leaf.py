@@ -100,8 +100,13 @@ class LEAFDataModule(NaturalDataModule):
                 f"{file} is not a LEAF file or is truncated ({error!r}); expected users, num_samples and user_data. "
                 f"{_REMEDY}"
             ) from error
+        if len(users) != len(counts):
+            raise ValueError(
+                f"{file} has {len(users)} users and {len(counts)} entries of num_samples, expected one for each user. "
+                f"{_REMEDY}"
+            )
         found = {}
-        for user, count in zip(users, counts, strict=False):
+        for user, count in zip(users, counts, strict=True):
             user_data = data.get(user, {})
             x, y = user_data.get("x", ()), user_data.get("y", ())
             if not len(x) == len(y) == count or count == 0:

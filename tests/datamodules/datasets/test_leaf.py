@@ -66,6 +66,11 @@ def test_leaf_shakespeare_gives_characters(tmp_path: Path) -> None:
     [
         (
             {"ann": ([[1.0]], [0])},
+            {"num_samples": [1, 1]},
+            "has 1 users and 2 entries of num_samples",
+        ),
+        (
+            {"ann": ([[1.0]], [0])},
             {"num_samples": [2]},
             r"'ann' of .* has 1 samples and 1 labels, expected num_samples=2",
         ),

@@ -75,6 +75,15 @@ def test_resuming_after_any_round_is_exact(strategy: str, make_optimizer: Any) -
         assert [entry["round"] for entry in resumed.strategy.history] == list(range(ROUNDS))
 
 
+@pytest.mark.parametrize("strategy", ["scaffold", "fedavg"])
+def test_resuming_with_the_objects_of_the_last_fit_is_exact(strategy: str) -> None:
+    run, whole = fit(strategy, ROUNDS, **every_round())
+    module = run.lightning_module
+    run.fit(module, image_clients((5, 7, 11)), ckpt_path="ckpt/epoch=1.ckpt", weights_only=True)
+    assert torch.equal(weights(module), whole)
+    assert [entry["round"] for entry in run.strategy.history] == list(range(ROUNDS))
+
+
 def equal(left: Any, right: Any) -> bool:
     if isinstance(left, Tensor):
         return torch.equal(left, right)
