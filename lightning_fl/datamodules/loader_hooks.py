@@ -8,7 +8,10 @@ import lightning as L
 
 
 class OptionalLoaders(L.LightningDataModule):
-    """A datamodule that may turn out to have no data for validation, test or prediction."""
+    """A datamodule of clients, which may turn out to have no data for validation, test or prediction."""
+
+    gives_clients = True
+    """Its clients are simulated, so every rank has the same validation data, whatever started the ranks."""
 
     def _hide_loaders(self, *hooks: str) -> None:
         """Makes Lightning treat these loader hooks as not implemented.

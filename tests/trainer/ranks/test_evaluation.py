@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torchmetrics.aggregation import SumMetric
 
+import lightning_fl as fl
 from lightning_fl import FederatedStrategy
-from tests.helpers.training import Ordinary, loader, trainer
+from tests.helpers.training import Ordinary, images, loader, trainer
 from tests.trainer.ranks.test_hooks_and_callbacks import SIZES, clients, metrics_of, rank
 
 
@@ -97,3 +98,25 @@ def test_ranks_share_the_validation_data_and_agree_with_one_rank(run_ranks: Any)
     assert [count for _, count in shared] == [12, 10]
     assert num_validated == sum(count for _, count in shared)
     assert [count for _, count in run_ranks(2, validate_in_parts, False)] == [num_validated] * 2
+
+
+def validate_without_a_fit() -> tuple[dict[str, float], int]:
+    class Counted(Ordinary):
+        num_validated = 0
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.num_validated += len(batch[1])
+            super().validation_step(batch, batch_idx)
+
+    module, data = Counted(torch.float64), fl.datamodules.ClientDatasets([images(4)], val=images(11, 9), batch_size=4)
+    run = trainer(FederatedStrategy("fedavg", split_validation=True))
+    run.validate(module, datamodule=data, verbose=False)
+    return {name: value.item() for name, value in run.callback_metrics.items()}, module.num_validated
+
+
+def test_ranks_share_the_validation_data_of_a_simulation_without_a_fit(run_ranks: Any) -> None:
+    alone, num_validated = validate_without_a_fit()
+    shared = run_ranks(2, validate_without_a_fit)
+    for metrics, _ in shared:
+        assert metrics == pytest.approx(alone, rel=1e-6)
+    assert sum(count for _, count in shared) == num_validated == 11
