@@ -89,10 +89,11 @@ class ClientRandomness:
         np.random.seed(client_seed % 2**32)  # NumPy accepts 32 bits
         random.seed(client_seed)
 
-    def seed_loader(self, loader: Any, seed: int) -> None:
+    def seed_loader(self, loader: Any, seed: int, round: int, client: ClientId, purpose: str = "loader") -> None:
         """Seeds the generators of a client's loader and its samplers until :meth:`exit`."""
+        loader_seed = derive_seed(seed, round, purpose, client)
         for generator in loader_generators(loader):
-            self.seed_generator(generator, seed)
+            self.seed_generator(generator, loader_seed)
 
     def seed_generator(self, generator: torch.Generator, seed: int) -> None:
         """Seeds a generator that belongs to the client's loader until :meth:`exit`."""

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_fl.communication import Message
 from lightning_fl.data.client_loaders import ClientLoaders, count_batches
 from lightning_fl.engines.tensors import clones, load
-from lightning_fl.seeding import ClientRandomness, derive_seed, isolated_randomness
+from lightning_fl.seeding import ClientRandomness, isolated_randomness
 from lightning_fl.strategies import FederatedStrategy
 from lightning_fl.strategies.internals import log_to_loggers
 from lightning_fl.strategies.out_of_loop import train_out_of_loop, validate_out_of_loop
@@ -167,7 +167,7 @@ class PersonalizedEvaluation(L.Callback):
         loader = view.population.loaders[client]
         # Seeded for each training, so that the personalized and the local model see the same batches in the same order.
         randomness.enter(seed, len(view.history), client, "evaluation")
-        randomness.seed_loader(loader, derive_seed(seed, len(view.history), "evaluation loader", client))
+        randomness.seed_loader(loader, seed, len(view.history), client, "evaluation loader")
         try:
             with view.trainer.optimizers.borrowed_optimizer() as optimizer:
                 train_out_of_loop(trainer, loader, optimizer, num_epochs)

@@ -71,14 +71,10 @@ class ClientBatches:
         Raises:
             LoaderFailed: If the loader raises, yields nothing, or fewer batches than its length promises.
         """
-        number = self.first_pass
-        for phase, work in enumerate(self.works):
+        for phase, (work, pass_length, batches) in enumerate(self._phases()):
             if phase:
                 next_phase()
-            segments, pass_length = self._lengths(work)
             window, is_last_phase = work.accumulate, phase + 1 == len(self.works)
-            batches = self._timed(self._phase(phase, work, segments, number))
-            number += len(segments)
             for offset, (batch, index, ends_segment, ends_phase) in enumerate(batches):
                 # The index starts at 0 in each segment, so that no accumulation window straddles two passes.
                 yield (
@@ -100,13 +96,15 @@ class ClientBatches:
         Raises:
             LoaderFailed: As :meth:`read` does.
         """
-        batches: list[Any] = []
+        return [batch for _, _, batches in self._phases() for batch, *_ in batches]
+
+    def _phases(self) -> Iterator[tuple[LocalWork, int | None, Iterator[tuple[Any, int, bool, bool]]]]:
+        """Yields the work of each phase, the length of a pass, and its batches as :meth:`_phase` yields them."""
         number = self.first_pass
         for phase, work in enumerate(self.works):
-            segments, _ = self._lengths(work)
-            batches += (item[0] for item in self._timed(self._phase(phase, work, segments, number)))
+            segments, pass_length = self._lengths(work)
+            yield work, pass_length, self._timed(self._phase(phase, work, segments, number))
             number += len(segments)
-        return batches
 
     def _lengths(self, work: LocalWork) -> tuple[list[int | None], int | None]:
         """The segments of a phase, and the length of a pass."""
@@ -137,7 +135,7 @@ class ClientBatches:
                     "it has no length, so that the pass which the algorithm needs may never end; give "
                     "limit_train_batches=n, or the loader a length"
                 )
-            begin_pass(loader, self.round * work.epochs)
+            begin_pass(loader, self.first_pass)
             yield from islice(loader, length)
         except Exception as error:
             raise LoaderFailed(self.client, error) from error

@@ -29,7 +29,7 @@ from lightning_fl.federation.report import RankReport
 from lightning_fl.federation.report_masking import mask, unmask
 from lightning_fl.federation.server import open_server, server_step, some, stop_reason
 from lightning_fl.federation.settings import FederationSettings, FederationState
-from lightning_fl.seeding import ClientRandomness, client_generator, derive_seed
+from lightning_fl.seeding import ClientRandomness, client_generator
 from lightning_fl.tree import clone, is_finite, leaves, move, norm, scale, squared_norms, to_sum_dtype, zeros_like
 from lightning_fl.types import Aggregate, ClientId, LocalRun, State, Update
 
@@ -291,7 +291,7 @@ class Round:
         seed, index = self.settings.seed, self.ctx.round
         self._randomness.enter(seed, index, client, purpose)
         if loader is not None:
-            self._randomness.seed_loader(loader, derive_seed(seed, index, "loader", client))
+            self._randomness.seed_loader(loader, seed, index, client)
 
     def step(self, task: ClientTask, batch: Any, position: BatchPosition) -> None:
         """Trains a group on one batch, for callers that have no training loop of their own."""

@@ -429,8 +429,7 @@ class RoundDriver:
 
     def _close(self, opened: OpenRound) -> None:
         trainer, index, round = self.trainer, self.plan.round, opened.round
-        # Restores the random generators too, so that what draws random numbers after the round does not go on from a
-        # client's.
+        # Before the merge, which restores the process's own random generators: the loaders' were entered after them.
         opened.loaders.close()
         report = rank_report(trainer, opened, self.plan, self.metric_states, self.deferred_checkpoints)
         with naming_round(f"Round {index}", "The round is dropped. "), misconfiguration():

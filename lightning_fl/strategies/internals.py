@@ -254,9 +254,15 @@ def _is_on_cpu(batch: Any) -> bool:
     return type(batch) in (list, tuple) and all(isinstance(leaf, Tensor) and leaf.is_cpu for leaf in batch)
 
 
-def set_running_hook(module: Any, name: str | None) -> None:
-    """Sets the hook that ``self.log`` takes to be running, where Lightning does not call the hook."""
-    vars(module)["_current_fx_name"] = name  # past the checks of `nn.Module`, which cost more than this in each step
+@contextmanager
+def running_training_step(module: Any) -> Iterator[None]:
+    """A block in which ``self.log`` takes ``training_step`` to be running, where Lightning does not call it."""
+    attributes = vars(module)  # past the checks of `nn.Module`, which cost more than this in each step
+    attributes["_current_fx_name"] = "training_step"
+    try:
+        yield
+    finally:
+        attributes["_current_fx_name"] = None
 
 
 @contextmanager

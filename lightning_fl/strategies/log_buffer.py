@@ -53,32 +53,28 @@ class LogBuffer:
         Args:
             num_examples: Examples in its batch. None: only Lightning can tell.
         """
-        module = self.module
-        internals.set_running_hook(module, "training_step")
+        attributes = vars(self.module)  # past `nn.Module.__setattr__`, which takes longer
         if self._is_plain and num_examples is not None:
             self._num_examples = num_examples
-            vars(module)["log"] = self._held_log  # past `nn.Module.__setattr__`, which takes longer
+            attributes["log"] = self._held_log
         try:
-            yield
+            with internals.running_training_step(self.module):
+                yield
         finally:
             if self._is_plain:
-                vars(module).pop("log", None)
-            internals.set_running_hook(module, None)
+                attributes.pop("log", None)
 
     def flush(self) -> None:
         """Passes the values logged since the last flush on to Lightning."""
         entries, self._entries = self._entries, {}
-        if not entries:
-            return
-        internals.set_running_hook(self.module, "training_step")
-        for entry in entries.values():
-            if entry.metric is not None:
-                self._log(value=entry.metric, **entry.arguments)
-            else:
-                mean, size = entry.total / max(1, entry.num_examples), entry.num_examples
-                with _as_default_dtype(mean):
-                    self._log(value=mean, batch_size=size, **entry.arguments)
-        internals.set_running_hook(self.module, None)
+        with internals.running_training_step(self.module):
+            for entry in entries.values():
+                if entry.metric is not None:
+                    self._log(value=entry.metric, **entry.arguments)
+                else:
+                    mean, size = entry.total / max(1, entry.num_examples), entry.num_examples
+                    with _as_default_dtype(mean):
+                        self._log(value=mean, batch_size=size, **entry.arguments)
 
     def drop(self) -> None:
         """Drops the values logged since the last flush."""

@@ -13,7 +13,7 @@ from lightning_fl.data.lazy_batches import as_lazy
 from lightning_fl.data.prefetch import PrefetchedLoader, can_prefetch
 from lightning_fl.data.splitting import in_order
 from lightning_fl.federation import ClientBatches, LoaderFailed, RankPlan
-from lightning_fl.seeding import ClientRandomness, derive_seed, isolated_randomness
+from lightning_fl.seeding import ClientRandomness, isolated_randomness
 from lightning_fl.strategies.user_warnings import UserWarnings
 from lightning_fl.types import ClientId
 
@@ -77,7 +77,7 @@ class RoundLoaders:
         loader = self._take(client)
         if type(loader) not in (list, tuple):  # reading these draws no random numbers
             self._randomness.enter(self.seed, self.plan.round, client)
-            self._randomness.seed_loader(loader, derive_seed(self.seed, self.plan.round, "loader", client))
+            self._randomness.seed_loader(loader, self.seed, self.plan.round, client)
             loader = as_lazy(loader)
         return self._batches(client, loader, works)
 
@@ -125,7 +125,7 @@ class RoundLoaders:
             if self.keep_order or not can_prefetch(loader):
                 continue
             with suppress(Exception), isolated_randomness(self.seed, self.plan.round, client) as randomness:
-                randomness.seed_loader(loader, derive_seed(self.seed, self.plan.round, "loader", client))
+                randomness.seed_loader(loader, self.seed, self.plan.round, client)
                 self._ahead[client] = PrefetchedLoader(loader)
 
     def close(self) -> None:

@@ -160,10 +160,8 @@ class VectorizedDriver:
 
     def flush_logs(self) -> None:
         """Passes the group's logged values that were held back on to Lightning."""
-        module = self.trainer.lightning_module
-        internals.set_running_hook(module, "training_step")
-        self.capture.flush()
-        internals.set_running_hook(module, None)
+        with internals.running_training_step(self.trainer.lightning_module):
+            self.capture.flush()
 
     def _run(self, content: Any, args: tuple[Any, ...]) -> tuple[Tensor, list[Tensor]]:
         module = self.capture.module
