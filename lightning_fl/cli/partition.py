@@ -104,9 +104,16 @@ class LookAtPartition(L.Callback):
         trainer.should_stop = True
         assert isinstance(trainer.strategy, FederatedStrategy)
         strategy = trainer.strategy
-        if strategy.view.settings.silos:
-            forbid_client_disclosure("lightning-fl partition", strategy.view.settings)
-        found = summarise(strategy.view.population, strategy.federation, self.max_clients, read_samples=True)
+        settings = strategy.view.settings
+        if settings.silos:
+            forbid_client_disclosure("lightning-fl partition", settings)
+        found = summarise(
+            strategy.view.population,
+            strategy.federation,
+            self.max_clients,
+            read_samples=True,
+            share_labels=not (settings.silos and settings.is_differentially_private),
+        )
         self.summary = found if trainer.is_global_zero else None
 
 
