@@ -212,7 +212,8 @@ TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK"
         (
             ["-u", "many.py", "--lr", "0.1"],
             {**TORCHRUN, "GROUP_WORLD_SIZE": "3", "MASTER_ADDR": "north", "MASTER_PORT": "29500"},
-            "torchrun --nnodes 3 --node_rank 1 --master_addr north --master_port 29500 --nproc_per_node 2 many.py --lr 0.1",
+            "torchrun --nnodes 3 --node_rank 1 --master_addr north --master_port 29500 --nproc_per_node 2 "
+            "many.py --lr 0.1",
         ),
     ],
     ids=["interpreter options", "module", "torchrun", "several nodes"],
