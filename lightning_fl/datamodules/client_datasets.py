@@ -12,7 +12,7 @@ from lightning_fl.data.client_loaders import ClientLoaders
 from lightning_fl.data.collation import with_fast_collation
 from lightning_fl.data.splitting import examples_per_pass
 from lightning_fl.datamodules.loader_hooks import OptionalLoaders, wants_client_loaders
-from lightning_fl.types import ClientId
+from lightning_fl.types import ClientId, as_client_id
 
 Source = Dataset | Callable[[], Dataset]
 
@@ -129,7 +129,9 @@ def _by_client(train: Any) -> Mapping[ClientId, Source]:
         )
     if not train:
         raise ValueError("train is empty; a federation needs the data set of at least one client.")
-    return train if isinstance(train, Mapping) else dict(enumerate(train))
+    return {
+        as_client_id(name): own for name, own in (train.items() if isinstance(train, Mapping) else enumerate(train))
+    }
 
 
 def _sources(name: str, data: Any) -> Collection[Source]:
