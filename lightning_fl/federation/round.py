@@ -281,7 +281,7 @@ class Round:
         group = ClientGroup(self.settings, self.state.server, data.clients, states, measured)
         phases = self.settings.algorithm.phases()
         # Task and batches need each other: a change of phase while reading acts on the task.
-        task = ClientTask(group, iter(()), phases, data.sizes)
+        task = ClientTask(group, iter(()), phases, data.sizes, data.loader)
         self.trainer.start(group.starts, states, phases[0], group.grad_transform(phases[0]))
         task.batches = data.read(lambda: self._next_phase(task))
         return task
@@ -303,7 +303,8 @@ class Round:
         if mask is not None:
             task.group.select(mask)
         size = batch_size(batch if mask is None else part(batch.content, 0))
-        task.record(position, size, self.trainer.step(batch, position), mask)
+        losses = self.trainer.step(batch, position)
+        task.record(position, 1 if size is None else size, losses, mask, is_known=size is not None)
 
     def finish(self, task: ClientTask) -> GroupOutcome:
         """Ends a group's training: adds its updates to the sum, and stages its states until the round is closed.
