@@ -51,6 +51,20 @@ def forbid_client_disclosure(what: str, settings: FederationSettings) -> None:
         report_masking.forbid_client_disclosure(what, settings)
 
 
+def check_preprocessing(datamodule: Any, settings: FederationSettings) -> None:
+    """Refuses preprocessing by exact figures of data that differential privacy protects.
+
+    Raises:
+        MisconfigurationException: If the datamodule names such figures.
+    """
+    learned = getattr(datamodule, "learned_from_data", "")
+    if learned and settings.is_differentially_private:
+        raise MisconfigurationException(
+            f"{type(datamodule).__name__} has learned from the training data {learned} Differential privacy does not "
+            "cover that: every example would change the inputs of all others."
+        )
+
+
 def check_schedules(schedules: Schedules, settings: FederationSettings, work: LocalWork) -> Schedules:
     """Returns the schedules, unless their number of steps would disclose how much data a silo has.
 
