@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_fl.aggregation import Aggregator, Transform
-from lightning_fl.algorithms import Algorithm
+from lightning_fl.algorithms import Algorithm, Weighting
 from lightning_fl.clients import Amount, Cohort, LocalWork, Participation, Stragglers, cohort_size
 from lightning_fl.communication import Group, Message
 from lightning_fl.data.partitioners.partitioner import Partitioner
@@ -87,7 +87,7 @@ def settings_of_ranks(strategy: Any, trainer: L.Trainer) -> dict[str, str]:
     settings = {
         **{name: repr(getattr(strategy, name)) for name in names},
         **{name: repr(getattr(trainer, name)) for name in of_trainer},
-        "aggregator": type(strategy.aggregator).__name__,
+        "aggregator": repr(strategy.aggregator),
         "transforms": ", ".join(map(_numbers_of, strategy.transforms)),
     }
     # A default repr holds the object's address, which differs from process to process.
@@ -150,6 +150,23 @@ def check_types(partition: Any, aggregator: Any, transforms: Any, personal: Any)
     check_type("personal", personal, Sequence, "a list of globs such as ['head.*']")
     for transform in transforms:
         check_type("transforms", transform, Transform, "fl.aggregation.Transform objects")
+
+
+def choose_weighting(
+    weighting: Weighting | None, aggregator: Aggregator, transforms: Sequence[Transform], algorithm: Algorithm
+) -> Weighting:
+    """How clients are weighted: as the user says, else as the aggregator or a transform requires, else the algorithm's.
+
+    Raises:
+        ValueError: If the user says something else than the aggregator requires.
+    """
+    if weighting is not None and aggregator.weighting not in (None, weighting):
+        raise ValueError(
+            f"weighting={weighting!r} would be ignored: {type(aggregator).__name__} weights clients as "
+            f"{aggregator.weighting!r}, since an attacker could claim any number of examples. Leave weighting out."
+        )
+    of_transforms = next((transform.weighting for transform in transforms if transform.weighting is not None), None)
+    return weighting or aggregator.weighting or of_transforms or algorithm.weighting
 
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:

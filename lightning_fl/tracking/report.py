@@ -263,6 +263,12 @@ def _left_out(run: Run) -> str:
         for key in reasons
         if row.get(key)
     ]
+    for row in run.rounds:
+        by_reason: dict[str, list[str]] = {}
+        for client, reason in row.get("left_out", {}).items():
+            by_reason.setdefault(reason, []).append(str(client))
+        rows += [[row["round"] + 1, reason, ", ".join(clients[:20])] for reason, clients in by_reason.items()]
+    rows.sort(key=lambda cells: int(cells[0]))
     more = f"<p>and {len(rows) - 50} more</p>" if len(rows) > 50 else ""
     return _table(["round", "why", "clients"], rows[:50]) + more if rows else ""
 
