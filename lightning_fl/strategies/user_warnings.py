@@ -13,15 +13,12 @@ from torch import nn
 
 from lightning_fl.federation import RankReport, RoundResult
 from lightning_fl.federation.metric_entries import Entries
+from lightning_fl.strategies.logged_values import monitor_names
 from lightning_fl.types import ClientId
 
 # Weak, because to remember a module must not keep its tensors in memory.
 _TRAINED: WeakSet[nn.Module] = WeakSet()
 """Modules that have been trained with hidden clients."""
-
-
-def _forms(name: str) -> tuple[str, ...]:
-    return name, f"{name}_epoch", f"{name}_step"
 
 
 class UserWarnings:
@@ -80,7 +77,7 @@ class UserWarnings:
     def result(self, round: int, result: RoundResult, trainer: L.Trainer, logged: Entries) -> None:
         """Warns of refused updates, and of metrics that disclose hidden clients; informs of empty and last rounds."""
         if result.hides_clients:
-            self._monitors(trainer, {name for entry in logged.values() for name in _forms(entry["name"])})
+            self._monitors(trainer, monitor_names(logged))
         if result.report.refused:
             rank_zero_warn(
                 f"Round {round}: the updates of {', '.join(map(repr, result.report.refused))} hold NaN or Inf and were "
@@ -90,6 +87,13 @@ class UserWarnings:
             rank_zero_info(f"Round {round}: no client takes part.")
         if result.stop_reason is not None:
             rank_zero_info(result.stop_reason)
+
+    def not_consulted(self, round: int, judge: str, metric: str) -> None:
+        """Informs that a callback or a schedule is not consulted in a round that has not measured what it monitors."""
+        if self._is_new(("not consulted", round, judge)):
+            rank_zero_info(
+                f"Round {round}: {judge} is not consulted, because no client took part and {metric!r} was not measured."
+            )
 
     def _monitors(self, trainer: L.Trainer, names: set[str]) -> None:
         """Warns of callbacks and schedules that monitor an exact metric of clients which are to be hidden."""
