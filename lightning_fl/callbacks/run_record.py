@@ -38,7 +38,7 @@ class RunRecord(L.Callback):
 
     TensorBoard and W&B get the strategy's settings, the partition as a table and as a picture, and all metrics once
     more by round, under ``round/``. Silos share their number of examples only if clients are weighted by it, and never
-    their label counts.
+    their label counts, which are also left out where differential privacy protects clients or examples.
 
     Args:
         folder: Where to write. None: the folder of the first logger.
@@ -71,11 +71,13 @@ class RunRecord(L.Callback):
         settings = describe_settings(trainer)
         summary = None
         if isinstance(strategy, FederatedStrategy):
-            population, hides = strategy.view.population, strategy.view.settings.hides_silos
+            population, federation = strategy.view.population, strategy.view.settings
             # Under weighting by examples silos learn each other's sizes in any case, unless secure aggregation hides
             # them.
-            if population.silos is None or (strategy.weighting == "examples" and not hides):
-                summary = summarise(population, strategy.federation, MAX_CLIENTS, share_labels=False)
+            if not federation.silos or (strategy.weighting == "examples" and not federation.hides_silos):
+                # The sizes of clients count as public under differential privacy, their labels do not.
+                shares_labels = not federation.silos and not federation.is_differentially_private
+                summary = summarise(population, strategy.federation, MAX_CLIENTS, share_labels=shares_labels)
         self._facts = {
             "command": self.command or command_line(),
             "directory": os.getcwd(),

@@ -7,10 +7,11 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
+import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies import StrategyRegistry
 
 # These imports register the strategy names. They also let YAML files write this package's class names without their
@@ -22,11 +23,47 @@ import lightning_fl.datamodules
 import lightning_fl.models
 import lightning_fl.tracking
 from lightning_fl.callbacks import DryRun, FederatedProgressBar, RunRecord
+from lightning_fl.callbacks.run_record import run_folder
+from lightning_fl.cli.errors import ConfigurationError, in_one_line
+from lightning_fl.cli.words import spell_out_names
 from lightning_fl.strategies import FederatedStrategy
 
 FIT_EXAMPLES = """examples: lightning-fl fit --config config.yaml;
 lightning-fl fit --config config.yaml --trainer.strategy scaffold --trainer.max_epochs 50;
 torchrun --standalone --nproc_per_node 3 -m lightning_fl fit --config silos.yaml"""
+
+
+class FederatedParser(LightningArgumentParser):
+    """A parser that ends with one line for a wrong configuration."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raises the mistake that ``message`` is about."""
+        if not self.exit_on_error:  # the parser of a class inside; its message becomes a part of the whole one
+            super().error(message, ex)
+        raise ConfigurationError(in_one_line(message)) from ex
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Saves the configuration as ``config.yaml`` in the run's folder, and never over a file that it was read from.
+
+    A run without a folder, as one without a logger, saves none.
+    """
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Saves the configuration on rank 0."""
+        record = next((found for found in trainer.callbacks if isinstance(found, RunRecord)), None)  # type: ignore[attr-defined]
+        own = None if record is None else record.folder
+        if self.already_saved or (own is None and not trainer.loggers):
+            return
+        self.already_saved = True
+        folder = run_folder(trainer, own)
+        if folder is None or not trainer.is_global_zero:
+            return
+        path = folder / self.config_filename
+        if any(path.exists() and path.samefile(str(given)) for given in self.config.get("config") or ()):
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self.parser.save(self.config, str(path), skip_none=False, overwrite=True, multifile=self.multifile)
 
 
 class FederatedCLI(LightningCLI):
@@ -42,7 +79,8 @@ class FederatedCLI(LightningCLI):
         super().__init__(
             subclass_mode_model=True,
             subclass_mode_data=True,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=SaveRunConfig,
+            parser_class=FederatedParser,
             seed_everything_default=0,
             parser_kwargs={
                 "prog": "lightning-fl",
@@ -50,7 +88,7 @@ class FederatedCLI(LightningCLI):
                 "epilog": epilog,
                 "fit": {"usage": "lightning-fl fit --config CONFIG [options]", "epilog": FIT_EXAMPLES},
             },
-            args=None if args is None else list(args),
+            args=spell_out_names(self.words),
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -86,6 +124,15 @@ class FederatedCLI(LightningCLI):
         """Refuses unknown strategy names before Lightning does, whose error would not list the federated ones."""
         check_strategy_name(self.config[self.subcommand].trainer.strategy)
 
+    def instantiate_classes(self) -> None:
+        """Makes the objects of the configuration; settings that their classes refuse are told in one line."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            if "Does not validate against any of the Union subtypes" not in str(error):
+                raise
+            raise ConfigurationError(in_one_line(str(error))) from error
+
 
 def federated_strategy_names() -> list[str]:
     """The strategy names that this package has registered."""
@@ -109,14 +156,10 @@ def check_strategy_name(strategy: Any) -> None:
         return
     close = difflib.get_close_matches(strategy.lower(), known, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
-    raise UnknownStrategyError(
+    raise ConfigurationError(
         f"Unknown strategy {strategy!r}; expected one of {', '.join(federated_strategy_names())}, or a strategy of "
         f"Lightning such as 'auto' or 'ddp'.{hint}"
     )
-
-
-class UnknownStrategyError(ValueError):
-    """The configuration names a strategy that is not registered."""
 
 
 def command_line(words: Sequence[str]) -> str:

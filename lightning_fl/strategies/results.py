@@ -20,6 +20,9 @@ ResultCollection = _ResultCollection
 
 REDUCTIONS: dict[str, Any] = {"mean": torch.mean, "sum": torch.sum, "min": torch.min, "max": torch.max}
 
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+"""The dtypes in which Lightning keeps logged values."""
+
 
 def describe(result: _ResultMetric) -> dict[str, Any]:
     """The settings with which a value was logged, as plain data."""
@@ -94,7 +97,7 @@ def show(result: _ResultMetric, value: float, dtype: str) -> None:
     """Sets the value that Lightning reads for the epoch and for the step, in the dtype in which it was logged."""
     result.has_reset = False
     # Shown as the cached result, which Lightning reads without computing it from this rank's own sum.
-    joined = torch.tensor(value, dtype=getattr(torch, dtype), device=result.value.device)
+    joined = torch.tensor(value, dtype=DTYPES[dtype], device=result.value.device)
     if result.meta.on_step:
         result._forward_cache = joined
     if result.meta.on_epoch:

@@ -51,6 +51,18 @@ def test_the_record_holds_history_metrics_settings_and_partition() -> None:
     assert found.total("num_steps") == run.global_step
 
 
+@pytest.mark.parametrize("protected", ["nobody", "clients", "examples"])
+def test_label_counts_are_left_out_where_privacy_protects_the_data(protected: str) -> None:
+    dp = fl.privacy.ClientLevelDP(clip=0.1, noise_multiplier=1.0)
+    callbacks = [fl.callbacks.SampleLevelDP(noise_multiplier=1.0)] if protected == "examples" else []
+    strategy = fl.FederatedStrategy("fedavg", transforms=[dp] if protected == "clients" else [])
+    trainer(strategy, callbacks=[RunRecord("run"), *callbacks]).fit(Plain(), image_clients())
+    partition = Run.read(Path("run")).partition
+    assert partition is not None
+    assert list(partition.sizes) == [1, 7, 23]
+    assert (list(partition.labels) == [], list(partition.counts) == []) == (protected != "nobody",) * 2
+
+
 def test_a_centralised_run_is_recorded_to_be_compared() -> None:
     run, found = record("auto")
     assert len(found.rounds) == 2
