@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from itertools import product
+import warnings
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -122,20 +123,139 @@ def facts(run: L.Trainer) -> list[Any]:
     ]
 
 
-def check(cell: tuple[str, ...]) -> None:
+def check(cell: tuple[str, ...], last: int) -> None:
     run, whole = fit(*cell, "whole")
     found = sorted(Path("whole").glob("*.ckpt"), key=lambda path: int(path.stem.split("=")[-1]))
     assert len(found) >= 2
-    for path in found[:-1]:
+    for path in found[:last]:
         again, resumed = fit(*cell, "again", path)
         assert torch.equal(resumed, whole), path
         assert facts(again) == facts(run), path
 
 
 PRODUCT = list(product(SCHEDULES, COHORTS, SAVED, ENGINES, ALGORITHMS))
+COVERING = PRODUCT[14::13]
+
+
+def pairs(cells: Any) -> set[Any]:
+    return {two for cell in cells for two in combinations(enumerate(cell), 2)}
+
+
+def test_the_smaller_product_has_every_pair() -> None:
+    assert pairs(COVERING) == pairs(PRODUCT)
+
+
+@pytest.mark.parametrize("cell", COVERING, ids="-".join)
+def test_resuming_is_exact(cell: tuple[str, ...]) -> None:
+    check(cell, 1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cell", PRODUCT, ids="-".join)
-def test_resuming_is_exact(cell: tuple[str, ...]) -> None:
-    check(cell)
+def test_resuming_is_exact_in_every_combination(cell: tuple[str, ...]) -> None:
+    check(cell, -1)
+
+
+@pytest.mark.parametrize("saved", SAVED)
+def test_without_the_metrics_a_plateau_schedule_resumes_with_another_rate(
+    monkeypatch: pytest.MonkeyPatch, saved: str
+) -> None:
+    cell = ("plateau of validation", "all", saved, "sequential", "fedavg")
+    run, _ = fit(*cell, "whole")
+    monkeypatch.setattr("lightning_fl.strategies.loops.RoundFitLoop.end_resumed_round", lambda self: None)
+    monkeypatch.setattr("lightning_fl.strategies.internals.restore_metrics", lambda *_: None)
+    path = next(Path("whole").glob("epoch=0-*"))
+    if saved == "validation end":
+        with pytest.raises(RuntimeError, match="metric `loss` which is not available"):
+            fit(*cell, "again", path)
+    elif saved == "train epoch end":
+        assert facts(fit(*cell, "again", path)[0])[1] == 2 * facts(run)[1]
+
+
+def test_a_schedule_that_monitors_a_metric_keeps_its_frequency(monkeypatch: pytest.MonkeyPatch) -> None:
+    every_other = lambda optimizer, module: {**plateau("loss")(optimizer, module), "frequency": 2}  # noqa: E731
+    monkeypatch.setitem(SCHEDULES, "every other", every_other)
+    for saved in SAVED:
+        cell = ("every other", "all", saved, "sequential", "fedavg")
+        run, _ = fit(*cell, saved)
+        assert facts(run)[1] == pytest.approx(0.1 / 2)  # the first value is an improvement
+        for path in sorted(Path(saved).glob("*.ckpt"))[:-1]:
+            assert facts(fit(*cell, "again", path)[0]) == facts(run), path
+
+
+def first_rounds(monitor: str, **options: Any) -> L.Trainer:
+    run = trainer(
+        FederatedStrategy(**COHORTS["poisson"]),
+        ROUNDS,
+        callbacks=[EarlyStopping(monitor, patience=1, min_delta=100.0)],
+        num_sanity_val_steps=0,
+        **options,
+    )
+    datasets = [images(8, seed) for seed in range(6)]
+    run.fit(
+        WithBatchNorm(f"plateau of {'training' if monitor == 'loss' else 'validation'}"),
+        fl.datamodules.ClientDatasets(datasets, val=images(16, 99), batch_size=4),
+    )
+    return run
+
+
+def test_a_round_that_measured_nothing_asks_no_monitor(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        run = first_rounds("loss")
+    assert [entry["num_clients"] for entry in run.strategy.history] == [0, 2, 0, 3]
+    # The rounds 1 and 3 count; the round 2 would count the value of round 1 once more.
+    assert run.early_stopping_callback.wait_count == 1
+    assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1 / 2)
+    lines = [line for line in caplog.messages if "not consulted" in line]
+    assert lines == [
+        f"Round {index}: {judge} is not consulted, because no client took part and 'loss' was not measured."
+        for index in (0, 2)
+        for judge in ("EarlyStopping", "ReduceLROnPlateau")
+    ]
+
+
+def test_what_validation_measures_counts_in_a_round_without_clients() -> None:
+    run = first_rounds("val_loss")
+    assert run.early_stopping_callback.wait_count == 1
+    assert run.current_epoch == 2
+
+
+def test_a_metric_that_nobody_logs_is_still_an_error() -> None:
+    with pytest.raises(RuntimeError, match="metric `typo` which is not available"):
+        trainer("fedavg", callbacks=[EarlyStopping("typo")]).fit(
+            WithBatchNorm("none"), fl.datamodules.ClientDatasets([images(8)], val=images(8), batch_size=4)
+        )
+
+
+class ConfiguresLate(WithBatchNorm):
+    """Makes its layers in ``configure_model``, and asks for the number of steps before that."""
+
+    def setup(self, stage: str) -> None:
+        self.net, self.layers = nn.Identity(), self.net
+        self.steps = self.trainer.estimated_stepping_batches
+
+    def configure_model(self) -> None:
+        self.net = self.layers
+
+
+@pytest.mark.parametrize("kind", [WithBatchNorm, ConfiguresLate])
+def test_what_clients_keep_is_known_however_early_the_number_of_steps_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, kind: type[WithBatchNorm]
+) -> None:
+    monkeypatch.setattr("tests.trainer.resume.test_product.WithBatchNorm", kind)
+    run, _ = fit("one cycle", "all", "train epoch end", "sequential", "fedbn", "whole")
+    assert run.strategy.active_driver.sticky
+    assert len(run.strategy.active_driver.store) == 6
+    assert len(list(Path("whole/client_states").glob("manifests/*"))) == ROUNDS
+
+
+def fit_on_rank(folder: str) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The tensors personal=")
+        return fit("one cycle", "share", "train epoch end", "sequential", "fedbn", folder)[1]
+
+
+def test_personal_tensors_stay_at_home_on_two_ranks(run_ranks: Any, tmp_path: Path) -> None:
+    alone = fit_on_rank(str(tmp_path / "alone"))
+    for found in run_ranks(2, fit_on_rank, str(tmp_path / "ranks")):
+        torch.testing.assert_close(found, alone, rtol=1e-9, atol=1e-11)
