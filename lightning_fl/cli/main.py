@@ -68,6 +68,8 @@ def prepare_process() -> None:
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.* is deprecated", category=FutureWarning)
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within Python")
     warnings.filterwarnings("ignore", message="The '.*_dataloader' does not have many workers")
+    # A run that goes on from a checkpoint has a folder of its own, by design.
+    warnings.filterwarnings("ignore", message="The dirpath has changed from")
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     if not any(isinstance(log_filter, _WithoutTips) for log_filter in logger.filters):
         logger.addFilter(_WithoutTips())

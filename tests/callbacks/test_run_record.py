@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lightning_fl as fl
 from lightning_fl.callbacks import RunRecord
+from lightning_fl.callbacks.run_record import command_line
 from lightning_fl.tracking import Run, SiloWandbLogger
 from tests.helpers.training import Ordinary, Plain, image_clients, loader, measured, trainer
 from tests.helpers.wandb_files import read_offline_runs
@@ -197,3 +198,30 @@ def test_the_federation_has_one_wandb_run_or_each_silo_one_in_a_group(run_ranks:
     partition = Run.read(tmp_path / "one" / "lightning_logs").partition
     assert partition is not None
     assert (list(partition.sizes), list(partition.counts)) == ([8, 16], [])
+
+
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "1"}
+
+
+@pytest.mark.parametrize(
+    ("started", "environ", "expected"),
+    [
+        (["-W", "ignore", "many.py", "--lr", "0.1"], {}, "python -W ignore many.py --lr 0.1"),
+        (["-m", "package.train"], {}, "python -m package.train"),
+        (["-u", "many.py"], TORCHRUN, "torchrun --standalone --nproc_per_node 2 many.py"),
+        (
+            ["-u", "many.py", "--lr", "0.1"],
+            {**TORCHRUN, "GROUP_WORLD_SIZE": "3", "MASTER_ADDR": "north", "MASTER_PORT": "29500"},
+            "torchrun --nnodes 3 --node_rank 1 --master_addr north --master_port 29500 --nproc_per_node 2 "
+            "many.py --lr 0.1",
+        ),
+    ],
+    ids=["interpreter options", "module", "torchrun", "several nodes"],
+)
+def test_the_command_starts_the_run_again(
+    started: list[str], environ: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.orig_argv", ["/usr/bin/python3", *started])
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    assert command_line() == expected
