@@ -30,7 +30,7 @@ from lightning_fl.federation.report_masking import mask, unmask
 from lightning_fl.federation.server import open_server, server_step, some, stop_reason
 from lightning_fl.federation.settings import FederationSettings, FederationState
 from lightning_fl.seeding import ClientRandomness, client_generator
-from lightning_fl.tree import clone, is_finite, leaves, move, norm, scale, squared_norms, to_sum_dtype, zeros_like
+from lightning_fl.tree import clone, is_finite, leaves, move, norm, scale, squared_norms, zeros_like
 from lightning_fl.types import Aggregate, ClientId, LocalRun, State, Update
 
 Probe = Callable[[ProbeKind, Iterator[Any], Mapping[str, Tensor]], Any]
@@ -235,7 +235,8 @@ class Round:
             ValueError: If the shared tensors have changed under an algorithm whose clients keep state for each of them.
         """
         # Before the server is opened: the server's state starts from the tensors that the module holds now.
-        params = trainer.begin_round(state.server.get("params"), schedules)
+        # Noise would turn what no client knows into a value.
+        params = trainer.begin_round(state.server.get("params"), schedules, counts_known=not settings.hides_clients)
         ctx = RoundContext(
             index,
             cohort,
@@ -246,9 +247,7 @@ class Round:
             frozen=trainer.tensors.frozen,
         )
         opened = open_server(settings, state, params, ctx)
-        template = Update(
-            delta=params, buffers=to_sum_dtype(trainer.tensors.buffers), aux=settings.algorithm.aux_like(params)
-        )
+        template = Update(delta=params, buffers=trainer.buffers_like, aux=settings.algorithm.aux_like(params))
         # The aggregator receives what the client halves send, whose shapes may differ from the model's.
         for transform in settings.transforms:
             template = transform.like(template)

@@ -36,7 +36,7 @@ from lightning_fl.federation.history import figures, history_entry, words
 from lightning_fl.federation.metric_entries import Entries, as_numbers, merge_entries
 from lightning_fl.federation.rank_verification import digest
 from lightning_fl.strategies import internals
-from lightning_fl.strategies.batch_steps import BatchSteps, HookedSteps, TightSteps
+from lightning_fl.strategies.batch_steps import BatchOfOne, BatchSteps, HookedSteps, TightSteps, naming_batches_of_one
 from lightning_fl.strategies.client_session import ClientSession
 from lightning_fl.strategies.hooks import batch_hook
 from lightning_fl.strategies.logged_values import LoggedValues, late_entries, publish
@@ -110,6 +110,9 @@ class RoundDriver:
         self.warnings = UserWarnings()
         self.rank_sync = RankSync(trainer, group)
         self.has_late_values = False
+        self.is_closing = False
+        """Whether the round is half closed, so that there is neither its start nor its end to save."""
+        self.once_closed: Callable[[], None] | None = None
         self.trained_groups: list[tuple[ClientId, ...]] = []
         """The client groups that this rank has trained in the last round, after any splits."""
         self.num_batches_trained = 0
@@ -210,13 +213,22 @@ class RoundDriver:
             try:
                 for batch, position in task.batches:
                     self._look_at_first(opened, batch)
-                    steps.train(task, batch, position, ends_round=position.is_last and not opened.pending)
+                    with naming_batches_of_one():
+                        steps.train(task, batch, position, ends_round=position.is_last and not opened.pending)
                     opened.num_batches_done += 1
                     if not position.is_last:
                         self._end_phase(opened, task, position.ends_phase)
                         steps.end_batch()
             except LoaderFailed as failed:
                 self._leave_out(opened, failed)
+                continue
+            except BatchOfOne as error:
+                if len(task.clients) == 1:
+                    self._leave_out(opened, LoaderFailed(task.clients[0], error))
+                else:  # which of them it was shows when each trains alone
+                    self._drop_group(opened)
+                    opened.pending.extendleft((client,) for client in reversed(task.clients))
+                    self.set_length()
                 continue
             self._finish(opened, task)
             if opened.pending:
@@ -259,6 +271,8 @@ class RoundDriver:
         self._placeholders = []
         self.metric_states.mark()
         values = LoggedValues()
+        # A silo's hooks run for its own client, those of a simulation's ranks for all.
+        values.before_clients(results, 1 if self.population.silos else self.group.size)
         opened = OpenRound(
             round=round,
             loaders=RoundLoaders(
@@ -405,13 +419,19 @@ class RoundDriver:
     def _leave_out(self, opened: OpenRound, failed: LoaderFailed) -> None:
         """Leaves the client that is being trained out of the round."""
         self._note_failure(opened, failed)
+        self._drop_group(opened)
+        self.set_length()
+
+    def _drop_group(self, opened: OpenRound) -> None:
+        """Discards what has been trained of the current group."""
         opened.round.leave()
+        if self.vectorized is not None:
+            self.vectorized.leave()
         opened.steps.drop_logs()
         if opened.session is not None:
             opened.session.drop()
         if opened.steps.is_open:
             opened.steps.end_batch()
-        self.set_length()
 
     def _note_failure(self, opened: OpenRound, failed: LoaderFailed) -> None:
         opened.failed[failed.client] = self._describe_failure(failed)
@@ -477,6 +497,10 @@ class RoundDriver:
         for path, weights_only in reports[0].deferred_checkpoints.items():
             trainer.save_checkpoint(path, weights_only)
         internals.save_passed_steps(trainer, opened.first_step, last_step)
+        self.is_closing = False
+        if self.once_closed is not None:
+            waiting, self.once_closed = self.once_closed, None
+            waiting()
 
     # ---- after a round
 
@@ -533,6 +557,26 @@ class RoundDriver:
     def resume(self, state: FederationState, history: list[dict[str, Any]]) -> None:
         """Restores the federation's state and history from a checkpoint."""
         self.state, self.history = state, history
+
+    def rewind(self, checkpoint: dict[str, Any]) -> None:
+        """Puts the round's start into a checkpoint that was made while clients train, for a job that is about to end.
+
+        Training itself goes on undisturbed.
+        """
+        opened, trainer = self.open_round, self.local_trainer
+        assert opened is not None
+        assert trainer is not None
+        start = trainer.state_of_start(opened.round.state.server["params"])
+        held = checkpoint["state_dict"]
+        held.update({name: value for name, value in start.items() if name in held})
+        checkpoint["optimizer_states"] = trainer.optimizers.state_dicts_of_start()
+        states = iter(trainer.optimizers.schedule_states_of_start)
+        inside = {id(config): next(states) for config, _ in self.schedules}
+        checkpoint["lr_schedulers"] = [
+            inside.get(id(config), state)
+            for config, state in zip(self.trainer.lr_scheduler_configs, checkpoint["lr_schedulers"], strict=True)
+        ]
+        checkpoint["loops"]["fit_loop"] = opened.loops_before
 
     def defer_checkpoint(self, path: str, weights_only: bool) -> None:
         """Records a checkpoint that is requested inside the round, to be written at its end."""

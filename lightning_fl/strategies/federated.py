@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -28,6 +28,7 @@ from lightning_fl.communication.objects import decode_object, encode_object
 from lightning_fl.data.partitioners.partitioner import Partitioner
 from lightning_fl.data.splitting import shard
 from lightning_fl.engines import ClientOptimizer, OptimizerStates, Vectorized
+from lightning_fl.engines.tensors import check_tensors
 from lightning_fl.engines.vectorized.stacking import StackedBatch
 from lightning_fl.federation import FederationSettings
 from lightning_fl.federation.rank_verification import digest, synchronize_module, verify_ranks
@@ -176,6 +177,7 @@ class FederatedStrategy(ParallelStrategy):
         self.group_losses: Tensor | None = None
         """The losses of the clients that train side by side, in their last step."""
         self._works_alone = False
+        self._is_requeued = False
         self._warnings = UserWarnings()
         self._evaluation_metrics: EvaluationMetrics | None = None
 
@@ -309,6 +311,7 @@ class FederatedStrategy(ParallelStrategy):
         # Lightning cuts loaders up by rank wherever `is_distributed` holds, which `sync_dist` needs; the clients are
         # spread over the ranks instead.
         internals.keep_samplers(trainer)
+        internals.adopt_signals(trainer)
         adopt_loops(trainer)
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         # A second one would drive each round twice. It is inserted here, and not by a hook of the user's module,
@@ -322,6 +325,8 @@ class FederatedStrategy(ParallelStrategy):
         check_same_on_ranks(self.federation, "validation data", trainer.enable_validation)
         super().setup(trainer)
         assert self.lightning_module is not None
+        if trainer.state.fn == TrainerFn.FITTING or self.federation.size > 1:
+            check_tensors(self.lightning_module)
         self.personal = tuple(self.algorithm.personal(self.lightning_module, self._named_personal))
         if self.federation.size > 1:
             versions = {"lightning": L.__version__, "torch": torch.__version__.split("+")[0]}
@@ -486,12 +491,15 @@ class FederatedStrategy(ParallelStrategy):
         # Lightning does not pass `save_weights_only` on; it shows in what the checkpoint holds.
         weights_only = "optimizer_states" not in checkpoint
         driver = self.driver
-        if driver is not None and driver.open_round is not None:
+        is_in_round = driver is not None and driver.open_round is not None
+        if driver is not None and is_in_round and not self._is_requeued:
             driver.defer_checkpoint(str(filepath), weights_only)
             return
         if driver is None or weights_only:
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
+        if is_in_round:
+            driver.rewind(checkpoint)
         if driver.interrupted_loops is not None:
             checkpoint["loops"]["fit_loop"] = driver.interrupted_loops
         checkpoint[KEY] = pack(self.algorithm, driver.state, driver.history, self._module)
@@ -500,12 +508,31 @@ class FederatedStrategy(ParallelStrategy):
         # Client states are written before the checkpoint that names them, and those of its predecessor are deleted
         # after it: whenever the process dies, the checkpoint on disk has its states.
         client_states = ClientStateFiles(group, filepath) if driver.sticky else None
-        checkpoint[KEY]["manifests"] = client_states.write(driver.store) if client_states else []
+        job = f"requeue-{os.environ.get('SLURM_JOB_ID', '')}-{driver.plan.round}" if self._is_requeued else None
+        checkpoint[KEY]["manifests"] = client_states.write(driver.store, self.federation, job) if client_states else []
         super().save_checkpoint(checkpoint, filepath, storage_options)
-        if client_states is not None:
+        if client_states is not None and job is None:
             self.barrier()
             if self.is_global_zero:
                 client_states.finish(checkpoint[KEY]["manifests"])
+
+    def requeue(self, handle: Callable[[], None]) -> None:
+        """Called on SLURM's signal that the job is about to end and will be queued again.
+
+        Args:
+            handle: Lightning's handler, which saves a checkpoint and queues the job.
+        """
+        # Ranks get the signal at different places, so that none may wait for another.
+        driver = self.driver
+        if driver is not None and driver.is_closing:
+            driver.once_closed = lambda: self.requeue(handle)
+            return
+        self._is_requeued = True
+        try:
+            with self.local_phase():
+                handle()
+        finally:
+            self._is_requeued = False
 
     def remove_checkpoint(self, filepath: Any) -> None:
         if self.driver is not None and self.driver.forget_deferred(str(filepath)):

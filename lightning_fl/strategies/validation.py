@@ -150,6 +150,8 @@ def check_trainer(trainer: L.Trainer) -> None:
         raise MisconfigurationException(
             "The tuner (lr_find, scale_batch_size) trains batch by batch and has no rounds. Tune with strategy='auto'."
         )
+    if not trainer.enable_validation:
+        return  # some packages set an interval though there is nothing to validate
     val_check_interval = getattr(trainer, "val_check_interval", "a time")  # Lightning sets none if it is a time
     # The integer 1 equals 1.0, but to Lightning it means after every batch.
     if val_check_interval != 1.0 or isinstance(val_check_interval, int):
