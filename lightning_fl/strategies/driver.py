@@ -110,6 +110,8 @@ class RoundDriver:
         self.warnings = UserWarnings()
         self.rank_sync = RankSync(trainer, group)
         self.has_late_values = False
+        self.num_bytes_before = 0
+        """Bytes sent before the first round, which are counted with it."""
         self.is_closing = False
         """Whether the round is half closed, so that there is neither its start nor its end to save."""
         self.once_closed: Callable[[], None] | None = None
@@ -468,6 +470,8 @@ class RoundDriver:
                 self.warnings.untold_refusals(index, round.totals.refused)
             self.warnings.data(index, reports)
             result = round.close(reports, opened.loaders.seconds_waiting)
+        result = replace(result, num_bytes=result.num_bytes + self.num_bytes_before)
+        self.num_bytes_before = 0
         # This ends the local phase: from here on the strategy's collectives concern all ranks, which the checkpoints
         # and the logged figures below need.
         self.state, self.open_round = result.state, None

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import lightning as L
 import torch
@@ -16,7 +16,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_z
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch import Tensor
 
 from lightning_fl.aggregation import Aggregator, Transform, WeightedMean
@@ -57,12 +57,14 @@ from lightning_fl.strategies.user_warnings import UserWarnings
 from lightning_fl.strategies.validation import (
     SEVERAL_LOADERS,
     check_choice,
+    check_launcher,
     check_phases,
     check_same_on_ranks,
     check_trainer,
     check_types,
     check_work,
     settings_of_ranks,
+    warn_of_processes,
 )
 
 
@@ -93,6 +95,8 @@ class FederatedStrategy(ParallelStrategy):
         cohort: How the clients of a round are chosen. None: :class:`~lightning_fl.clients.Uniform`.
         stragglers: Clients that do not finish their local training. None: all clients finish.
         timeout: Seconds that a collective waits for the other ranks.
+        frozen: What happens to frozen parameters, which don't travel in rounds, before the first one: ``"compare"``:
+            they must be the same on all ranks; ``"broadcast"``: all ranks get those of rank 0.
 
     Raises:
         ValueError: If an argument is out of range, or two contradict each other.
@@ -127,6 +131,7 @@ class FederatedStrategy(ParallelStrategy):
         cohort: Cohort | None = None,
         stragglers: Stragglers | None = None,
         timeout: float = 1800.0,
+        frozen: Literal["compare", "broadcast"] = "compare",
     ) -> None:
         super().__init__(checkpoint_io=WholeCheckpointIO())
         self.cohort = cohort or Uniform()
@@ -140,6 +145,9 @@ class FederatedStrategy(ParallelStrategy):
         check_choice("weighting", weighting, (None, "examples", "uniform"))
         check_choice("client_optimizer", client_optimizer, ("reset", "keep"))
         check_choice("on_client_error", on_client_error, ("raise", "skip"))
+        check_choice("frozen", frozen, ("compare", "broadcast"))
+        self.frozen = frozen
+        self._bytes_of_frozen = 0
         if not isinstance(engine, Vectorized):
             check_choice("engine", engine, ("auto", "sequential", "vectorized"))
         self.algorithm = get_algorithm(algorithm) if isinstance(algorithm, str) else algorithm
@@ -248,6 +256,7 @@ class FederatedStrategy(ParallelStrategy):
         assert self.cluster_environment is not None
         # Without a launcher Lightning runs in this process, which is right where torchrun, SLURM or MPI has started it.
         if not self.cluster_environment.creates_processes_externally and self.num_processes * self.num_nodes > 1:
+            warn_of_processes(self.num_processes, self.root_device)
             self._launcher = internals.SubprocessLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
 
     def setup_environment(self) -> None:
@@ -266,6 +275,8 @@ class FederatedStrategy(ParallelStrategy):
             self.timeout,
         )
         self._connected = True
+        if self.federation.size == 1:
+            check_launcher()
 
     def model_to_device(self) -> None:
         assert self.model is not None
@@ -333,7 +344,10 @@ class FederatedStrategy(ParallelStrategy):
             verify_ranks(self.federation, self.lightning_module, settings_of_ranks(self, trainer), versions)
             # Without `seed_everything` the ranks have initialised their modules differently. Only after the check: with
             # modules whose tensors differ, the broadcasts would pair up different ones.
-            synchronize_module(self.federation, self.lightning_module)
+            sent = synchronize_module(self.federation, self.lightning_module, self.frozen == "broadcast")
+            self._bytes_of_frozen = sent
+            if sent:
+                rank_zero_info(f"Rank 0 has sent {sent:,} bytes of frozen parameters to each of the others.")
         self._evaluation_metrics = EvaluationMetrics(self.federation, self.lightning_module, self.aggregator)
 
     def setup_optimizers(self, trainer: L.Trainer) -> None:
@@ -427,6 +441,7 @@ class FederatedStrategy(ParallelStrategy):
         except BaseException:
             optimizers.close()
             raise
+        self.active_driver.num_bytes_before, self._bytes_of_frozen = self._bytes_of_frozen, 0
         self.active_driver.start(local_trainer, vectorized, session)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:

@@ -22,7 +22,8 @@ def job(folder: Path, at: int, engine: str) -> int:
     tools.mkdir(exist_ok=True)
     (tools / "scontrol").write_text(f"#!/bin/sh\necho $* >> {folder}/calls\n")
     (tools / "scontrol").chmod(0o755)
-    slurm = {"JOB_ID": "11", "JOB_NAME": "train", "NTASKS": "1", "NTASKS_PER_NODE": "1", "PROCID": "0", "LOCALID": "0"}
+    slurm = {"JOB_ID": "11", "JOB_NAME": "train", "NTASKS": "1", "NTASKS_PER_NODE": "1", "NNODES": "1"}
+    slurm |= {"PROCID": "0", "LOCALID": "0", "NODEID": "0", "NODELIST": "localhost"}
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "PYTEST", "PL_"))},
         **{f"SLURM_{name}": value for name, value in slurm.items()},
