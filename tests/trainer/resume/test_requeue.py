@@ -37,7 +37,7 @@ def job(folder: Path, at: int, engine: str) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("engine", "at"), [("auto", 3), ("kept", 13)])
+@pytest.mark.parametrize(("engine", "at"), [("auto", 8), ("kept", 13)])
 def test_a_requeued_job_goes_on_from_the_start_of_its_round(tmp_path: Path, engine: str, at: int) -> None:
     assert job(tmp_path, at, engine) == 7
     assert (tmp_path / "calls").read_text() == "requeue 11\n"
