@@ -50,6 +50,7 @@ from lightning_fl.strategies.engine_selection import select_engine
 from lightning_fl.strategies.evaluation import EvaluationMetrics
 from lightning_fl.strategies.hooks import run_training_step
 from lightning_fl.strategies.loops import adopt_loops
+from lightning_fl.strategies.one_package import refuse_apart
 from lightning_fl.strategies.round_loaders import RoundLoader
 from lightning_fl.strategies.round_view import RoundView
 from lightning_fl.strategies.user_warnings import UserWarnings
@@ -234,6 +235,7 @@ class FederatedStrategy(internals.ReusableStrategy):
 
     def set_world_ranks(self) -> None:
         """Sets this process's rank in the cluster environment and in Lightning's rank-zero functions."""
+        refuse_apart(self.accelerator)  # here, because it is called when a Trainer takes the strategy
         assert self.cluster_environment is not None
         if self.started_by_launcher:
             started, asked = super().world_size, self.num_processes * self.num_nodes

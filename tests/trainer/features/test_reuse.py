@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import pickle
+import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,13 +18,15 @@ from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import AsyncCheckpointIO
 from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import SGD
 
 import lightning_fl as fl
 from lightning_fl import FederatedStrategy
+from lightning_fl.strategies import one_package
 from lightning_fl.strategies.checkpoint import WholeCheckpointIO
-from tests.helpers.training import Ordinary, Plain, image_clients, loader, trainer, weights
+from tests.helpers.training import QUIET, Ordinary, Plain, image_clients, loader, trainer, weights
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory"),
@@ -159,11 +164,99 @@ def test_states_stay_until_a_checkpoint_in_the_background_is_on_the_disk(monkeyp
     assert len(list(Path("ckpt/client_states").glob("versions/*/*"))) == 3
 
 
-def test_a_name_is_registered_with_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(StrategyRegistry, "fed4", {})
-    StrategyRegistry.pop("fed4")
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     StrategyRegistry.register("fed4", FederatedStrategy, description="4 clients", num_clients=4)
-    run = trainer("fed4", 1)
-    run.fit(Plain(make_optimizer=lambda params: SGD(params, 0.1)), loader(16))
+    yield
+    StrategyRegistry.remove("fed4")
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("way", ["name", "environment"])
+def test_a_name_is_registered_with_settings(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    if way == "environment":
+        monkeypatch.setenv("PL_TRAINER_STRATEGY", "fed4")
+    run = L.Trainer(max_epochs=1, **QUIET, **({"strategy": "fed4"} if way == "name" else {}))
+    run.fit(Plain(), loader(16))
+    assert isinstance(run.strategy, FederatedStrategy)
     assert run.strategy.history[0]["num_clients"] == 4
     assert fl.FederatedStrategy is type(run.strategy)
+
+
+# ---- pytorch_lightning beside lightning
+
+
+@pytest.mark.parametrize("make", [lambda: "fedavg", lambda: FederatedStrategy(num_clients=10)], ids=["name", "object"])
+def test_both_packages_train_modules_of_both(make: Any) -> None:
+    import pytorch_lightning as pl
+    from pytorch_lightning.callbacks import EarlyStopping
+    from pytorch_lightning.utilities.types import STEP_OUTPUT
+
+    class Own(pl.LightningModule):
+        training_step, configure_optimizers = Plain.training_step, Plain.configure_optimizers
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.make_optimizer = Plain().net, partial(SGD, lr=0.1)
+
+    found = []
+    for kind in (pl.Trainer, L.Trainer):
+        for module in (Own(), Plain()):
+            run = kind(strategy=make(), max_epochs=1, callbacks=[EarlyStopping("fl/round")], **QUIET)
+            run.fit(module, loader(40))
+            found.append(weights(module))
+    assert all(torch.equal(one, found[0]) for one in found)
+    assert STEP_OUTPUT is L.pytorch.utilities.types.STEP_OUTPUT
+
+
+def test_the_modules_stay_what_they_are() -> None:
+    import lightning_fabric
+    import pytorch_lightning.trainer.states as states
+
+    assert lightning_fabric is L.fabric
+    assert states.__spec__.name == states.__name__ == "lightning.pytorch.trainer.states"
+    importlib.reload(states)
+
+
+def test_other_versions_stay_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    finder = one_package.OnePackage()
+    assert finder.find_spec("pytorch_lightning.core", None) is not None
+    assert finder.find_spec("pytorch_lightning_addons", None) is None
+    monkeypatch.setattr(one_package, "version", lambda name: name)
+    assert finder.find_spec("pytorch_lightning.core", None) is None
+
+
+@pytest.fixture
+def apart(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """``pytorch_lightning`` as a package of its own, as where it was imported before ``lightning_fl``."""
+
+    def of_either() -> dict[str, Any]:
+        return {name: module for name, module in sys.modules.items() if name.partition(".")[0] in one_package.NAMES}
+
+    united = of_either()
+    finders = [finder for finder in sys.meta_path if not isinstance(finder, one_package.OnePackage)]
+    monkeypatch.setattr(sys, "meta_path", finders)
+    for name in united:
+        del sys.modules[name]
+    yield importlib.import_module("pytorch_lightning")
+    for name in of_either():
+        del sys.modules[name]
+    sys.modules.update(united)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_trainer_that_was_imported_first_says_what_to_write(apart: Any) -> None:
+    assert apart is not L.pytorch
+    with pytest.warns(UserWarning, match="Import lightning_fl first"):
+        fl.strategies.register_strategies()
+    for strategy in ("fedavg", "secagg", FederatedStrategy()):
+        with pytest.raises(MisconfigurationException, match="Import lightning_fl first"):
+            apart.Trainer(strategy=strategy, **QUIET)
+
+
+def test_rooms_are_attributes() -> None:
+    for room in ("algorithms", "cli", "data", "federation", "models", "strategies", "tracking"):
+        assert getattr(fl, room) is importlib.import_module(f"lightning_fl.{room}")
+        assert room in dir(fl)
+    with pytest.raises(AttributeError, match="module 'lightning_fl' has no attribute 'nothing'"):
+        _ = fl.nothing
