@@ -107,11 +107,11 @@ class LogCapture:
         self._waiting: list[_Step] = []
         self._calls: list[_Call] = []
 
-    def __call__(self, *args: Any) -> tuple[Tensor, list[Tensor]]:
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, list[Tensor]]:
         """Runs the step; returns its loss and the tensors to be passed to :meth:`emit`."""
         self._calls = []
         with self._recording():
-            output = self.module.training_step(*args)
+            output = self.module.training_step(*args, **kwargs)
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor):
             raise NotVectorizable(f"training_step returned a {type(loss).__name__} as its loss, not a tensor")
