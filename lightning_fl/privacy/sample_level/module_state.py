@@ -34,11 +34,11 @@ class ModuleState:
     @torch.no_grad()
     def restore(self) -> None:
         """Puts everything back."""
-        for param, value in self._params:
-            param.copy_(value)
+        for param, start in self._params:
+            param.copy_(start)
         for (_, key), (part, tensor, value) in self._buffers.items():
             # The tensor itself beside its value, because others may refer to it.
-            setattr(part, key, None if tensor is None else tensor.copy_(value))
+            setattr(part, key, None if tensor is None or value is None else tensor.copy_(value))
         for part, attributes in self._attributes.values():
             now = vars(part)
             for key in [key for key in now if key not in attributes and key not in _OWN]:
@@ -101,7 +101,7 @@ def _same(before: Any, now: Any) -> bool:
 
 
 def _nan(value: Tensor) -> Tensor:
-    return value.isnan() if value.is_floating_point() or value.is_complex() else torch.zeros_like(value, dtype=bool)
+    return value.isnan() if value.is_floating_point() or value.is_complex() else torch.zeros_like(value, dtype=torch.bool)
 
 
 def _holds_tensors(value: Any) -> bool:
