@@ -28,6 +28,8 @@ from lightning_fl.tracking.partition import summarise
 from lightning_fl.tracking.run import EVALUATIONS_FILE, ROUNDS_FILE, RUN_FILE, Row, append_rows, to_json, write_file
 
 MAX_CLIENTS = 200
+HIDDEN = ("_instantiator",)
+"""What LightningCLI adds to hyper-parameters for itself."""
 
 
 class RunRecord(L.Callback):
@@ -225,6 +227,9 @@ def describe_settings(trainer: L.Trainer) -> dict[str, str]:
         module=type(trainer.lightning_module).__name__,
         num_parameters=f"{sum(param.numel() for param in trainer.lightning_module.parameters()):,}",
     )
+    for part, owner in (("model", trainer.lightning_module), ("data", data)):
+        hparams = getattr(owner, "hparams", {})
+        settings.update({f"{part}.{name}": _text(value) for name, value in hparams.items() if name not in HIDDEN})
     return settings
 
 

@@ -49,7 +49,12 @@ from lightning_fl.strategies.round_end import advance_trainer, rank_report
 from lightning_fl.strategies.round_loaders import UNKNOWN_LENGTH, RoundLoader, RoundLoaders
 from lightning_fl.strategies.round_view import RoundView
 from lightning_fl.strategies.user_warnings import UserWarnings
-from lightning_fl.strategies.validation import check_algorithm, check_schedules, misconfiguration
+from lightning_fl.strategies.validation import (
+    check_algorithm,
+    check_preprocessing,
+    check_schedules,
+    misconfiguration,
+)
 from lightning_fl.strategies.vectorized.driver import VectorizedDriver
 from lightning_fl.strategies.vectorized.log_capture import NotVectorizable
 from lightning_fl.types import ClientId
@@ -178,6 +183,7 @@ class RoundDriver:
                 self.store.drop_entry(optimizer_entry(phase))
         if self.settings.hides_clients and not self.state.transforms:
             self.warnings.new_ledger(self.module)
+        self._book_release()
         self.local_trainer = local_trainer
         self.module_trained = self.module
         self.vectorized = vectorized
@@ -190,6 +196,16 @@ class RoundDriver:
         if vectorized is not None:
             self.plan = self._plan(index)
         self.set_length()
+
+    def _book_release(self) -> None:
+        """Lets the transforms record what the datamodule's preprocessing has released about the data."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        check_preprocessing(datamodule, self.settings)
+        release = getattr(datamodule, "release", None)
+        if release is not None:
+            states = [*self.state.transforms, *({} for _ in self.settings.transforms[len(self.state.transforms) :])]
+            booked = [t.book(own, release) for t, own in zip(self.settings.transforms, states, strict=True)]
+            self.state = replace(self.state, transforms=booked)
 
     def plan_round(self) -> None:
         """Draws the cohort of the next round, and sets this rank's number of batches in Lightning's loops."""

@@ -61,6 +61,7 @@ from lightning_fl.strategies.validation import (
     check_trainer,
     check_types,
     check_work,
+    choose_weighting,
     settings_of_ranks,
 )
 
@@ -149,13 +150,16 @@ class FederatedStrategy(ParallelStrategy):
         self.local_epochs = local_epochs
         self.local_steps = local_steps
         self.partition = partition
-        required = next((transform.weighting for transform in transforms if transform.weighting is not None), None)
-        self.weighting: Weighting = weighting or required or self.algorithm.weighting
-        self.client_optimizer: ClientOptimizer = client_optimizer
         self.aggregator = aggregator or WeightedMean()
+        self.weighting: Weighting = choose_weighting(weighting, self.aggregator, transforms, self.algorithm)
+        self.client_optimizer: ClientOptimizer = client_optimizer
         self.transforms = tuple(transforms)
         for number, transform in enumerate(self.transforms, start=1):
             transform.check(self.transforms[number:], self.aggregator, self.weighting)
+        self.aggregator.check(self.algorithm)
+        sampling = None if num_clients is None else describe_sampling(self.cohort, num_clients, clients_per_round)
+        if sampling is not None and sampling.kind != "poisson":
+            self.aggregator.check_cohort(round(sampling.size))
         check_phases(self.algorithm, local_epochs, local_steps)
         self._named_personal = (personal,) if isinstance(personal, str) else tuple(personal)
         self.personal = self._named_personal
