@@ -23,7 +23,10 @@ Relation = Literal["add_or_remove_one", "replace_one"]
 Entry = tuple[float, Sampling, int]
 """Gaussian releases: noise multiplier, sampling, number of releases."""
 GRID = 1e-4
-MAX_FINE_EPSILON, MAX_EPSILON = 50.0, 1e5  # in between the grid is proportionally coarser, to bound time and memory
+MAX_FINE_EPSILON, MAX_EPSILON = 50.0, 1e5
+"""In between the grid is proportionally coarser, to bound time and memory; beyond, sampling is not counted."""
+MAX_FINE_LOSS = 400.0
+"""The largest privacy loss of one release that is kept on the finest grid."""
 
 
 def dp_accounting() -> Any:
@@ -86,20 +89,18 @@ def epsilon_of(
         return 0.0
     if any(sigma == 0 for sigma, *_ in entries):
         return math.inf
+    about, loss = _about(entries, relation), max(_largest_loss(sigma, relation) for sigma, *_ in entries)
+    if max(about, loss) > MAX_EPSILON:
+        # Nothing is private here, so that what sampling amplifies is not worth a distribution of gigabytes.
+        entries = tuple((sigma, Full(), count * _num_steps(sampling)) for sigma, sampling, count in entries)
     if method == "rdp":
         return _rdp(entries, delta, relation)
     # The exact answer in closed form, which no accountant improves on.
     if all(isinstance(sampling, Full) for _, sampling, _ in entries):
         return _analytic(entries, delta, relation)
-    # Only RDP has an amplification bound for draws of fixed size; both bounds hold, so the smaller one is returned.
-    by_rdp = math.inf
-    if relation == "replace_one" and any(isinstance(sampling, FixedSize) for _, sampling, _ in entries):
-        by_rdp = _rdp(entries, delta, relation)
-    if all(isinstance(sampling, Full | FixedSize) for _, sampling, _ in entries):
-        return min(by_rdp, _analytic(entries, delta, relation))
     # Rounded up to a power of two, so that cached distributions on the same grid are found again.
-    coarsening = math.ceil(math.log2(max(min(_about(entries, relation), MAX_EPSILON) / MAX_FINE_EPSILON, 1.0)))
-    return min(by_rdp, _pld(entries, delta, relation, grid * 2.0**coarsening))
+    coarsening = math.ceil(math.log2(max(about / MAX_FINE_EPSILON, loss / MAX_FINE_LOSS, 1.0)))
+    return _pld(entries, delta, relation, grid * 2.0**coarsening)
 
 
 def _scale(relation: Relation) -> float:
@@ -111,11 +112,20 @@ def _about(entries: Sequence[Entry], relation: Relation) -> float:
     """Estimates epsilon by the central limit of many releases. Not a bound; only used to choose a grid."""
     total = 0.0
     for sigma, sampling, count in entries:
-        steps = sampling.num_steps if isinstance(sampling, LocalSteps) else 1
-        rate = sampling.rate if isinstance(sampling, Poisson) else 1.0
+        rate = 1.0 if isinstance(sampling, LocalSteps) else client_rate(sampling)
         precision = (_scale(relation) / sigma) ** 2
-        total += count * steps * min(precision, rate**2 * math.expm1(min(precision, 100.0)))
+        total += count * _num_steps(sampling) * min(precision, rate**2 * math.expm1(min(precision, 100.0)))
     return total / 2 + 5 * total**0.5
+
+
+def _largest_loss(sigma: float, relation: Relation) -> float:
+    """Returns the privacy loss of one release that is exceeded with a probability of about 1e-19 only."""
+    separation = _scale(relation) / sigma
+    return separation**2 / 2 + 9 * separation
+
+
+def _num_steps(sampling: Sampling) -> int:
+    return sampling.num_steps if isinstance(sampling, LocalSteps) else 1
 
 
 def _analytic(entries: Sequence[Entry], delta: float, relation: Relation) -> float:
@@ -177,6 +187,8 @@ def _loss(sigma: float, sampling: Sampling, count: int, relation: Relation, grid
         return _single(sigma, sampling.rate, relation, grid).self_compose(count)
     if isinstance(sampling, LocalSteps):
         return _round(sigma, sampling, relation, grid).self_compose(count)
+    if isinstance(sampling, FixedSize) and sampling.cohort < sampling.population and relation == "replace_one":
+        return _without_replacement(sigma, client_rate(sampling), grid).self_compose(count)
     # Gaussians without amplification compose to one exactly, so that no error of a grid adds up over the releases.
     return _single(sigma / count**0.5, 1.0, relation, grid)
 
@@ -191,6 +203,49 @@ def _single(sigma: float, rate: float, relation: Relation, grid: float) -> Any:
         value_discretization_interval=grid,
         sampling_prob=rate,
         neighboring_relation=dpa.NeighboringRelation[relation.upper()],
+    )
+
+
+@lru_cache(maxsize=64)
+def _without_replacement(sigma: float, rate: float, grid: float) -> Any:
+    r"""Returns the privacy loss distribution of one noisy sum over a cohort of fixed size, under "replace one".
+
+    Let :math:`\delta(\varepsilon)` be the profile of the sum if the replaced contributor is drawn: that of a Gaussian
+    with sensitivity 2. If it is drawn with probability :math:`q`, without replacement, all neighbours X, Y satisfy
+
+    .. math::
+        H_{e^{\varepsilon'}}(X \Vert Y) \le h(\varepsilon') = q \, \delta(\varepsilon)
+        \text{ at } e^{\varepsilon'} = 1 + q (e^\varepsilon - 1), \quad \varepsilon' \ge 0.
+
+    Replacing works in both directions, so :math:`h(-\varepsilon') = 1 - e^{-\varepsilon'} + e^{-\varepsilon'}
+    h(\varepsilon')` bounds the rest of the curve. As a function of :math:`e^{\varepsilon'}`, h is convex: at 1 its
+    slope is :math:`-\Phi(-1 / z)` from above and :math:`-1 + q (1 - 2 \Phi(-1 / z)) + \Phi(-1 / z)` from below, which
+    is less. So h is the profile of a pair of distributions that dominates all neighbours at once, and the composition
+    of that pair dominates any adaptive composition.
+
+    Reference:
+        Balle, Barthe and Gaboardi, "Privacy Amplification by Subsampling", NeurIPS 2018 (sampling without replacement);
+        Zhu, Dong and Wang, "Optimal Accounting of Differential Privacy via Characteristic Function", AISTATS 2022
+        (dominating pairs and their composition).
+    """
+    from dp_accounting.pld import pld_pmf
+    from dp_accounting.pld import privacy_loss_distribution as pld
+    from scipy.special import log_ndtr, ndtr
+
+    separation = 2 / sigma
+    # log(1 + q (e^x - 1)) for large x too.
+    top = math.ceil(float(np.logaddexp(math.log1p(-rate), _largest_loss(sigma, "replace_one") + math.log(rate))) / grid)
+    up = np.arange(1, top + 1) * grid
+    # log(1 + (e^x - 1) / q), where e^x would overflow too.
+    inside = np.where(up < 30, np.log1p(np.expm1(np.minimum(up, 30.0)) / rate), up - math.log(rate))
+    drawn = ndtr(separation / 2 - inside / separation)
+    drawn = drawn - np.exp(inside + log_ndtr(-separation / 2 - inside / separation))
+    above = rate * np.maximum(drawn, 0.0)
+    at_zero = rate * float(ndtr(separation / 2) - ndtr(-separation / 2))
+    below = -np.expm1(-up) + np.exp(-up) * above
+    deltas = np.concatenate([below[::-1], [at_zero], above])
+    return pld.PrivacyLossDistribution(
+        pld_pmf.create_pmf_pessimistic_connect_dots_fixed_gap(grid, -top, top, np.clip(deltas, 0.0, 1.0))
     )
 
 

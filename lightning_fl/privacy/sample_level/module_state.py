@@ -101,7 +101,7 @@ def _same(before: Any, now: Any) -> bool:
 
 
 def _nan(value: Tensor) -> Tensor:
-    return value.isnan() if value.is_floating_point() or value.is_complex() else torch.zeros_like(value, dtype=torch.bool)
+    return value != value  # also for integers, which have no isnan
 
 
 def _holds_tensors(value: Any) -> bool:
