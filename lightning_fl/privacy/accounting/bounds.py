@@ -230,7 +230,7 @@ def _without_replacement(sigma: float, rate: float, grid: float) -> Any:
     """
     from dp_accounting.pld import pld_pmf
     from dp_accounting.pld import privacy_loss_distribution as pld
-    from scipy.special import log_ndtr, ndtr
+    from scipy.special import log_ndtr, ndtr  # type: ignore[import-untyped, unused-ignore]
 
     separation = 2 / sigma
     # log(1 + q (e^x - 1)) for large x too.
