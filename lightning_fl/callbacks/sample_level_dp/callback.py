@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import SystemRandom
 from typing import Any
+from weakref import WeakSet
 
 import lightning as L
 import numpy as np
@@ -26,7 +27,7 @@ from lightning_fl.callbacks.sample_level_dp.strict import StrictGradients
 from lightning_fl.data.client_loaders import ClientLoaders, Loader
 from lightning_fl.privacy.accounting.bounds import Method
 from lightning_fl.privacy.accounting.ledger import Epsilon, Gaussian, Ledger
-from lightning_fl.privacy.accounting.per_client import exceeding, largest_epsilon
+from lightning_fl.privacy.accounting.per_client import dominating, exceeding, largest_epsilon
 from lightning_fl.privacy.client_level.mechanism import GRID, PrivacyBudgetExceeded
 from lightning_fl.privacy.noise import PrivacyError, check_source, warn_of_test_seed
 from lightning_fl.privacy.sample_level.dp_sgd import NoiseWatch, NoisySum
@@ -34,6 +35,7 @@ from lightning_fl.privacy.sample_level.per_sample import GradSampleMode, PerSamp
 from lightning_fl.privacy.sample_level.poisson_loader import DrawCheck, PoissonLoader, check_sampler, poisson_loaders
 from lightning_fl.privacy.sample_level.rows import num_rows, take_rows
 from lightning_fl.privacy.sample_level.self_check import SelfCheck, unlike_examples
+from lightning_fl.privacy.sample_level.shared_examples import SharedExamples
 from lightning_fl.privacy.sample_level.tensor_watch import TensorWatch
 from lightning_fl.privacy.state import pack
 from lightning_fl.seeding import Randomness, derive_seed, isolated_randomness
@@ -49,6 +51,11 @@ TOLERANCES = {"64-true": 1e-6, "32-true": 2e-3, "bf16-mixed": 2e-3}
 MEAN_TOLERANCES = {"64-true": 1e-6, "32-true": 2e-3, "bf16-mixed": 0.1}
 """How far a step's gradient may be from the mean of the per-sample ones, in the precision of training."""
 BATCH_HOOKS = ("on_train_batch_start", "on_train_batch_end")
+
+
+# Weak, because to remember a module must not keep its tensors in memory.
+_TRAINED: WeakSet[L.LightningModule] = WeakSet()
+"""Modules that have been trained by a callback of this class."""
 
 
 @dataclass
@@ -204,6 +211,7 @@ class SampleLevelDP(FederatedCallback):
         self._handles: list[Any] = []
         self._params = self._buffers = TensorWatch(dict, "")
         self._has_warned_of_delta = False
+        self._shared = SharedExamples()
         self._released: dict[str, float] = {}
         """Noise multipliers of the releases, by id, that preprocessing has made of the clients' data."""
 
@@ -244,7 +252,8 @@ class SampleLevelDP(FederatedCallback):
         self._drawn.clear()
         self._watch = NoiseWatch()
         if trainer.current_epoch == 0:
-            if self._next_round:
+            # A new callback knows nothing of what another one has released of the same clients.
+            if self._next_round or pl_module in _TRAINED:
                 rank_zero_warn(
                     "This fit starts at round 0, and its clients start with new ledgers. If they hold the examples of "
                     "the last fit, add the ledgers of that fit: SampleLevelDP.ledgers(trainer) returns those of a fit."
@@ -252,6 +261,7 @@ class SampleLevelDP(FederatedCallback):
             self._next_round, self._was_without, self._was_insecure = 0, False, False
             self._released = {}
         self._book_release(trainer)
+        _TRAINED.add(pl_module)
         # Noise that a known seed repeats protects nobody; without the seed nothing else would remember it.
         self._was_without |= self._was_insecure and self.insecure_test_seed is None
         self._detach()
@@ -334,6 +344,7 @@ class SampleLevelDP(FederatedCallback):
         )
         self._params.note()
         self._buffers.note()
+        self._check_shared(client, loader)
         if loader.num_examples * self.delta >= 1 and not self._has_warned_of_delta:
             self._has_warned_of_delta = True
             rank_zero_warn(
@@ -452,13 +463,14 @@ class SampleLevelDP(FederatedCallback):
         """Logs the largest epsilon of any client, and stops if a client could not take part in another round."""
         self._next_round = max(self._next_round, self._round + 1)
         self._was_insecure |= self.insecure_test_seed is not None
-        spent, _ = largest_epsilon(self.ledgers(trainer).values(), self.delta, self.method, GRID)
+        group = self._shared.largest
+        spent, _ = largest_epsilon(self._together(self.ledgers(trainer).values()), self.delta, self.method, GRID, group)
         epsilon = math.inf if self._was_without else float(spent)
         is_last, is_over = self._round + 1 == trainer.max_epochs, False
         if self.max_epsilon is not None and not is_last:
             before = self._before_training()
-            each = [before + ledger for ledger in accounting.with_another_round(view, self._sigma)]
-            is_over = exceeding(each, self.max_epsilon, self.delta, self.method) is not None
+            each = self._together([before + ledger for ledger in accounting.with_another_round(view, self._sigma)])
+            is_over = exceeding(each, self.max_epsilon, self.delta, self.method, group) is not None
         ranks = accounting.gather(view, {"epsilon": epsilon, "over": is_over})
         facts = self._facts(max(fields["epsilon"] for fields in ranks))
         # A client-level mechanism of the same run reports under `dp_` already.
@@ -495,9 +507,16 @@ class SampleLevelDP(FederatedCallback):
         ledgers = {client: self.ledger(trainer, client) for client in _view(trainer).clients_with_state()}
         return {client: ledger for client, ledger in ledgers.items() if ledger.entries}
 
-    def epsilons(self, trainer: L.Trainer) -> dict[ClientId, Epsilon]:
-        """An upper bound on epsilon for each client whose home is this rank and that has taken part."""
-        return {client: own.epsilon(self.delta, self.method) for client, own in self.ledgers(trainer).items()}
+    def epsilons(self, trainer: L.Trainer, group: int = 1) -> dict[ClientId, Epsilon]:
+        """An upper bound on epsilon for each client whose home is this rank and that has taken part.
+
+        Args:
+            trainer: The Trainer.
+            group: How many examples to protect together: those of one person in one client, or the copies of an
+                example in several clients, of whose epsilons the largest then holds.
+        """
+        ledgers = self.ledgers(trainer)
+        return {client: own.epsilon(self.delta, self.method, group=group) for client, own in ledgers.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Whether the rounds so far were private."""
@@ -559,7 +578,7 @@ class SampleLevelDP(FederatedCallback):
 
     def _check_budget(self, ledgers: Sequence[Ledger]) -> None:
         assert self.max_epsilon is not None
-        epsilon = exceeding(ledgers, self.max_epsilon, self.delta, self.method)
+        epsilon = exceeding(self._together(ledgers), self.max_epsilon, self.delta, self.method, self._shared.largest)
         if epsilon is not None:
             raise PrivacyBudgetExceeded(
                 f"Round {self._round} would make a client's epsilon {float(epsilon):.4g}, more than "
@@ -641,6 +660,21 @@ class SampleLevelDP(FederatedCallback):
             check.run(batch, read, unlike_examples(dataset))
         trainer.should_stop = should_stop
         training.is_checked = self._has_checked = True
+
+    def _together(self, ledgers: Iterable[Ledger]) -> Iterable[Ledger]:
+        """The ledgers themselves, or one for all of them if they share examples, which then pay in several."""
+        return ledgers if self._shared.largest == 1 else [dominating(ledgers)]
+
+    def _check_shared(self, client: ClientId, loader: PoissonLoader) -> None:
+        before = self._shared.largest
+        self._shared.add(client, loader.dataset)
+        if self._shared.largest > before:
+            rank_zero_warn(
+                f"An example is {self._shared.largest} times in the clients' data, so together its copies reveal more "
+                "of it than each client's epsilon says. From now on the logged epsilon and max_epsilon count "
+                f"them, as SampleLevelDP.epsilons(trainer, group={self._shared.largest}) does. Give each example to "
+                "one client, once."
+            )
 
     # ---- steps
 

@@ -117,16 +117,16 @@ class OneByOne(Dataset):
     """
 
     def __init__(self, dataset: Any, collate_fn: Callable[[list[Any]], Any]) -> None:
-        self.dataset = dataset
+        self.examples_of = dataset
         self.collate_fn = collate_fn
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.examples_of)
 
     def __getitem__(self, index: int) -> Any:
-        if hasattr(self.dataset, "__getitems__"):
-            return self.collate_fn(self.dataset.__getitems__([index]))
-        return self.collate_fn([self.dataset[index]])
+        if hasattr(self.examples_of, "__getitems__"):
+            return self.collate_fn(self.examples_of.__getitems__([index]))
+        return self.collate_fn([self.examples_of[index]])
 
 
 def _joined(batches: list[Any]) -> Any:

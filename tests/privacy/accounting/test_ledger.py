@@ -19,7 +19,7 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from lightning_fl.privacy import FixedSize, Full, Gaussian, Ledger, LocalSteps, Poisson, Sampling, noise_multiplier_for
-from lightning_fl.privacy.accounting.bounds import GRID, _single, _without_replacement, subsample
+from lightning_fl.privacy.accounting.bounds import GRID, _mixture, _single, _without_replacement, subsample
 
 MNIST = 256 / 60000
 ROWS = [  # noise multiplier, rate, steps, delta, RDP, PLD; 1 to 4 have no sampling
@@ -370,3 +370,46 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "dp_accounting", None)
     with pytest.raises(ImportError, match=r"pip install 'lightning-fl\[privacy\]'"):
         ledger(1.2345).epsilon(1e-5)
+
+
+def test_a_group_costs_what_a_mixture_of_its_draws_does() -> None:
+    from dp_accounting.pld import privacy_loss_distribution as pld
+
+    for rate, group in ((0.2, 2), (0.1, 3)):
+        chances = [math.comb(group, k) * rate**k * (1 - rate) ** (group - k) for k in range(group + 1)]
+        theirs = pld.from_mixture_gaussian_mechanism(1.0, range(group + 1), chances, value_discretization_interval=0.02)
+        ours = _mixture(1.0, rate, group, 0.02)
+        for count in (1, 10):
+            expected = theirs.self_compose(count).get_epsilon_for_delta(1e-5)
+            assert ours.self_compose(count).get_epsilon_for_delta(1e-5) == pytest.approx(expected, abs=1e-6)
+    own = ledger(2.0, Poisson(0.1), 50)
+    alone, pair = own.epsilon(1e-5), own.epsilon(1e-5, group=2)
+    # Two contributors to one ledger pull in one direction; to two ledgers, each meets noise of its own.
+    assert alone < (own + own).epsilon(1e-5) < pair == pytest.approx(3.618, abs=1e-3)
+    assert "groups of 2" in repr(pair)
+    assert ledger(2.0).epsilon(1e-5, group=2) == pytest.approx(exact_gaussian(1.0, 1e-5), rel=1e-6)
+    # No bound for groups is known here, so sampling is not counted.
+    for sampling, relation in ((FixedSize(10, 100), 2.0), (LocalSteps(Poisson(0.5), FixedSize(10, 100), 1), 2.0)):
+        found = ledger(2.0, sampling).epsilon(1e-5, group=3)
+        assert found == pytest.approx(exact_gaussian(3 * relation / 2, 1e-5), rel=1e-6)
+    with pytest.raises(ValueError, match="group=0"):
+        own.epsilon(1e-5, group=0)
+
+
+def test_noise_of_the_server_hides_nothing_from_it() -> None:
+    own = Ledger()
+    own.record(Gaussian(2.0, Poisson(0.1), "model"), 5)
+    own.record(Gaussian(3.0), 2)
+    assert own.epsilon(1e-5) < math.inf
+    assert own.epsilon(1e-5, adversary="server") == math.inf
+    assert ledger(3.0).epsilon(1e-5, adversary="server") == ledger(3.0).epsilon(1e-5)
+    again = Ledger()
+    again.load_state_dict(json.loads(json.dumps(own.state_dict())))
+    assert again == own
+    assert again.epsilon(1e-5, adversary="server") == math.inf
+    old = {"events": [[{"noise_multiplier": 2.0, "sampling": {"kind": "Full"}}, 1]]}  # a checkpoint of before
+    again.load_state_dict(old)
+    assert again == ledger(2.0)
+    assert again.epsilon(1e-5, adversary="server") == math.inf
+    with pytest.raises(ValueError, match="adversary='nobody'"):
+        Gaussian(1.0, Full(), "nobody")  # type: ignore[arg-type]
