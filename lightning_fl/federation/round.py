@@ -37,6 +37,9 @@ Probe = Callable[[ProbeKind, Iterator[Any], Mapping[str, Tensor]], Any]
 """Measures what an algorithm's ``probe`` asks for: ``(kind, batches, params)``; the module holds the global model."""
 
 
+UNTOLD_ERROR = "an error that it alone has seen"
+
+
 class GroupData(Protocol):
     """The data of a client group in a round."""
 
@@ -118,7 +121,7 @@ class RoundResult:
         seconds: This rank's seconds of ``read`` (waiting for the clients' data), ``train``, ``wait`` (for other ranks),
             ``communicate`` and ``server``.
         num_bytes: Bytes that this rank has sent to the others.
-        facts: What the transforms report.
+        facts: What the transforms and the aggregator report.
         hides_clients: Whether exact facts about the clients must not reach the loggers.
         stop_reason: Why no other round may follow; None if one may.
     """
@@ -128,7 +131,7 @@ class RoundResult:
     report: RankReport
     seconds: dict[str, float]
     num_bytes: int
-    facts: dict[str, float | str]
+    facts: dict[str, Any]
     hides_clients: bool
     stop_reason: str | None
 
@@ -239,6 +242,7 @@ class Round:
             settings.population,
             settings.sampling,
             group=group,
+            seed=settings.seed,
             silos=settings.silos,
             frozen=trainer.tensors.frozen,
         )
@@ -278,7 +282,7 @@ class Round:
         group = ClientGroup(self.settings, self.state.server, data.clients, states, measured)
         phases = self.settings.algorithm.phases()
         # Task and batches need each other: a change of phase while reading acts on the task.
-        task = ClientTask(group, iter(()), phases, data.sizes)
+        task = ClientTask(group, iter(()), phases, data.sizes, data.loader)
         self.trainer.start(group.starts, states, phases[0], group.grad_transform(phases[0]))
         task.batches = data.read(lambda: self._next_phase(task))
         return task
@@ -300,7 +304,8 @@ class Round:
         if mask is not None:
             task.group.select(mask)
         size = batch_size(batch if mask is None else part(batch.content, 0))
-        task.record(position, size, self.trainer.step(batch, position), mask)
+        losses = self.trainer.step(batch, position)
+        task.record(position, 1 if size is None else size, losses, mask, is_known=size is not None)
 
     def finish(self, task: ClientTask) -> GroupOutcome:
         """Ends a group's training: adds its updates to the sum, and stages its states until the round is closed.
@@ -323,7 +328,9 @@ class Round:
         else:
             accepted = self._add_group(task.group, group_update)
             updates = [group_update.update_of(0) if accepted[0] else None] if len(runs) == 1 else []
-        totals.num_examples += sum(run.num_examples for run in compress(runs, accepted))
+        # Where clients are hidden, a refused one has sent zeros and counts like any other.
+        counted = [True] * len(runs) if self.settings.hides_clients else accepted
+        totals.num_examples += sum(run.num_examples for run in compress(runs, counted))
         num_steps = sum(facts.num_steps_of_all for facts in result.facts)
         return GroupOutcome(runs, accepted, updates[0] if len(runs) == 1 else None, num_steps)
 
@@ -342,7 +349,8 @@ class Round:
         if any(accepted):
             updates = own.updates if all(accepted) else own.updates.select(torch.tensor(accepted))
             weights = list(compress(own.weights, accepted))
-            totals.acc = self.settings.aggregator.add_group(totals.acc, updates, weights, self.ctx)
+            ctx = replace(self.ctx, clients=list(compress(group.clients, accepted)))
+            totals.acc = self.settings.aggregator.add_group(totals.acc, updates, weights, ctx)
             totals.squared_norm += sum(map(operator.mul, weights, compress(squares, accepted)))
         if own.client_states:
             for index in compress(range(size), accepted):
@@ -422,13 +430,16 @@ class Round:
             report: The fields that the caller fills in.
         """
         totals = self.totals
+        if self.settings.is_private and self.group.size > 1:
+            # The text of an error may quote the client's data.
+            report = replace(report, failed=[(client, UNTOLD_ERROR) for client, _ in report.failed])
         return replace(
             report,
             num_steps=totals.num_steps,
             num_examples=totals.num_examples,
             squared_norm=totals.squared_norm,
             schedule_end=totals.schedule_end,
-            refused=totals.refused,
+            refused=[] if self.settings.hides_refusals else totals.refused,
             lost=totals.lost,
         )
 
@@ -478,6 +489,8 @@ class Round:
         is_empty = may_be_empty and not joined.num_clients
         aggregate = self._nothing() if is_empty else settings.aggregator.result(self.totals.acc, self.ctx)
         state, aggregate, facts = server_step(settings, self.state, aggregate, self.ctx)
+        if not is_empty:
+            facts.update(settings.aggregator.report(self.totals.acc, self.ctx))
         # Algorithms do not see buffers, so their mean is taken here.
         buffers = scale(aggregate.buffers, 1 / (aggregate.weight or 1.0))
         self.trainer.end_round(state.server["params"], buffers, joined.schedule_end)

@@ -35,7 +35,7 @@ class OpenRound:
         num_batches_before: Those before the current group.
         has_trained: Whether this rank has finished a client.
         more_logger_steps: Steps by which the loggers' x-axis advances beyond those that Lightning counts.
-        first_batch: A digest of the first batch, if ranks are to compare it.
+        first_batch: A digest of the first batch, if ranks are to compare it; it does not leave this rank.
     """
 
     round: Round
@@ -54,4 +54,4 @@ class OpenRound:
     num_batches_before: int = 0
     has_trained: bool = False
     more_logger_steps: int = 0
-    first_batch: str = ""
+    first_batch: bytes = b""

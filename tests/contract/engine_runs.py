@@ -42,7 +42,7 @@ class Noted:
         run = self.trainer  # type: ignore[attr-defined]
         noted = [batch_idx, run.global_step, run.optimizers[0].param_groups[0]["lr"]]
         # A step of several clients must change nothing.
-        if unwrap(next(self.parameters())) is None:  # type: ignore[attr-defined]
+        if all(unwrap(param) is None for param in self.parameters()):  # type: ignore[attr-defined]
             SEEN.append(noted)
         return super().training_step(batch, batch_idx)  # type: ignore[misc]
 
