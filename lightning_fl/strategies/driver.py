@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, Literal
@@ -298,9 +298,13 @@ class RoundDriver:
         self.vectorized.refuse(reason, self.plan.round)
         self.vectorized = None
         # The plan's remaining groups were formed for training side by side too.
-        remaining = {client for group in (opened.current, *opened.pending) for client in group}
-        opened.pending = deque((client,) for client in self.plan.sizes if client in remaining)
+        opened.pending = deque(self._alone([c for group in (opened.current, *opened.pending) for c in group]))
         self.set_length()
+
+    def _alone(self, clients: Iterable[ClientId]) -> list[tuple[ClientId]]:
+        """Some clients as groups of one, in the order in which the plan would have them train one after the other."""
+        remaining = set(clients)
+        return [(client,) for client in self.plan.sizes if client in remaining]
 
     def _open(self, loop: RoundEpochLoop) -> OpenRound:
         assert self.local_trainer is not None
@@ -345,14 +349,17 @@ class RoundDriver:
             ),
             steps=self._make_steps(loop, values),
             values=values,
-            pending=deque(self.plan.groups),
+            pending=deque(),
             first_step=trainer.global_step,
             first_logger_step=internals.logger_steps(trainer),
             loops_before=loops_before,
             paused=internals.pause_by_step(trainer, averages=not self._is_alone),
             failed=dict(self.plan.failed),
         )
+        # After the form of the steps has been chosen, which may let each client train alone.
+        opened.pending.extend(self.plan.groups if self.vectorized is not None else self._alone(self.plan.clients))
         self.open_round = opened
+        self.set_length()
         self.trained_groups = []
         self.call_hook("on_round_start", index, self.plan.cohort)
         return opened
@@ -364,8 +371,6 @@ class RoundDriver:
         if self.vectorized is not None and hook is not None and not self.vectorized.is_asked_for:
             self.vectorized.refuse(f"{hook} would see several clients at once", self.plan.round)
             self.vectorized = None
-            self.plan = self._plan(self.plan.round)
-            self.set_length()
         if self.vectorized is not None:
             self.vectorized.logs_may_wait = hook is None
         return (TightSteps if hook is None else HookedSteps)(loop, self.local_trainer, values)

@@ -7,6 +7,7 @@ import random
 from contextlib import nullcontext
 from typing import Any
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -352,3 +353,21 @@ def table() -> nn.Module:
 def test_ordinary_modules_train_side_by_side(make: Any) -> None:
     auto = assert_exact(lambda: OfUsers(make()))
     assert set(auto.groups) == {4}
+
+
+class LooksLater(L.Callback):
+    """Looks at batches from the second round on."""
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.current_epoch == 1:
+            trainer.callbacks.append(Looks())
+
+
+class Looks(L.Callback):
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        assert len(batch) == 2
+
+
+def test_a_callback_that_looks_at_batches_from_some_round_on() -> None:
+    auto = Outcome("auto", Plain, clients(), callbacks=[LooksLater()])
+    assert auto.groups == [4, *[1] * 8]
