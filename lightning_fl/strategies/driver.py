@@ -15,13 +15,14 @@ from torch.optim import Optimizer
 
 from lightning_fl.aggregation import FederationFacts
 from lightning_fl.clients import ClientStore, Participation, Population
-from lightning_fl.communication import Group, Message
+from lightning_fl.communication import Message
 from lightning_fl.engines import LocalTrainer, Schedule
 from lightning_fl.engines.phases import optimizer_entry
 from lightning_fl.engines.vectorized.stacking import NotStackable
 from lightning_fl.federation import (
     ClientData,
     ClientTask,
+    Federation,
     FederationSettings,
     FederationState,
     LoaderFailed,
@@ -62,7 +63,7 @@ class RoundDriver:
     Args:
         trainer: The Trainer.
         population: All clients.
-        group: The ranks of the federation.
+        federation: The way to the other parties.
         settings: The federation's settings.
         participation: Who takes part in a round, and how much each client trains.
         limit: The Trainer's ``limit_train_batches``, for one pass of a client: a count or a share.
@@ -76,7 +77,7 @@ class RoundDriver:
         self,
         trainer: L.Trainer,
         population: Population,
-        group: Group,
+        federation: Federation,
         settings: FederationSettings,
         participation: Participation,
         limit: int | float,
@@ -87,7 +88,8 @@ class RoundDriver:
     ) -> None:
         self.trainer = trainer
         self.population = population
-        self.group = group
+        self.federation = federation
+        self.group = federation.group
         self.settings = settings
         self.participation = participation
         self.max_work = participation.max_work(limit)
@@ -104,10 +106,10 @@ class RoundDriver:
         self.deferred_checkpoints: dict[str, bool] = {}
         self.local_trainer: LocalTrainer | None = None
         self.module_trained: L.LightningModule | None = None
-        self.metric_states = MetricStates(trainer.lightning_module, group.rank)
+        self.metric_states = MetricStates(trainer.lightning_module, federation.place)
         self.schedules: list[tuple[Any, Schedule]] = []
         self.warnings = UserWarnings()
-        self.rank_sync = RankSync(trainer, group)
+        self.rank_sync = RankSync(trainer, federation.group)
         self.has_late_values = False
         self.trained_groups: list[tuple[ClientId, ...]] = []
         """The client groups that this rank has trained in the last round, after any splits."""
@@ -183,7 +185,7 @@ class RoundDriver:
         self._session = session
         check_algorithm(self.settings.algorithm, self.trainer)
         self.settings.algorithm.check_optimizers(local_trainer.optimizers.optimizers)
-        self.metric_states = MetricStates(self.module, self.group.rank)
+        self.metric_states = MetricStates(self.module, self.federation.place)
         self.has_started = True
         # The plan so far was made with the loader, before it was known that clients may train side by side.
         if vectorized is not None:
@@ -242,7 +244,7 @@ class RoundDriver:
             self.state,
             self.local_trainer,
             self.store,
-            self.group,
+            self.federation,
             index,
             self.plan.cohort,
             [schedule for _, schedule in self.schedules],
@@ -293,7 +295,7 @@ class RoundDriver:
 
     @property
     def _is_alone(self) -> bool:
-        return self.group.size == 1 and len(self.population) == 1
+        return self.federation.size == 1 and len(self.population) == 1
 
     def _tasks(self, opened: OpenRound) -> Iterator[ClientTask]:
         """Yields the client groups of this rank, each loaded when its turn comes."""
@@ -452,7 +454,7 @@ class RoundDriver:
         self.history.append(history_entry(index, result, self.plan.dropped))
         internals.log_to_loggers(trainer, figures(self.history[-1], result.hides_clients))
         self.warnings.words(trainer, words(self.history[-1]))
-        trainer.should_stop |= result.stop_reason is not None
+        trainer.should_stop |= result.closing.stop_reason is not None
         self.call_hook("on_aggregate_end", result.aggregate)
         # Only now that the round is closed is there a global model to save or to average.
         internals.resume_by_step(opened.paused)

@@ -29,7 +29,7 @@ from lightning_fl.data.partitioners.partitioner import Partitioner
 from lightning_fl.data.splitting import shard
 from lightning_fl.engines import ClientOptimizer, OptimizerStates, Vectorized
 from lightning_fl.engines.vectorized.stacking import StackedBatch
-from lightning_fl.federation import FederationSettings
+from lightning_fl.federation import FederationSettings, GroupFederation
 from lightning_fl.federation.rank_verification import digest, synchronize_module, verify_ranks
 from lightning_fl.strategies import internals
 from lightning_fl.strategies.callback import RoundCallback
@@ -389,7 +389,7 @@ class FederatedStrategy(ParallelStrategy):
         return RoundDriver(
             trainer,
             population,
-            self.federation,
+            GroupFederation(self.federation),
             settings,
             self.participation,
             limit=self.limit_train_batches,

@@ -88,8 +88,8 @@ class UserWarnings:
             )
         if not result.aggregate.num_clients:
             rank_zero_info(f"Round {round}: no client takes part.")
-        if result.stop_reason is not None:
-            rank_zero_info(result.stop_reason)
+        if result.closing.stop_reason is not None:
+            rank_zero_info(result.closing.stop_reason)
 
     def _monitors(self, trainer: L.Trainer, names: set[str]) -> None:
         """Warns of callbacks and schedules that monitor an exact metric of clients which are to be hidden."""
