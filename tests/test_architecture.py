@@ -26,6 +26,7 @@ LAYERS = (
     ("aggregation", "engines"),
     ("privacy",),
     ("federation",),
+    ("coordinator",),
     ("strategies",),
     ("callbacks", "datamodules", "models", "tracking"),
     ("cli",),

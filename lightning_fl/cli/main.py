@@ -9,11 +9,11 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 
-from lightning_fl.cli import algorithms, compare, init, keys, partition, privacy, recipes, report
+from lightning_fl.cli import algorithms, compare, coordinator, init, keys, partition, privacy, recipes, report
 from lightning_fl.cli.command import command, fail
 from lightning_fl.cli.lightning_cli import FederatedCLI, UnknownStrategyError
 
-_MODULES = (init, partition, report, compare, recipes, algorithms, privacy, keys)
+_MODULES = (init, partition, report, compare, recipes, algorithms, privacy, keys, coordinator)
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     module.__name__.rpartition(".")[2]: command(module) for module in _MODULES
 }

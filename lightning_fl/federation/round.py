@@ -25,10 +25,10 @@ from lightning_fl.federation.client_group import ClientGroup, GroupUpdate
 from lightning_fl.federation.client_task import ClientTask
 from lightning_fl.federation.federation import Federation
 from lightning_fl.federation.report import RankReport
-from lightning_fl.federation.server import Closing, ServerRound
+from lightning_fl.federation.server import Closing, ServerRound, update_template
 from lightning_fl.federation.settings import FederationSettings, FederationState
 from lightning_fl.seeding import ClientRandomness, client_generator
-from lightning_fl.tree import clone, is_finite, leaves, move, norm, squared_norms, to_sum_dtype
+from lightning_fl.tree import clone, is_finite, leaves, move, norm, squared_norms
 from lightning_fl.types import Aggregate, ClientId, LocalRun, State, Update
 
 Probe = Callable[[ProbeKind, Iterator[Any], Mapping[str, Tensor]], Any]
@@ -241,12 +241,7 @@ class Round:
             frozen=trainer.tensors.frozen,
         )
         opened = federation.start(settings, state, params, ctx)
-        template = Update(
-            delta=params, buffers=to_sum_dtype(trainer.tensors.buffers), aux=settings.algorithm.aux_like(params)
-        )
-        # The aggregator receives what the client halves send, whose shapes may differ from the model's.
-        for transform in settings.transforms:
-            template = transform.like(template)
+        template = update_template(settings, params, trainer.tensors.buffers)
         totals = RankTotals(settings.aggregator.init(template, trainer.device, session))
         server = ServerRound(settings, opened, trainer.round_start.buffers, template, ctx)
         return cls(server, trainer, store, federation, totals)

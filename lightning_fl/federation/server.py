@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import Tensor
+
 from lightning_fl.aggregation import RoundContext
 from lightning_fl.engines.tensors import moved
 from lightning_fl.federation.report import RankReport
 from lightning_fl.federation.settings import FederationSettings, FederationState
-from lightning_fl.tree import norm, scale, tree_map, zeros_like
+from lightning_fl.tree import norm, scale, to_sum_dtype, tree_map, zeros_like
 from lightning_fl.types import Aggregate, State, Tree, Update
 
 
@@ -76,6 +78,15 @@ def open_server(
     return FederationState(_continue(settings, state.server, params), started)
 
 
+def update_template(settings: FederationSettings, params: Tree, buffers: Mapping[str, Tensor]) -> Update:
+    """An update with the names and shapes of those that the aggregator receives; it holds the global model."""
+    update = Update(params, to_sum_dtype(buffers), aux=settings.algorithm.aux_like(params))
+    # What the client halves send may have other shapes than the model.
+    for transform in settings.transforms:
+        update = transform.like(update)
+    return update
+
+
 def server_step(
     settings: FederationSettings, state: FederationState, aggregate: Aggregate, ctx: RoundContext
 ) -> tuple[FederationState, Aggregate, dict[str, float | str]]:
@@ -130,7 +141,7 @@ def close_server(opened: ServerRound, acc: Any, joined: RankReport) -> Closing:
     # raises.
     may_be_empty = settings.hides_clients or len(ctx.cohort) < ctx.population
     is_empty = may_be_empty and not joined.num_clients
-    aggregate = _nothing(opened) if is_empty else settings.aggregator.result(acc, ctx)
+    aggregate = nothing(opened) if is_empty else settings.aggregator.result(acc, ctx)
     state, aggregate, facts = server_step(settings, opened.state, aggregate, ctx)
     weight = aggregate.weight or 1.0
     # Algorithms do not see buffers, so their mean is taken here.
@@ -139,7 +150,8 @@ def close_server(opened: ServerRound, acc: Any, joined: RankReport) -> Closing:
     return Closing(state, buffers, aggregate, norm(aggregate.delta) / weight, facts, reason)
 
 
-def _nothing(opened: ServerRound) -> Aggregate:
+def nothing(opened: ServerRound) -> Aggregate:
+    """The aggregate of a round without clients."""
     template = opened.template
     aux = {name: zeros_like(tree) for name, tree in template.aux.items()}
     return Aggregate(zeros_like(template.delta), zeros_like(template.buffers), 0.0, aux, 0, opened.ctx.population)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, Literal
 
 import lightning as L
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_debug
 from torch.optim import Optimizer
 
@@ -26,6 +27,7 @@ from lightning_fl.federation import (
     FederationSettings,
     FederationState,
     LoaderFailed,
+    Opening,
     Planner,
     RankPlan,
     Round,
@@ -37,6 +39,7 @@ from lightning_fl.federation.metric_entries import Entries, as_numbers, merge_en
 from lightning_fl.federation.rank_verification import digest
 from lightning_fl.strategies import internals
 from lightning_fl.strategies.batch_steps import BatchSteps, HookedSteps, TightSteps
+from lightning_fl.strategies.catching_up import catch_up
 from lightning_fl.strategies.client_session import ClientSession
 from lightning_fl.strategies.hooks import batch_hook
 from lightning_fl.strategies.logged_values import LoggedValues, late_entries, publish
@@ -68,6 +71,7 @@ class RoundDriver:
         participation: Who takes part in a round, and how much each client trains.
         limit: The Trainer's ``limit_train_batches``, for one pass of a client: a count or a share.
         sticky: Whether clients keep state and so must train on their home rank.
+        personal: ``fnmatch`` globs of tensors that stay with their client.
         strategy_type: The strategy's class as this package defines it.
         on_client_error: Whether a client whose loader raises ends the run or is left out.
         last: The driver of the last ``fit``, whose state is taken over if this ``fit`` does not start at round 0.
@@ -82,6 +86,7 @@ class RoundDriver:
         participation: Participation,
         limit: int | float,
         sticky: bool,
+        personal: Sequence[str],
         strategy_type: type,
         on_client_error: OnClientError = "raise",
         last: RoundDriver | None = None,
@@ -94,6 +99,7 @@ class RoundDriver:
         self.participation = participation
         self.max_work = participation.max_work(limit)
         self.sticky = sticky
+        self.personal = personal
         self.strategy_type = strategy_type
         self.on_client_error = on_client_error
         self.state = FederationState()
@@ -101,6 +107,7 @@ class RoundDriver:
         self.history: list[dict[str, Any]] = []
         self.vectorized: VectorizedDriver | None = None
         self.has_started = False
+        self.opening: Opening | None = None
         self.open_round: OpenRound | None = None
         self.interrupted_loops: dict[str, Any] | None = None
         self.deferred_checkpoints: dict[str, bool] = {}
@@ -135,6 +142,11 @@ class RoundDriver:
         return Planner(
             self.population, self.participation, self.settings, self.group, self.sticky, self._describe_failure
         )
+
+    @property
+    def cohort(self) -> Sequence[ClientId]:
+        """The clients of the round, wherever they train."""
+        return self.plan.cohort if self.opening is None or self.opening.cohort is None else self.opening.cohort
 
     @property
     def facts(self) -> FederationFacts:
@@ -199,6 +211,23 @@ class RoundDriver:
             self.plan = self._plan(index)
         self.set_length()
 
+    def open_next(self) -> None:
+        """Waits for the next round, and catches up with the federation if it has gone on without this party.
+
+        Raises:
+            StopIteration: If no other round follows for this party.
+        """
+        trainer = self.trainer
+        opening = self.federation.open_round(internals.current_round(trainer) - 1)
+        if opening is None:
+            raise StopIteration
+        self.opening = opening
+        if opening.state is not None:
+            self.state = opening.state
+            catch_up(trainer, opening, self.personal)
+            if internals.is_after_last(trainer):
+                raise StopIteration
+
     # ---- a round
 
     def run_round(self, loop: RoundEpochLoop) -> None:
@@ -246,7 +275,7 @@ class RoundDriver:
             self.store,
             self.federation,
             index,
-            self.plan.cohort,
+            self.cohort,
             [schedule for _, schedule in self.schedules],
             self._session,
         )
@@ -282,7 +311,7 @@ class RoundDriver:
         )
         self.open_round = opened
         self.trained_groups = []
-        self.call_hook("on_round_start", index, self.plan.cohort)
+        self.call_hook("on_round_start", index, self.cohort)
         return opened
 
     def _make_steps(self, loop: RoundEpochLoop, values: LoggedValues) -> BatchSteps:
@@ -556,7 +585,17 @@ class RoundDriver:
         internals.set_round_length(self.trainer, self.num_batches, UNKNOWN_LENGTH)
 
     def largest_num_batches(self) -> int | float:
-        """Batches of the client with the most in a round, rounded up to whole optimizer steps."""
+        """Batches of the client with the most in a round, rounded up to whole optimizer steps.
+
+        Raises:
+            MisconfigurationException: If that depends on the data of silos on other machines.
+        """
+        phases = self.planner.phases(self.max_work)
+        if self.federation.size > self.group.size and any(phase.steps is None for phase in phases):
+            raise MisconfigurationException(
+                "trainer.estimated_stepping_batches needs the number of steps of the largest silo, which the others do "
+                "not know. Give all the same number with FederatedStrategy(local_steps=...), or use schedules by epoch."
+            )
         with misconfiguration():
             return self.planner.largest_num_batches(self.max_work)
 

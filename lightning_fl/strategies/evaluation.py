@@ -9,7 +9,8 @@ from typing import Any
 from lightning import LightningModule
 
 from lightning_fl.aggregation import Aggregator, FederationFacts
-from lightning_fl.communication import Group, Message
+from lightning_fl.communication import Message
+from lightning_fl.federation import Federation
 from lightning_fl.federation.metric_entries import Entries, as_numbers, merge_entries
 from lightning_fl.federation.report_masking import mask, unmask
 from lightning_fl.strategies.logged_values import evaluation_entries, publish
@@ -24,16 +25,17 @@ class EvaluationMetrics:
     If all ranks have read the same data, it counts once; otherwise the metrics are those of the union of their data.
 
     Args:
-        group: The ranks of the federation.
+        federation: The way to the other parties.
         module: The user's module.
         aggregator: Joins the reports of ranks with data of their own, and may hide them.
     """
 
-    def __init__(self, group: Group, module: LightningModule, aggregator: Aggregator) -> None:
-        self.group = group
+    def __init__(self, federation: Federation, module: LightningModule, aggregator: Aggregator) -> None:
+        self.federation = federation
+        self.group = federation.group
         self.module = module
         self.aggregator = aggregator
-        self.states = MetricStates(module, group.rank)
+        self.states = MetricStates(module, federation.place)
         self.hides = False
         self.per_rank = False
         self.first_batch = ""
@@ -63,7 +65,7 @@ class EvaluationMetrics:
     @contextmanager
     def merged(self, results: ResultCollection) -> Iterator[None]:
         """Inside the block, the values of the current loader are those of all ranks."""
-        if self.group.size == 1:
+        if self.federation.size == 1:
             yield
             return
         # The union is for Lightning to read only. A metric that spans several loaders goes on with this rank's own
@@ -78,7 +80,7 @@ class EvaluationMetrics:
 
     def end(self) -> None:
         """Called after the last loader: joins the torchmetrics, for users who compute them in ``..._epoch_end``."""
-        if self.group.size > 1:
+        if self.federation.size > 1:
             self.states.merge(_states(self._gather({})), self.module.device)
 
     def _gather(self, entries: Entries) -> list[Message]:
@@ -86,7 +88,7 @@ class EvaluationMetrics:
         report = Message({"metrics": entries, "metric_states": fields, "first_batch": self.first_batch}, tensors)
         if self.hides:
             return unmask(self.aggregator.gather(self._session, self.group, mask(report), "evaluation"))
-        reports = self.group.all_gather(report, "evaluation")
+        reports = self.federation.gather(report, "evaluation")
         # Silos that validate on a common public set would otherwise count it once for each silo.
         same_data = len({message.fields["first_batch"] for message in reports}) == 1
         return reports if self.per_rank and not same_data else reports[:1]

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning as L
 import torch
@@ -28,9 +28,11 @@ from lightning_fl.communication.objects import decode_object, encode_object
 from lightning_fl.data.partitioners.partitioner import Partitioner
 from lightning_fl.data.splitting import shard
 from lightning_fl.engines import ClientOptimizer, OptimizerStates, Vectorized
+from lightning_fl.engines.tensors import FederatedTensors
 from lightning_fl.engines.vectorized.stacking import StackedBatch
-from lightning_fl.federation import FederationSettings, GroupFederation
+from lightning_fl.federation import Federation, FederationSettings, GroupFederation
 from lightning_fl.federation.rank_verification import digest, synchronize_module, verify_ranks
+from lightning_fl.federation.single_update import SingleUpdate
 from lightning_fl.strategies import internals
 from lightning_fl.strategies.callback import RoundCallback
 from lightning_fl.strategies.checkpoint import (
@@ -49,6 +51,7 @@ from lightning_fl.strategies.engine_selection import select_engine
 from lightning_fl.strategies.evaluation import EvaluationMetrics
 from lightning_fl.strategies.hooks import run_training_step
 from lightning_fl.strategies.loops import adopt_loops
+from lightning_fl.strategies.network import check_network, open_network, settings_of_silo
 from lightning_fl.strategies.round_loaders import RoundLoader
 from lightning_fl.strategies.round_view import RoundView
 from lightning_fl.strategies.user_warnings import UserWarnings
@@ -62,6 +65,9 @@ from lightning_fl.strategies.validation import (
     check_work,
     settings_of_ranks,
 )
+
+if TYPE_CHECKING:
+    from lightning_fl.coordinator.silo import NetworkFederation
 
 
 class FederatedStrategy(ParallelStrategy):
@@ -91,6 +97,9 @@ class FederatedStrategy(ParallelStrategy):
         cohort: How the clients of a round are chosen. None: :class:`~lightning_fl.clients.Uniform`.
         stragglers: Clients that do not finish their local training. None: all clients finish.
         timeout: Seconds that a collective waits for the other ranks.
+        federation: The coordinator's address, ``"https://host:port"``: this launch is then one silo of a federation
+            over a network, and its training loader that silo's data.
+        kit: The folder with the silo's key and certificate, for ``federation``.
 
     Raises:
         ValueError: If an argument is out of range, or two contradict each other.
@@ -125,6 +134,8 @@ class FederatedStrategy(ParallelStrategy):
         cohort: Cohort | None = None,
         stragglers: Stragglers | None = None,
         timeout: float = 1800.0,
+        federation: str | None = None,
+        kit: str | Path | None = None,
     ) -> None:
         super().__init__(checkpoint_io=WholeCheckpointIO())
         self.cohort = cohort or Uniform()
@@ -156,8 +167,8 @@ class FederatedStrategy(ParallelStrategy):
         for number, transform in enumerate(self.transforms, start=1):
             transform.check(self.transforms[number:], self.aggregator, self.weighting)
         check_phases(self.algorithm, local_epochs, local_steps)
-        self._named_personal = (personal,) if isinstance(personal, str) else tuple(personal)
-        self.personal = self._named_personal
+        self.named_personal = (personal,) if isinstance(personal, str) else tuple(personal)
+        self.personal = self.named_personal
         self.engine = engine
         self.seed = seed
         self.split_validation = split_validation
@@ -165,6 +176,9 @@ class FederatedStrategy(ParallelStrategy):
         if not timeout > 0:
             raise ValueError(f"timeout={timeout} must be a positive number of seconds.")
         self.timeout = timedelta(seconds=timeout)
+        check_network(self, federation, kit)
+        self.address, self.kit = federation, kit
+        self.network: NetworkFederation | None = None
         self.num_nodes = 1
         self.federation: Group = LocalGroup()
         self.driver: RoundDriver | None = None
@@ -263,6 +277,14 @@ class FederatedStrategy(ParallelStrategy):
             self.timeout,
         )
         self._connected = True
+        if self.address is not None:
+            assert self.kit is not None
+            self.network = open_network(self.address, self.kit)
+        if self.network is not None and self.federation.size > 1:
+            raise MisconfigurationException(
+                f"With federation={self.network.client.address!r} a launch is one silo of one process, but there are "
+                f"{self.federation.size}. Start one process; a silo of several is not supported yet."
+            )
 
     def model_to_device(self) -> None:
         assert self.model is not None
@@ -321,14 +343,18 @@ class FederatedStrategy(ParallelStrategy):
         check_same_on_ranks(self.federation, "validation data", trainer.enable_validation)
         super().setup(trainer)
         assert self.lightning_module is not None
-        self.personal = tuple(self.algorithm.personal(self.lightning_module, self._named_personal))
+        self.personal = tuple(self.algorithm.personal(self.lightning_module, self.named_personal))
         if self.federation.size > 1:
             versions = {"lightning": L.__version__, "torch": torch.__version__.split("+")[0]}
             verify_ranks(self.federation, self.lightning_module, settings_of_ranks(self, trainer), versions)
             # Without `seed_everything` the ranks have initialised their modules differently. Only after the check: with
             # modules whose tensors differ, the broadcasts would pair up different ones.
             synchronize_module(self.federation, self.lightning_module)
-        self._evaluation_metrics = EvaluationMetrics(self.federation, self.lightning_module, self.aggregator)
+        if self.network is not None and trainer.state.fn == TrainerFn.FITTING:
+            tensors = FederatedTensors(self.lightning_module, self.personal)
+            versions = {"lightning": L.__version__, "torch": torch.__version__}
+            self.network.join(tensors, settings_of_silo(self), versions)
+        self._evaluation_metrics = EvaluationMetrics(self._parties, self.lightning_module, self.aggregator)
 
     def setup_optimizers(self, trainer: L.Trainer) -> None:
         super().setup_optimizers(trainer)
@@ -340,7 +366,7 @@ class FederatedStrategy(ParallelStrategy):
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         # The first batch only: it tells whether the ranks evaluate the same data, and a digest of every batch would
         # cost time.
-        if self._works_alone and self.federation.size > 1 and not self.evaluation_metrics.first_batch:
+        if self._works_alone and self._parties.size > 1 and not self.evaluation_metrics.first_batch:
             self.evaluation_metrics.first_batch = digest(batch)
         return super().batch_to_device(batch, device, dataloader_idx)
 
@@ -363,6 +389,7 @@ class FederatedStrategy(ParallelStrategy):
             partition=self.partition,
             seed=self._seed,
             callbacks=trainer.callbacks,  # type: ignore[attr-defined]
+            silo=None if self.network is None else self.network.name,
         )
         if self.driver is None:
             self.driver = self._make_driver(population)
@@ -372,14 +399,15 @@ class FederatedStrategy(ParallelStrategy):
 
     def _make_driver(self, population: Population) -> RoundDriver:
         trainer = self._trainer
+        size = len(population) if self.network is None else self.network.size
         settings = FederationSettings(
             self.algorithm,
-            self.aggregator,
+            self.aggregator if self.network is None else SingleUpdate(),
             self.transforms,
             self.weighting,
             seed=self._seed,
-            population=len(population),
-            sampling=describe_sampling(self.cohort, len(population), self.clients_per_round),
+            population=size,
+            sampling=describe_sampling(self.cohort, size, self.clients_per_round),
             silos=population.silos is not None,
         )
         stateful = self.algorithm.keeps_client_state or self.client_optimizer == "keep" or bool(self.personal)
@@ -389,11 +417,12 @@ class FederatedStrategy(ParallelStrategy):
         return RoundDriver(
             trainer,
             population,
-            GroupFederation(self.federation),
+            self._parties,
             settings,
             self.participation,
             limit=self.limit_train_batches,
             sticky=sticky,
+            personal=self.personal,
             strategy_type=FederatedStrategy,
             on_client_error=self.on_client_error,
             last=self._last_driver,
@@ -421,6 +450,9 @@ class FederatedStrategy(ParallelStrategy):
             optimizers.close()
             raise
         self.active_driver.start(local_trainer, vectorized, session)
+        if self.network is not None:
+            self.network.store = self.active_driver.store
+            self.network.folder.restore(self.active_driver.store)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(args[0], StackedBatch):
@@ -523,6 +555,8 @@ class FederatedStrategy(ParallelStrategy):
     def teardown(self) -> None:
         if self.driver is not None:
             self.driver.stop()
+        if self.network is not None:
+            self.network.leave("its run has ended")
         super().teardown()
 
     # ---- public state
@@ -551,6 +585,11 @@ class FederatedStrategy(ParallelStrategy):
         return self.active_driver.view
 
     @property
+    def _parties(self) -> Federation:
+        """The way to the other parties of the federation."""
+        return GroupFederation(self.federation) if self.network is None else self.network
+
+    @property
     def _module(self) -> L.LightningModule:
         assert self.lightning_module is not None
         return self.lightning_module
@@ -569,6 +608,8 @@ class FederatedStrategy(ParallelStrategy):
         driver = self.driver or self._last_driver
         if driver is not None:
             return driver.population.silos is not None
+        if self.network is not None:
+            return True
         # Without a fit there is no driver to ask, so this decides as `build_population` would.
         simulated = getattr(getattr(self._trainer, "datamodule", None), "gives_clients", False)
         return self.started_by_launcher and self.num_clients is None and self.partition is None and not simulated

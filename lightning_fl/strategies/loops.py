@@ -335,6 +335,11 @@ class RoundFitLoop(_FitLoop):
         with self._read_by_loop():
             return super().done
 
+    def on_advance_start(self) -> None:
+        # Before the hooks of the epoch's start, which see the round's number and model.
+        self.trainer.strategy.driver.open_next()  # type: ignore[attr-defined]
+        super().on_advance_start()
+
     def on_advance_end(self) -> None:
         super().on_advance_end()
         # Last, because `on_train_epoch_end`, which the base class calls, may set `should_stop` on one rank only.

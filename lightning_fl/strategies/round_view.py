@@ -33,6 +33,10 @@ class _Driver(Protocol):
     local_trainer: LocalTrainer | None
     vectorized: Any
 
+    @property
+    def cohort(self) -> Sequence[ClientId]:
+        """The clients of the round, wherever they train."""
+
 
 class RoundView:
     """The current round, or between rounds the next one, as callbacks see it.
@@ -91,7 +95,7 @@ class RoundView:
     @property
     def cohort(self) -> Sequence[ClientId]:
         """The clients of the round, on all ranks."""
-        return self._driver.plan.cohort
+        return self._driver.cohort
 
     @property
     def clients(self) -> Sequence[ClientId]:
