@@ -21,6 +21,8 @@ from lightning_fl.coordinator.identity import Kit
 
 TIMEOUT_S = 60.0
 """Longer than the coordinator holds a call."""
+CLOCK_S = 60.0
+"""By how much clocks may differ before a silo is told."""
 PART = 1 << 25
 PIECE = 1 << 20
 MAX_WAIT_S = 10.0

@@ -57,6 +57,7 @@ class HttpServer:
             admin_port: A port on 127.0.0.1 for health and metrics, without TLS. None: none.
         """
         app = web.Application(middlewares=[self._answer], client_max_size=MAX_JSON_BYTES)
+        app.router.add_get("/v1/check", self._check)
         app.router.add_post("/v1/join", self._join)
         app.router.add_get("/v1/rounds", self._rounds)
         app.router.add_get("/v1/states/{digest}", self._state)
@@ -154,6 +155,9 @@ class HttpServer:
         self.coordinator.audit.append("connection refused", reason=reason)
 
     # ---- calls
+
+    async def _check(self, request: web.Request) -> web.StreamResponse:
+        return web.json_response({"service": "lightning_fl", "silo": request[SILO]})
 
     async def _join(self, request: web.Request) -> web.StreamResponse:
         answer = self.coordinator.join(request[SILO], await _json(request), time.monotonic())

@@ -18,7 +18,7 @@ from lightning_fl.clients import ClientStore
 from lightning_fl.clients.state_files import StateFiles
 from lightning_fl.communication import LocalGroup, Message
 from lightning_fl.coordinator import wire
-from lightning_fl.coordinator.client import CallRefused, Client
+from lightning_fl.coordinator.client import CLOCK_S, CallRefused, Client
 from lightning_fl.coordinator.disk import Disk, read_json
 from lightning_fl.coordinator.identity import Kit
 from lightning_fl.coordinator.service import PROTOCOL
@@ -36,7 +36,6 @@ from lightning_fl.tree import to_sum_dtype, update_trees
 from lightning_fl.types import Aggregate, Tree
 
 ALIVE_S = 30.0
-CLOCK_S = 60.0
 log = logging.getLogger("lightning_fl.network")
 
 
