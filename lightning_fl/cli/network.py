@@ -1,4 +1,4 @@
-"""Makes and renews the identities of a federation over a network, checks the way to its coordinator, and looks after it.
+"""Makes the identities of a federation over a network, checks the way to its coordinator, and looks after it.
 
 Each silo makes its key where it is used; only a request travels. The authority stays offline.
 
@@ -29,9 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ca.add_argument("verb", choices=["init"])
     ca.add_argument("folder", type=Path)
     ca.add_argument("--name", required=True, help="name of the federation")
-    ca.add_argument(
-        "--host", action="append", required=True, help="name or address of the coordinator; may be repeated"
-    )
+    ca.add_argument("--host", action="append", required=True, help="name or address of the coordinator")
     request = actions.add_parser("request", help="at a silo: make a key and a request for a certificate")
     request.add_argument("name", help="name of the silo")
     request.add_argument("--out", type=Path, required=True, help="the silo's kit")
@@ -111,8 +109,8 @@ def _renew(args: argparse.Namespace) -> None:
 
     path = make_request(args.kit, Kit(args.kit).name)
     print(
-        f"Send {path} to whoever keeps the authority, and put the new cert.pem into {args.kit}: a running silo reads it "
-        "at its next connection."
+        f"Send {path} to whoever keeps the authority, and put the new cert.pem into {args.kit}: a running silo reads "
+        "it at its next connection."
     )
 
 

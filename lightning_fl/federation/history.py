@@ -47,10 +47,11 @@ def figures(entry: Mapping[str, Any], hides_clients: bool = False) -> dict[str, 
         hides_clients: Whether to leave out exact facts about the clients.
     """
     hidden = CLIENT_FIGURES if hides_clients else ()
+    left_out = {"fl/left_out": len(entry["left_out"])} if "left_out" in entry else {}
     numbers = {name: value for name, value in entry.items() if isinstance(value, int | float) and name not in hidden}
     # The time that a round takes grows with the number of its clients.
     seconds = {} if hides_clients else {f"fl/seconds_{phase}": value for phase, value in entry["seconds"].items()}
-    return {**{f"fl/{name}": value for name, value in numbers.items()}, **seconds}
+    return {**{f"fl/{name}": value for name, value in numbers.items()}, **left_out, **seconds}
 
 
 def words(entry: Mapping[str, Any]) -> dict[str, str]:

@@ -52,7 +52,7 @@ class Closing:
     buffers: Tree
     aggregate: Aggregate
     norm: float
-    facts: Mapping[str, float | str]
+    facts: Mapping[str, Any]
     stop_reason: str | None
 
 
@@ -89,7 +89,7 @@ def update_template(settings: FederationSettings, params: Tree, buffers: Mapping
 
 def server_step(
     settings: FederationSettings, state: FederationState, aggregate: Aggregate, ctx: RoundContext
-) -> tuple[FederationState, Aggregate, dict[str, float | str]]:
+) -> tuple[FederationState, Aggregate, dict[str, Any]]:
     """Moves the global model by the aggregate of a round.
 
     The server halves of the transforms run in reverse, then the algorithm's ``server_update``. An aggregate whose
@@ -112,7 +112,9 @@ def server_step(
     # Asked after the transforms, since one that adds noise gives weight to a round that had no client.
     server = settings.algorithm.server_update(state.server, aggregate) if aggregate.weight else state.server
     transforms = zip(settings.transforms, states, strict=True)
-    facts = {key: value for transform, own in transforms for key, value in transform.report(own, ctx).items()}
+    facts: dict[str, Any] = {}
+    for transform, own in transforms:
+        facts.update(transform.report(own, ctx))
     return replace(state, server=server, transforms=states), aggregate, facts
 
 
@@ -143,6 +145,8 @@ def close_server(opened: ServerRound, acc: Any, joined: RankReport) -> Closing:
     is_empty = may_be_empty and not joined.num_clients
     aggregate = nothing(opened) if is_empty else settings.aggregator.result(acc, ctx)
     state, aggregate, facts = server_step(settings, opened.state, aggregate, ctx)
+    if not is_empty:
+        facts.update(settings.aggregator.report(acc, ctx))
     weight = aggregate.weight or 1.0
     # Algorithms do not see buffers, so their mean is taken here.
     buffers = tree_map(moved, opened.buffers, scale(aggregate.buffers, 1 / weight))

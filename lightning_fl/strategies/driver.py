@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -16,7 +17,7 @@ from torch.optim import Optimizer
 
 from lightning_fl.aggregation import FederationFacts
 from lightning_fl.clients import ClientStore, Participation, Population
-from lightning_fl.communication import Message
+from lightning_fl.communication import Message, all_hold_the_same
 from lightning_fl.engines import LocalTrainer, Schedule
 from lightning_fl.engines.phases import optimizer_entry
 from lightning_fl.engines.vectorized.stacking import NotStackable
@@ -52,7 +53,12 @@ from lightning_fl.strategies.round_end import advance_trainer, rank_report
 from lightning_fl.strategies.round_loaders import UNKNOWN_LENGTH, RoundLoader, RoundLoaders
 from lightning_fl.strategies.round_view import RoundView
 from lightning_fl.strategies.user_warnings import UserWarnings
-from lightning_fl.strategies.validation import check_algorithm, check_schedules, misconfiguration
+from lightning_fl.strategies.validation import (
+    check_algorithm,
+    check_preprocessing,
+    check_schedules,
+    misconfiguration,
+)
 from lightning_fl.strategies.vectorized.driver import VectorizedDriver
 from lightning_fl.strategies.vectorized.log_capture import NotVectorizable
 from lightning_fl.types import ClientId
@@ -191,6 +197,7 @@ class RoundDriver:
                 self.store.drop_entry(optimizer_entry(phase))
         if self.settings.hides_clients and not self.state.transforms:
             self.warnings.new_ledger(self.module)
+        self._book_release()
         self.local_trainer = local_trainer
         self.module_trained = self.module
         self.vectorized = vectorized
@@ -203,6 +210,16 @@ class RoundDriver:
         if vectorized is not None:
             self.plan = self._plan(index)
         self.set_length()
+
+    def _book_release(self) -> None:
+        """Lets the transforms record what the datamodule's preprocessing has released about the data."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        check_preprocessing(datamodule, self.settings)
+        release = getattr(datamodule, "release", None)
+        if release is not None:
+            states = [*self.state.transforms, *({} for _ in self.settings.transforms[len(self.state.transforms) :])]
+            booked = [t.book(own, release) for t, own in zip(self.settings.transforms, states, strict=True)]
+            self.state = replace(self.state, transforms=booked)
 
     def plan_round(self) -> None:
         """Draws the cohort of the next round, and sets this rank's number of batches in Lightning's loops."""
@@ -391,8 +408,12 @@ class RoundDriver:
 
     def _look_at_first(self, opened: OpenRound, batch: Any) -> None:
         """Records the first batch of a silo's first round, to warn of silos that have the same data."""
-        if not opened.first_batch and self.population.silos and not self.history and not self.settings.hides_clients:
+        if not opened.first_batch and self._compares_first_batches:
             opened.first_batch = digest(batch)
+
+    @property
+    def _compares_first_batches(self) -> bool:
+        return self.group.size > 1 and self.settings.silos and not self.history and not self.settings.is_private
 
     def _end_phase(self, opened: OpenRound, task: ClientTask, ends_phase: bool) -> None:
         if ends_phase:
@@ -441,8 +462,6 @@ class RoundDriver:
 
     def _note_failure(self, opened: OpenRound, failed: LoaderFailed) -> None:
         opened.failed[failed.client] = self._describe_failure(failed)
-        if self.settings.aggregator.hides_reports and self.group.size > 1:
-            self.warnings.hidden_failure(self.plan.round, failed.client, opened.failed[failed.client])
 
     def _describe_failure(self, failed: LoaderFailed) -> str:
         if self.on_client_error == "raise":
@@ -465,6 +484,15 @@ class RoundDriver:
         report = rank_report(trainer, opened, self.plan, self.metric_states, self.deferred_checkpoints)
         with naming_round(f"Round {index}", "The round is dropped. "), misconfiguration():
             reports = round.merge(report)
+            # A rank without a batch holds what no other holds.
+            if self._compares_first_batches and all_hold_the_same(
+                self.group, opened.first_batch or os.urandom(16), "first batch"
+            ):
+                self.warnings.same_data(self.group.size)
+            if self.settings.is_private and self.group.size > 1:
+                self.warnings.untold_failures(index, opened.failed)
+            if self.settings.hides_refusals:
+                self.warnings.untold_refusals(index, round.totals.refused)
             self.warnings.data(index, reports)
             result = round.close(reports, opened.loaders.seconds_waiting)
         # This ends the local phase: from here on the strategy's collectives concern all ranks, which the checkpoints
@@ -479,7 +507,9 @@ class RoundDriver:
         self.has_late_values = result.report.has_late_values
         # A rank that stopped alone would leave the others waiting in the next round.
         trainer.should_stop = result.report.should_stop
-        self.warnings.result(index, result, trainer, logged)
+        if self.settings.is_differentially_private:
+            self.warnings.monitors(trainer, logged)
+        self.warnings.result(index, result)
         self.history.append(history_entry(index, result, self.plan.dropped))
         internals.log_to_loggers(trainer, figures(self.history[-1], result.hides_clients))
         self.warnings.words(trainer, words(self.history[-1]))

@@ -32,6 +32,7 @@ from lightning_fl.engines.tensors import FederatedTensors
 from lightning_fl.engines.vectorized.stacking import StackedBatch
 from lightning_fl.federation import Federation, FederationSettings, GroupFederation
 from lightning_fl.federation.rank_verification import digest, synchronize_module, verify_ranks
+from lightning_fl.federation.settings import is_private
 from lightning_fl.federation.single_update import SingleUpdate
 from lightning_fl.strategies import internals
 from lightning_fl.strategies.callback import RoundCallback
@@ -63,6 +64,7 @@ from lightning_fl.strategies.validation import (
     check_trainer,
     check_types,
     check_work,
+    choose_weighting,
     settings_of_ranks,
 )
 
@@ -159,13 +161,16 @@ class FederatedStrategy(ParallelStrategy):
         self.local_epochs = local_epochs
         self.local_steps = local_steps
         self.partition = partition
-        required = next((transform.weighting for transform in transforms if transform.weighting is not None), None)
-        self.weighting: Weighting = weighting or required or self.algorithm.weighting
-        self.client_optimizer: ClientOptimizer = client_optimizer
         self.aggregator = aggregator or WeightedMean()
+        self.weighting: Weighting = choose_weighting(weighting, self.aggregator, transforms, self.algorithm)
+        self.client_optimizer: ClientOptimizer = client_optimizer
         self.transforms = tuple(transforms)
         for number, transform in enumerate(self.transforms, start=1):
             transform.check(self.transforms[number:], self.aggregator, self.weighting)
+        self.aggregator.check(self.algorithm)
+        sampling = None if num_clients is None else describe_sampling(self.cohort, num_clients, clients_per_round)
+        if sampling is not None and sampling.kind != "poisson":
+            self.aggregator.check_cohort(round(sampling.size))
         check_phases(self.algorithm, local_epochs, local_steps)
         self.named_personal = (personal,) if isinstance(personal, str) else tuple(personal)
         self.personal = self.named_personal
@@ -366,7 +371,7 @@ class FederatedStrategy(ParallelStrategy):
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         # The first batch only: it tells whether the ranks evaluate the same data, and a digest of every batch would
         # cost time.
-        if self._works_alone and self._parties.size > 1 and not self.evaluation_metrics.first_batch:
+        if self._works_alone and self.evaluation_metrics.compares and not self.evaluation_metrics.first_batch:
             self.evaluation_metrics.first_batch = digest(batch)
         return super().batch_to_device(batch, device, dataloader_idx)
 
@@ -409,6 +414,7 @@ class FederatedStrategy(ParallelStrategy):
             population=size,
             sampling=describe_sampling(self.cohort, size, self.clients_per_round),
             silos=population.silos is not None,
+            protects_examples=self._protects_examples,
         )
         stateful = self.algorithm.keeps_client_state or self.client_optimizer == "keep" or bool(self.personal)
         stateful |= any(phase.model == "own" for phase in self.algorithm.phases())
@@ -488,7 +494,8 @@ class FederatedStrategy(ParallelStrategy):
 
     def _start_evaluation(self) -> None:
         results, silos = internals.active_results(self._trainer), self._validation_is_per_rank
-        self.evaluation_metrics.start(results, silos or self.split_validation, silos)
+        private = is_private(self.aggregator, self.transforms, self._protects_examples)
+        self.evaluation_metrics.start(results, silos or self.split_validation, silos, private)
         # Until the last batch: ranks may have different numbers of batches, so that a collective in a step would hang.
         self._works_alone = True
 
@@ -597,6 +604,11 @@ class FederatedStrategy(ParallelStrategy):
     @property
     def _trainer(self) -> L.Trainer:
         return self._module.trainer
+
+    @property
+    def _protects_examples(self) -> bool:
+        callbacks = self._trainer.callbacks  # type: ignore[attr-defined]
+        return any(getattr(callback, "protects_examples", False) for callback in callbacks)
 
     @property
     def _seed(self) -> int:
