@@ -424,7 +424,7 @@ class Round:
             report: The fields that the caller fills in.
         """
         totals = self.totals
-        if self.settings.is_private and self.federation.group.size > 1:
+        if self.settings.is_private and self.federation.size > 1:
             # The text of an error may quote the client's data.
             report = replace(report, failed=[(client, UNTOLD_ERROR) for client, _ in report.failed])
         return replace(
