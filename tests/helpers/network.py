@@ -141,7 +141,8 @@ class LiveCoordinator:
         return f"https://{HOST}:{self.port}"
 
     def events(self, *kinds: str) -> list[dict[str, Any]]:
-        lines = (self.folder / "federation" / "audit.jsonl").read_text().splitlines()
+        path = self.folder / "federation" / "audit.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
         found = [read_line(line) for line in lines]
         return [event for event in found if not kinds or event["event"] in kinds]
 
