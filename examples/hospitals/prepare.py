@@ -1,7 +1,7 @@
 """Writes a table for each of three hospitals, and the schema on which they have agreed.
 
-The rows are scikit-learn's 569 breast tumours. Real hospitals bring their own tables, and agree on a schema from what is
-publicly known of each column (`TableSchema.from_ranges`), not from anybody's rows.
+The rows are scikit-learn's 569 breast tumours. Real hospitals bring their own tables, and agree on a schema from what
+is publicly known of each column (`TableSchema.from_ranges`), not from anybody's rows.
 """
 
 import sys

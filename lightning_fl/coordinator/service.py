@@ -125,6 +125,7 @@ class Coordinator:
         self.exchanges: dict[tuple[int, str], Exchange] = {}
         self.start: str | None = None
         self.manifest: wire.Shapes = {}
+        self.common: dict[str, str] = {}
         self.progress = Progress()
         self.machine = RoundMachine(rules)
         self._model: Model | None = None
@@ -138,7 +139,7 @@ class Coordinator:
         if not commit:
             return
         self.start = commit["start"]
-        self.manifest = wire.read_header(self.store.state_path(commit["start"])).shapes
+        self._read_start()
         self.progress = Progress(**commit["progress"])
         self._set_model(commit["shared"], commit["private"])
         round = commit["round"]
@@ -190,8 +191,8 @@ class Coordinator:
                 f"Silo {silo!r} speaks protocol {request.get('protocol')!r}, the coordinator {PROTOCOL}: install "
                 "the same version of lightning_fl.",
             )
-        found = request.get("settings")
-        if not isinstance(found, Mapping):
+        found, common = request.get("settings"), request.get("common")
+        if not isinstance(found, Mapping) or not isinstance(common, Mapping):
             raise Refused(422, f"Silo {silo!r} sent no settings.")
         for name, value in self.expected.items():
             if found.get(name) != value:
@@ -205,6 +206,13 @@ class Coordinator:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise Refused(422, f"Silo {silo!r} sent no manifest of its model.") from error
         if self.start is not None:
+            for name in [*self.common, *common]:
+                if self.common.get(name) != common.get(name):
+                    raise Refused(
+                        422,
+                        f"Silo {silo!r} has {name}={common.get(name, 'nothing')}, the first silo has "
+                        f"{self.common.get(name, 'nothing')}. All silos must train the same thing.",
+                    )
             try:
                 wire.check_shapes(self.manifest, manifest)
             except wire.BadFile as error:
@@ -525,6 +533,8 @@ class Coordinator:
 
     def _check_start(self, upload: Upload, header: wire.Header) -> None:
         tensors = wire.unflatten(wire.read(upload.part))
+        if not isinstance(header.fields.get("common"), dict):
+            raise wire.BadFile("it says nothing of its settings")
         if not tensors.get("params") or not tensors.keys() <= {"params", "buffers", "rest"}:
             raise wire.BadFile("it holds no parameters")
         bad = wire.finite_error(wire.flatten({"params": tensors["params"]}))
@@ -536,13 +546,18 @@ class Coordinator:
         with upload.part.open("rb"):
             self.store.disk.replace(upload.part, self.store.state_path(upload.digest))
         self.start = upload.digest
-        self.manifest = wire.read_header(self.store.state_path(upload.digest)).shapes
+        self._read_start()
         tensors = wire.unflatten(self.store.read_state(upload.digest))
         params = to_sum_dtype(tensors["params"])
         server = self.settings.algorithm.server_init(params, self.settings.population)
         state = FederationState(server, [{} for _ in self.settings.transforms])
         self._commit(state, tensors.get("buffers", {}), 0)
         self.audit.append("start", silo=upload.silo, digest=upload.digest)
+
+    def _read_start(self) -> None:
+        assert self.start is not None
+        header = wire.read_header(self.store.state_path(self.start))
+        self.manifest, self.common = header.shapes, header.fields["common"]
 
     def _commit(self, state: FederationState, buffers: Tree, round: int) -> None:
         self._save(*self._write(state, buffers), round)

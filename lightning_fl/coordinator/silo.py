@@ -130,12 +130,19 @@ class NetworkFederation(Federation):
 
     # ---- joining
 
-    def join(self, tensors: FederatedTensors, settings: Mapping[str, str], versions: Mapping[str, str]) -> None:
+    def join(
+        self,
+        tensors: FederatedTensors,
+        settings: Mapping[str, str],
+        common: Mapping[str, str],
+        versions: Mapping[str, str],
+    ) -> None:
         """Introduces this silo, and loads the model from which all begin.
 
         Args:
             tensors: The module's tensors.
-            settings: The settings that must be the same for all.
+            settings: The settings that must be those of the coordinator.
+            common: What must be the same at all silos, and the coordinator does not know: that of the first one counts.
             versions: The versions of the libraries.
 
         Raises:
@@ -150,13 +157,14 @@ class NetworkFederation(Federation):
         request = {
             "protocol": PROTOCOL,
             "settings": dict(settings),
+            "common": dict(common),
             "versions": dict(versions),
             "manifest": wire.shapes_of(wire.flatten(own)),
         }
         answer = self.client.ask("POST", "/v1/join", request)
         while answer["start"] is None:
             start = self.folder.root / "start.safetensors"
-            wire.write(start, wire.flatten(own))
+            wire.write(start, wire.flatten(own), {"common": dict(common)})
             try:
                 self.client.upload("/v1/start", start)
             except CallRefused as refused:

@@ -24,8 +24,6 @@ class _Driver(Protocol):
     settings: FederationSettings
     participation: Participation
     planner: Planner
-    plan: RankPlan
-    max_work: LocalWork
     sticky: bool
     store: ClientStore
     state: FederationState
@@ -36,6 +34,14 @@ class _Driver(Protocol):
     @property
     def cohort(self) -> Sequence[ClientId]:
         """The clients of the round, wherever they train."""
+
+    @property
+    def plan(self) -> RankPlan:
+        """This rank's plan of the round."""
+
+    @property
+    def max_work(self) -> LocalWork:
+        """The largest local work of any client."""
 
 
 class RoundView:

@@ -65,9 +65,9 @@ def drive(own: Coordinator, tmp: Path) -> None:
     tensors = {"params": {"x": torch.zeros(3)}, "buffers": {}, "rest": {}}
     manifest = wire.shapes_of(wire.flatten(tensors))
     for silo in NAMES:
-        own.join(silo, {"protocol": 1, "settings": {}, "manifest": manifest}, 0.0)
+        own.join(silo, {"protocol": 1, "settings": {}, "common": {}, "manifest": manifest}, 0.0)
     if own.start is None:
-        send(own, "east", None, START, wire.flatten(tensors), {}, tmp)
+        send(own, "east", None, START, wire.flatten(tensors), {"common": {}}, tmp)
     while own.machine.phase != "over":
         round = own.machine.round
         if own.machine.phase == "gathering":

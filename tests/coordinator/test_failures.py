@@ -175,12 +175,14 @@ def test_a_wrong_update_is_refused_by_name_and_the_round_goes_on(live: LiveCoord
 
 def test_settings_and_models_that_differ_are_refused_at_join(live: LiveCoordinator) -> None:
     live.coordinator.expected = {"algorithm": "FedAvg()"}
-    TinySilo(live.folder, live.address, "east").join({"algorithm": "FedAvg()"})
+    TinySilo(live.folder, live.address, "east").join({"algorithm": "FedAvg()"}, {"feature 0": "age"})
     with pytest.raises(CallRefused, match=r"'north' has algorithm=FedProx\(\), the coordinator has"):
         TinySilo(live.folder, live.address, "north").join({"algorithm": "FedProx()"})
     with pytest.raises(CallRefused, match=r"'south' is another one: 'params x' is F32 \[4\], expected F32 \[3\]"):
-        TinySilo(live.folder, live.address, "south", size=4).join({"algorithm": "FedAvg()"})
-    assert len(live.events("join refused")) == 2
+        TinySilo(live.folder, live.address, "south", size=4).join({"algorithm": "FedAvg()"}, {"feature 0": "age"})
+    with pytest.raises(CallRefused, match=r"'south' has feature 0=nothing, the first silo has age"):
+        TinySilo(live.folder, live.address, "south").join({"algorithm": "FedAvg()"})
+    assert len(live.events("join refused")) == 3
 
 
 def test_a_silo_that_leaves_is_not_waited_for(live: LiveCoordinator) -> None:

@@ -204,8 +204,8 @@ class TinySilo:
         self.done = -1
         self.reports: list[RankReport] = []
 
-    def join(self, expected: dict[str, str] | None = None) -> TinySilo:
-        self.federation.join(FederatedTensors(self.module), expected or {}, {})
+    def join(self, expected: dict[str, str] | None = None, common: dict[str, str] | None = None) -> TinySilo:
+        self.federation.join(FederatedTensors(self.module), expected or {}, common or {}, {})
         self.federation.folder.restore(self.store)
         return self
 
