@@ -6,6 +6,8 @@ change leads to a number. There a client sends the value itself, and beside it 1
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ _KNOWN = "\x1fknown"
 _EXACT = 2**52  # integers beyond it have no neighbours in float64
 
 
-def contributions_like(start: Tree, counts_known: bool = True) -> Tree:
+def contributions_like(start: Mapping[str, Tensor], counts_known: bool = True) -> Tree:
     """Tensors of the names, shapes and dtypes of :func:`contributions`.
 
     Args:

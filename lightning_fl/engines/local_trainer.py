@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_fl.clients.local_work import BatchPosition
-from lightning_fl.engines.buffers import contributions, contributions_like, moved
+from lightning_fl.engines.buffers import contributions
 from lightning_fl.engines.optimizer_states import OptimizerStates, Schedule, ScheduleEnd
 from lightning_fl.engines.tensors import FederatedTensors, clones, load
 from lightning_fl.tree import cast_like, to_sum_dtype
@@ -238,25 +238,19 @@ class LocalTrainer(ABC):
 
         Args:
             params: The new global parameters.
-            buffers: The clients' mean contributions to the shared buffers.
+            buffers: The new shared buffers.
             schedule_end: The progress of the schedules on the client with the most steps. None: back to the start.
         """
         # A group may still be in training where a round is abandoned, and its tensors may be in the optimizers.
         self.leave()
         start = self.round_start
         load(self.tensors.params, params)
-        load(self.tensors.buffers, moved(start.buffers, buffers))
+        load(self.tensors.buffers, buffers)
         # Between rounds the module holds the common start values, not those of the client that was trained last.
         load(self.tensors.personal, start.personal)
         self.optimizers.end_round(schedule_end)
 
     # ---- parts
-
-    @property
-    def buffers_like(self) -> Tree:
-        """Tensors of the names, shapes and dtypes of what a client contributes to the shared buffers."""
-        start = self.round_start
-        return contributions_like(start.buffers, start.counts_known)
 
     def _contributions(self, stacked: Tree) -> Tree:
         start = self.round_start
