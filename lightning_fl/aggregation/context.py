@@ -9,7 +9,7 @@ import torch
 
 from lightning_fl.clients.cohorts import CohortSampling
 from lightning_fl.communication import Group, LocalGroup
-from lightning_fl.types import ClientId, State, Tree
+from lightning_fl.types import ClientId, State, Tree, Update
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,9 @@ class RoundContext:
         silos: Whether each rank is a silo with its own data, rather than a part of one simulation.
         server: In client halves, the state of the transform's server half.
         frozen: The module's frozen parameters, which must be the same on all clients.
+        template: In transforms, an update with the names, shapes and dtypes of those that the client half is given.
+        min_clients: The fewest clients whose updates are summed; with fewer the aggregator gives the round up.
+        integer_bits: Bits of the modulus in which the aggregator sums integers exactly; None if it does not.
     """
 
     round: int
@@ -39,3 +42,6 @@ class RoundContext:
     silos: bool = False
     server: State = field(default_factory=dict)
     frozen: Tree = field(default_factory=dict)
+    template: Update | None = None
+    min_clients: int = 1
+    integer_bits: int | None = None

@@ -27,7 +27,7 @@ from lightning_fl.federation.client_group import ClientGroup, GroupUpdate
 from lightning_fl.federation.client_task import ClientTask
 from lightning_fl.federation.report import RankReport
 from lightning_fl.federation.report_masking import mask, unmask
-from lightning_fl.federation.server import open_server, server_step, some, stop_reason
+from lightning_fl.federation.server import contexts_of, open_server, server_step, some, stop_reason
 from lightning_fl.federation.settings import FederationSettings, FederationState
 from lightning_fl.seeding import ClientRandomness, client_generator
 from lightning_fl.tree import clone, is_finite, leaves, move, norm, scale, squared_norms, to_sum_dtype, zeros_like
@@ -179,6 +179,7 @@ class Round:
         ctx: Facts of the round.
         template: An update with the names and shapes that every update of the round must have.
         totals: This rank's sums, with an empty accumulator.
+        templates: For each transform, an update like those that its client half is given.
     """
 
     def __init__(
@@ -191,6 +192,7 @@ class Round:
         ctx: RoundContext,
         template: Update,
         totals: RankTotals,
+        templates: Sequence[Update | None] | None = None,
     ) -> None:
         self.settings = settings
         self.state = state
@@ -200,6 +202,7 @@ class Round:
         self.ctx = ctx
         self.template = template
         self.totals = totals
+        self.templates = templates
         self._randomness = ClientRandomness()
         self._opened = self._trained = time.perf_counter()
         # A copy, because the group goes on counting in the same object; a round's figures are differences.
@@ -244,16 +247,20 @@ class Round:
             group=group,
             silos=settings.silos,
             frozen=trainer.tensors.frozen,
+            min_clients=settings.aggregator.min_clients_of(len(cohort)),
+            integer_bits=settings.aggregator.integer_bits,
         )
-        opened = open_server(settings, state, params, ctx)
         template = Update(
             delta=params, buffers=to_sum_dtype(trainer.tensors.buffers), aux=settings.algorithm.aux_like(params)
         )
         # The aggregator receives what the client halves send, whose shapes may differ from the model's.
+        templates = []
         for transform in settings.transforms:
+            templates.append(template)
             template = transform.like(template)
+        opened = open_server(settings, state, params, ctx, templates)
         totals = RankTotals(settings.aggregator.init(template, trainer.device, session))
-        return cls(settings, opened, trainer, store, group, ctx, template, totals)
+        return cls(settings, opened, trainer, store, group, ctx, template, totals, templates)
 
     # ---- a client group
 
@@ -383,7 +390,10 @@ class Round:
             # The client's state is not staged either: the server never got the update that it belongs to.
             totals.lost.append(client)
             return None
-        totals.squared_norm += update.weight * norm(update.delta) ** 2
+        # The norm of an update in integers is in other units than the model's; and as long as each has a share of the
+        # noise only, it would be a release of its own.
+        if all(tensor.is_floating_point() for tensor in update.delta.values()):
+            totals.squared_norm += update.weight * norm(update.delta) ** 2
         if is_sound and (client_state or transform_states):
             self.store.stage(client, move({**client_state, **transform_states}, "cpu"))
         return update if is_sound else None
@@ -392,10 +402,11 @@ class Round:
         self, client: ClientId, before: Mapping[str, Any], update: Update
     ) -> tuple[Update, dict[str, State]]:
         states = {}
+        contexts = contexts_of(self.settings, self.ctx, self.templates)
         for index, transform in enumerate(self.settings.transforms):
             generator = client_generator(self.settings.seed, self.ctx.round, client, f"transform {index}")
             server = self.state.transforms[index]
-            ctx = replace(self.ctx, client=client, generator=generator, server=server)
+            ctx = replace(contexts[index], client=client, generator=generator, server=server)
             # By position, because the same transform may occur twice.
             key = f"transform {index}"
             update, states[key] = transform.client(update, before.get(key, {}), ctx)
@@ -486,7 +497,7 @@ class Round:
         may_be_empty = settings.hides_clients or len(self.ctx.cohort) < self.ctx.population
         is_empty = may_be_empty and not joined.num_clients
         aggregate = self._nothing() if is_empty else settings.aggregator.result(self.totals.acc, self.ctx)
-        state, aggregate, facts = server_step(settings, self.state, aggregate, self.ctx)
+        state, aggregate, facts = server_step(settings, self.state, aggregate, self.ctx, self.templates)
         # Algorithms do not see buffers, so their mean is taken here.
         buffers = scale(aggregate.buffers, 1 / (aggregate.weight or 1.0))
         self.trainer.end_round(state.server["params"], buffers, joined.schedule_end)
@@ -500,7 +511,7 @@ class Round:
             "communicate": traffic.seconds_reducing - before.seconds_reducing,
             "server": time.perf_counter() - merged,
         }
-        reason = stop_reason(settings, state, self.ctx)
+        reason = stop_reason(settings, state, self.ctx, self.templates)
         num_bytes = traffic.num_bytes - before.num_bytes
         return RoundResult(state, aggregate, joined, seconds, num_bytes, facts, settings.hides_clients, reason)
 

@@ -8,11 +8,15 @@ from typing import Any
 
 from lightning_fl.aggregation import RoundContext
 from lightning_fl.federation.settings import FederationSettings, FederationState
-from lightning_fl.types import Aggregate, State, Tree
+from lightning_fl.types import Aggregate, State, Tree, Update
 
 
 def open_server(
-    settings: FederationSettings, state: FederationState, params: Tree, ctx: RoundContext
+    settings: FederationSettings,
+    state: FederationState,
+    params: Tree,
+    ctx: RoundContext,
+    templates: Sequence[Update | None] | None = None,
 ) -> FederationState:
     """The state with which a round starts.
 
@@ -24,17 +28,30 @@ def open_server(
         state: The state after the last round.
         params: The global parameters.
         ctx: Facts of the round.
+        templates: For each transform, an update like those that its client half is given.
 
     Raises:
         ValueError: If the shared tensors have changed under an algorithm whose clients keep state for each of them.
     """
     states = [*state.transforms, *({} for _ in settings.transforms[len(state.transforms) :])]
-    started = [t.start_round(own, ctx) for t, own in zip(settings.transforms, states, strict=True)]
+    contexts = contexts_of(settings, ctx, templates)
+    started = [t.start_round(own, c) for t, own, c in zip(settings.transforms, states, contexts, strict=True)]
     return FederationState(_continue(settings, state.server, params), started)
 
 
+def contexts_of(
+    settings: FederationSettings, ctx: RoundContext, templates: Sequence[Update | None] | None
+) -> list[RoundContext]:
+    """The context of each transform, with its template."""
+    return [replace(ctx, template=own) for own in templates or [None] * len(settings.transforms)]
+
+
 def server_step(
-    settings: FederationSettings, state: FederationState, aggregate: Aggregate, ctx: RoundContext
+    settings: FederationSettings,
+    state: FederationState,
+    aggregate: Aggregate,
+    ctx: RoundContext,
+    templates: Sequence[Update | None] | None = None,
 ) -> tuple[FederationState, Aggregate, dict[str, float | str]]:
     """Moves the global model by the aggregate of a round.
 
@@ -46,26 +63,32 @@ def server_step(
         state: What :func:`open_server` returned.
         aggregate: The sums of the round's updates, not yet divided.
         ctx: Facts of the round.
+        templates: As for :func:`open_server`.
 
     Returns:
         The next state, the aggregate after the transforms, and the facts that the transforms report.
     """
     # The caller's state is not changed: it is the one to go back to if the round can't be closed.
-    states = list(state.transforms)
+    states, contexts = list(state.transforms), contexts_of(settings, ctx, templates)
     # What the last client half did to an update has to be undone first.
     for index, transform in reversed(list(enumerate(settings.transforms))):
-        aggregate, states[index] = transform.server(aggregate, states[index], ctx)
+        aggregate, states[index] = transform.server(aggregate, states[index], contexts[index])
     # Asked after the transforms, since one that adds noise gives weight to a round that had no client.
     server = settings.algorithm.server_update(state.server, aggregate) if aggregate.weight else state.server
-    transforms = zip(settings.transforms, states, strict=True)
-    facts = {key: value for transform, own in transforms for key, value in transform.report(own, ctx).items()}
+    transforms = zip(settings.transforms, states, contexts, strict=True)
+    facts = {key: value for transform, own, c in transforms for key, value in transform.report(own, c).items()}
     return replace(state, server=server, transforms=states), aggregate, facts
 
 
-def stop_reason(settings: FederationSettings, state: FederationState, ctx: RoundContext) -> str | None:
+def stop_reason(
+    settings: FederationSettings,
+    state: FederationState,
+    ctx: RoundContext,
+    templates: Sequence[Update | None] | None = None,
+) -> str | None:
     """Why training must stop after this round, such as a spent privacy budget; None if it need not."""
-    transforms = zip(settings.transforms, state.transforms, strict=True)
-    reasons = (transform.stop_reason(own, ctx) for transform, own in transforms)
+    transforms = zip(settings.transforms, state.transforms, contexts_of(settings, ctx, templates), strict=True)
+    reasons = (transform.stop_reason(own, c) for transform, own, c in transforms)
     return next((reason for reason in reasons if reason is not None), None)
 
 

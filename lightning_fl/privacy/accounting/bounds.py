@@ -16,12 +16,21 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lightning_fl.privacy.accounting.sampling import FixedSize, Full, LocalSteps, Poisson, Sampling, client_rate
+from lightning_fl.privacy.accounting.sampling import (
+    Distributed,
+    FixedSize,
+    Full,
+    LocalSteps,
+    Poisson,
+    Sampling,
+    client_rate,
+)
 
 Method = Literal["pld", "rdp"]
 Relation = Literal["add_or_remove_one", "replace_one"]
 Entry = tuple[float, Sampling, int]
 """Gaussian releases: noise multiplier, sampling, number of releases."""
+INTEGER_ORDERS = (*range(2, 257), 384, 512, 1024, 2048, 4096)
 GRID = 1e-4
 MAX_FINE_EPSILON, MAX_EPSILON = 50.0, 1e5  # in between the grid is proportionally coarser, to bound time and memory
 
@@ -86,7 +95,7 @@ def epsilon_of(
         return 0.0
     if any(sigma == 0 for sigma, *_ in entries):
         return math.inf
-    if method == "rdp":
+    if method == "rdp" or any(isinstance(sampling, Distributed) for _, sampling, _ in entries):
         return _rdp(entries, delta, relation)
     # The exact answer in closed form, which no accountant improves on.
     if all(isinstance(sampling, Full) for _, sampling, _ in entries):
@@ -128,7 +137,8 @@ def _rdp(entries: Sequence[Entry], delta: float, relation: Relation) -> float:
     dpa = dp_accounting()
     from dp_accounting import rdp
 
-    accountant = rdp.RdpAccountant(neighboring_relation=dpa.NeighboringRelation[relation.upper()])
+    has_skellam = any(isinstance(sampling, Distributed) and sampling.noise == "skellam" for _, sampling, _ in entries)
+    accountant = rdp.RdpAccountant(INTEGER_ORDERS if has_skellam else None, dpa.NeighboringRelation[relation.upper()])
     with quiet_accountant():
         for sigma, sampling, count in entries:
             accountant.compose(*_rdp_event(dpa, sigma / _scale(relation), sampling, count, relation))

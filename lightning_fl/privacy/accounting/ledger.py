@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_fl.privacy.accounting.bounds import GRID, Entry, Method, Relation, default_relation, epsilon_of
-from lightning_fl.privacy.accounting.sampling import Full, Sampling, load_sampling
+from lightning_fl.privacy.accounting.sampling import Distributed, Full, Sampling, load_sampling
 
 
 class Epsilon(float):
@@ -119,6 +119,8 @@ class Ledger:
         if relation not in (None, "add_or_remove_one", "replace_one"):
             raise ValueError(f"relation={relation!r} is not known; expected 'add_or_remove_one' or 'replace_one'.")
         relation = relation or default_relation(self.entries)
+        if any(isinstance(sampling, Distributed) for _, sampling, _ in self.entries):
+            method = "rdp"
         return Epsilon(epsilon_of(self.entries, float(delta), method, relation, grid), delta, method, relation)
 
     @property
