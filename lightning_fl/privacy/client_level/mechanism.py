@@ -235,7 +235,7 @@ class ClientLevelDP(Transform):
             raise ValueError(
                 "ClientLevelDP(mode='central') needs a server that adds the noise and keeps it secret. A federation of "
                 "silos has none: each silo would know the noise, or the sum without it, and so the others' share. Use "
-                "mode='local', or simulate the clients."
+                "mode='distributed' with SecureAggregation, mode='local', or simulate the clients."
             )
         if self.insecure_test_seed is None:
             check_source()
