@@ -52,7 +52,7 @@ def server_step(
     aggregate: Aggregate,
     ctx: RoundContext,
     templates: Sequence[Update | None] | None = None,
-) -> tuple[FederationState, Aggregate, dict[str, float | str]]:
+) -> tuple[FederationState, Aggregate, dict[str, Any]]:
     """Moves the global model by the aggregate of a round.
 
     The server halves of the transforms run in reverse, then the algorithm's ``server_update``. An aggregate whose
@@ -76,7 +76,9 @@ def server_step(
     # Asked after the transforms, since one that adds noise gives weight to a round that had no client.
     server = settings.algorithm.server_update(state.server, aggregate) if aggregate.weight else state.server
     transforms = zip(settings.transforms, states, contexts, strict=True)
-    facts = {key: value for transform, own, c in transforms for key, value in transform.report(own, c).items()}
+    facts: dict[str, Any] = {}
+    for transform, own, context in transforms:
+        facts.update(transform.report(own, context))
     return replace(state, server=server, transforms=states), aggregate, facts
 
 

@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_fl.aggregation import Aggregator, Transform
-from lightning_fl.algorithms import Algorithm
+from lightning_fl.algorithms import Algorithm, Weighting
 from lightning_fl.clients import Amount, Cohort, LocalWork, Participation, Stragglers, cohort_size
 from lightning_fl.communication import Group, Message
 from lightning_fl.data.partitioners.partitioner import Partitioner
@@ -86,11 +87,49 @@ def settings_of_ranks(strategy: Any, trainer: L.Trainer) -> dict[str, str]:
     settings = {
         **{name: repr(getattr(strategy, name)) for name in names},
         **{name: repr(getattr(trainer, name)) for name in of_trainer},
-        "aggregator": type(strategy.aggregator).__name__,
+        "aggregator": repr(strategy.aggregator),
         "transforms": ", ".join(map(_numbers_of, strategy.transforms)),
     }
     # A default repr holds the object's address, which differs from process to process.
     return {name: re.sub(r" at 0x[0-9a-f]+", "", value) for name, value in settings.items()}
+
+
+def versions() -> dict[str, str]:
+    """The versions of the libraries on which the results depend."""
+    import lightning_fl  # not above, since the package imports this module
+
+    torch_version = torch.__version__.split("+")[0]
+    return {"lightning_fl": lightning_fl.__version__, "lightning": L.__version__, "torch": torch_version}
+
+
+def described_columns(datamodule: Any, is_private: bool) -> dict[str, str]:
+    """What the positions of features and classes mean, for a datamodule that says so.
+
+    Args:
+        datamodule: The datamodule or None.
+        is_private: Whether the data is protected; then names that were learned from it stay here.
+    """
+    learned: str = getattr(datamodule, "learned_from_data", "")
+    if is_private and learned:
+        return {}
+    return dict(getattr(datamodule, "described_columns", {}))
+
+
+def settings_of_training(trainer: L.Trainer) -> dict[str, str]:
+    """What the module trains with, as far as it is numbers: its hyper-parameters and those of its optimizers.
+
+    Text is left out, since silos rightly have paths and names of their own.
+    """
+    module = trainer.lightning_module
+    found = {f"model.{name}": value for name, value in module.hparams.items()}
+    for place, optimizer in enumerate(trainer.optimizers):
+        name = type(optimizer).__name__ + (f" {place}" if len(trainer.optimizers) > 1 else "")
+        found[f"optimizer {place}"] = type(optimizer).__name__
+        for number, group in enumerate(optimizer.param_groups):
+            where = f"{name}, group {number}" if len(optimizer.param_groups) > 1 else name
+            found.update({f"{where}, {key}": value for key, value in group.items() if key != "params"})
+    kinds = (int, float, bool, type(None), tuple)
+    return {name: repr(value) for name, value in found.items() if type(value) in kinds or name.startswith("optimizer ")}
 
 
 def _numbers_of(transform: Transform) -> str:
@@ -111,6 +150,23 @@ def check_types(partition: Any, aggregator: Any, transforms: Any, personal: Any)
     check_type("personal", personal, Sequence, "a list of globs such as ['head.*']")
     for transform in transforms:
         check_type("transforms", transform, Transform, "fl.aggregation.Transform objects")
+
+
+def choose_weighting(
+    weighting: Weighting | None, aggregator: Aggregator, transforms: Sequence[Transform], algorithm: Algorithm
+) -> Weighting:
+    """How clients are weighted: as the user says, else as the aggregator or a transform requires, else the algorithm's.
+
+    Raises:
+        ValueError: If the user says something else than the aggregator requires.
+    """
+    if weighting is not None and aggregator.weighting not in (None, weighting):
+        raise ValueError(
+            f"weighting={weighting!r} would be ignored: {type(aggregator).__name__} weights clients as "
+            f"{aggregator.weighting!r}, since an attacker could claim any number of examples. Leave weighting out."
+        )
+    of_transforms = next((transform.weighting for transform in transforms if transform.weighting is not None), None)
+    return weighting or aggregator.weighting or of_transforms or algorithm.weighting
 
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:

@@ -388,7 +388,7 @@ class SampleLevelDP(FederatedCallback):
         facts = {f"{prefix}_{name}": value for name, value in facts.items()}
         view.add_facts(facts)
         numbers = {f"fl/{name}": value for name, value in facts.items() if not isinstance(value, str)}
-        internals.log_to_loggers(trainer, numbers)
+        internals.log_figures(trainer, numbers)
         words = {f"fl/{name}": value for name, value in facts.items() if isinstance(value, str)}
         if words != self._words:
             self._words = words
