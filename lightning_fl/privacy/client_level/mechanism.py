@@ -252,8 +252,8 @@ class ClientLevelDP(Transform):
         if self.mode == "distributed":
             if ctx.integer_bits is None:
                 raise ValueError(
-                    "mode='distributed' needs a secure sum among the ranks of a federation; here a coordinator sees each "
-                    "silo's update. Use mode='local'."
+                    "mode='distributed' needs a secure sum among the ranks of a federation; here a coordinator sees "
+                    "each silo's update. Use mode='local'."
                 )
             self._grid(ctx).check_modulus(len(ctx.cohort), ctx.integer_bits)
         event = self._event(ctx)
