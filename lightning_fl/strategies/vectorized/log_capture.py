@@ -105,11 +105,11 @@ class LogCapture:
         self._calls: list[_Call] = []
         self._refused: NotVectorizable | None = None
 
-    def __call__(self, *args: Any) -> tuple[Tensor, list[Tensor]]:
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, list[Tensor]]:
         """Runs the step; returns its loss and the tensors to be passed to :meth:`emit`."""
         self._calls, self._refused = [], None
         with self._recording():
-            output = self.module.training_step(*args)
+            output = self.module.training_step(*args, **kwargs)
         if self._refused is not None:  # the step may have caught it
             raise self._refused
         loss = output.get("loss") if isinstance(output, Mapping) else output
