@@ -12,11 +12,13 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C import _functorch as functorch
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch._functorch.vmap import lazy_load_decompositions, vmap_increment_nesting
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import _has_any_global_hook
 from torch.optim import Optimizer
 from torch.utils import _pytree
 
@@ -48,6 +50,11 @@ def has_backward_hooks(module: nn.Module) -> bool:
     return bool(module._backward_hooks or module._backward_pre_hooks)
 
 
+def has_global_hooks() -> bool:
+    """Whether forward or backward hooks of all modules are registered; torch does not list them."""
+    return _has_any_global_hook()
+
+
 def step_hooks(optimizer: Optimizer) -> list[Callable[..., Any]]:
     """The hooks before and after the optimizer's ``step``; torch does not list them."""
     return [*optimizer._optimizer_step_pre_hooks.values(), *optimizer._optimizer_step_post_hooks.values()]
@@ -77,6 +84,24 @@ def own_modules(module: nn.Module) -> dict[str, nn.Module | None]:
 def set_timeout(options: Any, timeout: timedelta) -> None:
     """Sets how long collectives wait; ``ProcessGroupNCCL.Options`` takes no timeout as an argument."""
     options._timeout = timeout
+
+
+def gloo_group(store: dist.Store, rank: int, size: int, timeout: timedelta, address: str | None) -> Any:
+    """A Gloo group whose ranks reach this one at ``address``; the public constructor takes no address.
+
+    Args:
+        store: Where the ranks exchange their addresses.
+        rank: Index of this process.
+        size: Number of processes.
+        timeout: How long a collective waits.
+        address: This process's address. None: what ``GLOO_SOCKET_IFNAME`` or the machine's name says.
+    """
+    if address is None:
+        return dist.ProcessGroupGloo(store, rank, size, timeout)
+    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
+    set_timeout(options, timeout)
+    return dist.ProcessGroupGloo(store, rank, size, options)
 
 
 def flat_vmap(function: Callable[..., Any], tensors: Sequence[Tensor], randomness: str) -> Any:

@@ -5,38 +5,42 @@ from __future__ import annotations
 import inspect
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, Literal
 
 import lightning as L
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_debug
 from torch.optim import Optimizer
 
 from lightning_fl.aggregation import FederationFacts
 from lightning_fl.clients import ClientStore, LocalWork, Participation, Population
-from lightning_fl.communication import Group, Message, all_hold_the_same
+from lightning_fl.communication import Message, all_hold_the_same
 from lightning_fl.engines import LocalTrainer, Schedule
 from lightning_fl.engines.phases import optimizer_entry
-from lightning_fl.engines.vectorized.stacking import NotStackable
+from lightning_fl.engines.vectorized.stacking import NotStackable, NotVectorizable
 from lightning_fl.federation import (
     ClientData,
     ClientTask,
+    Federation,
     FederationSettings,
     FederationState,
     LoaderFailed,
+    Opening,
     Planner,
     RankPlan,
     Round,
 )
-from lightning_fl.federation.client_batches import raise_to_user
-from lightning_fl.federation.group_data import GroupSplit, read_group
+from lightning_fl.federation.client_batches import ClientBatches, raise_to_user
+from lightning_fl.federation.group_data import GroupSplit, StackedData, read_group
 from lightning_fl.federation.history import RANK_FIGURES, figures, history_entry, words
 from lightning_fl.federation.metric_entries import Entries, as_numbers, merge_entries
 from lightning_fl.federation.rank_verification import digest
 from lightning_fl.strategies import internals
-from lightning_fl.strategies.batch_steps import BatchSteps, HookedSteps, TightSteps
+from lightning_fl.strategies.batch_steps import BatchOfOne, BatchSteps, HookedSteps, TightSteps, naming_batches_of_one
+from lightning_fl.strategies.catching_up import catch_up
 from lightning_fl.strategies.client_session import ClientSession
 from lightning_fl.strategies.hooks import batch_hook
 from lightning_fl.strategies.logged_values import LoggedValues, late_entries, monitor_names, publish
@@ -55,11 +59,30 @@ from lightning_fl.strategies.validation import (
     check_schedules,
     misconfiguration,
 )
+from lightning_fl.strategies.vectorized.compatibility import reason_of
 from lightning_fl.strategies.vectorized.driver import VectorizedDriver
-from lightning_fl.strategies.vectorized.log_capture import NotVectorizable
 from lightning_fl.types import ClientId
 
 OnClientError = Literal["raise", "skip"]
+
+
+@dataclass(frozen=True)
+class LastFit:
+    """What stays of a fit when it is over; another fit of the same module goes on from it.
+
+    Args:
+        module: The module that was trained; None if training has not started.
+        state: The federation's state.
+        store: The clients' states.
+        history: One entry for each finished round.
+        silos: Whether the clients were silos.
+    """
+
+    module: L.LightningModule | None
+    state: FederationState
+    store: ClientStore
+    history: list[dict[str, Any]]
+    silos: bool
 
 
 class RoundDriver:
@@ -68,33 +91,37 @@ class RoundDriver:
     Args:
         trainer: The Trainer.
         population: All clients.
-        group: The ranks of the federation.
+        federation: The way to the other parties.
         settings: The federation's settings.
         participation: Who takes part in a round, and how much each client trains.
         limit: The Trainer's ``limit_train_batches``, for one pass of a client: a count or a share.
+        personal: ``fnmatch`` globs of tensors that stay with their client.
         strategy_type: The strategy's class as this package defines it.
         on_client_error: Whether a client whose loader raises ends the run or is left out.
-        last: The driver of the last ``fit``, whose state is taken over if this ``fit`` does not start at round 0.
+        last: The last ``fit``, whose state is taken over if this ``fit`` does not start at round 0.
     """
 
     def __init__(
         self,
         trainer: L.Trainer,
         population: Population,
-        group: Group,
+        federation: Federation,
         settings: FederationSettings,
         participation: Participation,
         limit: int | float,
+        personal: Sequence[str],
         strategy_type: type,
         on_client_error: OnClientError = "raise",
-        last: RoundDriver | None = None,
+        last: LastFit | None = None,
     ) -> None:
         self.trainer = trainer
         self.population = population
-        self.group = group
+        self.federation = federation
+        self.group = federation.group
         self.settings = settings
         self.participation = participation
         self.limit = limit
+        self.personal = personal
         self.sticky = False
         """Whether clients keep state and so must train on their home rank; known when training starts."""
         self.strategy_type = strategy_type
@@ -104,16 +131,22 @@ class RoundDriver:
         self.history: list[dict[str, Any]] = []
         self.vectorized: VectorizedDriver | None = None
         self.has_started = False
+        self.opening: Opening | None = None
         self.open_round: OpenRound | None = None
         self.interrupted_loops: dict[str, Any] | None = None
         self.deferred_checkpoints: dict[str, bool] = {}
         self.local_trainer: LocalTrainer | None = None
         self.module_trained: L.LightningModule | None = None
-        self.metric_states = MetricStates(trainer.lightning_module, group.rank)
+        self.metric_states = MetricStates(trainer.lightning_module, federation.place)
         self.schedules: list[tuple[Any, Schedule]] = []
         self.warnings = UserWarnings()
-        self.rank_sync = RankSync(trainer, group)
+        self.rank_sync = RankSync(trainer, federation.group)
         self.has_late_values = False
+        self.num_bytes_before = 0
+        """Bytes sent before the first round, which are counted with it."""
+        self.is_closing = False
+        """Whether the round is half closed, so that there is neither its start nor its end to save."""
+        self.once_closed: Callable[[], None] | None = None
         self.client_metrics: set[str] = set()
         """Names under which clients have logged values, as monitors look them up."""
         self.ends_round = False
@@ -156,6 +189,11 @@ class RoundDriver:
         return replace(work, accumulate=self.trainer.accumulate_grad_batches)
 
     @property
+    def cohort(self) -> Sequence[ClientId]:
+        """The clients of the round, wherever they train."""
+        return self.plan.cohort if self.opening is None or self.opening.cohort is None else self.opening.cohort
+
+    @property
     def facts(self) -> FederationFacts:
         """Facts of the federation that every rank may know before training starts."""
         is_uniform, population = self.settings.weighting == "uniform", self.population
@@ -189,7 +227,7 @@ class RoundDriver:
         """
         last, self._last = self._last, None
         index = internals.current_round(self.trainer)
-        if last is not None and last.module_trained is self.module and index > 0:
+        if last is not None and last.module is self.module and index > 0:
             self.state, self.store, self.history = last.state, last.store, last.history
             for phase in range(len(self.settings.algorithm.phases())):
                 # Each fit configures its optimizers anew, as with a plain Trainer, so the states of the last fit's are
@@ -203,7 +241,7 @@ class RoundDriver:
         self.vectorized = vectorized
         check_algorithm(self.settings.algorithm, self.trainer)
         self.settings.algorithm.check_optimizers(local_trainer.optimizers.optimizers)
-        self.metric_states = MetricStates(self.module, self.group.rank)
+        self.metric_states = MetricStates(self.module, self.federation.place)
         self.has_started = True
         # The first plan: only now are the loops restored, and is it known which clients keep state and how they train.
         self.plan_round()
@@ -228,6 +266,23 @@ class RoundDriver:
                 self._plan = self.planner.plan(index, work, grouping, sticky=self.sticky)
         self.set_length()
 
+    def open_next(self) -> None:
+        """Waits for the next round, and catches up with the federation if it has gone on without this party.
+
+        Raises:
+            StopIteration: If no other round follows for this party.
+        """
+        trainer = self.trainer
+        opening = self.federation.open_round(internals.current_round(trainer) - 1)
+        if opening is None:
+            raise StopIteration
+        self.opening = opening
+        if opening.state is not None:
+            self.state = opening.state
+            catch_up(trainer, opening, self.personal)
+            if internals.is_after_last(trainer):
+                raise StopIteration
+
     # ---- a round
 
     def run_round(self, loop: RoundEpochLoop) -> None:
@@ -238,15 +293,17 @@ class RoundDriver:
         # batch the global model. So `end_batch` comes late: after `_finish`, and after `_close` if nothing is pending.
         for task in self._tasks(opened):
             try:
-                for batch, position in task.batches:
-                    self._look_at_first(opened, batch)
-                    steps.train(task, batch, position, ends_round=position.is_last and not opened.pending)
-                    opened.num_batches_done += 1
-                    if not position.is_last:
-                        self._end_phase(opened, task, position.ends_phase)
-                        steps.end_batch()
+                self._train(opened, task)
             except LoaderFailed as failed:
                 self._leave_out(opened, failed)
+                continue
+            except Exception as error:
+                if len(task.clients) > 1:
+                    self._undo(opened, task, error)
+                elif isinstance(error, BatchOfOne):
+                    self._leave_out(opened, LoaderFailed(task.clients[0], error))
+                else:
+                    raise
                 continue
             self._finish(opened, task)
             if opened.pending:
@@ -256,6 +313,57 @@ class RoundDriver:
             steps.skip()
         self._close(opened)
         steps.end_round()
+
+    def _train(self, opened: OpenRound, task: ClientTask) -> None:
+        """Trains a client group on its batches."""
+        steps, is_group = opened.steps, len(task.clients) > 1
+        if is_group:
+            opened.num_batches_before = opened.num_batches_done
+            steps.hold()
+        for batch, position in task.batches:
+            self._look_at_first(opened, batch)
+            with naming_batches_of_one():
+                steps.train(task, batch, position, ends_round=position.is_last and not opened.pending)
+            opened.num_batches_done += 1
+            if not position.is_last:
+                self._end_phase(opened, task, position.ends_phase)
+                steps.end_batch()
+        if is_group:
+            assert self.vectorized is not None
+            self.vectorized.check()
+            steps.release()
+
+    def _undo(self, opened: OpenRound, task: ClientTask, error: Exception) -> None:
+        """Undoes the steps of a group, whose clients are trained again one after the other.
+
+        Raises:
+            Exception: If the user has requested that they train together: the error.
+        """
+        vectorized = self.vectorized
+        assert vectorized is not None
+        assert opened.session is not None
+        if vectorized.is_asked_for:
+            raise vectorized.error_of(error) from error
+        opened.round.leave()
+        opened.steps.undo()
+        opened.session.drop()
+        opened.num_batches_done = opened.num_batches_before
+        vectorized.undo()
+        self._train_alone(opened, reason_of(error))
+
+    def _train_alone(self, opened: OpenRound, reason: str) -> None:
+        """Lets the clients of the current group, and all later ones, train one after the other."""
+        assert self.vectorized is not None
+        self.vectorized.refuse(reason, self.plan.round)
+        self.vectorized = None
+        # The plan's remaining groups were formed for training side by side too.
+        opened.pending = deque(self._alone([c for group in (opened.current, *opened.pending) for c in group]))
+        self.set_length()
+
+    def _alone(self, clients: Iterable[ClientId]) -> list[tuple[ClientId]]:
+        """Some clients as groups of one, in the order in which the plan would have them train one after the other."""
+        remaining = set(clients)
+        return [(client,) for client in self.plan.sizes if client in remaining]
 
     def _open(self, loop: RoundEpochLoop) -> OpenRound:
         assert self.local_trainer is not None
@@ -271,9 +379,9 @@ class RoundDriver:
             self.state,
             self.local_trainer,
             self.store,
-            self.group,
+            self.federation,
             index,
-            self.plan.cohort,
+            self.cohort,
             [schedule for _, schedule in self.schedules],
             self._session,
         )
@@ -287,6 +395,8 @@ class RoundDriver:
         self._placeholders = []
         self.metric_states.mark()
         values = LoggedValues()
+        # A silo's hooks run for its own client, those of a simulation's ranks for all.
+        values.before_clients(results, 1 if self.population.silos else self.group.size)
         opened = OpenRound(
             round=round,
             loaders=RoundLoaders(
@@ -300,29 +410,35 @@ class RoundDriver:
             ),
             steps=self._make_steps(loop, values),
             values=values,
-            pending=deque(self.plan.groups),
+            pending=deque(),
             first_step=trainer.global_step,
             first_logger_step=internals.logger_steps(trainer),
             loops_before=loops_before,
             paused=internals.pause_by_step(trainer, averages=not self._is_alone),
             failed=dict(self.plan.failed),
         )
+        # After the form of the steps has been chosen, which may let each client train alone.
+        opened.pending.extend(self.plan.groups if self.vectorized is not None else self._alone(self.plan.clients))
         self.open_round = opened
+        self.set_length()
         self.trained_groups = []
-        self.call_hook("on_round_start", index, self.plan.cohort)
+        self.call_hook("on_round_start", index, self.cohort)
         return opened
 
     def _make_steps(self, loop: RoundEpochLoop, values: LoggedValues) -> BatchSteps:
         assert self.local_trainer is not None
         hook = batch_hook(self.trainer, self.strategy_type)
         rank_zero_debug("The local loop is tight." if hook is None else f"Batches pass Lightning's hooks: {hook}.")
+        if self.vectorized is not None and hook is not None and not self.vectorized.is_asked_for:
+            self.vectorized.refuse(f"{hook} would see several clients at once", self.plan.round)
+            self.vectorized = None
         if self.vectorized is not None:
             self.vectorized.logs_may_wait = hook is None
         return (TightSteps if hook is None else HookedSteps)(loop, self.local_trainer, values)
 
     @property
     def _is_alone(self) -> bool:
-        return self.group.size == 1 and len(self.population) == 1
+        return self.federation.size == 1 and len(self.population) == 1
 
     def _tasks(self, opened: OpenRound) -> Iterator[ClientTask]:
         """Yields the client groups of this rank, each loaded when its turn comes."""
@@ -352,40 +468,63 @@ class RoundDriver:
         return task
 
     def _start_group(self, opened: OpenRound, clients: tuple[ClientId, ...]) -> ClientTask:
+        vectorized = self.vectorized
+        assert vectorized is not None
+        vectorized.begin()
+        try:
+            data = self._read_group(opened, clients)
+        except GroupSplit as split:
+            vectorized.undo_reading()
+            vectorized.tell_of_split(split.parts)
+            raise
+        try:
+            task = opened.round.start(data)
+            if vectorized.start(task, data):
+                opened.round.leave()
+                task = opened.round.start(data)
+                vectorized.start(task, data)
+            changes_groups = data.masks is not None and vectorized.try_new_shapes(data)
+        except (NotStackable, NotVectorizable) as error:
+            opened.round.leave()
+            vectorized.undo_reading()
+            self._train_alone(opened, str(error))
+            raise GroupSplit([]) from error
+        if changes_groups:
+            vectorized.undo_reading()
+            vectorized.leave()
+            raise GroupSplit(vectorized.grouping.split(data.works))
+        return task
+
+    def _read_group(self, opened: OpenRound, clients: tuple[ClientId, ...]) -> StackedData:
         vectorized, loaders = self.vectorized, opened.loaders
         assert vectorized is not None
+
+        def open_client(client: ClientId) -> ClientBatches:
+            batches = loaders.open_ahead(client, self.planner.phases(self.plan.works[client]))
+            vectorized.note_loader(batches.loader)
+            return batches
+
         try:
             data = read_group(
                 vectorized.grouping,
                 clients,
-                lambda client: loaders.open_ahead(client, self.planner.phases(self.plan.works[client])),
+                open_client,
                 lambda client: self.plan.lengths[client] or 0,
                 self.plan.sizes,
                 lambda failed: self._note_failure(opened, failed),
             )
         finally:
             loaders.leave()
+        vectorized.end_reading()
         try:
             # Stacks the first batches now, so that a group that can't be stacked is split before its clients are
             # loaded.
             _ = data.first
         except NotStackable as error:
-            raise GroupSplit([[client] for client in clients]) from error
-        try:
-            task = opened.round.start(data)
-            vectorized.start(task, data)
-        except (NotStackable, NotVectorizable) as error:
-            vectorized.refuse(str(error))
-            self.vectorized = None
-            # The plan's remaining groups were formed for training side by side, so all of them are undone, not only
-            # this one.
-            remaining = {client for group in (clients, *opened.pending) for client in group}
-            opened.pending.clear()
-            raise GroupSplit([[client] for client in self.plan.sizes if client in remaining]) from error
-        if data.masks is not None and vectorized.try_new_shapes(data):
-            vectorized.leave()
-            raise GroupSplit(vectorized.grouping.split(data.works))
-        return task
+            parts = [[client] for client in clients]
+            vectorized.grouping.remember(data.works, parts)
+            raise GroupSplit(parts) from error
+        return data
 
     def _look_at_first(self, opened: OpenRound, batch: Any) -> None:
         """Records the first batch of a silo's first round, to warn of silos that have the same data."""
@@ -424,7 +563,8 @@ class RoundDriver:
             # The loggers' x-axis advances as if the clients had trained one after the other.
             opened.more_logger_steps += outcome.num_steps - num_shared_steps
         else:
-            logged = session.finish(outcome.accepted)
+            # A silo whose refusal is hidden must not show it by metrics that are missing.
+            logged = session.finish([True] if self.settings.hides_refusals else outcome.accepted)
             self.call_hook("on_client_end", clients[0], replace(outcome.runs[0], logged=logged), outcome.update)
         self.call_hook("on_group_end", clients)
         if self.plan.num_batches(clients) is None:
@@ -475,7 +615,10 @@ class RoundDriver:
             if self.settings.hides_refusals:
                 self.warnings.untold_refusals(index, round.totals.refused)
             self.warnings.data(index, reports)
+            self.is_closing = True
             result = round.close(reports, opened.loaders.seconds_waiting)
+        result = replace(result, num_bytes=result.num_bytes + self.num_bytes_before)
+        self.num_bytes_before = 0
         # This ends the local phase: from here on the strategy's collectives concern all ranks, which the checkpoints
         # and the logged figures below need.
         self.state, self.open_round = result.state, None
@@ -496,7 +639,7 @@ class RoundDriver:
         self.history.append(history_entry(index, result, self.plan.dropped))
         internals.log_figures(trainer, figures(self.history[-1], result.hides_clients), RANK_FIGURES)
         self.warnings.words(trainer, words(self.history[-1]))
-        trainer.should_stop |= result.stop_reason is not None
+        trainer.should_stop |= result.closing.stop_reason is not None
         self.call_hook("on_aggregate_end", result.aggregate)
         # Only now that the round is closed is there a global model to save or to average.
         internals.resume_by_step(opened.paused)
@@ -516,6 +659,10 @@ class RoundDriver:
         if is_new:
             assert self.local_trainer is not None
             self.rank_sync.settle(self.plan.round, self.local_trainer.tensors.all, self._trained_last_round)
+        self.is_closing = False
+        if self.once_closed is not None:
+            waiting, self.once_closed = self.once_closed, None
+            waiting()
 
     def after_round(self) -> None:
         """Called at the epoch's end, after validation: joins the values that were logged after the round was closed."""
@@ -568,11 +715,19 @@ class RoundDriver:
 
     def stop(self) -> None:
         """Called at the end of the fit: removes the hooks from the optimizers."""
+        if self.vectorized is not None:
+            self.vectorized.close()
         if self.local_trainer is not None:
             self.local_trainer.optimizers.close()
             self.local_trainer = None
 
     # ---- checkpoints
+
+    @property
+    def so_far(self) -> LastFit:
+        """What stays of this fit."""
+        silos = self.population.silos is not None
+        return LastFit(self.module_trained, self.state, self.store, self.history, silos)
 
     def forget_last_fit(self) -> None:
         """Takes nothing over from the last fit of the same objects, because this one starts from a checkpoint."""
@@ -602,6 +757,26 @@ class RoundDriver:
     def defers_checkpoints(self) -> bool:
         """Whether a checkpoint waits for the round's end, because there is no whole round to resume from yet."""
         return self.open_round is not None or self._is_unsettled
+
+    def rewind(self, checkpoint: dict[str, Any]) -> None:
+        """Puts the round's start into a checkpoint that was made while clients train, for a job that is about to end.
+
+        Training itself goes on undisturbed.
+        """
+        opened, trainer = self.open_round, self.local_trainer
+        assert opened is not None
+        assert trainer is not None
+        start = trainer.state_of_start(opened.round.state.server["params"])
+        held = checkpoint["state_dict"]
+        held.update({name: value for name, value in start.items() if name in held})
+        checkpoint["optimizer_states"] = trainer.optimizers.state_dicts_of_start()
+        states = iter(trainer.optimizers.schedule_states_of_start)
+        inside = {id(config): next(states) for config, _ in self.schedules}
+        checkpoint["lr_schedulers"] = [
+            inside.get(id(config), state)
+            for config, state in zip(self.trainer.lr_scheduler_configs, checkpoint["lr_schedulers"], strict=True)
+        ]
+        checkpoint["loops"]["fit_loop"] = opened.loops_before
 
     def defer_checkpoint(self, path: str, weights_only: bool) -> None:
         """Records a checkpoint to be written at the round's end."""
@@ -634,7 +809,17 @@ class RoundDriver:
         internals.set_round_length(self.trainer, self.num_batches, UNKNOWN_LENGTH)
 
     def largest_num_batches(self) -> int | float:
-        """Batches of the client with the most in a round, rounded up to whole optimizer steps."""
+        """Batches of the client with the most in a round, rounded up to whole optimizer steps.
+
+        Raises:
+            MisconfigurationException: If that depends on the data of silos on other machines.
+        """
+        phases = self.planner.phases(self.max_work)
+        if self.federation.size > self.group.size and any(phase.steps is None for phase in phases):
+            raise MisconfigurationException(
+                "trainer.estimated_stepping_batches needs the number of steps of the largest silo, which the others do "
+                "not know. Give all the same number with FederatedStrategy(local_steps=...), or use schedules by epoch."
+            )
         with misconfiguration():
             return self.planner.largest_num_batches(self.max_work)
 

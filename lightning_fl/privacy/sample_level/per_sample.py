@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,9 +18,17 @@ from lightning_fl.privacy.client_level.clipping import ROUNDING
 from lightning_fl.privacy.noise import PrivacyError
 from lightning_fl.privacy.sample_level.rows import num_rows, take_rows
 from lightning_fl.torch_internals import BatchNorm
+from lightning_fl.tree import as_real
 from lightning_fl.types import Tree
 
 GradSampleMode = Literal["hooks", "functorch"]
+REMEDY = (
+    "training_step must return the mean of losses that depend on one example each: no sum, no class weights or ignored "
+    "labels in a weighted mean, no contrast between examples, no selection of the hardest, no normalisation or penalty "
+    "over the batch; it may draw random numbers in dropout only (augment in the data set)."
+)
+NUM_COMPARED = 4096
+COLUMNS = 1 << 20
 DROPOUT = (
     functional.dropout,
     functional.dropout1d,
@@ -45,16 +54,29 @@ def opacus_hooks() -> Any:
     return GradSampleHooks
 
 
-def why_not_per_sample(module: nn.Module) -> str | None:
-    """Returns why a module has no per-sample gradients, with the remedy; None if nothing is known against it."""
+def why_mixed(module: nn.Module) -> str | None:
+    """Returns which layer mixes the examples of a batch, with the remedy; None if none is known to."""
     for name, layer in module.named_modules():
         if isinstance(layer, BatchNorm) and layer.training:
             return (
                 f"{name} is a {type(layer).__name__}, which mixes the examples of a batch. Use GroupNorm or LayerNorm: "
                 "opacus.validators.ModuleValidator.fix(network) replaces it"
             )
+    return None
+
+
+def why_not_per_sample(module: nn.Module) -> str | None:
+    """Returns why a module has no per-sample gradients, with the remedy; None if nothing is known against it."""
+    reason = why_mixed(module)
+    if reason is not None:
+        return reason
+    for name, layer in module.named_modules():
         if getattr(layer, "inplace", False):
             return f"{name} is a {type(layer).__name__} that works in place. Set inplace=False"
+        if isinstance(layer, nn.EmbeddingBag):
+            return (
+                f"{name} is an EmbeddingBag, for which Opacus has no rule. Use nn.Embedding, and mean or sum its rows"
+            )
     direct = [name for name, param in module.named_parameters(recurse=False) if param.requires_grad]
     if direct:
         return (
@@ -84,15 +106,28 @@ class PerSampleGradients:
         module: The module; unchanged except for hooks.
         params: The trained parameters by name.
         mode: ``"hooks"``: Opacus's rules for known layers, functorch for others; ``"functorch"``: functorch for all.
+        tolerance: How far the gradient may be from the mean of the per-sample ones, relative to their mean norm.
 
     Raises:
         ValueError: If Opacus can't compute per-sample gradients of the module.
         ImportError: If Opacus is not installed.
     """
 
-    def __init__(self, module: nn.Module, params: Mapping[str, nn.Parameter], mode: GradSampleMode = "hooks") -> None:
+    is_exact = False
+    """Whether each gradient is that of one example by construction, so that no comparison is needed."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        params: Mapping[str, nn.Parameter],
+        mode: GradSampleMode = "hooks",
+        tolerance: float = 2e-3,
+    ) -> None:
         self.module = module
         self.params = dict(params)
+        if mode == "hooks":
+            _check_rules(module, params)
+        self.tolerance = tolerance
         try:
             self._hooks = opacus_hooks()(module, loss_reduction="mean", force_functorch=mode == "functorch")
         except NotImplementedError as error:
@@ -111,10 +146,28 @@ class PerSampleGradients:
         self._hooks.cleanup()
 
     def start(self) -> None:
-        """Enables the hooks for one forward and backward pass."""
+        """Enables the hooks for one forward and backward pass, before which no parameter has a gradient."""
         self._clear()
+        for param in self.params.values():
+            param.grad = None
         self._quiet.enter_context(quiet_hooks())
         self._hooks.enable_hooks()
+
+    def of(self, loss_of: Callable[[Any], Tensor], batch: Any) -> Tree:
+        """Returns the per-sample gradients of a batch.
+
+        Args:
+            loss_of: Returns the loss of a batch.
+            batch: The batch.
+
+        Raises:
+            PrivacyError: As :meth:`take` does.
+        """
+        self.start()
+        loss = loss_of(batch)
+        if loss.requires_grad:
+            loss.backward()
+        return self.take(num_rows(batch))
 
     def take(self, size: int) -> Tree:
         """Returns the per-sample gradients after a backward pass, and disables the hooks.
@@ -144,6 +197,12 @@ class PerSampleGradients:
             # Opacus makes a list of them if backward runs more than once.
             if not isinstance(sample, Tensor) or sample.shape != (size, *param.shape):
                 found = tuple(sample.shape) if isinstance(sample, Tensor) else f"{len(sample)} parts"
+                if found == (1, *param.shape):
+                    raise PrivacyError(
+                        f"The per-sample gradients of {name} are of one example for a batch of {size}: its layer was "
+                        "given one row for all examples. The run stops. Repeat it for each, as position ids of shape "
+                        "[1, n] by position_ids.expand(len(batch), -1)."
+                    )
                 raise PrivacyError(
                     f"The per-sample gradients of {name} have the form {found}, expected {(size, *param.shape)}. The "
                     "run stops. A batch must go through the network as a whole, example by example along the first "
@@ -153,6 +212,31 @@ class PerSampleGradients:
         self._hooks.disable_hooks()
         self._clear()
         return samples
+
+    def check_means(self, samples: Tree) -> None:
+        """Checks that the gradient of the loss is the mean of the per-sample gradients, on some of its entries.
+
+        Raises:
+            PrivacyError: If it is not, because a part of the loss reaches a parameter past its layer.
+        """
+        for name, sample in samples.items():
+            grad = self.params[name].grad
+            if grad is None or not sample.numel():
+                continue
+            # Entries that nobody can foresee, of which there are few enough not to be felt in a step.
+            start = random.SystemRandom().randrange(max(1, grad.numel() - NUM_COMPARED + 1))
+            part = slice(start, start + NUM_COMPARED)
+            rows = sample.reshape(len(sample), -1)[:, part].double()
+            scale = float(torch.linalg.vector_norm(rows, dim=1).mean())
+            distance = float((grad.detach().reshape(-1)[part].double() - rows.mean(0)).norm())
+            if math.isfinite(scale) and distance > self.tolerance * scale + 1e-12:
+                raise PrivacyError(
+                    f"The gradient of {name} differs from the mean of those of the examples, by "
+                    f"{distance / (scale or 1.0):.2g} of their norm: a part of the loss reaches the parameter past its "
+                    "layer, so it can be neither clipped nor covered by the noise. The run stops. Let training_step "
+                    "penalise no weights: that is the optimizer's weight_decay. Otherwise use parameters only in the "
+                    "forward pass of their layer, or set SampleLevelDP(strict=True)."
+                )
 
     def _clear(self) -> None:
         # Opacus keeps its state on the parameters and layers, and resets it in its own optimizer, which is not used
@@ -166,6 +250,22 @@ class PerSampleGradients:
         for layer in self.module.modules():
             layer.__dict__.pop("activations", None)
             layer.__dict__.pop("max_batch_len", None)
+
+
+def _check_rules(module: nn.Module, params: Mapping[str, nn.Parameter]) -> None:
+    """Refuses layers for which Opacus's own rules give other gradients than autograd."""
+    trained = {id(param) for param in params.values()}
+    for name, layer in module.named_modules():
+        found = ""
+        if isinstance(layer, nn.Embedding) and layer.padding_idx is not None:
+            found = f"an Embedding with padding_idx={layer.padding_idx}"
+        elif getattr(layer, "padding_mode", "zeros") != "zeros":
+            found = f"a {type(layer).__name__} with padding_mode={layer.padding_mode!r}"
+        if found and any(id(param) in trained for param in layer.parameters(recurse=False)):
+            raise ValueError(
+                f"{name} is {found}, which Opacus's own rules ignore, so its per-sample gradients would be wrong. Set "
+                'SampleLevelDP(grad_sample_mode="functorch"), which is right for it and slower.'
+            )
 
 
 def clipped_sum(samples: Tree, clip: float) -> Tree:
@@ -184,7 +284,8 @@ def clipped_sum(samples: Tree, clip: float) -> Tree:
         return {}
     # The extra dimension lets parameters without dimensions be flattened in the same way.
     flat = {name: _at_least_float32(sample).unsqueeze(-1).flatten(1) for name, sample in samples.items()}
-    norms = torch.stack([torch.linalg.vector_norm(sample, dim=1) for sample in flat.values()])
+    # In float64: in float32, a tensor of 5e7 entries comes out too short, and would be clipped to 1.035 C.
+    norms = torch.stack([_norms(sample) for sample in flat.values()])
     # The norm of the norms is the joint norm, without a copy of all gradients side by side.
     norms = torch.linalg.vector_norm(norms, dim=0)
     is_finite = norms.isfinite()
@@ -197,13 +298,19 @@ def clipped_sum(samples: Tree, clip: float) -> Tree:
     }
 
 
+def _norms(rows: Tensor) -> Tensor:
+    """The norms of rows in float64, a part of the columns at a time, because the conversion makes a copy."""
+    parts = [torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in rows.split(COLUMNS, dim=1)]
+    return torch.linalg.vector_norm(torch.stack(parts), dim=0)
+
+
 def check_clipped_sum(total: Tree, size: int, clip: float) -> None:
     """Checks that a sum of ``size`` clipped gradients is no longer than ``size`` clip norms.
 
     Raises:
         PrivacyError: If it is longer, or holds NaN.
     """
-    norm = math.sqrt(sum(float(torch.linalg.vector_norm(value).double()) ** 2 for value in total.values()))
+    norm = math.sqrt(sum(float(_norms(value.reshape(1, -1))) ** 2 for value in total.values()))
     # Negated, so that NaN fails too.
     if not norm <= size * clip * (1 + 1e-5):
         raise PrivacyError(
@@ -257,10 +364,7 @@ def check_per_sample(
         if not distance <= tolerance * scale + 1e-12:
             raise PrivacyError(
                 f"The gradient of an example changes with the others in its batch, by {distance / (scale or 1.0):.2g} "
-                "of its norm, so one example moves more than the noise covers. The run stops. training_step must "
-                "return the mean of losses that depend on one example each: no sum, no class weights or ignored labels "
-                "in a weighted mean, no contrast between examples, no normalisation or penalty over the batch; it may "
-                "draw random numbers in dropout only (augment in the data set)."
+                f"of its norm, so one example moves more than the noise covers. The run stops. {REMEDY}"
             )
     usable = [(gradient, norm) for gradient, norm in zip(expected, norms, strict=True) if 0 < norm < math.inf]
     if usable:
@@ -274,7 +378,7 @@ def check_per_sample(
 
 def _flat(grads: Sequence[Tensor | None], params: Sequence[nn.Parameter]) -> Tensor:
     parts = [torch.zeros_like(param) if grad is None else grad for grad, param in zip(grads, params, strict=True)]
-    return torch.cat([part.detach().double().flatten() for part in parts])
+    return torch.cat([as_real(part.detach()).double().flatten() for part in parts])
 
 
 def _at_least_float32(sample: Tensor) -> Tensor:

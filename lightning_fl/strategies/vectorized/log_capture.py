@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from lightning import LightningModule
@@ -15,11 +15,12 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities import dim_zero_cat, dim_zero_max, dim_zero_min, dim_zero_sum
 
-from lightning_fl.engines.vectorized.stacking import part, select
+from lightning_fl.engines.vectorized.stacking import NotVectorizable, part, select
 from lightning_fl.federation.metric_entries import Entries
 from lightning_fl.strategies.torchmetrics_internals import reductions
 from lightning_fl.torch_internals import pytree
 
+_TOO_EARLY = "training_step calls {}() of a torchmetric, which has not seen the batch by then"
 _SIGNATURE = inspect.signature(LightningModule.log)
 _REDUCTIONS: dict[Any, Callable[[Tensor], Tensor]] = {
     **dict.fromkeys(("mean", "avg", torch.mean), torch.mean),
@@ -27,10 +28,6 @@ _REDUCTIONS: dict[Any, Callable[[Tensor], Tensor]] = {
     **dict.fromkeys(("min", torch.min), torch.amin),
     **dict.fromkeys(("max", torch.max), torch.amax),
 }
-
-
-class NotVectorizable(Exception):
-    """Raised when a module's step can't run for several clients at once."""
 
 
 class _MetricResult:
@@ -106,17 +103,33 @@ class LogCapture:
         self.steps: list[_Step] = []
         self._waiting: list[_Step] = []
         self._calls: list[_Call] = []
+        self._refused: NotVectorizable | None = None
 
-    def __call__(self, *args: Any) -> tuple[Tensor, list[Tensor]]:
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, list[Tensor]]:
         """Runs the step; returns its loss and the tensors to be passed to :meth:`emit`."""
-        self._calls = []
+        self._calls, self._refused = [], None
         with self._recording():
-            output = self.module.training_step(*args)
+            output = self.module.training_step(*args, **kwargs)
+        if self._refused is not None:  # the step may have caught it
+            raise self._refused
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor):
             raise NotVectorizable(f"training_step returned a {type(loss).__name__} as its loss, not a tensor")
         tensors = [leaf for call in self._calls for leaf in call.leaves if isinstance(leaf, Tensor)]
         return loss, [tensor.detach() for tensor in tensors]
+
+    @property
+    def made(self) -> list[tuple[Any, ...]]:
+        """The calls of the last step, with all arguments that are no tensors."""
+        return [
+            (
+                id(call.metric),
+                call.method,
+                call.spec,
+                [leaf for leaf in call.leaves if not isinstance(leaf, Tensor | _MetricResult)],
+            )
+            for call in self._calls
+        ]
 
     @property
     def has_calls(self) -> bool:
@@ -202,15 +215,20 @@ class LogCapture:
             for method in ("forward", "update"):
                 patch(metric, method, lambda *args, m=metric, n=method, **kwargs: self._record(m, n, args, kwargs))
             for method in ("compute", "reset"):
-                patch(metric, method, lambda *args, n=method, **kwargs: _refuse(n))
+                patch(metric, method, lambda *args, n=method, **kwargs: self._refuse(_TOO_EARLY.format(n)))
         try:
             yield
         finally:
             # Backwards, because a metric that two submodules share is patched twice.
             for owner, name, before in reversed(patched):
-                object.__delattr__(owner, name)
-                if before is not patched:
+                if before is patched:
+                    object.__delattr__(owner, name)
+                else:
                     object.__setattr__(owner, name, before)
+
+    def _refuse(self, reason: str) -> NoReturn:
+        self._refused = NotVectorizable(reason)
+        raise self._refused
 
     def _record_log(self, *args: Any, **kwargs: Any) -> None:
         bound = _SIGNATURE.bind(self.module, *args, **kwargs)
@@ -220,7 +238,7 @@ class LogCapture:
         if isinstance(value, _MetricResult):
             value.is_used = True
         elif not isinstance(value, Metric | Tensor | int | float):
-            raise NotVectorizable(f"self.log({arguments['name']!r}, ...) got a {type(value).__name__}")
+            self._refuse(f"self.log({arguments['name']!r}, ...) got a {type(value).__name__}")
         self._record(None, "log", (), arguments)
 
     def _record(self, metric: Any, method: str, args: Any, kwargs: Any) -> _MetricResult | None:
@@ -246,10 +264,6 @@ def _values(value: Any, num_clients: int) -> Tensor:
     if not isinstance(value, Tensor):
         return torch.full((num_clients,), float(value))
     return value if value.is_floating_point() else value.to(torch.get_default_dtype())
-
-
-def _refuse(method: str) -> None:
-    raise NotVectorizable(f"training_step calls {method}() of a torchmetric, which has not seen the batch by then")
 
 
 def _reduction(arguments: Mapping[str, Any]) -> Callable[[Tensor], Tensor]:
