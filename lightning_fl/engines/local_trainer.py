@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_fl.clients.local_work import BatchPosition
 from lightning_fl.engines.optimizer_states import OptimizerStates, Schedule, ScheduleEnd
-from lightning_fl.engines.tensors import FederatedTensors, clones, load
+from lightning_fl.engines.tensors import FederatedTensors, clones, is_same, load
 from lightning_fl.tree import cast_like, sum_dtype, to_sum_dtype, tree_map
 from lightning_fl.types import Phase, Tree
 
@@ -124,21 +124,37 @@ class LocalTrainer(ABC):
         self.client_optimizer = client_optimizer
         self.functions = functions
         self.grad_transform: GradTransform | None = None
+        self.is_alone = False
+        self.moved: set[str] = set()
+        """Frozen parameters that local training has written to in the current round."""
         self._round_start: RoundStart | None = None
 
     # ---- a round
 
-    def begin_round(self, server_params: Tree | None, schedules: Sequence[Schedule] = ()) -> Tree:
+    def begin_round(
+        self,
+        server_params: Tree | None,
+        schedules: Sequence[Schedule] = (),
+        moving: Collection[str] | None = (),
+        is_alone: bool = False,
+    ) -> Tree:
         """Takes the module's tensors as the round's start.
 
         Changes of the module between rounds take precedence: a value of ``server_params`` (in at least float32) is used
         only where the module still holds its cast.
 
+        Args:
+            server_params: The global parameters as the server has them.
+            schedules: The schedules that step inside local training.
+            moving: Names of frozen parameters that local training writes to; see :class:`FederatedTensors`.
+            is_alone: Whether the federation has one client only, whose state can reach no other.
+
         Returns:
             The global parameters, in the dtype in which they are summed.
         """
         # Sorted anew in each round, because callbacks freeze and unfreeze layers between rounds.
-        tensors = FederatedTensors(self.module, self.personal)
+        tensors = FederatedTensors(self.module, self.personal, moving)
+        self.is_alone, self.moved = is_alone, set()
         self._round_start = RoundStart(tensors, clones(tensors.buffers), clones(tensors.personal))
         self.optimizers.begin_round(schedules)
         params = to_sum_dtype(tensors.params)
@@ -216,7 +232,8 @@ class LocalTrainer(ABC):
             num_steps: How many steps each client of a group has taken. None: all have taken every step.
 
         Raises:
-            ValueError: If training has changed a frozen parameter, which the next client would inherit.
+            ValueError: If training has changed a frozen parameter of which there is no copy, so that the next client
+                would inherit it.
         """
 
     @abstractmethod
@@ -238,7 +255,17 @@ class LocalTrainer(ABC):
         load(self.tensors.buffers, tree_map(_move, start.buffers, buffers))
         # Between rounds the module holds the common start values, not those of the client that was trained last.
         load(self.tensors.personal, start.personal)
+        self.put_back()
         self.optimizers.end_round(schedule_end)
+
+    def put_back(self, also_alone: bool = False) -> None:
+        """Restores what training has changed in the module beside the tensors that :meth:`start` loads.
+
+        Args:
+            also_alone: Whether to restore it also where the federation has one client only, which may keep it.
+        """
+        if also_alone or not self.is_alone:
+            self.tensors.still.put_back()
 
     # ---- parts
 
@@ -257,6 +284,25 @@ class LocalTrainer(ABC):
     def device(self) -> torch.device:
         """The device of the module's shared parameters."""
         return next(iter(self.tensors.params.values())).device
+
+    def _note_moved(self) -> None:
+        """Notes which frozen parameters the client has written to, and puts back those that are not averaged."""
+        tensors, start = self.tensors, self.round_start.buffers
+        self.moved |= {
+            name
+            for name, param in tensors.moving.items()
+            if name not in self.moved and not is_same(param.detach(), start[name])
+        }
+        if self.is_alone:
+            return
+        self.moved.update(tensors.still.put_back())
+        lost = tensors.still.lost()
+        if lost:
+            raise ValueError(
+                f"The frozen parameter {lost[0]!r} was changed during local training, so one client's value would "
+                "reach the next, and there is no copy of it, because the frozen parameters are much larger than the "
+                "trainable ones. Let training change smaller tensors, or keep it from writing to this one."
+            )
 
     def _forward(self, batch: Any, position: BatchPosition) -> tuple[Tensor | None, Tensor | None]:
         """The loss to be differentiated, and that of each client; both are the same for a client alone."""

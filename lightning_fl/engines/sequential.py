@@ -41,6 +41,7 @@ class SequentialEngine(LocalTrainer):
         load(tensors.params, params)
         load(tensors.buffers, round_start.buffers)
         load(tensors.personal, personal)
+        self.put_back()
         # No copies are needed: the phases copy the values into the module when they load them.
         own_model = {**params, **round_start.buffers, **round_start.personal, **client_state.get("personal", {})}
         self._phases = LocalPhases(tensors, params, client_state, own_model)
@@ -79,7 +80,7 @@ class SequentialEngine(LocalTrainer):
     def finish(self, num_steps: Sequence[int] | None = None) -> LocalResult:
         tensors, phases = self.tensors, self.phases
         # Before anything is read: a result of parameters that must not have changed would be wrong.
-        tensors.check_frozen()
+        self._note_moved()
         self._end_phase()
         own_model = phases.restore_global_model()
         client_state: dict[str, Tree] = dict(phases.next_state)

@@ -121,6 +121,7 @@ class RoundResult:
         facts: What the transforms report.
         hides_clients: Whether exact facts about the clients must not reach the loggers.
         stop_reason: Why no other round may follow; None if one may.
+        unsent: Frozen parameters that clients have moved for the first time, and so without sending their movement.
     """
 
     state: FederationState
@@ -131,6 +132,7 @@ class RoundResult:
     facts: dict[str, float | str]
     hides_clients: bool
     stop_reason: str | None
+    unsent: Sequence[str] = ()
 
     @property
     def spread(self) -> float:
@@ -232,7 +234,11 @@ class Round:
             ValueError: If the shared tensors have changed under an algorithm whose clients keep state for each of them.
         """
         # Before the server is opened: the server's state starts from the tensors that the module holds now.
-        params = trainer.begin_round(state.server.get("params"), schedules)
+        moving = state.moving
+        # Where clients are hidden, noise would move also those frozen parameters that no client moves.
+        if moving is None and settings.hides_clients:
+            moving = ()
+        params = trainer.begin_round(state.server.get("params"), schedules, moving, settings.population == 1)
         ctx = RoundContext(
             index,
             cohort,
@@ -430,6 +436,7 @@ class Round:
             schedule_end=totals.schedule_end,
             refused=totals.refused,
             lost=totals.lost,
+            moved=sorted(self.trainer.moved),
         )
 
     def merge(self, report: RankReport) -> list[RankReport]:
@@ -491,14 +498,18 @@ class Round:
             "communicate": traffic.seconds_reducing - before.seconds_reducing,
             "server": time.perf_counter() - merged,
         }
+        if joined.num_clients:
+            state = replace(state, moving=sorted({*(state.moving or ()), *joined.moved}))
+        unsent = [name for name in joined.moved if name not in self.template.buffers]
         reason = stop_reason(settings, state, self.ctx)
         num_bytes = traffic.num_bytes - before.num_bytes
-        return RoundResult(state, aggregate, joined, seconds, num_bytes, facts, settings.hides_clients, reason)
+        return RoundResult(state, aggregate, joined, seconds, num_bytes, facts, settings.hides_clients, reason, unsent)
 
     def abandon(self) -> None:
         """Restores the module and the clients' states of the round's start, because the round can't be finished."""
         self.restore_randomness()
         self.store.roll_back()
+        self.trainer.put_back(also_alone=True)
         self.trainer.end_round(self.state.server["params"], zeros_like(self.template.buffers), None)
 
     def _nothing(self) -> Aggregate:

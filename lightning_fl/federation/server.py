@@ -30,7 +30,7 @@ def open_server(
     """
     states = [*state.transforms, *({} for _ in settings.transforms[len(state.transforms) :])]
     started = [t.start_round(own, ctx) for t, own in zip(settings.transforms, states, strict=True)]
-    return FederationState(_continue(settings, state.server, params), started)
+    return replace(state, server=_continue(settings, state.server, params), transforms=started)
 
 
 def server_step(

@@ -49,6 +49,7 @@ def pack(
         "master": {name: value for name, value in params.items() if value.dtype != held[name].dtype},
         "server": server,
         "transforms": list(state.transforms),
+        "moving": None if state.moving is None else list(state.moving),
         "history": history,
     }
 
@@ -75,7 +76,8 @@ def unpack(packed: Mapping[str, Any], algorithm: Algorithm, module: nn.Module) -
     device = next(iter(held.values())).device
     params = {**to_sum_dtype({name: held[name] for name in packed["params"]}), **move(packed["master"], device)}
     server: State = {"params": params, **move(packed["server"], device)} if params else {}
-    return FederationState(server, [move(state, device) for state in packed["transforms"]])
+    # Checkpoints of older versions do not say what moves.
+    return FederationState(server, [move(state, device) for state in packed["transforms"]], packed.get("moving"))
 
 
 class WholeCheckpointIO(TorchCheckpointIO):

@@ -13,6 +13,7 @@ from torch import nn
 
 from lightning_fl.federation import RankReport, RoundResult
 from lightning_fl.federation.metric_entries import Entries
+from lightning_fl.federation.server import some
 from lightning_fl.types import ClientId
 
 # Weak, because to remember a module must not keep its tensors in memory.
@@ -85,6 +86,11 @@ class UserWarnings:
             rank_zero_warn(
                 f"Round {round}: the updates of {', '.join(map(repr, result.report.refused))} hold NaN or Inf and were "
                 "left out. Lower the learning rate, clip gradients, or check these clients' data."
+            )
+        if result.unsent:
+            rank_zero_warn(
+                f"Round {round}: training has changed frozen parameters for the first time ({some(result.unsent)}). They "
+                "are back at the round's start; from the next round on they are averaged like buffers."
             )
         if not result.aggregate.num_clients:
             rank_zero_info(f"Round {round}: no client takes part.")

@@ -26,7 +26,7 @@ from lightning_fl.engines.local_trainer import (
 )
 from lightning_fl.engines.optimizer_states import OptimizerStates
 from lightning_fl.engines.sequential import SequentialEngine
-from lightning_fl.engines.tensors import clones, load
+from lightning_fl.engines.tensors import clones, is_same, load
 from lightning_fl.engines.vectorized.batching_rules import BatchingRules
 from lightning_fl.engines.vectorized.buffer_pool import BufferPool
 from lightning_fl.engines.vectorized.row_subset import RowSubset
@@ -104,12 +104,16 @@ class VectorizedEngine(SequentialEngine):
             super().start(starts, client_states, phase, grad_transform)
             return
         size, tensors, round_start = len(starts), self.tensors, self.round_start
+        load(tensors.moving, round_start.buffers)
+        self.put_back()
         self._start, _ = stack(starts)
         personal, _ = stack([state.get("personal", round_start.personal) for state in client_states])
         values = {**self._start, **round_start.buffers, **personal}
         params = {**tensors.params, **tensors.personal_params}
         every = {**tensors.buffers, **tensors.personal}
-        buffers = {name: buffer for name, buffer in every.items() if name not in params}
+        # Frozen parameters that move are not stacked: a step that writes to them, perhaps through `param.data`, is one
+        # for clients that train alone.
+        buffers = {name: buffer for name, buffer in every.items() if name not in params and name not in tensors.moving}
         spread = partial(self._spread, size=size)
         self._stacked = {name: spread(values[name], param).requires_grad_() for name, param in params.items()}
         self._stacked_buffers = {name: spread(values[name], buffer) for name, buffer in buffers.items()}
@@ -249,7 +253,7 @@ class VectorizedEngine(SequentialEngine):
         if not self._stacked:
             return super().finish()
         tensors, start = self.tensors, self.round_start.buffers
-        tensors.check_frozen()
+        self._check_unmoved()
         # Rows that trained by themselves are written back before the result is read.
         if self._subset is not None:
             self._stacked, self._stacked_buffers = self._subset.choose(None, self._stacked, self._stacked_buffers)
@@ -258,7 +262,10 @@ class VectorizedEngine(SequentialEngine):
             stacked = self._stacked | self._stacked_buffers
             client_state["personal"] = clones({name: stacked[name] for name in tensors.personal})
         params = {name: self._stacked[name] for name in tensors.params}
-        buffers = {name: self._stacked_buffers[name] for name in tensors.buffers}
+        buffers = {
+            name: self._stacked_buffers.get(name, buffer.detach().expand(self.num_clients, *buffer.shape))
+            for name, buffer in tensors.buffers.items()
+        }
         each = num_steps or [self.optimizers.num_steps] * self.num_clients
         # Once for each number of steps, because counting changes what the optimizers have counted.
         facts = {number: self._facts(number, params) for number in sorted(set(each))}
@@ -270,6 +277,16 @@ class VectorizedEngine(SequentialEngine):
         )
         self.leave()
         return result
+
+    def _check_unmoved(self) -> None:
+        moving, start = self.tensors.moving, self.round_start.buffers
+        moved = [name for name, param in moving.items() if not is_same(param.detach(), start[name])]
+        moved += self.tensors.still.put_back() + self.tensors.still.lost()
+        if moved:
+            raise ValueError(
+                f"A step of {self.num_clients} clients has changed the frozen parameter {moved[0]!r}, which they share. "
+                "Let each client train alone with FederatedStrategy(engine='sequential')."
+            )
 
     def _facts(self, num_steps: int, params: Tree) -> ClientFacts:
         optimizers = self.optimizers
