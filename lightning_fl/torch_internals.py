@@ -69,6 +69,11 @@ def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
     return module._buffers
 
 
+def own_modules(module: nn.Module) -> dict[str, nn.Module | None]:
+    """The dict that holds the module's own submodules; only its identity tells it from the module's other dicts."""
+    return module._modules
+
+
 def set_timeout(options: Any, timeout: timedelta) -> None:
     """Sets how long collectives wait; ``ProcessGroupNCCL.Options`` takes no timeout as an argument."""
     options._timeout = timeout

@@ -22,6 +22,7 @@ from lightning_fl.torch_internals import (
     num_references,
     outside_vmap,
     own_buffers,
+    own_modules,
     own_parameters,
     pytree,
     set_timeout,
@@ -136,6 +137,12 @@ def test_a_buffer_is_replaced_through_the_dict_that_holds_it() -> None:
     assert module.mean is mean
     module.unset = torch.ones(1)
     assert buffers["unset"] is module.unset
+
+
+def test_submodules_are_in_the_dict_that_holds_them() -> None:
+    module = nn.Module()
+    module.child = nn.Linear(1, 1)
+    assert own_modules(module) == {"child": module.child}
 
 
 def test_parameters_are_in_the_dict_that_holds_them() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -81,6 +82,29 @@ class Group(ABC):
     def barrier(self) -> None:
         """Returns once all ranks have called it."""
 
+    def gather_tensor(self, tensor: Tensor) -> Tensor:
+        """The tensors of all ranks, stacked in the order of ranks; all pass one of the same shape and dtype.
+
+        A transport that can gather tensors without wrapping them in messages overrides it.
+        """
+        parts = self.all_gather(Message(tensors={"part": tensor}), "tensors")
+        return torch.stack([part.tensors["part"].to(tensor.device) for part in parts])
+
+    def all_to_all(self, parts: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        """Sends ``parts[rank]`` to each rank, and returns what each rank has sent to this one.
+
+        A transport that can send to a single rank overrides it: here each rank hears everything.
+
+        Args:
+            parts: A flat tensor for each rank, all of one dtype.
+            sizes: For each rank the number of elements that it sends to this one.
+        """
+        own = {str(rank): part for rank, part in enumerate(parts)}
+        messages = self.all_gather(Message(tensors=own), "all to all")
+        received = [message.tensors[str(self.rank)].to(parts[0].device) for message in messages]
+        assert [len(part) for part in received] == list(sizes), "the ranks do not agree on the sizes of their parts"
+        return received
+
     def broadcast_message(self, message: Message, root: int = 0) -> Message:
         """The message of rank ``root``."""
         # The other ranks don't know the size of the message, which a broadcast would need. So gather, with empty ones.
@@ -102,6 +126,12 @@ class LocalGroup(Group):
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
         return tensor.detach().clone()
+
+    def gather_tensor(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().clone()[None]
+
+    def all_to_all(self, parts: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        return [part.detach().clone() for part in parts]
 
     def barrier(self) -> None:
         return None
@@ -197,6 +227,21 @@ class TorchGroup(Group):
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
         self._wait(self._backends["cpu"].allgather([parts], [tensor]))
         return parts
+
+    def gather_tensor(self, tensor: Tensor) -> Tensor:
+        own = tensor.detach().contiguous()
+        parts = [torch.empty_like(own) for _ in range(self.size)]
+        self._wait(self._backend(own).allgather([parts], [own]))
+        self.traffic.num_bytes += num_bytes([own])
+        return torch.stack(parts)
+
+    def all_to_all(self, parts: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        own = torch.cat([part.detach() for part in parts])
+        received = own.new_empty(sum(sizes))
+        given = [len(part) for part in parts]
+        self._wait(self._backend(own).alltoall_base(received, own, list(sizes), given, dist.AllToAllOptions()))
+        self.traffic.num_bytes += num_bytes([own])
+        return list(received.split(list(sizes)))
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
         received = tensor.detach().clone(memory_format=torch.contiguous_format)

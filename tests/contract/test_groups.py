@@ -8,7 +8,7 @@ from __future__ import annotations
 import pickle
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -45,6 +45,12 @@ class Entry:
     kind: type[Group]
     run: Callable[..., list[Any]]
     sizes: tuple[int, ...]
+
+
+class Messenger(TorchGroup):
+    """A transport of messages only: the collectives of tensors are those that every group inherits."""
+
+    gather_tensor, all_to_all = Group.gather_tensor, Group.all_to_all
 
 
 ENTRIES = {"local": Entry(LocalGroup, run_alone, (1,)), "torch": Entry(TorchGroup, run_threads, (1, 2, 4))}
@@ -134,6 +140,32 @@ def check_broadcast_gives_what_the_root_has(group: Group) -> None:
         assert own.tolist() == [[group.rank % 2, 0], [1, 1]]
 
 
+def check_gather_tensor_stacks_what_the_ranks_have(group: Group) -> None:
+    for dtype in (*FLOATS, *INTEGERS):
+        own = torch.tensor([[group.rank, 1], [2, 3]]).to(dtype).t()
+        received = group.gather_tensor(own)
+        assert received.dtype == dtype
+        assert received.tolist() == [[[rank, 2], [1, 3]] for rank in range(group.size)]
+        received.zero_()
+        assert own.tolist() == [[group.rank, 2], [1, 3]]
+
+
+def check_all_to_all_delivers_each_part_to_its_rank(group: Group) -> None:
+    """Rank r sends r + s elements to rank s, so that one part is empty."""
+    for dtype in (*FLOATS, *INTEGERS):
+        parts = [torch.full((group.rank + rank,), 10 * group.rank + rank).to(dtype) for rank in range(group.size)]
+        received = group.all_to_all(parts, [rank + group.rank for rank in range(group.size)])
+        assert [part.dtype for part in received] == [dtype] * group.size
+        assert [part.tolist() for part in received] == [
+            [10 * rank + group.rank] * (rank + group.rank) for rank in range(group.size)
+        ]
+        for part in received:
+            part.zero_()
+        assert [part.tolist() for part in parts] == [
+            [10 * group.rank + rank] * (group.rank + rank) for rank in range(group.size)
+        ]
+
+
 def check_broadcast_message_gives_what_the_root_says(group: Group) -> None:
     own = Message({"rank": group.rank}, {"t": torch.tensor(group.rank)})
     received = [group.broadcast_message(own, root) for root in range(group.size)]
@@ -176,10 +208,12 @@ def check_traffic_is_counted(group: Group) -> None:
 
     reduced, gathered = bytes_of(lambda: group.all_reduce(tensor)), bytes_of(lambda: group.all_gather(message))
     sent = bytes_of(lambda: group.broadcast(tensor, group.size - 1))
+    stacked, size = bytes_of(lambda: group.gather_tensor(tensor)), group.size
+    dealt = bytes_of(lambda: group.all_to_all([tensor[:8]] * size, [8] * size))
     if isinstance(group, LocalGroup):
-        assert (reduced, gathered, sent) == (0, 0, 0)
+        assert (reduced, gathered, sent, stacked, dealt) == (0, 0, 0, 0, 0)
         return
-    assert (reduced, sent) == (8000, 8000)
+    assert (reduced, sent, stacked, dealt) == (8000, 8000, 8000, 64 * size)
     assert 2000 <= gathered < 2500
     if not is_last:
         assert group.traffic.seconds_reducing > slow / 10
@@ -199,6 +233,13 @@ def test_it_keeps_the_contract(entry: Entry, size: int, check: Check) -> None:
     entry.run(size, check)
 
 
+@pytest.mark.parametrize(
+    "check", [check_gather_tensor_stacks_what_the_ranks_have, check_all_to_all_delivers_each_part_to_its_rank]
+)
+def test_a_transport_of_messages_has_the_collectives_of_tensors(check: Check) -> None:
+    run_threads(2, check, kind=Messenger)
+
+
 def check_all() -> None:
     group = join_ranks()
     for check in CHECKS:
@@ -214,7 +255,9 @@ def test_connected_processes_keep_the_contract(run_ranks: Any, world_size: int) 
 
 
 @every_group_of_two
-@pytest.mark.parametrize("collective", ["all_reduce", "all_gather", "broadcast", "barrier"])
+@pytest.mark.parametrize(
+    "collective", ["all_reduce", "all_gather", "broadcast", "barrier", "gather_tensor", "all_to_all"]
+)
 def test_a_rank_that_stays_away_is_an_error_in_time(entry: Entry, collective: str) -> None:
     """Rank 1 is there and does not come; rank 0 keeps its tensor."""
     done = threading.Event()
@@ -222,6 +265,7 @@ def test_a_rank_that_stays_away_is_an_error_in_time(entry: Entry, collective: st
     def wait_for_it(group: Group) -> None:
         tensor = torch.tensor(5.0)
         given = {"all_reduce": (tensor,), "all_gather": (Message(),), "broadcast": (tensor, 1), "barrier": ()}
+        given |= {"gather_tensor": (tensor,), "all_to_all": ([tensor[None]] * 2, [1, 1])}
         if group.rank == 1:
             assert done.wait(60)
             return
@@ -294,6 +338,12 @@ class Alone(TorchGroup):
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
         return tensor.clone()
 
+    def gather_tensor(self, tensor: Tensor) -> Tensor:
+        return torch.stack([tensor] * self.size)
+
+    def all_to_all(self, parts: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        return [part.clone() for part in parts]
+
 
 class InPlace(TorchGroup):
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
@@ -345,6 +395,8 @@ class FreeOfCharge(TorchGroup):
         (Alone, check_its_place),
         (Alone, check_messages_arrive_in_the_order_of_ranks),
         (Alone, check_broadcast_gives_what_the_root_has),
+        (Alone, check_gather_tensor_stacks_what_the_ranks_have),
+        (Alone, check_all_to_all_delivers_each_part_to_its_rank),
         (AsFloat, check_all_reduce_joins_tensors),
         (InPlace, check_all_reduce_joins_tensors),
         (InPlace, check_what_a_rank_receives_is_its_own_copy),
