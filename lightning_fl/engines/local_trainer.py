@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_fl.clients.local_work import BatchPosition
+from lightning_fl.engines.isolation import Isolation
 from lightning_fl.engines.optimizer_states import OptimizerStates, Schedule, ScheduleEnd
 from lightning_fl.engines.tensors import FederatedTensors, clones, is_same, load
 from lightning_fl.tree import cast_like, sum_dtype, to_sum_dtype, tree_map
@@ -108,6 +109,8 @@ class LocalTrainer(ABC):
             last round.
         functions: The parts of a step. None: :meth:`step` is not called, because another loop runs the steps and calls
             :meth:`prepare_gradients` in each.
+        outside: Types of objects that may be attributes of the module without being a part of it; see
+            :class:`~lightning_fl.engines.isolation.Isolation`.
     """
 
     def __init__(
@@ -117,6 +120,7 @@ class LocalTrainer(ABC):
         personal: Sequence[str] = (),
         client_optimizer: ClientOptimizer = "reset",
         functions: StepFunctions | None = None,
+        outside: tuple[type, ...] = (),
     ) -> None:
         self.module = module
         self.optimizers = optimizers
@@ -124,7 +128,9 @@ class LocalTrainer(ABC):
         self.client_optimizer = client_optimizer
         self.functions = functions
         self.grad_transform: GradTransform | None = None
+        self.isolation = Isolation(module, outside)
         self.is_alone = False
+        self.is_shared = True
         self.moved: set[str] = set()
         """Frozen parameters that local training has written to in the current round."""
         self._round_start: RoundStart | None = None
@@ -137,6 +143,7 @@ class LocalTrainer(ABC):
         schedules: Sequence[Schedule] = (),
         moving: Collection[str] | None = (),
         is_alone: bool = False,
+        is_shared: bool = True,
     ) -> Tree:
         """Takes the module's tensors as the round's start.
 
@@ -148,13 +155,15 @@ class LocalTrainer(ABC):
             schedules: The schedules that step inside local training.
             moving: Names of frozen parameters that local training writes to; see :class:`FederatedTensors`.
             is_alone: Whether the federation has one client only, whose state can reach no other.
+            is_shared: Whether several clients train on this module, one after the other. A silo has it for itself.
 
         Returns:
             The global parameters, in the dtype in which they are summed.
         """
         # Sorted anew in each round, because callbacks freeze and unfreeze layers between rounds.
         tensors = FederatedTensors(self.module, self.personal, moving)
-        self.is_alone, self.moved = is_alone, set()
+        self.is_alone, self.is_shared, self.moved = is_alone, is_shared, set()
+        self.isolation.begin_round()
         self._round_start = RoundStart(tensors, clones(tensors.buffers), clones(tensors.personal))
         self.optimizers.begin_round(schedules)
         params = to_sum_dtype(tensors.params)
@@ -250,6 +259,8 @@ class LocalTrainer(ABC):
         """
         # A group may still be in training where a round is abandoned, and its tensors may be in the optimizers.
         self.leave()
+        # First, because a module may have replaced buffers, into which the new values are loaded.
+        self.isolation.end_round()
         start = self.round_start
         load(self.tensors.params, params)
         load(self.tensors.buffers, tree_map(_move, start.buffers, buffers))
@@ -267,7 +278,18 @@ class LocalTrainer(ABC):
         if also_alone or not self.is_alone:
             self.tensors.still.put_back()
 
+    def seed(self, seed: int) -> None:
+        """Seeds the random generators that the module holds, once a client has been started."""
+        self.isolation.seed(seed)
+
     # ---- parts
+
+    def _enter(self) -> None:
+        """Puts the module into the state of the round's start, except for the tensors that :meth:`start` loads."""
+        if self.is_shared:
+            schedulers = (schedule.scheduler for schedule in self.optimizers.schedules)
+            self.isolation.start_client(self.tensors.all.values(), [*self.optimizers.optimizers, *schedulers])
+        self.put_back()
 
     @property
     def round_start(self) -> RoundStart:

@@ -36,12 +36,12 @@ class SequentialEngine(LocalTrainer):
         grad_transform: GradTransform | None = None,
     ) -> None:
         (params,), (client_state,) = starts, client_states
+        self._enter()
         round_start, tensors = self.round_start, self.tensors
         personal = client_state.get("personal", round_start.personal)
         load(tensors.params, params)
         load(tensors.buffers, round_start.buffers)
         load(tensors.personal, personal)
-        self.put_back()
         # No copies are needed: the phases copy the values into the module when they load them.
         own_model = {**params, **round_start.buffers, **round_start.personal, **client_state.get("personal", {})}
         self._phases = LocalPhases(tensors, params, client_state, own_model)

@@ -29,7 +29,7 @@ from lightning_fl.federation.report import RankReport
 from lightning_fl.federation.report_masking import mask, unmask
 from lightning_fl.federation.server import open_server, server_step, some, stop_reason
 from lightning_fl.federation.settings import FederationSettings, FederationState
-from lightning_fl.seeding import ClientRandomness, client_generator
+from lightning_fl.seeding import ClientRandomness, client_generator, derive_seed
 from lightning_fl.tree import clone, is_finite, leaves, move, norm, scale, squared_norms, to_sum_dtype, zeros_like
 from lightning_fl.types import Aggregate, ClientId, LocalRun, State, Update
 
@@ -238,7 +238,10 @@ class Round:
         # Where clients are hidden, noise would move also those frozen parameters that no client moves.
         if moving is None and settings.hides_clients:
             moving = ()
-        params = trainer.begin_round(state.server.get("params"), schedules, moving, settings.population == 1)
+        is_alone = settings.population == 1
+        params = trainer.begin_round(
+            state.server.get("params"), schedules, moving, is_alone, is_shared=not is_alone and not settings.silos
+        )
         ctx = RoundContext(
             index,
             cohort,
@@ -286,6 +289,8 @@ class Round:
         # Task and batches need each other: a change of phase while reading acts on the task.
         task = ClientTask(group, iter(()), phases, data.sizes)
         self.trainer.start(group.starts, states, phases[0], group.grad_transform(phases[0]))
+        if self.trainer.is_shared:
+            self.trainer.seed(derive_seed(self.settings.seed, self.ctx.round, "module", client))
         task.batches = data.read(lambda: self._next_phase(task))
         return task
 

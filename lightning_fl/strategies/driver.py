@@ -224,7 +224,9 @@ class RoundDriver:
         if not steps.is_open:
             steps.skip()
         self._close(opened)
-        steps.end_round()
+        assert self.local_trainer is not None
+        with self.local_trainer.isolation.after_round():
+            steps.end_round()
 
     def _open(self, loop: RoundEpochLoop) -> OpenRound:
         assert self.local_trainer is not None
@@ -449,6 +451,8 @@ class RoundDriver:
         # A rank that stopped alone would leave the others waiting in the next round.
         trainer.should_stop = result.report.should_stop
         self.warnings.result(index, result, trainer, logged)
+        assert self.local_trainer is not None
+        self.warnings.put_back(self.local_trainer.isolation.changed)
         self.history.append(history_entry(index, result, self.plan.dropped))
         internals.log_to_loggers(trainer, figures(self.history[-1], result.hides_clients))
         self.warnings.words(trainer, words(self.history[-1]))

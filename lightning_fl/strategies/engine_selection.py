@@ -9,9 +9,9 @@ import lightning as L
 from lightning_fl.engines import LocalTrainer, OptimizerStates, SequentialEngine, Vectorized, VectorizedEngine
 from lightning_fl.strategies import internals
 from lightning_fl.strategies.batch_steps import step_functions
+from lightning_fl.strategies.out_of_loop import OUTSIDE
 from lightning_fl.strategies.vectorized.compatibility import unprofitable_reason, unsupported_reason
 from lightning_fl.strategies.vectorized.driver import VectorizedDriver
-
 
 def select_engine(
     strategy: Any, trainer: L.Trainer, optimizers: OptimizerStates
@@ -23,10 +23,10 @@ def select_engine(
     """
     module, arguments = trainer.lightning_module, (optimizers, strategy.personal, strategy.client_optimizer)
     if strategy.engine == "sequential":
-        return SequentialEngine(module, *arguments, step_functions(trainer)), None
+        return SequentialEngine(module, *arguments, step_functions(trainer), OUTSIDE), None
     settings = strategy.engine if isinstance(strategy.engine, Vectorized) else Vectorized()
     is_asked_for, is_secure = strategy.engine != "auto", strategy.participation.secure
-    engine = VectorizedEngine(module, *arguments)
+    engine = VectorizedEngine(module, *arguments, outside=OUTSIDE)
     vectorized = VectorizedDriver(trainer, engine, settings, is_asked_for, is_asked_for and not is_secure)
     # Set last, because the engine and the driver of its groups need each other.
     engine.functions = step_functions(trainer, vectorized.step)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 from weakref import WeakSet
 
@@ -96,6 +96,18 @@ class UserWarnings:
             rank_zero_info(f"Round {round}: no client takes part.")
         if result.stop_reason is not None:
             rank_zero_info(result.stop_reason)
+
+    def put_back(self, paths: Collection[str]) -> None:
+        """Warns, once for each, of what clients' training has changed in the module and what then was put back."""
+        new = sorted(path for path in paths if self._is_new(("put back", path)))
+        if new:
+            names = ", ".join(f"self.{path}" for path in new[:8]) + (", ..." if len(new) > 8 else "")
+            rank_zero_warn(
+                f"Each client starts with {names} as they were when the round started: what training changes in the "
+                "module outside its state_dict is put back, so that it does not reach other clients or rounds. What is "
+                "to last from round to round is a buffer in the state_dict, which is averaged; what is to be summed up "
+                "over clients is logged with self.log, or a torchmetric."
+            )
 
     def _monitors(self, trainer: L.Trainer, names: set[str]) -> None:
         """Warns of callbacks and schedules that monitor an exact metric of clients which are to be hidden."""

@@ -84,8 +84,9 @@ class VectorizedEngine(SequentialEngine):
         personal: Sequence[str] = (),
         client_optimizer: ClientOptimizer = "reset",
         functions: StepFunctions | None = None,
+        outside: tuple[type, ...] = (),
     ) -> None:
-        super().__init__(module, optimizers, personal, client_optimizer, functions)
+        super().__init__(module, optimizers, personal, client_optimizer, functions, outside)
         self._start: Tree = {}
         self._stacked: Tree = {}
         self._stacked_buffers: Tree = {}
@@ -103,9 +104,9 @@ class VectorizedEngine(SequentialEngine):
         if len(starts) == 1:
             super().start(starts, client_states, phase, grad_transform)
             return
+        self._enter()
         size, tensors, round_start = len(starts), self.tensors, self.round_start
         load(tensors.moving, round_start.buffers)
-        self.put_back()
         self._start, _ = stack(starts)
         personal, _ = stack([state.get("personal", round_start.personal) for state in client_states])
         values = {**self._start, **round_start.buffers, **personal}
@@ -253,7 +254,12 @@ class VectorizedEngine(SequentialEngine):
         if not self._stacked:
             return super().finish()
         tensors, start = self.tensors, self.round_start.buffers
-        self._check_unmoved()
+        moved = self.restore_frozen()
+        if moved:
+            raise ValueError(
+                f"A step of {self.num_clients} clients has changed the frozen parameter {moved[0]!r}, which they share. "
+                "Let each client train alone with FederatedStrategy(engine='sequential')."
+            )
         # Rows that trained by themselves are written back before the result is read.
         if self._subset is not None:
             self._stacked, self._stacked_buffers = self._subset.choose(None, self._stacked, self._stacked_buffers)
@@ -278,15 +284,12 @@ class VectorizedEngine(SequentialEngine):
         self.leave()
         return result
 
-    def _check_unmoved(self) -> None:
+    def restore_frozen(self) -> list[str]:
+        """Puts back the frozen parameters, which a group shares; returns the names of those that had changed."""
         moving, start = self.tensors.moving, self.round_start.buffers
         moved = [name for name, param in moving.items() if not is_same(param.detach(), start[name])]
-        moved += self.tensors.still.put_back() + self.tensors.still.lost()
-        if moved:
-            raise ValueError(
-                f"A step of {self.num_clients} clients has changed the frozen parameter {moved[0]!r}, which they share. "
-                "Let each client train alone with FederatedStrategy(engine='sequential')."
-            )
+        load(moving, start)
+        return [*moved, *self.tensors.still.put_back(), *self.tensors.still.lost()]
 
     def _facts(self, num_steps: int, params: Tree) -> ClientFacts:
         optimizers = self.optimizers

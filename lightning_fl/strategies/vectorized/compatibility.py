@@ -168,6 +168,7 @@ def _check(
         check_undrawn(drawn)
         now = dict(module.named_buffers())
         written = [n for n, t, version in outside if version_counter(t) != version or now.get(n, t) is not t]
+        written += engine.restore_frozen()  # also those that were written to through `param.data`
         if written:
             raise NotVectorizable(f"training_step writes to {written[0]}, which all clients share")
         # The step has moved the clients' BatchNorm statistics; the comparison must start from the same ones.

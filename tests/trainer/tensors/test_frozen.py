@@ -206,7 +206,7 @@ class LargeBase(Plain):
 def test_a_large_frozen_parameter_that_moves_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_fl.engines.tensors.SMALL", 0)
     with pytest.raises(ValueError, match=r"The frozen parameter 'base' was changed during local training"):
-        trainer("fedavg").fit(LargeBase(), image_clients((9, 9)))
+        trainer(FederatedStrategy(engine="sequential")).fit(LargeBase(), image_clients((9, 9)))
     alone = LargeBase()
     trainer("fedavg").fit(alone, ClientLoaders([loader(8)]))
     assert (alone.base == 2).all()
