@@ -49,7 +49,7 @@ experiments: $(INSTALLED)
 	$(BIN)/python benchmarks/experiments.py
 
 audit: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow -rP tests/audit
+	$(BIN)/python -m pytest -m "slow or not slow" -rP tests/audit
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

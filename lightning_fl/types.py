@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, Literal, TypeAlias
+from uuid import UUID
 
 from torch import Tensor
 
@@ -15,6 +17,30 @@ State: TypeAlias = Mapping[str, Any]
 """What an algorithm keeps between rounds: only trees and tensors, so that it can be checkpointed and moved."""
 Context: TypeAlias = Mapping[str, Any]
 """What an algorithm passes from ``client_init`` to its later methods, for the same client and round."""
+
+
+def as_client_id(name: Any) -> ClientId:
+    """A client's id as a plain integer or string, which files and messages of ranks hold as it is.
+
+    Args:
+        name: An integer or a string of any kind, such as NumPy's, or a ``UUID``, which becomes a string.
+
+    Raises:
+        ValueError: If it is anything else, or text that is not valid Unicode.
+    """
+    if isinstance(name, Integral) and not isinstance(name, bool):
+        return int(name)
+    if isinstance(name, str | UUID):
+        text = str.__str__(name) if isinstance(name, str) else str(name)  # an enum's own `str` is its label
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"The client id {name!r} is not valid Unicode ({error.reason}); rename it.") from error
+        return text
+    raise ValueError(
+        f"The client id {name!r} is a {type(name).__name__}; expected an integer or a string, so give each client one, "
+        "such as its number or name."
+    )
 
 
 @dataclass(frozen=True)

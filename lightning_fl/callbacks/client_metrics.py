@@ -9,7 +9,7 @@ from pathlib import Path
 
 import lightning as L
 import numpy as np
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_fl.callbacks.federated import FederatedCallback
 from lightning_fl.callbacks.run_record import run_folder
@@ -47,8 +47,7 @@ class ClientMetrics(FederatedCallback):
         names: The logged values to summarize under ``clients/``, besides loss and drift.
 
     Raises:
-        MisconfigurationException: When training starts, if the strategy is not federated, or there is neither a
-            logger nor a ``folder``.
+        MisconfigurationException: When training starts, if there is neither a logger nor a ``folder``.
 
     Example:
         >>> import lightning as L
@@ -71,11 +70,10 @@ class ClientMetrics(FederatedCallback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Finds the folder, and keeps the rows of a run that is resumed there."""
         strategy = trainer.strategy
+        self._path = None
         if not isinstance(strategy, FederatedStrategy):
-            raise MisconfigurationException(
-                f"ClientMetrics records clients, but the strategy is {type(strategy).__name__}. Leave it out, or "
-                "choose a federated strategy, such as Trainer(strategy='fedavg')."
-            )
+            rank_zero_info(f"ClientMetrics records nothing: {type(strategy).__name__} has no clients.")
+            return
         view = strategy.view
         forbid_client_disclosure("ClientMetrics", view.settings)
         self._path = run_folder(trainer, self.folder)
@@ -143,7 +141,7 @@ class ClientMetrics(FederatedCallback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Writes the table and logs each client's last round."""
         self._own = []
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or not self._last:
             return
         if self._path is not None:
             write_table(self._path)

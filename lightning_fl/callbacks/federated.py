@@ -29,6 +29,8 @@ class FederatedCallback(L.Callback):
     """Whether the callback writes to the clients' states, so that each client must train on its home rank."""
     serves_batches_by_group: ClassVar[bool] = False
     """Whether the callback's batch hooks need not run where training goes without them."""
+    protects_examples: ClassVar[bool] = False
+    """Whether the callback makes local training differentially private, so that nothing else may reveal the data."""
     evaluates_clients: ClassVar[bool] = False
     """Whether the callback evaluates each client's own model, so that a warning about personal tensors is not due."""
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_fl.communication import Message
 from lightning_fl.data.client_loaders import ClientLoaders, count_batches
@@ -83,6 +84,11 @@ class PersonalizedEvaluation(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Finds the clients' validation data, and keeps the first model for the local ones."""
+        if not isinstance(trainer.strategy, FederatedStrategy):
+            rank_zero_info(
+                f"PersonalizedEvaluation evaluates nothing: {type(trainer.strategy).__name__} has no clients."
+            )
+            return
         self._check(trainer, pl_module)
         self._loaders = self._find_loaders(trainer)
         # A run that is resumed has the first model from its checkpoint; the module's tensors are those of a later
@@ -100,13 +106,13 @@ class PersonalizedEvaluation(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Evaluates if ``every_n_rounds`` says so."""
-        if self.every_n_rounds is not None and (trainer.current_epoch + 1) % self.every_n_rounds == 0:
+        if self._loaders and self.every_n_rounds is not None and (trainer.current_epoch + 1) % self.every_n_rounds == 0:
             self._evaluate(trainer)
             self.log_dict(self.means())  # type: ignore[attr-defined]
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Evaluates if ``every_n_rounds`` is None."""
-        if self.every_n_rounds is None and trainer.strategy.history:  # type: ignore[attr-defined]
+        if self._loaders and self.every_n_rounds is None and trainer.strategy.history:  # type: ignore[attr-defined]
             self._evaluate(trainer)
             log_to_loggers(trainer, self.means())
 
@@ -175,12 +181,8 @@ class PersonalizedEvaluation(L.Callback):
             randomness.exit()
 
     def _check(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if not isinstance(trainer.strategy, FederatedStrategy):
-            raise MisconfigurationException(
-                f"PersonalizedEvaluation evaluates the clients of a federation, but the strategy is "
-                f"{type(trainer.strategy).__name__}. Choose a federated one, such as Trainer(strategy='fedavg')."
-            )
-        forbid_client_disclosure("PersonalizedEvaluation", trainer.strategy.view.settings)
+        strategy: Any = trainer.strategy
+        forbid_client_disclosure("PersonalizedEvaluation", strategy.view.settings)
         if getattr(type(module), "validation_step", None) is L.LightningModule.validation_step:
             raise MisconfigurationException("PersonalizedEvaluation calls `validation_step`, which the module lacks.")
         trains = self.finetune_epochs != 0 or self.local_epochs != 0

@@ -10,6 +10,7 @@ import platform
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,13 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_fl.strategies import FederatedStrategy
 from lightning_fl.tracking import loggers
 from lightning_fl.tracking.partition import summarise
-from lightning_fl.tracking.run import ROUNDS_FILE, RUN_FILE, Row, append_rows, to_json, write_file
+from lightning_fl.tracking.run import EVALUATIONS_FILE, ROUNDS_FILE, RUN_FILE, Row, append_rows, to_json, write_file
 
 MAX_CLIENTS = 200
 
@@ -38,7 +40,7 @@ class RunRecord(L.Callback):
 
     TensorBoard and W&B get the strategy's settings, the partition as a table and as a picture, and all metrics once
     more by round, under ``round/``. Silos share their number of examples only if clients are weighted by it, and never
-    their label counts.
+    their label counts, which are also left out where differential privacy protects clients or examples.
 
     Args:
         folder: Where to write. None: the folder of the first logger.
@@ -71,11 +73,13 @@ class RunRecord(L.Callback):
         settings = describe_settings(trainer)
         summary = None
         if isinstance(strategy, FederatedStrategy):
-            population, hides = strategy.view.population, strategy.view.settings.hides_silos
+            population, federation = strategy.view.population, strategy.view.settings
             # Under weighting by examples silos learn each other's sizes in any case, unless secure aggregation hides
             # them.
-            if population.silos is None or (strategy.weighting == "examples" and not hides):
-                summary = summarise(population, strategy.federation, MAX_CLIENTS, share_labels=False)
+            if not federation.silos or (strategy.weighting == "examples" and not federation.hides_silos):
+                # The sizes of clients count as public under differential privacy, their labels do not.
+                shares_labels = not federation.silos and not federation.is_differentially_private
+                summary = summarise(population, strategy.federation, MAX_CLIENTS, share_labels=shares_labels)
         self._facts = {
             "command": self.command or command_line(),
             "directory": os.getcwd(),
@@ -128,6 +132,24 @@ class RunRecord(L.Callback):
         self._facts.update(status=status, checkpoint=checkpoint)
         write_file(self.path / RUN_FILE, to_json(self._facts) + "\n")
 
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Adds the results to the record of the run whose model was tested."""
+        self._record_evaluation(trainer, "test")
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Adds the results of ``trainer.validate`` to the record; those of a round are in its row."""
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._record_evaluation(trainer, "validate")
+
+    def _record_evaluation(self, trainer: L.Trainer, what: str) -> None:
+        checkpoint = trainer.ckpt_path
+        folder = self.path if checkpoint is None else run_of_checkpoint(Path(checkpoint))
+        if folder is None or not trainer.is_global_zero:
+            return
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        row = {"what": what, "checkpoint": None if checkpoint is None else str(checkpoint), "metrics": metrics}
+        append_rows(folder / EVALUATIONS_FILE, [row])
+
     def state_dict(self) -> dict[str, Any]:
         """The rounds so far, so that a run resumed from a checkpoint has all rounds."""
         return {"rows": to_json({"rows": self._rows})}
@@ -135,6 +157,11 @@ class RunRecord(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the rounds of the run that is resumed."""
         self._rows = json.loads(state_dict["rows"])["rows"]
+
+
+def run_of_checkpoint(checkpoint: Path) -> Path | None:
+    """The folder of the run that wrote a checkpoint: the nearest one above it with a record."""
+    return next((folder for folder in checkpoint.resolve().parents if (folder / RUN_FILE).is_file()), None)
 
 
 def run_folder(trainer: L.Trainer, folder: Path | None) -> Path | None:
@@ -221,10 +248,22 @@ def _versions() -> dict[str, str]:
     }
 
 
-def command_line() -> str:
-    """The command that started this process, as far as Python can tell."""
+def command_line(words: Sequence[str] | None = None) -> str:
+    """The command that starts this run again, with torchrun and its options in front if torchrun started it.
+
+    Args:
+        words: What follows ``python`` or ``torchrun``. None: what this process was started with.
+    """
     # Not `sys.argv`, in which `-m package` has become the path of a file.
-    words = list(sys.orig_argv[1:])
-    while words and words[0].startswith("-") and words[0] not in ("-m", "-c"):
-        words.pop(0)
-    return shlex.join(["python", *words])
+    words = list(sys.orig_argv[1:] if words is None else words)
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return shlex.join(["python", *words])
+    # torchrun starts `python -u`.
+    words = words[1:] if words[:1] == ["-u"] else words
+    num_nodes = os.environ.get("GROUP_WORLD_SIZE", "1")
+    where = ["--standalone"]
+    if num_nodes != "1":
+        address = ["--node_rank", os.environ.get("GROUP_RANK", "0"), "--master_addr", os.environ["MASTER_ADDR"]]
+        where = ["--nnodes", num_nodes, *address, "--master_port", os.environ["MASTER_PORT"]]
+    processes = ["--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
+    return shlex.join(["torchrun", *where, *processes, *words])

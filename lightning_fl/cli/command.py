@@ -10,6 +10,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import ModuleType
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -62,6 +63,22 @@ def make_parser(module: ModuleType) -> argparse.ArgumentParser:
     )
     module.add_arguments(parser)
     return parser
+
+
+def check_output(path: Path) -> None:
+    """Refuses a file that cannot be written, before anything else is done. Folders are made below the current one only.
+
+    Raises:
+        ValueError: If the path is a folder, or lies in a folder elsewhere that does not exist.
+    """
+    if path.is_dir():
+        raise ValueError(
+            f"{path} is a folder; name a file in it, such as --out {path / 'out'}{path.suffix or '.html'}."
+        )
+    is_below = Path.cwd() in path.resolve().parents
+    if not is_below and not path.parent.is_dir():
+        raise ValueError(f"There is no folder {path.parent}. Make it first (mkdir -p {path.parent}), or name another.")
+    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def summary(module: ModuleType) -> str:

@@ -20,6 +20,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from lightning_fl.cli.command import check_output
 from lightning_fl.tracking import Run, plots
 from lightning_fl.tracking.metrics import best_metric, is_higher_better
 
@@ -36,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Prints the table and writes the picture."""
+    check_output(args.out)
     runs = [Run.read(path) for path in args.runs]
     metric = args.metric or best_metric(runs)
     for one in runs:
@@ -49,7 +51,6 @@ def run(args: argparse.Namespace) -> None:
         print('There is no picture without matplotlib: pip install "lightning-fl[tracking]"')
         return
     curves = {name: one.metric(metric) for name, one in zip(names, runs, strict=True)}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_bytes(plots.as_png(plots.curves_figure(curves, metric, 7.5, 4.2)))
     print(f"picture: {args.out}")
 

@@ -23,15 +23,19 @@ SITES = {"north": (240, 0.15, 0.0), "east": (120, 0.35, 0.4), "south": (90, 0.6,
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's own options."""
     parser.add_argument("directory", nargs="?", type=Path, default=Path("."), metavar="DIR", help="default: here")
+    parser.add_argument("--force", action="store_true", help="write over files that are there already")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Writes the files, or none of them if one already exists."""
+    """Writes the files, or none of them if one already exists and ``--force`` is not given."""
     files = {path.name: path.read_text() for path in sorted(STARTER.iterdir()) if path.is_file()}
     files["readings.csv"] = readings()
     there = [name for name in files if (args.directory / name).exists()]
-    if there:
-        raise ValueError(f"{args.directory} already has {', '.join(there)}. Name another folder: lightning-fl init DIR")
+    if there and not args.force:
+        raise ValueError(
+            f"{args.directory} already has {', '.join(there)}. Name another folder (lightning-fl init DIR), or write "
+            "over them with --force."
+        )
     args.directory.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
         path = args.directory / name

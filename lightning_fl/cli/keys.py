@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     trust = commands.add_parser("trust", help="trust public keys of other silos")
     for action in (create, show, trust):
         action.add_argument("folder", type=Path, help="the folder of the silo's keys")
+    create.add_argument("--force", action="store_true", help="keep an old identity aside, under its fingerprint")
     create.add_argument("--name", default="", help="a name of the silo for people to read")
     trust.add_argument("public", nargs="+", help="an identity.pub of another silo, or its line in quotes")
 
@@ -33,6 +34,8 @@ def run(args: argparse.Namespace) -> None:
     """Creates, shows or trusts identities."""
     folder = KeyFolder(args.folder)
     if args.action == "create":
+        if args.force and folder.exists():
+            folder.set_aside()
         print(_described(folder.create(args.name)))
     elif args.action == "show":
         print(_described(folder.public()))

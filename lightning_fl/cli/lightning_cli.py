@@ -7,10 +7,13 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
+import lightning as L
+import torch
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies import StrategyRegistry
 
 # These imports register the strategy names. They also let YAML files write this package's class names without their
@@ -22,11 +25,47 @@ import lightning_fl.datamodules
 import lightning_fl.models
 import lightning_fl.tracking
 from lightning_fl.callbacks import DryRun, FederatedProgressBar, RunRecord
+from lightning_fl.callbacks.run_record import command_line, run_folder
+from lightning_fl.cli.errors import ConfigurationError, in_one_line
+from lightning_fl.cli.words import spell_out_names
 from lightning_fl.strategies import FederatedStrategy
 
 FIT_EXAMPLES = """examples: lightning-fl fit --config config.yaml;
 lightning-fl fit --config config.yaml --trainer.strategy scaffold --trainer.max_epochs 50;
 torchrun --standalone --nproc_per_node 3 -m lightning_fl fit --config silos.yaml"""
+
+
+class FederatedParser(LightningArgumentParser):
+    """A parser that ends with one line for a wrong configuration."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raises the mistake that ``message`` is about."""
+        if not self.exit_on_error:  # the parser of a class inside; its message becomes a part of the whole one
+            super().error(message, ex)
+        raise ConfigurationError(in_one_line(message)) from ex
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Saves the configuration as ``config.yaml`` in the run's folder, and never over a file that it was read from.
+
+    A run without a folder, as one without a logger, saves none.
+    """
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Saves the configuration on rank 0."""
+        record = next((found for found in trainer.callbacks if isinstance(found, RunRecord)), None)  # type: ignore[attr-defined]
+        own = None if record is None else record.folder
+        if self.already_saved or (own is None and not trainer.loggers):
+            return
+        self.already_saved = True
+        folder = run_folder(trainer, own)
+        if folder is None or not trainer.is_global_zero:
+            return
+        path = folder / self.config_filename
+        if any(path.exists() and path.samefile(str(given)) for given in self.config.get("config") or ()):
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self.parser.save(self.config, str(path), skip_none=False, overwrite=True, multifile=self.multifile)
 
 
 class FederatedCLI(LightningCLI):
@@ -42,7 +81,8 @@ class FederatedCLI(LightningCLI):
         super().__init__(
             subclass_mode_model=True,
             subclass_mode_data=True,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=SaveRunConfig,
+            parser_class=FederatedParser,
             seed_everything_default=0,
             parser_kwargs={
                 "prog": "lightning-fl",
@@ -50,7 +90,7 @@ class FederatedCLI(LightningCLI):
                 "epilog": epilog,
                 "fit": {"usage": "lightning-fl fit --config CONFIG [options]", "epilog": FIT_EXAMPLES},
             },
-            args=None if args is None else list(args),
+            args=spell_out_names(self.words),
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -61,12 +101,13 @@ class FederatedCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Adds the run record and the progress bar of rounds, or with ``--dry-run`` the callback that stops the run."""
+        self._find_last()
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
         if self.config[self.subcommand].dry_run:
             self.trainer.num_sanity_val_steps = 0
             callbacks.append(DryRun())
-        elif self.trainer.loggers and not any(isinstance(callback, RunRecord) for callback in callbacks):
-            callbacks.insert(0, RunRecord(command=command_line(self.words)))
+        else:
+            self._add_record()
         # Lightning adds its own progress bar by default; replace it, but not one that the user has chosen.
         configured = self.config[self.subcommand].trainer.callbacks or []
         is_chosen = any("ProgressBar" in callback.class_path for callback in configured)
@@ -74,6 +115,55 @@ class FederatedCLI(LightningCLI):
             for index, callback in enumerate(callbacks):
                 if isinstance(callback, ProgressBar):
                     callbacks[index] = FederatedProgressBar()
+
+    def _add_record(self) -> None:
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        if self.trainer.loggers and not any(isinstance(callback, RunRecord) for callback in callbacks):
+            callbacks.insert(0, RunRecord(command=self._command()))
+
+    def _command(self) -> str:
+        """The command that starts this run again."""
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            return command_line(["-m", "lightning_fl", *self.words])
+        return shlex.join(["lightning-fl", *self.words])
+
+    def before_test(self) -> None:
+        """Adds the run record, which adds the results to the run that wrote the checkpoint."""
+        self._find_last()
+        self._add_record()
+
+    before_validate = before_predict = before_test
+
+    def _find_last(self) -> None:
+        """Looks for ``--ckpt_path last`` among all runs below the logger's folder, not just in this run's new one."""
+        given = self.config_init[self.subcommand]
+        if given.ckpt_path != "last":
+            return
+        logger = self.trainer.logger
+        folder = Path(self.trainer.default_root_dir)
+        if logger is not None and logger.save_dir is not None:
+            folder = Path(logger.save_dir, str(logger.name or ""))
+        found = sorted(folder.rglob("checkpoints/last*.ckpt"), key=lambda path: path.stat().st_mtime)
+        if not found:
+            raise ConfigurationError(
+                f"--ckpt_path last found no last.ckpt below {folder}. Name a checkpoint, or leave the option out to "
+                "start from the first round."
+            )
+        given.ckpt_path = str(found[-1])
+        print(f"checkpoint: {found[-1]}")
+
+    def predict(self, **kwargs: Any) -> None:
+        """Predicts, and saves what ``predict_step`` has returned for the batches, in one tensor if they are tensors."""
+        found = self.trainer.predict(**kwargs)
+        if not found:
+            return
+        tensors = all(isinstance(batch, torch.Tensor) and batch.ndim for batch in found)
+        folder = run_folder(self.trainer, None) if self.trainer.loggers else None
+        rank = f"_rank{self.trainer.global_rank}" if self.trainer.world_size > 1 else ""
+        path = (folder or Path(self.trainer.default_root_dir)) / f"predictions{rank}.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(torch.cat(found) if tensors else found, path)  # type: ignore[arg-type]
+        print(f"predictions: {path}")
 
     def after_fit(self) -> None:
         """Prints how to get a report on the run."""
@@ -85,6 +175,15 @@ class FederatedCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Refuses unknown strategy names before Lightning does, whose error would not list the federated ones."""
         check_strategy_name(self.config[self.subcommand].trainer.strategy)
+
+    def instantiate_classes(self) -> None:
+        """Makes the objects of the configuration; settings that their classes refuse are told in one line."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            if "Does not validate against any of the Union subtypes" not in str(error):
+                raise
+            raise ConfigurationError(in_one_line(str(error))) from error
 
 
 def federated_strategy_names() -> list[str]:
@@ -109,21 +208,7 @@ def check_strategy_name(strategy: Any) -> None:
         return
     close = difflib.get_close_matches(strategy.lower(), known, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
-    raise UnknownStrategyError(
+    raise ConfigurationError(
         f"Unknown strategy {strategy!r}; expected one of {', '.join(federated_strategy_names())}, or a strategy of "
         f"Lightning such as 'auto' or 'ddp'.{hint}"
     )
-
-
-class UnknownStrategyError(ValueError):
-    """The configuration names a strategy that is not registered."""
-
-
-def command_line(words: Sequence[str]) -> str:
-    """The command that starts this run again, with torchrun in front if torchrun started it."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return shlex.join(["lightning-fl", *words])
-    nodes = os.environ.get("GROUP_WORLD_SIZE", "1")
-    where = ["--standalone"] if nodes == "1" else ["--nnodes", nodes]
-    processes = ["--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
-    return shlex.join(["torchrun", *where, *processes, "-m", "lightning_fl", *words])

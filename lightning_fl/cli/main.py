@@ -9,11 +9,15 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
 from lightning_fl.cli import algorithms, compare, init, keys, partition, privacy, recipes, report
 from lightning_fl.cli.command import command, fail
-from lightning_fl.cli.lightning_cli import FederatedCLI, UnknownStrategyError
+from lightning_fl.cli.errors import ConfigurationError
+from lightning_fl.cli.lightning_cli import FederatedCLI
 
 _MODULES = (init, partition, report, compare, recipes, algorithms, privacy, keys)
+TRACEBACK = "--traceback"
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     module.__name__.rpartition(".")[2]: command(module) for module in _MODULES
 }
@@ -29,7 +33,9 @@ def main(args: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: With code 2 if the command does not exist or the configuration names an unknown strategy.
     """
-    words = sys.argv[1:] if args is None else args
+    words = list(sys.argv[1:] if args is None else args)
+    shows_traceback = TRACEBACK in words
+    words = [word for word in words if word != TRACEBACK]
     prepare_process()
     if words and words[0] in COMMANDS:
         COMMANDS[words[0]](words[1:])
@@ -41,10 +47,15 @@ def main(args: Sequence[str] | None = None) -> None:
         found = f"There is no command {words[0]!r}" if words else "No command was given"
         raise fail(f"{found}; the commands are {', '.join(known)}.{hint}")
     names = ", ".join(COMMANDS)
-    epilog = f"Besides these: {names}. Each has its own --help. New here? `lightning-fl init` writes a first project."
+    epilog = (
+        f"Besides these: {names}. Each has its own --help. New here? `lightning-fl init` writes a first project. "
+        f"Errors of the user are one line; {TRACEBACK} shows where they come from."
+    )
     try:
-        FederatedCLI(args, epilog)
-    except UnknownStrategyError as error:
+        FederatedCLI(words, epilog)
+    except (ConfigurationError, MisconfigurationException) as error:
+        if shows_traceback:
+            raise
         raise fail(error) from None
 
 
@@ -57,6 +68,8 @@ def prepare_process() -> None:
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.* is deprecated", category=FutureWarning)
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within Python")
     warnings.filterwarnings("ignore", message="The '.*_dataloader' does not have many workers")
+    # A run that goes on from a checkpoint has a folder of its own, by design.
+    warnings.filterwarnings("ignore", message="The dirpath has changed from")
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     if not any(isinstance(log_filter, _WithoutTips) for log_filter in logger.filters):
         logger.addFilter(_WithoutTips())

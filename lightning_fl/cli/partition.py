@@ -22,6 +22,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.table import Table
 
+from lightning_fl.cli.command import check_output
 from lightning_fl.cli.lightning_cli import FederatedCLI
 from lightning_fl.strategies import FederatedStrategy
 from lightning_fl.strategies.validation import forbid_client_disclosure
@@ -46,6 +47,10 @@ def run(args: argparse.Namespace) -> None:
     """Prints the table and writes the picture."""
     if args.max_clients < 1:
         raise MisconfigurationException(f"--max-clients {args.max_clients} must be at least 1.")
+    try:
+        check_output(args.out)
+    except ValueError as error:
+        raise MisconfigurationException(str(error)) from None
     look = LookAtPartition(args.max_clients)
     configs = [word for config in args.config or () for word in ("--config", config)]
     PartitionCLI(["fit", *configs, *args.rest], look)
@@ -55,7 +60,6 @@ def run(args: argparse.Namespace) -> None:
     if not plots.is_available():
         print('There is no picture without matplotlib: pip install "lightning-fl[tracking]"')
         return
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_bytes(plots.as_png(plots.partition_figure(look.summary)))
     print(f"picture: {args.out}")
 
@@ -100,9 +104,16 @@ class LookAtPartition(L.Callback):
         trainer.should_stop = True
         assert isinstance(trainer.strategy, FederatedStrategy)
         strategy = trainer.strategy
-        if strategy.view.settings.silos:
-            forbid_client_disclosure("lightning-fl partition", strategy.view.settings)
-        found = summarise(strategy.view.population, strategy.federation, self.max_clients, read_samples=True)
+        settings = strategy.view.settings
+        if settings.silos:
+            forbid_client_disclosure("lightning-fl partition", settings)
+        found = summarise(
+            strategy.view.population,
+            strategy.federation,
+            self.max_clients,
+            read_samples=True,
+            share_labels=not (settings.silos and settings.is_differentially_private),
+        )
         self.summary = found if trainer.is_global_zero else None
 
 

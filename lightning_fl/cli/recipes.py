@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", nargs="?", choices=("list", "show", "copy"), default="list")
     parser.add_argument("name", nargs="?", help="a recipe's name, for show and copy")
     parser.add_argument("to", nargs="?", type=Path, default=Path("."), help="where to copy it (default: here)")
+    parser.add_argument("--force", action="store_true", help="copy over a file that is there already")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -37,15 +38,37 @@ def run(args: argparse.Namespace) -> None:
         print(recipe.read_text(), end="")
     else:
         target = args.to / recipe.name if args.to.is_dir() else args.to
-        with target.open("x") as file:
-            file.write(recipe.read_text())
-        print(f"lightning-fl fit --config {target}")
+        copies = {target: recipe} | {target.parent / script.name: script for script in scripts(recipe)}
+        there = [str(path) for path in copies if path.exists()]
+        if there and not args.force:
+            raise ValueError(
+                f"{', '.join(there)} exists. Copy it elsewhere (recipes copy {args.name} DIR), or add --force."
+            )
+        for path, source in copies.items():
+            path.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+        print("\n".join(commands(recipe, target)))
 
 
 def recipes_directory() -> Path:
     """The folder of the recipes: inside an installed package, beside the package in a checkout."""
     package = Path(lightning_fl.__file__).parent
     return package / "recipes" if (package / "recipes").is_dir() else package.parent / "recipes"
+
+
+def commands(recipe: Path, copy: Path) -> list[str]:
+    """The commands of a recipe's header, with the copies in place of the recipe and of the script it needs."""
+    lines = [line for line in recipe.read_text(encoding="utf-8").splitlines() if line.startswith("#   ")]
+    starts = ("lightning-fl", "torchrun", "for", "pip", "python")
+    found = [line.lstrip("# ") for line in lines if line.lstrip("# ").split(" ")[0] in starts]
+    return [
+        line.replace(f"recipes/{recipe.name}", str(copy)).replace("recipes/", f"{copy.parent}/".removeprefix("./"))
+        for line in found
+    ]
+
+
+def scripts(recipe: Path) -> list[Path]:
+    """The scripts that a recipe's header runs; they lie beside it."""
+    return [path for path in sorted(recipe.parent.glob("*.py")) if f"recipes/{path.name}" in recipe.read_text("utf-8")]
 
 
 def all_recipes() -> dict[str, Path]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from lightning_fl.cli.command import check_output
 from lightning_fl.tracking import Run
 from lightning_fl.tracking.report import write_report
 
@@ -27,5 +28,6 @@ def run(args: argparse.Namespace) -> None:
     """Writes the page."""
     found = Run.read(args.run)
     path = args.out or found.path / "report.html"
+    check_output(path)
     write_report(found, path)
     print(f"report: {path}")

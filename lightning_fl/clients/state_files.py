@@ -18,6 +18,7 @@ from lightning_fl.types import ClientId, State
 
 # Joins the names of nested mappings. Names of tensors contain dots, but not this control character.
 _SEPARATOR = "\x1f"
+_MAX_FOLDER_NAME = 100
 Manifest = dict[ClientId, str]
 """The name of the version of each client that has a state."""
 
@@ -128,8 +129,17 @@ class StateFiles:
                     path.parent.rmdir()
 
     def _path(self, client: ClientId, name: str) -> Path:
-        # The repr tells client 1 from client "1"; quoting makes any name one valid folder name.
-        return self.root / "versions" / quote(repr(client), safe="") / f"{name}.safetensors"
+        return self.root / "versions" / folder_name(client) / f"{name}.safetensors"
+
+
+def folder_name(client: ClientId) -> str:
+    """A client's own folder name, short and in ASCII, so that any file system takes it."""
+    # The repr tells client 1 from client "1"; quoting makes any name one valid folder name.
+    name = quote(repr(client), safe="")
+    if len(name) <= _MAX_FOLDER_NAME:
+        return name
+    # File systems take 255 bytes, of which a letter beyond ASCII is up to 12 when quoted.
+    return f"{name[:32]}~{hashlib.blake2b(name.encode(), digest_size=16).hexdigest()}"
 
 
 def _write(path: Path, data: bytes, replace: bool = False, durable: bool = True) -> None:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
-_LABEL_KEYS = ("label", "labels", "target")
+_LABEL_KEYS = ("targets", "labels", "target", "label", "y")
 Find = Callable[[Any], np.ndarray | None]
 
 
 def targets(dataset: Any) -> np.ndarray:
     """The targets of a data set.
 
-    They are taken from the attribute ``targets`` or ``labels`` or the last tensor of a ``TensorDataset``, also through
-    ``Subset`` and ``ConcatDataset``. Otherwise every sample is read: the target is the last entry of a tuple or list,
-    or the entry ``label``, ``labels`` or ``target`` of a mapping.
+    They are taken from the last tensor of a ``TensorDataset``, or from the attribute or column ``targets``, ``labels``,
+    ``target``, ``label`` or ``y``, also through ``Subset`` and ``ConcatDataset``. Otherwise every sample is read: the
+    target is the last entry of a tuple or list, or the entry or attribute of one of these names.
 
     Args:
         dataset: A map-style data set.
@@ -79,32 +79,65 @@ def label_groups(dataset: Any, num_bins: int = 10) -> np.ndarray:
     return np.unique(values, return_inverse=True)[1].astype(np.int64)
 
 
-def column(dataset: Any, name: str | int) -> np.ndarray:
+Column = str | int | Sequence[Any] | np.ndarray | Callable[[Any], Any]
+"""What names one value of each sample."""
+
+
+def column(dataset: Any, name: Column) -> np.ndarray:
     """One column of a data set, of shape ``[num_samples]``.
 
     Args:
         dataset: A map-style data set.
-        name: Name of an attribute with one value per sample, of a Hugging Face column, or of an entry of samples that
-            are mappings; or the position of an entry of samples that are tuples.
+        name: Name of an attribute with one value per sample, of a Hugging Face column, or of an entry or attribute of
+            the samples; the position of an entry of samples that are tuples; a function of a sample; or the values
+            themselves, one for each sample.
 
     Raises:
         ValueError: If the data set has no such column, or it is not one integer or string per sample.
     """
+    values: np.ndarray | None
+    if callable(name):
+        values = _as_array([_as_array(name(dataset[index])).tolist() for index in range(len(dataset))])
+    elif isinstance(name, str | int):
+        values = _named_column(dataset, name)
+    else:
+        values = _as_array(name)
+    if values.ndim == 1 and len(values) != len(dataset):
+        raise ValueError(
+            f"The column has {len(values)} values for the {len(dataset)} samples of {type(dataset).__name__}; expected "
+            "one per sample."
+        )
+    if values.ndim != 1 or values.dtype.kind not in "iubUOS":
+        shown = column_name(name)
+        raise ValueError(
+            f"{shown[0].upper()}{shown[1:]} of {type(dataset).__name__} is {values.dtype} of shape "
+            f"{list(values.shape)}; expected one integer or string per sample."
+        )
+    return values
+
+
+def column_name(name: Column) -> str:
+    """The column as an error names it."""
+    return f"column {name!r}" if isinstance(name, str | int) else "the column"
+
+
+def _named_column(dataset: Any, name: str | int) -> np.ndarray:
     values = _find_stored(dataset, lambda data: _stored_column(data, name))
     if values is None:
         try:
-            values = _as_array([_as_array(dataset[index][name]).tolist() for index in range(len(dataset))])
-        except (KeyError, IndexError, TypeError) as error:
+            values = _as_array([_as_array(_entry(dataset[index], name)).tolist() for index in range(len(dataset))])
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{type(dataset).__name__} has no column {name!r}: found neither an attribute of that name with one "
                 "value per sample nor such an entry in its samples."
             ) from error
-    if values.ndim != 1 or values.dtype.kind not in "iubUOS":
-        raise ValueError(
-            f"Column {name!r} of {type(dataset).__name__} is {values.dtype} of shape {list(values.shape)}; expected "
-            "one integer or string per sample."
-        )
     return values
+
+
+def _entry(sample: Any, name: str | int) -> Any:
+    if isinstance(name, str) and not isinstance(sample, Mapping) and hasattr(sample, name):
+        return getattr(sample, name)
+    return sample[name]
 
 
 def _find_stored(dataset: Any, find: Find) -> np.ndarray | None:
@@ -121,8 +154,8 @@ def _find_stored(dataset: Any, find: Find) -> np.ndarray | None:
 def _stored_targets(dataset: Any) -> np.ndarray | None:
     if isinstance(dataset, TensorDataset):
         return _as_array(dataset.tensors[-1])
-    for name in ("targets", "labels"):
-        values = _attribute(dataset, name)
+    for name in _LABEL_KEYS:
+        values = _stored_column(dataset, name)
         if values is not None:
             return values
     return None
@@ -132,7 +165,9 @@ def _stored_column(dataset: Any, name: str | int) -> np.ndarray | None:
     if isinstance(name, int):
         return _as_array(dataset.tensors[name]) if isinstance(dataset, TensorDataset) else None
     if name in (getattr(dataset, "column_names", None) or ()):
-        return _as_array(list(dataset[name]))
+        # As stored: a transform may need the other columns, and a format costs time.
+        raw = dataset.with_format(None) if hasattr(dataset, "with_format") else dataset
+        return _as_array(list(raw[name]))
     return _attribute(dataset, name)
 
 
@@ -142,16 +177,23 @@ def _attribute(dataset: Any, name: str) -> np.ndarray | None:
 
 
 def _target_of(sample: Any) -> Any:
-    if isinstance(sample, Mapping):
+    if isinstance(sample, tuple | list):
+        if len(sample) > 1:
+            return _as_array(sample[-1]).tolist()
+    else:
         for key in _LABEL_KEYS:
-            if key in sample:
-                return _as_array(sample[key]).tolist()
-    elif isinstance(sample, tuple | list) and len(sample) > 1:
-        return _as_array(sample[-1]).tolist()
+            found = sample.get(key) if isinstance(sample, Mapping) else getattr(sample, key, None)
+            if found is not None and (isinstance(sample, Mapping) or isinstance(found, torch.Tensor | np.ndarray)):
+                return _one_target(_as_array(found))
     raise ValueError(
         f"A sample of type {type(sample).__name__} has no label: expected a tuple or list that ends with the label, "
-        f"or a mapping with one of the keys {', '.join(_LABEL_KEYS)}. Split data without labels with IID()."
+        f"or an entry or attribute {', '.join(_LABEL_KEYS)}. Split data without labels with IID()."
     )
+
+
+def _one_target(target: np.ndarray) -> Any:
+    # Graph libraries keep the label of a graph as a tensor of shape [1] or [1, num_labels].
+    return (target[0] if target.ndim > 1 and len(target) == 1 else target).tolist()
 
 
 def _as_array(values: Any) -> np.ndarray:

@@ -9,10 +9,9 @@ from typing import Any
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 
 from lightning_fl.data.client_loaders import ClientLoaders
-from lightning_fl.data.collation import with_fast_collation
-from lightning_fl.data.splitting import examples_per_pass
+from lightning_fl.data.splitting import check_loader_options, examples_per_pass, make_loader
 from lightning_fl.datamodules.loader_hooks import OptionalLoaders, wants_client_loaders
-from lightning_fl.types import ClientId
+from lightning_fl.types import ClientId, as_client_id
 
 Source = Dataset | Callable[[], Dataset]
 
@@ -33,10 +32,12 @@ class ClientDatasets(OptionalLoaders):
         shuffle: Whether training data is reshuffled at every pass.
         num_workers: Worker processes per loader.
         drop_last: Whether training drops an incomplete last batch.
+        **loader_options: Any other argument of ``DataLoader``, such as ``collate_fn`` or ``pin_memory``; ``sampler``
+            and ``batch_sampler`` are functions that make one from a client's training data.
 
     Raises:
-        ValueError: If ``train`` is empty or neither a sequence nor a mapping, or ``batch_size`` is less than 1; when a
-            client's data set is opened, if it has no length.
+        ValueError: If ``train`` is empty or neither a sequence nor a mapping, ``batch_size`` is less than 1, or a
+            loader option is unknown; when a client's data set is opened, if it has no length.
 
     Example:
         >>> import torch
@@ -56,8 +57,10 @@ class ClientDatasets(OptionalLoaders):
         shuffle: bool = True,
         num_workers: int = 0,
         drop_last: bool = False,
+        **loader_options: Any,
     ) -> None:
         super().__init__()
+        check_loader_options(loader_options)
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1, or None for one batch of all the examples.")
         self._train = _by_client(train)
@@ -68,6 +71,7 @@ class ClientDatasets(OptionalLoaders):
         self.shuffle = shuffle
         self.num_workers = num_workers
         self.drop_last = drop_last
+        self.loader_options = loader_options
         if val is None:
             self._hide_loaders("val_dataloader")
         if test is None:
@@ -76,8 +80,10 @@ class ClientDatasets(OptionalLoaders):
     def train_dataloader(self) -> ClientLoaders | DataLoader:
         """The clients' loaders; one loader over all their data if the strategy is not federated."""
         if wants_client_loaders(self.trainer):
-            return ClientLoaders(self._train.keys(), self._client_loader, num_examples=self._num_examples)
-        return self._loader(_union(self._train.values()), shuffle=self.shuffle, drop_last=self.drop_last)
+            has_own = {"sampler", "batch_sampler"}.isdisjoint(self.loader_options)
+            size = self._num_examples if has_own else None
+            return ClientLoaders(self._train.keys(), self._client_loader, num_examples=size)
+        return self._loader(_union(self._train.values()), train=True)
 
     def val_dataloader(self) -> DataLoader:
         """Validation data of all clients."""
@@ -99,26 +105,21 @@ class ClientDatasets(OptionalLoaders):
         return self._loader(_open(source))
 
     def _client_loader(self, client: ClientId) -> DataLoader:
-        dataset, collate_fn = with_fast_collation(_open(self._train[client]), None)
-        return self._loader(dataset, self.shuffle, self.drop_last, collate_fn)
+        return self._loader(_open(self._train[client]), train=True)
 
     def _num_examples(self, client: ClientId) -> int:
         num_samples = len(_open(self._train[client]))  # type: ignore[arg-type]
         return examples_per_pass(num_samples, self.batch_size or max(num_samples, 1), self.drop_last)
 
-    def _loader(
-        self, dataset: Dataset, shuffle: bool = False, drop_last: bool = False, collate_fn: Any = None
-    ) -> DataLoader:
-        num_samples = len(dataset)  # type: ignore[arg-type]
-        return DataLoader(
-            dataset,
-            batch_size=self.batch_size or max(num_samples, 1),
-            # `RandomSampler` refuses an empty data set, which a client may have.
-            shuffle=shuffle and num_samples > 0,
-            num_workers=self.num_workers,
-            drop_last=drop_last,
-            collate_fn=collate_fn,
-        )
+    def _loader(self, dataset: Dataset, train: bool = False) -> DataLoader:
+        own = {
+            "batch_size": self.batch_size or max(len(dataset), 1),  # type: ignore[arg-type]
+            "shuffle": train and self.shuffle,
+            "num_workers": self.num_workers,
+            "drop_last": train and self.drop_last,
+        }
+        samplers = {} if train else {"sampler": None, "batch_sampler": None}
+        return make_loader(dataset, {**own, **self.loader_options, **samplers})
 
 
 def _by_client(train: Any) -> Mapping[ClientId, Source]:
@@ -129,7 +130,9 @@ def _by_client(train: Any) -> Mapping[ClientId, Source]:
         )
     if not train:
         raise ValueError("train is empty; a federation needs the data set of at least one client.")
-    return train if isinstance(train, Mapping) else dict(enumerate(train))
+    return {
+        as_client_id(name): own for name, own in (train.items() if isinstance(train, Mapping) else enumerate(train))
+    }
 
 
 def _sources(name: str, data: Any) -> Collection[Source]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -14,7 +14,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from lightning_fl.data.client_loaders import ClientLoaders
 from lightning_fl.data.holdout import Holdout, Part
 from lightning_fl.data.partitioners.partitioner import Partitioner
-from lightning_fl.data.splitting import check_splittable, split_loader, with_dataset
+from lightning_fl.data.splitting import check_loader_options, check_splittable, split_loader, with_dataset
 from lightning_fl.datamodules.loader_hooks import OptionalLoaders, wants_client_loaders
 from lightning_fl.types import ClientId
 
@@ -52,9 +52,12 @@ class PartitionedDataModule(OptionalLoaders):
         seed: Seed of the split. None: the seed of ``seed_everything``, or 0.
         val_share: Fraction of each client's samples held out for its own validation, in [0, 1).
         test_share: Fraction of each client's samples held out for its own test, in [0, 1).
+        **loader_options: Arguments of ``DataLoader`` that replace those of the training loader of ``data``;
+            ``sampler`` and ``batch_sampler`` are functions that make one from a client's data set.
 
     Raises:
-        ValueError: If a fraction is out of range; when the loaders are created, if the training loader cannot be split.
+        ValueError: If a fraction is out of range, or a loader option is unknown; when the loaders are created, if the
+            training loader cannot be split.
 
     Example:
         >>> from lightning_fl.datamodules import DigitsDataModule, Dirichlet
@@ -73,6 +76,7 @@ class PartitionedDataModule(OptionalLoaders):
         seed: int | None = None,
         val_share: float = 0.0,
         test_share: float = 0.0,
+        **loader_options: Any,
     ) -> None:
         # Before the base class, which sets `trainer`: here that is a property of `data`.
         self.data = data
@@ -82,6 +86,8 @@ class PartitionedDataModule(OptionalLoaders):
         self.seed = seed
         self.holdout = Holdout(val_share, test_share)
         self.holdout.check()
+        check_loader_options(loader_options)
+        self.loader_options = loader_options
         self.prepare_data_per_node = data.prepare_data_per_node
         self.allow_zero_length_dataloader_with_multiple_devices = (
             data.allow_zero_length_dataloader_with_multiple_devices
@@ -109,7 +115,7 @@ class PartitionedDataModule(OptionalLoaders):
         if wants_client_loaders(self.trainer):
             return self._client_loaders("train")
         # Only then does the centralised baseline need a loader of its own to train on the same examples.
-        if self.partitioner.changes_examples or sum(self.holdout) > 0:
+        if self.partitioner.changes_examples or sum(self.holdout) > 0 or self.loader_options:
             return self._pooled_loader("train")
         return self.data.train_dataloader()
 
@@ -132,18 +138,20 @@ class PartitionedDataModule(OptionalLoaders):
         return self._client_loaders("test")
 
     def _client_loaders(self, part: Part) -> ClientLoaders:
-        loader, clients, parts, dataset_of = self._split(part)
-        return split_loader(loader, parts, clients, dataset_of)
+        loader, clients, parts, dataset_of, options = self._split(part)
+        return split_loader(loader, parts, clients, dataset_of, options)
 
     def _pooled_loader(self, part: Part) -> DataLoader:
-        loader, _, parts, dataset_of = self._split(part)
+        loader, _, parts, dataset_of, options = self._split(part)
         # A client may have too few samples to hold any out.
         datasets = [dataset_of(client, indices) for client, indices in enumerate(parts) if len(indices)]
-        return with_dataset(loader, ConcatDataset(datasets))
+        return with_dataset(loader, ConcatDataset(datasets), torch.cat(parts).tolist(), options)
 
-    def _split(self, part: Part) -> tuple[DataLoader, Sequence[ClientId], list[torch.Tensor], DatasetOfClient]:
-        loader = self.data.train_dataloader()
-        check_splittable(loader)
+    def _split(
+        self, part: Part
+    ) -> tuple[DataLoader, Sequence[ClientId], list[torch.Tensor], DatasetOfClient, Mapping[str, Any]]:
+        loader, options = self.data.train_dataloader(), self.loader_options
+        check_splittable(loader, options)
         dataset = loader.dataset
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if self.seed is None else self.seed
         clients = self.partitioner.client_ids(dataset, self.num_clients)
@@ -159,5 +167,6 @@ class PartitionedDataModule(OptionalLoaders):
         def dataset_of(client: int, indices: torch.Tensor) -> Dataset:
             return self.partitioner.client_dataset(dataset, indices, client, len(parts), seed)
 
-        loader = loader if part == "train" else with_dataset(loader, dataset, evaluate=True)
-        return loader, clients, parts, dataset_of
+        if part != "train":
+            loader, options = with_dataset(loader, dataset, None, options, evaluate=True), {}
+        return loader, clients, parts, dataset_of, options

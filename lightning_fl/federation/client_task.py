@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_fl.clients.local_work import BatchPosition
+from lightning_fl.data.client_loaders import Loader, likely_examples
 from lightning_fl.engines import ClientFacts
 from lightning_fl.federation.client_group import ClientGroup
 from lightning_fl.types import ClientId, LocalRun, Phase
@@ -23,6 +24,8 @@ class ClientTask:
         phases: The phases of its training.
         known_sizes: The number of examples that one pass over each client's data yields; None if it is known only
             after training.
+        loader: The loader of a client alone, whose length counts where its batches don't tell how many examples they
+            hold.
     """
 
     def __init__(
@@ -31,15 +34,18 @@ class ClientTask:
         batches: Iterator[tuple[Any, BatchPosition]],
         phases: Sequence[Phase],
         known_sizes: Sequence[int | None],
+        loader: Loader | None = None,
     ) -> None:
         self.group = group
         self.batches = batches
         self.phases = phases
         self.known_sizes = known_sizes
+        self.loader = loader
         self.phase = phases[0]
         self._phase_index = 0
         self._examples_seen = 0
         self._examples_of_pass: int | None = None
+        self._sizes_are_known = True
         self._losses: list[tuple[Sequence[int], Tensor | None, int]] = []
         self._loss_sum = 0.0
         self._examples_of_losses = 0
@@ -66,7 +72,12 @@ class ClientTask:
         return self.phase
 
     def record(
-        self, position: BatchPosition, num_examples: int, losses: Tensor | None, mask: Sequence[int] | None = None
+        self,
+        position: BatchPosition,
+        num_examples: int,
+        losses: Tensor | None,
+        mask: Sequence[int] | None = None,
+        is_known: bool = True,
     ) -> None:
         """Records a step.
 
@@ -75,7 +86,10 @@ class ClientTask:
             num_examples: Examples in the batch of one client.
             losses: The loss of a client alone, or of each of several; None if the batch was skipped.
             mask: The positions in the group of the clients that trained. None: all.
+            is_known: Whether the batch, or the module, has told how many examples it holds; if not, ``num_examples``
+                is only a weight of its loss.
         """
+        self._sizes_are_known &= is_known
         # Examples count in every phase, because a client's weight is the size of its data, whichever model a phase
         # trains.
         self._examples_seen += num_examples
@@ -111,12 +125,29 @@ class ClientTask:
         weight_of = self.group.settings.weight_of
         runs = []
         for known, own, loss in zip(self.known_sizes, facts, self._mean_losses(), strict=True):
-            size = self._examples_of_pass if known is None else known
-            # Without a length, or with fewer steps than a pass has batches, no end of a pass is seen; the client is
-            # then weighted by what it has processed.
-            size = self._examples_seen if size is None else size
+            size = self._num_examples() if known is None else known
             runs.append(LocalRun(own.num_steps, size, weight_of(size), loss, own.lr_sum, own.normalizer))
         return runs
+
+    def _num_examples(self) -> int:
+        """Examples of one pass, as counted in training.
+
+        Raises:
+            ValueError: If it weights the client, and can't be told.
+        """
+        if self._sizes_are_known:
+            # Without a length, or with fewer steps than a pass has batches, no end of a pass is seen; the client is
+            # then weighted by what it has processed.
+            return self._examples_seen if self._examples_of_pass is None else self._examples_of_pass
+        likely = likely_examples(self.loader)
+        if likely is None and self.group.settings.weighting == "examples":
+            raise ValueError(
+                f"Client {self.clients[0]!r} is to be weighted by its examples, but its loader has no length in "
+                "examples, and its batches have no first dimension that counts them. Give "
+                "fl.datamodules.ClientLoaders(..., num_examples=...), log with self.log(..., batch_size=...), or set "
+                'FederatedStrategy(weighting="uniform").'
+            )
+        return self._examples_seen if likely is None else likely
 
     def _mean_losses(self) -> list[float]:
         if not self._losses:

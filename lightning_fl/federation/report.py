@@ -42,11 +42,6 @@ def _first(values: list[T]) -> T:
     return values[0]
 
 
-def _common(values: list[str]) -> str:
-    """The value, if there are several ranks and all have the same; else an empty string."""
-    return values[0] if len(values) > 1 and len(set(values)) == 1 else ""
-
-
 def _longest(values: list[ScheduleEnd | None]) -> ScheduleEnd | None:
     reached = [value for value in values if value is not None]
     # Among equals `max` takes the first, and all ranks hold the reports in the order of the ranks, so they agree.
@@ -73,7 +68,6 @@ class RankReport:
         metric_states: For each torchmetric that was updated, a description of its state, which is in ``tensors``.
             Joined by :class:`~lightning_fl.strategies.metric_states.MetricStates`, from the reports of all ranks.
         has_late_values: Whether values are still logged after the round has been closed.
-        first_batch: A digest of the first batch, to detect ranks that have the same data by mistake.
         logger_steps: The steps by which the loggers' x-axis advances.
         should_stop: Whether training is to stop.
         deferred_checkpoints: The checkpoints requested inside the round, the same on all ranks: by path, whether they
@@ -95,7 +89,6 @@ class RankReport:
     metrics: Entries = _joined(dict, merge_entries)
     metric_states: dict[str, Any] = _joined(dict, _first)
     has_late_values: bool = _joined(False, any)
-    first_batch: str = _joined("", _common)
     logger_steps: int = _joined(0, sum, is_secret=True)
     should_stop: bool = _joined(False, any)
     deferred_checkpoints: dict[str, bool] = _joined(dict, _first)

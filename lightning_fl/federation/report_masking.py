@@ -36,16 +36,11 @@ def mask(report: Message) -> Message:
     public["metric_states"] = {
         name: _mask_state(name, state, report, sums) for name, state in public["metric_states"].items()
     }
-    # The digest would confirm to another rank a guess of what the batch holds.
-    public["first_batch"] = ""
     if public.get("has_late_values"):
         raise ConfigurationError(
             "Something is logged with on_epoch=True in `on_train_batch_end`, whose last values come after the round's "
             "secure sum. Under secure aggregation log it in `training_step`."
         )
-    if "failed" in public:
-        # The text of an error may quote the client's data.
-        public["failed"] = [(client, "an error that it alone has seen") for client, _ in public["failed"]]
     return Message({**public, "sums": sums})
 
 

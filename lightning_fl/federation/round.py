@@ -37,6 +37,9 @@ Probe = Callable[[ProbeKind, Iterator[Any], Mapping[str, Tensor]], Any]
 """Measures what an algorithm's ``probe`` asks for: ``(kind, batches, params)``; the module holds the global model."""
 
 
+UNTOLD_ERROR = "an error that it alone has seen"
+
+
 class GroupData(Protocol):
     """The data of a client group in a round."""
 
@@ -287,7 +290,7 @@ class Round:
         group = ClientGroup(self.settings, self.state.server, data.clients, states, measured)
         phases = self.settings.algorithm.phases()
         # Task and batches need each other: a change of phase while reading acts on the task.
-        task = ClientTask(group, iter(()), phases, data.sizes)
+        task = ClientTask(group, iter(()), phases, data.sizes, data.loader)
         self.trainer.start(group.starts, states, phases[0], group.grad_transform(phases[0]))
         if self.trainer.is_shared:
             self.trainer.seed(derive_seed(self.settings.seed, self.ctx.round, "module", client))
@@ -311,7 +314,8 @@ class Round:
         if mask is not None:
             task.group.select(mask)
         size = batch_size(batch if mask is None else part(batch.content, 0))
-        task.record(position, size, self.trainer.step(batch, position), mask)
+        losses = self.trainer.step(batch, position)
+        task.record(position, 1 if size is None else size, losses, mask, is_known=size is not None)
 
     def finish(self, task: ClientTask) -> GroupOutcome:
         """Ends a group's training: adds its updates to the sum, and stages its states until the round is closed.
@@ -334,7 +338,9 @@ class Round:
         else:
             accepted = self._add_group(task.group, group_update)
             updates = [group_update.update_of(0) if accepted[0] else None] if len(runs) == 1 else []
-        totals.num_examples += sum(run.num_examples for run in compress(runs, accepted))
+        # Where clients are hidden, a refused one has sent zeros and counts like any other.
+        counted = [True] * len(runs) if self.settings.hides_clients else accepted
+        totals.num_examples += sum(run.num_examples for run in compress(runs, counted))
         num_steps = sum(facts.num_steps_of_all for facts in result.facts)
         return GroupOutcome(runs, accepted, updates[0] if len(runs) == 1 else None, num_steps)
 
@@ -433,13 +439,16 @@ class Round:
             report: The fields that the caller fills in.
         """
         totals = self.totals
+        if self.settings.is_private and self.group.size > 1:
+            # The text of an error may quote the client's data.
+            report = replace(report, failed=[(client, UNTOLD_ERROR) for client, _ in report.failed])
         return replace(
             report,
             num_steps=totals.num_steps,
             num_examples=totals.num_examples,
             squared_norm=totals.squared_norm,
             schedule_end=totals.schedule_end,
-            refused=totals.refused,
+            refused=[] if self.settings.hides_refusals else totals.refused,
             lost=totals.lost,
             moved=sorted(self.trainer.moved),
         )

@@ -24,6 +24,7 @@ class FederationSettings:
         population: Number of clients in the federation.
         sampling: How the cohorts are drawn.
         silos: Whether each rank is a silo with its own data.
+        protects_examples: Whether local training hides each example of a client, by differential privacy.
     """
 
     algorithm: Algorithm
@@ -34,6 +35,7 @@ class FederationSettings:
     population: int
     sampling: Sampling | None = None
     silos: bool = False
+    protects_examples: bool = False
 
     @property
     def hides_clients(self) -> bool:
@@ -47,6 +49,21 @@ class FederationSettings:
         return self.silos and self.aggregator.hides_reports
 
     @property
+    def hides_refusals(self) -> bool:
+        """Whether silos are not told whose update was not finite, which the noise does not cover."""
+        return self.silos and self.hides_clients
+
+    @property
+    def is_differentially_private(self) -> bool:
+        """Whether differential privacy protects clients or their examples."""
+        return self.hides_clients or self.protects_examples
+
+    @property
+    def is_private(self) -> bool:
+        """Whether differential privacy or secure aggregation protects clients or their examples."""
+        return is_private(self.aggregator, self.transforms, self.protects_examples)
+
+    @property
     def transforms_gradients(self) -> bool:
         """Whether the algorithm overrides ``grad_transform``."""
         # The default changes nothing, but calling it would cost Python time in every step of every client.
@@ -55,6 +72,11 @@ class FederationSettings:
     def weight_of(self, num_examples: int) -> float:
         """The weight of a client with ``num_examples`` examples."""
         return float(num_examples) if self.weighting == "examples" else 1.0
+
+
+def is_private(aggregator: Aggregator, transforms: Sequence[Transform], protects_examples: bool) -> bool:
+    """Whether differential privacy or secure aggregation protects clients or their examples."""
+    return protects_examples or aggregator.hides_reports or any(transform.hides_clients for transform in transforms)
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ class BatchSteps(ABC):
             self.loop.end_without_hooks()
 
     @property
-    def results(self) -> logged.ResultCollection:
+    def results(self) -> logged.ClientResults:
         """Lightning's collection of the logged values."""
         return self.loop.collected
 
@@ -79,18 +79,19 @@ class HookedSteps(BatchSteps):
     """Each batch passes Lightning's batch hooks, those of the module and of every callback."""
 
     def train(self, task: ClientTask, batch: Any, position: BatchPosition, ends_round: bool) -> None:
+        self.results.forget_sizes()
         outputs = self.loop.train_batch(batch, position, ends_round)
         self.is_open = True
         if isinstance(batch, StackedBatch):
             losses: Tensor | None = self.loop.trainer.strategy.group_losses  # type: ignore[attr-defined]
-            size, mask = logged.count_examples(part(batch.content, 0)), batch.mask
+            size, is_known, mask = logged.count_examples(part(batch.content, 0)), True, batch.mask
         else:
             loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
             # Lightning has divided it by the number of batches in the accumulation window.
             losses = loss.detach() * position.window if isinstance(loss, Tensor) else None
             # The batch as the hooks have changed it, which is the one that `self.log` weighs its values by.
-            size, mask = logged.batch_size(self.results, self.loop.batch), None
-        task.record(position, size, losses, mask)
+            (size, is_known), mask = logged.batch_size(self.results, self.loop.batch), None
+        task.record(position, size, losses, mask, is_known)
         self.values.after_batch(self.results, size * (1 if mask is None else len(mask)))
 
     def flush_logs(self) -> None:
@@ -123,6 +124,7 @@ class TightSteps(BatchSteps):
         # After the move and before the step: `self.log` infers the batch size from the batch noted here.
         loop.count_start(batch, position, ends_round)
         self.is_open = True
+        self.results.forget_sizes()
         is_stacked = isinstance(batch, StackedBatch)
         size = _obvious_size(batch.content, dim=1) if is_stacked else _obvious_size(batch)
         with self._logs.in_step(None if is_stacked else size):
@@ -136,10 +138,8 @@ class TightSteps(BatchSteps):
             task.record(position, size, losses, batch.mask)
             size *= len(batch.mask)
         else:
-            # `self.log` has inferred a size; the client's mean then uses the same one.
-            if size is None or results.batch_size is not None:
-                size = logged.batch_size(results, batch)
-            task.record(position, size, losses)
+            size, is_known = logged.batch_size(results, batch) if size is None else (size, True)
+            task.record(position, size, losses, is_known=is_known)
         if results:
             self.values.after_batch(results, size)
 

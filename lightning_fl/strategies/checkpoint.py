@@ -20,7 +20,7 @@ from lightning_fl.communication import Group, Message
 from lightning_fl.federation import FederationState
 from lightning_fl.federation.server import some
 from lightning_fl.tree import move, to_sum_dtype
-from lightning_fl.types import State, Tree
+from lightning_fl.types import State, Tree, as_client_id
 
 KEY = "lightning_fl"
 FORMAT = 1
@@ -194,6 +194,7 @@ def load_client(checkpoint_path: str | Path, client_id: int | str) -> dict[str, 
     Raises:
         ValueError: If the checkpoint holds no state of the client.
     """
+    client_id = as_client_id(client_id)
     # With `weights_only`, because a checkpoint from somebody else could otherwise run code.
     checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
     files = state_files(checkpoint_path)

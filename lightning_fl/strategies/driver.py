@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,7 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_fl.aggregation import FederationFacts
 from lightning_fl.clients import ClientStore, Participation, Population
-from lightning_fl.communication import Group, Message
+from lightning_fl.communication import Group, Message, all_hold_the_same
 from lightning_fl.engines import LocalTrainer, Schedule
 from lightning_fl.engines.phases import optimizer_entry
 from lightning_fl.engines.vectorized.stacking import NotStackable
@@ -362,8 +363,12 @@ class RoundDriver:
 
     def _look_at_first(self, opened: OpenRound, batch: Any) -> None:
         """Records the first batch of a silo's first round, to warn of silos that have the same data."""
-        if not opened.first_batch and self.population.silos and not self.history and not self.settings.hides_clients:
+        if not opened.first_batch and self._compares_first_batches:
             opened.first_batch = digest(batch)
+
+    @property
+    def _compares_first_batches(self) -> bool:
+        return self.group.size > 1 and self.settings.silos and not self.history and not self.settings.is_private
 
     def _end_phase(self, opened: OpenRound, task: ClientTask, ends_phase: bool) -> None:
         if ends_phase:
@@ -412,8 +417,6 @@ class RoundDriver:
 
     def _note_failure(self, opened: OpenRound, failed: LoaderFailed) -> None:
         opened.failed[failed.client] = self._describe_failure(failed)
-        if self.settings.aggregator.hides_reports and self.group.size > 1:
-            self.warnings.hidden_failure(self.plan.round, failed.client, opened.failed[failed.client])
 
     def _describe_failure(self, failed: LoaderFailed) -> str:
         if self.on_client_error == "raise":
@@ -436,6 +439,15 @@ class RoundDriver:
         report = rank_report(trainer, opened, self.plan, self.metric_states, self.deferred_checkpoints)
         with naming_round(f"Round {index}", "The round is dropped. "), misconfiguration():
             reports = round.merge(report)
+            # A rank without a batch holds what no other holds.
+            if self._compares_first_batches and all_hold_the_same(
+                self.group, opened.first_batch or os.urandom(16), "first batch"
+            ):
+                self.warnings.same_data(self.group.size)
+            if self.settings.is_private and self.group.size > 1:
+                self.warnings.untold_failures(index, opened.failed)
+            if self.settings.hides_refusals:
+                self.warnings.untold_refusals(index, round.totals.refused)
             self.warnings.data(index, reports)
             result = round.close(reports, opened.loaders.seconds_waiting)
         # This ends the local phase: from here on the strategy's collectives concern all ranks, which the checkpoints
@@ -450,7 +462,9 @@ class RoundDriver:
         self.has_late_values = result.report.has_late_values
         # A rank that stopped alone would leave the others waiting in the next round.
         trainer.should_stop = result.report.should_stop
-        self.warnings.result(index, result, trainer, logged)
+        if self.settings.is_differentially_private:
+            self.warnings.monitors(trainer, logged)
+        self.warnings.result(index, result)
         assert self.local_trainer is not None
         self.warnings.put_back(self.local_trainer.isolation.changed)
         self.history.append(history_entry(index, result, self.plan.dropped))

@@ -9,7 +9,7 @@ from typing import Any
 from lightning import LightningModule
 
 from lightning_fl.aggregation import Aggregator, FederationFacts
-from lightning_fl.communication import Group, Message
+from lightning_fl.communication import Group, Message, all_hold_the_same
 from lightning_fl.federation.metric_entries import Entries, as_numbers, merge_entries
 from lightning_fl.federation.report_masking import mask, unmask
 from lightning_fl.strategies.logged_values import evaluation_entries, publish
@@ -21,7 +21,9 @@ from lightning_fl.types import Tree
 class EvaluationMetrics:
     """Metrics of an evaluation, equal on all ranks.
 
-    If all ranks have read the same data, it counts once; otherwise the metrics are those of the union of their data.
+    If all silos have read the same data, it counts once; otherwise the metrics are those of the union of the ranks'
+    data. Silos that differential privacy or secure aggregation protects do not compare their data, so theirs is the
+    union in any case.
 
     Args:
         group: The ranks of the federation.
@@ -36,17 +38,20 @@ class EvaluationMetrics:
         self.states = MetricStates(module, group.rank)
         self.hides = False
         self.per_rank = False
-        self.first_batch = ""
+        self.compares = False
+        self.first_batch = b""
+        self._is_same: bool | None = None
         self._session: Any = None
         self._placeholders: list[str] = []
 
-    def start(self, results: ResultCollection, per_rank: bool, silos: bool) -> None:
+    def start(self, results: ResultCollection, per_rank: bool, silos: bool, is_private: bool) -> None:
         """Called when an evaluation begins.
 
         Args:
             results: Lightning's collection of the logged values.
             per_rank: Whether ranks may have data of their own.
             silos: Whether each rank is a silo.
+            is_private: Whether differential privacy or secure aggregation protects the ranks' data.
         """
         self.hides = silos and self.aggregator.hides_reports and self.group.size > 1
         # One session for all evaluations: opening it is a handshake of all ranks.
@@ -57,7 +62,8 @@ class EvaluationMetrics:
             results.pop(key, None)
         self._placeholders = []
         self.per_rank = per_rank
-        self.first_batch = ""
+        self.compares = silos and not is_private and self.group.size > 1
+        self.first_batch, self._is_same = b"", None
         self.states.mark()
 
     @contextmanager
@@ -83,13 +89,17 @@ class EvaluationMetrics:
 
     def _gather(self, entries: Entries) -> list[Message]:
         fields, tensors = self.states.report() if self.per_rank else ({}, {})
-        report = Message({"metrics": entries, "metric_states": fields, "first_batch": self.first_batch}, tensors)
+        report = Message({"metrics": entries, "metric_states": fields}, tensors)
         if self.hides:
             return unmask(self.aggregator.gather(self._session, self.group, mask(report), "evaluation"))
         reports = self.group.all_gather(report, "evaluation")
-        # Silos that validate on a common public set would otherwise count it once for each silo.
-        same_data = len({message.fields["first_batch"] for message in reports}) == 1
-        return reports if self.per_rank and not same_data else reports[:1]
+        return reports if self.per_rank and not self._have_same_data() else reports[:1]
+
+    def _have_same_data(self) -> bool:
+        """Whether silos validate on a common set, which would otherwise count once for each silo."""
+        if self._is_same is None:
+            self._is_same = self.compares and all_hold_the_same(self.group, self.first_batch, "evaluation data")
+        return self._is_same
 
 
 def _states(reports: Sequence[Message]) -> list[tuple[dict[str, Any], Tree]]:

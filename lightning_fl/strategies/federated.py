@@ -31,6 +31,7 @@ from lightning_fl.engines import ClientOptimizer, OptimizerStates, Vectorized
 from lightning_fl.engines.vectorized.stacking import StackedBatch
 from lightning_fl.federation import FederationSettings
 from lightning_fl.federation.rank_verification import digest, synchronize_module, verify_ranks
+from lightning_fl.federation.settings import is_private
 from lightning_fl.strategies import internals
 from lightning_fl.strategies.callback import RoundCallback
 from lightning_fl.strategies.checkpoint import (
@@ -340,7 +341,7 @@ class FederatedStrategy(ParallelStrategy):
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         # The first batch only: it tells whether the ranks evaluate the same data, and a digest of every batch would
         # cost time.
-        if self._works_alone and self.federation.size > 1 and not self.evaluation_metrics.first_batch:
+        if self._works_alone and self.evaluation_metrics.compares and not self.evaluation_metrics.first_batch:
             self.evaluation_metrics.first_batch = digest(batch)
         return super().batch_to_device(batch, device, dataloader_idx)
 
@@ -381,6 +382,7 @@ class FederatedStrategy(ParallelStrategy):
             population=len(population),
             sampling=describe_sampling(self.cohort, len(population), self.clients_per_round),
             silos=population.silos is not None,
+            protects_examples=self._protects_examples,
         )
         stateful = self.algorithm.keeps_client_state or self.client_optimizer == "keep" or bool(self.personal)
         stateful |= any(phase.model == "own" for phase in self.algorithm.phases())
@@ -456,7 +458,8 @@ class FederatedStrategy(ParallelStrategy):
 
     def _start_evaluation(self) -> None:
         results, silos = internals.active_results(self._trainer), self._validation_is_per_rank
-        self.evaluation_metrics.start(results, silos or self.split_validation, silos)
+        private = is_private(self.aggregator, self.transforms, self._protects_examples)
+        self.evaluation_metrics.start(results, silos or self.split_validation, silos, private)
         # Until the last batch: ranks may have different numbers of batches, so that a collective in a step would hang.
         self._works_alone = True
 
@@ -558,6 +561,11 @@ class FederatedStrategy(ParallelStrategy):
     @property
     def _trainer(self) -> L.Trainer:
         return self._module.trainer
+
+    @property
+    def _protects_examples(self) -> bool:
+        callbacks = self._trainer.callbacks  # type: ignore[attr-defined]
+        return any(getattr(callback, "protects_examples", False) for callback in callbacks)
 
     @property
     def _seed(self) -> int:

@@ -20,11 +20,11 @@ from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.optimization.automatic import _AutomaticOptimization
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.trainer import call
-from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from lightning_fl.clients.local_work import BatchPosition
 from lightning_fl.engines.optimizer_states import schedules_ahead_of_optimizers
+from lightning_fl.strategies.results import ClientResults
 
 OUTSIDE_CLIENTS = BatchPosition(0)
 """The position while no client trains: a window of its own, so that nothing waits for more batches."""
@@ -53,14 +53,16 @@ class RoundEpochLoop(_TrainingEpochLoop):
 
     def prepare(self) -> None:
         """Initializes what ``__init__`` would; it has run as Lightning's before :func:`adopt_loops` set the class."""
+        self._results.__class__ = ClientResults
         self.position = OUTSIDE_CLIENTS
         self.is_round_done = None
         self.outputs = self.batch = None
         self.batch_idx_in_round = -1
 
     @property
-    def collected(self) -> _ResultCollection:
+    def collected(self) -> ClientResults:
         """Lightning's collection of the values logged in training."""
+        assert isinstance(self._results, ClientResults)
         return self._results
 
     # ---- when it ends

@@ -34,7 +34,7 @@ class OpenRound:
         num_batches_done: Batches that this rank has trained.
         has_trained: Whether this rank has finished a client.
         more_logger_steps: Steps by which the loggers' x-axis advances beyond those that Lightning counts.
-        first_batch: A digest of the first batch, if ranks are to compare it.
+        first_batch: A digest of the first batch, if ranks are to compare it; it does not leave this rank.
     """
 
     round: Round
@@ -52,4 +52,4 @@ class OpenRound:
     num_batches_done: int = 0
     has_trained: bool = False
     more_logger_steps: int = 0
-    first_batch: str = ""
+    first_batch: bytes = b""

@@ -103,7 +103,7 @@ def validate_out_of_loop(trainer: L.Trainer, loader: Iterable[Any]) -> tuple[dic
             internals.hook_out_of_loop(trainer, "on_validation_epoch_start")
             for index, fetched in enumerate(loader):
                 _, batch = internals.step_out_of_loop(trainer, "validation_step", fetched, index)
-                num_examples += batch_size(results, batch)
+                num_examples += batch_size(results, batch)[0]
             internals.hook_out_of_loop(trainer, "on_validation_epoch_end")
             return internals.logged_out_of_loop(results), num_examples
     finally:

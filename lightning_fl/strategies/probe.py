@@ -45,7 +45,7 @@ def probe(trainer: L.Trainer, kind: ProbeKind, batches: Iterable[Any], params: M
             loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
             if loss is None:
                 continue
-            size = logged.batch_size(results, batch)
+            size, _ = logged.batch_size(results, batch)
             num_examples += size
             if kind == "loss":
                 total += loss.detach().double() * size

@@ -12,9 +12,9 @@ from lightning.pytorch.trainer.connectors.logger_connector.result import (
     _ResultMetric,
     _Sync,
 )
-from lightning.pytorch.utilities.data import extract_batch_size
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+
+from lightning_fl.data.client_loaders import batch_size as _size_of_batch
 
 ResultCollection = _ResultCollection
 
@@ -117,21 +117,42 @@ def step_arguments(module: LightningModule, batch_idx: int) -> tuple[Any, ...]:
     return (batch_idx,) if takes_batch_idx(module) else ()
 
 
-def batch_size(results: _ResultCollection, batch: Any) -> int:
-    """Number of examples in the loop's current batch, as Lightning infers it; 1 if it can't."""
-    if results.batch_size is None:
-        results.batch_size = _extracted(batch)
-    return 1 if results.batch_size is None else results.batch_size
+class ClientResults(_ResultCollection):
+    """Lightning's collection of logged values, which notes the batch sizes that the module gives."""
+
+    def log(self, *args: Any, batch_size: int | None = None, **kwargs: Any) -> None:
+        """Notes ``batch_size``, of which Lightning keeps nothing for values that it does not accumulate."""
+        if batch_size is not None:
+            self.given_sizes.add(batch_size)
+        super().log(*args, batch_size=batch_size, **kwargs)
+
+    @property
+    def given_sizes(self) -> set[int]:
+        """The batch sizes with which the module has logged since :meth:`forget_sizes`."""
+        found: set[int] = vars(self).setdefault("_given_sizes", set())
+        return found
+
+    def forget_sizes(self) -> None:
+        """Begins a batch."""
+        self.given_sizes.clear()
+
+
+def batch_size(results: _ResultCollection, batch: Any) -> tuple[int, bool]:
+    """Number of examples in the batch of the step that has just run, and whether it is sure.
+
+    It is what the batch shows, else the one size with which the module has logged. If it is not sure, the number is
+    what Lightning has inferred for ``self.log``, or 1.
+    """
+    found = _size_of_batch(batch)
+    given = results.given_sizes if isinstance(results, ClientResults) else ()
+    if found is None and len(given) == 1:
+        (found,) = given
+    if found is not None:
+        return found, True
+    return (1 if results.batch_size is None else results.batch_size), False
 
 
 def count_examples(batch: Any) -> int:
-    """Number of examples in any other batch, as Lightning infers it; 1 if it can't."""
-    found = _extracted(batch)
+    """Number of examples in any other batch; 1 if it does not show."""
+    found = _size_of_batch(batch)
     return 1 if found is None else found
-
-
-def _extracted(batch: Any) -> int | None:
-    try:
-        return extract_batch_size(batch)
-    except MisconfigurationException:
-        return None

@@ -36,7 +36,6 @@ def rank_report(
         metrics=as_numbers({**opened.values.entries, **logged_metric_entries(results)}),
         metric_states=descriptions,
         has_late_values=bool(late_entries(results)),
-        first_batch=opened.first_batch,
         empty=list(plan.empty),
         failed=list(opened.failed.items()),
         logger_steps=own_steps if opened.has_trained else 0,

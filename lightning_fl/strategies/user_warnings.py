@@ -25,6 +25,13 @@ def _forms(name: str) -> tuple[str, ...]:
     return name, f"{name}_epoch", f"{name}_step"
 
 
+def _refused(round: int, clients: Sequence[ClientId]) -> str:
+    return (
+        f"Round {round}: the updates of {', '.join(map(repr, clients))} hold NaN or Inf and were left out. Lower the "
+        "learning rate, clip gradients, or check these clients' data."
+    )
+
+
 class UserWarnings:
     """Warnings about clients and their data, each given once unless it is about a single round."""
 
@@ -54,7 +61,7 @@ class UserWarnings:
             )
 
     def data(self, round: int, reports: Sequence[RankReport]) -> None:
-        """Warns of clients without data, loaders that raised, and ranks with the same data."""
+        """Warns of clients without data and of loaders that raised."""
         joined = RankReport.join(reports)
         for client in joined.empty:
             if self._is_new(("empty", client)):
@@ -64,29 +71,27 @@ class UserWarnings:
                 )
         for client, error in joined.failed:
             rank_zero_warn(f"Round {round}: the loader of client {client!r} raised {error}, so it was left out.")
-        if joined.first_batch:
-            rank_zero_warn(
-                f"All {len(reports)} ranks trained on the same first batch. Started by a launcher, each rank is a silo "
-                "with its own data. To split one data set among simulated clients, give num_clients or partition."
-            )
 
-    def hidden_failure(self, round: int, client: ClientId, error: str) -> None:
-        """Warns, on this rank only, of a loader that raised under an aggregator that hides the ranks' reports."""
-        warnings.warn(
-            f"Round {round}: the loader of client {client!r} raised {error}, so it was left out. The other ranks do "
-            "not see this error.",
-            stacklevel=2,
+    def same_data(self, num_ranks: int) -> None:
+        """Warns of silos with the same data."""
+        rank_zero_warn(
+            f"All {num_ranks} ranks trained on the same first batch. Started by a launcher, each rank is a silo "
+            "with its own data. To split one data set among simulated clients, give num_clients or partition."
         )
 
-    def result(self, round: int, result: RoundResult, trainer: L.Trainer, logged: Entries) -> None:
-        """Warns of refused updates, and of metrics that disclose hidden clients; informs of empty and last rounds."""
-        if result.hides_clients:
-            self._monitors(trainer, {name for entry in logged.values() for name in _forms(entry["name"])})
-        if result.report.refused:
-            rank_zero_warn(
-                f"Round {round}: the updates of {', '.join(map(repr, result.report.refused))} hold NaN or Inf and were "
-                "left out. Lower the learning rate, clip gradients, or check these clients' data."
+    def untold_failures(self, round: int, failed: Mapping[ClientId, str]) -> None:
+        """Warns, on this rank only, of its loaders that raised, whose errors the other ranks are not told."""
+        for client, error in failed.items():
+            warnings.warn(
+                f"Round {round}: the loader of client {client!r} raised {error}, so it was left out. The other ranks "
+                "do not see this error.",
+                stacklevel=2,
             )
+
+    def result(self, round: int, result: RoundResult) -> None:
+        """Warns of refused updates, and of frozen parameters that move; informs of empty and last rounds."""
+        if result.report.refused:
+            rank_zero_warn(_refused(round, result.report.refused))
         if result.unsent:
             rank_zero_warn(
                 f"Round {round}: training has changed frozen parameters for the first time ({some(result.unsent)}). They "
@@ -109,8 +114,14 @@ class UserWarnings:
                 "over clients is logged with self.log, or a torchmetric."
             )
 
-    def _monitors(self, trainer: L.Trainer, names: set[str]) -> None:
-        """Warns of callbacks and schedules that monitor an exact metric of clients which are to be hidden."""
+    def untold_refusals(self, round: int, clients: Sequence[ClientId]) -> None:
+        """Warns, on this rank only, of its updates that were refused."""
+        if clients:
+            warnings.warn(_refused(round, clients) + " The other ranks do not see this warning.", stacklevel=2)
+
+    def monitors(self, trainer: L.Trainer, logged: Entries) -> None:
+        """Warns of callbacks and schedules that monitor an exact figure of data which differential privacy protects."""
+        names = {name for entry in logged.values() for name in _forms(entry["name"])}
         schedules = [(config.scheduler, config.monitor) for config in trainer.lr_scheduler_configs if config.monitor]
         callbacks = [(c, getattr(c, "monitor", None)) for c in trainer.callbacks]  # type: ignore[attr-defined]
         for judge, monitor in [*schedules, *callbacks]:

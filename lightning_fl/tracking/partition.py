@@ -99,16 +99,16 @@ def summarise(
         group: The ranks of the federation. Each silo looks at its own data; the results are gathered.
         max_clients: Number of clients to look at; if there are more, evenly spaced ones are chosen.
         read_samples: Whether to read every sample of data sets that do not store their labels.
-        share_labels: Whether silos share how many examples of each label they have.
+        share_labels: Whether the summary tells how many examples of each label the clients have.
     """
     ids = list(population.ids) if len(population) <= max_clients else _spread(population.ids, max_clients)
     if population.silos is None:
-        found = _look(population, ids, read_samples)
+        found = _look(population, ids, read_samples, share_labels)
         return _join(len(population), [found])
-    local = _look(population, list(population.loaders), read_samples and share_labels)
+    local = _look(population, list(population.loaders), read_samples, share_labels)
     # Only classes are shared: the ranges of a numeric target are a silo's own quantiles, which reveal values and differ
     # from those of other silos.
-    values = local["values"] if share_labels and local["kind"] == "classes" else {}
+    values = local["values"] if local["kind"] == "classes" else {}
     gathered = group.all_gather(Message({**local, "values": values}), "partition")
     return _join(len(population), [message.fields for message in gathered])
 
@@ -117,7 +117,7 @@ def _spread(ids: Sequence[Any], count: int) -> list[Any]:
     return [ids[position] for position in np.linspace(0, len(ids) - 1, count).astype(int)]
 
 
-def _look(population: Population, ids: Sequence[Any], read_samples: bool) -> dict[str, Any]:
+def _look(population: Population, ids: Sequence[Any], read_samples: bool, share_labels: bool) -> dict[str, Any]:
     """The clients' sizes and label counts as JSON values; ``values`` maps each label to its count per client."""
     sizes: list[int | None] = []
     labels: list[np.ndarray | None] = []
@@ -127,7 +127,8 @@ def _look(population: Population, ids: Sequence[Any], read_samples: bool) -> dic
         loader = population.loaders[client]
         sizes.append(population.num_examples(client, loader))
         dataset = getattr(loader, "dataset", None)
-        labels.append(None if dataset is None else _labels(dataset, cache, read_samples))
+        has_labels = share_labels and dataset is not None
+        labels.append(_labels(dataset, cache, read_samples) if has_labels else None)
     kind, values = _count(labels)
     return {"ids": list(ids), "sizes": sizes, "kind": kind, "values": values}
 

@@ -19,6 +19,7 @@ Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 """By label: rounds and values."""
 MAX_LABELLED_CLIENTS = 40
 MAX_LEGEND = 12
+MAX_CHARACTERS = 40
 GREY = "#5f6b7a"
 
 
@@ -42,6 +43,13 @@ def is_available() -> bool:
     except ImportError:
         return False
     return True
+
+
+def as_text(name: Any) -> str:
+    """A user's name for a figure: no longer than the figure can take, and no formula, which need not be valid."""
+    text = str(name)
+    shown = text if len(text) <= MAX_CHARACTERS else f"{text[: MAX_CHARACTERS - 1]}\u2026"
+    return shown.replace("$", r"\$")
 
 
 def as_png(figure: Figure, dpi: int = 120) -> bytes:
@@ -95,7 +103,7 @@ def _layers(summary: PartitionSummary, order: Sequence[int]) -> list[tuple[str |
     counts = np.asarray(summary.counts)[list(order)]
     colours = label_colours(len(summary.labels))
     return [
-        (name if column < 20 else None, counts[:, column], colours[column])
+        (as_text(name) if column < 20 else None, counts[:, column], colours[column])
         for column, name in enumerate(summary.labels)
     ]
 
@@ -106,7 +114,7 @@ def _few_clients(axes: Axes, summary: PartitionSummary) -> None:
     for name, values, colour in _layers(summary, rows.tolist()):
         axes.barh(rows, values, left=left, color=colour, label=name, height=0.8, edgecolor="white", linewidth=0.4)
         left += values
-    axes.set_yticks(rows, [str(client) for client in summary.ids], fontsize=8)
+    axes.set_yticks(rows, list(map(as_text, summary.ids)), fontsize=8)
     axes.invert_yaxis()
     axes.set_ylabel("client", fontsize=9)
     axes.set_xlabel("examples", fontsize=9)
@@ -145,9 +153,9 @@ def curves_figure(curves: Curves, ylabel: str, width: float = 6.4, height: float
 def draw_curves(axes: Axes, curves: Curves, ylabel: str) -> None:
     """Draws lines over the rounds."""
     for label, (rounds, values) in curves.items():
-        axes.plot(rounds, values, label=label, linewidth=1.8, marker="o" if len(rounds) < 3 else None)
+        axes.plot(rounds, values, label=as_text(label), linewidth=1.8, marker="o" if len(rounds) < 3 else None)
     axes.set_xlabel("round", fontsize=9)
-    axes.set_ylabel(ylabel, fontsize=9)
+    axes.set_ylabel(as_text(ylabel), fontsize=9)
     axes.grid(visible=True, color="#e3e7ec", linewidth=0.8)
     _count_rounds(axes)
     if 1 < len(curves) <= MAX_LEGEND:
@@ -199,9 +207,11 @@ def heat_map_figure(rows: Iterable[Mapping[str, Any]], value: str, label: str) -
         across, down = zip(*places, strict=True)
         axes.scatter(across, down, marker="x", color="#d62728", s=24, label="refused")
         axes.legend(fontsize=8, loc="upper right")
-    figure.colorbar(image, ax=axes, label=label, extend="max" if finite.size and finite.max() > top else "neither")
+    figure.colorbar(
+        image, ax=axes, label=as_text(label), extend="max" if finite.size and finite.max() > top else "neither"
+    )
     if len(clients) <= MAX_LABELLED_CLIENTS:
-        axes.set_yticks(range(len(clients)), [str(client) for client in clients], fontsize=8)
+        axes.set_yticks(range(len(clients)), list(map(as_text, clients)), fontsize=8)
     axes.set_ylabel("client", fontsize=9)
     axes.set_xlabel("round", fontsize=9)
     _count_rounds(axes)

@@ -76,6 +76,7 @@ def render(run: Run) -> str:
         _section("Who has what", _partition(run)),
         _section("Updates, time and traffic", _costs(run)),
         _section("Left out", _left_out(run)),
+        _section("Evaluated afterwards", _evaluations(run)),
         _section("Settings", _settings(run)),
         _section("Do it again", _again(run)),
     ]
@@ -235,6 +236,15 @@ def _left_out(run: Run) -> str:
     ]
     more = f"<p>and {len(rows) - 50} more</p>" if len(rows) > 50 else ""
     return _table(["round", "why", "clients"], rows[:50]) + more if rows else ""
+
+
+def _evaluations(run: Run) -> str:
+    rows = [
+        [row["what"], name, value, Path(row["checkpoint"] or "the last round").name]
+        for row in run.evaluations
+        for name, value in row["metrics"].items()
+    ]
+    return _table(["command", "metric", "value", "model"], rows) if rows else ""
 
 
 def _settings(run: Run) -> str:

@@ -16,6 +16,7 @@ from lightning_fl.tracking.partition import PartitionSummary
 
 RUN_FILE = "run.json"
 ROUNDS_FILE = "rounds.jsonl"
+EVALUATIONS_FILE = "evaluations.jsonl"
 CLIENTS_STEM = "clients"
 """``clients.parquet``, or ``clients.csv`` without pyarrow; ``clients.jsonl`` while the run is in progress."""
 
@@ -82,12 +83,14 @@ class Run:
         facts: The content of ``run.json``: settings, versions, the command line, how the run ended.
         rounds: One row per round, with its global metrics under ``"metrics"``.
         clients: One row per client and round, if the run had :class:`~lightning_fl.callbacks.ClientMetrics`.
+        evaluations: One row for each ``test`` and ``validate`` of its model: what, checkpoint, metrics.
     """
 
     path: Path
     facts: Mapping[str, Any]
     rounds: list[Row]
     clients: list[Row] = field(default_factory=list)
+    evaluations: list[Row] = field(default_factory=list)
 
     @classmethod
     def read(cls, path: str | Path) -> Run:
@@ -103,8 +106,10 @@ class Run:
                 raise ValueError(f"found a {type(facts).__name__}, expected an object")
         except ValueError as error:
             raise ValueError(f"{folder / RUN_FILE} is damaged: {error}") from error
-        rounds = read_rows(folder / ROUNDS_FILE) if (folder / ROUNDS_FILE).exists() else []
-        return cls(folder, facts, rounds, read_clients(folder))
+        rounds, evaluations = (
+            read_rows(folder / name) if (folder / name).exists() else [] for name in (ROUNDS_FILE, EVALUATIONS_FILE)
+        )
+        return cls(folder, facts, rounds, read_clients(folder), evaluations)
 
     @property
     def name(self) -> str:

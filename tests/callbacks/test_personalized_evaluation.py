@@ -191,18 +191,23 @@ class Manual(Validated):
 @pytest.mark.parametrize(
     ("evaluation", "strategy", "module", "data", "message"),
     [
-        ({}, "auto", Validated, None, "the strategy is SingleDeviceStrategy. Choose a federated one"),
         ({}, "fedavg", Plain, None, "calls `validation_step`, which the module lacks"),
         ({}, "fedavg", Manual, None, r"only with automatic optimization .* Set finetune_epochs=0 and local_epochs=0"),
         ({}, "fedavg", Validated, loader(40), "needs validation data of the federation's clients, found none"),
         ({"val": {"x": loader()}}, "fedavg", Validated, None, "found data of the unknown client 'x'"),
     ],
-    ids=["strategy", "no validation_step", "manual", "no data", "unknown client"],
+    ids=["no validation_step", "manual", "no data", "unknown client"],
 )
 def test_what_it_cannot_do_is_refused(evaluation: Any, strategy: str, module: Any, data: Any, message: str) -> None:
     run = trainer(strategy, callbacks=[PersonalizedEvaluation(**evaluation)], limit_val_batches=0)
     with pytest.raises(MisconfigurationException, match=message):
         run.fit(module(), clients() if data is None else data)
+
+
+def test_a_strategy_without_clients_has_nothing_to_evaluate() -> None:
+    evaluation = PersonalizedEvaluation()
+    trainer("auto", callbacks=[evaluation]).fit(Validated(), clients())
+    assert evaluation.metrics == {}
 
 
 @pytest.mark.parametrize("options", [{"finetune_epochs": -1}, {"local_epochs": -2}, {"every_n_rounds": 0}], ids=str)

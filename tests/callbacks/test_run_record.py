@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lightning_fl as fl
 from lightning_fl.callbacks import RunRecord
+from lightning_fl.callbacks.run_record import command_line
 from lightning_fl.tracking import Run, SiloWandbLogger
 from tests.helpers.training import Ordinary, Plain, image_clients, loader, trainer
 from tests.helpers.wandb_files import read_offline_runs
@@ -49,6 +50,18 @@ def test_the_record_holds_history_metrics_settings_and_partition() -> None:
     assert found.partition.sizes == [1, 7, 23]
     assert (found.facts["status"], found.facts["command"]) == ("finished", "lightning-fl fit")
     assert found.total("num_steps") == run.global_step
+
+
+@pytest.mark.parametrize("protected", ["nobody", "clients", "examples"])
+def test_label_counts_are_left_out_where_privacy_protects_the_data(protected: str) -> None:
+    dp = fl.privacy.ClientLevelDP(clip=0.1, noise_multiplier=1.0)
+    callbacks = [fl.callbacks.SampleLevelDP(noise_multiplier=1.0)] if protected == "examples" else []
+    strategy = fl.FederatedStrategy("fedavg", transforms=[dp] if protected == "clients" else [])
+    trainer(strategy, callbacks=[RunRecord("run"), *callbacks]).fit(Plain(), image_clients())
+    partition = Run.read(Path("run")).partition
+    assert partition is not None
+    assert list(partition.sizes) == [1, 7, 23]
+    assert (list(partition.labels) == [], list(partition.counts) == []) == (protected != "nobody",) * 2
 
 
 def test_a_centralised_run_is_recorded_to_be_compared() -> None:
@@ -185,3 +198,30 @@ def test_the_federation_has_one_wandb_run_or_each_silo_one_in_a_group(run_ranks:
     partition = Run.read(tmp_path / "one" / "lightning_logs").partition
     assert partition is not None
     assert (list(partition.sizes), list(partition.counts)) == ([8, 16], [])
+
+
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "1"}
+
+
+@pytest.mark.parametrize(
+    ("started", "environ", "expected"),
+    [
+        (["-W", "ignore", "many.py", "--lr", "0.1"], {}, "python -W ignore many.py --lr 0.1"),
+        (["-m", "package.train"], {}, "python -m package.train"),
+        (["-u", "many.py"], TORCHRUN, "torchrun --standalone --nproc_per_node 2 many.py"),
+        (
+            ["-u", "many.py", "--lr", "0.1"],
+            {**TORCHRUN, "GROUP_WORLD_SIZE": "3", "MASTER_ADDR": "north", "MASTER_PORT": "29500"},
+            "torchrun --nnodes 3 --node_rank 1 --master_addr north --master_port 29500 --nproc_per_node 2 "
+            "many.py --lr 0.1",
+        ),
+    ],
+    ids=["interpreter options", "module", "torchrun", "several nodes"],
+)
+def test_the_command_starts_the_run_again(
+    started: list[str], environ: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.orig_argv", ["/usr/bin/python3", *started])
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    assert command_line() == expected

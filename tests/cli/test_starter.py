@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 
 from lightning_fl.cli import main
 from lightning_fl.tracking import Run
@@ -50,18 +51,19 @@ class Page(HTMLParser):
 def test_from_an_empty_folder_to_a_report(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["partition", "--config", "config.yaml"])
     printed = capsys.readouterr().out
-    assert re.search(r"north +│ +192 │ 157 │ 35", printed)
+    assert re.search(r"north +│ +144 │ 116 │ 28", printed)
     assert "label skew: 0.22 (" in printed
     assert Path("partition.png").read_bytes().startswith(b"\x89PNG")
     assert not Path("logs").exists()
 
     main(["fit", "--config", "config.yaml", "--trainer.max_epochs", "3"])
     assert "A page about this run: lightning-fl report logs/sites/version_0" in capsys.readouterr().out
-    central = ["--trainer.strategy", "auto", "--trainer.callbacks", "null", "--trainer.logger.name", "central"]
+    central = ["--trainer.strategy", "auto", "--trainer.logger.name", "central"]
     main(["fit", "--config", "config.yaml", "--trainer.max_epochs", "3", *central])
     federated, baseline = Run.read("logs/sites"), Run.read("logs/central")
     assert federated.facts["command"] == "lightning-fl fit --config config.yaml --trainer.max_epochs 3"
-    assert federated.total("num_steps") == baseline.total("num_steps") == 3 * 26
+    # The last batch of each of four sites is not full.
+    assert (federated.total("num_steps"), baseline.total("num_steps")) == (3 * 21, 3 * 20)
     assert {row["client"] for row in federated.clients} == {"north", "east", "south", "west"}
     assert all(0 <= row["train_acc"] <= 1 for row in federated.clients)
 
@@ -86,8 +88,28 @@ def test_from_an_empty_folder_to_a_report(project: Path, capsys: pytest.CaptureF
         "Do it again",
     ]
     assert "lightning-fl fit --config config.yaml --trainer.max_epochs 3" in text
+    capsys.readouterr()
+    for command in ("test", "predict"):
+        main([command, "--config", "config.yaml", "--ckpt_path", "last", "--trainer.logger.name", "sites"])
+    printed = capsys.readouterr().out
+    assert printed.count("checkpoint: logs/sites/version_0/checkpoints/last.ckpt") == 2
+    predictions = torch.load("logs/sites/version_2/predictions.pt", weights_only=True)
+    assert predictions.shape == (102,)
+    assert predictions.min() >= 0
+    (row,) = Run.read("logs/sites/version_0").evaluations
+    assert row["what"] == "test"
+    assert 0.5 < row["metrics"]["test_acc"] <= 1
+    main(["report", "logs/sites/version_0"])
+    assert "test_acc" in Path("logs/sites/version_0/report.html").read_text()
+
     main(["report", "logs/central", "--out", "central.html"])
     assert "no clients: a centralised run" in Path("central.html").read_text()
+
+
+def test_without_a_last_checkpoint_nothing_starts(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "config.yaml", "--ckpt_path", "last"])
+    assert "error: --ckpt_path last found no last.ckpt below logs/sites." in capsys.readouterr().err
 
 
 def test_nothing_is_overwritten(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -516,7 +516,7 @@ def break_step_values(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def break_losses(monkeypatch: pytest.MonkeyPatch) -> None:
     record = ClientTask.record
-    monkeypatch.setattr(ClientTask, "record", lambda task, *args: record(task, args[0], 1, *args[2:]))
+    monkeypatch.setattr(ClientTask, "record", lambda task, *args, **kw: record(task, args[0], 1, *args[2:], **kw))
 
 
 @pytest.mark.parametrize(

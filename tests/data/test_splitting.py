@@ -3,21 +3,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import chain
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    DistributedSampler,
     IterableDataset,
     RandomSampler,
+    Sampler,
     SequentialSampler,
     SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
 )
 
+from lightning_fl.data.client_loaders import count_examples
 from lightning_fl.data.partitioners.partitioner import IID
-from lightning_fl.data.splitting import check_splittable, partition_loader, split_loader
+from lightning_fl.data.splitting import check_loader_options, check_splittable, partition_loader, split_loader
 
 NUMBERS = TensorDataset(torch.arange(10))
 PARTS = [torch.tensor([0, 2, 4, 6, 8]), torch.tensor([1, 3, 5]), torch.tensor([], dtype=torch.int64)]
@@ -34,6 +38,30 @@ def init_worker(worker: int) -> None:
 class Stream(IterableDataset):
     def __iter__(self) -> Iterator[int]:
         yield from range(10)
+
+
+class Buckets(BatchSampler):
+    def __init__(self, dataset: TensorDataset) -> None:
+        super().__init__(SequentialSampler(dataset), 2, drop_last=False)
+
+
+class Seeded(Sampler[int]):
+    """A permutation from a generator of its own, as chemprop's."""
+
+    def __init__(self, size: int) -> None:
+        self.order, self.rg = np.arange(size), np.random.default_rng(0)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[int]:
+        self.rg.shuffle(self.order)
+        return iter(self.order)
+
+
+class Twice(Seeded):
+    def __iter__(self) -> Iterator[int]:
+        return iter([0, 0, *range(2, len(self))])
 
 
 class Reversed(DataLoader):
@@ -150,13 +178,12 @@ def test_partition_loader_partitions_and_splits() -> None:
         ({"a": DataLoader(NUMBERS)}, "is a dict; .* one plain DataLoader"),
         (Reversed(NUMBERS), "is a Reversed; .* one plain DataLoader"),
         (DataLoader(Stream()), "reads Stream, a stream; .* map-style data set"),
-        (DataLoader(NUMBERS, sampler=SubsetRandomSampler(range(10))), "custom sampler SubsetRandomSampler"),
-        (DataLoader(NUMBERS, sampler=WeightedRandomSampler([1.0] * 10, 10)), "sampler Weighted.* with replacement"),
-        (DataLoader(NUMBERS, sampler=RandomSampler(NUMBERS, replacement=True)), "draws 10 with replacement of 10"),
-        (DataLoader(NUMBERS, sampler=RandomSampler(NUMBERS, num_samples=4)), "draws 4 of 10 samples"),
         (DataLoader(NUMBERS, sampler=SequentialSampler(range(4))), "draws 4 of 10 samples"),
         (DataLoader(NUMBERS, sampler=iter([1, 2])), r"draws \? of 10 samples"),
-        (DataLoader(NUMBERS, batch_sampler=BatchSampler(SequentialSampler(NUMBERS), 2, False)), "custom batch_sampler"),
+        (DataLoader(NUMBERS, sampler=DistributedSampler(NUMBERS, 1, 0)), "custom sampler DistributedSampler"),
+        (DataLoader(NUMBERS, sampler=WeightedRandomSampler([1.0] * 4, 10)), "draws 10 with replacement of 10"),
+        (DataLoader(NUMBERS, batch_sampler=[[0, 1], [2]]), "custom batch_sampler list"),
+        (DataLoader(NUMBERS, sampler=Buckets(NUMBERS), batch_size=None), "custom batch_sampler Buckets"),
     ],
 )
 def test_what_cannot_be_split_is_refused_with_the_remedy(loader: object, message: str) -> None:
@@ -166,3 +193,80 @@ def test_what_cannot_be_split_is_refused_with_the_remedy(loader: object, message
         split_loader(loader, PARTS)
     with pytest.raises(ValueError, match=f"{message}.*ClientLoaders"):
         partition_loader(loader, IID(), 2)
+
+
+BIG = TensorDataset(torch.arange(100))
+EVEN = torch.arange(0, 100, 2)
+HALVES = [EVEN, EVEN + 1]
+
+
+def drawn(loader: DataLoader) -> list[int]:
+    return list(chain.from_iterable(numbers_of(loader)))
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [
+        DataLoader(BIG, batch_size=8, sampler=Seeded(100)),
+        DataLoader(BIG, batch_sampler=BatchSampler(RandomSampler(BIG), 8, drop_last=False)),
+        DataLoader(BIG, sampler=BatchSampler(Seeded(100), 8, drop_last=False), batch_size=None),
+        DataLoader(BIG, batch_size=8, sampler=SubsetRandomSampler(range(100))),
+    ],
+    ids=["own permutation", "batch sampler", "batches as samples", "subset"],
+)
+def test_the_samplers_of_clients_draw_their_samples_once_in_batches_of_the_size(loader: DataLoader) -> None:
+    clients = split_loader(loader, HALVES)
+    for client, part in enumerate(HALVES):
+        own = clients[client]
+        assert sorted(drawn(own)) == part.tolist() != drawn(own)
+        assert [len(batch) for batch in numbers_of(own)] == [8] * 6 + [2]
+        assert clients.num_examples(client) == count_examples(own) == 50
+        torch.manual_seed(3)
+        first = drawn(clients[client])
+        assert drawn(clients[client]) != first
+        torch.manual_seed(3)
+        assert drawn(clients[client]) == first  # it depends on the client's random numbers alone
+
+
+def test_a_weighted_sampler_keeps_the_weights_of_the_clients_samples() -> None:
+    weights = torch.where(torch.arange(100) < 10, 1.0, 0.0)
+    clients = split_loader(DataLoader(BIG, batch_size=5, sampler=WeightedRandomSampler(weights, 200)), HALVES)
+    for client, part in enumerate(HALVES):
+        found = drawn(clients[client])
+        assert len(found) == clients.num_examples(client) == 100  # its share of the 200 draws
+        assert set(found) == {number for number in part.tolist() if number < 10}
+
+
+@pytest.mark.parametrize(
+    ("sampler", "size"),
+    [
+        (RandomSampler(BIG, replacement=True, num_samples=60), 30),
+        (RandomSampler(BIG, num_samples=60), 30),
+        (SubsetRandomSampler(range(40)), 20),
+    ],
+)
+def test_clients_draw_their_share(sampler: Sampler[int], size: int) -> None:
+    clients = split_loader(DataLoader(BIG, batch_size=4, sampler=sampler), HALVES)
+    for client, part in enumerate(HALVES):
+        found = drawn(clients[client])
+        assert len(found) == clients.num_examples(client) == size
+        assert set(found) <= set(part.tolist())
+
+
+def test_a_sampler_that_is_no_permutation_is_named_when_it_draws() -> None:
+    clients = split_loader(DataLoader(BIG, sampler=Twice(100)), HALVES)
+    with pytest.raises(ValueError, match=r"Twice draws 99 different ones of 100 samples.*sampler=lambda dataset"):
+        drawn(clients[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"colate_fn": list}, "'colate_fn' is no argument of a DataLoader"),
+        ({"sampler": Seeded(3)}, "sampler is a Seeded, .* sampler=lambda dataset: Seeded"),
+        ({"batch_sampler": [[0]]}, "batch_sampler is a list"),
+    ],
+)
+def test_wrong_loader_options_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_loader_options(options)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+from itertools import chain
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 from lightning_fl.data.partitioners.label_skew import Dirichlet, LabelsPerClient
+from lightning_fl.data.partitioners.natural import NaturalColumn
 from lightning_fl.data.targets import column, label_groups, targets
 
 
@@ -114,3 +117,49 @@ def test_a_missing_column_is_refused(dataset: Dataset) -> None:
 def test_a_column_of_numbers_with_fractions_names_nobody() -> None:
     with pytest.raises(ValueError, match="expected one integer or string per sample"):
         column(Items([0, 1], who=[0.5, 1.5]), "who")
+
+
+class OfGraphs:
+    """A data set of graphs as PyG has them: the label is an attribute of the sample."""
+
+    def __init__(self, labels: list[int], sites: list[str]) -> None:
+        self.labels_of_graphs, self.sites = labels, sites
+
+    def __len__(self) -> int:
+        return len(self.labels_of_graphs)
+
+    def __getitem__(self, index: int) -> SimpleNamespace:
+        return SimpleNamespace(y=torch.tensor([self.labels_of_graphs[index]]), site=self.sites[index])
+
+
+GRAPHS = OfGraphs([0, 1, 1, 0], ["north", "south", "north", "north"])
+
+
+@pytest.mark.parametrize("key", ["y", "target", "label", "labels", "targets"])
+def test_targets_are_found_as_attribute_or_entry(key: str) -> None:
+    assert targets(Items([{key: label} for label in (0, 1, 1, 0)])).tolist() == [0, 1, 1, 0]
+    assert targets(Items([SimpleNamespace(**{key: torch.tensor([v])}) for v in (0, 1)])).tolist() == [0, 1]
+    stored = Items([None] * 3)
+    setattr(stored, key, torch.tensor([2, 0, 1]))
+    assert targets(stored).tolist() == [2, 0, 1]
+
+
+@pytest.mark.parametrize(
+    "name", ["site", lambda graph: graph.site, np.array(GRAPHS.sites), GRAPHS.sites], ids=["name", "f", "array", "list"]
+)
+def test_a_natural_column_is_a_name_a_function_or_the_values(name: Any) -> None:
+    partitioner = NaturalColumn(name)
+    assert partitioner.client_ids(GRAPHS) == ["north", "south"]
+    assert [part.tolist() for part in partitioner(GRAPHS)] == [[0, 2, 3], [1]]
+
+
+def test_values_that_do_not_fit_the_data_set_are_refused() -> None:
+    with pytest.raises(ValueError, match="3 values for the 4 samples"):
+        NaturalColumn(["a", "b", "c"])(GRAPHS)
+    with pytest.raises(ValueError, match="The column of OfGraphs is float64"):
+        NaturalColumn(lambda graph: 0.5)(GRAPHS)
+
+
+def test_a_split_by_label_takes_the_labels_of_graphs() -> None:
+    parts = Dirichlet(0.3)(GRAPHS, 2)
+    assert sorted(chain.from_iterable(part.tolist() for part in parts)) == [0, 1, 2, 3]

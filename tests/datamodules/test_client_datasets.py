@@ -10,8 +10,16 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
+from lightning_fl.data.client_loaders import count_examples
 from lightning_fl.datamodules import ClientDatasets, ClientLoaders
 from lightning_fl.models import MLPClassifier
 
@@ -166,3 +174,22 @@ def test_wrong_arguments_are_refused(arguments: dict, message: str) -> None:
 def test_a_stream_is_refused_with_the_remedy() -> None:
     with pytest.raises(ValueError, match=r"is a Stream, which has no length.*ClientLoaders"):
         ClientDatasets([Stream()]).train_dataloader()[0]
+
+
+def test_every_argument_of_a_dataloader_reaches_the_clients() -> None:
+    data = ClientDatasets(
+        {"a": TensorDataset(torch.arange(9)), "b": TensorDataset(torch.arange(4))},
+        val=TensorDataset(torch.arange(6)),
+        batch_size=2,
+        collate_fn=len,
+        sampler=lambda dataset: WeightedRandomSampler([1.0] * len(dataset), 5),
+        pin_memory=False,
+        worker_init_fn=print,
+    )
+    clients = data.train_dataloader()
+    assert [list(clients[name]) for name in clients] == [[2, 2, 1]] * 2
+    assert clients["a"].worker_init_fn is print
+    assert count_examples(clients["a"]) == 5
+    assert list(data.val_dataloader()) == [2, 2, 2]
+    with pytest.raises(ValueError, match="no argument of a DataLoader"):
+        ClientDatasets([TensorDataset(torch.arange(9))], collat_fn=len)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, TensorDataset
 
 from lightning_fl.datamodules import (
     IID,
@@ -120,7 +120,7 @@ def test_what_the_datamodule_does_not_define_is_not_defined() -> None:
     ("loader", "message"),
     [
         ([DataLoader(range(4)), DataLoader(range(4))], "is a list; .* one plain DataLoader"),
-        (DataLoader(range(4), sampler=RandomSampler(range(4), replacement=True)), "custom sampler RandomSampler"),
+        (DataLoader(range(4), batch_sampler=[[0], [1, 2, 3]]), "custom batch_sampler list"),
     ],
 )
 def test_loaders_that_cannot_be_split_are_refused(loader: object, message: str) -> None:
@@ -229,3 +229,15 @@ def test_a_part_that_clients_do_not_keep_is_refused() -> None:
         PartitionedDataModule(Numbers(), IID()).client_val_dataloaders()
     with pytest.raises(ValueError, match="sum to less than 1"):
         PartitionedDataModule(Numbers(), IID(), val_share=0.5, test_share=0.5)
+
+
+def test_loader_options_replace_those_of_the_loader() -> None:
+    inner = Numbers()
+    inner.train_dataloader = lambda: DataLoader(range(40), batch_sampler=[[0], [1, 2, 3]])
+    options = {"batch_sampler": lambda dataset: BatchSampler(range(len(dataset)), 3, drop_last=True), "timeout": 0}
+    data = PartitionedDataModule(inner, IID(), num_clients=4, **options)
+    clients = data.train_dataloader()
+    for client in clients:
+        assert [len(batch) for batch in clients[client]] == [3, 3, 3]
+    data.trainer = PLAIN
+    assert [len(batch) for batch in data.train_dataloader()] == [3] * 13

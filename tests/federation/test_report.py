@@ -33,7 +33,6 @@ FIRST = RankReport(
     metrics={"training_step.loss": entry(6.0, 4.0), "training_step.most": entry(2.0, 1.0, "max")},
     metric_states={"accuracy": {"count": 2, "lengths": {"tp": None}, "is_sum": True}},
     has_late_values=True,
-    first_batch="12ab",
     logger_steps=7,
     should_stop=True,
     deferred_checkpoints={"a.ckpt": False},
@@ -108,17 +107,8 @@ def test_the_schedules_go_where_the_client_with_the_most_steps_has_taken_them(or
     assert RankReport.join([RankReport(), RankReport()]).schedule_end is None
 
 
-@pytest.mark.parametrize(
-    ("digests", "expected"),
-    [(["x", "x"], "x"), (["x", "y"], ""), (["x"], ""), (["x", "x", "x"], "x"), (["x", "x", "y"], ""), (["", ""], "")],
-    ids=str,
-)
-def test_a_first_batch_shows_only_if_all_ranks_have_it(digests: list[str], expected: str) -> None:
-    assert RankReport.join([RankReport(first_batch=own) for own in digests]).first_batch == expected
-
-
-def test_joining_one_report_changes_nothing_else() -> None:
-    assert_equal(RankReport.join([FIRST]), replace(FIRST, first_batch=""))
+def test_joining_one_report_changes_nothing() -> None:
+    assert_equal(RankReport.join([FIRST]), FIRST)
 
 
 @pytest.mark.parametrize("name", [own.name for own in fields(RankReport) if own.name != "tensors"])

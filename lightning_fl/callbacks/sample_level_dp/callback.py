@@ -111,6 +111,7 @@ class SampleLevelDP(FederatedCallback):
     """
 
     keeps_client_state = True
+    protects_examples = True
 
     def __init__(
         self,

@@ -4,7 +4,7 @@ import csv
 
 import lightning as L
 import torch
-from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, TensorDataset
 
 import lightning_fl as fl
 
@@ -12,8 +12,8 @@ CLIENT, LABEL = "site", "failed"
 FEATURES = ("temperature", "vibration", "pressure", "current")
 
 
-def read_sites(path: str) -> dict[str, tuple[TensorDataset, TensorDataset]]:
-    """For each site its rows for training and, every fifth, for validation."""
+def read_sites(path: str) -> dict[str, dict[str, TensorDataset]]:
+    """For each site its rows for training, and of five rows one for validation ("val") and one for testing ("test")."""
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
     sites = {}
@@ -21,8 +21,9 @@ def read_sites(path: str) -> dict[str, tuple[TensorDataset, TensorDataset]]:
         own = [row for row in rows if row[CLIENT] == site]
         x = torch.tensor([[float(row[name]) for name in FEATURES] for row in own])
         y = torch.tensor([int(row[LABEL]) for row in own])
-        is_val = torch.arange(len(own)) % 5 == 0
-        sites[site] = TensorDataset(x[~is_val], y[~is_val]), TensorDataset(x[is_val], y[is_val])
+        place = torch.arange(len(own)) % 5
+        rows_of = {"val": place == 0, "test": place == 1, "train": place > 1}
+        sites[site] = {name: TensorDataset(x[chosen], y[chosen]) for name, chosen in rows_of.items()}
     return sites
 
 
@@ -39,15 +40,23 @@ class SiteData(L.LightningDataModule):
 
     def train_dataloader(self) -> fl.datamodules.ClientLoaders | DataLoader:
         if not getattr(self.trainer.strategy, "is_federated", False):
-            pooled = ConcatDataset([train for train, _ in self.sites.values()])
-            return DataLoader(pooled, batch_size=self.batch_size, shuffle=True)
-        return fl.datamodules.ClientLoaders({site: self._loader(train) for site, (train, _) in self.sites.items()})
+            return self._loader(self._pooled("train"))
+        return fl.datamodules.ClientLoaders({site: self._loader(rows["train"]) for site, rows in self.sites.items()})
 
     def val_dataloader(self) -> DataLoader:
-        return DataLoader(ConcatDataset([val for _, val in self.sites.values()]), batch_size=256)
+        return DataLoader(self._pooled("val"), batch_size=256)
 
-    def _loader(self, train: TensorDataset) -> DataLoader:
-        return DataLoader(train, batch_size=self.batch_size, shuffle=True)
+    def test_dataloader(self) -> DataLoader:
+        return DataLoader(self._pooled("test"), batch_size=256)
+
+    def predict_dataloader(self) -> DataLoader:
+        return self.test_dataloader()
+
+    def _pooled(self, name: str) -> ConcatDataset:
+        return ConcatDataset([rows[name] for rows in self.sites.values()])
+
+    def _loader(self, rows: Dataset) -> DataLoader:
+        return DataLoader(rows, batch_size=self.batch_size, shuffle=True)
 
 
 class SiloData(L.LightningDataModule):
@@ -61,10 +70,10 @@ class SiloData(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         # Rank 0 is the first site, and so on. A real site has a file of its own, and reads just that.
-        self.train, self.val = read_sites(self.path)[self.sites[self.trainer.global_rank]]
+        self.rows = read_sites(self.path)[self.sites[self.trainer.global_rank]]
 
     def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.train, batch_size=self.batch_size, shuffle=True)
+        return DataLoader(self.rows["train"], batch_size=self.batch_size, shuffle=True)
 
     def val_dataloader(self) -> DataLoader:
-        return DataLoader(self.val, batch_size=256)
+        return DataLoader(self.rows["val"], batch_size=256)

@@ -17,6 +17,7 @@ class FailureModel(L.LightningModule):
         self.net = nn.Sequential(nn.Linear(num_features, hidden), nn.ReLU(), nn.Linear(hidden, 2))
         self.lr = lr
         self.val_acc = BinaryAccuracy()
+        self.test_acc = BinaryAccuracy()
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x, y = batch
@@ -33,6 +34,15 @@ class FailureModel(L.LightningModule):
         self.val_acc(scores.argmax(1), y)
         self.log("val_loss", cross_entropy(scores, y), prog_bar=True, batch_size=len(y))
         self.log("val_acc", self.val_acc, prog_bar=True, batch_size=len(y))
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        x, y = batch
+        self.test_acc(self.net(x).argmax(1), y)
+        self.log("test_acc", self.test_acc, batch_size=len(y))
+
+    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """The probability of a failure, for each row."""
+        return self.net(batch[0]).softmax(1)[:, 1]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         # Each site starts a round with a fresh optimizer, unless the strategy says client_optimizer: keep.

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from lightning_fl.data.partitioners.partitioner import Partitioner
-from lightning_fl.data.targets import column
+from lightning_fl.data.targets import Column, column, column_name
 from lightning_fl.types import ClientId
 
 
@@ -45,14 +45,15 @@ class NaturalColumn(_NamedClients):
 
     Args:
         name: Name of an attribute of the data set with one value per sample, of a Hugging Face column, or of an entry
-            of samples that are mappings; or the position of an entry of samples that are tuples.
+            or attribute of the samples; the position of an entry of samples that are tuples; a function of a sample; or
+            an array of the clients, one for each sample.
         min_size: Minimum number of samples per client.
 
     Raises:
         ValueError: When called, if there is no such column, or a client has fewer than ``min_size`` samples.
     """
 
-    name: str | int
+    name: Column
     _: KW_ONLY
     min_size: int = 1
 
@@ -65,7 +66,7 @@ class NaturalColumn(_NamedClients):
         small = [f"{names[i]!s} ({sizes[i]})" for i in np.flatnonzero(sizes < self.min_size)]
         if small:
             raise ValueError(
-                f"{len(small)} clients of column {self.name!r} have fewer than min_size={self.min_size} samples: "
+                f"{len(small)} clients of {column_name(self.name)} have fewer than min_size={self.min_size} samples: "
                 f"{', '.join(small[:5])}{', ...' if len(small) > 5 else ''}. Remove their samples or lower min_size."
             )
         return np.split(np.argsort(owner, kind="stable"), np.cumsum(sizes)[:-1])

@@ -36,6 +36,8 @@ def forecast_batches(loader: Loader, segments: Sequence[int | None], pass_length
         pass_length: The number of batches in a pass over the loader.
     """
     family: Any
+    if pass_length is None or None in segments:
+        return None
     if isinstance(loader, DataLoader):
         sampler: Any = loader.batch_sampler
         # A subclass may yield batches of any size.
@@ -53,8 +55,6 @@ def forecast_batches(loader: Loader, segments: Sequence[int | None], pass_length
         except Exception:  # raised again, with the client named, when the loader is read
             return None
     else:
-        return None
-    if pass_length is None or None in segments:
         return None
     work = (own[index % pass_length] for length in segments for index in range(length or 0))
     return BatchForecast(family, tuple(work), tuple(segments))

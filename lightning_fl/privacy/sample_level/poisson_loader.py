@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from lightning_fl.data.client_loaders import ClientLoaders
 from lightning_fl.data.collation import with_fast_collation
-from lightning_fl.data.splitting import check_splittable
+from lightning_fl.data.splitting import check_plain
 from lightning_fl.privacy.accounting.sampling import FALSE_ALARM_PROBABILITY, Full, Poisson, Sampling
 from lightning_fl.privacy.noise import PrivacyError
 from lightning_fl.privacy.sample_level.rows import take_rows
@@ -134,9 +134,9 @@ def poisson_loaders(loaders: ClientLoaders, make: Callable[[ClientId, Any], Pois
 
 def _check_plain(loader: Any) -> None:
     try:
-        check_splittable(loader)
+        check_plain(loader)
     except ValueError as error:
-        reason = str(error).partition("; to be split")[0]
+        reason = str(error).partition("; it must")[0]
         raise ValueError(
             f"{reason}. Under sample-level privacy every batch is drawn independently, each example with the same "
             "probability. Give the client a plain DataLoader(dataset, batch_size=...) over a map-style data set."

@@ -73,6 +73,13 @@ class KeyFolder:
         """Returns whether the folder holds an identity."""
         return (self.path / IDENTITY).exists()
 
+    def set_aside(self) -> None:
+        """Renames the identity's files, which keep their fingerprint in their names."""
+        mark = self.public().fingerprint.replace(":", "").replace(" ", "")[:16]
+        for name in (IDENTITY, PUBLIC):
+            if (self.path / name).exists():
+                (self.path / name).rename(self.path / f"{name}.{mark}")
+
     def create(self, name: str = "") -> PublicIdentity:
         """Creates an identity.
 
@@ -82,7 +89,7 @@ class KeyFolder:
         if self.exists():
             raise ValueError(
                 f"{self.path / IDENTITY} exists and stays as it is: others trust that key. Use another folder, or "
-                "move it away."
+                "set it aside and make a new one with --force; the others then have to trust the new key."
             )
         key = SigningKey()
         self.path.mkdir(parents=True, exist_ok=True, mode=0o700)

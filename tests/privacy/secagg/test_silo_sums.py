@@ -103,7 +103,7 @@ def evaluate(keys: str, own: Callable[[int], dict[str, float]]) -> list[Any]:
             name: {"name": name, "reduction": "mean", "value": value, "weight": 10.0, "is_tensor": True}
             for name, value in own(group.rank).items()
         }
-        report = Message({"metrics": entries, "metric_states": {}, "first_batch": "x"})
+        report = Message({"metrics": entries, "metric_states": {}})
         secure, session = silo(group, keys)
         merged = secure.gather(session, group, mask(report), "evaluation")
         return {name: entry["value"] for name, entry in unmask(merged)[0].fields["metrics"].items()}

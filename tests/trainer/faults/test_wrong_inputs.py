@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.utils.data import DataLoader, IterableDataset, WeightedRandomSampler
+from torch.utils.data import DataLoader, IterableDataset
 
 import lightning_fl as fl
 from lightning_fl import FederatedStrategy
@@ -61,7 +61,7 @@ class Stream(IterableDataset):
         ({"a": loader(), "b": loader()}, "several training loaders"),
         ([loader()], "one inside a list or dict"),
         (DataLoader(Stream(), batch_size=4), "Stream, a stream"),
-        (DataLoader(images(8), sampler=WeightedRandomSampler([1.0] * 8, 8)), "custom sampler WeightedRandomSampler"),
+        (DataLoader(images(8), batch_sampler=[[0, 1], [2]]), "custom batch_sampler list"),
         (loader(5), "num_clients=10 does not fit a data set of 5 samples"),
     ],
     ids=["list", "dict", "list of one", "stream", "sampler", "too few examples"],

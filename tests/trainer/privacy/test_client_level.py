@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import csv
+import warnings
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
 import yaml
 from jsonargparse import ArgumentParser
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
@@ -32,7 +32,6 @@ from lightning_fl.privacy import (
     SecureNoise,
     load_ledger,
 )
-from lightning_fl.strategies.user_warnings import UserWarnings
 from tests.helpers.training import Plain, image_clients, loader, trainer, weights
 
 SIZES = (4,) * 8
@@ -288,29 +287,24 @@ def test_breaking_a_part_stops_the_run(
     assert torch.equal(weights(module), before)
 
 
-def silos(mode: str | None) -> tuple[str, Tensor, list[str]]:
-    transforms = [] if mode is None else [private(mode=mode)]
-    module, strategy = Plain(), FederatedStrategy("fedavg", transforms=transforms)
+def silos(mode: str) -> tuple[str, Tensor]:
+    module, strategy = Plain(), FederatedStrategy("fedavg", transforms=[private(mode=mode)])
     error = ""
-    with patch.object(UserWarnings, "data") as data:
-        try:
-            run = trainer(strategy, 2)
-            run.fit(module, loader(8, seed=strategy.global_rank))
-        except ValueError as refused:
-            error = str(refused)
-    hashes = [report.first_batch for call in data.call_args_list for report in call.args[1]]
-    return error, weights(module), [text for text in hashes if text]
+    try:
+        run = trainer(strategy, 2)
+        run.fit(module, loader(8, seed=strategy.global_rank))
+    except ValueError as refused:
+        error = str(refused)
+    return error, weights(module)
 
 
 def test_silos_take_local_noise_only(run_ranks: Any) -> None:
-    for error, *_ in run_ranks(2, silos, "central"):
+    for error, _ in run_ranks(2, silos, "central"):
         assert "needs a server that adds the noise" in error
-    (error, first, hashes), (_, second, _) = run_ranks(2, silos, "local")
+    (error, first), (_, second) = run_ranks(2, silos, "local")
     assert error == ""
     assert torch.equal(first, second)
     assert not torch.equal(first, weights(Plain()))
-    assert not hashes
-    assert run_ranks(2, silos, None)[0][2]  # where nothing is hidden, silos find out that they hold the same data
 
 
 @pytest.mark.parametrize("callback", [fl.callbacks.ClientMetrics, fl.callbacks.PersonalizedEvaluation])
@@ -338,15 +332,18 @@ class Monitored(Plain):
 
 
 @pytest.mark.parametrize("monitor", ["own_loss", "own_loss_epoch"])
-def test_a_schedule_by_exact_figures_is_warned_of(monitor: str, recwarn: Any) -> None:
-    for transforms in ([], [private()]):
-        assert not [warning for warning in recwarn if "exact figure" in str(warning.message)]
-        strategy, module = FederatedStrategy("fedavg", transforms=transforms), Monitored(monitor)
-        if transforms:
-            with pytest.warns(UserWarning, match="ReduceLROnPlateau decides by 'own_loss"):
-                trainer(strategy, 2).fit(module, image_clients(SIZES))
-        else:
-            trainer(strategy, 2).fit(module, image_clients(SIZES))
+@pytest.mark.parametrize("protected", ["nobody", "clients", "examples"])
+def test_who_decides_by_exact_figures_is_warned_of(monitor: str, protected: str, tmp_path: Path) -> None:
+    transforms = [private()] if protected == "clients" else []
+    callbacks = [EarlyStopping(monitor), ModelCheckpoint(tmp_path, monitor=monitor)]
+    callbacks += [fl.callbacks.SampleLevelDP(noise_multiplier=1.0)] if protected == "examples" else []
+    run = trainer(FederatedStrategy("fedavg", transforms=transforms), 2, callbacks=callbacks, enable_checkpointing=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run.fit(Monitored(monitor), image_clients(SIZES))
+    found = [str(warning.message) for warning in caught if "exact figure" in str(warning.message)]
+    judges = [] if protected == "nobody" else ["ReduceLROnPlateau", "EarlyStopping", "ModelCheckpoint"]
+    assert [text.partition(" ")[0] for text in found] == judges
 
 
 def test_a_second_fit_of_a_module_warns_that_its_ledger_is_new(recwarn: Any) -> None:

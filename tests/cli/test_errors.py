@@ -1,0 +1,174 @@
+"""A wrong configuration ends in one line that names the setting, what was found, and what was meant."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lightning_fl.cli import main
+from lightning_fl.cli.errors import ConfigurationError, in_one_line
+from lightning_fl.cli.words import spell_out_names
+
+STRATEGY = {"class_path": "lightning_fl.FederatedStrategy", "init_args": {"algorithm": "fedavg"}}
+
+
+@pytest.fixture(autouse=True)
+def no_words_on_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["lightning-fl"])
+
+
+def write_config(**trainer: Any) -> str:
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "max_epochs": 1}
+    split = {"data": {"class_path": "DigitsDataModule"}, "partitioner": {"class_path": "IID"}, "num_clients": 2}
+    data = {"class_path": "PartitionedDataModule", "init_args": split}
+    config = {"trainer": {**quiet, **trainer}, "model": {"class_path": "MLPClassifier"}, "data": data}
+    Path("config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    return "config.yaml"
+
+
+CASES = {
+    "a value out of range": (
+        ["--trainer.strategy.init_args.local_epochs", "-1"],
+        "local_epochs=-1 must be a whole number, at least 1.",
+    ),
+    "an unknown algorithm": (["--trainer.strategy.algorithm", "fedproxx"], "Did you mean 'fedprox'?"),
+    "an unknown engine": (
+        ["--trainer.strategy.engine", "turbo"],
+        "engine='turbo' is not known; expected one of 'auto', 'sequential', 'vectorized'.",
+    ),
+    "a share above one": (["--trainer.strategy.clients_per_round", "1.5"], "write an int for a count."),
+    "a wrong value of an algorithm": (
+        ["--trainer.strategy", "fedprox", "--trainer.strategy.algorithm.mu", "-1"],
+        "FedProx got mu=-1.0; expected a number that is not negative.",
+    ),
+    "a setting of another algorithm": (
+        ["--trainer.strategy.algorithm.mu", "0.1"],
+        "trainer.strategy.algorithm: FedAvg has no setting 'mu'. Its settings: server_lr.",
+    ),
+    "a type": (["--trainer.max_epochs", "many"], "trainer.max_epochs: expected int or null, found 'many'"),
+    "a type inside": (
+        ["--trainer.strategy", "fedprox", "--trainer.strategy.algorithm.mu", "x"],
+        "trainer.strategy.algorithm.mu: expected float, found 'x'",
+    ),
+    "a misspelt setting of a class": (
+        ["--trainer.strategy.localepochs", "3"],
+        "trainer.strategy: FederatedStrategy has no setting 'localepochs'. Did you mean 'local_epochs'?",
+    ),
+    "a misspelt setting of the Trainer": (
+        ["--trainer.max_epoch_s", "3"],
+        "There is no setting 'trainer.max_epoch_s'. Did you mean 'trainer.max_epochs'?",
+    ),
+    "a misspelt part": (["--modle.lr", "3"], "There is no setting 'modle'. Did you mean 'model'?"),
+    "a misspelt class": (
+        ["--trainer.callbacks+=ClientMetric"],
+        "no class is known as 'ClientMetric'; write package.Class. Did you mean 'ClientMetrics'?",
+    ),
+    "a misspelt strategy": (["--trainer.strategy", "fedproxx"], "Did you mean 'fedprox'?"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_mistake_is_one_line(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words, expected = CASES[name]
+    with pytest.raises(SystemExit) as error:
+        main(["fit", "--config", write_config(strategy=STRATEGY), *words])
+    assert error.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("Seed set")]
+    assert len(lines) == 1
+    assert lines[0].startswith("lightning-fl: error: ")
+    assert lines[0].endswith(expected)
+
+
+def test_traceback_shows_where_it_comes_from() -> None:
+    with pytest.raises(ConfigurationError, match="found 'many'"):
+        main(["fit", "--config", write_config(strategy=STRATEGY), "--trainer.max_epochs", "many", "--traceback"])
+
+
+def test_a_misspelt_key_in_yaml(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", write_config(strategy="fedavg", max_epoch=3)])
+    assert capsys.readouterr().err.endswith(
+        "There is no setting 'trainer.max_epoch'. Did you mean 'trainer.max_epochs'?\n"
+    )
+
+
+def test_a_message_without_a_tree_is_left_as_it_is() -> None:
+    assert in_one_line("No such file: config.yaml") == "No such file: config.yaml"
+
+
+FEDPROX = "lightning_fl.algorithms.fedprox.FedProx"
+
+
+@pytest.mark.parametrize(
+    ("in_file", "words", "expected"),
+    [
+        (
+            "fedavg",
+            ["--trainer.strategy=fedprox", "--trainer.strategy.algorithm.mu=0.1"],
+            [
+                "--trainer.strategy",
+                "lightning_fl.FederatedStrategy",
+                "--trainer.strategy.algorithm",
+                FEDPROX,
+                "--trainer.strategy.algorithm.mu",
+                "0.1",
+            ],
+        ),
+        (
+            "fedprox",
+            ["--trainer.strategy.local_epochs", "2"],
+            [
+                "--trainer.strategy",
+                "lightning_fl.FederatedStrategy",
+                "--trainer.strategy.algorithm",
+                "fedprox",
+                "--trainer.strategy.local_epochs",
+                "2",
+            ],
+        ),
+        (
+            {"class_path": "lightning_fl.FederatedStrategy", "init_args": {"algorithm": "fedprox"}},
+            ["--trainer.strategy.algorithm.mu", "0.1"],
+            ["--trainer.strategy.algorithm", FEDPROX, "--trainer.strategy.algorithm.mu", "0.1"],
+        ),
+        ("fedprox", ["--trainer.max_epochs=2"], ["--trainer.max_epochs=2"]),
+        ("ddp", ["--trainer.strategy.find_unused", "true"], ["--trainer.strategy.find_unused", "true"]),
+        (
+            {"class_path": "lightning_fl.FederatedStrategy", "init_args": {"algorithm": {"class_path": "FedProx"}}},
+            ["--trainer.strategy.algorithm.mu", "0.1"],
+            ["--trainer.strategy.algorithm.mu", "0.1"],
+        ),
+    ],
+)
+def test_settings_may_follow_a_name(in_file: Any, words: list[str], expected: list[str]) -> None:
+    config = ["fit", "--config", write_config(strategy=in_file)]
+    assert spell_out_names([*config, *words]) == [*config, *expected]
+
+
+CONFIG = "# a comment of the user's\n"
+
+
+def test_the_users_configuration_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Path(write_config(strategy="fedavg", logger=False))
+    path.write_text(CONFIG + path.read_text(encoding="utf-8"), encoding="utf-8")
+    before = path.read_text(encoding="utf-8")
+    main(["fit", "--config", str(path), "--trainer.fast_dev_run", "true"])
+    main(["fit", "--config", str(path)])
+    assert path.read_text(encoding="utf-8") == before
+
+
+@pytest.mark.filterwarnings("ignore:Experiment logs directory")
+def test_the_configuration_is_saved_in_the_runs_folder_and_not_over_the_one_that_was_read() -> None:
+    settings = {"save_dir": ".", "name": "", "version": ""}
+    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": settings}
+    path = Path(write_config(strategy="fedavg", logger=logger))
+    before = path.read_text(encoding="utf-8")
+    main(["fit", "--config", str(path)])
+    assert path.read_text(encoding="utf-8") == before
+    main(["fit", "--config", str(path), "--trainer.logger.init_args.name", "run"])
+    saved = yaml.safe_load(Path("run/config.yaml").read_text(encoding="utf-8"))
+    assert saved["trainer"]["strategy"] == "fedavg"
