@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import operator
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -166,10 +167,10 @@ class _Collected:
 
 
 def _starts_with(now: Sequence[Any], before: Sequence[Any]) -> bool:
-    return len(now) >= len(before) and all(one is other for one, other in zip(now, before, strict=False))
+    return len(now) >= len(before) and all(map(operator.is_, now, before))
 
 
 def _fill(owner: list[Any] | deque[Any], items: Sequence[Any]) -> None:
-    if len(owner) != len(items) or not _starts_with(owner, items):  # type: ignore[arg-type]
+    if len(owner) != len(items) or not _starts_with(owner, items):
         owner.clear()
         owner.extend(items)

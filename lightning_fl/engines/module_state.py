@@ -128,7 +128,7 @@ def capture(
 
 
 class _Items:
-    """An object's items: they must be the same objects, or equal numbers and strings, and iterators as far as before."""
+    """An object's items: they must be the same objects, or equal numbers and strings; iterators must not advance."""
 
     __slots__ = ("is_whole", "iterators", "owner", "path", "read", "saved", "write")
 
@@ -245,7 +245,9 @@ class _Walk:
             if id(value) not in self._seen:
                 self._seen[id(value)] = value
                 self._visit(path, value)
-        held = {id(part.saved[index]) for part in self.found.parts if isinstance(part, _Items) for index in part.iterators}
+        held = {
+            id(part.saved[index]) for part in self.found.parts if isinstance(part, _Items) for index in part.iterators
+        }
         self.found.iterators = {p: type(it).__name__ for p, it in self._iterators.items() if id(it) not in held}
         self.found.seal()
 
@@ -558,13 +560,24 @@ def _parts_of(value: Any) -> Iterable[Any] | None:
 # ---- what is known of types and names
 
 GENERATORS = (random.Random, np.random.RandomState, np.random.BitGenerator, torch.Generator)
-_HANDLES = (type(threading.Lock()), type(threading.RLock()), threading.Thread, threading.Condition, io.IOBase, socket.socket)
+_HANDLES = (
+    type(threading.Lock()),
+    type(threading.RLock()),
+    threading.Thread,
+    threading.Condition,
+    io.IOBase,
+    socket.socket,
+)
 
 
 def _holds_a_handle(value: Any) -> bool:
     """Whether an object stands for something outside, such as a file, a logger's run or a queue between threads."""
     own = getattr(value, "__dict__", None)
-    return type(own) is dict and not isinstance(value, nn.Module) and any(isinstance(item, _HANDLES) for item in own.values())
+    return (
+        type(own) is dict
+        and not isinstance(value, nn.Module)
+        and any(isinstance(item, _HANDLES) for item in own.values())
+    )
 
 
 def _is_iterator(value: Any) -> bool:

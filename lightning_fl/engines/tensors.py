@@ -33,9 +33,7 @@ class FederatedTensors:
         ValueError: If a glob matches nothing, or nothing trainable is left to share.
     """
 
-    def __init__(
-        self, module: nn.Module, personal: Sequence[str] = (), moving: Collection[str] | None = ()
-    ) -> None:
+    def __init__(self, module: nn.Module, personal: Sequence[str] = (), moving: Collection[str] | None = ()) -> None:
         # Buffers that are not persistent, such as caches and the states of metrics, belong to no model and never
         # travel.
         persistent = set(module.state_dict())
@@ -73,7 +71,7 @@ class FederatedTensors:
 
     @property
     def buffers(self) -> dict[str, Tensor]:
-        """What is averaged beside the trainable parameters: shared persistent buffers, and frozen parameters that move."""
+        """What is averaged beside trainable parameters: shared persistent buffers, and frozen parameters that move."""
         return {**self.moving, **{name: getattr(owner, key) for name, (owner, key) in self._buffers.items()}}
 
     @property
@@ -181,9 +179,7 @@ def _may_follow(params: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> s
     """Names of frozen parameters that may follow trainable ones: a teacher is a copy of a part of its student."""
     kinds = {(param.shape, param.dtype) for param in params.values()}
     return {
-        name
-        for name, param in frozen.items()
-        if (param.shape, param.dtype) in kinds and bool(param.isfinite().all())
+        name for name, param in frozen.items() if (param.shape, param.dtype) in kinds and bool(param.isfinite().all())
     }
 
 

@@ -13,6 +13,7 @@ from lightning_fl.strategies.out_of_loop import OUTSIDE
 from lightning_fl.strategies.vectorized.compatibility import unprofitable_reason, unsupported_reason
 from lightning_fl.strategies.vectorized.driver import VectorizedDriver
 
+
 def select_engine(
     strategy: Any, trainer: L.Trainer, optimizers: OptimizerStates
 ) -> tuple[LocalTrainer, VectorizedDriver | None]:

@@ -31,7 +31,7 @@ OUTSIDE = (
 
 @contextmanager
 def out_of_loop(trainer: L.Trainer, training: bool) -> Iterator[ResultCollection]:
-    """Collects what the module logs inside the block separately, and restores its metrics, buffers and attributes afterwards.
+    """Collects what the module logs inside the block separately; then restores its metrics, buffers and attributes.
 
     Args:
         trainer: The Trainer.
@@ -109,4 +109,3 @@ def validate_out_of_loop(trainer: L.Trainer, loader: Iterable[Any]) -> tuple[dic
     finally:
         for part, was_training in modes:
             part.training = was_training
-

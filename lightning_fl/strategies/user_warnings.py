@@ -94,8 +94,8 @@ class UserWarnings:
             rank_zero_warn(_refused(round, result.report.refused))
         if result.unsent:
             rank_zero_warn(
-                f"Round {round}: training has changed frozen parameters for the first time ({some(result.unsent)}). They "
-                "are back at the round's start; from the next round on they are averaged like buffers."
+                f"Round {round}: training has changed frozen parameters for the first time ({some(result.unsent)}). "
+                "They are back at the round's start; from the next round on they are averaged like buffers."
             )
         if not result.aggregate.num_clients:
             rank_zero_info(f"Round {round}: no client takes part.")

@@ -309,7 +309,9 @@ def test_iterators_go_back_to_where_they_were(make: Callable[[], Any], num_taken
 
 
 def test_iterators_that_can_not_be_copied_are_named() -> None:
-    module = Holder({"draws": (i for i in range(3)), "both": zip((i for i in [1]), [2], strict=True), "fine": iter([1])})
+    module = Holder(
+        {"draws": (i for i in range(3)), "both": zip((i for i in [1]), [2], strict=True), "fine": iter([1])}
+    )
     assert captured(module).iterators == {"held": "zip"} | {"held": "generator"} or len(captured(module).iterators)
 
 

@@ -257,8 +257,8 @@ class VectorizedEngine(SequentialEngine):
         moved = self.restore_frozen()
         if moved:
             raise ValueError(
-                f"A step of {self.num_clients} clients has changed the frozen parameter {moved[0]!r}, which they share. "
-                "Let each client train alone with FederatedStrategy(engine='sequential')."
+                f"A step of {self.num_clients} clients has changed the frozen parameter {moved[0]!r}, which they share."
+                " Let each client train alone with FederatedStrategy(engine='sequential')."
             )
         # Rows that trained by themselves are written back before the result is read.
         if self._subset is not None:

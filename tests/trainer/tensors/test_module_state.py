@@ -8,7 +8,7 @@ import threading
 import warnings
 import weakref
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from torchmetrics import MeanMetric
 import lightning_fl as fl
 from lightning_fl import FederatedStrategy
 from lightning_fl.datamodules import ClientLoaders
-from tests.helpers.training import Plain, loader, trainer, weights
+from tests.helpers.training import Plain, loader, trainer
 
 SIZES = (8, 16, 12)
 
@@ -382,8 +382,8 @@ def test_what_is_put_back_is_named_once() -> None:
             return Number.remember(self, value) + BufferOutsideState.remember(self, value)
 
     clients = ClientLoaders([loader(8), loader(8, seed=1)])
+    module = Several()
     with pytest.warns(UserWarning, match="Each client starts with") as warned:
-        module = Several()
         trainer("fedavg", 3).fit(module, clients)
     (message,) = [str(one.message) for one in warned if "Each client" in str(one.message)]
     assert "starts with self.count, self.seen as they were when the round started" in message
@@ -434,7 +434,7 @@ class Generating(Plain):
 
 
 def test_an_iterator_that_cannot_be_put_back_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="The module holds a generator in 'draws'.*Keep a list and an index"):
+    with pytest.raises(ValueError, match=r"The module holds a generator in 'draws'.*Keep a list and an index"):
         trainer("fedavg").fit(Generating(), ClientLoaders([loader(8), loader(8, seed=1)]))
     trainer("fedavg").fit(Generating(), ClientLoaders([loader(8)]))
 
