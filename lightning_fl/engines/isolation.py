@@ -6,7 +6,7 @@ import io
 import operator
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,10 +33,17 @@ class Isolation:
     Args:
         module: The user's module.
         outside: Types of objects that are left alone, with what only they hold.
+        ignored: Returns names of attributes of an object that are left alone.
     """
 
-    def __init__(self, module: nn.Module, outside: tuple[type, ...] = ()) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        outside: tuple[type, ...] = (),
+        ignored: Callable[[Any], Collection[str]] = lambda owner: (),
+    ) -> None:
         self.module = module
+        self.ignored = ignored
         self.outside = (*outside, *DATA_AND_HANDLES)
         self.changed: set[str] = set()
         """Paths of what has been put back in the current round, without random generators, which are seeded."""
@@ -74,7 +81,7 @@ class Isolation:
     def _capture(self, is_stale: bool = False) -> None:
         if self._snapshot.parts and not is_stale and not self._snapshot.has_changed():
             return
-        self._snapshot = capture(self.module, self._managed, self._known, self.outside, reads_code=False)
+        self._snapshot = capture(self.module, self._managed, self._known, self.outside, self.ignored, reads_code=False)
         for path, kind in self._snapshot.iterators.items():
             raise ValueError(
                 f"The module holds a {kind} in {path!r}, which can't be put back to where it was, so that each client "
@@ -86,10 +93,12 @@ class Isolation:
     def put_back(self) -> None:
         """Restores the state, and keeps what was added to lists for the round's end."""
         if self._is_captured and self._snapshot.has_changed():
-            for part in self._snapshot.parts:
-                if part.has_changed():
-                    self._collect(part)
-                    part.restore()
+            self._restore()
+
+    def _restore(self) -> None:
+        for part in self._snapshot.changed():
+            self._collect(part)
+            part.restore()
 
     def _collect(self, part: Any) -> None:
         """Keeps what clients have added to a list, or notes that something else is to be put back."""
@@ -99,7 +108,9 @@ class Isolation:
             collected = self._lists.setdefault(id(part.owner), _Collected(part.owner, part.saved))
             collected.full += list(part.owner)[len(part.saved) :]
         elif not isinstance(part.owner, GENERATORS):
-            self.changed.update(part.changes())
+            # Those who load the managed tensors put them back also where a module has assigned another in their place.
+            managed = set(map(id, self._managed))
+            self.changed.update(path for path, before in part.changes().items() if id(before) not in managed)
 
     def end_round(self) -> None:
         """Restores the state, and shows what was added to lists."""
@@ -119,11 +130,7 @@ class Isolation:
             return
         self._capture()
         yield
-        if self._snapshot.has_changed():
-            for part in self._snapshot.parts:
-                if part.has_changed():
-                    self._collect(part)
-                    part.restore()
+        self._restore()
         for collected in self._lists.values():
             collected.show()
 

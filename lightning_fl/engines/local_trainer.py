@@ -109,8 +109,7 @@ class LocalTrainer(ABC):
             last round.
         functions: The parts of a step. None: :meth:`step` is not called, because another loop runs the steps and calls
             :meth:`prepare_gradients` in each.
-        outside: Types of objects that may be attributes of the module without being a part of it; see
-            :class:`~lightning_fl.engines.isolation.Isolation`.
+        isolation: Puts the rest of the module's state back before each client. None: all of it.
     """
 
     def __init__(
@@ -120,7 +119,7 @@ class LocalTrainer(ABC):
         personal: Sequence[str] = (),
         client_optimizer: ClientOptimizer = "reset",
         functions: StepFunctions | None = None,
-        outside: tuple[type, ...] = (),
+        isolation: Isolation | None = None,
     ) -> None:
         self.module = module
         self.optimizers = optimizers
@@ -128,7 +127,7 @@ class LocalTrainer(ABC):
         self.client_optimizer = client_optimizer
         self.functions = functions
         self.grad_transform: GradTransform | None = None
-        self.isolation = Isolation(module, outside)
+        self.isolation = Isolation(module) if isolation is None else isolation
         self.is_alone = False
         self.is_shared = True
         self.moved: set[str] = set()

@@ -69,7 +69,8 @@ class Snapshot:
         self.opaque: dict[str, str] = {}
         self.iterators: dict[str, str] = {}
         self.aliases: list[str] = []
-        self._flat: Any = None
+        self._whole: Any = None
+        self._others: list[_Items | _Values] = []
         self.parts: list[_Items | _Values] = []
 
     @cached_property
@@ -79,29 +80,40 @@ class Snapshot:
 
     def seal(self) -> None:
         """Prepares :meth:`has_changed`, once everything has been captured."""
-        whole = [part.owner for part in self.parts if isinstance(part, _Items) and part.is_whole]
+        whole = [part for part in self.parts if isinstance(part, _Items) and part.is_whole and not part.iterators]
+        owners = [part.owner for part in whole]
         # The lengths tell whether something has been added to those that are empty, as most dicts of hooks are.
-        filled = [own for own in whole if own]
+        filled = [own for own in owners if own]
         views = [v for own in filled for v in ((own.keys(), own.values()) if isinstance(own, dict) else (own,))]
-        others = [part for part in self.parts if isinstance(part, _Values) or not part.is_whole or part.iterators]
-        self._flat = whole, list(map(len, whole)), views, list(chain.from_iterable(views)), others
+        self._whole = whole, owners, list(map(len, owners)), views, list(chain.from_iterable(views))
+        known = set(map(id, whole))
+        self._others = [part for part in self.parts if id(part) not in known]
 
     def has_changed(self) -> bool:
         """Whether anything is no longer as it was; takes little time where containers still hold the same objects."""
-        whole, lengths, views, items, others = self._flat
-        if list(map(len, whole)) != lengths or not all(map(operator.is_, chain.from_iterable(views), items)):
-            others = self.parts
-        return any(part.has_changed() for part in others)
+        _, owners, lengths, views, items = self._whole
+        if list(map(len, owners)) != lengths or not all(map(operator.is_, chain.from_iterable(views), items)):
+            return bool(self.changed())
+        return any(part.has_changed() for part in self._others)
+
+    def changed(self) -> list[_Items | _Values]:
+        """The parts that are no longer as they were."""
+        whole, owners, lengths, *_ = self._whole
+        found: list[_Items | _Values] = [
+            part
+            for part, now, before in zip(whole, map(len, owners), lengths, strict=True)
+            if now != before or (now and part.has_changed())
+        ]
+        return found + [part for part in self._others if part.has_changed()]
 
     def differences(self) -> Iterator[str]:
         """Paths of what is no longer as it was, such as ``"counter.steps"``."""
-        return (part.path for part in self.parts if part.has_changed())
+        return (part.path for part in self.changed())
 
     def restore(self) -> None:
         """Puts the state back into the objects that held it; ``managed`` tensors are left as they are."""
-        for part in self.parts:
-            if part.has_changed():
-                part.restore()
+        for part in self.changed():
+            part.restore()
 
 
 def capture(
@@ -150,13 +162,13 @@ class _Items:
             return True
         return any(_position(now[index]) != _position(start) for index, start in self.iterators.items())
 
-    def changes(self) -> list[str]:
-        """Paths of what has changed, with the keys of a dict."""
+    def changes(self) -> dict[str, Any]:
+        """Paths of what has changed, with the keys of a dict, and what was there before."""
         if not isinstance(self.owner, dict) or not all(isinstance(key, str) for key in self.owner):
-            return [self.path]
+            return {self.path: self.owner}
         before, now = _as_dict(self.saved), _as_dict(self.read(self.owner))
         names = [n for n in {**before, **now} if not _is_same(before.get(n, _MISSING), now.get(n, _MISSING))]
-        return [f"{self.path}.{name}" if self.path else name for name in names] or [self.path]
+        return {f"{self.path}.{name}" if self.path else name: before.get(name) for name in names}
 
     def restore(self) -> None:
         # Copies take the iterators' places, because what they have yielded can't be given back to them.
@@ -182,9 +194,9 @@ class _Values:
         # As bytes, so that a NaN is equal to itself.
         return not is_alike or not torch.equal(_bytes(now), _bytes(before)) or self._is_switched
 
-    def changes(self) -> list[str]:
-        """The path of the tensor."""
-        return [self.path]
+    def changes(self) -> dict[str, Any]:
+        """The path of the tensor, and the tensor."""
+        return {self.path: self.owner}
 
     @property
     def _is_switched(self) -> bool:

@@ -40,7 +40,7 @@ from lightning_fl.strategies.batch_steps import BatchSteps, HookedSteps, TightSt
 from lightning_fl.strategies.client_session import ClientSession
 from lightning_fl.strategies.hooks import batch_hook
 from lightning_fl.strategies.logged_values import LoggedValues, late_entries, publish
-from lightning_fl.strategies.loops import RoundEpochLoop
+from lightning_fl.strategies.loops import OUTSIDE_CLIENTS, RoundEpochLoop
 from lightning_fl.strategies.metric_states import MetricStates
 from lightning_fl.strategies.open_round import OpenRound
 from lightning_fl.strategies.probe import probe
@@ -228,6 +228,7 @@ class RoundDriver:
         assert self.local_trainer is not None
         with self.local_trainer.isolation.after_round():
             steps.end_round()
+        loop.position = OUTSIDE_CLIENTS
 
     def _open(self, loop: RoundEpochLoop) -> OpenRound:
         assert self.local_trainer is not None
@@ -316,6 +317,7 @@ class RoundDriver:
         # Each client starts at the round's step, so that what reads `global_step` does not depend on which clients this
         # rank has trained before.
         opened.steps.loop.set_global_step(opened.first_step)
+        opened.steps.loop.position = OUTSIDE_CLIENTS
         if len(clients) > 1:
             return self._start_group(opened, clients)
         (client,) = clients

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
 from lightning_fl.clients.local_work import BatchPosition
+from lightning_fl.engines.isolation import Isolation
 from lightning_fl.engines.local_trainer import (
     ONE_PHASE,
     ClientFacts,
@@ -84,9 +85,9 @@ class VectorizedEngine(SequentialEngine):
         personal: Sequence[str] = (),
         client_optimizer: ClientOptimizer = "reset",
         functions: StepFunctions | None = None,
-        outside: tuple[type, ...] = (),
+        isolation: Isolation | None = None,
     ) -> None:
-        super().__init__(module, optimizers, personal, client_optimizer, functions, outside)
+        super().__init__(module, optimizers, personal, client_optimizer, functions, isolation)
         self._start: Tree = {}
         self._stacked: Tree = {}
         self._stacked_buffers: Tree = {}
