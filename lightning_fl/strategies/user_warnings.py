@@ -103,11 +103,11 @@ class UserWarnings:
             rank_zero_info(result.stop_reason)
 
     def put_back(self, paths: Collection[str]) -> None:
-        """Warns, once for each, of what clients' training has changed in the module and what then was put back."""
+        """Names, once, what clients' training has changed in the module and what then was put back."""
         new = sorted(path for path in paths if self._is_new(("put back", path)))
         if new:
             names = ", ".join(f"self.{path}" for path in new[:8]) + (", ..." if len(new) > 8 else "")
-            rank_zero_warn(
+            rank_zero_info(
                 f"Each client starts with {names} as they were when the round started: what training changes in the "
                 "module outside its state_dict is put back, so that it does not reach other clients or rounds. What is "
                 "to last from round to round is a buffer in the state_dict, which is averaged; what is to be summed up "

@@ -11,6 +11,7 @@ from collections import defaultdict, deque
 from collections.abc import Sequence
 from typing import Any
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -20,7 +21,7 @@ from torchmetrics import MeanMetric
 import lightning_fl as fl
 from lightning_fl import FederatedStrategy
 from lightning_fl.datamodules import ClientLoaders
-from tests.helpers.training import Plain, loader, trainer
+from tests.helpers.training import Ordinary, Plain, loader, trainer
 
 SIZES = (8, 16, 12)
 
@@ -271,9 +272,7 @@ def fit(
     module = kind()
     # The names go with the data: a client's random numbers are of its name.
     clients = ClientLoaders({f"client {client}": loader(SIZES[client], seed=client) for client in order})
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Each client starts with")
-        trainer(FederatedStrategy(engine=engine, **options), rounds).fit(module, clients)
+    trainer(FederatedStrategy(engine=engine, **options), rounds).fit(module, clients)
     return params(module)
 
 
@@ -376,24 +375,29 @@ def test_lists_hold_the_outputs_of_all_clients_when_the_round_has_ended() -> Non
     assert module.seen_in_step == [(step, step) for size in SIZES for step in range(size // 4)] * 3
 
 
-def test_what_is_put_back_is_named_once() -> None:
+def test_what_is_put_back_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
     class Several(Number, BufferOutsideState):
         def remember(self, value: float) -> Any:
             return Number.remember(self, value) + BufferOutsideState.remember(self, value)
 
     clients = ClientLoaders([loader(8), loader(8, seed=1)])
     module = Several()
-    with pytest.warns(UserWarning, match="Each client starts with") as warned:
+    with caplog.at_level("INFO"):
         trainer("fedavg", 3).fit(module, clients)
-    (message,) = [str(one.message) for one in warned if "Each client" in str(one.message)]
+    (message,) = [line for line in caplog.messages if "Each client starts" in line]
     assert "starts with self.count, self.seen as they were when the round started" in message
     assert module.count == 0
     assert module.seen == 0
 
 
-def test_nothing_is_said_of_modules_that_change_nothing_else(recwarn: pytest.WarningsRecorder) -> None:
-    trainer("fedavg", 2).fit(Plain(), ClientLoaders([loader(8), loader(8, seed=1)]))
-    assert not [str(one.message) for one in recwarn if "Each client" in str(one.message)]
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+@pytest.mark.parametrize("kind", [Plain, Ordinary, Collecting])
+def test_nothing_is_said_of_modules_that_change_nothing_else(
+    kind: type[L.LightningModule], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        trainer(FederatedStrategy(engine="sequential"), 2).fit(kind(), ClientLoaders([loader(8), loader(8, seed=1)]))
+    assert not [line for line in caplog.messages if "Each client starts" in line]
 
 
 class ChangedByHooks(Plain):
@@ -421,8 +425,7 @@ class Cooling(fl.callbacks.FederatedCallback):
 
 def test_hooks_between_clients_and_rounds_may_change_the_module() -> None:
     module, clients = ChangedByHooks(), ClientLoaders([loader(8), loader(8, seed=1)])
-    with pytest.warns(UserWarning, match="starts with self.seen as"):
-        trainer("fedavg", 2, callbacks=[Cooling()]).fit(module, clients)
+    trainer("fedavg", 2, callbacks=[Cooling()]).fit(module, clients)
     assert module.temperature == pytest.approx((0.5 * 0.9 * 0.8) ** 2)
     assert module.seen == 0  # also after the round's last batch
 
