@@ -1,17 +1,17 @@
 """The aggregator's interface: how updates become one."""
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: jsonargparse would resolve the strings in the modules of the subclasses.
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
 from lightning_fl.aggregation.context import RoundContext
+from lightning_fl.algorithms import Algorithm
 from lightning_fl.communication import Group, Message
-from lightning_fl.types import Aggregate, Update
+from lightning_fl.types import Aggregate, ClientId, Update
 
 
 class ClientLost(Exception):
@@ -52,6 +52,25 @@ class Aggregator(ABC):
     hides_reports: ClassVar[bool] = False
     """Whether :meth:`merge` and :meth:`gather` reveal only the sums over ranks of a report's field ``"sums"``, a dict
     of numbers by name. The first report they return then holds those sums."""
+
+    weighting: ClassVar[Literal["examples", "uniform"] | None] = None
+    """The weighting that the aggregator requires; None: any."""
+
+    def check(self, algorithm: Algorithm) -> None:
+        """Checks that the aggregator is correct beside the algorithm; called when the strategy is built.
+
+        Raises:
+            ValueError: If it is not.
+        """
+        return
+
+    def check_cohort(self, num_clients: int) -> None:
+        """Checks that rounds with so many clients can be aggregated; called when the strategy is built, if it is known.
+
+        Raises:
+            ValueError: If they can't.
+        """
+        return
 
     def open(self, group: Group, facts: FederationFacts) -> Any:
         """Returns the session: what lasts for a whole fit or evaluation, such as agreed keys. None if there is nothing.
@@ -103,7 +122,7 @@ class Aggregator(ABC):
             acc: This rank's accumulator.
             updates: The group's updates, each tensor stacked over the clients.
             weights: The clients' weights; ``updates.weight`` is ignored.
-            ctx: Facts of the round.
+            ctx: Facts of the round; ``ctx.clients`` are those of the group.
         """
         raise NotImplementedError
 
@@ -142,3 +161,14 @@ class Aggregator(ABC):
         Raises:
             ValueError: If the weights add up to nothing.
         """
+
+    def shares(self, acc: Any, ctx: RoundContext) -> Mapping[ClientId, float]:
+        """Returns each client's share in the merged accumulator; empty if it has none that could be told."""
+        return {}
+
+    def report(self, acc: Any, ctx: RoundContext) -> Mapping[str, Any]:
+        """Returns what to keep of the merged accumulator in the round's entry of ``strategy.history``.
+
+        Numbers are logged every round, strings once. ``left_out`` names the clients that do not count, each with why.
+        """
+        return {}

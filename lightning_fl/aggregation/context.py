@@ -22,8 +22,10 @@ class RoundContext:
         population: Number of clients in the federation.
         sampling: How the cohorts are drawn; None if unknown.
         client: The current client; None in server halves.
+        clients: The clients of the current group, where several are added at once.
         generator: Seeded by (seed, round, client), so it is predictable: never use it for privacy.
         group: The ranks of the federation; server halves run on all of them.
+        seed: Seed of the federation's random choices, which is no secret.
         silos: Whether each rank is a silo with its own data, rather than a part of one simulation.
         server: In client halves, the state of the transform's server half.
         frozen: The module's frozen parameters, which must be the same on all clients.
@@ -34,8 +36,10 @@ class RoundContext:
     population: int
     sampling: CohortSampling | None = None
     client: ClientId | None = None
+    clients: Sequence[ClientId] = ()
     generator: torch.Generator | None = None
     group: Group = field(default_factory=LocalGroup)
+    seed: int = 0
     silos: bool = False
     server: State = field(default_factory=dict)
     frozen: Tree = field(default_factory=dict)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from lightning_fl.aggregation.aggregator import Aggregator
 from lightning_fl.aggregation.context import RoundContext
@@ -46,6 +46,20 @@ class Transform(ABC):
     def like(self, update: Update) -> Update:
         """Returns a template of the client half's output, given a template of its input."""
         return update
+
+    def book(self, state: State, release: Any) -> State:
+        """Records, in the server half's state, what was released about the clients' data before training.
+
+        Called when a fit starts, on all ranks, also if it goes on from a checkpoint that has recorded the same release.
+
+        Args:
+            state: The server half's state.
+            release: The datamodule's ``release``, an object with the attributes ``id``, ``event`` and ``unit``.
+
+        Raises:
+            ValueError: If the release does not protect what the transform protects.
+        """
+        return state
 
     def start_round(self, state: State, ctx: RoundContext) -> State:
         """Returns the server half's next state; called on all ranks before the clients of a round train.

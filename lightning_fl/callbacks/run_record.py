@@ -28,6 +28,8 @@ from lightning_fl.tracking.partition import summarise
 from lightning_fl.tracking.run import EVALUATIONS_FILE, ROUNDS_FILE, RUN_FILE, Row, append_rows, to_json, write_file
 
 MAX_CLIENTS = 200
+HIDDEN = ("_instantiator",)
+"""What LightningCLI adds to hyper-parameters for itself."""
 
 
 class RunRecord(L.Callback):
@@ -105,7 +107,9 @@ class RunRecord(L.Callback):
         """Adds the current round, after the global model's validation."""
         if self.path is None:
             return
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        # Without the federation's own figures, which the row has already.
+        measured = {n: value for n, value in trainer.callback_metrics.items() if not n.startswith("fl/")}
+        metrics = {name: float(value) for name, value in measured.items()}
         row: Row = {"round": trainer.current_epoch, "num_steps": trainer.global_step - self._last_step}
         if isinstance(trainer.strategy, FederatedStrategy):
             row.update(trainer.strategy.history[-1])
@@ -225,6 +229,9 @@ def describe_settings(trainer: L.Trainer) -> dict[str, str]:
         module=type(trainer.lightning_module).__name__,
         num_parameters=f"{sum(param.numel() for param in trainer.lightning_module.parameters()):,}",
     )
+    for part, owner in (("model", trainer.lightning_module), ("data", data)):
+        hparams = getattr(owner, "hparams", {})
+        settings.update({f"{part}.{name}": _text(value) for name, value in hparams.items() if name not in HIDDEN})
     return settings
 
 

@@ -3,17 +3,26 @@
 A run is the folder that `lightning-fl fit` has written, such as logs/digits_fedavg/version_0; in a folder of several
 runs, the last one counts. An epoch of a centralised run (--trainer.strategy auto) is compared with a round.
 
+With --group-by, runs that share a setting are one row, with mean and standard deviation over them: group the seeds of
+an experiment by what it varies. The names of settings are those of the second table.
+
 Examples:
   lightning-fl compare logs/fedavg logs/fedprox logs/central
   lightning-fl compare logs/*/version_0 --metric val_loss --target 0.3 --out losses.png
+  lightning-fl compare logs/fedavg_* logs/fedprox_* --group-by algorithm --baseline "FedAvg(server_lr=1.0)"
+  lightning-fl compare logs/* --group-by algorithm --format latex
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import math
 import os
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich import box
@@ -22,9 +31,25 @@ from rich.table import Table
 
 from lightning_fl.cli.command import check_output
 from lightning_fl.tracking import Run, plots
+from lightning_fl.tracking.loggers import markdown_table
 from lightning_fl.tracking.metrics import best_metric, is_higher_better
 
 MAX_NAME = 48
+FORMATS = ("table", "csv", "md", "latex")
+Columns = Mapping[str, Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that are one row of the table.
+
+    Args:
+        name: What the row is called.
+        runs: At least one run.
+    """
+
+    name: str
+    runs: Sequence[Run]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,11 +57,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the folders of the runs")
     parser.add_argument("--metric", help="what to compare (default: validation accuracy if there is one, else loss)")
     parser.add_argument("--target", type=float, help="also show the round in which the metric first reached this")
+    parser.add_argument("--group-by", metavar="SETTING", help="one row for the runs that share this setting")
+    parser.add_argument("--baseline", metavar="NAME", help="a row's name: the others show their difference from it")
+    parser.add_argument("--format", choices=FORMATS, default="table", help="how to print (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("compare.png"), help="the picture (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints the table and writes the picture."""
+    """Prints the tables and writes the picture."""
     check_output(args.out)
     runs = [Run.read(path) for path in args.runs]
     metric = args.metric or best_metric(runs)
@@ -44,15 +72,36 @@ def run(args: argparse.Namespace) -> None:
         if metric not in one.metric_names:
             known = ", ".join(one.metric_names) or "none: no round has been finished"
             raise ValueError(f"{one.path} has no metric {metric!r}. Its metrics: {known}.")
-    names = short_names(runs)
-    print_table(runs, names, metric, args.target, Console())
-    print_differences(runs, names, Console())
+    groups = make_groups(runs, args.group_by)
+    show(compare(groups, metric, args.target, args.baseline), args.format)
+    differing = differences(groups)
+    if differing["setting"]:
+        print("\nSettings in which they differ:\n" if args.format in ("table", "md") else "")
+        show(differing, args.format)
     if not plots.is_available():
         print('There is no picture without matplotlib: pip install "lightning-fl[tracking]"')
         return
-    curves = {name: one.metric(metric) for name, one in zip(names, runs, strict=True)}
+    curves = {group.name: mean_curve(group.runs, metric) for group in groups}
     args.out.write_bytes(plots.as_png(plots.curves_figure(curves, metric, 7.5, 4.2)))
-    print(f"picture: {args.out}")
+    if args.format == "table":
+        print(f"picture: {args.out}")
+
+
+def make_groups(runs: Sequence[Run], setting: str | None) -> list[Group]:
+    """A group for each run, or for each value of a setting.
+
+    Raises:
+        ValueError: If no run has the setting.
+    """
+    if setting is None:
+        return [Group(name, [one]) for name, one in zip(short_names(runs), runs, strict=True)]
+    if not any(setting in one.settings for one in runs):
+        known = ", ".join(dict.fromkeys(key for one in runs for key in one.settings))
+        raise ValueError(f"No run has a setting {setting!r} to group by. There are {known}.")
+    values = dict.fromkeys(one.settings.get(setting, "centralised") for one in runs)
+    return [
+        Group(value, [one for one in runs if one.settings.get(setting, "centralised") == value]) for value in values
+    ]
 
 
 def short_names(runs: Sequence[Run]) -> list[str]:
@@ -66,29 +115,101 @@ def short_names(runs: Sequence[Run]) -> list[str]:
     return [name if len(name) <= MAX_NAME else "..." + name[3 - MAX_NAME :] for name in names]
 
 
-def print_table(runs: Sequence[Run], names: Sequence[str], metric: str, target: float | None, console: Console) -> None:
-    """Prints a row per run."""
+def compare(groups: Sequence[Group], metric: str, target: float | None, baseline: str | None) -> Columns:
+    """The table: a row for each group, numbers with their deviation where a group has several runs.
+
+    Raises:
+        ValueError: If there is no group of the baseline's name.
+    """
     is_higher = is_higher_better(metric)
-    columns: dict[str, list[str]] = {"run": list(names), "algorithm": [_algorithm(one) for one in runs]}
-    columns["rounds"] = [str(len(one.rounds)) for one in runs]
-    columns[f"last {metric}"] = [f"{one.metric(metric)[1][-1]:.4g}" for one in runs]
-    best = [_best(one, metric, is_higher) for one in runs]
-    columns["highest" if is_higher else "lowest"] = [value for value, _ in best]
-    columns["in round"] = [number for _, number in best]
+    everything = [group.runs for group in groups]
+    columns: dict[str, Sequence[str]] = {"run": [group.name for group in groups]}
+    columns["algorithm"] = [", ".join(dict.fromkeys(map(_algorithm, runs))) for runs in everything]
+    if any(len(runs) > 1 for runs in everything):
+        columns["runs"] = [str(len(runs)) for runs in everything]
+    columns["rounds"] = [_spread([len(one.rounds) for one in runs], ",.4g") for runs in everything]
+    last = [[one.metric(metric)[1][-1] for one in runs] for runs in everything]
+    columns[f"last {metric}"] = [_spread(values, ".4g") for values in last]
+    if baseline is not None:
+        names = columns["run"]
+        if baseline not in names:
+            raise ValueError(f"There is no row {baseline!r} for --baseline; the rows are {', '.join(names)}.")
+        reference = statistics.fmean(last[names.index(baseline)])
+        columns["difference"] = [f"{statistics.fmean(values) - reference:+.4g}" for values in last]
+    best = [[_best(one, metric, is_higher) for one in runs] for runs in everything]
+    columns["highest" if is_higher else "lowest"] = [_spread([value for value, _ in pairs], ".4g") for pairs in best]
+    columns["in round"] = [_spread([number for _, number in pairs], ",.4g") for pairs in best]
     if target is not None:
-        columns[f"{target:g} in round"] = [_reached(one, metric, target, is_higher) for one in runs]
-    columns["steps"] = [f"{one.total('num_steps') or 0:,.0f}" for one in runs]
-    sent = [one.total("num_bytes") or 0 for one in runs]
-    if any(sent):
-        columns["MB sent"] = [f"{num_bytes / 1e6:,.1f}" for num_bytes in sent]
-    columns["seconds"] = [f"{one.seconds or 0:,.1f}" for one in runs]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for name in columns:
-        is_word = name in ("run", "algorithm")
-        table.add_column(name, justify="left" if is_word else "right", no_wrap=is_word)
-    for cells in zip(*columns.values(), strict=True):
-        table.add_row(*cells)
-    console.print(table)
+        reached = [[_reached(one, metric, target, is_higher) for one in runs] for runs in everything]
+        columns[f"{target:g} in round"] = [_spread(rounds, ",.4g", absent="never") for rounds in reached]
+    columns["steps"] = [_spread([one.total("num_steps") or 0 for one in runs], ",.0f") for runs in everything]
+    sent = [[(one.total("num_bytes") or 0) / 1e6 for one in runs] for runs in everything]
+    if any(map(any, sent)):
+        columns["MB sent"] = [_spread(values, ",.1f") for values in sent]
+    columns["seconds"] = [_spread([one.seconds or 0 for one in runs], ",.1f") for runs in everything]
+    return columns
+
+
+def differences(groups: Sequence[Group]) -> Columns:
+    """The settings that differ between runs that have them; a centralised run lacks those of a federation."""
+    keys = dict.fromkeys(key for group in groups for one in group.runs for key in one.settings)
+
+    def values(group: Group, key: str) -> list[str]:
+        return list(dict.fromkeys(one.settings[key] for one in group.runs if key in one.settings))
+
+    differing = [key for key in keys if len({value for group in groups for value in values(group, key)}) > 1]
+    cells = {group.name: [", ".join(values(group, key)) or "-" for key in differing] for group in groups}
+    return {"setting": differing, **cells}
+
+
+def show(columns: Columns, kind: str) -> None:
+    """Prints a table for people, as Markdown, as CSV or as LaTeX."""
+    rows = list(zip(*columns.values(), strict=True))
+    if kind == "csv":
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows([list(columns), *rows])
+        print(text.getvalue(), end="")
+    elif kind == "md":
+        print(markdown_table(list(columns), rows))
+    elif kind == "latex":
+        lines = [" & ".join(map(_latex, row)) + r" \\" for row in [list(columns), *rows]]
+        print(f"\\begin{{tabular}}{{{'l' * len(columns)}}}\n\\hline\n{lines[0]}\n\\hline")
+        print("\n".join([*lines[1:], r"\hline", r"\end{tabular}"]))
+    else:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+        for name in columns:
+            is_word = name in ("run", "algorithm", "setting") or "setting" in columns
+            # Words may wrap in a narrow terminal; a number that is cut off would be another number.
+            table.add_column(name, justify="left" if is_word else "right", no_wrap=not is_word, overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        Console(width=max(Console().width, 100)).print(table)
+
+
+def mean_curve(runs: Sequence[Run], metric: str) -> tuple[list[float], list[float]]:
+    """The mean of a metric over the runs, in the rounds that all of them have."""
+    curves = [dict(zip(*one.metric(metric), strict=True)) for one in runs]
+    rounds = [number for number in curves[0] if all(number in curve for curve in curves)]
+    return [float(number) for number in rounds], [
+        statistics.fmean(curve[number] for curve in curves) for number in rounds
+    ]
+
+
+def _spread(values: Sequence[float | None], form: str, absent: str = "-") -> str:
+    """The mean of the numbers, and their standard deviation if there are several."""
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    if not known:
+        return absent
+    mean = format(statistics.fmean(known), form)
+    if len(known) > 1 and len(set(known)) > 1:
+        mean = f"{mean} ± {statistics.stdev(known):.2g}"
+    return mean if len(known) == len(values) else f"{mean} ({len(known)} of {len(values)})"
+
+
+def _latex(text: str) -> str:
+    for mark in "&%_#$":
+        text = text.replace(mark, f"\\{mark}")
+    return text.replace("±", r"$\pm$")
 
 
 def _algorithm(run: Run) -> str:
@@ -100,26 +221,11 @@ def _finite(run: Run, metric: str) -> list[tuple[float, int]]:
     return [(value, number) for number, value in zip(rounds, values, strict=True) if math.isfinite(value)]
 
 
-def _best(run: Run, metric: str, is_higher: bool) -> tuple[str, str]:
+def _best(run: Run, metric: str, is_higher: bool) -> tuple[float | None, int | None]:
     sign = 1 if is_higher else -1
-    best = max(_finite(run, metric), key=lambda pair: sign * pair[0], default=None)
-    return ("-", "-") if best is None else (f"{best[0]:.4g}", str(best[1]))
+    return max(_finite(run, metric), key=lambda pair: sign * pair[0], default=(None, None))
 
 
-def _reached(run: Run, metric: str, target: float, is_higher: bool) -> str:
+def _reached(run: Run, metric: str, target: float, is_higher: bool) -> int | None:
     reached = [number for value, number in _finite(run, metric) if (value >= target if is_higher else value <= target)]
-    return str(reached[0]) if reached else "never"
-
-
-def print_differences(runs: Sequence[Run], names: Sequence[str], console: Console) -> None:
-    """Prints the settings that differ between runs that have them; a centralised run lacks those of a federation."""
-    keys = dict.fromkeys(key for one in runs for key in one.settings)
-    found = {key: {one.settings[key] for one in runs if key in one.settings} for key in keys}
-    differing = [key for key, values in found.items() if len(values) > 1]
-    if not differing:
-        return
-    console.print("Settings in which they differ:")
-    table = Table("setting", *names, box=box.SIMPLE_HEAD, pad_edge=False)
-    for key in differing:
-        table.add_row(key, *(one.settings.get(key, "-") for one in runs))
-    console.print(table)
+    return reached[0] if reached else None

@@ -30,7 +30,7 @@ class ImageFilesDataModule(CentralDataModule):
         root: Folder with the files. None: the first of the default folders that has them.
         download: Whether to download the files if they are missing.
         scaling: ``"unit"``: pixels in [0, 1]. ``"channel"``: mean 0 and variance 1 per channel of the training data.
-            ``"pixel"``: mean 0 and variance 1 per pixel of the training data.
+            ``"pixel"``: mean 0 and variance 1 per pixel of the training data. Differential privacy refuses both.
         transform: Applied to each float32 image of the training data, such as an augmentation.
         **kwargs: ``batch_size``, ``val_share``, ``seed``, ``num_workers`` and ``eval_batch_size``; see
             :class:`CentralDataModule`.
@@ -66,6 +66,13 @@ class ImageFilesDataModule(CentralDataModule):
         self.download = download
         self.scaling = scaling
         self.transform = transform
+
+    @property
+    def learned_from_data(self) -> str:
+        """What the scaling has learned exactly from the training data, and what to do under differential privacy."""
+        if self.scaling == "unit":
+            return ""
+        return f"the mean and deviation of its pixels (scaling={self.scaling!r}). Use scaling='unit'."
 
     @abstractmethod
     def has_files(self, folder: Path) -> bool:

@@ -102,6 +102,16 @@ class PartitionedDataModule(OptionalLoaders):
             self._hide_loaders("test_dataloader")
 
     @property
+    def learned_from_data(self) -> str:
+        """What the preprocessing of ``data`` has learned exactly from the training data."""
+        return str(getattr(self.data, "learned_from_data", ""))
+
+    @property
+    def release(self) -> Any:
+        """What the preprocessing of ``data`` has released under differential privacy; None if nothing."""
+        return getattr(self.data, "release", None)
+
+    @property
     def trainer(self) -> L.Trainer | None:
         """The Trainer, shared with ``data``."""
         return self.data.trainer

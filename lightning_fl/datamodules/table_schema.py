@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_fl.privacy.scaling import PrivateScaling, ScalingRelease
+
 MAX_CATEGORIES = 100
 MAX_CLASSES = 20
 Task = Literal["auto", "classification", "regression"]
+Origin = Literal["public", "data", "private"]
 
 
 @dataclass(frozen=True)
@@ -29,12 +32,59 @@ class TableSchema:
         numeric: Mean and standard deviation of each numeric column.
         categories: The values of each other column.
         classes: The values of the target; None for a regression.
+        origin: ``"public"``: from what everybody may know; ``"data"``: learned exactly from the rows of a table, which
+            differential privacy refuses; ``"private"``: the numbers by ``release``, the rest public.
+        release: The release by which the numbers were learned under differential privacy.
     """
 
     target: str
     numeric: Mapping[str, tuple[float, float]]
     categories: Mapping[str, Sequence[Any]]
     classes: Sequence[Any] | None
+    origin: Origin = "public"
+    release: ScalingRelease | None = None
+
+    @classmethod
+    def from_ranges(
+        cls,
+        target: str,
+        ranges: Mapping[str, tuple[float, float]],
+        categories: Mapping[str, Sequence[Any]] | None = None,
+        classes: Sequence[Any] | None = None,
+    ) -> TableSchema:
+        """A schema from public knowledge, without a look at the data: each range becomes [-1, 1].
+
+        Args:
+            target: The column to predict.
+            ranges: The smallest and largest value of each numeric column.
+            categories: The values of each other column.
+            classes: The values of the target; None for a regression.
+        """
+        numeric = {column: ((low + high) / 2, (high - low) / 2) for column, (low, high) in ranges.items()}
+        return cls(target, numeric, categories or {}, classes)
+
+    def scaled(self, scaling: PrivateScaling, table: Any, rows: np.ndarray, owners: np.ndarray) -> TableSchema:
+        """The schema with the numbers of a private scaling, which it releases.
+
+        Args:
+            scaling: The scaling.
+            table: A pandas ``DataFrame``.
+            rows: Positions of the training rows.
+            owners: The client of each of these rows, as numbers from 0.
+
+        Raises:
+            ValueError: If the scaling has other columns than the schema, or a column is not numeric.
+        """
+        if scaling.ranges.keys() != self.numeric.keys():
+            raise ValueError(
+                f"PrivateScaling has ranges of {', '.join(scaling.ranges)}; the numeric columns of the schema are "
+                f"{', '.join(self.numeric)}. Give a range for each of these."
+            )
+        values = {column: _numbers(table[column].iloc[rows], column) for column in scaling.ranges}
+        numeric, release = scaling.fit(values, owners)
+        return replace(
+            self, numeric={column: numeric[column] for column in self.numeric}, origin="private", release=release
+        )
 
     @property
     def feature_names(self) -> list[str]:
@@ -57,7 +107,17 @@ class TableSchema:
         try:
             content = json.loads(Path(path).read_text())
             numeric = {name: (float(mean), float(std)) for name, (mean, std) in content["numeric"].items()}
-            return cls(str(content["target"]), numeric, dict(content["categories"]), content["classes"])
+            origin, release = content.get("origin", "public"), content.get("release")
+            if origin not in get_args(Origin) or (origin == "private") != (release is not None):
+                raise ValueError(f"origin {origin!r} with release {release}")
+            return cls(
+                str(content["target"]),
+                numeric,
+                dict(content["categories"]),
+                content["classes"],
+                origin,
+                None if release is None else ScalingRelease(**release),
+            )
         except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{path} is not a table schema ({error}); write one with TableSchema.save.") from error
 
@@ -76,11 +136,7 @@ class TableSchema:
         check_columns(table, [*self.numeric, *self.categories, self.target], name)
         columns = []
         for column, (mean, std) in self.numeric.items():
-            if not is_number(table[column]):
-                raise ValueError(
-                    f"Column {column!r} of {name} has type {table[column].dtype}, but the schema says it is numeric."
-                )
-            columns.append((table[column].to_numpy(dtype=np.float64, na_value=np.nan) - mean) / std)
+            columns.append((_numbers(table[column], column) - mean) / std)
         num_faulty = {c: int((~np.isfinite(v)).sum()) for c, v in zip(self.numeric, columns, strict=True)}
         num_faulty |= {c: int(table[c].isna().sum()) for c in self.categories}
         infinite = [c for c, v in zip(self.numeric, columns, strict=True) if np.isinf(v).any()]
@@ -158,7 +214,14 @@ def fit_schema(
                     f"Column {column!r} of {name} is text with {len(categories[column])} different values, more than "
                     f"{MAX_CATEGORIES}; leave it out with `drop`, or merge some of its values."
                 )
-    return TableSchema(target, numeric, categories, _classes(table[target], target, task, name))
+    return TableSchema(target, numeric, categories, _classes(table[target], target, task, name), origin="data")
+
+
+def _numbers(column: Any, name: str) -> np.ndarray:
+    if not is_number(column):
+        raise ValueError(f"Column {name!r} has type {column.dtype}, but the schema says it is numeric.")
+    values: np.ndarray = column.to_numpy(dtype=np.float64, na_value=np.nan)
+    return values
 
 
 def is_number(column: Any) -> bool:

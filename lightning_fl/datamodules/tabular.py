@@ -13,6 +13,7 @@ from lightning_fl.data.client_loaders import ClientLoaders
 from lightning_fl.data.holdout import Part
 from lightning_fl.datamodules.natural import ClientData, NaturalDataModule
 from lightning_fl.datamodules.table_schema import TableSchema, Task, check_columns, fit_schema
+from lightning_fl.privacy.scaling import PrivateScaling, ScalingRelease
 from lightning_fl.types import ClientId
 
 _EVERYONE = "everyone"  # the only client of a table without a client column
@@ -39,6 +40,9 @@ class TabularDataModule(NaturalDataModule):
             mean, a missing category by zeros.
         schema: How columns are encoded, as a file written by ``TableSchema.save``; silos that train together need the
             same one. None: learned from the training rows.
+        scaling: Replaces the schema's means and standard deviations by those of the training rows, released under
+            differential privacy; the ledger of the training counts the release. It needs a ``schema``. Save
+            ``schema`` after ``setup()``, and give it to a run that resumes, which would otherwise release anew.
         **kwargs: ``batch_size``, ``val_share``, ``test_share``, ``seed``, ``num_workers`` and ``eval_batch_size``; see
             :class:`NaturalDataModule`.
 
@@ -68,6 +72,7 @@ class TabularDataModule(NaturalDataModule):
         task: Task = "auto",
         missing: Literal["error", "mean"] = "error",
         schema: str | Path | None = None,
+        scaling: PrivateScaling | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -77,11 +82,17 @@ class TabularDataModule(NaturalDataModule):
             raise ValueError(f"missing={missing!r} is unknown; expected 'error' or 'mean'.")
         if schema is not None and (features is not None or drop or task != "auto"):
             raise ValueError("schema already says which columns are read and how; leave out features, drop and task.")
+        if scaling is not None and schema is None:
+            raise ValueError(
+                "scaling gives means and standard deviations only; columns, categories and classes would still be "
+                "learned exactly from the data. Give a schema of public knowledge too: TableSchema.from_ranges(...)."
+                "save('schema.json'), then schema='schema.json'."
+            )
         if target == client:
             raise ValueError(f"target and client are both {target!r}; a column is one or the other.")
         self.path, self.target, self.client = path, target, client
         self.features, self.drop, self.task, self.missing = features, drop, task, missing
-        self.schema_path = schema
+        self.schema_path, self.scaling = schema, scaling
 
     def read(self) -> ClientData:
         """Reads the table and encodes it as tensors in which each client's rows are contiguous."""
@@ -112,7 +123,7 @@ class TabularDataModule(NaturalDataModule):
             part: np.concatenate([starts[i] + self.holdout.indices(counts[i], part, self.seed, i) for i in ids])
             for part in ("train", "val", "test")
         }
-        self.schema = self._make_schema(table, name)
+        self.schema = self._make_schema(table, name, sizes)
         x, y = self.schema.encode(table, name, self.missing)
         self._tensors = (x, y)
 
@@ -121,6 +132,22 @@ class TabularDataModule(NaturalDataModule):
             return TensorDataset(x[rows], y[rows])
 
         return ClientData(ids, counts.__getitem__, open_client)
+
+    @property
+    def learned_from_data(self) -> str:
+        """What the schema has learned exactly from the data, and what to do under differential privacy."""
+        if self._data is None or self.schema.origin != "data":
+            return ""
+        return (
+            "the means, deviations, categories and classes of its columns. Give a schema of public knowledge, "
+            "TableSchema.from_ranges(...).save('schema.json') and schema='schema.json', and "
+            "scaling=PrivateScaling(...) for means and deviations by the data."
+        )
+
+    @property
+    def release(self) -> ScalingRelease | None:
+        """What the schema has released of the data under differential privacy; None if nothing."""
+        return None if self._data is None else self.schema.release
 
     @property
     def num_features(self) -> int:
@@ -142,12 +169,16 @@ class TabularDataModule(NaturalDataModule):
         """The clients' loaders; one loader over all rows if ``client`` is None or the strategy is not federated."""
         return self._loader(self.pooled(), train=True) if self.client is None else super().train_dataloader()
 
-    def _make_schema(self, table: Any, name: str) -> TableSchema:
+    def _make_schema(self, table: Any, name: str, sizes: np.ndarray) -> TableSchema:
         if self.schema_path is not None:
             schema = TableSchema.load(self.schema_path)
             if schema.target != self.target:
                 raise ValueError(f"{self.schema_path} is for the target {schema.target!r}, not {self.target!r}.")
-            return schema
+            if self.scaling is None:
+                return schema
+            rows = self._rows["train"]
+            owners = np.repeat(np.arange(len(sizes)), sizes)[rows]
+            return schema.scaled(self.scaling, table, rows, np.unique(owners, return_inverse=True)[1])
         excluded = {self.target, self.client, *self.drop}
         columns = self.features or [column for column in table.columns if column not in excluded]
         if not columns:

@@ -11,6 +11,9 @@ from lightning_fl.types import ClientId
 CLIENT_FIGURES = ("num_clients", "num_examples", "num_steps", "update_spread", "num_bytes")
 """Figures that disclose exact facts about the clients of a round; so does the time that it took."""
 
+RANK_FIGURES = ("fl/num_bytes", "fl/seconds_")
+"""How the names of the figures begin that each rank has of its own."""
+
 
 def history_entry(round: int, result: RoundResult, dropped: Sequence[ClientId]) -> dict[str, Any]:
     """The entry of a round in ``strategy.history``: plain values, the same on every rank except for the seconds.
@@ -47,10 +50,11 @@ def figures(entry: Mapping[str, Any], hides_clients: bool = False) -> dict[str, 
         hides_clients: Whether to leave out exact facts about the clients.
     """
     hidden = CLIENT_FIGURES if hides_clients else ()
+    left_out = {"fl/left_out": len(entry["left_out"])} if "left_out" in entry else {}
     numbers = {name: value for name, value in entry.items() if isinstance(value, int | float) and name not in hidden}
     # The time that a round takes grows with the number of its clients.
     seconds = {} if hides_clients else {f"fl/seconds_{phase}": value for phase, value in entry["seconds"].items()}
-    return {**{f"fl/{name}": value for name, value in numbers.items()}, **seconds}
+    return {**{f"fl/{name}": value for name, value in numbers.items()}, **left_out, **seconds}
 
 
 def words(entry: Mapping[str, Any]) -> dict[str, str]:

@@ -121,7 +121,7 @@ class RoundResult:
         seconds: This rank's seconds of ``read`` (waiting for the clients' data), ``train``, ``wait`` (for other ranks),
             ``communicate`` and ``server``.
         num_bytes: Bytes that this rank has sent to the others.
-        facts: What the transforms report.
+        facts: What the transforms and the aggregator report.
         hides_clients: Whether exact facts about the clients must not reach the loggers.
         stop_reason: Why no other round may follow; None if one may.
         unsent: Frozen parameters that clients have moved for the first time, and so without sending their movement.
@@ -132,7 +132,7 @@ class RoundResult:
     report: RankReport
     seconds: dict[str, float]
     num_bytes: int
-    facts: dict[str, float | str]
+    facts: dict[str, Any]
     hides_clients: bool
     stop_reason: str | None
     unsent: Sequence[str] = ()
@@ -251,6 +251,7 @@ class Round:
             settings.population,
             settings.sampling,
             group=group,
+            seed=settings.seed,
             silos=settings.silos,
             frozen=trainer.tensors.frozen,
         )
@@ -359,7 +360,8 @@ class Round:
         if any(accepted):
             updates = own.updates if all(accepted) else own.updates.select(torch.tensor(accepted))
             weights = list(compress(own.weights, accepted))
-            totals.acc = self.settings.aggregator.add_group(totals.acc, updates, weights, self.ctx)
+            ctx = replace(self.ctx, clients=list(compress(group.clients, accepted)))
+            totals.acc = self.settings.aggregator.add_group(totals.acc, updates, weights, ctx)
             totals.squared_norm += sum(map(operator.mul, weights, compress(squares, accepted)))
         if own.client_states:
             for index in compress(range(size), accepted):
@@ -499,6 +501,8 @@ class Round:
         is_empty = may_be_empty and not joined.num_clients
         aggregate = self._nothing() if is_empty else settings.aggregator.result(self.totals.acc, self.ctx)
         state, aggregate, facts = server_step(settings, self.state, aggregate, self.ctx)
+        if not is_empty:
+            facts.update(settings.aggregator.report(self.totals.acc, self.ctx))
         # Algorithms do not see buffers, so their mean is taken here.
         buffers = scale(aggregate.buffers, 1 / (aggregate.weight or 1.0))
         self.trainer.end_round(state.server["params"], buffers, joined.schedule_end)

@@ -35,7 +35,7 @@ def open_server(
 
 def server_step(
     settings: FederationSettings, state: FederationState, aggregate: Aggregate, ctx: RoundContext
-) -> tuple[FederationState, Aggregate, dict[str, float | str]]:
+) -> tuple[FederationState, Aggregate, dict[str, Any]]:
     """Moves the global model by the aggregate of a round.
 
     The server halves of the transforms run in reverse, then the algorithm's ``server_update``. An aggregate whose
@@ -58,7 +58,9 @@ def server_step(
     # Asked after the transforms, since one that adds noise gives weight to a round that had no client.
     server = settings.algorithm.server_update(state.server, aggregate) if aggregate.weight else state.server
     transforms = zip(settings.transforms, states, strict=True)
-    facts = {key: value for transform, own in transforms for key, value in transform.report(own, ctx).items()}
+    facts: dict[str, Any] = {}
+    for transform, own in transforms:
+        facts.update(transform.report(own, ctx))
     return replace(state, server=server, transforms=states), aggregate, facts
 
 

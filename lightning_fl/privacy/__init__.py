@@ -6,6 +6,7 @@ from lightning_fl.privacy.accounting.sampling import FixedSize, Full, LocalSteps
 from lightning_fl.privacy.client_level.clipping import AdaptiveClip
 from lightning_fl.privacy.client_level.mechanism import ClientLevelDP, PrivacyBudgetExceeded
 from lightning_fl.privacy.noise import InsecureNoiseWarning, PrivacyError, SecureNoise
+from lightning_fl.privacy.scaling import PrivateScaling
 from lightning_fl.privacy.secagg import SecureAggregation
 from lightning_fl.privacy.state import load_ledger
 
@@ -22,6 +23,7 @@ __all__ = [
     "Poisson",
     "PrivacyBudgetExceeded",
     "PrivacyError",
+    "PrivateScaling",
     "Sampling",
     "SecureAggregation",
     "SecureNoise",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_debug
 from torch.optim import Optimizer
 
 from lightning_fl.aggregation import FederationFacts
-from lightning_fl.clients import ClientStore, Participation, Population
+from lightning_fl.clients import ClientStore, LocalWork, Participation, Population
 from lightning_fl.communication import Group, Message, all_hold_the_same
 from lightning_fl.engines import LocalTrainer, Schedule
 from lightning_fl.engines.phases import optimizer_entry
@@ -32,14 +32,14 @@ from lightning_fl.federation import (
 )
 from lightning_fl.federation.client_batches import raise_to_user
 from lightning_fl.federation.group_data import GroupSplit, read_group
-from lightning_fl.federation.history import figures, history_entry, words
+from lightning_fl.federation.history import RANK_FIGURES, figures, history_entry, words
 from lightning_fl.federation.metric_entries import Entries, as_numbers, merge_entries
 from lightning_fl.federation.rank_verification import digest
 from lightning_fl.strategies import internals
 from lightning_fl.strategies.batch_steps import BatchSteps, HookedSteps, TightSteps
 from lightning_fl.strategies.client_session import ClientSession
 from lightning_fl.strategies.hooks import batch_hook
-from lightning_fl.strategies.logged_values import LoggedValues, late_entries, publish
+from lightning_fl.strategies.logged_values import LoggedValues, late_entries, monitor_names, publish
 from lightning_fl.strategies.loops import OUTSIDE_CLIENTS, RoundEpochLoop
 from lightning_fl.strategies.metric_states import MetricStates
 from lightning_fl.strategies.open_round import OpenRound
@@ -49,7 +49,12 @@ from lightning_fl.strategies.round_end import advance_trainer, rank_report
 from lightning_fl.strategies.round_loaders import UNKNOWN_LENGTH, RoundLoader, RoundLoaders
 from lightning_fl.strategies.round_view import RoundView
 from lightning_fl.strategies.user_warnings import UserWarnings
-from lightning_fl.strategies.validation import check_algorithm, check_schedules, misconfiguration
+from lightning_fl.strategies.validation import (
+    check_algorithm,
+    check_preprocessing,
+    check_schedules,
+    misconfiguration,
+)
 from lightning_fl.strategies.vectorized.driver import VectorizedDriver
 from lightning_fl.strategies.vectorized.log_capture import NotVectorizable
 from lightning_fl.types import ClientId
@@ -67,7 +72,6 @@ class RoundDriver:
         settings: The federation's settings.
         participation: Who takes part in a round, and how much each client trains.
         limit: The Trainer's ``limit_train_batches``, for one pass of a client: a count or a share.
-        sticky: Whether clients keep state and so must train on their home rank.
         strategy_type: The strategy's class as this package defines it.
         on_client_error: Whether a client whose loader raises ends the run or is left out.
         last: The driver of the last ``fit``, whose state is taken over if this ``fit`` does not start at round 0.
@@ -81,7 +85,6 @@ class RoundDriver:
         settings: FederationSettings,
         participation: Participation,
         limit: int | float,
-        sticky: bool,
         strategy_type: type,
         on_client_error: OnClientError = "raise",
         last: RoundDriver | None = None,
@@ -91,8 +94,9 @@ class RoundDriver:
         self.group = group
         self.settings = settings
         self.participation = participation
-        self.max_work = participation.max_work(limit)
-        self.sticky = sticky
+        self.limit = limit
+        self.sticky = False
+        """Whether clients keep state and so must train on their home rank; known when training starts."""
         self.strategy_type = strategy_type
         self.on_client_error = on_client_error
         self.state = FederationState()
@@ -110,6 +114,11 @@ class RoundDriver:
         self.warnings = UserWarnings()
         self.rank_sync = RankSync(trainer, group)
         self.has_late_values = False
+        self.client_metrics: set[str] = set()
+        """Names under which clients have logged values, as monitors look them up."""
+        self.ends_round = False
+        """Whether a round has been closed whose epoch has not ended yet."""
+        self._last_steps = (0, 0)
         self.trained_groups: list[tuple[ClientId, ...]] = []
         """The client groups that this rank has trained in the last round, after any splits."""
         self.num_batches_trained = 0
@@ -121,19 +130,30 @@ class RoundDriver:
         self._is_unsettled = False
         self._trained_last_round = False
         self._placeholders: list[str] = []
+        self._plan: RankPlan | None = None
         self.planner = self._make_planner()
-        self.plan = self._plan(internals.current_round(trainer))
 
     def renew(self, population: Population) -> None:
         """Replaces the clients' loaders."""
         self.population = population
         self.planner = self._make_planner()
-        self.plan = self._plan(internals.current_round(self.trainer))
+        self._plan = None
 
     def _make_planner(self) -> Planner:
-        return Planner(
-            self.population, self.participation, self.settings, self.group, self.sticky, self._describe_failure
-        )
+        return Planner(self.population, self.participation, self.settings, self.group, self._describe_failure)
+
+    @property
+    def plan(self) -> RankPlan:
+        """This rank's plan of the current round; there is none before training starts."""
+        assert self._plan is not None, "a round can be viewed only once training has started"
+        return self._plan
+
+    @property
+    def max_work(self) -> LocalWork:
+        """The largest local work of any client in a round."""
+        # Read at each use: callbacks such as `GradientAccumulationScheduler` change the accumulation between rounds.
+        work = self.participation.max_work(self.limit)
+        return replace(work, accumulate=self.trainer.accumulate_grad_batches)
 
     @property
     def facts(self) -> FederationFacts:
@@ -160,13 +180,12 @@ class RoundDriver:
 
     # ---- the fit
 
-    def start(self, local_trainer: LocalTrainer, vectorized: VectorizedDriver | None, session: Any) -> None:
+    def start(self, local_trainer: LocalTrainer, vectorized: VectorizedDriver | None) -> None:
         """Called when training starts.
 
         Args:
             local_trainer: Trains the client groups.
             vectorized: Lets clients train side by side. None: each client trains alone.
-            session: What the aggregator's ``open`` returned.
         """
         last, self._last = self._last, None
         index = internals.current_round(self.trainer)
@@ -178,24 +197,35 @@ class RoundDriver:
                 self.store.drop_entry(optimizer_entry(phase))
         if self.settings.hides_clients and not self.state.transforms:
             self.warnings.new_ledger(self.module)
+        self._book_release()
         self.local_trainer = local_trainer
         self.module_trained = self.module
         self.vectorized = vectorized
-        self._session = session
         check_algorithm(self.settings.algorithm, self.trainer)
         self.settings.algorithm.check_optimizers(local_trainer.optimizers.optimizers)
         self.metric_states = MetricStates(self.module, self.group.rank)
         self.has_started = True
-        # The plan so far was made with the loader, before it was known that clients may train side by side.
-        if vectorized is not None:
-            self.plan = self._plan(index)
-        self.set_length()
+        # The first plan: only now are the loops restored, and is it known which clients keep state and how they train.
+        self.plan_round()
+        self._session = self.settings.aggregator.open(self.group, self.facts)
+
+    def _book_release(self) -> None:
+        """Lets the transforms record what the datamodule's preprocessing has released about the data."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        check_preprocessing(datamodule, self.settings)
+        release = getattr(datamodule, "release", None)
+        if release is not None:
+            states = [*self.state.transforms, *({} for _ in self.settings.transforms[len(self.state.transforms) :])]
+            booked = [t.book(own, release) for t, own in zip(self.settings.transforms, states, strict=True)]
+            self.state = replace(self.state, transforms=booked)
 
     def plan_round(self) -> None:
-        """Draws the cohort of the next round, and sets this rank's number of batches in Lightning's loops."""
-        index = internals.current_round(self.trainer)
-        if self.plan.round != index:
-            self.plan = self._plan(index)
+        """Draws the current round's cohort, and sets this rank's number of batches in Lightning's loops."""
+        index, plan, work = internals.current_round(self.trainer), self._plan, self.max_work
+        if plan is None or plan.round != index or plan.max_work != work:
+            grouping = None if self.vectorized is None else self.vectorized.grouping
+            with misconfiguration():
+                self._plan = self.planner.plan(index, work, grouping, sticky=self.sticky)
         self.set_length()
 
     # ---- a round
@@ -233,11 +263,9 @@ class RoundDriver:
     def _open(self, loop: RoundEpochLoop) -> OpenRound:
         assert self.local_trainer is not None
         trainer, index = self.trainer, internals.current_round(self.trainer)
-        # A callback such as `GradientAccumulationScheduler` may have changed the window in `on_train_epoch_start`,
-        # after the round was planned; the number of batches of an optimizer step depends on it.
-        if self.plan.round != index or self.max_work.accumulate != trainer.accumulate_grad_batches:
-            self.plan = self._plan(index)
-            self.set_length()
+        # Again, because a callback such as `GradientAccumulationScheduler` may have changed the accumulation window in
+        # `on_train_epoch_start`; the number of batches of an optimizer step depends on it.
+        self.plan_round()
         loop.is_round_done = False
         loops_before = internals.loops_before_round(trainer)
         self.schedules = check_schedules(internals.client_schedules(trainer), self.settings, self.max_work)
@@ -457,10 +485,12 @@ class RoundDriver:
         self.state, self.open_round = result.state, None
         self.num_batches_trained = opened.num_batches_done
         self._is_unsettled, self._trained_last_round = True, opened.has_trained
+        self.ends_round = True
         last_step = opened.first_step + result.report.num_steps
         logged = advance_trainer(trainer, opened, result.report, last_step)
         self.metric_states.merge([(own.metric_states, own.tensors) for own in reports], self.module.device)
         self.publish(logged)
+        self.client_metrics |= monitor_names(logged)
         self.has_late_values = result.report.has_late_values
         # A rank that stopped alone would leave the others waiting in the next round.
         trainer.should_stop = result.report.should_stop
@@ -470,7 +500,7 @@ class RoundDriver:
         assert self.local_trainer is not None
         self.warnings.put_back(self.local_trainer.isolation.changed)
         self.history.append(history_entry(index, result, self.plan.dropped))
-        internals.log_to_loggers(trainer, figures(self.history[-1], result.hides_clients))
+        internals.log_figures(trainer, figures(self.history[-1], result.hides_clients), RANK_FIGURES)
         self.warnings.words(trainer, words(self.history[-1]))
         trainer.should_stop |= result.stop_reason is not None
         self.call_hook("on_aggregate_end", result.aggregate)
@@ -479,10 +509,8 @@ class RoundDriver:
         # A client alone trains as in a plain Trainer, where the callback has averaged at each step.
         if not self._is_alone:
             internals.average_passed_steps(trainer, opened.first_step, last_step)
-        self.deferred_checkpoints = {}
-        for path, weights_only in reports[0].deferred_checkpoints.items():
-            trainer.save_checkpoint(path, weights_only)
-        internals.save_passed_steps(trainer, opened.first_step, last_step)
+        self.deferred_checkpoints = dict(reports[0].deferred_checkpoints)
+        self._last_steps = opened.first_step, last_step
 
     # ---- after a round
 
@@ -500,6 +528,26 @@ class RoundDriver:
         if self.has_late_values:
             late = Message(as_numbers(late_entries(internals.train_results(self.trainer))))
             self.publish(merge_entries(self.rank_sync.gather(self.plan.round, late, "late metrics")))
+
+    def end_round(self) -> None:
+        """Called when all that monitors the round has seen it: writes the checkpoints that have waited for its end."""
+        self.ends_round = False
+        deferred, self.deferred_checkpoints = self.deferred_checkpoints, {}
+        for path, weights_only in deferred.items():
+            self.trainer.save_checkpoint(path, weights_only)
+        internals.save_passed_steps(self.trainer, *self._last_steps)
+
+    def may_consult(self, judge: Any, metric: str) -> bool:
+        """Whether a callback or a schedule may decide by a metric, because the last round has measured it.
+
+        A round without clients measures nothing in training.
+        """
+        if not self.history or self.history[-1]["num_clients"]:
+            return True
+        if metric not in self.client_metrics and metric in self.trainer.callback_metrics:
+            return True
+        self.warnings.not_consulted(self.history[-1]["round"], type(judge).__name__, metric)
+        return False
 
     def agree_to_stop(self) -> None:
         """Stops all ranks if the hooks of one have set ``trainer.should_stop`` since the round's end."""
@@ -536,30 +584,48 @@ class RoundDriver:
         """Takes nothing over from the last fit of the same objects, because this one starts from a checkpoint."""
         self._last = None
 
-    def resume(self, state: FederationState, history: list[dict[str, Any]]) -> None:
-        """Restores the federation's state and history from a checkpoint."""
-        self.state, self.history = state, history
+    def progress(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the rounds so far, beside the federation's state."""
+        metrics = internals.monitored_metrics(self.trainer, training=self.ends_round)
+        return {
+            "history": self.history,
+            "metrics": {name: value.detach().cpu() for name, value in metrics.items()},
+            "client_metrics": sorted(self.client_metrics),
+            "ends_round": self.ends_round,
+        }
+
+    def resume(self, state: FederationState, progress: Mapping[str, Any]) -> None:
+        """Restores the federation's state and what :meth:`progress` returned from a checkpoint."""
+        self.state, self.history = state, progress["history"]
+        self.client_metrics = set(progress.get("client_metrics", ()))
+        internals.restore_metrics(self.trainer, progress.get("metrics", {}))
+        self.ends_round = progress.get("ends_round", False)
+        if self.ends_round:
+            fit_loop: Any = self.trainer.fit_loop
+            fit_loop.end_resumed_round()
+
+    @property
+    def defers_checkpoints(self) -> bool:
+        """Whether a checkpoint waits for the round's end, because there is no whole round to resume from yet."""
+        return self.open_round is not None or self._is_unsettled
 
     def defer_checkpoint(self, path: str, weights_only: bool) -> None:
-        """Records a checkpoint that is requested inside the round, to be written at its end."""
-        self.warnings.deferred_checkpoint()
+        """Records a checkpoint to be written at the round's end."""
+        if self.open_round is not None:
+            self.warnings.deferred_checkpoint()
         self.deferred_checkpoints[path] = weights_only
 
     def forget_deferred(self, path: str) -> bool:
         """Cancels a deferred checkpoint; returns whether there was one."""
         return self.deferred_checkpoints.pop(path, None) is not None
 
-    # ---- plans
-
-    def _plan(self, index: int) -> RankPlan:
-        self.max_work = replace(self.max_work, accumulate=self.trainer.accumulate_grad_batches)
-        grouping = None if self.vectorized is None else self.vectorized.grouping
-        with misconfiguration():
-            return self.planner.plan(index, self.max_work, grouping)
+    # ---- the round's length
 
     @property
     def num_batches(self) -> int | None:
         """Batches of this rank in the round, None if unknown; a rank that trains nobody counts one."""
+        if self._plan is None:
+            return None
         opened = self.open_round
         groups = self.plan.groups if opened is None else opened.pending
         lengths = [self.plan.num_batches(group) for group in groups]

@@ -61,6 +61,7 @@ from lightning_fl.strategies.validation import (
     check_trainer,
     check_types,
     check_work,
+    choose_weighting,
     settings_of_ranks,
 )
 
@@ -149,13 +150,16 @@ class FederatedStrategy(ParallelStrategy):
         self.local_epochs = local_epochs
         self.local_steps = local_steps
         self.partition = partition
-        required = next((transform.weighting for transform in transforms if transform.weighting is not None), None)
-        self.weighting: Weighting = weighting or required or self.algorithm.weighting
-        self.client_optimizer: ClientOptimizer = client_optimizer
         self.aggregator = aggregator or WeightedMean()
+        self.weighting: Weighting = choose_weighting(weighting, self.aggregator, transforms, self.algorithm)
+        self.client_optimizer: ClientOptimizer = client_optimizer
         self.transforms = tuple(transforms)
         for number, transform in enumerate(self.transforms, start=1):
             transform.check(self.transforms[number:], self.aggregator, self.weighting)
+        self.aggregator.check(self.algorithm)
+        sampling = None if num_clients is None else describe_sampling(self.cohort, num_clients, clients_per_round)
+        if sampling is not None and sampling.kind != "poisson":
+            self.aggregator.check_cohort(round(sampling.size))
         check_phases(self.algorithm, local_epochs, local_steps)
         self._named_personal = (personal,) if isinstance(personal, str) else tuple(personal)
         self.personal = self._named_personal
@@ -384,10 +388,6 @@ class FederatedStrategy(ParallelStrategy):
             silos=population.silos is not None,
             protects_examples=self._protects_examples,
         )
-        stateful = self.algorithm.keeps_client_state or self.client_optimizer == "keep" or bool(self.personal)
-        stateful |= any(phase.model == "own" for phase in self.algorithm.phases())
-        keepers = (*self.transforms, *trainer.callbacks)  # type: ignore[attr-defined]
-        sticky = stateful or any(getattr(keeper, "keeps_client_state", False) for keeper in keepers)
         return RoundDriver(
             trainer,
             population,
@@ -395,7 +395,6 @@ class FederatedStrategy(ParallelStrategy):
             settings,
             self.participation,
             limit=self.limit_train_batches,
-            sticky=sticky,
             strategy_type=FederatedStrategy,
             on_client_error=self.on_client_error,
             last=self._last_driver,
@@ -413,16 +412,26 @@ class FederatedStrategy(ParallelStrategy):
                 "`training_step(dataloader_iter)` fetches its batches itself, but in a federation each batch belongs "
                 "to a client. Write `training_step(batch, batch_idx)`."
             )
+        self.active_driver.sticky = self._clients_keep_state
         self._resume()
         # It hooks into the user's optimizers, and the hooks must not outlive a start that fails.
         optimizers = OptimizerStates(self.optimizers)
         try:
-            local_trainer, vectorized = select_engine(self, trainer, optimizers)
-            session = self.aggregator.open(self.federation, self.active_driver.facts)
+            self.active_driver.start(*select_engine(self, trainer, optimizers))
         except BaseException:
             optimizers.close()
             raise
-        self.active_driver.start(local_trainer, vectorized, session)
+
+    @property
+    def _clients_keep_state(self) -> bool:
+        keepers = (*self.transforms, *self._trainer.callbacks)  # type: ignore[attr-defined]
+        return (
+            self.algorithm.keeps_client_state
+            or self.client_optimizer == "keep"
+            or bool(self.personal)
+            or any(phase.model == "own" for phase in self.algorithm.phases())
+            or any(getattr(keeper, "keeps_client_state", False) for keeper in keepers)
+        )
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(args[0], StackedBatch):
@@ -444,7 +453,7 @@ class FederatedStrategy(ParallelStrategy):
         if packed is None:
             warn_of_plain_checkpoint(path)
             return
-        driver.resume(unpack(packed, self.algorithm, self._module), packed["history"])
+        driver.resume(unpack(packed, self.algorithm, self._module), packed)
         if driver.sticky and packed["history"]:
             read_client_states(path, packed["manifests"], driver.store, driver.population, self.federation)
 
@@ -486,7 +495,7 @@ class FederatedStrategy(ParallelStrategy):
         # Lightning does not pass `save_weights_only` on; it shows in what the checkpoint holds.
         weights_only = "optimizer_states" not in checkpoint
         driver = self.driver
-        if driver is not None and driver.open_round is not None:
+        if driver is not None and driver.defers_checkpoints:
             driver.defer_checkpoint(str(filepath), weights_only)
             return
         if driver is None or weights_only:
@@ -494,7 +503,7 @@ class FederatedStrategy(ParallelStrategy):
             return
         if driver.interrupted_loops is not None:
             checkpoint["loops"]["fit_loop"] = driver.interrupted_loops
-        checkpoint[KEY] = pack(self.algorithm, driver.state, driver.history, self._module)
+        checkpoint[KEY] = {**pack(self.algorithm, driver.state, self._module), **driver.progress()}
         # After an exception the other ranks may be gone, or may not save at all.
         group = LocalGroup() if self.in_local_phase else self.federation
         # Client states are written before the checkpoint that names them, and those of its predecessor are deleted

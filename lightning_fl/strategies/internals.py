@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 from lightning.pytorch.loops.optimization.automatic import Closure
@@ -146,6 +146,41 @@ def average_passed_steps(trainer: Trainer, before: int, after: int) -> None:
         callback._latest_update_step = after
 
 
+@contextmanager
+def consulting(trainer: Trainer, may_consult: Callable[[Any, str], bool]) -> Iterator[None]:
+    """A block in which ``EarlyStopping`` looks at its metric only if ``may_consult(callback, metric)``.
+
+    Lightning raises if the metric has never been logged, and counts an old value once more if it was not logged again.
+    """
+    stoppers = [callback for callback in trainer.callbacks if isinstance(callback, EarlyStopping)]  # type: ignore[attr-defined]
+
+    def skips(stopper: EarlyStopping, trainer: Trainer) -> bool:
+        return type(stopper)._should_skip_check(stopper, trainer) or not may_consult(stopper, stopper.monitor)
+
+    for stopper in stoppers:
+        vars(stopper)["_should_skip_check"] = partial(skips, stopper)
+    try:
+        yield
+    finally:
+        for stopper in stoppers:
+            del vars(stopper)["_should_skip_check"]
+
+
+def monitored_metrics(trainer: Trainer, training: bool) -> dict[str, Tensor]:
+    """``trainer.callback_metrics``, with those of the current epoch's training if ``training``.
+
+    While the validation loop runs, Lightning leaves the latter out.
+    """
+    own = train_results(trainer).metrics(on_step=False)["callback"] if training else {}
+    return {**trainer.callback_metrics, **own}
+
+
+def restore_metrics(trainer: Trainer, metrics: dict[str, Tensor]) -> None:
+    """Restores ``trainer.callback_metrics`` of a checkpoint; Lightning's own do not hold them."""
+    device = trainer.strategy.root_device
+    trainer._logger_connector._callback_metrics.update({name: value.to(device) for name, value in metrics.items()})
+
+
 def train_results(trainer: Trainer) -> _ResultCollection:
     """The values that ``self.log`` has collected in training."""
     return trainer.fit_loop.epoch_loop._results
@@ -208,9 +243,18 @@ def logged_out_of_loop(results: _ResultCollection) -> dict[str, float]:
     return {name: float(value) for name, value in results.metrics(on_step=False)["callback"].items()}
 
 
-def log_to_loggers(trainer: Trainer, figures: dict[str, float]) -> None:
-    """Logs figures, at the step at which Lightning logs the epoch's metrics."""
-    trainer._logger_connector.log_metrics(dict(figures))  # type: ignore[arg-type]
+def log_figures(trainer: Trainer, figures: dict[str, float], of_rank: tuple[str, ...] = ()) -> None:
+    """Logs figures, at the step at which Lightning logs the epoch's metrics, and lets callbacks monitor them.
+
+    Args:
+        trainer: The Trainer.
+        figures: The figures by name.
+        of_rank: How the names of figures begin that differ between ranks, so that callbacks must not decide by them.
+    """
+    connector = trainer._logger_connector
+    connector.log_metrics(dict(figures))  # type: ignore[arg-type]
+    shared = {name: value for name, value in figures.items() if not name.startswith(of_rank)}
+    connector._callback_metrics.update({n: torch.tensor(value, dtype=torch.float64) for n, value in shared.items()})
 
 
 def active_results(trainer: Trainer) -> _ResultCollection:

@@ -24,14 +24,20 @@ class _Driver(Protocol):
     settings: FederationSettings
     participation: Participation
     planner: Planner
-    plan: RankPlan
-    max_work: LocalWork
     sticky: bool
     store: ClientStore
     state: FederationState
     history: list[dict[str, Any]]
     local_trainer: LocalTrainer | None
     vectorized: Any
+
+    @property
+    def plan(self) -> RankPlan:
+        """This rank's plan of the round."""
+
+    @property
+    def max_work(self) -> LocalWork:
+        """The largest local work of any client."""
 
 
 class RoundView:

@@ -11,7 +11,7 @@ import lightning as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_fl.aggregation import Aggregator, Transform
-from lightning_fl.algorithms import Algorithm
+from lightning_fl.algorithms import Algorithm, Weighting
 from lightning_fl.clients import Amount, Cohort, LocalWork, Participation, Stragglers, cohort_size
 from lightning_fl.communication import Group, Message
 from lightning_fl.data.partitioners.partitioner import Partitioner
@@ -51,6 +51,20 @@ def forbid_client_disclosure(what: str, settings: FederationSettings) -> None:
         report_masking.forbid_client_disclosure(what, settings)
 
 
+def check_preprocessing(datamodule: Any, settings: FederationSettings) -> None:
+    """Refuses preprocessing by exact figures of data that differential privacy protects.
+
+    Raises:
+        MisconfigurationException: If the datamodule names such figures.
+    """
+    learned = getattr(datamodule, "learned_from_data", "")
+    if learned and settings.is_differentially_private:
+        raise MisconfigurationException(
+            f"{type(datamodule).__name__} has learned from the training data {learned} Differential privacy does not "
+            "cover that: every example would change the inputs of all others."
+        )
+
+
 def check_schedules(schedules: Schedules, settings: FederationSettings, work: LocalWork) -> Schedules:
     """Returns the schedules, unless their number of steps would disclose how much data a silo has.
 
@@ -72,7 +86,7 @@ def settings_of_ranks(strategy: Any, trainer: L.Trainer) -> dict[str, str]:
     settings = {
         **{name: repr(getattr(strategy, name)) for name in names},
         **{name: repr(getattr(trainer, name)) for name in of_trainer},
-        "aggregator": type(strategy.aggregator).__name__,
+        "aggregator": repr(strategy.aggregator),
         "transforms": ", ".join(map(_numbers_of, strategy.transforms)),
     }
     # A default repr holds the object's address, which differs from process to process.
@@ -97,6 +111,23 @@ def check_types(partition: Any, aggregator: Any, transforms: Any, personal: Any)
     check_type("personal", personal, Sequence, "a list of globs such as ['head.*']")
     for transform in transforms:
         check_type("transforms", transform, Transform, "fl.aggregation.Transform objects")
+
+
+def choose_weighting(
+    weighting: Weighting | None, aggregator: Aggregator, transforms: Sequence[Transform], algorithm: Algorithm
+) -> Weighting:
+    """How clients are weighted: as the user says, else as the aggregator or a transform requires, else the algorithm's.
+
+    Raises:
+        ValueError: If the user says something else than the aggregator requires.
+    """
+    if weighting is not None and aggregator.weighting not in (None, weighting):
+        raise ValueError(
+            f"weighting={weighting!r} would be ignored: {type(aggregator).__name__} weights clients as "
+            f"{aggregator.weighting!r}, since an attacker could claim any number of examples. Leave weighting out."
+        )
+    of_transforms = next((transform.weighting for transform in transforms if transform.weighting is not None), None)
+    return weighting or aggregator.weighting or of_transforms or algorithm.weighting
 
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:

@@ -15,7 +15,10 @@ def is_higher_better(name: str) -> bool:
 
 
 def best_metric(runs: Sequence[Run]) -> str:
-    """The most informative metric that all runs have: validation before training, accuracy before loss.
+    """The most informative metric that all runs have: personalized models, then validation, then training.
+
+    Of each of these an accuracy comes before a loss. Where models are personalized, the global one is not what clients
+    use.
 
     Raises:
         ValueError: If the runs have no metric in common.
@@ -24,4 +27,10 @@ def best_metric(runs: Sequence[Run]) -> str:
     if not shared:
         found = "; ".join(f"{run.path}: {', '.join(run.metric_names) or 'none'}" for run in runs)
         raise ValueError(f"The runs have no metric in common ({found}). Log one with self.log(...) in validation_step.")
-    return min(shared, key=lambda name: (not name.startswith("val"), not is_higher_better(name), shared.index(name)))
+
+    def rank(name: str) -> tuple[bool, bool, bool, int]:
+        is_personal = name.startswith("personalized/")
+        is_val = name.removeprefix("personalized/").startswith("val")
+        return not is_personal, not is_val, not is_higher_better(name), shared.index(name)
+
+    return min(shared, key=rank)

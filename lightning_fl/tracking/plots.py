@@ -133,7 +133,7 @@ def _many_clients(axes: Axes, summary: PartitionSummary) -> None:
 
 
 def label_colours(count: int) -> list[Any]:
-    """Distinct colours for up to 20 labels, a gradient for more."""
+    """Colours of which none occurs twice: strong ones for up to 20 labels, a gradient for more."""
     from matplotlib import colormaps
 
     if count <= 10:
@@ -152,14 +152,18 @@ def curves_figure(curves: Curves, ylabel: str, width: float = 6.4, height: float
 
 def draw_curves(axes: Axes, curves: Curves, ylabel: str) -> None:
     """Draws lines over the rounds."""
-    for label, (rounds, values) in curves.items():
-        axes.plot(rounds, values, label=as_text(label), linewidth=1.8, marker="o" if len(rounds) < 3 else None)
+    colours = label_colours(len(curves))
+    for (label, (rounds, values)), colour in zip(curves.items(), colours, strict=True):
+        marker = "o" if len(rounds) < 3 else None
+        axes.plot(rounds, values, label=as_text(label), linewidth=1.8, marker=marker, color=colour)
     axes.set_xlabel("round", fontsize=9)
     axes.set_ylabel(as_text(ylabel), fontsize=9)
     axes.grid(visible=True, color="#e3e7ec", linewidth=0.8)
     _count_rounds(axes)
     if 1 < len(curves) <= MAX_LEGEND:
         axes.legend(fontsize=8, frameon=False)
+    elif len(curves) > MAX_LEGEND:
+        axes.legend(fontsize=6, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), ncols=-(-len(curves) // 30))
 
 
 def panels_figure(panels: Mapping[str, Curves], columns: int = 2) -> Figure:

@@ -25,32 +25,37 @@ PHASES = {
 }
 
 STYLE = """
-:root { color-scheme: light; --ink: #1c2430; --soft: #5f6b7a; --line: #e3e7ec; --accent: #1f5fbf; }
+:root { color-scheme: light dark; --ink: #1c2430; --soft: #5f6b7a; --line: #e3e7ec; --accent: #1f5fbf;
+  --page: #f5f7f9; --box: #fff; --bad: #b3261e; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e4e8ee; --soft: #9aa6b5; --line: #313a46; --accent: #7fb0ff; --page: #12161c; --box: #1b212a;
+    --bad: #ff8a80; }
+}
 * { box-sizing: border-box; }
-body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: var(--ink); background: #f5f7f9;
-  margin: 0; }
+body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: var(--ink);
+  background: var(--page); margin: 0; }
 main { max-width: 1120px; margin: 0 auto; padding: 28px 20px 60px; }
 h1 { font-size: 26px; margin: 0 0 2px; overflow-wrap: anywhere; }
 h2 { font-size: 18px; margin: 0 0 10px; }
 .lead { color: var(--soft); margin: 0 0 20px; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin-bottom: 18px; }
-.card, section { background: #fff; border: 1px solid var(--line); border-radius: 8px; padding: 14px 16px; }
+.card, section { background: var(--box); border: 1px solid var(--line); border-radius: 8px; padding: 14px 16px; }
 .card b { display: block; font-size: 22px; font-weight: 600; overflow-wrap: anywhere; }
 .card span { color: var(--soft); font-size: 13px; }
 section { margin-bottom: 18px; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(440px, 1fr)); gap: 14px; }
 figure { margin: 0; }
 figcaption { color: var(--soft); font-size: 13px; }
-img { max-width: 100%; height: auto; display: block; }
+img { max-width: 100%; height: auto; display: block; background: #fff; border-radius: 6px; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 13.5px; width: 100%; }
 th, td { text-align: left; padding: 4px 12px 4px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { color: var(--soft); font-weight: 500; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
-pre { background: #f5f7f9; border: 1px solid var(--line); border-radius: 6px; padding: 10px 12px; overflow-x: auto;
+pre { background: var(--page); border: 1px solid var(--line); border-radius: 6px; padding: 10px 12px; overflow-x: auto;
   font-size: 13px; margin: 0 0 10px; }
 summary { cursor: pointer; color: var(--accent); }
-.bad { color: #b3261e; }
+.bad { color: var(--bad); }
 @media (max-width: 520px) { .figures { grid-template-columns: 1fr; } }
 @media print { body { background: #fff; } section { break-inside: avoid; } }
 """
@@ -71,7 +76,9 @@ def render(run: Run) -> str:
     if not run.rounds:
         raise ValueError(f"{run.path} has no finished round to report on. Its status: {run.facts.get('status', '?')}.")
     sections = [
-        _section("Metrics of the global model", _curves(run)),
+        _section("Metrics of the global model", _curves(run, [n for n in run.metric_names if _is_global(n)])),
+        _section("Local training and personalized models", _curves(run, _of_clients(run))),
+        _section("Privacy", _privacy(run)),
         _section("Clients, round by round", _clients(run)),
         _section("Who has what", _partition(run)),
         _section("Updates, time and traffic", _costs(run)),
@@ -111,6 +118,11 @@ def _head(run: Run) -> str:
         if finite:
             best, number = choose(finite, key=lambda pair: pair[0])
             cards.append((_number(best), f"{'highest' if choose is max else 'lowest'} {name}, round {number}"))
+    for prefix in ("dp", "dp_example"):
+        if f"{prefix}_unit" in run.rounds[-1]:
+            epsilon = run.rounds[-1][f"{prefix}_epsilon"]
+            shown = "infinite" if epsilon is None else _number(epsilon)
+            cards.append((shown, f"epsilon, for one {run.rounds[-1][f'{prefix}_unit']}"))
     if run.seconds is not None:
         cards.append((_duration(run.seconds), "training and validation"))
     steps, sent = run.total("num_steps"), run.total("num_bytes")
@@ -129,22 +141,39 @@ def _clients_in_words(run: Run) -> str:
     return f"{run.settings['num_clients']} {kind}"
 
 
-def _curves(run: Run) -> str:
-    """A panel for each kind of metric: train_loss and val_loss share one."""
+def _is_global(name: str) -> bool:
+    """Whether a metric is of the global model: those of training are of the clients' models while they train."""
+    return not name.startswith(("train", "personalized/", "fl/", "clients/"))
+
+
+def _of_clients(run: Run) -> list[str]:
+    return [name for name in run.metric_names if name.startswith(("train", "personalized/"))]
+
+
+def _privacy(run: Run) -> str:
+    """What was guaranteed after the last round."""
+    facts = {name: value for name, value in run.rounds[-1].items() if name.startswith("dp_")}
+    rows = [[name.removeprefix("dp_").replace("_", " "), value] for name, value in facts.items()]
+    return _table(["what", "value"], rows) if rows else ""
+
+
+def _curves(run: Run, names: Sequence[str]) -> str:
+    """A panel for each kind of metric: val_loss and test_loss share one."""
     kinds: dict[str, dict[str, Any]] = {}
-    for name in run.metric_names:
+    for name in names:
         kind = name.split("_", 1)[1] if name.startswith(("train_", "val_", "test_")) else name
         kinds.setdefault(kind, {})[name] = run.metric(name)
     shown = list(kinds.items())[:MAX_PANELS]
     figures = [_image(plots.curves_figure(curves, kind), f"{', '.join(curves)} by round") for kind, curves in shown]
     more = len(kinds) - len(shown)
     note = f"<p>{more} more metrics are in rounds.jsonl.</p>" if more else ""
-    return _figures(figures) + note if figures else "<p>The module logged no metric.</p>"
+    return _figures(figures) + note if figures else ""
 
 
 def _clients(run: Run) -> str:
     if not run.clients:
-        if "algorithm" not in run.settings:
+        is_private = any(name.startswith("dp_") for name in run.rounds[-1])
+        if "algorithm" not in run.settings or is_private or "Secure" in run.settings.get("aggregator", ""):
             return ""
         return "<p>Add the callback <code>fl.callbacks.ClientMetrics()</code> to see loss and drift of each client.</p>"
     captions = {
@@ -234,6 +263,12 @@ def _left_out(run: Run) -> str:
         for key in reasons
         if row.get(key)
     ]
+    for row in run.rounds:
+        by_reason: dict[str, list[str]] = {}
+        for client, reason in row.get("left_out", {}).items():
+            by_reason.setdefault(reason, []).append(str(client))
+        rows += [[row["round"] + 1, reason, ", ".join(clients[:20])] for reason, clients in by_reason.items()]
+    rows.sort(key=lambda cells: int(cells[0]))
     more = f"<p>and {len(rows) - 50} more</p>" if len(rows) > 50 else ""
     return _table(["round", "why", "clients"], rows[:50]) + more if rows else ""
 

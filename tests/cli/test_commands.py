@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import csv
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ from lightning_fl import algorithms
 from lightning_fl.cli import COMMANDS, main
 from lightning_fl.cli.compare import short_names
 from lightning_fl.tracking import Run
+from lightning_fl.tracking.metrics import best_metric
+from lightning_fl.tracking.plots import label_colours
 from lightning_fl.tracking.report import render
 from tests.tracking.test_run import write_run
 
@@ -149,6 +153,69 @@ def test_a_metric_that_a_run_lacks_is_named(capsys: pytest.CaptureFixture[str]) 
     write_run(Path("a"), [0.5])
     assert refused(capsys, "compare", "a", "--metric", "f1").endswith("has no metric 'f1'. Its metrics: val_acc.")
     assert not Path("compare.png").exists()
+
+
+def write_seeds() -> None:
+    for name, values in {"FedAvg": (0.8, 0.9), "FedProx": (0.7, 0.7)}.items():
+        for seed, value in enumerate(values):
+            write_run(Path(f"logs/{name}_{seed}/version_0"), [0.5, value], algorithm=f"{name}()", seed=str(seed))
+
+
+def test_runs_that_share_a_setting_are_one_row(capsys: pytest.CaptureFixture[str]) -> None:
+    write_seeds()
+    runs = [str(path) for path in sorted(Path("logs").iterdir())]
+    main(["compare", *runs, "--group-by", "algorithm", "--baseline", "FedAvg()", "--target", "0.85", "--format", "csv"])
+    rows = list(csv.DictReader(capsys.readouterr().out.partition("\nsetting")[0].splitlines()))
+    assert [row["run"] for row in rows] == ["FedAvg()", "FedProx()"]
+    assert [row["last val_acc"] for row in rows] == ["0.85 ± 0.071", "0.7"]
+    assert [row["difference"] for row in rows] == ["+0", "-0.15"]
+    assert [row["0.85 in round"] for row in rows] == ["2 (1 of 2)", "never"]
+    assert [row["runs"] for row in rows] == ["2", "2"]
+    assert refused(capsys, "compare", *runs, "--group-by", "mu").endswith("There are algorithm, seed.")
+    assert refused(capsys, "compare", *runs, "--baseline", "x").startswith(
+        "lightning-fl: error: There is no row 'x' for --baseline; the rows are FedAvg_0, FedAvg_1,"
+    )
+
+
+def test_tables_for_papers(capsys: pytest.CaptureFixture[str]) -> None:
+    write_seeds()
+    runs = [str(path) for path in sorted(Path("logs").iterdir())]
+    main(["compare", *runs, "--group-by", "algorithm", "--format", "latex"])
+    assert r"FedAvg() & FedAvg & 2 & 2 & 0.85 $\pm$ 0.071 &" in capsys.readouterr().out
+    main(["compare", *runs, "--format", "md"])
+    assert "| FedAvg_0 | FedAvg | 2 | 0.8 |" in capsys.readouterr().out
+
+
+def test_no_number_is_cut_off(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    write_run(Path("a" * 60), [0.123456])
+    main(["compare", "a" * 60])
+    printed = capsys.readouterr().out
+    assert "0.1235" in printed
+    assert "…" not in printed
+
+
+def test_colours_do_not_repeat() -> None:
+    for count in (8, 15, 60):
+        assert len({tuple(colour) for colour in label_colours(count)}) == count
+
+
+def test_a_private_run_tells_its_guarantee_and_is_given_no_advice_that_it_would_refuse() -> None:
+    path = write_run(Path("a"), [0.5])
+    rows = [{"round": 0, "time": 1.0, "metrics": {"val_acc": 0.5}, "dp_epsilon": 1.25, "dp_unit": "client"}]
+    (path / "rounds.jsonl").write_text(json.dumps(rows[0]))
+    page = render(Run.read(path))
+    assert "epsilon, for one client" in page
+    assert "<b>1.25</b>" in page
+    assert "ClientMetrics" not in page
+    assert "ClientMetrics" in render(Run.read(write_run(Path("b"), [0.5])))
+
+
+def test_personalized_models_are_the_headline() -> None:
+    path = write_run(Path("a"), [0.43])
+    metrics = {"val_acc": 0.43, "personalized/val_acc": 0.979, "personalized/val_loss": 0.1}
+    (path / "rounds.jsonl").write_text(json.dumps({"round": 0, "time": 1.0, "metrics": metrics}))
+    assert best_metric([Run.read(path)]) == "personalized/val_acc"
 
 
 def test_runs_are_named_by_what_tells_them_apart() -> None:

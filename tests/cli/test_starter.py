@@ -78,9 +78,10 @@ def test_from_an_empty_folder_to_a_report(project: Path, capsys: pytest.CaptureF
     page = Page()
     page.feed(text)
     assert all(place.startswith("data:image/svg+xml;base64,") for place in page.loaded)
-    assert len(page.loaded) == 8  # loss, accuracy, two heat maps, partition, norm, spread, phases
+    assert len(page.loaded) == 10  # loss and accuracy, twice; two heat maps, partition, norm, spread, phases
     assert page.headings == [
         "Metrics of the global model",
+        "Local training and personalized models",
         "Clients, round by round",
         "Who has what",
         "Updates, time and traffic",

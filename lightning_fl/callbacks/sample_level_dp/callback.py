@@ -176,6 +176,8 @@ class SampleLevelDP(FederatedCallback):
         self._gradients: PerSampleGradients | None = None
         self._handle: Any = None
         self._has_warned_of_delta = False
+        self._released: dict[str, float] = {}
+        """Noise multipliers of the releases, by id, that preprocessing has made of the clients' data."""
 
     @property
     def _sigma(self) -> float:
@@ -220,6 +222,8 @@ class SampleLevelDP(FederatedCallback):
                     "the last fit, add the ledgers of that fit: SampleLevelDP.ledgers(trainer) returns those of a fit."
                 )
             self._next_round, self._was_without, self._was_insecure = 0, False, False
+            self._released = {}
+        self._book_release(trainer)
         # Noise that a known seed repeats protects nobody; without the seed nothing else would remember it.
         self._was_without |= self._was_insecure and self.insecure_test_seed is None
         self._detach()
@@ -252,8 +256,9 @@ class SampleLevelDP(FederatedCallback):
         self._was_without |= round > self._next_round
         self._round, self._is_checked = round, False
         if self.max_epsilon is not None:
+            before = self._before_training()
             after = [
-                accounting.ledger_of(view, client) + accounting.cost_of(view, client, self._sigma)
+                before + accounting.ledger_of(view, client) + accounting.cost_of(view, client, self._sigma)
                 for client in view.clients
             ]
             self._check_budget(after)
@@ -373,7 +378,8 @@ class SampleLevelDP(FederatedCallback):
         epsilon = math.inf if self._was_without else float(spent)
         is_last, is_over = self._round + 1 == trainer.max_epochs, False
         if self.max_epsilon is not None and not is_last:
-            each = accounting.with_another_round(view, self._sigma)
+            before = self._before_training()
+            each = [before + ledger for ledger in accounting.with_another_round(view, self._sigma)]
             is_over = exceeding(each, self.max_epsilon, self.delta, self.method) is not None
         ranks = accounting.gather(view, {"epsilon": epsilon, "over": is_over})
         facts = self._facts(max(fields["epsilon"] for fields in ranks))
@@ -382,7 +388,7 @@ class SampleLevelDP(FederatedCallback):
         facts = {f"{prefix}_{name}": value for name, value in facts.items()}
         view.add_facts(facts)
         numbers = {f"fl/{name}": value for name, value in facts.items() if not isinstance(value, str)}
-        internals.log_to_loggers(trainer, numbers)
+        internals.log_figures(trainer, numbers)
         words = {f"fl/{name}": value for name, value in facts.items() if isinstance(value, str)}
         if words != self._words:
             self._words = words
@@ -401,7 +407,7 @@ class SampleLevelDP(FederatedCallback):
 
     def ledger(self, trainer: L.Trainer, client: ClientId) -> Ledger:
         """The privacy ledger of a client whose home is this rank."""
-        ledger = accounting.ledger_of(_view(trainer), client)
+        ledger = self._before_training() + accounting.ledger_of(_view(trainer), client)
         if self._was_without:
             ledger.record(Gaussian(0.0))  # earlier rounds that were not private
         return ledger
@@ -418,12 +424,37 @@ class SampleLevelDP(FederatedCallback):
     def state_dict(self) -> dict[str, Any]:
         """Whether the rounds so far were private."""
         insecure = self._was_insecure
-        return {"next_round": self._next_round, "was_without": self._was_without, "was_insecure": insecure}
+        return {
+            "next_round": self._next_round,
+            "was_without": self._was_without,
+            "was_insecure": insecure,
+            "released": dict(self._released),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores a checkpoint."""
         self._next_round, self._was_without = state_dict["next_round"], state_dict["was_without"]
         self._was_insecure = state_dict["was_insecure"]
+        self._released = dict(state_dict.get("released", {}))
+
+    def _book_release(self, trainer: L.Trainer) -> None:
+        release = getattr(getattr(trainer, "datamodule", None), "release", None)
+        if release is None:
+            return
+        if self.target_epsilon is not None:
+            raise MisconfigurationException(
+                "target_epsilon chooses the noise of the training alone, but the data was scaled by a release that "
+                "costs privacy too. Give noise_multiplier and max_epsilon, or a schema of public knowledge alone."
+            )
+        # Whether it protects examples or whole clients: the latter protects each of their examples too.
+        self._released[release.id] = release.noise_multiplier
+
+    def _before_training(self) -> Ledger:
+        """What preprocessing has released of every client's data."""
+        ledger = Ledger()
+        for noise_multiplier in self._released.values():
+            ledger.record(Gaussian(noise_multiplier))
+        return ledger
 
     def _facts(self, epsilon: float) -> dict[str, float | str]:
         is_private = epsilon < math.inf and self.insecure_test_seed is None

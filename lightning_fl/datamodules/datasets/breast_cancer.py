@@ -28,6 +28,10 @@ class BreastCancerDataModule(CentralDataModule):
         super().__init__(batch_size=batch_size, **kwargs)
         self.test_share = check_test_share(test_share)
 
+    learned_from_data = (
+        "the mean and deviation of its features. Use TabularDataModule with a schema of public knowledge."
+    )
+
     def read(self) -> tuple[Dataset, Dataset]:
         """Training and test data."""
         features, labels = load("load_breast_cancer", type(self).__name__)

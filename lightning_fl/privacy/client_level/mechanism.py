@@ -170,6 +170,19 @@ class ClientLevelDP(Transform):
 
     # ---- a round
 
+    def book(self, state: State, release: Any) -> State:
+        if release.unit != "client":
+            raise ValueError(
+                f"The data was scaled by a release that protects an {release.unit}, but ClientLevelDP protects "
+                "clients. Use PrivateScaling(unit='client')."
+            )
+        booked = unpack(state["booked"]) if "booked" in state else []
+        if release.id in booked:
+            return state
+        ledger = load_ledger(state)
+        ledger.record(release.event)
+        return {**state, "ledger": pack(ledger.state_dict()), "booked": pack([*booked, release.id])}
+
     def start_round(self, state: State, ctx: RoundContext) -> State:
         if self.mode == "central" and ctx.silos:
             raise ValueError(
@@ -179,7 +192,7 @@ class ClientLevelDP(Transform):
             )
         if self.insecure_test_seed is None:
             check_source()
-        ledger, gap = load_ledger(state), ctx.round - (int(state["round"]) + 1 if state else 0)
+        ledger, gap = load_ledger(state), ctx.round - (int(state["round"]) + 1 if "round" in state else 0)
         if gap > 0:
             ledger.record(Gaussian(0.0), gap)  # earlier rounds ran without this transform, so without noise
         num_insecure = int(state.get("insecure", 0))
@@ -204,6 +217,7 @@ class ClientLevelDP(Transform):
             "insecure": torch.tensor(num_insecure),
             "clip": state["clip"] if adapts else torch.tensor(clip, dtype=torch.float64),
             "drawn": pack(drawn),
+            **({"booked": state["booked"]} if "booked" in state else {}),
         }
 
     def client(self, update: Update, state: State, ctx: RoundContext) -> tuple[Update, State]:

@@ -12,13 +12,13 @@ from torchmetrics.classification import MulticlassAccuracy
 
 import lightning_fl as fl
 from lightning_fl import FederatedStrategy
-from tests.helpers.training import Ordinary, Plain, image_clients, images, loader, trainer, weights
+from tests.helpers.training import Ordinary, Plain, image_clients, images, loader, measured, trainer, weights
 
 Outcome = tuple[Tensor, dict[str, float], int]
 
 
 def outcome(module: Any, fit: Any) -> Outcome:
-    metrics = {name: value.item() for name, value in fit.callback_metrics.items()}
+    metrics = measured(fit)
     return weights(module), metrics, fit.global_step
 
 

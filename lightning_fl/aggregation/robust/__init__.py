@@ -1,0 +1,40 @@
+"""Robust rules: aggregates that a few attackers cannot move wherever they like."""
+
+from lightning_fl.aggregation.robust.bulyan import Bulyan
+from lightning_fl.aggregation.robust.centered_clipping import CenteredClipping
+from lightning_fl.aggregation.robust.dnc import DnC
+from lightning_fl.aggregation.robust.flame import FLAME
+from lightning_fl.aggregation.robust.fltrust import FLTrust
+from lightning_fl.aggregation.robust.foolsgold import FoolsGold
+from lightning_fl.aggregation.robust.geometric_median import GeometricMedian
+from lightning_fl.aggregation.robust.gram import Gram
+from lightning_fl.aggregation.robust.krum import Krum, MultiKrum
+from lightning_fl.aggregation.robust.mean_around_median import MeanAroundMedian
+from lightning_fl.aggregation.robust.median import Median
+from lightning_fl.aggregation.robust.mixing import Bucketing, NearestNeighborMixing
+from lightning_fl.aggregation.robust.norm_bound import NormBound
+from lightning_fl.aggregation.robust.rule import CoordinateRule, GramRule, PreAggregator, RowAggregator
+from lightning_fl.aggregation.robust.trimmed_mean import TrimmedMean
+
+__all__ = [
+    "FLAME",
+    "Bucketing",
+    "Bulyan",
+    "CenteredClipping",
+    "CoordinateRule",
+    "DnC",
+    "FLTrust",
+    "FoolsGold",
+    "GeometricMedian",
+    "Gram",
+    "GramRule",
+    "Krum",
+    "MeanAroundMedian",
+    "Median",
+    "MultiKrum",
+    "NearestNeighborMixing",
+    "NormBound",
+    "PreAggregator",
+    "RowAggregator",
+    "TrimmedMean",
+]

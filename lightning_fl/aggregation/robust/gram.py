@@ -1,0 +1,107 @@
+"""The geometry of a round's rows: all that most robust rules need to know of the updates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lightning_fl.types import ClientId
+
+
+@dataclass(frozen=True)
+class Gram:
+    r"""Inner products of the rows :math:`u_i` of a round, relative to a point :math:`m` in their midst.
+
+    All are float64 on the CPU. Distances between rows far from zero, or beside a row that is far away, would drown in
+    the rounding of :math:`\langle u_i, u_j \rangle`; therefore :math:`m` is the rows' coordinate-wise median.
+
+    Args:
+        relative: :math:`\langle u_i - m, u_j - m \rangle`, ``[n, n]``.
+        along: :math:`\langle u_i - m, m \rangle`, ``[n]``.
+        square: :math:`\langle m, m \rangle`, a number.
+        clients: The client of each row; empty for rows that are mixtures of several clients'.
+    """
+
+    relative: Tensor
+    along: Tensor
+    square: Tensor
+    clients: Sequence[ClientId] = ()
+
+    @classmethod
+    def of(cls, blocks: Iterable[Tensor], clients: Sequence[ClientId]) -> Gram:
+        """The geometry of rows that come in blocks of columns.
+
+        Args:
+            blocks: The columns, ``[n, w]`` each.
+            clients: The client of each row.
+        """
+        n = len(clients)
+        relative, along, square = torch.zeros(n, n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64), 0.0
+        for block in blocks:
+            if block.numel():
+                middle = block.median(dim=0).values.double()
+                rows = block.double() - middle
+                relative += (rows @ rows.t()).cpu()
+                along += (rows @ middle).cpu()
+                square += float(middle @ middle)
+        return cls(relative, along, torch.tensor(square, dtype=torch.float64), clients)
+
+    def flat(self) -> Tensor:
+        """All numbers in one vector, to be summed over ranks."""
+        return torch.cat([self.relative.flatten(), self.along, self.square[None]])
+
+    def with_flat(self, flat: Tensor) -> Gram:
+        """The same rows with the numbers of :meth:`flat`."""
+        n = len(self.along)
+        relative = flat[: n * n].view(n, n)
+        # Symmetric to the bit: two rows that are each other's nearest then tie on every machine.
+        return replace(self, relative=(relative + relative.t()) / 2, along=flat[n * n : -1], square=flat[-1])
+
+    def __len__(self) -> int:
+        return len(self.along)
+
+    @property
+    def squared_distances(self) -> Tensor:
+        r""":math:`\lVert u_i - u_j \rVert^2`, ``[n, n]``."""
+        squares = self.relative.diagonal()
+        distances = (squares[:, None] + squares - 2 * self.relative).clamp_(min=0)
+        return distances.fill_diagonal_(0)
+
+    @property
+    def products(self) -> Tensor:
+        r""":math:`\langle u_i, u_j \rangle`, ``[n, n]``."""
+        return self.relative + self.along[:, None] + self.along + self.square
+
+    @property
+    def norms(self) -> Tensor:
+        r""":math:`\lVert u_i \rVert`, ``[n]``."""
+        return self.products.diagonal().clamp(min=0).sqrt()
+
+    @property
+    def cosines(self) -> Tensor:
+        """The cosines between rows, ``[n, n]``; 0 with a row of zeros."""
+        norms = self.norms
+        scale = torch.where(norms > 0, 1 / norms, 0.0)
+        return (self.products * scale * scale[:, None]).clamp(-1, 1)
+
+    def mix(self, matrix: Tensor) -> Gram:
+        """The geometry of the rows ``matrix @ rows``; each row of the matrix ``[m, n]`` has to add up to 1."""
+        return Gram(matrix @ self.relative @ matrix.t(), matrix @ self.along, self.square)
+
+
+def selection(chosen: Sequence[int] | Tensor, num_rows: int) -> Tensor:
+    """The matrix that keeps the rows ``chosen``, ``[len(chosen), num_rows]``."""
+    return torch.eye(num_rows, dtype=torch.float64)[torch.as_tensor(chosen, dtype=torch.long)]
+
+
+def mean_of(chosen: Sequence[int] | Tensor, num_rows: int) -> Tensor:
+    """The matrix of the mean of the rows ``chosen``, ``[1, num_rows]``."""
+    return selection(chosen, num_rows).mean(0, keepdim=True)
+
+
+def lowest(values: Tensor, count: int) -> Tensor:
+    """The places of the ``count`` lowest values, lowest first; of equal ones those with the lower place."""
+    return values.sort(stable=True).indices[:count]

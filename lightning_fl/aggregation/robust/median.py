@@ -1,0 +1,40 @@
+"""The coordinate-wise median."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lightning_fl.aggregation.robust.rule import CoordinateRule, PreAggregator
+
+
+@dataclass(frozen=True)
+class Median(CoordinateRule):
+    r"""The coordinate-wise median; of an even number of values the mean of the two in the middle.
+
+    .. math::
+        x_j \leftarrow x_j + \operatorname{median}_i \, (u_i)_j
+
+    It withstands fewer than half of the clients, but with few attackers that collude (IPM) or very different clients it
+    falls behind rules that average. Weights are ignored. ``torch.median`` takes the lower of the two.
+
+    Args:
+        num_attackers: How many clients of a round may be attackers: a count, or a share of the cohort. Default 0.2.
+        before: Pre-aggregators, which mix the updates first.
+
+    Raises:
+        ValueError: Before training, if a round has no more than twice as many clients as attackers.
+
+    Reference:
+        Yin et al., "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates", ICML 2018.
+    """
+
+    num_attackers: int | float = 0.2
+    before: Sequence[PreAggregator] = ()
+
+    def combine(self, block: Tensor, num_attackers: int) -> Tensor:
+        n = len(block)
+        lower = block.kthvalue((n + 1) // 2, dim=0).values
+        return lower if n % 2 else (lower + block.kthvalue(n // 2 + 1, dim=0).values) / 2

@@ -1,0 +1,136 @@
+"""The updates of a round as the rows of a matrix, of which each rank holds some."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_fl.communication import Group, Message
+from lightning_fl.tree import Flat, Layout, as_real
+from lightning_fl.types import Tree
+
+LARGEST = 1e100
+"""Coordinates are cut here, so that the square of what an attacker sends stays finite. Nobody trains that far."""
+WINDOW = 1 << 23
+"""Elements of a window of columns over all rows: 64 MiB in float64."""
+
+
+class Window(NamedTuple):
+    """Some columns of all rows, on the rank that works on them.
+
+    Args:
+        dtype: The dtype of the flat buffers.
+        bounds: Where each rank's columns begin, and where the last one's end.
+        start: The first column of this rank.
+        block: Its columns, ``[rows, columns]``.
+    """
+
+    dtype: torch.dtype
+    bounds: Sequence[int]
+    start: int
+    block: Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of this rank, flat: complex numbers as pairs of real ones.
+
+    Args:
+        layout: Where each tensor stands in a row.
+        device: Where the rows are.
+        blocks: The rows of each group of clients that was added, by dtype ``[clients, elements]``.
+        positions: For each row the place of its client in the cohort.
+    """
+
+    layout: Layout
+    device: torch.device
+    blocks: tuple[Flat, ...] = ()
+    positions: tuple[int, ...] = ()
+
+    def add(self, trees: dict[str, Tree], positions: Sequence[int]) -> Rows:
+        """The rows with those of further clients, whose tensors are stacked."""
+        parts: dict[torch.dtype, list[Tensor]] = {dtype: [] for dtype in self.layout.dtypes}
+        for tree, name, _, dtype in self.layout.entries:
+            own = trees[tree][name].detach().to(self.device, dtype)
+            parts[dtype].append(as_real(own).reshape(len(positions), -1))
+        block = {dtype: torch.cat(tensors, dim=1) for dtype, tensors in parts.items()}
+        return replace(self, blocks=(*self.blocks, block), positions=(*self.positions, *positions))
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def columns(self, dtype: torch.dtype, start: int, stop: int) -> Tensor:
+        """Columns of all rows of this rank, ``[rows, stop - start]``."""
+        if not self.blocks:
+            return torch.empty(0, stop - start, dtype=real_dtype(dtype), device=self.device)
+        found = torch.cat([block[dtype][:, start:stop] for block in self.blocks])
+        return found.clamp_(-LARGEST, LARGEST) if found.dtype == torch.float64 else found
+
+    def width(self, dtype: torch.dtype) -> int:
+        """Number of columns."""
+        return self.layout.size(dtype) * (2 if dtype.is_complex else 1)
+
+    def delta_width(self, dtype: torch.dtype) -> int:
+        """Number of columns that hold the change of the parameters; they come first."""
+        delta = Layout(tuple(entry for entry in self.layout.entries if entry[0] == "delta"))
+        return replace(self, layout=delta).width(dtype)
+
+    def windows(self, group: Group, counts: Sequence[int], order: Sequence[int]) -> Iterator[Window]:
+        """All rows by windows of columns, of which each rank gets its share.
+
+        Args:
+            group: The ranks.
+            counts: How many rows each rank has.
+            order: In which order to return the rows of all ranks.
+        """
+        index = torch.tensor(order, dtype=torch.long, device=self.device)
+        width_of_window = max(1, group.size * WINDOW // max(1, len(order)))
+        for dtype in self.layout.dtypes:
+            width = self.width(dtype)
+            for first in range(0, width, width_of_window):
+                last = min(width, first + width_of_window)
+                bounds = [first + (last - first) * rank // group.size for rank in range(group.size + 1)]
+                own = self.columns(dtype, first, last)
+                parts = [own[:, a - first : b - first].reshape(-1) for a, b in pairwise(bounds)]
+                start, stop = bounds[group.rank], bounds[group.rank + 1]
+                received = group.all_to_all(parts, [count * (stop - start) for count in counts])
+                block = torch.cat(
+                    [part.view(count, stop - start) for part, count in zip(received, counts, strict=True)]
+                )
+                yield Window(dtype, bounds, start, block[index])
+
+    def gather(self, group: Group, counts: Sequence[int], round: int) -> Rows:
+        """The rows of all ranks on each of them, in the order of ranks.
+
+        Raises:
+            RuntimeError: If the ranks have received different rows.
+        """
+        gathered, hashed = {}, hashlib.blake2b()
+        for dtype in self.layout.dtypes:
+            width, pieces = self.width(dtype), []
+            for first in range(0, width, max(1, WINDOW // sum(counts))):
+                last = min(width, first + max(1, WINDOW // sum(counts)))
+                own = self.columns(dtype, first, last).reshape(-1)
+                received = group.all_to_all([own] * group.size, [count * (last - first) for count in counts])
+                pieces.append(torch.cat([p.view(c, last - first) for p, c in zip(received, counts, strict=True)]))
+                hashed.update(pieces[-1].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            gathered[dtype] = torch.cat(pieces, dim=1)
+        digests = group.all_gather(Message({"digest": hashed.hexdigest()}), f"rows of round {round}")
+        others = [rank for rank, message in enumerate(digests) if message.fields["digest"] != hashed.hexdigest()]
+        if others:
+            raise RuntimeError(
+                f"Rank {group.rank} has received other updates than rank {others[0]} in round {round}: a silo has sent "
+                "different updates to different silos, or the network has changed them. The round is dropped."
+            )
+        return replace(self, blocks=(gathered,), positions=tuple(range(sum(counts))))
+
+
+def real_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the parts of a complex number; other dtypes as they are."""
+    return dtype.to_real() if dtype.is_complex else dtype

@@ -1,0 +1,326 @@
+"""Robust rules: aggregators that look at the updates of all clients beside each other."""
+
+# No `from __future__ import annotations`: jsonargparse would resolve the strings in the modules of the subclasses.
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_fl.aggregation.aggregator import Aggregator, FederationFacts
+from lightning_fl.aggregation.context import RoundContext
+from lightning_fl.aggregation.robust.gram import Gram
+from lightning_fl.aggregation.robust.rows import Rows
+from lightning_fl.aggregation.weighted_mean import aggregate_of
+from lightning_fl.algorithms import Algorithm
+from lightning_fl.communication import Group, LocalGroup, Message
+from lightning_fl.tree import Flat, Layout, update_trees
+from lightning_fl.types import Aggregate, ClientId, Update
+
+
+class PreAggregator(ABC):
+    """Mixes the rows before the rule sees them."""
+
+    def num_rows(self, num_rows: int) -> int:
+        """How many rows it makes of ``num_rows``; as many, unless told."""
+        return num_rows
+
+    @abstractmethod
+    def matrix(self, gram: Gram, num_attackers: int, ctx: RoundContext) -> Tensor:
+        """The mixing matrix ``[m, n]``, float64; each of its rows adds up to 1."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What the ranks have computed together.
+
+    Args:
+        num_rows: The rows of all ranks.
+        num_attackers: How many of them may be attackers.
+        flat: What the rows became, by dtype; None if there were too few.
+        clients: The client of each row.
+        matrix: The mixing matrix ``[m, n]``; None if all rows go into each coordinate.
+    """
+
+    num_rows: int
+    num_attackers: int
+    flat: Flat | None
+    clients: Sequence[ClientId] = ()
+    matrix: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class RowSum:
+    """Accumulator of :class:`RowAggregator`.
+
+    Args:
+        rows: This rank's rows.
+        merged: What the ranks have made of all rows, after the merge.
+    """
+
+    rows: Rows
+    merged: Merged | None = None
+
+
+class RowAggregator(Aggregator):
+    r"""Base of the robust rules, which keep the update of every client as a row :math:`u_i`.
+
+    The rows are mixed, :math:`v_r = \sum_i M_{ri} u_i`, and the mixtures combined coordinate by coordinate. ``M``
+    follows from the changes of the parameters; the same mixture then applies to buffers and, times the number of
+    clients, to side channels. What a client says it weighs is ignored, since it could say anything: all count alike.
+
+    In a simulation each rank works on a part of the coordinates, so that memory and traffic are those of the rows
+    divided by the ranks. Silos would have to trust each other for that: there each rank receives all rows, and the
+    silos compare digests of what they have received.
+
+    A round with too few updates for the rule leaves the model as it is, with a warning. An update that was refused for
+    NaN or Inf counts as one of the attackers.
+
+    A rule is a frozen dataclass with the fields ``num_attackers`` and ``before``.
+    """
+
+    weighting = "uniform"
+    num_attackers: int | float
+    before: Sequence[PreAggregator]
+    why: ClassVar[str] = "the rule gave its update no weight"
+    """Why a client is left out, for the history."""
+
+    def __post_init__(self) -> None:
+        count_attackers(self.num_attackers, 1)
+        if isinstance(self.before, list):
+            object.__setattr__(self, "before", tuple(self.before))
+        if not all(isinstance(mixing, PreAggregator) for mixing in self.before):
+            raise ValueError(
+                f"before={self.before!r} must be a list of pre-aggregators, such as "
+                "fl.aggregation.NearestNeighborMixing() or fl.aggregation.Bucketing(2)."
+            )
+
+    # ---- what a rule defines
+
+    def min_rows(self, num_attackers: int) -> int:
+        """The fewest rows among which the rule withstands so many attackers."""
+        return 2 * num_attackers + 1
+
+    def matrix(self, gram: Gram, num_attackers: int, ctx: RoundContext) -> Tensor | None:
+        """The rule's own mixing matrix ``[m, n]``, float64 on the CPU; None for the rows as they are."""
+        return None
+
+    @abstractmethod
+    def combine(self, block: Tensor, num_attackers: int) -> Tensor:
+        """What the mixtures ``[m, w]`` become in ``w`` coordinates, ``[w]``."""
+
+    @property
+    def needs_gram(self) -> bool:
+        """Whether the mixing matrix depends on the rows."""
+        return bool(self.before) or type(self).matrix is not RowAggregator.matrix
+
+    # ---- the aggregator
+
+    def check(self, algorithm: Algorithm) -> None:
+        return
+
+    def check_cohort(self, num_clients: int) -> None:
+        attackers, rows = count_attackers(self.num_attackers, num_clients), num_clients
+        for mixing in self.before:
+            rows = mixing.num_rows(rows)
+        if rows < self.min_rows(attackers):
+            after = f", {rows} rows after {', '.join(type(m).__name__ for m in self.before)}," if self.before else ""
+            raise ValueError(
+                f"{type(self).__name__}(num_attackers={self.num_attackers}) is to withstand {attackers} attackers "
+                f"among {num_clients} clients{after} and needs at least {self.min_rows(attackers)} rows. Let more "
+                "clients take part in a round, or lower num_attackers."
+            )
+
+    def open(self, group: Group, facts: FederationFacts) -> None:
+        if facts.is_training:
+            self.check_cohort(facts.cohort_size)
+
+    def init(self, template: Update, device: torch.device, session: Any = None) -> RowSum:
+        return RowSum(Rows(Layout.of(update_trees(template)), device))
+
+    def add(self, acc: RowSum, update: Update, ctx: RoundContext) -> RowSum:
+        assert ctx.client is not None
+        trees = update_trees(update)
+        acc.rows.layout.check(trees)
+        stacked = {tree: {name: tensor[None] for name, tensor in own.items()} for tree, own in trees.items()}
+        return RowSum(acc.rows.add(stacked, [ctx.cohort.index(ctx.client)]))
+
+    def add_group(self, acc: RowSum, updates: Update, weights: Sequence[float], ctx: RoundContext) -> RowSum:
+        acc.rows.layout.check(update_trees(updates.part(0)))
+        return RowSum(acc.rows.add(update_trees(updates), [ctx.cohort.index(client) for client in ctx.clients]))
+
+    def merge(self, acc: RowSum, group: Group, report: Message, ctx: RoundContext) -> tuple[RowSum, list[Message]]:
+        own = {"weight": float(len(acc.rows)), "num_clients": len(acc.rows), "rows": list(acc.rows.positions)}
+        messages = group.all_gather(Message({**report.fields, **own}, report.tensors), f"end of round {ctx.round}")
+        positions = [place for message in messages for place in message.fields["rows"]]
+        refused = sum(len(message.fields.get("refused", [])) for message in messages)
+        num_rows = len(positions)
+        # Whoever is refused is not among the rows any more.
+        attackers = max(0, count_attackers(self.num_attackers, num_rows + refused) - refused)
+        mixed = num_rows
+        for mixing in self.before:
+            mixed = mixing.num_rows(mixed)
+        if mixed < max(1, self.min_rows(attackers)):
+            if group.rank == 0:
+                warnings.warn(
+                    f"Round {ctx.round} has {num_rows} updates ({refused} more were refused), too few for "
+                    f"{type(self).__name__}(num_attackers={self.num_attackers}) to withstand {attackers} attackers: "
+                    "the global model stays as it is.",
+                    stacklevel=2,
+                )
+            clients = [ctx.cohort[place] for place in positions]
+            return replace(acc, merged=Merged(num_rows, attackers, None, clients)), messages
+        counts = [len(message.fields["rows"]) for message in messages]
+        rows = acc.rows
+        if ctx.silos and group.size > 1:
+            rows, group = rows.gather(group, counts, ctx.round), LocalGroup()
+            counts = [num_rows]
+        # By place in the cohort, so that neither ties nor rounding depend on who was trained where.
+        order = sorted(range(num_rows), key=positions.__getitem__)
+        clients = [ctx.cohort[positions[row]] for row in order]
+        matrix = self._mixing(rows, group, counts, order, clients, attackers, ctx)
+        flat = self._combined(rows, group, counts, order, matrix, attackers)
+        return replace(acc, merged=Merged(num_rows, attackers, flat, clients, matrix)), messages
+
+    def _mixing(
+        self,
+        rows: Rows,
+        group: Group,
+        counts: Sequence[int],
+        order: Sequence[int],
+        clients: Sequence[ClientId],
+        attackers: int,
+        ctx: RoundContext,
+    ) -> Tensor | None:
+        if not self.needs_gram:
+            return None
+        # Distances are those of the parameters: buffers and side channels have other units.
+        blocks = (
+            window.block[:, : max(0, rows.delta_width(window.dtype) - window.start)]
+            for window in rows.windows(group, counts, order)
+        )
+        gram = Gram.of(blocks, clients)
+        gram = gram.with_flat(group.all_reduce(gram.flat()))
+        matrix = torch.eye(len(clients), dtype=torch.float64)
+        for mixing in self.before:
+            own = mixing.matrix(gram, attackers, ctx)
+            gram, matrix = gram.mix(own), own @ matrix
+        last = self.matrix(gram, attackers, ctx)
+        return matrix if last is None else last @ matrix
+
+    def _combined(
+        self,
+        rows: Rows,
+        group: Group,
+        counts: Sequence[int],
+        order: Sequence[int],
+        matrix: Tensor | None,
+        attackers: int,
+    ) -> Flat:
+        pieces: dict[torch.dtype, list[Tensor]] = {dtype: [] for dtype in rows.layout.dtypes}
+        for dtype, bounds, _, block in rows.windows(group, counts, order):
+            mixed = block if matrix is None else (matrix.to(block.device) @ block.double()).to(block.dtype)
+            own = self.combine(mixed, attackers).contiguous()
+            widths = [stop - start for start, stop in pairwise(bounds)]
+            pieces[dtype] += group.all_to_all([own] * group.size, widths)
+        return {dtype: torch.cat(parts) for dtype, parts in pieces.items()}
+
+    def result(self, acc: RowSum, ctx: RoundContext) -> Aggregate:
+        merged, layout = acc.merged, acc.rows.layout
+        assert merged is not None, "merge comes before result"
+        if merged.flat is None:
+            trees = layout.unflatten(layout.zeros(acc.rows.device))
+            return replace(aggregate_of(trees, 1.0, merged.num_rows, ctx), weight=0.0)
+        flat = {
+            dtype: torch.view_as_complex(own.view(-1, 2)) if dtype.is_complex else own
+            for dtype, own in merged.flat.items()
+        }
+        # Sums, which `Aggregate.mean` divides by the weight again.
+        trees = layout.unflatten({dtype: own * merged.num_rows for dtype, own in flat.items()})
+        if merged.matrix is not None and len(merged.matrix) == 1:
+            # Statistics such as a variance must not be extrapolated, where a rule lengthens updates.
+            total = max(1.0, float(merged.matrix.sum()))
+            trees["buffers"] = {name: tensor / total for name, tensor in trees.get("buffers", {}).items()}
+        return aggregate_of(trees, float(merged.num_rows), merged.num_rows, ctx)
+
+    def shares(self, acc: RowSum, ctx: RoundContext) -> Mapping[ClientId, float]:
+        merged = acc.merged
+        assert merged is not None, "merge comes before shares"
+        if merged.flat is None or merged.matrix is None:
+            return {}
+        weights = merged.matrix.abs().sum(0)
+        return dict(zip(merged.clients, (weights / weights.sum().clamp(min=1e-300)).tolist(), strict=True))
+
+    def report(self, acc: RowSum, ctx: RoundContext) -> Mapping[str, Any]:
+        assert acc.merged is not None, "merge comes before report"
+        if acc.merged.flat is None:
+            return {"left_out": dict.fromkeys(acc.merged.clients, "the round had too few updates")}
+        return {"left_out": {client: self.why for client, share in self.shares(acc, ctx).items() if not share}}
+
+
+class GramRule(RowAggregator):
+    r"""A rule whose result is :math:`\sum_i c_i u_i`, with coefficients from the Gram matrix of the rows."""
+
+    @abstractmethod
+    def matrix(self, gram: Gram, num_attackers: int, ctx: RoundContext) -> Tensor:
+        """The coefficients ``[1, n]``, float64 on the CPU."""
+
+    def combine(self, block: Tensor, num_attackers: int) -> Tensor:
+        return block[0]
+
+    def _combined(
+        self,
+        rows: Rows,
+        group: Group,
+        counts: Sequence[int],
+        order: Sequence[int],
+        matrix: Tensor | None,
+        attackers: int,
+    ) -> Flat:
+        # Each rank adds up its own rows, which costs one all-reduce instead of dealing out the rows again.
+        assert matrix is not None
+        before = sum(counts[: group.rank])
+        by_row = torch.empty(len(order), dtype=torch.float64)
+        by_row[torch.tensor(order, dtype=torch.long)] = matrix[0]
+        own, totals = by_row[before : before + counts[group.rank]].to(rows.device), {}
+        for dtype in rows.layout.dtypes:
+            parts, width = [], rows.width(dtype)
+            step = max(1, (1 << 23) // max(1, len(own)))
+            for start in range(0, width, step):
+                block = rows.columns(dtype, start, min(width, start + step))
+                parts.append((own @ block.double()).to(block.dtype))
+            totals[dtype] = group.all_reduce(torch.cat(parts))
+        return totals
+
+
+class CoordinateRule(RowAggregator):
+    """A rule that works on each coordinate by itself: it tells nobody's update apart from another's."""
+
+    def check(self, algorithm: Algorithm) -> None:
+        if algorithm.aux_like({"x": torch.zeros(1)}):
+            raise ValueError(
+                f"{type(self).__name__} picks each coordinate from other clients, but {type(algorithm).__name__} sends "
+                "side channels that belong together with a client's whole update. Use a rule that weighs whole "
+                "updates, such as fl.aggregation.MultiKrum or GeometricMedian, or algorithm='fedavg'."
+            )
+
+
+def count_attackers(num_attackers: int | float, num_clients: int) -> int:
+    """How many of the clients may be attackers.
+
+    Raises:
+        ValueError: If ``num_attackers`` is neither a count nor a share below one half.
+    """
+    if isinstance(num_attackers, bool) or not (
+        num_attackers >= 0 if isinstance(num_attackers, int) else 0 <= num_attackers < 0.5
+    ):
+        raise ValueError(
+            f"num_attackers={num_attackers!r} must be a count (int, at least 0) or a share of the cohort (float, "
+            "from 0 to below 0.5)."
+        )
+    # A share such as .2 of 5 must not fall below 1 by rounding.
+    return num_attackers if isinstance(num_attackers, int) else int(num_attackers * num_clients + 1e-9)
