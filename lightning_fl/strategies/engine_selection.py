@@ -10,6 +10,7 @@ from lightning_fl.engines import LocalTrainer, OptimizerStates, SequentialEngine
 from lightning_fl.engines.isolation import Isolation
 from lightning_fl.strategies import internals
 from lightning_fl.strategies.batch_steps import step_functions
+from lightning_fl.strategies.hooks import batch_hook
 from lightning_fl.strategies.out_of_loop import OUTSIDE
 from lightning_fl.strategies.vectorized.compatibility import unprofitable_reason, unsupported_reason
 from lightning_fl.strategies.vectorized.driver import VectorizedDriver
@@ -36,6 +37,9 @@ def select_engine(
     reason = unsupported_reason(trainer, module, strategy)
     if reason is None and not is_asked_for:
         reason = unprofitable_reason(module, vectorized.grouping.max_clients)
+    hook = batch_hook(trainer, strategy.active_driver.strategy_type)
+    if reason is None and hook is not None and not is_asked_for:
+        reason = f"{hook} would see several clients at once"
     if reason is not None:
         vectorized.refuse(reason)
         return engine, None

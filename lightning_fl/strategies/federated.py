@@ -62,7 +62,10 @@ from lightning_fl.strategies.validation import (
     check_types,
     check_work,
     choose_weighting,
+    described_columns,
     settings_of_ranks,
+    settings_of_training,
+    versions,
 )
 
 
@@ -328,8 +331,10 @@ class FederatedStrategy(ParallelStrategy):
         assert self.lightning_module is not None
         self.personal = tuple(self.algorithm.personal(self.lightning_module, self._named_personal))
         if self.federation.size > 1:
-            versions = {"lightning": L.__version__, "torch": torch.__version__.split("+")[0]}
-            verify_ranks(self.federation, self.lightning_module, settings_of_ranks(self, trainer), versions)
+            settings = {**settings_of_ranks(self, trainer), **settings_of_training(trainer)}
+            is_hidden = is_private(self.aggregator, self.transforms, self._protects_examples)
+            columns = described_columns(getattr(trainer, "datamodule", None), is_hidden)
+            verify_ranks(self.federation, self.lightning_module, settings, versions(), columns)
             # Without `seed_everything` the ranks have initialised their modules differently. Only after the check: with
             # modules whose tensors differ, the broadcasts would pair up different ones.
             synchronize_module(self.federation, self.lightning_module)
