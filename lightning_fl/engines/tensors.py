@@ -183,6 +183,11 @@ def _may_follow(params: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> s
     }
 
 
+def moved(start: Tensor, change: Tensor) -> Tensor:
+    """``start + change``; bit for bit ``start`` where nothing changed, also integers that no float can hold."""
+    return torch.where(change == 0, start, cast_like(start.to(change.dtype) + change, start))
+
+
 def owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     """The submodule that holds a tensor, and the tensor's name in it."""
     path, _, key = name.rpartition(".")

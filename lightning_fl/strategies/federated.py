@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning as L
 import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
-from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -28,10 +28,12 @@ from lightning_fl.communication.objects import decode_object, encode_object
 from lightning_fl.data.partitioners.partitioner import Partitioner
 from lightning_fl.data.splitting import shard
 from lightning_fl.engines import ClientOptimizer, OptimizerStates, Vectorized
+from lightning_fl.engines.tensors import FederatedTensors
 from lightning_fl.engines.vectorized.stacking import StackedBatch
-from lightning_fl.federation import FederationSettings
+from lightning_fl.federation import Federation, FederationSettings, GroupFederation
 from lightning_fl.federation.rank_verification import digest, synchronize_module, verify_ranks
 from lightning_fl.federation.settings import is_private
+from lightning_fl.federation.single_update import SingleUpdate
 from lightning_fl.strategies import internals
 from lightning_fl.strategies.callback import RoundCallback
 from lightning_fl.strategies.checkpoint import (
@@ -45,11 +47,13 @@ from lightning_fl.strategies.checkpoint import (
     warn_of_plain_checkpoint,
 )
 from lightning_fl.strategies.client_discovery import build_population
-from lightning_fl.strategies.driver import OnClientError, RoundDriver
+from lightning_fl.strategies.driver import LastFit, OnClientError, RoundDriver
 from lightning_fl.strategies.engine_selection import select_engine
 from lightning_fl.strategies.evaluation import EvaluationMetrics
 from lightning_fl.strategies.hooks import run_training_step
 from lightning_fl.strategies.loops import adopt_loops
+from lightning_fl.strategies.network import check_network, open_network, settings_of_silo
+from lightning_fl.strategies.one_package import refuse_apart
 from lightning_fl.strategies.round_loaders import RoundLoader
 from lightning_fl.strategies.round_view import RoundView
 from lightning_fl.strategies.user_warnings import UserWarnings
@@ -68,8 +72,11 @@ from lightning_fl.strategies.validation import (
     versions,
 )
 
+if TYPE_CHECKING:
+    from lightning_fl.coordinator.silo import NetworkFederation
 
-class FederatedStrategy(ParallelStrategy):
+
+class FederatedStrategy(internals.ReusableStrategy):
     """Trains an unmodified LightningModule as a federation; a round is a Lightning epoch.
 
     Args:
@@ -96,6 +103,9 @@ class FederatedStrategy(ParallelStrategy):
         cohort: How the clients of a round are chosen. None: :class:`~lightning_fl.clients.Uniform`.
         stragglers: Clients that do not finish their local training. None: all clients finish.
         timeout: Seconds that a collective waits for the other ranks.
+        federation: The coordinator's address, ``"https://host:port"``: this launch is then one silo of a federation
+            over a network, and its training loader that silo's data.
+        kit: The folder with the silo's key and certificate, for ``federation``.
 
     Raises:
         ValueError: If an argument is out of range, or two contradict each other.
@@ -109,6 +119,7 @@ class FederatedStrategy(ParallelStrategy):
 
     strategy_name: ClassVar[str] = "federated"
     is_federated: ClassVar[bool] = True
+    default_checkpoint_io = WholeCheckpointIO
 
     def __init__(
         self,
@@ -130,8 +141,10 @@ class FederatedStrategy(ParallelStrategy):
         cohort: Cohort | None = None,
         stragglers: Stragglers | None = None,
         timeout: float = 1800.0,
+        federation: str | None = None,
+        kit: str | Path | None = None,
     ) -> None:
-        super().__init__(checkpoint_io=WholeCheckpointIO())
+        super().__init__()
         self.cohort = cohort or Uniform()
         self.stragglers = stragglers
         check_types(partition, aggregator, transforms, personal)
@@ -164,8 +177,8 @@ class FederatedStrategy(ParallelStrategy):
         if sampling is not None and sampling.kind != "poisson":
             self.aggregator.check_cohort(round(sampling.size))
         check_phases(self.algorithm, local_epochs, local_steps)
-        self._named_personal = (personal,) if isinstance(personal, str) else tuple(personal)
-        self.personal = self._named_personal
+        self.named_personal = (personal,) if isinstance(personal, str) else tuple(personal)
+        self.personal = self.named_personal
         self.engine = engine
         self.seed = seed
         self.split_validation = split_validation
@@ -173,11 +186,15 @@ class FederatedStrategy(ParallelStrategy):
         if not timeout > 0:
             raise ValueError(f"timeout={timeout} must be a positive number of seconds.")
         self.timeout = timedelta(seconds=timeout)
+        check_network(self, federation, kit)
+        self.address, self.kit = federation, kit
+        self.network: NetworkFederation | None = None
         self.num_nodes = 1
         self.federation: Group = LocalGroup()
         self.driver: RoundDriver | None = None
-        self._last_driver: RoundDriver | None = None
-        self._connected = False
+        self._last_fit: LastFit | None = None
+        self._connection: tuple[Any, ...] | None = None
+        self._unfinished: dict[str, tuple[ClientStateFiles, list[str]]] = {}
         self._loaded_checkpoint: tuple[Any, dict[str, Any] | None] | None = None
         self.limit_train_batches: int | float = 1.0
         self.group_losses: Tensor | None = None
@@ -235,6 +252,7 @@ class FederatedStrategy(ParallelStrategy):
 
     def set_world_ranks(self) -> None:
         """Sets this process's rank in the cluster environment and in Lightning's rank-zero functions."""
+        refuse_apart(self.accelerator)  # here, because it is called when a Trainer takes the strategy
         assert self.cluster_environment is not None
         if self.started_by_launcher:
             started, asked = super().world_size, self.num_processes * self.num_nodes
@@ -257,10 +275,11 @@ class FederatedStrategy(ParallelStrategy):
 
     def setup_environment(self) -> None:
         super().setup_environment()
-        # Each fit, validate and test comes here; the ranks stay connected between them.
-        if self._connected:
-            return
         assert self.cluster_environment is not None
+        # Each fit, validate and test comes here; the ranks stay connected between them, also from Trainer to Trainer.
+        connection = self.global_rank, super().world_size, self.root_device.type
+        if self._connection == connection:
+            return
         environment = self.cluster_environment
         self.federation = connect(
             self.global_rank,
@@ -270,7 +289,15 @@ class FederatedStrategy(ParallelStrategy):
             self.root_device,
             self.timeout,
         )
-        self._connected = True
+        self._connection = connection
+        if self.address is not None:
+            assert self.kit is not None
+            self.network = open_network(self.address, self.kit)
+        if self.network is not None and self.federation.size > 1:
+            raise MisconfigurationException(
+                f"With federation={self.network.client.address!r} a launch is one silo of one process, but there are "
+                f"{self.federation.size}. Start one process; a silo of several is not supported yet."
+            )
 
     def model_to_device(self) -> None:
         assert self.model is not None
@@ -309,19 +336,18 @@ class FederatedStrategy(ParallelStrategy):
         super().connect(model)
         self._loaded_checkpoint = None
         trainer = model.trainer
-        # Lightning connects for each fit, validate and test. The last fit's driver still knows the history, whose data
-        # validation uses, and the state from which another fit goes on.
-        self._last_driver, self.driver = self.driver or self._last_driver, None
+        # Lightning connects for each fit, validate and test.
+        self._last_fit, self.driver = self._fit_so_far, None
         self._works_alone = False
         # Lightning cuts loaders up by rank wherever `is_distributed` holds, which `sync_dist` needs; the clients are
         # spread over the ranks instead.
         internals.keep_samplers(trainer)
         adopt_loops(trainer)
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        # A second one would drive each round twice. It is inserted here, and not by a hook of the user's module,
-        # because Lightning orders the callbacks and restores their states only after it has connected the strategy.
-        if not any(isinstance(callback, RoundCallback) for callback in callbacks):
-            callbacks.insert(0, RoundCallback(self))
+        # A second one would drive each round twice, also one that came with the callbacks of another Trainer. It is
+        # inserted here, and not by a hook of the user's module, because Lightning orders the callbacks and restores
+        # their states only after it has connected the strategy.
+        callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, RoundCallback)]  # type: ignore[attr-defined]
+        trainer.callbacks = [RoundCallback(self), *callbacks]  # type: ignore[attr-defined]
 
     def setup(self, trainer: L.Trainer) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
@@ -329,16 +355,21 @@ class FederatedStrategy(ParallelStrategy):
         check_same_on_ranks(self.federation, "validation data", trainer.enable_validation)
         super().setup(trainer)
         assert self.lightning_module is not None
-        self.personal = tuple(self.algorithm.personal(self.lightning_module, self._named_personal))
+        self.personal = tuple(self.algorithm.personal(self.lightning_module, self.named_personal))
+        is_hidden = is_private(self.aggregator, self.transforms, self._protects_examples)
+        columns = described_columns(getattr(trainer, "datamodule", None), is_hidden)
         if self.federation.size > 1:
             settings = {**settings_of_ranks(self, trainer), **settings_of_training(trainer)}
-            is_hidden = is_private(self.aggregator, self.transforms, self._protects_examples)
-            columns = described_columns(getattr(trainer, "datamodule", None), is_hidden)
             verify_ranks(self.federation, self.lightning_module, settings, versions(), columns)
             # Without `seed_everything` the ranks have initialised their modules differently. Only after the check: with
             # modules whose tensors differ, the broadcasts would pair up different ones.
             synchronize_module(self.federation, self.lightning_module)
-        self._evaluation_metrics = EvaluationMetrics(self.federation, self.lightning_module, self.aggregator)
+        if self.network is not None and trainer.state.fn == TrainerFn.FITTING:
+            common = {**settings_of_training(trainer), **columns}
+            self.network.join(
+                FederatedTensors(self.lightning_module, self.personal), settings_of_silo(self), common, versions()
+            )
+        self._evaluation_metrics = EvaluationMetrics(self._parties, self.lightning_module, self.aggregator)
 
     def setup_optimizers(self, trainer: L.Trainer) -> None:
         super().setup_optimizers(trainer)
@@ -373,6 +404,7 @@ class FederatedStrategy(ParallelStrategy):
             partition=self.partition,
             seed=self._seed,
             callbacks=trainer.callbacks,  # type: ignore[attr-defined]
+            silo=None if self.network is None else self.network.name,
         )
         if self.driver is None:
             self.driver = self._make_driver(population)
@@ -382,27 +414,29 @@ class FederatedStrategy(ParallelStrategy):
 
     def _make_driver(self, population: Population) -> RoundDriver:
         trainer = self._trainer
+        size = len(population) if self.network is None else self.network.size
         settings = FederationSettings(
             self.algorithm,
-            self.aggregator,
+            self.aggregator if self.network is None else SingleUpdate(),
             self.transforms,
             self.weighting,
             seed=self._seed,
-            population=len(population),
-            sampling=describe_sampling(self.cohort, len(population), self.clients_per_round),
+            population=size,
+            sampling=describe_sampling(self.cohort, size, self.clients_per_round),
             silos=population.silos is not None,
             protects_examples=self._protects_examples,
         )
         return RoundDriver(
             trainer,
             population,
-            self.federation,
+            self._parties,
             settings,
             self.participation,
             limit=self.limit_train_batches,
+            personal=self.personal,
             strategy_type=FederatedStrategy,
             on_client_error=self.on_client_error,
-            last=self._last_driver,
+            last=self._last_fit,
         )
 
     # ---- hooks
@@ -417,7 +451,7 @@ class FederatedStrategy(ParallelStrategy):
                 "`training_step(dataloader_iter)` fetches its batches itself, but in a federation each batch belongs "
                 "to a client. Write `training_step(batch, batch_idx)`."
             )
-        self.active_driver.sticky = self._clients_keep_state
+        self.active_driver.personal, self.active_driver.sticky = self.personal, self._clients_keep_state
         self._resume()
         # It hooks into the user's optimizers, and the hooks must not outlive a start that fails.
         optimizers = OptimizerStates(self.optimizers)
@@ -426,6 +460,9 @@ class FederatedStrategy(ParallelStrategy):
         except BaseException:
             optimizers.close()
             raise
+        if self.network is not None:
+            self.network.store = self.active_driver.store
+            self.network.folder.restore(self.active_driver.store)
 
     @property
     def _clients_keep_state(self) -> bool:
@@ -519,12 +556,21 @@ class FederatedStrategy(ParallelStrategy):
         if client_states is not None:
             self.barrier()
             if self.is_global_zero:
-                client_states.finish(checkpoint[KEY]["manifests"])
+                self._unfinished[str(filepath)] = client_states, checkpoint[KEY]["manifests"]
+                # Written in the background, the checkpoint may reach the disk later than its predecessor's states go.
+                if not isinstance(self.checkpoint_io, AsyncCheckpointIO):
+                    self._finish_client_states()
+
+    def _finish_client_states(self) -> None:
+        while self._unfinished:
+            client_states, manifests = self._unfinished.popitem()[1]
+            client_states.finish(manifests)
 
     def remove_checkpoint(self, filepath: Any) -> None:
         if self.driver is not None and self.driver.forget_deferred(str(filepath)):
             return
         super().remove_checkpoint(filepath)
+        self._unfinished.pop(str(filepath), None)
         files = state_files(filepath)
         if self.is_global_zero and files.root.exists():
             files.forget(Path(filepath).name)
@@ -540,15 +586,38 @@ class FederatedStrategy(ParallelStrategy):
     def teardown(self) -> None:
         if self.driver is not None:
             self.driver.stop()
-        super().teardown()
+        if self.network is not None:
+            self.network.leave("its run has ended")
+        internals.clip_norms_as_before(self.precision_plugin)
+        super().teardown()  # this waits for checkpoints that are written in the background
+        self._finish_client_states()
+
+    def take_new_trainer(self) -> None:
+        super().take_new_trainer()
+        self.driver = self._last_fit = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The settings and what stays of the last fit, to copy or pickle; connections stay with their process."""
+        state = super().__getstate__() | {"driver": None, "_last_fit": self._fit_so_far}
+        return state | {
+            "federation": LocalGroup(),
+            "_connection": None,
+            "_evaluation_metrics": None,
+            "_launcher": None,
+            "network": None,
+        }
 
     # ---- public state
 
     @property
     def history(self) -> list[dict[str, Any]]:
         """One entry for each finished round: clients, examples, steps, refused and empty clients, seconds."""
-        driver = self.driver or self._last_driver
-        return [] if driver is None else driver.history
+        last = self._fit_so_far
+        return [] if last is None else last.history
+
+    @property
+    def _fit_so_far(self) -> LastFit | None:
+        return self._last_fit if self.driver is None else self.driver.so_far
 
     @property
     def active_driver(self) -> RoundDriver:
@@ -566,6 +635,11 @@ class FederatedStrategy(ParallelStrategy):
     def view(self) -> RoundView:
         """The current round, or between rounds the next one, as callbacks see it."""
         return self.active_driver.view
+
+    @property
+    def _parties(self) -> Federation:
+        """The way to the other parties of the federation."""
+        return GroupFederation(self.federation) if self.network is None else self.network
 
     @property
     def _module(self) -> L.LightningModule:
@@ -588,9 +662,11 @@ class FederatedStrategy(ParallelStrategy):
 
     @property
     def _validation_is_per_rank(self) -> bool:
-        driver = self.driver or self._last_driver
-        if driver is not None:
-            return driver.population.silos is not None
+        last = self._fit_so_far
+        if last is not None:
+            return last.silos
+        if self.network is not None:
+            return True
         # Without a fit there is no driver to ask, so this decides as `build_population` would.
         simulated = getattr(getattr(self._trainer, "datamodule", None), "gives_clients", False)
         return self.started_by_launcher and self.num_clients is None and self.partition is None and not simulated

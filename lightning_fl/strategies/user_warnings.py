@@ -96,8 +96,8 @@ class UserWarnings:
             )
         if not result.aggregate.num_clients:
             rank_zero_info(f"Round {round}: no client takes part.")
-        if result.stop_reason is not None:
-            rank_zero_info(result.stop_reason)
+        if result.closing.stop_reason is not None:
+            rank_zero_info(result.closing.stop_reason)
 
     def put_back(self, paths: Collection[str]) -> None:
         """Names, once, what clients' training has changed in the module and what then was put back."""

@@ -109,6 +109,7 @@ class ClientLevelDP(Transform):
     insecure_test_seed: int | None = None
 
     weighting: ClassVar[Literal["examples", "uniform"] | None] = "uniform"
+    client_keys: ClassVar[tuple[str, ...]] = ("clip",)
     needs_secure_sampling = True
     hides_clients = True
 
