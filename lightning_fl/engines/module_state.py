@@ -7,6 +7,7 @@ globals of the user's files, random generators. :func:`capture` walks over all o
 from __future__ import annotations
 
 import array
+import contextvars
 import copy
 import enum
 import functools
@@ -21,6 +22,7 @@ import sys
 import threading
 import types
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import cached_property
@@ -277,12 +279,14 @@ class _Walk:
         self._managed = {id(tensor) for tensor in managed}
         self._memory = {_memory(tensor) for tensor in managed} - {None}
         # Several clients side by side share the object; one after the other, each may find it as it was.
-        self._outside = (*outside, Optimizer, LRScheduler) if reads_code else outside
+        self._outside = (*outside, Optimizer, LRScheduler, contextvars.ContextVar) if reads_code else outside
         self._ignored = ignored
         self._reads_code = reads_code
         self._iterators: dict[str, Any] = {}
         self._waiting: list[tuple[str, Any]] = []
         # The objects too: those that the walk itself makes would be freed, and their ids used again.
+        known = list(known)
+        self._known = set(map(id, known))
         self._seen: dict[int, Any] = {id(own): own for own in (*known, *_SEEDED_BY_ENGINES)}
         roots = root if isinstance(root, tuple) else (root,)
         modules = [own for held in roots if isinstance(held, nn.Module) for own in held.modules()]
@@ -334,6 +338,9 @@ class _Walk:
             if self._reads_code:
                 self._visit_class(value)
         elif isinstance(value, types.MethodType):
+            # Whoever looks after an object does not see calls of a method that was taken from it before.
+            if id(value.__self__) in self._known:
+                self.found.opaque[path] = f"method of a {type(value.__self__).__name__}"
             self.push(path, value.__self__)
             self.push(path, value.__func__)
         elif isinstance(value, types.BuiltinFunctionType | types.MethodWrapperType):
@@ -380,8 +387,8 @@ class _Walk:
         names, holder = _names_in(value.__code__), value.__globals__
         self.found.names.update(names)
         self._add_names(value.__module__ or "", holder, [name for name in names if name in holder], _Keys)
-        for module in [holder[name] for name in names if isinstance(holder.get(name), types.ModuleType)]:
-            if not self._is_library(module.__name__):
+        for module in [holder.get(name, sys.modules.get(name)) for name in names]:  # imported by the file, or in place
+            if isinstance(module, types.ModuleType) and not self._is_library(module.__name__):
                 own = vars(module)
                 self._add_names(module.__name__, own, [name for name in names if name in own], _Keys)
 
@@ -594,6 +601,8 @@ def _parts_of(value: Any) -> Iterable[Any] | None:
         return value
     if isinstance(value, functools.partial):
         return value.func, value.args, value.keywords
+    if isinstance(value, weakref.ref):
+        return (value(),)
     if isinstance(value, property):
         return value.fget, value.fset
     if isinstance(value, staticmethod | classmethod):

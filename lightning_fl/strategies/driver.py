@@ -702,6 +702,8 @@ class RoundDriver:
 
     def stop(self) -> None:
         """Called at the end of the fit: removes the hooks from the optimizers."""
+        if self.vectorized is not None:
+            self.vectorized.close()
         if self.local_trainer is not None:
             self.local_trainer.optimizers.close()
             self.local_trainer = None
