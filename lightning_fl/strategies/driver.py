@@ -556,7 +556,8 @@ class RoundDriver:
             # The loggers' x-axis advances as if the clients had trained one after the other.
             opened.more_logger_steps += outcome.num_steps - num_shared_steps
         else:
-            logged = session.finish(outcome.accepted)
+            # A silo whose refusal is hidden must not show it by metrics that are missing.
+            logged = session.finish([True] if self.settings.hides_refusals else outcome.accepted)
             self.call_hook("on_client_end", clients[0], replace(outcome.runs[0], logged=logged), outcome.update)
         self.call_hook("on_group_end", clients)
         if self.plan.num_batches(clients) is None:
