@@ -241,7 +241,12 @@ class Round:
             moving = ()
         is_alone = settings.population == 1
         params = trainer.begin_round(
-            state.server.get("params"), schedules, moving, is_alone, is_shared=not is_alone and not settings.silos
+            state.server.get("params"),
+            schedules,
+            counts_known=not settings.hides_clients,  # noise would turn what no client knows into a value
+            moving=moving,
+            is_alone=is_alone,
+            is_shared=not is_alone and not settings.silos,
         )
         templates = update_templates(settings, params, trainer.tensors.buffers)
         ctx = RoundContext(
