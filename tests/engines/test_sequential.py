@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_fl.engines import LocalResult, OptimizerStates, SequentialEngine
-from lightning_fl.engines.tensors import moved
+from lightning_fl.engines.buffers import moved
 from lightning_fl.engines.vectorized.stacking import part
-from lightning_fl.tree import add, scale, subtract, tree_map
+from lightning_fl.tree import add, scale, subtract
 from lightning_fl.types import Tree, Update
 from tests.helpers.federation import aggregate
 
@@ -94,7 +94,7 @@ class Federation:
             updates.append(Update(subtract(part(result.params, 0), params), part(result.buffers, 0), weight))
         mean = aggregate(updates)
         self.server = add(params, mean.mean())
-        buffers = tree_map(moved, self.engine.round_start.buffers, scale(mean.buffers, 1 / mean.weight))
+        buffers = moved(self.engine.round_start.buffers, scale(mean.buffers, 1 / mean.weight))
         self.engine.end_round(self.server, buffers, self.results[-1].facts[0].schedule_end)
 
     def mean_of_ends(self, name: str) -> Tensor:
