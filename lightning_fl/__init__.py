@@ -1,6 +1,6 @@
 """Federated learning as a Lightning strategy: ``Trainer(strategy="fedavg")``."""
 
-from lightning_fl import aggregation, algorithms, callbacks, clients, datamodules, engines, privacy
+from lightning_fl import aggregation, algorithms, attacks, callbacks, clients, datamodules, engines, privacy
 from lightning_fl.strategies import FederatedStrategy, register_strategies
 from lightning_fl.strategies.checkpoint import load_client
 
@@ -11,6 +11,7 @@ __all__ = [
     "__version__",
     "aggregation",
     "algorithms",
+    "attacks",
     "callbacks",
     "clients",
     "datamodules",

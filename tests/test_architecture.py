@@ -27,7 +27,7 @@ LAYERS = (
     ("privacy",),
     ("federation",),
     ("strategies",),
-    ("callbacks", "datamodules", "models", "tracking"),
+    ("callbacks", "datamodules", "models", "tracking", "attacks"),
     ("cli",),
 )
 """Each room may import the rooms before its own layer; within a layer those that make no cycle."""

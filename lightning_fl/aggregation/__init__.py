@@ -2,6 +2,7 @@
 
 from lightning_fl.aggregation.aggregator import Aggregator, ClientLost, FederationFacts
 from lightning_fl.aggregation.context import RoundContext
+from lightning_fl.aggregation.corruption import Corruption
 from lightning_fl.aggregation.robust import (
     FLAME,
     Bucketing,
@@ -35,6 +36,7 @@ __all__ = [
     "CenteredClipping",
     "ClientLost",
     "CoordinateRule",
+    "Corruption",
     "DnC",
     "FLTrust",
     "FederationFacts",

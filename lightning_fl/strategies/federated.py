@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
-from lightning_fl.aggregation import Aggregator, Transform, WeightedMean
+from lightning_fl.aggregation import Aggregator, Corruption, Transform, WeightedMean
 from lightning_fl.algorithms import Algorithm, Weighting, get_algorithm
 from lightning_fl.clients import Amount, Cohort, Participation, Population, Stragglers, Uniform
 from lightning_fl.clients.cohorts import describe_sampling
@@ -59,6 +59,7 @@ from lightning_fl.strategies.validation import (
     check_phases,
     check_same_on_ranks,
     check_trainer,
+    check_type,
     check_types,
     check_work,
     choose_weighting,
@@ -93,6 +94,7 @@ class FederatedStrategy(ParallelStrategy):
         cohort: How the clients of a round are chosen. None: :class:`~lightning_fl.clients.Uniform`.
         stragglers: Clients that do not finish their local training. None: all clients finish.
         timeout: Seconds that a collective waits for the other ranks.
+        adversary: Lets some simulated clients attack, as ``fl.attacks.Adversary(fl.attacks.ALIE())``. None: nobody.
 
     Raises:
         ValueError: If an argument is out of range, or two contradict each other.
@@ -127,6 +129,7 @@ class FederatedStrategy(ParallelStrategy):
         cohort: Cohort | None = None,
         stragglers: Stragglers | None = None,
         timeout: float = 1800.0,
+        adversary: Corruption | None = None,
     ) -> None:
         super().__init__(checkpoint_io=WholeCheckpointIO())
         self.cohort = cohort or Uniform()
@@ -160,6 +163,10 @@ class FederatedStrategy(ParallelStrategy):
         sampling = None if num_clients is None else describe_sampling(self.cohort, num_clients, clients_per_round)
         if sampling is not None and sampling.kind != "poisson":
             self.aggregator.check_cohort(round(sampling.size))
+        self.adversary = adversary
+        if adversary is not None:
+            check_type("adversary", adversary, Corruption, "fl.attacks.Adversary(fl.attacks.SignFlip())")
+            self.aggregator = adversary.wrap_aggregator(self.aggregator)
         check_phases(self.algorithm, local_epochs, local_steps)
         self._named_personal = (personal,) if isinstance(personal, str) else tuple(personal)
         self.personal = self._named_personal
@@ -369,6 +376,9 @@ class FederatedStrategy(ParallelStrategy):
             seed=self._seed,
             callbacks=trainer.callbacks,  # type: ignore[attr-defined]
         )
+        if self.adversary is not None:
+            loaders = self.adversary.wrap_loaders(population.loaders, self._seed)
+            population = Population(loaders, population.silos)
         if self.driver is None:
             self.driver = self._make_driver(population)
         else:
