@@ -4,8 +4,8 @@
     python benchmarks/robust.py table --out docs/images/robust.svg
 
 ``cost`` times each rule over 100 clients with a million float32 parameters each, on one core, and prints the memory
-that it takes beyond the rows. ``table`` trains softmax regression on the digits under each attack with each rule, and prints
-the accuracy of the last round as a table; with matplotlib it also draws it.
+that it takes beyond the rows. ``table`` trains softmax regression on the digits under each attack with each
+rule, and prints the accuracy of the last round as a table; with matplotlib it also draws it.
 """
 
 from __future__ import annotations
