@@ -1,6 +1,16 @@
 """Federated learning as a Lightning strategy: ``Trainer(strategy="fedavg")``."""
 
-from lightning_fl import aggregation, algorithms, attacks, callbacks, clients, datamodules, engines, privacy
+from lightning_fl import (
+    aggregation,
+    algorithms,
+    attacks,
+    callbacks,
+    clients,
+    compression,
+    datamodules,
+    engines,
+    privacy,
+)
 from lightning_fl.strategies import FederatedStrategy, register_strategies
 from lightning_fl.strategies.checkpoint import load_client
 
@@ -14,6 +24,7 @@ __all__ = [
     "attacks",
     "callbacks",
     "clients",
+    "compression",
     "datamodules",
     "engines",
     "load_client",

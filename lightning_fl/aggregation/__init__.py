@@ -1,6 +1,19 @@
 """How updates become one: aggregators, and the transforms on their way."""
 
 from lightning_fl.aggregation.aggregator import Aggregator, ClientLost, FederationFacts
+from lightning_fl.aggregation.compression import (
+    EDEN,
+    QSGD,
+    Cast,
+    Compress,
+    CompressedMean,
+    Compressor,
+    PowerSGD,
+    Quantize,
+    RandomK,
+    ScaledSign,
+    TopK,
+)
 from lightning_fl.aggregation.context import RoundContext
 from lightning_fl.aggregation.corruption import Corruption
 from lightning_fl.aggregation.robust import (
@@ -29,12 +42,18 @@ from lightning_fl.aggregation.transform import Transform
 from lightning_fl.aggregation.weighted_mean import WeightedMean
 
 __all__ = [
+    "EDEN",
     "FLAME",
+    "QSGD",
     "Aggregator",
     "Bucketing",
     "Bulyan",
+    "Cast",
     "CenteredClipping",
     "ClientLost",
+    "Compress",
+    "CompressedMean",
+    "Compressor",
     "CoordinateRule",
     "Corruption",
     "DnC",
@@ -50,9 +69,14 @@ __all__ = [
     "MultiKrum",
     "NearestNeighborMixing",
     "NormBound",
+    "PowerSGD",
     "PreAggregator",
+    "Quantize",
+    "RandomK",
     "RoundContext",
     "RowAggregator",
+    "ScaledSign",
+    "TopK",
     "Transform",
     "TrimmedMean",
     "WeightedMean",
