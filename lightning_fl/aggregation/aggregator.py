@@ -76,6 +76,15 @@ class Aggregator(ABC):
         """
         return
 
+    @property
+    def integer_bits(self) -> int | None:
+        """Bits of the modulus in which integer tensors of unit weight are summed exactly; None if they are not."""
+        return None
+
+    def min_clients_of(self, cohort_size: int) -> int:
+        """Returns the fewest of a cohort's clients whose updates are summed; with fewer :meth:`merge` raises."""
+        return 1
+
     def open(self, group: Group, facts: FederationFacts) -> Any:
         """Returns the session: what lasts for a whole fit or evaluation, such as agreed keys. None if there is nothing.
 

@@ -7,6 +7,7 @@ globals of the user's files, random generators. :func:`capture` walks over all o
 from __future__ import annotations
 
 import array
+import contextvars
 import enum
 import functools
 import inspect
@@ -15,6 +16,7 @@ import pickle
 import random
 import sys
 import types
+import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import chain, zip_longest
@@ -200,10 +202,12 @@ class _Walk:
         managed = list(managed)
         self._managed = {id(tensor) for tensor in managed}
         self._memory = {_memory(tensor) for tensor in managed} - {None}
-        self._outside = (*outside, Optimizer, LRScheduler)
+        self._outside = (*outside, Optimizer, LRScheduler, contextvars.ContextVar)
         self._ignored = ignored
         self._waiting: list[tuple[str, Any]] = []
         # The objects too: those that the walk itself makes would be freed, and their ids used again.
+        known = list(known)
+        self._known = set(map(id, known))
         self._seen: dict[int, Any] = {id(own): own for own in (*known, *_SEEDED_BY_ENGINES)}
         roots = root if isinstance(root, tuple) else (root,)
         modules = [own for held in roots if isinstance(held, nn.Module) for own in held.modules()]
@@ -248,6 +252,9 @@ class _Walk:
         elif isinstance(value, type):
             self._visit_class(value)
         elif isinstance(value, types.MethodType):
+            # Whoever looks after an object does not see calls of a method that was taken from it before.
+            if id(value.__self__) in self._known:
+                self.found.opaque[path] = f"method of a {type(value.__self__).__name__}"
             self.push(path, value.__self__)
             self.push(path, value.__func__)
         elif isinstance(value, types.BuiltinFunctionType | types.MethodWrapperType):
@@ -292,8 +299,8 @@ class _Walk:
         names, holder = _names_in(value.__code__), value.__globals__
         self.found.names.update(names)
         self._add_names(value.__module__ or "", holder, [name for name in names if name in holder], _Keys)
-        for module in [holder[name] for name in names if isinstance(holder.get(name), types.ModuleType)]:
-            if not self._is_library(module.__name__):
+        for module in [holder.get(name, sys.modules.get(name)) for name in names]:  # imported by the file, or in place
+            if isinstance(module, types.ModuleType) and not self._is_library(module.__name__):
                 own = vars(module)
                 self._add_names(module.__name__, own, [name for name in names if name in own], _Keys)
 
@@ -501,6 +508,8 @@ def _parts_of(value: Any) -> Iterable[Any] | None:
         return value
     if isinstance(value, functools.partial):
         return value.func, value.args, value.keywords
+    if isinstance(value, weakref.ref):
+        return (value(),)
     if isinstance(value, property):
         return value.fget, value.fset
     if isinstance(value, staticmethod | classmethod):

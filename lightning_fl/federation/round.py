@@ -25,7 +25,7 @@ from lightning_fl.federation.client_group import ClientGroup, GroupUpdate
 from lightning_fl.federation.client_task import ClientTask
 from lightning_fl.federation.federation import Federation
 from lightning_fl.federation.report import RankReport
-from lightning_fl.federation.server import Closing, ServerRound, update_template
+from lightning_fl.federation.server import Closing, ServerRound, contexts_of, update_templates
 from lightning_fl.federation.settings import FederationSettings, FederationState
 from lightning_fl.seeding import ClientRandomness, client_generator
 from lightning_fl.tree import clone, is_finite, leaves, move, norm, squared_norms
@@ -234,6 +234,7 @@ class Round:
         """
         # Before the server is opened: the server's state starts from the tensors that the module holds now.
         params = trainer.begin_round(state.server.get("params"), schedules)
+        templates = update_templates(settings, params, trainer.tensors.buffers)
         ctx = RoundContext(
             index,
             cohort,
@@ -243,9 +244,12 @@ class Round:
             seed=settings.seed,
             silos=settings.silos,
             frozen=trainer.tensors.frozen,
+            templates=templates,
+            min_clients=settings.aggregator.min_clients_of(len(cohort)),
+            integer_bits=settings.aggregator.integer_bits,
         )
         opened = federation.start(settings, state, params, ctx)
-        template = update_template(settings, params, trainer.tensors.buffers)
+        template = templates[-1]
         totals = RankTotals(settings.aggregator.init(template, trainer.device, session))
         server = ServerRound(settings, opened, trainer.round_start.buffers, template, ctx)
         return cls(server, trainer, store, federation, totals)
@@ -379,7 +383,10 @@ class Round:
             # The client's state is not staged either: the server never got the update that it belongs to.
             totals.lost.append(client)
             return None
-        totals.squared_norm += update.weight * norm(update.delta) ** 2
+        # The norm of an update in integers is in other units than the model's; and as long as each has a share of the
+        # noise only, it would be a release of its own.
+        if all(tensor.is_floating_point() for tensor in update.delta.values()):
+            totals.squared_norm += update.weight * norm(update.delta) ** 2
         if is_sound and (client_state or transform_states):
             self.store.stage(client, move({**client_state, **transform_states}, "cpu"))
         return update if is_sound else None
@@ -387,11 +394,11 @@ class Round:
     def _transform(
         self, client: ClientId, before: Mapping[str, Any], update: Update
     ) -> tuple[Update, dict[str, State]]:
-        states = {}
+        states, contexts = {}, contexts_of(self.settings, self.ctx)
         for index, transform in enumerate(self.settings.transforms):
             generator = client_generator(self.settings.seed, self.ctx.round, client, f"transform {index}")
             server = self.state.transforms[index]
-            ctx = replace(self.ctx, client=client, generator=generator, server=server)
+            ctx = replace(contexts[index], client=client, generator=generator, server=server)
             # By position, because the same transform may occur twice.
             key = f"transform {index}"
             update, states[key] = transform.client(update, before.get(key, {}), ctx)

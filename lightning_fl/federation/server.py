@@ -74,17 +74,29 @@ def open_server(
         ValueError: If the shared tensors have changed under an algorithm whose clients keep state for each of them.
     """
     states = [*state.transforms, *({} for _ in settings.transforms[len(state.transforms) :])]
-    started = [t.start_round(own, ctx) for t, own in zip(settings.transforms, states, strict=True)]
+    contexts = contexts_of(settings, ctx)
+    started = [t.start_round(own, c) for t, own, c in zip(settings.transforms, states, contexts, strict=True)]
     return FederationState(_continue(settings, state.server, params), started)
 
 
 def update_template(settings: FederationSettings, params: Tree, buffers: Mapping[str, Tensor]) -> Update:
     """An update with the names and shapes of those that the aggregator receives; it holds the global model."""
-    update = Update(params, to_sum_dtype(buffers), aux=settings.algorithm.aux_like(params))
+    return update_templates(settings, params, buffers)[-1]
+
+
+def update_templates(settings: FederationSettings, params: Tree, buffers: Mapping[str, Tensor]) -> list[Update]:
+    """For each transform, an update like those that its client half is given, and one like those that are sent."""
+    templates = [Update(params, to_sum_dtype(buffers), aux=settings.algorithm.aux_like(params))]
     # What the client halves send may have other shapes than the model.
     for transform in settings.transforms:
-        update = transform.like(update)
-    return update
+        templates.append(transform.like(templates[-1]))
+    return templates
+
+
+def contexts_of(settings: FederationSettings, ctx: RoundContext) -> list[RoundContext]:
+    """The context of each transform, with its template."""
+    templates: Sequence[Update | None] = ctx.templates or [None] * len(settings.transforms)
+    return [replace(ctx, template=own) for _, own in zip(settings.transforms, templates, strict=False)]
 
 
 def server_step(
@@ -105,16 +117,15 @@ def server_step(
         The next state, the aggregate after the transforms, and the facts that the transforms report.
     """
     # The caller's state is not changed: it is the one to go back to if the round can't be closed.
-    states = list(state.transforms)
+    states, contexts = list(state.transforms), contexts_of(settings, ctx)
     # What the last client half did to an update has to be undone first.
     for index, transform in reversed(list(enumerate(settings.transforms))):
-        aggregate, states[index] = transform.server(aggregate, states[index], ctx)
+        aggregate, states[index] = transform.server(aggregate, states[index], contexts[index])
     # Asked after the transforms, since one that adds noise gives weight to a round that had no client.
     server = settings.algorithm.server_update(state.server, aggregate) if aggregate.weight else state.server
-    transforms = zip(settings.transforms, states, strict=True)
     facts: dict[str, Any] = {}
-    for transform, own in transforms:
-        facts.update(transform.report(own, ctx))
+    for transform, own, context in zip(settings.transforms, states, contexts, strict=True):
+        facts.update(transform.report(own, context))
     return replace(state, server=server, transforms=states), aggregate, facts
 
 
@@ -163,8 +174,8 @@ def nothing(opened: ServerRound) -> Aggregate:
 
 def stop_reason(settings: FederationSettings, state: FederationState, ctx: RoundContext) -> str | None:
     """Why training must stop after this round, such as a spent privacy budget; None if it need not."""
-    transforms = zip(settings.transforms, state.transforms, strict=True)
-    reasons = (transform.stop_reason(own, ctx) for transform, own in transforms)
+    transforms = zip(settings.transforms, state.transforms, contexts_of(settings, ctx), strict=True)
+    reasons = (transform.stop_reason(own, context) for transform, own, context in transforms)
     return next((reason for reason in reasons if reason is not None), None)
 
 

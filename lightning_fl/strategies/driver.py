@@ -6,7 +6,7 @@ import inspect
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, Literal
 
@@ -66,6 +66,25 @@ from lightning_fl.types import ClientId
 OnClientError = Literal["raise", "skip"]
 
 
+@dataclass(frozen=True)
+class LastFit:
+    """What stays of a fit when it is over; another fit of the same module goes on from it.
+
+    Args:
+        module: The module that was trained; None if training has not started.
+        state: The federation's state.
+        store: The clients' states.
+        history: One entry for each finished round.
+        silos: Whether the clients were silos.
+    """
+
+    module: L.LightningModule | None
+    state: FederationState
+    store: ClientStore
+    history: list[dict[str, Any]]
+    silos: bool
+
+
 class RoundDriver:
     """Plans each round, trains its client groups one after the other, and closes it.
 
@@ -79,7 +98,7 @@ class RoundDriver:
         personal: ``fnmatch`` globs of tensors that stay with their client.
         strategy_type: The strategy's class as this package defines it.
         on_client_error: Whether a client whose loader raises ends the run or is left out.
-        last: The driver of the last ``fit``, whose state is taken over if this ``fit`` does not start at round 0.
+        last: The last ``fit``, whose state is taken over if this ``fit`` does not start at round 0.
     """
 
     def __init__(
@@ -93,7 +112,7 @@ class RoundDriver:
         personal: Sequence[str],
         strategy_type: type,
         on_client_error: OnClientError = "raise",
-        last: RoundDriver | None = None,
+        last: LastFit | None = None,
     ) -> None:
         self.trainer = trainer
         self.population = population
@@ -209,7 +228,7 @@ class RoundDriver:
         """
         last, self._last = self._last, None
         index = internals.current_round(self.trainer)
-        if last is not None and last.module_trained is self.module and index > 0:
+        if last is not None and last.module is self.module and index > 0:
             self.state, self.store, self.history = last.state, last.store, last.history
             for phase in range(len(self.settings.algorithm.phases())):
                 # Each fit configures its optimizers anew, as with a plain Trainer, so the states of the last fit's are
@@ -539,7 +558,8 @@ class RoundDriver:
             # The loggers' x-axis advances as if the clients had trained one after the other.
             opened.more_logger_steps += outcome.num_steps - num_shared_steps
         else:
-            logged = session.finish(outcome.accepted)
+            # A silo whose refusal is hidden must not show it by metrics that are missing.
+            logged = session.finish([True] if self.settings.hides_refusals else outcome.accepted)
             self.call_hook("on_client_end", clients[0], replace(outcome.runs[0], logged=logged), outcome.update)
         self.call_hook("on_group_end", clients)
         if self.plan.num_batches(clients) is None:
@@ -683,11 +703,19 @@ class RoundDriver:
 
     def stop(self) -> None:
         """Called at the end of the fit: removes the hooks from the optimizers."""
+        if self.vectorized is not None:
+            self.vectorized.close()
         if self.local_trainer is not None:
             self.local_trainer.optimizers.close()
             self.local_trainer = None
 
     # ---- checkpoints
+
+    @property
+    def so_far(self) -> LastFit:
+        """What stays of this fit."""
+        silos = self.population.silos is not None
+        return LastFit(self.module_trained, self.state, self.store, self.history, silos)
 
     def forget_last_fit(self) -> None:
         """Takes nothing over from the last fit of the same objects, because this one starts from a checkpoint."""

@@ -13,7 +13,7 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
-from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -47,12 +47,13 @@ from lightning_fl.strategies.checkpoint import (
     warn_of_plain_checkpoint,
 )
 from lightning_fl.strategies.client_discovery import build_population
-from lightning_fl.strategies.driver import OnClientError, RoundDriver
+from lightning_fl.strategies.driver import LastFit, OnClientError, RoundDriver
 from lightning_fl.strategies.engine_selection import select_engine
 from lightning_fl.strategies.evaluation import EvaluationMetrics
 from lightning_fl.strategies.hooks import run_training_step
 from lightning_fl.strategies.loops import adopt_loops
 from lightning_fl.strategies.network import check_network, open_network, settings_of_silo
+from lightning_fl.strategies.one_package import refuse_apart
 from lightning_fl.strategies.round_loaders import RoundLoader
 from lightning_fl.strategies.round_view import RoundView
 from lightning_fl.strategies.user_warnings import UserWarnings
@@ -76,7 +77,7 @@ if TYPE_CHECKING:
     from lightning_fl.coordinator.silo import NetworkFederation
 
 
-class FederatedStrategy(ParallelStrategy):
+class FederatedStrategy(internals.ReusableStrategy):
     """Trains an unmodified LightningModule as a federation; a round is a Lightning epoch.
 
     Args:
@@ -120,6 +121,7 @@ class FederatedStrategy(ParallelStrategy):
 
     strategy_name: ClassVar[str] = "federated"
     is_federated: ClassVar[bool] = True
+    default_checkpoint_io = WholeCheckpointIO
 
     def __init__(
         self,
@@ -145,7 +147,7 @@ class FederatedStrategy(ParallelStrategy):
         federation: str | None = None,
         kit: str | Path | None = None,
     ) -> None:
-        super().__init__(checkpoint_io=WholeCheckpointIO())
+        super().__init__()
         self.cohort = cohort or Uniform()
         self.stragglers = stragglers
         check_types(partition, aggregator, transforms, personal)
@@ -197,8 +199,9 @@ class FederatedStrategy(ParallelStrategy):
         self.num_nodes = 1
         self.federation: Group = LocalGroup()
         self.driver: RoundDriver | None = None
-        self._last_driver: RoundDriver | None = None
-        self._connected = False
+        self._last_fit: LastFit | None = None
+        self._connection: tuple[Any, ...] | None = None
+        self._unfinished: dict[str, tuple[ClientStateFiles, list[str]]] = {}
         self._loaded_checkpoint: tuple[Any, dict[str, Any] | None] | None = None
         self.limit_train_batches: int | float = 1.0
         self.group_losses: Tensor | None = None
@@ -256,6 +259,7 @@ class FederatedStrategy(ParallelStrategy):
 
     def set_world_ranks(self) -> None:
         """Sets this process's rank in the cluster environment and in Lightning's rank-zero functions."""
+        refuse_apart(self.accelerator)  # here, because it is called when a Trainer takes the strategy
         assert self.cluster_environment is not None
         if self.started_by_launcher:
             started, asked = super().world_size, self.num_processes * self.num_nodes
@@ -278,10 +282,11 @@ class FederatedStrategy(ParallelStrategy):
 
     def setup_environment(self) -> None:
         super().setup_environment()
-        # Each fit, validate and test comes here; the ranks stay connected between them.
-        if self._connected:
-            return
         assert self.cluster_environment is not None
+        # Each fit, validate and test comes here; the ranks stay connected between them, also from Trainer to Trainer.
+        connection = self.global_rank, super().world_size, self.root_device.type
+        if self._connection == connection:
+            return
         environment = self.cluster_environment
         self.federation = connect(
             self.global_rank,
@@ -291,7 +296,7 @@ class FederatedStrategy(ParallelStrategy):
             self.root_device,
             self.timeout,
         )
-        self._connected = True
+        self._connection = connection
         if self.address is not None:
             assert self.kit is not None
             self.network = open_network(self.address, self.kit)
@@ -338,19 +343,18 @@ class FederatedStrategy(ParallelStrategy):
         super().connect(model)
         self._loaded_checkpoint = None
         trainer = model.trainer
-        # Lightning connects for each fit, validate and test. The last fit's driver still knows the history, whose data
-        # validation uses, and the state from which another fit goes on.
-        self._last_driver, self.driver = self.driver or self._last_driver, None
+        # Lightning connects for each fit, validate and test.
+        self._last_fit, self.driver = self._fit_so_far, None
         self._works_alone = False
         # Lightning cuts loaders up by rank wherever `is_distributed` holds, which `sync_dist` needs; the clients are
         # spread over the ranks instead.
         internals.keep_samplers(trainer)
         adopt_loops(trainer)
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        # A second one would drive each round twice. It is inserted here, and not by a hook of the user's module,
-        # because Lightning orders the callbacks and restores their states only after it has connected the strategy.
-        if not any(isinstance(callback, RoundCallback) for callback in callbacks):
-            callbacks.insert(0, RoundCallback(self))
+        # A second one would drive each round twice, also one that came with the callbacks of another Trainer. It is
+        # inserted here, and not by a hook of the user's module, because Lightning orders the callbacks and restores
+        # their states only after it has connected the strategy.
+        callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, RoundCallback)]  # type: ignore[attr-defined]
+        trainer.callbacks = [RoundCallback(self), *callbacks]  # type: ignore[attr-defined]
 
     def setup(self, trainer: L.Trainer) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
@@ -442,7 +446,7 @@ class FederatedStrategy(ParallelStrategy):
             personal=self.personal,
             strategy_type=FederatedStrategy,
             on_client_error=self.on_client_error,
-            last=self._last_driver,
+            last=self._last_fit,
         )
 
     # ---- hooks
@@ -457,7 +461,7 @@ class FederatedStrategy(ParallelStrategy):
                 "`training_step(dataloader_iter)` fetches its batches itself, but in a federation each batch belongs "
                 "to a client. Write `training_step(batch, batch_idx)`."
             )
-        self.active_driver.sticky = self._clients_keep_state
+        self.active_driver.personal, self.active_driver.sticky = self.personal, self._clients_keep_state
         self._resume()
         # It hooks into the user's optimizers, and the hooks must not outlive a start that fails.
         optimizers = OptimizerStates(self.optimizers)
@@ -562,12 +566,21 @@ class FederatedStrategy(ParallelStrategy):
         if client_states is not None:
             self.barrier()
             if self.is_global_zero:
-                client_states.finish(checkpoint[KEY]["manifests"])
+                self._unfinished[str(filepath)] = client_states, checkpoint[KEY]["manifests"]
+                # Written in the background, the checkpoint may reach the disk later than its predecessor's states go.
+                if not isinstance(self.checkpoint_io, AsyncCheckpointIO):
+                    self._finish_client_states()
+
+    def _finish_client_states(self) -> None:
+        while self._unfinished:
+            client_states, manifests = self._unfinished.popitem()[1]
+            client_states.finish(manifests)
 
     def remove_checkpoint(self, filepath: Any) -> None:
         if self.driver is not None and self.driver.forget_deferred(str(filepath)):
             return
         super().remove_checkpoint(filepath)
+        self._unfinished.pop(str(filepath), None)
         files = state_files(filepath)
         if self.is_global_zero and files.root.exists():
             files.forget(Path(filepath).name)
@@ -585,15 +598,36 @@ class FederatedStrategy(ParallelStrategy):
             self.driver.stop()
         if self.network is not None:
             self.network.leave("its run has ended")
-        super().teardown()
+        internals.clip_norms_as_before(self.precision_plugin)
+        super().teardown()  # this waits for checkpoints that are written in the background
+        self._finish_client_states()
+
+    def take_new_trainer(self) -> None:
+        super().take_new_trainer()
+        self.driver = self._last_fit = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The settings and what stays of the last fit, to copy or pickle; connections stay with their process."""
+        state = super().__getstate__() | {"driver": None, "_last_fit": self._fit_so_far}
+        return state | {
+            "federation": LocalGroup(),
+            "_connection": None,
+            "_evaluation_metrics": None,
+            "_launcher": None,
+            "network": None,
+        }
 
     # ---- public state
 
     @property
     def history(self) -> list[dict[str, Any]]:
         """One entry for each finished round: clients, examples, steps, refused and empty clients, seconds."""
-        driver = self.driver or self._last_driver
-        return [] if driver is None else driver.history
+        last = self._fit_so_far
+        return [] if last is None else last.history
+
+    @property
+    def _fit_so_far(self) -> LastFit | None:
+        return self._last_fit if self.driver is None else self.driver.so_far
 
     @property
     def active_driver(self) -> RoundDriver:
@@ -638,9 +672,9 @@ class FederatedStrategy(ParallelStrategy):
 
     @property
     def _validation_is_per_rank(self) -> bool:
-        driver = self.driver or self._last_driver
-        if driver is not None:
-            return driver.population.silos is not None
+        last = self._fit_so_far
+        if last is not None:
+            return last.silos
         if self.network is not None:
             return True
         # Without a fit there is no driver to ask, so this decides as `build_population` would.

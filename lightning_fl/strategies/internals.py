@@ -14,12 +14,16 @@ from functools import partial
 from typing import Any
 
 import torch
+from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 from lightning.pytorch.loops.optimization.automatic import Closure
 from lightning.pytorch.plugins import Precision
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
@@ -32,6 +36,58 @@ from lightning_fl.engines.optimizer_states import Schedule
 from lightning_fl.engines.vectorized.stacking import StackedBatch
 
 SubprocessLauncher = _SubprocessScriptLauncher
+
+
+class ReusableStrategy(ParallelStrategy):
+    """A strategy object that serves any number of Trainers, one after the other, each with settings of its own.
+
+    A Trainer leaves its accelerator, devices, plugins and launcher in its strategy, and Lightning takes them for the
+    user's choice when another Trainer gets the strategy: it refuses to set them twice, or keeps the old ones.
+    """
+
+    default_checkpoint_io: type[CheckpointIO] = TorchCheckpointIO
+    """What writes checkpoints if neither the user nor the Trainer has given a plug-in."""
+    _as_built: dict[str, Any] | None = None
+
+    @property
+    def _accelerator(self) -> Accelerator | None:
+        # Since `accelerator` below has a place of its own, only a Trainer that takes the strategy reads this, and
+        # before anything else.
+        if self._as_built is not None:
+            self.take_new_trainer()
+        return self.accelerator
+
+    @_accelerator.setter
+    def _accelerator(self, accelerator: Accelerator | None) -> None:
+        self._own_accelerator = accelerator
+
+    @property
+    def accelerator(self) -> Accelerator | None:
+        return self._own_accelerator
+
+    @accelerator.setter
+    def accelerator(self, accelerator: Accelerator | None) -> None:
+        # The first thing that a Trainer sets: what is there before is the user's.
+        if self._as_built is None:
+            flags = ("_own_accelerator", "_precision_plugin", "_checkpoint_io", "cluster_environment")
+            names = (*flags, "_parallel_devices", "_launcher", "num_nodes")
+            self._as_built = {name: getattr(self, name) for name in names}
+        self._own_accelerator = accelerator
+
+    def take_new_trainer(self) -> None:
+        """Called when another Trainer takes the strategy, which then is as it was before the first one."""
+        vars(self).update(self._as_built or {})
+
+    @property
+    def checkpoint_io(self) -> CheckpointIO:
+        io = self._checkpoint_io = self._checkpoint_io or self.default_checkpoint_io()
+        if isinstance(io, _WrappingCheckpointIO):
+            io.checkpoint_io = self.default_checkpoint_io()  # only if it wraps none yet
+        return io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        self._checkpoint_io = io
 
 
 def keep_samplers(trainer: Trainer) -> None:
@@ -292,6 +348,11 @@ def clip_norms_with(precision: Any, clip: Callable[[torch.optim.Optimizer, float
             type(precision).clip_grad_by_norm(precision, optimizer, clip_val)
 
     precision.clip_grad_by_norm = clip_grad_by_norm
+
+
+def clip_norms_as_before(precision: Any) -> None:
+    """Ends what :func:`clip_norms_with` began."""
+    vars(precision).pop("clip_grad_by_norm", None)
 
 
 def batch_mover(trainer: Trainer) -> Callable[[Any], Any]:
