@@ -132,7 +132,7 @@ class ClientMetrics(FederatedCallback):
         figures = {}
         for name in ("loss", "drift", *self.names):
             figures.update(_summary(name, [row[name] for row in rows if row.get(name) is not None]))
-        internals.log_to_loggers(trainer, {f"clients/{name}": value for name, value in figures.items()})
+        internals.log_figures(trainer, {f"clients/{name}": value for name, value in figures.items()})
         if own and view.population.silos is not None:
             loggers.log_own_silo(trainer, own[-1])
         if self._path is not None and trainer.is_global_zero:

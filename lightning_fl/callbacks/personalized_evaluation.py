@@ -14,7 +14,7 @@ from lightning_fl.data.client_loaders import ClientLoaders, count_batches
 from lightning_fl.engines.tensors import clones, load
 from lightning_fl.seeding import ClientRandomness, isolated_randomness
 from lightning_fl.strategies import FederatedStrategy
-from lightning_fl.strategies.internals import log_to_loggers
+from lightning_fl.strategies.internals import log_figures
 from lightning_fl.strategies.out_of_loop import train_out_of_loop, validate_out_of_loop
 from lightning_fl.strategies.round_view import RoundView, personal_tensors
 from lightning_fl.strategies.validation import forbid_client_disclosure
@@ -114,7 +114,7 @@ class PersonalizedEvaluation(L.Callback):
         """Evaluates if ``every_n_rounds`` is None."""
         if self._loaders and self.every_n_rounds is None and trainer.strategy.history:  # type: ignore[attr-defined]
             self._evaluate(trainer)
-            log_to_loggers(trainer, self.means())
+            log_figures(trainer, self.means())
 
     def means(self) -> dict[str, float]:
         """The clients' metrics, averaged by examples, under names such as ``personalized/val_loss``."""

@@ -107,7 +107,9 @@ class RunRecord(L.Callback):
         """Adds the current round, after the global model's validation."""
         if self.path is None:
             return
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        # Without the federation's own figures, which the row has already.
+        measured = {n: value for n, value in trainer.callback_metrics.items() if not n.startswith("fl/")}
+        metrics = {name: float(value) for name, value in measured.items()}
         row: Row = {"round": trainer.current_epoch, "num_steps": trainer.global_step - self._last_step}
         if isinstance(trainer.strategy, FederatedStrategy):
             row.update(trainer.strategy.history[-1])

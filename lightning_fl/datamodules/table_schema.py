@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -151,7 +152,9 @@ class TableSchema:
         for column, values in self.categories.items():
             text = table[column].astype(str).to_numpy()
             # As text a missing value is "nan", which may be the name of a category.
-            columns += [(text == str(value)) & table[column].notna().to_numpy() for value in values]
+            is_known = [(text == str(value)) & table[column].notna().to_numpy() for value in values]
+            columns += is_known
+            _warn_of_unlisted(column, text[~np.any(is_known, axis=0) & table[column].notna().to_numpy()], values, name)
         features = np.stack(columns, axis=1).astype(np.float32)
         return torch.from_numpy(features), self._targets(table, name)
 
@@ -222,6 +225,16 @@ def _numbers(column: Any, name: str) -> np.ndarray:
         raise ValueError(f"Column {name!r} has type {column.dtype}, but the schema says it is numeric.")
     values: np.ndarray = column.to_numpy(dtype=np.float64, na_value=np.nan)
     return values
+
+
+def _warn_of_unlisted(column: str, unlisted: np.ndarray, values: Sequence[Any], name: str) -> None:
+    if len(unlisted):
+        found = ", ".join(map(repr, sorted(set(unlisted.tolist()))[:5]))
+        warnings.warn(
+            f"Column {column!r} of {name} has {len(unlisted)} values that the schema does not list, such as {found}; "
+            f"they are encoded as zeros. It lists {', '.join(map(repr, values[:20]))}. Is the column coded otherwise?",
+            stacklevel=2,
+        )
 
 
 def is_number(column: Any) -> bool:

@@ -134,6 +134,24 @@ class TabularDataModule(NaturalDataModule):
         return ClientData(ids, counts.__getitem__, open_client)
 
     @property
+    def described_columns(self) -> dict[str, str]:
+        """What the positions of the model's input and output mean, on which silos have to agree; after ``setup()``.
+
+        Numbers of the schema are described only if the silos share them; those learned from a silo's rows are its own.
+        """
+        if self._data is None:
+            return {}
+        schema = self.schema
+        classes = "a number" if schema.classes is None else ", ".join(map(repr, schema.classes))
+        shared = "each silo's own" if schema.origin == "data" else repr(dict(schema.numeric))
+        return {
+            "target": schema.target,
+            "features": ", ".join(schema.feature_names),
+            "classes": classes,
+            "scaling": shared,
+        }
+
+    @property
     def learned_from_data(self) -> str:
         """What the schema has learned exactly from the data, and what to do under differential privacy."""
         if self._data is None or self.schema.origin != "data":

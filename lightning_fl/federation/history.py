@@ -11,6 +11,9 @@ from lightning_fl.types import ClientId
 CLIENT_FIGURES = ("num_clients", "num_examples", "num_steps", "update_spread", "num_bytes")
 """Figures that disclose exact facts about the clients of a round; so does the time that it took."""
 
+RANK_FIGURES = ("fl/num_bytes", "fl/seconds_")
+"""How the names of the figures begin that each rank has of its own."""
+
 
 def history_entry(round: int, result: RoundResult, dropped: Sequence[ClientId]) -> dict[str, Any]:
     """The entry of a round in ``strategy.history``: plain values, the same on every rank except for the seconds.
@@ -35,7 +38,7 @@ def history_entry(round: int, result: RoundResult, dropped: Sequence[ClientId]) 
         "update_spread": result.spread,
         "num_bytes": result.num_bytes,
         "seconds": result.seconds,
-        **result.facts,
+        **result.closing.facts,
     }
 
 

@@ -66,7 +66,6 @@ class Planner:
         participation: Who takes part in a round, and how much each client trains.
         settings: The federation's settings.
         group: The ranks of the federation.
-        sticky: Whether clients keep state and so must train on their home rank.
         describe_failure: Describes the error of a client's loader, or raises it.
     """
 
@@ -76,26 +75,27 @@ class Planner:
         participation: Participation,
         settings: FederationSettings,
         group: Group,
-        sticky: bool,
         describe_failure: Callable[[LoaderFailed], str],
     ) -> None:
         self.population = population
         self.settings = settings
         self.group = group
-        self.sticky = sticky
         self.describe_failure = describe_failure
         self.sampler = ParticipationSampler(participation, population, settings.seed, group)
         # The estimate costs a collective and, with work by epochs, every client's loader, but it may be asked for
         # repeatedly.
         self._largest: int | float | None = None
 
-    def plan(self, index: int, max_work: LocalWork, grouping: Grouping | None = None) -> RankPlan:
+    def plan(
+        self, index: int, max_work: LocalWork, grouping: Grouping | None = None, *, sticky: bool = False
+    ) -> RankPlan:
         """Plans a round.
 
         Args:
             index: Number of the round.
             max_work: The largest local work of any client.
             grouping: Forms groups of clients that train side by side. None: each client trains alone.
+            sticky: Whether clients keep state and so must train on their home rank.
         """
         population = self.population
         drawn = self.sampler.cohort(index)
@@ -108,7 +108,7 @@ class Planner:
         failed: dict[ClientId, str] = {}
         num_kept = 0 if grouping is None else grouping.max_clients
         # Only those that train are placed; dropped stragglers would count as load on their ranks.
-        for client in population.place(list(works), self.group.size, self.sticky, works)[self.group.rank]:
+        for client in population.place(list(works), self.group.size, sticky, works)[self.group.rank]:
             try:
                 loader = population.loaders[client]
                 num_batches = count_batches(loader)

@@ -22,7 +22,13 @@ def describe_module(module: nn.Module) -> dict[str, str]:
     }
 
 
-def verify_ranks(group: Group, module: nn.Module, settings: Mapping[str, str], versions: Mapping[str, str]) -> None:
+def verify_ranks(
+    group: Group,
+    module: nn.Module,
+    settings: Mapping[str, str],
+    versions: Mapping[str, str],
+    columns: Mapping[str, str] | None = None,
+) -> None:
     """Compares what the ranks are about to train; every rank raises the same error.
 
     Args:
@@ -30,13 +36,20 @@ def verify_ranks(group: Group, module: nn.Module, settings: Mapping[str, str], v
         module: This rank's module.
         settings: This rank's settings by name.
         versions: The versions of the libraries on which the results depend.
+        columns: What the positions of features and classes mean on this rank, for data that says so.
 
     Raises:
         ValueError: If two ranks differ; the message names the first difference and the rank.
     """
     # Every rank compares all descriptions with the first, so that all of them raise: if only the rank that differs did,
     # the others would wait for it in the next collective.
-    own = {"version": dict(versions), "setting": dict(settings), "tensor": describe_module(module)}
+    # Tensors come last: columns that differ show in their shapes too, but say less there.
+    own = {
+        "version": dict(versions),
+        "data": dict(columns or {}),
+        "setting": dict(settings),
+        "tensor": describe_module(module),
+    }
     first, *others = [message.fields for message in group.all_gather(Message(own), "handshake")]
     for rank, other in enumerate(others, start=1):
         for kind, expected in first.items():

@@ -31,9 +31,7 @@ def state_files(checkpoint_path: str | Path) -> StateFiles:
     return StateFiles(Path(checkpoint_path).parent / "client_states")
 
 
-def pack(
-    algorithm: Algorithm, state: FederationState, history: list[dict[str, Any]], module: nn.Module
-) -> dict[str, Any]:
+def pack(algorithm: Algorithm, state: FederationState, module: nn.Module) -> dict[str, Any]:
     """The federation's state as tensors and plain values, to be loaded with ``weights_only=True``.
 
     The global parameters are left out where the module's own ``state_dict`` holds the same values.
@@ -49,7 +47,6 @@ def pack(
         "master": {name: value for name, value in params.items() if value.dtype != held[name].dtype},
         "server": server,
         "transforms": list(state.transforms),
-        "history": history,
     }
 
 

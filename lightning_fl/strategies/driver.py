@@ -5,41 +5,45 @@ from __future__ import annotations
 import inspect
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, Literal
 
 import lightning as L
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_debug
 from torch.optim import Optimizer
 
 from lightning_fl.aggregation import FederationFacts
-from lightning_fl.clients import ClientStore, Participation, Population
-from lightning_fl.communication import Group, Message, all_hold_the_same
+from lightning_fl.clients import ClientStore, LocalWork, Participation, Population
+from lightning_fl.communication import Message, all_hold_the_same
 from lightning_fl.engines import LocalTrainer, Schedule
 from lightning_fl.engines.phases import optimizer_entry
-from lightning_fl.engines.vectorized.stacking import NotStackable
+from lightning_fl.engines.vectorized.stacking import NotStackable, NotVectorizable
 from lightning_fl.federation import (
     ClientData,
     ClientTask,
+    Federation,
     FederationSettings,
     FederationState,
     LoaderFailed,
+    Opening,
     Planner,
     RankPlan,
     Round,
 )
-from lightning_fl.federation.client_batches import raise_to_user
-from lightning_fl.federation.group_data import GroupSplit, read_group
-from lightning_fl.federation.history import figures, history_entry, words
+from lightning_fl.federation.client_batches import ClientBatches, raise_to_user
+from lightning_fl.federation.group_data import GroupSplit, StackedData, read_group
+from lightning_fl.federation.history import RANK_FIGURES, figures, history_entry, words
 from lightning_fl.federation.metric_entries import Entries, as_numbers, merge_entries
 from lightning_fl.federation.rank_verification import digest
 from lightning_fl.strategies import internals
 from lightning_fl.strategies.batch_steps import BatchSteps, HookedSteps, TightSteps
+from lightning_fl.strategies.catching_up import catch_up
 from lightning_fl.strategies.client_session import ClientSession
 from lightning_fl.strategies.hooks import batch_hook
-from lightning_fl.strategies.logged_values import LoggedValues, late_entries, publish
+from lightning_fl.strategies.logged_values import LoggedValues, late_entries, monitor_names, publish
 from lightning_fl.strategies.loops import RoundEpochLoop
 from lightning_fl.strategies.metric_states import MetricStates
 from lightning_fl.strategies.open_round import OpenRound
@@ -55,8 +59,8 @@ from lightning_fl.strategies.validation import (
     check_schedules,
     misconfiguration,
 )
+from lightning_fl.strategies.vectorized.compatibility import reason_of
 from lightning_fl.strategies.vectorized.driver import VectorizedDriver
-from lightning_fl.strategies.vectorized.log_capture import NotVectorizable
 from lightning_fl.types import ClientId
 
 OnClientError = Literal["raise", "skip"]
@@ -68,11 +72,11 @@ class RoundDriver:
     Args:
         trainer: The Trainer.
         population: All clients.
-        group: The ranks of the federation.
+        federation: The way to the other parties.
         settings: The federation's settings.
         participation: Who takes part in a round, and how much each client trains.
         limit: The Trainer's ``limit_train_batches``, for one pass of a client: a count or a share.
-        sticky: Whether clients keep state and so must train on their home rank.
+        personal: ``fnmatch`` globs of tensors that stay with their client.
         strategy_type: The strategy's class as this package defines it.
         on_client_error: Whether a client whose loader raises ends the run or is left out.
         last: The driver of the last ``fit``, whose state is taken over if this ``fit`` does not start at round 0.
@@ -82,22 +86,25 @@ class RoundDriver:
         self,
         trainer: L.Trainer,
         population: Population,
-        group: Group,
+        federation: Federation,
         settings: FederationSettings,
         participation: Participation,
         limit: int | float,
-        sticky: bool,
+        personal: Sequence[str],
         strategy_type: type,
         on_client_error: OnClientError = "raise",
         last: RoundDriver | None = None,
     ) -> None:
         self.trainer = trainer
         self.population = population
-        self.group = group
+        self.federation = federation
+        self.group = federation.group
         self.settings = settings
         self.participation = participation
-        self.max_work = participation.max_work(limit)
-        self.sticky = sticky
+        self.limit = limit
+        self.personal = personal
+        self.sticky = False
+        """Whether clients keep state and so must train on their home rank; known when training starts."""
         self.strategy_type = strategy_type
         self.on_client_error = on_client_error
         self.state = FederationState()
@@ -105,16 +112,22 @@ class RoundDriver:
         self.history: list[dict[str, Any]] = []
         self.vectorized: VectorizedDriver | None = None
         self.has_started = False
+        self.opening: Opening | None = None
         self.open_round: OpenRound | None = None
         self.interrupted_loops: dict[str, Any] | None = None
         self.deferred_checkpoints: dict[str, bool] = {}
         self.local_trainer: LocalTrainer | None = None
         self.module_trained: L.LightningModule | None = None
-        self.metric_states = MetricStates(trainer.lightning_module, group.rank)
+        self.metric_states = MetricStates(trainer.lightning_module, federation.place)
         self.schedules: list[tuple[Any, Schedule]] = []
         self.warnings = UserWarnings()
-        self.rank_sync = RankSync(trainer, group)
+        self.rank_sync = RankSync(trainer, federation.group)
         self.has_late_values = False
+        self.client_metrics: set[str] = set()
+        """Names under which clients have logged values, as monitors look them up."""
+        self.ends_round = False
+        """Whether a round has been closed whose epoch has not ended yet."""
+        self._last_steps = (0, 0)
         self.trained_groups: list[tuple[ClientId, ...]] = []
         """The client groups that this rank has trained in the last round, after any splits."""
         self.num_batches_trained = 0
@@ -126,19 +139,35 @@ class RoundDriver:
         self._is_unsettled = False
         self._trained_last_round = False
         self._placeholders: list[str] = []
+        self._plan: RankPlan | None = None
         self.planner = self._make_planner()
-        self.plan = self._plan(internals.current_round(trainer))
 
     def renew(self, population: Population) -> None:
         """Replaces the clients' loaders."""
         self.population = population
         self.planner = self._make_planner()
-        self.plan = self._plan(internals.current_round(self.trainer))
+        self._plan = None
 
     def _make_planner(self) -> Planner:
-        return Planner(
-            self.population, self.participation, self.settings, self.group, self.sticky, self._describe_failure
-        )
+        return Planner(self.population, self.participation, self.settings, self.group, self._describe_failure)
+
+    @property
+    def plan(self) -> RankPlan:
+        """This rank's plan of the current round; there is none before training starts."""
+        assert self._plan is not None, "a round can be viewed only once training has started"
+        return self._plan
+
+    @property
+    def max_work(self) -> LocalWork:
+        """The largest local work of any client in a round."""
+        # Read at each use: callbacks such as `GradientAccumulationScheduler` change the accumulation between rounds.
+        work = self.participation.max_work(self.limit)
+        return replace(work, accumulate=self.trainer.accumulate_grad_batches)
+
+    @property
+    def cohort(self) -> Sequence[ClientId]:
+        """The clients of the round, wherever they train."""
+        return self.plan.cohort if self.opening is None or self.opening.cohort is None else self.opening.cohort
 
     @property
     def facts(self) -> FederationFacts:
@@ -171,13 +200,12 @@ class RoundDriver:
 
     # ---- the fit
 
-    def start(self, local_trainer: LocalTrainer, vectorized: VectorizedDriver | None, session: Any) -> None:
+    def start(self, local_trainer: LocalTrainer, vectorized: VectorizedDriver | None) -> None:
         """Called when training starts.
 
         Args:
             local_trainer: Trains the client groups.
             vectorized: Lets clients train side by side. None: each client trains alone.
-            session: What the aggregator's ``open`` returned.
         """
         last, self._last = self._last, None
         index = internals.current_round(self.trainer)
@@ -193,15 +221,13 @@ class RoundDriver:
         self.local_trainer = local_trainer
         self.module_trained = self.module
         self.vectorized = vectorized
-        self._session = session
         check_algorithm(self.settings.algorithm, self.trainer)
         self.settings.algorithm.check_optimizers(local_trainer.optimizers.optimizers)
-        self.metric_states = MetricStates(self.module, self.group.rank)
+        self.metric_states = MetricStates(self.module, self.federation.place)
         self.has_started = True
-        # The plan so far was made with the loader, before it was known that clients may train side by side.
-        if vectorized is not None:
-            self.plan = self._plan(index)
-        self.set_length()
+        # The first plan: only now are the loops restored, and is it known which clients keep state and how they train.
+        self.plan_round()
+        self._session = self.settings.aggregator.open(self.group, self.facts)
 
     def _book_release(self) -> None:
         """Lets the transforms record what the datamodule's preprocessing has released about the data."""
@@ -214,11 +240,30 @@ class RoundDriver:
             self.state = replace(self.state, transforms=booked)
 
     def plan_round(self) -> None:
-        """Draws the cohort of the next round, and sets this rank's number of batches in Lightning's loops."""
-        index = internals.current_round(self.trainer)
-        if self.plan.round != index:
-            self.plan = self._plan(index)
+        """Draws the current round's cohort, and sets this rank's number of batches in Lightning's loops."""
+        index, plan, work = internals.current_round(self.trainer), self._plan, self.max_work
+        if plan is None or plan.round != index or plan.max_work != work:
+            grouping = None if self.vectorized is None else self.vectorized.grouping
+            with misconfiguration():
+                self._plan = self.planner.plan(index, work, grouping, sticky=self.sticky)
         self.set_length()
+
+    def open_next(self) -> None:
+        """Waits for the next round, and catches up with the federation if it has gone on without this party.
+
+        Raises:
+            StopIteration: If no other round follows for this party.
+        """
+        trainer = self.trainer
+        opening = self.federation.open_round(internals.current_round(trainer) - 1)
+        if opening is None:
+            raise StopIteration
+        self.opening = opening
+        if opening.state is not None:
+            self.state = opening.state
+            catch_up(trainer, opening, self.personal)
+            if internals.is_after_last(trainer):
+                raise StopIteration
 
     # ---- a round
 
@@ -230,15 +275,14 @@ class RoundDriver:
         # batch the global model. So `end_batch` comes late: after `_finish`, and after `_close` if nothing is pending.
         for task in self._tasks(opened):
             try:
-                for batch, position in task.batches:
-                    self._look_at_first(opened, batch)
-                    steps.train(task, batch, position, ends_round=position.is_last and not opened.pending)
-                    opened.num_batches_done += 1
-                    if not position.is_last:
-                        self._end_phase(opened, task, position.ends_phase)
-                        steps.end_batch()
+                self._train(opened, task)
             except LoaderFailed as failed:
                 self._leave_out(opened, failed)
+                continue
+            except Exception as error:
+                if len(task.clients) == 1:
+                    raise
+                self._undo(opened, task, error)
                 continue
             self._finish(opened, task)
             if opened.pending:
@@ -249,14 +293,62 @@ class RoundDriver:
         self._close(opened)
         steps.end_round()
 
+    def _train(self, opened: OpenRound, task: ClientTask) -> None:
+        """Trains a client group on its batches."""
+        steps, is_group = opened.steps, len(task.clients) > 1
+        if is_group:
+            opened.num_batches_before = opened.num_batches_done
+            steps.hold()
+        for batch, position in task.batches:
+            self._look_at_first(opened, batch)
+            steps.train(task, batch, position, ends_round=position.is_last and not opened.pending)
+            opened.num_batches_done += 1
+            if not position.is_last:
+                self._end_phase(opened, task, position.ends_phase)
+                steps.end_batch()
+        if is_group:
+            assert self.vectorized is not None
+            self.vectorized.check()
+            steps.release()
+
+    def _undo(self, opened: OpenRound, task: ClientTask, error: Exception) -> None:
+        """Undoes the steps of a group, whose clients are trained again one after the other.
+
+        Raises:
+            Exception: If the user has requested that they train together: the error.
+        """
+        vectorized = self.vectorized
+        assert vectorized is not None
+        assert opened.session is not None
+        if vectorized.is_asked_for:
+            raise vectorized.error_of(error) from error
+        opened.round.leave()
+        opened.steps.undo()
+        opened.session.drop()
+        opened.num_batches_done = opened.num_batches_before
+        vectorized.undo()
+        self._train_alone(opened, reason_of(error))
+
+    def _train_alone(self, opened: OpenRound, reason: str) -> None:
+        """Lets the clients of the current group, and all later ones, train one after the other."""
+        assert self.vectorized is not None
+        self.vectorized.refuse(reason, self.plan.round)
+        self.vectorized = None
+        # The plan's remaining groups were formed for training side by side too.
+        opened.pending = deque(self._alone([c for group in (opened.current, *opened.pending) for c in group]))
+        self.set_length()
+
+    def _alone(self, clients: Iterable[ClientId]) -> list[tuple[ClientId]]:
+        """Some clients as groups of one, in the order in which the plan would have them train one after the other."""
+        remaining = set(clients)
+        return [(client,) for client in self.plan.sizes if client in remaining]
+
     def _open(self, loop: RoundEpochLoop) -> OpenRound:
         assert self.local_trainer is not None
         trainer, index = self.trainer, internals.current_round(self.trainer)
-        # A callback such as `GradientAccumulationScheduler` may have changed the window in `on_train_epoch_start`,
-        # after the round was planned; the number of batches of an optimizer step depends on it.
-        if self.plan.round != index or self.max_work.accumulate != trainer.accumulate_grad_batches:
-            self.plan = self._plan(index)
-            self.set_length()
+        # Again, because a callback such as `GradientAccumulationScheduler` may have changed the accumulation window in
+        # `on_train_epoch_start`; the number of batches of an optimizer step depends on it.
+        self.plan_round()
         loop.is_round_done = False
         loops_before = internals.loops_before_round(trainer)
         self.schedules = check_schedules(internals.client_schedules(trainer), self.settings, self.max_work)
@@ -265,9 +357,9 @@ class RoundDriver:
             self.state,
             self.local_trainer,
             self.store,
-            self.group,
+            self.federation,
             index,
-            self.plan.cohort,
+            self.cohort,
             [schedule for _, schedule in self.schedules],
             self._session,
         )
@@ -294,29 +386,35 @@ class RoundDriver:
             ),
             steps=self._make_steps(loop, values),
             values=values,
-            pending=deque(self.plan.groups),
+            pending=deque(),
             first_step=trainer.global_step,
             first_logger_step=internals.logger_steps(trainer),
             loops_before=loops_before,
             paused=internals.pause_by_step(trainer, averages=not self._is_alone),
             failed=dict(self.plan.failed),
         )
+        # After the form of the steps has been chosen, which may let each client train alone.
+        opened.pending.extend(self.plan.groups if self.vectorized is not None else self._alone(self.plan.clients))
         self.open_round = opened
+        self.set_length()
         self.trained_groups = []
-        self.call_hook("on_round_start", index, self.plan.cohort)
+        self.call_hook("on_round_start", index, self.cohort)
         return opened
 
     def _make_steps(self, loop: RoundEpochLoop, values: LoggedValues) -> BatchSteps:
         assert self.local_trainer is not None
         hook = batch_hook(self.trainer, self.strategy_type)
         rank_zero_debug("The local loop is tight." if hook is None else f"Batches pass Lightning's hooks: {hook}.")
+        if self.vectorized is not None and hook is not None and not self.vectorized.is_asked_for:
+            self.vectorized.refuse(f"{hook} would see several clients at once", self.plan.round)
+            self.vectorized = None
         if self.vectorized is not None:
             self.vectorized.logs_may_wait = hook is None
         return (TightSteps if hook is None else HookedSteps)(loop, self.local_trainer, values)
 
     @property
     def _is_alone(self) -> bool:
-        return self.group.size == 1 and len(self.population) == 1
+        return self.federation.size == 1 and len(self.population) == 1
 
     def _tasks(self, opened: OpenRound) -> Iterator[ClientTask]:
         """Yields the client groups of this rank, each loaded when its turn comes."""
@@ -346,40 +444,63 @@ class RoundDriver:
         return task
 
     def _start_group(self, opened: OpenRound, clients: tuple[ClientId, ...]) -> ClientTask:
+        vectorized = self.vectorized
+        assert vectorized is not None
+        vectorized.begin()
+        try:
+            data = self._read_group(opened, clients)
+        except GroupSplit as split:
+            vectorized.undo_reading()
+            vectorized.tell_of_split(split.parts)
+            raise
+        try:
+            task = opened.round.start(data)
+            if vectorized.start(task, data):
+                opened.round.leave()
+                task = opened.round.start(data)
+                vectorized.start(task, data)
+            changes_groups = data.masks is not None and vectorized.try_new_shapes(data)
+        except (NotStackable, NotVectorizable) as error:
+            opened.round.leave()
+            vectorized.undo_reading()
+            self._train_alone(opened, str(error))
+            raise GroupSplit([]) from error
+        if changes_groups:
+            vectorized.undo_reading()
+            vectorized.leave()
+            raise GroupSplit(vectorized.grouping.split(data.works))
+        return task
+
+    def _read_group(self, opened: OpenRound, clients: tuple[ClientId, ...]) -> StackedData:
         vectorized, loaders = self.vectorized, opened.loaders
         assert vectorized is not None
+
+        def open_client(client: ClientId) -> ClientBatches:
+            batches = loaders.open_ahead(client, self.planner.phases(self.plan.works[client]))
+            vectorized.note_loader(batches.loader)
+            return batches
+
         try:
             data = read_group(
                 vectorized.grouping,
                 clients,
-                lambda client: loaders.open_ahead(client, self.planner.phases(self.plan.works[client])),
+                open_client,
                 lambda client: self.plan.lengths[client] or 0,
                 self.plan.sizes,
                 lambda failed: self._note_failure(opened, failed),
             )
         finally:
             loaders.leave()
+        vectorized.end_reading()
         try:
             # Stacks the first batches now, so that a group that can't be stacked is split before its clients are
             # loaded.
             _ = data.first
         except NotStackable as error:
-            raise GroupSplit([[client] for client in clients]) from error
-        try:
-            task = opened.round.start(data)
-            vectorized.start(task, data)
-        except (NotStackable, NotVectorizable) as error:
-            vectorized.refuse(str(error))
-            self.vectorized = None
-            # The plan's remaining groups were formed for training side by side, so all of them are undone, not only
-            # this one.
-            remaining = {client for group in (clients, *opened.pending) for client in group}
-            opened.pending.clear()
-            raise GroupSplit([[client] for client in self.plan.sizes if client in remaining]) from error
-        if data.masks is not None and vectorized.try_new_shapes(data):
-            vectorized.leave()
-            raise GroupSplit(vectorized.grouping.split(data.works))
-        return task
+            parts = [[client] for client in clients]
+            vectorized.grouping.remember(data.works, parts)
+            raise GroupSplit(parts) from error
+        return data
 
     def _look_at_first(self, opened: OpenRound, batch: Any) -> None:
         """Records the first batch of a silo's first round, to warn of silos that have the same data."""
@@ -475,10 +596,12 @@ class RoundDriver:
         self.state, self.open_round = result.state, None
         self.num_batches_trained = opened.num_batches_done
         self._is_unsettled, self._trained_last_round = True, opened.has_trained
+        self.ends_round = True
         last_step = opened.first_step + result.report.num_steps
         logged = advance_trainer(trainer, opened, result.report, last_step)
         self.metric_states.merge([(own.metric_states, own.tensors) for own in reports], self.module.device)
         self.publish(logged)
+        self.client_metrics |= monitor_names(logged)
         self.has_late_values = result.report.has_late_values
         # A rank that stopped alone would leave the others waiting in the next round.
         trainer.should_stop = result.report.should_stop
@@ -486,19 +609,17 @@ class RoundDriver:
             self.warnings.monitors(trainer, logged)
         self.warnings.result(index, result)
         self.history.append(history_entry(index, result, self.plan.dropped))
-        internals.log_to_loggers(trainer, figures(self.history[-1], result.hides_clients))
+        internals.log_figures(trainer, figures(self.history[-1], result.hides_clients), RANK_FIGURES)
         self.warnings.words(trainer, words(self.history[-1]))
-        trainer.should_stop |= result.stop_reason is not None
+        trainer.should_stop |= result.closing.stop_reason is not None
         self.call_hook("on_aggregate_end", result.aggregate)
         # Only now that the round is closed is there a global model to save or to average.
         internals.resume_by_step(opened.paused)
         # A client alone trains as in a plain Trainer, where the callback has averaged at each step.
         if not self._is_alone:
             internals.average_passed_steps(trainer, opened.first_step, last_step)
-        self.deferred_checkpoints = {}
-        for path, weights_only in reports[0].deferred_checkpoints.items():
-            trainer.save_checkpoint(path, weights_only)
-        internals.save_passed_steps(trainer, opened.first_step, last_step)
+        self.deferred_checkpoints = dict(reports[0].deferred_checkpoints)
+        self._last_steps = opened.first_step, last_step
 
     # ---- after a round
 
@@ -516,6 +637,26 @@ class RoundDriver:
         if self.has_late_values:
             late = Message(as_numbers(late_entries(internals.train_results(self.trainer))))
             self.publish(merge_entries(self.rank_sync.gather(self.plan.round, late, "late metrics")))
+
+    def end_round(self) -> None:
+        """Called when all that monitors the round has seen it: writes the checkpoints that have waited for its end."""
+        self.ends_round = False
+        deferred, self.deferred_checkpoints = self.deferred_checkpoints, {}
+        for path, weights_only in deferred.items():
+            self.trainer.save_checkpoint(path, weights_only)
+        internals.save_passed_steps(self.trainer, *self._last_steps)
+
+    def may_consult(self, judge: Any, metric: str) -> bool:
+        """Whether a callback or a schedule may decide by a metric, because the last round has measured it.
+
+        A round without clients measures nothing in training.
+        """
+        if not self.history or self.history[-1]["num_clients"]:
+            return True
+        if metric not in self.client_metrics and metric in self.trainer.callback_metrics:
+            return True
+        self.warnings.not_consulted(self.history[-1]["round"], type(judge).__name__, metric)
+        return False
 
     def agree_to_stop(self) -> None:
         """Stops all ranks if the hooks of one have set ``trainer.should_stop`` since the round's end."""
@@ -552,30 +693,48 @@ class RoundDriver:
         """Takes nothing over from the last fit of the same objects, because this one starts from a checkpoint."""
         self._last = None
 
-    def resume(self, state: FederationState, history: list[dict[str, Any]]) -> None:
-        """Restores the federation's state and history from a checkpoint."""
-        self.state, self.history = state, history
+    def progress(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the rounds so far, beside the federation's state."""
+        metrics = internals.monitored_metrics(self.trainer, training=self.ends_round)
+        return {
+            "history": self.history,
+            "metrics": {name: value.detach().cpu() for name, value in metrics.items()},
+            "client_metrics": sorted(self.client_metrics),
+            "ends_round": self.ends_round,
+        }
+
+    def resume(self, state: FederationState, progress: Mapping[str, Any]) -> None:
+        """Restores the federation's state and what :meth:`progress` returned from a checkpoint."""
+        self.state, self.history = state, progress["history"]
+        self.client_metrics = set(progress.get("client_metrics", ()))
+        internals.restore_metrics(self.trainer, progress.get("metrics", {}))
+        self.ends_round = progress.get("ends_round", False)
+        if self.ends_round:
+            fit_loop: Any = self.trainer.fit_loop
+            fit_loop.end_resumed_round()
+
+    @property
+    def defers_checkpoints(self) -> bool:
+        """Whether a checkpoint waits for the round's end, because there is no whole round to resume from yet."""
+        return self.open_round is not None or self._is_unsettled
 
     def defer_checkpoint(self, path: str, weights_only: bool) -> None:
-        """Records a checkpoint that is requested inside the round, to be written at its end."""
-        self.warnings.deferred_checkpoint()
+        """Records a checkpoint to be written at the round's end."""
+        if self.open_round is not None:
+            self.warnings.deferred_checkpoint()
         self.deferred_checkpoints[path] = weights_only
 
     def forget_deferred(self, path: str) -> bool:
         """Cancels a deferred checkpoint; returns whether there was one."""
         return self.deferred_checkpoints.pop(path, None) is not None
 
-    # ---- plans
-
-    def _plan(self, index: int) -> RankPlan:
-        self.max_work = replace(self.max_work, accumulate=self.trainer.accumulate_grad_batches)
-        grouping = None if self.vectorized is None else self.vectorized.grouping
-        with misconfiguration():
-            return self.planner.plan(index, self.max_work, grouping)
+    # ---- the round's length
 
     @property
     def num_batches(self) -> int | None:
         """Batches of this rank in the round, None if unknown; a rank that trains nobody counts one."""
+        if self._plan is None:
+            return None
         opened = self.open_round
         groups = self.plan.groups if opened is None else opened.pending
         lengths = [self.plan.num_batches(group) for group in groups]
@@ -590,7 +749,17 @@ class RoundDriver:
         internals.set_round_length(self.trainer, self.num_batches, UNKNOWN_LENGTH)
 
     def largest_num_batches(self) -> int | float:
-        """Batches of the client with the most in a round, rounded up to whole optimizer steps."""
+        """Batches of the client with the most in a round, rounded up to whole optimizer steps.
+
+        Raises:
+            MisconfigurationException: If that depends on the data of silos on other machines.
+        """
+        phases = self.planner.phases(self.max_work)
+        if self.federation.size > self.group.size and any(phase.steps is None for phase in phases):
+            raise MisconfigurationException(
+                "trainer.estimated_stepping_batches needs the number of steps of the largest silo, which the others do "
+                "not know. Give all the same number with FederatedStrategy(local_steps=...), or use schedules by epoch."
+            )
         with misconfiguration():
             return self.planner.largest_num_batches(self.max_work)
 

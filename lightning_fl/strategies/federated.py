@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning as L
 import torch
@@ -28,10 +28,12 @@ from lightning_fl.communication.objects import decode_object, encode_object
 from lightning_fl.data.partitioners.partitioner import Partitioner
 from lightning_fl.data.splitting import shard
 from lightning_fl.engines import ClientOptimizer, OptimizerStates, Vectorized
+from lightning_fl.engines.tensors import FederatedTensors
 from lightning_fl.engines.vectorized.stacking import StackedBatch
-from lightning_fl.federation import FederationSettings
+from lightning_fl.federation import Federation, FederationSettings, GroupFederation
 from lightning_fl.federation.rank_verification import digest, synchronize_module, verify_ranks
 from lightning_fl.federation.settings import is_private
+from lightning_fl.federation.single_update import SingleUpdate
 from lightning_fl.strategies import internals
 from lightning_fl.strategies.callback import RoundCallback
 from lightning_fl.strategies.checkpoint import (
@@ -50,6 +52,7 @@ from lightning_fl.strategies.engine_selection import select_engine
 from lightning_fl.strategies.evaluation import EvaluationMetrics
 from lightning_fl.strategies.hooks import run_training_step
 from lightning_fl.strategies.loops import adopt_loops
+from lightning_fl.strategies.network import check_network, open_network, settings_of_silo
 from lightning_fl.strategies.round_loaders import RoundLoader
 from lightning_fl.strategies.round_view import RoundView
 from lightning_fl.strategies.user_warnings import UserWarnings
@@ -63,8 +66,14 @@ from lightning_fl.strategies.validation import (
     check_types,
     check_work,
     choose_weighting,
+    described_columns,
     settings_of_ranks,
+    settings_of_training,
+    versions,
 )
+
+if TYPE_CHECKING:
+    from lightning_fl.coordinator.silo import NetworkFederation
 
 
 class FederatedStrategy(ParallelStrategy):
@@ -95,6 +104,9 @@ class FederatedStrategy(ParallelStrategy):
         stragglers: Clients that do not finish their local training. None: all clients finish.
         timeout: Seconds that a collective waits for the other ranks.
         adversary: Lets some simulated clients attack, as ``fl.attacks.Adversary(fl.attacks.ALIE())``. None: nobody.
+        federation: The coordinator's address, ``"https://host:port"``: this launch is then one silo of a federation
+            over a network, and its training loader that silo's data.
+        kit: The folder with the silo's key and certificate, for ``federation``.
 
     Raises:
         ValueError: If an argument is out of range, or two contradict each other.
@@ -130,6 +142,8 @@ class FederatedStrategy(ParallelStrategy):
         stragglers: Stragglers | None = None,
         timeout: float = 1800.0,
         adversary: Corruption | None = None,
+        federation: str | None = None,
+        kit: str | Path | None = None,
     ) -> None:
         super().__init__(checkpoint_io=WholeCheckpointIO())
         self.cohort = cohort or Uniform()
@@ -168,8 +182,8 @@ class FederatedStrategy(ParallelStrategy):
             check_type("adversary", adversary, Corruption, "fl.attacks.Adversary(fl.attacks.SignFlip())")
             self.aggregator = adversary.wrap_aggregator(self.aggregator)
         check_phases(self.algorithm, local_epochs, local_steps)
-        self._named_personal = (personal,) if isinstance(personal, str) else tuple(personal)
-        self.personal = self._named_personal
+        self.named_personal = (personal,) if isinstance(personal, str) else tuple(personal)
+        self.personal = self.named_personal
         self.engine = engine
         self.seed = seed
         self.split_validation = split_validation
@@ -177,6 +191,9 @@ class FederatedStrategy(ParallelStrategy):
         if not timeout > 0:
             raise ValueError(f"timeout={timeout} must be a positive number of seconds.")
         self.timeout = timedelta(seconds=timeout)
+        check_network(self, federation, kit)
+        self.address, self.kit = federation, kit
+        self.network: NetworkFederation | None = None
         self.num_nodes = 1
         self.federation: Group = LocalGroup()
         self.driver: RoundDriver | None = None
@@ -275,6 +292,14 @@ class FederatedStrategy(ParallelStrategy):
             self.timeout,
         )
         self._connected = True
+        if self.address is not None:
+            assert self.kit is not None
+            self.network = open_network(self.address, self.kit)
+        if self.network is not None and self.federation.size > 1:
+            raise MisconfigurationException(
+                f"With federation={self.network.client.address!r} a launch is one silo of one process, but there are "
+                f"{self.federation.size}. Start one process; a silo of several is not supported yet."
+            )
 
     def model_to_device(self) -> None:
         assert self.model is not None
@@ -333,14 +358,21 @@ class FederatedStrategy(ParallelStrategy):
         check_same_on_ranks(self.federation, "validation data", trainer.enable_validation)
         super().setup(trainer)
         assert self.lightning_module is not None
-        self.personal = tuple(self.algorithm.personal(self.lightning_module, self._named_personal))
+        self.personal = tuple(self.algorithm.personal(self.lightning_module, self.named_personal))
+        is_hidden = is_private(self.aggregator, self.transforms, self._protects_examples)
+        columns = described_columns(getattr(trainer, "datamodule", None), is_hidden)
         if self.federation.size > 1:
-            versions = {"lightning": L.__version__, "torch": torch.__version__.split("+")[0]}
-            verify_ranks(self.federation, self.lightning_module, settings_of_ranks(self, trainer), versions)
+            settings = {**settings_of_ranks(self, trainer), **settings_of_training(trainer)}
+            verify_ranks(self.federation, self.lightning_module, settings, versions(), columns)
             # Without `seed_everything` the ranks have initialised their modules differently. Only after the check: with
             # modules whose tensors differ, the broadcasts would pair up different ones.
             synchronize_module(self.federation, self.lightning_module)
-        self._evaluation_metrics = EvaluationMetrics(self.federation, self.lightning_module, self.aggregator)
+        if self.network is not None and trainer.state.fn == TrainerFn.FITTING:
+            common = {**settings_of_training(trainer), **columns}
+            self.network.join(
+                FederatedTensors(self.lightning_module, self.personal), settings_of_silo(self), common, versions()
+            )
+        self._evaluation_metrics = EvaluationMetrics(self._parties, self.lightning_module, self.aggregator)
 
     def setup_optimizers(self, trainer: L.Trainer) -> None:
         super().setup_optimizers(trainer)
@@ -375,6 +407,7 @@ class FederatedStrategy(ParallelStrategy):
             partition=self.partition,
             seed=self._seed,
             callbacks=trainer.callbacks,  # type: ignore[attr-defined]
+            silo=None if self.network is None else self.network.name,
         )
         if self.adversary is not None:
             loaders = self.adversary.wrap_loaders(population.loaders, self._seed)
@@ -387,29 +420,26 @@ class FederatedStrategy(ParallelStrategy):
 
     def _make_driver(self, population: Population) -> RoundDriver:
         trainer = self._trainer
+        size = len(population) if self.network is None else self.network.size
         settings = FederationSettings(
             self.algorithm,
-            self.aggregator,
+            self.aggregator if self.network is None else SingleUpdate(),
             self.transforms,
             self.weighting,
             seed=self._seed,
-            population=len(population),
-            sampling=describe_sampling(self.cohort, len(population), self.clients_per_round),
+            population=size,
+            sampling=describe_sampling(self.cohort, size, self.clients_per_round),
             silos=population.silos is not None,
             protects_examples=self._protects_examples,
         )
-        stateful = self.algorithm.keeps_client_state or self.client_optimizer == "keep" or bool(self.personal)
-        stateful |= any(phase.model == "own" for phase in self.algorithm.phases())
-        keepers = (*self.transforms, *trainer.callbacks)  # type: ignore[attr-defined]
-        sticky = stateful or any(getattr(keeper, "keeps_client_state", False) for keeper in keepers)
         return RoundDriver(
             trainer,
             population,
-            self.federation,
+            self._parties,
             settings,
             self.participation,
             limit=self.limit_train_batches,
-            sticky=sticky,
+            personal=self.personal,
             strategy_type=FederatedStrategy,
             on_client_error=self.on_client_error,
             last=self._last_driver,
@@ -427,16 +457,29 @@ class FederatedStrategy(ParallelStrategy):
                 "`training_step(dataloader_iter)` fetches its batches itself, but in a federation each batch belongs "
                 "to a client. Write `training_step(batch, batch_idx)`."
             )
+        self.active_driver.sticky = self._clients_keep_state
         self._resume()
         # It hooks into the user's optimizers, and the hooks must not outlive a start that fails.
         optimizers = OptimizerStates(self.optimizers)
         try:
-            local_trainer, vectorized = select_engine(self, trainer, optimizers)
-            session = self.aggregator.open(self.federation, self.active_driver.facts)
+            self.active_driver.start(*select_engine(self, trainer, optimizers))
         except BaseException:
             optimizers.close()
             raise
-        self.active_driver.start(local_trainer, vectorized, session)
+        if self.network is not None:
+            self.network.store = self.active_driver.store
+            self.network.folder.restore(self.active_driver.store)
+
+    @property
+    def _clients_keep_state(self) -> bool:
+        keepers = (*self.transforms, *self._trainer.callbacks)  # type: ignore[attr-defined]
+        return (
+            self.algorithm.keeps_client_state
+            or self.client_optimizer == "keep"
+            or bool(self.personal)
+            or any(phase.model == "own" for phase in self.algorithm.phases())
+            or any(getattr(keeper, "keeps_client_state", False) for keeper in keepers)
+        )
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(args[0], StackedBatch):
@@ -458,7 +501,7 @@ class FederatedStrategy(ParallelStrategy):
         if packed is None:
             warn_of_plain_checkpoint(path)
             return
-        driver.resume(unpack(packed, self.algorithm, self._module), packed["history"])
+        driver.resume(unpack(packed, self.algorithm, self._module), packed)
         if driver.sticky and packed["history"]:
             read_client_states(path, packed["manifests"], driver.store, driver.population, self.federation)
 
@@ -500,7 +543,7 @@ class FederatedStrategy(ParallelStrategy):
         # Lightning does not pass `save_weights_only` on; it shows in what the checkpoint holds.
         weights_only = "optimizer_states" not in checkpoint
         driver = self.driver
-        if driver is not None and driver.open_round is not None:
+        if driver is not None and driver.defers_checkpoints:
             driver.defer_checkpoint(str(filepath), weights_only)
             return
         if driver is None or weights_only:
@@ -508,7 +551,7 @@ class FederatedStrategy(ParallelStrategy):
             return
         if driver.interrupted_loops is not None:
             checkpoint["loops"]["fit_loop"] = driver.interrupted_loops
-        checkpoint[KEY] = pack(self.algorithm, driver.state, driver.history, self._module)
+        checkpoint[KEY] = {**pack(self.algorithm, driver.state, self._module), **driver.progress()}
         # After an exception the other ranks may be gone, or may not save at all.
         group = LocalGroup() if self.in_local_phase else self.federation
         # Client states are written before the checkpoint that names them, and those of its predecessor are deleted
@@ -540,6 +583,8 @@ class FederatedStrategy(ParallelStrategy):
     def teardown(self) -> None:
         if self.driver is not None:
             self.driver.stop()
+        if self.network is not None:
+            self.network.leave("its run has ended")
         super().teardown()
 
     # ---- public state
@@ -568,6 +613,11 @@ class FederatedStrategy(ParallelStrategy):
         return self.active_driver.view
 
     @property
+    def _parties(self) -> Federation:
+        """The way to the other parties of the federation."""
+        return GroupFederation(self.federation) if self.network is None else self.network
+
+    @property
     def _module(self) -> L.LightningModule:
         assert self.lightning_module is not None
         return self.lightning_module
@@ -591,6 +641,8 @@ class FederatedStrategy(ParallelStrategy):
         driver = self.driver or self._last_driver
         if driver is not None:
             return driver.population.silos is not None
+        if self.network is not None:
+            return True
         # Without a fit there is no driver to ask, so this decides as `build_population` would.
         simulated = getattr(getattr(self._trainer, "datamodule", None), "gives_clients", False)
         return self.started_by_launcher and self.num_clients is None and self.partition is None and not simulated

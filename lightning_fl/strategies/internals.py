@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 from lightning.pytorch.loops.optimization.automatic import Closure
@@ -70,6 +70,20 @@ def has_no_optimizer(optimizers: list[torch.optim.Optimizer]) -> bool:
 def current_round(trainer: Trainer) -> int:
     """Number of the current round; ``trainer.current_epoch`` is one behind while a resumed loader is built."""
     return trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
+
+
+def set_round(trainer: Trainer, round: int) -> None:
+    """Lets the loops go on with a round that is not the next one."""
+    progress = trainer.fit_loop.epoch_progress
+    for count in (progress.current, progress.total):
+        count.ready = count.completed = round
+        count.started = count.processed = round  # type: ignore[attr-defined]
+
+
+def is_after_last(trainer: Trainer) -> bool:
+    """Whether the current round is beyond ``max_epochs``."""
+    last = trainer.fit_loop.max_epochs
+    return last is not None and last >= 0 and current_round(trainer) >= last
 
 
 def global_step(trainer: Trainer) -> int:
@@ -146,6 +160,41 @@ def average_passed_steps(trainer: Trainer, before: int, after: int) -> None:
         callback._latest_update_step = after
 
 
+@contextmanager
+def consulting(trainer: Trainer, may_consult: Callable[[Any, str], bool]) -> Iterator[None]:
+    """A block in which ``EarlyStopping`` looks at its metric only if ``may_consult(callback, metric)``.
+
+    Lightning raises if the metric has never been logged, and counts an old value once more if it was not logged again.
+    """
+    stoppers = [callback for callback in trainer.callbacks if isinstance(callback, EarlyStopping)]  # type: ignore[attr-defined]
+
+    def skips(stopper: EarlyStopping, trainer: Trainer) -> bool:
+        return type(stopper)._should_skip_check(stopper, trainer) or not may_consult(stopper, stopper.monitor)
+
+    for stopper in stoppers:
+        vars(stopper)["_should_skip_check"] = partial(skips, stopper)
+    try:
+        yield
+    finally:
+        for stopper in stoppers:
+            del vars(stopper)["_should_skip_check"]
+
+
+def monitored_metrics(trainer: Trainer, training: bool) -> dict[str, Tensor]:
+    """``trainer.callback_metrics``, with those of the current epoch's training if ``training``.
+
+    While the validation loop runs, Lightning leaves the latter out.
+    """
+    own = train_results(trainer).metrics(on_step=False)["callback"] if training else {}
+    return {**trainer.callback_metrics, **own}
+
+
+def restore_metrics(trainer: Trainer, metrics: dict[str, Tensor]) -> None:
+    """Restores ``trainer.callback_metrics`` of a checkpoint; Lightning's own do not hold them."""
+    device = trainer.strategy.root_device
+    trainer._logger_connector._callback_metrics.update({name: value.to(device) for name, value in metrics.items()})
+
+
 def train_results(trainer: Trainer) -> _ResultCollection:
     """The values that ``self.log`` has collected in training."""
     return trainer.fit_loop.epoch_loop._results
@@ -188,14 +237,20 @@ def logging_out_of_loop(trainer: Trainer, training: bool) -> Iterator[_ResultCol
 
 def step_out_of_loop(trainer: Trainer, hook: str, batch: Any, batch_idx: int) -> tuple[Any, Any]:
     """Calls ``training_step`` or ``validation_step`` as the loops do, without callbacks; returns output and batch."""
-    module = trainer.lightning_module
-    batch = module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), dataloader_idx=0)
-    batch = call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=0)
+    module, batch = trainer.lightning_module, transfer(trainer, batch)
     results = active_results(trainer)
     # `self.log` infers the batch size from these, which Lightning's loops set before each step.
     results.batch, results.batch_size = batch, None
     takes_index = is_param_in_hook_signature(getattr(module, hook), "batch_idx", min_args=2)
     return call._call_strategy_hook(trainer, hook, batch, *([batch_idx] if takes_index else [])), batch
+
+
+def transfer(trainer: Trainer, batch: Any) -> Any:
+    """Moves a batch to the device as the loops do, with the transfer hooks of module and datamodule."""
+    batch = trainer.lightning_module._on_before_batch_transfer(
+        trainer.precision_plugin.convert_input(batch), dataloader_idx=0
+    )
+    return call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=0)
 
 
 def hook_out_of_loop(trainer: Trainer, hook: str) -> None:
@@ -208,9 +263,18 @@ def logged_out_of_loop(results: _ResultCollection) -> dict[str, float]:
     return {name: float(value) for name, value in results.metrics(on_step=False)["callback"].items()}
 
 
-def log_to_loggers(trainer: Trainer, figures: dict[str, float]) -> None:
-    """Logs figures, at the step at which Lightning logs the epoch's metrics."""
-    trainer._logger_connector.log_metrics(dict(figures))  # type: ignore[arg-type]
+def log_figures(trainer: Trainer, figures: dict[str, float], of_rank: tuple[str, ...] = ()) -> None:
+    """Logs figures, at the step at which Lightning logs the epoch's metrics, and lets callbacks monitor them.
+
+    Args:
+        trainer: The Trainer.
+        figures: The figures by name.
+        of_rank: How the names of figures begin that differ between ranks, so that callbacks must not decide by them.
+    """
+    connector = trainer._logger_connector
+    connector.log_metrics(dict(figures))  # type: ignore[arg-type]
+    shared = {name: value for name, value in figures.items() if not name.startswith(of_rank)}
+    connector._callback_metrics.update({n: torch.tensor(value, dtype=torch.float64) for n, value in shared.items()})
 
 
 def active_results(trainer: Trainer) -> _ResultCollection:

@@ -72,6 +72,15 @@ class LoggedValues:
         return self._counts[key] != before
 
 
+def monitor_names(entries: Entries) -> set[str]:
+    """The names under which a callback or a schedule may monitor logged values."""
+    return {form for entry in entries.values() for form in _forms(entry["name"])}
+
+
+def _forms(name: str) -> tuple[str, ...]:
+    return name, f"{name}_epoch", f"{name}_step"
+
+
 def late_entries(results: ResultCollection) -> Entries:
     """The epoch's values that are logged in a hook which runs after the round has been closed."""
     return {
@@ -121,5 +130,5 @@ def publish(entries: Entries, results: ResultCollection, module: nn.Module, devi
         if not entry["is_tensor"]:
             logged.show_metric(result, module.get_submodule(entry["metric_attribute"]))
             continue
-        logged.show(result, value_of(entry))
+        logged.show(result, value_of(entry), entry["dtype"])
     return added

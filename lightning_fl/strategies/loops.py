@@ -6,8 +6,9 @@ when they change.
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,6 +25,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 
 from lightning_fl.clients.local_work import BatchPosition
 from lightning_fl.engines.optimizer_states import schedules_ahead_of_optimizers
+from lightning_fl.strategies.internals import consulting
 from lightning_fl.strategies.results import ClientResults
 
 OUTSIDE_CLIENTS = BatchPosition(0)
@@ -50,6 +52,8 @@ class RoundEpochLoop(_TrainingEpochLoop):
     outputs: Any
     batch: Any
     batch_idx_in_round: int
+    _held_rows: list[tuple[int, Any]] | None
+    _held_counters: list[tuple[Any, dict[str, Any]]]
 
     def prepare(self) -> None:
         """Initializes what ``__init__`` would; it has run as Lightning's before :func:`adopt_loops` set the class."""
@@ -58,6 +62,7 @@ class RoundEpochLoop(_TrainingEpochLoop):
         self.is_round_done = None
         self.outputs = self.batch = None
         self.batch_idx_in_round = -1
+        self._held_rows, self._held_counters = None, []
 
     @property
     def collected(self) -> ClientResults:
@@ -89,7 +94,15 @@ class RoundEpochLoop(_TrainingEpochLoop):
         return self.position.ends_window
 
     def reset(self) -> None:
-        super().reset()
+        fit_loop = self.trainer.fit_loop
+        length = fit_loop.max_batches
+        # A checkpoint holds whole rounds, so the round that it ended with had the batches that were counted. The plan
+        # in force may be another round's, by which Lightning would take the round to be unfinished, or warn of it.
+        fit_loop.max_batches = max(1, self.batch_progress.current.ready) if self.restarting else length
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
+            super().reset()
+        fit_loop.max_batches = length
         if not self.restarting:
             self.is_round_done = False
 
@@ -109,8 +122,10 @@ class RoundEpochLoop(_TrainingEpochLoop):
         self.trainer.strategy.driver.run_round(self)  # type: ignore[attr-defined]
 
     def on_advance_end(self, data_fetcher: _DataFetcher) -> None:
-        self.trainer.strategy.driver.settle()  # type: ignore[attr-defined]
-        super().on_advance_end(data_fetcher)
+        driver = self.trainer.strategy.driver  # type: ignore[attr-defined]
+        driver.settle()
+        with consulting(self.trainer, driver.may_consult):  # those that monitor a metric when validation ends
+            super().on_advance_end(data_fetcher)
 
     def train_batch(self, batch: Any, position: BatchPosition, ends_round: bool) -> Any:
         """Trains on a batch with all of Lightning's hooks up to ``on_train_batch_end``.
@@ -228,8 +243,38 @@ class RoundEpochLoop(_TrainingEpochLoop):
         # Without loggers the values would be computed for nothing: progress bars are told once a group, by
         # `show_group`.
         if self.trainer.loggers and connector.should_update_logs:
-            connector.update_train_step_metrics()
+            if self._held_rows is None:
+                connector.update_train_step_metrics()
+            elif self.position.ends_window:
+                self._held_rows.append((self._batches_that_stepped, connector.metrics["log"]))
         self._end_iteration()
+
+    # ---- a group of clients whose steps may have to be undone
+
+    def hold(self) -> None:
+        """Notes all counters, and keeps what is logged by step from the loggers until :meth:`release`."""
+        self._held_rows = []
+        progress = (
+            self.batch_progress,
+            self.scheduler_progress,
+            self.automatic_optimization.optim_progress.optimizer.step,
+        )
+        owners = [self, *progress, *(own for each in progress for own in (each.total, each.current))]
+        self._held_counters = [(own, {name: vars(own)[name] for name in _counters(own)}) for own in owners]
+
+    def release(self) -> None:
+        """Passes on to the loggers what was held back; the steps are not undone any more."""
+        rows, self._held_rows, self._held_counters = self._held_rows or [], None, []
+        step = self._batches_that_stepped
+        for self._batches_that_stepped, metrics in rows:
+            self.trainer._logger_connector.log_metrics(metrics)
+        self._batches_that_stepped = step
+
+    def rewind(self) -> None:
+        """Undoes what was counted and held back since :meth:`hold`."""
+        for owner, counters in self._held_counters:
+            vars(owner).update(counters)
+        self._held_rows, self._held_counters = None, []
 
     def show_group(self) -> None:
         """Lets progress bars advance by the batches of a client group, at its last one."""
@@ -259,7 +304,9 @@ class RoundEpochLoop(_TrainingEpochLoop):
         # Lightning steps the other epoch schedules on the last batch, before there is a global model and not at all on
         # a rank without a batch; `step_epoch_schedules` does it when the round is closed.
         if interval == "epoch" and update_plateau_schedulers:
-            super().update_lr_schedulers(interval, update_plateau_schedulers)
+            self.step_plateau_schedules()
+            # Nothing is left of the round that a run which resumes from here would miss.
+            self.trainer.strategy.driver.end_round()  # type: ignore[attr-defined]
         elif interval == "step" and not update_plateau_schedulers and self.position.ends_window:
             self.step_client_schedules()
 
@@ -278,6 +325,20 @@ class RoundEpochLoop(_TrainingEpochLoop):
         """Steps the schedules that step once a round."""
         with schedules_ahead_of_optimizers():
             self._update_learning_rates("epoch", update_plateau_schedulers=False)
+
+    def step_plateau_schedules(self) -> None:
+        """Steps the schedules that monitor a metric, once a round."""
+        strategy: Any = self.trainer.strategy
+        configs = strategy.lr_scheduler_configs
+        strategy.lr_scheduler_configs = [
+            config
+            for config in configs
+            if not config.reduce_on_plateau or strategy.driver.may_consult(config.scheduler, config.monitor)
+        ]
+        try:
+            super().update_lr_schedulers("epoch", update_plateau_schedulers=True)
+        finally:
+            strategy.lr_scheduler_configs = configs
 
     def set_global_step(self, step: int) -> None:
         """Sets ``trainer.global_step``, which Lightning counts per process, so that all ranks agree."""
@@ -337,10 +398,30 @@ class RoundFitLoop(_FitLoop):
         with self._read_by_loop():
             return super().done
 
+    def on_advance_start(self) -> None:
+        # Before the hooks of the epoch's start, which see the round's number and model.
+        self.trainer.strategy.driver.open_next()  # type: ignore[attr-defined]
+        super().on_advance_start()
+
     def on_advance_end(self) -> None:
-        super().on_advance_end()
+        driver = self.trainer.strategy.driver  # type: ignore[attr-defined]
+        # In the epoch with which a run resumes, Lightning leaves out the schedules that need a metric; the federation's
+        # checkpoint has the metrics.
+        if driver.ends_round:
+            self._restarting = False
+        with consulting(self.trainer, driver.may_consult):
+            super().on_advance_end()
         # Last, because `on_train_epoch_end`, which the base class calls, may set `should_stop` on one rank only.
-        self.trainer.strategy.driver.agree_to_stop()  # type: ignore[attr-defined]
+        driver.agree_to_stop()
+
+    def end_resumed_round(self) -> None:
+        """Does what was left of the round after whose training the checkpoint was written."""
+        # Where validation was the last that happened, Lightning goes on with the end of the epoch itself.
+        if not self.restarted_mid_epoch:
+            # The round's own number: schedules with a frequency count by it.
+            self.epoch_progress.current.completed -= 1
+            self.epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
+            self.epoch_progress.current.completed += 1
 
     def setup_data(self) -> None:
         strategy: Any = self.trainer.strategy
@@ -382,6 +463,16 @@ class RoundEvaluationLoop(_EvaluationLoop):
         # Before the user's epoch-end hooks, in which torchmetrics are computed and collectives concern all ranks again.
         self.trainer.strategy.end_evaluation()  # type: ignore[attr-defined]
         super()._on_evaluation_epoch_end()
+
+
+_OF_LOOP = ("position", "is_round_done", "batch_idx_in_round", "_batches_that_stepped")
+
+
+def _counters(owner: Any) -> Iterable[str]:
+    """The names of what counts in a loop, or in one of its records of progress."""
+    if isinstance(owner, RoundEpochLoop):
+        return _OF_LOOP
+    return [name for name, value in vars(owner).items() if isinstance(value, int)]
 
 
 def adopt_loops(trainer: Trainer) -> None:

@@ -20,6 +20,9 @@ ResultCollection = _ResultCollection
 
 REDUCTIONS: dict[str, Any] = {"mean": torch.mean, "sum": torch.sum, "min": torch.min, "max": torch.max}
 
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+"""The dtypes in which Lightning keeps logged values."""
+
 
 def describe(result: _ResultMetric) -> dict[str, Any]:
     """The settings with which a value was logged, as plain data."""
@@ -37,13 +40,14 @@ def describe(result: _ResultMetric) -> dict[str, Any]:
         "dataloader_idx": meta.dataloader_idx,
         "metric_attribute": meta.metric_attribute,
         "is_tensor": result.is_tensor,
+        "dtype": str(result.value.dtype).removeprefix("torch.") if result.is_tensor else "",
     }
 
 
 def placeholder(settings: dict[str, Any], device: torch.device) -> _ResultMetric:
     """An empty logged value, for a rank on which nothing was logged under that name."""
     settings = dict(settings)
-    is_tensor = settings.pop("is_tensor")
+    is_tensor, _ = settings.pop("is_tensor"), settings.pop("dtype")
     meta = _Metadata(reduce_fx=REDUCTIONS[settings.pop("reduction")], **settings)
     # Without a function of its own: the value is joined already, and syncing it again would be a collective of this
     # rank alone.
@@ -89,11 +93,11 @@ def empty(result: _ResultMetric) -> None:
     result._computed = None
 
 
-def show(result: _ResultMetric, value: float) -> None:
-    """Sets the value that Lightning reads for the epoch and for the step."""
+def show(result: _ResultMetric, value: float, dtype: str) -> None:
+    """Sets the value that Lightning reads for the epoch and for the step, in the dtype in which it was logged."""
     result.has_reset = False
     # Shown as the cached result, which Lightning reads without computing it from this rank's own sum.
-    joined = torch.tensor(value, dtype=result.value.dtype, device=result.value.device)
+    joined = torch.tensor(value, dtype=DTYPES[dtype], device=result.value.device)
     if result.meta.on_step:
         result._forward_cache = joined
     if result.meta.on_epoch:

@@ -24,14 +24,24 @@ class _Driver(Protocol):
     settings: FederationSettings
     participation: Participation
     planner: Planner
-    plan: RankPlan
-    max_work: LocalWork
     sticky: bool
     store: ClientStore
     state: FederationState
     history: list[dict[str, Any]]
     local_trainer: LocalTrainer | None
     vectorized: Any
+
+    @property
+    def cohort(self) -> Sequence[ClientId]:
+        """The clients of the round, wherever they train."""
+
+    @property
+    def plan(self) -> RankPlan:
+        """This rank's plan of the round."""
+
+    @property
+    def max_work(self) -> LocalWork:
+        """The largest local work of any client."""
 
 
 class RoundView:
@@ -91,7 +101,7 @@ class RoundView:
     @property
     def cohort(self) -> Sequence[ClientId]:
         """The clients of the round, on all ranks."""
-        return self._driver.plan.cohort
+        return self._driver.cohort
 
     @property
     def clients(self) -> Sequence[ClientId]:

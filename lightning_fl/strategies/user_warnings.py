@@ -13,15 +13,12 @@ from torch import nn
 
 from lightning_fl.federation import RankReport, RoundResult
 from lightning_fl.federation.metric_entries import Entries
+from lightning_fl.strategies.logged_values import monitor_names
 from lightning_fl.types import ClientId
 
 # Weak, because to remember a module must not keep its tensors in memory.
 _TRAINED: WeakSet[nn.Module] = WeakSet()
 """Modules that have been trained with hidden clients."""
-
-
-def _forms(name: str) -> tuple[str, ...]:
-    return name, f"{name}_epoch", f"{name}_step"
 
 
 def _refused(round: int, clients: Sequence[ClientId]) -> str:
@@ -93,8 +90,15 @@ class UserWarnings:
             rank_zero_warn(_refused(round, result.report.refused))
         if not result.aggregate.num_clients:
             rank_zero_info(f"Round {round}: no client takes part.")
-        if result.stop_reason is not None:
-            rank_zero_info(result.stop_reason)
+        if result.closing.stop_reason is not None:
+            rank_zero_info(result.closing.stop_reason)
+
+    def not_consulted(self, round: int, judge: str, metric: str) -> None:
+        """Informs that a callback or a schedule is not consulted in a round that has not measured what it monitors."""
+        if self._is_new(("not consulted", round, judge)):
+            rank_zero_info(
+                f"Round {round}: {judge} is not consulted, because no client took part and {metric!r} was not measured."
+            )
 
     def untold_refusals(self, round: int, clients: Sequence[ClientId]) -> None:
         """Warns, on this rank only, of its updates that were refused."""
@@ -103,7 +107,7 @@ class UserWarnings:
 
     def monitors(self, trainer: L.Trainer, logged: Entries) -> None:
         """Warns of callbacks and schedules that monitor an exact figure of data which differential privacy protects."""
-        names = {name for entry in logged.values() for name in _forms(entry["name"])}
+        names = monitor_names(logged)
         schedules = [(config.scheduler, config.monitor) for config in trainer.lr_scheduler_configs if config.monitor]
         callbacks = [(c, getattr(c, "monitor", None)) for c in trainer.callbacks]  # type: ignore[attr-defined]
         for judge, monitor in [*schedules, *callbacks]:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_fl.aggregation import Aggregator, Transform
@@ -79,18 +80,67 @@ def check_schedules(schedules: Schedules, settings: FederationSettings, work: Lo
 
 def settings_of_ranks(strategy: Any, trainer: L.Trainer) -> dict[str, str]:
     """The settings of a federation that must be the same on all ranks."""
-    of_strategy = ("algorithm", "weighting", "client_optimizer", "cohort", "clients_per_round", "stragglers")
     of_trainer = ("max_epochs", "max_steps", "min_epochs", "check_val_every_n_epoch", "num_sanity_val_steps")
-    of_data = ("num_clients", "partition", "split_validation")
-    names = (*of_strategy, *of_data, "local_epochs", "local_steps", "personal", "_seed")
-    settings = {
-        **{name: repr(getattr(strategy, name)) for name in names},
+    of_data = ("num_clients", "partition", "split_validation", "personal", "_seed")
+    return {
+        **settings_of_strategy(strategy),
+        **_without_addresses({name: repr(getattr(strategy, name)) for name in of_data}),
         **{name: repr(getattr(trainer, name)) for name in of_trainer},
+    }
+
+
+def settings_of_strategy(strategy: Any) -> dict[str, str]:
+    """The settings of a strategy on which the meaning of an update depends."""
+    names = ("algorithm", "weighting", "client_optimizer", "cohort", "clients_per_round", "stragglers")
+    settings = {
+        **{name: repr(getattr(strategy, name)) for name in (*names, "local_epochs", "local_steps")},
         "aggregator": repr(strategy.aggregator),
         "transforms": ", ".join(map(_numbers_of, strategy.transforms)),
     }
+    return _without_addresses(settings)
+
+
+def _without_addresses(settings: dict[str, str]) -> dict[str, str]:
     # A default repr holds the object's address, which differs from process to process.
     return {name: re.sub(r" at 0x[0-9a-f]+", "", value) for name, value in settings.items()}
+
+
+def versions() -> dict[str, str]:
+    """The versions of the libraries on which the results depend."""
+    import lightning_fl  # not above, since the package imports this module
+
+    torch_version = torch.__version__.split("+")[0]
+    return {"lightning_fl": lightning_fl.__version__, "lightning": L.__version__, "torch": torch_version}
+
+
+def described_columns(datamodule: Any, is_private: bool) -> dict[str, str]:
+    """What the positions of features and classes mean, for a datamodule that says so.
+
+    Args:
+        datamodule: The datamodule or None.
+        is_private: Whether the data is protected; then names that were learned from it stay here.
+    """
+    learned: str = getattr(datamodule, "learned_from_data", "")
+    if is_private and learned:
+        return {}
+    return dict(getattr(datamodule, "described_columns", {}))
+
+
+def settings_of_training(trainer: L.Trainer) -> dict[str, str]:
+    """What the module trains with, as far as it is numbers: its hyper-parameters and those of its optimizers.
+
+    Text is left out, since silos rightly have paths and names of their own.
+    """
+    module = trainer.lightning_module
+    found = {f"model.{name}": value for name, value in module.hparams.items()}
+    for place, optimizer in enumerate(trainer.optimizers):
+        name = type(optimizer).__name__ + (f" {place}" if len(trainer.optimizers) > 1 else "")
+        found[f"optimizer {place}"] = type(optimizer).__name__
+        for number, group in enumerate(optimizer.param_groups):
+            where = f"{name}, group {number}" if len(optimizer.param_groups) > 1 else name
+            found.update({f"{where}, {key}": value for key, value in group.items() if key != "params"})
+    kinds = (int, float, bool, type(None), tuple)
+    return {name: repr(value) for name, value in found.items() if type(value) in kinds or name.startswith("optimizer ")}
 
 
 def _numbers_of(transform: Transform) -> str:

@@ -16,7 +16,7 @@ import lightning_fl as fl
 from lightning_fl.callbacks import RunRecord
 from lightning_fl.callbacks.run_record import command_line
 from lightning_fl.tracking import Run, SiloWandbLogger
-from tests.helpers.training import Ordinary, Plain, image_clients, loader, trainer
+from tests.helpers.training import Ordinary, Plain, image_clients, loader, measured, trainer
 from tests.helpers.wandb_files import read_offline_runs
 
 
@@ -35,7 +35,7 @@ def test_the_record_holds_history_metrics_settings_and_partition() -> None:
     assert found.path == Path("run/version_0")
     for row, entry in zip(found.rounds, strategy.history, strict=True):
         assert {key: row[key] for key in entry} == json.loads(json.dumps(entry))
-    assert found.rounds[-1]["metrics"] == pytest.approx({k: v.item() for k, v in run.callback_metrics.items()})
+    assert found.rounds[-1]["metrics"] == pytest.approx(measured(run))
     assert {"val_loss", "val_acc", "train_acc", "loss"} <= set(found.metric_names)
     expected = {
         "algorithm": "FedProx(mu=0.5, server_lr=1.0)",

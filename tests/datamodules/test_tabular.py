@@ -234,3 +234,14 @@ def test_the_same_module_trains_federated_and_centralised(strategy: str, target:
         assert trainer.callback_metrics["val_acc"] > 0.9
     else:
         assert trainer.callback_metrics["val_mae"] < 0.2 * np.std(np.arange(200)) * 1000
+
+
+def test_values_that_the_schema_does_not_list_are_told(tmp_path: Path) -> None:
+    data = table(test_share=0.0)
+    data.schema.save("schema.json")
+    other = [row.replace("Bonn", "53111") for row in rows(6)]
+    silo = TabularDataModule(write([HEADER, *other], "silo.csv"), "buys", client="shop", schema="schema.json")
+    with pytest.warns(
+        UserWarning, match="Column 'town' of silo.csv has 2 values that the schema does not list, such as '53111'"
+    ):
+        silo.setup()

@@ -38,7 +38,6 @@ def planner(
     group: Group | None = None,
     algorithm: Algorithm | None = None,
     clients: dict[str, Any] | None = None,
-    sticky: bool = False,
     describe: Any = str,
     **participation: Any,
 ) -> Planner:
@@ -46,7 +45,7 @@ def planner(
     loaders = ClientLoaders({name: batches(size) for name, size in SIZES.items()} if clients is None else clients)
     settings = FederationSettings(algorithm, WeightedMean(), (), "examples", 3, population=len(loaders))
     taking_part = Participation(**participation)
-    return Planner(Population(loaders), taking_part, settings, group or LocalGroup(), sticky, describe)
+    return Planner(Population(loaders), taking_part, settings, group or LocalGroup(), describe)
 
 
 def plan(own: Planner, index: int = 0, **work: Any) -> RankPlan:
@@ -134,7 +133,7 @@ def test_a_round_is_planned_from_its_number() -> None:
 @pytest.mark.parametrize("sticky", [False, True])
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_the_ranks_share_the_cohort(size: int, sticky: bool) -> None:
-    plans = run_threads(size, lambda group: plan(planner(group, sticky=sticky, clients_per_round=4), 1))
+    plans = run_threads(size, lambda group: planner(group, clients_per_round=4).plan(1, LocalWork(), sticky=sticky))
     assert all(own.cohort == plans[0].cohort and own.works == plans[0].works for own in plans)
     trained = [client for own in plans for client in own.clients]
     assert sorted(trained) == sorted(plans[0].cohort)

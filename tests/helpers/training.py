@@ -30,6 +30,11 @@ def weights(module: nn.Module) -> Tensor:
     return torch.cat([tensor.detach().double().reshape(-1) for tensor in module.state_dict().values()])
 
 
+def measured(fit: L.Trainer) -> dict[str, float]:
+    """The metrics that callbacks find, without the federation's own figures."""
+    return {name: value.item() for name, value in fit.callback_metrics.items() if not name.startswith("fl/")}
+
+
 class Quadratic(L.LightningModule):
     """F_i(x) = h_i / 2 (x - e_i)^2; an example is a pair (e_i, h_i)."""
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_fl.aggregation import Aggregator, RoundContext, Transform
 from lightning_fl.privacy.accounting.bounds import Method, Relation, dp_accounting
-from lightning_fl.privacy.accounting.ledger import Epsilon, Gaussian, Ledger
+from lightning_fl.privacy.accounting.ledger import Adversary, Epsilon, Gaussian, Ledger
 from lightning_fl.privacy.accounting.sampling import FixedSize, Full, Poisson, Sampling
 from lightning_fl.privacy.client_level.clipping import (
     AdaptiveClip,
@@ -109,6 +109,7 @@ class ClientLevelDP(Transform):
     insecure_test_seed: int | None = None
 
     weighting: ClassVar[Literal["examples", "uniform"] | None] = "uniform"
+    client_keys: ClassVar[tuple[str, ...]] = ("clip",)
     needs_secure_sampling = True
     hides_clients = True
 
@@ -200,7 +201,7 @@ class ClientLevelDP(Transform):
         elif num_insecure:
             ledger.record(Gaussian(0.0), num_insecure)  # anyone who knows the seed can compute their noise
             num_insecure = 0
-        event = Gaussian(self.noise_multiplier, self.sampling(ctx))
+        event = Gaussian(self.noise_multiplier, self.sampling(ctx), self._adversary)
         drawn = self._check_cohort(state.get("drawn"), event.sampling, ctx)
         ledger.record(event)  # before training: a round that crashes halfway may have released something already
         if self.max_epsilon is not None and self._epsilon(ledger, ctx) > self.max_epsilon:
@@ -287,7 +288,7 @@ class ClientLevelDP(Transform):
         if self.max_epsilon is None:
             return None
         ledger = load_ledger(state)
-        ledger.record(Gaussian(self.noise_multiplier, self.sampling(ctx)))
+        ledger.record(Gaussian(self.noise_multiplier, self.sampling(ctx), self._adversary))
         if self._epsilon(ledger, ctx) <= self.max_epsilon:
             return None
         spent = float(self._epsilon(load_ledger(state), ctx))
@@ -312,7 +313,12 @@ class ClientLevelDP(Transform):
         # Well below 1 / clients: with a delta of that size, publishing one client outright would count as private.
         delta = min(1e-5, max(ctx.population, 1) ** -1.1) if self.delta is None else self.delta
         relation: Relation | None = "replace_one" if self.mode == "local" else None
-        return ledger.epsilon(delta, self.method, relation, GRID)
+        # In local mode the server is one of those who look, and rounds whose noise it added hide nothing from it.
+        return ledger.epsilon(delta, self.method, relation, GRID, adversary=self._adversary)
+
+    @property
+    def _adversary(self) -> Adversary:
+        return "server" if self.mode == "local" else "model"
 
     def _release(
         self, flat: Flat, bits: Tensor, clip: float, cohort: float, source: SecureNoise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,7 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 import lightning_fl as fl
 from lightning_fl import FederatedStrategy
-from tests.helpers.training import Ordinary, Plain, image_clients, images, trainer
+from tests.helpers.training import Ordinary, Plain, image_clients, images, measured, trainer
 
 SIZES = (1, 7, 23)
 
@@ -55,7 +56,7 @@ class Logs(Plain):
 def logged(**options: Any) -> dict[str, float]:
     fit = trainer(FederatedStrategy("fedavg", **options), 2)
     fit.fit(Logs(), image_clients(SIZES))
-    return {name: value.item() for name, value in fit.callback_metrics.items()}
+    return measured(fit)
 
 
 def test_logged_values_are_means_by_example_over_the_cohort() -> None:
@@ -102,7 +103,7 @@ def diverge() -> tuple[bool, dict[str, float], list[Any]]:
     ):
         fit.fit(module, image_clients(SIZES))
     finite = all(bool(torch.isfinite(param).all()) for param in module.parameters())
-    return finite, {name: v.item() for name, v in fit.callback_metrics.items()}, fit.strategy.history[0]["refused"]
+    return finite, measured(fit), fit.strategy.history[0]["refused"]
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -130,7 +131,7 @@ def test_an_ordinary_module_logs_as_it_would_in_a_plain_trainer() -> None:
     for module, strategy in ((federated, FederatedStrategy(client_optimizer="keep")), (plain, "auto")):
         fit = trainer(strategy, 2, limit_val_batches=0)
         fit.fit(module, clients)
-        outcomes.append({name: value.item() for name, value in fit.callback_metrics.items()})
+        outcomes.append(measured(fit))
     assert outcomes[0].keys() == outcomes[1].keys()
     for name in ("loss_epoch", "loss", "train_acc"):
         assert outcomes[0][name] == pytest.approx(outcomes[1][name], rel=1e-6)
@@ -141,3 +142,41 @@ def test_callbacks_can_monitor_training_metrics(tmp_path: Any) -> None:
     fit = trainer("fedavg", 10, callbacks=[stop])
     fit.fit(Logs(), image_clients(SIZES))
     assert fit.current_epoch == 2
+
+
+def figures_on_rank(strategy: str, ckpt_path: Any = None) -> tuple[dict[str, float], list[Any]]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        options: dict[str, Any] = {"clients_per_round": 2}
+        if strategy == "private":
+            mechanism = fl.privacy.ClientLevelDP(1.0, 1.0, delta=1e-5, insecure_test_seed=1)
+            options = {"transforms": [mechanism]}
+        saver = L.pytorch.callbacks.ModelCheckpoint("figures", filename="{epoch}", save_top_k=-1)
+        fit = trainer(FederatedStrategy(**options), 3, callbacks=[saver], enable_checkpointing=True)
+        fit.fit(Plain(), image_clients((4, 4, 4, 4)), ckpt_path=ckpt_path)
+    return {name: value.item() for name, value in fit.callback_metrics.items()}, fit.strategy.history
+
+
+@pytest.mark.parametrize("strategy", ["plain", "private"])
+def test_the_federations_figures_are_metrics_that_callbacks_find(run_ranks: Any, strategy: str) -> None:
+    found, history = figures_on_rank(strategy)
+    for name, value in found.items():
+        assert value == history[-1][name.removeprefix("fl/")], name
+    expected = {"fl/round", "fl/update_norm"}
+    expected |= {"fl/dp_epsilon"} if strategy == "private" else {"fl/num_clients", "fl/num_examples", "fl/num_steps"}
+    assert expected <= found.keys()
+    assert "fl/num_clients" not in found or strategy == "plain"
+    resumed, _ = figures_on_rank(strategy, "figures/epoch=0.ckpt")
+    assert resumed.keys() == found.keys()
+    first, second = (figures for figures, _ in run_ranks(2, figures_on_rank, strategy))
+    assert first == second
+    assert first.keys() == found.keys()
+
+
+def test_training_can_stop_by_a_figure_of_the_federation() -> None:
+    stop = L.pytorch.callbacks.EarlyStopping("fl/num_steps", mode="max", stopping_threshold=3.5, patience=9)
+    saver = L.pytorch.callbacks.ModelCheckpoint("best", monitor="fl/update_norm", filename="{fl/num_steps:.0f}")
+    fit = trainer(FederatedStrategy(), 5, callbacks=[stop, saver], enable_checkpointing=True)
+    fit.fit(Plain(), image_clients((8, 4, 4), batch_size=4))
+    assert fit.current_epoch == 1
+    assert saver.best_model_score == fit.strategy.history[0]["update_norm"]

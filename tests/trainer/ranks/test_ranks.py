@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,13 +14,14 @@ from torchmetrics.classification import MulticlassAccuracy
 
 import lightning_fl as fl
 from lightning_fl import FederatedStrategy
-from tests.helpers.training import Ordinary, Plain, image_clients, images, loader, trainer, weights
+from lightning_fl.models import TabularMLP
+from tests.helpers.training import Ordinary, Plain, image_clients, images, loader, measured, trainer, weights
 
 Outcome = tuple[Tensor, dict[str, float], int]
 
 
 def outcome(module: Any, fit: Any) -> Outcome:
-    metrics = {name: value.item() for name, value in fit.callback_metrics.items()}
+    metrics = measured(fit)
     return weights(module), metrics, fit.global_step
 
 
@@ -159,7 +162,6 @@ def test_equal_shards_and_one_step_are_ddp() -> None:
 
 
 def one_rank_differs(what: str) -> str:
-    import os
 
     rank = int(os.environ["RANK"])
     module = Plain()
@@ -181,3 +183,87 @@ def test_ranks_that_differ_are_told_on_every_rank(run_ranks: Any, what: str, nam
     assert messages[0] == messages[1]
     assert named in messages[0]
     assert "Rank 1" in messages[0]
+
+
+class Tuned(Plain):
+    def __init__(self, lr: float = 0.1, momentum: float = 0.0, folder: str = "") -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=self.hparams["lr"], momentum=self.hparams["momentum"])
+
+
+class Hidden(Plain):
+    """Its learning rate is in no hyper-parameter."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=self.rate)
+
+
+def train_differently(what: str) -> str:
+    rank = int(os.environ["RANK"])
+    modules: dict[str, Any] = {
+        "lr": lambda: Tuned(lr=[0.05, 0.5][rank]),
+        "optimizer": lambda: Hidden([0.05, 0.5][rank]),
+        "folder": lambda: Tuned(folder=f"silo{rank}"),
+    }
+    try:
+        trainer("fedavg").fit(modules[what](), loader(8, seed=rank))
+    except ValueError as error:
+        return str(error)
+    return "trained"
+
+
+def test_silos_that_train_differently_are_told(run_ranks: Any) -> None:
+    for what, named in {
+        "lr": "'model.lr' is 0.5 on",
+        "optimizer": "'SGD, lr' is 0.5 on rank 1 and 0.05 on rank 0",
+    }.items():
+        for message in run_ranks(2, train_differently, what):
+            assert named in message
+    assert run_ranks(2, train_differently, "folder") == ["trained", "trained"]
+
+
+def silo_table(what: str, rank: int) -> str:
+    columns = ["bmi", "age", "sex", "ill"] if what == "order" and rank == 1 else ["age", "bmi", "sex", "ill"]
+    sexes, ills = ["f", "m"], ["no", "yes"]
+    if rank == 1:
+        sexes = {"sex": ["0", "1"], "category": ["f", "f"]}.get(what, sexes)
+        ills = ["healthy", "ill"] if what == "classes" else ills
+    rows = [
+        {"age": str(30 + i), "bmi": str(20 + i % 7), "sex": f"s{sexes[i % 2]}", "ill": ills[i // 2 % 2]}
+        for i in range(40)
+    ]
+    return "\n".join([",".join(columns), *(",".join(row[column] for column in columns) for row in rows)]) + "\n"
+
+
+def train_on_table(what: str) -> str:
+    rank = int(os.environ["RANK"])
+    path = Path(f"silo{rank}.csv")
+    path.write_text(silo_table(what, rank))
+    data = fl.datamodules.TabularDataModule(path, "ill", features=None)
+    data.setup()
+    try:
+        trainer("fedavg").fit(TabularMLP(data.num_features, (4,), data.num_classes), datamodule=data)
+    except ValueError as error:
+        return str(error)
+    return "trained"
+
+
+@pytest.mark.parametrize(
+    ("what", "named"),
+    [("order", "data 'features'"), ("classes", "data 'classes'"), ("sex", "sex=s0"), ("category", "data 'features'")],
+)
+def test_tables_of_silos_that_differ_are_told_before_training(run_ranks: Any, what: str, named: str) -> None:
+    messages = run_ranks(2, train_on_table, what)
+    assert messages[0] == messages[1]
+    assert named in messages[0]
+
+
+def test_tables_of_silos_that_agree_are_trained(run_ranks: Any) -> None:
+    assert run_ranks(2, train_on_table, "same") == ["trained", "trained"]
