@@ -31,6 +31,7 @@ from lightning_fl.aggregation import (
     NormBound,
     RoundContext,
     RowAggregator,
+    Screened,
     TrimmedMean,
     WeightedMean,
 )
@@ -123,6 +124,7 @@ ENTRIES = {
     "fltrust": Entry(FLTrust, {"root": "client 0"}, expected=by_coefficients(references.fltrust)),
     "dnc": Entry(DnC, expected=by_coefficients(references.dnc)),
     "flame": Entry(FLAME, expected=by_coefficients(references.flame)),
+    "screened": Entry(Screened, expected=by_coefficients(references.screened)),
     "foolsgold": Entry(FoolsGold, expected=by_coefficients(references.foolsgold)),
 }
 every_aggregator = pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)

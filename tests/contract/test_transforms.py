@@ -45,7 +45,7 @@ class KeepsNorm(Transform):
     keeps_norm_bound = True
 
 
-class Median(WeightedMean):
+class NoSum(WeightedMean):
     """An aggregator that is no sum."""
 
     is_sum = False
@@ -116,16 +116,16 @@ OF_PRIVACY: dict[str, Any] = {
         ({"weighting": "examples"}, "weighting='examples' lets one client weigh more.*Leave weighting out"),
         ({"transforms": [Lengthens()]}, r"Lengthens comes after ClientLevelDP and may .*Put ClientLevelDP last"),
         ({"transforms": [ClientLevelDP(1.0, 1.0)]}, "ClientLevelDP comes after ClientLevelDP"),
-        ({"aggregator": Median()}, r"Median is no sum\. Use fl\.aggregation\.WeightedMean\(\)"),
+        ({"aggregator": NoSum()}, r"NoSum is no sum\. Use fl\.aggregation\.WeightedMean\(\)"),
     ],
 }
 SECURE = [({"aggregator": SecureAggregation()}, "TopK sends each client's own selection.* Use RandomK")]
 ENTRIES = {
-    "identity": Entry(Transform, neutral={}, beside={"transforms": [Lengthens()], "aggregator": Median()}),
+    "identity": Entry(Transform, neutral={}, beside={"transforms": [Lengthens()], "aggregator": NoSum()}),
     "error feedback": Entry(Rounds),
-    "compression": Entry(Compress, {"compressor": TOP}, beside={"aggregator": Median()}, refuses=SECURE),
+    "compression": Entry(Compress, {"compressor": TOP}, beside={"aggregator": NoSum()}, refuses=SECURE),
     "compression without feedback": Entry(Compress, {"compressor": TOP, "error_feedback": False}, refuses=SECURE),
-    "powersgd": Entry(PowerSGD, {"rank": 1}, beside={"aggregator": Median()}),
+    "powersgd": Entry(PowerSGD, {"rank": 1}, beside={"aggregator": NoSum()}),
     "dp": Entry(ClientLevelDP, PRIVATE, NEUTRAL, **OF_PRIVACY),
     "dp-adaptive": Entry(ClientLevelDP, {**PRIVATE, "clip": ADAPTIVE}, **OF_PRIVACY),
     "dp-local": Entry(ClientLevelDP, {**PRIVATE, "mode": "local"}, {**NEUTRAL, "mode": "local"}, **OF_PRIVACY),
