@@ -81,13 +81,13 @@ class StateFiles:
             except OSError:  # another file system, or one without hard links
                 shutil.copyfile(other._path(client, name), target)
 
-    def write_manifest(self, manifest: Manifest) -> str:
-        """Writes a manifest and returns its name."""
+    def write_manifest(self, manifest: Manifest, name: str | None = None) -> str:
+        """Writes a manifest and returns its name, which is that of its content if none is given."""
         # Sorted, so that equal manifests have equal digests; by repr, because ids may be both numbers and strings.
         data = json.dumps(sorted(manifest.items(), key=repr)).encode()
-        name = hashlib.blake2b(data, digest_size=16).hexdigest()
-        _write(self.root / "manifests" / f"{name}.json", data)
-        return name
+        digest = hashlib.blake2b(data, digest_size=16).hexdigest()
+        _write(self.root / "manifests" / f"{name or digest}.json", data, replace=name is not None)
+        return name or digest
 
     def read_manifest(self, name: str) -> Manifest | None:
         """Reads a manifest; None if there is no such file."""

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_fl.clients.local_work import BatchPosition
+from lightning_fl.engines.buffers import contributions
 from lightning_fl.engines.optimizer_states import OptimizerStates, Schedule, ScheduleEnd
 from lightning_fl.engines.tensors import FederatedTensors, clones, load
-from lightning_fl.tree import cast_like, sum_dtype, to_sum_dtype
+from lightning_fl.tree import cast_like, to_sum_dtype
 from lightning_fl.types import Phase, Tree
 
 ClientOptimizer = Literal["reset", "keep"]
@@ -74,7 +76,7 @@ class LocalResult:
 
     Args:
         params: The trained shared parameters, in the dtype in which they are summed.
-        buffers: The change of the shared buffers.
+        buffers: What each client contributes to the shared buffers: their change.
         client_state: The clients' state for their next round: personal tensors, optimizer state.
         facts: Facts of each client's training.
     """
@@ -92,6 +94,7 @@ class RoundStart:
     tensors: FederatedTensors
     buffers: Tree = field(default_factory=dict)
     personal: Tree = field(default_factory=dict)
+    counts_known: bool = True
 
 
 class LocalTrainer(ABC):
@@ -128,18 +131,25 @@ class LocalTrainer(ABC):
 
     # ---- a round
 
-    def begin_round(self, server_params: Tree | None, schedules: Sequence[Schedule] = ()) -> Tree:
+    def begin_round(
+        self, server_params: Tree | None, schedules: Sequence[Schedule] = (), counts_known: bool = True
+    ) -> Tree:
         """Takes the module's tensors as the round's start.
 
         Changes of the module between rounds take precedence: a value of ``server_params`` (in at least float32) is used
         only where the module still holds its cast.
+
+        Args:
+            server_params: The global parameters of the last round; None if there are none.
+            schedules: The learning-rate schedules that step inside local training.
+            counts_known: Whether clients say which values they have where a shared buffer starts as infinity or NaN.
 
         Returns:
             The global parameters, in the dtype in which they are summed.
         """
         # Sorted anew in each round, because callbacks freeze and unfreeze layers between rounds.
         tensors = FederatedTensors(self.module, self.personal)
-        self._round_start = RoundStart(tensors, clones(tensors.buffers), clones(tensors.personal))
+        self._round_start = RoundStart(tensors, clones(tensors.buffers), clones(tensors.personal), counts_known)
         self.optimizers.begin_round(schedules)
         params = to_sum_dtype(tensors.params)
         for name, param in tensors.params.items():
@@ -242,11 +252,30 @@ class LocalTrainer(ABC):
 
     # ---- parts
 
+    def _contributions(self, stacked: Tree) -> Tree:
+        start = self.round_start
+        return contributions(stacked, start.buffers, start.counts_known)
+
     @property
     def round_start(self) -> RoundStart:
         """The values with which the clients of the current round start."""
         assert self._round_start is not None, "begin_round has not been called"
         return self._round_start
+
+    def state_of_start(self, params: Tree) -> Tree:
+        """The module's tensors as they were at the round's start, under each of their names.
+
+        Args:
+            params: The global parameters of the round's start.
+        """
+        start = self.round_start
+        own = {**self.tensors.params, **self.tensors.buffers, **self.tensors.personal}
+        values = {**params, **start.buffers, **start.personal}
+        found = {id(tensor): cast_like(values[name], tensor).clone() for name, tensor in own.items()}
+        aliases = chain(
+            self.module.named_parameters(remove_duplicate=False), self.module.named_buffers(remove_duplicate=False)
+        )
+        return {name: found[id(tensor)] for name, tensor in aliases if id(tensor) in found}
 
     @property
     def tensors(self) -> FederatedTensors:
@@ -288,18 +317,21 @@ def loss_of(output: Any) -> Tensor | None:
 
 def transform_gradients(transform: GradTransform, params: Mapping[str, Tensor], optimizer: Optimizer) -> None:
     """Replaces the gradients of those of ``params`` that ``optimizer`` steps by ``transform(grads, params)``."""
+    # SparseAdam refuses dense gradients, which a correction of every element gives.
+    sparse = next((name for name, param in params.items() if param.grad is not None and param.grad.is_sparse), None)
+    if sparse is not None and type(optimizer) is torch.optim.SparseAdam:
+        raise ValueError(
+            f"The algorithm adds a correction to the sparse gradient of {sparse!r}, which makes it dense, and "
+            "torch.optim.SparseAdam takes sparse gradients only. Use torch.optim.SGD or Adagrad, an embedding with "
+            "sparse=False, or fedavg."
+        )
     # With several optimizers, gradients of the others must not be corrected once for each of them.
     stepped = {id(param) for group in optimizer.param_groups for param in group["params"]}
     grads = {name: param.grad for name, param in params.items() if id(param) in stepped and param.grad is not None}
+    grads = {name: grad.to_dense() if grad.is_sparse else grad for name, grad in grads.items()}
     for name, grad in transform(grads, {name: params[name].detach() for name in grads}).items():
         # A correction in float32 promotes gradients in half precision, and torch refuses a gradient of another dtype.
         params[name].grad = grad.to(params[name].dtype)
-
-
-def buffer_delta(buffer: Tensor, start: Tensor) -> Tensor:
-    """The change of a buffer by training; 0 where an infinity has not changed, as in an attention mask."""
-    dtype = sum_dtype(buffer.dtype)
-    return (buffer.detach().to(dtype) - start.to(dtype)).masked_fill(buffer == start, 0)
 
 
 def trained_value(param: Tensor, start: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from lightning_fl.engines.local_trainer import (
     GradTransform,
     LocalResult,
     LocalTrainer,
-    buffer_delta,
     trained_value,
     transform_gradients,
 )
@@ -90,11 +89,10 @@ class SequentialEngine(LocalTrainer):
         facts = ClientFacts(
             phases.num_steps, phases.lr_sum, phases.normalizer, phases.schedule_end, phases.num_steps_of_all
         )
-        start = self.round_start.buffers
         # Indexing with None gives a client dimension without the copy that stacking would make.
         result = LocalResult(
             params={n: trained_value(p.detach(), phases.start_params[n])[None] for n, p in tensors.params.items()},
-            buffers={name: buffer_delta(buffer, start[name])[None] for name, buffer in tensors.buffers.items()},
+            buffers=self._contributions({name: buffer[None] for name, buffer in tensors.buffers.items()}),
             client_state={key: {n: t[None] for n, t in tree.items()} for key, tree in client_state.items()},
             facts=[facts],
         )

@@ -28,6 +28,7 @@ class FederatedTensors:
     """
 
     def __init__(self, module: nn.Module, personal: Sequence[str] = ()) -> None:
+        check_tensors(module)
         # Buffers that are not persistent, such as caches and the states of metrics, belong to no model and never
         # travel.
         persistent = set(module.state_dict())
@@ -120,21 +121,55 @@ class FederatedTensors:
         return {**self.personal_params, **buffers}
 
 
+def check_tensors(module: nn.Module) -> None:
+    """Makes sure that the module's tensors can be averaged and sent.
+
+    Raises:
+        ValueError: If one is of a kind that can't; the message names it and the remedy.
+    """
+    persistent = set(module.state_dict())
+    buffers = [(name, own) for name, own in module.named_buffers() if name in persistent]
+    for name, tensor in [*module.named_parameters(), *buffers]:
+        reason = _why_not(tensor)
+        if reason is not None:
+            raise ValueError(f"The tensor {name!r} {reason}")
+
+
+def _why_not(tensor: Tensor) -> str | None:
+    if nn.parameter.is_lazy(tensor):
+        return (
+            "is lazy and has no shape yet. Run one batch through the module before training, as in __init__ or "
+            "configure_model."
+        )
+    if hasattr(tensor, "device_mesh"):  # told without importing torch's distributed tensors
+        return (
+            "is a DTensor, which is spread over processes, but a federation's rank trains a whole model. Leave out "
+            "fully_shard and parallelize_module."
+        )
+    if tensor.is_nested:
+        return (
+            "is a nested tensor, whose parts have no common shape to average. Keep it as a padded tensor with lengths, "
+            "or register it with persistent=False."
+        )
+    if tensor.layout is not torch.strided:
+        return f"is stored as {tensor.layout}, but only dense tensors are averaged. Keep it dense."
+    return None
+
+
 def load(tensors: Mapping[str, Tensor], values: Tree) -> None:
     """Copies values into the tensors of the same names."""
     for name, tensor in tensors.items():
+        value = cast_like(values[name], tensor)
         # In place, because optimizers, tied modules and the user's own references hold these tensors.
-        tensor.detach().copy_(cast_like(values[name], tensor))
+        if tensor.shape == value.shape:
+            tensor.detach().copy_(value)
+        else:  # a buffer that stays with its client, such as a queue, may grow
+            tensor.data = value.to(tensor.device, copy=True)
 
 
 def clones(tensors: Mapping[str, Tensor]) -> Tree:
     """Copies of the tensors."""
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
-
-
-def moved(start: Tensor, change: Tensor) -> Tensor:
-    """``start + change``; bit for bit ``start`` where nothing changed, also integers that no float can hold."""
-    return torch.where(change == 0, start, cast_like(start.to(change.dtype) + change, start))
 
 
 def _sample(tensor: Tensor) -> Tensor:

@@ -233,7 +233,8 @@ class Round:
             ValueError: If the shared tensors have changed under an algorithm whose clients keep state for each of them.
         """
         # Before the server is opened: the server's state starts from the tensors that the module holds now.
-        params = trainer.begin_round(state.server.get("params"), schedules)
+        # Noise would turn what no client knows into a value.
+        params = trainer.begin_round(state.server.get("params"), schedules, counts_known=not settings.hides_clients)
         templates = update_templates(settings, params, trainer.tensors.buffers)
         ctx = RoundContext(
             index,

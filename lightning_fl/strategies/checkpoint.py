@@ -119,8 +119,19 @@ class ClientStateFiles:
         self.name = Path(path).name
         self.files = state_files(path)
 
-    def write(self, store: ClientStore) -> list[str]:
-        """Writes this rank's states and returns the manifests of all ranks; every rank must call it."""
+    def write(self, store: ClientStore, federation: Group, alone_as: str | None = None) -> list[str]:
+        """Writes this rank's states and returns the manifests of all ranks; every rank must call it.
+
+        Args:
+            store: The states.
+            federation: All ranks of the federation.
+            alone_as: A name for manifests that each rank writes without waiting for the others. None: by content.
+        """
+        if alone_as is not None:
+            manifests = [f"{alone_as}-rank{rank}" for rank in range(federation.size)]
+            self.files.write_manifest(store.save(self.files), manifests[federation.rank])
+            self.files.name(self.name, manifests, also_old=True)
+            return manifests
         own = self.files.write_manifest(store.save(self.files))
         manifests = [
             message.fields["manifest"] for message in self.group.all_gather(Message({"manifest": own}), "checkpoint")

@@ -428,12 +428,15 @@ class RoundFitLoop(_FitLoop):
         # Lightning would cut this rank's round off at the limit, which here applies to one pass of each client. The
         # driver applies it, so Lightning must see a limit that has no effect.
         limit, self.trainer.limit_train_batches = self.trainer.limit_train_batches, 1.0
+        # An interval other than 1.0 is allowed only where nothing is validated.
+        interval = getattr(self.trainer, "val_check_interval", 1.0)
+        self.trainer.val_check_interval = 1.0
         strategy.limit_train_batches = limit
         try:
             with strategy.local_phase(), self._read_by_loop():
                 super().setup_data()
         finally:
-            self.trainer.limit_train_batches = limit
+            self.trainer.limit_train_batches, self.trainer.val_check_interval = limit, interval
         # Lightning asks a loader for its length only once, but a round's length changes with its cohort.
         if self._combined_loader is not None and strategy.driver is not None:
             strategy.driver.set_length()

@@ -20,7 +20,6 @@ from lightning_fl.engines.local_trainer import (
     GradTransform,
     LocalResult,
     StepFunctions,
-    buffer_delta,
     loss_of,
     trained_value,
 )
@@ -30,7 +29,7 @@ from lightning_fl.engines.tensors import clones, load
 from lightning_fl.engines.vectorized.batching_rules import BatchingRules
 from lightning_fl.engines.vectorized.buffer_pool import BufferPool
 from lightning_fl.engines.vectorized.row_subset import RowSubset
-from lightning_fl.engines.vectorized.stacking import NotVectorizable, stack
+from lightning_fl.engines.vectorized.stacking import NotStackable, NotVectorizable, stack
 from lightning_fl.engines.vectorized.tensor_slots import TensorSlots
 from lightning_fl.torch_internals import flat_vmap, pytree
 from lightning_fl.tree import cast_like, num_bytes
@@ -130,7 +129,13 @@ class VectorizedEngine(SequentialEngine):
 
     @torch.no_grad()
     def _spread(self, value: Tensor, like: Tensor, size: int) -> Tensor:
-        """``value`` in the dtype of ``like``, repeated for each client unless it is stacked already."""
+        """``value`` in the dtype of ``like``, repeated for each client unless it is stacked already.
+
+        Raises:
+            NotStackable: If it has another shape, as a client's own buffer that grows.
+        """
+        if value.shape not in (like.shape, (size, *like.shape)):
+            raise NotStackable("a buffer changes its shape")
         return self.pool.empty((size, *like.shape), like).copy_(cast_like(value, like))
 
     def choose(self, rows: Sequence[int]) -> None:
@@ -265,7 +270,7 @@ class VectorizedEngine(SequentialEngine):
     def finish(self, num_steps: Sequence[int] | None = None) -> LocalResult:
         if not self._stacked:
             return super().finish()
-        tensors, start = self.tensors, self.round_start.buffers
+        tensors = self.tensors
         tensors.check_frozen()
         # Rows that trained by themselves are written back before the result is read.
         if self._subset is not None:
@@ -281,7 +286,7 @@ class VectorizedEngine(SequentialEngine):
         facts = {number: self._facts(number, params) for number in sorted(set(each))}
         result = LocalResult(
             params={name: _trained(param.detach(), self._start[name]) for name, param in params.items()},
-            buffers={name: buffer_delta(buffer, start[name]) for name, buffer in buffers.items()},
+            buffers=self._contributions(buffers),
             client_state=client_state,
             facts=[facts[number] for number in each],
         )
