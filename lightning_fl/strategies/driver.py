@@ -203,7 +203,13 @@ class RoundDriver:
         cohort_size = len(population) if is_random else len(self.plan.cohort)
         least = 0 if is_random and sampling is not None and sampling.rate < 1 else None
         return FederationFacts(
-            population.silos is not None, cohort_size, is_training=True, max_weight=max_weight, min_cohort_size=least
+            population.silos is not None,
+            cohort_size,
+            is_training=True,
+            max_weight=max_weight,
+            min_cohort_size=least,
+            clients=population.ids,
+            seed=self.settings.seed,
         )
 
     @property
