@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
@@ -15,8 +15,9 @@ from torch.optim import Optimizer
 
 from lightning_fl.clients.local_work import BatchPosition
 from lightning_fl.engines.buffers import contributions
+from lightning_fl.engines.isolation import Isolation
 from lightning_fl.engines.optimizer_states import OptimizerStates, Schedule, ScheduleEnd
-from lightning_fl.engines.tensors import FederatedTensors, clones, load
+from lightning_fl.engines.tensors import FederatedTensors, clones, is_same, load
 from lightning_fl.tree import cast_like, to_sum_dtype
 from lightning_fl.types import Phase, Tree
 
@@ -111,6 +112,7 @@ class LocalTrainer(ABC):
             last round.
         functions: The parts of a step. None: :meth:`step` is not called, because another loop runs the steps and calls
             :meth:`prepare_gradients` in each.
+        isolation: Puts the rest of the module's state back before each client. None: all of it.
     """
 
     def __init__(
@@ -120,6 +122,7 @@ class LocalTrainer(ABC):
         personal: Sequence[str] = (),
         client_optimizer: ClientOptimizer = "reset",
         functions: StepFunctions | None = None,
+        isolation: Isolation | None = None,
     ) -> None:
         self.module = module
         self.optimizers = optimizers
@@ -127,12 +130,23 @@ class LocalTrainer(ABC):
         self.client_optimizer = client_optimizer
         self.functions = functions
         self.grad_transform: GradTransform | None = None
+        self.isolation = Isolation(module) if isolation is None else isolation
+        self.is_alone = False
+        self.is_shared = True
+        self.moved: set[str] = set()
+        """Frozen parameters that local training has written to in the current round."""
         self._round_start: RoundStart | None = None
 
     # ---- a round
 
     def begin_round(
-        self, server_params: Tree | None, schedules: Sequence[Schedule] = (), counts_known: bool = True
+        self,
+        server_params: Tree | None,
+        schedules: Sequence[Schedule] = (),
+        counts_known: bool = True,
+        moving: Collection[str] | None = (),
+        is_alone: bool = False,
+        is_shared: bool = True,
     ) -> Tree:
         """Takes the module's tensors as the round's start.
 
@@ -143,12 +157,17 @@ class LocalTrainer(ABC):
             server_params: The global parameters of the last round; None if there are none.
             schedules: The learning-rate schedules that step inside local training.
             counts_known: Whether clients say which values they have where a shared buffer starts as infinity or NaN.
+            moving: Names of frozen parameters that local training writes to; see :class:`FederatedTensors`.
+            is_alone: Whether the federation has one client only, whose state can reach no other.
+            is_shared: Whether several clients train on this module, one after the other. A silo has it for itself.
 
         Returns:
             The global parameters, in the dtype in which they are summed.
         """
         # Sorted anew in each round, because callbacks freeze and unfreeze layers between rounds.
-        tensors = FederatedTensors(self.module, self.personal)
+        tensors = FederatedTensors(self.module, self.personal, moving)
+        self.is_alone, self.is_shared, self.moved = is_alone, is_shared, set()
+        self.isolation.begin_round()
         self._round_start = RoundStart(tensors, clones(tensors.buffers), clones(tensors.personal), counts_known)
         self.optimizers.begin_round(schedules)
         params = to_sum_dtype(tensors.params)
@@ -226,7 +245,8 @@ class LocalTrainer(ABC):
             num_steps: How many steps each client of a group has taken. None: all have taken every step.
 
         Raises:
-            ValueError: If training has changed a frozen parameter, which the next client would inherit.
+            ValueError: If training has changed a frozen parameter of which there is no copy, so that the next client
+                would inherit it.
         """
 
     @abstractmethod
@@ -243,14 +263,37 @@ class LocalTrainer(ABC):
         """
         # A group may still be in training where a round is abandoned, and its tensors may be in the optimizers.
         self.leave()
+        # First, because a module may have replaced buffers, into which the new values are loaded.
+        self.isolation.end_round()
         start = self.round_start
         load(self.tensors.params, params)
         load(self.tensors.buffers, buffers)
         # Between rounds the module holds the common start values, not those of the client that was trained last.
         load(self.tensors.personal, start.personal)
+        self.put_back()
         self.optimizers.end_round(schedule_end)
 
+    def put_back(self, also_alone: bool = False) -> None:
+        """Restores what training has changed in the module beside the tensors that :meth:`start` loads.
+
+        Args:
+            also_alone: Whether to restore it also where the federation has one client only, which may keep it.
+        """
+        if also_alone or not self.is_alone:
+            self.tensors.still.put_back()
+
+    def seed(self, seed: int) -> None:
+        """Seeds the random generators that the module holds, once a client has been started."""
+        self.isolation.seed(seed)
+
     # ---- parts
+
+    def _enter(self) -> None:
+        """Puts the module into the state of the round's start, except for the tensors that :meth:`start` loads."""
+        if self.is_shared:
+            schedulers = (schedule.scheduler for schedule in self.optimizers.schedules)
+            self.isolation.start_client(self.tensors.all.values(), [*self.optimizers.optimizers, *schedulers])
+        self.put_back()
 
     def _contributions(self, stacked: Tree) -> Tree:
         start = self.round_start
@@ -286,6 +329,25 @@ class LocalTrainer(ABC):
     def device(self) -> torch.device:
         """The device of the module's shared parameters."""
         return next(iter(self.tensors.params.values())).device
+
+    def _note_moved(self) -> None:
+        """Notes which frozen parameters the client has written to, and puts back those that are not averaged."""
+        tensors, start = self.tensors, self.round_start.buffers
+        self.moved |= {
+            name
+            for name, param in tensors.moving.items()
+            if name not in self.moved and not is_same(param.detach(), start[name])
+        }
+        if self.is_alone:
+            return
+        self.moved.update(tensors.still.put_back())
+        lost = tensors.still.lost()
+        if lost:
+            raise ValueError(
+                f"The frozen parameter {lost[0]!r} was changed during local training, so one client's value would "
+                "reach the next, and there is no copy of it, because the frozen parameters are much larger than the "
+                "trainable ones. Let training change smaller tensors, or keep it from writing to this one."
+            )
 
     def _forward(self, batch: Any, position: BatchPosition) -> tuple[Tensor | None, Tensor | None]:
         """The loss to be differentiated, and that of each client; both are the same for a client alone."""

@@ -35,6 +35,7 @@ class SequentialEngine(LocalTrainer):
         grad_transform: GradTransform | None = None,
     ) -> None:
         (params,), (client_state,) = starts, client_states
+        self._enter()
         round_start, tensors = self.round_start, self.tensors
         personal = client_state.get("personal", round_start.personal)
         load(tensors.params, params)
@@ -78,7 +79,7 @@ class SequentialEngine(LocalTrainer):
     def finish(self, num_steps: Sequence[int] | None = None) -> LocalResult:
         tensors, phases = self.tensors, self.phases
         # Before anything is read: a result of parameters that must not have changed would be wrong.
-        tensors.check_frozen()
+        self._note_moved()
         self._end_phase()
         own_model = phases.restore_global_model()
         client_state: dict[str, Tree] = dict(phases.next_state)

@@ -76,7 +76,7 @@ def open_server(
     states = [*state.transforms, *({} for _ in settings.transforms[len(state.transforms) :])]
     contexts = contexts_of(settings, ctx)
     started = [t.start_round(own, c) for t, own, c in zip(settings.transforms, states, contexts, strict=True)]
-    return FederationState(_continue(settings, state.server, params), started)
+    return replace(state, server=_continue(settings, state.server, params), transforms=started)
 
 
 def update_template(settings: FederationSettings, params: Tree, buffers: Mapping[str, Tensor]) -> Update:
@@ -160,6 +160,8 @@ def close_server(opened: ServerRound, acc: Any, joined: RankReport) -> Closing:
     state, aggregate, facts = server_step(settings, opened.state, aggregate, ctx)
     if not is_empty:
         facts.update(settings.aggregator.report(acc, ctx))
+    if joined.num_clients:
+        state = replace(state, moving=sorted({*(state.moving or ()), *joined.moved}))
     weight = aggregate.weight or 1.0
     # Algorithms do not see buffers, so their mean is taken here.
     buffers = moved(opened.buffers, scale(aggregate.buffers, 1 / weight))

@@ -47,6 +47,7 @@ def pack(algorithm: Algorithm, state: FederationState, module: nn.Module) -> dic
         "master": {name: value for name, value in params.items() if value.dtype != held[name].dtype},
         "server": server,
         "transforms": list(state.transforms),
+        "moving": None if state.moving is None else list(state.moving),
     }
 
 
@@ -72,7 +73,8 @@ def unpack(packed: Mapping[str, Any], algorithm: Algorithm, module: nn.Module) -
     device = next(iter(held.values())).device
     params = {**to_sum_dtype({name: held[name] for name in packed["params"]}), **move(packed["master"], device)}
     server: State = {"params": params, **move(packed["server"], device)} if params else {}
-    return FederationState(server, [move(state, device) for state in packed["transforms"]])
+    # Checkpoints of older versions do not say what moves.
+    return FederationState(server, [move(state, device) for state in packed["transforms"]], packed.get("moving"))
 
 
 class WholeCheckpointIO(TorchCheckpointIO):

@@ -44,7 +44,7 @@ from lightning_fl.strategies.catching_up import catch_up
 from lightning_fl.strategies.client_session import ClientSession
 from lightning_fl.strategies.hooks import batch_hook
 from lightning_fl.strategies.logged_values import LoggedValues, late_entries, monitor_names, publish
-from lightning_fl.strategies.loops import RoundEpochLoop
+from lightning_fl.strategies.loops import OUTSIDE_CLIENTS, RoundEpochLoop
 from lightning_fl.strategies.metric_states import MetricStates
 from lightning_fl.strategies.open_round import OpenRound
 from lightning_fl.strategies.probe import probe
@@ -203,7 +203,13 @@ class RoundDriver:
         cohort_size = len(population) if is_random else len(self.plan.cohort)
         least = 0 if is_random and sampling is not None and sampling.rate < 1 else None
         return FederationFacts(
-            population.silos is not None, cohort_size, is_training=True, max_weight=max_weight, min_cohort_size=least
+            population.silos is not None,
+            cohort_size,
+            is_training=True,
+            max_weight=max_weight,
+            min_cohort_size=least,
+            clients=population.ids,
+            seed=self.settings.seed,
         )
 
     @property
@@ -312,7 +318,10 @@ class RoundDriver:
         if not steps.is_open:
             steps.skip()
         self._close(opened)
-        steps.end_round()
+        assert self.local_trainer is not None
+        with self.local_trainer.isolation.after_round():
+            steps.end_round()
+        loop.position = OUTSIDE_CLIENTS
 
     def _train(self, opened: OpenRound, task: ClientTask) -> None:
         """Trains a client group on its batches."""
@@ -458,6 +467,7 @@ class RoundDriver:
         # Each client starts at the round's step, so that what reads `global_step` does not depend on which clients this
         # rank has trained before.
         opened.steps.loop.set_global_step(opened.first_step)
+        opened.steps.loop.position = OUTSIDE_CLIENTS
         if len(clients) > 1:
             return self._start_group(opened, clients)
         (client,) = clients
@@ -636,6 +646,8 @@ class RoundDriver:
         if self.settings.is_differentially_private:
             self.warnings.monitors(trainer, logged)
         self.warnings.result(index, result)
+        assert self.local_trainer is not None
+        self.warnings.put_back(self.local_trainer.isolation.changed)
         self.history.append(history_entry(index, result, self.plan.dropped))
         internals.log_figures(trainer, figures(self.history[-1], result.hides_clients), RANK_FIGURES)
         self.warnings.words(trainer, words(self.history[-1]))

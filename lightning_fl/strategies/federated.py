@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch import Tensor
 
-from lightning_fl.aggregation import Aggregator, Transform, WeightedMean
+from lightning_fl.aggregation import Aggregator, Corruption, Transform, WeightedMean
 from lightning_fl.algorithms import Algorithm, Weighting, get_algorithm
 from lightning_fl.clients import Amount, Cohort, Participation, Population, Stragglers, Uniform
 from lightning_fl.clients.cohorts import describe_sampling
@@ -64,6 +64,7 @@ from lightning_fl.strategies.validation import (
     check_phases,
     check_same_on_ranks,
     check_trainer,
+    check_type,
     check_types,
     check_work,
     choose_weighting,
@@ -107,6 +108,7 @@ class FederatedStrategy(internals.ReusableStrategy):
         timeout: Seconds that a collective waits for the other ranks.
         frozen: What happens to frozen parameters, which don't travel in rounds, before the first one: ``"compare"``:
             they must be the same on all ranks; ``"broadcast"``: all ranks get those of rank 0.
+        adversary: Lets some simulated clients attack, as ``fl.attacks.Adversary(fl.attacks.ALIE())``. None: nobody.
         federation: The coordinator's address, ``"https://host:port"``: this launch is then one silo of a federation
             over a network, and its training loader that silo's data.
         kit: The folder with the silo's key and certificate, for ``federation``.
@@ -146,6 +148,7 @@ class FederatedStrategy(internals.ReusableStrategy):
         stragglers: Stragglers | None = None,
         timeout: float = 1800.0,
         frozen: Literal["compare", "broadcast"] = "compare",
+        adversary: Corruption | None = None,
         federation: str | None = None,
         kit: str | Path | None = None,
     ) -> None:
@@ -184,6 +187,10 @@ class FederatedStrategy(internals.ReusableStrategy):
         sampling = None if num_clients is None else describe_sampling(self.cohort, num_clients, clients_per_round)
         if sampling is not None and sampling.kind != "poisson":
             self.aggregator.check_cohort(round(sampling.size))
+        self.adversary = adversary
+        if adversary is not None:
+            check_type("adversary", adversary, Corruption, "fl.attacks.Adversary(fl.attacks.SignFlip())")
+            self.aggregator = adversary.wrap_aggregator(self.aggregator)
         check_phases(self.algorithm, local_epochs, local_steps)
         self.named_personal = (personal,) if isinstance(personal, str) else tuple(personal)
         self.personal = self.named_personal
@@ -425,6 +432,9 @@ class FederatedStrategy(internals.ReusableStrategy):
             callbacks=trainer.callbacks,  # type: ignore[attr-defined]
             silo=None if self.network is None else self.network.name,
         )
+        if self.adversary is not None:
+            loaders = self.adversary.wrap_loaders(population.loaders, self._seed)
+            population = Population(loaders, population.silos)
         if self.driver is None:
             self.driver = self._make_driver(population)
         else:

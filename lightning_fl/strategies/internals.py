@@ -409,6 +409,12 @@ def running_training_step(module: Any) -> Iterator[None]:
         attributes["_current_fx_name"] = None
 
 
+def bookkeeping(owner: Any) -> tuple[str, ...]:
+    """Names of a module's attributes in which Lightning keeps what no step computes with."""
+    # The hook that is running, and a cache of the names of logged metrics.
+    return ("_current_fx_name", "_metric_attributes") if isinstance(owner, LightningModule) else ()
+
+
 @contextmanager
 def trainer_replaced(module: LightningModule, stand_in: Any) -> Iterator[None]:
     """Gives the module and its submodules ``stand_in`` as their Trainer; the public setter takes Trainers only."""
