@@ -362,9 +362,9 @@ class FederatedStrategy(ParallelStrategy):
             synchronize_module(self.federation, self.lightning_module)
         if self.network is not None and trainer.state.fn == TrainerFn.FITTING:
             common = {**settings_of_training(trainer), **columns}
-            self.network.join(
-                FederatedTensors(self.lightning_module, self.personal), settings_of_silo(self), common, versions()
-            )
+            hides = self._protects_examples or any(transform.hides_clients for transform in self.transforms)
+            tensors = FederatedTensors(self.lightning_module, self.personal)
+            self.network.join(tensors, settings_of_silo(self), common, versions(), hides)
         self._evaluation_metrics = EvaluationMetrics(self._parties, self.lightning_module, self.aggregator)
 
     def setup_optimizers(self, trainer: L.Trainer) -> None:
