@@ -523,7 +523,9 @@ class Round:
         """Restores the module and the clients' states of the round's start, because the round can't be finished."""
         self.restore_randomness()
         self.store.roll_back()
-        self.trainer.end_round(self.state.server["params"], zeros_like(self.template.buffers), None)
+        model = self.templates[0] if self.templates else self.template
+        assert model is not None
+        self.trainer.end_round(self.state.server["params"], zeros_like(model.buffers), None)
 
     def _nothing(self) -> Aggregate:
         template = self.template
