@@ -17,6 +17,7 @@ from torch._C import _functorch as functorch
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch._functorch.vmap import lazy_load_decompositions, vmap_increment_nesting
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import _has_any_global_hook
 from torch.optim import Optimizer
 from torch.utils import _pytree
 
@@ -46,6 +47,11 @@ def has_gradient_hooks(param: Tensor) -> bool:
 def has_backward_hooks(module: nn.Module) -> bool:
     """Whether backward hooks are registered on the module itself; torch does not list them."""
     return bool(module._backward_hooks or module._backward_pre_hooks)
+
+
+def has_global_hooks() -> bool:
+    """Whether forward or backward hooks of all modules are registered; torch does not list them."""
+    return _has_any_global_hook()
 
 
 def step_hooks(optimizer: Optimizer) -> list[Callable[..., Any]]:

@@ -127,10 +127,11 @@ class Cohort(ABC):
 
 
 def describe_sampling(cohort: Cohort, num_clients: int, clients_per_round: ClientsPerRound) -> CohortSampling:
-    """What a cohort says of how it draws, if that can be trusted; ``"other"`` if not.
+    """What a cohort says of how it draws, if that may be trusted; ``"other"`` if not.
 
     A subclass that overrides ``draw`` but inherits ``sampling`` would claim its parent's distribution. Privacy
-    accounting on such a claim would be wrong, so the claim is dropped.
+    accounting on such a claim would be wrong, so the claim is dropped. One that overrides both is tested by
+    :func:`~lightning_fl.clients.draw_test.check_draws` before privacy accounting rests on it.
 
     Raises:
         ValueError: If ``clients_per_round`` does not fit the number of clients.

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from lightning_fl.clients.cohorts import ClientsPerRound, Cohort, Uniform, describe_sampling
+from lightning_fl.clients.draw_test import check_draws
 from lightning_fl.clients.local_work import LocalWork
 from lightning_fl.clients.population import Population
 from lightning_fl.clients.uneven_work import Amount, Stragglers
@@ -74,6 +75,9 @@ class ParticipationSampler:
         self.group = group
         self.sampling = describe_sampling(participation.cohort, len(population), participation.clients_per_round)
         self._prepared: Any = participation.cohort.prepare(population, self.sampling)
+        # Accounting counts what the cohort declares, so what a user's own cohort declares is tested.
+        if self.is_secure:
+            check_draws(participation.cohort, self.sampling, self._prepared)
         self._secure_cohort: tuple[int, list[int]] | None = None
         for amount in (participation.local_epochs, participation.local_steps):
             if isinstance(amount, Amount):

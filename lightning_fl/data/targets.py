@@ -53,6 +53,14 @@ def targets(dataset: Any) -> np.ndarray:
     )
 
 
+def stored_labels(dataset: Any) -> np.ndarray | None:
+    """The class labels of a data set that has them at hand, int64 of shape ``[num_samples]``; None if it has none."""
+    values = _find_stored(dataset, _stored_targets)
+    if values is None or values.dtype.kind not in "iub" or values.size != len(values):
+        return None
+    return values.reshape(-1).astype(np.int64)
+
+
 def label_groups(dataset: Any, num_bins: int = 10) -> np.ndarray:
     """The group of each sample for a split by label, int64 of shape ``[num_samples]``, numbered from 0 without gaps.
 

@@ -16,7 +16,8 @@ import random
 import sys
 import types
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from itertools import chain, zip_longest
 from typing import Any
 
 import numpy as np
@@ -51,18 +52,20 @@ class Snapshot:
     """What :func:`capture` has found.
 
     Attributes:
+        names: The names of all that the user's functions which were found use.
         opaque: Objects whose state can be neither compared nor restored, such as iterators: path and kind.
         aliases: Paths of ``managed`` tensors, and of views of them, outside the places where ``nn.Module`` keeps them.
     """
 
     def __init__(self) -> None:
+        self.names: set[str] = set()
         self.opaque: dict[str, str] = {}
         self.aliases: list[str] = []
         self._parts: list[_Items | _Values] = []
 
     def differences(self) -> Iterator[str]:
         """Paths of what is no longer as it was, such as ``"counter.steps"``."""
-        return (part.path for part in self._parts if part.has_changed())
+        return (part.where() for part in self._parts if part.has_changed())
 
     def restore(self) -> None:
         """Puts the state back into the objects that held it; ``managed`` tensors are left as they are."""
@@ -77,17 +80,22 @@ def capture(
     known: Iterable[Any] = (),
     outside: tuple[type, ...] = (),
     ignored: Callable[[Any], Collection[str]] = lambda owner: (),
+    name: str = "",
+    values: bool = True,
 ) -> Snapshot:
     """Captures the Python state that can be reached from an object.
 
     Args:
-        root: The object.
+        root: The object, or several in a tuple.
         managed: Tensors whose values somebody else restores; of these only the places that hold them are compared.
         known: Objects that are not looked into, because somebody else looks after them.
         outside: Types of objects that are opaque, because they are no part of the module.
         ignored: Returns names of attributes of an object or class that are not looked at.
+        name: The object's name, with which the paths begin.
+        values: Whether the values of tensors and arrays are copied and compared.
     """
-    walk = _Walk(root, managed, known, outside, ignored)
+    walk = _Walk(root, managed, known, outside, ignored, values)
+    walk.push(name, root)
     walk.run()
     return walk.found
 
@@ -95,19 +103,32 @@ def capture(
 class _Items:
     """An object's items: they must be the same objects, or equal numbers and strings."""
 
-    __slots__ = ("owner", "path", "read", "saved", "write")
+    __slots__ = ("names", "owner", "path", "read", "saved", "write")
 
-    def __init__(self, path: str, owner: Any, read: Read, write: Write) -> None:
+    def __init__(self, path: str, owner: Any, read: Read, write: Write, names: Sequence[str] | None = None) -> None:
         self.path = path
         self.owner = owner
         self.read = read
         self.write = write
+        self.names = names
         # This keeps the items alive: the address of one that is freed could be given to its successor.
         self.saved = read(owner)
 
     def has_changed(self) -> bool:
         before, now = self.saved, self.read(self.owner)
         return len(before) != len(now) or not all(map(_is_same, before, now))
+
+    def where(self) -> str:
+        """The path of what has changed: of the first entry that has, if the owner holds its items under names."""
+        before, now = self.saved, self.read(self.owner)
+        pairs = zip_longest(before, now, fillvalue=_MISSING)
+        place = next((place for place, pair in enumerate(pairs) if not _is_same(*pair)), 0)
+        if self.names is not None:
+            return _inner(self.path, self.names[place])
+        if isinstance(self.owner, dict):
+            items = before if place < len(before) else now
+            return _inner(self.path, items[place - place % 2])
+        return self.path
 
     def restore(self) -> None:
         self.write(self.owner, self.saved)
@@ -123,6 +144,9 @@ class _Values:
         self.owner = owner
         self.saved = owner.detach().clone()
         self.requires_grad = owner.requires_grad
+
+    def where(self) -> str:
+        return self.path
 
     def has_changed(self) -> bool:
         now, before = self.owner.detach(), self.saved
@@ -148,6 +172,10 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.resolve_conj().resolve_neg().reshape(-1).view(torch.uint8)
 
 
+def _inner(path: str, name: Any) -> str:
+    return f"{path}.{name}" if path else str(name)
+
+
 def _is_same(before: Any, now: Any) -> bool:
     if before is now:
         return True
@@ -165,17 +193,20 @@ class _Walk:
         known: Iterable[Any],
         outside: tuple[type, ...],
         ignored: Callable[[Any], Collection[str]],
+        values: bool,
     ) -> None:
+        self._values = values
         self.found = Snapshot()
         managed = list(managed)
         self._managed = {id(tensor) for tensor in managed}
         self._memory = {_memory(tensor) for tensor in managed} - {None}
         self._outside = (*outside, Optimizer, LRScheduler)
         self._ignored = ignored
-        self._waiting: list[tuple[str, Any]] = [("", root)]
+        self._waiting: list[tuple[str, Any]] = []
         # The objects too: those that the walk itself makes would be freed, and their ids used again.
         self._seen: dict[int, Any] = {id(own): own for own in (*known, *_SEEDED_BY_ENGINES)}
-        modules = root.modules() if isinstance(root, nn.Module) else ()
+        roots = root if isinstance(root, tuple) else (root,)
+        modules = [own for held in roots if isinstance(held, nn.Module) for own in held.modules()]
         # An installed package that defines one of the modules is the user's code, wherever it lies.
         self._of_user = {_package(cls.__module__) for own in modules for cls in type(own).__mro__}
 
@@ -186,7 +217,7 @@ class _Walk:
                 self._seen[id(value)] = value
                 self._visit(path, value)
 
-    def _push(self, path: str, value: Any) -> None:
+    def push(self, path: str, value: Any) -> None:
         if id(value) in self._managed:
             self.found.aliases.append(path)
         elif type(value) not in _NUMBERS:
@@ -196,39 +227,41 @@ class _Walk:
         part = _Items(path, owner, read, write)
         self.found._parts.append(part)
         for item in part.saved:
-            self._push(path, item)
+            self.push(path, item)
 
     def _add_names(self, path: str, owner: Any, names: Collection[str], access: type[_Names]) -> None:
         """Adds what an object holds under some names."""
         own = access(names)
-        part = _Items(path, owner, own.read, own.write)
+        part = _Items(path, owner, own.read, own.write, own.names)
         self.found._parts.append(part)
-        for name, item in zip(names, part.saved, strict=True):
-            self._push(f"{path}.{name}" if path else name, item)
+        for name, item in zip(own.names, part.saved, strict=True):
+            self.push(_inner(path, name), item)
 
     def _visit(self, path: str, value: Any) -> None:
         kind: Any = type(value)
-        if isinstance(value, Tensor):
+        if not self._values and isinstance(value, Tensor | np.ndarray):
+            pass
+        elif isinstance(value, Tensor):
             self._visit_tensor(path, value)
         elif isinstance(value, types.FunctionType):
             self._visit_function(path, value)
         elif isinstance(value, type):
             self._visit_class(value)
         elif isinstance(value, types.MethodType):
-            self._push(path, value.__self__)
-            self._push(path, value.__func__)
+            self.push(path, value.__self__)
+            self.push(path, value.__func__)
         elif isinstance(value, types.BuiltinFunctionType | types.MethodWrapperType):
-            self._push(path, value.__self__)  # such as the generator or the iterator whose method it is
+            self.push(path, value.__self__)  # such as the generator or the iterator whose method it is
         elif isinstance(value, _STATELESS):
             pass
         elif isinstance(value, self._outside):
             self.found.opaque[path] = kind.__name__
         elif (parts := _parts_of(value)) is not None:
             for own in parts:
-                self._push(path, own)
+                self.push(path, own)
         elif (access := _access_to(value)) is not None:
             self._add(path, value, *access)
-            self._push(path, getattr(value, "default_factory", None))
+            self.push(path, getattr(value, "default_factory", None))
             self._visit_attributes(path, value)
         elif _is_of_python(kind):
             self._visit_attributes(path, value)
@@ -250,13 +283,14 @@ class _Walk:
 
     def _visit_function(self, path: str, value: types.FunctionType) -> None:
         for cell, name in zip(value.__closure__ or (), value.__code__.co_freevars, strict=True):
-            self._add_names(f"{path}.{name}" if path else name, cell, ("cell_contents",), _Attributes)
-        self._push(path, value.__defaults__)
-        self._push(path, value.__kwdefaults__)
+            self._add_names(_inner(path, name), cell, ("cell_contents",), _Attributes)
+        self.push(path, value.__defaults__)
+        self.push(path, value.__kwdefaults__)
         if self._is_library(value.__module__):
             return
-        self._push(path, value.__dict__)
+        self.push(path, value.__dict__)
         names, holder = _names_in(value.__code__), value.__globals__
+        self.found.names.update(names)
         self._add_names(value.__module__ or "", holder, [name for name in names if name in holder], _Keys)
         for module in [holder[name] for name in names if isinstance(holder.get(name), types.ModuleType)]:
             if not self._is_library(module.__name__):
@@ -267,7 +301,7 @@ class _Walk:
         if self._is_library(value.__module__):
             return
         for base in value.__bases__:
-            self._push(base.__name__, base)
+            self.push(base.__name__, base)
         left_out = {"__dict__", "__weakref__", "_abc_impl", *self._ignored(value)}
         own = {name: item for name, item in vars(value).items() if name not in left_out}
         names = [n for n, item in own.items() if isinstance(item, types.FunctionType) or not n.startswith("__")]
@@ -286,10 +320,10 @@ class _Walk:
                 if any(item is child for child in children):
                     self._visit_children(path, item)
                 else:
-                    self._push(f"{path}.{name}" if path else str(name), item)
+                    self.push(_inner(path, name), item)
         if slots := _slots(kind):
             self._add_names(path, value, slots, _Attributes)
-        self._push(kind.__name__, kind)
+        self.push(kind.__name__, kind)
 
     def _visit_children(self, path: str, children: dict[str, Any]) -> None:
         """Looks at the parameters, buffers or submodules of a module, where managed tensors may be."""
@@ -297,7 +331,7 @@ class _Walk:
         self.found._parts.append(_Items(path, children, *_DICT))
         for name, child in children.items():
             if id(child) not in self._managed:
-                self._push(f"{path}.{name}" if path else name, child)
+                self.push(_inner(path, name), child)
 
     def _is_library(self, name: str | None) -> bool:
         package = _package(name)
@@ -387,13 +421,12 @@ class _Others:
 
 
 def _read_dict(owner: dict[Any, Any]) -> list[Any]:
-    return [*owner.keys(), *owner.values()]
+    return list(chain.from_iterable(owner.items()))
 
 
 def _write_dict(owner: dict[Any, Any], items: list[Any]) -> None:
-    half = len(items) // 2
     owner.clear()
-    owner.update(zip(items[:half], items[half:], strict=True))
+    owner.update(zip(items[::2], items[1::2], strict=True))
 
 
 def _write_slice(owner: Any, items: list[Any]) -> None:

@@ -136,5 +136,7 @@ def read_group(
     parts = grouping.split(data.works)
     # This also differs if a client's loader has failed: the remaining ones are then planned as a group of their own.
     if parts != [list(clients)]:
+        if len(parts) > 1:
+            grouping.remember(data.works, parts)
         raise GroupSplit(parts)
     return data

@@ -58,6 +58,20 @@ class BatchSteps(ABC):
     def drop_logs(self) -> None:
         """Drops logged values that were held back."""
 
+    def hold(self) -> None:
+        """Called before a group trains whose steps may have to be undone."""
+        self.loop.hold()
+
+    def release(self) -> None:
+        """Called when the group has trained, and its steps stay."""
+        self.loop.release()
+
+    def undo(self) -> None:
+        """Undoes the steps since :meth:`hold`."""
+        self.drop_logs()
+        self.is_open = False
+        self.loop.rewind()
+
     def skip(self) -> None:
         """Counts a batch that was not there, because this rank ends the round without one."""
         self.loop.skip_batch()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from lightning_fl.clients import ClientStore, LocalWork, Participation, Populati
 from lightning_fl.communication import Group, Message, all_hold_the_same
 from lightning_fl.engines import LocalTrainer, Schedule
 from lightning_fl.engines.phases import optimizer_entry
-from lightning_fl.engines.vectorized.stacking import NotStackable
+from lightning_fl.engines.vectorized.stacking import NotStackable, NotVectorizable
 from lightning_fl.federation import (
     ClientData,
     ClientTask,
@@ -30,8 +30,8 @@ from lightning_fl.federation import (
     RankPlan,
     Round,
 )
-from lightning_fl.federation.client_batches import raise_to_user
-from lightning_fl.federation.group_data import GroupSplit, read_group
+from lightning_fl.federation.client_batches import ClientBatches, raise_to_user
+from lightning_fl.federation.group_data import GroupSplit, StackedData, read_group
 from lightning_fl.federation.history import RANK_FIGURES, figures, history_entry, words
 from lightning_fl.federation.metric_entries import Entries, as_numbers, merge_entries
 from lightning_fl.federation.rank_verification import digest
@@ -55,8 +55,8 @@ from lightning_fl.strategies.validation import (
     check_schedules,
     misconfiguration,
 )
+from lightning_fl.strategies.vectorized.compatibility import reason_of
 from lightning_fl.strategies.vectorized.driver import VectorizedDriver
-from lightning_fl.strategies.vectorized.log_capture import NotVectorizable
 from lightning_fl.types import ClientId
 
 OnClientError = Literal["raise", "skip"]
@@ -238,15 +238,14 @@ class RoundDriver:
         # batch the global model. So `end_batch` comes late: after `_finish`, and after `_close` if nothing is pending.
         for task in self._tasks(opened):
             try:
-                for batch, position in task.batches:
-                    self._look_at_first(opened, batch)
-                    steps.train(task, batch, position, ends_round=position.is_last and not opened.pending)
-                    opened.num_batches_done += 1
-                    if not position.is_last:
-                        self._end_phase(opened, task, position.ends_phase)
-                        steps.end_batch()
+                self._train(opened, task)
             except LoaderFailed as failed:
                 self._leave_out(opened, failed)
+                continue
+            except Exception as error:
+                if len(task.clients) == 1:
+                    raise
+                self._undo(opened, task, error)
                 continue
             self._finish(opened, task)
             if opened.pending:
@@ -256,6 +255,56 @@ class RoundDriver:
             steps.skip()
         self._close(opened)
         steps.end_round()
+
+    def _train(self, opened: OpenRound, task: ClientTask) -> None:
+        """Trains a client group on its batches."""
+        steps, is_group = opened.steps, len(task.clients) > 1
+        if is_group:
+            opened.num_batches_before = opened.num_batches_done
+            steps.hold()
+        for batch, position in task.batches:
+            self._look_at_first(opened, batch)
+            steps.train(task, batch, position, ends_round=position.is_last and not opened.pending)
+            opened.num_batches_done += 1
+            if not position.is_last:
+                self._end_phase(opened, task, position.ends_phase)
+                steps.end_batch()
+        if is_group:
+            assert self.vectorized is not None
+            self.vectorized.check()
+            steps.release()
+
+    def _undo(self, opened: OpenRound, task: ClientTask, error: Exception) -> None:
+        """Undoes the steps of a group, whose clients are trained again one after the other.
+
+        Raises:
+            Exception: If the user has requested that they train together: the error.
+        """
+        vectorized = self.vectorized
+        assert vectorized is not None
+        assert opened.session is not None
+        if vectorized.is_asked_for:
+            raise vectorized.error_of(error) from error
+        opened.round.leave()
+        opened.steps.undo()
+        opened.session.drop()
+        opened.num_batches_done = opened.num_batches_before
+        vectorized.undo()
+        self._train_alone(opened, reason_of(error))
+
+    def _train_alone(self, opened: OpenRound, reason: str) -> None:
+        """Lets the clients of the current group, and all later ones, train one after the other."""
+        assert self.vectorized is not None
+        self.vectorized.refuse(reason, self.plan.round)
+        self.vectorized = None
+        # The plan's remaining groups were formed for training side by side too.
+        opened.pending = deque(self._alone([c for group in (opened.current, *opened.pending) for c in group]))
+        self.set_length()
+
+    def _alone(self, clients: Iterable[ClientId]) -> list[tuple[ClientId]]:
+        """Some clients as groups of one, in the order in which the plan would have them train one after the other."""
+        remaining = set(clients)
+        return [(client,) for client in self.plan.sizes if client in remaining]
 
     def _open(self, loop: RoundEpochLoop) -> OpenRound:
         assert self.local_trainer is not None
@@ -300,14 +349,17 @@ class RoundDriver:
             ),
             steps=self._make_steps(loop, values),
             values=values,
-            pending=deque(self.plan.groups),
+            pending=deque(),
             first_step=trainer.global_step,
             first_logger_step=internals.logger_steps(trainer),
             loops_before=loops_before,
             paused=internals.pause_by_step(trainer, averages=not self._is_alone),
             failed=dict(self.plan.failed),
         )
+        # After the form of the steps has been chosen, which may let each client train alone.
+        opened.pending.extend(self.plan.groups if self.vectorized is not None else self._alone(self.plan.clients))
         self.open_round = opened
+        self.set_length()
         self.trained_groups = []
         self.call_hook("on_round_start", index, self.plan.cohort)
         return opened
@@ -316,6 +368,9 @@ class RoundDriver:
         assert self.local_trainer is not None
         hook = batch_hook(self.trainer, self.strategy_type)
         rank_zero_debug("The local loop is tight." if hook is None else f"Batches pass Lightning's hooks: {hook}.")
+        if self.vectorized is not None and hook is not None and not self.vectorized.is_asked_for:
+            self.vectorized.refuse(f"{hook} would see several clients at once", self.plan.round)
+            self.vectorized = None
         if self.vectorized is not None:
             self.vectorized.logs_may_wait = hook is None
         return (TightSteps if hook is None else HookedSteps)(loop, self.local_trainer, values)
@@ -352,40 +407,63 @@ class RoundDriver:
         return task
 
     def _start_group(self, opened: OpenRound, clients: tuple[ClientId, ...]) -> ClientTask:
+        vectorized = self.vectorized
+        assert vectorized is not None
+        vectorized.begin()
+        try:
+            data = self._read_group(opened, clients)
+        except GroupSplit as split:
+            vectorized.undo_reading()
+            vectorized.tell_of_split(split.parts)
+            raise
+        try:
+            task = opened.round.start(data)
+            if vectorized.start(task, data):
+                opened.round.leave()
+                task = opened.round.start(data)
+                vectorized.start(task, data)
+            changes_groups = data.masks is not None and vectorized.try_new_shapes(data)
+        except (NotStackable, NotVectorizable) as error:
+            opened.round.leave()
+            vectorized.undo_reading()
+            self._train_alone(opened, str(error))
+            raise GroupSplit([]) from error
+        if changes_groups:
+            vectorized.undo_reading()
+            vectorized.leave()
+            raise GroupSplit(vectorized.grouping.split(data.works))
+        return task
+
+    def _read_group(self, opened: OpenRound, clients: tuple[ClientId, ...]) -> StackedData:
         vectorized, loaders = self.vectorized, opened.loaders
         assert vectorized is not None
+
+        def open_client(client: ClientId) -> ClientBatches:
+            batches = loaders.open_ahead(client, self.planner.phases(self.plan.works[client]))
+            vectorized.note_loader(batches.loader)
+            return batches
+
         try:
             data = read_group(
                 vectorized.grouping,
                 clients,
-                lambda client: loaders.open_ahead(client, self.planner.phases(self.plan.works[client])),
+                open_client,
                 lambda client: self.plan.lengths[client] or 0,
                 self.plan.sizes,
                 lambda failed: self._note_failure(opened, failed),
             )
         finally:
             loaders.leave()
+        vectorized.end_reading()
         try:
             # Stacks the first batches now, so that a group that can't be stacked is split before its clients are
             # loaded.
             _ = data.first
         except NotStackable as error:
-            raise GroupSplit([[client] for client in clients]) from error
-        try:
-            task = opened.round.start(data)
-            vectorized.start(task, data)
-        except (NotStackable, NotVectorizable) as error:
-            vectorized.refuse(str(error))
-            self.vectorized = None
-            # The plan's remaining groups were formed for training side by side, so all of them are undone, not only
-            # this one.
-            remaining = {client for group in (clients, *opened.pending) for client in group}
-            opened.pending.clear()
-            raise GroupSplit([[client] for client in self.plan.sizes if client in remaining]) from error
-        if data.masks is not None and vectorized.try_new_shapes(data):
-            vectorized.leave()
-            raise GroupSplit(vectorized.grouping.split(data.works))
-        return task
+            parts = [[client] for client in clients]
+            vectorized.grouping.remember(data.works, parts)
+            raise GroupSplit(parts) from error
+        return data
 
     def _look_at_first(self, opened: OpenRound, batch: Any) -> None:
         """Records the first batch of a silo's first round, to warn of silos that have the same data."""

@@ -9,6 +9,7 @@ import lightning as L
 from lightning_fl.engines import LocalTrainer, OptimizerStates, SequentialEngine, Vectorized, VectorizedEngine
 from lightning_fl.strategies import internals
 from lightning_fl.strategies.batch_steps import step_functions
+from lightning_fl.strategies.hooks import batch_hook
 from lightning_fl.strategies.vectorized.compatibility import unprofitable_reason, unsupported_reason
 from lightning_fl.strategies.vectorized.driver import VectorizedDriver
 
@@ -33,6 +34,9 @@ def select_engine(
     reason = unsupported_reason(trainer, module, strategy)
     if reason is None and not is_asked_for:
         reason = unprofitable_reason(module, vectorized.grouping.max_clients)
+    hook = batch_hook(trainer, strategy.active_driver.strategy_type)
+    if reason is None and hook is not None and not is_asked_for:
+        reason = f"{hook} would see several clients at once"
     if reason is not None:
         vectorized.refuse(reason)
         return engine, None

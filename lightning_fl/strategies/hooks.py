@@ -64,7 +64,7 @@ def _batch_hooks(trainer: L.Trainer, strategy_type: type) -> Iterator[str]:
         if is_overridden(datamodule, hook, L.LightningDataModule):
             yield f"{type(datamodule).__name__}.{hook}"
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        yield from _hooks_of(callback)
+        yield from hooks_of(callback)
     for hook in STRATEGY_HOOKS:
         # A subclass of the strategy by the user; the package's own methods are served by the tight loop.
         if getattr(type(strategy), hook) is not getattr(strategy_type, hook):
@@ -89,7 +89,8 @@ def _batch_hooks(trainer: L.Trainer, strategy_type: type) -> Iterator[str]:
             yield f"{type(optimizer).__name__}.step, which may compute the loss again"
 
 
-def _hooks_of(callback: L.Callback) -> Iterator[str]:
+def hooks_of(callback: L.Callback) -> Iterator[str]:
+    """Names a callback's hooks that look at single batches."""
     # The exact type: a subclass may look at batches in the same hooks.
     if type(callback) in SERVED_BY_GROUP or getattr(callback, "serves_batches_by_group", False):
         return

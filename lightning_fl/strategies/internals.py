@@ -223,14 +223,20 @@ def logging_out_of_loop(trainer: Trainer, training: bool) -> Iterator[_ResultCol
 
 def step_out_of_loop(trainer: Trainer, hook: str, batch: Any, batch_idx: int) -> tuple[Any, Any]:
     """Calls ``training_step`` or ``validation_step`` as the loops do, without callbacks; returns output and batch."""
-    module = trainer.lightning_module
-    batch = module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), dataloader_idx=0)
-    batch = call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=0)
+    module, batch = trainer.lightning_module, transfer(trainer, batch)
     results = active_results(trainer)
     # `self.log` infers the batch size from these, which Lightning's loops set before each step.
     results.batch, results.batch_size = batch, None
     takes_index = is_param_in_hook_signature(getattr(module, hook), "batch_idx", min_args=2)
     return call._call_strategy_hook(trainer, hook, batch, *([batch_idx] if takes_index else [])), batch
+
+
+def transfer(trainer: Trainer, batch: Any) -> Any:
+    """Moves a batch to the device as the loops do, with the transfer hooks of module and datamodule."""
+    batch = trainer.lightning_module._on_before_batch_transfer(
+        trainer.precision_plugin.convert_input(batch), dataloader_idx=0
+    )
+    return call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=0)
 
 
 def hook_out_of_loop(trainer: Trainer, hook: str) -> None:

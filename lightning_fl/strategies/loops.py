@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -52,6 +52,8 @@ class RoundEpochLoop(_TrainingEpochLoop):
     outputs: Any
     batch: Any
     batch_idx_in_round: int
+    _held_rows: list[tuple[int, Any]] | None
+    _held_counters: list[tuple[Any, dict[str, Any]]]
 
     def prepare(self) -> None:
         """Initializes what ``__init__`` would; it has run as Lightning's before :func:`adopt_loops` set the class."""
@@ -60,6 +62,7 @@ class RoundEpochLoop(_TrainingEpochLoop):
         self.is_round_done = None
         self.outputs = self.batch = None
         self.batch_idx_in_round = -1
+        self._held_rows, self._held_counters = None, []
 
     @property
     def collected(self) -> ClientResults:
@@ -240,8 +243,38 @@ class RoundEpochLoop(_TrainingEpochLoop):
         # Without loggers the values would be computed for nothing: progress bars are told once a group, by
         # `show_group`.
         if self.trainer.loggers and connector.should_update_logs:
-            connector.update_train_step_metrics()
+            if self._held_rows is None:
+                connector.update_train_step_metrics()
+            elif self.position.ends_window:
+                self._held_rows.append((self._batches_that_stepped, connector.metrics["log"]))
         self._end_iteration()
+
+    # ---- a group of clients whose steps may have to be undone
+
+    def hold(self) -> None:
+        """Notes all counters, and keeps what is logged by step from the loggers until :meth:`release`."""
+        self._held_rows = []
+        progress = (
+            self.batch_progress,
+            self.scheduler_progress,
+            self.automatic_optimization.optim_progress.optimizer.step,
+        )
+        owners = [self, *progress, *(own for each in progress for own in (each.total, each.current))]
+        self._held_counters = [(own, {name: vars(own)[name] for name in _counters(own)}) for own in owners]
+
+    def release(self) -> None:
+        """Passes on to the loggers what was held back; the steps are not undone any more."""
+        rows, self._held_rows, self._held_counters = self._held_rows or [], None, []
+        step = self._batches_that_stepped
+        for self._batches_that_stepped, metrics in rows:
+            self.trainer._logger_connector.log_metrics(metrics)
+        self._batches_that_stepped = step
+
+    def rewind(self) -> None:
+        """Undoes what was counted and held back since :meth:`hold`."""
+        for owner, counters in self._held_counters:
+            vars(owner).update(counters)
+        self._held_rows, self._held_counters = None, []
 
     def show_group(self) -> None:
         """Lets progress bars advance by the batches of a client group, at its last one."""
@@ -425,6 +458,16 @@ class RoundEvaluationLoop(_EvaluationLoop):
         # Before the user's epoch-end hooks, in which torchmetrics are computed and collectives concern all ranks again.
         self.trainer.strategy.end_evaluation()  # type: ignore[attr-defined]
         super()._on_evaluation_epoch_end()
+
+
+_OF_LOOP = ("position", "is_round_done", "batch_idx_in_round", "_batches_that_stepped")
+
+
+def _counters(owner: Any) -> Iterable[str]:
+    """The names of what counts in a loop, or in one of its records of progress."""
+    if isinstance(owner, RoundEpochLoop):
+        return _OF_LOOP
+    return [name for name, value in vars(owner).items() if isinstance(value, int)]
 
 
 def adopt_loops(trainer: Trainer) -> None:

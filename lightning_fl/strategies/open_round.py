@@ -32,6 +32,7 @@ class OpenRound:
         session: Its logged values and torchmetrics.
         failed: For each client of this rank whose loader has raised, the description of the error.
         num_batches_done: Batches that this rank has trained.
+        num_batches_before: Those before the current group.
         has_trained: Whether this rank has finished a client.
         more_logger_steps: Steps by which the loggers' x-axis advances beyond those that Lightning counts.
         first_batch: A digest of the first batch, if ranks are to compare it; it does not leave this rank.
@@ -50,6 +51,7 @@ class OpenRound:
     session: ClientSession | None = None
     failed: dict[ClientId, str] = field(default_factory=dict)
     num_batches_done: int = 0
+    num_batches_before: int = 0
     has_trained: bool = False
     more_logger_steps: int = 0
     first_batch: bytes = b""

@@ -23,13 +23,13 @@ import lightning_fl as fl
 from lightning_fl.callbacks import FederatedCallback
 from lightning_fl.strategies.batch_steps import BatchSteps, HookedSteps, TightSteps
 from lightning_fl.strategies.internals import logger_steps
+from lightning_fl.torch_internals import unwrap
 from tests.helpers.training import Ordinary, Plain, image_clients, images, trainer, weights
 
 SIZES = (7, 5, 7, 1, 7)
 """Examples of the clients; with batches of 4, one of them takes one step and the others two."""
 SEEN: list[list[float]] = []
-"""For each training step ``batch_idx``, ``global_step`` and the learning rate. No attribute of the module, because a
-step that changes those is not vectorized."""
+"""For each training step of a client alone ``batch_idx``, ``global_step`` and the learning rate."""
 
 
 # ---- modules
@@ -40,7 +40,10 @@ class Noted:
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         run = self.trainer  # type: ignore[attr-defined]
-        SEEN.append([batch_idx, run.global_step, run.optimizers[0].param_groups[0]["lr"]])
+        noted = [batch_idx, run.global_step, run.optimizers[0].param_groups[0]["lr"]]
+        # A step of several clients must change nothing.
+        if all(unwrap(param) is None for param in self.parameters()):  # type: ignore[attr-defined]
+            SEEN.append(noted)
         return super().training_step(batch, batch_idx)  # type: ignore[misc]
 
 

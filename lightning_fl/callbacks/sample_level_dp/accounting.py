@@ -58,12 +58,16 @@ def cost_of(view: RoundView, client: ClientId, noise_multiplier: float, work: Lo
         noise_multiplier: The noise of its steps.
         work: The client's local work. None: as planned for the current round, else the largest of any client.
     """
-    loader, ledger = loader_of(view, client), Ledger()
-    phases = view.work_of(client) if work is None else view.phases_of(work)
-    steps = [phase.num_steps(len(loader)) or 0 for phase in phases]
-    if sum(steps):
-        ledger.record(Gaussian(noise_multiplier, loader.sampling), sum(steps))
+    ledger, num_steps = Ledger(), sum(steps_of(view, client, work))
+    if num_steps:
+        ledger.record(Gaussian(noise_multiplier, loader_of(view, client).sampling), num_steps)
     return ledger
+
+
+def steps_of(view: RoundView, client: ClientId, work: LocalWork | None = None) -> list[int]:
+    """The number of steps in each phase of a client's training in a round; see :func:`cost_of`."""
+    phases = view.work_of(client) if work is None else view.phases_of(work)
+    return [phase.num_steps(len(loader_of(view, client))) or 0 for phase in phases]
 
 
 def with_another_round(view: RoundView, noise_multiplier: float) -> list[Ledger]:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from random import SystemRandom
 from typing import Any
+from weakref import WeakSet
 
 import lightning as L
 import numpy as np
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -18,21 +23,20 @@ from torch.optim import Optimizer
 from lightning_fl.callbacks.federated import FederatedCallback
 from lightning_fl.callbacks.sample_level_dp import accounting
 from lightning_fl.callbacks.sample_level_dp.checks import check_settings, check_training
+from lightning_fl.callbacks.sample_level_dp.strict import StrictGradients
 from lightning_fl.data.client_loaders import ClientLoaders, Loader
 from lightning_fl.privacy.accounting.bounds import Method
 from lightning_fl.privacy.accounting.ledger import Epsilon, Gaussian, Ledger
-from lightning_fl.privacy.accounting.per_client import exceeding, largest_epsilon
+from lightning_fl.privacy.accounting.per_client import dominating, exceeding, largest_epsilon
 from lightning_fl.privacy.client_level.mechanism import GRID, PrivacyBudgetExceeded
 from lightning_fl.privacy.noise import PrivacyError, check_source, warn_of_test_seed
 from lightning_fl.privacy.sample_level.dp_sgd import NoiseWatch, NoisySum
-from lightning_fl.privacy.sample_level.per_sample import (
-    GradSampleMode,
-    PerSampleGradients,
-    check_per_sample,
-    opacus_hooks,
-)
+from lightning_fl.privacy.sample_level.per_sample import GradSampleMode, PerSampleGradients, opacus_hooks
 from lightning_fl.privacy.sample_level.poisson_loader import DrawCheck, PoissonLoader, check_sampler, poisson_loaders
 from lightning_fl.privacy.sample_level.rows import num_rows, take_rows
+from lightning_fl.privacy.sample_level.self_check import SelfCheck, unlike_examples
+from lightning_fl.privacy.sample_level.shared_examples import SharedExamples
+from lightning_fl.privacy.sample_level.tensor_watch import TensorWatch
 from lightning_fl.privacy.state import pack
 from lightning_fl.seeding import Randomness, derive_seed, isolated_randomness
 from lightning_fl.strategies import FederatedStrategy
@@ -42,7 +46,16 @@ from lightning_fl.strategies.round_view import RoundView
 from lightning_fl.types import Aggregate, ClientId, LocalRun, Update
 
 ADVERSARY = "whoever sees what a client sends, its server included, but not the training metrics that the module logs"
-TOLERANCES = {"64-true": 1e-6, "32-true": 2e-3, "bf16-mixed": 0.2}
+TOLERANCES = {"64-true": 1e-6, "32-true": 2e-3, "bf16-mixed": 2e-3}
+"""How far gradients may be apart that should be equal; they are compared without autocast."""
+MEAN_TOLERANCES = {"64-true": 1e-6, "32-true": 2e-3, "bf16-mixed": 0.1}
+"""How far a step's gradient may be from the mean of the per-sample ones, in the precision of training."""
+BATCH_HOOKS = ("on_train_batch_start", "on_train_batch_end")
+
+
+# Weak, because to remember a module must not keep its tensors in memory.
+_TRAINED: WeakSet[L.LightningModule] = WeakSet()
+"""Modules that have been trained by a callback of this class."""
 
 
 @dataclass
@@ -55,7 +68,12 @@ class _ClientTraining:
         noise: Sums clipped gradients and adds noise to them.
         steps_left: Steps that its ledger records and that it has not taken yet.
         counts: How often each of its examples was drawn.
+        phase_starts: The steps with which a phase of its training begins, other than the first.
+        check_at: The step before which the self-check runs, or the next one whose batch is not empty.
+        should_stop: Whether training was to stop when the client started.
         sizes: The sizes of its batches.
+        steps_taken: Steps that the optimizer has taken.
+        is_checked: Whether the self-check has run.
     """
 
     client: ClientId
@@ -63,7 +81,12 @@ class _ClientTraining:
     noise: NoisySum
     steps_left: int
     counts: np.ndarray
+    phase_starts: frozenset[int]
+    check_at: int
+    should_stop: bool
     sizes: list[int] = field(default_factory=list)
+    steps_taken: int = 0
+    is_checked: bool = False
 
 
 class SampleLevelDP(FederatedCallback):
@@ -93,6 +116,10 @@ class SampleLevelDP(FederatedCallback):
         max_physical_batch_size: The most examples in a forward pass; larger batches are split. None: no limit.
         method: The accountant, as for :meth:`fl.privacy.Ledger.epsilon`.
         grad_sample_mode: ``"hooks"``: Opacus's rules for known layers; ``"functorch"``: any layer, slower.
+        strict: Whether each example is collated alone and goes through ``training_step`` alone, under
+            ``torch.func.vmap``, so that nothing can join two examples, instead of being checked. It allows penalties
+            and parameters of the module itself; batches must hold tensors of one shape an example. About twice the
+            time of a step.
         insecure_test_seed: Makes batches and noise repeat, for tests; the run is then NOT PRIVATE, and stays so if it
             is resumed without the seed.
 
@@ -124,6 +151,7 @@ class SampleLevelDP(FederatedCallback):
         method: Method = "pld",
         grad_sample_mode: GradSampleMode = "hooks",
         insecure_test_seed: int | None = None,
+        strict: bool = False,
     ) -> None:
         if (noise_multiplier is None) == (target_epsilon is None):
             raise ValueError(
@@ -148,6 +176,11 @@ class SampleLevelDP(FederatedCallback):
                 "Ghost clipping needs a second backward pass, which automatic optimization does not give it; to save "
                 "memory set max_physical_batch_size."
             )
+        if strict and grad_sample_mode != "hooks":
+            raise ValueError(
+                f"SampleLevelDP got strict=True and grad_sample_mode={grad_sample_mode!r}, which strict=True ignores: "
+                "leave one out."
+            )
         # Both calls only check: a wrong delta or method, or a missing extra, is reported here and not after a round.
         Ledger().epsilon(delta, method)
         opacus_hooks()
@@ -160,6 +193,7 @@ class SampleLevelDP(FederatedCallback):
         self.method: Method = method
         self.grad_sample_mode: GradSampleMode = grad_sample_mode
         self.insecure_test_seed = insecure_test_seed
+        self.strict = strict
         if insecure_test_seed is not None:
             warn_of_test_seed()
         self._next_round = 0
@@ -171,11 +205,13 @@ class SampleLevelDP(FederatedCallback):
         self._watch = NoiseWatch()
         self._chosen_sigma: float | None = None
         self._size = 0
-        self._has_gradient = self._is_checked = False
+        self._has_gradient = self._has_checked = False
         self._words: dict[str, str] = {}
-        self._gradients: PerSampleGradients | None = None
-        self._handle: Any = None
+        self._gradients: PerSampleGradients | StrictGradients | None = None
+        self._handles: list[Any] = []
+        self._params = self._buffers = TensorWatch(dict, "")
         self._has_warned_of_delta = False
+        self._shared = SharedExamples()
         self._released: dict[str, float] = {}
         """Noise multipliers of the releases, by id, that preprocessing has made of the clients' data."""
 
@@ -190,7 +226,7 @@ class SampleLevelDP(FederatedCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuses settings that break the guarantee, as far as they are known before the data is loaded."""
         if stage == "fit":
-            check_settings(trainer, pl_module)
+            check_settings(trainer, pl_module, self.strict)
 
     def wrap_loaders(self, loaders: ClientLoaders) -> ClientLoaders:
         """Replaces each client's loader by one that draws Poisson batches."""
@@ -198,7 +234,7 @@ class SampleLevelDP(FederatedCallback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Checks sampler and noise, chooses the noise multiplier, and attaches the hooks."""
-        optimizer = check_training(trainer, pl_module)
+        optimizer = check_training(trainer, pl_module, self.strict)
         check_sampler()
         check_source()
         # What no optimizer steps is not released, so it does not count in the norm that is clipped.
@@ -216,7 +252,8 @@ class SampleLevelDP(FederatedCallback):
         self._drawn.clear()
         self._watch = NoiseWatch()
         if trainer.current_epoch == 0:
-            if self._next_round:
+            # A new callback knows nothing of what another one has released of the same clients.
+            if self._next_round or pl_module in _TRAINED:
                 rank_zero_warn(
                     "This fit starts at round 0, and its clients start with new ledgers. If they hold the examples of "
                     "the last fit, add the ledgers of that fit: SampleLevelDP.ledgers(trainer) returns those of a fit."
@@ -224,14 +261,32 @@ class SampleLevelDP(FederatedCallback):
             self._next_round, self._was_without, self._was_insecure = 0, False, False
             self._released = {}
         self._book_release(trainer)
+        _TRAINED.add(pl_module)
         # Noise that a known seed repeats protects nobody; without the seed nothing else would remember it.
         self._was_without |= self._was_insecure and self.insecure_test_seed is None
         self._detach()
         try:
-            self._gradients = PerSampleGradients(pl_module, params, self.grad_sample_mode)
+            if self.strict:
+                self._gradients = StrictGradients(pl_module, params, trainer.precision_plugin.train_step_context)
+            else:
+                tolerance = MEAN_TOLERANCES[str(trainer.precision)]
+                self._gradients = PerSampleGradients(pl_module, params, self.grad_sample_mode, tolerance)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
-        self._handle = optimizer.register_step_post_hook(self._after_step)
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+        self._has_checked = False
+        self._params = TensorWatch(
+            lambda: params,
+            "Only the optimizer's step may change what is trained: no Embedding(max_norm=...), and no writing to "
+            "parameters in training_step or hooks.",
+        )
+        self._buffers = TensorWatch(
+            lambda: {name: value for name, value in pl_module.named_buffers() if value.is_floating_point()},
+            "No hook or callback may write to the module's buffers.",
+        )
         if not sigma:
             rank_zero_warn("SampleLevelDP(noise_multiplier=0) only clips: this run is NOT PRIVATE.")
 
@@ -249,12 +304,12 @@ class SampleLevelDP(FederatedCallback):
         self, trainer: L.Trainer, module: L.LightningModule, round: int, cohort: Sequence[ClientId], view: RoundView
     ) -> None:
         """Checks the settings again, and that no client of this rank exceeds its budget in the round."""
-        check_settings(trainer, module)
+        check_settings(trainer, module, self.strict)
         if self.insecure_test_seed is None:
             check_source()
         # Rounds in between were trained without this callback, so without noise.
         self._was_without |= round > self._next_round
-        self._round, self._is_checked = round, False
+        self._round = round
         if self.max_epsilon is not None:
             before = self._before_training()
             after = [
@@ -278,8 +333,18 @@ class SampleLevelDP(FederatedCallback):
             self._round,
             str(client),
         )
-        num_steps, counts = sum(count for _, count in cost), np.zeros(loader.num_examples, dtype=np.int64)
-        self._training = _ClientTraining(client, loader, noise, num_steps, counts)
+        phases = accounting.steps_of(view, client)
+        num_steps, counts = sum(phases), np.zeros(loader.num_examples, dtype=np.int64)
+        # The first client's first step, because a module may keep something of the first batch that it sees; otherwise
+        # at a step that nobody can foresee.
+        check_at = SystemRandom().randrange(max(num_steps, 1)) if self._has_checked else 0
+        starts = frozenset(itertools.accumulate(phases[:-1]))
+        self._training = _ClientTraining(
+            client, loader, noise, num_steps, counts, starts, check_at, bool(trainer.should_stop)
+        )
+        self._params.note()
+        self._buffers.note()
+        self._check_shared(client, loader)
         if loader.num_examples * self.delta >= 1 and not self._has_warned_of_delta:
             self._has_warned_of_delta = True
             rank_zero_warn(
@@ -287,29 +352,47 @@ class SampleLevelDP(FederatedCallback):
                 "that would allow revealing one of them. Use a smaller delta."
             )
 
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Takes note of the model that the algorithm has loaded for a new phase, before the module sees the batch."""
+        if self._training is not None and self._training.steps_taken in self._training.phase_starts:
+            self._params.note()
+            self._buffers.note()
+
     def run_training_step(
         self, trainer: L.Trainer, module: L.LightningModule, step: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         """Runs the step on the batch in parts, and adds the clipped gradients of all parts but the last."""
         assert self._gradients is not None
         batch, rest = args[0], args[1:]
-        size = self._take_draw(batch)
+        size, training = self._take_draw(batch), self._training
+        assert training is not None
         self._size = 0
+        self._params.check("between two steps")
+        self._buffers.check("between two steps")
         if not size:
             # An empty batch takes a step too, on noise alone: to skip it would show that no example was drawn.
             return next(iter(self._gradients.params.values())).sum() * 0.0
         results = internals.train_results(trainer)
-        if not self._is_checked:
-            self._check_per_sample(trainer, lambda rows: step(rows, *rest, **kwargs), batch)
+        if isinstance(self._gradients, StrictGradients):
+            self._gradients.arguments = rest, kwargs
+        if not training.is_checked and training.steps_taken >= training.check_at:
+            self._self_check(trainer, step, batch, rest, kwargs)
         most = self.max_physical_batch_size or size
         starts = range(0, size, most)
         total: Tensor | float = 0.0
         for start in starts:
             part = batch if len(starts) == 1 else take_rows(batch, slice(start, start + most))
             self._size = min(most, size - start)
-            if len(starts) > 1:
+            if len(starts) > 1 or self.strict:
                 # Lightning weights logged values by the size of the batch that it finds here.
                 results.batch, results.batch_size = part, None
+            if isinstance(self._gradients, StrictGradients):
+                loss, samples = self._gradients.step(part)
+                training.noise.add(samples, self._size)
+                total = total + loss * self._size
+                continue
             self._gradients.start()
             outputs = step(part, *rest, **kwargs)
             loss = _loss(outputs)
@@ -318,6 +401,10 @@ class SampleLevelDP(FederatedCallback):
                 loss.backward()
                 self._add_part()
                 total = total + loss.detach() * self._size
+        if self.strict:
+            # The gradients have been added; Lightning's backward pass and logs get the loss and a gradient of zero.
+            self._size, results.batch, results.batch_size = 0, batch, None
+            return total / size + next(iter(self._gradients.params.values())).sum() * 0.0
         if len(starts) == 1:
             return outputs
         results.batch, results.batch_size = batch, None
@@ -357,6 +444,7 @@ class SampleLevelDP(FederatedCallback):
         """Checks the batches that the client has drawn and its buffers, before its update leaves the rank."""
         training, self._training = self._training, None
         assert training is not None, "the client has not been started"
+        self._check_end(trainer, training, view)
         self._draws.add(training.counts, np.array(training.sizes, dtype=np.int64), training.loader.rate)
         if self._draws.problem is not None:
             raise PrivacyError(f"The batches are not drawn by Poisson sampling: {self._draws.problem}. The run stops.")
@@ -365,7 +453,8 @@ class SampleLevelDP(FederatedCallback):
         if changed:
             raise PrivacyError(
                 f"Local training has changed the buffer {changed[0]}, which would leave client {client!r} without "
-                "noise. The run stops. Register it with persistent=False, or make it personal."
+                "noise. The run stops. Let training change no buffers: keep what is only logged in an attribute or a "
+                "torchmetric, and what each client may have for itself in a personal buffer."
             )
 
     def on_aggregate_end(
@@ -374,13 +463,14 @@ class SampleLevelDP(FederatedCallback):
         """Logs the largest epsilon of any client, and stops if a client could not take part in another round."""
         self._next_round = max(self._next_round, self._round + 1)
         self._was_insecure |= self.insecure_test_seed is not None
-        spent, _ = largest_epsilon(self.ledgers(trainer).values(), self.delta, self.method, GRID)
+        group = self._shared.largest
+        spent, _ = largest_epsilon(self._together(self.ledgers(trainer).values()), self.delta, self.method, GRID, group)
         epsilon = math.inf if self._was_without else float(spent)
         is_last, is_over = self._round + 1 == trainer.max_epochs, False
         if self.max_epsilon is not None and not is_last:
             before = self._before_training()
-            each = [before + ledger for ledger in accounting.with_another_round(view, self._sigma)]
-            is_over = exceeding(each, self.max_epsilon, self.delta, self.method) is not None
+            each = self._together([before + ledger for ledger in accounting.with_another_round(view, self._sigma)])
+            is_over = exceeding(each, self.max_epsilon, self.delta, self.method, group) is not None
         ranks = accounting.gather(view, {"epsilon": epsilon, "over": is_over})
         facts = self._facts(max(fields["epsilon"] for fields in ranks))
         # A client-level mechanism of the same run reports under `dp_` already.
@@ -417,9 +507,16 @@ class SampleLevelDP(FederatedCallback):
         ledgers = {client: self.ledger(trainer, client) for client in _view(trainer).clients_with_state()}
         return {client: ledger for client, ledger in ledgers.items() if ledger.entries}
 
-    def epsilons(self, trainer: L.Trainer) -> dict[ClientId, Epsilon]:
-        """An upper bound on epsilon for each client whose home is this rank and that has taken part."""
-        return {client: own.epsilon(self.delta, self.method) for client, own in self.ledgers(trainer).items()}
+    def epsilons(self, trainer: L.Trainer, group: int = 1) -> dict[ClientId, Epsilon]:
+        """An upper bound on epsilon for each client whose home is this rank and that has taken part.
+
+        Args:
+            trainer: The Trainer.
+            group: How many examples to protect together: those of one person in one client, or the copies of an
+                example in several clients, of whose epsilons the largest then holds.
+        """
+        ledgers = self.ledgers(trainer)
+        return {client: own.epsilon(self.delta, self.method, group=group) for client, own in ledgers.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Whether the rounds so far were private."""
@@ -477,11 +574,11 @@ class SampleLevelDP(FederatedCallback):
         randomness: Randomness | None = None
         if self.insecure_test_seed is not None:
             randomness = np.random.default_rng(derive_seed(self.insecure_test_seed, self._round, "batches", client))
-        return PoissonLoader(loader, self._drawn.append, randomness)  # type: ignore[arg-type]
+        return PoissonLoader(loader, self._drawn.append, randomness, self.strict)  # type: ignore[arg-type]
 
     def _check_budget(self, ledgers: Sequence[Ledger]) -> None:
         assert self.max_epsilon is not None
-        epsilon = exceeding(ledgers, self.max_epsilon, self.delta, self.method)
+        epsilon = exceeding(self._together(ledgers), self.max_epsilon, self.delta, self.method, self._shared.largest)
         if epsilon is not None:
             raise PrivacyBudgetExceeded(
                 f"Round {self._round} would make a client's epsilon {float(epsilon):.4g}, more than "
@@ -509,36 +606,134 @@ class SampleLevelDP(FederatedCallback):
     def _add_part(self) -> None:
         assert self._gradients is not None
         assert self._training is not None
-        self._training.noise.add(self._gradients.take(self._size), self._size)
+        samples = self._gradients.take(self._size)
+        self._gradients.check_means(samples)
+        self._training.noise.add(samples, self._size)
 
-    def _check_per_sample(self, trainer: L.Trainer, step: Callable[[Any], Any], batch: Any) -> None:
+    def _self_check(self, trainer: L.Trainer, step: Callable[..., Any], batch: Any, rest: Any, kwargs: Any) -> None:
         assert self._gradients is not None
         assert self._training is not None
-        precision = str(trainer.precision)
+        training, module, precision = self._training, trainer.lightning_module, str(trainer.precision)
+        # Past the Trainer's step, which would enter autocast: rounding to 16 bits hides what a sum over many examples
+        # does not.
+        call = module.training_step if precision == "bf16-mixed" else step
+        dataset, collate, should_stop = training.loader.dataset, training.loader.collate_fn, trainer.should_stop
+        items: dict[int, Any] = {}
+
+        def read(examples: Sequence[int]) -> Any:
+            if hasattr(dataset, "__getitems__"):
+                return internals.transfer(trainer, collate(dataset.__getitems__(list(examples))))
+            for example in examples:
+                if example not in items:
+                    # Read once, because a data set may draw random numbers for each example.
+                    items[example] = dataset[example]
+            return internals.transfer(trainer, collate([items[example] for example in examples]))
+
         with (
             # The check must neither use up the client's random numbers nor log anything.
-            isolated_randomness(_view(trainer).settings.seed, self._round, self._training.client, "check"),
+            isolated_randomness(_view(trainer).settings.seed, self._round, training.client, "check") as randomness,
             out_of_loop(trainer, training=True) as results,
         ):
 
-            def loss_of(rows: Any) -> Tensor:
+            def outputs_of(rows: Any) -> Any:
                 results.batch, results.batch_size = rows, None
-                return _loss(step(rows))
+                return call(rows, *rest, **kwargs)
 
-            check_per_sample(self._gradients, loss_of, batch, TOLERANCES[precision])
-        self._is_checked = True
+            def whole_step(rows: Any) -> None:
+                start, end = (is_overridden(hook, module) for hook in BATCH_HOOKS)
+                if start:
+                    module.on_train_batch_start(rows, 0)
+                outputs = outputs_of(rows)
+                if end:
+                    module.on_train_batch_end(outputs, rows, 0)
+
+            seed = (_view(trainer).settings.seed, self._round, training.client, "check")
+            check = SelfCheck(
+                self._gradients,
+                lambda rows: _loss(outputs_of(rows)),
+                whole_step,
+                lambda: randomness.enter(*seed),
+                self._params,
+                self.max_grad_norm,
+                TOLERANCES[precision],
+            )
+            check.run(batch, read, unlike_examples(dataset))
+        trainer.should_stop = should_stop
+        training.is_checked = self._has_checked = True
+
+    def _together(self, ledgers: Iterable[Ledger]) -> Iterable[Ledger]:
+        """The ledgers themselves, or one for all of them if they share examples, which then pay in several."""
+        return ledgers if self._shared.largest == 1 else [dominating(ledgers)]
+
+    def _check_shared(self, client: ClientId, loader: PoissonLoader) -> None:
+        before = self._shared.largest
+        self._shared.add(client, loader.dataset)
+        if self._shared.largest > before:
+            rank_zero_warn(
+                f"An example is {self._shared.largest} times in the clients' data, so together its copies reveal more "
+                "of it than each client's epsilon says. From now on the logged epsilon and max_epsilon count "
+                f"them, as SampleLevelDP.epsilons(trainer, group={self._shared.largest}) does. Give each example to "
+                "one client, once."
+            )
+
+    # ---- steps
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        # The first argument is the optimizer itself.
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if self._training is None or closure is None:
+            self._params.check("before the optimizer's step")
+            return args, kwargs
+
+        def checked() -> Any:
+            loss = closure()
+            # After the forward and the backward pass, and just before the step.
+            self._params.check("in training_step or a hook before the optimizer's step")
+            return loss
+
+        return args[:1], {**kwargs, "closure": checked}
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # The optimizer's own hook sees every step, also one that bypasses the Trainer's.
-        if self._training is not None and not self._has_gradient:
-            raise PrivacyError("The optimizer has taken a step on a gradient that is not private. The run stops.")
+        if self._training is not None:
+            if not self._has_gradient:
+                raise PrivacyError("The optimizer has taken a step on a gradient that is not private. The run stops.")
+            self._training.steps_taken += 1
+            self._params.note()
+            self._buffers.note()
         self._has_gradient = False
+
+    def _check_end(self, trainer: L.Trainer, training: _ClientTraining, view: RoundView) -> None:
+        """Checks that a client has trained as recorded, and that nothing else depends on its examples."""
+        num_steps = sum(accounting.steps_of(view, training.client))
+        if training.steps_taken != num_steps:
+            raise PrivacyError(
+                f"Client {training.client!r} has taken {training.steps_taken} optimizer steps, recorded are "
+                f"{num_steps}. The run stops: which steps are skipped can depend on the examples. An overridden "
+                "optimizer_step must take each step."
+            )
+        if not training.phase_starts:  # with more phases the module may hold another model by now
+            self._params.check("after the last step")
+        timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
+        if trainer.should_stop and not training.should_stop and not any(map(_is_over, timers)):
+            raise PrivacyError(
+                f"trainer.should_stop was set while client {training.client!r} trained, so when training ends can "
+                "depend on its examples, which the noise does not cover. The run stops. Decide by public validation "
+                "data: EarlyStopping on a validation metric, or max_epochs."
+            )
 
     def _detach(self) -> None:
         if self._gradients is not None:
             self._gradients.detach()
-            self._handle.remove()
+            for handle in self._handles:
+                handle.remove()
+        self._params = self._buffers = TensorWatch(dict, "")
         self._gradients = self._training = None
+
+
+def _is_over(timer: Timer) -> bool:
+    left = timer.time_remaining()
+    return left is not None and left <= 0
 
 
 def _loss(outputs: Any) -> Tensor:

@@ -11,8 +11,9 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
 
 from lightning_fl.callbacks.personalized_evaluation import PersonalizedEvaluation
-from lightning_fl.privacy.sample_level.per_sample import why_not_per_sample
-from lightning_fl.strategies import FederatedStrategy
+from lightning_fl.privacy.sample_level.per_sample import why_mixed, why_not_per_sample
+from lightning_fl.strategies import FederatedStrategy, hooks
+from lightning_fl.strategies.hooks import TRANSFER_HOOKS
 
 PRECISIONS = ("32-true", "64-true", "bf16-mixed")
 
@@ -22,8 +23,13 @@ def refuse(found: str) -> MisconfigurationException:
     return MisconfigurationException(f"SampleLevelDP can't give its guarantee: {found}.")
 
 
-def check_settings(trainer: L.Trainer, module: L.LightningModule) -> None:
+def check_settings(trainer: L.Trainer, module: L.LightningModule, strict: bool = False) -> None:
     """Checks what is known before the data is loaded, and again in every round, since callbacks may change it.
+
+    Args:
+        trainer: The Trainer.
+        module: The module.
+        strict: Whether each example must be alone by construction.
 
     Raises:
         MisconfigurationException: If something breaks the guarantee.
@@ -61,14 +67,27 @@ def check_settings(trainer: L.Trainer, module: L.LightningModule) -> None:
             f"{name} measures the mean {'loss' if probe == 'loss' else 'gradient'} of each client's data, without "
             "noise. Use another algorithm, or an option of it without that measurement"
         )
+    holders = [(module, L.LightningModule), (getattr(trainer, "datamodule", None), L.LightningDataModule)]
+    for holder, base in holders if strict else ():
+        for hook in TRANSFER_HOOKS:
+            if holder is not None and hooks.is_overridden(holder, hook, base):
+                raise refuse(
+                    f"strict=True lets no code see two examples, but {type(holder).__name__} has its own {hook}, which "
+                    "gets whole batches. Do the same in the data set or in training_step"
+                )
     # An override is enough to refuse: what it does to gradients can't be seen from outside.
     for hook in ("backward", "configure_gradient_clipping"):
         if is_overridden(hook, module):
             raise refuse(f"the module has its own {hook}, which could change gradients past the clipping. Remove it")
 
 
-def check_training(trainer: L.Trainer, module: L.LightningModule) -> Optimizer:
+def check_training(trainer: L.Trainer, module: L.LightningModule, strict: bool = False) -> Optimizer:
     """Checks what is known only when training starts; returns the optimizer.
+
+    Args:
+        trainer: The Trainer.
+        module: The module.
+        strict: Whether gradients are computed without Opacus, which does not know all layers.
 
     Raises:
         MisconfigurationException: If something breaks the guarantee.
@@ -87,7 +106,7 @@ def check_training(trainer: L.Trainer, module: L.LightningModule) -> Optimizer:
                 "PersonalizedEvaluation trains on the clients' data without noise. Give it finetune_epochs=0 and "
                 "local_epochs=0"
             )
-    reason = why_not_per_sample(module)
+    reason = why_mixed(module) if strict else why_not_per_sample(module)
     if reason is not None:
         raise refuse(reason)
     return trainer.optimizers[0]

@@ -13,7 +13,16 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from lightning_fl.engines.vectorized.buffer_pool import BufferPool
+from lightning_fl.engines.vectorized.stacking import NotVectorizable
 from lightning_fl.torch_internals import outside_vmap, unwrap, wrap
+
+_OF_OWN_TENSORS: dict[Any, str] = {
+    Tensor.grad.__get__: "looks at the gradients of the last step",  # type: ignore[union-attr]
+    Tensor.requires_grad.__set__: "changes which tensors get a gradient",  # type: ignore[attr-defined]
+    Tensor.register_hook: "puts a hook on a tensor's gradient",
+    Tensor.register_post_accumulate_grad_hook: "puts a hook on a tensor's gradient",
+}
+"""What ``vmap`` allows although it would see a tensor that stands for those of all clients."""
 
 
 class BatchingRules(TorchFunctionMode):
@@ -21,9 +30,15 @@ class BatchingRules(TorchFunctionMode):
 
     A rule applies where ``vmap`` is the only transform and all tensors are batched; elsewhere nothing changes.
 
+    Raises:
+        NotVectorizable: Inside the block, for what ``vmap`` would silently do in another way than a client alone.
+
     Args:
         pool: Provides the memory of the weights' gradients. None: PyTorch's allocator.
     """
+
+    error: Exception | None = None
+    """The last error that a function has raised inside the block; the user's code may have caught it."""
 
     def __init__(self, pool: BufferPool | None = None) -> None:
         super().__init__()
@@ -37,8 +52,15 @@ class BatchingRules(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         rule = self._rules.get(func)
-        out = None if rule is None else rule(*args, **kwargs)
-        return func(*args, **kwargs) if out is None else out
+        if rule is None and func in _OF_OWN_TENSORS:
+            self.error = NotVectorizable(f"training_step {_OF_OWN_TENSORS[func]}")
+            raise self.error
+        try:
+            out = None if rule is None else rule(*args, **kwargs)
+            return func(*args, **kwargs) if out is None else out
+        except Exception as error:
+            self.error = error
+            raise
 
 
 class StackedLinear(Function):

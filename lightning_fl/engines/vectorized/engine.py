@@ -30,7 +30,7 @@ from lightning_fl.engines.tensors import clones, load
 from lightning_fl.engines.vectorized.batching_rules import BatchingRules
 from lightning_fl.engines.vectorized.buffer_pool import BufferPool
 from lightning_fl.engines.vectorized.row_subset import RowSubset
-from lightning_fl.engines.vectorized.stacking import stack
+from lightning_fl.engines.vectorized.stacking import NotVectorizable, stack
 from lightning_fl.engines.vectorized.tensor_slots import TensorSlots
 from lightning_fl.torch_internals import flat_vmap, pytree
 from lightning_fl.tree import cast_like, num_bytes
@@ -67,6 +67,16 @@ class Vectorized:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"Vectorized got {name}={value}; expected at least 1.")
+
+
+@dataclass(frozen=True)
+class StepAlone:
+    """What a step gives that a client makes alone."""
+
+    loss: Tensor
+    grads: Tree
+    buffers: Tree
+    others: Any
 
 
 class VectorizedEngine(SequentialEngine):
@@ -166,6 +176,9 @@ class VectorizedEngine(SequentialEngine):
 
         Returns:
             The losses, of shape ``[clients]``, and the other tensors, stacked.
+
+        Raises:
+            NotVectorizable: If the step does what has another meaning for several clients, or has caught an error.
         """
         leaves, spec = pytree.tree_flatten(batch)
         places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
@@ -182,14 +195,17 @@ class VectorizedEngine(SequentialEngine):
 
         inputs = (leaves[place] for place in places)
         stacked = [*self._stacked.values(), *self._stacked_buffers.values(), *inputs]
-        with BatchingRules(self.pool), sdpa_kernel(SDPBackend.MATH):  # other kernels of attention have no rule for vmap
+        rules = BatchingRules(self.pool)
+        with rules, sdpa_kernel(SDPBackend.MATH):  # other kernels of attention have no rule for vmap
             losses, others, replaced = flat_vmap(of_one, stacked, randomness)
+        if rules.error is not None:
+            raise NotVectorizable("training_step catches an error, which may have another cause for several clients")
         # Detached, or the graphs of all steps would hang on the buffers.
         self._stacked_buffers.update({name: value.detach().contiguous() for name, value in replaced.items()})
         return losses, others
 
-    def step_alone(self, step: Step, index: int, batch: Any, *args: Any) -> tuple[Tensor, Tree]:
-        """Loss and gradients of the module's own step for the client at ``index``, without stacking and ``vmap``.
+    def step_alone(self, step: Step, index: int, batch: Any, *args: Any) -> StepAlone:
+        """The module's own step for the client at ``index``, without stacking and ``vmap``.
 
         The client's tensors are loaded into the module meanwhile.
         """
@@ -199,8 +215,9 @@ class VectorizedEngine(SequentialEngine):
         load(tensors, {name: own[name][index].detach() for name in tensors})
         try:
             params = {name: tensor for name, tensor in tensors.items() if name in self._stacked}
-            loss, _ = step(batch, *args)
-            return loss.detach(), _gradients(loss, params)
+            loss, others = step(batch, *args)
+            buffers = {name: tensor for name, tensor in self.tensors.all.items() if name in self._stacked_buffers}
+            return StepAlone(loss.detach(), _gradients(loss, params), clones(buffers), others)
         finally:
             load({name: tensor for name, tensor in self.tensors.all.items() if name in before}, before)
 
@@ -217,9 +234,9 @@ class VectorizedEngine(SequentialEngine):
         self._stacked_buffers = clones(buffers)
 
     @property
-    def stacked_names(self) -> set[str]:
-        """Names of the tensors of which each client has its own."""
-        return {*self._stacked, *self._stacked_buffers}
+    def stacked_params(self) -> Tree:
+        """The clients' parameters, stacked."""
+        return self._stacked
 
     @property
     def bytes_of_one(self) -> int:

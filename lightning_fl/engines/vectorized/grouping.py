@@ -42,6 +42,7 @@ class Grouping:
         self.settings = settings
         self.equal_work_only = equal_work_only
         self.convert = convert
+        self._kinds: dict[ClientId, Any] = {}
 
     @property
     def max_clients(self) -> int:
@@ -60,7 +61,7 @@ class Grouping:
             # Where steps must be equal, so must the ends of passes: the optimizer steps there even if a window is not
             # full.
             segments = forecast.segments if forecast is not None and wants_equal else None
-            family = (None, client) if forecast is None else (forecast.family, segments)
+            family = (None, client) if forecast is None else (forecast.family, segments, self._kinds.get(client))
             families.setdefault(family, []).append(client)
         groups: list[list[ClientId]] = []
         for clients in families.values():
@@ -91,6 +92,19 @@ class Grouping:
         apart = self.engine.optimizers.num_steps_apart
         groups = group_clients(list(works.values()), apart, self.equal_work_only(), compute_bound)
         return [[clients[place] for place in group] for group in groups]
+
+    def remember(self, works: Mapping[ClientId, Sequence[Any]], parts: Sequence[Sequence[ClientId]]) -> None:
+        """Notes that clients could not train as planned, so that their data is not read twice in the next rounds.
+
+        Args:
+            works: For each client, the signatures of its batches.
+            parts: The groups in which they train instead.
+        """
+        for part in parts:
+            for client in part:
+                # One that is split off again has batches that change from round to round.
+                is_alone = len(part) == 1 or client in self._kinds
+                self._kinds[client] = (client,) if is_alone else frozenset(works[client])
 
     def masks(self, works: Sequence[Sequence[Any]]) -> list[StepMask] | None:
         """Who trains in each step of a group; None if all of its clients train in each."""

@@ -18,6 +18,10 @@ class NotStackable(ValueError):
     """Raised for values of clients that can't be stacked."""
 
 
+class NotVectorizable(Exception):
+    """Raised when a module's step can't run for several clients at once."""
+
+
 class StackedBatch:
     """The batches of several clients, stacked; Lightning moves it to a device as one.
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from lightning_fl.privacy.accounting.bounds import GRID, Entry, Method, Relation, default_relation, epsilon_of
 from lightning_fl.privacy.accounting.sampling import Distributed, Full, Sampling, load_sampling
+
+Adversary = Literal["model", "server"]
+"""Whom noise hides contributors from: whoever sees the models, or also the server and whoever sees updates."""
 
 
 class Epsilon(float):
@@ -18,19 +21,22 @@ class Epsilon(float):
         delta: The delta at which it holds.
         method: How it was computed.
         relation: How two neighbouring data sets differ.
+        group: In how many contributors.
     """
 
     delta: float
     method: Method
     relation: Relation
+    group: int
 
-    def __new__(cls, value: float, delta: float, method: Method, relation: Relation) -> Epsilon:
+    def __new__(cls, value: float, delta: float, method: Method, relation: Relation, group: int = 1) -> Epsilon:
         self = super().__new__(cls, value)
-        self.delta, self.method, self.relation = delta, method, relation
+        self.delta, self.method, self.relation, self.group = delta, method, relation, group
         return self
 
     def __repr__(self) -> str:
-        return f"{float(self):.6g} (at most; delta={self.delta:g}, {self.relation}, {self.method})"
+        group = f", groups of {self.group}" if self.group > 1 else ""
+        return f"{float(self):.6g} (at most; delta={self.delta:g}, {self.relation}, {self.method}{group})"
 
     def __reduce__(self) -> tuple[type[float], tuple[float]]:
         return float, (float(self),)  # pickled as a plain number, so that a checkpoint loads with weights_only=True
@@ -45,13 +51,17 @@ class Gaussian:
             one contribution. This holds for ``"replace_one"`` too, although replacing one contribution moves the sum
             by up to 2C. 0: no noise.
         sampling: How the contributors were drawn. Default: everybody contributes, or it is unknown who does.
+        adversary: The strongest party from which the noise hides the contributors: ``"server"``: everybody, because it
+            was added before anyone saw the contribution; ``"model"``: whoever sees the models, but not the server,
+            which added it.
 
     Raises:
-        ValueError: If the noise multiplier is negative or not finite, or ``sampling`` is not a :class:`Sampling`.
+        ValueError: If the noise multiplier is negative or not finite, or another argument is not known.
     """
 
     noise_multiplier: float
     sampling: Sampling = field(default_factory=Full)
+    adversary: Adversary = field(default="server", compare=False)
 
     def __post_init__(self) -> None:
         if not (0 <= self.noise_multiplier < math.inf):
@@ -62,9 +72,16 @@ class Gaussian:
                 "population), LocalSteps(...) or Full()."
             )
 
+        if self.adversary not in ("model", "server"):
+            raise ValueError(f"Gaussian got adversary={self.adversary!r}; expected 'model' or 'server'.")
+
     def state_dict(self) -> dict[str, Any]:
         """Returns the event as plain data."""
-        return {"noise_multiplier": float(self.noise_multiplier), "sampling": self.sampling.state_dict()}
+        return {
+            "noise_multiplier": float(self.noise_multiplier),
+            "sampling": self.sampling.state_dict(),
+            "adversary": self.adversary,
+        }
 
 
 class Ledger:
@@ -78,7 +95,7 @@ class Ledger:
     """
 
     def __init__(self) -> None:
-        self._counts: dict[Gaussian, int] = {}
+        self._counts: dict[tuple[Gaussian, Adversary], int] = {}
 
     def record(self, event: Gaussian, count: int = 1) -> None:
         """Adds ``count`` releases.
@@ -90,10 +107,17 @@ class Ledger:
             raise ValueError(f"A ledger records fl.privacy.Gaussian(...), found {event!r}.")
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ValueError(f"count={count!r} must be a whole number, at least 1.")
-        self._counts[event] = self._counts.get(event, 0) + count
+        key = event, event.adversary
+        self._counts[key] = self._counts.get(key, 0) + count
 
     def epsilon(
-        self, delta: float, method: Method = "pld", relation: Relation | None = None, grid: float = GRID
+        self,
+        delta: float,
+        method: Method = "pld",
+        relation: Relation | None = None,
+        grid: float = GRID,
+        group: int = 1,
+        adversary: Adversary = "model",
     ) -> Epsilon:
         """Returns an upper bound on epsilon for everything recorded.
 
@@ -104,9 +128,13 @@ class Ledger:
                 zero), or ``"replace_one"``. None: the first, unless something was drawn without replacement.
             grid: Discretization interval of the privacy loss for ``"pld"``. A coarser one is faster and gives a larger
                 bound.
+            group: In how many contributors they differ, such as the number of examples of one person; also the number
+                of clients that hold the same example, each with a ledger that costs no more than this one.
+            adversary: Who looks: ``"model"``: whoever sees the models; ``"server"``: also the server, from which noise
+                that it added itself hides nothing.
 
         Returns:
-            A float with the attributes ``delta``, ``method`` and ``relation``.
+            A float with the attributes ``delta``, ``method``, ``relation`` and ``group``.
 
         Raises:
             ValueError: If an argument is out of range, or ``"add_or_remove_one"`` is asked for of draws of fixed size.
@@ -118,18 +146,30 @@ class Ledger:
             raise ValueError(f"method={method!r} is not known; expected 'pld' or 'rdp'.")
         if relation not in (None, "add_or_remove_one", "replace_one"):
             raise ValueError(f"relation={relation!r} is not known; expected 'add_or_remove_one' or 'replace_one'.")
-        relation = relation or default_relation(self.entries)
-        if any(isinstance(sampling, Distributed) for _, sampling, _ in self.entries):
+        if isinstance(group, bool) or not isinstance(group, int) or group < 1:
+            raise ValueError(f"group={group!r} must be a whole number of contributors, at least 1.")
+        if adversary not in ("model", "server"):
+            raise ValueError(f"adversary={adversary!r} is not known; expected 'model' or 'server'.")
+        entries = self._entries(adversary)
+        relation = relation or default_relation(entries)
+        if any(isinstance(sampling, Distributed) for _, sampling, _ in entries):
             method = "rdp"
-        return Epsilon(epsilon_of(self.entries, float(delta), method, relation, grid), delta, method, relation)
+        found = epsilon_of(entries, float(delta), method, relation, grid, group)
+        return Epsilon(found, delta, method, relation, group)
 
     @property
     def entries(self) -> tuple[Entry, ...]:
         """Everything recorded, in an order that does not depend on when it was recorded."""
+        return self._entries("model")
+
+    def _entries(self, adversary: Adversary) -> tuple[Entry, ...]:
+        counts: dict[tuple[float, Sampling], int] = {}
+        for event, count in self:
+            sees_all = adversary == "server" and event.adversary == "model"
+            key = 0.0 if sees_all else float(event.noise_multiplier), event.sampling
+            counts[key] = counts.get(key, 0) + count
         # Sorted, so that ledgers of the same releases share the cached epsilon, to the last bit.
-        return tuple(
-            sorted(((float(event.noise_multiplier), event.sampling, count) for event, count in self), key=repr)
-        )
+        return tuple(sorted(((sigma, sampling, count) for (sigma, sampling), count in counts.items()), key=repr))
 
     def state_dict(self) -> dict[str, Any]:
         """Returns everything recorded, as lists, dicts, numbers and strings."""
@@ -144,8 +184,11 @@ class Ledger:
         loaded = Ledger()
         try:
             for event, count in state["events"]:
-                loaded.record(Gaussian(event["noise_multiplier"], load_sampling(event["sampling"])), count)
-        except (TypeError, KeyError) as error:
+                # Ledgers of before did not say who added the noise; that it was the server claims the least.
+                adversary = event.get("adversary", "model")
+                sampling = load_sampling(event["sampling"])
+                loaded.record(Gaussian(event["noise_multiplier"], sampling, adversary), count)
+        except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{state!r} is not the state of a ledger.") from error
         self._counts = loaded._counts
 
@@ -157,10 +200,10 @@ class Ledger:
         return total
 
     def __iter__(self) -> Iterator[tuple[Gaussian, int]]:
-        return iter(self._counts.items())
+        return iter([(event, count) for (event, _), count in self._counts.items()])
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Ledger) and self._counts == other._counts
+        return isinstance(other, Ledger) and self.entries == other.entries
 
     __hash__ = None  # type: ignore[assignment]
 

@@ -17,7 +17,7 @@ ORDERS = (*range(2, 33), 40, 48, 64, 96, 128, 256)
 
 
 def largest_epsilon(
-    ledgers: Iterable[Ledger], delta: float, method: Method = "pld", grid: float = GRID
+    ledgers: Iterable[Ledger], delta: float, method: Method = "pld", grid: float = GRID, group: int = 1
 ) -> tuple[Epsilon, Ledger]:
     """Returns the largest epsilon of the ledgers, and the ledger that has it; 0 without ledgers.
 
@@ -28,27 +28,52 @@ def largest_epsilon(
         delta: The delta at which to answer.
         method: As for :meth:`Ledger.epsilon`.
         grid: As for :meth:`Ledger.epsilon`.
+        group: As for :meth:`Ledger.epsilon`.
     """
     largest, of = Ledger().epsilon(delta, method), Ledger()
-    bounds = {ledger.entries: (rough_epsilon(ledger.entries, delta), ledger) for ledger in ledgers}
+    bounds = {ledger.entries: (_rough(ledger, delta, group), ledger) for ledger in ledgers}
     for bound, ledger in sorted(bounds.values(), key=lambda pair: -pair[0]):
         # In falling order of the rough bounds, so no ledger after this one can have a larger epsilon.
         if bound <= largest:
             break
-        found = ledger.epsilon(delta, method, grid=grid)
+        found = ledger.epsilon(delta, method, grid=grid, group=group)
         # Both are upper bounds, so the smaller one holds.
         if min(found, bound) > largest:
-            largest, of = Epsilon(min(found, bound), delta, method, found.relation), ledger
+            largest, of = Epsilon(min(found, bound), delta, method, found.relation, group), ledger
     return largest, of
 
 
-def exceeding(ledgers: Iterable[Ledger], budget: float, delta: float, method: Method = "pld") -> Epsilon | None:
+def exceeding(
+    ledgers: Iterable[Ledger], budget: float, delta: float, method: Method = "pld", group: int = 1
+) -> Epsilon | None:
     """Returns the epsilon of a ledger that exceeds ``budget``; None if none does."""
-    bounds = {ledger.entries: (rough_epsilon(ledger.entries, delta), ledger) for ledger in ledgers}
+    bounds = {ledger.entries: (_rough(ledger, delta, group), ledger) for ledger in ledgers}
     for bound, ledger in sorted(bounds.values(), key=lambda pair: -pair[0]):
-        if bound > budget and (found := ledger.epsilon(delta, method)) > budget:
+        if bound > budget and (found := ledger.epsilon(delta, method, group=group)) > budget:
             return found
     return None
+
+
+def dominating(ledgers: Iterable[Ledger]) -> Ledger:
+    """Returns a ledger that costs at least as much as each: for each noise the largest rate and the most releases."""
+    most: dict[float, tuple[float, int]] = {}
+    for ledger in ledgers:
+        own: dict[float, tuple[float, int]] = {}
+        for sigma, sampling, count in ledger.entries:
+            rate, before = own.get(sigma, (0.0, 0))
+            own[sigma] = max(rate, sampling.rate if isinstance(sampling, Poisson) else 1.0), before + count
+        for sigma, (rate, count) in own.items():
+            before_rate, before_count = most.get(sigma, (0.0, 0))
+            most[sigma] = max(rate, before_rate), max(count, before_count)
+    total = Ledger()
+    for sigma, (rate, count) in most.items():
+        total.record(Gaussian(sigma, Poisson(rate) if rate < 1 else Full()), count)
+    return total
+
+
+def _rough(ledger: Ledger, delta: float, group: int) -> float:
+    """A fast upper bound; infinite for groups, for which there is none."""
+    return rough_epsilon(ledger.entries, delta) if group == 1 else math.inf
 
 
 def rough_epsilon(entries: Sequence[Entry], delta: float) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_fl.aggregation import Aggregator, RoundContext, Transform
 from lightning_fl.privacy.accounting.bounds import Method, Relation, dp_accounting
-from lightning_fl.privacy.accounting.ledger import Epsilon, Gaussian, Ledger
+from lightning_fl.privacy.accounting.ledger import Adversary, Epsilon, Gaussian, Ledger
 from lightning_fl.privacy.accounting.sampling import Distributed, FixedSize, Full, Poisson, Sampling
 from lightning_fl.privacy.client_level.clipping import (
     AdaptiveClip,
@@ -369,7 +369,7 @@ class ClientLevelDP(Transform):
     def _event(self, ctx: RoundContext) -> Gaussian:
         distributed = self.mode == "distributed"
         z = self._grid(ctx).effective_noise_multiplier if distributed else self.noise_multiplier
-        return Gaussian(z, self.sampling(ctx))
+        return Gaussian(z, self.sampling(ctx), self._adversary)
 
     def _grid(self, ctx: RoundContext) -> Grid:
         assert not isinstance(self.clip, AdaptiveClip)
@@ -403,7 +403,12 @@ class ClientLevelDP(Transform):
         # Well below 1 / clients: with a delta of that size, publishing one client outright would count as private.
         delta = min(1e-5, max(ctx.population, 1) ** -1.1) if self.delta is None else self.delta
         relation: Relation | None = "replace_one" if self.mode == "local" else None
-        return ledger.epsilon(delta, self.method, relation, GRID)
+        # In local mode the server is one of those who look, and rounds whose noise it added hide nothing from it.
+        return ledger.epsilon(delta, self.method, relation, GRID, adversary=self._adversary)
+
+    @property
+    def _adversary(self) -> Adversary:
+        return "model" if self.mode == "central" else "server"
 
     def _release(
         self, flat: Flat, bits: Tensor, clip: float, cohort: float, source: SecureNoise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,6 +21,13 @@ from lightning_fl.torch_internals import BatchNorm
 from lightning_fl.types import Tree
 
 GradSampleMode = Literal["hooks", "functorch"]
+REMEDY = (
+    "training_step must return the mean of losses that depend on one example each: no sum, no class weights or ignored "
+    "labels in a weighted mean, no contrast between examples, no selection of the hardest, no normalisation or penalty "
+    "over the batch; it may draw random numbers in dropout only (augment in the data set)."
+)
+NUM_COMPARED = 4096
+COLUMNS = 1 << 20
 DROPOUT = (
     functional.dropout,
     functional.dropout1d,
@@ -45,14 +53,23 @@ def opacus_hooks() -> Any:
     return GradSampleHooks
 
 
-def why_not_per_sample(module: nn.Module) -> str | None:
-    """Returns why a module has no per-sample gradients, with the remedy; None if nothing is known against it."""
+def why_mixed(module: nn.Module) -> str | None:
+    """Returns which layer mixes the examples of a batch, with the remedy; None if none is known to."""
     for name, layer in module.named_modules():
         if isinstance(layer, BatchNorm) and layer.training:
             return (
                 f"{name} is a {type(layer).__name__}, which mixes the examples of a batch. Use GroupNorm or LayerNorm: "
                 "opacus.validators.ModuleValidator.fix(network) replaces it"
             )
+    return None
+
+
+def why_not_per_sample(module: nn.Module) -> str | None:
+    """Returns why a module has no per-sample gradients, with the remedy; None if nothing is known against it."""
+    reason = why_mixed(module)
+    if reason is not None:
+        return reason
+    for name, layer in module.named_modules():
         if getattr(layer, "inplace", False):
             return f"{name} is a {type(layer).__name__} that works in place. Set inplace=False"
     direct = [name for name, param in module.named_parameters(recurse=False) if param.requires_grad]
@@ -84,15 +101,26 @@ class PerSampleGradients:
         module: The module; unchanged except for hooks.
         params: The trained parameters by name.
         mode: ``"hooks"``: Opacus's rules for known layers, functorch for others; ``"functorch"``: functorch for all.
+        tolerance: How far the gradient may be from the mean of the per-sample ones, relative to their mean norm.
 
     Raises:
         ValueError: If Opacus can't compute per-sample gradients of the module.
         ImportError: If Opacus is not installed.
     """
 
-    def __init__(self, module: nn.Module, params: Mapping[str, nn.Parameter], mode: GradSampleMode = "hooks") -> None:
+    is_exact = False
+    """Whether each gradient is that of one example by construction, so that no comparison is needed."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        params: Mapping[str, nn.Parameter],
+        mode: GradSampleMode = "hooks",
+        tolerance: float = 2e-3,
+    ) -> None:
         self.module = module
         self.params = dict(params)
+        self.tolerance = tolerance
         try:
             self._hooks = opacus_hooks()(module, loss_reduction="mean", force_functorch=mode == "functorch")
         except NotImplementedError as error:
@@ -111,10 +139,28 @@ class PerSampleGradients:
         self._hooks.cleanup()
 
     def start(self) -> None:
-        """Enables the hooks for one forward and backward pass."""
+        """Enables the hooks for one forward and backward pass, before which no parameter has a gradient."""
         self._clear()
+        for param in self.params.values():
+            param.grad = None
         self._quiet.enter_context(quiet_hooks())
         self._hooks.enable_hooks()
+
+    def of(self, loss_of: Callable[[Any], Tensor], batch: Any) -> Tree:
+        """Returns the per-sample gradients of a batch.
+
+        Args:
+            loss_of: Returns the loss of a batch.
+            batch: The batch.
+
+        Raises:
+            PrivacyError: As :meth:`take` does.
+        """
+        self.start()
+        loss = loss_of(batch)
+        if loss.requires_grad:
+            loss.backward()
+        return self.take(num_rows(batch))
 
     def take(self, size: int) -> Tree:
         """Returns the per-sample gradients after a backward pass, and disables the hooks.
@@ -154,6 +200,31 @@ class PerSampleGradients:
         self._clear()
         return samples
 
+    def check_means(self, samples: Tree) -> None:
+        """Checks that the gradient of the loss is the mean of the per-sample gradients, on some of its entries.
+
+        Raises:
+            PrivacyError: If it is not, because a part of the loss reaches a parameter past its layer.
+        """
+        for name, sample in samples.items():
+            grad = self.params[name].grad
+            if grad is None or not sample.numel():
+                continue
+            # Entries that nobody can foresee, of which there are few enough not to be felt in a step.
+            start = random.SystemRandom().randrange(max(1, grad.numel() - NUM_COMPARED + 1))
+            part = slice(start, start + NUM_COMPARED)
+            rows = sample.reshape(len(sample), -1)[:, part].double()
+            scale = float(torch.linalg.vector_norm(rows, dim=1).mean())
+            distance = float((grad.detach().reshape(-1)[part].double() - rows.mean(0)).norm())
+            if math.isfinite(scale) and distance > self.tolerance * scale + 1e-12:
+                raise PrivacyError(
+                    f"The gradient of {name} differs from the mean of those of the examples, by "
+                    f"{distance / (scale or 1.0):.2g} of their norm: a part of the loss reaches the parameter past its "
+                    "layer, so it can be neither clipped nor covered by the noise. The run stops. Let training_step "
+                    "penalise no weights: that is the optimizer's weight_decay. Otherwise use parameters only in the "
+                    "forward pass of their layer, or set SampleLevelDP(strict=True)."
+                )
+
     def _clear(self) -> None:
         # Opacus keeps its state on the parameters and layers, and resets it in its own optimizer, which is not used
         # here. What a failed pass left behind would be mixed into the next one.
@@ -184,7 +255,8 @@ def clipped_sum(samples: Tree, clip: float) -> Tree:
         return {}
     # The extra dimension lets parameters without dimensions be flattened in the same way.
     flat = {name: _at_least_float32(sample).unsqueeze(-1).flatten(1) for name, sample in samples.items()}
-    norms = torch.stack([torch.linalg.vector_norm(sample, dim=1) for sample in flat.values()])
+    # In float64: in float32, a tensor of 5e7 entries comes out too short, and would be clipped to 1.035 C.
+    norms = torch.stack([_norms(sample) for sample in flat.values()])
     # The norm of the norms is the joint norm, without a copy of all gradients side by side.
     norms = torch.linalg.vector_norm(norms, dim=0)
     is_finite = norms.isfinite()
@@ -197,13 +269,19 @@ def clipped_sum(samples: Tree, clip: float) -> Tree:
     }
 
 
+def _norms(rows: Tensor) -> Tensor:
+    """The norms of rows in float64, a part of the columns at a time, because the conversion makes a copy."""
+    parts = [torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in rows.split(COLUMNS, dim=1)]
+    return torch.linalg.vector_norm(torch.stack(parts), dim=0)
+
+
 def check_clipped_sum(total: Tree, size: int, clip: float) -> None:
     """Checks that a sum of ``size`` clipped gradients is no longer than ``size`` clip norms.
 
     Raises:
         PrivacyError: If it is longer, or holds NaN.
     """
-    norm = math.sqrt(sum(float(torch.linalg.vector_norm(value).double()) ** 2 for value in total.values()))
+    norm = math.sqrt(sum(float(_norms(value.reshape(1, -1))) ** 2 for value in total.values()))
     # Negated, so that NaN fails too.
     if not norm <= size * clip * (1 + 1e-5):
         raise PrivacyError(
@@ -257,10 +335,7 @@ def check_per_sample(
         if not distance <= tolerance * scale + 1e-12:
             raise PrivacyError(
                 f"The gradient of an example changes with the others in its batch, by {distance / (scale or 1.0):.2g} "
-                "of its norm, so one example moves more than the noise covers. The run stops. training_step must "
-                "return the mean of losses that depend on one example each: no sum, no class weights or ignored labels "
-                "in a weighted mean, no contrast between examples, no normalisation or penalty over the batch; it may "
-                "draw random numbers in dropout only (augment in the data set)."
+                f"of its norm, so one example moves more than the noise covers. The run stops. {REMEDY}"
             )
     usable = [(gradient, norm) for gradient, norm in zip(expected, norms, strict=True) if 0 < norm < math.inf]
     if usable:

@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader, Sampler
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from lightning_fl.data.client_loaders import ClientLoaders
 from lightning_fl.data.collation import with_fast_collation
@@ -17,6 +19,7 @@ from lightning_fl.privacy.accounting.sampling import FALSE_ALARM_PROBABILITY, Fu
 from lightning_fl.privacy.noise import PrivacyError
 from lightning_fl.privacy.sample_level.rows import take_rows
 from lightning_fl.seeding import Randomness, SystemRandomness
+from lightning_fl.torch_internals import pytree
 from lightning_fl.types import ClientId
 
 Drawn = Callable[[np.ndarray], None]
@@ -53,14 +56,20 @@ class PoissonLoader(DataLoader):
         loader: A plain ``DataLoader``, in order or shuffled. All its examples can be drawn, even with ``drop_last``.
         drawn: Called with the examples of each batch, just before the batch is yielded.
         randomness: Source of the draws. None: the operating system.
+        alone: Whether each example is read and collated alone, so that it can't depend on others.
 
     Raises:
         ValueError: If the loader makes its batches in another way.
     """
 
-    def __init__(self, loader: DataLoader, drawn: Drawn, randomness: Randomness | None = None) -> None:
+    def __init__(
+        self, loader: DataLoader, drawn: Drawn, randomness: Randomness | None = None, alone: bool = False
+    ) -> None:
         _check_plain(loader)
         dataset, collate_fn = with_fast_collation(loader.dataset, loader.collate_fn)
+        # The package's own data sets of tensors index rows, which is collating alone.
+        if alone and dataset is loader.dataset:
+            dataset, collate_fn = OneByOne(dataset, collate_fn or default_collate), _joined
         self._drawn = drawn
         self.num_examples, size = len(dataset), loader.batch_size
         assert size is not None
@@ -97,6 +106,42 @@ class PoissonLoader(DataLoader):
             chosen = self._draws.drawn.popleft()
             self._drawn(chosen)
             yield batch if len(chosen) else take_rows(batch, slice(0))
+
+
+class OneByOne(Dataset):
+    """A data set whose examples are collated batches of one.
+
+    Args:
+        dataset: The data set of examples.
+        collate_fn: Makes a batch of a list of examples.
+    """
+
+    def __init__(self, dataset: Any, collate_fn: Callable[[list[Any]], Any]) -> None:
+        self.examples_of = dataset
+        self.collate_fn = collate_fn
+
+    def __len__(self) -> int:
+        return len(self.examples_of)
+
+    def __getitem__(self, index: int) -> Any:
+        if hasattr(self.examples_of, "__getitems__"):
+            return self.collate_fn(self.examples_of.__getitems__([index]))
+        return self.collate_fn([self.examples_of[index]])
+
+
+def _joined(batches: list[Any]) -> Any:
+    """Joins batches of one example."""
+    flat = [pytree.tree_flatten(batch) for batch in batches]
+    kinds = {(spec, tuple(getattr(leaf, "shape", None) for leaf in leaves)) for leaves, spec in flat}
+    if len(kinds) > 1:
+        raise ValueError(
+            "Examples that are collated alone have different shapes, as SampleLevelDP(strict=True) does so that none "
+            "depends on another. Let the data set or collate_fn pad all of them to one length."
+        )
+    columns = zip(*(leaves for leaves, _ in flat), strict=True)
+    return pytree.tree_unflatten(
+        [torch.cat(column) if isinstance(column[0], Tensor) else column[0] for column in columns], flat[0][1]
+    )
 
 
 class _Recorded(Sampler[list[int]]):

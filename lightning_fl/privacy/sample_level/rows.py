@@ -54,6 +54,14 @@ def take_rows(batch: Any, rows: slice | list[int]) -> Any:
     return take(batch)
 
 
+def labels_of(batch: Any) -> Tensor | None:
+    """What looks like the labels of a batch: its last tensor with one number an example, whole numbers first."""
+    flat = [tensor for tensor in _tensors(batch) if tensor.dim() and tensor[:1].numel() == 1]
+    whole = [tensor for tensor in flat if not tensor.is_floating_point()]
+    chosen = (whole or flat)[-1:]
+    return chosen[0].reshape(-1) if chosen else None
+
+
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value

@@ -73,7 +73,8 @@ class SecureAggregation(Aggregator):
         max_weight: Upper bound on a client's weight, which the federation may know. None: 1 under
             ``weighting="uniform"``, the largest number of examples of a simulated client, 65536 between silos.
         modulus_bits: 32, or 64 for twice the bytes and finer steps.
-        min_clients: The fewest clients in a sum; at least 3.
+        min_clients: The fewest clients in a sum: a count of at least 3, or a share of the round's cohort, of which
+            it is at least 3 too. Default two thirds, so that nobody gets the sum of a few by making the others fail.
         keys: Folder of the silo's keys, in which ``{rank}`` stands for its rank. None: the variable
             ``LIGHTNING_FL_KEYS``, or ``keys/silo{rank}``. Simulated clients need none.
         dropout: For simulations: the share of each round's clients that drop out, at random stages.
@@ -97,7 +98,7 @@ class SecureAggregation(Aggregator):
         aux_clip: float = 1024.0,
         max_weight: float | None = None,
         modulus_bits: int = 32,
-        min_clients: int = MIN_CLIENTS,
+        min_clients: int | float = 2 / 3,
         keys: str | None = None,
         dropout: float = 0.0,
         dropout_seed: int = 0,
@@ -110,7 +111,13 @@ class SecureAggregation(Aggregator):
                 f"{type(aggregator).__name__} has to see each client's update, and secure aggregation shows only their "
                 "sum. Use either that aggregator alone, or SecureAggregation() with the weighted mean."
             )
-        if min_clients < MIN_CLIENTS:
+        if isinstance(min_clients, float):
+            if not 0 < min_clients <= 1:
+                raise ValueError(
+                    f"min_clients={min_clients} as a float is a share of the cohort and must lie in (0, 1]; write an "
+                    "int for a count."
+                )
+        elif min_clients < MIN_CLIENTS:
             raise ValueError(
                 f"min_clients={min_clients} is too few: in a sum of two, each learns the other's update by subtracting "
                 f"its own. Expected at least {MIN_CLIENTS}."
@@ -124,13 +131,20 @@ class SecureAggregation(Aggregator):
         self.protocol: Protocol = protocol
         self.ranges = Ranges(clip, aux_clip, max_weight or DEFAULT_MAX_WEIGHT, modulus_bits)
         self.max_weight = max_weight
+        self.min_clients = min_clients
         for tree in ("delta", "aux"):
             # Raises if even the smallest sum would leave too few bits for a coordinate.
-            self.ranges.quantizer(tree, min_clients)
-        self.min_clients = min_clients
+            self.ranges.quantizer(tree, self.fewest(0))
         self.keys = keys
         self.dropout = dropout
         self.dropout_seed = dropout_seed
+
+    def fewest(self, cohort_size: int) -> int:
+        """Returns the fewest clients in a sum over a cohort."""
+        if isinstance(self.min_clients, float):
+            # Less a trifle, because 2 / 3 of 6 is 4 and not a rounding error more.
+            return max(MIN_CLIENTS, math.ceil(self.min_clients * cohort_size - 1e-9))
+        return self.min_clients
 
     def __repr__(self) -> str:
         # Hashed as what all participants must share, so it leaves out `keys`, which differs between silos.
@@ -142,7 +156,8 @@ class SecureAggregation(Aggregator):
         return self.ranges.modulus_bits
 
     def min_clients_of(self, cohort_size: int) -> int:
-        return max(self.min_clients, two_thirds(cohort_size)) if self.protocol == "bonawitz" else self.min_clients
+        fewest = self.fewest(cohort_size)
+        return max(fewest, two_thirds(cohort_size)) if self.protocol == "bonawitz" else fewest
 
     def open(self, group: Group, facts: FederationFacts) -> Session:
         ranges = self.ranges
@@ -219,7 +234,7 @@ class SecureAggregation(Aggregator):
     def gather(self, session: Session, group: Group, report: Message, topic: str) -> list[Message]:
         settings = digest(repr(self).encode())
         attempt = session.next_attempt(topic)
-        params = SessionParams(session.id, digest(topic.encode()), settings, 0, attempt, group.size, self.min_clients)
+        params = SessionParams(session.id, digest(topic.encode()), settings, 0, attempt, group.size, self.fewest(0))
         scalars = report.fields.get("sums", {})
         number, identity = group.rank + 1, session.identity(group.rank)
         client = PairwiseClient(number, identity, params, session.trusted, session.journal, bool(scalars))
@@ -239,13 +254,15 @@ class SecureAggregation(Aggregator):
 
     def _min_reporting_ranks(self, session: Session) -> int:
         """Returns how many ranks must list a scalar before it is summed: a sum over one silo is that silo's value."""
-        return 1 if session.is_simulated else self.min_clients
+        # A share is one of clients whose updates are summed; that few silos may log a metric is no failure.
+        return 1 if session.is_simulated else self.fewest(0)
 
     def _check_cohort(self, cohort_size: int, group: Group, silos: bool) -> None:
-        if cohort_size < self.min_clients:
+        fewest = self.fewest(cohort_size)
+        if cohort_size < fewest:
             raise ValueError(
                 f"A round has {cohort_size} client(s), and secure aggregation makes no sum over fewer than "
-                f"{self.min_clients}: each could subtract its own update. Use more clients."
+                f"{fewest}: each could subtract its own update. Use more clients."
             )
         if silos and self.dropout:
             raise ValueError(f"dropout={self.dropout} is for simulations; silos vanish by themselves. Leave it out.")
@@ -265,11 +282,11 @@ class SecureAggregation(Aggregator):
             )
 
     def _check_min_cohort(self, min_cohort_size: int | None) -> None:
-        if min_cohort_size is not None and min_cohort_size < self.min_clients:
+        if min_cohort_size is not None and min_cohort_size < self.fewest(min_cohort_size):
             raise ValueError(
                 f"Rounds may have {min_cohort_size} client(s) by chance, and secure aggregation makes no sum over "
-                f"fewer than {self.min_clients}, so training would end in the middle. Draw cohorts of a fixed size: "
-                "clients_per_round=... without cohort=Poisson(...)."
+                f"fewer than {self.fewest(min_cohort_size)}, so training would end in the middle. Draw cohorts of a "
+                "fixed size: clients_per_round=... without cohort=Poisson(...)."
             )
 
     def _session_params(self, acc: SecureSum, ctx: RoundContext, threshold: int) -> SessionParams:
@@ -288,7 +305,8 @@ class SecureAggregation(Aggregator):
             parties = list(dict.fromkeys([*acc.clients, *report.fields.get("refused", [])]))
         else:
             parties = [client for client in ctx.cohort if client == group.rank]
-        params = self._session_params(acc, ctx, self.min_clients)
+        fewest = self.fewest(len(ctx.cohort))
+        params = self._session_params(acc, ctx, fewest)
         clients = [
             PairwiseClient(
                 ctx.cohort.index(party) + 1,
@@ -310,10 +328,10 @@ class SecureAggregation(Aggregator):
         )
         # Not verified yet: `masks` below checks the signatures before anything is sent.
         accepted = len(with_update(roster_of(advertisements)))
-        if accepted < self.min_clients:
+        if accepted < fewest:
             raise SecureAggregationError(
                 f"Round {ctx.round} has {accepted} update(s) left, and a secure sum is not made over fewer than "
-                f"{self.min_clients}. Nothing has left its client, and the global model is as it was."
+                f"{fewest}. Nothing has left its client, and the global model is as it was."
             )
         vector = with_report(acc.vector, names, scalars, len(clients))
         vector_id = session.vector_id(acc.model, ctx.round)

@@ -3,40 +3,30 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NoReturn
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.utilities.rank_zero import rank_zero_debug, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_fl.engines import VectorizedEngine
-from lightning_fl.engines.vectorized.stacking import part
-from lightning_fl.strategies.hooks import BATCH_HOOKS, TRANSFER_HOOKS, has_hooks
+from lightning_fl.engines.vectorized.stacking import NotVectorizable, part
+from lightning_fl.seeding import isolated_randomness
+from lightning_fl.strategies.hooks import BATCH_HOOKS, TRANSFER_HOOKS, has_hooks, hooks_of
 from lightning_fl.strategies.internals import trainer_replaced
-from lightning_fl.strategies.vectorized.log_capture import LogCapture, NotVectorizable
-from lightning_fl.strategies.vectorized.side_effects import (
-    attributes,
-    check_unchanged,
-    check_undrawn,
-    put_back,
-    random_states,
-)
-from lightning_fl.torch_internals import (
-    has_backward_hooks,
-    has_gradient_hooks,
-    own_buffers,
-    step_hooks,
-    version_counter,
-)
+from lightning_fl.strategies.vectorized.log_capture import LogCapture
+from lightning_fl.strategies.vectorized.step_watch import OpaqueProxy, StepWatch, random_states
+from lightning_fl.torch_internals import has_backward_hooks, has_gradient_hooks, pytree, step_hooks, version_counter
 from lightning_fl.types import Phase
 
 ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop")
 """Optimizers of ``torch.optim`` that treat each element alone, so that they can step stacked parameters."""
-_DRAWN = "random operation"
-"""Part of the error of ``torch.func.vmap`` when random numbers are drawn."""
 MAX_FLOPS_ON_CPU = 3e7
 """FLOPs per client step above which vectorizing no longer pays on a CPU."""
 
@@ -59,11 +49,13 @@ def unsupported_reason(trainer: L.Trainer, module: L.LightningModule, strategy: 
         return "backward hooks of a submodule do not run for several clients at once"
     if any(isinstance(m, nn.Embedding) and m.padding_idx is not None for m in module.modules()):
         return "torch.func.vmap gives the padding of an embedding a gradient"
-    own = set(map(id, module.parameters()))
-    if any(id(param) not in own for o in optimizers for group in o.param_groups for param in group["params"]):
+    of_module = set(map(id, module.parameters()))
+    if any(id(param) not in of_module for o in optimizers for group in o.param_groups for param in group["params"]):
         return "an optimizer has parameters that are not the module's"
     if type(module).log is not L.LightningModule.log:
         return "the module logs in a way of its own"
+    if type(module).clip_gradients is not L.LightningModule.clip_gradients:
+        return "the module clips gradients in a way of its own"
     if strategy.client_optimizer == "keep":
         return "client_optimizer='keep' gives each client its own number of steps"
     if algorithm.probe is not None or algorithm.phases() != (Phase(),):
@@ -73,6 +65,10 @@ def unsupported_reason(trainer: L.Trainer, module: L.LightningModule, strategy: 
     hooks = [name for name in BATCH_HOOKS if has_hooks(trainer, name)]
     for hook in hooks + _transfer_hooks(getattr(trainer, "datamodule", None)):
         return f"the hook {hook} would see several clients at once"
+    # A monitor of learning rates does not look at the batch that it is given.
+    own = [hook for c in trainer.callbacks if type(c) is not LearningRateMonitor for hook in hooks_of(c)]  # type: ignore[attr-defined]
+    for hook in own:
+        return f"{hook} would see several clients at once"
     for hook in _client_hooks(trainer):
         return f"{hook} looks at each client by itself"
     return None
@@ -114,16 +110,20 @@ def unprofitable_reason(module: nn.Module, max_clients: int) -> str | None:
 def check_equivalence(
     engine: VectorizedEngine,
     capture: LogCapture,
+    watch: StepWatch,
     batch: Any,
     args: tuple[Any, ...],
     allows_random: bool,
     max_flops: float = math.inf,
 ) -> str:
-    """Compares one step of several clients with the same step of two of them alone; leaves nothing changed.
+    """Compares one step of several clients with the same step of two of them alone.
+
+    The clients' tensors are not what they were afterwards, so the group is to be loaded anew; nothing else is changed.
 
     Args:
         engine: The engine, with the clients loaded.
         capture: Records what the clients log.
+        watch: Sees and puts back what else the step changes.
         batch: Their batches, stacked.
         args: The other arguments of ``training_step``.
         allows_random: Whether random numbers may differ from those that a client alone would draw.
@@ -137,55 +137,78 @@ def check_equivalence(
         NotVectorizable: If the step can't run under ``vmap``, gives different losses or gradients, has side effects,
             or takes so long that training together would gain nothing.
     """
+    trial = partial(_try_step, engine, capture, watch, batch, args, max_flops)
     try:
-        _check(engine, capture, batch, args, "error", max_flops)
+        trial("error")
     except NotVectorizable as error:
-        if not allows_random or _DRAWN not in str(error):
+        if not allows_random or str(error) != DRAWS:
             raise
         rank_zero_warn(
             "training_step draws random numbers (dropout, say). Clients that train together draw others than alone: "
             "the results are equal in distribution, not in value. engine='sequential' draws each client's own."
         )
-        _check(engine, capture, batch, args, "different", max_flops)
+        trial("different")
         return "different"
     return "error"
 
 
-def _check(
-    engine: VectorizedEngine, capture: LogCapture, batch: Any, args: tuple[Any, ...], randomness: str, max_flops: float
+def _try_step(
+    engine: VectorizedEngine,
+    capture: LogCapture,
+    watch: StepWatch,
+    batch: Any,
+    args: tuple[Any, ...],
+    max_flops: float,
+    randomness: str,
 ) -> None:
-    module = capture.module
-    before, buffers, outside = attributes(module), engine.copy_buffers(), _outside(engine, module)
-    held = [(own, dict(own)) for own in map(own_buffers, module.modules())]
+    buffers = engine.copy_buffers()
+    versions = _versions(engine, batch)
+    watch.begin_trial()
     drawn = random_states()
     try:
         with torch.enable_grad():
-            losses, _ = engine.forward_stacked(capture, batch, *args, randomness=randomness)
+            losses, logged = engine.forward_stacked(capture, batch, *args, randomness=randomness)
             if losses.dim() != 1:
                 raise NotVectorizable(f"training_step returned a loss of shape {tuple(losses.shape[1:])}, not a number")
+            made = capture.made
             grads = engine.gradients(losses.sum())
-        check_unchanged(before, attributes(module))
-        check_undrawn(drawn)
-        now = dict(module.named_buffers())
-        written = [n for n, t, version in outside if version_counter(t) != version or now.get(n, t) is not t]
-        if written:
-            raise NotVectorizable(f"training_step writes to {written[0]}, which all clients share")
+        changed = watch.end_trial()
+        if changed is not None:
+            raise NotVectorizable(f"training_step changes {changed}, which would hold values of several clients")
+        if _versions(engine, batch) != versions:
+            raise NotVectorizable("training_step changes its batch or the parameters in place")
+        if random_states()[1:] != drawn[1:] or (randomness == "error" and random_states() != drawn):
+            raise NotVectorizable("training_step draws random numbers from Python or NumPy, one for all clients")
         # The step has moved the clients' BatchNorm statistics; the comparison must start from the same ones.
+        after = engine.copy_buffers()
         engine.put_buffers(buffers)
         if randomness == "error":
             with torch.enable_grad():
-                _compare(engine, capture, batch, args, losses.detach(), grads, max_flops)
+                found = _Outcome(losses.detach(), grads, after, logged, made)
+                _compare(engine, capture, batch, args, found, max_flops)
     except NotVectorizable:
         raise
     except Exception as error:
-        # What `vmap` can't do shows as errors of many types, raised deep inside torch.
-        raise NotVectorizable(_first_line(error)) from error
+        raise NotVectorizable(reason_of(error)) from error
     finally:
-        put_back(module, before)
-        for own, items in held:
-            own.update(items)
-        engine.put_buffers(buffers)
+        watch.end_trial()
         capture.clear()
+
+
+def _versions(engine: VectorizedEngine, batch: Any) -> list[int]:
+    leaves = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
+    return [version_counter(leaf) for leaf in (*leaves, *engine.stacked_params.values())]
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What a step of several clients has given, stacked."""
+
+    losses: Tensor
+    grads: Any
+    buffers: Any
+    logged: Any
+    made: list[Any]
 
 
 def _compare(
@@ -193,18 +216,23 @@ def _compare(
     capture: LogCapture,
     batch: Any,
     args: tuple[Any, ...],
-    losses: Tensor,
-    grads: Any,
+    together: _Outcome,
     max_flops: float,
 ) -> None:
+    losses, grads = together.losses, together.grads
     for client in (0, len(losses) - 1):
-        with FlopCounterMode(display=False) as counter:
-            loss, own = engine.step_alone(capture, client, part(batch, client), *args)
+        # With random numbers of its own, which also shows draws after which the step puts the generators back.
+        with FlopCounterMode(display=False) as counter, isolated_randomness(0, 0, client):
+            alone = engine.step_alone(capture, client, part(batch, client), *args)
         if counter.get_total_flops() > max_flops:
             raise NotVectorizable("the arithmetic of a step takes longer than what a step of several would save")
+        loss, own = alone.loss, alone.grads
         rtol = max(1e-3, 4 * torch.finfo(loss.dtype).eps)
         if not torch.allclose(losses[client], loss, rtol=rtol, atol=1e-5, equal_nan=True):
             raise NotVectorizable(f"the loss of a client together is {losses[client]:g}, alone {loss:g}")
+        if own.keys() != grads.keys():
+            (name, *_) = own.keys() ^ grads.keys()
+            raise NotVectorizable(f"the gradient of {name} together differs from that of a client alone")
         # With a NaN the tolerance would be NaN, and gradients that agree, NaN for NaN, would count as different.
         largest = max(float(grad.nan_to_num(0, 0, 0).abs().max()) for grad in own.values())
         for name, grad in own.items():
@@ -213,32 +241,44 @@ def _compare(
             # have cancelled in it.
             if not torch.allclose(grads[name][client], grad, rtol=1e3 * eps, atol=100 * eps * largest, equal_nan=True):
                 raise NotVectorizable(f"the gradient of {name} together differs from that of a client alone")
+        for name, buffer in alone.buffers.items():
+            if not _is_close(together.buffers[name][client], buffer):
+                raise NotVectorizable(f"the buffer {name} together differs from that of a client alone")
+        is_logged_alike = capture.made == together.made and all(
+            map(_is_close, part(together.logged, client), alone.others)
+        )
+        if not is_logged_alike:
+            raise NotVectorizable("what is logged together differs from what a client alone logs")
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+def _is_close(together: Tensor, alone: Tensor) -> bool:
+    if together.shape != alone.shape:
+        return False
+    return torch.allclose(together.double(), alone.double(), rtol=1e-3, atol=1e-5, equal_nan=True)
 
 
-def _outside(engine: VectorizedEngine, module: nn.Module) -> list[tuple[str, Tensor, int]]:
-    """The module's tensors that are not stacked, with their version counters."""
-    stacked = engine.stacked_names
-    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    return [(name, tensor, version_counter(tensor)) for name, tensor in tensors.items() if name not in stacked]
+DRAWS = "training_step draws random numbers (dropout, say), and clients together would draw others than alone"
+_REASONS = {
+    "random operation": DRAWS,
+    "item()": "training_step reads a number out of a tensor (.item(), float()), and several clients have several",
+    "data-dependent control flow": "training_step decides by a tensor's values (`if loss > 1`), which differ",
+    "dynamic shape": "an operation's result has another shape for each client",
+    "data-dependent": "an operation's result has another shape for each client",
+    "in-place": "training_step writes a client's values into a tensor that all share",
+    "inplace": "training_step writes a client's values into a tensor that all share",
+    "numpy": "training_step turns a tensor into a NumPy array, and several clients have several",
+}
 
 
-class OpaqueProxy:
-    """Replaces the Trainer and the batch index in a trial step; it can be passed on, but reading it is an error."""
-
-    is_seen = False
-
-    def _look(self, *args: Any, **kwargs: Any) -> NoReturn:
-        object.__setattr__(self, "is_seen", True)
-        raise NotVectorizable("it looks at the Trainer or at batch_idx")
-
-    __getattr__ = __bool__ = __hash__ = __str__ = __repr__ = __format__ = __index__ = __int__ = __float__ = _look
-    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _look
-    __add__ = __sub__ = __mul__ = __truediv__ = __floordiv__ = __mod__ = __pow__ = _look
-    __radd__ = __rsub__ = __rmul__ = __rtruediv__ = __rfloordiv__ = __rmod__ = __rpow__ = _look
+def reason_of(error: Exception) -> str:
+    """What stands against a step of several clients, in a sentence for users."""
+    if isinstance(error, NotVectorizable):
+        return str(error)
+    # What `vmap` can't do shows as errors of many types, raised deep inside torch; its text asks to file an issue.
+    text = str(error)
+    found = next((reason for word, reason in _REASONS.items() if word in text), None)
+    rank_zero_debug(f"A step of several clients raised {type(error).__name__}: {text}")
+    return found or f"an operation of training_step does not run for several clients at once ({type(error).__name__})"
 
 
 def params_with_gradients(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import lightning as L
@@ -13,21 +13,25 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
+from lightning_fl.data.lazy_batches import LazyLoader
 from lightning_fl.engines import Vectorized, VectorizedEngine
+from lightning_fl.engines.module_state import Snapshot, capture
 from lightning_fl.engines.vectorized.grouping import Grouping
-from lightning_fl.engines.vectorized.stacking import StackedBatch, part
+from lightning_fl.engines.vectorized.stacking import NotVectorizable, StackedBatch, part
 from lightning_fl.federation import ClientTask
 from lightning_fl.federation.group_data import StackedData
+from lightning_fl.seeding import loader_generators
 from lightning_fl.strategies import internals
 from lightning_fl.strategies import results as logged
-from lightning_fl.strategies.vectorized.compatibility import MAX_FLOPS_ON_CPU, check_equivalence, params_with_gradients
-from lightning_fl.strategies.vectorized.log_capture import LogCapture, NotVectorizable
-from lightning_fl.strategies.vectorized.side_effects import (
-    check_unchanged,
-    check_undrawn,
-    own_attributes,
-    random_states,
+from lightning_fl.strategies.vectorized.compatibility import (
+    MAX_FLOPS_ON_CPU,
+    check_equivalence,
+    params_with_gradients,
+    reason_of,
 )
+from lightning_fl.strategies.vectorized.log_capture import LogCapture
+from lightning_fl.strategies.vectorized.step_watch import OpaqueProxy, StepWatch
+from lightning_fl.torch_internals import pytree, version_counter
 
 
 class VectorizedDriver:
@@ -60,10 +64,14 @@ class VectorizedDriver:
         self.task: ClientTask | None = None
         self.logs_may_wait = False
         """Whether nobody looks at what is logged before :meth:`flush_logs`."""
+        self.watch = StepWatch(trainer, engine, self.capture)
         self._is_checked = False
-        self._has_stepped = False
+        self._has_equal_steps = True
         self._grads_of: dict[Any, frozenset[str] | None] = {}
         self._randomness = "error"
+        self._loaders: list[Snapshot] = []
+        self._reading_changes_loaders: bool | None = None
+        self._has_told_of_splits = False
 
     @property
     def equal_work_only(self) -> bool:
@@ -72,30 +80,72 @@ class VectorizedDriver:
         is_shared = self.trainer.accumulate_grad_batches > 1 or bool(internals.client_schedules(self.trainer))
         return is_shared or None in kinds or len(kinds) > 1
 
-    def start(self, task: ClientTask, data: StackedData) -> None:
+    def begin(self) -> None:
+        """Called before the data of a group is read."""
+        self.watch.begin()
+        self._loaders = []
+
+    def note_loader(self, loader: Any) -> None:
+        """Notes the state of a loader that is about to be read, for the case that it has to be read again."""
+        # Data sets that augment with a generator of their own, or count. Whether this one does is known once the first
+        # group has been read; rows of tensors and batches in memory are read without the user's code.
+        if self._reading_changes_loaders is not False and not isinstance(loader, LazyLoader | list | tuple):
+            self._loaders.append(capture(loader, known=loader_generators(loader), values=False))
+
+    def end_reading(self) -> None:
+        """Called when the data of a group has been read."""
+        if self._reading_changes_loaders is None and self._loaders:
+            self._reading_changes_loaders = any(any(own.differences()) for own in self._loaders)
+
+    def undo_reading(self) -> None:
+        """Puts the loaders back to where they were, because the clients' data will be read again."""
+        for own in reversed(self._loaders):
+            own.restore()
+        self._loaders = []
+
+    def tell_of_split(self, parts: Sequence[Sequence[Any]]) -> None:
+        """Reports, once, that clients train alone because their batches can't be stacked."""
+        if not self._has_told_of_splits and any(len(part) == 1 for part in parts):
+            self._has_told_of_splits = True
+            rank_zero_info("Clients whose batches differ in shape, and can't be stacked, train one after the other.")
+
+    def start(self, task: ClientTask, data: StackedData) -> bool:
         """Called when the clients of a group have been loaded into the engine.
+
+        Returns:
+            Whether a step has been tried, so that the clients are to be loaded anew.
 
         Raises:
             NotVectorizable: If one step of the group would not do what a step of each client does; only the first
                 group is checked.
         """
         self.task = task
-        self._has_stepped = False
+        self._has_equal_steps = data.masks is None
         self.capture.clear()
-        if not self._is_checked:
-            # A copy of its own: a training_step may change its batch in place.
-            first = next(self.grouping.stacked(list(data.passes.values()), data.masks))
-            self._select(first.mask)
-            self._check(first)
-            self._is_checked = True
+        self.watch.start()
+        if self._is_checked:
+            return False
+        obstacle = None if self.is_asked_for else self.watch.obstacle()
+        if obstacle is not None:
+            raise NotVectorizable(obstacle)
+        # A copy of its own: a training_step may change its batch in place.
+        first = next(self.grouping.stacked(list(data.passes.values()), data.masks))
+        self._select(first.mask)
+        self._check(first)
+        self._is_checked = True
+        return True
 
     def _check(self, batch: StackedBatch) -> None:
         is_cpu = self.engine.device.type == "cpu"
         max_flops = MAX_FLOPS_ON_CPU if is_cpu and not self.is_asked_for else math.inf
-        with self._in_step(batch) as (content, args):
+        with self._in_step(batch) as (content, args), self._view():
             self._randomness = check_equivalence(
-                self.engine, self.capture, content, args, self.allows_random, max_flops
+                self.engine, self.capture, self.watch, content, args, self.allows_random, max_flops
             )
+
+    def _view(self) -> AbstractContextManager[None]:
+        # Whoever has asked for the engine may read the Trainer; that it is the same for all clients is up to them.
+        return nullcontext() if self.is_asked_for else self.watch.view(self._has_equal_steps)
 
     def try_new_shapes(self, data: StackedData) -> bool:
         """Tries a step with each new shape of batch; returns whether :attr:`equal_work_only` has changed.
@@ -103,6 +153,7 @@ class VectorizedDriver:
         A shape for which some parameters get no gradient must not share steps with one for which they do.
         """
         before = self.equal_work_only
+        self.watch.begin_trial()
         for place, (batches, signatures) in enumerate(zip(data.passes.values(), data.works.values(), strict=True)):
             for batch, key in zip(batches, signatures, strict=True):
                 if key not in self._grads_of:
@@ -111,6 +162,7 @@ class VectorizedDriver:
                         self._grads_of[key] = params_with_gradients(
                             self.engine, self.capture, content, args, self._randomness
                         )
+        self.watch.end_trial()
         return self.equal_work_only != before
 
     def _select(self, mask: Sequence[int]) -> None:
@@ -127,10 +179,24 @@ class VectorizedDriver:
 
     def leave(self) -> None:
         """Forgets the group, which has been trained or will not be trained together."""
-        self.task = None
+        self.task, self._loaders = None, []
 
-    def refuse(self, reason: str) -> None:
+    def undo(self) -> None:
+        """Puts back what the steps of the group, which is trained again client by client, have changed.
+
+        Raises:
+            ValueError: If that is not possible.
+        """
+        self.capture.clear()
+        self.watch.restore()
+        self.undo_reading()
+
+    def refuse(self, reason: str, round: int = 0) -> None:
         """Reports why clients do not train together.
+
+        Args:
+            reason: Why, as a sentence without its stop.
+            round: The round from which on they do not.
 
         Raises:
             MisconfigurationException: If the user has requested that they do.
@@ -142,7 +208,8 @@ class VectorizedDriver:
                 "client train alone with engine='sequential' ('auto' chooses)."
             )
         if len(self.trainer.strategy.active_driver.population) > 1:  # type: ignore[attr-defined]
-            rank_zero_info(f"Clients train one after the other: {reason}.")
+            when = f" from round {round} on" if round else ""
+            rank_zero_info(f"Clients train one after the other{when}: {reason}.")
 
     def step(self, batch: StackedBatch, *args: Any) -> tuple[Tensor, Tensor]:
         """Runs the step of all clients of the group that train on ``batch``.
@@ -164,24 +231,38 @@ class VectorizedDriver:
             self.capture.flush()
 
     def _run(self, content: Any, args: tuple[Any, ...]) -> tuple[Tensor, list[Tensor]]:
-        module = self.capture.module
-        before, drawn = own_attributes(module), None if self._has_stepped else random_states()
-        self._has_stepped = True
-        try:
-            losses, tensors = self.engine.forward_stacked(self.capture, content, *args, randomness=self._randomness)
-            check_unchanged(before, own_attributes(module))
-            if drawn is not None:  # in a group's first step only: reading the generators takes as long as a layer
-                check_undrawn(drawn)
-        except (NotVectorizable, RuntimeError) as error:
-            # `vmap` raises plain RuntimeErrors; only their text tells them from the user's own.
-            if not isinstance(error, NotVectorizable) and not any(word in str(error) for word in ("vmap", "functorch")):
-                raise
-            assert self.task is not None
-            raise MisconfigurationException(
-                f"training_step can't run for {len(self.task.clients)} clients in one step, though it could at first: "
-                f"{error}. Let each client train alone with FederatedStrategy(engine='sequential')."
-            ) from error
+        if self.is_asked_for:
+            return self.engine.forward_stacked(self.capture, content, *args, randomness=self._randomness)
+        leaves = [leaf for leaf in pytree.tree_leaves(content) if isinstance(leaf, Tensor)]
+        versions = sum(map(version_counter, leaves))
+        # Clients with unequal work are at different batches in one step.
+        own = args if self._has_equal_steps else tuple(OpaqueProxy() for _ in args)
+        with self._view():
+            losses, tensors = self.engine.forward_stacked(self.capture, content, *own, randomness=self._randomness)
+        if any(arg.is_seen for arg in own if isinstance(arg, OpaqueProxy)):
+            raise NotVectorizable("training_step looks at batch_idx, which differs between the clients of a group")
+        if sum(map(version_counter, leaves)) != versions:
+            raise NotVectorizable("training_step changes its batch in place")
         return losses, tensors
+
+    def check(self) -> None:
+        """Called when the group has trained: makes sure that its steps have done nothing else.
+
+        Raises:
+            NotVectorizable: If they have.
+        """
+        self.watch.check(draws=self._randomness != "error")
+
+    def error_of(self, error: Exception) -> Exception:
+        """What to raise for an error in a step of several clients, if the user has requested such steps."""
+        # `vmap` raises plain RuntimeErrors; only their text tells them from the user's own.
+        if not isinstance(error, NotVectorizable) and not any(word in str(error) for word in ("vmap", "functorch")):
+            return error
+        assert self.task is not None
+        return MisconfigurationException(
+            f"training_step can't run for {len(self.task.clients)} clients in one step, though it could at first: "
+            f"{reason_of(error)}. Let each client train alone with FederatedStrategy(engine='sequential')."
+        )
 
     def clip_norms(self, optimizer: torch.optim.Optimizer, max_norm: float) -> bool:
         """Clips each client's gradients by their norm; returns False if no group is being trained."""

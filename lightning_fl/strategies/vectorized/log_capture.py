@@ -15,7 +15,7 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities import dim_zero_cat, dim_zero_max, dim_zero_min, dim_zero_sum
 
-from lightning_fl.engines.vectorized.stacking import part, select
+from lightning_fl.engines.vectorized.stacking import NotVectorizable, part, select
 from lightning_fl.federation.metric_entries import Entries
 from lightning_fl.strategies.torchmetrics_internals import reductions
 from lightning_fl.torch_internals import pytree
@@ -27,10 +27,6 @@ _REDUCTIONS: dict[Any, Callable[[Tensor], Tensor]] = {
     **dict.fromkeys(("min", torch.min), torch.amin),
     **dict.fromkeys(("max", torch.max), torch.amax),
 }
-
-
-class NotVectorizable(Exception):
-    """Raised when a module's step can't run for several clients at once."""
 
 
 class _MetricResult:
@@ -107,16 +103,29 @@ class LogCapture:
         self._waiting: list[_Step] = []
         self._calls: list[_Call] = []
 
-    def __call__(self, *args: Any) -> tuple[Tensor, list[Tensor]]:
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, list[Tensor]]:
         """Runs the step; returns its loss and the tensors to be passed to :meth:`emit`."""
         self._calls = []
         with self._recording():
-            output = self.module.training_step(*args)
+            output = self.module.training_step(*args, **kwargs)
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor):
             raise NotVectorizable(f"training_step returned a {type(loss).__name__} as its loss, not a tensor")
         tensors = [leaf for call in self._calls for leaf in call.leaves if isinstance(leaf, Tensor)]
         return loss, [tensor.detach() for tensor in tensors]
+
+    @property
+    def made(self) -> list[tuple[Any, ...]]:
+        """The calls of the last step, with all arguments that are no tensors."""
+        return [
+            (
+                id(call.metric),
+                call.method,
+                call.spec,
+                [leaf for leaf in call.leaves if not isinstance(leaf, Tensor | _MetricResult)],
+            )
+            for call in self._calls
+        ]
 
     @property
     def has_calls(self) -> bool:
@@ -208,8 +217,9 @@ class LogCapture:
         finally:
             # Backwards, because a metric that two submodules share is patched twice.
             for owner, name, before in reversed(patched):
-                object.__delattr__(owner, name)
-                if before is not patched:
+                if before is patched:
+                    object.__delattr__(owner, name)
+                else:
                     object.__setattr__(owner, name, before)
 
     def _record_log(self, *args: Any, **kwargs: Any) -> None:

@@ -361,3 +361,18 @@ def test_the_norm_is_that_of_all_trees_and_of_complex_numbers() -> None:
     trees = [{"a": torch.tensor([3.0 + 4.0j])}, {"b": torch.full((144,), 1.0, dtype=torch.float16)}]
     assert joint_norm(trees) == pytest.approx(13.0)
     assert joint_norm([]) == 0.0
+
+
+def test_the_server_has_seen_what_it_noised_itself() -> None:
+    central = ClientLevelDP(clip=1.0, noise_multiplier=5.0)
+    local = replace(central, mode="local")
+    _, state = run_round(central, [update()], sampling=POISSON)
+    private = central.report(state, RoundContext(0, [0], 1000, POISSON))["dp_epsilon"]
+    assert private < 1
+    state = local.start_round(state, RoundContext(1, [0], 1000, POISSON))
+    report = local.report(state, RoundContext(1, [0], 1000, POISSON))
+    assert (report["dp_epsilon"], report["dp_guarantee"]) == (float("inf"), "NOT PRIVATE")
+    # Whoever sees the models only has seen no more than the noised sums.
+    assert load_ledger(state).epsilon(1e-5) < 5
+    state = local.start_round({}, RoundContext(0, [0], 1000, POISSON))
+    assert local.report(state, RoundContext(0, [0], 1000, POISSON))["dp_epsilon"] < 5

@@ -61,6 +61,14 @@ def test_one_example_more_moves_the_sum_by_no_more_than_the_clip() -> None:
         assert clipped_sum({"x": torch.tensor([broken])}, 0.5)["x"].tolist() == [0.0, 0.0]
 
 
+def test_a_tensor_of_many_entries_is_clipped_to_the_norm() -> None:
+    rows = torch.full((1, 50_000_000), 0.1)  # whose norm in float32 is 3.5% too short
+    total = clipped_sum({"x": rows}, 1.0)
+    assert float(torch.linalg.vector_norm(total["x"], dtype=torch.float64)) == pytest.approx(1.0, rel=1e-5)
+    with pytest.raises(PrivacyError, match=r"has norm 1.00"):
+        check_clipped_sum({"x": total["x"] * 1.001}, 1, 1.0)
+
+
 def test_a_sum_that_is_too_long_is_found() -> None:
     with pytest.raises(PrivacyError, match="norm 3"):
         check_clipped_sum({"x": torch.tensor([3.0])}, 2, 1.0)

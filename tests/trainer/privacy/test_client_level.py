@@ -124,9 +124,14 @@ class First(fl.clients.Uniform):
         return torch.arange(int(sampling.size)).numpy()
 
 
-class Described(First):
+class Described(fl.clients.Uniform):
+    """One of the user's own that draws what it declares."""
+
     def sampling(self, num_clients: int, clients_per_round: Any) -> Any:
         return super().sampling(num_clients, clients_per_round)
+
+    def draw(self, sampling: Any, round: int, rng: Any, prepared: Any) -> Any:
+        return rng.permutation(sampling.num_clients)[: int(sampling.size)]
 
 
 @pytest.mark.parametrize(

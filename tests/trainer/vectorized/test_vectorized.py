@@ -291,14 +291,14 @@ class Stepping(Plain):
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        (Decaying, "gradient"),
+        (Decaying, "self.decayed holds"),
         (Mixing, "random"),
         (Masking, "hooks on a parameter"),
         (Stepping, "hooks on SGD"),
-        (Item, "item"),
+        (Item, "reads a number out of a tensor"),
         (Appending, "changes self.losses"),
         (Remembering, "changes self.criterion"),
-        (Dropping, "random operation"),
+        (Dropping, "draws random numbers"),
         (Hooked, "on_train_batch_end"),
         (Momentum, "LBFGS"),
     ],
@@ -407,17 +407,17 @@ def test_parameters_without_dimensions(name: str) -> None:
     both(Scaled, gradient_clip_val=0.1)
 
 
-@pytest.mark.parametrize("engine", ["auto", "vectorized"])
-def test_what_shows_only_later_ends_the_fit(engine: str) -> None:
-    class Later(Plain):
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            loss = super().training_step(batch, batch_idx)
-            if self.current_epoch == 1:
-                self.last = loss
-            return loss
+class Later(Plain):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        if self.current_epoch == 1:
+            self.last = loss
+        return loss
 
+
+def test_asked_for_what_shows_only_later_ends_the_fit() -> None:
     with pytest.raises(MisconfigurationException, match=r"changes self.last.*engine='sequential'"):
-        fit(engine, Later())
+        fit("vectorized", Later())
 
 
 def test_an_aggregator_with_an_add_of_its_own_is_asked_for_each_client() -> None:

@@ -1,0 +1,56 @@
+"""Notices writes to tensors that only a private step may change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from lightning_fl.privacy.noise import PrivacyError
+from lightning_fl.types import Tree
+
+
+class TensorWatch:
+    """Compares tensors with what they were. It keeps a copy of each.
+
+    Args:
+        tensors: Returns the tensors by name.
+        remedy: What to do if one has changed.
+    """
+
+    def __init__(self, tensors: Callable[[], Mapping[str, Tensor]], remedy: str) -> None:
+        self._tensors = tensors
+        self._remedy = remedy
+        self._copies: Tree = {}
+
+    def note(self) -> None:
+        """Takes the values of now for the right ones."""
+        for name, tensor in self._tensors().items():
+            known = self._copies.get(name)
+            if known is not None and known.shape == tensor.shape and known.dtype == tensor.dtype:
+                known.copy_(tensor.detach())
+            else:
+                self._copies[name] = tensor.detach().clone()
+
+    def check(self, when: str) -> None:
+        """Compares, byte by byte, with the values last noted.
+
+        Raises:
+            PrivacyError: If one has changed.
+        """
+        for name, tensor in self._tensors().items():
+            known = self._copies.get(name)
+            if known is None or _equal(tensor.detach(), known):
+                continue
+            raise PrivacyError(
+                f"{name} was changed {when}, past the step whose gradient was clipped and noised, so it can reveal an "
+                f"example exactly. The run stops. {self._remedy}"
+            )
+
+
+def _equal(found: Tensor, known: Tensor) -> bool:
+    # A NaN counts as equal to itself: a client that diverges is left out elsewhere.
+    return torch.equal(found, known) or (
+        found.shape == known.shape and bool(((found == known) | (found.isnan() & known.isnan())).all())
+    )

@@ -1,0 +1,80 @@
+"""What the ledgers of sample-level privacy must not forget: other fits, and other clients with the same example."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Subset, TensorDataset
+
+import lightning_fl as fl
+from lightning_fl.privacy import Gaussian, Ledger, Poisson
+from lightning_fl.privacy.sample_level.shared_examples import SharedExamples
+from tests.helpers.privacy import fit, private
+from tests.helpers.training import Plain, image_clients, images
+
+
+def loaders(*datasets: object) -> fl.datamodules.ClientLoaders:
+    return fl.datamodules.ClientLoaders([DataLoader(own, 8) for own in datasets])  # type: ignore[arg-type]
+
+
+def test_the_same_examples_under_several_clients_are_found_and_counted() -> None:
+    data = images(50)
+    callback = private()
+    with pytest.warns(UserWarning, match=r"An example is [23] times in the clients' data"):
+        run, _ = fit(callback, 2, Plain(), loaders(data, data, Subset(data, range(40))))
+    logged = run.strategy.history[-1]["dp_epsilon"]  # type: ignore[attr-defined]
+    apart = Ledger()
+    apart.record(Gaussian(1.0, Poisson(8 / 50)), 2 * 7 * 2)
+    apart.record(Gaussian(1.0, Poisson(8 / 40)), 2 * 5)
+    alone, together = max(callback.epsilons(run).values()), max(callback.epsilons(run, group=3).values())
+    # What the three clients reveal one after the other is no more than one of them would of three examples.
+    assert alone < apart.epsilon(1e-5) <= logged
+    assert together <= logged + 1e-6
+
+
+def test_clients_of_their_own_are_not_warned_of() -> None:
+    data = images(60)
+    fit(private(method="rdp"), 2, Plain(), loaders(Subset(data, range(30)), Subset(data, range(30, 60))))
+    fit(private(method="rdp"), 2, Plain(), image_clients((20, 20, 20), 8))
+
+
+def test_places_in_memory() -> None:
+    shared, base = SharedExamples(), torch.zeros(100, 3)
+    shared.add("a", TensorDataset(base[:50]))
+    views = TensorDataset(base[50:])
+    shared.add("b", views)
+    assert shared.largest == 1
+    overlapping = TensorDataset(base[90:])
+    shared.add("c", overlapping)
+    shared.add("c", overlapping)
+    assert shared.largest == 2
+    twice = SharedExamples()
+    twice.add("a", Subset(views, [0, 1, 1]))
+    twice.add("b", [1, 2, 3])
+    assert twice.largest == 2
+
+
+def test_what_is_freed_is_forgotten() -> None:
+    shared = SharedExamples()
+    for client in range(50):
+        shared.add(client, TensorDataset(torch.zeros(100, 3)))
+    assert shared.largest == 1
+
+
+def test_a_second_fit_with_a_new_callback_is_warned_of() -> None:
+    module = Plain()
+    fit(private(method="rdp"), 1, module)
+    with pytest.warns(UserWarning, match="start with new ledgers"):
+        fit(private(method="rdp"), 1, module)
+    fit(private(method="rdp"), 1, Plain())
+
+
+def test_the_budget_counts_the_copies() -> None:
+    data = images(50)
+    callback = private(max_epsilon=7.0)
+    with pytest.warns(UserWarning, match="An example is 2 times"):
+        run, _ = fit(callback, 20, Plain(), loaders(data, data))
+    assert len(run.strategy.history) < 20  # type: ignore[attr-defined]
+    assert math.isfinite(run.strategy.history[-1]["dp_epsilon"])  # type: ignore[attr-defined]
