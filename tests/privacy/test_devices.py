@@ -1,4 +1,4 @@
-"""Every privacy class with tensors on another device than the CPU: no operation mixes the two, and the answer is the same.
+"""Every privacy class with tensors on another device: no operation mixes it with the CPU, and the answer is the same.
 
 Where there is no such device, :mod:`tests.helpers.second_device` plays one.
 """
