@@ -26,6 +26,7 @@ LAYERS = (
     ("aggregation", "engines"),
     ("privacy",),
     ("federation",),
+    ("coordinator",),
     ("strategies",),
     ("callbacks", "datamodules", "models", "tracking"),
     ("cli",),
@@ -223,10 +224,9 @@ import torch
 from lightning_fl.aggregation import WeightedMean
 from lightning_fl.algorithms import FedAvg
 from lightning_fl.clients import ClientStore, LocalWork
-from lightning_fl.communication import LocalGroup
 from lightning_fl.engines import OptimizerStates, SequentialEngine, StepFunctions
 from lightning_fl.federation import (
-    ClientBatches, ClientData, FederationSettings, FederationState, RankReport, Round
+    ClientBatches, ClientData, FederationSettings, FederationState, LocalFederation, RankReport, Round
 )
 
 torch.manual_seed(0)
@@ -238,7 +238,7 @@ state, store, work = FederationState(), ClientStore(), LocalWork(epochs=3)
 x = torch.randn(8, 2)
 data = {{0: [(x[:4], x[:4].sum(1, keepdim=True))], 1: [(x[4:], x[4:].sum(1, keepdim=True))]}}
 for index in range(30):
-    round = Round.open(settings, state, trainer, store, LocalGroup(), index, [0, 1])
+    round = Round.open(settings, state, trainer, store, LocalFederation(), index, [0, 1])
     for client, loader in data.items():
         task = round.start(ClientData(ClientBatches(client, loader, [work], index, work), 4))
         for batch, position in task.batches:

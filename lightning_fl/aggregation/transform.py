@@ -22,6 +22,9 @@ class Transform(ABC):
     """Whether the client half keeps state between a client's rounds, such as an error-feedback residual."""
     needs_secure_sampling: bool = False
     """Whether cohorts must be drawn from the operating system's randomness, so that nobody can predict them."""
+    client_keys: ClassVar[tuple[str, ...]] = ()
+    """The entries of the server half's state that the client half reads as ``ctx.server``: only these are sent to silos
+    on other machines, which must not learn the rest, such as the noise of a server."""
     weighting: ClassVar[Literal["examples", "uniform"] | None] = None
     """The weighting that the transform requires; None: any."""
     # False unless declared: after a clip that privacy rests on, a transform that makes no such claim is refused.

@@ -55,6 +55,7 @@ class MimeLite(Algorithm):
 
     weighting: ClassVar[Weighting] = "uniform"
     probe: ClassVar[ProbeKind | None] = "grad"
+    client_keys: ClassVar[tuple[str, ...]] = ("params", "momentum", "square")
 
     def __post_init__(self) -> None:
         check_hyperparameter(self, "beta1", 0 <= self.beta1 < 1, "a number in [0, 1)")

@@ -49,6 +49,7 @@ class Scaffold(Algorithm):
 
     weighting: ClassVar[Weighting] = "uniform"
     keeps_client_state: ClassVar[bool] = True
+    client_keys: ClassVar[tuple[str, ...]] = ("params", "control")
 
     def __post_init__(self) -> None:
         check_hyperparameter(self, "option", self.option in (1, 2), "1 or 2")

@@ -11,12 +11,23 @@ from collections.abc import Callable, Sequence
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_fl.cli import algorithms, compare, init, keys, partition, privacy, recipes, report
+from lightning_fl.cli import (
+    algorithms,
+    compare,
+    coordinator,
+    init,
+    keys,
+    network,
+    partition,
+    privacy,
+    recipes,
+    report,
+)
 from lightning_fl.cli.command import command, fail
 from lightning_fl.cli.errors import ConfigurationError
 from lightning_fl.cli.lightning_cli import FederatedCLI
 
-_MODULES = (init, partition, report, compare, recipes, algorithms, privacy, keys)
+_MODULES = (init, partition, report, compare, recipes, algorithms, privacy, keys, coordinator, network)
 TRACEBACK = "--traceback"
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     module.__name__.rpartition(".")[2]: command(module) for module in _MODULES

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 
 from lightning_fl.clients.local_work import LocalWork
 from lightning_fl.clients.placement import place_at_home, place_by_size
@@ -24,6 +25,19 @@ class Population:
         self.ids: Sequence[ClientId] = _sorted(loaders) if silos is None else range(silos)
         # A range finds a position by arithmetic, and needs no dict of a million entries.
         self._positions = None if isinstance(self.ids, range) else {client: i for i, client in enumerate(self.ids)}
+
+    @classmethod
+    def of_silo(cls, name: str, loader: Loader) -> Population:
+        """The only client of a launch that is one silo of a federation over a network."""
+        population = cls(ClientLoaders({name: loader}))
+        population.silos = 1
+        return population
+
+    def with_loaders(self, loaders: ClientLoaders) -> Population:
+        """The same clients with other loaders."""
+        other = copy(self)
+        other.loaders = loaders
+        return other
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -63,14 +63,23 @@ class ClientStore:
         self._staged.put(client, state)
         self._make_room()
 
+    def staged(self, client: ClientId) -> State | None:
+        """The client's staged state with its ledger: what :meth:`commit` makes its state. None if there is none."""
+        if self._staged is None or self._staged.get(client) is None:
+            return None
+        return self._with_ledger(client, self._staged.get(client) or {})
+
+    def _with_ledger(self, client: ClientId, state: State) -> State:
+        # Staged states hold no ledger: it was recorded directly during the round, and stays.
+        ledger = {name: value for name, value in (self.get(client) or {}).items() if name == LEDGER}
+        return {**ledger, **state}
+
     def commit(self) -> None:
         """Ends a round: the staged states replace the clients' states."""
         staged, self._staged = self._staged, None
         if staged is not None:
             for client in staged.clients():
-                # Staged states hold no ledger: it was recorded directly during the round, and stays.
-                ledger = {name: value for name, value in (self.get(client) or {}).items() if name == LEDGER}
-                self.put(client, {**ledger, **(staged.get(client) or {})})
+                self.put(client, self._with_ledger(client, staged.get(client) or {}))
                 # Dropped one by one, so that the round's states are not in memory twice.
                 staged._drop(client)
 

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from lightning_fl.clients.local_work import BatchPosition
 from lightning_fl.engines.optimizer_states import OptimizerStates, Schedule, ScheduleEnd
 from lightning_fl.engines.tensors import FederatedTensors, clones, load
-from lightning_fl.tree import cast_like, sum_dtype, to_sum_dtype, tree_map
+from lightning_fl.tree import cast_like, sum_dtype, to_sum_dtype
 from lightning_fl.types import Phase, Tree
 
 ClientOptimizer = Literal["reset", "keep"]
@@ -228,14 +228,14 @@ class LocalTrainer(ABC):
 
         Args:
             params: The new global parameters.
-            buffers: The mean change of the shared buffers.
+            buffers: The new shared buffers.
             schedule_end: The progress of the schedules on the client with the most steps. None: back to the start.
         """
         # A group may still be in training where a round is abandoned, and its tensors may be in the optimizers.
         self.leave()
         start = self.round_start
         load(self.tensors.params, params)
-        load(self.tensors.buffers, tree_map(_move, start.buffers, buffers))
+        load(self.tensors.buffers, buffers)
         # Between rounds the module holds the common start values, not those of the client that was trained last.
         load(self.tensors.personal, start.personal)
         self.optimizers.end_round(schedule_end)
@@ -309,8 +309,3 @@ def trained_value(param: Tensor, start: Tensor) -> Tensor:
     # The module started from `start` rounded to its own dtype. The difference to that rounded value leaves a client
     # that has not trained exactly at `start`.
     return start + (param.to(start.dtype) - start.to(param.dtype).to(start.dtype))
-
-
-def _move(start: Tensor, change: Tensor) -> Tensor:
-    """``start + change``; bit for bit ``start`` where nothing changed, also integers that no float can hold."""
-    return torch.where(change == 0, start, cast_like(start.to(change.dtype) + change, start))

@@ -132,6 +132,11 @@ def clones(tensors: Mapping[str, Tensor]) -> Tree:
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
+def moved(start: Tensor, change: Tensor) -> Tensor:
+    """``start + change``; bit for bit ``start`` where nothing changed, also integers that no float can hold."""
+    return torch.where(change == 0, start, cast_like(start.to(change.dtype) + change, start))
+
+
 def _sample(tensor: Tensor) -> Tensor:
     """The bytes of about 1,000 elements at most, since writing to ``tensor.data`` does not change the version."""
     # Compared as bytes, a NaN equals itself.

@@ -38,7 +38,7 @@ def history_entry(round: int, result: RoundResult, dropped: Sequence[ClientId]) 
         "update_spread": result.spread,
         "num_bytes": result.num_bytes,
         "seconds": result.seconds,
-        **result.facts,
+        **result.closing.facts,
     }
 
 

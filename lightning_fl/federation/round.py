@@ -7,7 +7,6 @@ import operator
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from itertools import compress
 from typing import Any, Protocol
 
@@ -18,19 +17,18 @@ from lightning_fl.aggregation import ClientLost, RoundContext
 from lightning_fl.algorithms import ProbeKind
 from lightning_fl.clients import ClientStore
 from lightning_fl.clients.local_work import BatchPosition
-from lightning_fl.communication import Group
 from lightning_fl.data.client_loaders import Loader, batch_size
 from lightning_fl.engines import ClientFacts, LocalTrainer, Schedule, ScheduleEnd
 from lightning_fl.engines.vectorized.stacking import StackedBatch, are_finite, part
 from lightning_fl.federation.client_batches import ClientBatches
 from lightning_fl.federation.client_group import ClientGroup, GroupUpdate
 from lightning_fl.federation.client_task import ClientTask
+from lightning_fl.federation.federation import Federation
 from lightning_fl.federation.report import RankReport
-from lightning_fl.federation.report_masking import mask, unmask
-from lightning_fl.federation.server import contexts_of, open_server, server_step, some, stop_reason
+from lightning_fl.federation.server import Closing, ServerRound, contexts_of, update_templates
 from lightning_fl.federation.settings import FederationSettings, FederationState
 from lightning_fl.seeding import ClientRandomness, client_generator
-from lightning_fl.tree import clone, is_finite, leaves, move, norm, scale, squared_norms, to_sum_dtype, zeros_like
+from lightning_fl.tree import clone, is_finite, leaves, move, norm, squared_norms
 from lightning_fl.types import Aggregate, ClientId, LocalRun, State, Update
 
 Probe = Callable[[ProbeKind, Iterator[Any], Mapping[str, Tensor]], Any]
@@ -115,36 +113,40 @@ class RoundResult:
     """The result of a round, the same on every rank except for ``seconds``.
 
     Args:
-        state: The federation's next state.
-        aggregate: The round's aggregate after the transforms.
+        closing: What the round has become.
         report: The joined report of all ranks.
         seconds: This rank's seconds of ``read`` (waiting for the clients' data), ``train``, ``wait`` (for other ranks),
             ``communicate`` and ``server``.
         num_bytes: Bytes that this rank has sent to the others.
-        facts: What the transforms and the aggregator report.
         hides_clients: Whether exact facts about the clients must not reach the loggers.
-        stop_reason: Why no other round may follow; None if one may.
     """
 
-    state: FederationState
-    aggregate: Aggregate
+    closing: Closing
     report: RankReport
     seconds: dict[str, float]
     num_bytes: int
-    facts: dict[str, Any]
     hides_clients: bool
-    stop_reason: str | None
+
+    @property
+    def state(self) -> FederationState:
+        """The federation's next state."""
+        return self.closing.state
+
+    @property
+    def aggregate(self) -> Aggregate:
+        """The round's aggregate after the transforms."""
+        return self.closing.aggregate
+
+    @property
+    def norm(self) -> float:
+        """Euclidean norm of the mean update."""
+        return self.closing.norm
 
     @property
     def spread(self) -> float:
         """How much the clients' updates differ, ``1 - |mean|^2 / mean |update|^2``: 0 if they are equal."""
         mean_square = self.report.squared_norm / max(self.report.weight, 1e-300)
         return 1 - self.norm**2 / mean_square if mean_square > 0 else 0.0
-
-    @cached_property
-    def norm(self) -> float:
-        """Euclidean norm of the mean update."""
-        return norm(self.aggregate.delta) / (self.aggregate.weight or 1.0)
 
 
 @dataclass
@@ -175,38 +177,31 @@ class Round:
         state: The federation's state, opened for the round.
         trainer: Trains this rank's clients; it has begun the round.
         store: The states of the clients that live on this rank.
-        group: The ranks of the federation.
-        ctx: Facts of the round.
-        template: An update with the names and shapes that every update of the round must have.
+        federation: The way to the other parties.
+        opened: The round as the server's side sees it.
         totals: This rank's sums, with an empty accumulator.
-        templates: For each transform, an update like those that its client half is given.
     """
 
     def __init__(
         self,
-        settings: FederationSettings,
-        state: FederationState,
+        opened: ServerRound,
         trainer: LocalTrainer,
         store: ClientStore,
-        group: Group,
-        ctx: RoundContext,
-        template: Update,
+        federation: Federation,
         totals: RankTotals,
-        templates: Sequence[Update | None] | None = None,
     ) -> None:
-        self.settings = settings
-        self.state = state
+        self.opened = opened
+        self.settings = opened.settings
+        self.state = opened.state
+        self.ctx = opened.ctx
         self.trainer = trainer
         self.store = store
-        self.group = group
-        self.ctx = ctx
-        self.template = template
+        self.federation = federation
         self.totals = totals
-        self.templates = templates
         self._randomness = ClientRandomness()
         self._opened = self._trained = time.perf_counter()
         # A copy, because the group goes on counting in the same object; a round's figures are differences.
-        self._traffic = replace(group.traffic)
+        self._traffic = replace(federation.group.traffic)
 
     @classmethod
     def open(
@@ -215,7 +210,7 @@ class Round:
         state: FederationState,
         trainer: LocalTrainer,
         store: ClientStore,
-        group: Group,
+        federation: Federation,
         index: int,
         cohort: Sequence[ClientId],
         schedules: Sequence[Schedule] = (),
@@ -228,7 +223,7 @@ class Round:
             state: The federation's state before the round.
             trainer: Trains this rank's clients.
             store: The states of the clients that live on this rank.
-            group: The ranks of the federation.
+            federation: The way to the other parties.
             index: Number of the round, from 0.
             cohort: The clients of the round, on all ranks.
             schedules: The learning-rate schedules that step inside local training.
@@ -239,29 +234,25 @@ class Round:
         """
         # Before the server is opened: the server's state starts from the tensors that the module holds now.
         params = trainer.begin_round(state.server.get("params"), schedules)
+        templates = update_templates(settings, params, trainer.tensors.buffers)
         ctx = RoundContext(
             index,
             cohort,
             settings.population,
             settings.sampling,
-            group=group,
+            group=federation.group,
             seed=settings.seed,
             silos=settings.silos,
             frozen=trainer.tensors.frozen,
+            templates=templates,
             min_clients=settings.aggregator.min_clients_of(len(cohort)),
             integer_bits=settings.aggregator.integer_bits,
         )
-        template = Update(
-            delta=params, buffers=to_sum_dtype(trainer.tensors.buffers), aux=settings.algorithm.aux_like(params)
-        )
-        # The aggregator receives what the client halves send, whose shapes may differ from the model's.
-        templates = []
-        for transform in settings.transforms:
-            templates.append(template)
-            template = transform.like(template)
-        opened = open_server(settings, state, params, ctx, templates)
+        opened = federation.start(settings, state, params, ctx)
+        template = templates[-1]
         totals = RankTotals(settings.aggregator.init(template, trainer.device, session))
-        return cls(settings, opened, trainer, store, group, ctx, template, totals, templates)
+        server = ServerRound(settings, opened, trainer.round_start.buffers, template, ctx)
+        return cls(server, trainer, store, federation, totals)
 
     # ---- a client group
 
@@ -403,8 +394,7 @@ class Round:
     def _transform(
         self, client: ClientId, before: Mapping[str, Any], update: Update
     ) -> tuple[Update, dict[str, State]]:
-        states = {}
-        contexts = contexts_of(self.settings, self.ctx, self.templates)
+        states, contexts = {}, contexts_of(self.settings, self.ctx)
         for index, transform in enumerate(self.settings.transforms):
             generator = client_generator(self.settings.seed, self.ctx.round, client, f"transform {index}")
             server = self.state.transforms[index]
@@ -441,7 +431,7 @@ class Round:
             report: The fields that the caller fills in.
         """
         totals = self.totals
-        if self.settings.is_private and self.group.size > 1:
+        if self.settings.is_private and self.federation.size > 1:
             # The text of an error may quote the client's data.
             report = replace(report, failed=[(client, UNTOLD_ERROR) for client, _ in report.failed])
         return replace(
@@ -466,17 +456,11 @@ class Round:
         self.restore_randomness()
         # Taken before the collective, in which a rank waits for slower ones.
         self._trained = time.perf_counter()
-        own, hides = self.report(report), self.settings.aggregator.hides_reports and self.group.size > 1
-        message = mask(own.without_steps().to_message()) if hides else own.to_message()
-        acc, messages = self.settings.aggregator.merge(self.totals.acc, self.group, message, self.ctx)
-        self.totals.acc = acc
-        return [RankReport.from_message(one) for one in (unmask(messages) if hides else messages)]
+        self.totals.acc, reports = self.federation.merge(self.opened, self.totals.acc, self.report(report))
+        return reports
 
     def close(self, reports: Sequence[RankReport], seconds_reading: float = 0.0) -> RoundResult:
-        """Computes the next global model from the merged updates and loads it.
-
-        A round without clients leaves the model and the algorithm's state as they are, unless a transform gives it
-        weight, as one that adds noise for differential privacy does.
+        """Computes the next global model from the merged updates, as :func:`~lightning_fl.federation.close_server`.
 
         Args:
             reports: What :meth:`merge` returned.
@@ -486,28 +470,12 @@ class Round:
             ValueError: If the updates of all clients were refused.
         """
         merged = time.perf_counter()
-        joined, settings = RankReport.join(reports), self.settings
-        # All ranks hold the same joined report, so all of them raise, and before the model has changed.
-        if joined.refused and not joined.num_clients:
-            raise ValueError(
-                f"Round {self.ctx.round} has no update left: those of all its clients ({some(joined.refused)}) hold "
-                "NaN or Inf. The global model is unchanged. Lower the learning rate, clip gradients, or check the "
-                "clients' data."
-            )
-        # If all clients were to take part and none has contributed, something is wrong: the aggregator's `result` then
-        # raises.
-        may_be_empty = settings.hides_clients or len(self.ctx.cohort) < self.ctx.population
-        is_empty = may_be_empty and not joined.num_clients
-        aggregate = self._nothing() if is_empty else settings.aggregator.result(self.totals.acc, self.ctx)
-        state, aggregate, facts = server_step(settings, self.state, aggregate, self.ctx, self.templates)
-        if not is_empty:
-            facts.update(settings.aggregator.report(self.totals.acc, self.ctx))
-        # Algorithms do not see buffers, so their mean is taken here.
-        buffers = scale(aggregate.buffers, 1 / (aggregate.weight or 1.0))
-        self.trainer.end_round(state.server["params"], buffers, joined.schedule_end)
+        joined = RankReport.join(reports)
+        closing = self.federation.close_round(self.opened, self.totals.acc, joined)
+        self.trainer.end_round(closing.state.server["params"], closing.buffers, joined.schedule_end)
         # After the server's step, so that every client keeps its state of the last round if that step raises.
         self.store.commit()
-        traffic, before = self.group.traffic, self._traffic
+        traffic, before = self.federation.group.traffic, self._traffic
         seconds = {
             "read": seconds_reading,
             "train": self._trained - self._opened - seconds_reading,
@@ -515,19 +483,11 @@ class Round:
             "communicate": traffic.seconds_reducing - before.seconds_reducing,
             "server": time.perf_counter() - merged,
         }
-        reason = stop_reason(settings, state, self.ctx, self.templates)
         num_bytes = traffic.num_bytes - before.num_bytes
-        return RoundResult(state, aggregate, joined, seconds, num_bytes, facts, settings.hides_clients, reason)
+        return RoundResult(closing, joined, seconds, num_bytes, self.settings.hides_clients)
 
     def abandon(self) -> None:
         """Restores the module and the clients' states of the round's start, because the round can't be finished."""
         self.restore_randomness()
         self.store.roll_back()
-        model = self.templates[0] if self.templates else self.template
-        assert model is not None
-        self.trainer.end_round(self.state.server["params"], zeros_like(model.buffers), None)
-
-    def _nothing(self) -> Aggregate:
-        template = self.template
-        aux = {name: zeros_like(tree) for name, tree in template.aux.items()}
-        return Aggregate(zeros_like(template.delta), zeros_like(template.buffers), 0.0, aux, 0, self.ctx.population)
+        self.trainer.end_round(self.state.server["params"], self.opened.buffers, None)

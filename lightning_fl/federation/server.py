@@ -3,20 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import Tensor
+
 from lightning_fl.aggregation import RoundContext
+from lightning_fl.engines.tensors import moved
+from lightning_fl.federation.report import RankReport
 from lightning_fl.federation.settings import FederationSettings, FederationState
+from lightning_fl.tree import norm, scale, to_sum_dtype, tree_map, zeros_like
 from lightning_fl.types import Aggregate, State, Tree, Update
 
 
+@dataclass(frozen=True)
+class ServerRound:
+    """An open round, as the server's side sees it.
+
+    Args:
+        settings: The federation's settings.
+        state: What :func:`open_server` returned.
+        buffers: The shared buffers at the round's start.
+        template: An update with the names and shapes that every update of the round has.
+        ctx: Facts of the round.
+    """
+
+    settings: FederationSettings
+    state: FederationState
+    buffers: Tree
+    template: Update
+    ctx: RoundContext
+
+
+@dataclass(frozen=True)
+class Closing:
+    """What a round has become.
+
+    Args:
+        state: The federation's next state.
+        buffers: The next shared buffers.
+        aggregate: The round's aggregate after the transforms.
+        norm: Euclidean norm of the mean update.
+        facts: What the transforms report.
+        stop_reason: Why no other round may follow; None if one may.
+    """
+
+    state: FederationState
+    buffers: Tree
+    aggregate: Aggregate
+    norm: float
+    facts: Mapping[str, Any]
+    stop_reason: str | None
+
+
 def open_server(
-    settings: FederationSettings,
-    state: FederationState,
-    params: Tree,
-    ctx: RoundContext,
-    templates: Sequence[Update | None] | None = None,
+    settings: FederationSettings, state: FederationState, params: Tree, ctx: RoundContext
 ) -> FederationState:
     """The state with which a round starts.
 
@@ -28,30 +69,38 @@ def open_server(
         state: The state after the last round.
         params: The global parameters.
         ctx: Facts of the round.
-        templates: For each transform, an update like those that its client half is given.
 
     Raises:
         ValueError: If the shared tensors have changed under an algorithm whose clients keep state for each of them.
     """
     states = [*state.transforms, *({} for _ in settings.transforms[len(state.transforms) :])]
-    contexts = contexts_of(settings, ctx, templates)
+    contexts = contexts_of(settings, ctx)
     started = [t.start_round(own, c) for t, own, c in zip(settings.transforms, states, contexts, strict=True)]
     return FederationState(_continue(settings, state.server, params), started)
 
 
-def contexts_of(
-    settings: FederationSettings, ctx: RoundContext, templates: Sequence[Update | None] | None
-) -> list[RoundContext]:
+def update_template(settings: FederationSettings, params: Tree, buffers: Mapping[str, Tensor]) -> Update:
+    """An update with the names and shapes of those that the aggregator receives; it holds the global model."""
+    return update_templates(settings, params, buffers)[-1]
+
+
+def update_templates(settings: FederationSettings, params: Tree, buffers: Mapping[str, Tensor]) -> list[Update]:
+    """For each transform, an update like those that its client half is given, and one like those that are sent."""
+    templates = [Update(params, to_sum_dtype(buffers), aux=settings.algorithm.aux_like(params))]
+    # What the client halves send may have other shapes than the model.
+    for transform in settings.transforms:
+        templates.append(transform.like(templates[-1]))
+    return templates
+
+
+def contexts_of(settings: FederationSettings, ctx: RoundContext) -> list[RoundContext]:
     """The context of each transform, with its template."""
-    return [replace(ctx, template=own) for own in templates or [None] * len(settings.transforms)]
+    templates: Sequence[Update | None] = ctx.templates or [None] * len(settings.transforms)
+    return [replace(ctx, template=own) for _, own in zip(settings.transforms, templates, strict=False)]
 
 
 def server_step(
-    settings: FederationSettings,
-    state: FederationState,
-    aggregate: Aggregate,
-    ctx: RoundContext,
-    templates: Sequence[Update | None] | None = None,
+    settings: FederationSettings, state: FederationState, aggregate: Aggregate, ctx: RoundContext
 ) -> tuple[FederationState, Aggregate, dict[str, Any]]:
     """Moves the global model by the aggregate of a round.
 
@@ -63,34 +112,70 @@ def server_step(
         state: What :func:`open_server` returned.
         aggregate: The sums of the round's updates, not yet divided.
         ctx: Facts of the round.
-        templates: As for :func:`open_server`.
 
     Returns:
         The next state, the aggregate after the transforms, and the facts that the transforms report.
     """
     # The caller's state is not changed: it is the one to go back to if the round can't be closed.
-    states, contexts = list(state.transforms), contexts_of(settings, ctx, templates)
+    states, contexts = list(state.transforms), contexts_of(settings, ctx)
     # What the last client half did to an update has to be undone first.
     for index, transform in reversed(list(enumerate(settings.transforms))):
         aggregate, states[index] = transform.server(aggregate, states[index], contexts[index])
     # Asked after the transforms, since one that adds noise gives weight to a round that had no client.
     server = settings.algorithm.server_update(state.server, aggregate) if aggregate.weight else state.server
-    transforms = zip(settings.transforms, states, contexts, strict=True)
     facts: dict[str, Any] = {}
-    for transform, own, context in transforms:
+    for transform, own, context in zip(settings.transforms, states, contexts, strict=True):
         facts.update(transform.report(own, context))
     return replace(state, server=server, transforms=states), aggregate, facts
 
 
-def stop_reason(
-    settings: FederationSettings,
-    state: FederationState,
-    ctx: RoundContext,
-    templates: Sequence[Update | None] | None = None,
-) -> str | None:
+def close_server(opened: ServerRound, acc: Any, joined: RankReport) -> Closing:
+    """Moves the global model and the shared buffers by a round's updates.
+
+    A round without clients leaves the model and the algorithm's state as they are, unless a transform gives it weight,
+    as one that adds noise for differential privacy does.
+
+    Args:
+        opened: The round.
+        acc: The merged accumulator.
+        joined: The reports of all parties.
+
+    Raises:
+        ValueError: If the updates of all clients were refused.
+    """
+    settings, ctx = opened.settings, opened.ctx
+    # All ranks hold the same joined report, so all of them raise, and before the model has changed.
+    if joined.refused and not joined.num_clients:
+        raise ValueError(
+            f"Round {ctx.round} has no update left: those of all its clients ({some(joined.refused)}) hold NaN or Inf. "
+            "The global model is unchanged. Lower the learning rate, clip gradients, or check the clients' data."
+        )
+    # If all clients were to take part and none has contributed, something is wrong: the aggregator's `result` then
+    # raises.
+    may_be_empty = settings.hides_clients or len(ctx.cohort) < ctx.population
+    is_empty = may_be_empty and not joined.num_clients
+    aggregate = nothing(opened) if is_empty else settings.aggregator.result(acc, ctx)
+    state, aggregate, facts = server_step(settings, opened.state, aggregate, ctx)
+    if not is_empty:
+        facts.update(settings.aggregator.report(acc, ctx))
+    weight = aggregate.weight or 1.0
+    # Algorithms do not see buffers, so their mean is taken here.
+    buffers = tree_map(moved, opened.buffers, scale(aggregate.buffers, 1 / weight))
+    reason = stop_reason(settings, state, ctx)
+    return Closing(state, buffers, aggregate, norm(aggregate.delta) / weight, facts, reason)
+
+
+def nothing(opened: ServerRound) -> Aggregate:
+    """The aggregate of a round without clients."""
+    template = opened.template
+    aux = {name: zeros_like(tree) for name, tree in template.aux.items()}
+    return Aggregate(zeros_like(template.delta), zeros_like(template.buffers), 0.0, aux, 0, opened.ctx.population)
+
+
+def stop_reason(settings: FederationSettings, state: FederationState, ctx: RoundContext) -> str | None:
     """Why training must stop after this round, such as a spent privacy budget; None if it need not."""
-    transforms = zip(settings.transforms, state.transforms, contexts_of(settings, ctx, templates), strict=True)
-    reasons = (transform.stop_reason(own, c) for transform, own, c in transforms)
+    transforms = zip(settings.transforms, state.transforms, contexts_of(settings, ctx), strict=True)
+    reasons = (transform.stop_reason(own, context) for transform, own, context in transforms)
     return next((reason for reason in reasons if reason is not None), None)
 
 

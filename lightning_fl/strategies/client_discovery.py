@@ -23,6 +23,7 @@ def build_population(
     partition: Partitioner | None,
     seed: int,
     callbacks: Sequence[Any] = (),
+    silo: str | None = None,
 ) -> Population:
     """Finds the clients behind a training loader.
 
@@ -34,14 +35,23 @@ def build_population(
         partition: How the data is split among simulated clients. None: not set by the user.
         seed: Seed of the split.
         callbacks: The Trainer's callbacks; those with a method ``wrap_loaders`` may replace the clients' loaders.
+        silo: The name of this launch in a federation over a network. None: there is no network.
 
     Raises:
         MisconfigurationException: If the loader does not fit the settings or can't be split.
     """
-    population = _find(loader, group, started_by_launcher, num_clients, partition, seed)
+    if silo is None:
+        population = _find(loader, group, started_by_launcher, num_clients, partition, seed)
+    elif isinstance(loader, ClientLoaders):
+        raise MisconfigurationException(
+            f"The training loader names {len(loader)} clients, but with FederatedStrategy(federation=...) this launch "
+            "is one silo. Give one plain DataLoader."
+        )
+    else:
+        population = Population.of_silo(silo, loader)
     for callback in callbacks:
         if hasattr(callback, "wrap_loaders"):
-            population = Population(callback.wrap_loaders(population.loaders), population.silos)
+            population = population.with_loaders(callback.wrap_loaders(population.loaders))
     return population
 
 

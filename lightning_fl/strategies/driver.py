@@ -5,27 +5,30 @@ from __future__ import annotations
 import inspect
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, Literal
 
 import lightning as L
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_debug
 from torch.optim import Optimizer
 
 from lightning_fl.aggregation import FederationFacts
 from lightning_fl.clients import ClientStore, LocalWork, Participation, Population
-from lightning_fl.communication import Group, Message, all_hold_the_same
+from lightning_fl.communication import Message, all_hold_the_same
 from lightning_fl.engines import LocalTrainer, Schedule
 from lightning_fl.engines.phases import optimizer_entry
 from lightning_fl.engines.vectorized.stacking import NotStackable, NotVectorizable
 from lightning_fl.federation import (
     ClientData,
     ClientTask,
+    Federation,
     FederationSettings,
     FederationState,
     LoaderFailed,
+    Opening,
     Planner,
     RankPlan,
     Round,
@@ -37,6 +40,7 @@ from lightning_fl.federation.metric_entries import Entries, as_numbers, merge_en
 from lightning_fl.federation.rank_verification import digest
 from lightning_fl.strategies import internals
 from lightning_fl.strategies.batch_steps import BatchSteps, HookedSteps, TightSteps
+from lightning_fl.strategies.catching_up import catch_up
 from lightning_fl.strategies.client_session import ClientSession
 from lightning_fl.strategies.hooks import batch_hook
 from lightning_fl.strategies.logged_values import LoggedValues, late_entries, monitor_names, publish
@@ -68,10 +72,11 @@ class RoundDriver:
     Args:
         trainer: The Trainer.
         population: All clients.
-        group: The ranks of the federation.
+        federation: The way to the other parties.
         settings: The federation's settings.
         participation: Who takes part in a round, and how much each client trains.
         limit: The Trainer's ``limit_train_batches``, for one pass of a client: a count or a share.
+        personal: ``fnmatch`` globs of tensors that stay with their client.
         strategy_type: The strategy's class as this package defines it.
         on_client_error: Whether a client whose loader raises ends the run or is left out.
         last: The driver of the last ``fit``, whose state is taken over if this ``fit`` does not start at round 0.
@@ -81,20 +86,23 @@ class RoundDriver:
         self,
         trainer: L.Trainer,
         population: Population,
-        group: Group,
+        federation: Federation,
         settings: FederationSettings,
         participation: Participation,
         limit: int | float,
+        personal: Sequence[str],
         strategy_type: type,
         on_client_error: OnClientError = "raise",
         last: RoundDriver | None = None,
     ) -> None:
         self.trainer = trainer
         self.population = population
-        self.group = group
+        self.federation = federation
+        self.group = federation.group
         self.settings = settings
         self.participation = participation
         self.limit = limit
+        self.personal = personal
         self.sticky = False
         """Whether clients keep state and so must train on their home rank; known when training starts."""
         self.strategy_type = strategy_type
@@ -104,15 +112,16 @@ class RoundDriver:
         self.history: list[dict[str, Any]] = []
         self.vectorized: VectorizedDriver | None = None
         self.has_started = False
+        self.opening: Opening | None = None
         self.open_round: OpenRound | None = None
         self.interrupted_loops: dict[str, Any] | None = None
         self.deferred_checkpoints: dict[str, bool] = {}
         self.local_trainer: LocalTrainer | None = None
         self.module_trained: L.LightningModule | None = None
-        self.metric_states = MetricStates(trainer.lightning_module, group.rank)
+        self.metric_states = MetricStates(trainer.lightning_module, federation.place)
         self.schedules: list[tuple[Any, Schedule]] = []
         self.warnings = UserWarnings()
-        self.rank_sync = RankSync(trainer, group)
+        self.rank_sync = RankSync(trainer, federation.group)
         self.has_late_values = False
         self.client_metrics: set[str] = set()
         """Names under which clients have logged values, as monitors look them up."""
@@ -154,6 +163,11 @@ class RoundDriver:
         # Read at each use: callbacks such as `GradientAccumulationScheduler` change the accumulation between rounds.
         work = self.participation.max_work(self.limit)
         return replace(work, accumulate=self.trainer.accumulate_grad_batches)
+
+    @property
+    def cohort(self) -> Sequence[ClientId]:
+        """The clients of the round, wherever they train."""
+        return self.plan.cohort if self.opening is None or self.opening.cohort is None else self.opening.cohort
 
     @property
     def facts(self) -> FederationFacts:
@@ -203,7 +217,7 @@ class RoundDriver:
         self.vectorized = vectorized
         check_algorithm(self.settings.algorithm, self.trainer)
         self.settings.algorithm.check_optimizers(local_trainer.optimizers.optimizers)
-        self.metric_states = MetricStates(self.module, self.group.rank)
+        self.metric_states = MetricStates(self.module, self.federation.place)
         self.has_started = True
         # The first plan: only now are the loops restored, and is it known which clients keep state and how they train.
         self.plan_round()
@@ -227,6 +241,23 @@ class RoundDriver:
             with misconfiguration():
                 self._plan = self.planner.plan(index, work, grouping, sticky=self.sticky)
         self.set_length()
+
+    def open_next(self) -> None:
+        """Waits for the next round, and catches up with the federation if it has gone on without this party.
+
+        Raises:
+            StopIteration: If no other round follows for this party.
+        """
+        trainer = self.trainer
+        opening = self.federation.open_round(internals.current_round(trainer) - 1)
+        if opening is None:
+            raise StopIteration
+        self.opening = opening
+        if opening.state is not None:
+            self.state = opening.state
+            catch_up(trainer, opening, self.personal)
+            if internals.is_after_last(trainer):
+                raise StopIteration
 
     # ---- a round
 
@@ -320,9 +351,9 @@ class RoundDriver:
             self.state,
             self.local_trainer,
             self.store,
-            self.group,
+            self.federation,
             index,
-            self.plan.cohort,
+            self.cohort,
             [schedule for _, schedule in self.schedules],
             self._session,
         )
@@ -361,7 +392,7 @@ class RoundDriver:
         self.open_round = opened
         self.set_length()
         self.trained_groups = []
-        self.call_hook("on_round_start", index, self.plan.cohort)
+        self.call_hook("on_round_start", index, self.cohort)
         return opened
 
     def _make_steps(self, loop: RoundEpochLoop, values: LoggedValues) -> BatchSteps:
@@ -377,7 +408,7 @@ class RoundDriver:
 
     @property
     def _is_alone(self) -> bool:
-        return self.group.size == 1 and len(self.population) == 1
+        return self.federation.size == 1 and len(self.population) == 1
 
     def _tasks(self, opened: OpenRound) -> Iterator[ClientTask]:
         """Yields the client groups of this rank, each loaded when its turn comes."""
@@ -575,7 +606,7 @@ class RoundDriver:
         self.history.append(history_entry(index, result, self.plan.dropped))
         internals.log_figures(trainer, figures(self.history[-1], result.hides_clients), RANK_FIGURES)
         self.warnings.words(trainer, words(self.history[-1]))
-        trainer.should_stop |= result.stop_reason is not None
+        trainer.should_stop |= result.closing.stop_reason is not None
         self.call_hook("on_aggregate_end", result.aggregate)
         # Only now that the round is closed is there a global model to save or to average.
         internals.resume_by_step(opened.paused)
@@ -713,7 +744,17 @@ class RoundDriver:
         internals.set_round_length(self.trainer, self.num_batches, UNKNOWN_LENGTH)
 
     def largest_num_batches(self) -> int | float:
-        """Batches of the client with the most in a round, rounded up to whole optimizer steps."""
+        """Batches of the client with the most in a round, rounded up to whole optimizer steps.
+
+        Raises:
+            MisconfigurationException: If that depends on the data of silos on other machines.
+        """
+        phases = self.planner.phases(self.max_work)
+        if self.federation.size > self.group.size and any(phase.steps is None for phase in phases):
+            raise MisconfigurationException(
+                "trainer.estimated_stepping_batches needs the number of steps of the largest silo, which the others do "
+                "not know. Give all the same number with FederatedStrategy(local_steps=...), or use schedules by epoch."
+            )
         with misconfiguration():
             return self.planner.largest_num_batches(self.max_work)
 

@@ -9,7 +9,8 @@ from typing import Any
 from lightning import LightningModule
 
 from lightning_fl.aggregation import Aggregator, FederationFacts
-from lightning_fl.communication import Group, Message, all_hold_the_same
+from lightning_fl.communication import Message, all_hold_the_same
+from lightning_fl.federation import Federation
 from lightning_fl.federation.metric_entries import Entries, as_numbers, merge_entries
 from lightning_fl.federation.report_masking import mask, unmask
 from lightning_fl.strategies.logged_values import evaluation_entries, publish
@@ -26,16 +27,17 @@ class EvaluationMetrics:
     union in any case.
 
     Args:
-        group: The ranks of the federation.
+        federation: The way to the other parties.
         module: The user's module.
         aggregator: Joins the reports of ranks with data of their own, and may hide them.
     """
 
-    def __init__(self, group: Group, module: LightningModule, aggregator: Aggregator) -> None:
-        self.group = group
+    def __init__(self, federation: Federation, module: LightningModule, aggregator: Aggregator) -> None:
+        self.federation = federation
+        self.group = federation.group
         self.module = module
         self.aggregator = aggregator
-        self.states = MetricStates(module, group.rank)
+        self.states = MetricStates(module, federation.place)
         self.hides = False
         self.per_rank = False
         self.compares = False
@@ -69,7 +71,7 @@ class EvaluationMetrics:
     @contextmanager
     def merged(self, results: ResultCollection) -> Iterator[None]:
         """Inside the block, the values of the current loader are those of all ranks."""
-        if self.group.size == 1:
+        if self.federation.size == 1:
             yield
             return
         # The union is for Lightning to read only. A metric that spans several loaders goes on with this rank's own
@@ -84,7 +86,7 @@ class EvaluationMetrics:
 
     def end(self) -> None:
         """Called after the last loader: joins the torchmetrics, for users who compute them in ``..._epoch_end``."""
-        if self.group.size > 1:
+        if self.federation.size > 1:
             self.states.merge(_states(self._gather({})), self.module.device)
 
     def _gather(self, entries: Entries) -> list[Message]:
@@ -92,7 +94,7 @@ class EvaluationMetrics:
         report = Message({"metrics": entries, "metric_states": fields}, tensors)
         if self.hides:
             return unmask(self.aggregator.gather(self._session, self.group, mask(report), "evaluation"))
-        reports = self.group.all_gather(report, "evaluation")
+        reports = self.federation.gather(report, "evaluation")
         return reports if self.per_rank and not self._have_same_data() else reports[:1]
 
     def _have_same_data(self) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning as L
 import torch
@@ -28,10 +28,12 @@ from lightning_fl.communication.objects import decode_object, encode_object
 from lightning_fl.data.partitioners.partitioner import Partitioner
 from lightning_fl.data.splitting import shard
 from lightning_fl.engines import ClientOptimizer, OptimizerStates, Vectorized
+from lightning_fl.engines.tensors import FederatedTensors
 from lightning_fl.engines.vectorized.stacking import StackedBatch
-from lightning_fl.federation import FederationSettings
+from lightning_fl.federation import Federation, FederationSettings, GroupFederation
 from lightning_fl.federation.rank_verification import digest, synchronize_module, verify_ranks
 from lightning_fl.federation.settings import is_private
+from lightning_fl.federation.single_update import SingleUpdate
 from lightning_fl.strategies import internals
 from lightning_fl.strategies.callback import RoundCallback
 from lightning_fl.strategies.checkpoint import (
@@ -50,6 +52,7 @@ from lightning_fl.strategies.engine_selection import select_engine
 from lightning_fl.strategies.evaluation import EvaluationMetrics
 from lightning_fl.strategies.hooks import run_training_step
 from lightning_fl.strategies.loops import adopt_loops
+from lightning_fl.strategies.network import check_network, open_network, settings_of_silo
 from lightning_fl.strategies.round_loaders import RoundLoader
 from lightning_fl.strategies.round_view import RoundView
 from lightning_fl.strategies.user_warnings import UserWarnings
@@ -67,6 +70,9 @@ from lightning_fl.strategies.validation import (
     settings_of_training,
     versions,
 )
+
+if TYPE_CHECKING:
+    from lightning_fl.coordinator.silo import NetworkFederation
 
 
 class FederatedStrategy(ParallelStrategy):
@@ -96,6 +102,9 @@ class FederatedStrategy(ParallelStrategy):
         cohort: How the clients of a round are chosen. None: :class:`~lightning_fl.clients.Uniform`.
         stragglers: Clients that do not finish their local training. None: all clients finish.
         timeout: Seconds that a collective waits for the other ranks.
+        federation: The coordinator's address, ``"https://host:port"``: this launch is then one silo of a federation
+            over a network, and its training loader that silo's data.
+        kit: The folder with the silo's key and certificate, for ``federation``.
 
     Raises:
         ValueError: If an argument is out of range, or two contradict each other.
@@ -130,6 +139,8 @@ class FederatedStrategy(ParallelStrategy):
         cohort: Cohort | None = None,
         stragglers: Stragglers | None = None,
         timeout: float = 1800.0,
+        federation: str | None = None,
+        kit: str | Path | None = None,
     ) -> None:
         super().__init__(checkpoint_io=WholeCheckpointIO())
         self.cohort = cohort or Uniform()
@@ -164,8 +175,8 @@ class FederatedStrategy(ParallelStrategy):
         if sampling is not None and sampling.kind != "poisson":
             self.aggregator.check_cohort(round(sampling.size))
         check_phases(self.algorithm, local_epochs, local_steps)
-        self._named_personal = (personal,) if isinstance(personal, str) else tuple(personal)
-        self.personal = self._named_personal
+        self.named_personal = (personal,) if isinstance(personal, str) else tuple(personal)
+        self.personal = self.named_personal
         self.engine = engine
         self.seed = seed
         self.split_validation = split_validation
@@ -173,6 +184,9 @@ class FederatedStrategy(ParallelStrategy):
         if not timeout > 0:
             raise ValueError(f"timeout={timeout} must be a positive number of seconds.")
         self.timeout = timedelta(seconds=timeout)
+        check_network(self, federation, kit)
+        self.address, self.kit = federation, kit
+        self.network: NetworkFederation | None = None
         self.num_nodes = 1
         self.federation: Group = LocalGroup()
         self.driver: RoundDriver | None = None
@@ -271,6 +285,14 @@ class FederatedStrategy(ParallelStrategy):
             self.timeout,
         )
         self._connected = True
+        if self.address is not None:
+            assert self.kit is not None
+            self.network = open_network(self.address, self.kit)
+        if self.network is not None and self.federation.size > 1:
+            raise MisconfigurationException(
+                f"With federation={self.network.client.address!r} a launch is one silo of one process, but there are "
+                f"{self.federation.size}. Start one process; a silo of several is not supported yet."
+            )
 
     def model_to_device(self) -> None:
         assert self.model is not None
@@ -329,16 +351,21 @@ class FederatedStrategy(ParallelStrategy):
         check_same_on_ranks(self.federation, "validation data", trainer.enable_validation)
         super().setup(trainer)
         assert self.lightning_module is not None
-        self.personal = tuple(self.algorithm.personal(self.lightning_module, self._named_personal))
+        self.personal = tuple(self.algorithm.personal(self.lightning_module, self.named_personal))
+        is_hidden = is_private(self.aggregator, self.transforms, self._protects_examples)
+        columns = described_columns(getattr(trainer, "datamodule", None), is_hidden)
         if self.federation.size > 1:
             settings = {**settings_of_ranks(self, trainer), **settings_of_training(trainer)}
-            is_hidden = is_private(self.aggregator, self.transforms, self._protects_examples)
-            columns = described_columns(getattr(trainer, "datamodule", None), is_hidden)
             verify_ranks(self.federation, self.lightning_module, settings, versions(), columns)
             # Without `seed_everything` the ranks have initialised their modules differently. Only after the check: with
             # modules whose tensors differ, the broadcasts would pair up different ones.
             synchronize_module(self.federation, self.lightning_module)
-        self._evaluation_metrics = EvaluationMetrics(self.federation, self.lightning_module, self.aggregator)
+        if self.network is not None and trainer.state.fn == TrainerFn.FITTING:
+            common = {**settings_of_training(trainer), **columns}
+            self.network.join(
+                FederatedTensors(self.lightning_module, self.personal), settings_of_silo(self), common, versions()
+            )
+        self._evaluation_metrics = EvaluationMetrics(self._parties, self.lightning_module, self.aggregator)
 
     def setup_optimizers(self, trainer: L.Trainer) -> None:
         super().setup_optimizers(trainer)
@@ -373,6 +400,7 @@ class FederatedStrategy(ParallelStrategy):
             partition=self.partition,
             seed=self._seed,
             callbacks=trainer.callbacks,  # type: ignore[attr-defined]
+            silo=None if self.network is None else self.network.name,
         )
         if self.driver is None:
             self.driver = self._make_driver(population)
@@ -382,24 +410,26 @@ class FederatedStrategy(ParallelStrategy):
 
     def _make_driver(self, population: Population) -> RoundDriver:
         trainer = self._trainer
+        size = len(population) if self.network is None else self.network.size
         settings = FederationSettings(
             self.algorithm,
-            self.aggregator,
+            self.aggregator if self.network is None else SingleUpdate(),
             self.transforms,
             self.weighting,
             seed=self._seed,
-            population=len(population),
-            sampling=describe_sampling(self.cohort, len(population), self.clients_per_round),
+            population=size,
+            sampling=describe_sampling(self.cohort, size, self.clients_per_round),
             silos=population.silos is not None,
             protects_examples=self._protects_examples,
         )
         return RoundDriver(
             trainer,
             population,
-            self.federation,
+            self._parties,
             settings,
             self.participation,
             limit=self.limit_train_batches,
+            personal=self.personal,
             strategy_type=FederatedStrategy,
             on_client_error=self.on_client_error,
             last=self._last_driver,
@@ -426,6 +456,9 @@ class FederatedStrategy(ParallelStrategy):
         except BaseException:
             optimizers.close()
             raise
+        if self.network is not None:
+            self.network.store = self.active_driver.store
+            self.network.folder.restore(self.active_driver.store)
 
     @property
     def _clients_keep_state(self) -> bool:
@@ -540,6 +573,8 @@ class FederatedStrategy(ParallelStrategy):
     def teardown(self) -> None:
         if self.driver is not None:
             self.driver.stop()
+        if self.network is not None:
+            self.network.leave("its run has ended")
         super().teardown()
 
     # ---- public state
@@ -566,6 +601,11 @@ class FederatedStrategy(ParallelStrategy):
     def view(self) -> RoundView:
         """The current round, or between rounds the next one, as callbacks see it."""
         return self.active_driver.view
+
+    @property
+    def _parties(self) -> Federation:
+        """The way to the other parties of the federation."""
+        return GroupFederation(self.federation) if self.network is None else self.network
 
     @property
     def _module(self) -> L.LightningModule:
@@ -599,6 +639,8 @@ class FederatedStrategy(ParallelStrategy):
         driver = self.driver or self._last_driver
         if driver is not None:
             return driver.population.silos is not None
+        if self.network is not None:
+            return True
         # Without a fit there is no driver to ask, so this decides as `build_population` would.
         simulated = getattr(getattr(self._trainer, "datamodule", None), "gives_clients", False)
         return self.started_by_launcher and self.num_clients is None and self.partition is None and not simulated

@@ -72,6 +72,20 @@ def current_round(trainer: Trainer) -> int:
     return trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
 
 
+def set_round(trainer: Trainer, round: int) -> None:
+    """Lets the loops go on with a round that is not the next one."""
+    progress = trainer.fit_loop.epoch_progress
+    for count in (progress.current, progress.total):
+        count.ready = count.completed = round
+        count.started = count.processed = round  # type: ignore[attr-defined]
+
+
+def is_after_last(trainer: Trainer) -> bool:
+    """Whether the current round is beyond ``max_epochs``."""
+    last = trainer.fit_loop.max_epochs
+    return last is not None and last >= 0 and current_round(trainer) >= last
+
+
 def global_step(trainer: Trainer) -> int:
     """Optimizer steps as counted by the loops."""
     return trainer.fit_loop.epoch_loop.global_step

@@ -398,6 +398,11 @@ class RoundFitLoop(_FitLoop):
         with self._read_by_loop():
             return super().done
 
+    def on_advance_start(self) -> None:
+        # Before the hooks of the epoch's start, which see the round's number and model.
+        self.trainer.strategy.driver.open_next()  # type: ignore[attr-defined]
+        super().on_advance_start()
+
     def on_advance_end(self) -> None:
         driver = self.trainer.strategy.driver  # type: ignore[attr-defined]
         # In the epoch with which a run resumes, Lightning leaves out the schedules that need a metric; the federation's

@@ -32,6 +32,10 @@ class _Driver(Protocol):
     vectorized: Any
 
     @property
+    def cohort(self) -> Sequence[ClientId]:
+        """The clients of the round, wherever they train."""
+
+    @property
     def plan(self) -> RankPlan:
         """This rank's plan of the round."""
 
@@ -97,7 +101,7 @@ class RoundView:
     @property
     def cohort(self) -> Sequence[ClientId]:
         """The clients of the round, on all ranks."""
-        return self._driver.plan.cohort
+        return self._driver.cohort
 
     @property
     def clients(self) -> Sequence[ClientId]:

@@ -90,8 +90,8 @@ class UserWarnings:
             rank_zero_warn(_refused(round, result.report.refused))
         if not result.aggregate.num_clients:
             rank_zero_info(f"Round {round}: no client takes part.")
-        if result.stop_reason is not None:
-            rank_zero_info(result.stop_reason)
+        if result.closing.stop_reason is not None:
+            rank_zero_info(result.closing.stop_reason)
 
     def not_consulted(self, round: int, judge: str, metric: str) -> None:
         """Informs that a callback or a schedule is not consulted in a round that has not measured what it monitors."""

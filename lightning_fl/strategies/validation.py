@@ -80,16 +80,27 @@ def check_schedules(schedules: Schedules, settings: FederationSettings, work: Lo
 
 def settings_of_ranks(strategy: Any, trainer: L.Trainer) -> dict[str, str]:
     """The settings of a federation that must be the same on all ranks."""
-    of_strategy = ("algorithm", "weighting", "client_optimizer", "cohort", "clients_per_round", "stragglers")
     of_trainer = ("max_epochs", "max_steps", "min_epochs", "check_val_every_n_epoch", "num_sanity_val_steps")
-    of_data = ("num_clients", "partition", "split_validation")
-    names = (*of_strategy, *of_data, "local_epochs", "local_steps", "personal", "_seed")
-    settings = {
-        **{name: repr(getattr(strategy, name)) for name in names},
+    of_data = ("num_clients", "partition", "split_validation", "personal", "_seed")
+    return {
+        **settings_of_strategy(strategy),
+        **_without_addresses({name: repr(getattr(strategy, name)) for name in of_data}),
         **{name: repr(getattr(trainer, name)) for name in of_trainer},
+    }
+
+
+def settings_of_strategy(strategy: Any) -> dict[str, str]:
+    """The settings of a strategy on which the meaning of an update depends."""
+    names = ("algorithm", "weighting", "client_optimizer", "cohort", "clients_per_round", "stragglers")
+    settings = {
+        **{name: repr(getattr(strategy, name)) for name in (*names, "local_epochs", "local_steps")},
         "aggregator": repr(strategy.aggregator),
         "transforms": ", ".join(map(_numbers_of, strategy.transforms)),
     }
+    return _without_addresses(settings)
+
+
+def _without_addresses(settings: dict[str, str]) -> dict[str, str]:
     # A default repr holds the object's address, which differs from process to process.
     return {name: re.sub(r" at 0x[0-9a-f]+", "", value) for name, value in settings.items()}
 

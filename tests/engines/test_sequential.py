@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_fl.engines import LocalResult, OptimizerStates, SequentialEngine
+from lightning_fl.engines.tensors import moved
 from lightning_fl.engines.vectorized.stacking import part
-from lightning_fl.tree import add, scale, subtract
+from lightning_fl.tree import add, scale, subtract, tree_map
 from lightning_fl.types import Tree, Update
 from tests.helpers.federation import aggregate
 
@@ -93,7 +94,8 @@ class Federation:
             updates.append(Update(subtract(part(result.params, 0), params), part(result.buffers, 0), weight))
         mean = aggregate(updates)
         self.server = add(params, mean.mean())
-        self.engine.end_round(self.server, scale(mean.buffers, 1 / mean.weight), self.results[-1].facts[0].schedule_end)
+        buffers = tree_map(moved, self.engine.round_start.buffers, scale(mean.buffers, 1 / mean.weight))
+        self.engine.end_round(self.server, buffers, self.results[-1].facts[0].schedule_end)
 
     def mean_of_ends(self, name: str) -> Tensor:
         shares = torch.tensor(self.weights, dtype=torch.float64) / sum(self.weights)
@@ -194,8 +196,8 @@ def test_ending_a_round_without_a_change_puts_everything_back(federation: Federa
     params = federation.engine.begin_round(None)
     federation.engine.start([params], [{}])
     fit(net, federation.optimizer, 1)
-    result = federation.engine.finish()
-    federation.engine.end_round(params, {name: torch.zeros_like(b[0]) for name, b in result.buffers.items()}, None)
+    federation.engine.finish()
+    federation.engine.end_round(params, federation.engine.round_start.buffers, None)
     torch.testing.assert_close(clone_state(net), before, rtol=0, atol=0)
 
 

@@ -20,6 +20,7 @@ from lightning_fl.federation import (
     ClientData,
     FederationSettings,
     FederationState,
+    GroupFederation,
     GroupOutcome,
     RankReport,
     Round,
@@ -165,7 +166,7 @@ class Simulation:
 
     def open(self, cohort: Sequence[int], group: Group | None = None) -> Round:
         """Opens a round, to be trained and closed by the caller."""
-        parts = self.settings, self.state, self.trainer, self.store, group or LocalGroup()
+        parts = self.settings, self.state, self.trainer, self.store, GroupFederation(group or LocalGroup())
         return Round.open(*parts, self.num_rounds, list(cohort))
 
     def train(self, opened: Round, client: int) -> GroupOutcome:

@@ -127,6 +127,7 @@ class ClientLevelDP(Transform):
     num_colluding: int = 1
 
     weighting: ClassVar[Literal["examples", "uniform"] | None] = "uniform"
+    client_keys: ClassVar[tuple[str, ...]] = ("clip",)
     needs_secure_sampling = True
     hides_clients = True
 
@@ -249,7 +250,11 @@ class ClientLevelDP(Transform):
             ledger.record(Gaussian(0.0), num_insecure)  # anyone who knows the seed can compute their noise
             num_insecure = 0
         if self.mode == "distributed":
-            assert ctx.integer_bits is not None
+            if ctx.integer_bits is None:
+                raise ValueError(
+                    "mode='distributed' needs a secure sum among the ranks of a federation; here a coordinator sees "
+                    "each silo's update. Use mode='local'."
+                )
             self._grid(ctx).check_modulus(len(ctx.cohort), ctx.integer_bits)
         event = self._event(ctx)
         drawn = self._check_cohort(state.get("drawn"), event.sampling, ctx)

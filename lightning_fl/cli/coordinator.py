@@ -1,0 +1,131 @@
+"""Runs the coordinator of a federation of silos on their own machines.
+
+It reads `trainer.strategy` of the training configuration, and nothing else of it: no module, no data, no code of yours.
+Classes from outside lightning_fl are refused unless --allow names their package. federation.yaml says who may take part
+and when rounds open and close.
+
+Example:
+  lightning-fl coordinator --config train.yaml --federation federation.yaml
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from lightning_fl.clients.cohorts import describe_sampling
+from lightning_fl.federation import FederationSettings
+from lightning_fl.strategies import FederatedStrategy
+from lightning_fl.strategies.network import settings_of_silo
+
+if TYPE_CHECKING:
+    from lightning_fl.coordinator.config import FederationConfig
+    from lightning_fl.coordinator.service import Coordinator
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's own options."""
+    parser.add_argument("--config", type=Path, required=True, help="the training configuration of the silos")
+    parser.add_argument("--federation", type=Path, required=True, help="federation.yaml")
+    parser.add_argument("--allow", action="append", default=[], metavar="PACKAGE", help="load classes of this package")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Serves until the process is told to end."""
+    try:
+        from lightning_fl.coordinator.config import read_config
+        from lightning_fl.coordinator.identity import Kit
+    except ModuleNotFoundError as error:
+        raise ImportError(f"A coordinator needs {error.name}: pip install 'lightning-fl[network]'.") from error
+    strategy = read_strategy(args.config, args.allow)
+    config = read_config(args.federation)
+    asyncio.run(serve(strategy, config, Kit(config.kit)))
+
+
+async def serve(strategy: FederatedStrategy, config: FederationConfig, kit: Any) -> None:
+    """Serves until the process gets SIGTERM or SIGINT."""
+    from lightning_fl.coordinator.http_server import HttpServer
+
+    server = HttpServer(make_coordinator(strategy, config), kit)
+    port = await server.start(config.host, config.port, config.admin_port)
+    silos = ", ".join(config.rules.silos)
+    print(
+        f"Serving {config.rules.rounds} rounds for {silos} on port {port}; admin port {config.admin_port}.", flush=True
+    )
+    task = asyncio.create_task(server.run())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    try:
+        await task
+    except asyncio.CancelledError:
+        print("Ended; started again, it goes on where it was.")
+    finally:
+        await server.stop()
+
+
+def make_coordinator(strategy: FederatedStrategy, config: FederationConfig) -> Coordinator:
+    """The coordinator of a federation that trains with a strategy."""
+    from lightning_fl.coordinator.audit import AuditLog
+    from lightning_fl.coordinator.service import Coordinator
+    from lightning_fl.coordinator.store import Store
+
+    size = len(config.rules.silos)
+    settings = FederationSettings(
+        strategy.algorithm,
+        strategy.aggregator,
+        strategy.transforms,
+        strategy.weighting,
+        seed=strategy.seed or 0,
+        population=size,
+        sampling=describe_sampling(strategy.cohort, size, strategy.clients_per_round),
+    )
+    store = Store(config.folder)
+    audit = AuditLog(config.folder / "audit.jsonl")
+    return Coordinator(settings, settings_of_silo(strategy), config.rules, store, audit, time.monotonic())
+
+
+def read_strategy(path: Path, allow: Sequence[str] = ()) -> FederatedStrategy:
+    """The strategy of a training configuration.
+
+    Args:
+        path: A configuration of LightningCLI.
+        allow: Packages besides lightning_fl and torch whose classes it may name.
+
+    Raises:
+        ValueError: If it names none, or a class of another package.
+    """
+    content = yaml.safe_load(path.read_text())
+    trainer = content.get("trainer") if isinstance(content, Mapping) else None
+    strategy = trainer.get("strategy") if isinstance(trainer, Mapping) else None
+    if isinstance(strategy, str):
+        strategy = {"class_path": "FederatedStrategy", "init_args": {"algorithm": strategy}}
+    if not isinstance(strategy, Mapping):
+        raise ValueError(f"{path} has no trainer.strategy, which says how the silos train.")
+    for class_path in _class_paths(strategy):
+        package = class_path.partition(".")[0]
+        if "." in class_path and package not in ("lightning_fl", *allow):
+            raise ValueError(
+                f"{path} names the class {class_path}: the coordinator runs no code of others. If you trust it, start "
+                f"with --allow {package}."
+            )
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(FederatedStrategy, "strategy")
+    config = parser.parse_object({"strategy": strategy})
+    found = parser.instantiate_classes(config).strategy
+    assert isinstance(found, FederatedStrategy)
+    return found
+
+
+def _class_paths(value: Any) -> list[str]:
+    if isinstance(value, Mapping):
+        own = [str(value["class_path"])] if "class_path" in value else []
+        return own + [path for item in value.values() for path in _class_paths(item)]
+    return [path for item in value for path in _class_paths(item)] if isinstance(value, list) else []

@@ -1,0 +1,287 @@
+"""The coordinator's HTTPS server: it knows who speaks, takes bytes in and leaves the rest to the service."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import ssl
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+from weakref import WeakSet
+
+from aiohttp import web
+
+from lightning_fl.coordinator import identity
+from lightning_fl.coordinator.identity import IdentityError, Kit
+from lightning_fl.coordinator.service import START, Coordinator, Refused
+
+HOLD_S = 20.0
+"""How long a call is held that waits for something to happen."""
+IDLE_S = 30.0
+"""A body that does not go on for so long is ended; the silo resumes it."""
+TICK_S = 0.05
+MAX_JSON_BYTES = 1 << 24
+PIECE = 1 << 20
+log = logging.getLogger("lightning_fl.coordinator")
+SILO = web.RequestKey("silo", str)
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class HttpServer:
+    """Serves a coordinator.
+
+    Args:
+        coordinator: What is served.
+        kit: The coordinator's key and certificate, and the authority whose silos may come.
+    """
+
+    def __init__(self, coordinator: Coordinator, kit: Kit) -> None:
+        self.coordinator = coordinator
+        self.kit = kit
+        self._context: ssl.SSLContext | None = None
+        self._kit_version = kit.version()
+        self._revoked = kit.revoked()
+        self._writers: dict[Path, object] = {}
+        self._runners: list[web.AppRunner] = []
+        self._transports: WeakSet[asyncio.WriteTransport] = WeakSet()
+
+    async def start(self, host: str | list[str] | None, port: int, admin_port: int | None = None) -> int:
+        """Begins to serve; returns the port.
+
+        Args:
+            host: Addresses to listen on. None: all, of IPv4 and IPv6.
+            port: The port; 0 for any.
+            admin_port: A port on 127.0.0.1 for health and metrics, without TLS. None: none.
+        """
+        app = web.Application(middlewares=[self._answer], client_max_size=MAX_JSON_BYTES)
+        app.router.add_get("/v1/check", self._check)
+        app.router.add_post("/v1/join", self._join)
+        app.router.add_get("/v1/rounds", self._rounds)
+        app.router.add_get("/v1/states/{digest}", self._state)
+        app.router.add_get("/v1/rounds/{round}/{topic}", self._outcome)
+        for path in ("/v1/rounds/{round}/{topic}/{digest}", "/v1/start/{digest}"):
+            app.router.add_head(path, self._offset)
+            app.router.add_put(path, self._put)
+        app.router.add_post("/v1/alive", self._alive)
+        app.router.add_post("/v1/leave", self._leave)
+        self._context = identity.server_context(self.kit, self._handshake_failed)
+        if admin_port is not None:
+            admin = web.Application()
+            admin.router.add_get("/health", self._health)
+            admin.router.add_get("/status", self._status)
+            admin.router.add_get("/metrics", self._metrics)
+            await self._listen(admin, "127.0.0.1", admin_port, None)
+        return await self._listen(app, host, port, self._context)
+
+    async def _listen(self, app: web.Application, host: Any, port: int, context: ssl.SSLContext | None) -> int:
+        runner = web.AppRunner(app, access_log=None, keepalive_timeout=120.0, shutdown_timeout=1.0)
+        await runner.setup()
+        self._runners.append(runner)
+        await web.TCPSite(runner, host, port, ssl_context=context, backlog=512).start()
+        return int(runner.addresses[0][1])
+
+    async def run(self) -> None:
+        """Does what is due, until the federation is over and everybody has been told, or it is cancelled."""
+        while True:
+            if self.coordinator.step(time.monotonic()):
+                self.coordinator.begin_close()
+                # In a thread: to add up large updates takes seconds, in which silos must still get answers.
+                await asyncio.to_thread(self.coordinator.close)
+            self._read_kit_again()
+            await asyncio.sleep(TICK_S)
+
+    async def stop(self) -> None:
+        """Ends all connections."""
+        for runner in self._runners:
+            await runner.cleanup()
+        # TLS would wait for the other sides' farewells.
+        for transport in list(self._transports):
+            transport.abort()
+        await asyncio.sleep(0.01)
+
+    def _read_kit_again(self) -> None:
+        version = self.kit.version()
+        if version == self._kit_version:
+            return
+        try:
+            assert self._context is not None
+            identity.load(self._context, self.kit)
+            self._revoked = self.kit.revoked()
+        except (OSError, ValueError) as error:  # half of the files are new: the next look finds them all
+            log.warning("The kit can't be read: %s", error)
+            return
+        self._kit_version = version
+        self.coordinator.audit.append("kit read again")
+
+    # ---- who speaks
+
+    @web.middleware
+    async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        # From the connection itself, and at each request: a certificate may be revoked or end meanwhile.
+        peer = None
+        if request.transport is not None:
+            self._transports.add(request.transport)
+            peer = request.transport.get_extra_info("ssl_object")
+        try:
+            name = identity.peer_name(None if peer is None else peer.getpeercert(True), self.kit, self._revoked)
+        except (IdentityError, ValueError) as error:
+            return self._refuse(request, Refused(403, f"{request.remote} is refused: {error}."))
+        if name not in self.coordinator.rules.silos:
+            return self._refuse(request, Refused(403, f"{name!r} is not among the silos of federation.yaml."))
+        request[SILO] = name
+        try:
+            return await handler(request)
+        except Refused as refused:
+            return self._refuse(request, refused)
+        except (TimeoutError, asyncio.TimeoutError):
+            return self._refuse(request, Refused(408, f"The body did not go on for {IDLE_S:g} s."))
+        except web.HTTPException as error:  # no such path or method, or a body that is too large
+            return self._refuse(request, Refused(error.status, error.reason))
+        except OSError as error:
+            log.exception("A file can't be written")
+            return self._refuse(request, Refused(507, f"The coordinator can't write: {error.strerror}."))
+
+    def _refuse(self, request: web.Request, refused: Refused) -> web.Response:
+        quiet = refused.status in (409, 410)  # what a silo meets that comes late or resumes
+        if not quiet:
+            who = request.get(SILO) or request.remote
+            self.coordinator.audit.append("refused", silo=who, call=request.path[:200], reason=str(refused)[:500])
+        return web.json_response(refused.facts, status=refused.status)
+
+    def _handshake_failed(self, reason: str) -> None:
+        self.coordinator.audit.append("connection refused", reason=reason)
+
+    # ---- calls
+
+    async def _check(self, request: web.Request) -> web.StreamResponse:
+        return web.json_response({"service": "lightning_fl", "silo": request[SILO]})
+
+    async def _join(self, request: web.Request) -> web.StreamResponse:
+        answer = self.coordinator.join(request[SILO], await _json(request), time.monotonic())
+        return web.json_response({**answer, "time": time.time()})
+
+    async def _rounds(self, request: web.Request) -> web.StreamResponse:
+        after = _integer(request.query.get("after", ""), minimum=-1)
+        until = time.monotonic() + HOLD_S
+        while time.monotonic() < until:
+            opening = self.coordinator.next_round(request[SILO], after, time.monotonic())
+            if opening is not None:
+                return web.Response(body=opening.encode(), content_type="application/octet-stream")
+            await asyncio.sleep(TICK_S)
+        return web.Response(status=204)
+
+    async def _state(self, request: web.Request) -> web.StreamResponse:
+        digest = request.match_info["digest"]
+        if not self.coordinator.may_read(digest):
+            raise Refused(404, "There is no such state.")
+        return web.FileResponse(self.coordinator.store.state_path(digest), chunk_size=PIECE)
+
+    async def _outcome(self, request: web.Request) -> web.StreamResponse:
+        round, topic = _integer(request.match_info["round"]), request.match_info["topic"]
+        until = time.monotonic() + HOLD_S
+        while time.monotonic() < until:
+            if self.coordinator.has_outcome(round, topic):
+                path = self.coordinator.store.folder(round, topic) / "outcome.safetensors"
+                return web.FileResponse(path, chunk_size=PIECE)
+            await asyncio.sleep(TICK_S)
+        return web.Response(status=204)
+
+    async def _offset(self, request: web.Request) -> web.StreamResponse:
+        upload = self.coordinator.target(request[SILO], *_place(request), length=1)
+        size = upload.ok.stat().st_size if upload.ok.exists() else upload.size
+        return web.Response(headers={"Upload-Offset": str(size), "Upload-Complete": str(int(upload.ok.exists()))})
+
+    async def _put(self, request: web.Request) -> web.StreamResponse:
+        coordinator, silo = self.coordinator, request[SILO]
+        round, topic, digest = _place(request)
+        length = _integer(request.headers.get("Upload-Length", ""), minimum=1)
+        offset = _integer(request.headers.get("Upload-Offset", ""))
+        upload = coordinator.target(silo, round, topic, digest, length)
+        if upload.ok.exists():  # the answer to an earlier call was lost
+            return web.json_response({"complete": True})
+        # A connection that takes over ends the one before, which may be half open.
+        mine = self._writers[upload.part] = object()
+        if offset != upload.size:
+            raise Refused(409, f"The file has {upload.size} bytes here.", offset=upload.size)
+        with upload.part.open("ab") as file:
+            while piece := await asyncio.wait_for(request.content.read(PIECE), IDLE_S):
+                if self._writers.get(upload.part) is not mine:
+                    raise Refused(409, "Another connection has taken over.", offset=upload.size)
+                if file.tell() + len(piece) > length:
+                    raise Refused(413, f"Silo {silo!r} sends more than the {length} bytes that it announced.")
+                file.write(piece)
+                file.flush()
+                coordinator.progressed(silo, time.monotonic())
+        if upload.size < length:
+            return web.json_response({"complete": False, "offset": upload.size})
+        try:
+            await asyncio.to_thread(coordinator.check, upload, topic)
+        except Refused as refused:
+            coordinator.refuse(upload, topic, str(refused))
+            raise
+        finally:
+            self._writers.pop(upload.part, None)
+        coordinator.accept(upload, round, topic, time.monotonic())
+        return web.json_response({"complete": True})
+
+    async def _alive(self, request: web.Request) -> web.StreamResponse:
+        return web.json_response({"round": self.coordinator.alive(request[SILO], time.monotonic())})
+
+    async def _leave(self, request: web.Request) -> web.StreamResponse:
+        self.coordinator.leave(request[SILO], str((await _json(request)).get("reason", "")))
+        return web.json_response({})
+
+    # ---- for the people who run it
+
+    async def _health(self, request: web.Request) -> web.StreamResponse:
+        return web.json_response({"phase": self.coordinator.machine.phase})
+
+    async def _status(self, request: web.Request) -> web.StreamResponse:
+        return web.json_response(self.coordinator.status(time.monotonic()))
+
+    async def _metrics(self, request: web.Request) -> web.StreamResponse:
+        status, now = self.coordinator.status(time.monotonic()), time.monotonic()
+        lines = [
+            "# TYPE lightning_fl_round gauge",
+            f"lightning_fl_round {status['round']}",
+            "# TYPE lightning_fl_updates gauge",
+            f"lightning_fl_updates {len(status['sent'])}",
+            "# TYPE lightning_fl_cohort gauge",
+            f"lightning_fl_cohort {len(status['cohort'])}",
+            "# TYPE lightning_fl_silo_silent_seconds gauge",
+            *(
+                f'lightning_fl_silo_silent_seconds{{silo="{silo}"}} {now - seen:.1f}'
+                for silo, seen in self.coordinator.seen.items()
+            ),
+        ]
+        return web.Response(text="\n".join(lines) + "\n", headers={"Content-Type": "text/plain; version=0.0.4"})
+
+
+def _place(request: web.Request) -> tuple[int | None, str, str]:
+    match = request.match_info
+    if "round" not in match:
+        return None, START, match["digest"]
+    if match["topic"] == START:
+        raise Refused(400, "There is no such place.")
+    return _integer(match["round"]), match["topic"], match["digest"]
+
+
+def _integer(text: str, minimum: int = 0) -> int:
+    if not (text.removeprefix("-").isascii() and text.removeprefix("-").isdigit()) or len(text) > 15:
+        raise Refused(400, "A number is missing.")
+    if int(text) < minimum:
+        raise Refused(400, f"A number is less than {minimum}.")
+    return int(text)
+
+
+async def _json(request: web.Request) -> dict[str, Any]:
+    try:
+        value = json.loads(await asyncio.wait_for(request.read(), IDLE_S))
+    except (ValueError, RecursionError) as error:
+        raise Refused(400, "The body is no JSON.") from error
+    if not isinstance(value, dict):
+        raise Refused(400, "The body is no JSON object.")
+    return value

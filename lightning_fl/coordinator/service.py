@@ -1,0 +1,663 @@
+"""What the coordinator answers: one method a call, without sockets. The time is passed in.
+
+It joins the state machine, the folder and the server's half of the mathematics: the same ``close_server`` that every
+other federation runs.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from lightning_fl.aggregation import RoundContext
+from lightning_fl.communication import LocalGroup, Message
+from lightning_fl.coordinator import wire
+from lightning_fl.coordinator.audit import AuditLog
+from lightning_fl.coordinator.machine import Exchange, RoundMachine, Rules
+from lightning_fl.coordinator.store import Store, Upload
+from lightning_fl.federation import (
+    Closing,
+    FederationSettings,
+    FederationState,
+    RankReport,
+    ServerRound,
+    close_server,
+    open_server,
+)
+from lightning_fl.federation.server import nothing, update_template
+from lightning_fl.tree import to_sum_dtype, update_trees
+from lightning_fl.types import Tree, Update
+
+PROTOCOL = 1
+MAX_REPORT_BYTES = 1 << 26
+"""64 MiB: what a silo may send beside its update, such as the states of metrics."""
+START = "start"
+UPDATE = "update"
+_TOPIC = re.compile(r"[a-z]{1,32}(\.[0-9]{1,6})?")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+class Refused(Exception):
+    """A call that is not answered.
+
+    Args:
+        status: The HTTP status.
+        reason: Why, as the silo and the audit log read it.
+        facts: More, for the silo's program.
+    """
+
+    def __init__(self, status: int, reason: str, **facts: Any) -> None:
+        super().__init__(reason)
+        self.status = status
+        self.facts = {"error": reason, **facts}
+
+
+@dataclass
+class Model:
+    """The federation's state between rounds, and what it was saved as.
+
+    Args:
+        state: The server's state.
+        buffers: The shared buffers.
+        shared: Digest of what silos load: the model and what the algorithm's clients read.
+        private: Digest of the rest; it never leaves the coordinator.
+    """
+
+    state: FederationState
+    buffers: Tree
+    shared: str
+    private: str
+
+
+@dataclass
+class Progress:
+    """What silos need to catch up, and what people want to see.
+
+    Args:
+        global_step: Optimizer steps of all silos so far.
+        logger_steps: How far the loggers' x-axis has come.
+        members: Who took part in the last round.
+        accepted: For each silo the last round in which it took part, and the digest of what it sent.
+        history: One entry for each finished round.
+        over: Why no other round follows, before the last one.
+    """
+
+    global_step: int = 0
+    logger_steps: int = 0
+    members: list[str] = field(default_factory=list)
+    accepted: dict[str, list[Any]] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    over: str | None = None
+
+
+class Coordinator:
+    """A federation's coordinator.
+
+    Args:
+        settings: The federation's settings; their population is the number of silos.
+        expected: The settings by name that every silo must have.
+        rules: When rounds open and close.
+        store: The federation's folder.
+        audit: Where every join, refusal and round is written down.
+        now: The time, in seconds of a clock that never goes back.
+    """
+
+    def __init__(
+        self,
+        settings: FederationSettings,
+        expected: Mapping[str, str],
+        rules: Rules,
+        store: Store,
+        audit: AuditLog,
+        now: float = 0.0,
+    ) -> None:
+        self.settings = replace(settings, population=len(rules.silos))
+        self.expected = dict(expected)
+        self.rules = rules
+        self.store = store
+        self.audit = audit
+        self.seen: dict[str, float] = {}
+        self.exchanges: dict[tuple[int, str], Exchange] = {}
+        self.start: str | None = None
+        self.manifest: wire.Shapes = {}
+        self.common: dict[str, str] = {}
+        self.progress = Progress()
+        self.machine = RoundMachine(rules)
+        self._model: Model | None = None
+        self._template: Update | None = None
+        self._shapes: wire.Shapes = {}
+        self._said: set[str] = set()
+        self._load(now)
+
+    def _load(self, now: float) -> None:
+        commit = self.store.load()
+        if not commit:
+            return
+        self.start = commit["start"]
+        self._read_start()
+        self.progress = Progress(**commit["progress"])
+        self._set_model(commit["shared"], commit["private"])
+        round = commit["round"]
+        self.machine = RoundMachine(self.rules, round, expected=set(self.progress.members) & set(self.rules.silos))
+        cohort = self.store.read_cohort(round)
+        if self.progress.over is not None:
+            self.machine.phase = "over"
+        elif cohort is not None and self.machine.phase != "over":
+            self.machine.resume(cohort, self.store.whole(self.store.folder(round, UPDATE)), now)
+        for folder in self.store.folder(round - 1).glob("*.*"):
+            if folder.is_dir() and not (folder / "outcome.safetensors").exists():
+                exchange = self._exchange(round - 1, folder.name)
+                for silo, digest in self.store.whole(folder).items():
+                    exchange.accept(silo, digest, now)
+        self.audit.append("restart", round=round, phase=self.machine.phase, cohort=sorted(self.machine.cohort))
+
+    # ---- joining
+
+    def join(self, silo: str, request: Mapping[str, Any], now: float) -> dict[str, Any]:
+        """A silo introduces itself.
+
+        Raises:
+            Refused: 403 if it is not of this federation, 422 if it would train something else.
+        """
+        try:
+            self._check_join(silo, request)
+        except Refused as refused:
+            self.audit.append("join refused", silo=silo, reason=str(refused))
+            raise
+        self.seen[silo] = now
+        self.machine.join(silo)
+        self.audit.append("join", silo=silo, round=self.machine.round, versions=request.get("versions"))
+        return {
+            "silos": sorted(self.rules.silos),
+            "rounds": self.rules.rounds,
+            "round": self.machine.round,
+            "start": self.start,
+            "accepted": self.progress.accepted.get(silo),
+            "max_report_bytes": MAX_REPORT_BYTES,
+            "evaluation_s": self.rules.evaluation_s,
+        }
+
+    def _check_join(self, silo: str, request: Mapping[str, Any]) -> None:
+        if silo not in self.rules.silos:
+            raise Refused(403, f"{silo!r} is not among the silos of federation.yaml.")
+        if request.get("protocol") != PROTOCOL:
+            raise Refused(
+                422,
+                f"Silo {silo!r} speaks protocol {request.get('protocol')!r}, the coordinator {PROTOCOL}: install "
+                "the same version of lightning_fl.",
+            )
+        found, common = request.get("settings"), request.get("common")
+        if not isinstance(found, Mapping) or not isinstance(common, Mapping):
+            raise Refused(422, f"Silo {silo!r} sent no settings.")
+        for name, value in self.expected.items():
+            if found.get(name) != value:
+                raise Refused(
+                    422,
+                    f"Silo {silo!r} has {name}={found.get(name, 'nothing')}, the coordinator has {name}={value}. "
+                    "Use the same configuration.",
+                )
+        try:
+            manifest = {n: (str(dtype), tuple(shape)) for n, (dtype, shape) in request["manifest"].items()}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise Refused(422, f"Silo {silo!r} sent no manifest of its model.") from error
+        if self.start is not None:
+            for name in [*self.common, *common]:
+                if self.common.get(name) != common.get(name):
+                    raise Refused(
+                        422,
+                        f"Silo {silo!r} has {name}={common.get(name, 'nothing')}, the first silo has "
+                        f"{self.common.get(name, 'nothing')}. All silos must train the same thing.",
+                    )
+            try:
+                wire.check_shapes(self.manifest, manifest)
+            except wire.BadFile as error:
+                raise Refused(422, f"The model of silo {silo!r} is another one: {error}.") from error
+
+    # ---- rounds
+
+    def next_round(self, silo: str, after: int, now: float) -> Message | None:
+        """A silo asks for the round after ``after``; None if it is to ask again later.
+
+        Raises:
+            Refused: 410 if no other round follows, 409 if the silo is ahead.
+        """
+        self.seen[silo] = now
+        machine = self.machine
+        if after >= machine.round:
+            raise Refused(
+                409,
+                f"Silo {silo!r} has finished round {after}, but the coordinator is at round {machine.round}. Has its "
+                "folder been lost? Give it back, or start the silo without its checkpoint and state folder.",
+            )
+        if machine.phase == "over":
+            raise Refused(410, self.progress.over or f"All {self.rules.rounds} rounds are done.", over=True)
+        if self._model is None:
+            return None
+        if machine.ask(silo, now):
+            self.store.write_cohort(machine.round, machine.cohort)
+            self.audit.append("late join", silo=silo, round=machine.round)
+        if machine.phase != "training" or silo not in machine.cohort:
+            return None
+        states = [
+            {key: state[key] for key in transform.client_keys if key in state}
+            for transform, state in zip(self.settings.transforms, self._model.state.transforms, strict=True)
+        ]
+        fields = {
+            "round": machine.round,
+            "cohort": sorted(machine.cohort),
+            "seconds_left": machine.closes_at - now,
+            "state": self._model.shared,
+            "already_sent": machine.done.get(silo),
+            "facts": {"global_step": self.progress.global_step, "logger_steps": self.progress.logger_steps},
+        }
+        return Message(fields, wire.flatten({str(index): state for index, state in enumerate(states)}))
+
+    def step(self, now: float) -> bool:
+        """Does what is due; returns whether the open round is to be closed."""
+        due = self.machine.due(now)
+        for (round, topic), exchange in list(self.exchanges.items()):
+            if exchange.due(now, self.machine.left):
+                self._close_exchange(round, topic, exchange)
+        if due == "open" and self._has_space():
+            self._open(now)
+        if self.machine.phase == "training" and now >= self.machine.closes_at and self.machine.lacks:
+            self._say(f"Round {self.machine.round} is over its deadline and waits for {self.machine.lacks} more silos.")
+        return due == "close"
+
+    def _open(self, now: float) -> None:
+        assert self._model is not None
+        machine, model = self.machine, self._model
+        try:
+            opened = open_server(self.settings, model.state, model.state.server["params"], self._context())
+        except Exception as error:  # a transform that must not take part any more, such as a spent privacy budget
+            self._end(str(error))
+            return
+        # What a round spends stays spent, whatever becomes of it: written down before any silo knows of the round.
+        if self.settings.transforms:
+            self._commit(opened, model.buffers, machine.round)
+        self.store.write_cohort(machine.round, machine.asked)
+        machine.open(now)
+        self.audit.append("round opened", round=machine.round, cohort=sorted(machine.cohort))
+
+    def begin_close(self) -> None:
+        """Takes nothing more in for the open round."""
+        self.machine.begin_close()
+
+    def close(self) -> None:
+        """Adds up the round's updates and makes the result the federation's model."""
+        assert self._model is not None
+        machine, model = self.machine, self._model
+        reports, digests, closing = self._aggregate()
+        joined = RankReport.join(list(reports.values()))
+        progress = self.progress
+        members = sorted(reports)
+        lost = sorted(machine.cohort - reports.keys() - machine.refused.keys())
+        entry = {
+            "round": machine.round,
+            "members": members,
+            "lost": lost,
+            "refused": machine.refused,
+            "num_examples": joined.num_examples,
+            "num_steps": joined.num_steps,
+            "update_norm": closing.norm,
+            **closing.facts,
+        }
+        self.progress = Progress(
+            global_step=progress.global_step + joined.num_steps,
+            logger_steps=progress.logger_steps + joined.logger_steps,
+            members=members,
+            accepted={**progress.accepted, **{silo: [machine.round, digests[silo]] for silo in members}},
+            history=[*progress.history, entry],
+            over=closing.stop_reason,
+        )
+        shared = self._write(closing.state, closing.buffers)
+        fields = {
+            "round": machine.round,
+            "members": members,
+            "digests": digests,
+            "lost": lost,
+            "refused": machine.refused,
+            "state": shared[0],
+            "reports": [reports[silo].to_message().fields for silo in members],
+            "weight": closing.aggregate.weight,
+            "num_clients": closing.aggregate.num_clients,
+            "norm": closing.norm,
+            "facts": dict(closing.facts),
+            "stop_reason": closing.stop_reason,
+        }
+        tensors = wire.flatten({silo: reports[silo].tensors for silo in members})
+        self.store.write_outcome(self.store.folder(machine.round, UPDATE), tensors, fields)
+        self._save(*shared, machine.round + 1)
+        self.audit.append(
+            "round closed", round=machine.round, members=digests, lost=lost, refused=machine.refused, state=shared[0]
+        )
+        machine.closed(is_last=closing.stop_reason is not None)
+        self.exchanges = {key: value for key, value in self.exchanges.items() if key[0] >= machine.round - 1}
+        self.store.collect({self.start or "", *shared, model.shared}, machine.round)
+
+    def _aggregate(self) -> tuple[dict[str, RankReport], dict[str, str], Closing]:
+        """The reports and digests of those whose update was accepted, and what the round has become."""
+        assert self._model is not None
+        assert self._template is not None
+        aggregator, ctx, round = self.settings.aggregator, self._context(), self.machine.round
+        digests = dict(sorted(self.machine.done.items()))
+        acc, reports = aggregator.init(self._template, torch.device("cpu")), {}
+        for silo, digest in digests.items():  # in the order of their names, as one process trains them
+            path = Upload(self.store.folder(round, UPDATE), silo, digest).ok
+            update, reports[silo] = self._read_update(silo, path)
+            if update is not None:
+                acc = aggregator.add(acc, update, replace(ctx, client=silo))
+        acc, _ = aggregator.merge(acc, LocalGroup(), Message(), ctx)
+        opened = ServerRound(self.settings, self._model.state, self._model.buffers, self._template, ctx)
+        joined = RankReport.join(list(reports.values()))
+        if joined.num_clients or self.settings.hides_clients:
+            return reports, digests, close_server(opened, acc, joined)
+        # Every silo has refused its own update, and will say so: the model stays.
+        return reports, digests, Closing(self._model.state, self._model.buffers, nothing(opened), 0.0, {}, None)
+
+    def _context(self) -> RoundContext:
+        cohort = sorted(self.machine.cohort or self.machine.asked)
+        return RoundContext(self.machine.round, cohort, self.settings.population, self.settings.sampling)
+
+    # ---- uploads
+
+    def target(self, silo: str, round: int | None, topic: str, digest: str, length: int) -> Upload:
+        """Where a file that a silo sends goes.
+
+        Raises:
+            Refused: 400 for names that are none, 404, 410 if it comes too late, 413 if it is too large.
+        """
+        if not _DIGEST.fullmatch(digest) or not _TOPIC.fullmatch(topic):
+            raise Refused(400, "There is no such place.")
+        limit = MAX_REPORT_BYTES
+        if topic == START:
+            folder = self.store.root / "states" / "incoming"
+            if self.start is not None:
+                raise Refused(410, "The federation has its start already.", start=self.start)
+            limit = 1 << 40
+        elif topic == UPDATE:
+            folder = self.store.folder(self.machine.round, topic)
+            if self.machine.done.get(silo) != digest and not self.machine.takes(
+                silo, round if round is not None else -1
+            ):
+                raise Refused(410, f"Round {round} takes no update of {silo!r}.", newest=self.machine.round - 1)
+            limit += wire.num_bytes(self._shapes) + wire.MAX_HEADER_BYTES
+        else:
+            if round != self.machine.round - 1 or silo not in self.rules.silos:
+                raise Refused(410, f"Round {round} takes no {topic} any more.", newest=self.machine.round - 1)
+            if self._exchange(round, topic).is_over:
+                raise Refused(410, f"The {topic} of round {round} is over.", newest=self.machine.round - 1)
+            folder = self.store.folder(round, topic)
+        if not 0 < length <= limit:
+            raise Refused(413, f"Silo {silo!r} wants to send {length} bytes; at most {limit} are taken.")
+        self.store.disk.make_folder(folder)
+        upload = Upload(folder, silo, digest)
+        for other in folder.glob(f"{silo}.*.part"):
+            if other != upload.part:
+                self.store.disk.delete(other)
+        return upload
+
+    def progressed(self, silo: str, now: float) -> None:
+        """A piece of a file has come."""
+        self.seen[silo] = now
+        self.machine.progress(silo, now)
+
+    def check(self, upload: Upload, topic: str) -> None:
+        """Looks at a file that has come whole.
+
+        Raises:
+            Refused: 422 if it is not what it has to be; silo and field are named.
+        """
+        try:
+            if wire.sha256(upload.part) != upload.digest:
+                raise wire.BadFile("its bytes are not those that were announced")
+            header = wire.read_header(upload.part)
+            if topic == UPDATE:
+                self._read_update(upload.silo, upload.part)
+            elif topic == START:
+                self._check_start(upload, header)
+            elif not isinstance(header.fields.get("message"), dict):
+                raise wire.BadFile("it holds no message")
+        except wire.BadFile as error:
+            self.store.disk.delete(upload.part)
+            raise Refused(422, f"What silo {upload.silo!r} has sent as its {topic} is refused: {error}.") from error
+
+    def accept(self, upload: Upload, round: int | None, topic: str, now: float) -> None:
+        """Takes in a file that is sound.
+
+        Raises:
+            Refused: 410 if it has become too late meanwhile.
+        """
+        if topic == START:
+            if self.start is None:
+                self._begin(upload)
+            return
+        if topic == UPDATE:
+            if not self.machine.takes(upload.silo, -1 if round is None else round):
+                raise Refused(410, f"Round {round} takes no update any more.", newest=self.machine.round - 1)
+            self.store.keep(upload)
+            self.machine.accept(upload.silo, upload.digest)
+            self.audit.append("update accepted", silo=upload.silo, round=round, digest=upload.digest)
+            return
+        assert round is not None
+        exchange = self._exchange(round, topic)
+        if exchange.is_over:
+            raise Refused(410, f"The {topic} of round {round} is over.", newest=self.machine.round - 1)
+        self.store.keep(upload)
+        exchange.accept(upload.silo, upload.digest, now)
+
+    def refuse(self, upload: Upload, topic: str, reason: str) -> None:
+        """Notes that a file was refused."""
+        if topic == UPDATE:
+            self.machine.refuse(upload.silo, reason)
+        self.audit.append("refused", silo=upload.silo, topic=topic, reason=reason)
+
+    def _read_update(self, silo: str, path: Any) -> tuple[Update | None, RankReport]:
+        header = wire.read_header(path)
+        # Names of tensors of the report begin with it; all others are the update's.
+        is_report = {name: name.startswith(f"report{wire.SEPARATOR}") for name in header.shapes}
+        own = {name: shape for name, shape in header.shapes.items() if is_report[name]}
+        if wire.num_bytes(own) > MAX_REPORT_BYTES:
+            raise wire.BadFile(f"its report has {wire.num_bytes(own)} bytes, at most {MAX_REPORT_BYTES} are taken")
+        weight = header.fields.get("weight")
+        has_update = weight is not None
+        if has_update:
+            wire.check_shapes(self._shapes, {n: s for n, s in header.shapes.items() if not is_report[n]})
+            if not isinstance(weight, int | float) or not (math.isfinite(weight) and weight > 0):
+                raise wire.BadFile(f"its weight is {weight!r}, expected a positive number")
+            if self.settings.weighting == "uniform" and weight != 1:
+                raise wire.BadFile(f"its weight is {weight!r}, but all clients weigh 1")
+        elif not all(is_report.values()):
+            raise wire.BadFile("it holds tensors without a weight")
+        trees = wire.unflatten(wire.read(path))
+        tensors = trees.pop("report", {})
+        update = None
+        if has_update:
+            bad = wire.finite_error(wire.flatten(trees))
+            if bad is not None:
+                raise wire.BadFile(f"{wire.readable(bad)!r} holds NaN or Inf")
+            aux = {name.removeprefix("aux/"): tree for name, tree in trees.items() if name.startswith("aux/")}
+            update = Update(trees.get("delta", {}), trees.get("buffers", {}), float(weight or 0), aux)
+        try:
+            fields = {**header.fields["report"], "num_clients": int(has_update), "weight": float(weight or 0)}
+            report = RankReport.from_message(Message(fields, tensors))
+            _check_report(report, silo)
+        except Exception as error:  # JSON of another kind raises many types
+            raise wire.BadFile(f"its report can't be read: {type(error).__name__}: {error}") from error
+        return update, report
+
+    # ---- exchanges after a round
+
+    def _exchange(self, round: int, topic: str) -> Exchange:
+        key = round, topic
+        if key not in self.exchanges:
+            self.exchanges[key] = Exchange(set(self.progress.members), self.rules.evaluation_s)
+        return self.exchanges[key]
+
+    def _close_exchange(self, round: int, topic: str, exchange: Exchange) -> None:
+        folder, messages, tensors = self.store.folder(round, topic), [], {}
+        members = sorted(exchange.done)
+        for silo in members:
+            path = Upload(folder, silo, exchange.done[silo]).ok
+            messages.append(wire.read_header(path).fields["message"])
+            tensors[silo] = wire.read(path)
+        self.store.write_outcome(folder, wire.flatten(tensors), {"members": members, "messages": messages})
+        exchange.is_over = True
+
+    def has_outcome(self, round: int, topic: str) -> bool:
+        """Whether what a round, or an exchange after it, has become can be read.
+
+        Raises:
+            Refused: 410 if it is too long ago, 400 for names that are none.
+        """
+        if not _TOPIC.fullmatch(topic):
+            raise Refused(400, "There is no such place.")
+        if topic == UPDATE and round >= self.machine.round:
+            return False
+        if (self.store.folder(round, topic) / "outcome.safetensors").exists():
+            return True
+        if topic == UPDATE or round < self.machine.round - 1:
+            raise Refused(410, f"The outcome of round {round} is gone.", newest=self.machine.round - 1)
+        return False
+
+    def may_read(self, digest: str) -> bool:
+        """Whether silos may load a state."""
+        return self._model is not None and digest in (self.start, self._model.shared)
+
+    # ---- the model
+
+    def _check_start(self, upload: Upload, header: wire.Header) -> None:
+        tensors = wire.unflatten(wire.read(upload.part))
+        if not isinstance(header.fields.get("common"), dict):
+            raise wire.BadFile("it says nothing of its settings")
+        if not tensors.get("params") or not tensors.keys() <= {"params", "buffers", "rest"}:
+            raise wire.BadFile("it holds no parameters")
+        bad = wire.finite_error(wire.flatten({"params": tensors["params"]}))
+        if bad is not None:
+            raise wire.BadFile(f"{wire.readable(bad)!r} holds NaN or Inf")
+
+    def _begin(self, upload: Upload) -> None:
+        """Takes a silo's model as the one from which all begin."""
+        with upload.part.open("rb"):
+            self.store.disk.replace(upload.part, self.store.state_path(upload.digest))
+        self.start = upload.digest
+        self._read_start()
+        tensors = wire.unflatten(self.store.read_state(upload.digest))
+        params = to_sum_dtype(tensors["params"])
+        server = self.settings.algorithm.server_init(params, self.settings.population)
+        state = FederationState(server, [{} for _ in self.settings.transforms])
+        self._commit(state, tensors.get("buffers", {}), 0)
+        self.audit.append("start", silo=upload.silo, digest=upload.digest)
+
+    def _read_start(self) -> None:
+        assert self.start is not None
+        header = wire.read_header(self.store.state_path(self.start))
+        self.manifest, self.common = header.shapes, header.fields["common"]
+
+    def _commit(self, state: FederationState, buffers: Tree, round: int) -> None:
+        self._save(*self._write(state, buffers), round)
+
+    def _write(self, state: FederationState, buffers: Tree) -> tuple[str, str]:
+        """Writes the files of a state; returns the digests of what silos read and of the rest."""
+        keys = self.settings.algorithm.client_keys
+        seen = {key: value for key, value in state.server.items() if key in keys}
+        rest = {key: value for key, value in state.server.items() if key not in keys}
+        transforms = {str(index): own for index, own in enumerate(state.transforms)}
+        shared = self.store.write_state(wire.flatten({"server": seen, "buffers": buffers}))
+        return shared, self.store.write_state(wire.flatten({"server": rest, "transforms": transforms}))
+
+    def _save(self, shared: str, private: str, round: int) -> None:
+        self.store.commit(
+            {
+                "format": PROTOCOL,
+                "round": round,
+                "start": self.start,
+                "shared": shared,
+                "private": private,
+                "progress": vars(self.progress),
+            }
+        )
+        self._set_model(shared, private)
+
+    def _set_model(self, shared: str, private: str) -> None:
+        # Read back from the files: their pages are in memory only while they are used.
+        seen = wire.unflatten(self.store.read_state(shared))
+        rest = wire.unflatten(self.store.read_state(private))
+        server = {**seen["server"], **rest.get("server", {})}
+        saved = rest.get("transforms", {})
+        transforms = [saved.get(str(index), {}) for index in range(len(self.settings.transforms))]
+        self._model = Model(FederationState(server, transforms), seen.get("buffers", {}), shared, private)
+        if self._template is None:
+            self._template = update_template(self.settings, server["params"], self._model.buffers)
+            self._shapes = wire.shapes_of(wire.flatten(update_trees(self._template)))
+
+    # ---- other
+
+    def leave(self, silo: str, reason: str) -> None:
+        """A silo leaves."""
+        self.machine.leave(silo)
+        self.audit.append("leave", silo=silo, round=self.machine.round, reason=reason[:200])
+
+    def alive(self, silo: str, now: float) -> int:
+        """A silo says that it is there; returns the round."""
+        self.seen[silo] = now
+        return self.machine.round
+
+    def status(self, now: float) -> dict[str, Any]:
+        """What people want to see."""
+        machine = self.machine
+        return {
+            "round": machine.round,
+            "rounds": self.rules.rounds,
+            "phase": machine.phase,
+            "cohort": sorted(machine.cohort),
+            "sent": sorted(machine.done),
+            "refused": machine.refused,
+            "lacks": machine.lacks,
+            "seconds_left": max(0.0, machine.closes_at - now) if machine.phase == "training" else None,
+            "seen": {silo: now - self.seen[silo] if silo in self.seen else None for silo in self.rules.silos},
+            "last": self.progress.history[-1] if self.progress.history else None,
+        }
+
+    def _has_space(self) -> bool:
+        """Whether the updates of a round and the next state fit onto the disk."""
+        needed = wire.num_bytes(self._shapes) * (len(self.machine.asked) + 2)
+        free = self.store.free_bytes()
+        if free < needed:
+            self._say(f"Round {self.machine.round} needs {needed} bytes of disk, but {free} are free: it waits.")
+        return free >= needed
+
+    def _say(self, what: str) -> None:
+        """Writes down what keeps the federation waiting, once."""
+        if what not in self._said:
+            self._said.add(what)
+            self.audit.append("waiting", reason=what)
+
+    def _end(self, reason: str) -> None:
+        self.progress = replace(self.progress, over=reason)
+        self.machine.phase = "over"
+        if self._model is not None:
+            self._save(self._model.shared, self._model.private, self.machine.round)
+        self.audit.append("over", round=self.machine.round, reason=reason)
+
+
+def _check_report(report: RankReport, silo: str) -> None:
+    """Makes sure that a report speaks of nobody but its silo.
+
+    Raises:
+        ValueError: If it does.
+    """
+    named = [*report.refused, *report.lost, *report.empty, *(client for client, _ in report.failed)]
+    if any(name != silo for name in named):
+        raise ValueError(f"it names {named}")
+    for name in ("num_steps", "num_examples", "logger_steps"):
+        value = getattr(report, name)
+        if not isinstance(value, int) or not 0 <= value < 1 << 53:
+            raise ValueError(f"{name} is {value!r}")
+    if not isinstance(report.squared_norm, float | int) or not math.isfinite(report.squared_norm):
+        raise ValueError(f"squared_norm is {report.squared_norm!r}")

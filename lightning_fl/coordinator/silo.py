@@ -1,0 +1,380 @@
+"""A silo's side of a federation over a network."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lightning_fl.aggregation import RoundContext
+from lightning_fl.clients import ClientStore
+from lightning_fl.clients.state_files import StateFiles
+from lightning_fl.communication import LocalGroup, Message
+from lightning_fl.coordinator import wire
+from lightning_fl.coordinator.client import CLOCK_S, CallRefused, Client
+from lightning_fl.coordinator.disk import Disk, read_json
+from lightning_fl.coordinator.identity import Kit
+from lightning_fl.coordinator.service import PROTOCOL
+from lightning_fl.engines.tensors import FederatedTensors, load
+from lightning_fl.federation import (
+    Closing,
+    Federation,
+    FederationSettings,
+    FederationState,
+    Opening,
+    RankReport,
+    ServerRound,
+)
+from lightning_fl.tree import to_sum_dtype, update_trees
+from lightning_fl.types import Aggregate, Tree
+
+ALIVE_S = 30.0
+log = logging.getLogger("lightning_fl.network")
+
+
+class SiloFolder:
+    """What a silo must remember when its process dies: the client state of the update that it is sending.
+
+    The state is staged before the update is sent. By the round's outcome it becomes the client's state or is dropped,
+    also after a restart.
+
+    Args:
+        root: The folder.
+        name: The silo.
+        disk: Does every change.
+    """
+
+    def __init__(self, root: Path, name: str, disk: Disk | None = None) -> None:
+        self.root = root
+        self.name = name
+        self.disk = disk or Disk()
+        self.disk.make_folder(root)
+        self.files = StateFiles(root / "client_states")
+
+    @property
+    def update(self) -> Path:
+        """The file that is sent."""
+        return self.root / "update.safetensors"
+
+    @property
+    def model(self) -> Path:
+        """The global model as it was loaded."""
+        return self.root / "model.safetensors"
+
+    def stage(self, round: int, digest: str, state: Mapping[str, Any] | None) -> None:
+        """Notes what belongs to an update, before it is sent."""
+        version = None if not state else self.files.write(self.name, state)
+        self.disk.write_json(self.root / "staged.json", {"round": round, "digest": digest, "version": version})
+
+    def staged(self) -> dict[str, Any] | None:
+        """What was noted; None if nothing waits for an outcome."""
+        return read_json(self.root / "staged.json")
+
+    def settle(self, round: int, digest: str | None) -> bool:
+        """Makes the staged state the client's if its update counts, else drops it; returns whether it counts.
+
+        Args:
+            round: The round that is closed.
+            digest: The update of this silo that counts in it; None if none does.
+        """
+        staged = self.staged()
+        counts = staged is not None and staged["round"] == round and staged["digest"] == digest
+        if staged is not None and counts and staged["version"] is not None:
+            self.disk.write_json(self.root / "state.json", {"round": round, "version": staged["version"]})
+            for path in self.files.root.glob("versions/*/*.safetensors"):
+                if path.stem != staged["version"]:
+                    self.disk.delete(path)
+        self.disk.delete(self.root / "staged.json")
+        return counts
+
+    def restore(self, store: ClientStore) -> None:
+        """Gives the client's state to a store."""
+        state = read_json(self.root / "state.json")
+        if state is not None:
+            store.restore(self.files, {self.name: state["version"]})
+
+
+class NetworkFederation(Federation):
+    """A silo of a federation over a network; its launch is one process.
+
+    Args:
+        address: The coordinator's address, ``https://host`` or ``https://host:port``.
+        kit: The folder with the silo's key and certificate.
+        folder: What the silo must remember between starts. None: ``state`` in the kit.
+
+    Raises:
+        ValueError: If address or kit can't be used.
+    """
+
+    def __init__(self, address: str, kit: str | Path, folder: str | Path | None = None) -> None:
+        super().__init__(LocalGroup(), 0, 1)
+        own = Kit(kit)
+        self.name = own.name
+        self.client = Client(address, own)
+        self.folder = SiloFolder(Path(folder) if folder else own.folder / "state", self.name)
+        self.silos: Sequence[str] = (self.name,)
+        self.store: ClientStore | None = None
+        self._loaded: tuple[str, FederationState, Tree] | None = None
+        self._last = -1
+        self._num_gathered = 0
+        self._outcome: dict[str, Any] = {}
+        self._alive: _Alive | None = None
+        self._has_joined = False
+
+    # ---- joining
+
+    def join(
+        self,
+        tensors: FederatedTensors,
+        settings: Mapping[str, str],
+        common: Mapping[str, str],
+        versions: Mapping[str, str],
+    ) -> None:
+        """Introduces this silo, and loads the model from which all begin.
+
+        Args:
+            tensors: The module's tensors.
+            settings: The settings that must be those of the coordinator.
+            common: What must be the same at all silos, and the coordinator does not know: that of the first one counts.
+            versions: The versions of the libraries.
+
+        Raises:
+            CallRefused: If the coordinator does not take this silo, with the reason.
+            NotAdmitted: If one side does not accept the other's certificate.
+        """
+        own = {
+            "params": to_sum_dtype(tensors.params),
+            "buffers": _cpu(tensors.buffers),
+            "rest": _cpu({**tensors.frozen, **tensors.personal}),
+        }
+        request = {
+            "protocol": PROTOCOL,
+            "settings": dict(settings),
+            "common": dict(common),
+            "versions": dict(versions),
+            "manifest": wire.shapes_of(wire.flatten(own)),
+        }
+        answer = self.client.ask("POST", "/v1/join", request)
+        while answer["start"] is None:
+            start = self.folder.root / "start.safetensors"
+            wire.write(start, wire.flatten(own), {"common": dict(common)})
+            try:
+                self.client.upload("/v1/start", start)
+            except CallRefused as refused:
+                if refused.status != 410:  # another silo was faster
+                    raise
+            start.unlink()
+            answer = self.client.ask("POST", "/v1/join", request)
+        if abs(answer["time"] - time.time()) > CLOCK_S:
+            log.warning(
+                "The clocks of this machine and of the coordinator differ by %.0f s. Rounds do not depend on it, but "
+                "certificates do.",
+                answer["time"] - time.time(),
+            )
+        path = self.folder.root / "start.safetensors"
+        self.client.download(f"/v1/states/{answer['start']}", path, answer["start"])
+        start_tensors = wire.unflatten(wire.read(path))
+        for kind, found in (("params", tensors.params), ("buffers", tensors.buffers)):
+            load(found, start_tensors.get(kind, {}))
+        load({**tensors.frozen, **tensors.personal}, start_tensors.get("rest", {}))
+        self.silos = answer["silos"]
+        self.place, self.size = self.silos.index(self.name), len(self.silos)
+        self._settle_staged(answer["round"], answer["accepted"])
+        self._has_joined = True
+
+    def _settle_staged(self, next_round: int, accepted: Sequence[Any] | None) -> None:
+        staged = self.folder.staged()
+        if staged is not None and staged["round"] < next_round:
+            round, digest = accepted or (None, None)
+            self.folder.settle(staged["round"], digest if round == staged["round"] else None)
+
+    def leave(self, reason: str) -> None:
+        """Tells the coordinator, if it can be reached, that this silo does not go on."""
+        if self._alive is not None:
+            self._alive.stop()
+            self._alive = None
+        if self._has_joined:
+            self._has_joined = False
+            client = Client(self.client.address, self.client.kit, gives_up_after=0)
+            try:
+                client.ask("POST", "/v1/leave", {"reason": reason})
+            except (OSError, RuntimeError, ValueError) as error:
+                log.info("The coordinator was not told that this silo leaves: %s", error)
+            client.close()
+        self.client.close()
+
+    # ---- rounds
+
+    def open_round(self, done: int) -> Opening | None:
+        while True:
+            try:
+                status, _, body = self.client.call("GET", f"/v1/rounds?after={done}")
+            except CallRefused as refused:
+                if refused.status == 410:
+                    log.info("The federation is over: %s", refused)
+                    return None
+                raise
+            if status == 204:
+                continue
+            message = Message.decode(body)
+            fields = message.fields
+            if fields["already_sent"] is None:
+                break
+            # The process died after its update had been accepted: the update counts, and nothing is trained again.
+            done = self._wait_for_outcome(fields["round"])
+            if self.store is not None:
+                self.folder.restore(self.store)
+        state, buffers = self._load(fields["state"])
+        transforms = wire.unflatten(message.tensors)
+        own = [transforms.get(str(index), {}) for index in range(len(transforms))]
+        if self._alive is None:
+            self._alive = _Alive(self.client)
+        return Opening(fields["round"], fields["cohort"], replace(state, transforms=own), buffers, fields["facts"])
+
+    def start(
+        self, settings: FederationSettings, state: FederationState, params: Tree, ctx: RoundContext
+    ) -> FederationState:
+        missing = len(settings.transforms) - len(state.transforms)
+        return replace(state, transforms=[*state.transforms, *({} for _ in range(missing))])
+
+    def merge(self, opened: ServerRound, acc: Any, report: RankReport) -> tuple[Any, list[RankReport]]:
+        round = opened.ctx.round
+        trees: dict[str, Tree] = {} if acc is None else update_trees(acc)
+        tensors = wire.flatten({**{name: _cpu(tree) for name, tree in trees.items()}, "report": report.tensors})
+        fields = {"report": report.to_message().fields, "weight": None if acc is None else acc.weight}
+        digest = wire.write(self.folder.update, tensors, fields)
+        assert self.store is not None
+        self.folder.stage(round, digest, self.store.staged(self.name))
+        start = time.perf_counter()
+        try:
+            self.client.upload(f"/v1/rounds/{round}/update", self.folder.update)
+        except CallRefused as refused:
+            if refused.status != 410:
+                raise
+            log.warning("Round %d was closed without this silo's update.", round)
+        traffic = self.group.traffic
+        traffic.seconds_reducing += time.perf_counter() - start
+        traffic.num_bytes += self.folder.update.stat().st_size
+        start = time.perf_counter()
+        self._wait_for_outcome(round)
+        traffic.seconds_waiting += time.perf_counter() - start
+        outcome = self._outcome
+        if outcome["digests"].get(self.name) != digest or outcome["round"] != round:
+            self.store.roll_back()
+        # What another silo wishes for itself, or wants to save where, is no concern of this one.
+        reports = [
+            replace(own, should_stop=report.should_stop, deferred_checkpoints=report.deferred_checkpoints)
+            for own in (RankReport.from_message(message) for message in outcome["reports"])
+        ]
+        return outcome, reports
+
+    def close_round(self, opened: ServerRound, acc: Any, joined: RankReport) -> Closing:
+        if joined.refused and not joined.num_clients:
+            raise ValueError(
+                f"Round {acc['round']} has no update left: those of all its silos hold NaN or Inf. The global model is "
+                "unchanged. Lower the learning rate, clip gradients, or check the silos' data."
+            )
+        state, buffers = self._load(acc["state"])
+        aggregate = Aggregate({}, {}, acc["weight"], {}, acc["num_clients"], opened.ctx.population)
+        state = replace(state, transforms=opened.state.transforms)
+        return Closing(state, buffers, aggregate, acc["norm"], acc["facts"], acc["stop_reason"])
+
+    def gather(self, message: Message, topic: str) -> list[Message]:
+        if self._last < 0 or not self._has_joined:  # outside the rounds there is nothing that all have in common
+            return [message]
+        place = f"/v1/rounds/{self._last}/{topic}.{self._num_gathered}"
+        self._num_gathered += 1
+        file = self.folder.root / "message.safetensors"
+        wire.write(file, _cpu(message.tensors), {"message": message.fields})
+        try:
+            self.client.upload(place, file)
+        except CallRefused as refused:
+            if refused.status != 410:
+                raise
+        try:
+            _, found = self._outcome_of(place)
+        except CallRefused as refused:
+            if refused.status != 410:
+                raise
+            return [message]
+        return found
+
+    # ---- parts
+
+    def _wait_for_outcome(self, round: int) -> int:
+        """Waits until a round is closed and settles this silo's state by it; returns the number of the closed round.
+
+        If the round was closed so long ago that its outcome is gone, this is the newest one.
+        """
+        newest = round
+        while True:
+            try:
+                fields, messages = self._outcome_of(f"/v1/rounds/{newest}/update")
+                break
+            except CallRefused as refused:
+                if refused.status != 410:
+                    raise
+                newest = int(refused.facts["newest"])
+        self._outcome = {**fields, "reports": messages}
+        self.folder.settle(round, fields["digests"].get(self.name) if newest == round else None)
+        self._last, self._num_gathered = newest, 0
+        return newest
+
+    def _outcome_of(self, place: str) -> tuple[dict[str, Any], list[Message]]:
+        file = self.folder.root / "outcome.safetensors"
+        while True:
+            file.unlink(missing_ok=True)  # tensors of the last one may still be read from it
+
+            def read(response: Any) -> None:
+                with file.open("wb") as opened:
+                    while piece := response.read(1 << 20):
+                        opened.write(piece)
+
+            status, _, _ = self.client.call("GET", place, read=read)
+            if status == 200:
+                break
+        fields = wire.read_header(file).fields
+        tensors = wire.unflatten(wire.read(file))
+        reports = fields["reports"] if "reports" in fields else fields["messages"]
+        messages = [Message(own, tensors.get(silo, {})) for silo, own in zip(fields["members"], reports, strict=True)]
+        return fields, messages
+
+    def _load(self, digest: str) -> tuple[FederationState, Tree]:
+        if self._loaded is None or self._loaded[0] != digest:
+            self.client.download(f"/v1/states/{digest}", self.folder.model, digest)
+            trees = wire.unflatten(wire.read(self.folder.model))
+            self._loaded = digest, FederationState(trees["server"]), trees.get("buffers", {})
+        return self._loaded[1], self._loaded[2]
+
+
+class _Alive:
+    """Says every half minute that the silo is there, also while it trains."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = Client(client.address, client.kit, gives_up_after=0)
+        self._ends = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="alive", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._ends.wait(ALIVE_S):
+            try:
+                self._client.ask("POST", "/v1/alive", {})
+            except (OSError, RuntimeError, ValueError, json.JSONDecodeError) as error:
+                log.debug("The coordinator does not answer: %s", error)
+
+    def stop(self) -> None:
+        self._ends.set()
+        self._thread.join()
+        self._client.close()
+
+
+def _cpu(tree: Mapping[str, Tensor]) -> Tree:
+    return {name: tensor.detach().cpu() for name, tensor in tree.items()}

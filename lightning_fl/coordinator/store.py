@@ -1,0 +1,164 @@
+"""The coordinator's folder: plain files, changed so that a crash at any moment leaves the old round or the new one.
+
+::
+
+    state.json                                   the commit: round, digests of the state, history
+    states/<sha256>.safetensors                  what it refers to
+    rounds/000012/cohort.json                    written before a silo is told that the round is open
+    rounds/000012/update/<silo>.<sha256>.part    an update that is coming
+    rounds/000012/update/<silo>.<sha256>.ok      one that is whole and sound
+    rounds/000012/update/outcome.safetensors     what every silo may read of the closed round
+    audit.jsonl  lock
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lightning_fl.coordinator import wire
+from lightning_fl.coordinator.disk import Disk, read_json
+from lightning_fl.types import Tree
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A file on its way from a silo.
+
+    Args:
+        folder: Where it goes.
+        silo: Who sends it.
+        digest: SHA-256 of the whole file.
+    """
+
+    folder: Path
+    silo: str
+    digest: str
+
+    @property
+    def part(self) -> Path:
+        """The file while it is coming."""
+        return self.folder / f"{self.silo}.{self.digest}.part"
+
+    @property
+    def ok(self) -> Path:
+        """The file once it is whole and sound."""
+        return self.folder / f"{self.silo}.{self.digest}.ok"
+
+    @property
+    def size(self) -> int:
+        """How many bytes have come."""
+        return self.part.stat().st_size if self.part.exists() else 0
+
+
+class Store:
+    """The files of a federation.
+
+    Args:
+        root: Its folder.
+        disk: Does every change.
+
+    Raises:
+        ValueError: If another coordinator uses the folder.
+    """
+
+    def __init__(self, root: Path, disk: Disk | None = None) -> None:
+        self.root = root
+        self.disk = disk or Disk()
+        self.disk.make_folder(root)
+        self.disk.make_folder(root / "states")
+        self.disk.make_folder(root / "rounds")
+        self._lock = os.open(root / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._lock)
+            raise ValueError(f"Another coordinator is running in {root}. Give each federation a folder.") from error
+
+    def close(self) -> None:
+        """Lets another coordinator use the folder."""
+        os.close(self._lock)
+
+    # ---- the commit
+
+    def load(self) -> dict[str, Any]:
+        """The last commit; empty before the first."""
+        return read_json(self.root / "state.json") or {}
+
+    def commit(self, state: Mapping[str, Any]) -> None:
+        """Makes a state the current one; the files that it names must have been written."""
+        self.disk.write_json(self.root / "state.json", state)
+
+    def write_state(self, tensors: Mapping[str, Tensor], fields: Mapping[str, Any] | None = None) -> str:
+        """Writes tensors for a commit; returns their digest."""
+        unfinished = self.root / "states" / "new.unfinished"
+        self.disk.before("write state")
+        digest = wire.write(unfinished, tensors, fields)
+        self.disk.replace(unfinished, self.state_path(digest))
+        return digest
+
+    def read_state(self, digest: str) -> Tree:
+        """The tensors of a digest."""
+        return wire.read(self.state_path(digest))
+
+    def state_path(self, digest: str) -> Path:
+        """Where the tensors of a digest are."""
+        return self.root / "states" / f"{digest}.safetensors"
+
+    def collect(self, keep: set[str], round: int) -> None:
+        """Deletes states that nothing names any more, and rounds before the last two."""
+        for path in (self.root / "states").iterdir():
+            if path.stem not in keep:
+                self.disk.delete(path)
+        for path in (self.root / "rounds").iterdir():
+            if path.name.isdigit() and int(path.name) < round - 1:
+                self.disk.delete(path)
+
+    # ---- a round
+
+    def folder(self, round: int, topic: str = "") -> Path:
+        """The folder of a round, or of what silos send in it about a topic."""
+        return self.root / "rounds" / f"{round:06d}" / topic
+
+    def write_cohort(self, round: int, cohort: set[str]) -> None:
+        """Writes down who takes part."""
+        self.disk.make_folder(self.folder(round, "update"))
+        self.disk.write_json(self.folder(round) / "cohort.json", sorted(cohort))
+
+    def read_cohort(self, round: int) -> set[str] | None:
+        """Who takes part; None if the round has not been opened."""
+        cohort = read_json(self.folder(round) / "cohort.json")
+        return None if cohort is None else set(cohort)
+
+    def whole(self, folder: Path) -> dict[str, str]:
+        """The silos whose file in a folder is whole and sound, each with its digest."""
+        found = (path.name.split(".") for path in folder.glob("*.ok"))
+        return {silo: digest for silo, digest, _ in found}
+
+    def keep(self, upload: Upload) -> None:
+        """Marks a file as whole and sound; parts of other files of the silo are deleted."""
+        with upload.part.open("rb") as file:
+            self.disk.before("flush upload")
+            os.fsync(file.fileno())
+        self.disk.replace(upload.part, upload.ok)
+        for other in upload.folder.glob(f"{upload.silo}.*"):
+            if other != upload.ok:
+                self.disk.delete(other)
+
+    def write_outcome(self, folder: Path, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> None:
+        """Writes what all silos may read."""
+        unfinished = folder / "outcome.unfinished"
+        self.disk.before("write outcome")
+        wire.write(unfinished, tensors, fields)
+        self.disk.replace(unfinished, folder / "outcome.safetensors")
+
+    def free_bytes(self) -> int:
+        """Free space on the folder's file system."""
+        return shutil.disk_usage(self.root).free

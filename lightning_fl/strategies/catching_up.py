@@ -1,0 +1,34 @@
+"""Takes a party that has missed rounds to where the federation is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import lightning as L
+
+from lightning_fl.engines.tensors import FederatedTensors, load
+from lightning_fl.federation import Opening
+from lightning_fl.strategies import internals
+from lightning_fl.strategies.loops import RoundEpochLoop
+
+
+def catch_up(trainer: L.Trainer, opening: Opening, personal: Sequence[str]) -> None:
+    """Loads the model with which a round starts, and sets Lightning's counters and schedules to the round.
+
+    Args:
+        trainer: The Trainer.
+        opening: The round.
+        personal: ``fnmatch`` globs of tensors that stay with their client.
+    """
+    assert opening.state is not None
+    tensors = FederatedTensors(trainer.lightning_module, personal)
+    load(tensors.params, opening.state.server["params"])
+    load(tensors.buffers, opening.buffers)
+    loop = trainer.fit_loop.epoch_loop
+    assert isinstance(loop, RoundEpochLoop)
+    for missed in range(internals.current_round(trainer), opening.round):
+        internals.set_round(trainer, missed)
+        loop.step_epoch_schedules()
+        internals.set_round(trainer, missed + 1)
+    loop.set_global_step(opening.facts["global_step"])
+    internals.set_logger_steps(trainer, opening.facts["logger_steps"] + 1)

@@ -1,0 +1,71 @@
+"""What the strategy does where this launch is one silo of a federation over a network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_fl.clients import Uniform
+from lightning_fl.strategies.validation import settings_of_strategy
+
+if TYPE_CHECKING:
+    from lightning_fl.coordinator.silo import NetworkFederation
+
+
+def check_network(strategy: Any, address: str | None, kit: str | Path | None) -> None:
+    """Makes sure that the strategy's settings have an effect in a federation over a network.
+
+    Raises:
+        ValueError: If one would be ignored.
+    """
+    if address is None:
+        if kit is not None:
+            raise ValueError(f"kit={str(kit)!r} would be ignored without federation='https://...'. Leave it out.")
+        return
+    if kit is None:
+        raise ValueError(f"federation={address!r} needs this silo's key and certificate: give kit='folder/'.")
+    ignored = {
+        "num_clients": strategy.num_clients is not None,
+        "clients_per_round": strategy.clients_per_round is not None,
+        "partition": strategy.partition is not None,
+        "split_validation": strategy.split_validation,
+        "stragglers": strategy.stragglers is not None,
+        "cohort": not isinstance(strategy.cohort, Uniform),
+    }
+    given = [name for name, is_given in ignored.items() if is_given]
+    if given:
+        raise ValueError(
+            f"With federation={address!r} this launch is one silo, and the coordinator decides who takes part, so "
+            f"{', '.join(given)} would be ignored. Leave it out."
+        )
+    if strategy.aggregator.hides_reports:
+        raise ValueError(
+            f"{type(strategy.aggregator).__name__} does not run over a coordinator yet. Leave federation out and start "
+            "the silos with torchrun, or use another aggregator."
+        )
+
+
+def open_network(address: str, kit: str | Path) -> NetworkFederation:
+    """The federation at an address, not joined yet.
+
+    Raises:
+        MisconfigurationException: If address or kit can't be used, or a library is missing.
+    """
+    try:
+        # Here, because `cryptography` comes with the extra "network".
+        from lightning_fl.coordinator.silo import NetworkFederation
+
+        return NetworkFederation(address, kit)
+    except ModuleNotFoundError as error:
+        raise MisconfigurationException(
+            f"A federation over a network needs {error.name}: pip install 'lightning-fl[network]'."
+        ) from error
+    except ValueError as error:
+        raise MisconfigurationException(str(error)) from error
+
+
+def settings_of_silo(strategy: Any) -> dict[str, str]:
+    """The settings that silos and coordinator must share; the personal tensors as the user has named them."""
+    return {**settings_of_strategy(strategy), "personal": repr(strategy.named_personal)}

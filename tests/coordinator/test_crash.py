@@ -1,0 +1,118 @@
+"""The coordinator dies before any of its file operations: afterwards there is the old round or the new one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_fl.algorithms import FedAvgM
+from lightning_fl.coordinator import wire
+from lightning_fl.coordinator.audit import AuditLog, verify
+from lightning_fl.coordinator.disk import Disk
+from lightning_fl.coordinator.service import START, UPDATE, Coordinator
+from lightning_fl.coordinator.store import Store
+from lightning_fl.federation import RankReport
+from tests.helpers.network import NAMES, Died, rules, settings
+
+STEPS = {"east": 1.0, "north": 2.0, "south": 6.0}
+
+
+class Power:
+    """Goes out before a certain operation.
+
+    Args:
+        last: How many operations still happen. None: all.
+    """
+
+    def __init__(self, last: int | None = None) -> None:
+        self.last = last
+        self.operations: list[str] = []
+
+    def __call__(self, operation: str) -> None:
+        if self.last is not None and len(self.operations) >= self.last:
+            raise Died
+        self.operations.append(operation)
+
+
+def begin(root: Path, power: Power) -> tuple[Coordinator, Store]:
+    store = Store(root, Disk(power))
+    try:
+        audit = AuditLog(root / "audit.jsonl")
+        return Coordinator(settings(FedAvgM(momentum=0.5)), {}, rules(rounds=1), store, audit), store
+    except BaseException:
+        store.close()
+        raise
+
+
+def send(
+    own: Coordinator, silo: str, round: int | None, topic: str, tensors: wire.Tree, fields: dict[str, Any], tmp: Path
+) -> None:
+    """What the server does for a PUT, and a silo that repeats it."""
+    file = tmp / "upload"
+    digest = wire.write(file, tensors, fields)
+    upload = own.target(silo, round, topic, digest, file.stat().st_size)
+    if upload.ok.exists():
+        return
+    upload.part.write_bytes(file.read_bytes())
+    own.check(upload, topic)
+    own.accept(upload, round, topic, 0.0)
+
+
+def drive(own: Coordinator, tmp: Path) -> None:
+    """Does what silos and server do until the federation is over, whatever has been done already."""
+    tensors = {"params": {"x": torch.zeros(3)}, "buffers": {}, "rest": {}}
+    manifest = wire.shapes_of(wire.flatten(tensors))
+    for silo in NAMES:
+        own.join(silo, {"protocol": 1, "settings": {}, "common": {}, "manifest": manifest}, 0.0)
+    if own.start is None:
+        send(own, "east", None, START, wire.flatten(tensors), {"common": {}}, tmp)
+    while own.machine.phase != "over":
+        round = own.machine.round
+        if own.machine.phase == "gathering":
+            for silo in NAMES:
+                own.next_round(silo, round - 1, 0.0)
+            own.step(0.0)
+        for silo, step in STEPS.items():
+            update = wire.flatten({"delta": {"x": torch.full((3,), step)}})
+            report = RankReport(num_steps=1).to_message().fields
+            send(own, silo, round, UPDATE, update, {"report": report, "weight": 1.0}, tmp)
+        assert own.step(0.0)
+        own.begin_close()
+        own.close()
+
+
+def outcome(root: Path) -> tuple[list[float], dict[str, object]]:
+    own, store = begin(root, Power())
+    assert own._model is not None
+    model = own._model.state.server["params"]["x"].tolist()
+    progress = own.progress
+    store.close()
+    return model, {"steps": progress.global_step, "history": progress.history}
+
+
+def test_a_crash_before_any_operation_loses_nothing(tmp_path: Path) -> None:
+    power = Power()
+    own, store = begin(tmp_path / "whole", power)
+    drive(own, tmp_path)
+    store.close()
+    expected = outcome(tmp_path / "whole")
+    assert len(power.operations) > 25
+    for last in range(len(power.operations)):
+        root = tmp_path / f"crash{last}"
+        store = None
+        try:
+            own, store = begin(root, Power(last))
+            drive(own, tmp_path)
+            raise AssertionError(f"there is no operation {last}")
+        except Died:
+            pass
+        finally:
+            if store is not None:
+                store.close()
+        own, store = begin(root, Power())
+        drive(own, tmp_path)
+        store.close()
+        assert outcome(root) == expected, f"after a crash before operation {last}, {power.operations[last]!r}"
+        verify(root / "audit.jsonl")

@@ -1,0 +1,285 @@
+"""A coordinator in a thread, silos' kits, and silos without Lightning; importable in worker processes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_fl.aggregation import Aggregator, RoundContext, Transform, WeightedMean
+from lightning_fl.algorithms import Algorithm, FedAvg
+from lightning_fl.clients import ClientStore
+from lightning_fl.coordinator.audit import AuditLog
+from lightning_fl.coordinator.client import Client
+from lightning_fl.coordinator.disk import Disk
+from lightning_fl.coordinator.http_server import HttpServer
+from lightning_fl.coordinator.identity import Authority, Kit, make_request
+from lightning_fl.coordinator.machine import Rules
+from lightning_fl.coordinator.service import Coordinator
+from lightning_fl.coordinator.silo import NetworkFederation
+from lightning_fl.coordinator.store import Store
+from lightning_fl.engines.tensors import FederatedTensors, load
+from lightning_fl.federation import FederationSettings, RankReport, ServerRound
+from lightning_fl.federation.server import update_template
+from lightning_fl.types import Update
+from tests.helpers.distributed import PATIENCE
+
+HOST = "localhost"
+NAMES = ("east", "north", "south")
+_connections: list[Client] = []
+"""Of silos that a test has left behind."""
+
+
+def make_kits(folder: Path, names: Sequence[str] = NAMES) -> Authority:
+    """An authority in ``folder/ca`` and a kit for each silo in ``folder/<name>``."""
+    authority = Authority.create(folder / "ca", "demo", [HOST, "127.0.0.1", "::1"])
+    for name in names:
+        make_kit(authority, folder / name, name)
+    return authority
+
+
+def make_kit(authority: Authority, kit: Path, name: str, **options: Any) -> Kit:
+    _, _, issued = authority.approve(make_request(kit, name), **options)
+    for file in ("cert.pem", "ca.pem"):
+        shutil.copy(issued / file, kit / file)
+    return Kit(kit)
+
+
+def settings(
+    algorithm: Algorithm | None = None, transforms: Sequence[Transform] = (), aggregator: Aggregator | None = None
+) -> FederationSettings:
+    own = algorithm or FedAvg()
+    return FederationSettings(own, aggregator or WeightedMean(), tuple(transforms), own.weighting, 0, len(NAMES))
+
+
+def rules(**options: Any) -> Rules:
+    patient = {"gather_s": PATIENCE, "deadline_s": PATIENCE, "max_deadline_s": PATIENCE, "evaluation_s": PATIENCE}
+    return Rules(**{"silos": NAMES, "rounds": 3, **patient, **options})
+
+
+class LiveCoordinator:
+    """A coordinator that serves from a thread, and can be ended and started again.
+
+    Args:
+        folder: Its folder is ``folder/federation``, its kit ``folder/ca/coordinator``.
+        rules: When rounds open and close.
+        settings: The federation's settings.
+        expected: The settings that silos must have.
+        before: Called before each change of its folder.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        rules: Rules,
+        settings: FederationSettings,
+        expected: dict[str, str] | None = None,
+        before: Callable[[str], None] = lambda operation: None,
+    ) -> None:
+        self.folder, self.rules, self.settings, self.expected = folder, rules, settings, expected or {}
+        self.before = before
+        self.port = 0
+        self.error: BaseException | None = None
+        self.start()
+
+    def start(self) -> None:
+        self._started = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
+        self._thread.start()
+        assert self._started.wait(PATIENCE)
+        if self.error is not None:
+            raise self.error
+
+    async def _serve(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        try:
+            self.store = Store(self.folder / "federation", Disk(self.before))
+        except ValueError as error:
+            self.error = error
+            self._started.set()
+            return
+        try:
+            audit = AuditLog(self.store.root / "audit.jsonl")
+            self.coordinator = Coordinator(
+                self.settings, self.expected, self.rules, self.store, audit, time.monotonic()
+            )
+            self.server = HttpServer(self.coordinator, Kit(self.folder / "ca" / "coordinator"))
+            self.port = await self.server.start("127.0.0.1", self.port)
+            self._task = asyncio.create_task(self.server.run())
+            self._started.set()
+            await self._task
+        except asyncio.CancelledError:
+            pass
+        except BaseException as error:
+            self.error = error
+        finally:
+            self._started.set()
+            await self.server.stop()
+            self.store.close()
+
+    def stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._task.cancel)
+        self._thread.join(PATIENCE)
+        assert not self._thread.is_alive()
+
+    def restart(self) -> None:
+        self.stop()
+        self.start()
+
+    @property
+    def address(self) -> str:
+        return f"https://{HOST}:{self.port}"
+
+    def events(self, *kinds: str) -> list[dict[str, Any]]:
+        path = self.folder / "federation" / "audit.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        found = [read_line(line) for line in lines]
+        return [event for event in found if not kinds or event["event"] in kinds]
+
+    def wait_for(self, kind: str, count: int = 1) -> None:
+        wait_until(lambda: len(self.events(kind)) >= count, f"{count} x {kind!r} in the audit log")
+
+
+def read_line(line: str) -> dict[str, Any]:
+    import json
+
+    found = json.loads(line)
+    assert isinstance(found, dict)
+    return found
+
+
+def wait_until(holds: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not holds():
+        assert time.monotonic() < deadline, f"never came: {what}"
+        time.sleep(0.02)
+
+
+@contextmanager
+def live_coordinator(folder: Path, *args: Any, **options: Any) -> Iterator[LiveCoordinator]:
+    live = LiveCoordinator(folder, *args, **options)
+    try:
+        yield live
+    finally:
+        live.stop()
+        while _connections:
+            _connections.pop().close()
+    if live.error is not None:
+        raise live.error
+
+
+class Died(BaseException):
+    """Stands for the end of a process."""
+
+
+class TinySilo:
+    """A silo without Lightning whose model is one tensor, and whose update is ``step`` in each element.
+
+    Args:
+        folder: Where its kit is, ``folder/<name>``.
+        address: The coordinator's address.
+        name: The silo.
+        step: What it adds to the model.
+        size: Elements of the model.
+    """
+
+    def __init__(self, folder: Path, address: str, name: str, step: float = 1.0, size: int = 3) -> None:
+        self.name, self.step = name, step
+        self.module = nn.Module()
+        self.module.x = nn.Parameter(torch.zeros(size))
+        self.settings = settings()
+        self.federation = NetworkFederation(address, folder / name)
+        self.store = self.federation.store = ClientStore()
+        _connections.append(self.federation.client)
+        self.done = -1
+        self.reports: list[RankReport] = []
+
+    def join(self, expected: dict[str, str] | None = None, common: dict[str, str] | None = None) -> TinySilo:
+        self.federation.join(FederatedTensors(self.module), expected or {}, common or {}, {})
+        self.federation.folder.restore(self.store)
+        return self
+
+    def open(self) -> Any:
+        opening = self.federation.open_round(self.done)
+        if opening is not None:
+            load(FederatedTensors(self.module).params, opening.state.server["params"])
+        return opening
+
+    def send(self, opening: Any, update: Update | None = None) -> float:
+        """Sends its update and waits for the round; returns the new model's first element."""
+        ctx = RoundContext(opening.round, opening.cohort, len(self.federation.silos))
+        params = opening.state.server["params"]
+        opened = ServerRound(self.settings, opening.state, {}, update_template(self.settings, params, {}), ctx)
+        own = update or Update({"x": torch.full_like(params["x"], self.step)})
+        # Counts the rounds in which its update has counted.
+        counted = (self.store.get(self.name) or {}).get("counted", torch.tensor(0))
+        self.store.stage(self.name, {"counted": counted + 1})
+        outcome, self.reports = self.federation.merge(opened, own, RankReport(num_steps=1, num_examples=1))
+        closing = self.federation.close_round(opened, outcome, RankReport.join(self.reports))
+        self.store.commit()
+        self.done = outcome["round"]
+        return float(closing.state.server["params"]["x"][0])
+
+    def die_after_sending(self, opening: Any) -> None:
+        """Sends its update, and dies before it learns what became of the round."""
+
+        def die(round: int) -> int:
+            raise Died
+
+        self.federation._wait_for_outcome = die  # type: ignore[method-assign]
+        with contextlib.suppress(Died):
+            self.send(opening)
+
+    def round(self) -> float:
+        return self.send(self.open())
+
+    @property
+    def counted(self) -> int:
+        return int((self.store.get(self.name) or {"counted": torch.tensor(0)})["counted"])
+
+    def run(self) -> list[float]:
+        """Takes part until the federation is over."""
+        models = []
+        while (opening := self.open()) is not None:
+            models.append(self.send(opening))
+        self.federation.leave("done")
+        return models
+
+
+def in_threads(*functions: Callable[[], Any]) -> list[Any]:
+    """What each function returns, all at the same time."""
+    results: list[Any] = [None] * len(functions)
+
+    def run(index: int) -> None:
+        try:
+            results[index] = functions[index]()
+        except BaseException as error:
+            results[index] = error
+
+    threads = [threading.Thread(target=run, args=(index,), daemon=True) for index in range(len(functions))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+        assert not thread.is_alive(), "a silo hangs"
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
+
+
+def without_launcher() -> None:
+    """Lets a worker process be a launch of its own, as a silo is."""
+    for name in list(os.environ):
+        if name.startswith(("TORCHELASTIC_", "MASTER_")) or name.endswith(("RANK", "WORLD_SIZE")):
+            del os.environ[name]
