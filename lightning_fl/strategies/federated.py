@@ -42,7 +42,7 @@ from lightning_fl.strategies.checkpoint import (
     WholeCheckpointIO,
     pack,
     read_client_states,
-    state_files,
+    silo_folder,
     unpack,
     warn_of_plain_checkpoint,
 )
@@ -497,7 +497,9 @@ class FederatedStrategy(internals.ReusableStrategy):
             return
         driver.resume(unpack(packed, self.algorithm, self._module), packed)
         if driver.sticky and packed["history"]:
-            read_client_states(path, packed["manifests"], driver.store, driver.population, self.federation)
+            read_client_states(
+                path, packed["manifests"], driver.store, driver.population, self.federation, self._silo_folder
+            )
 
     def on_validation_start(self) -> None:
         self._start_evaluation()
@@ -550,12 +552,12 @@ class FederatedStrategy(internals.ReusableStrategy):
         group = LocalGroup() if self.in_local_phase else self.federation
         # Client states are written before the checkpoint that names them, and those of its predecessor are deleted
         # after it: whenever the process dies, the checkpoint on disk has its states.
-        client_states = ClientStateFiles(group, filepath) if driver.sticky else None
+        client_states = ClientStateFiles(group, filepath, self._silo_folder) if driver.sticky else None
         checkpoint[KEY]["manifests"] = client_states.write(driver.store) if client_states else []
         super().save_checkpoint(checkpoint, filepath, storage_options)
         if client_states is not None:
             self.barrier()
-            if self.is_global_zero:
+            if self.is_global_zero or client_states.is_own:
                 self._unfinished[str(filepath)] = client_states, checkpoint[KEY]["manifests"]
                 # Written in the background, the checkpoint may reach the disk later than its predecessor's states go.
                 if not isinstance(self.checkpoint_io, AsyncCheckpointIO):
@@ -571,10 +573,8 @@ class FederatedStrategy(internals.ReusableStrategy):
             return
         super().remove_checkpoint(filepath)
         self._unfinished.pop(str(filepath), None)
-        files = state_files(filepath)
-        if self.is_global_zero and files.root.exists():
-            files.forget(Path(filepath).name)
-            files.collect()
+        if self.is_global_zero or self._silo_folder is not None:
+            ClientStateFiles(self.federation, filepath, self._silo_folder).forget()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
@@ -649,6 +649,14 @@ class FederatedStrategy(internals.ReusableStrategy):
     @property
     def _trainer(self) -> L.Trainer:
         return self._module.trainer
+
+    @property
+    def _silo_folder(self) -> Path | None:
+        """This silo's own folder of client states; None beside the checkpoint, whose path rank 0 chooses."""
+        is_silo = self.driver is not None and self.driver.population.silos is not None
+        if not is_silo or self.is_global_zero:
+            return None
+        return silo_folder(self._trainer.default_root_dir, self.federation.rank)
 
     @property
     def _protects_examples(self) -> bool:
