@@ -3,7 +3,17 @@
 from importlib import import_module
 from types import ModuleType
 
-from lightning_fl import aggregation, algorithms, callbacks, clients, datamodules, engines, privacy
+from lightning_fl import (
+    aggregation,
+    algorithms,
+    attacks,
+    callbacks,
+    clients,
+    compression,
+    datamodules,
+    engines,
+    privacy,
+)
 from lightning_fl.strategies import FederatedStrategy, register_strategies
 from lightning_fl.strategies.checkpoint import load_client
 
@@ -14,8 +24,10 @@ __all__ = [
     "__version__",
     "aggregation",
     "algorithms",
+    "attacks",
     "callbacks",
     "clients",
+    "compression",
     "datamodules",
     "engines",
     "load_client",

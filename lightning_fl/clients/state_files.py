@@ -85,13 +85,13 @@ class StateFiles:
                 shutil.copyfile(other._path(client, name), target)
                 target.chmod(0o600)
 
-    def write_manifest(self, manifest: Manifest) -> str:
-        """Writes a manifest and returns its name."""
+    def write_manifest(self, manifest: Manifest, name: str | None = None) -> str:
+        """Writes a manifest and returns its name, which is that of its content if none is given."""
         # Sorted, so that equal manifests have equal digests; by repr, because ids may be both numbers and strings.
         data = json.dumps(sorted(manifest.items(), key=repr)).encode()
-        name = hashlib.blake2b(data, digest_size=16).hexdigest()
-        self._write(self.root / "manifests" / f"{name}.json", data)
-        return name
+        digest = hashlib.blake2b(data, digest_size=16).hexdigest()
+        self._write(self.root / "manifests" / f"{name or digest}.json", data, replace=name is not None)
+        return name or digest
 
     def read_manifest(self, name: str) -> Manifest | None:
         """Reads a manifest; None if there is no such file.
@@ -100,8 +100,8 @@ class StateFiles:
             ValueError: If the name is none that :meth:`write_manifest` returns, such as a path.
         """
         # It comes from a checkpoint, which another party may have written.
-        if not re.fullmatch("[0-9a-f]{32}", name):
-            raise ValueError(f"A checkpoint names {name!r} as a manifest of client states, which is no digest.")
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise ValueError(f"A checkpoint names {name!r} as a manifest of client states, which is no plain name.")
         path = self.root / "manifests" / f"{name}.json"
         return dict(map(tuple, json.loads(path.read_text()))) if path.exists() else None
 

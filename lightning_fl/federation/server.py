@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from lightning_fl.aggregation import RoundContext
-from lightning_fl.engines.tensors import moved
+from lightning_fl.engines.buffers import contributions_like, moved
 from lightning_fl.federation.report import RankReport
 from lightning_fl.federation.settings import FederationSettings, FederationState
-from lightning_fl.tree import norm, scale, to_sum_dtype, tree_map, zeros_like
+from lightning_fl.tree import norm, scale, zeros_like
 from lightning_fl.types import Aggregate, State, Tree, Update
 
 
@@ -76,7 +76,7 @@ def open_server(
     states = [*state.transforms, *({} for _ in settings.transforms[len(state.transforms) :])]
     contexts = contexts_of(settings, ctx)
     started = [t.start_round(own, c) for t, own, c in zip(settings.transforms, states, contexts, strict=True)]
-    return FederationState(_continue(settings, state.server, params), started)
+    return replace(state, server=_continue(settings, state.server, params), transforms=started)
 
 
 def update_template(settings: FederationSettings, params: Tree, buffers: Mapping[str, Tensor]) -> Update:
@@ -86,7 +86,9 @@ def update_template(settings: FederationSettings, params: Tree, buffers: Mapping
 
 def update_templates(settings: FederationSettings, params: Tree, buffers: Mapping[str, Tensor]) -> list[Update]:
     """For each transform, an update like those that its client half is given, and one like those that are sent."""
-    templates = [Update(params, to_sum_dtype(buffers), aux=settings.algorithm.aux_like(params))]
+    # Noise would turn what no client knows into a value.
+    like = contributions_like(buffers, counts_known=not settings.hides_clients)
+    templates = [Update(params, like, aux=settings.algorithm.aux_like(params))]
     # What the client halves send may have other shapes than the model.
     for transform in settings.transforms:
         templates.append(transform.like(templates[-1]))
@@ -158,9 +160,11 @@ def close_server(opened: ServerRound, acc: Any, joined: RankReport) -> Closing:
     state, aggregate, facts = server_step(settings, opened.state, aggregate, ctx)
     if not is_empty:
         facts.update(settings.aggregator.report(acc, ctx))
+    if joined.num_clients:
+        state = replace(state, moving=sorted({*(state.moving or ()), *joined.moved}))
     weight = aggregate.weight or 1.0
     # Algorithms do not see buffers, so their mean is taken here.
-    buffers = tree_map(moved, opened.buffers, scale(aggregate.buffers, 1 / weight))
+    buffers = moved(opened.buffers, scale(aggregate.buffers, 1 / weight))
     reason = stop_reason(settings, state, ctx)
     return Closing(state, buffers, aggregate, norm(aggregate.delta) / weight, facts, reason)
 

@@ -48,6 +48,7 @@ def pack(algorithm: Algorithm, state: FederationState, module: nn.Module) -> dic
         "master": {name: value for name, value in params.items() if value.dtype != held[name].dtype},
         "server": server,
         "transforms": list(state.transforms),
+        "moving": None if state.moving is None else list(state.moving),
     }
 
 
@@ -73,7 +74,8 @@ def unpack(packed: Mapping[str, Any], algorithm: Algorithm, module: nn.Module) -
     device = next(iter(held.values())).device
     params = {**to_sum_dtype({name: held[name] for name in packed["params"]}), **move(packed["master"], device)}
     server: State = {"params": params, **move(packed["server"], device)} if params else {}
-    return FederationState(server, [move(state, device) for state in packed["transforms"]])
+    # Checkpoints of older versions do not say what moves.
+    return FederationState(server, [move(state, device) for state in packed["transforms"]], packed.get("moving"))
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -131,8 +133,19 @@ class ClientStateFiles:
         self.name = Path(path).name if folder is None else hashlib.blake2b(str(path).encode()).hexdigest()[:32]
         self.files = state_files(path) if folder is None else StateFiles(folder)
 
-    def write(self, store: ClientStore) -> list[str]:
-        """Writes this rank's states and returns the manifests of all ranks; every rank must call it."""
+    def write(self, store: ClientStore, federation: Group, alone_as: str | None = None) -> list[str]:
+        """Writes this rank's states and returns the manifests of all ranks; every rank must call it.
+
+        Args:
+            store: The states.
+            federation: All ranks of the federation.
+            alone_as: A name for manifests that each rank writes without waiting for the others. None: by content.
+        """
+        if alone_as is not None:
+            manifests = [f"{alone_as}-rank{rank}" for rank in range(federation.size)]
+            self.files.write_manifest(store.save(self.files), manifests[federation.rank])
+            self.files.name(self.name, manifests, also_old=True)
+            return manifests
         own = self.files.write_manifest(store.save(self.files))
         manifests = [
             message.fields["manifest"] for message in self.group.all_gather(Message({"manifest": own}), "checkpoint")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import lightning as L
 import torch
@@ -16,10 +16,10 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_z
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch import Tensor
 
-from lightning_fl.aggregation import Aggregator, Transform, WeightedMean
+from lightning_fl.aggregation import Aggregator, Corruption, Transform, WeightedMean
 from lightning_fl.algorithms import Algorithm, Weighting, get_algorithm
 from lightning_fl.clients import Amount, Cohort, Participation, Population, Stragglers, Uniform
 from lightning_fl.clients.cohorts import describe_sampling
@@ -28,7 +28,7 @@ from lightning_fl.communication.objects import decode_object, encode_object
 from lightning_fl.data.partitioners.partitioner import Partitioner
 from lightning_fl.data.splitting import shard
 from lightning_fl.engines import ClientOptimizer, OptimizerStates, Vectorized
-from lightning_fl.engines.tensors import FederatedTensors
+from lightning_fl.engines.tensors import FederatedTensors, check_tensors
 from lightning_fl.engines.vectorized.stacking import StackedBatch
 from lightning_fl.federation import Federation, FederationSettings, GroupFederation
 from lightning_fl.federation.rank_verification import digest, synchronize_module, verify_ranks
@@ -60,9 +60,11 @@ from lightning_fl.strategies.user_warnings import UserWarnings
 from lightning_fl.strategies.validation import (
     SEVERAL_LOADERS,
     check_choice,
+    check_launcher,
     check_phases,
     check_same_on_ranks,
     check_trainer,
+    check_type,
     check_types,
     check_work,
     choose_weighting,
@@ -70,6 +72,7 @@ from lightning_fl.strategies.validation import (
     settings_of_ranks,
     settings_of_training,
     versions,
+    warn_of_processes,
 )
 
 if TYPE_CHECKING:
@@ -103,6 +106,9 @@ class FederatedStrategy(internals.ReusableStrategy):
         cohort: How the clients of a round are chosen. None: :class:`~lightning_fl.clients.Uniform`.
         stragglers: Clients that do not finish their local training. None: all clients finish.
         timeout: Seconds that a collective waits for the other ranks.
+        frozen: What happens to frozen parameters, which don't travel in rounds, before the first one: ``"compare"``:
+            they must be the same on all ranks; ``"broadcast"``: all ranks get those of rank 0.
+        adversary: Lets some simulated clients attack, as ``fl.attacks.Adversary(fl.attacks.ALIE())``. None: nobody.
         federation: The coordinator's address, ``"https://host:port"``: this launch is then one silo of a federation
             over a network, and its training loader that silo's data.
         kit: The folder with the silo's key and certificate, for ``federation``.
@@ -141,6 +147,8 @@ class FederatedStrategy(internals.ReusableStrategy):
         cohort: Cohort | None = None,
         stragglers: Stragglers | None = None,
         timeout: float = 1800.0,
+        frozen: Literal["compare", "broadcast"] = "compare",
+        adversary: Corruption | None = None,
         federation: str | None = None,
         kit: str | Path | None = None,
     ) -> None:
@@ -156,6 +164,9 @@ class FederatedStrategy(internals.ReusableStrategy):
         check_choice("weighting", weighting, (None, "examples", "uniform"))
         check_choice("client_optimizer", client_optimizer, ("reset", "keep"))
         check_choice("on_client_error", on_client_error, ("raise", "skip"))
+        check_choice("frozen", frozen, ("compare", "broadcast"))
+        self.frozen = frozen
+        self._bytes_of_frozen = 0
         if not isinstance(engine, Vectorized):
             check_choice("engine", engine, ("auto", "sequential", "vectorized"))
         self.algorithm = get_algorithm(algorithm) if isinstance(algorithm, str) else algorithm
@@ -176,6 +187,10 @@ class FederatedStrategy(internals.ReusableStrategy):
         sampling = None if num_clients is None else describe_sampling(self.cohort, num_clients, clients_per_round)
         if sampling is not None and sampling.kind != "poisson":
             self.aggregator.check_cohort(round(sampling.size))
+        self.adversary = adversary
+        if adversary is not None:
+            check_type("adversary", adversary, Corruption, "fl.attacks.Adversary(fl.attacks.SignFlip())")
+            self.aggregator = adversary.wrap_aggregator(self.aggregator)
         check_phases(self.algorithm, local_epochs, local_steps)
         self.named_personal = (personal,) if isinstance(personal, str) else tuple(personal)
         self.personal = self.named_personal
@@ -200,6 +215,7 @@ class FederatedStrategy(internals.ReusableStrategy):
         self.group_losses: Tensor | None = None
         """The losses of the clients that train side by side, in their last step."""
         self._works_alone = False
+        self._is_requeued = False
         self._warnings = UserWarnings()
         self._evaluation_metrics: EvaluationMetrics | None = None
 
@@ -271,6 +287,7 @@ class FederatedStrategy(internals.ReusableStrategy):
         assert self.cluster_environment is not None
         # Without a launcher Lightning runs in this process, which is right where torchrun, SLURM or MPI has started it.
         if not self.cluster_environment.creates_processes_externally and self.num_processes * self.num_nodes > 1:
+            warn_of_processes(self.num_processes, self.root_device)
             self._launcher = internals.SubprocessLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
 
     def setup_environment(self) -> None:
@@ -290,6 +307,8 @@ class FederatedStrategy(internals.ReusableStrategy):
             self.timeout,
         )
         self._connection = connection
+        if self.federation.size == 1:
+            check_launcher()
         if self.address is not None:
             assert self.kit is not None
             self.network = open_network(self.address, self.kit)
@@ -342,6 +361,7 @@ class FederatedStrategy(internals.ReusableStrategy):
         # Lightning cuts loaders up by rank wherever `is_distributed` holds, which `sync_dist` needs; the clients are
         # spread over the ranks instead.
         internals.keep_samplers(trainer)
+        internals.adopt_signals(trainer)
         adopt_loops(trainer)
         # A second one would drive each round twice, also one that came with the callbacks of another Trainer. It is
         # inserted here, and not by a hook of the user's module, because Lightning orders the callbacks and restores
@@ -355,6 +375,8 @@ class FederatedStrategy(internals.ReusableStrategy):
         check_same_on_ranks(self.federation, "validation data", trainer.enable_validation)
         super().setup(trainer)
         assert self.lightning_module is not None
+        if trainer.state.fn == TrainerFn.FITTING or self.federation.size > 1:
+            check_tensors(self.lightning_module)
         self.personal = tuple(self.algorithm.personal(self.lightning_module, self.named_personal))
         is_hidden = is_private(self.aggregator, self.transforms, self._protects_examples)
         columns = described_columns(getattr(trainer, "datamodule", None), is_hidden)
@@ -363,7 +385,10 @@ class FederatedStrategy(internals.ReusableStrategy):
             verify_ranks(self.federation, self.lightning_module, settings, versions(), columns)
             # Without `seed_everything` the ranks have initialised their modules differently. Only after the check: with
             # modules whose tensors differ, the broadcasts would pair up different ones.
-            synchronize_module(self.federation, self.lightning_module)
+            sent = synchronize_module(self.federation, self.lightning_module, self.frozen == "broadcast")
+            self._bytes_of_frozen = sent
+            if sent:
+                rank_zero_info(f"Rank 0 has sent {sent:,} bytes of frozen parameters to each of the others.")
         if self.network is not None and trainer.state.fn == TrainerFn.FITTING:
             common = {**settings_of_training(trainer), **columns}
             self.network.join(
@@ -406,6 +431,9 @@ class FederatedStrategy(internals.ReusableStrategy):
             callbacks=trainer.callbacks,  # type: ignore[attr-defined]
             silo=None if self.network is None else self.network.name,
         )
+        if self.adversary is not None:
+            loaders = self.adversary.wrap_loaders(population.loaders, self._seed)
+            population = Population(loaders, population.silos)
         if self.driver is None:
             self.driver = self._make_driver(population)
         else:
@@ -456,6 +484,7 @@ class FederatedStrategy(internals.ReusableStrategy):
         # It hooks into the user's optimizers, and the hooks must not outlive a start that fails.
         optimizers = OptimizerStates(self.optimizers)
         try:
+            self.active_driver.num_bytes_before, self._bytes_of_frozen = self._bytes_of_frozen, 0
             self.active_driver.start(*select_engine(self, trainer, optimizers))
         except BaseException:
             optimizers.close()
@@ -539,12 +568,15 @@ class FederatedStrategy(internals.ReusableStrategy):
         # Lightning does not pass `save_weights_only` on; it shows in what the checkpoint holds.
         weights_only = "optimizer_states" not in checkpoint
         driver = self.driver
-        if driver is not None and driver.defers_checkpoints:
+        is_in_round = driver is not None and driver.open_round is not None
+        if driver is not None and driver.defers_checkpoints and not self._is_requeued:
             driver.defer_checkpoint(str(filepath), weights_only)
             return
         if driver is None or weights_only:
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
+        if is_in_round:
+            driver.rewind(checkpoint)
         if driver.interrupted_loops is not None:
             checkpoint["loops"]["fit_loop"] = driver.interrupted_loops
         checkpoint[KEY] = {**pack(self.algorithm, driver.state, self._module), **driver.progress()}
@@ -553,9 +585,10 @@ class FederatedStrategy(internals.ReusableStrategy):
         # Client states are written before the checkpoint that names them, and those of its predecessor are deleted
         # after it: whenever the process dies, the checkpoint on disk has its states.
         client_states = ClientStateFiles(group, filepath, self._silo_folder) if driver.sticky else None
-        checkpoint[KEY]["manifests"] = client_states.write(driver.store) if client_states else []
+        job = f"requeue-{os.environ.get('SLURM_JOB_ID', '')}-{driver.plan.round}" if self._is_requeued else None
+        checkpoint[KEY]["manifests"] = client_states.write(driver.store, self.federation, job) if client_states else []
         super().save_checkpoint(checkpoint, filepath, storage_options)
-        if client_states is not None:
+        if client_states is not None and job is None:
             self.barrier()
             if self.is_global_zero or client_states.is_own:
                 self._unfinished[str(filepath)] = client_states, checkpoint[KEY]["manifests"]
@@ -567,6 +600,24 @@ class FederatedStrategy(internals.ReusableStrategy):
         while self._unfinished:
             client_states, manifests = self._unfinished.popitem()[1]
             client_states.finish(manifests)
+
+    def requeue(self, handle: Callable[[], None]) -> None:
+        """Called on SLURM's signal that the job is about to end and will be queued again.
+
+        Args:
+            handle: Lightning's handler, which saves a checkpoint and queues the job.
+        """
+        # Ranks get the signal at different places, so that none may wait for another.
+        driver = self.driver
+        if driver is not None and driver.is_closing:
+            driver.once_closed = lambda: self.requeue(handle)
+            return
+        self._is_requeued = True
+        try:
+            with self.local_phase():
+                handle()
+        finally:
+            self._is_requeued = False
 
     def remove_checkpoint(self, filepath: Any) -> None:
         if self.driver is not None and self.driver.forget_deferred(str(filepath)):

@@ -27,6 +27,7 @@ from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning.pytorch.utilities.types import LRSchedulerConfig
@@ -94,6 +95,19 @@ def keep_samplers(trainer: Trainer) -> None:
     """Stops Lightning from cutting loaders up by rank with a ``DistributedSampler``."""
     # Lightning does so wherever a strategy is distributed, and `sync_dist` has no effect where it is not.
     trainer._accelerator_connector.use_distributed_sampler = False
+
+
+class RequeueConnector(_SignalConnector):
+    """Lightning's handlers of signals, of which that of a SLURM requeue saves what a federation can go on from."""
+
+    def _slurm_sigusr_handler_fn(self, signum: Any, frame: Any) -> None:
+        handler = super()._slurm_sigusr_handler_fn
+        self.trainer.strategy.requeue(lambda: handler(signum, frame))  # type: ignore[attr-defined]
+
+
+def adopt_signals(trainer: Trainer) -> None:
+    """Lets the strategy save before a requeue; Lightning registers its handlers after it has connected the strategy."""
+    trainer._signal_connector.__class__ = RequeueConnector
 
 
 def set_round_length(trainer: Trainer, num_batches: int | None, fetch_limit: int) -> None:
@@ -388,6 +402,12 @@ def running_training_step(module: Any) -> Iterator[None]:
         yield
     finally:
         attributes["_current_fx_name"] = None
+
+
+def bookkeeping(owner: Any) -> tuple[str, ...]:
+    """Names of a module's attributes in which Lightning keeps what no step computes with."""
+    # The hook that is running, and a cache of the names of logged metrics.
+    return ("_current_fx_name", "_metric_attributes") if isinstance(owner, LightningModule) else ()
 
 
 @contextmanager

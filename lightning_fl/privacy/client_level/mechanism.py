@@ -205,7 +205,8 @@ class ClientLevelDP(Transform):
             warnings.warn(
                 f"Under ClientLevelDP buffers ({', '.join(update.buffers)}) are clipped and noised like parameters. "
                 "Noise may make a running variance negative, and changes masks and counters. Replace BatchNorm by "
-                "GroupNorm, keep the buffers personal, or register them with persistent=False.",
+                "GroupNorm, keep the buffers personal, or register them with persistent=False, so that each client "
+                "starts with their values of the round's start.",
                 stacklevel=2,
             )
         if self.mode == "distributed":
