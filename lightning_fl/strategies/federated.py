@@ -624,8 +624,10 @@ class FederatedStrategy(internals.ReusableStrategy):
             return
         super().remove_checkpoint(filepath)
         self._unfinished.pop(str(filepath), None)
-        if self.is_global_zero or self._silo_folder is not None:
-            ClientStateFiles(self.federation, filepath, self._silo_folder).forget()
+        own = self._silo_folder
+        # Beside a URL there are no states.
+        if own is not None or (self.is_global_zero and "://" not in str(filepath)):
+            ClientStateFiles(self.federation, filepath, own).forget()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
