@@ -39,6 +39,11 @@ from lightning_fl.engines.vectorized.stacking import StackedBatch
 SubprocessLauncher = _SubprocessScriptLauncher
 
 
+def last_step_saved(checkpoint: ModelCheckpoint) -> int:
+    """The ``global_step`` at which a callback has saved last: it says so nowhere else."""
+    return checkpoint._last_global_step_saved
+
+
 class ReusableStrategy(ParallelStrategy):
     """A strategy object that serves any number of Trainers, one after the other, each with settings of its own.
 

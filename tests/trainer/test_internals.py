@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.loops.fit_loop import _FitLoop
@@ -215,3 +216,10 @@ def test_a_trainer_reads_the_private_accelerator_of_its_strategy_first_and_sets_
     trainer(strategy)
     assert seen[0] == "_accelerator"
     assert next(name for name in seen if name.startswith("set ")) == "set accelerator"
+
+
+def test_a_checkpoint_knows_the_step_at_which_it_saved_last() -> None:
+    checkpoint = ModelCheckpoint("kept")
+    run = trainer("fedavg", 2, callbacks=[checkpoint], enable_checkpointing=True)
+    run.fit(Plain(), loader(8))
+    assert internals.last_step_saved(checkpoint) == run.global_step > 0
