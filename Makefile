@@ -50,7 +50,8 @@ experiments: $(INSTALLED)
 	$(BIN)/python benchmarks/experiments.py
 
 audit: $(INSTALLED)
-	$(BIN)/python -m pytest -m "slow or not slow" -rP tests/audit
+	$(BIN)/python -m pytest -m "slow or not slow" -rP tests/audit tests/callbacks/sample_level_dp tests/callbacks/test_run_record.py \
+		tests/clients/test_draw_test.py tests/privacy tests/trainer/privacy
 
 soak: $(INSTALLED)
 	$(BIN)/python benchmarks/soak.py --silos 6 --rounds 200

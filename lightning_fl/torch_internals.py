@@ -12,6 +12,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C import _functorch as functorch
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
@@ -83,6 +84,24 @@ def own_modules(module: nn.Module) -> dict[str, nn.Module | None]:
 def set_timeout(options: Any, timeout: timedelta) -> None:
     """Sets how long collectives wait; ``ProcessGroupNCCL.Options`` takes no timeout as an argument."""
     options._timeout = timeout
+
+
+def gloo_group(store: dist.Store, rank: int, size: int, timeout: timedelta, address: str | None) -> Any:
+    """A Gloo group whose ranks reach this one at ``address``; the public constructor takes no address.
+
+    Args:
+        store: Where the ranks exchange their addresses.
+        rank: Index of this process.
+        size: Number of processes.
+        timeout: How long a collective waits.
+        address: This process's address. None: what ``GLOO_SOCKET_IFNAME`` or the machine's name says.
+    """
+    if address is None:
+        return dist.ProcessGroupGloo(store, rank, size, timeout)
+    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
+    set_timeout(options, timeout)
+    return dist.ProcessGroupGloo(store, rank, size, options)
 
 
 def flat_vmap(function: Callable[..., Any], tensors: Sequence[Tensor], randomness: str) -> Any:

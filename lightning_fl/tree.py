@@ -40,14 +40,14 @@ def zeros_like(tree: Tree) -> Tree:
 
 
 def scalar_like(tree: Tree, value: float = 0.0) -> Tensor:
-    """``value`` as a tensor without dimensions, of the dtype and on the device of the tree's first tensor."""
+    """``value`` as a real tensor without dimensions, of the precision and on the device of the tree's first tensor."""
     first = next(iter(tree.values()))
-    return torch.tensor(value, dtype=first.dtype, device=first.device)
+    return torch.tensor(value, dtype=first.dtype.to_real(), device=first.device)
 
 
 def squared_norm(tree: Tree) -> Tensor:
     """Sum of the squares of all elements, as a tensor of the tree's own dtype: algorithms send it with an update."""
-    return sum((tensor.square().sum() for tensor in tree.values()), start=scalar_like(tree))
+    return sum((as_real(tensor).square().sum() for tensor in tree.values()), start=scalar_like(tree))
 
 
 def squared_norms(stacked: Tree, num_clients: int) -> list[float]:
@@ -86,6 +86,13 @@ def as_real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
+def real_map(function: Callable[..., Tensor], tree: Tree, *others: Tree) -> Tree:
+    """:func:`tree_map` of a function that is not linear: complex tensors are pairs of real ones, as in torch's Adam."""
+    real = [{name: as_real(tensor) for name, tensor in own.items()} for own in (tree, *others)]
+    found = tree_map(function, *real)
+    return {name: torch.view_as_complex(value) if tree[name].is_complex() else value for name, value in found.items()}
+
+
 def num_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the tensors' elements."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -93,6 +100,8 @@ def num_bytes(tensors: Iterable[Tensor]) -> int:
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which values of ``dtype`` are summed: their own, but at least float32; float64 for integers."""
+    if dtype.is_floating_point and dtype.itemsize == 1:  # torch promotes no float8
+        return torch.float32
     if dtype.is_floating_point or dtype.is_complex:
         return torch.promote_types(dtype, torch.float32)
     return torch.float64

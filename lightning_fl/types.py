@@ -61,13 +61,15 @@ class Update:
 
     def part(self, index: int) -> Update:
         """The update of one client, if this one's tensors are stacked over several clients."""
-        return self._map(lambda tensor: tensor[index])
+        return self.map(lambda tensor: tensor[index])
 
     def select(self, chosen: Tensor) -> Update:
         """The stacked updates of the clients that ``chosen`` selects, as indices or as a mask."""
-        return self._map(lambda tensor: tensor[chosen])
+        return self.map(lambda tensor: tensor[chosen])
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> Update:
+    def map(self, function: Callable[[Tensor], Tensor]) -> Update:
+        """The update with each tensor replaced by what ``function`` makes of it."""
+
         def map_tree(tree: Tree) -> Tree:
             return {name: function(tensor) for name, tensor in tree.items()}
 

@@ -24,11 +24,11 @@ LAYERS = (
     ("types", "tree", "seeding", "optimizer_tree", "torch_internals"),
     ("algorithms", "clients", "data", "communication"),
     ("aggregation", "engines"),
-    ("privacy",),
+    ("privacy", "compression"),
     ("federation",),
     ("coordinator",),
     ("strategies",),
-    ("callbacks", "datamodules", "models", "tracking"),
+    ("callbacks", "datamodules", "models", "tracking", "attacks"),
     ("cli",),
 )
 """Each room may import the rooms before its own layer; within a layer those that make no cycle."""

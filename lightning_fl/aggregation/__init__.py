@@ -1,13 +1,29 @@
 """How updates become one: aggregators, and the transforms on their way."""
 
 from lightning_fl.aggregation.aggregator import Aggregator, ClientLost, FederationFacts
+from lightning_fl.aggregation.compression import (
+    EDEN,
+    QSGD,
+    Cast,
+    Compress,
+    CompressedMean,
+    Compressor,
+    PowerSGD,
+    Quantize,
+    RandomK,
+    ScaledSign,
+    TopK,
+)
 from lightning_fl.aggregation.context import RoundContext
+from lightning_fl.aggregation.corruption import Corruption
 from lightning_fl.aggregation.robust import (
     FLAME,
     Bucketing,
     Bulyan,
     CenteredClipping,
+    Check,
     CoordinateRule,
+    CosineCheck,
     DnC,
     FLTrust,
     FoolsGold,
@@ -20,21 +36,32 @@ from lightning_fl.aggregation.robust import (
     MultiKrum,
     NearestNeighborMixing,
     NormBound,
+    NormCheck,
     PreAggregator,
     RowAggregator,
+    Screened,
     TrimmedMean,
 )
 from lightning_fl.aggregation.transform import Transform
 from lightning_fl.aggregation.weighted_mean import WeightedMean
 
 __all__ = [
+    "EDEN",
     "FLAME",
+    "QSGD",
     "Aggregator",
     "Bucketing",
     "Bulyan",
+    "Cast",
     "CenteredClipping",
+    "Check",
     "ClientLost",
+    "Compress",
+    "CompressedMean",
+    "Compressor",
     "CoordinateRule",
+    "Corruption",
+    "CosineCheck",
     "DnC",
     "FLTrust",
     "FederationFacts",
@@ -48,9 +75,16 @@ __all__ = [
     "MultiKrum",
     "NearestNeighborMixing",
     "NormBound",
+    "NormCheck",
+    "PowerSGD",
     "PreAggregator",
+    "Quantize",
+    "RandomK",
     "RoundContext",
     "RowAggregator",
+    "ScaledSign",
+    "Screened",
+    "TopK",
     "Transform",
     "TrimmedMean",
     "WeightedMean",

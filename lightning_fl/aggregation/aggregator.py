@@ -2,7 +2,7 @@
 
 # No `from __future__ import annotations`: jsonargparse would resolve the strings in the modules of the subclasses.
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -28,6 +28,8 @@ class FederationFacts:
         is_training: Whether training is about to start, rather than an evaluation.
         max_weight: Returns the largest weight of a client, or None if nobody may know it.
         min_cohort_size: The fewest clients that a round may have. None: ``cohort_size``.
+        clients: All clients; empty in an evaluation.
+        seed: Seed of the federation's random choices.
     """
 
     silos: bool
@@ -35,6 +37,8 @@ class FederationFacts:
     is_training: bool
     max_weight: Callable[[], float | None] = lambda: None
     min_cohort_size: int | None = None
+    clients: Collection[ClientId] = ()
+    seed: int = 0
 
 
 class Aggregator(ABC):
@@ -71,6 +75,15 @@ class Aggregator(ABC):
             ValueError: If they can't.
         """
         return
+
+    @property
+    def integer_bits(self) -> int | None:
+        """Bits of the modulus in which integer tensors of unit weight are summed exactly; None if they are not."""
+        return None
+
+    def min_clients_of(self, cohort_size: int) -> int:
+        """Returns the fewest of a cohort's clients whose updates are summed; with fewer :meth:`merge` raises."""
+        return 1
 
     def open(self, group: Group, facts: FederationFacts) -> Any:
         """Returns the session: what lasts for a whole fit or evaluation, such as agreed keys. None if there is nothing.

@@ -9,7 +9,7 @@ import torch
 
 from lightning_fl.clients.cohorts import CohortSampling
 from lightning_fl.communication import Group, LocalGroup
-from lightning_fl.types import ClientId, State, Tree
+from lightning_fl.types import ClientId, State, Tree, Update
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,11 @@ class RoundContext:
         silos: Whether each rank is a silo with its own data, rather than a part of one simulation.
         server: In client halves, the state of the transform's server half.
         frozen: The module's frozen parameters, which must be the same on all clients.
+        templates: For each transform, an update like those that its client half is given, and one like those that the
+            aggregator receives.
+        template: In transforms, an update with the names, shapes and dtypes of those that the client half is given.
+        min_clients: The fewest clients whose updates are summed; with fewer the aggregator gives the round up.
+        integer_bits: Bits of the modulus in which the aggregator sums integers exactly; None if it does not.
     """
 
     round: int
@@ -43,3 +48,7 @@ class RoundContext:
     silos: bool = False
     server: State = field(default_factory=dict)
     frozen: Tree = field(default_factory=dict)
+    templates: Sequence[Update] = ()
+    template: Update | None = None
+    min_clients: int = 1
+    integer_bits: int | None = None

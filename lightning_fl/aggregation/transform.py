@@ -1,7 +1,6 @@
 """Transforms change updates on their way to the aggregate: clip, noise, quantize, compress."""
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: jsonargparse would resolve the strings in the modules of the subclasses.
 from abc import ABC
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
@@ -33,7 +32,7 @@ class Transform(ABC):
     hides_clients: bool = False
     """Whether exact facts about the clients of a round, such as their number, must not reach the loggers."""
 
-    def check(self, later: Sequence[Transform], aggregator: Aggregator, weighting: str) -> None:
+    def check(self, later: "Sequence[Transform]", aggregator: Aggregator, weighting: str) -> None:
         """Checks that the transform is correct in this combination; called when the strategy is built.
 
         Args:

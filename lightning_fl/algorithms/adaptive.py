@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_fl.algorithms.base import Algorithm, check_hyperparameter
 from lightning_fl.algorithms.registry import register
-from lightning_fl.tree import tree_map
+from lightning_fl.tree import real_map, tree_map
 from lightning_fl.types import Aggregate, State, Tree
 
 
@@ -24,7 +24,7 @@ class AdaptiveServer(Algorithm):
         x &\leftarrow x + \eta_s \frac{m}{\sqrt{v} + \tau}
 
     As in the paper, :math:`v` starts at :math:`\tau^2` and there is no bias correction. Subclasses say how the second
-    moment :math:`v` changes.
+    moment :math:`v` changes. A complex parameter counts as pairs of real ones.
     """
 
     server_lr: float = 0.1
@@ -43,14 +43,14 @@ class AdaptiveServer(Algorithm):
 
     def server_init(self, params: Tree, population: int) -> State:
         first = tree_map(torch.zeros_like, params)
-        second = tree_map(lambda param: torch.full_like(param, self.tau**2), params)
+        second = real_map(lambda param: torch.full_like(param, self.tau**2), params)
         return {"params": params, "first_moment": first, "second_moment": second}
 
     def server_update(self, server: State, aggregate: Aggregate) -> State:
         change = aggregate.mean()
         first = tree_map(lambda m, delta: self.beta1 * m + (1 - self.beta1) * delta, server["first_moment"], change)
-        second = tree_map(self.second_moment, server["second_moment"], change)
-        params = tree_map(
+        second = real_map(self.second_moment, server["second_moment"], change)
+        params = real_map(
             lambda x, m, v: x + self.server_lr * m / (v.sqrt() + self.tau), server["params"], first, second
         )
         return {"params": params, "first_moment": first, "second_moment": second}

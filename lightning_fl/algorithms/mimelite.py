@@ -11,7 +11,7 @@ from torch.optim import SGD, Optimizer
 
 from lightning_fl.algorithms.base import Algorithm, ProbeKind, Weighting, check_hyperparameter
 from lightning_fl.algorithms.registry import register
-from lightning_fl.tree import scale, subtract, tree_map, zeros_like
+from lightning_fl.tree import real_map, scale, subtract, tree_map, zeros_like
 from lightning_fl.types import Aggregate, Context, LocalRun, State, Tree, Update
 
 
@@ -86,7 +86,7 @@ class MimeLite(Algorithm):
         step = self._average(grads, ctx["momentum"], self.beta1)
         if self.beta2 is None:
             return step
-        return tree_map(lambda g, v: g / (v.sqrt() + self.tau), step, ctx["square"])
+        return real_map(lambda g, v: g / (v.sqrt() + self.tau), step, ctx["square"])
 
     def client_finish(
         self, params: Tree, ctx: Context, client: State | None, run: LocalRun
@@ -99,7 +99,7 @@ class MimeLite(Algorithm):
         state = {**super().server_update(server, aggregate)}
         state["momentum"] = self._average(gradient, server["momentum"], self.beta1)
         if self.beta2 is not None:
-            state["square"] = self._average(tree_map(lambda g: g.square(), gradient), server["square"], self.beta2)
+            state["square"] = self._average(real_map(lambda g: g.square(), gradient), server["square"], self.beta2)
         return state
 
     def _average(self, new: Tree, old: Tree, beta: float) -> Tree:

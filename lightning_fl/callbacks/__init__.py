@@ -6,6 +6,7 @@ from lightning_fl.callbacks.federated import FederatedCallback
 from lightning_fl.callbacks.personalized_evaluation import PersonalizedEvaluation
 from lightning_fl.callbacks.progress import FederatedProgressBar
 from lightning_fl.callbacks.run_record import RunRecord
+from lightning_fl.callbacks.sample_level_dp.audit import audit
 from lightning_fl.callbacks.sample_level_dp.callback import SampleLevelDP
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "PersonalizedEvaluation",
     "RunRecord",
     "SampleLevelDP",
+    "audit",
 ]

@@ -94,13 +94,15 @@ class BatchPosition(NamedTuple):
     """Where a batch stands in the local work of its client, or of its client group.
 
     Args:
-        offset: Its index among the batches of the current phase, from 0.
+        offset: Its index among the batches of the pass over the client's data, from 0.
         starts_window: Whether an accumulation window starts here, so that gradients are emptied.
         ends_window: Whether the window ends here, so that the optimizer steps.
         window: Batches of a full accumulation window, over which the loss is averaged.
         ends_pass: Whether it is the last batch of a pass over the client's data.
         ends_phase: Whether it is the last batch of the phase.
         is_last: Whether it is the last batch of the client, or group, in this round.
+        ends_epoch: Whether it is the last batch of a pass, be it cut short because the client's work ends.
+        epoch_length: Number of batches of the pass, be it cut short; None if unknown.
     """
 
     offset: int
@@ -110,3 +112,5 @@ class BatchPosition(NamedTuple):
     ends_pass: bool = False
     ends_phase: bool = False
     is_last: bool = False
+    ends_epoch: bool = False
+    epoch_length: int | None = None

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_fl.communication.message import Message
-from lightning_fl.torch_internals import set_timeout
+from lightning_fl.torch_internals import gloo_group, set_timeout
 from lightning_fl.tree import num_bytes
 
 MAX_MESSAGE_BYTES = 1 << 30
@@ -158,12 +158,21 @@ class TorchGroup(Group):
         size: Number of processes.
         device: Device of the tensors; CUDA tensors travel over NCCL, everything else over Gloo.
         timeout: How long a collective waits for the other ranks.
+        address: Where the other ranks reach this one. None: Gloo finds out.
     """
 
-    def __init__(self, store: dist.Store, rank: int, size: int, device: torch.device, timeout: timedelta) -> None:
+    def __init__(
+        self,
+        store: dist.Store,
+        rank: int,
+        size: int,
+        device: torch.device,
+        timeout: timedelta,
+        address: str | None = None,
+    ) -> None:
         super().__init__(rank, size)
         self.timeout = timeout
-        gloo = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, size, timeout)
+        gloo = gloo_group(dist.PrefixStore("gloo", store), rank, size, timeout, address)
         self._backends: dict[str, Any] = {"cpu": gloo}
         if device.type == "cuda":
             options = dist.ProcessGroupNCCL.Options()

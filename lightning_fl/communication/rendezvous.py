@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections import Counter
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
@@ -39,4 +41,33 @@ def connect(
     )
     prefix = f"lightning_fl/{attempt}/{_federations[attempt]}"
     _federations[attempt] += 1
-    return TorchGroup(dist.PrefixStore(prefix, store), rank, size, device, timeout)
+    own = None if "GLOO_SOCKET_IFNAME" in os.environ else own_address(address, port, size)
+    return TorchGroup(dist.PrefixStore(prefix, store), rank, size, device, timeout, own)
+
+
+def own_address(address: str, port: int, size: int) -> str:
+    """This machine's address on the route to the store, at which the other ranks can reach it.
+
+    Gloo would take what the machine's own name resolves to, which often is 127.0.0.1.
+
+    Args:
+        address: Host of the store.
+        port: Port of the store.
+        size: Number of processes.
+    """
+    found = _source_of_route(address, port)
+    on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    several = on_this_machine < size or int(os.environ.get("SLURM_NNODES", 1)) > 1
+    if several and found.startswith("127."):
+        # The store is on this machine, under a name that only here means the machine itself. The address of nobody in
+        # particular is reached by the default route, if there is one.
+        with suppress(OSError):
+            return _source_of_route("192.0.2.1", port)
+    return found
+
+
+def _source_of_route(address: str, port: int) -> str:
+    family, kind, protocol, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as connection:
+        connection.connect(place)  # sends nothing, but chooses the route
+        return str(connection.getsockname()[0])

@@ -69,7 +69,16 @@ class ClientLoaders(Mapping[ClientId, Loader]):
         self._num_examples = num_examples.__getitem__ if isinstance(num_examples, Mapping) else num_examples
 
     def __getitem__(self, client: ClientId) -> Loader:
-        return self._make(self._given(client))
+        loader = self._make(self._given(client))
+        # A list of batches is a loader too; Lightning's CombinedLoader is known by its loaders.
+        parts = loader if isinstance(loader, list | tuple) else getattr(loader, "flattened", [])
+        if isinstance(loader, Mapping) or any(isinstance(part, DataLoader) for part in parts):
+            raise ValueError(
+                f"The loader of client {client!r} is a {type(loader).__name__} of loaders, but a client has one. Join "
+                "its data sets in one DataLoader, with torch.utils.data.ConcatDataset for more examples or "
+                "StackDataset for examples of several parts."
+            )
+        return loader
 
     def _given(self, client: ClientId) -> Any:
         """The id as it was given, which the user's functions expect."""

@@ -10,6 +10,8 @@ import torch
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 _LABEL_KEYS = ("targets", "labels", "target", "label", "y")
+MAX_RARE_LABELS, MIN_PER_LABEL = 20, 3
+"""More labels than this need this many samples each on average; otherwise they are taken for numbers."""
 Find = Callable[[Any], np.ndarray | None]
 
 
@@ -64,18 +66,19 @@ def stored_labels(dataset: Any) -> np.ndarray | None:
 def label_groups(dataset: Any, num_bins: int = 10) -> np.ndarray:
     """The group of each sample for a split by label, int64 of shape ``[num_samples]``, numbered from 0 without gaps.
 
-    Each class is a group. Regression targets with more than ``num_bins`` different values are binned at their
-    quantiles. A sample with several labels belongs to the group of its rarest label; samples without a label form a
-    group.
+    Each class is a group; integers that are hardly ever equal are refused, because they must be numbers. Regression
+    targets with more than ``num_bins`` different values are binned at their quantiles. A sample with several labels
+    belongs to the group of its rarest label; samples without a label form a group.
 
     Args:
         dataset: A map-style data set.
         num_bins: Number of bins for regression targets, at least 1.
 
     Raises:
-        ValueError: See :func:`targets`.
+        ValueError: See :func:`targets`; or if integers look like numbers rather than class labels.
     """
     values = targets(dataset)
+    are_integers = values.dtype == np.int64
     if values.dtype == np.bool_:
         by_rarity = np.argsort(values.sum(axis=0), kind="stable")
         first = values[:, by_rarity].argmax(axis=1)
@@ -84,7 +87,14 @@ def label_groups(dataset: Any, num_bins: int = 10) -> np.ndarray:
         # Quantiles, because bins of equal width would be nearly empty where the targets are skewed.
         edges = np.quantile(values, np.arange(1, num_bins) / num_bins)
         values = np.searchsorted(edges, values, side="right")
-    return np.unique(values, return_inverse=True)[1].astype(np.int64)
+    found, groups = np.unique(values, return_inverse=True)
+    if are_integers and len(found) > MAX_RARE_LABELS and len(values) < MIN_PER_LABEL * len(found):
+        raise ValueError(
+            f"The targets of {type(dataset).__name__} are {len(found)} different integers for {len(values)} samples, "
+            "so they look like numbers to predict, not like class labels, and each would be a label of its own. Make "
+            "them floats, which are split by `num_bins` quantiles, or split the data with IID()."
+        )
+    return groups.astype(np.int64)
 
 
 Column = str | int | Sequence[Any] | np.ndarray | Callable[[Any], Any]

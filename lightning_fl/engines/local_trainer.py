@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -13,9 +14,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_fl.clients.local_work import BatchPosition
+from lightning_fl.engines.buffers import contributions
+from lightning_fl.engines.isolation import Isolation
 from lightning_fl.engines.optimizer_states import OptimizerStates, Schedule, ScheduleEnd
-from lightning_fl.engines.tensors import FederatedTensors, clones, load
-from lightning_fl.tree import cast_like, sum_dtype, to_sum_dtype
+from lightning_fl.engines.tensors import FederatedTensors, clones, is_same, load
+from lightning_fl.tree import cast_like, to_sum_dtype
 from lightning_fl.types import Phase, Tree
 
 ClientOptimizer = Literal["reset", "keep"]
@@ -74,7 +77,7 @@ class LocalResult:
 
     Args:
         params: The trained shared parameters, in the dtype in which they are summed.
-        buffers: The change of the shared buffers.
+        buffers: What each client contributes to the shared buffers: their change.
         client_state: The clients' state for their next round: personal tensors, optimizer state.
         facts: Facts of each client's training.
     """
@@ -92,6 +95,7 @@ class RoundStart:
     tensors: FederatedTensors
     buffers: Tree = field(default_factory=dict)
     personal: Tree = field(default_factory=dict)
+    counts_known: bool = True
 
 
 class LocalTrainer(ABC):
@@ -108,6 +112,7 @@ class LocalTrainer(ABC):
             last round.
         functions: The parts of a step. None: :meth:`step` is not called, because another loop runs the steps and calls
             :meth:`prepare_gradients` in each.
+        isolation: Puts the rest of the module's state back before each client. None: all of it.
     """
 
     def __init__(
@@ -117,6 +122,7 @@ class LocalTrainer(ABC):
         personal: Sequence[str] = (),
         client_optimizer: ClientOptimizer = "reset",
         functions: StepFunctions | None = None,
+        isolation: Isolation | None = None,
     ) -> None:
         self.module = module
         self.optimizers = optimizers
@@ -124,22 +130,45 @@ class LocalTrainer(ABC):
         self.client_optimizer = client_optimizer
         self.functions = functions
         self.grad_transform: GradTransform | None = None
+        self.isolation = Isolation(module) if isolation is None else isolation
+        self.is_alone = False
+        self.is_shared = True
+        self.moved: set[str] = set()
+        """Frozen parameters that local training has written to in the current round."""
         self._round_start: RoundStart | None = None
 
     # ---- a round
 
-    def begin_round(self, server_params: Tree | None, schedules: Sequence[Schedule] = ()) -> Tree:
+    def begin_round(
+        self,
+        server_params: Tree | None,
+        schedules: Sequence[Schedule] = (),
+        counts_known: bool = True,
+        moving: Collection[str] | None = (),
+        is_alone: bool = False,
+        is_shared: bool = True,
+    ) -> Tree:
         """Takes the module's tensors as the round's start.
 
         Changes of the module between rounds take precedence: a value of ``server_params`` (in at least float32) is used
         only where the module still holds its cast.
 
+        Args:
+            server_params: The global parameters of the last round; None if there are none.
+            schedules: The learning-rate schedules that step inside local training.
+            counts_known: Whether clients say which values they have where a shared buffer starts as infinity or NaN.
+            moving: Names of frozen parameters that local training writes to; see :class:`FederatedTensors`.
+            is_alone: Whether the federation has one client only, whose state can reach no other.
+            is_shared: Whether several clients train on this module, one after the other. A silo has it for itself.
+
         Returns:
             The global parameters, in the dtype in which they are summed.
         """
         # Sorted anew in each round, because callbacks freeze and unfreeze layers between rounds.
-        tensors = FederatedTensors(self.module, self.personal)
-        self._round_start = RoundStart(tensors, clones(tensors.buffers), clones(tensors.personal))
+        tensors = FederatedTensors(self.module, self.personal, moving)
+        self.is_alone, self.is_shared, self.moved = is_alone, is_shared, set()
+        self.isolation.begin_round()
+        self._round_start = RoundStart(tensors, clones(tensors.buffers), clones(tensors.personal), counts_known)
         self.optimizers.begin_round(schedules)
         params = to_sum_dtype(tensors.params)
         for name, param in tensors.params.items():
@@ -216,7 +245,8 @@ class LocalTrainer(ABC):
             num_steps: How many steps each client of a group has taken. None: all have taken every step.
 
         Raises:
-            ValueError: If training has changed a frozen parameter, which the next client would inherit.
+            ValueError: If training has changed a frozen parameter of which there is no copy, so that the next client
+                would inherit it.
         """
 
     @abstractmethod
@@ -233,20 +263,62 @@ class LocalTrainer(ABC):
         """
         # A group may still be in training where a round is abandoned, and its tensors may be in the optimizers.
         self.leave()
+        # First, because a module may have replaced buffers, into which the new values are loaded.
+        self.isolation.end_round()
         start = self.round_start
         load(self.tensors.params, params)
         load(self.tensors.buffers, buffers)
         # Between rounds the module holds the common start values, not those of the client that was trained last.
         load(self.tensors.personal, start.personal)
+        self.put_back()
         self.optimizers.end_round(schedule_end)
 
+    def put_back(self, also_alone: bool = False) -> None:
+        """Restores what training has changed in the module beside the tensors that :meth:`start` loads.
+
+        Args:
+            also_alone: Whether to restore it also where the federation has one client only, which may keep it.
+        """
+        if also_alone or not self.is_alone:
+            self.tensors.still.put_back()
+
+    def seed(self, seed: int) -> None:
+        """Seeds the random generators that the module holds, once a client has been started."""
+        self.isolation.seed(seed)
+
     # ---- parts
+
+    def _enter(self) -> None:
+        """Puts the module into the state of the round's start, except for the tensors that :meth:`start` loads."""
+        if self.is_shared:
+            schedulers = (schedule.scheduler for schedule in self.optimizers.schedules)
+            self.isolation.start_client(self.tensors.all.values(), [*self.optimizers.optimizers, *schedulers])
+        self.put_back()
+
+    def _contributions(self, stacked: Tree) -> Tree:
+        start = self.round_start
+        return contributions(stacked, start.buffers, start.counts_known)
 
     @property
     def round_start(self) -> RoundStart:
         """The values with which the clients of the current round start."""
         assert self._round_start is not None, "begin_round has not been called"
         return self._round_start
+
+    def state_of_start(self, params: Tree) -> Tree:
+        """The module's tensors as they were at the round's start, under each of their names.
+
+        Args:
+            params: The global parameters of the round's start.
+        """
+        start = self.round_start
+        own = {**self.tensors.params, **self.tensors.buffers, **self.tensors.personal}
+        values = {**params, **start.buffers, **start.personal}
+        found = {id(tensor): cast_like(values[name], tensor).clone() for name, tensor in own.items()}
+        aliases = chain(
+            self.module.named_parameters(remove_duplicate=False), self.module.named_buffers(remove_duplicate=False)
+        )
+        return {name: found[id(tensor)] for name, tensor in aliases if id(tensor) in found}
 
     @property
     def tensors(self) -> FederatedTensors:
@@ -257,6 +329,25 @@ class LocalTrainer(ABC):
     def device(self) -> torch.device:
         """The device of the module's shared parameters."""
         return next(iter(self.tensors.params.values())).device
+
+    def _note_moved(self) -> None:
+        """Notes which frozen parameters the client has written to, and puts back those that are not averaged."""
+        tensors, start = self.tensors, self.round_start.buffers
+        self.moved |= {
+            name
+            for name, param in tensors.moving.items()
+            if name not in self.moved and not is_same(param.detach(), start[name])
+        }
+        if self.is_alone:
+            return
+        self.moved.update(tensors.still.put_back())
+        lost = tensors.still.lost()
+        if lost:
+            raise ValueError(
+                f"The frozen parameter {lost[0]!r} was changed during local training, so one client's value would "
+                "reach the next, and there is no copy of it, because the frozen parameters are much larger than the "
+                "trainable ones. Let training change smaller tensors, or keep it from writing to this one."
+            )
 
     def _forward(self, batch: Any, position: BatchPosition) -> tuple[Tensor | None, Tensor | None]:
         """The loss to be differentiated, and that of each client; both are the same for a client alone."""
@@ -288,18 +379,21 @@ def loss_of(output: Any) -> Tensor | None:
 
 def transform_gradients(transform: GradTransform, params: Mapping[str, Tensor], optimizer: Optimizer) -> None:
     """Replaces the gradients of those of ``params`` that ``optimizer`` steps by ``transform(grads, params)``."""
+    # SparseAdam refuses dense gradients, which a correction of every element gives.
+    sparse = next((name for name, param in params.items() if param.grad is not None and param.grad.is_sparse), None)
+    if sparse is not None and type(optimizer) is torch.optim.SparseAdam:
+        raise ValueError(
+            f"The algorithm adds a correction to the sparse gradient of {sparse!r}, which makes it dense, and "
+            "torch.optim.SparseAdam takes sparse gradients only. Use torch.optim.SGD or Adagrad, an embedding with "
+            "sparse=False, or fedavg."
+        )
     # With several optimizers, gradients of the others must not be corrected once for each of them.
     stepped = {id(param) for group in optimizer.param_groups for param in group["params"]}
     grads = {name: param.grad for name, param in params.items() if id(param) in stepped and param.grad is not None}
+    grads = {name: grad.to_dense() if grad.is_sparse else grad for name, grad in grads.items()}
     for name, grad in transform(grads, {name: params[name].detach() for name in grads}).items():
         # A correction in float32 promotes gradients in half precision, and torch refuses a gradient of another dtype.
         params[name].grad = grad.to(params[name].dtype)
-
-
-def buffer_delta(buffer: Tensor, start: Tensor) -> Tensor:
-    """The change of a buffer by training; 0 where an infinity has not changed, as in an attention mask."""
-    dtype = sum_dtype(buffer.dtype)
-    return (buffer.detach().to(dtype) - start.to(dtype)).masked_fill(buffer == start, 0)
 
 
 def trained_value(param: Tensor, start: Tensor) -> Tensor:

@@ -7,16 +7,25 @@ globals of the user's files, random generators. :func:`capture` walks over all o
 from __future__ import annotations
 
 import array
+import contextvars
+import copy
 import enum
 import functools
 import inspect
+import io
 import logging
+import operator
 import pickle
 import random
+import socket
 import sys
+import threading
 import types
+import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import chain, zip_longest
 from typing import Any
 
@@ -53,25 +62,62 @@ class Snapshot:
 
     Attributes:
         names: The names of all that the user's functions which were found use.
-        opaque: Objects whose state can be neither compared nor restored, such as iterators: path and kind.
+        opaque: Objects whose state can't be compared: path and kind. They are not restored, except for iterators that
+            can be copied.
+        iterators: Those iterators that can't be copied: path and kind.
         aliases: Paths of ``managed`` tensors, and of views of them, outside the places where ``nn.Module`` keeps them.
     """
 
     def __init__(self) -> None:
         self.names: set[str] = set()
         self.opaque: dict[str, str] = {}
+        self.iterators: dict[str, str] = {}
         self.aliases: list[str] = []
-        self._parts: list[_Items | _Values] = []
+        self._whole: Any = None
+        self._others: list[_Items | _Values] = []
+        self.parts: list[_Items | _Values] = []
+
+    @cached_property
+    def generators(self) -> list[Any]:
+        """The random generators."""
+        return [part.owner for part in self.parts if isinstance(part.owner, GENERATORS)]
+
+    def seal(self) -> None:
+        """Prepares :meth:`has_changed`, once everything has been captured."""
+        whole = [part for part in self.parts if isinstance(part, _Items) and part.is_whole and not part.iterators]
+        owners = [part.owner for part in whole]
+        # The lengths tell whether something has been added to those that are empty, as most dicts of hooks are.
+        filled = [own for own in owners if own]
+        views = [v for own in filled for v in ((own.keys(), own.values()) if isinstance(own, dict) else (own,))]
+        self._whole = whole, owners, list(map(len, owners)), views, list(chain.from_iterable(views))
+        known = set(map(id, whole))
+        self._others = [part for part in self.parts if id(part) not in known]
+
+    def has_changed(self) -> bool:
+        """Whether anything is no longer as it was; takes little time where containers still hold the same objects."""
+        _, owners, lengths, views, items = self._whole
+        if list(map(len, owners)) != lengths or not all(map(operator.is_, chain.from_iterable(views), items)):
+            return bool(self.changed())
+        return any(part.has_changed() for part in self._others)
+
+    def changed(self) -> list[_Items | _Values]:
+        """The parts that are no longer as they were."""
+        whole, owners, lengths, *_ = self._whole
+        found: list[_Items | _Values] = [
+            part
+            for part, now, before in zip(whole, map(len, owners), lengths, strict=True)
+            if now != before or (now and part.has_changed())
+        ]
+        return found + [part for part in self._others if part.has_changed()]
 
     def differences(self) -> Iterator[str]:
         """Paths of what is no longer as it was, such as ``"counter.steps"``."""
-        return (part.where() for part in self._parts if part.has_changed())
+        return (part.where() for part in self.changed())
 
     def restore(self) -> None:
         """Puts the state back into the objects that held it; ``managed`` tensors are left as they are."""
-        for part in self._parts:
-            if part.has_changed():
-                part.restore()
+        for part in self.changed():
+            part.restore()
 
 
 def capture(
@@ -82,6 +128,7 @@ def capture(
     ignored: Callable[[Any], Collection[str]] = lambda owner: (),
     name: str = "",
     values: bool = True,
+    reads_code: bool = True,
 ) -> Snapshot:
     """Captures the Python state that can be reached from an object.
 
@@ -93,30 +140,53 @@ def capture(
         ignored: Returns names of attributes of an object or class that are not looked at.
         name: The object's name, with which the paths begin.
         values: Whether the values of tensors and arrays are copied and compared.
+        reads_code: Whether also what functions and classes hold is captured: closures, attributes, globals.
     """
-    walk = _Walk(root, managed, known, outside, ignored, values)
+    walk = _Walk(root, managed, known, outside, ignored, values, reads_code)
     walk.push(name, root)
     walk.run()
     return walk.found
 
 
 class _Items:
-    """An object's items: they must be the same objects, or equal numbers and strings."""
+    """An object's items: they must be the same objects, or equal numbers and strings; iterators must not advance."""
 
-    __slots__ = ("names", "owner", "path", "read", "saved", "write")
+    __slots__ = ("is_whole", "iterators", "names", "owner", "path", "read", "saved", "write")
 
-    def __init__(self, path: str, owner: Any, read: Read, write: Write, names: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        path: str,
+        owner: Any,
+        read: Read,
+        write: Write,
+        names: Sequence[str] | None = None,
+        is_whole: bool = False,
+    ) -> None:
         self.path = path
         self.owner = owner
         self.read = read
         self.write = write
         self.names = names
+        self.is_whole = is_whole
+        """Whether all items of a container are looked at, and nothing else."""
         # This keeps the items alive: the address of one that is freed could be given to its successor.
         self.saved = read(owner)
+        copies = ((index, _copy_iterator(item)) for index, item in enumerate(self.saved) if _is_iterator(item))
+        self.iterators = {index: start for index, start in copies if start is not None}
 
     def has_changed(self) -> bool:
         before, now = self.saved, self.read(self.owner)
-        return len(before) != len(now) or not all(map(_is_same, before, now))
+        if len(before) != len(now) or not (all(map(operator.is_, before, now)) or all(map(_is_same, before, now))):
+            return True
+        return any(_position(now[index]) != _position(start) for index, start in self.iterators.items())
+
+    def changes(self) -> dict[str, Any]:
+        """Paths of what has changed, with the keys of a dict, and what was there before."""
+        if not isinstance(self.owner, dict) or not all(isinstance(key, str) for key in self.owner):
+            return {self.path: self.owner}
+        before, now = _as_dict(self.saved), _as_dict(self.read(self.owner))
+        names = [n for n in {**before, **now} if not _is_same(before.get(n, _MISSING), now.get(n, _MISSING))]
+        return {f"{self.path}.{name}" if self.path else name: before.get(name) for name in names}
 
     def where(self) -> str:
         """The path of what has changed: of the first entry that has, if the owner holds its items under names."""
@@ -131,6 +201,9 @@ class _Items:
         return self.path
 
     def restore(self) -> None:
+        # Copies take the iterators' places, because what they have yielded can't be given back to them.
+        for index, start in self.iterators.items():
+            self.saved[index] = _copy_iterator(start)
         self.write(self.owner, self.saved)
 
 
@@ -153,6 +226,10 @@ class _Values:
         is_alike = now.shape == before.shape and now.dtype == before.dtype and now.device == before.device
         # As bytes, so that a NaN is equal to itself.
         return not is_alike or not torch.equal(_bytes(now), _bytes(before)) or self._is_switched
+
+    def changes(self) -> dict[str, Any]:
+        """The path of the tensor, and the tensor."""
+        return {self.path: self.owner}
 
     @property
     def _is_switched(self) -> bool:
@@ -194,16 +271,22 @@ class _Walk:
         outside: tuple[type, ...],
         ignored: Callable[[Any], Collection[str]],
         values: bool,
+        reads_code: bool,
     ) -> None:
         self._values = values
         self.found = Snapshot()
         managed = list(managed)
         self._managed = {id(tensor) for tensor in managed}
         self._memory = {_memory(tensor) for tensor in managed} - {None}
-        self._outside = (*outside, Optimizer, LRScheduler)
+        # Several clients side by side share the object; one after the other, each may find it as it was.
+        self._outside = (*outside, Optimizer, LRScheduler, contextvars.ContextVar) if reads_code else outside
         self._ignored = ignored
+        self._reads_code = reads_code
+        self._iterators: dict[str, Any] = {}
         self._waiting: list[tuple[str, Any]] = []
         # The objects too: those that the walk itself makes would be freed, and their ids used again.
+        known = list(known)
+        self._known = set(map(id, known))
         self._seen: dict[int, Any] = {id(own): own for own in (*known, *_SEEDED_BY_ENGINES)}
         roots = root if isinstance(root, tuple) else (root,)
         modules = [own for held in roots if isinstance(held, nn.Module) for own in held.modules()]
@@ -216,6 +299,11 @@ class _Walk:
             if id(value) not in self._seen:
                 self._seen[id(value)] = value
                 self._visit(path, value)
+        held = {
+            id(part.saved[index]) for part in self.found.parts if isinstance(part, _Items) for index in part.iterators
+        }
+        self.found.iterators = {p: type(it).__name__ for p, it in self._iterators.items() if id(it) not in held}
+        self.found.seal()
 
     def push(self, path: str, value: Any) -> None:
         if id(value) in self._managed:
@@ -224,8 +312,8 @@ class _Walk:
             self._waiting.append((path, value))
 
     def _add(self, path: str, owner: Any, read: Read, write: Write) -> None:
-        part = _Items(path, owner, read, write)
-        self.found._parts.append(part)
+        part = _Items(path, owner, read, write, is_whole=isinstance(owner, dict | list | set | deque))
+        self.found.parts.append(part)
         for item in part.saved:
             self.push(path, item)
 
@@ -233,7 +321,7 @@ class _Walk:
         """Adds what an object holds under some names."""
         own = access(names)
         part = _Items(path, owner, own.read, own.write, own.names)
-        self.found._parts.append(part)
+        self.found.parts.append(part)
         for name, item in zip(own.names, part.saved, strict=True):
             self.push(_inner(path, name), item)
 
@@ -244,17 +332,22 @@ class _Walk:
         elif isinstance(value, Tensor):
             self._visit_tensor(path, value)
         elif isinstance(value, types.FunctionType):
-            self._visit_function(path, value)
+            if self._reads_code:
+                self._visit_function(path, value)
         elif isinstance(value, type):
-            self._visit_class(value)
+            if self._reads_code:
+                self._visit_class(value)
         elif isinstance(value, types.MethodType):
+            # Whoever looks after an object does not see calls of a method that was taken from it before.
+            if id(value.__self__) in self._known:
+                self.found.opaque[path] = f"method of a {type(value.__self__).__name__}"
             self.push(path, value.__self__)
             self.push(path, value.__func__)
         elif isinstance(value, types.BuiltinFunctionType | types.MethodWrapperType):
             self.push(path, value.__self__)  # such as the generator or the iterator whose method it is
         elif isinstance(value, _STATELESS):
             pass
-        elif isinstance(value, self._outside):
+        elif isinstance(value, self._outside) or _holds_a_handle(value):
             self.found.opaque[path] = kind.__name__
         elif (parts := _parts_of(value)) is not None:
             for own in parts:
@@ -268,6 +361,8 @@ class _Walk:
         # Objects in C that have a hash of their own are values, such as dates, patterns and dtypes.
         elif kind.__hash__ is None or kind.__hash__ is object.__hash__:
             self.found.opaque[path] = kind.__name__
+            if _is_iterator(value):
+                self._iterators[path] = value
 
     def _visit_tensor(self, path: str, value: Tensor) -> None:
         if value.layout is torch.strided and value.numel() and _memory(value) in self._memory:
@@ -279,7 +374,7 @@ class _Walk:
         except (RuntimeError, NotImplementedError, ValueError):  # sparse, nested, quantized, lazy or meta tensors
             self.found.opaque[path] = f"{type(value).__name__} of {value.layout}"
         else:
-            self.found._parts.append(part)
+            self.found.parts.append(part)
 
     def _visit_function(self, path: str, value: types.FunctionType) -> None:
         for cell, name in zip(value.__closure__ or (), value.__code__.co_freevars, strict=True):
@@ -292,8 +387,8 @@ class _Walk:
         names, holder = _names_in(value.__code__), value.__globals__
         self.found.names.update(names)
         self._add_names(value.__module__ or "", holder, [name for name in names if name in holder], _Keys)
-        for module in [holder[name] for name in names if isinstance(holder.get(name), types.ModuleType)]:
-            if not self._is_library(module.__name__):
+        for module in [holder.get(name, sys.modules.get(name)) for name in names]:  # imported by the file, or in place
+            if isinstance(module, types.ModuleType) and not self._is_library(module.__name__):
                 own = vars(module)
                 self._add_names(module.__name__, own, [name for name in names if name in own], _Keys)
 
@@ -313,10 +408,10 @@ class _Walk:
         if type(own) is dict:
             self._seen[id(own)] = own
             access = _Others(self._ignored(value))
-            part = _Items(path, own, access.read, access.write)
-            self.found._parts.append(part)
+            part = _Items(path, own, access.read, access.write, is_whole=not access.ignored)
+            self.found.parts.append(part)
             children = _children(value) if isinstance(value, nn.Module) else ()
-            for name, item in zip(part.saved[::2], part.saved[1::2], strict=True):
+            for name, item in _as_dict(part.saved).items():
                 if any(item is child for child in children):
                     self._visit_children(path, item)
                 else:
@@ -328,7 +423,7 @@ class _Walk:
     def _visit_children(self, path: str, children: dict[str, Any]) -> None:
         """Looks at the parameters, buffers or submodules of a module, where managed tensors may be."""
         self._seen[id(children)] = children
-        self.found._parts.append(_Items(path, children, *_DICT))
+        self.found.parts.append(_Items(path, children, *_DICT, is_whole=True))
         for name, child in children.items():
             if id(child) not in self._managed:
                 self.push(_inner(path, name), child)
@@ -415,9 +510,10 @@ class _Others:
         return [part for pair in owner.items() if pair[0] not in ignored for part in pair]
 
     def write(self, owner: dict[str, Any], items: list[Any]) -> None:
-        for name in owner.keys() - self.ignored - set(items[::2]):
+        before = _as_dict(items)
+        for name in owner.keys() - self.ignored - before.keys():
             del owner[name]
-        owner.update(zip(items[::2], items[1::2], strict=True))
+        owner.update(before)
 
 
 def _read_dict(owner: dict[Any, Any]) -> list[Any]:
@@ -426,7 +522,11 @@ def _read_dict(owner: dict[Any, Any]) -> list[Any]:
 
 def _write_dict(owner: dict[Any, Any], items: list[Any]) -> None:
     owner.clear()
-    owner.update(zip(items[::2], items[1::2], strict=True))
+    owner.update(_as_dict(items))
+
+
+def _as_dict(items: list[Any]) -> dict[Any, Any]:
+    return dict(zip(items[::2], items[1::2], strict=True))
 
 
 def _write_slice(owner: Any, items: list[Any]) -> None:
@@ -501,6 +601,8 @@ def _parts_of(value: Any) -> Iterable[Any] | None:
         return value
     if isinstance(value, functools.partial):
         return value.func, value.args, value.keywords
+    if isinstance(value, weakref.ref):
+        return (value(),)
     if isinstance(value, property):
         return value.fget, value.fset
     if isinstance(value, staticmethod | classmethod):
@@ -517,6 +619,54 @@ def _parts_of(value: Any) -> Iterable[Any] | None:
 
 
 # ---- what is known of types and names
+
+GENERATORS = (random.Random, np.random.RandomState, np.random.BitGenerator, torch.Generator)
+_HANDLES = (
+    type(threading.Lock()),
+    type(threading.RLock()),
+    threading.Thread,
+    threading.Condition,
+    io.IOBase,
+    socket.socket,
+)
+
+
+def _holds_a_handle(value: Any) -> bool:
+    """Whether an object stands for something outside, such as a file, a logger's run or a queue between threads."""
+    own = getattr(value, "__dict__", None)
+    return (
+        type(own) is dict
+        and not isinstance(value, nn.Module)
+        and any(isinstance(item, _HANDLES) for item in own.values())
+    )
+
+
+def _is_iterator(value: Any) -> bool:
+    kind = type(value)
+    return hasattr(kind, "__next__") and not kind.__dictoffset__ and not isinstance(value, io.IOBase)
+
+
+def _copy_iterator(value: Any) -> Any:
+    """An iterator that yields what another has left; None if there can be none."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Python 3.12: those of `itertools` can't be copied from 3.14 on
+            is_flat = not any(map(_is_iterator, value.__reduce__()[1]))
+            return copy.copy(value) if is_flat else copy.deepcopy(value)
+    except (TypeError, AttributeError):
+        return None
+
+
+def _position(value: Any) -> Any:
+    """What differs if an iterator has yielded something: the numbers in what it is made of again."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _, arguments, *state = value.__reduce__()
+    except (TypeError, AttributeError):
+        return object()
+    nested = any(map(_is_iterator, arguments))
+    return object() if nested else [part for part in (*arguments, *state) if isinstance(part, int | float)]
 
 
 def _children(module: nn.Module) -> tuple[dict[str, Any], ...]:

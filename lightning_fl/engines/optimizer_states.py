@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -234,6 +235,30 @@ class OptimizerStates:
             optimizer.state.clear()
             optimizer.state.update(_copy_state(fresh))
             _empty_grads(optimizer)
+
+    def state_dicts_of_start(self) -> list[dict[str, Any]]:
+        """The optimizers' ``state_dict``s as they were at the round's start, also while clients train."""
+        found = []
+        for index, (optimizer, options, fresh) in enumerate(
+            zip(self.optimizers, self._options, self._fresh, strict=True)
+        ):
+            groups = self._own_params[index] if self._own_params else [g["params"] for g in optimizer.param_groups]
+            number = {id(param): place for place, param in enumerate(chain.from_iterable(groups))}
+            found.append(
+                {
+                    "state": {number[id(param)]: dict(state) for param, state in _copy_state(fresh).items()},
+                    "param_groups": [
+                        {**own, "params": [number[id(param)] for param in params]}
+                        for own, params in zip(options, groups, strict=True)
+                    ],
+                }
+            )
+        return found
+
+    @property
+    def schedule_states_of_start(self) -> list[dict[str, Any]]:
+        """The states of the round's schedules at its start."""
+        return self._schedule_states
 
     @contextmanager
     def borrowed_optimizer(self) -> Iterator[Optimizer]:

@@ -13,7 +13,6 @@ from lightning_fl.engines.local_trainer import (
     GradTransform,
     LocalResult,
     LocalTrainer,
-    buffer_delta,
     trained_value,
     transform_gradients,
 )
@@ -36,6 +35,7 @@ class SequentialEngine(LocalTrainer):
         grad_transform: GradTransform | None = None,
     ) -> None:
         (params,), (client_state,) = starts, client_states
+        self._enter()
         round_start, tensors = self.round_start, self.tensors
         personal = client_state.get("personal", round_start.personal)
         load(tensors.params, params)
@@ -79,7 +79,7 @@ class SequentialEngine(LocalTrainer):
     def finish(self, num_steps: Sequence[int] | None = None) -> LocalResult:
         tensors, phases = self.tensors, self.phases
         # Before anything is read: a result of parameters that must not have changed would be wrong.
-        tensors.check_frozen()
+        self._note_moved()
         self._end_phase()
         own_model = phases.restore_global_model()
         client_state: dict[str, Tree] = dict(phases.next_state)
@@ -90,11 +90,10 @@ class SequentialEngine(LocalTrainer):
         facts = ClientFacts(
             phases.num_steps, phases.lr_sum, phases.normalizer, phases.schedule_end, phases.num_steps_of_all
         )
-        start = self.round_start.buffers
         # Indexing with None gives a client dimension without the copy that stacking would make.
         result = LocalResult(
             params={n: trained_value(p.detach(), phases.start_params[n])[None] for n, p in tensors.params.items()},
-            buffers={name: buffer_delta(buffer, start[name])[None] for name, buffer in tensors.buffers.items()},
+            buffers=self._contributions({name: buffer[None] for name, buffer in tensors.buffers.items()}),
             client_state={key: {n: t[None] for n, t in tree.items()} for key, tree in client_state.items()},
             facts=[facts],
         )

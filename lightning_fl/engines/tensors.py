@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
 from lightning_fl.torch_internals import version_counter
-from lightning_fl.tree import cast_like
+from lightning_fl.tree import cast_like, num_bytes
 from lightning_fl.types import Tree
+
+SMALL = 2**28
+"""Bytes of frozen tensors of which there may be copies, however small the trainable ones are."""
 
 
 class FederatedTensors:
@@ -22,12 +25,16 @@ class FederatedTensors:
         module: The user's module.
         personal: ``fnmatch`` globs on ``state_dict`` names: tensors that never leave their client. A tied tensor
             matches by each of its names.
+        moving: Names of frozen parameters that local training writes to, such as a teacher that follows by an
+            exponential moving average; they count as shared buffers. None: not known yet, so those that may be such a
+            teacher do.
 
     Raises:
         ValueError: If a glob matches nothing, or nothing trainable is left to share.
     """
 
-    def __init__(self, module: nn.Module, personal: Sequence[str] = ()) -> None:
+    def __init__(self, module: nn.Module, personal: Sequence[str] = (), moving: Collection[str] | None = ()) -> None:
+        check_tensors(module)
         # Buffers that are not persistent, such as caches and the states of metrics, belong to no model and never
         # travel.
         persistent = set(module.state_dict())
@@ -52,33 +59,21 @@ class FederatedTensors:
         self._buffers = {name: place for name, place in buffers.items() if name not in own}
         self._personal_buffers = {name: place for name, place in buffers.items() if name in own}
         frozen = {name: param for name, param in module.named_parameters() if not param.requires_grad}
-        # Version and sample of the start, since a copy of all frozen parameters would take another model's memory.
-        self._frozen = [(name, param, version_counter(param), _sample(param)) for name, param in frozen.items()]
+        found = _may_follow(params, frozen) if moving is None else frozen.keys() & set(moving)
+        self.moving = {name: param for name, param in frozen.items() if name in found}
+        trained_bytes = num_bytes(list(params.values()))
+        still = {name: param for name, param in frozen.items() if name not in found}
+        self.still = WatchedTensors(still, max_bytes=max(2 * trained_bytes, SMALL))
         if not self.params:
             raise ValueError(
                 "No trainable parameter is left to share: each is frozen or personal. Unfreeze some, or narrow "
                 f"personal={list(personal)}."
             )
 
-    def check_frozen(self) -> None:
-        """Makes sure that no frozen parameter has been written to since the round began.
-
-        Raises:
-            ValueError: If one has.
-        """
-        for name, param, version, sample in self._frozen:
-            # The counter misses writes through `param.data`, the sample misses elements between those it takes.
-            if version_counter(param) != version or not torch.equal(_sample(param), sample):
-                raise ValueError(
-                    f"The frozen parameter {name!r} was changed during local training, so one client's value would "
-                    "reach the next. Register it as a buffer, which is averaged, or name it in `personal` and let it "
-                    "require gradients."
-                )
-
     @property
     def buffers(self) -> dict[str, Tensor]:
-        """Shared persistent buffers: they are averaged."""
-        return {name: getattr(owner, key) for name, (owner, key) in self._buffers.items()}
+        """What is averaged beside trainable parameters: shared persistent buffers, and frozen parameters that move."""
+        return {**self.moving, **{name: getattr(owner, key) for name, (owner, key) in self._buffers.items()}}
 
     @property
     def all(self) -> dict[str, Tensor]:
@@ -87,8 +82,8 @@ class FederatedTensors:
 
     @property
     def frozen(self) -> Tree:
-        """Parameters that do not require gradients."""
-        return {name: param for name, param, *_ in self._frozen}
+        """Parameters that do not require gradients, without those that move."""
+        return dict(self.still.tensors)
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -120,11 +115,50 @@ class FederatedTensors:
         return {**self.personal_params, **buffers}
 
 
+def check_tensors(module: nn.Module) -> None:
+    """Makes sure that the module's tensors can be averaged and sent.
+
+    Raises:
+        ValueError: If one is of a kind that can't; the message names it and the remedy.
+    """
+    persistent = set(module.state_dict())
+    buffers = [(name, own) for name, own in module.named_buffers() if name in persistent]
+    for name, tensor in [*module.named_parameters(), *buffers]:
+        reason = _why_not(tensor)
+        if reason is not None:
+            raise ValueError(f"The tensor {name!r} {reason}")
+
+
+def _why_not(tensor: Tensor) -> str | None:
+    if nn.parameter.is_lazy(tensor):
+        return (
+            "is lazy and has no shape yet. Run one batch through the module before training, as in __init__ or "
+            "configure_model."
+        )
+    if hasattr(tensor, "device_mesh"):  # told without importing torch's distributed tensors
+        return (
+            "is a DTensor, which is spread over processes, but a federation's rank trains a whole model. Leave out "
+            "fully_shard and parallelize_module."
+        )
+    if tensor.is_nested:
+        return (
+            "is a nested tensor, whose parts have no common shape to average. Keep it as a padded tensor with lengths, "
+            "or register it with persistent=False."
+        )
+    if tensor.layout is not torch.strided:
+        return f"is stored as {tensor.layout}, but only dense tensors are averaged. Keep it dense."
+    return None
+
+
 def load(tensors: Mapping[str, Tensor], values: Tree) -> None:
     """Copies values into the tensors of the same names."""
     for name, tensor in tensors.items():
+        value = cast_like(values[name], tensor)
         # In place, because optimizers, tied modules and the user's own references hold these tensors.
-        tensor.detach().copy_(cast_like(values[name], tensor))
+        if tensor.shape == value.shape:
+            tensor.detach().copy_(value)
+        else:  # a buffer that stays with its client, such as a queue, may grow
+            tensor.data = value.to(tensor.device, copy=True)
 
 
 def clones(tensors: Mapping[str, Tensor]) -> Tree:
@@ -132,16 +166,61 @@ def clones(tensors: Mapping[str, Tensor]) -> Tree:
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
-def moved(start: Tensor, change: Tensor) -> Tensor:
-    """``start + change``; bit for bit ``start`` where nothing changed, also integers that no float can hold."""
-    return torch.where(change == 0, start, cast_like(start.to(change.dtype) + change, start))
+class WatchedTensors:
+    """Tensors that training leaves as they are, as a rule; finds those that it has written to, and puts them back.
+
+    Copies are made of the smallest ones first, as far as memory allows, since a large frozen model would otherwise take
+    its memory twice. Of the others a write is noticed: by the version counter, which misses writes through
+    ``tensor.data``, and by a sample of the elements.
+
+    Args:
+        tensors: The tensors.
+        max_bytes: The most memory of the copies.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], max_bytes: float) -> None:
+        self.tensors = tensors
+        self._copies: Tree = {}
+        self._marks: dict[str, tuple[int, Tensor]] = {}
+        for name in sorted(tensors, key=lambda name: num_bytes([tensors[name]])):
+            max_bytes -= num_bytes([tensors[name]])
+            if max_bytes >= 0:
+                self._copies[name] = tensors[name].detach().clone()
+            else:
+                self._marks[name] = self._mark(name)
+
+    def put_back(self) -> list[str]:
+        """Restores the tensors that have a copy; returns the names of those that had changed."""
+        changed = [name for name, before in self._copies.items() if not is_same(self.tensors[name].detach(), before)]
+        load({name: self.tensors[name] for name in changed}, self._copies)
+        return changed
+
+    def lost(self) -> list[str]:
+        """Names of tensors that have changed and have no copy."""
+        marks = ((name, self._mark(name), before) for name, before in self._marks.items())
+        return [name for name, now, before in marks if now[0] != before[0] or not torch.equal(now[1], before[1])]
+
+    def _mark(self, name: str) -> tuple[int, Tensor]:
+        tensor = self.tensors[name]
+        elements = tensor.detach().reshape(-1)
+        # Compared as bytes, a NaN equals itself.
+        sample = elements[:: max(1, len(elements) // 1000)].clone().view(torch.uint8)
+        return version_counter(tensor), sample
 
 
-def _sample(tensor: Tensor) -> Tensor:
-    """The bytes of about 1,000 elements at most, since writing to ``tensor.data`` does not change the version."""
-    # Compared as bytes, a NaN equals itself.
-    elements = tensor.detach().reshape(-1)
-    return elements[:: max(1, len(elements) // 1000)].clone().view(torch.uint8)
+def is_same(now: Tensor, before: Tensor) -> bool:
+    """Whether two tensors are equal, also where both hold NaN."""
+    if now.shape != before.shape or now.dtype != before.dtype:
+        return False
+    return torch.equal(now, before) or bool(((now == before) | ((now != now) & (before != before))).all())
+
+
+def _may_follow(params: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> set[str]:
+    """Names of frozen parameters that may follow trainable ones: a teacher is a copy of a part of its student."""
+    kinds = {(param.shape, param.dtype) for param in params.values()}
+    return {
+        name for name, param in frozen.items() if (param.shape, param.dtype) in kinds and bool(param.isfinite().all())
+    }
 
 
 def owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count, islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning_fl.clients.local_work import BatchPosition, LocalWork
 from lightning_fl.data.client_loaders import Loader, count_batches
@@ -13,6 +13,31 @@ from lightning_fl.types import ClientId
 
 # None can't mark the end: it is a batch that a loader may yield, and that training skips.
 _END = object()
+
+
+class _Place(NamedTuple):
+    """The place of a batch in its pass: its index, and the length of the pass."""
+
+    offset: int
+    length: int | None
+
+
+class _Read(NamedTuple):
+    """A batch, its index in the segment, its place in the pass, and whether it ends segment and phase."""
+
+    batch: Any
+    in_segment: int
+    place: _Place
+    ends_segment: bool
+    ends_phase: bool
+
+
+def _place(index: int, length: int, pass_length: int | None) -> _Place:
+    """The place of the batch at ``index`` of ``length`` batches that are read in passes over a loader."""
+    if pass_length is None:  # without a length of its own nobody knows where one pass ends
+        return _Place(index, length)
+    offset = index % pass_length
+    return _Place(offset, min(pass_length, length - index + offset))
 
 
 class LoaderFailed(Exception):
@@ -75,30 +100,24 @@ class ClientBatches:
             if phase:
                 next_phase()
             window, is_last_phase = work.accumulate, phase + 1 == len(self.works)
-            for offset, (batch, index, ends_segment, ends_phase) in enumerate(batches):
+            for batch, index, place, ends_segment, ends_phase in batches:
                 # The index starts at 0 in each segment, so that no accumulation window straddles two passes.
                 yield (
                     batch,
                     BatchPosition(
-                        offset,
+                        place.offset,
                         starts_window=index % window == 0,
                         ends_window=(index + 1) % window == 0 or ends_segment,
                         window=window,
-                        ends_pass=offset + 1 == pass_length,
+                        ends_pass=place.offset + 1 == pass_length,
                         ends_phase=ends_phase,
                         is_last=ends_phase and is_last_phase,
+                        ends_epoch=ends_segment or place.offset + 1 == place.length,
+                        epoch_length=place.length,
                     ),
                 )
 
-    def read_all(self) -> list[Any]:
-        """Reads all batches without their positions, for a client whose positions equal those of another client.
-
-        Raises:
-            LoaderFailed: As :meth:`read` does.
-        """
-        return [batch for _, _, batches in self._phases() for batch, *_ in batches]
-
-    def _phases(self) -> Iterator[tuple[LocalWork, int | None, Iterator[tuple[Any, int, bool, bool]]]]:
+    def _phases(self) -> Iterator[tuple[LocalWork, int | None, Iterator[_Read]]]:
         """Yields the work of each phase, the length of a pass, and its batches as :meth:`_phase` yields them."""
         number = self.first_pass
         for phase, work in enumerate(self.works):
@@ -156,10 +175,8 @@ class ClientBatches:
                 return
             yield item
 
-    def _phase(
-        self, phase: int, work: LocalWork, segments: Sequence[int | None], number: int
-    ) -> Iterator[tuple[Any, int, bool, bool]]:
-        """Yields the batches of a phase, each with its index in its segment and whether it ends segment and phase."""
+    def _phase(self, phase: int, work: LocalWork, segments: Sequence[int | None], number: int) -> Iterator[_Read]:
+        """Yields the batches of a phase, each with its places and whether it ends segment and phase."""
         num_batches = count_batches(self.loader)
         for position, length in enumerate(segments):
             is_last = position + 1 == len(segments)
@@ -174,9 +191,10 @@ class ClientBatches:
                 yield from self._until_end(batches, is_last)
                 continue
             index = -1
+            cycle = length if work.steps is None else pass_length
             for index, batch in enumerate(batches):
                 ends = index + 1 == length
-                yield batch, index, ends, ends and is_last
+                yield _Read(batch, index, _place(index, length, cycle), ends, ends and is_last)
             # The positions rest on the promised length: with fewer batches none is the last one, and the last optimizer
             # step of the segment would silently be missing.
             if index + 1 != length:
@@ -185,7 +203,7 @@ class ClientBatches:
                     f"{length}. Fix its `__len__`, or remove it if the length is not known."
                 )
 
-    def _until_end(self, batches: Iterator[Any], is_last: bool) -> Iterator[tuple[Any, int, bool, bool]]:
+    def _until_end(self, batches: Iterator[Any], is_last: bool) -> Iterator[_Read]:
         # Reads one batch ahead: the optimizer steps on the last batch even if it does not fill an accumulation window.
         batch = next(batches, _END)
         if batch is _END:
@@ -193,7 +211,7 @@ class ClientBatches:
         for index in count():
             following = next(batches, _END)
             ends = following is _END
-            yield batch, index, ends, ends and is_last
+            yield _Read(batch, index, _Place(index, None), ends, ends and is_last)
             if ends:
                 return
             batch = following

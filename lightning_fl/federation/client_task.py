@@ -93,7 +93,7 @@ class ClientTask:
         # Examples count in every phase, because a client's weight is the size of its data, whichever model a phase
         # trains.
         self._examples_seen += num_examples
-        if position.ends_pass:
+        if position.ends_pass and self._examples_of_pass is None:
             self._examples_of_pass = self._examples_seen
         if not self.counts:
             return

@@ -69,8 +69,12 @@ class StackedData:
         if masks is None:
             return zip(batches, self.positions, strict=True)
         last = len(masks) - 1  # each step is a window of its own: accumulation needs equal work
-        ends = (BatchPosition(step, ends_phase=step == last, is_last=step == last) for step in range(len(masks)))
-        return zip(batches, ends, strict=True)
+        ends = (step == last for step in range(len(masks)))
+        positions = (
+            BatchPosition(step, ends_phase=is_last, is_last=is_last, ends_epoch=is_last, epoch_length=len(masks))
+            for step, is_last in enumerate(ends)
+        )
+        return zip(batches, positions, strict=True)
 
     @cached_property
     def first(self) -> StackedBatch:
@@ -111,29 +115,34 @@ def read_group(
         GroupSplit: If the batches are not what the planner expected.
     """
     passes: dict[ClientId, list[Any]] = {}
-    positions: list[BatchPosition] = []
+    positions: dict[ClientId, list[BatchPosition]] = {}
     for client in clients:
         try:
             batches = open_client(client)
-            # Positions of the first client serve the whole group: with equal work all have the same, and with unequal
-            # work `read` makes positions of its own.
-            if passes:
-                passes[client] = batches.read_all()
-                continue
             pairs = list(batches.read())
         except LoaderFailed as failed:
             on_failure(failed)
             continue
         passes[client] = [batch for batch, _ in pairs]
-        positions = [position for _, position in pairs]
+        positions[client] = [position for _, position in pairs]
+        if len(passes) > 1:
+            continue
         # Only a batch that has been read shows how much memory batches take, and reading all of them first would
         # already take it.
         if pairs:
             parts = grouping.affordable(clients, passes[client], map(num_batches, clients))
             if len(parts) > 1:
                 raise GroupSplit(parts)
-    data = StackedData(grouping, passes, positions, [sizes[client] for client in passes])
+    # The positions of the first client serve the whole group if all have equal work; with unequal work `read` makes
+    # positions of its own.
+    data = StackedData(grouping, passes, next(iter(positions.values()), []), [sizes[client] for client in passes])
     parts = grouping.split(data.works)
+    if parts == [list(clients)] and data.masks is None:
+        # One pass over six batches and two over three are the same batches, but not for who looks at `batch_idx`.
+        alike: dict[Any, list[ClientId]] = {}
+        for client in clients:
+            alike.setdefault(tuple(positions[client]), []).append(client)
+        parts = list(alike.values())
     # This also differs if a client's loader has failed: the remaining ones are then planned as a group of their own.
     if parts != [list(clients)]:
         if len(parts) > 1:

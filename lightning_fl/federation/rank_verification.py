@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_fl.communication import Group, Message
 from lightning_fl.torch_internals import pytree
+from lightning_fl.tree import num_bytes
 
 
 def describe_module(module: nn.Module) -> dict[str, str]:
@@ -56,14 +57,42 @@ def verify_ranks(
             _compare(kind, expected, other.get(kind, {}), rank)
 
 
-def synchronize_module(group: Group, module: nn.Module) -> None:
-    """Broadcasts the module's tensors from rank 0 to all ranks."""
+def synchronize_module(group: Group, module: nn.Module, broadcast_frozen: bool = False) -> int:
+    """Broadcasts the module's tensors from rank 0 to all ranks, and compares the frozen parameters.
+
+    Args:
+        group: The ranks of the federation.
+        module: This rank's module.
+        broadcast_frozen: Whether frozen parameters are broadcast too. They may be most of a large model, and a silo may
+            have loaded others on purpose, so that by default their digests are compared.
+
+    Returns:
+        Bytes of the frozen parameters that were broadcast.
+
+    Raises:
+        ValueError: On every rank, if a frozen parameter differs.
+    """
+    frozen = {name: own for name, own in module.named_parameters(remove_duplicate=False) if not own.requires_grad}
+    if not broadcast_frozen:
+        digests = {name: digest(own).hex() for name, own in frozen.items()}
+        first, *others = [message.fields for message in group.all_gather(Message(digests), "frozen parameters")]
+        for rank, other in enumerate(others, start=1):
+            different = next((name for name in first if other.get(name) != first[name]), None)
+            if different is not None:
+                raise ValueError(
+                    f"The frozen parameter {different!r} of rank {rank} has other values than that of rank 0. Load the "
+                    "same base on all ranks, call lightning.seed_everything if it is drawn at random, or let rank 0 "
+                    'send its own with FederatedStrategy(frozen="broadcast").'
+                )
+    num_sent = 0
     with torch.no_grad():
-        # Everything, not only what is averaged: frozen parameters and the common start of personal ones must agree too,
-        # and no later step would make them equal.
-        for tensor in module.state_dict().values():
-            if isinstance(tensor, Tensor):
+        # Everything else, not only what is averaged: the common start of personal ones must agree too, and no later
+        # step would make them equal.
+        for name, tensor in module.state_dict().items():
+            if isinstance(tensor, Tensor) and (broadcast_frozen or name not in frozen):
                 tensor.copy_(group.broadcast(tensor))
+                num_sent += num_bytes([tensor]) if name in frozen else 0
+    return num_sent
 
 
 def digest(batch: Any) -> bytes:
@@ -73,7 +102,7 @@ def digest(batch: Any) -> bytes:
         if isinstance(leaf, Tensor):
             # Bytes instead of NumPy values, since NumPy has no bfloat16. Flat first, because a tensor without
             # dimensions can't be viewed in a dtype of another size.
-            content.update(leaf.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            content.update(leaf.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         else:
             content.update(repr(leaf).encode())
     return content.digest()

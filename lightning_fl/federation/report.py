@@ -34,6 +34,10 @@ def _concatenated(values: list[list[T]]) -> list[T]:
     return [value for own in values for value in own]
 
 
+def _union(values: list[list[str]]) -> list[str]:
+    return sorted(set(_concatenated(values)))
+
+
 def _first(values: list[T]) -> T:
     return values[0]
 
@@ -59,6 +63,7 @@ class RankReport:
         lost: Clients that dropped out before their update was added.
         empty: Clients without data.
         failed: Clients whose loader raised, each with a description of the error.
+        moved: Frozen parameters that the clients' training has written to.
         metrics: The values that the clients have logged.
         metric_states: For each torchmetric that was updated, a description of its state, which is in ``tensors``.
             Joined by :class:`~lightning_fl.strategies.metric_states.MetricStates`, from the reports of all ranks.
@@ -80,6 +85,7 @@ class RankReport:
     lost: list[ClientId] = _joined(list, _concatenated)
     empty: list[ClientId] = _joined(list, _concatenated)
     failed: list[tuple[ClientId, str]] = _joined(list, _concatenated)
+    moved: list[str] = _joined(list, _union)
     metrics: Entries = _joined(dict, merge_entries)
     metric_states: dict[str, Any] = _joined(dict, _first)
     has_late_values: bool = _joined(False, any)

@@ -25,9 +25,9 @@ from lightning_fl.federation.client_group import ClientGroup, GroupUpdate
 from lightning_fl.federation.client_task import ClientTask
 from lightning_fl.federation.federation import Federation
 from lightning_fl.federation.report import RankReport
-from lightning_fl.federation.server import Closing, ServerRound, update_template
+from lightning_fl.federation.server import Closing, ServerRound, contexts_of, update_templates
 from lightning_fl.federation.settings import FederationSettings, FederationState
-from lightning_fl.seeding import ClientRandomness, client_generator
+from lightning_fl.seeding import ClientRandomness, client_generator, derive_seed
 from lightning_fl.tree import clone, is_finite, leaves, move, norm, squared_norms
 from lightning_fl.types import Aggregate, ClientId, LocalRun, State, Update
 
@@ -119,6 +119,7 @@ class RoundResult:
             ``communicate`` and ``server``.
         num_bytes: Bytes that this rank has sent to the others.
         hides_clients: Whether exact facts about the clients must not reach the loggers.
+        unsent: Frozen parameters that clients have moved for the first time, and so without sending their movement.
     """
 
     closing: Closing
@@ -126,6 +127,7 @@ class RoundResult:
     seconds: dict[str, float]
     num_bytes: int
     hides_clients: bool
+    unsent: Sequence[str] = ()
 
     @property
     def state(self) -> FederationState:
@@ -233,7 +235,20 @@ class Round:
             ValueError: If the shared tensors have changed under an algorithm whose clients keep state for each of them.
         """
         # Before the server is opened: the server's state starts from the tensors that the module holds now.
-        params = trainer.begin_round(state.server.get("params"), schedules)
+        moving = state.moving
+        # Where clients are hidden, noise would move also those frozen parameters that no client moves.
+        if moving is None and settings.hides_clients:
+            moving = ()
+        is_alone = settings.population == 1
+        params = trainer.begin_round(
+            state.server.get("params"),
+            schedules,
+            counts_known=not settings.hides_clients,  # noise would turn what no client knows into a value
+            moving=moving,
+            is_alone=is_alone,
+            is_shared=not is_alone and not settings.silos,
+        )
+        templates = update_templates(settings, params, trainer.tensors.buffers)
         ctx = RoundContext(
             index,
             cohort,
@@ -243,9 +258,12 @@ class Round:
             seed=settings.seed,
             silos=settings.silos,
             frozen=trainer.tensors.frozen,
+            templates=templates,
+            min_clients=settings.aggregator.min_clients_of(len(cohort)),
+            integer_bits=settings.aggregator.integer_bits,
         )
         opened = federation.start(settings, state, params, ctx)
-        template = update_template(settings, params, trainer.tensors.buffers)
+        template = templates[-1]
         totals = RankTotals(settings.aggregator.init(template, trainer.device, session))
         server = ServerRound(settings, opened, trainer.round_start.buffers, template, ctx)
         return cls(server, trainer, store, federation, totals)
@@ -278,6 +296,8 @@ class Round:
         # Task and batches need each other: a change of phase while reading acts on the task.
         task = ClientTask(group, iter(()), phases, data.sizes, data.loader)
         self.trainer.start(group.starts, states, phases[0], group.grad_transform(phases[0]))
+        if self.trainer.is_shared:
+            self.trainer.seed(derive_seed(self.settings.seed, self.ctx.round, "module", client))
         task.batches = data.read(lambda: self._next_phase(task))
         return task
 
@@ -379,7 +399,10 @@ class Round:
             # The client's state is not staged either: the server never got the update that it belongs to.
             totals.lost.append(client)
             return None
-        totals.squared_norm += update.weight * norm(update.delta) ** 2
+        # The norm of an update in integers is in other units than the model's; and as long as each has a share of the
+        # noise only, it would be a release of its own.
+        if all(tensor.is_floating_point() for tensor in update.delta.values()):
+            totals.squared_norm += update.weight * norm(update.delta) ** 2
         if is_sound and (client_state or transform_states):
             self.store.stage(client, move({**client_state, **transform_states}, "cpu"))
         return update if is_sound else None
@@ -387,11 +410,11 @@ class Round:
     def _transform(
         self, client: ClientId, before: Mapping[str, Any], update: Update
     ) -> tuple[Update, dict[str, State]]:
-        states = {}
+        states, contexts = {}, contexts_of(self.settings, self.ctx)
         for index, transform in enumerate(self.settings.transforms):
             generator = client_generator(self.settings.seed, self.ctx.round, client, f"transform {index}")
             server = self.state.transforms[index]
-            ctx = replace(self.ctx, client=client, generator=generator, server=server)
+            ctx = replace(contexts[index], client=client, generator=generator, server=server)
             # By position, because the same transform may occur twice.
             key = f"transform {index}"
             update, states[key] = transform.client(update, before.get(key, {}), ctx)
@@ -435,6 +458,7 @@ class Round:
             schedule_end=totals.schedule_end,
             refused=[] if self.settings.hides_refusals else totals.refused,
             lost=totals.lost,
+            moved=sorted(self.trainer.moved),
         )
 
     def merge(self, report: RankReport) -> list[RankReport]:
@@ -476,11 +500,13 @@ class Round:
             "communicate": traffic.seconds_reducing - before.seconds_reducing,
             "server": time.perf_counter() - merged,
         }
+        unsent = [name for name in joined.moved if name not in self.opened.buffers]
         num_bytes = traffic.num_bytes - before.num_bytes
-        return RoundResult(closing, joined, seconds, num_bytes, self.settings.hides_clients)
+        return RoundResult(closing, joined, seconds, num_bytes, self.settings.hides_clients, unsent)
 
     def abandon(self) -> None:
         """Restores the module and the clients' states of the round's start, because the round can't be finished."""
         self.restore_randomness()
         self.store.roll_back()
+        self.trainer.put_back(also_alone=True)
         self.trainer.end_round(self.state.server["params"], self.opened.buffers, None)

@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from lightning_fl.aggregation import RoundContext
-from lightning_fl.engines.tensors import moved
+from lightning_fl.engines.buffers import contributions_like, moved
 from lightning_fl.federation.report import RankReport
 from lightning_fl.federation.settings import FederationSettings, FederationState
-from lightning_fl.tree import norm, scale, to_sum_dtype, tree_map, zeros_like
+from lightning_fl.tree import norm, scale, zeros_like
 from lightning_fl.types import Aggregate, State, Tree, Update
 
 
@@ -74,17 +74,31 @@ def open_server(
         ValueError: If the shared tensors have changed under an algorithm whose clients keep state for each of them.
     """
     states = [*state.transforms, *({} for _ in settings.transforms[len(state.transforms) :])]
-    started = [t.start_round(own, ctx) for t, own in zip(settings.transforms, states, strict=True)]
-    return FederationState(_continue(settings, state.server, params), started)
+    contexts = contexts_of(settings, ctx)
+    started = [t.start_round(own, c) for t, own, c in zip(settings.transforms, states, contexts, strict=True)]
+    return replace(state, server=_continue(settings, state.server, params), transforms=started)
 
 
 def update_template(settings: FederationSettings, params: Tree, buffers: Mapping[str, Tensor]) -> Update:
     """An update with the names and shapes of those that the aggregator receives; it holds the global model."""
-    update = Update(params, to_sum_dtype(buffers), aux=settings.algorithm.aux_like(params))
+    return update_templates(settings, params, buffers)[-1]
+
+
+def update_templates(settings: FederationSettings, params: Tree, buffers: Mapping[str, Tensor]) -> list[Update]:
+    """For each transform, an update like those that its client half is given, and one like those that are sent."""
+    # Noise would turn what no client knows into a value.
+    like = contributions_like(buffers, counts_known=not settings.hides_clients)
+    templates = [Update(params, like, aux=settings.algorithm.aux_like(params))]
     # What the client halves send may have other shapes than the model.
     for transform in settings.transforms:
-        update = transform.like(update)
-    return update
+        templates.append(transform.like(templates[-1]))
+    return templates
+
+
+def contexts_of(settings: FederationSettings, ctx: RoundContext) -> list[RoundContext]:
+    """The context of each transform, with its template."""
+    templates: Sequence[Update | None] = ctx.templates or [None] * len(settings.transforms)
+    return [replace(ctx, template=own) for _, own in zip(settings.transforms, templates, strict=False)]
 
 
 def server_step(
@@ -105,16 +119,15 @@ def server_step(
         The next state, the aggregate after the transforms, and the facts that the transforms report.
     """
     # The caller's state is not changed: it is the one to go back to if the round can't be closed.
-    states = list(state.transforms)
+    states, contexts = list(state.transforms), contexts_of(settings, ctx)
     # What the last client half did to an update has to be undone first.
     for index, transform in reversed(list(enumerate(settings.transforms))):
-        aggregate, states[index] = transform.server(aggregate, states[index], ctx)
+        aggregate, states[index] = transform.server(aggregate, states[index], contexts[index])
     # Asked after the transforms, since one that adds noise gives weight to a round that had no client.
     server = settings.algorithm.server_update(state.server, aggregate) if aggregate.weight else state.server
-    transforms = zip(settings.transforms, states, strict=True)
     facts: dict[str, Any] = {}
-    for transform, own in transforms:
-        facts.update(transform.report(own, ctx))
+    for transform, own, context in zip(settings.transforms, states, contexts, strict=True):
+        facts.update(transform.report(own, context))
     return replace(state, server=server, transforms=states), aggregate, facts
 
 
@@ -147,9 +160,11 @@ def close_server(opened: ServerRound, acc: Any, joined: RankReport) -> Closing:
     state, aggregate, facts = server_step(settings, opened.state, aggregate, ctx)
     if not is_empty:
         facts.update(settings.aggregator.report(acc, ctx))
+    if joined.num_clients:
+        state = replace(state, moving=sorted({*(state.moving or ()), *joined.moved}))
     weight = aggregate.weight or 1.0
     # Algorithms do not see buffers, so their mean is taken here.
-    buffers = tree_map(moved, opened.buffers, scale(aggregate.buffers, 1 / weight))
+    buffers = moved(opened.buffers, scale(aggregate.buffers, 1 / weight))
     reason = stop_reason(settings, state, ctx)
     return Closing(state, buffers, aggregate, norm(aggregate.delta) / weight, facts, reason)
 
@@ -163,8 +178,8 @@ def nothing(opened: ServerRound) -> Aggregate:
 
 def stop_reason(settings: FederationSettings, state: FederationState, ctx: RoundContext) -> str | None:
     """Why training must stop after this round, such as a spent privacy budget; None if it need not."""
-    transforms = zip(settings.transforms, state.transforms, strict=True)
-    reasons = (transform.stop_reason(own, ctx) for transform, own in transforms)
+    transforms = zip(settings.transforms, state.transforms, contexts_of(settings, ctx), strict=True)
+    reasons = (transform.stop_reason(own, context) for transform, own, context in transforms)
     return next((reason for reason in reasons if reason is not None), None)
 
 

@@ -86,7 +86,11 @@ class FederationState:
     Args:
         server: The algorithm's server state; empty before the first round.
         transforms: The state of each transform's server half.
+        moving: Names of frozen parameters that local training has written to, such as a teacher that follows its
+            student by an exponential moving average; they are averaged like buffers. None before a round has shown
+            which.
     """
 
     server: State = field(default_factory=dict)
     transforms: Sequence[State] = ()
+    moving: Sequence[str] | None = None

@@ -84,14 +84,18 @@ class SecureNoise:
         return samples.mul_(std)
 
     def _standard_normal(self, size: int) -> Tensor:
-        radius, angle = self._uniform(2 * NUM_SUMMED * size).view(2, NUM_SUMMED, size)
+        radius, angle = self.uniform(2 * NUM_SUMMED * size).view(2, NUM_SUMMED, size)
         radius = radius.neg_().add_(1.0).log_().mul_(-2.0 / NUM_SUMMED).sqrt_()  # 1 - u lies in (0, 1]
         return angle.mul_(2 * math.pi).cos_().mul_(radius).sum(0)
 
-    def _uniform(self, size: int) -> Tensor:
-        """Draws uniform samples in [0, 1), multiples of 2^-53."""
-        words = np.frombuffer(self._stream.update(bytes(8 * size)), dtype="<u8") >> np.uint64(11)
+    def uniform(self, size: int) -> Tensor:
+        """Draws uniform samples in [0, 1), multiples of 2^-53; float64 of shape ``(size,)`` on the CPU."""
+        words = self.words(size) >> np.uint64(11)
         return torch.from_numpy(words.astype(np.float64)).mul_(2.0**-53)
+
+    def words(self, size: int) -> np.ndarray:
+        """Draws uniform integers of 64 bits; uint64 of shape ``[size]``."""
+        return np.frombuffer(self._stream.update(bytes(8 * size)), dtype="<u8")
 
 
 def check_source() -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import lightning as L
@@ -21,6 +21,24 @@ from lightning_fl.strategies import results as logged
 from lightning_fl.strategies.log_buffer import LogBuffer
 from lightning_fl.strategies.logged_values import LoggedValues
 from lightning_fl.strategies.loops import RoundEpochLoop
+
+
+class BatchOfOne(ValueError):
+    """Raised for a batch of one example in front of a BatchNorm, which needs two to train."""
+
+
+@contextmanager
+def naming_batches_of_one() -> Iterator[None]:
+    """Raises torch's error about a batch of one as :class:`BatchOfOne`: it is the client's data that do not fit."""
+    try:
+        yield
+    except ValueError as error:
+        if "Expected more than 1 value per channel when training" not in str(error):
+            raise
+        raise BatchOfOne(
+            f"a batch of one example, and BatchNorm needs at least two to train ({error}). Drop an incomplete last "
+            "batch with drop_last=True, or take another batch_size"
+        ) from error
 
 
 class BatchSteps(ABC):

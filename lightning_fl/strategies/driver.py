@@ -6,7 +6,7 @@ import inspect
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, Literal
 
@@ -39,12 +39,12 @@ from lightning_fl.federation.history import RANK_FIGURES, figures, history_entry
 from lightning_fl.federation.metric_entries import Entries, as_numbers, merge_entries
 from lightning_fl.federation.rank_verification import digest
 from lightning_fl.strategies import internals
-from lightning_fl.strategies.batch_steps import BatchSteps, HookedSteps, TightSteps
+from lightning_fl.strategies.batch_steps import BatchOfOne, BatchSteps, HookedSteps, TightSteps, naming_batches_of_one
 from lightning_fl.strategies.catching_up import catch_up
 from lightning_fl.strategies.client_session import ClientSession
 from lightning_fl.strategies.hooks import batch_hook
 from lightning_fl.strategies.logged_values import LoggedValues, late_entries, monitor_names, publish
-from lightning_fl.strategies.loops import RoundEpochLoop
+from lightning_fl.strategies.loops import OUTSIDE_CLIENTS, RoundEpochLoop
 from lightning_fl.strategies.metric_states import MetricStates
 from lightning_fl.strategies.open_round import OpenRound
 from lightning_fl.strategies.probe import probe
@@ -66,6 +66,25 @@ from lightning_fl.types import ClientId
 OnClientError = Literal["raise", "skip"]
 
 
+@dataclass(frozen=True)
+class LastFit:
+    """What stays of a fit when it is over; another fit of the same module goes on from it.
+
+    Args:
+        module: The module that was trained; None if training has not started.
+        state: The federation's state.
+        store: The clients' states.
+        history: One entry for each finished round.
+        silos: Whether the clients were silos.
+    """
+
+    module: L.LightningModule | None
+    state: FederationState
+    store: ClientStore
+    history: list[dict[str, Any]]
+    silos: bool
+
+
 class RoundDriver:
     """Plans each round, trains its client groups one after the other, and closes it.
 
@@ -79,7 +98,7 @@ class RoundDriver:
         personal: ``fnmatch`` globs of tensors that stay with their client.
         strategy_type: The strategy's class as this package defines it.
         on_client_error: Whether a client whose loader raises ends the run or is left out.
-        last: The driver of the last ``fit``, whose state is taken over if this ``fit`` does not start at round 0.
+        last: The last ``fit``, whose state is taken over if this ``fit`` does not start at round 0.
     """
 
     def __init__(
@@ -93,7 +112,7 @@ class RoundDriver:
         personal: Sequence[str],
         strategy_type: type,
         on_client_error: OnClientError = "raise",
-        last: RoundDriver | None = None,
+        last: LastFit | None = None,
     ) -> None:
         self.trainer = trainer
         self.population = population
@@ -123,6 +142,11 @@ class RoundDriver:
         self.warnings = UserWarnings()
         self.rank_sync = RankSync(trainer, federation.group)
         self.has_late_values = False
+        self.num_bytes_before = 0
+        """Bytes sent before the first round, which are counted with it."""
+        self.is_closing = False
+        """Whether the round is half closed, so that there is neither its start nor its end to save."""
+        self.once_closed: Callable[[], None] | None = None
         self.client_metrics: set[str] = set()
         """Names under which clients have logged values, as monitors look them up."""
         self.ends_round = False
@@ -179,7 +203,13 @@ class RoundDriver:
         cohort_size = len(population) if is_random else len(self.plan.cohort)
         least = 0 if is_random and sampling is not None and sampling.rate < 1 else None
         return FederationFacts(
-            population.silos is not None, cohort_size, is_training=True, max_weight=max_weight, min_cohort_size=least
+            population.silos is not None,
+            cohort_size,
+            is_training=True,
+            max_weight=max_weight,
+            min_cohort_size=least,
+            clients=population.ids,
+            seed=self.settings.seed,
         )
 
     @property
@@ -203,7 +233,7 @@ class RoundDriver:
         """
         last, self._last = self._last, None
         index = internals.current_round(self.trainer)
-        if last is not None and last.module_trained is self.module and index > 0:
+        if last is not None and last.module is self.module and index > 0:
             self.state, self.store, self.history = last.state, last.store, last.history
             for phase in range(len(self.settings.algorithm.phases())):
                 # Each fit configures its optimizers anew, as with a plain Trainer, so the states of the last fit's are
@@ -274,9 +304,12 @@ class RoundDriver:
                 self._leave_out(opened, failed)
                 continue
             except Exception as error:
-                if len(task.clients) == 1:
+                if len(task.clients) > 1:
+                    self._undo(opened, task, error)
+                elif isinstance(error, BatchOfOne):
+                    self._leave_out(opened, LoaderFailed(task.clients[0], error))
+                else:
                     raise
-                self._undo(opened, task, error)
                 continue
             self._finish(opened, task)
             if opened.pending:
@@ -285,7 +318,10 @@ class RoundDriver:
         if not steps.is_open:
             steps.skip()
         self._close(opened)
-        steps.end_round()
+        assert self.local_trainer is not None
+        with self.local_trainer.isolation.after_round():
+            steps.end_round()
+        loop.position = OUTSIDE_CLIENTS
 
     def _train(self, opened: OpenRound, task: ClientTask) -> None:
         """Trains a client group on its batches."""
@@ -295,7 +331,8 @@ class RoundDriver:
             steps.hold()
         for batch, position in task.batches:
             self._look_at_first(opened, batch)
-            steps.train(task, batch, position, ends_round=position.is_last and not opened.pending)
+            with naming_batches_of_one():
+                steps.train(task, batch, position, ends_round=position.is_last and not opened.pending)
             opened.num_batches_done += 1
             if not position.is_last:
                 self._end_phase(opened, task, position.ends_phase)
@@ -367,6 +404,8 @@ class RoundDriver:
         self._placeholders = []
         self.metric_states.mark()
         values = LoggedValues()
+        # A silo's hooks run for its own client, those of a simulation's ranks for all.
+        values.before_clients(results, 1 if self.population.silos else self.group.size)
         opened = OpenRound(
             round=round,
             loaders=RoundLoaders(
@@ -428,6 +467,7 @@ class RoundDriver:
         # Each client starts at the round's step, so that what reads `global_step` does not depend on which clients this
         # rank has trained before.
         opened.steps.loop.set_global_step(opened.first_step)
+        opened.steps.loop.position = OUTSIDE_CLIENTS
         if len(clients) > 1:
             return self._start_group(opened, clients)
         (client,) = clients
@@ -533,7 +573,8 @@ class RoundDriver:
             # The loggers' x-axis advances as if the clients had trained one after the other.
             opened.more_logger_steps += outcome.num_steps - num_shared_steps
         else:
-            logged = session.finish(outcome.accepted)
+            # A silo whose refusal is hidden must not show it by metrics that are missing.
+            logged = session.finish([True] if self.settings.hides_refusals else outcome.accepted)
             self.call_hook("on_client_end", clients[0], replace(outcome.runs[0], logged=logged), outcome.update)
         self.call_hook("on_group_end", clients)
         if self.plan.num_batches(clients) is None:
@@ -584,7 +625,10 @@ class RoundDriver:
             if self.settings.hides_refusals:
                 self.warnings.untold_refusals(index, round.totals.refused)
             self.warnings.data(index, reports)
+            self.is_closing = True
             result = round.close(reports, opened.loaders.seconds_waiting)
+        result = replace(result, num_bytes=result.num_bytes + self.num_bytes_before)
+        self.num_bytes_before = 0
         # This ends the local phase: from here on the strategy's collectives concern all ranks, which the checkpoints
         # and the logged figures below need.
         self.state, self.open_round = result.state, None
@@ -602,6 +646,8 @@ class RoundDriver:
         if self.settings.is_differentially_private:
             self.warnings.monitors(trainer, logged)
         self.warnings.result(index, result)
+        assert self.local_trainer is not None
+        self.warnings.put_back(self.local_trainer.isolation.changed)
         self.history.append(history_entry(index, result, self.plan.dropped))
         internals.log_figures(trainer, figures(self.history[-1], result.hides_clients), RANK_FIGURES)
         self.warnings.words(trainer, words(self.history[-1]))
@@ -625,6 +671,10 @@ class RoundDriver:
         if is_new:
             assert self.local_trainer is not None
             self.rank_sync.settle(self.plan.round, self.local_trainer.tensors.all, self._trained_last_round)
+        self.is_closing = False
+        if self.once_closed is not None:
+            waiting, self.once_closed = self.once_closed, None
+            waiting()
 
     def after_round(self) -> None:
         """Called at the epoch's end, after validation: joins the values that were logged after the round was closed."""
@@ -677,11 +727,19 @@ class RoundDriver:
 
     def stop(self) -> None:
         """Called at the end of the fit: removes the hooks from the optimizers."""
+        if self.vectorized is not None:
+            self.vectorized.close()
         if self.local_trainer is not None:
             self.local_trainer.optimizers.close()
             self.local_trainer = None
 
     # ---- checkpoints
+
+    @property
+    def so_far(self) -> LastFit:
+        """What stays of this fit."""
+        silos = self.population.silos is not None
+        return LastFit(self.module_trained, self.state, self.store, self.history, silos)
 
     def forget_last_fit(self) -> None:
         """Takes nothing over from the last fit of the same objects, because this one starts from a checkpoint."""
@@ -711,6 +769,26 @@ class RoundDriver:
     def defers_checkpoints(self) -> bool:
         """Whether a checkpoint waits for the round's end, because there is no whole round to resume from yet."""
         return self.open_round is not None or self._is_unsettled
+
+    def rewind(self, checkpoint: dict[str, Any]) -> None:
+        """Puts the round's start into a checkpoint that was made while clients train, for a job that is about to end.
+
+        Training itself goes on undisturbed.
+        """
+        opened, trainer = self.open_round, self.local_trainer
+        assert opened is not None
+        assert trainer is not None
+        start = trainer.state_of_start(opened.round.state.server["params"])
+        held = checkpoint["state_dict"]
+        held.update({name: value for name, value in start.items() if name in held})
+        checkpoint["optimizer_states"] = trainer.optimizers.state_dicts_of_start()
+        states = iter(trainer.optimizers.schedule_states_of_start)
+        inside = {id(config): next(states) for config, _ in self.schedules}
+        checkpoint["lr_schedulers"] = [
+            inside.get(id(config), state)
+            for config, state in zip(self.trainer.lr_scheduler_configs, checkpoint["lr_schedulers"], strict=True)
+        ]
+        checkpoint["loops"]["fit_loop"] = opened.loops_before
 
     def defer_checkpoint(self, path: str, weights_only: bool) -> None:
         """Records a checkpoint to be written at the round's end."""

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import lightning as L
 import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
-from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch import Tensor
 
-from lightning_fl.aggregation import Aggregator, Transform, WeightedMean
+from lightning_fl.aggregation import Aggregator, Corruption, Transform, WeightedMean
 from lightning_fl.algorithms import Algorithm, Weighting, get_algorithm
 from lightning_fl.clients import Amount, Cohort, Participation, Population, Stragglers, Uniform
 from lightning_fl.clients.cohorts import describe_sampling
@@ -28,40 +28,43 @@ from lightning_fl.communication.objects import decode_object, encode_object
 from lightning_fl.data.partitioners.partitioner import Partitioner
 from lightning_fl.data.splitting import shard
 from lightning_fl.engines import ClientOptimizer, OptimizerStates, Vectorized
-from lightning_fl.engines.tensors import FederatedTensors
+from lightning_fl.engines.tensors import FederatedTensors, check_tensors
 from lightning_fl.engines.vectorized.stacking import StackedBatch
 from lightning_fl.federation import Federation, FederationSettings, GroupFederation
 from lightning_fl.federation.rank_verification import digest, synchronize_module, verify_ranks
 from lightning_fl.federation.settings import is_private
 from lightning_fl.federation.single_update import SingleUpdate
 from lightning_fl.strategies import internals
-from lightning_fl.strategies.callback import RoundCallback
+from lightning_fl.strategies.callback import LastRound, RoundCallback
 from lightning_fl.strategies.checkpoint import (
     KEY,
     ClientStateFiles,
     WholeCheckpointIO,
     pack,
     read_client_states,
-    state_files,
+    silo_folder,
     unpack,
     warn_of_plain_checkpoint,
 )
 from lightning_fl.strategies.client_discovery import build_population
-from lightning_fl.strategies.driver import OnClientError, RoundDriver
+from lightning_fl.strategies.driver import LastFit, OnClientError, RoundDriver
 from lightning_fl.strategies.engine_selection import select_engine
 from lightning_fl.strategies.evaluation import EvaluationMetrics
 from lightning_fl.strategies.hooks import run_training_step
 from lightning_fl.strategies.loops import adopt_loops
 from lightning_fl.strategies.network import check_network, open_network, settings_of_silo
+from lightning_fl.strategies.one_package import refuse_apart
 from lightning_fl.strategies.round_loaders import RoundLoader
 from lightning_fl.strategies.round_view import RoundView
 from lightning_fl.strategies.user_warnings import UserWarnings
 from lightning_fl.strategies.validation import (
     SEVERAL_LOADERS,
     check_choice,
+    check_launcher,
     check_phases,
     check_same_on_ranks,
     check_trainer,
+    check_type,
     check_types,
     check_work,
     choose_weighting,
@@ -69,13 +72,14 @@ from lightning_fl.strategies.validation import (
     settings_of_ranks,
     settings_of_training,
     versions,
+    warn_of_processes,
 )
 
 if TYPE_CHECKING:
     from lightning_fl.coordinator.silo import NetworkFederation
 
 
-class FederatedStrategy(ParallelStrategy):
+class FederatedStrategy(internals.ReusableStrategy):
     """Trains an unmodified LightningModule as a federation; a round is a Lightning epoch.
 
     Args:
@@ -102,6 +106,9 @@ class FederatedStrategy(ParallelStrategy):
         cohort: How the clients of a round are chosen. None: :class:`~lightning_fl.clients.Uniform`.
         stragglers: Clients that do not finish their local training. None: all clients finish.
         timeout: Seconds that a collective waits for the other ranks.
+        frozen: What happens to frozen parameters, which don't travel in rounds, before the first one: ``"compare"``:
+            they must be the same on all ranks; ``"broadcast"``: all ranks get those of rank 0.
+        adversary: Lets some simulated clients attack, as ``fl.attacks.Adversary(fl.attacks.ALIE())``. None: nobody.
         federation: The coordinator's address, ``"https://host:port"``: this launch is then one silo of a federation
             over a network, and its training loader that silo's data.
         kit: The folder with the silo's key and certificate, for ``federation``.
@@ -118,6 +125,7 @@ class FederatedStrategy(ParallelStrategy):
 
     strategy_name: ClassVar[str] = "federated"
     is_federated: ClassVar[bool] = True
+    default_checkpoint_io = WholeCheckpointIO
 
     def __init__(
         self,
@@ -139,10 +147,12 @@ class FederatedStrategy(ParallelStrategy):
         cohort: Cohort | None = None,
         stragglers: Stragglers | None = None,
         timeout: float = 1800.0,
+        frozen: Literal["compare", "broadcast"] = "compare",
+        adversary: Corruption | None = None,
         federation: str | None = None,
         kit: str | Path | None = None,
     ) -> None:
-        super().__init__(checkpoint_io=WholeCheckpointIO())
+        super().__init__()
         self.cohort = cohort or Uniform()
         self.stragglers = stragglers
         check_types(partition, aggregator, transforms, personal)
@@ -154,6 +164,9 @@ class FederatedStrategy(ParallelStrategy):
         check_choice("weighting", weighting, (None, "examples", "uniform"))
         check_choice("client_optimizer", client_optimizer, ("reset", "keep"))
         check_choice("on_client_error", on_client_error, ("raise", "skip"))
+        check_choice("frozen", frozen, ("compare", "broadcast"))
+        self.frozen = frozen
+        self._bytes_of_frozen = 0
         if not isinstance(engine, Vectorized):
             check_choice("engine", engine, ("auto", "sequential", "vectorized"))
         self.algorithm = get_algorithm(algorithm) if isinstance(algorithm, str) else algorithm
@@ -174,6 +187,10 @@ class FederatedStrategy(ParallelStrategy):
         sampling = None if num_clients is None else describe_sampling(self.cohort, num_clients, clients_per_round)
         if sampling is not None and sampling.kind != "poisson":
             self.aggregator.check_cohort(round(sampling.size))
+        self.adversary = adversary
+        if adversary is not None:
+            check_type("adversary", adversary, Corruption, "fl.attacks.Adversary(fl.attacks.SignFlip())")
+            self.aggregator = adversary.wrap_aggregator(self.aggregator)
         check_phases(self.algorithm, local_epochs, local_steps)
         self.named_personal = (personal,) if isinstance(personal, str) else tuple(personal)
         self.personal = self.named_personal
@@ -190,13 +207,15 @@ class FederatedStrategy(ParallelStrategy):
         self.num_nodes = 1
         self.federation: Group = LocalGroup()
         self.driver: RoundDriver | None = None
-        self._last_driver: RoundDriver | None = None
-        self._connected = False
+        self._last_fit: LastFit | None = None
+        self._connection: tuple[Any, ...] | None = None
+        self._unfinished: dict[str, tuple[ClientStateFiles, list[str]]] = {}
         self._loaded_checkpoint: tuple[Any, dict[str, Any] | None] | None = None
         self.limit_train_batches: int | float = 1.0
         self.group_losses: Tensor | None = None
         """The losses of the clients that train side by side, in their last step."""
         self._works_alone = False
+        self._is_requeued = False
         self._warnings = UserWarnings()
         self._evaluation_metrics: EvaluationMetrics | None = None
 
@@ -249,6 +268,7 @@ class FederatedStrategy(ParallelStrategy):
 
     def set_world_ranks(self) -> None:
         """Sets this process's rank in the cluster environment and in Lightning's rank-zero functions."""
+        refuse_apart(self.accelerator)  # here, because it is called when a Trainer takes the strategy
         assert self.cluster_environment is not None
         if self.started_by_launcher:
             started, asked = super().world_size, self.num_processes * self.num_nodes
@@ -267,14 +287,16 @@ class FederatedStrategy(ParallelStrategy):
         assert self.cluster_environment is not None
         # Without a launcher Lightning runs in this process, which is right where torchrun, SLURM or MPI has started it.
         if not self.cluster_environment.creates_processes_externally and self.num_processes * self.num_nodes > 1:
+            warn_of_processes(self.num_processes, self.root_device)
             self._launcher = internals.SubprocessLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
 
     def setup_environment(self) -> None:
         super().setup_environment()
-        # Each fit, validate and test comes here; the ranks stay connected between them.
-        if self._connected:
-            return
         assert self.cluster_environment is not None
+        # Each fit, validate and test comes here; the ranks stay connected between them, also from Trainer to Trainer.
+        connection = self.global_rank, super().world_size, self.root_device.type
+        if self._connection == connection:
+            return
         environment = self.cluster_environment
         self.federation = connect(
             self.global_rank,
@@ -284,7 +306,9 @@ class FederatedStrategy(ParallelStrategy):
             self.root_device,
             self.timeout,
         )
-        self._connected = True
+        self._connection = connection
+        if self.federation.size == 1:
+            check_launcher()
         if self.address is not None:
             assert self.kit is not None
             self.network = open_network(self.address, self.kit)
@@ -331,19 +355,20 @@ class FederatedStrategy(ParallelStrategy):
         super().connect(model)
         self._loaded_checkpoint = None
         trainer = model.trainer
-        # Lightning connects for each fit, validate and test. The last fit's driver still knows the history, whose data
-        # validation uses, and the state from which another fit goes on.
-        self._last_driver, self.driver = self.driver or self._last_driver, None
+        # Lightning connects for each fit, validate and test.
+        self._last_fit, self.driver = self._fit_so_far, None
         self._works_alone = False
         # Lightning cuts loaders up by rank wherever `is_distributed` holds, which `sync_dist` needs; the clients are
         # spread over the ranks instead.
         internals.keep_samplers(trainer)
+        internals.adopt_signals(trainer)
         adopt_loops(trainer)
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        # A second one would drive each round twice. It is inserted here, and not by a hook of the user's module,
-        # because Lightning orders the callbacks and restores their states only after it has connected the strategy.
-        if not any(isinstance(callback, RoundCallback) for callback in callbacks):
-            callbacks.insert(0, RoundCallback(self))
+        # A second one would drive each round twice, also one that came with the callbacks of another Trainer. It is
+        # inserted here, and not by a hook of the user's module, because Lightning orders the callbacks and restores
+        # their states only after it has connected the strategy.
+        own = RoundCallback | LastRound
+        callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, own)]  # type: ignore[attr-defined]
+        trainer.callbacks = [RoundCallback(self), *callbacks, LastRound()]  # type: ignore[attr-defined]
 
     def setup(self, trainer: L.Trainer) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
@@ -351,6 +376,8 @@ class FederatedStrategy(ParallelStrategy):
         check_same_on_ranks(self.federation, "validation data", trainer.enable_validation)
         super().setup(trainer)
         assert self.lightning_module is not None
+        if trainer.state.fn == TrainerFn.FITTING or self.federation.size > 1:
+            check_tensors(self.lightning_module)
         self.personal = tuple(self.algorithm.personal(self.lightning_module, self.named_personal))
         is_hidden = is_private(self.aggregator, self.transforms, self._protects_examples)
         columns = described_columns(getattr(trainer, "datamodule", None), is_hidden)
@@ -359,7 +386,10 @@ class FederatedStrategy(ParallelStrategy):
             verify_ranks(self.federation, self.lightning_module, settings, versions(), columns)
             # Without `seed_everything` the ranks have initialised their modules differently. Only after the check: with
             # modules whose tensors differ, the broadcasts would pair up different ones.
-            synchronize_module(self.federation, self.lightning_module)
+            sent = synchronize_module(self.federation, self.lightning_module, self.frozen == "broadcast")
+            self._bytes_of_frozen = sent
+            if sent:
+                rank_zero_info(f"Rank 0 has sent {sent:,} bytes of frozen parameters to each of the others.")
         if self.network is not None and trainer.state.fn == TrainerFn.FITTING:
             common = {**settings_of_training(trainer), **columns}
             hides = self._protects_examples or any(transform.hides_clients for transform in self.transforms)
@@ -402,6 +432,9 @@ class FederatedStrategy(ParallelStrategy):
             callbacks=trainer.callbacks,  # type: ignore[attr-defined]
             silo=None if self.network is None else self.network.name,
         )
+        if self.adversary is not None:
+            loaders = self.adversary.wrap_loaders(population.loaders, self._seed)
+            population = Population(loaders, population.silos)
         if self.driver is None:
             self.driver = self._make_driver(population)
         else:
@@ -432,7 +465,7 @@ class FederatedStrategy(ParallelStrategy):
             personal=self.personal,
             strategy_type=FederatedStrategy,
             on_client_error=self.on_client_error,
-            last=self._last_driver,
+            last=self._last_fit,
         )
 
     # ---- hooks
@@ -447,11 +480,12 @@ class FederatedStrategy(ParallelStrategy):
                 "`training_step(dataloader_iter)` fetches its batches itself, but in a federation each batch belongs "
                 "to a client. Write `training_step(batch, batch_idx)`."
             )
-        self.active_driver.sticky = self._clients_keep_state
+        self.active_driver.personal, self.active_driver.sticky = self.personal, self._clients_keep_state
         self._resume()
         # It hooks into the user's optimizers, and the hooks must not outlive a start that fails.
         optimizers = OptimizerStates(self.optimizers)
         try:
+            self.active_driver.num_bytes_before, self._bytes_of_frozen = self._bytes_of_frozen, 0
             self.active_driver.start(*select_engine(self, trainer, optimizers))
         except BaseException:
             optimizers.close()
@@ -493,7 +527,9 @@ class FederatedStrategy(ParallelStrategy):
             return
         driver.resume(unpack(packed, self.algorithm, self._module), packed)
         if driver.sticky and packed["history"]:
-            read_client_states(path, packed["manifests"], driver.store, driver.population, self.federation)
+            read_client_states(
+                path, packed["manifests"], driver.store, driver.population, self.federation, self._silo_folder
+            )
 
     def on_validation_start(self) -> None:
         self._start_evaluation()
@@ -533,12 +569,15 @@ class FederatedStrategy(ParallelStrategy):
         # Lightning does not pass `save_weights_only` on; it shows in what the checkpoint holds.
         weights_only = "optimizer_states" not in checkpoint
         driver = self.driver
-        if driver is not None and driver.defers_checkpoints:
+        is_in_round = driver is not None and driver.open_round is not None
+        if driver is not None and driver.defers_checkpoints and not self._is_requeued:
             driver.defer_checkpoint(str(filepath), weights_only)
             return
         if driver is None or weights_only:
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
+        if is_in_round:
+            driver.rewind(checkpoint)
         if driver.interrupted_loops is not None:
             checkpoint["loops"]["fit_loop"] = driver.interrupted_loops
         checkpoint[KEY] = {**pack(self.algorithm, driver.state, self._module), **driver.progress()}
@@ -546,22 +585,50 @@ class FederatedStrategy(ParallelStrategy):
         group = LocalGroup() if self.in_local_phase else self.federation
         # Client states are written before the checkpoint that names them, and those of its predecessor are deleted
         # after it: whenever the process dies, the checkpoint on disk has its states.
-        client_states = ClientStateFiles(group, filepath) if driver.sticky else None
-        checkpoint[KEY]["manifests"] = client_states.write(driver.store) if client_states else []
+        client_states = ClientStateFiles(group, filepath, self._silo_folder) if driver.sticky else None
+        job = f"requeue-{os.environ.get('SLURM_JOB_ID', '')}-{driver.plan.round}" if self._is_requeued else None
+        checkpoint[KEY]["manifests"] = client_states.write(driver.store, self.federation, job) if client_states else []
         super().save_checkpoint(checkpoint, filepath, storage_options)
-        if client_states is not None:
+        if client_states is not None and job is None:
             self.barrier()
-            if self.is_global_zero:
-                client_states.finish(checkpoint[KEY]["manifests"])
+            if self.is_global_zero or client_states.is_own:
+                self._unfinished[str(filepath)] = client_states, checkpoint[KEY]["manifests"]
+                # Written in the background, the checkpoint may reach the disk later than its predecessor's states go.
+                if not isinstance(self.checkpoint_io, AsyncCheckpointIO):
+                    self._finish_client_states()
+
+    def _finish_client_states(self) -> None:
+        while self._unfinished:
+            client_states, manifests = self._unfinished.popitem()[1]
+            client_states.finish(manifests)
+
+    def requeue(self, handle: Callable[[], None]) -> None:
+        """Called on SLURM's signal that the job is about to end and will be queued again.
+
+        Args:
+            handle: Lightning's handler, which saves a checkpoint and queues the job.
+        """
+        # Ranks get the signal at different places, so that none may wait for another.
+        driver = self.driver
+        if driver is not None and driver.is_closing:
+            driver.once_closed = lambda: self.requeue(handle)
+            return
+        self._is_requeued = True
+        try:
+            with self.local_phase():
+                handle()
+        finally:
+            self._is_requeued = False
 
     def remove_checkpoint(self, filepath: Any) -> None:
         if self.driver is not None and self.driver.forget_deferred(str(filepath)):
             return
         super().remove_checkpoint(filepath)
-        files = state_files(filepath)
-        if self.is_global_zero and files.root.exists():
-            files.forget(Path(filepath).name)
-            files.collect()
+        self._unfinished.pop(str(filepath), None)
+        own = self._silo_folder
+        # Beside a URL there are no states.
+        if own is not None or (self.is_global_zero and "://" not in str(filepath)):
+            ClientStateFiles(self.federation, filepath, own).forget()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
@@ -575,15 +642,36 @@ class FederatedStrategy(ParallelStrategy):
             self.driver.stop()
         if self.network is not None:
             self.network.leave("its run has ended")
-        super().teardown()
+        internals.clip_norms_as_before(self.precision_plugin)
+        super().teardown()  # this waits for checkpoints that are written in the background
+        self._finish_client_states()
+
+    def take_new_trainer(self) -> None:
+        super().take_new_trainer()
+        self.driver = self._last_fit = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The settings and what stays of the last fit, to copy or pickle; connections stay with their process."""
+        state = super().__getstate__() | {"driver": None, "_last_fit": self._fit_so_far}
+        return state | {
+            "federation": LocalGroup(),
+            "_connection": None,
+            "_evaluation_metrics": None,
+            "_launcher": None,
+            "network": None,
+        }
 
     # ---- public state
 
     @property
     def history(self) -> list[dict[str, Any]]:
         """One entry for each finished round: clients, examples, steps, refused and empty clients, seconds."""
-        driver = self.driver or self._last_driver
-        return [] if driver is None else driver.history
+        last = self._fit_so_far
+        return [] if last is None else last.history
+
+    @property
+    def _fit_so_far(self) -> LastFit | None:
+        return self._last_fit if self.driver is None else self.driver.so_far
 
     @property
     def active_driver(self) -> RoundDriver:
@@ -617,6 +705,14 @@ class FederatedStrategy(ParallelStrategy):
         return self._module.trainer
 
     @property
+    def _silo_folder(self) -> Path | None:
+        """This silo's own folder of client states; None beside the checkpoint, whose path rank 0 chooses."""
+        is_silo = self.driver is not None and self.driver.population.silos is not None
+        if not is_silo or self.is_global_zero:
+            return None
+        return silo_folder(self._trainer.default_root_dir, self.federation.rank)
+
+    @property
     def _protects_examples(self) -> bool:
         callbacks = self._trainer.callbacks  # type: ignore[attr-defined]
         return any(getattr(callback, "protects_examples", False) for callback in callbacks)
@@ -628,9 +724,9 @@ class FederatedStrategy(ParallelStrategy):
 
     @property
     def _validation_is_per_rank(self) -> bool:
-        driver = self.driver or self._last_driver
-        if driver is not None:
-            return driver.population.silos is not None
+        last = self._fit_so_far
+        if last is not None:
+            return last.silos
         if self.network is not None:
             return True
         # Without a fit there is no driver to ask, so this decides as `build_population` would.

@@ -14,15 +14,20 @@ from functools import partial
 from typing import Any
 
 import torch
+from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 from lightning.pytorch.loops.optimization.automatic import Closure
 from lightning.pytorch.plugins import Precision
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning.pytorch.utilities.types import LRSchedulerConfig
@@ -34,10 +39,80 @@ from lightning_fl.engines.vectorized.stacking import StackedBatch
 SubprocessLauncher = _SubprocessScriptLauncher
 
 
+def last_step_saved(checkpoint: ModelCheckpoint) -> int:
+    """The ``global_step`` at which a callback has saved last: it says so nowhere else."""
+    return checkpoint._last_global_step_saved
+
+
+class ReusableStrategy(ParallelStrategy):
+    """A strategy object that serves any number of Trainers, one after the other, each with settings of its own.
+
+    A Trainer leaves its accelerator, devices, plugins and launcher in its strategy, and Lightning takes them for the
+    user's choice when another Trainer gets the strategy: it refuses to set them twice, or keeps the old ones.
+    """
+
+    default_checkpoint_io: type[CheckpointIO] = TorchCheckpointIO
+    """What writes checkpoints if neither the user nor the Trainer has given a plug-in."""
+    _as_built: dict[str, Any] | None = None
+
+    @property
+    def _accelerator(self) -> Accelerator | None:
+        # Since `accelerator` below has a place of its own, only a Trainer that takes the strategy reads this, and
+        # before anything else.
+        if self._as_built is not None:
+            self.take_new_trainer()
+        return self.accelerator
+
+    @_accelerator.setter
+    def _accelerator(self, accelerator: Accelerator | None) -> None:
+        self._own_accelerator = accelerator
+
+    @property
+    def accelerator(self) -> Accelerator | None:
+        return self._own_accelerator
+
+    @accelerator.setter
+    def accelerator(self, accelerator: Accelerator | None) -> None:
+        # The first thing that a Trainer sets: what is there before is the user's.
+        if self._as_built is None:
+            flags = ("_own_accelerator", "_precision_plugin", "_checkpoint_io", "cluster_environment")
+            names = (*flags, "_parallel_devices", "_launcher", "num_nodes")
+            self._as_built = {name: getattr(self, name) for name in names}
+        self._own_accelerator = accelerator
+
+    def take_new_trainer(self) -> None:
+        """Called when another Trainer takes the strategy, which then is as it was before the first one."""
+        vars(self).update(self._as_built or {})
+
+    @property
+    def checkpoint_io(self) -> CheckpointIO:
+        io = self._checkpoint_io = self._checkpoint_io or self.default_checkpoint_io()
+        if isinstance(io, _WrappingCheckpointIO):
+            io.checkpoint_io = self.default_checkpoint_io()  # only if it wraps none yet
+        return io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        self._checkpoint_io = io
+
+
 def keep_samplers(trainer: Trainer) -> None:
     """Stops Lightning from cutting loaders up by rank with a ``DistributedSampler``."""
     # Lightning does so wherever a strategy is distributed, and `sync_dist` has no effect where it is not.
     trainer._accelerator_connector.use_distributed_sampler = False
+
+
+class RequeueConnector(_SignalConnector):
+    """Lightning's handlers of signals, of which that of a SLURM requeue saves what a federation can go on from."""
+
+    def _slurm_sigusr_handler_fn(self, signum: Any, frame: Any) -> None:
+        handler = super()._slurm_sigusr_handler_fn
+        self.trainer.strategy.requeue(lambda: handler(signum, frame))  # type: ignore[attr-defined]
+
+
+def adopt_signals(trainer: Trainer) -> None:
+    """Lets the strategy save before a requeue; Lightning registers its handlers after it has connected the strategy."""
+    trainer._signal_connector.__class__ = RequeueConnector
 
 
 def set_round_length(trainer: Trainer, num_batches: int | None, fetch_limit: int) -> None:
@@ -294,6 +369,11 @@ def clip_norms_with(precision: Any, clip: Callable[[torch.optim.Optimizer, float
     precision.clip_grad_by_norm = clip_grad_by_norm
 
 
+def clip_norms_as_before(precision: Any) -> None:
+    """Ends what :func:`clip_norms_with` began."""
+    vars(precision).pop("clip_grad_by_norm", None)
+
+
 def batch_mover(trainer: Trainer) -> Callable[[Any], Any]:
     """A function that moves a batch to the module's precision and device, where no transfer hook is overridden.
 
@@ -327,6 +407,12 @@ def running_training_step(module: Any) -> Iterator[None]:
         yield
     finally:
         attributes["_current_fx_name"] = None
+
+
+def bookkeeping(owner: Any) -> tuple[str, ...]:
+    """Names of a module's attributes in which Lightning keeps what no step computes with."""
+    # The hook that is running, and a cache of the names of logged metrics.
+    return ("_current_fx_name", "_metric_attributes") if isinstance(owner, LightningModule) else ()
 
 
 @contextmanager

@@ -25,6 +25,19 @@ class LoggedValues:
         self._phase: Entries = {}
         self._counts: dict[str, int] = {}
 
+    def before_clients(self, results: ResultCollection, num_ranks: int) -> None:
+        """Adds values logged before the first client, by a hook that every rank runs for all clients.
+
+        Args:
+            results: Lightning's collection of the logged values.
+            num_ranks: On how many ranks the hook has run for the same clients; a sum counts it once.
+        """
+        self.after_phase(results, counts=True)
+        for key, entry in self._client.items():
+            share = num_ranks if entry["reduction"] == "sum" else 1
+            add_entry(self.entries, key, {**entry, "value": entry["value"] / share})
+        self._client = {}
+
     def after_batch(self, results: ResultCollection, num_examples: int) -> None:
         """Adds values logged with ``on_epoch=False``, which Lightning does not accumulate."""
         for key, result in results.items():

@@ -39,8 +39,9 @@ class RoundEpochLoop(_TrainingEpochLoop):
       :meth:`train_batch` and :meth:`end_batch` for each batch, the two halves of what Lightning does in ``advance``.
     - ``max_steps`` and ``should_stop`` take effect at the round's end only, where all ranks decide together; so does
       validation.
-    - Accumulation windows, the frequency of step schedules and the ``batch_idx`` of ``training_step`` are counted
-      within a client, so that they do not depend on which rank trains it.
+    - Accumulation windows, the frequency of step schedules, ``batch_idx`` and ``trainer.is_last_batch`` are counted
+      within a client's pass over its data, so that they do not depend on which rank trains it, or when. Only progress
+      bars are given the batch's index in the round.
     - Epoch schedules step when the round is closed.
     - A rank without clients runs the round without the user's batch hooks.
     """
@@ -142,7 +143,7 @@ class RoundEpochLoop(_TrainingEpochLoop):
         module, connector = trainer.lightning_module, trainer._logger_connector
         self.position, self.is_round_done = position, ends_round
         self.batch_idx_in_round, self.outputs = self.batch_idx + 1, None
-        self.batch_progress.is_last_batch = ends_round
+        self.batch_progress.is_last_batch = position.ends_epoch
         # From here on the calls and their order are those of Lightning's `advance`, on which callbacks and loggers
         # rely.
         batch = module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), dataloader_idx=0)
@@ -152,13 +153,13 @@ class RoundEpochLoop(_TrainingEpochLoop):
         if batch is None:
             self._warning_cache.warn("train_dataloader yielded None. If this was on purpose, ignore this warning...")
         else:
-            self._start_hooks(batch, self.batch_idx_in_round)
+            self._start_hooks(batch, position.offset)
             self.batch_progress.increment_started()
             kwargs = self._build_kwargs(OrderedDict(), batch, position.offset)
             with trainer.profiler.profile("run_training_batch"):  # type: ignore[attr-defined]
                 if module.automatic_optimization:
                     optimizer = trainer.optimizers[0]
-                    self.outputs = self.automatic_optimization.run(optimizer, self.batch_idx_in_round, kwargs)
+                    self.outputs = self.automatic_optimization.run(optimizer, position.offset, kwargs)
                 else:
                     self.outputs = self.manual_optimization.run(kwargs)
         self.batch_progress.increment_processed()
@@ -167,7 +168,7 @@ class RoundEpochLoop(_TrainingEpochLoop):
 
     def _start_hooks(self, batch: Any, batch_idx: int) -> None:
         trainer = self.trainer
-        call._call_callback_hooks(trainer, "on_train_batch_start", batch, batch_idx)
+        self._call_callbacks("on_train_batch_start", batch)
         response = call._call_lightning_module_hook(trainer, "on_train_batch_start", batch, batch_idx)
         call._call_strategy_hook(trainer, "on_train_batch_start", batch, batch_idx)
         # Lightning ends the epoch without `on_train_batch_end` and without validation then, on this rank alone; the
@@ -178,11 +179,23 @@ class RoundEpochLoop(_TrainingEpochLoop):
                 "in a federation; use limit_train_batches or local_steps to train less."
             )
 
+    def _call_callbacks(self, hook: str, *args: Any) -> None:
+        """Calls a hook that sees a batch as Lightning's ``_call_callback_hooks`` does; progress bars show the round."""
+        trainer, module, position = self.trainer, self.trainer.lightning_module, self.position
+        before, module._current_fx_name = module._current_fx_name, hook
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            is_bar = isinstance(callback, ProgressBar)
+            self.position = OUTSIDE_CLIENTS if is_bar else position
+            with trainer.profiler.profile(f"[Callback]{callback.state_key}.{hook}"):  # type: ignore[attr-defined]
+                index = self.batch_idx_in_round if is_bar else position.offset
+                getattr(callback, hook)(trainer, module, *args, index)
+        self.position, module._current_fx_name = position, before
+
     def end_batch(self) -> None:
         """Runs the hooks after a batch; those of the round's last batch after the round has been closed."""
         trainer, batch, outputs = self.trainer, self.batch, self.outputs
-        call._call_callback_hooks(trainer, "on_train_batch_end", outputs, batch, self.batch_idx_in_round)
-        call._call_lightning_module_hook(trainer, "on_train_batch_end", outputs, batch, self.batch_idx_in_round)
+        self._call_callbacks("on_train_batch_end", outputs, batch)
+        call._call_lightning_module_hook(trainer, "on_train_batch_end", outputs, batch, self.position.offset)
         self.batch = self.outputs = None
         trainer._logger_connector.on_batch_end()
         self.batch_progress.increment_completed()
@@ -217,7 +230,7 @@ class RoundEpochLoop(_TrainingEpochLoop):
         """Counts a batch that begins outside Lightning's hooks; ``self.log`` in its step finds the batch."""
         self.position, self.is_round_done = position, ends_round
         self.batch_idx_in_round = self.batch_idx + 1
-        self.batch_progress.is_last_batch = ends_round
+        self.batch_progress.is_last_batch = position.ends_epoch
         self.batch_progress.increment_ready()
         self.batch_progress.increment_started()
         connector, results = self.trainer._logger_connector, self._results
@@ -363,6 +376,8 @@ class RoundOptimization(_AutomaticOptimization):
 class RoundFitLoop(_FitLoop):
     """Lightning's fit loop, in which ``limit_train_batches`` applies to each client.
 
+    While a client trains, ``trainer.num_training_batches`` is the length of its own pass, whichever rank trains it.
+
     ``trainer.estimated_stepping_batches`` multiplies ``max_batches`` by the epochs. Until training starts, it must get
     the batches of the largest client, on which schedules depend, and not the sum over a rank's clients.
     """
@@ -372,9 +387,14 @@ class RoundFitLoop(_FitLoop):
         # Lightning's `__init__` has stored the value in the instance, and a property takes precedence over it, so that
         # the value can stay where it is when `adopt_loops` changes the class.
         driver = getattr(self.trainer.strategy, "driver", None)
-        if driver is None or driver.has_started or self._is_read_by_loop:
+        if driver is None or self._is_read_by_loop:
             return self.__dict__["max_batches"]
-        return driver.largest_num_batches()
+        if not driver.has_started:
+            return driver.largest_num_batches()
+        position = self.epoch_loop.position  # type: ignore[attr-defined]
+        if position is OUTSIDE_CLIENTS:
+            return self.__dict__["max_batches"]
+        return float("inf") if position.epoch_length is None else position.epoch_length
 
     @max_batches.setter
     def max_batches(self, value: int | float) -> None:
@@ -428,12 +448,15 @@ class RoundFitLoop(_FitLoop):
         # Lightning would cut this rank's round off at the limit, which here applies to one pass of each client. The
         # driver applies it, so Lightning must see a limit that has no effect.
         limit, self.trainer.limit_train_batches = self.trainer.limit_train_batches, 1.0
+        # An interval other than 1.0 is allowed only where nothing is validated.
+        interval = getattr(self.trainer, "val_check_interval", 1.0)
+        self.trainer.val_check_interval = 1.0
         strategy.limit_train_batches = limit
         try:
             with strategy.local_phase(), self._read_by_loop():
                 super().setup_data()
         finally:
-            self.trainer.limit_train_batches = limit
+            self.trainer.limit_train_batches, self.trainer.val_check_interval = limit, interval
         # Lightning asks a loader for its length only once, but a round's length changes with its cohort.
         if self._combined_loader is not None and strategy.driver is not None:
             strategy.driver.set_length()

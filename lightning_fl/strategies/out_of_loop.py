@@ -8,19 +8,30 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import nn
+from lightning.fabric import Fabric
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.profilers import Profiler
+from lightning.pytorch.strategies import Strategy
 from torch.optim import Optimizer
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
 
-from lightning_fl.engines.tensors import owner
+from lightning_fl.engines.isolation import DATA_AND_HANDLES
+from lightning_fl.engines.module_state import capture
 from lightning_fl.strategies import internals
 from lightning_fl.strategies.metric_states import MetricStates
 from lightning_fl.strategies.results import ResultCollection, batch_size
 
+OUTSIDE = (
+    *(L.Trainer, L.Callback, L.LightningDataModule, Strategy, LightningOptimizer, Logger, Profiler, Fabric),
+    *(Metric, MetricCollection),  # they go on over a round's clients, see `metric_states.py`
+)
+"""Types of objects that a module may hold without their being a state of its training."""
+
 
 @contextmanager
 def out_of_loop(trainer: L.Trainer, training: bool) -> Iterator[ResultCollection]:
-    """Collects what the module logs inside the block separately, and restores its metrics and buffers afterwards.
+    """Collects what the module logs inside the block separately; then restores its metrics, buffers and attributes.
 
     Args:
         trainer: The Trainer.
@@ -32,15 +43,14 @@ def out_of_loop(trainer: L.Trainer, training: bool) -> Iterator[ResultCollection
     module = trainer.lightning_module
     states = MetricStates(module, rank=0)
     metrics = states.snapshot()
-    # All buffers, also non-persistent ones, and the tensor itself beside its value: the engine's table of tensors
-    # refers to it.
-    buffers = [(*owner(module, name), tensor, tensor.clone()) for name, tensor in module.named_buffers()]
+    # The caller looks after the parameters.
+    state = capture(module, module.parameters(), trainer.optimizers, (*OUTSIDE, *DATA_AND_HANDLES), reads_code=False)
     try:
         with internals.logging_out_of_loop(trainer, training) as results:
             yield results
     finally:
         states.restore(metrics)
-        _put_back(buffers)
+        state.restore()
 
 
 def train_out_of_loop(trainer: L.Trainer, loader: Iterable[Any], optimizer: Optimizer, num_epochs: int) -> None:
@@ -99,9 +109,3 @@ def validate_out_of_loop(trainer: L.Trainer, loader: Iterable[Any]) -> tuple[dic
     finally:
         for part, was_training in modes:
             part.training = was_training
-
-
-@torch.no_grad()
-def _put_back(buffers: list[tuple[nn.Module, str, torch.Tensor, torch.Tensor]]) -> None:
-    for module, key, tensor, value in buffers:
-        setattr(module, key, tensor.copy_(value))  # a step may have put another tensor in its place

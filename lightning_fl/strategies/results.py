@@ -105,10 +105,13 @@ def show(result: _ResultMetric, value: float, dtype: str) -> None:
 
 
 def show_metric(result: _ResultMetric, metric: Any) -> None:
-    """Lets Lightning read the epoch's value from a torchmetric, also if the value of an earlier epoch is cached."""
+    """Lets Lightning read the value of epoch and step from a torchmetric, also if one of an earlier epoch is cached."""
     result.has_reset = False
     result.value = metric
     result._computed = None
+    # The value of this rank's last batch would depend on which clients it has trained.
+    if result.meta.on_step and metric.update_count:
+        result._forward_cache = metric.compute()
 
 
 def takes_batch_idx(module: LightningModule) -> bool:

@@ -150,3 +150,11 @@ class RoundLoader:
 
     def __iter__(self) -> Iterator[Any]:
         return iter(())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A Trainer keeps its loader after a fit; a copy of it has no part in the rounds.
+        return RoundLoader, (_unknown,)
+
+
+def _unknown() -> None:
+    return None

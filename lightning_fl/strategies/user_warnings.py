@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 from weakref import WeakSet
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from lightning_fl.federation import RankReport, RoundResult
 from lightning_fl.federation.metric_entries import Entries
+from lightning_fl.federation.server import some
 from lightning_fl.strategies.logged_values import monitor_names
 from lightning_fl.types import ClientId
 
@@ -85,13 +86,30 @@ class UserWarnings:
             )
 
     def result(self, round: int, result: RoundResult) -> None:
-        """Warns of refused updates; informs of empty and last rounds."""
+        """Warns of refused updates, and of frozen parameters that move; informs of empty and last rounds."""
         if result.report.refused:
             rank_zero_warn(_refused(round, result.report.refused))
+        if result.unsent:
+            rank_zero_warn(
+                f"Round {round}: training has changed frozen parameters for the first time ({some(result.unsent)}). "
+                "They are back at the round's start; from the next round on they are averaged like buffers."
+            )
         if not result.aggregate.num_clients:
             rank_zero_info(f"Round {round}: no client takes part.")
         if result.closing.stop_reason is not None:
             rank_zero_info(result.closing.stop_reason)
+
+    def put_back(self, paths: Collection[str]) -> None:
+        """Names, once, what clients' training has changed in the module and what then was put back."""
+        new = sorted(path for path in paths if self._is_new(("put back", path)))
+        if new:
+            names = ", ".join(f"self.{path}" for path in new[:8]) + (", ..." if len(new) > 8 else "")
+            rank_zero_info(
+                f"Each client starts with {names} as they were when the round started: what training changes in the "
+                "module outside its state_dict is put back, so that it does not reach other clients or rounds. What is "
+                "to last from round to round is a buffer in the state_dict, which is averaged; what is to be summed up "
+                "over clients is logged with self.log, or a torchmetric."
+            )
 
     def not_consulted(self, round: int, judge: str, metric: str) -> None:
         """Informs that a callback or a schedule is not consulted in a round that has not measured what it monitors."""

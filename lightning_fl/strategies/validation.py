@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 import lightning as L
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_fl.aggregation import Aggregator, Transform
 from lightning_fl.algorithms import Algorithm, Weighting
@@ -81,7 +83,7 @@ def check_schedules(schedules: Schedules, settings: FederationSettings, work: Lo
 def settings_of_ranks(strategy: Any, trainer: L.Trainer) -> dict[str, str]:
     """The settings of a federation that must be the same on all ranks."""
     of_trainer = ("max_epochs", "max_steps", "min_epochs", "check_val_every_n_epoch", "num_sanity_val_steps")
-    of_data = ("num_clients", "partition", "split_validation", "personal", "_seed")
+    of_data = ("num_clients", "partition", "split_validation", "personal", "frozen", "_seed")
     return {
         **settings_of_strategy(strategy),
         **_without_addresses({name: repr(getattr(strategy, name)) for name in of_data}),
@@ -231,6 +233,8 @@ def check_trainer(trainer: L.Trainer) -> None:
         raise MisconfigurationException(
             "The tuner (lr_find, scale_batch_size) trains batch by batch and has no rounds. Tune with strategy='auto'."
         )
+    if not trainer.enable_validation:
+        return  # some packages set an interval though there is nothing to validate
     val_check_interval = getattr(trainer, "val_check_interval", "a time")  # Lightning sets none if it is a time
     # The integer 1 equals 1.0, but to Lightning it means after every batch.
     if val_check_interval != 1.0 or isinstance(val_check_interval, int):
@@ -242,6 +246,37 @@ def check_trainer(trainer: L.Trainer) -> None:
         raise MisconfigurationException(
             "check_val_every_n_epoch=None counts batches over rounds, but there is a global model only at a round's "
             "end. Give a number of rounds."
+        )
+
+
+_NUM_STARTED = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_NTASKS")
+"""Variables in which launchers say how many processes they have started."""
+
+
+def check_launcher() -> None:
+    """Makes sure that a process which trains alone has been started alone.
+
+    Raises:
+        MisconfigurationException: If a launcher has started several, of which each would train a federation of its own.
+    """
+    for name in _NUM_STARTED:
+        started = os.environ.get(name, "")
+        if started.isdigit() and int(started) > 1:
+            raise MisconfigurationException(
+                f"{name}={started}: a launcher has started {started} processes, but each is a federation of its own. "
+                "Under mpirun Lightning needs mpi4py to see the others: pip install mpi4py. Under SLURM start with "
+                f"srun. If this is a single process, unset {name}."
+            )
+
+
+def warn_of_processes(num_processes: int, device: torch.device) -> None:
+    """Warns before many more processes are started than the machine has cores."""
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if device.type == "cpu" and num_processes > 2 * num_cores:
+        rank_zero_warn(
+            f"devices={num_processes} starts {num_processes} processes on {num_cores} cores, each with its own copy of "
+            "the model and of Python. A process simulates any number of clients: set num_clients, and no more devices "
+            "than cores."
         )
 
 

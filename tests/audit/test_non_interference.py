@@ -163,7 +163,11 @@ def make_trainer(scenario: str, keys: str, folder: str, logger: Logger) -> L.Tra
         options["transforms"] = [
             fl.privacy.ClientLevelDP(clip=0.1, noise_multiplier=1.0, mode="local", insecure_test_seed=1)
         ]
-    if "sum" in scenario:
+    if "distributed" in scenario:
+        options["transforms"] = [
+            fl.privacy.ClientLevelDP(clip=0.1, noise_multiplier=1.0, mode="distributed", insecure_test_seed=1)
+        ]
+    if "sum" in scenario or "distributed" in scenario:
         options["aggregator"] = fl.privacy.SecureAggregation(keys=keys)
     if "control" in scenario:
         callbacks.append(Whistleblower())
@@ -239,6 +243,8 @@ def neighbouring(run_ranks: RunRanks, scenario: str, keys: str, folder: Path, ne
         ("clients", "nan"),
         pytest.param("examples in a secure sum", "moved", marks=pytest.mark.slow),
         pytest.param("examples in a secure sum", "nan", marks=pytest.mark.slow),
+        pytest.param("distributed noise", "moved", marks=pytest.mark.slow),
+        pytest.param("distributed noise", "nan", marks=pytest.mark.slow),
         # A secure sum alone is not differentially private: that an update is not finite shows.
         pytest.param("secure sum", "moved", marks=pytest.mark.slow),
     ],

@@ -24,11 +24,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_fl as fl
 from lightning_fl import FederatedStrategy
-from lightning_fl.callbacks import SampleLevelDP, sample_level_dp
+from lightning_fl.callbacks import SampleLevelDP
+from lightning_fl.callbacks.sample_level_dp import callback
 from lightning_fl.privacy import Gaussian, Ledger, SecureNoise
 from lightning_fl.privacy.noise import add_noise
 from lightning_fl.privacy.sample_level import dp_sgd as sgd
 from lightning_fl.privacy.sample_level.poisson_loader import PoissonBatches
+from lightning_fl.privacy.sample_level.self_check import SelfCheck
 from tests.helpers.training import trainer
 
 pytestmark = pytest.mark.slow
@@ -127,12 +129,12 @@ def without_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     for owner, check in (
         (sgd, "check_added"),
         (sgd, "check_clipped_sum"),
-        (sgd.NoiseWatch, "look"),
-        (sample_level_dp, "check_per_sample"),
-        (sample_level_dp, "check_sampler"),
+        (sgd.NoiseWatch, "check"),
+        (SelfCheck, "run"),
+        (callback, "check_sampler"),
     ):
         monkeypatch.setattr(owner, check, lambda *args: None)
-    monkeypatch.setattr(sample_level_dp.DrawCheck, "problem", None)
+    monkeypatch.setattr(callback.DrawCheck, "problem", None)
 
 
 @pytest.mark.parametrize("fault", BROKEN)

@@ -31,7 +31,7 @@ def shipped(base: type, *rooms: str) -> set[type]:
     found = {
         kind
         for kind in _subclasses(base)
-        if kind.__module__.startswith("lightning_fl.")
+        if kind.__module__.startswith(tuple(f"{room}." for room in rooms))
         and not kind.__name__.startswith("_")
         and not inspect.isabstract(kind)
     }

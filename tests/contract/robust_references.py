@@ -95,6 +95,19 @@ def flame(rows: Array, f: int) -> Array:
     raise AssertionError
 
 
+def screened(rows: Array, f: int) -> Array:
+    """The mean of the rows whose norm, and cosine to the sum of the others, lie within 3 robust deviations."""
+
+    def z(values: Array) -> Array:
+        apart = values - np.median(values)
+        return apart / (1.4826 * np.median(np.abs(apart)))
+
+    norms = np.linalg.norm(rows, axis=1)
+    others = rows.sum(0) - rows
+    cosine = (rows * others).sum(1) / norms / np.linalg.norm(others, axis=1)
+    return one_hot(np.flatnonzero((np.abs(z(norms)) <= 3) & (z(cosine) >= -3)), len(rows))
+
+
 def foolsgold(rows: Array, f: int) -> Array:
     """The authors' loops."""
     n = len(rows)

@@ -18,6 +18,7 @@ from lightning_fl.aggregation import (
     Bucketing,
     Bulyan,
     CenteredClipping,
+    CompressedMean,
     DnC,
     FLTrust,
     FoolsGold,
@@ -30,6 +31,7 @@ from lightning_fl.aggregation import (
     NormBound,
     RoundContext,
     RowAggregator,
+    Screened,
     TrimmedMean,
     WeightedMean,
 )
@@ -84,7 +86,8 @@ class Entry:
         return exact(updates) if self.expected is None else self.expected(updates)
 
     def make(self) -> Aggregator:
-        return self.kind(**self.init_args)
+        needs_yaml = any(isinstance(value, dict) for value in self.init_args.values())
+        return from_yaml(Aggregator, self.kind.__name__, self.init_args) if needs_yaml else self.kind(**self.init_args)
 
     def aggregate(self, *args: Any, **kwargs: Any) -> Aggregate:
         return aggregate(self.make(), *args, **kwargs)[0]
@@ -108,6 +111,7 @@ ENTRIES = {
     "pairwise": Entry(SecureAggregation, {"aux_clip": 16.0}, atol=1e-5, min_ranks_to_gather=3),
     "pairwise-64": Entry(SecureAggregation, {"modulus_bits": 64}, atol=1e-6, min_ranks_to_gather=3),
     "bonawitz": Entry(SecureAggregation, BONAWITZ, atol=1e-5, sizes=(1,), min_ranks_to_gather=3),
+    "compressed": Entry(CompressedMean, {"compressor": {"class_path": "TopK", "init_args": {"share": 1.0}}}, atol=1e-5),
     "median": Entry(Median, expected=by_coordinates(references.median)),
     "trimmed mean": Entry(TrimmedMean, expected=by_coordinates(references.trimmed_mean)),
     "mean around median": Entry(MeanAroundMedian, expected=by_coordinates(references.mean_around_median)),
@@ -120,6 +124,7 @@ ENTRIES = {
     "fltrust": Entry(FLTrust, {"root": "client 0"}, expected=by_coefficients(references.fltrust)),
     "dnc": Entry(DnC, expected=by_coefficients(references.dnc)),
     "flame": Entry(FLAME, expected=by_coefficients(references.flame)),
+    "screened": Entry(Screened, expected=by_coefficients(references.screened)),
     "foolsgold": Entry(FoolsGold, expected=by_coefficients(references.foolsgold)),
 }
 every_aggregator = pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)

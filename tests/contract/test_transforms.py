@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from lightning_fl import FederatedStrategy
-from lightning_fl.aggregation import RoundContext, Transform, WeightedMean
+from lightning_fl.aggregation import Compress, PowerSGD, RoundContext, TopK, Transform, WeightedMean
 from lightning_fl.clients import Sampling
 from lightning_fl.communication import Group, LocalGroup, Message
-from lightning_fl.privacy import AdaptiveClip, ClientLevelDP
+from lightning_fl.privacy import AdaptiveClip, ClientLevelDP, SecureAggregation
 from lightning_fl.privacy.client_level.clipping import joint_norm
 from lightning_fl.tree import Layout, add, is_finite, leaves, scale, subtract, to_sum_dtype, tree_map, zeros_like
 from lightning_fl.types import Aggregate, State, Tree, Update
@@ -45,7 +45,7 @@ class KeepsNorm(Transform):
     keeps_norm_bound = True
 
 
-class Median(WeightedMean):
+class NoSum(WeightedMean):
     """An aggregator that is no sum."""
 
     is_sum = False
@@ -104,7 +104,11 @@ class Entry:
 
 PRIVATE = {"clip": 1.0, "noise_multiplier": 1.0, "insecure_test_seed": 7}
 ADAPTIVE = AdaptiveClip(initial=2.0, bit_noise=1.0)
-IN_YAML = {ADAPTIVE: {"class_path": "AdaptiveClip", "init_args": {"initial": 2.0, "bit_noise": 1.0}}}
+TOP = TopK(0.25)
+IN_YAML: dict[Any, Any] = {
+    ADAPTIVE: {"class_path": "AdaptiveClip", "init_args": {"initial": 2.0, "bit_noise": 1.0}},
+    TOP: {"class_path": "TopK", "init_args": {"share": 0.25}},
+}
 NEUTRAL = {"clip": 1e6, "noise_multiplier": 0.0}
 OF_PRIVACY: dict[str, Any] = {
     "beside": {"transforms": [KeepsNorm()]},
@@ -112,12 +116,16 @@ OF_PRIVACY: dict[str, Any] = {
         ({"weighting": "examples"}, "weighting='examples' lets one client weigh more.*Leave weighting out"),
         ({"transforms": [Lengthens()]}, r"Lengthens comes after ClientLevelDP and may .*Put ClientLevelDP last"),
         ({"transforms": [ClientLevelDP(1.0, 1.0)]}, "ClientLevelDP comes after ClientLevelDP"),
-        ({"aggregator": Median()}, r"Median is no sum\. Use fl\.aggregation\.WeightedMean\(\)"),
+        ({"aggregator": NoSum()}, r"NoSum is no sum\. Use fl\.aggregation\.WeightedMean\(\)"),
     ],
 }
+SECURE = [({"aggregator": SecureAggregation()}, "TopK sends each client's own selection.* Use RandomK")]
 ENTRIES = {
-    "identity": Entry(Transform, neutral={}, beside={"transforms": [Lengthens()], "aggregator": Median()}),
+    "identity": Entry(Transform, neutral={}, beside={"transforms": [Lengthens()], "aggregator": NoSum()}),
     "error feedback": Entry(Rounds),
+    "compression": Entry(Compress, {"compressor": TOP}, beside={"aggregator": NoSum()}, refuses=SECURE),
+    "compression without feedback": Entry(Compress, {"compressor": TOP, "error_feedback": False}, refuses=SECURE),
+    "powersgd": Entry(PowerSGD, {"rank": 1}, beside={"aggregator": NoSum()}),
     "dp": Entry(ClientLevelDP, PRIVATE, NEUTRAL, **OF_PRIVACY),
     "dp-adaptive": Entry(ClientLevelDP, {**PRIVATE, "clip": ADAPTIVE}, **OF_PRIVACY),
     "dp-local": Entry(ClientLevelDP, {**PRIVATE, "mode": "local"}, {**NEUTRAL, "mode": "local"}, **OF_PRIVACY),
@@ -251,7 +259,7 @@ def test_states_are_trees_of_tensors(entry: Entry) -> None:
         federation.round()
         assert tensors_only(federation.server)
         assert all(map(tensors_only, federation.clients.values()))
-        assert any(federation.clients.values()) == entry.kind.keeps_client_state
+        assert any(federation.clients.values()) == entry.make().keeps_client_state
 
 
 def through_a_file(states: Mapping[Any, Any]) -> Any:
@@ -325,7 +333,12 @@ def test_it_reports_numbers_and_words(entry: Entry) -> None:
 
 
 @pytest.mark.parametrize(
-    "entry", [Entry(KeepsNorm), *(entry for entry in ENTRIES.values() if entry.kind.keeps_norm_bound)]
+    "entry",
+    [
+        Entry(KeepsNorm),
+        ENTRIES["compression without feedback"],
+        *(entry for entry in ENTRIES.values() if entry.kind.keeps_norm_bound is True),
+    ],
 )
 def test_a_promise_to_keep_the_norm_is_kept(entry: Entry) -> None:
     """The client half lengthens no update, and the server half leaves the sum as it is."""

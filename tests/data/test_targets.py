@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
-from lightning_fl.data.partitioners.label_skew import Dirichlet, LabelsPerClient
+from lightning_fl.data.partitioners.label_skew import Dirichlet, LabelsPerClient, Shards
 from lightning_fl.data.partitioners.natural import NaturalColumn
 from lightning_fl.data.targets import column, label_groups, targets
 
@@ -163,3 +163,15 @@ def test_values_that_do_not_fit_the_data_set_are_refused() -> None:
 def test_a_split_by_label_takes_the_labels_of_graphs() -> None:
     parts = Dirichlet(0.3)(GRAPHS, 2)
     assert sorted(chain.from_iterable(part.tolist() for part in parts)) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("partitioner", [LabelsPerClient(2), Dirichlet(0.5), Shards(2)], ids=str)
+def test_integers_to_predict_are_not_taken_for_labels(partitioner: Any) -> None:
+    values = torch.arange(200).repeat_interleave(2)
+    with pytest.raises(ValueError, match="are 200 different integers for 400 samples, so they look like numbers"):
+        partitioner.split(numbers(values), 10, np.random.default_rng(0))
+    parts = partitioner.split(numbers(values.float()), 10, np.random.default_rng(0))
+    assert sum(map(len, parts)) == 400
+    assert len(np.unique(label_groups(numbers(values.float()), num_bins=150))) == 150
+    many_classes = numbers(torch.arange(62).repeat_interleave(5))
+    assert len(np.unique(label_groups(many_classes))) == 62

@@ -277,3 +277,81 @@ def test_ignored_names_may_change() -> None:
     assert not list(snapshot.differences())
     snapshot.restore()
     assert (module.held, module.new) == (2, 3)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: iter([1, 2, 3]),
+        lambda: iter((torch.zeros(2), torch.ones(2), torch.ones(1))),
+        lambda: iter(range(5)),
+        itertools.count,
+        lambda: itertools.cycle([1, 2]),
+        lambda: zip([1, 2, 3], "abc", strict=True),
+        lambda: enumerate("abc"),
+        lambda: itertools.islice(itertools.count(), 5),
+    ],
+)
+@pytest.mark.parametrize("num_taken", [1, 2])
+def test_iterators_go_back_to_where_they_were(make: Callable[[], Any], num_taken: int) -> None:
+    module = Holder([make()])
+    next(module.held[0])
+    snapshot, others = captured(module), make()
+    next(others)
+    expected = next(others)
+    for _ in range(2):
+        for _ in range(num_taken):
+            next(module.held[0])
+        assert snapshot.has_changed()
+        snapshot.restore()
+        assert str(next(module.held[0])) == str(expected)
+        snapshot.restore()
+
+
+def test_iterators_that_can_not_be_copied_are_named() -> None:
+    module = Holder(
+        {"draws": (i for i in range(3)), "both": zip((i for i in [1]), [2], strict=True), "fine": iter([1])}
+    )
+    assert captured(module).iterators == {"held": "zip"} | {"held": "generator"} or len(captured(module).iterators)
+
+
+def test_objects_that_hold_a_handle_are_left_alone() -> None:
+    class Run:
+        def __init__(self) -> None:
+            self.lock, self.count = threading.Lock(), 0
+
+    module = Holder([Run()])
+    snapshot = captured(module)
+    module.held[0].count += 1
+    assert not snapshot.has_changed()
+    assert snapshot.opaque == {"held": "Run"}
+
+
+def test_what_has_changed_is_named_with_the_keys_of_dicts() -> None:
+    module = Holder({"a": 1, "b": [2]})
+    snapshot = captured(module)
+    module.held["a"] += 1
+    module.held["b"].append(3)
+    module.new = 1
+    assert snapshot.has_changed()
+    assert {name for part in snapshot.parts if part.has_changed() for name in part.changes()} == {
+        *("held.a", "held", "new")
+    }
+    snapshot.restore()
+    assert not snapshot.has_changed()
+
+
+def test_without_code_only_data_are_captured() -> None:
+    count = 0
+
+    def step() -> None:
+        nonlocal count
+        count += 1
+        Shared.count += 1
+
+    module = Holder([step, Shared])
+    snapshot = capture(module, module.parameters(), reads_code=False)
+    step()
+    assert not snapshot.has_changed()
+    snapshot.restore()
+    assert count == 1

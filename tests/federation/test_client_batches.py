@@ -82,13 +82,15 @@ def test_every_batch_is_where_the_enumeration_puts_it(sized: bool, epochs: int, 
     assert batches == own * epochs
     expected = [
         BatchPosition(
-            offset,
+            offset % length,
             starts_window=offset == window[0],
             ends_window=offset == window[-1],
             window=accumulate,
-            ends_pass=sized and offset + 1 == length,
+            ends_pass=sized and (offset + 1) % length == 0,
             ends_phase=offset + 1 == epochs * length,
             is_last=offset + 1 == epochs * length,
+            ends_epoch=(offset + 1) % length == 0,
+            epoch_length=length if sized else None,
         )
         for window in windows([length] * epochs, accumulate)
         for offset in window
@@ -120,6 +122,20 @@ def test_local_steps_are_taken_exactly_whatever_the_loader(steps: int, accumulat
     batches, positions = read(own if sized else WithoutLength(own), LocalWork(steps=steps, accumulate=accumulate))
     assert batches == (own * 10)[: steps * accumulate]
     assert sum(position.ends_window for position in positions) == steps
+
+
+def test_local_steps_count_batches_pass_by_pass() -> None:
+    _, positions = read(range(3), LocalWork(steps=7))
+    assert [position.offset for position in positions] == [0, 1, 2, 0, 1, 2, 0]
+    assert [position.epoch_length for position in positions] == [3, 3, 3, 3, 3, 3, 1]
+    assert [position.ends_epoch for position in positions] == [False, False, True, False, False, True, True]
+    _, straggler = read(range(4), LocalWork(2, part=0.75))
+    assert [(position.offset, position.epoch_length) for position in straggler] == [
+        *((0, 4), (1, 4), (2, 4), (3, 4)),
+        *((0, 2), (1, 2)),
+    ]
+    _, unsized = read(WithoutLength(list(range(3))), LocalWork(steps=4))
+    assert [position.ends_epoch for position in unsized] == [False, False, False, True]
 
 
 def test_local_steps_see_a_fresh_order_at_each_pass() -> None:
@@ -155,7 +171,7 @@ def test_phases_follow_each_other_and_are_announced_between_their_batches() -> N
     for batch, position in batches.read(next_phase=lambda: events.append("next")):
         events.append((batch, position.offset, position.ends_phase, position.is_last))
     assert events == [
-        *((0, 0, False, False), (1, 1, False, False), (0, 2, False, False), (1, 3, True, False)),
+        *((0, 0, False, False), (1, 1, False, False), (0, 0, False, False), (1, 1, True, False)),
         "next",
         (0, 0, True, True),
     ]

@@ -26,6 +26,13 @@ def examples(num_examples: int = 60, seed: int = 0) -> TensorDataset:
     return TensorDataset(x, y)
 
 
+class Examples(L.LightningDataModule):
+    """The same as a datamodule."""
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(examples(), 12)
+
+
 class Net(L.LightningModule):
     """A sound classifier, from which the others derive."""
 

@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.loops.fit_loop import _FitLoop
@@ -18,6 +19,7 @@ from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata, _ResultCollection, _ResultMetric
 from packaging.version import Version
 
+from lightning_fl import FederatedStrategy
 from lightning_fl.strategies import internals, loops
 from lightning_fl.strategies import results as logged
 from tests.helpers.training import Ordinary, Plain, loader, trainer
@@ -85,6 +87,7 @@ def test_logged_values_carry_what_ranks_tell_each_other() -> None:
         "dataloader_idx": None,
         "metric_attribute": None,
         "is_tensor": True,
+        "dtype": "float32",
     }
     placeholder = logged.placeholder(settings, torch.device("cpu"))
     assert isinstance(placeholder, _ResultMetric)
@@ -106,7 +109,8 @@ def test_logged_values_are_read_and_shown() -> None:
     assert not logged.is_computed(result)
     assert result.compute() == 2.0
     assert logged.is_computed(result)
-    logged.show(result, 5.0)
+    logged.show(result, 5.0, "float64")
+    assert result.compute().dtype == torch.float64
     assert results.metrics(on_step=True)["callback"] == {"loss": 5.0, "loss_step": 5.0}
     assert results.metrics(on_step=False)["callback"] == {"loss": 5.0, "loss_epoch": 5.0}
     logged.empty(result)
@@ -192,3 +196,30 @@ def test_a_stand_in_is_found_as_the_trainer_of_a_module_and_its_submodules() -> 
         assert module.inner.trainer is stand_in
     assert module.trainer is own
     assert module.inner.trainer is own
+
+
+def test_a_trainer_reads_the_private_accelerator_of_its_strategy_first_and_sets_the_public_one_first() -> None:
+    seen = []
+
+    class Look(FederatedStrategy):
+        def __getattribute__(self, name: str) -> Any:
+            if name in ("_accelerator", "_precision_plugin", "_checkpoint_io", "cluster_environment"):
+                seen.append(name)
+            return super().__getattribute__(name)
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            seen.append(f"set {name}")
+            super().__setattr__(name, value)
+
+    strategy = Look()
+    seen.clear()
+    trainer(strategy)
+    assert seen[0] == "_accelerator"
+    assert next(name for name in seen if name.startswith("set ")) == "set accelerator"
+
+
+def test_a_checkpoint_knows_the_step_at_which_it_saved_last() -> None:
+    checkpoint = ModelCheckpoint("kept")
+    run = trainer("fedavg", 2, callbacks=[checkpoint], enable_checkpointing=True)
+    run.fit(Plain(), loader(8))
+    assert internals.last_step_saved(checkpoint) == run.global_step > 0

@@ -14,6 +14,7 @@ from lightning_fl.aggregation.robust.median import Median
 from lightning_fl.aggregation.robust.mixing import Bucketing, NearestNeighborMixing
 from lightning_fl.aggregation.robust.norm_bound import NormBound
 from lightning_fl.aggregation.robust.rule import CoordinateRule, GramRule, PreAggregator, RowAggregator
+from lightning_fl.aggregation.robust.screened import Check, CosineCheck, NormCheck, Screened
 from lightning_fl.aggregation.robust.trimmed_mean import TrimmedMean
 
 __all__ = [
@@ -21,7 +22,9 @@ __all__ = [
     "Bucketing",
     "Bulyan",
     "CenteredClipping",
+    "Check",
     "CoordinateRule",
+    "CosineCheck",
     "DnC",
     "FLTrust",
     "FoolsGold",
@@ -34,7 +37,9 @@ __all__ = [
     "MultiKrum",
     "NearestNeighborMixing",
     "NormBound",
+    "NormCheck",
     "PreAggregator",
     "RowAggregator",
+    "Screened",
     "TrimmedMean",
 ]

@@ -131,6 +131,14 @@ class Rows:
         return replace(self, blocks=(gathered,), positions=tuple(range(sum(counts))))
 
 
+def complete(flat: Flat) -> Flat:
+    """Flat buffers of rows as they are laid out: pairs of real numbers become complex ones, if their dtype says so."""
+    return {
+        dtype: torch.view_as_complex(own.view(-1, 2)).to(dtype) if dtype.is_complex else own
+        for dtype, own in flat.items()
+    }
+
+
 def real_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the parts of a complex number; other dtypes as they are."""
     return dtype.to_real() if dtype.is_complex else dtype

@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_fl.aggregation.aggregator import Aggregator, FederationFacts
 from lightning_fl.aggregation.context import RoundContext
 from lightning_fl.aggregation.robust.gram import Gram
-from lightning_fl.aggregation.robust.rows import Rows
+from lightning_fl.aggregation.robust.rows import Rows, complete
 from lightning_fl.aggregation.weighted_mean import aggregate_of
 from lightning_fl.algorithms import Algorithm
 from lightning_fl.communication import Group, LocalGroup, Message
@@ -235,12 +235,8 @@ class RowAggregator(Aggregator):
         if merged.flat is None:
             trees = layout.unflatten(layout.zeros(acc.rows.device))
             return replace(aggregate_of(trees, 1.0, merged.num_rows, ctx), weight=0.0)
-        flat = {
-            dtype: torch.view_as_complex(own.view(-1, 2)) if dtype.is_complex else own
-            for dtype, own in merged.flat.items()
-        }
         # Sums, which `Aggregate.mean` divides by the weight again.
-        trees = layout.unflatten({dtype: own * merged.num_rows for dtype, own in flat.items()})
+        trees = layout.unflatten({dtype: own * merged.num_rows for dtype, own in complete(merged.flat).items()})
         if merged.matrix is not None and len(merged.matrix) == 1:
             # Statistics such as a variance must not be extrapolated, where a rule lengthens updates.
             total = max(1.0, float(merged.matrix.sum()))

@@ -32,6 +32,7 @@ class StrictGradients:
     """
 
     is_exact = True
+    tolerance = 0.0
 
     def __init__(
         self,

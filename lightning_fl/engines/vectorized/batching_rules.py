@@ -16,11 +16,16 @@ from lightning_fl.engines.vectorized.buffer_pool import BufferPool
 from lightning_fl.engines.vectorized.stacking import NotVectorizable
 from lightning_fl.torch_internals import outside_vmap, unwrap, wrap
 
+_ASKS = "asks whether a tensor gets a gradient, which none does for several clients"
+_HOOKS = "puts a hook on a tensor's gradient"
 _OF_OWN_TENSORS: dict[Any, str] = {
     Tensor.grad.__get__: "looks at the gradients of the last step",  # type: ignore[union-attr]
     Tensor.requires_grad.__set__: "changes which tensors get a gradient",  # type: ignore[attr-defined]
-    Tensor.register_hook: "puts a hook on a tensor's gradient",
-    Tensor.register_post_accumulate_grad_hook: "puts a hook on a tensor's gradient",
+    Tensor.requires_grad.__get__: _ASKS,  # type: ignore[attr-defined]
+    Tensor.is_leaf.__get__: _ASKS,  # type: ignore[attr-defined]
+    Tensor.grad_fn.__get__: _ASKS,  # type: ignore[union-attr]
+    Tensor.register_hook: _HOOKS,
+    Tensor.register_post_accumulate_grad_hook: _HOOKS,
 }
 """What ``vmap`` allows although it would see a tensor that stands for those of all clients."""
 

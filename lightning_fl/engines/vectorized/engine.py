@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
 from lightning_fl.clients.local_work import BatchPosition
+from lightning_fl.engines.isolation import Isolation
 from lightning_fl.engines.local_trainer import (
     ONE_PHASE,
     ClientFacts,
@@ -20,17 +21,16 @@ from lightning_fl.engines.local_trainer import (
     GradTransform,
     LocalResult,
     StepFunctions,
-    buffer_delta,
     loss_of,
     trained_value,
 )
 from lightning_fl.engines.optimizer_states import OptimizerStates
 from lightning_fl.engines.sequential import SequentialEngine
-from lightning_fl.engines.tensors import clones, load
+from lightning_fl.engines.tensors import clones, is_same, load
 from lightning_fl.engines.vectorized.batching_rules import BatchingRules
 from lightning_fl.engines.vectorized.buffer_pool import BufferPool
 from lightning_fl.engines.vectorized.row_subset import RowSubset
-from lightning_fl.engines.vectorized.stacking import NotVectorizable, stack
+from lightning_fl.engines.vectorized.stacking import NotStackable, NotVectorizable, stack
 from lightning_fl.engines.vectorized.tensor_slots import TensorSlots
 from lightning_fl.torch_internals import flat_vmap, pytree
 from lightning_fl.tree import cast_like, num_bytes
@@ -94,8 +94,9 @@ class VectorizedEngine(SequentialEngine):
         personal: Sequence[str] = (),
         client_optimizer: ClientOptimizer = "reset",
         functions: StepFunctions | None = None,
+        isolation: Isolation | None = None,
     ) -> None:
-        super().__init__(module, optimizers, personal, client_optimizer, functions)
+        super().__init__(module, optimizers, personal, client_optimizer, functions, isolation)
         self._start: Tree = {}
         self._stacked: Tree = {}
         self._stacked_buffers: Tree = {}
@@ -113,13 +114,17 @@ class VectorizedEngine(SequentialEngine):
         if len(starts) == 1:
             super().start(starts, client_states, phase, grad_transform)
             return
+        self._enter()
         size, tensors, round_start = len(starts), self.tensors, self.round_start
+        load(tensors.moving, round_start.buffers)
         self._start, _ = stack(starts)
         personal, _ = stack([state.get("personal", round_start.personal) for state in client_states])
         values = {**self._start, **round_start.buffers, **personal}
         params = {**tensors.params, **tensors.personal_params}
         every = {**tensors.buffers, **tensors.personal}
-        buffers = {name: buffer for name, buffer in every.items() if name not in params}
+        # Frozen parameters that move are not stacked: a step that writes to them, perhaps through `param.data`, is one
+        # for clients that train alone.
+        buffers = {name: buffer for name, buffer in every.items() if name not in params and name not in tensors.moving}
         spread = partial(self._spread, size=size)
         self._stacked = {name: spread(values[name], param).requires_grad_() for name, param in params.items()}
         self._stacked_buffers = {name: spread(values[name], buffer) for name, buffer in buffers.items()}
@@ -130,7 +135,13 @@ class VectorizedEngine(SequentialEngine):
 
     @torch.no_grad()
     def _spread(self, value: Tensor, like: Tensor, size: int) -> Tensor:
-        """``value`` in the dtype of ``like``, repeated for each client unless it is stacked already."""
+        """``value`` in the dtype of ``like``, repeated for each client unless it is stacked already.
+
+        Raises:
+            NotStackable: If it has another shape, as a client's own buffer that grows.
+        """
+        if value.shape not in (like.shape, (size, *like.shape)):
+            raise NotStackable("a buffer changes its shape")
         return self.pool.empty((size, *like.shape), like).copy_(cast_like(value, like))
 
     def choose(self, rows: Sequence[int]) -> None:
@@ -265,8 +276,13 @@ class VectorizedEngine(SequentialEngine):
     def finish(self, num_steps: Sequence[int] | None = None) -> LocalResult:
         if not self._stacked:
             return super().finish()
-        tensors, start = self.tensors, self.round_start.buffers
-        tensors.check_frozen()
+        tensors = self.tensors
+        moved = self.restore_frozen()
+        if moved:
+            raise ValueError(
+                f"A step of {self.num_clients} clients has changed the frozen parameter {moved[0]!r}, which they share."
+                " Let each client train alone with FederatedStrategy(engine='sequential')."
+            )
         # Rows that trained by themselves are written back before the result is read.
         if self._subset is not None:
             self._stacked, self._stacked_buffers = self._subset.choose(None, self._stacked, self._stacked_buffers)
@@ -275,18 +291,28 @@ class VectorizedEngine(SequentialEngine):
             stacked = self._stacked | self._stacked_buffers
             client_state["personal"] = clones({name: stacked[name] for name in tensors.personal})
         params = {name: self._stacked[name] for name in tensors.params}
-        buffers = {name: self._stacked_buffers[name] for name in tensors.buffers}
+        buffers = {
+            name: self._stacked_buffers.get(name, buffer.detach().expand(self.num_clients, *buffer.shape))
+            for name, buffer in tensors.buffers.items()
+        }
         each = num_steps or [self.optimizers.num_steps] * self.num_clients
         # Once for each number of steps, because counting changes what the optimizers have counted.
         facts = {number: self._facts(number, params) for number in sorted(set(each))}
         result = LocalResult(
             params={name: _trained(param.detach(), self._start[name]) for name, param in params.items()},
-            buffers={name: buffer_delta(buffer, start[name]) for name, buffer in buffers.items()},
+            buffers=self._contributions(buffers),
             client_state=client_state,
             facts=[facts[number] for number in each],
         )
         self.leave()
         return result
+
+    def restore_frozen(self) -> list[str]:
+        """Puts back the frozen parameters, which a group shares; returns the names of those that had changed."""
+        moving, start = self.tensors.moving, self.round_start.buffers
+        moved = [name for name, param in moving.items() if not is_same(param.detach(), start[name])]
+        load(moving, start)
+        return [*moved, *self.tensors.still.put_back(), *self.tensors.still.lost()]
 
     def _facts(self, num_steps: int, params: Tree) -> ClientFacts:
         optimizers = self.optimizers

@@ -17,12 +17,21 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lightning_fl.privacy.accounting.sampling import FixedSize, Full, LocalSteps, Poisson, Sampling, client_rate
+from lightning_fl.privacy.accounting.sampling import (
+    Distributed,
+    FixedSize,
+    Full,
+    LocalSteps,
+    Poisson,
+    Sampling,
+    client_rate,
+)
 
 Method = Literal["pld", "rdp"]
 Relation = Literal["add_or_remove_one", "replace_one"]
 Entry = tuple[float, Sampling, int]
 """Gaussian releases: noise multiplier, sampling, number of releases."""
+INTEGER_ORDERS = (*range(2, 257), 384, 512, 1024, 2048, 4096)
 GRID = 1e-4
 MAX_FINE_EPSILON, MAX_EPSILON = 50.0, 1e5
 """In between the grid is proportionally coarser, to bound time and memory; beyond, sampling is not counted."""
@@ -91,6 +100,8 @@ def epsilon_of(
         return 0.0
     if any(sigma == 0 for sigma, *_ in entries):
         return math.inf
+    if any(isinstance(sampling, Distributed) for _, sampling, _ in entries):
+        method = "rdp"
     if group > 1:
         entries = tuple(_of_group(entry, group, method, relation) for entry in entries)
     about = _about(entries, relation)
@@ -98,7 +109,8 @@ def epsilon_of(
     if max(about, loss) > MAX_EPSILON:
         # Nothing is private here, so that what sampling amplifies is not worth a distribution of gigabytes.
         entries = tuple(
-            (sigma / _group_of(sampling), Full(), count * _num_steps(sampling)) for sigma, sampling, count in entries
+            (sigma / _group_of(sampling), _without_amplification(sampling), count * _num_steps(sampling))
+            for sigma, sampling, count in entries
         )
     if method == "rdp":
         return _rdp(entries, delta, relation)
@@ -147,7 +159,12 @@ def _of_group(entry: Entry, group: int, method: Method, relation: Relation) -> E
         return _of_group((sigma, sampling.batches, count * sampling.num_steps), group, method, relation)
     if isinstance(sampling, Poisson) and sampling.rate < 1 and method == "pld" and relation == "add_or_remove_one":
         return sigma, _Group(sampling.rate, group), count
-    return sigma / group, Full(), count
+    return sigma / group, _without_amplification(sampling), count
+
+
+def _without_amplification(sampling: Sampling) -> Sampling:
+    # What is known of distributed noise is its Rényi divergences only, and they grow with the distance as a Gaussian's.
+    return sampling if isinstance(sampling, Distributed) else Full()
 
 
 def _largest_loss(sigma: float, relation: Relation) -> float:
@@ -170,7 +187,8 @@ def _rdp(entries: Sequence[Entry], delta: float, relation: Relation) -> float:
     dpa = dp_accounting()
     from dp_accounting import rdp
 
-    accountant = rdp.RdpAccountant(neighboring_relation=dpa.NeighboringRelation[relation.upper()])
+    has_skellam = any(isinstance(sampling, Distributed) and sampling.noise == "skellam" for _, sampling, _ in entries)
+    accountant = rdp.RdpAccountant(INTEGER_ORDERS if has_skellam else None, dpa.NeighboringRelation[relation.upper()])
     with quiet_accountant():
         for sigma, sampling, count in entries:
             accountant.compose(*_rdp_event(dpa, sigma / _scale(relation), sampling, count, relation))

@@ -50,6 +50,20 @@ class Full(Sampling):
 
 
 @dataclass(frozen=True)
+class Distributed(Full):
+    """Everybody contributes, each with a share of integer noise, so that only Rényi divergences have a known bound.
+
+    They are at most those of a Gaussian with the recorded noise multiplier. A ledger with such a release answers by
+    ``"rdp"``, whatever it is asked for.
+
+    Args:
+        noise: The kind of noise. For ``"skellam"`` the bound holds for integer orders only.
+    """
+
+    noise: Literal["discrete_gaussian", "skellam"] = "discrete_gaussian"
+
+
+@dataclass(frozen=True)
 class Poisson(Sampling):
     """Each candidate contributes with probability ``rate``, independently of the others.
 
@@ -152,7 +166,7 @@ class LocalSteps(Sampling):
         }
 
 
-KINDS: dict[str, type[Sampling]] = {kind.__name__: kind for kind in (Full, Poisson, FixedSize, LocalSteps)}
+KINDS: dict[str, type[Sampling]] = {kind.__name__: kind for kind in (Full, Distributed, Poisson, FixedSize, LocalSteps)}
 
 
 def load_sampling(state: Mapping[str, Any]) -> Sampling:

@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_fl.aggregation import Aggregator, RoundContext, Transform
 from lightning_fl.privacy.accounting.bounds import Method, Relation, dp_accounting
 from lightning_fl.privacy.accounting.ledger import Adversary, Epsilon, Gaussian, Ledger
-from lightning_fl.privacy.accounting.sampling import FixedSize, Full, Poisson, Sampling
+from lightning_fl.privacy.accounting.sampling import Distributed, FixedSize, Full, Poisson, Sampling
 from lightning_fl.privacy.client_level.clipping import (
     AdaptiveClip,
     centred_bit,
@@ -22,6 +22,8 @@ from lightning_fl.privacy.client_level.clipping import (
     noise_on_model,
     with_trees,
 )
+from lightning_fl.privacy.client_level.distributed import ENCODED, Grid, encoded_like, num_coordinates
+from lightning_fl.privacy.integer_noise import IntegerNoise, Mechanism
 from lightning_fl.privacy.noise import (
     PrivacyError,
     SecureNoise,
@@ -40,6 +42,10 @@ GRID = 5e-4
 """Grid for the epsilon of each round: five times as fast as the ledger's own, and at most about 1e-3 larger."""
 ADVERSARIES = {
     "central": "whoever sees the global model of every round, but not the server, nor who takes part",
+    "distributed": (
+        "whoever sees the sums of the clients' updates, the server and num_colluding clients included, but not the "
+        "metrics and counts, which are exact"
+    ),
     "local": "the server, and whoever sees the clients' updates, but not the metrics and counts, which are exact",
 }
 
@@ -69,6 +75,13 @@ class ClientLevelDP(Transform):
     data sets replace one client's data. Silos exchange logged metrics and counts exactly: log nothing about a silo's
     data that the others may not know.
 
+    In ``"distributed"`` mode each client adds a share of integer noise to its update, rounded to a grid, and
+    ``SecureAggregation`` shows nobody more than the sum of all. So many shares have the noise of ``"central"`` together
+    that the fewest clients in a secure sum are enough; with fewer the round is given up. A client knows its own share,
+    which therefore does not count against it: the shares of all but ``num_colluding`` must be enough. There is no
+    amplification, since the server knows who takes part, and the accountant is Rényi's; see :class:`Grid` for the
+    bound. The sum is divided by the number of clients in it.
+
     Cohorts are drawn from the operating system's randomness; Poisson cohorts amplify the most. A round is in the ledger
     before its clients train. It stays there if the round fails and the same Trainer runs it again, and checkpoints
     written from then on hold it.
@@ -76,10 +89,13 @@ class ClientLevelDP(Transform):
     Args:
         clip: The clip norm :math:`C`, or :class:`AdaptiveClip`.
         noise_multiplier: The noise :math:`z`, relative to the clip norm. 0 only clips, which is NOT PRIVATE.
-        mode: ``"central"`` or ``"local"``.
+        mode: ``"central"``, ``"local"`` or ``"distributed"``.
         delta: The delta of the logged epsilon. None: 1e-5, or ``population ** -1.1`` if that is less.
         max_epsilon: Training stops before a round that would make epsilon larger. None: no limit.
         method: The accountant, as for :meth:`Ledger.epsilon`.
+        noise: In distributed mode ``"discrete_gaussian"`` or ``"skellam"``.
+        num_colluding: In distributed mode, how many clients may tell the adversary their noise. Default 1: each client
+            knows its own.
         insecure_test_seed: Makes the noise repeat, for tests. The run is then NOT PRIVATE, and stays so if it continues
             without the seed.
 
@@ -102,11 +118,13 @@ class ClientLevelDP(Transform):
 
     clip: float | AdaptiveClip
     noise_multiplier: float
-    mode: Literal["central", "local"] = "central"
+    mode: Literal["central", "local", "distributed"] = "central"
     delta: float | None = None
     max_epsilon: float | None = None
     method: Method = "pld"
     insecure_test_seed: int | None = None
+    noise: Mechanism = "discrete_gaussian"
+    num_colluding: int = 1
 
     weighting: ClassVar[Literal["examples", "uniform"] | None] = "uniform"
     client_keys: ClassVar[tuple[str, ...]] = ("clip",)
@@ -120,8 +138,21 @@ class ClientLevelDP(Transform):
         elif not 0 < self.clip < float("inf"):
             raise ValueError(f"ClientLevelDP got clip={self.clip}; expected a positive number or AdaptiveClip(...).")
         Gaussian(self.noise_multiplier)
-        if self.mode not in ("central", "local"):
-            raise ValueError(f"ClientLevelDP got mode={self.mode!r}; expected 'central' or 'local'.")
+        if self.mode not in ADVERSARIES:
+            raise ValueError(f"ClientLevelDP got mode={self.mode!r}; expected 'central', 'local' or 'distributed'.")
+        if self.noise not in ("discrete_gaussian", "skellam"):
+            raise ValueError(f"ClientLevelDP got noise={self.noise!r}; expected 'discrete_gaussian' or 'skellam'.")
+        if self.num_colluding < 0:
+            raise ValueError(f"ClientLevelDP got num_colluding={self.num_colluding}; expected at least 0.")
+        if self.mode != "distributed" and (self.noise, self.num_colluding) != ("discrete_gaussian", 1):
+            raise ValueError(
+                f"noise={self.noise!r} and num_colluding={self.num_colluding} have no effect in mode={self.mode!r}. "
+                "Leave them out, or use mode='distributed'."
+            )
+        if self.mode == "distributed" and isinstance(self.clip, AdaptiveClip):
+            raise ValueError(
+                "mode='distributed' takes a fixed clip norm: AdaptiveClip would change the grid. Give one."
+            )
         if self.method not in ("pld", "rdp"):
             raise ValueError(f"ClientLevelDP got method={self.method!r}; expected 'pld' or 'rdp'.")
         if self.delta is not None and not 0 < self.delta < 1:
@@ -142,6 +173,9 @@ class ClientLevelDP(Transform):
                 f"weighting={weighting!r} lets one client weigh more than the noise covers. Leave weighting out: under "
                 "ClientLevelDP all clients have the same weight."
             )
+        if self.mode == "distributed":
+            self._check_distributed(later, aggregator)
+            return
         if not aggregator.is_sum:
             raise ValueError(
                 f"ClientLevelDP bounds what a client adds to a sum, but {type(aggregator).__name__} is no sum. Use "
@@ -154,14 +188,29 @@ class ClientLevelDP(Transform):
                     "ClientLevelDP last."
                 )
 
+    def _check_distributed(self, later: Sequence[Transform], aggregator: Aggregator) -> None:
+        if aggregator.integer_bits is None:
+            raise ValueError(
+                "mode='distributed' gives each client a share of the noise, which is enough only where nobody sees a "
+                f"single update, but {type(aggregator).__name__} does. Use aggregator=fl.privacy.SecureAggregation()."
+            )
+        if later:
+            raise ValueError(
+                f"{type(later[0]).__name__} comes after ClientLevelDP(mode='distributed'), whose updates are integers. "
+                "Put ClientLevelDP last."
+            )
+
     def like(self, update: Update) -> Update:
         if update.buffers:
             warnings.warn(
                 f"Under ClientLevelDP buffers ({', '.join(update.buffers)}) are clipped and noised like parameters. "
                 "Noise may make a running variance negative, and changes masks and counters. Replace BatchNorm by "
-                "GroupNorm, keep the buffers personal, or register them with persistent=False.",
+                "GroupNorm, keep the buffers personal, or register them with persistent=False, so that each client "
+                "starts with their values of the round's start.",
                 stacklevel=2,
             )
+        if self.mode == "distributed":
+            return encoded_like(update)
         if not isinstance(self.clip, AdaptiveClip):
             return update
         device = next(iter(update_trees(update)["delta"].values())).device
@@ -188,7 +237,7 @@ class ClientLevelDP(Transform):
             raise ValueError(
                 "ClientLevelDP(mode='central') needs a server that adds the noise and keeps it secret. A federation of "
                 "silos has none: each silo would know the noise, or the sum without it, and so the others' share. Use "
-                "mode='local', or simulate the clients."
+                "mode='distributed' with SecureAggregation, mode='local', or simulate the clients."
             )
         if self.insecure_test_seed is None:
             check_source()
@@ -201,7 +250,14 @@ class ClientLevelDP(Transform):
         elif num_insecure:
             ledger.record(Gaussian(0.0), num_insecure)  # anyone who knows the seed can compute their noise
             num_insecure = 0
-        event = Gaussian(self.noise_multiplier, self.sampling(ctx), self._adversary)
+        if self.mode == "distributed":
+            if ctx.integer_bits is None:
+                raise ValueError(
+                    "mode='distributed' needs a secure sum among the ranks of a federation; here a coordinator sees "
+                    "each silo's update. Use mode='local'."
+                )
+            self._grid(ctx).check_modulus(len(ctx.cohort), ctx.integer_bits)
+        event = self._event(ctx)
         drawn = self._check_cohort(state.get("drawn"), event.sampling, ctx)
         ledger.record(event)  # before training: a round that crashes halfway may have released something already
         if self.max_epsilon is not None and self._epsilon(ledger, ctx) > self.max_epsilon:
@@ -228,6 +284,9 @@ class ClientLevelDP(Transform):
         bits = centred_bit(update, clip) if isinstance(self.clip, AdaptiveClip) else _NO_BITS
         update = clip_update(update, clip)
         check_clipped(update, clip)
+        if self.mode == "distributed":
+            noise = IntegerNoise(self.insecure_test_seed, ctx.round, str(ctx.client))
+            return self._grid(ctx).encode(update, noise), state
         if self.mode == "local":
             source = SecureNoise(self.insecure_test_seed, ctx.round, str(ctx.client))
             flat, layout = _flatten(update_trees(update))
@@ -239,6 +298,8 @@ class ClientLevelDP(Transform):
         return update, state
 
     def server(self, aggregate: Aggregate, state: State, ctx: RoundContext) -> tuple[Aggregate, State]:
+        if self.mode == "distributed":
+            return self._decode(aggregate, ctx), state
         clip, cohort = float(state["clip"]), self.cohort(ctx)
         aux = dict(aggregate.aux)
         # Taken out, because the bits get noise of another scale than the update.
@@ -288,7 +349,7 @@ class ClientLevelDP(Transform):
         if self.max_epsilon is None:
             return None
         ledger = load_ledger(state)
-        ledger.record(Gaussian(self.noise_multiplier, self.sampling(ctx), self._adversary))
+        ledger.record(self._event(ctx))
         if self._epsilon(ledger, ctx) <= self.max_epsilon:
             return None
         spent = float(self._epsilon(load_ledger(state), ctx))
@@ -299,6 +360,8 @@ class ClientLevelDP(Transform):
     def sampling(self, ctx: RoundContext) -> Sampling:
         """Returns the draw of a round's clients as the ledger records it; an unknown one counts as :class:`Full`."""
         drawn = ctx.sampling
+        if self.mode == "distributed":
+            return Distributed(self.noise)
         if drawn is None or self.mode == "local":
             return Full()  # in local mode the server sees who takes part
         if drawn.kind == "poisson":
@@ -309,6 +372,39 @@ class ClientLevelDP(Transform):
         """Returns the expected number of clients in a round."""
         return float(ctx.sampling.size if ctx.sampling is not None else max(len(ctx.cohort), 1))
 
+    def _event(self, ctx: RoundContext) -> Gaussian:
+        distributed = self.mode == "distributed"
+        z = self._grid(ctx).effective_noise_multiplier if distributed else self.noise_multiplier
+        return Gaussian(z, self.sampling(ctx), self._adversary)
+
+    def _grid(self, ctx: RoundContext) -> Grid:
+        assert not isinstance(self.clip, AdaptiveClip)
+        assert ctx.template is not None, "the round gives each transform a template"
+        num_honest = ctx.min_clients - self.num_colluding
+        if num_honest < 1:
+            raise ValueError(
+                f"A secure sum may have {ctx.min_clients} clients, of which num_colluding={self.num_colluding} leaves "
+                "nobody whose noise is secret. Raise SecureAggregation(min_clients=...), or lower num_colluding."
+            )
+        return Grid(self.clip, num_coordinates(ctx.template), self.noise_multiplier, num_honest, self.noise)
+
+    def _decode(self, aggregate: Aggregate, ctx: RoundContext) -> Aggregate:
+        if aggregate.num_clients < ctx.min_clients:
+            raise PrivacyError(
+                f"The sum of round {ctx.round} has {aggregate.num_clients} clients, and {ctx.min_clients} must add "
+                "noise. The run stops."
+            )
+        assert ctx.template is not None
+        trees = self._grid(ctx).decode(aggregate.delta[ENCODED], ctx.template)
+        return Aggregate(
+            delta=trees.get("delta", {}),
+            buffers=trees.get("buffers", {}),
+            weight=float(aggregate.num_clients),
+            aux={name: trees[f"aux/{name}"] for name in ctx.template.aux},
+            num_clients=aggregate.num_clients,
+            population=aggregate.population,
+        )
+
     def _epsilon(self, ledger: Ledger, ctx: RoundContext) -> Epsilon:
         # Well below 1 / clients: with a delta of that size, publishing one client outright would count as private.
         delta = min(1e-5, max(ctx.population, 1) ** -1.1) if self.delta is None else self.delta
@@ -318,7 +414,7 @@ class ClientLevelDP(Transform):
 
     @property
     def _adversary(self) -> Adversary:
-        return "server" if self.mode == "local" else "model"
+        return "model" if self.mode == "central" else "server"
 
     def _release(
         self, flat: Flat, bits: Tensor, clip: float, cohort: float, source: SecureNoise

@@ -18,6 +18,7 @@ from lightning_fl.privacy.client_level.clipping import ROUNDING
 from lightning_fl.privacy.noise import PrivacyError
 from lightning_fl.privacy.sample_level.rows import num_rows, take_rows
 from lightning_fl.torch_internals import BatchNorm
+from lightning_fl.tree import as_real
 from lightning_fl.types import Tree
 
 GradSampleMode = Literal["hooks", "functorch"]
@@ -72,6 +73,10 @@ def why_not_per_sample(module: nn.Module) -> str | None:
     for name, layer in module.named_modules():
         if getattr(layer, "inplace", False):
             return f"{name} is a {type(layer).__name__} that works in place. Set inplace=False"
+        if isinstance(layer, nn.EmbeddingBag):
+            return (
+                f"{name} is an EmbeddingBag, for which Opacus has no rule. Use nn.Embedding, and mean or sum its rows"
+            )
     direct = [name for name, param in module.named_parameters(recurse=False) if param.requires_grad]
     if direct:
         return (
@@ -120,6 +125,8 @@ class PerSampleGradients:
     ) -> None:
         self.module = module
         self.params = dict(params)
+        if mode == "hooks":
+            _check_rules(module, params)
         self.tolerance = tolerance
         try:
             self._hooks = opacus_hooks()(module, loss_reduction="mean", force_functorch=mode == "functorch")
@@ -190,6 +197,12 @@ class PerSampleGradients:
             # Opacus makes a list of them if backward runs more than once.
             if not isinstance(sample, Tensor) or sample.shape != (size, *param.shape):
                 found = tuple(sample.shape) if isinstance(sample, Tensor) else f"{len(sample)} parts"
+                if found == (1, *param.shape):
+                    raise PrivacyError(
+                        f"The per-sample gradients of {name} are of one example for a batch of {size}: its layer was "
+                        "given one row for all examples. The run stops. Repeat it for each, as position ids of shape "
+                        "[1, n] by position_ids.expand(len(batch), -1)."
+                    )
                 raise PrivacyError(
                     f"The per-sample gradients of {name} have the form {found}, expected {(size, *param.shape)}. The "
                     "run stops. A batch must go through the network as a whole, example by example along the first "
@@ -237,6 +250,22 @@ class PerSampleGradients:
         for layer in self.module.modules():
             layer.__dict__.pop("activations", None)
             layer.__dict__.pop("max_batch_len", None)
+
+
+def _check_rules(module: nn.Module, params: Mapping[str, nn.Parameter]) -> None:
+    """Refuses layers for which Opacus's own rules give other gradients than autograd."""
+    trained = {id(param) for param in params.values()}
+    for name, layer in module.named_modules():
+        found = ""
+        if isinstance(layer, nn.Embedding) and layer.padding_idx is not None:
+            found = f"an Embedding with padding_idx={layer.padding_idx}"
+        elif getattr(layer, "padding_mode", "zeros") != "zeros":
+            found = f"a {type(layer).__name__} with padding_mode={layer.padding_mode!r}"
+        if found and any(id(param) in trained for param in layer.parameters(recurse=False)):
+            raise ValueError(
+                f"{name} is {found}, which Opacus's own rules ignore, so its per-sample gradients would be wrong. Set "
+                'SampleLevelDP(grad_sample_mode="functorch"), which is right for it and slower.'
+            )
 
 
 def clipped_sum(samples: Tree, clip: float) -> Tree:
@@ -349,7 +378,7 @@ def check_per_sample(
 
 def _flat(grads: Sequence[Tensor | None], params: Sequence[nn.Parameter]) -> Tensor:
     parts = [torch.zeros_like(param) if grad is None else grad for grad, param in zip(grads, params, strict=True)]
-    return torch.cat([part.detach().double().flatten() for part in parts])
+    return torch.cat([as_real(part.detach()).double().flatten() for part in parts])
 
 
 def _at_least_float32(sample: Tensor) -> Tensor:

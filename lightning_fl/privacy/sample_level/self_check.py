@@ -231,7 +231,7 @@ class SelfCheck:
         # Clipping counts a gradient that is not finite as zero; one that is finite only in other company is caught.
         agrees = finite | (~found.norms.isfinite() & ~expected.norms.isfinite())
         found, expected = found[finite], expected[finite]
-        scale = float(torch.cat([found.norms, expected.norms, torch.zeros(1, device=found.norms.device)]).max())
+        scale = float(torch.cat([found.norms, expected.norms, torch.zeros(1)]).max())
         apart = _length(found.projected - expected.projected)
         largest = float(apart.max()) / (scale or 1.0) if len(apart) else 0.0
         moved = float(_length(found.clipped(self.clip) - expected.clipped(self.clip)).sum()) / self.clip
@@ -304,4 +304,4 @@ def _rows_of(samples: Tree, size: int) -> _Rows:
             directions = torch.randn(part.shape[1], NUM_DIRECTIONS, generator=generator).to(part)
             squares += torch.linalg.vector_norm(part, dim=1, dtype=torch.float64).square()
             projected += part @ directions
-    return _Rows(squares.sqrt(), projected)
+    return _Rows(squares.sqrt().cpu(), projected.cpu())

@@ -63,8 +63,8 @@ class SecureAggregation(Aggregator):
     for 100.
 
     ``"pairwise"`` costs one all-reduce of integers, of the same size as in float32. It needs every client that
-    advertised its keys to stay until the sum is made. ``"bonawitz"`` survives dropouts as long as floor(2n/3) + 1
-    clients stay; it runs between the simulated clients of one process.
+    advertised its keys to stay until the sum is made. ``"bonawitz"`` survives dropouts as long as floor(2n/3) + 1 and
+    ``min_clients`` clients stay; it runs between the simulated clients of one process.
 
     Args:
         protocol: ``"pairwise"`` or ``"bonawitz"``.
@@ -151,6 +151,14 @@ class SecureAggregation(Aggregator):
         settings = {"protocol": self.protocol, **vars(self.ranges), "min_clients": self.min_clients}
         return f"SecureAggregation({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
 
+    @property
+    def integer_bits(self) -> int:
+        return self.ranges.modulus_bits
+
+    def min_clients_of(self, cohort_size: int) -> int:
+        fewest = self.fewest(cohort_size)
+        return max(fewest, two_thirds(cohort_size)) if self.protocol == "bonawitz" else fewest
+
     def open(self, group: Group, facts: FederationFacts) -> Session:
         ranges = self.ranges
         if facts.is_training:
@@ -172,7 +180,8 @@ class SecureAggregation(Aggregator):
             raise ValueError("SecureAggregation.init got no session. Pass the one that open(group, facts) returned.")
         packing = Packing(template, session.ranges)
         # In the double-masking protocol each client's vector is masked by itself, so there is no running sum.
-        vector = packing.zeros(device) if self.protocol == "pairwise" else torch.empty(0, dtype=packing.dtype)
+        size = packing.vector_size if self.protocol == "pairwise" else 0
+        vector = torch.zeros(size, dtype=packing.dtype, device=device)
         return SecureSum(session, packing, vector, model_digest(template))
 
     def add(self, acc: SecureSum, update: Update, ctx: RoundContext) -> SecureSum:
@@ -202,7 +211,7 @@ class SecureAggregation(Aggregator):
             simulation = self._simulate(acc, ctx).simulation
             assert simulation is not None
             total, survivors = simulation.finish()
-            vector, _ = split_report(total, [], len(survivors))
+            vector, _ = split_report(total.to(acc.vector.device), [], len(survivors))
             messages = [report]
         else:
             vector, messages = self._sum(acc, group, report, ctx)
@@ -260,7 +269,7 @@ class SecureAggregation(Aggregator):
         for tree in ("delta", "aux"):
             self.ranges.quantizer(tree, cohort_size)
         left = cohort_size - num_dropouts(self.dropout, cohort_size)
-        needed = two_thirds(cohort_size) if self.protocol == "bonawitz" else fewest
+        needed = self.min_clients_of(cohort_size)
         if left < needed:
             raise ValueError(
                 f"dropout={self.dropout} leaves {left} of {cohort_size} clients, and protocol={self.protocol!r} needs "
@@ -292,7 +301,8 @@ class SecureAggregation(Aggregator):
     def _sum(self, acc: SecureSum, group: Group, report: Message, ctx: RoundContext) -> tuple[Tensor, list[Message]]:
         session = acc.session
         if session.is_simulated:
-            parties = [*acc.clients, *report.fields.get("refused", [])]
+            # A refused client may have sent zeros, and is then among the others already.
+            parties = list(dict.fromkeys([*acc.clients, *report.fields.get("refused", [])]))
         else:
             parties = [client for client in ctx.cohort if client == group.rank]
         fewest = self.fewest(len(ctx.cohort))
@@ -332,10 +342,10 @@ class SecureAggregation(Aggregator):
     def _simulate(self, acc: SecureSum, ctx: RoundContext) -> SecureSum:
         if acc.simulation is not None:
             return acc
-        session, num_clients = acc.session, len(ctx.cohort)
+        session = acc.session
         dropouts = plan_dropouts(self.dropout, self.dropout_seed, ctx)
         simulation = Simulation(
-            self._session_params(acc, ctx, two_thirds(num_clients)),
+            self._session_params(acc, ctx, self.min_clients_of(len(ctx.cohort))),
             {number: session.identity(client) for number, client in enumerate(ctx.cohort, start=1)},
             acc.packing.vector_size + NUM_CHECKS,
             acc.packing.dtype,

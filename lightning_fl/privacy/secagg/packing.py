@@ -46,7 +46,8 @@ class Ranges:
 class Packing:
     """The layout of the vector: where each tensor of an update stands.
 
-    A coordinate takes one element. Buffers and scalar tensors, such as counters and running variances, have no common
+    A coordinate takes one element; those of integer tensors are sent as they are, modulo 2^32 or 2^64, and must have
+    the weight 1. Buffers and scalar tensors, such as counters and running variances, have no common
     range to clip to, so they are sent exactly, as six limbs each. So are three numbers for each client: 1, to count it;
     1 if it clipped a coordinate; and its weight.
 
@@ -60,7 +61,14 @@ class Packing:
 
     def __init__(self, template: Update, ranges: Ranges) -> None:
         self.ranges = ranges
-        self.layout = Layout.of(update_trees(template))
+        trees = update_trees(template)
+        self.layout = Layout.of(trees)
+        self.integers = {
+            (tree, name)
+            for tree, tensors in trees.items()
+            for name, tensor in tensors.items()
+            if not tensor.is_floating_point() and not _is_exact(tree, tensor.shape)
+        }
         self.num_coordinates, self.num_scalars = 0, 3
         for tree, name, shape, dtype in self.layout.entries:
             if dtype.is_complex:
@@ -106,6 +114,8 @@ class Packing:
         self.layout.check(trees)
         if not is_finite(leaves(trees)):
             raise ValueError("The update holds NaN or Inf, which a sum would spread; it was not sent.")
+        if self.integers and weight != 1:
+            raise ValueError(f"An update of integers weighs {weight:g}; they are summed as they are, with weight 1.")
         if not 0 <= weight <= self.ranges.max_weight:
             raise ValueError(
                 f"A client weighs {weight:g}, but the vector is laid out for weights from 0 to max_weight="
@@ -126,9 +136,12 @@ class Packing:
                 factor = _weight(tree, weight / self.ranges.max_weight)
                 quantizer = self.ranges.quantizer(tree, num_clients)
                 values = trees[tree][name].detach().reshape(-1)
+                if not values.is_floating_point():
+                    target.add_(values.to(target.dtype))
+                    continue
                 clipped = quantizer.add(target, values, factor, noise) or clipped
-        head = torch.tensor([1.0, float(clipped), weight], dtype=torch.float64, device=vector.device)
-        vector[start:] += to_limbs(torch.cat([head, *exact]), self.dtype)
+        head = torch.tensor([1.0, float(clipped), weight], dtype=torch.float64)
+        vector[start:] += to_limbs(torch.cat([head.to(vector.device), *exact]), self.dtype)
 
     def unpack(self, vector: Tensor, num_clients: int) -> Sums:
         """Returns the sums that a sum of vectors represents.
@@ -148,7 +161,9 @@ class Packing:
                 value, exact = exact[:size], exact[size:]
             else:
                 quantizer = self.ranges.quantizer(tree, num_clients)
-                value = quantizer.decode(vector[start : start + size]) * _weight(tree, self.ranges.max_weight)
+                value = vector[start : start + size]
+                if (tree, name) not in self.integers:
+                    value = quantizer.decode(value) * _weight(tree, self.ranges.max_weight)
                 start += size
             trees.setdefault(tree, {})[name] = value.to(dtype).reshape(shape)
         return Sums(trees, weight, round(count), round(num_clipped))

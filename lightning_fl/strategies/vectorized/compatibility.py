@@ -179,6 +179,9 @@ def _try_step(
             raise NotVectorizable("training_step changes its batch or the parameters in place")
         if random_states()[1:] != drawn[1:] or (randomness == "error" and random_states() != drawn):
             raise NotVectorizable("training_step draws random numbers from Python or NumPy, one for all clients")
+        written = engine.restore_frozen()  # also those that were written to through `param.data`
+        if written:
+            raise NotVectorizable(f"training_step changes {written[0]}, which all clients share")
         # The step has moved the clients' BatchNorm statistics; the comparison must start from the same ones.
         after = engine.copy_buffers()
         engine.put_buffers(buffers)

@@ -181,6 +181,12 @@ class VectorizedDriver:
         """Forgets the group, which has been trained or will not be trained together."""
         self.task, self._loaders = None, []
 
+    def close(self) -> None:
+        """Called at the end of the fit: lets go of the module's state and of what clients have logged."""
+        self.leave()
+        self.watch.close()
+        self.capture.clear()
+
     def undo(self) -> None:
         """Puts back what the steps of the group, which is trained again client by client, have changed.
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from lightning import LightningModule
@@ -20,6 +20,7 @@ from lightning_fl.federation.metric_entries import Entries
 from lightning_fl.strategies.torchmetrics_internals import reductions
 from lightning_fl.torch_internals import pytree
 
+_TOO_EARLY = "training_step calls {}() of a torchmetric, which has not seen the batch by then"
 _SIGNATURE = inspect.signature(LightningModule.log)
 _REDUCTIONS: dict[Any, Callable[[Tensor], Tensor]] = {
     **dict.fromkeys(("mean", "avg", torch.mean), torch.mean),
@@ -102,12 +103,15 @@ class LogCapture:
         self.steps: list[_Step] = []
         self._waiting: list[_Step] = []
         self._calls: list[_Call] = []
+        self._refused: NotVectorizable | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, list[Tensor]]:
         """Runs the step; returns its loss and the tensors to be passed to :meth:`emit`."""
-        self._calls = []
+        self._calls, self._refused = [], None
         with self._recording():
             output = self.module.training_step(*args, **kwargs)
+        if self._refused is not None:  # the step may have caught it
+            raise self._refused
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor):
             raise NotVectorizable(f"training_step returned a {type(loss).__name__} as its loss, not a tensor")
@@ -211,7 +215,7 @@ class LogCapture:
             for method in ("forward", "update"):
                 patch(metric, method, lambda *args, m=metric, n=method, **kwargs: self._record(m, n, args, kwargs))
             for method in ("compute", "reset"):
-                patch(metric, method, lambda *args, n=method, **kwargs: _refuse(n))
+                patch(metric, method, lambda *args, n=method, **kwargs: self._refuse(_TOO_EARLY.format(n)))
         try:
             yield
         finally:
@@ -222,6 +226,10 @@ class LogCapture:
                 else:
                     object.__setattr__(owner, name, before)
 
+    def _refuse(self, reason: str) -> NoReturn:
+        self._refused = NotVectorizable(reason)
+        raise self._refused
+
     def _record_log(self, *args: Any, **kwargs: Any) -> None:
         bound = _SIGNATURE.bind(self.module, *args, **kwargs)
         bound.apply_defaults()
@@ -230,7 +238,7 @@ class LogCapture:
         if isinstance(value, _MetricResult):
             value.is_used = True
         elif not isinstance(value, Metric | Tensor | int | float):
-            raise NotVectorizable(f"self.log({arguments['name']!r}, ...) got a {type(value).__name__}")
+            self._refuse(f"self.log({arguments['name']!r}, ...) got a {type(value).__name__}")
         self._record(None, "log", (), arguments)
 
     def _record(self, metric: Any, method: str, args: Any, kwargs: Any) -> _MetricResult | None:
@@ -256,10 +264,6 @@ def _values(value: Any, num_clients: int) -> Tensor:
     if not isinstance(value, Tensor):
         return torch.full((num_clients,), float(value))
     return value if value.is_floating_point() else value.to(torch.get_default_dtype())
-
-
-def _refuse(method: str) -> None:
-    raise NotVectorizable(f"training_step calls {method}() of a torchmetric, which has not seen the batch by then")
 
 
 def _reduction(arguments: Mapping[str, Any]) -> Callable[[Tensor], Tensor]:

@@ -120,7 +120,7 @@ class StepWatch:
             (self.module, *lambdas),
             managed,
             known=self.metrics if known is None else known,
-            outside=(L.Trainer,),
+            outside=(L.Trainer, type(self.trainer)),
             ignored=_ignored,
             name="self",
         )
@@ -147,6 +147,8 @@ class StepWatch:
             return f"{path} holds one of the module's tensors, of which each client has its own"
         for name in sorted(self._snapshot.names & TAKES_DRAWS_BACK):
             return f"{name}() may take random numbers back after they were drawn"
+        if "open" in self._snapshot.names:
+            return "open() may write to a file for each client"
         if has_global_hooks():
             return "forward hooks of all modules would see several clients at once"
         return None
@@ -191,6 +193,10 @@ class StepWatch:
                 "client train alone with FederatedStrategy(engine='sequential')."
             )
         self._snapshot.restore()
+
+    def close(self) -> None:
+        """Lets go of all that it has noted."""
+        self._snapshot, self._trial, self._frozen = None, Snapshot(), []
 
     @contextmanager
     def view(self, equal_steps: bool) -> Iterator[None]:

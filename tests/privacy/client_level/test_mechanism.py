@@ -339,7 +339,7 @@ def test_central_noise_among_silos_is_refused_and_says_why() -> None:
         {"clip": float("inf")},
         {"noise_multiplier": -1.0},
         {"noise_multiplier": float("nan")},
-        {"mode": "distributed"},
+        {"mode": "everywhere"},
         {"delta": 1.0},
         {"max_epsilon": 0.0},
         {"method": "prv"},

@@ -107,11 +107,21 @@ def test_uniform_weights_are_within_n_steps() -> None:
         ({"modulus_bits": 16}, "modulus_bits=16"),
         ({"dropout": 1.0}, "dropout=1.0"),
         ({"min_clients": 40_000}, "sum over 40000 clients"),
+        ({"min_clients": 1.5}, "share of the cohort"),
     ],
 )
 def test_wrong_settings_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SecureAggregation(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("min_clients", "cohort", "expected"),
+    [(None, 3, 3), (None, 6, 4), (None, 10, 7), (None, 99, 66), (0.5, 10, 5), (0.01, 10, 3), (1.0, 7, 7), (5, 100, 5)],
+)
+def test_the_fewest_clients_are_a_share_or_a_count(min_clients: float | None, cohort: int, expected: int) -> None:
+    options = {} if min_clients is None else {"min_clients": min_clients}
+    assert SecureAggregation(**options).fewest(cohort) == expected  # type: ignore[arg-type]
 
 
 def test_an_aggregator_that_needs_each_update_is_refused() -> None:

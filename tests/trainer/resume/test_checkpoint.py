@@ -57,6 +57,36 @@ def fit(
     return run, weights(module)
 
 
+class WorseAndWorse(Ordinary):
+    """Its validation metric never improves after the first round."""
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("val_badness", float(self.current_epoch))
+
+
+@pytest.mark.parametrize("save_last", [True, "link"])
+def test_the_last_checkpoint_is_the_last_round_and_not_the_last_improvement(
+    save_last: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fit_rounds(rounds: int, path: str | None = None) -> Tensor:
+        checkpoint = ModelCheckpoint("kept", monitor="val_badness", save_last=save_last)
+        module = WorseAndWorse()
+        run = trainer("fedavg", rounds, callbacks=[checkpoint], enable_checkpointing=True)
+        run.fit(module, image_clients((5, 7), validate=True), ckpt_path=path)
+        return weights(module)
+
+    expected = fit_rounds(5)
+    for path in Path("kept").iterdir():
+        path.unlink()
+    fit_rounds(3)
+    best, last = sorted(Path("kept").glob("*.ckpt"), key=lambda path: path.name.startswith("last"))
+    assert torch.load(best, weights_only=True)["epoch"] == 0
+    assert torch.load(last, weights_only=True)["epoch"] == 2
+    with caplog.at_level("INFO"):
+        assert torch.equal(fit_rounds(5, str(last)), expected)
+    assert "Going on with round 4 after kept/last.ckpt." in caplog.text
+
+
 def every_round(**options: Any) -> dict[str, Any]:
     callback = ModelCheckpoint("ckpt", filename="{epoch}", save_top_k=-1, **options)
     return {"enable_checkpointing": True, "callbacks": [callback]}
@@ -231,7 +261,7 @@ def test_early_stopping_and_best_model_survive_a_resume() -> None:
 
     class Stop(L.Callback):
         def on_validation_end(self, trainer: Any, module: Any) -> None:
-            trainer.should_stop = trainer.current_epoch == 2
+            trainer.should_stop = trainer.current_epoch == 1
 
     def run(ckpt_path: Any = None, more: Any = ()) -> L.Trainer:
         found = trainer("fedavg", 8, enable_checkpointing=True, callbacks=[*callbacks(), *more])
@@ -240,7 +270,7 @@ def test_early_stopping_and_best_model_survive_a_resume() -> None:
 
     whole = run()
     score = whole.checkpoint_callback.best_model_score
-    assert run(more=[Stop()]).current_epoch == 3
+    assert run(more=[Stop()]).current_epoch == 2
     resumed = run("ckpt/last-v1.ckpt")
     assert resumed.checkpoint_callback.best_model_score == score
     assert resumed.current_epoch == whole.current_epoch

@@ -30,6 +30,8 @@ from lightning_fl.aggregation import (
     MultiKrum,
     NearestNeighborMixing,
     NormBound,
+    NormCheck,
+    Screened,
     TrimmedMean,
 )
 from lightning_fl.cli import FederatedCLI
@@ -51,6 +53,7 @@ RULES: dict[str, Aggregator] = {
     "fltrust": FLTrust(0, 1),
     "dnc": DnC(1),
     "flame": FLAME(1),
+    "screened": Screened(None, num_attackers=1),
     "foolsgold": FoolsGold(1),
     "mixing": TrimmedMean(1, [NearestNeighborMixing()]),
 }
@@ -163,10 +166,19 @@ def test_arguments_out_of_range_are_refused() -> None:
         (lambda: CenteredClipping(tau=0.0), "tau=0"),
         (lambda: NormBound(bound=-1.0), "bound=-1"),
         (lambda: Bucketing(0), "size=0"),
+        (lambda: NormCheck(0.0), "z=0"),
+        (lambda: Screened(checks=[]), "must be checks"),
+        (lambda: Screened(Median(before=[Bucketing()])), "without pre-aggregators"),
         (lambda: Krum(before=["mixing"]), "NearestNeighborMixing"),  # type: ignore[list-item]
     ):
         with pytest.raises(ValueError, match=message):
             make()
+
+
+def test_a_screened_rule_of_coordinates_refuses_side_channels_too() -> None:
+    with pytest.raises(ValueError, match="Median picks each coordinate"):
+        fl.FederatedStrategy("scaffold", aggregator=Screened(Median(1)))
+    fl.FederatedStrategy("scaffold", aggregator=Screened(MultiKrum(1)))
 
 
 def test_fltrust_without_its_root_client_is_an_error() -> None:

@@ -18,6 +18,7 @@ from lightning_fl.aggregation import (
     Bucketing,
     Bulyan,
     CenteredClipping,
+    CosineCheck,
     DnC,
     FLTrust,
     FoolsGold,
@@ -28,7 +29,9 @@ from lightning_fl.aggregation import (
     MultiKrum,
     NearestNeighborMixing,
     NormBound,
+    NormCheck,
     RowAggregator,
+    Screened,
     TrimmedMean,
 )
 from tests.helpers.training import trainer
@@ -274,6 +277,24 @@ def test_flame_keeps_the_majority_at_the_median_length() -> None:
     expected = (np.array(rows) * np.minimum(1, np.median(norms) / norms)[:, None])[:3].mean(0)
     assert_near(found, expected.tolist(), torch.float64, 0.0)
     assert sorted(history["left_out"]) == [3, 4]
+
+
+def test_checks_leave_out_what_is_too_long_or_points_elsewhere() -> None:
+    rows = [(1.0, 0.0), (1.1, 0.1), (0.9, -0.1), (1.05, 0.05), (1.02, -0.04), (-1.0, 0.0), (50.0, 1.0)]
+    for checks, left_out in (
+        ([NormCheck()], [6]),
+        ([CosineCheck()], [5]),
+        ([NormCheck(), CosineCheck()], [5, 6]),
+    ):
+        for inner in (None, Median(2), MultiKrum(1)):
+            found, history = aggregate(Screened(inner, checks), rows)
+            assert set(left_out) <= set(history["left_out"])
+            assert inner is not None or sorted(history["left_out"]) == left_out
+            if len(left_out) == 2:
+                np.testing.assert_allclose(found, (1.0, 0.0), atol=0.06)
+    found, history = aggregate(Screened(Median(3), [NormCheck()]), [(1.0, 2.0)] * 7)
+    assert found == pytest.approx([1.0, 2.0])
+    assert history["left_out"] == {}
 
 
 def test_foolsgold_counts_sybils_less() -> None:

@@ -1,16 +1,20 @@
-"""A frozen parameter is one for all clients: who changes it in local training is told to make it a buffer."""
+"""Frozen parameters stay as they are, unless training moves them: then they are averaged like buffers."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
 
+import lightning_fl as fl
 from lightning_fl import FederatedStrategy
-from tests.helpers.training import Plain, image_clients, trainer, weights
+from lightning_fl.datamodules import ClientLoaders
+from tests.helpers.training import Plain, image_clients, loader, trainer, weights
 from tests.trainer.features.test_callbacks_and_settings import assert_equals_plain
 
 
@@ -57,13 +61,155 @@ class BufferTarget(Target):
             target.lerp_(param.detach(), 0.1)
 
 
-@pytest.mark.parametrize("through_data", [False, True])
-def test_changing_a_frozen_parameter_in_local_training_is_refused(through_data: bool) -> None:
-    module = FrozenTarget(through_data)
-    with pytest.raises(
-        ValueError, match=r"'target.1.weight' was changed during local training.*Register it as a buffer"
-    ):
-        trainer("fedavg").fit(module, image_clients((9, 9)))
+class Momentum(Plain):
+    """A student that a frozen teacher follows within each step, as in BYOL, MoCo and DINO."""
+
+    def __init__(self, update: str = "in place", first_round: int = 0) -> None:
+        super().__init__()
+        self.teacher = copy.deepcopy(self.net).requires_grad_(False)
+        self.update, self.first_round = update, first_round
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, _ = batch
+        if self.current_epoch >= self.first_round:
+            self.follow()
+        distance = (self.net(x.double()) - self.teacher(x.double())).square().mean()
+        return super().training_step(batch, batch_idx) + distance
+
+    def follow(self) -> None:
+        for target, param in zip(self.teacher.parameters(), self.net.parameters(), strict=True):
+            if self.update == "assigned data":
+                target.data = target.data * 0.9 + param.data * 0.1
+            elif self.update == "data in place":
+                target.data.lerp_(param.data, 0.1)
+            else:
+                with torch.no_grad():
+                    target.lerp_(param, 0.1)
+
+
+UPDATES = ["in place", "data in place", "assigned data"]
+SIZES = (3, 9, 5)
+
+
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("first_round", [0, 1])
+@pytest.mark.parametrize("engine", ["sequential", "auto"])
+def test_one_client_with_a_teacher_is_a_plain_training(update: str, first_round: int, engine: str) -> None:
+    federated, plain = Momentum(update, first_round), Momentum(update, first_round)
+    strategy = FederatedStrategy(client_optimizer="keep", engine=engine)
+    trainer(strategy, 3).fit(federated, ClientLoaders([loader()]))
+    trainer("auto", 3).fit(plain, loader())
+    torch.testing.assert_close(weights(federated), weights(plain), rtol=1e-10, atol=1e-12)
+    assert not torch.equal(plain.teacher[1].weight, Momentum().teacher[1].weight)
+
+
+def averaged_by_hand(rounds: int) -> Tensor:
+    """Students and teachers of the clients, averaged by the number of their examples."""
+    module = Momentum()
+    for _ in range(rounds):
+        start, trained = copy.deepcopy(module.state_dict()), []
+        for client, size in enumerate(SIZES):
+            module.load_state_dict(start)
+            for batch in loader(size, seed=client):
+                module.follow()
+                x, y = batch
+                module.zero_grad()
+                distance = (module.net(x.double()) - module.teacher(x.double())).square().mean()
+                (torch.nn.functional.cross_entropy(module.net(x.double()), y) + distance).backward()
+                with torch.no_grad():
+                    for param in module.net.parameters():
+                        param -= 0.1 * param.grad
+            trained.append(copy.deepcopy(module.state_dict()))
+        mean = {n: sum(s * own[n] for s, own in zip(SIZES, trained, strict=True)) / sum(SIZES) for n in start}
+        module.load_state_dict(mean)
+    return weights(module)
+
+
+def momentum(
+    update: str = "in place", engine: str = "auto", order: Sequence[int] = (0, 1, 2), rounds: int = 3, **options: Any
+) -> Tensor:
+    module = Momentum(update)
+    clients = ClientLoaders({f"{place}": loader(SIZES[client], seed=client) for place, client in enumerate(order)})
+    trainer(FederatedStrategy(engine=engine, **options), rounds).fit(module, clients)
+    return weights(module)
+
+
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+@pytest.mark.parametrize("engine", ["sequential", "auto"])
+def test_teachers_are_averaged_like_their_students(update: str, order: Sequence[int], engine: str) -> None:
+    torch.testing.assert_close(momentum(update, engine, order), averaged_by_hand(3), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("clients_per_round", [1, 3])
+def test_teachers_are_the_same_on_any_number_of_ranks(run_ranks: Any, clients_per_round: int) -> None:
+    alone = momentum(clients_per_round=clients_per_round)
+    for size in (2, 4):
+        for found in run_ranks(size, momentum, clients_per_round=clients_per_round):
+            torch.testing.assert_close(found, alone, rtol=1e-9, atol=1e-11)
+
+
+def test_resuming_with_a_teacher_is_exact() -> None:
+    def fit(rounds: int, path: str | None = None) -> tuple[L.Trainer, Tensor]:
+        module = Momentum()
+        own = trainer(FederatedStrategy(), rounds)
+        own.fit(module, ClientLoaders([loader(size, seed=client) for client, size in enumerate(SIZES)]), ckpt_path=path)
+        return own, weights(module)
+
+    _, whole = fit(3)
+    stopped, _ = fit(1)
+    stopped.save_checkpoint("first.ckpt")
+    _, resumed = fit(3, "first.ckpt")
+    assert torch.equal(whole, resumed)
+
+
+class Recorder(fl.callbacks.FederatedCallback):
+    def __init__(self) -> None:
+        self.sent: list[set[str]] = []
+
+    def on_client_end(self, trainer: Any, module: Any, client: Any, run: Any, update: Any) -> None:
+        self.sent.append(set(update.buffers))
+
+
+@pytest.mark.parametrize("first_round", [0, 9])
+def test_frozen_parameters_travel_only_if_training_moves_them(first_round: int) -> None:
+    recorder = Recorder()
+    clients = ClientLoaders([loader(8), loader(8, seed=1)])
+    trainer("fedavg", 3, callbacks=[recorder]).fit(Momentum(first_round=first_round), clients)
+    teacher = {f"teacher.{name}" for name in ("1.weight", "1.bias", "3.weight", "3.bias")}
+    assert recorder.sent[2:] == [teacher if first_round == 0 else set()] * 4
+
+
+def test_a_frozen_parameter_that_begins_to_move_is_named_and_averaged_from_then_on() -> None:
+    module, clients = Momentum(first_round=1), ClientLoaders([loader(8), loader(8, seed=1)])
+    before = module.teacher[1].weight.clone()
+    with pytest.warns(UserWarning, match=r"Round 1: training has changed frozen parameters.*'teacher.1.bias'"):
+        trainer(FederatedStrategy(engine="sequential"), 2).fit(module, clients)
+    assert torch.equal(module.teacher[1].weight, before)
+    with pytest.warns(UserWarning, match=r"Round 1: training has changed frozen parameters"):
+        trainer(FederatedStrategy(engine="sequential"), 3).fit(module, clients)
+    assert not torch.equal(module.teacher[1].weight, before)
+
+
+class LargeBase(Plain):
+    """Writes to a frozen tensor that is much larger than what is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Parameter(torch.zeros(4, 1000), requires_grad=False)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.base.data.add_(1)
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_large_frozen_parameter_that_moves_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_fl.engines.tensors.SMALL", 0)
+    with pytest.raises(ValueError, match=r"The frozen parameter 'base' was changed during local training"):
+        trainer(FederatedStrategy(engine="sequential")).fit(LargeBase(), image_clients((9, 9)))
+    alone = LargeBase()
+    trainer("fedavg").fit(alone, ClientLoaders([loader(8)]))
+    assert (alone.base == 2).all()
 
 
 def test_changing_a_frozen_parameter_between_rounds_is_allowed() -> None:

@@ -6,6 +6,7 @@ import itertools
 import random
 from collections import deque
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -137,6 +138,36 @@ def collect(own: Any) -> None:
     own.net[1].register_forward_hook(lambda module, args, out: own.shapes.append(tuple(out.shape)))
 
 
+def penalise(own: Any, loss: Tensor, batch: Any, idx: int) -> Tensor:
+    return loss + 0.01 * sum(param.square().sum() for param in own.parameters() if param.requires_grad)
+
+
+def compute_early(own: Any, loss: Tensor, batch: Any, idx: int) -> Tensor:
+    try:
+        own.mean_metric.update(loss.detach())
+        own.log("early", own.mean_metric.compute(), on_step=False, on_epoch=True)
+    except Exception:
+        return loss * 2
+    return loss
+
+
+def hold_method(own: Any) -> None:
+    own.held_metric = MeanMetric()
+    own.add_to = own.held_metric.update
+
+
+def count_in_file(own: Any) -> float:
+    from tests.trainer.vectorized import quirks
+
+    quirks.CALLS[0] += 1
+    return quirks.CALLS[0] % 5
+
+
+def count_in_context(own: Any) -> float:
+    own.context.set(own.context.get(0) + 1)
+    return own.context.get() % 5
+
+
 def write_batch(own: Any, loss: Tensor, batch: Any, idx: int) -> Tensor:
     batch[0].mul_(0.5)
     return loss
@@ -223,6 +254,12 @@ QUIRKS: dict[str, Quirk] = {
     "later: counter": Quirk(later(scaled(lambda own: own.count_later())), attribute("count_later", closure)),
     "later: coin": Quirk(later(coin(lambda own: random.random()))),
     "later: NumPy coin": Quirk(later(coin(lambda own: np.random.rand()))),
+    "trainable only": Quirk(penalise),
+    "later: trainable only": Quirk(later(penalise)),
+    "later: computed metric": Quirk(later(compute_early), lambda own: setattr(own, "mean_metric", MeanMetric())),
+    "later: method of a metric": Quirk(later(noted(lambda own, loss, batch: own.add_to(loss.detach()))), hold_method),
+    "imported in the step": Quirk(scaled(count_in_file)),
+    "context variable": Quirk(scaled(count_in_context), attribute("context", lambda: ContextVar("calls"))),
     "later: caught error": Quirk(later(swallow)),
     "later: eval": Quirk(later(noted(lambda own, loss, batch: own.net.eval()))),
     "later: gradients": Quirk(later(grad_norm)),

@@ -448,7 +448,7 @@ def test_batches_that_cannot_stand_side_by_side_are_trained_alone(leaf: Any) -> 
             return super().training_step(batch[:2], batch_idx)
 
     batches = [next(iter(image_clients((7,)).train_dataloader()[0])) for _ in range(3)]
-    data = fl.datamodules.ClientLoaders([[(*batch, leaf)] for batch in batches])
+    data = fl.datamodules.ClientLoaders([[(*batch, leaf)] for batch in batches], num_examples=lambda client: 7)
     modules = Second(), Second()
     for engine, module in zip(("sequential", "vectorized"), modules, strict=True):
         fit(engine, module, data)

@@ -1,0 +1,151 @@
+"""Checks that leave updates out before the others are aggregated."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_fl.aggregation.context import RoundContext
+from lightning_fl.aggregation.robust.gram import Gram, mean_of, selection
+from lightning_fl.aggregation.robust.rule import PreAggregator, RowAggregator
+from lightning_fl.algorithms import Algorithm
+
+
+class Check(ABC):
+    """Decides which updates are sound."""
+
+    @abstractmethod
+    def passes(self, gram: Gram, ctx: RoundContext) -> Tensor:
+        """Which rows pass, bool ``[n]``."""
+
+
+@dataclass(frozen=True)
+class NormCheck(Check):
+    r"""Leaves out updates that are much longer or shorter than the others.
+
+    .. math::
+        \frac{|\, \lVert u_i \rVert - m \,|}{1.4826 \operatorname{median}_j |\, \lVert u_j \rVert - m \,|} > z,
+        \qquad m = \operatorname{median}_j \lVert u_j \rVert
+
+    Args:
+        z: How many standard deviations, which the median of the deviations estimates. Default 3.
+    """
+
+    z: float = 3.0
+
+    def __post_init__(self) -> None:
+        check_z(self.z)
+
+    def passes(self, gram: Gram, ctx: RoundContext) -> Tensor:
+        return scores(gram.norms).abs() <= self.z
+
+
+@dataclass(frozen=True)
+class CosineCheck(Check):
+    """Leaves out updates that point elsewhere than the sum of the others, by their cosine to it.
+
+    Args:
+        z: How many standard deviations below the median cosine, as for :class:`NormCheck`. Default 3.
+    """
+
+    z: float = 3.0
+
+    def __post_init__(self) -> None:
+        check_z(self.z)
+
+    def passes(self, gram: Gram, ctx: RoundContext) -> Tensor:
+        products, norms = gram.products, gram.norms
+        own = norms.square()
+        along = products.sum(1) - own
+        others = (products.sum() - 2 * products.sum(1) + own).clamp(min=0).sqrt()
+        length = norms * others
+        return scores(torch.where(length > 0, along / length, 0.0)) >= -self.z
+
+
+def check_z(z: float) -> None:
+    """Makes sure that a threshold is one.
+
+    Raises:
+        ValueError: If it is not positive.
+    """
+    if not z > 0:
+        raise ValueError(f"z={z} must be positive: how many standard deviations an update may lie away.")
+
+
+def scores(values: Tensor) -> Tensor:
+    """How many standard deviations values lie from their median, which outliers do not move, ``[n]``."""
+    middle = torch.quantile(values, 0.5)
+    spread = 1.4826 * torch.quantile((values - middle).abs(), 0.5)
+    # Where most are the same to rounding, rounding is no reason.
+    return (values - middle) / spread.clamp(min=1e-6 * max(float(middle.abs()), 1e-12))
+
+
+@dataclass(frozen=True)
+class Screened(RowAggregator):
+    """Aggregates the updates that pass all checks; the others are left out.
+
+    Args:
+        inner: The robust rule that aggregates them, with its own ``num_attackers``. None: their mean.
+        checks: The checks. None: of the norm and of the cosine.
+        num_attackers: How many clients of a round may be attackers: a count, or a share of the cohort. Default 0.2.
+
+    Raises:
+        ValueError: If there is no check, or ``inner`` is no robust rule.
+    """
+
+    inner: RowAggregator | None = None
+    checks: Sequence[Check] | None = None
+    num_attackers: int | float = 0.2
+    before: Sequence[PreAggregator] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.checks is not None and (not self.checks or not all(isinstance(check, Check) for check in self.checks)):
+            raise ValueError(f"checks={self.checks!r} must be checks, such as [fl.aggregation.NormCheck()].")
+        if self.inner is not None and (not isinstance(self.inner, RowAggregator) or self.inner.before):
+            raise ValueError(
+                f"inner={self.inner!r} must be a robust rule without pre-aggregators, such as fl.aggregation.Median(); "
+                "give those to Screened(before=...)."
+            )
+
+    @property
+    def _checks(self) -> Sequence[Check]:
+        return (NormCheck(), CosineCheck()) if self.checks is None else self.checks
+
+    @property
+    def why(self) -> str:  # type: ignore[override]
+        """Why a client is left out."""
+        names = " or ".join(type(check).__name__ for check in self._checks)
+        return f"did not pass {names}" + (f", or left out by {type(self.inner).__name__}" if self.inner else "")
+
+    def check(self, algorithm: Algorithm) -> None:
+        if self.inner is not None:
+            self.inner.check(algorithm)
+
+    def matrix(self, gram: Gram, num_attackers: int, ctx: RoundContext) -> Tensor:
+        passed = torch.ones(len(gram), dtype=torch.bool)
+        for check in self._checks:
+            passed &= check.passes(gram, ctx)
+        chosen = passed.nonzero()[:, 0]
+        if not len(chosen):
+            # Nothing is sound: the model does not move.
+            return torch.zeros(1, len(gram), dtype=torch.float64)
+        if self.inner is None:
+            return mean_of(chosen, len(gram))
+        kept = selection(chosen, len(gram))
+        own = self.inner.matrix(gram.mix(kept), self._left(num_attackers, len(chosen)), ctx)
+        return kept if own is None else own @ kept
+
+    def combine(self, block: Tensor, num_attackers: int) -> Tensor:
+        return block[0] if self.inner is None else self.inner.combine(block, self._left(num_attackers, len(block)))
+
+    def _left(self, num_attackers: int, num_rows: int) -> int:
+        """How many attackers the inner rule can withstand among the rows that have passed."""
+        assert self.inner is not None
+        while num_attackers and num_rows < self.inner.min_rows(num_attackers):
+            num_attackers -= 1
+        return num_attackers

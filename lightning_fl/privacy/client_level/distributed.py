@@ -1,0 +1,194 @@
+"""Distributed noise: each client adds a share of integer noise to its update, and a secure sum adds up the shares."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_fl.privacy.integer_noise import IntegerNoise, Mechanism
+from lightning_fl.privacy.noise import PrivacyError, check_deviation
+from lightning_fl.tree import update_trees
+from lightning_fl.types import Tree, Update
+
+ENCODED = "encoded"
+MIN_LEVELS_OF_NOISE = 16.0
+LEVELS_BY_DIMENSION = 32.0
+MAX_ATTEMPTS = 200
+MARGIN = 12.0
+"""Standard deviations of the sum's noise for which the modulus must have room; a wrap costs accuracy, not privacy."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    r"""How updates become integers, and how much noise each client adds.
+
+    An update x of norm at most C becomes the integers :math:`q` by rounding :math:`x / \gamma` at random, up with the
+    probability that keeps the mean, again and again until
+
+    .. math::
+        \lVert q \rVert^2 \le \Delta^2 = G^2 + \frac{d}{4} + G + \frac{\sqrt{d}}{2}, \qquad G = C / \gamma
+
+    which an attempt fulfils with a probability of at least :math:`1 - e^{-1/2}`. A client adds noise of variance
+    :math:`\lceil (z \Delta)^2 / n \rceil`, where n is the number of clients whose noise the adversary does not know.
+
+    Args:
+        clip: The clip norm :math:`C`.
+        size: Number of coordinates :math:`d`.
+        noise_multiplier: The noise of the sum :math:`z`, relative to :math:`\Delta`.
+        num_honest: The number n.
+        mechanism: The distribution of the noise.
+
+    References:
+        Kairouz, Liu and Steinke, "The Distributed Discrete Gaussian Mechanism for Federated Learning with Secure
+        Aggregation", ICML 2021. Agarwal, Kairouz and Liu, "The Skellam Mechanism for Differentially Private Federated
+        Learning", NeurIPS 2021.
+    """
+
+    clip: float
+    size: int
+    noise_multiplier: float
+    num_honest: int
+    mechanism: Mechanism
+
+    @property
+    def levels(self) -> int:
+        """Steps of the grid within the clip norm, :math:`G`: so many that rounding adds less than 1e-3 to the norm."""
+        of_noise = MIN_LEVELS_OF_NOISE * math.sqrt(self.num_honest) / max(self.noise_multiplier, 1e-2)
+        # A power of two, so that dividing by it is exact.
+        return 1 << math.ceil(math.log2(max(1024.0, LEVELS_BY_DIMENSION * math.sqrt(self.size), of_noise)))
+
+    @property
+    def step(self) -> float:
+        r"""Distance :math:`\gamma` between two levels."""
+        return self.clip / self.levels
+
+    @property
+    def max_square(self) -> int:
+        r"""The largest squared norm :math:`\Delta^2` of a rounded update."""
+        levels, size = self.levels, self.size
+        return math.floor(levels**2 + size / 4 + levels + math.sqrt(size) / 2)
+
+    @property
+    def variance(self) -> int:
+        """The variance of one client's noise; 0 without noise."""
+        return math.ceil(self.noise_multiplier**2 * self.max_square / self.num_honest)
+
+    @property
+    def effective_noise_multiplier(self) -> float:
+        """The noise multiplier of a Gaussian that is no more private; see :func:`gaussian_bound`."""
+        return gaussian_bound(self.mechanism, self.max_square, self.size, self.variance, self.num_honest)
+
+    def check_modulus(self, num_clients: int, bits: int) -> None:
+        """Checks that the sum of all clients fits into integers of so many bits.
+
+        Raises:
+            ValueError: If it does not, so that a coordinate could wrap around.
+        """
+        largest = num_clients * math.sqrt(self.max_square) + MARGIN * math.sqrt(num_clients * self.variance)
+        if largest >= 2 ** (bits - 1):
+            raise ValueError(
+                f"The noised sum of {num_clients} clients may reach {largest:.3g}, beyond integers of {bits} bits. Use "
+                "SecureAggregation(modulus_bits=64), or fewer clients in a round."
+            )
+
+    def encode(self, update: Update, noise: IntegerNoise) -> Update:
+        """Rounds a clipped update and adds the client's noise.
+
+        Raises:
+            PrivacyError: If the noise does not have the recorded variance.
+        """
+        trees = update_trees(update)
+        rounded = self.round(_vector(trees), noise)
+        device = next(iter(update.delta.values())).device
+        if self.variance:
+            added = noise.sample(self.mechanism, self.size, self.variance)
+            check_deviation(added, math.sqrt(self.variance))
+            rounded = rounded + added
+        return Update({ENCODED: rounded.to(device)}, {}, update.weight)
+
+    def round(self, values: Tensor, noise: IntegerNoise) -> Tensor:
+        """Rounds a vector of norm at most ``clip`` to integers whose squared norm is at most ``max_square``."""
+        scaled = values / self.step
+        floor = scaled.floor()
+        share = scaled - floor
+        for _ in range(MAX_ATTEMPTS):
+            rounded = (floor + (noise.uniform(len(share)) < share)).long()
+            if int(rounded.square().sum()) <= self.max_square:
+                return rounded
+        raise PrivacyError(f"{MAX_ATTEMPTS} attempts at rounding an update were longer than the bound. The run stops.")
+
+    def decode(self, total: Tensor, template: Update) -> dict[str, Tree]:
+        """Returns the trees that a sum of encoded updates stands for, in the template's shapes and dtypes."""
+        values = total.cpu().double() * self.step
+        trees: dict[str, Tree] = {}
+        start = 0
+        for name, tree in update_trees(template).items():
+            trees[name] = {}
+            for key, tensor in tree.items():
+                part = values[start : start + tensor.numel()]
+                trees[name][key] = part.view(tensor.shape).to(tensor.device, _sum_dtype(tensor))
+                start += tensor.numel()
+        return trees
+
+
+def gaussian_bound(mechanism: Mechanism, max_square: int, size: int, variance: int, count: int) -> float:
+    r"""Returns the noise multiplier of a Gaussian whose Rényi divergences bound those of the release.
+
+    For discrete Gaussian noise it is :math:`1 / \varepsilon` with
+
+    .. math::
+        \varepsilon = \min\Bigl\{\sqrt{\tfrac{\Delta^2}{n \sigma^2} + \tfrac{\tau d}{2}},
+        \tfrac{\Delta}{\sqrt{n} \sigma} + \tau \sqrt{d}\Bigr\}, \qquad
+        \tau = 10 \sum_{k=1}^{n-1} e^{-2 \pi^2 \sigma^2 k / (k + 1)}
+
+    by Proposition 14 of Kairouz et al., for every order above 1. It needs n independent samples with the same parameter
+    :math:`\sigma \ge 1/2`, and integer updates. For Skellam noise of variance :math:`\mu` in the sum, the divergence
+    of an integer order :math:`\alpha > 1` is at most
+
+    .. math::
+        \frac{\alpha \Delta^2}{2 \mu} + \frac{(2 \alpha - 1) \Delta^2 + 6 \Delta_1}{4 \mu^2}, \qquad
+        \Delta_1 \le \min(\Delta^2, \sqrt{d} \Delta)
+
+    for integer updates (Agarwal et al., theorem 3.5); here the part without :math:`\alpha` is multiplied by it. Noise
+    of further clients is independent of all this, so it can only lower the divergence.
+
+    Args:
+        mechanism: The distribution of each client's noise.
+        max_square: The largest squared norm :math:`\Delta^2` of an update.
+        size: Number of coordinates :math:`d`.
+        variance: The parameter of one client's noise, :math:`\sigma^2` or :math:`\mu / n`; 0: no noise.
+        count: Number of clients n whose noise is secret.
+    """
+    if not variance:
+        return 0.0
+    ratio, total = max_square / (count * variance), float(count * variance)
+    if mechanism == "discrete_gaussian":
+        tau = 10 * sum(math.exp(-2 * math.pi**2 * variance * k / (k + 1)) for k in range(1, count))
+        return 1 / min(math.sqrt(ratio + tau * size / 2), math.sqrt(ratio) + tau * math.sqrt(size))
+    l1 = min(float(max_square), math.sqrt(size * float(max_square)))
+    slope = ratio / 2 + ratio / (2 * total) + max(6 * l1 - max_square, 0.0) / (4 * total**2)
+    return float((2 * slope) ** -0.5)
+
+
+def encoded_like(update: Update) -> Update:
+    """A template of encoded updates; it holds the bits of the original's values, by which the model is recognised."""
+    values = _vector(update_trees(update))
+    return Update({ENCODED: values.view(torch.int64)}, {}, update.weight)
+
+
+def num_coordinates(update: Update) -> int:
+    """Number of coordinates of an update."""
+    return sum(tensor.numel() for tree in update_trees(update).values() for tensor in tree.values())
+
+
+def _vector(trees: Mapping[str, Tree]) -> Tensor:
+    parts = [tensor.detach().cpu().double().reshape(-1) for tree in trees.values() for tensor in tree.values()]
+    return torch.cat(parts)
+
+
+def _sum_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32) if tensor.is_floating_point() else torch.float64

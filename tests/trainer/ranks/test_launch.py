@@ -1,0 +1,83 @@
+"""How processes are started: alone without knowing it, too many, or with different bases."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+import lightning_fl as fl
+from lightning_fl.strategies import internals
+from tests.helpers.training import QUIET, Plain, image_clients, trainer
+
+
+@pytest.mark.parametrize("variable", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_NTASKS"])
+def test_a_process_of_several_that_trains_alone_is_refused(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_NAME", "bash")  # otherwise Lightning itself finds the ranks of SLURM
+    monkeypatch.setenv(variable, "1")
+    trainer().fit(Plain(), image_clients((4, 4)))
+    monkeypatch.setenv(variable, "2")
+    with pytest.raises(MisconfigurationException, match=rf"{variable}=2.*pip install mpi4py"):
+        trainer().fit(Plain(), image_clients((4, 4)))
+
+
+def test_many_more_processes_than_cores_are_warned_of_before_they_start() -> None:
+    num_cores = len(os.sched_getaffinity(0))
+    with pytest.warns(UserWarning, match=rf"devices={32 * num_cores} starts .* on {num_cores} cores.*num_clients"):
+        own = L.Trainer(strategy="fedavg", devices=32 * num_cores, **QUIET)
+    assert isinstance(own.strategy.launcher, internals.SubprocessLauncher)
+    L.Trainer(strategy="fedavg", devices=num_cores, **QUIET)
+
+
+class WithBase(Plain):
+    """A frozen base, which a rank may have loaded from elsewhere."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.base = nn.Linear(16, 64).to(torch.float64)
+        self.base.requires_grad_(False)
+        with torch.no_grad():
+            self.base.weight.fill_(0.5)
+            self.base.bias.zero_()
+            self.base.weight[3, 3] = value
+        self.head = nn.Linear(64, 4).to(torch.float64)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        return nn.functional.cross_entropy(self.head(self.base(x.double().flatten(1))), y)
+
+
+def with_base(own_value: bool, frozen: str) -> tuple[str, float, int]:
+    rank = int(os.environ.get("RANK", 0))
+    torch.manual_seed(rank)  # the trainable parameters differ, and are made equal in any case
+    module = WithBase(float(rank) if own_value else 0.0)
+    run = trainer(fl.FederatedStrategy(frozen=frozen))
+    try:
+        run.fit(module, image_clients((4, 4)))
+    except ValueError as error:
+        return str(error), 0.0, 0
+    return "", float(module.base.weight[3, 3]), run.strategy.history[0]["num_bytes"]
+
+
+def test_different_bases_are_named_by_every_rank(run_ranks: Any) -> None:
+    for error, *_ in run_ranks(2, with_base, True, "compare"):
+        assert "'base.weight' of rank 1 has other values" in error
+        assert 'frozen="broadcast"' in error
+
+
+def test_equal_bases_do_not_travel_and_broadcast_ones_are_counted(run_ranks: Any) -> None:
+    compared, sent = run_ranks(2, with_base, False, "compare"), run_ranks(2, with_base, True, "broadcast")
+    size = 8 * (16 * 64 + 64)
+    for (_, value, num_bytes), (error, other, more) in zip(compared, sent, strict=True):
+        assert (error, value, other) == ("", 0.0, 0.0)
+        assert more - num_bytes == size
+
+
+def test_the_setting_is_checked() -> None:
+    with pytest.raises(ValueError, match="frozen='hash' is not known"):
+        fl.FederatedStrategy(frozen="hash")
