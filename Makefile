@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 # What test-fast leaves out: tests of the Trainer, and of the helpers that start processes.
 NOT_FAST := audit callbacks cli contract examples helpers trainer test_benchmarks.py test_contributing.py test_docs.py test_recipes.py test_tutorials.py
 
-.PHONY: help demo test test-fast test-all audit experiments lint docs clean
+.PHONY: help demo test test-fast test-all audit experiments soak lint docs clean
 help:
 	@echo "make demo      trains 10 simulated clients on handwritten digits, beside the centralised baseline"
 	@echo "make test      all tests but the slow ones, in JOBS=2 processes"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-all  all tests"
 	@echo "make experiments  compares the recipes with their headers, then the published experiments: hours"
 	@echo "make audit     attacks on the shipped privacy, with what they prove beside what is claimed"
+	@echo "make soak      silos and a coordinator that are killed at random for 200 rounds: half an hour or more"
 	@echo "make lint      ruff and mypy"
 	@echo "make docs      builds the documentation into site/"
 	@echo "make clean     removes what the others made, $(VENV) included"
@@ -51,6 +52,9 @@ experiments: $(INSTALLED)
 audit: $(INSTALLED)
 	$(BIN)/python -m pytest -m "slow or not slow" -rP tests/audit tests/callbacks/sample_level_dp tests/callbacks/test_run_record.py \
 		tests/clients/test_draw_test.py tests/privacy tests/trainer/privacy
+
+soak: $(INSTALLED)
+	$(BIN)/python benchmarks/soak.py --silos 6 --rounds 200
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

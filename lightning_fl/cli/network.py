@@ -51,8 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     export = actions.add_parser("export", help="at the coordinator: write the model as a checkpoint")
     export.add_argument("folder", type=Path, help="the coordinator's folder")
     export.add_argument("checkpoint", type=Path, help="the file to write")
-    audit = actions.add_parser("audit", help="check that an audit log is whole")
-    audit.add_argument("verb", choices=["verify"])
+    audit = actions.add_parser("audit", help="check that an audit log is whole, or show what has left a silo")
+    audit.add_argument("verb", choices=["verify", "show"])
     audit.add_argument("file", type=Path)
 
 
@@ -166,7 +166,7 @@ def _table(status: dict[str, Any]) -> Any:
     from rich.table import Table
 
     left = status["seconds_left"]
-    title = f"Round {status['round'] + 1} of {status['rounds']}: {status['phase']}"
+    title = f"{min(status['round'] + 1, status['rounds'])} of {status['rounds']} rounds: {status['phase']}"
     title += "" if left is None else f", {left:.0f} s left"
     title += f", waits for {status['lacks']} more" if status["lacks"] else ""
     table = Table("silo", "state", "last seen", title=title)
@@ -181,7 +181,33 @@ def _audit(args: argparse.Namespace) -> None:
     from lightning_fl.coordinator.audit import verify
 
     number, last = verify(args.file)
+    if args.verb == "show":
+        from rich.console import Console
+
+        Console().print(_sent(args.file))
     print(f"{number} lines, each follows from the one before. The last one is {last}.")
+
+
+def _sent(path: Path) -> Any:
+    """What has left the building, for the privacy officer."""
+    import json
+
+    from rich.table import Table
+
+    table = Table("time", "round", "what", "bytes", title="What this silo has sent")
+    for event in map(json.loads, path.read_text().splitlines()):
+        if event["event"] == "sending":
+            what = event.get("topic") or f"change of {len(event['tensors'])} tensors, weight {event['weight']}"
+            metrics = ", ".join(event.get("metrics", []))
+            table.add_row(
+                event["time"][:19],
+                str(event["round"]),
+                what + (f"; means of {metrics}" if metrics else ""),
+                f"{event['bytes']:,}",
+            )
+        elif event["event"] == "refused by policy":
+            table.add_row(event["time"][:19], "-", f"nothing: {event['reason']}", "0")
+    return table
 
 
 def _fingerprint(path: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -30,6 +31,8 @@ class StateFiles:
     while training goes on, and clients that did not train since cost no further space. A manifest lists one version of
     each client; each checkpoint refers to its manifests. :meth:`collect` removes what no checkpoint refers to.
 
+    Files and folders are readable by their owner only: a state may hold a client's own gradient.
+
     Args:
         root: The folder; created at the first write.
         durable: Whether to flush each file to the disk before going on. Checkpoints need it, scratch files do not.
@@ -48,7 +51,7 @@ class StateFiles:
         data = save(_flatten(state))
         name = hashlib.blake2b(data, digest_size=16).hexdigest()
         # Named by content, an existing file is the same version already.
-        _write(self._path(client, name), data, durable=self.durable)
+        self._write(self._path(client, name), data, durable=self.durable)
         return name
 
     def read(self, client: ClientId, name: str) -> State:
@@ -73,24 +76,32 @@ class StateFiles:
         """Copies a version from another folder, as a hard link if the file system allows it."""
         target = self._path(client, name)
         if not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
+            self._make_folder(target.parent)
             try:
                 os.link(other._path(client, name), target)
             except FileExistsError:  # another process was faster; the content is the same
                 return
             except OSError:  # another file system, or one without hard links
                 shutil.copyfile(other._path(client, name), target)
+                target.chmod(0o600)
 
     def write_manifest(self, manifest: Manifest, name: str | None = None) -> str:
         """Writes a manifest and returns its name, which is that of its content if none is given."""
         # Sorted, so that equal manifests have equal digests; by repr, because ids may be both numbers and strings.
         data = json.dumps(sorted(manifest.items(), key=repr)).encode()
         digest = hashlib.blake2b(data, digest_size=16).hexdigest()
-        _write(self.root / "manifests" / f"{name or digest}.json", data, replace=name is not None)
+        self._write(self.root / "manifests" / f"{name or digest}.json", data, replace=name is not None)
         return name or digest
 
     def read_manifest(self, name: str) -> Manifest | None:
-        """Reads a manifest; None if there is no such file."""
+        """Reads a manifest; None if there is no such file.
+
+        Raises:
+            ValueError: If the name is none that :meth:`write_manifest` returns, such as a path.
+        """
+        # It comes from a checkpoint, which another party may have written.
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise ValueError(f"A checkpoint names {name!r} as a manifest of client states, which is no plain name.")
         path = self.root / "manifests" / f"{name}.json"
         return dict(map(tuple, json.loads(path.read_text()))) if path.exists() else None
 
@@ -105,7 +116,7 @@ class StateFiles:
         """
         path = self.root / "checkpoints" / f"{checkpoint}.json"
         old = json.loads(path.read_text()) if also_old and path.exists() else []
-        _write(path, json.dumps(sorted({*old, *manifests})).encode(), replace=True)
+        self._write(path, json.dumps(sorted({*old, *manifests})).encode(), replace=True)
 
     def forget(self, checkpoint: str) -> None:
         """Records that a checkpoint was deleted."""
@@ -128,6 +139,31 @@ class StateFiles:
                 if not any(path.parent.iterdir()):
                     path.parent.rmdir()
 
+    def _make_folder(self, folder: Path) -> None:
+        # One by one, because `parents=True` gives the others the default mode. What lies above the root is the user's.
+        self.root.parent.mkdir(parents=True, exist_ok=True)
+        below = [folder, *folder.parents]
+        for missing in reversed(below[: below.index(self.root) + 1]):
+            missing.mkdir(mode=0o700, exist_ok=True)
+
+    def _write(self, path: Path, data: bytes, replace: bool = False, durable: bool = True) -> None:
+        if path.exists() and not replace:
+            return
+        self._make_folder(path.parent)
+        # Renaming is atomic: a reader finds the whole file or none, even if this process is killed half way. With the
+        # process id in its name, ranks that write the same file at the same time do not write into one another's.
+        unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
+        unfinished.unlink(missing_ok=True)
+        try:
+            with os.fdopen(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(data)
+                if durable:
+                    file.flush()
+                    os.fsync(file.fileno())
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
     def _path(self, client: ClientId, name: str) -> Path:
         return self.root / "versions" / folder_name(client) / f"{name}.safetensors"
 
@@ -140,24 +176,6 @@ def folder_name(client: ClientId) -> str:
         return name
     # File systems take 255 bytes, of which a letter beyond ASCII is up to 12 when quoted.
     return f"{name[:32]}~{hashlib.blake2b(name.encode(), digest_size=16).hexdigest()}"
-
-
-def _write(path: Path, data: bytes, replace: bool = False, durable: bool = True) -> None:
-    if path.exists() and not replace:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Renaming is atomic: a reader finds the whole file or none, even if this process is killed half way.
-    # With the process id in its name, ranks that write the same file at the same time do not write into one another's.
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
-    try:
-        with unfinished.open("wb") as file:
-            file.write(data)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _flatten(state: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,11 @@ from lightning_fl.clients import ClientStore
 from lightning_fl.clients.state_files import StateFiles
 from lightning_fl.communication import LocalGroup, Message
 from lightning_fl.coordinator import wire
+from lightning_fl.coordinator.audit import AuditLog
 from lightning_fl.coordinator.client import CLOCK_S, CallRefused, Client
 from lightning_fl.coordinator.disk import Disk, read_json
 from lightning_fl.coordinator.identity import Kit
+from lightning_fl.coordinator.policy import PolicyBroken, read_policy
 from lightning_fl.coordinator.service import PROTOCOL
 from lightning_fl.engines.tensors import FederatedTensors, load
 from lightning_fl.federation import (
@@ -57,6 +59,7 @@ class SiloFolder:
         self.disk = disk or Disk()
         self.disk.make_folder(root)
         self.files = StateFiles(root / "client_states")
+        self.audit = AuditLog(root / "audit.jsonl")
 
     @property
     def update(self) -> Path:
@@ -86,6 +89,9 @@ class SiloFolder:
         """
         staged = self.staged()
         counts = staged is not None and staged["round"] == round and staged["digest"] == digest
+        if counts and round not in (counted := self.counted()):
+            self.disk.write_json(self.root / "counted.json", [*counted, round])
+            self.audit.append("counted", round=round, digest=digest)
         if staged is not None and counts and staged["version"] is not None:
             self.disk.write_json(self.root / "state.json", {"round": round, "version": staged["version"]})
             for path in self.files.root.glob("versions/*/*.safetensors"):
@@ -93,6 +99,10 @@ class SiloFolder:
                     self.disk.delete(path)
         self.disk.delete(self.root / "staged.json")
         return counts
+
+    def counted(self) -> list[int]:
+        """The rounds in which this silo's update has counted."""
+        return read_json(self.root / "counted.json") or []
 
     def restore(self, store: ClientStore) -> None:
         """Gives the client's state to a store."""
@@ -119,6 +129,7 @@ class NetworkFederation(Federation):
         self.name = own.name
         self.client = Client(address, own)
         self.folder = SiloFolder(Path(folder) if folder else own.folder / "state", self.name)
+        self.policy = read_policy(own.folder / "policy.yaml")
         self.silos: Sequence[str] = (self.name,)
         self.store: ClientStore | None = None
         self._loaded: tuple[str, FederationState, Tree] | None = None
@@ -136,6 +147,7 @@ class NetworkFederation(Federation):
         settings: Mapping[str, str],
         common: Mapping[str, str],
         versions: Mapping[str, str],
+        is_private: bool = False,
     ) -> None:
         """Introduces this silo, and loads the model from which all begin.
 
@@ -144,8 +156,10 @@ class NetworkFederation(Federation):
             settings: The settings that must be those of the coordinator.
             common: What must be the same at all silos, and the coordinator does not know: that of the first one counts.
             versions: The versions of the libraries.
+            is_private: Whether differential privacy protects this silo or its examples.
 
         Raises:
+            PolicyBroken: If this silo's policy forbids to take part.
             CallRefused: If the coordinator does not take this silo, with the reason.
             NotAdmitted: If one side does not accept the other's certificate.
         """
@@ -161,7 +175,9 @@ class NetworkFederation(Federation):
             "versions": dict(versions),
             "manifest": wire.shapes_of(wire.flatten(own)),
         }
+        self._refuse_unless(lambda: self.policy.check_algorithm(settings.get("algorithm", ""), is_private))
         answer = self.client.ask("POST", "/v1/join", request)
+        self._refuse_unless(lambda: self.policy.check_silos(answer["silos"]))
         while answer["start"] is None:
             start = self.folder.root / "start.safetensors"
             wire.write(start, wire.flatten(own), {"common": dict(common)})
@@ -172,6 +188,8 @@ class NetworkFederation(Federation):
                     raise
             start.unlink()
             answer = self.client.ask("POST", "/v1/join", request)
+        self._refuse_unless(lambda: self.policy.check_start(answer["start"]))
+        self.folder.audit.append("joined", address=self.client.address, silos=answer["silos"], start=answer["start"])
         if abs(answer["time"] - time.time()) > CLOCK_S:
             log.warning(
                 "The clocks of this machine and of the coordinator differ by %.0f s. Rounds do not depend on it, but "
@@ -188,6 +206,13 @@ class NetworkFederation(Federation):
         self.place, self.size = self.silos.index(self.name), len(self.silos)
         self._settle_staged(answer["round"], answer["accepted"])
         self._has_joined = True
+
+    def _refuse_unless(self, check: Callable[[], None]) -> None:
+        try:
+            check()
+        except PolicyBroken as error:
+            self.folder.audit.append("refused by policy", reason=str(error))
+            raise
 
     def _settle_staged(self, next_round: int, accepted: Sequence[Any] | None) -> None:
         staged = self.folder.staged()
@@ -213,6 +238,7 @@ class NetworkFederation(Federation):
     # ---- rounds
 
     def open_round(self, done: int) -> Opening | None:
+        self._refuse_unless(lambda: self.policy.check_rounds(len(self.folder.counted())))
         while True:
             try:
                 status, _, body = self.client.call("GET", f"/v1/rounds?after={done}")
@@ -231,6 +257,7 @@ class NetworkFederation(Federation):
             done = self._wait_for_outcome(fields["round"])
             if self.store is not None:
                 self.folder.restore(self.store)
+        self._refuse_unless(lambda: self.policy.check_cohort(fields["cohort"]))
         state, buffers = self._load(fields["state"])
         transforms = wire.unflatten(message.tensors)
         own = [transforms.get(str(index), {}) for index in range(len(transforms))]
@@ -252,6 +279,15 @@ class NetworkFederation(Federation):
         digest = wire.write(self.folder.update, tensors, fields)
         assert self.store is not None
         self.folder.stage(round, digest, self.store.staged(self.name))
+        self.folder.audit.append(
+            "sending",
+            round=round,
+            digest=digest,
+            bytes=self.folder.update.stat().st_size,
+            tensors=[wire.readable(name) for name in tensors],
+            weight=fields["weight"],
+            metrics=sorted({str(entry["name"]) for entry in report.metrics.values()}),
+        )
         start = time.perf_counter()
         try:
             self.client.upload(f"/v1/rounds/{round}/update", self.folder.update)
@@ -292,7 +328,8 @@ class NetworkFederation(Federation):
         place = f"/v1/rounds/{self._last}/{topic}.{self._num_gathered}"
         self._num_gathered += 1
         file = self.folder.root / "message.safetensors"
-        wire.write(file, _cpu(message.tensors), {"message": message.fields})
+        digest = wire.write(file, _cpu(message.tensors), {"message": message.fields})
+        self.folder.audit.append("sending", round=self._last, topic=topic, digest=digest, bytes=file.stat().st_size)
         try:
             self.client.upload(place, file)
         except CallRefused as refused:

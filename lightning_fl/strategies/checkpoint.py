@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -100,26 +101,37 @@ class WholeCheckpointIO(TorchCheckpointIO):
             unfinished.unlink(missing_ok=True)
 
 
+def silo_folder(root: str | Path, rank: int) -> Path:
+    """The folder of a silo's client states, in its own Trainer's ``default_root_dir``."""
+    return Path(root, "client_states", f"silo{rank}")
+
+
 class ClientStateFiles:
     """Writes the clients' states next to a checkpoint, each rank those of its own clients.
+
+    Where a checkpoint goes is what rank 0 says. A silo on another rank therefore writes its states to a folder of its
+    own.
 
     Args:
         group: The ranks of the federation.
         path: The checkpoint's path.
+        folder: This silo's own folder. None: next to the checkpoint.
 
     Raises:
         MisconfigurationException: If the path is not on a local file system.
     """
 
-    def __init__(self, group: Group, path: str | Path) -> None:
-        if "://" in str(path):
+    def __init__(self, group: Group, path: str | Path, folder: Path | None = None) -> None:
+        if "://" in str(path) and folder is None:
             raise MisconfigurationException(
                 f"Client states are stored next to the checkpoint and need a local path, found {path}. Give "
                 "ModelCheckpoint(dirpath=...) a local folder."
             )
         self.group = group
-        self.name = Path(path).name
-        self.files = state_files(path)
+        self.is_own = folder is not None
+        # In a folder of all runs, checkpoints of the same name in different folders must not replace one another.
+        self.name = Path(path).name if folder is None else hashlib.blake2b(str(path).encode()).hexdigest()[:32]
+        self.files = state_files(path) if folder is None else StateFiles(folder)
 
     def write(self, store: ClientStore, federation: Group, alone_as: str | None = None) -> list[str]:
         """Writes this rank's states and returns the manifests of all ranks; every rank must call it.
@@ -147,9 +159,20 @@ class ClientStateFiles:
         self.files.name(self.name, manifests, also_old=False)
         self.files.collect()
 
+    def forget(self) -> None:
+        """Deletes the states of the checkpoint, which has been removed, unless another one needs them."""
+        if self.files.root.exists():
+            self.files.forget(self.name)
+            self.files.collect()
+
 
 def read_client_states(
-    path: str | Path, manifests: list[str], store: ClientStore, population: Population, group: Group
+    path: str | Path,
+    manifests: list[str],
+    store: ClientStore,
+    population: Population,
+    group: Group,
+    folder: Path | None = None,
 ) -> None:
     """Loads the states of this rank's clients into a store.
 
@@ -159,16 +182,20 @@ def read_client_states(
         store: The store to fill.
         population: All clients.
         group: The ranks of the federation.
+        folder: This silo's own folder, in which they are looked for first.
 
     Raises:
         MisconfigurationException: If they are not next to the checkpoint; a silo needs only its own.
     """
     files = state_files(path)
+    if folder is not None and any(StateFiles(folder).read_manifest(name) is not None for name in manifests):
+        files = StateFiles(folder)
     found = [files.read_manifest(name) for name in manifests]
     if (population.silos is None and None in found) or not any(manifest is not None for manifest in found):
         raise MisconfigurationException(
-            f"The checkpoint {path} needs the states of its clients, but they are not in {files.root}. Copy the folder "
-            "`client_states` along with the checkpoint."
+            f"The checkpoint {path} needs the states of its clients, but they are not in {files.root}"
+            f"{'' if folder is None else f', nor in {folder}'}. Copy the folder `client_states` along with the "
+            "checkpoint."
         )
     for manifest in found:
         # The number of ranks may have changed since, and with it each client's home rank, so every manifest is looked
@@ -189,12 +216,16 @@ def warn_of_plain_checkpoint(path: str | Path) -> None:
     )
 
 
-def load_client(checkpoint_path: str | Path, client_id: int | str) -> dict[str, Tensor]:
+def load_client(
+    checkpoint_path: str | Path, client_id: int | str, folder: str | Path | None = None
+) -> dict[str, Tensor]:
     """One client's model: the global ``state_dict`` of a checkpoint with the client's personal tensors in place.
 
     Args:
         checkpoint_path: A checkpoint that a federation has written, with its folder ``client_states`` next to it.
         client_id: The client.
+        folder: Where the client states are, if not next to the checkpoint: those of a silo on rank r > 0 are in
+            ``client_states/silo{r}`` of its Trainer's ``default_root_dir``.
 
     Returns:
         A ``state_dict`` for ``module.load_state_dict``.
@@ -205,7 +236,7 @@ def load_client(checkpoint_path: str | Path, client_id: int | str) -> dict[str, 
     client_id = as_client_id(client_id)
     # With `weights_only`, because a checkpoint from somebody else could otherwise run code.
     checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
-    files = state_files(checkpoint_path)
+    files = state_files(checkpoint_path) if folder is None else StateFiles(Path(folder))
     names = checkpoint.get(KEY, {}).get("manifests") or []
     manifests = [manifest for name in names if (manifest := files.read_manifest(name)) is not None]
     versions = {client: name for manifest in manifests for client, name in manifest.items()}

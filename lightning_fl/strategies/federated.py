@@ -42,7 +42,7 @@ from lightning_fl.strategies.checkpoint import (
     WholeCheckpointIO,
     pack,
     read_client_states,
-    state_files,
+    silo_folder,
     unpack,
     warn_of_plain_checkpoint,
 )
@@ -392,9 +392,9 @@ class FederatedStrategy(internals.ReusableStrategy):
                 rank_zero_info(f"Rank 0 has sent {sent:,} bytes of frozen parameters to each of the others.")
         if self.network is not None and trainer.state.fn == TrainerFn.FITTING:
             common = {**settings_of_training(trainer), **columns}
-            self.network.join(
-                FederatedTensors(self.lightning_module, self.personal), settings_of_silo(self), common, versions()
-            )
+            hides = self._protects_examples or any(transform.hides_clients for transform in self.transforms)
+            tensors = FederatedTensors(self.lightning_module, self.personal)
+            self.network.join(tensors, settings_of_silo(self), common, versions(), hides)
         self._evaluation_metrics = EvaluationMetrics(self._parties, self.lightning_module, self.aggregator)
 
     def setup_optimizers(self, trainer: L.Trainer) -> None:
@@ -527,7 +527,9 @@ class FederatedStrategy(internals.ReusableStrategy):
             return
         driver.resume(unpack(packed, self.algorithm, self._module), packed)
         if driver.sticky and packed["history"]:
-            read_client_states(path, packed["manifests"], driver.store, driver.population, self.federation)
+            read_client_states(
+                path, packed["manifests"], driver.store, driver.population, self.federation, self._silo_folder
+            )
 
     def on_validation_start(self) -> None:
         self._start_evaluation()
@@ -583,13 +585,13 @@ class FederatedStrategy(internals.ReusableStrategy):
         group = LocalGroup() if self.in_local_phase else self.federation
         # Client states are written before the checkpoint that names them, and those of its predecessor are deleted
         # after it: whenever the process dies, the checkpoint on disk has its states.
-        client_states = ClientStateFiles(group, filepath) if driver.sticky else None
+        client_states = ClientStateFiles(group, filepath, self._silo_folder) if driver.sticky else None
         job = f"requeue-{os.environ.get('SLURM_JOB_ID', '')}-{driver.plan.round}" if self._is_requeued else None
         checkpoint[KEY]["manifests"] = client_states.write(driver.store, self.federation, job) if client_states else []
         super().save_checkpoint(checkpoint, filepath, storage_options)
         if client_states is not None and job is None:
             self.barrier()
-            if self.is_global_zero:
+            if self.is_global_zero or client_states.is_own:
                 self._unfinished[str(filepath)] = client_states, checkpoint[KEY]["manifests"]
                 # Written in the background, the checkpoint may reach the disk later than its predecessor's states go.
                 if not isinstance(self.checkpoint_io, AsyncCheckpointIO):
@@ -623,10 +625,10 @@ class FederatedStrategy(internals.ReusableStrategy):
             return
         super().remove_checkpoint(filepath)
         self._unfinished.pop(str(filepath), None)
-        files = state_files(filepath)
-        if self.is_global_zero and files.root.exists():
-            files.forget(Path(filepath).name)
-            files.collect()
+        own = self._silo_folder
+        # Beside a URL there are no states.
+        if own is not None or (self.is_global_zero and "://" not in str(filepath)):
+            ClientStateFiles(self.federation, filepath, own).forget()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
@@ -701,6 +703,14 @@ class FederatedStrategy(internals.ReusableStrategy):
     @property
     def _trainer(self) -> L.Trainer:
         return self._module.trainer
+
+    @property
+    def _silo_folder(self) -> Path | None:
+        """This silo's own folder of client states; None beside the checkpoint, whose path rank 0 chooses."""
+        is_silo = self.driver is not None and self.driver.population.silos is not None
+        if not is_silo or self.is_global_zero:
+            return None
+        return silo_folder(self._trainer.default_root_dir, self.federation.rank)
 
     @property
     def _protects_examples(self) -> bool:

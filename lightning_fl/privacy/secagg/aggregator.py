@@ -180,7 +180,8 @@ class SecureAggregation(Aggregator):
             raise ValueError("SecureAggregation.init got no session. Pass the one that open(group, facts) returned.")
         packing = Packing(template, session.ranges)
         # In the double-masking protocol each client's vector is masked by itself, so there is no running sum.
-        vector = packing.zeros(device) if self.protocol == "pairwise" else torch.empty(0, dtype=packing.dtype)
+        size = packing.vector_size if self.protocol == "pairwise" else 0
+        vector = torch.zeros(size, dtype=packing.dtype, device=device)
         return SecureSum(session, packing, vector, model_digest(template))
 
     def add(self, acc: SecureSum, update: Update, ctx: RoundContext) -> SecureSum:
@@ -210,7 +211,7 @@ class SecureAggregation(Aggregator):
             simulation = self._simulate(acc, ctx).simulation
             assert simulation is not None
             total, survivors = simulation.finish()
-            vector, _ = split_report(total, [], len(survivors))
+            vector, _ = split_report(total.to(acc.vector.device), [], len(survivors))
             messages = [report]
         else:
             vector, messages = self._sum(acc, group, report, ctx)

@@ -29,7 +29,7 @@ def apply_masks(vector: Tensor, masks: Sequence[tuple[bytes, int]]) -> None:
     for block in vector.split(BLOCK_BYTES // vector.element_size()):
         for stream, sign in streams:
             mask = stream.integers(block.numel(), vector.dtype)
-            mask = mask.to(vector.device) if vector.is_cuda else mask
+            mask = mask.to(vector.device)
             if sign > 0:
                 block.add_(mask)
             else:

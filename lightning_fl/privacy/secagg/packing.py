@@ -140,8 +140,8 @@ class Packing:
                     target.add_(values.to(target.dtype))
                     continue
                 clipped = quantizer.add(target, values, factor, noise) or clipped
-        head = torch.tensor([1.0, float(clipped), weight], dtype=torch.float64, device=vector.device)
-        vector[start:] += to_limbs(torch.cat([head, *exact]), self.dtype)
+        head = torch.tensor([1.0, float(clipped), weight], dtype=torch.float64)
+        vector[start:] += to_limbs(torch.cat([head.to(vector.device), *exact]), self.dtype)
 
     def unpack(self, vector: Tensor, num_clients: int) -> Sums:
         """Returns the sums that a sum of vectors represents.

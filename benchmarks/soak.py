@@ -1,0 +1,235 @@
+"""Silos and a coordinator that are killed at random: the model is that of the recorded participation, bit for bit.
+
+Each silo's update depends on the model and on how often its updates have counted, which it keeps as client state. So an
+update that is lost, counts twice, or belongs to another round changes the model, and the replay finds it.
+
+    python benchmarks/soak.py --silos 6 --rounds 200 --kill-every 3
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_fl.aggregation import RoundContext, WeightedMean
+from lightning_fl.algorithms import FedAvg
+from lightning_fl.clients import ClientStore
+from lightning_fl.communication import LocalGroup, Message
+from lightning_fl.coordinator import wire
+from lightning_fl.coordinator.audit import AuditLog, verify
+from lightning_fl.coordinator.http_server import HttpServer
+from lightning_fl.coordinator.identity import Authority, Kit, make_request
+from lightning_fl.coordinator.machine import Rules
+from lightning_fl.coordinator.service import Coordinator
+from lightning_fl.coordinator.silo import NetworkFederation
+from lightning_fl.coordinator.store import Store
+from lightning_fl.engines.tensors import FederatedTensors
+from lightning_fl.federation import FederationSettings, FederationState, RankReport, ServerRound
+from lightning_fl.federation.server import close_server, update_template
+from lightning_fl.types import Tree, Update
+
+DEADLINE_S = 20.0
+
+
+def names(number: int) -> tuple[str, ...]:
+    return tuple(f"silo{index:02d}" for index in range(number))
+
+
+def settings(number: int) -> FederationSettings:
+    return FederationSettings(FedAvg(), WeightedMean(), (), "examples", 0, number)
+
+
+def update_of(name: str, params: Tree, count: int, round: int) -> Update:
+    """What a silo contributes: it depends on the model, and on how often it has counted before."""
+    goal = float(name.removeprefix("silo"))
+    delta = 0.1 * (goal - params["x"]) + 0.01 * count + 0.001 * round
+    return Update({"x": delta}, weight=1.0 + goal)
+
+
+# ---- the processes
+
+
+async def coordinate(folder: Path, args: argparse.Namespace) -> None:
+    own = names(args.silos)
+    rules = Rules(own, args.rounds, max(1, args.silos // 2), 2.0, DEADLINE_S, 2 * DEADLINE_S, 10.0)
+    store = Store(folder / "federation")
+    coordinator = Coordinator(
+        settings(args.silos), {}, rules, store, AuditLog(store.root / "audit.jsonl"), time.monotonic()
+    )
+    server = HttpServer(coordinator, Kit(folder / "ca" / "coordinator"))
+    await server.start("127.0.0.1", args.port)
+    await server.run()
+
+
+def take_part(folder: Path, args: argparse.Namespace) -> None:
+    name = args.role
+    module = nn.Module()
+    module.x = nn.Parameter(torch.zeros(args.size))
+    federation = NetworkFederation(f"https://127.0.0.1:{args.port}", folder / name)
+    store = federation.store = ClientStore()
+    own = settings(args.silos)
+    federation.join(FederatedTensors(module), {}, {}, {})
+    federation.folder.restore(store)
+    done = -1
+    while (opening := federation.open_round(done)) is not None:
+        params = opening.state.server["params"]
+        time.sleep(random.random() * args.train)
+        count = int((store.get(name) or {"count": torch.tensor(0)})["count"])
+        store.stage(name, {"count": torch.tensor(count + 1)})
+        ctx = RoundContext(opening.round, opening.cohort, args.silos)
+        opened = ServerRound(own, opening.state, {}, update_template(own, params, {}), ctx)
+        outcome, _ = federation.merge(opened, update_of(name, params, count, opening.round), RankReport(num_steps=1))
+        store.commit()
+        done = outcome["round"]
+    federation.leave("the federation is over")
+
+
+# ---- the one that kills them
+
+
+def soak(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Runs a federation to its end while its processes are killed; returns what was seen."""
+    authority = Authority.create(folder / "ca", "soak", ["127.0.0.1"])
+    for name in names(args.silos):
+        _, _, issued = authority.approve(make_request(folder / name, name))
+        for file in ("cert.pem", "ca.pem"):
+            shutil.copy(issued / file, folder / name / file)
+    roles = ["coordinator", *names(args.silos)]
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    since: dict[str, float] = {}
+    log = (folder / "log").open("ab")
+
+    def start(role: str) -> None:
+        words = [f"--{key.replace('_', '-')}={value}" for key, value in vars(args).items() if key != "role" and value]
+        command = [sys.executable, __file__, f"--role={role}", f"--folder={folder}", *words]
+        running[role], since[role] = subprocess.Popen(command, stdout=log, stderr=log), time.monotonic()
+
+    kills, started, peak, rng = dict.fromkeys(roles, 0), time.monotonic(), 0, random.Random(args.seed)
+    next_kill = started
+    try:
+        for role in roles:
+            start(role)
+        while (state := read_state(folder)).get("round", 0) < args.rounds:
+            if time.monotonic() - started > args.patience:
+                raise SystemExit(f"stuck in round {state.get('round')}; see {folder / 'log'}")
+            for role, process in list(running.items()):
+                if process.poll() is not None and process.returncode != 0:
+                    if process.returncode != -signal.SIGKILL:
+                        raise SystemExit(f"{role} ended with code {process.returncode}; see {folder / 'log'}")
+                    start(role)
+            # Those that have had time to start, or on a busy machine nobody would ever come to work.
+            ready = [role for role in roles if time.monotonic() - since[role] > args.spare]
+            if state and ready and time.monotonic() > next_kill:
+                role = rng.choice(ready)
+                running[role].kill()
+                kills[role] += 1
+                next_kill = time.monotonic() + rng.expovariate(1 / args.kill_every)
+            peak = max(peak, rss(running["coordinator"].pid))
+            time.sleep(0.05)
+    finally:
+        for process in running.values():
+            process.kill()
+            process.wait()
+        log.close()
+    seconds = time.monotonic() - started
+    return {"kills": sum(kills.values()), "of the coordinator": kills["coordinator"], "seconds": seconds, "peak": peak}
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    path = folder / "federation" / "state.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def rss(pid: int) -> int:
+    """Resident memory of a process in bytes."""
+    try:
+        words = Path(f"/proc/{pid}/statm").read_text().split()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return int(words[1]) * resource.getpagesize() if words else 0
+
+
+def replay(folder: Path, args: argparse.Namespace) -> int:
+    """Trains what the audit log says again, in one process; returns the number of rounds.
+
+    Raises:
+        SystemExit: If a round's model is another one.
+    """
+    path = folder / "federation" / "audit.jsonl"
+    verify(path)
+    closed = [event for event in map(json.loads, path.read_text().splitlines()) if event["event"] == "round closed"]
+    # A crash between the commit and its line in the log leaves a round without a line: the history has them all.
+    history = read_state(folder)["progress"]["history"]
+    own, counts = settings(args.silos), dict.fromkeys(names(args.silos), 0)
+    state = FederationState({"params": {"x": torch.zeros(args.size)}})
+    states = {event["round"]: event["state"] for event in closed}
+    for entry in history:
+        round = entry["round"]
+        ctx = RoundContext(round, entry["members"], args.silos)
+        template = update_template(own, state.server["params"], {})
+        acc = own.aggregator.init(template, torch.device("cpu"))
+        for name in entry["members"]:
+            acc = own.aggregator.add(acc, update_of(name, state.server["params"], counts[name], round), ctx)
+            counts[name] += 1
+        acc, _ = own.aggregator.merge(acc, LocalGroup(), Message(), ctx)
+        joined = RankReport(num_clients=len(entry["members"]))
+        state = close_server(ServerRound(own, state, {}, template, ctx), acc, joined).state
+        digest = wire.write(folder / "replayed", wire.flatten({"server": state.server, "buffers": {}}))
+        if states.get(round, digest) != digest:
+            raise SystemExit(f"The model of round {round} is not that of the recorded participation.")
+    if read_state(folder)["shared"] != digest:
+        raise SystemExit("The last model is not that of the recorded participation.")
+    return len(history)
+
+
+def main(words: list[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--role", default="")
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--silos", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--size", type=int, default=250_000, help="elements of the model")
+    parser.add_argument("--kill-every", type=float, default=5.0, help="seconds between kills, on average")
+    parser.add_argument("--spare", type=float, default=10.0, help="seconds for which a new process is spared")
+    parser.add_argument("--train", type=float, default=0.2, help="seconds of local training, at most")
+    parser.add_argument("--patience", type=float, default=7200.0)
+    parser.add_argument("--port", type=int, default=28443)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(words)
+    torch.set_num_threads(1)
+    if args.role == "coordinator":
+        asyncio.run(coordinate(args.folder, args))
+    elif args.role:
+        take_part(args.folder, args)
+    else:
+        with tempfile.TemporaryDirectory(prefix="soak") as folder:
+            place = args.folder or Path(folder)
+            args.folder = None
+            seen = soak(place, args)
+            rounds = replay(place, args)
+        mib = seen["peak"] / 2**20
+        print(
+            f"{rounds} rounds of {args.silos} silos in {seen['seconds']:.0f} s, {seen['kills']} kills -9, "
+            f"{seen['of the coordinator']} of them of the coordinator: the model equals the replay bit for bit. "
+            f"Peak memory of the coordinator {mib:.0f} MiB."
+        )
+        return seen
+    return {}
+
+
+if __name__ == "__main__":
+    main()

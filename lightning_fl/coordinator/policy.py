@@ -1,0 +1,118 @@
+"""A silo's own rules: what it refuses, whatever the coordinator says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+class PolicyBroken(RuntimeError):
+    """The federation asks for something that the silo's policy forbids."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What a silo allows, as its file ``policy.yaml`` says; what is left out is allowed.
+
+    Args:
+        algorithms: The names of the algorithms' classes that it takes part in, such as ``FedAvg``.
+        start: SHA-256 of the model from which all begin.
+        min_cohort: The fewest silos of a round in which it sends an update.
+        max_rounds: The rounds in which it takes part at most.
+        require: ``"differential privacy"``: only with a transform or callback that gives it.
+        silos: The silos with which it trains.
+    """
+
+    algorithms: Sequence[str] | None = None
+    start: str | None = None
+    min_cohort: int = 1
+    max_rounds: int | None = None
+    require: str | None = None
+    silos: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.require not in (None, "differential privacy"):
+            raise ValueError(f"policy.yaml has require={self.require!r}; expected 'differential privacy' or nothing.")
+
+    def check_algorithm(self, algorithm: str, is_private: bool) -> None:
+        """Makes sure that the silo trains what it may.
+
+        Args:
+            algorithm: The algorithm, as ``Name(...)``.
+            is_private: Whether differential privacy protects the silo or its examples.
+
+        Raises:
+            PolicyBroken: If it does not.
+        """
+        name = algorithm.partition("(")[0]
+        if self.algorithms is not None and name not in self.algorithms:
+            raise PolicyBroken(f"The algorithm is {name}; policy.yaml allows {', '.join(self.algorithms)}.")
+        if self.require is not None and not is_private:
+            raise PolicyBroken(f"policy.yaml requires {self.require}, but this run trains without it.")
+
+    def check_silos(self, silos: Sequence[str]) -> None:
+        """Makes sure that the policy names all silos of the federation.
+
+        Raises:
+            PolicyBroken: If it does not.
+        """
+        strangers = [] if self.silos is None else [silo for silo in silos if silo not in self.silos]
+        if strangers:
+            raise PolicyBroken(f"policy.yaml does not name the silos {', '.join(strangers)}.")
+
+    def check_start(self, start: str) -> None:
+        """Makes sure that the federation starts from the model that the policy names.
+
+        Raises:
+            PolicyBroken: If it does not.
+        """
+        if self.start is not None and start != self.start:
+            raise PolicyBroken(f"The federation starts from the model {start}; policy.yaml has start: {self.start}.")
+
+    def check_rounds(self, num_done: int) -> None:
+        """Makes sure that the silo may take part in another round.
+
+        Args:
+            num_done: The rounds in which its update has counted so far.
+
+        Raises:
+            PolicyBroken: If it may not.
+        """
+        if self.max_rounds is not None and num_done >= self.max_rounds:
+            raise PolicyBroken(f"This silo has taken part in {num_done} rounds, all that policy.yaml allows.")
+
+    def check_cohort(self, cohort: Sequence[str]) -> None:
+        """Makes sure that a round has enough silos.
+
+        Raises:
+            PolicyBroken: If it has not.
+        """
+        if len(cohort) < self.min_cohort:
+            raise PolicyBroken(f"A round has {len(cohort)} silos; policy.yaml has min_cohort: {self.min_cohort}.")
+
+
+def read_policy(path: Path) -> Policy:
+    """Reads ``policy.yaml``; without a file everything is allowed.
+
+    Raises:
+        ValueError: If an entry is unknown or of the wrong kind.
+    """
+    if not path.exists():
+        return Policy()
+    content = yaml.safe_load(path.read_text())
+    known = {field.name for field in fields(Policy)}
+    if not isinstance(content, Mapping) or not content.keys() <= known:
+        raise ValueError(f"{path} holds something else than the entries {', '.join(sorted(known))}.")
+    for name in ("min_cohort", "max_rounds"):
+        value = content.get(name, 1)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{path} has {name}={value!r}; expected a whole number, at least 1.")
+    for name in ("algorithms", "silos"):
+        names: Any = content.get(name, [])
+        if not isinstance(names, list) or not all(isinstance(item, str) for item in names):
+            raise ValueError(f"{path} has {name}={names!r}; expected a list of names.")
+    return Policy(**content)
