@@ -221,5 +221,5 @@ def test_a_trainer_reads_the_private_accelerator_of_its_strategy_first_and_sets_
 def test_a_checkpoint_knows_the_step_at_which_it_saved_last() -> None:
     checkpoint = ModelCheckpoint("kept")
     run = trainer("fedavg", 2, callbacks=[checkpoint], enable_checkpointing=True)
-    run.fit(Plain(), loader(8))
+    run.fit(Plain(), loader(20))
     assert internals.last_step_saved(checkpoint) == run.global_step > 0

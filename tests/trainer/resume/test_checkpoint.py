@@ -68,22 +68,26 @@ class WorseAndWorse(Ordinary):
 def test_the_last_checkpoint_is_the_last_round_and_not_the_last_improvement(
     save_last: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fit_rounds(rounds: int, path: str | None = None) -> Tensor:
+    class Stop(L.Callback):
+        def on_validation_end(self, trainer: Any, module: Any) -> None:
+            trainer.should_stop = trainer.current_epoch == 2
+
+    def fit_rounds(path: str | None = None, more: Any = ()) -> Tensor:
         checkpoint = ModelCheckpoint("kept", monitor="val_badness", save_last=save_last)
         module = WorseAndWorse()
-        run = trainer("fedavg", rounds, callbacks=[checkpoint], enable_checkpointing=True)
+        run = trainer(FederatedStrategy(seed=0), 5, callbacks=[checkpoint, *more], enable_checkpointing=True)
         run.fit(module, image_clients((5, 7), validate=True), ckpt_path=path)
         return weights(module)
 
-    expected = fit_rounds(5)
+    expected = fit_rounds()
     for path in Path("kept").iterdir():
         path.unlink()
-    fit_rounds(3)
+    fit_rounds(more=[Stop()])
     best, last = sorted(Path("kept").glob("*.ckpt"), key=lambda path: path.name.startswith("last"))
     assert torch.load(best, weights_only=True)["epoch"] == 0
     assert torch.load(last, weights_only=True)["epoch"] == 2
     with caplog.at_level("INFO"):
-        assert torch.equal(fit_rounds(5, str(last)), expected)
+        assert torch.equal(fit_rounds(str(last)), expected)
     assert "Going on with round 4 after kept/last.ckpt." in caplog.text
 
 
