@@ -96,7 +96,10 @@ def synchronize_module(group: Group, module: nn.Module, broadcast_frozen: bool =
 
 
 def digest(batch: Any) -> bytes:
-    """A digest of a batch's content, for comparisons by :func:`all_hold_the_same`; it must not leave the rank."""
+    """A digest of the content of a batch or a tensor.
+
+    It would confirm a guess of the content, so that those of data are compared by :func:`all_hold_the_same` only.
+    """
     content = hashlib.blake2b(digest_size=16)
     for leaf in pytree.tree_leaves(batch):
         if isinstance(leaf, Tensor):

@@ -433,8 +433,7 @@ class FederatedStrategy(internals.ReusableStrategy):
             silo=None if self.network is None else self.network.name,
         )
         if self.adversary is not None:
-            loaders = self.adversary.wrap_loaders(population.loaders, self._seed)
-            population = Population(loaders, population.silos)
+            population = population.with_loaders(self.adversary.wrap_loaders(population.loaders, self._seed))
         if self.driver is None:
             self.driver = self._make_driver(population)
         else:

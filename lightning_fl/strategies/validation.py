@@ -63,8 +63,9 @@ def check_preprocessing(datamodule: Any, settings: FederationSettings) -> None:
     learned = getattr(datamodule, "learned_from_data", "")
     if learned and settings.is_differentially_private:
         raise MisconfigurationException(
-            f"{type(datamodule).__name__} has learned from the training data {learned} Differential privacy does not "
-            "cover that: every example would change the inputs of all others."
+            "Differential privacy does not cover preprocessing by exact figures of the data: through them an example "
+            f"changes the inputs of all others. {type(datamodule).__name__} has learned from the training data "
+            f"{learned}"
         )
 
 

@@ -93,6 +93,13 @@ def test_honest_cohorts_are_believed(num_clients: int) -> None:
         assert verdict(HonestCoins(0.2), num_clients) is None
 
 
+def test_draws_that_can_only_be_equal_are_believed() -> None:
+    assert verdict(Honest(), 20, 20) is None
+    assert verdict(Honest(), 1, 1) is None
+    assert verdict(HonestCoins(1.0), 20) is None
+    assert verdict(HonestCoins(1e-6), 8) is None
+
+
 @pytest.mark.parametrize("num_clients", [8, 100])
 @pytest.mark.parametrize(
     ("kind", "per_round", "names"),

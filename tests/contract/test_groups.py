@@ -213,7 +213,10 @@ def check_traffic_is_counted(group: Group) -> None:
     if isinstance(group, LocalGroup):
         assert (reduced, gathered, sent, stacked, dealt) == (0, 0, 0, 0, 0)
         return
-    assert (reduced, sent, stacked, dealt) == (8000, 8000, 8000, 64 * size)
+    assert (reduced, sent) == (8000, 8000)
+    # A transport of messages adds their headers.
+    assert 8000 <= stacked < 8500
+    assert 64 * size <= dealt < 64 * size + 500 + 200 * size
     assert 2000 <= gathered < 2500
     if not is_last:
         assert group.traffic.seconds_reducing > slow / 10

@@ -1,0 +1,143 @@
+"""The commands of a federation over a network, and what they say when something is wrong."""
+
+from __future__ import annotations
+
+import http.server
+import shutil
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_fl.cli import main
+from lightning_fl.cli.coordinator import read_strategy
+from lightning_fl.coordinator.config import read_config
+from lightning_fl.coordinator.diagnosis import diagnose
+from lightning_fl.coordinator.identity import Authority, Kit
+from tests.helpers.network import LiveCoordinator, TinySilo, in_threads, live_coordinator, make_kits, rules, settings
+
+
+@pytest.fixture
+def live(tmp_path: Path) -> Iterator[LiveCoordinator]:
+    make_kits(tmp_path)
+    with live_coordinator(tmp_path, rules(rounds=1), settings()) as own:
+        yield own
+
+
+def test_from_nothing_to_a_kit_and_twice_changes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        main(["network", "ca", "init", "hospitals", "--name", "demo", "--host", "fl.example.org"])
+        main(["network", "request", "north", "--out", "kit"])
+    before = [Path(name).read_bytes() for name in ("hospitals/ca.pem", "hospitals/coordinator/cert.pem", "kit/key.pem")]
+    main(["network", "ca", "init", "hospitals", "--name", "demo", "--host", "fl.example.org"])
+    main(["network", "request", "north", "--out", "kit"])
+    after = [Path(name).read_bytes() for name in ("hospitals/ca.pem", "hospitals/coordinator/cert.pem", "kit/key.pem")]
+    assert before == after
+    main(["network", "approve", "hospitals", "kit/request.csr"])
+    printed = capsys.readouterr().out
+    fingerprints = {word for word in printed.split() if word.count(":") == 15}
+    assert len(fingerprints) == 1  # what the silo has printed is what the authority shows
+    for name in ("cert.pem", "ca.pem"):
+        shutil.copy(f"hospitals/issued/north/{name}", "kit")
+    assert (Kit("kit").name, Kit("kit").federation) == ("north", "demo")
+    main(["network", "renew", "kit"])
+    main(["network", "approve", "hospitals", "kit/request.csr"])
+    main(["network", "revoke", "hospitals", "north"])
+    assert "Revoked 2 certificates" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["request", "Not a name", "--out", "kit"], ["approve", "nowhere", "x.csr"]])
+def test_mistakes_end_in_one_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["network", *words])
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_check_of_a_way_that_works(live: LiveCoordinator) -> None:
+    lines = list(diagnose(live.address, live.folder / "east"))
+    assert [line.partition(":")[0] for line in lines] == ["kit", "name", "TLS 1.3", "coordinator", "clock"]
+
+
+def failure(address: str, kit: Path) -> str:
+    with pytest.raises(ValueError, match=r".") as caught:
+        list(diagnose(address, kit))
+    return str(caught.value)
+
+
+def test_the_check_names_the_fault(live: LiveCoordinator, tmp_path: Path) -> None:
+    kit = live.folder / "east"
+    assert "is not known here" in failure("https://no-such-name.invalid:1", kit)
+    assert "is no address" in failure("http://localhost:1", kit)
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        assert "Nothing listens" in failure(f"https://localhost:{unused.getsockname()[1]}", kit)
+    plain = http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
+    thread = threading.Thread(target=plain.serve_forever, daemon=True)
+    thread.start()
+    assert "does not speak TLS" in failure(f"https://localhost:{plain.server_port}", kit)
+    plain.shutdown()
+    plain.server_close()
+    thread.join()
+    # Something in between shows a certificate of its own, as an inspecting proxy does.
+    shutil.copytree(kit, tmp_path / "other")
+    other = Authority.create(tmp_path / "elsewhere", "demo", ["localhost"])
+    shutil.copy(other.folder / "ca.pem", tmp_path / "other" / "ca.pem")
+    assert "not of this federation's authority" in failure(live.address, tmp_path / "other")
+    assert "for another name" in failure(f"https://127.0.0.2:{live.port}", kit) or "Nothing" in failure(
+        f"https://127.0.0.2:{live.port}", kit
+    )
+    Authority(live.folder / "ca").revoke("east")
+    live.wait_for("kit read again")
+    assert "revoked" in failure(live.address, kit) or "closes the connection" in failure(live.address, kit)
+
+
+def test_the_model_is_exported_as_a_checkpoint(live: LiveCoordinator, capsys: pytest.CaptureFixture[str]) -> None:
+    silos = [TinySilo(live.folder, live.address, name, 2.0).join() for name in ("east", "north", "south")]
+    in_threads(*(silo.run for silo in silos))
+    main(["network", "export", str(live.store.root), "model.ckpt"])
+    checkpoint = torch.load("model.ckpt", weights_only=True)
+    assert torch.equal(checkpoint["state_dict"]["x"], torch.full((3,), 2.0))
+    assert (checkpoint["epoch"], checkpoint["global_step"]) == (1, 3)
+    main(["network", "audit", "verify", str(live.store.root / "audit.jsonl")])
+    assert "each follows from the one before" in capsys.readouterr().out
+
+
+def test_the_coordinator_reads_the_strategy_and_runs_no_code_of_others(tmp_path: Path) -> None:
+    path = tmp_path / "train.yaml"
+    path.write_text("trainer: {strategy: fedadam}\nmodel: {class_path: nobody.Knows}")
+    assert type(read_strategy(path).algorithm).__name__ == "FedAdam"
+    path.write_text(
+        "trainer: {strategy: {class_path: FederatedStrategy, init_args: {algorithm: {class_path: os.system}}}}"
+    )
+    with pytest.raises(ValueError, match="runs no code of others"):
+        read_strategy(path)
+    path.write_text("model: 1")
+    with pytest.raises(ValueError, match=r"has no trainer\.strategy"):
+        read_strategy(path)
+
+
+GOOD = "silos: [a, b]\nrounds: 3\nkit: kit\nfolder: fed\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (GOOD + "round: 4", "unknown entries 'round'"),
+        (GOOD.replace("rounds: 3\n", ""), "lacks rounds"),
+        (GOOD.replace("3", "many"), "expected a number"),
+        (GOOD.replace("[a, b]", "a"), "expected a list"),
+        (GOOD.replace("[a, b]", "[a, ../b]"), "lower-case letters"),
+        (GOOD + "min_silos: 3", "min_silos=3"),
+        ("[]", "holds no mapping"),
+    ],
+)
+def test_mistakes_in_federation_yaml_are_named(tmp_path: Path, text: str, reason: str) -> None:
+    path = tmp_path / "federation.yaml"
+    path.write_text(GOOD)
+    assert read_config(path).rules.silos == ("a", "b")
+    path.write_text(text)
+    with pytest.raises(ValueError, match=reason):
+        read_config(path)
