@@ -175,12 +175,10 @@ class Round:
     """One round on one rank; made by :meth:`open`.
 
     Args:
-        settings: The federation's settings.
-        state: The federation's state, opened for the round.
+        opened: The round as the server's side sees it.
         trainer: Trains this rank's clients; it has begun the round.
         store: The states of the clients that live on this rank.
         federation: The way to the other parties.
-        opened: The round as the server's side sees it.
         totals: This rank's sums, with an empty accumulator.
     """
 

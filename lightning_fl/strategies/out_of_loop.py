@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torchmetrics import Metric, MetricCollection
 
 from lightning_fl.engines.isolation import DATA_AND_HANDLES
-from lightning_fl.engines.module_state import capture
+from lightning_fl.engines.module_state import Snapshot, capture
 from lightning_fl.strategies import internals
 from lightning_fl.strategies.metric_states import MetricStates
 from lightning_fl.strategies.results import ResultCollection, batch_size
@@ -27,6 +27,18 @@ OUTSIDE = (
     *(Metric, MetricCollection),  # they go on over a round's clients, see `metric_states.py`
 )
 """Types of objects that a module may hold without their being a state of its training."""
+
+
+def state_of_training(trainer: L.Trainer, managed: Iterable[torch.Tensor] = (), known: Iterable[Any] = ()) -> Snapshot:
+    """The state of the module as training finds it, without optimizers and metrics.
+
+    Args:
+        trainer: The Trainer.
+        managed: Tensors that the caller restores.
+        known: Other objects that the caller looks after.
+    """
+    outside = (*OUTSIDE, *DATA_AND_HANDLES)
+    return capture(trainer.lightning_module, managed, (*trainer.optimizers, *known), outside, reads_code=False)
 
 
 @contextmanager
@@ -43,8 +55,7 @@ def out_of_loop(trainer: L.Trainer, training: bool) -> Iterator[ResultCollection
     module = trainer.lightning_module
     states = MetricStates(module, rank=0)
     metrics = states.snapshot()
-    # The caller looks after the parameters.
-    state = capture(module, module.parameters(), trainer.optimizers, (*OUTSIDE, *DATA_AND_HANDLES), reads_code=False)
+    state = state_of_training(trainer, managed=module.parameters())
     try:
         with internals.logging_out_of_loop(trainer, training) as results:
             yield results

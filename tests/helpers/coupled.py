@@ -131,6 +131,22 @@ class RunningMeanInAnAttribute(Net):
         return loss
 
 
+class Statistics:
+    def __init__(self) -> None:
+        self.mean = torch.zeros(NUM_FEATURES)
+
+
+class RunningMeanInAnObject(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.statistics = Statistics()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = functional.cross_entropy(self.net(batch[0] - self.statistics.mean), batch[1])
+        self.statistics.mean = 0.9 * self.statistics.mean + 0.1 * batch[0].mean(0)
+        return loss
+
+
 class RunningMeanInAHook(Net):
     def __init__(self) -> None:
         super().__init__()
@@ -378,6 +394,7 @@ UNSOUND: dict[str, Case] = {
     "the hardest half": Case(HardestHalf, "no selection of the hardest"),
     "a running mean in a buffer": Case(RunningMean, "next (mean)"),
     "a running mean in an attribute": Case(RunningMeanInAnAttribute, "next (mean)"),
+    "a running mean in an object": Case(RunningMeanInAnObject, "next (statistics.mean)"),
     "a running mean in a hook": Case(RunningMeanInAHook, "next (mean)"),
     "the first batch decides": Case(FirstBatchDecides, "scale)"),
     "a penalty in every 4th step": Case(PenaltyAtTimes, "penalise no weights"),

@@ -41,7 +41,7 @@ from lightning_fl.privacy.state import pack
 from lightning_fl.seeding import Randomness, derive_seed, isolated_randomness
 from lightning_fl.strategies import FederatedStrategy
 from lightning_fl.strategies import internals as internals
-from lightning_fl.strategies.out_of_loop import out_of_loop
+from lightning_fl.strategies.out_of_loop import out_of_loop, state_of_training
 from lightning_fl.strategies.round_view import RoundView
 from lightning_fl.types import Aggregate, ClientId, LocalRun, Update
 
@@ -648,11 +648,14 @@ class SampleLevelDP(FederatedCallback):
                     module.on_train_batch_end(outputs, rows, 0)
 
             seed = (_view(trainer).settings.seed, self._round, training.client, "check")
+            # Each comparison switches these on and off itself.
+            hooks = [self._gradients.hooks] if isinstance(self._gradients, PerSampleGradients) else []
             check = SelfCheck(
                 self._gradients,
                 lambda rows: _loss(outputs_of(rows)),
                 whole_step,
                 lambda: randomness.enter(*seed),
+                state_of_training(trainer, known=hooks),
                 self._params,
                 self.max_grad_norm,
                 TOLERANCES[precision],

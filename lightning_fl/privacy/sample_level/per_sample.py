@@ -129,13 +129,13 @@ class PerSampleGradients:
             _check_rules(module, params)
         self.tolerance = tolerance
         try:
-            self._hooks = opacus_hooks()(module, loss_reduction="mean", force_functorch=mode == "functorch")
+            self.hooks = opacus_hooks()(module, loss_reduction="mean", force_functorch=mode == "functorch")
         except NotImplementedError as error:
             raise ValueError(
                 f"Opacus can't compute per-sample gradients of this module: {error}. A layer with parameters must hold "
                 "no buffers; replace it."
             ) from error
-        self._hooks.disable_hooks()
+        self.hooks.disable_hooks()
         # The warnings come from a forward and a backward pass between `start` and `take`, which no `with` block can
         # span.
         self._quiet = ExitStack()
@@ -143,7 +143,7 @@ class PerSampleGradients:
     def detach(self) -> None:
         """Removes the hooks from the module."""
         self._clear()
-        self._hooks.cleanup()
+        self.hooks.cleanup()
 
     def start(self) -> None:
         """Enables the hooks for one forward and backward pass, before which no parameter has a gradient."""
@@ -151,7 +151,7 @@ class PerSampleGradients:
         for param in self.params.values():
             param.grad = None
         self._quiet.enter_context(quiet_hooks())
-        self._hooks.enable_hooks()
+        self.hooks.enable_hooks()
 
     def of(self, loss_of: Callable[[Any], Tensor], batch: Any) -> Tree:
         """Returns the per-sample gradients of a batch.
@@ -209,7 +209,7 @@ class PerSampleGradients:
                     "dimension, and backward once."
                 )
             samples[name] = sample.detach()
-        self._hooks.disable_hooks()
+        self.hooks.disable_hooks()
         self._clear()
         return samples
 

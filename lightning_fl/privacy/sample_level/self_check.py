@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_fl.data.targets import stored_labels
+from lightning_fl.engines.module_state import Snapshot
 from lightning_fl.privacy.noise import PrivacyError
-from lightning_fl.privacy.sample_level.module_state import ModuleState
 from lightning_fl.privacy.sample_level.per_sample import (
     REMEDY,
     PerSampleGradients,
@@ -98,6 +98,7 @@ class SelfCheck:
         loss_of: Returns the loss of a batch.
         step: Runs a whole training step on a batch, with the module's hooks around it, for its side effects.
         reseed: Sets all random generators to the same state.
+        state: The module's state, to which each comparison returns.
         params: Notices writes to the parameters.
         clip: The clip norm.
         tolerance: The largest difference of two gradients that counts as rounding, relative to the largest norm.
@@ -107,12 +108,10 @@ class SelfCheck:
     loss_of: Callable[[Any], Tensor]
     step: Callable[[Any], None]
     reseed: Callable[[], None]
+    state: Snapshot
     params: TensorWatch
     clip: float
     tolerance: float
-
-    def __post_init__(self) -> None:
-        self._state = ModuleState(self.gradients.module)
 
     def run(self, batch: Any, read: Callable[[Sequence[int]], Any], examples: Sequence[int]) -> None:
         """Runs all comparisons, and leaves the module as it was.
@@ -138,7 +137,7 @@ class SelfCheck:
                 if len(examples) > 1:
                     self._of_reading(read, examples)
         finally:
-            self._state.restore()
+            self.state.restore()
             for param in self.gradients.params.values():
                 param.grad = None
 
@@ -179,7 +178,7 @@ class SelfCheck:
         for rows in (slice(half), slice(half, None)):
             self._fresh()
             self._pass(lambda rows=rows: self.step(take_rows(batch, rows)))  # type: ignore[misc]
-            names.update(self._state.changed())
+            names.update(self.state.differences())
             found.append(self._measure(batch, is_fresh=False))
         where = f"what the module keeps from one batch to the next ({', '.join(sorted(names)) or 'a global variable'})"
         self._compare(
@@ -192,7 +191,7 @@ class SelfCheck:
         )
 
     def _fresh(self) -> None:
-        self._state.restore()
+        self.state.restore()
         self.reseed()
 
     def _pass(self, function: Callable[[], Any]) -> Any:
@@ -210,7 +209,7 @@ class SelfCheck:
     def _measure(self, batch: Any, is_fresh: bool = True) -> _Rows:
         """The gradients of the examples in a batch, or in what a function returns, in the state of before."""
         if is_fresh:
-            self._state.restore()
+            self.state.restore()
         self.reseed()
 
         def samples() -> tuple[Tree, int]:

@@ -139,7 +139,7 @@ def test_the_module_is_as_it_was_afterwards() -> None:
     module = Plain()
     before = {name: set(vars(layer)) for name, layer in module.named_modules()}
     fit(private(), module=module)
-    with pytest.raises(RuntimeError, match="stop here"):
+    with pytest.warns(UserWarning, match="new ledgers"), pytest.raises(RuntimeError, match="stop here"):
         fit(private(), module=module, callbacks=[Stops()])
     own = {"_trainer", "_hparams"}
     assert {name: set(vars(layer)) - own for name, layer in module.named_modules()} == {
