@@ -23,6 +23,8 @@ HOLD_S = 20.0
 IDLE_S = 30.0
 """A body that does not go on for so long is ended; the silo resumes it."""
 TICK_S = 0.05
+DISK_S = 1.0
+"""How long the coordinator waits when it could not write, before it tries again."""
 MAX_JSON_BYTES = 1 << 24
 PIECE = 1 << 20
 log = logging.getLogger("lightning_fl.coordinator")
@@ -44,6 +46,7 @@ class HttpServer:
         self._context: ssl.SSLContext | None = None
         self._kit_version = kit.version()
         self._revoked = kit.revoked()
+        self._has_failed = False
         self._writers: dict[Path, object] = {}
         self._runners: list[web.AppRunner] = []
         self._transports: WeakSet[asyncio.WriteTransport] = WeakSet()
@@ -86,11 +89,18 @@ class HttpServer:
     async def run(self) -> None:
         """Does what is due, until the federation is over and everybody has been told, or it is cancelled."""
         while True:
-            if self.coordinator.step(time.monotonic()):
-                self.coordinator.begin_close()
-                # In a thread: to add up large updates takes seconds, in which silos must still get answers.
-                await asyncio.to_thread(self.coordinator.close)
-            self._read_kit_again()
+            try:
+                if self._has_failed:  # as after a crash: what the folder says counts, and nothing else
+                    await asyncio.sleep(DISK_S)
+                    self.coordinator.load(time.monotonic())
+                    self._has_failed = False
+                if self.coordinator.step(time.monotonic()):
+                    self.coordinator.begin_close()
+                    # In a thread: to add up large updates takes seconds, in which silos must still get answers.
+                    await asyncio.to_thread(self.coordinator.close)
+                self._read_kit_again()
+            except OSError as error:  # the disk is full, say: silos try on meanwhile
+                self._can_not_write(error)
             await asyncio.sleep(TICK_S)
 
     async def stop(self) -> None:
@@ -101,6 +111,10 @@ class HttpServer:
         for transport in list(self._transports):
             transport.abort()
         await asyncio.sleep(0.01)
+
+    def _can_not_write(self, error: OSError) -> None:
+        log.error("The coordinator can't write: %s; it tries again.", error)
+        self._has_failed = True
 
     def _read_kit_again(self) -> None:
         version = self.kit.version()
@@ -140,9 +154,11 @@ class HttpServer:
             return self._refuse(request, Refused(408, f"The body did not go on for {IDLE_S:g} s."))
         except web.HTTPException as error:  # no such path or method, or a body that is too large
             return self._refuse(request, Refused(error.status, error.reason))
+        except ConnectionError:  # the silo has gone, and nobody reads the answer
+            return web.Response(status=408)
         except OSError as error:
-            log.exception("A file can't be written")
-            return self._refuse(request, Refused(507, f"The coordinator can't write: {error.strerror}."))
+            self._can_not_write(error)
+            return web.json_response({"error": f"The coordinator can't write: {error.strerror}."}, status=507)
 
     def _refuse(self, request: web.Request, refused: Refused) -> web.Response:
         quiet = refused.status in (409, 410)  # what a silo meets that comes late or resumes

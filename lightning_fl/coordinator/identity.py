@@ -272,7 +272,8 @@ class Authority:
         if not kit.cert.exists():
             request = make_request(kit.folder, "coordinator")
             authority._issue(request, kit.folder, [f"spiffe://{federation}/coordinator"], hosts, is_server=True)
-        authority.write_crl()
+        if not kit.crl.exists():
+            authority.write_crl()
         return authority
 
     @property

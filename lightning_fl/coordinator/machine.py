@@ -182,11 +182,18 @@ class RoundMachine:
         self.expected = set(self.asked)
         self.resume(self.asked, {}, now)
 
-    def resume(self, cohort: Iterable[str], done: dict[str, str], now: float) -> None:
-        """Opens a round, or opens it again after a restart; the deadline starts anew."""
+    def resume(self, cohort: Iterable[str], done: dict[str, str], now: float, age: float = 0.0) -> None:
+        """Opens a round, or opens it again after a restart; the deadline starts anew.
+
+        Args:
+            cohort: Its silos.
+            done: The silos whose update was accepted, each with its digest.
+            now: The time.
+            age: For how many seconds it has been open already: restarts do not put off ``max_deadline_s``.
+        """
         self.phase, self.cohort, self.asked = "training", set(cohort), set()
         self.done, self.refused, self.sending = dict(done), {}, {}
-        self._set_deadline(now)
+        self._set_deadline(now, age)
 
     def begin_close(self) -> None:
         """Takes nothing more in."""
@@ -205,9 +212,9 @@ class RoundMachine:
         self.phase = "over" if is_last or self.round >= self.rules.rounds else "gathering"
         self.cohort, self.done, self.refused, self.asked = set(), {}, {}, set()
 
-    def _set_deadline(self, now: float) -> None:
-        self.deadline = now + self.rules.deadline_s
-        self.max_deadline = now + self.rules.max_deadline_s
+    def _set_deadline(self, now: float, age: float = 0.0) -> None:
+        self.max_deadline = now + max(0.0, self.rules.max_deadline_s - age)
+        self.deadline = min(now + self.rules.deadline_s, self.max_deadline)
 
 
 @dataclass

@@ -122,19 +122,20 @@ class Coordinator:
         self.store = store
         self.audit = audit
         self.seen: dict[str, float] = {}
+        self._template: Update | None = None
+        self._shapes: wire.Shapes = {}
+        self._said: set[str] = set()
+        self.load(now)
+
+    def load(self, now: float) -> None:
+        """Reads from its folder how far the federation is: at the start, and when a change could not be written."""
         self.exchanges: dict[tuple[int, str], Exchange] = {}
         self.start: str | None = None
         self.manifest: wire.Shapes = {}
         self.common: dict[str, str] = {}
         self.progress = Progress()
-        self.machine = RoundMachine(rules)
+        self.machine = RoundMachine(self.rules)
         self._model: Model | None = None
-        self._template: Update | None = None
-        self._shapes: wire.Shapes = {}
-        self._said: set[str] = set()
-        self._load(now)
-
-    def _load(self, now: float) -> None:
         commit = self.store.load()
         if not commit:
             return
@@ -148,7 +149,8 @@ class Coordinator:
         if self.progress.over is not None:
             self.machine.phase = "over"
         elif cohort is not None and self.machine.phase != "over":
-            self.machine.resume(cohort, self.store.whole(self.store.folder(round, UPDATE)), now)
+            silos, age = cohort
+            self.machine.resume(silos, self.store.whole(self.store.folder(round, UPDATE)), now, age)
         for folder in self.store.folder(round - 1).glob("*.*"):
             if folder.is_dir() and not (folder / "outcome.safetensors").exists():
                 exchange = self._exchange(round - 1, folder.name)

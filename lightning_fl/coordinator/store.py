@@ -16,6 +16,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,14 +129,17 @@ class Store:
         return self.root / "rounds" / f"{round:06d}" / topic
 
     def write_cohort(self, round: int, cohort: set[str]) -> None:
-        """Writes down who takes part."""
+        """Writes down who takes part, and, the first time, when the round has opened."""
         self.disk.make_folder(self.folder(round, "update"))
-        self.disk.write_json(self.folder(round) / "cohort.json", sorted(cohort))
+        path = self.folder(round) / "cohort.json"
+        opened = (read_json(path) or {"opened": time.time()})["opened"]
+        self.disk.write_json(path, {"silos": sorted(cohort), "opened": opened})
 
-    def read_cohort(self, round: int) -> set[str] | None:
-        """Who takes part; None if the round has not been opened."""
-        cohort = read_json(self.folder(round) / "cohort.json")
-        return None if cohort is None else set(cohort)
+    def read_cohort(self, round: int) -> tuple[set[str], float] | None:
+        """Who takes part, and the seconds since the round has opened; None if it has not been opened."""
+        found = read_json(self.folder(round) / "cohort.json")
+        # By the wall clock, since no other outlives a restart; it may have been set back.
+        return None if found is None else (set(found["silos"]), max(0.0, time.time() - found["opened"]))
 
     def whole(self, folder: Path) -> dict[str, str]:
         """The silos whose file in a folder is whole and sound, each with its digest."""

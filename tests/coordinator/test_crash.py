@@ -1,10 +1,12 @@
-"""The coordinator dies before any of its file operations: afterwards there is the old round or the new one."""
+"""The coordinator dies, or has no space, before any of its file operations: there is the old round or the new one."""
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from lightning_fl.algorithms import FedAvgM
@@ -34,6 +36,24 @@ class Power:
         if self.last is not None and len(self.operations) >= self.last:
             raise Died
         self.operations.append(operation)
+
+
+class FullDisk(Power):
+    """Has no space for certain operations, and for the others has it again.
+
+    Args:
+        first: The first operation without space.
+        num: How many have none.
+    """
+
+    def __init__(self, first: int, num: int) -> None:
+        super().__init__()
+        self.without = range(first, first + num)
+
+    def __call__(self, operation: str) -> None:
+        super().__call__(operation)
+        if len(self.operations) - 1 in self.without:
+            raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def begin(root: Path, power: Power) -> tuple[Coordinator, Store]:
@@ -115,4 +135,28 @@ def test_a_crash_before_any_operation_loses_nothing(tmp_path: Path) -> None:
         drive(own, tmp_path)
         store.close()
         assert outcome(root) == expected, f"after a crash before operation {last}, {power.operations[last]!r}"
+        verify(root / "audit.jsonl")
+
+
+@pytest.mark.parametrize("num", [1, 3])
+def test_a_disk_that_is_full_at_any_operation_changes_nothing(tmp_path: Path, num: int) -> None:
+    """Disk full: nothing half done is kept, and the same process goes on once there is space."""
+    power = Power()
+    own, store = begin(tmp_path / "whole", power)
+    drive(own, tmp_path)
+    store.close()
+    expected = outcome(tmp_path / "whole")
+    for first in range(3, len(power.operations)):  # after the folders that are made at the start
+        root = tmp_path / f"full{first}"
+        own, store = begin(root, FullDisk(first, num))
+        failures = 0
+        while own.machine.phase != "over":
+            try:
+                drive(own, tmp_path)
+            except OSError:
+                failures += 1
+                own.load(0.0)
+        assert failures >= 1
+        store.close()
+        assert outcome(root) == expected, f"without space for operation {first}, {power.operations[first]!r}"
         verify(root / "audit.jsonl")

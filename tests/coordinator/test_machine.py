@@ -215,6 +215,26 @@ def test_a_reopened_round_knows_who_has_sent_and_its_deadline_starts_anew() -> N
     assert own.due(1000.0) == "close"
 
 
+def test_a_coordinator_that_restarts_again_and_again_still_closes_the_round() -> None:
+    own = machine()
+    limit, step = own.rules.max_deadline_s, own.rules.deadline_s * 0.9  # dies each time before its new deadline
+    age = 0.0
+    while age < limit:
+        own.resume({"a", "b"}, {"a": "1"}, 1000.0, age)
+        assert own.due(1000.0) is None
+        age += step
+    own.resume({"a", "b"}, {"a": "1"}, 1000.0, age)
+    assert own.due(1000.0) == "close"
+
+
+def test_a_restart_gives_no_more_time_than_is_left_of_the_longest() -> None:
+    own = machine()
+    own.resume({"a", "b"}, {"a": "1"}, 0.0, age=own.rules.max_deadline_s - 10.0)
+    own.progress("b", 9.0)
+    assert own.due(9.9) is None
+    assert own.due(10.0) == "close"
+
+
 def test_an_exchange_ends_when_all_have_come_or_in_time() -> None:
     own = Exchange({"a", "b", "c"}, 10.0)
     assert not own.due(1e9, set())

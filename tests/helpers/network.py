@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -76,6 +77,8 @@ class LiveCoordinator:
         settings: The federation's settings.
         expected: The settings that silos must have.
         before: Called before each change of its folder.
+        host: The address on which it listens. None: all.
+        port: Its port; 0 for any.
     """
 
     def __init__(
@@ -85,10 +88,11 @@ class LiveCoordinator:
         settings: FederationSettings,
         expected: dict[str, str] | None = None,
         before: Callable[[str], None] = lambda operation: None,
+        host: str | None = "127.0.0.1",
+        port: int = 0,
     ) -> None:
         self.folder, self.rules, self.settings, self.expected = folder, rules, settings, expected or {}
-        self.before = before
-        self.port = 0
+        self.before, self.host, self.port = before, host, port
         self.error: BaseException | None = None
         self.start()
 
@@ -114,7 +118,7 @@ class LiveCoordinator:
                 self.settings, self.expected, self.rules, self.store, audit, time.monotonic()
             )
             self.server = HttpServer(self.coordinator, Kit(self.folder / "ca" / "coordinator"))
-            self.port = await self.server.start("127.0.0.1", self.port)
+            self.port = await self.server.start(self.host, self.port)
             self._task = asyncio.create_task(self.server.run())
             self._started.set()
             await self._task
@@ -176,6 +180,58 @@ def live_coordinator(folder: Path, *args: Any, **options: Any) -> Iterator[LiveC
             _connections.pop().close()
     if live.error is not None:
         raise live.error
+
+
+class Relay:
+    """What stands between silos and a coordinator and has one address for all of them, such as a NAT.
+
+    Args:
+        port: The coordinator's port.
+    """
+
+    def __init__(self, port: int) -> None:
+        self.target = port
+        self._sockets: list[socket.socket] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def __enter__(self) -> Relay:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._listener.close()
+        self.cut()
+
+    @property
+    def address(self) -> str:
+        return f"https://{HOST}:{self.port}"
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                far = socket.create_connection(("127.0.0.1", self.target))
+                self._sockets += [near, far]
+                for source, target in ((near, far), (far, near)):
+                    threading.Thread(target=self._pass_on, args=(source, target), daemon=True).start()
+
+    def _pass_on(self, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                target.sendall(data)
+        for end in (source, target):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def cut(self) -> int:
+        """Ends all connections; returns how many there were."""
+        sockets, self._sockets = self._sockets, []
+        for end in sockets:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+        return len(sockets) // 2
 
 
 class Died(BaseException):

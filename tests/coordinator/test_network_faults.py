@@ -1,0 +1,373 @@
+"""Faults that users of other frameworks met on real networks: each is one row of a table, named in its test."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import shutil
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lightning_fl.communication import Message
+from lightning_fl.coordinator import http_server, identity
+from lightning_fl.coordinator.audit import AuditLog, verify
+from lightning_fl.coordinator.client import CallRefused, Client
+from lightning_fl.coordinator.disk import Disk
+from lightning_fl.coordinator.identity import Authority, Kit, make_request
+from lightning_fl.coordinator.store import Store
+from tests.helpers.network import (
+    HOST,
+    NAMES,
+    LiveCoordinator,
+    Relay,
+    TinySilo,
+    in_threads,
+    live_coordinator,
+    make_kits,
+    rules,
+    settings,
+    wait_until,
+)
+
+STEPS = {"east": 1.0, "north": 2.0, "south": 6.0}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    make_kits(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def live(folder: Path) -> Iterator[LiveCoordinator]:
+    with live_coordinator(folder, rules(), settings()) as own:
+        yield own
+
+
+def silos_at(live: LiveCoordinator, address: str | None = None) -> list[TinySilo]:
+    return [TinySilo(live.folder, address or live.address, name, step).join() for name, step in STEPS.items()]
+
+
+def models_of(silos: list[TinySilo]) -> list[list[float]]:
+    return [list(models) for models in in_threads(*(silo.run for silo in silos))]
+
+
+class Space:
+    """Whether the coordinator's disk has space."""
+
+    def __init__(self) -> None:
+        self.is_full = False
+        self.num_refused = 0
+
+    def __call__(self, operation: str) -> None:
+        if self.is_full:
+            self.num_refused += 1
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("when", ["start", "opening", "training"])
+def test_disk_full(folder: Path, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Disk full: the coordinator answers 507 and lives, silos retry, nothing is committed before there is space."""
+    monkeypatch.setattr(http_server, "DISK_S", 0.1)
+    space = Space()
+    with live_coordinator(folder, rules(), settings(), before=space) as live:
+        silos = [TinySilo(folder, live.address, name, step) for name, step in STEPS.items()]
+        results: list[Any] = []
+
+        def train() -> None:
+            if when == "start":
+                in_threads(*(silo.join for silo in silos))
+            if when != "training":
+                results.extend(models_of(silos))
+            else:
+                sent = in_threads(*(lambda s=s, o=o: s.send(o) for s, o in zip(silos, openings, strict=True)))
+                results.extend([first, *rest] for first, rest in zip(sent, models_of(silos), strict=True))
+
+        if when != "start":
+            in_threads(*(silo.join for silo in silos))
+        openings = in_threads(*(silo.open for silo in silos)) if when == "training" else []
+        space.is_full = True
+        training = threading.Thread(target=train, daemon=True)
+        training.start()
+        wait_until(lambda: space.num_refused >= 5, "changes that find no space")
+        assert training.is_alive()
+        assert live.coordinator.store.load().get("round", 0) == 0
+        assert live.error is None
+        space.is_full = False
+        training.join()
+        assert results == [[3.0, 6.0, 9.0]] * 3
+        assert [silo.counted for silo in silos] == [3] * 3
+        verify(live.store.root / "audit.jsonl")
+
+
+def test_disk_full_is_answered_by_507(folder: Path) -> None:
+    """Disk full: the status says so."""
+    space = Space()
+    with live_coordinator(folder, rules(), settings(), before=space) as live:
+        silos = silos_at(live)
+        openings = in_threads(*(silo.open for silo in silos))
+        space.is_full = True
+        silos[0].federation.client.gives_up_after = 0
+        with pytest.raises(Exception, match=r"status 507.*No space left on device"):
+            silos[0].send(openings[0])
+        space.is_full = False
+
+
+def test_disk_full_in_the_middle_of_a_line_of_the_audit_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Disk full: the chain of the audit log does not break."""
+    log = AuditLog(tmp_path / "audit.jsonl")
+    log.append("one")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            log.append("two")
+    log.append("three")
+    assert verify(tmp_path / "audit.jsonl")[0] == 2
+
+
+@pytest.mark.parametrize("minutes", [-10, 10])
+def test_clock_of_the_coordinator_is_off(
+    live: LiveCoordinator, minutes: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Clock ahead or behind by 10 minutes: it works, and each silo warns."""
+    clock = SimpleNamespace(monotonic=time.monotonic, time=lambda: time.time() + 60 * minutes)
+    monkeypatch.setattr(http_server, "time", clock)
+    with caplog.at_level(logging.WARNING, "lightning_fl.network"):
+        silos = silos_at(live)
+    warned = [record.getMessage() for record in caplog.records if "clocks of this machine" in record.getMessage()]
+    assert len(warned) == 3
+    assert f"differ by {60 * minutes} s" in warned[0].replace("599", "600")
+    assert models_of(silos) == [[3.0, 6.0, 9.0]] * 3
+
+
+def test_clock_of_a_silo_is_behind_a_new_certificate(folder: Path) -> None:
+    """Clock behind by 10 minutes: a certificate that was just made is valid already."""
+    decoded = ssl._ssl._test_decode_cert(str(folder / "east" / "cert.pem"))  # type: ignore[attr-defined]
+    assert ssl.cert_time_to_seconds(decoded["notBefore"]) < time.time() - 600
+
+
+def test_clock_set_back_between_restarts_renews_the_deadline_and_no_more(folder: Path) -> None:
+    """Clock set back: a round that seems to open in the future gets its deadline, not more."""
+    store = Store(folder / "federation")
+    store.write_cohort(0, {"east"})
+    assert store.read_cohort(0) is not None
+    Disk().write_json(store.folder(0) / "cohort.json", {"silos": ["east"], "opened": time.time() + 1e6})
+    assert store.read_cohort(0) == ({"east"}, 0.0)
+    store.close()
+
+
+def test_coordinator_that_restarts_again_and_again_closes_its_round(folder: Path) -> None:
+    """Cut-off set, waits for the dead anyway: restarts do not put off ``max_deadline_s``."""
+    with live_coordinator(folder, rules(), settings()) as live:
+        silos = silos_at(live)
+        openings = in_threads(*(silo.open for silo in silos))
+        east = threading.Thread(target=lambda: silos[0].send(openings[0]), daemon=True)
+        east.start()
+        live.wait_for("update accepted")
+        live.restart()
+        assert live.coordinator.machine.phase == "training"  # younger than its longest time: it waits for the dead
+        live.stop()
+        cohort = live.folder / "federation" / "rounds" / "000000" / "cohort.json"
+        opened = time.time() - live.rules.max_deadline_s - 1.0
+        Disk().write_json(cohort, {"silos": sorted(NAMES), "opened": opened})
+        live.start()
+        east.join()
+        assert live.events("round closed")[0]["lost"] == ["north", "south"]
+
+
+def test_each_response_is_dropped_once(live: LiveCoordinator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A retry of a call that had worked: done twice. The answer to each call is lost once: the same bits come out."""
+    original, lost, lock = Client._try, set(), threading.Lock()
+
+    def lossy(self: Client, method: str, path: str, *rest: Any) -> Any:
+        refused = answer = None
+        try:
+            answer = original(self, method, path, *rest)
+        except CallRefused as error:
+            refused = error
+        call = self.kit.name, method, path
+        with lock:
+            is_first = call not in lost
+            lost.add(call)
+        if is_first:
+            raise ConnectionResetError("the answer is lost")
+        if refused is not None:
+            raise refused
+        return answer
+
+    monkeypatch.setattr(Client, "_try", lossy)
+    silos = silos_at(live)
+    models = models_of(silos)
+    monkeypatch.undo()
+    assert models == [[3.0, 6.0, 9.0]] * 3
+    assert [silo.counted for silo in silos] == [3] * 3
+    assert {(method, path.split("/")[2].split("?")[0]) for _, method, path in lost} >= {
+        ("POST", "join"),
+        ("PUT", "start"),
+        ("GET", "states"),
+        ("GET", "rounds"),
+        ("HEAD", "rounds"),
+        ("PUT", "rounds"),
+        ("POST", "leave"),
+    }
+    assert [event["round"] for event in live.events("round closed")] == [0, 1, 2]
+    assert live.coordinator.progress.global_step == 9  # three silos, three rounds, one step each
+
+
+def test_200_half_open_sockets(live: LiveCoordinator) -> None:
+    """Dead peer holds a thread for 2 h: a new silo joins although 200 connections say nothing."""
+    context = identity.client_context(Kit(live.folder / "east"))
+    dead: list[socket.socket] = []
+    try:
+        for number in range(200):
+            plain = socket.create_connection((HOST, live.port))
+            if number % 10 == 0:  # some have introduced themselves, and die in the middle of a call
+                plain = context.wrap_socket(plain, server_hostname=HOST)
+                plain.sendall(b"POST /v1/alive HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+            dead.append(plain)
+        assert models_of(silos_at(live)) == [[3.0, 6.0, 9.0]] * 3
+    finally:
+        for plain in dead:
+            plain.close()
+
+
+@pytest.mark.parametrize(
+    ("host", "addresses"),
+    [("::1", ["[::1]"]), ("127.0.0.1", ["127.0.0.1"]), (None, ["[::1]", "127.0.0.1", HOST])],
+    ids=["IPv6 only", "IPv4 only", "dual stack"],
+)
+def test_ip_versions(folder: Path, host: str | None, addresses: list[str]) -> None:
+    """IPv6 only / IPv4 only: each alone, and both."""
+    with socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True) as free:
+        port = free.getsockname()[1]
+    with live_coordinator(folder, rules(rounds=1), settings(), host=host, port=port) as live:
+        silos = [
+            TinySilo(folder, f"https://{addresses[index % len(addresses)]}:{port}", name, step).join()
+            for index, (name, step) in enumerate(STEPS.items())
+        ]
+        assert models_of(silos) == [[3.0]] * 3
+        assert live.events("round closed")[0]["lost"] == []
+
+
+def test_silos_behind_one_address(live: LiveCoordinator) -> None:
+    """Identity by peer address: silos behind one NAT are told apart, and one that leaves does not end the others."""
+    with Relay(live.port) as relay:
+        east, north, south = silos_at(live, relay.address)
+        assert in_threads(east.round, north.round, south.round) == [3.0] * 3
+        south.federation.leave("done")
+        assert in_threads(east.round, north.round) == [4.5] * 2
+    assert live.events("round closed")[0]["members"].keys() == set(NAMES)
+
+
+def test_socket_cut_in_training(live: LiveCoordinator) -> None:
+    """Long training, then the result can't be sent; idle sockets cut: the update arrives over another connection."""
+    with Relay(live.port) as relay:
+        silos = silos_at(live, relay.address)
+        openings = in_threads(*(silo.open for silo in silos))
+        assert relay.cut() >= 3
+        sent = in_threads(*(lambda s=s, o=o: s.send(o) for s, o in zip(silos, openings, strict=True)))
+        assert sent == [3.0] * 3
+        assert [silo.counted for silo in silos] == [1] * 3
+
+
+def test_sigterm_of_the_coordinator_while_it_adds_up(folder: Path) -> None:
+    """Shutdown in mid-round, in the phase of closing: the old round or the new one, and each update counts once."""
+    closing, stopped = threading.Event(), threading.Event()
+
+    def before(operation: str) -> None:
+        if operation == "write outcome" and not stopped.is_set():
+            closing.set()
+            stopped.wait(60)
+
+    with live_coordinator(folder, rules(), settings(), before=before) as live:
+        silos = silos_at(live)
+        results: list[Any] = []
+        training = threading.Thread(target=lambda: results.extend(models_of(silos)), daemon=True)
+        training.start()
+        assert closing.wait(60)
+        assert live.coordinator.machine.phase == "closing"
+        live._loop.call_soon_threadsafe(live._task.cancel)
+        stopped.set()
+        live.restart()
+        training.join()
+        assert results == [[3.0, 6.0, 9.0]] * 3
+        assert live.coordinator.progress.global_step == 9
+
+
+def test_sigterm_of_the_coordinator_while_evaluations_come_in(live: LiveCoordinator) -> None:
+    """Shutdown in the exchange after a round: what had come is kept, and all get the same answer."""
+    east, north, south = silos_at(live)
+    assert in_threads(east.round, north.round, south.round) == [3.0] * 3
+    asked = [
+        threading.Thread(target=lambda s=silo: results.update({s.name: gather(s)}), daemon=True)  # type: ignore[misc]
+        for silo in (east, north, south)
+    ]
+    results: dict[str, Any] = {}
+
+    def gather(silo: TinySilo) -> list[str]:
+        found = silo.federation.gather(Message({"name": silo.name}, {}), "evaluation")
+        return [message.fields["name"] for message in found]
+
+    asked[0].start()
+    wait_until(lambda: any(exchange.done for exchange in live.coordinator.exchanges.values()), "the first evaluation")
+    live.restart()
+    for thread in asked[1:]:
+        thread.start()
+    for thread in asked:
+        thread.join()
+    assert results == dict.fromkeys(NAMES, sorted(NAMES))
+
+
+def test_sigterm_of_the_coordinator_between_rounds_and_at_the_end(live: LiveCoordinator) -> None:
+    """Shutdown between two rounds and after the last: the run goes on, and stays over."""
+    silos = silos_at(live)
+    for expected in (3.0, 6.0, 9.0):
+        assert in_threads(*(silo.round for silo in silos)) == [expected] * 3
+        live.restart()
+    assert live.coordinator.machine.phase == "over"
+    assert in_threads(*(silo.open for silo in silos)) == [None] * 3
+
+
+def test_renewal_of_certificates_in_mid_round(live: LiveCoordinator) -> None:
+    """Certificates not reloadable: both sides' certificates are renewed in an open round, and the round goes on."""
+    silos = silos_at(live)
+    openings = in_threads(*(silo.open for silo in silos))
+    authority = Authority(live.folder / "ca")
+    for name in NAMES:
+        kit = live.folder / name
+        before = (kit / "cert.pem").read_bytes()
+        _, _, issued = authority.approve(make_request(kit, name))
+        shutil.copy(issued / "cert.pem", kit / "cert.pem")
+        assert (kit / "cert.pem").read_bytes() != before
+    own = live.folder / "ca" / "coordinator"
+    (own / "cert.pem").write_bytes((own / "cert.pem").read_bytes() + b"\n")  # written again, as renewing does
+    live.wait_for("kit read again")
+    for silo in silos[:2]:  # two dial again, one stays on its connection
+        silo.federation.client.close()
+    sent = in_threads(*(lambda s=s, o=o: s.send(o) for s, o in zip(silos, openings, strict=True)))
+    assert sent == [3.0] * 3
+    assert live.events("refused", "connection refused") == []
+
+
+def test_provisioning_twice_changes_nothing(live: LiveCoordinator) -> None:
+    """New CA at every build: creating the authority and the requests again leaves every file as it is."""
+    files = [path for path in live.folder.rglob("*.pem") if "issued" not in path.parts]
+    before = {path: path.read_bytes() for path in files}
+    Authority.create(live.folder / "ca", "demo", [HOST, "127.0.0.1", "::1"])
+    for name in NAMES:
+        make_request(live.folder / name, name)
+    assert {path: path.read_bytes() for path in files} == before
+    assert models_of(silos_at(live)) == [[3.0, 6.0, 9.0]] * 3
