@@ -4,7 +4,7 @@ It reads `trainer.strategy` of the training configuration, and nothing else of i
 Classes from outside lightning_fl are refused unless --allow names their package. federation.yaml says who may take part
 and when rounds open and close.
 
-Example:
+Examples:
   lightning-fl coordinator --config train.yaml --federation federation.yaml
 """
 

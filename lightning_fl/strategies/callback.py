@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Protocol
 
 import lightning as L
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.optim import Optimizer
-
-from lightning_fl.strategies import internals
 
 
 class _Strategy(Protocol):
@@ -55,21 +51,3 @@ class RoundCallback(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self.strategy.interrupt()
-
-
-class LastRound(Checkpoint):
-    """Saves each round as the last checkpoint where ``ModelCheckpoint(monitor=..., save_last=True)`` has not.
-
-    Lightning's own last checkpoint is that of the last improvement: a run that goes on from it would train all rounds
-    since then again.
-    """
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        for checkpoint in trainer.checkpoint_callbacks:
-            if not isinstance(checkpoint, ModelCheckpoint) or not checkpoint.save_last:
-                continue
-            path, is_saved = checkpoint.last_model_path, internals.last_step_saved(checkpoint) == trainer.global_step
-            if path and not is_saved:
-                if trainer.is_global_zero and Path(path).is_symlink():  # save_last="link": to the best, which stays
-                    Path(path).unlink()
-                trainer.save_checkpoint(path, checkpoint.save_weights_only)

@@ -686,7 +686,11 @@ class RoundDriver:
         """Called when all that monitors the round has seen it: writes the checkpoints that have waited for its end."""
         self.ends_round = False
         deferred, self.deferred_checkpoints = self.deferred_checkpoints, {}
-        for path, weights_only in deferred.items():
+        outdated = internals.outdated_last_checkpoints(self.trainer)
+        for path in outdated:
+            if self.trainer.is_global_zero and os.path.islink(path):  # save_last="link": to the best, which stays
+                os.unlink(path)
+        for path, weights_only in {**outdated, **deferred}.items():
             self.trainer.save_checkpoint(path, weights_only)
         internals.save_passed_steps(self.trainer, *self._last_steps)
 

@@ -35,7 +35,7 @@ from lightning_fl.federation.rank_verification import digest, synchronize_module
 from lightning_fl.federation.settings import is_private
 from lightning_fl.federation.single_update import SingleUpdate
 from lightning_fl.strategies import internals
-from lightning_fl.strategies.callback import LastRound, RoundCallback
+from lightning_fl.strategies.callback import RoundCallback
 from lightning_fl.strategies.checkpoint import (
     KEY,
     ClientStateFiles,
@@ -366,9 +366,8 @@ class FederatedStrategy(internals.ReusableStrategy):
         # A second one would drive each round twice, also one that came with the callbacks of another Trainer. It is
         # inserted here, and not by a hook of the user's module, because Lightning orders the callbacks and restores
         # their states only after it has connected the strategy.
-        own = RoundCallback | LastRound
-        callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, own)]  # type: ignore[attr-defined]
-        trainer.callbacks = [RoundCallback(self), *callbacks, LastRound()]  # type: ignore[attr-defined]
+        callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, RoundCallback)]  # type: ignore[attr-defined]
+        trainer.callbacks = [RoundCallback(self), *callbacks]  # type: ignore[attr-defined]
 
     def setup(self, trainer: L.Trainer) -> None:
         if trainer.state.fn == TrainerFn.FITTING:

@@ -39,9 +39,18 @@ from lightning_fl.engines.vectorized.stacking import StackedBatch
 SubprocessLauncher = _SubprocessScriptLauncher
 
 
-def last_step_saved(checkpoint: ModelCheckpoint) -> int:
-    """The ``global_step`` at which a callback has saved last: it says so nowhere else."""
-    return checkpoint._last_global_step_saved
+def outdated_last_checkpoints(trainer: Trainer) -> dict[str, bool]:
+    """The last checkpoints that are older than the round, and whether they hold weights only.
+
+    With ``monitor``, Lightning's last checkpoint is that of the last improvement: a run that goes on from it would
+    train all rounds since then again. When a callback has saved last it says nowhere else.
+    """
+    checkpoints = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    return {
+        callback.last_model_path: callback.save_weights_only
+        for callback in checkpoints
+        if callback.save_last and callback.last_model_path and callback._last_global_step_saved != trainer.global_step
+    }
 
 
 class ReusableStrategy(ParallelStrategy):

@@ -218,8 +218,11 @@ def test_a_trainer_reads_the_private_accelerator_of_its_strategy_first_and_sets_
     assert next(name for name in seen if name.startswith("set ")) == "set accelerator"
 
 
-def test_a_checkpoint_knows_the_step_at_which_it_saved_last() -> None:
-    checkpoint = ModelCheckpoint("kept")
+def test_a_monitored_checkpoint_knows_the_step_at_which_it_saved_last() -> None:
+    checkpoint = ModelCheckpoint("kept", save_last=True)
     run = trainer("fedavg", 2, callbacks=[checkpoint], enable_checkpointing=True)
     run.fit(Plain(), loader(20))
-    assert internals.last_step_saved(checkpoint) == run.global_step > 0
+    assert checkpoint._last_global_step_saved == run.global_step > 0
+    assert internals.outdated_last_checkpoints(run) == {}
+    checkpoint._last_global_step_saved -= 1
+    assert internals.outdated_last_checkpoints(run) == {checkpoint.last_model_path: False}

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import lightning_fl as fl
 from lightning_fl import FederatedStrategy
+from lightning_fl.callbacks import FederatedCallback
 from tests.helpers.training import Plain, trainer
 
 
@@ -125,19 +127,20 @@ def test_a_client_whose_data_is_broken_is_left_out() -> None:
 @pytest.mark.filterwarnings("ignore:Round .* the loader of client 1 raised")
 @pytest.mark.parametrize("engine", ["sequential", "vectorized"])
 def test_the_workers_of_a_client_that_is_left_out_end(engine: str) -> None:
-    class Watching(Plain):
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+    class Watching(FederatedCallback):
+        def on_group_end(self, trainer: L.Trainer, module: L.LightningModule, *args: Any) -> None:
             children.append(len(multiprocessing.active_children()))
-            return super().training_step(batch, batch_idx)
 
     children: list[int] = []
     loaders = [DataLoader(Examples(n, broken=n == 1), batch_size=4, num_workers=int(n == 1)) for n in range(3)]
     clients = fl.datamodules.ClientLoaders(range(3), loaders.__getitem__)
     gc.disable()
     try:
-        trainer(FederatedStrategy(engine=engine, on_client_error="skip"), 2).fit(Watching(), clients)
+        strategy = FederatedStrategy(engine=engine, on_client_error="skip")
+        trainer(strategy, 2, callbacks=[Watching()]).fit(Plain(), clients)
     finally:
         gc.enable()
+    assert children
     assert children == [0] * len(children)
 
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import lightning_fl as fl
 from lightning_fl import FederatedStrategy
-from tests.helpers.training import Plain, image_clients, images, loader, trainer
+from tests.helpers.training import Ordinary, Plain, image_clients, images, loader, trainer
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,8 @@ def test_no_optimizer() -> None:
 )
 def test_trainer_settings_that_a_round_cannot_honour(options: dict[str, Any], message: str) -> None:
     with pytest.raises((MisconfigurationException, ValueError), match=message):
-        trainer("fedavg", **options).fit(Plain(), image_clients((8, 8)))
+        # With validation data, since otherwise nothing depends on when it would be validated.
+        trainer("fedavg", **options).fit(Ordinary(), image_clients((8, 8), validate=True))
 
 
 class ShortLoader:

@@ -166,7 +166,8 @@ def test_states_stay_until_a_checkpoint_in_the_background_is_on_the_disk(monkeyp
 
 @pytest.fixture
 def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    StrategyRegistry.register("fed4", FederatedStrategy, description="4 clients", num_clients=4)
+    # The example of the documentation may have registered it in this process.
+    StrategyRegistry.register("fed4", FederatedStrategy, description="4 clients", override=True, num_clients=4)
     yield
     StrategyRegistry.remove("fed4")
 

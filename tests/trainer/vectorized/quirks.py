@@ -180,10 +180,6 @@ def restored_draw(own: Any) -> float:
     return drawn
 
 
-def numbers() -> Any:
-    return (value % 3 for value in range(100_000))
-
-
 QUIRKS: dict[str, Quirk] = {
     "nothing": Quirk(lambda own, loss, batch, idx: loss),
     "current_epoch": Quirk(scaled(lambda own: own.current_epoch)),
@@ -196,7 +192,6 @@ QUIRKS: dict[str, Quirk] = {
     "iterator": Quirk(
         coin(lambda own: next(own.fixed)), attribute("fixed", lambda: itertools.cycle([0.1, 0.9, 0.5, 0.2, 0.7]))
     ),
-    "generator function": Quirk(scaled(lambda own: next(own.numbers)), attribute("numbers", numbers)),
     "torch's generator": Quirk(
         coin(lambda own: float(torch.rand((), generator=own.gen))),
         attribute("gen", lambda: torch.Generator().manual_seed(1)),

@@ -206,7 +206,9 @@ def test_drawn_modules(seed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["Python's generator", "closure", "deep container", "global", "array", "later: counter"]
+    # Attributes are put back before each client, so that only what is not, or what changes within a client, shows.
+    "name",
+    ["Python's generator", "closure", "global", "later: counter"],
 )
 def test_a_watch_that_sees_nothing_would_show(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Snapshot, "differences", lambda own: iter(()))
@@ -215,7 +217,7 @@ def test_a_watch_that_sees_nothing_would_show(name: str, monkeypatch: pytest.Mon
         assert_exact(lambda: Quirky([name]))
 
 
-@pytest.mark.parametrize("name", ["iterator", "generator function", "later: held parameters"])
+@pytest.mark.parametrize("name", ["later: held parameters"])
 def test_opaque_objects_that_are_let_through_would_show(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StepWatch, "obstacle", lambda own: None)
     with pytest.raises(AssertionError):
