@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-import torch
 from torch import Tensor
 
+from lightning_fl.engines.tensors import is_same
 from lightning_fl.privacy.noise import PrivacyError
 from lightning_fl.types import Tree
 
@@ -34,23 +34,17 @@ class TensorWatch:
                 self._copies[name] = tensor.detach().clone()
 
     def check(self, when: str) -> None:
-        """Compares, byte by byte, with the values last noted.
+        """Compares with the values last noted.
 
         Raises:
             PrivacyError: If one has changed.
         """
         for name, tensor in self._tensors().items():
             known = self._copies.get(name)
-            if known is None or _equal(tensor.detach(), known):
+            # A NaN counts as equal to itself: a client that diverges is left out elsewhere.
+            if known is None or is_same(tensor.detach(), known):
                 continue
             raise PrivacyError(
                 f"{name} was changed {when}, past the step whose gradient was clipped and noised, so it can reveal an "
                 f"example exactly. The run stops. {self._remedy}"
             )
-
-
-def _equal(found: Tensor, known: Tensor) -> bool:
-    # A NaN counts as equal to itself: a client that diverges is left out elsewhere.
-    return torch.equal(found, known) or (
-        found.shape == known.shape and bool(((found == known) | (found.isnan() & known.isnan())).all())
-    )
