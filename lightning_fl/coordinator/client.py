@@ -85,6 +85,7 @@ class Client:
         body: Any = None,
         headers: Mapping[str, str] | None = None,
         read: Callable[[http.client.HTTPResponse], Any] | None = None,
+        before_retry: Callable[[], None] = lambda: None,
     ) -> tuple[int, Mapping[str, str], Any]:
         """Makes a call until it is answered; every call may be repeated.
 
@@ -94,6 +95,7 @@ class Client:
             body: JSON, or a function that makes the bytes for each try.
             headers: More headers.
             read: Reads the body of a good answer. None: all of it.
+            before_retry: Called before each try but the first.
 
         Returns:
             Status, headers and body of the answer.
@@ -118,6 +120,7 @@ class Client:
                     log.warning("%s does not answer (%s: %s); trying on.", self.address, type(error).__name__, error)
                 # At random, so that silos do not all come back at the same moment.
                 time.sleep(min(MAX_WAIT_S, 0.1 * 2 ** min(failures, 7)) * random.uniform(0.5, 1.0))
+                before_retry()
 
     def _try(
         self, method: str, path: str, body: Any, headers: Mapping[str, str], read: Callable[..., Any] | None
@@ -160,28 +163,33 @@ class Client:
             CallRefused: If it is not taken.
         """
         length, digest = file.stat().st_size, wire.sha256(file)
-        place, offset = f"{path}/{digest}", self._offset(f"{path}/{digest}")
+        place, headers = f"{path}/{digest}", {"Upload-Length": str(length)}
+
+        def go_on_at(offset: int) -> None:
+            headers.update({"Upload-Offset": str(offset), "Content-Length": str(min(PART, length - offset))})
+
+        go_on_at(self._offset(place))
         with file.open("rb") as opened:
+
+            def body() -> Any:
+                opened.seek(int(headers["Upload-Offset"]))
+                return _Limited(opened, int(headers["Content-Length"]))
+
             while True:
-                part = min(PART, length - offset)
-                headers = {"Upload-Offset": str(offset), "Upload-Length": str(length), "Content-Length": str(part)}
-
-                def body(offset: int = offset, part: int = part) -> Any:
-                    opened.seek(offset)
-                    return _Limited(opened, part)
-
                 try:
-                    _, _, answer = self.call("PUT", place, body, headers)
+                    _, _, answer = self.call(
+                        "PUT", place, body, headers, before_retry=lambda: go_on_at(self._offset(place))
+                    )
                 except CallRefused as refused:
                     if refused.status != 409 or "offset" not in refused.facts:
                         raise
-                    offset = int(refused.facts["offset"])
+                    go_on_at(int(refused.facts["offset"]))
                     continue
-                self.num_bytes += part
+                self.num_bytes += int(headers["Content-Length"])
                 facts = json.loads(answer)
                 if facts["complete"]:
                     return
-                offset = int(facts["offset"])
+                go_on_at(int(facts["offset"]))
 
     def _offset(self, place: str) -> int:
         _, headers, _ = self.call("HEAD", place)

@@ -283,6 +283,24 @@ def test_socket_cut_in_training(live: LiveCoordinator) -> None:
         assert [silo.counted for silo in silos] == [1] * 3
 
 
+def test_connection_that_falls_silent_in_the_middle_of_an_update(live: LiveCoordinator) -> None:
+    """Partition, half-open socket: the silo dials again, the new connection takes over, the transfer goes on."""
+    size = 1 << 20  # 4 MiB
+    with Relay(live.port) as relay:
+        ways = {"east": relay.address, "north": live.address, "south": live.address}
+        silos = [TinySilo(live.folder, ways[name], name, step, size).join() for name, step in STEPS.items()]
+        openings = in_threads(*(silo.open for silo in silos))
+        connection = silos[0].federation.client._connection
+        assert connection is not None
+        connection.sock.settimeout(1.0)  # as after a minute
+        relay.fall_silent(after=3 << 20)
+        relay.num_bytes = 0
+        sent = in_threads(*(lambda s=s, o=o: s.send(o) for s, o in zip(silos, openings, strict=True)))
+        assert sent == [3.0] * 3
+        # What had come was not sent again; the new model, of 4 MiB, came back.
+        assert 8 << 20 < relay.num_bytes < 10 << 20
+
+
 def test_sigterm_of_the_coordinator_while_it_adds_up(folder: Path) -> None:
     """Shutdown in mid-round, in the phase of closing: the old round or the new one, and each update counts once."""
     closing, stopped = threading.Event(), threading.Event()

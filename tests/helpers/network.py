@@ -191,7 +191,9 @@ class Relay:
 
     def __init__(self, port: int) -> None:
         self.target = port
+        self.num_bytes = 0
         self._sockets: list[socket.socket] = []
+        self._left: dict[socket.socket, int] = {}
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         threading.Thread(target=self._serve, daemon=True).start()
@@ -219,10 +221,18 @@ class Relay:
     def _pass_on(self, source: socket.socket, target: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(1 << 16):
+                if source in self._left:
+                    data = data[: self._left[source]]
+                    self._left[source] -= len(data)
+                self.num_bytes += len(data)
                 target.sendall(data)
         for end in (source, target):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
+
+    def fall_silent(self, after: int) -> None:
+        """Lets the open connections pass so many more bytes each way, then nothing, and tells neither side."""
+        self._left = dict.fromkeys(self._sockets, after)
 
     def cut(self) -> int:
         """Ends all connections; returns how many there were."""
