@@ -36,16 +36,20 @@ def mask(report: Message) -> Message:
     public["metric_states"] = {
         name: _mask_state(name, state, report, sums) for name, state in public["metric_states"].items()
     }
-    if public.get("has_late_values"):
-        raise ConfigurationError(
-            "Something is logged with on_epoch=True in `on_train_batch_end`, whose last values come after the round's "
-            "secure sum. Under secure aggregation log it in `training_step`."
-        )
     return Message({**public, "sums": sums})
 
 
 def unmask(reports: list[Message]) -> list[Message]:
-    """Replaces what :func:`mask` removed by the sums over all ranks, which the first report holds."""
+    """Replaces what :func:`mask` removed by the sums over all ranks, which the first report holds.
+
+    Raises:
+        ConfigurationError: On every rank, if one of them logs values after the sum.
+    """
+    if any(report.fields.get("has_late_values") for report in reports):
+        raise ConfigurationError(
+            "Something is logged with on_epoch=True in `on_train_batch_end`, whose last values come after the round's "
+            "secure sum. Under secure aggregation log it in `training_step`."
+        )
     first, *others = reports
     sums: dict[str, float] = first.fields["sums"]
     counts = {

@@ -11,7 +11,9 @@ import torch
 from lightning_fl.communication import Message
 from lightning_fl.engines import ScheduleEnd
 from lightning_fl.federation import RankReport
+from lightning_fl.federation.errors import ConfigurationError
 from lightning_fl.federation.report import SECRET_FIELDS
+from lightning_fl.federation.report_masking import mask, unmask
 
 
 def entry(value: float, weight: float, reduction: str = "mean") -> dict[str, Any]:
@@ -135,3 +137,9 @@ def test_the_number_of_steps_is_left_out_where_no_schedule_stepped() -> None:
 
 def test_what_tells_of_a_clients_data_is_secret() -> None:
     assert SECRET_FIELDS == ("num_steps", "num_examples", "squared_norm", "logger_steps")
+
+
+def test_values_that_come_after_a_secure_sum_are_refused_on_every_rank() -> None:
+    reports = [mask(replace(one, metrics={}, metric_states={}).to_message()) for one in (SECOND, FIRST)]
+    with pytest.raises(ConfigurationError, match="Under secure aggregation log it in `training_step`"):
+        unmask(reports)
