@@ -686,7 +686,9 @@ class RoundDriver:
         """Called when all that monitors the round has seen it: writes the checkpoints that have waited for its end."""
         self.ends_round = False
         deferred, self.deferred_checkpoints = self.deferred_checkpoints, {}
-        outdated = internals.outdated_last_checkpoints(self.trainer)
+        # What is left of a round that a checkpoint was written in ends here too; that checkpoint stays as it is.
+        is_own = self._last_steps != (0, 0)
+        outdated = internals.outdated_last_checkpoints(self.trainer) if is_own else {}
         for path in outdated:
             if self.trainer.is_global_zero and os.path.islink(path):  # save_last="link": to the best, which stays
                 os.unlink(path)
