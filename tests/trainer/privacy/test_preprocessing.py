@@ -103,7 +103,7 @@ def test_public_knowledge_costs_nothing(protected: str) -> None:
     SCHEMA.save("schema.json")
     for data in (table(schema="schema.json"), PartitionedDataModule(Images(), IID(), num_clients=4)):
         run = fit(protected, data)
-        assert 7.0 not in multipliers(run, protected)
+        assert 0.25 not in multipliers(run, protected)
 
 
 def multipliers(run: Any, protected: str) -> list[float]:
@@ -119,16 +119,16 @@ def multipliers(run: Any, protected: str) -> list[float]:
 @pytest.mark.parametrize("protected", ["clients", "examples"])
 def test_a_private_scaling_is_in_the_ledger_once_each_release(protected: str) -> None:
     SCHEMA.save("public.json")
-    data = table(schema="public.json", scaling=PrivateScaling(RANGES, 7.0))
+    data = table(schema="public.json", scaling=PrivateScaling(RANGES, 0.25))
     run = fit(protected, data)
     steps = multipliers(run, protected).count(1.0)
-    assert multipliers(run, protected) == [*[1.0] * steps, 7.0]
+    assert multipliers(run, protected) == [0.25, *[1.0] * steps]
     data.schema.save("schema.json")
     again = fit(protected, table(schema="schema.json"), 2, ckpt="last.ckpt")
-    assert multipliers(again, protected) == [*[1.0] * 2 * steps, 7.0]
-    anew = table(schema="public.json", scaling=PrivateScaling(RANGES, 7.0))
+    assert multipliers(again, protected) == [0.25, *[1.0] * 2 * steps]
+    anew = table(schema="public.json", scaling=PrivateScaling(RANGES, 0.25))
     fresh = fit(protected, anew, 3, ckpt="last.ckpt")
-    assert multipliers(fresh, protected) == [*[1.0] * 3 * steps, 7.0, 7.0]
+    assert multipliers(fresh, protected) == [0.25, 0.25, *[1.0] * 3 * steps]
 
 
 def test_epsilon_is_that_of_the_training_and_the_scaling() -> None:
