@@ -60,13 +60,9 @@ def _split(word: str) -> list[str]:
 
 
 def _without(words: list[str], option: str) -> list[str]:
-    kept, skip = [], 0
-    for word in words:
-        skip = 2 if word == option else skip
-        if not skip:
-            kept.append(word)
-        skip = max(skip - 1, 0)
-    return kept
+    """The words without an option and the value after it."""
+    places = {place for at, word in enumerate(words) if word == option for place in (at, at + 1)}
+    return [word for at, word in enumerate(words) if at not in places]
 
 
 def _from_files(words: Sequence[str]) -> tuple[Any, Any]:

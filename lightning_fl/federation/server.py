@@ -73,7 +73,7 @@ def open_server(
     Raises:
         ValueError: If the shared tensors have changed under an algorithm whose clients keep state for each of them.
     """
-    states = [*state.transforms, *({} for _ in settings.transforms[len(state.transforms) :])]
+    states = state.of_transforms(settings)
     contexts = contexts_of(settings, ctx)
     started = [t.start_round(own, c) for t, own, c in zip(settings.transforms, states, contexts, strict=True)]
     return replace(state, server=_continue(settings, state.server, params), transforms=started)

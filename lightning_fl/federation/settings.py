@@ -94,3 +94,7 @@ class FederationState:
     server: State = field(default_factory=dict)
     transforms: Sequence[State] = ()
     moving: Sequence[str] | None = None
+
+    def of_transforms(self, settings: FederationSettings) -> list[State]:
+        """The state of each transform; an empty one for those that have not begun."""
+        return [*self.transforms, *({} for _ in settings.transforms[len(self.transforms) :])]

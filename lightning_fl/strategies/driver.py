@@ -259,7 +259,7 @@ class RoundDriver:
         check_preprocessing(datamodule, self.settings)
         release = getattr(datamodule, "release", None)
         if release is not None:
-            states = [*self.state.transforms, *({} for _ in self.settings.transforms[len(self.state.transforms) :])]
+            states = self.state.of_transforms(self.settings)
             booked = [t.book(own, release) for t, own in zip(self.settings.transforms, states, strict=True)]
             self.state = replace(self.state, transforms=booked)
 
