@@ -128,7 +128,7 @@ class Phase:
             a whole model of the client, which it keeps between rounds and never sends; it starts as the global model of
             the client's first round.
         grad_transform: Replaces the algorithm's ``grad_transform`` in this phase. None: the algorithm's.
-        start: Where a phase of the client's own model starts, ``(own, trained, ctx) -> own``: from the shared parameters
+        start: Where a phase of the client's own model starts, ``(own, trained, ctx) -> own``: from the shared tensors
             of that model, and of the one that is sent as the phases before have trained it. None: at the own model.
     """
 

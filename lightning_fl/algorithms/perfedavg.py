@@ -22,8 +22,8 @@ class PerFedAvg(Algorithm):
 
     Each local step is one of the module's optimizer along :math:`g` at the client's own :math:`y`. The paper takes
     three independent batches for the two gradients and the Hessian; here all are of the step's batch, so that a step
-    needs no more data than one of FedAvg. The Hessian-vector product is exact, by differentiating the gradient; ``first_order``
-    leaves it out, as the paper's FO variant. Other frameworks go on from the adapted point
+    needs no more data than one of FedAvg. The Hessian-vector product is exact, by differentiating the gradient;
+    ``first_order`` leaves it out, as the paper's FO variant. Other frameworks go on from the adapted point
     :math:`y - \alpha \nabla F_i(y)`, which minimises another objective. The personal model of a client is the global
     one after a step of length :math:`\alpha` on its data:
     ``PersonalizedEvaluation(finetune_epochs=1)`` evaluates such models.
