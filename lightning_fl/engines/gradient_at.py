@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from lightning_fl.engines.tensors import clones, load
+from lightning_fl.engines.tensors import FederatedTensors, clones, load
 from lightning_fl.torch_internals import outside_vmap, unwrap_or_spread, wrap
 from lightning_fl.types import Tree
 
-if TYPE_CHECKING:
-    from lightning_fl.engines.local_trainer import LocalTrainer
+
+class _Trainer(Protocol):
+    """What is needed of a :class:`~lightning_fl.engines.LocalTrainer`."""
+
+    @property
+    def tensors(self) -> FederatedTensors: ...
+
+    @property
+    def shared_params(self) -> Mapping[str, Tensor]: ...
+
+    @property
+    def num_clients(self) -> int: ...
+
+    def loss_without_trace(self) -> AbstractContextManager[Tensor | None]: ...
 
 
 class BatchGradient:
@@ -24,7 +38,7 @@ class BatchGradient:
         trainer: Trains the clients, and knows the batch.
     """
 
-    def __init__(self, trainer: LocalTrainer) -> None:
+    def __init__(self, trainer: _Trainer) -> None:
         self._trainer = trainer
 
     def __call__(self, params: Tree) -> Tree:
