@@ -255,6 +255,7 @@ class Coordinator:
             "seconds_left": machine.closes_at - now,
             "state": self._model.shared,
             "already_sent": machine.done.get(silo),
+            "accepted": self.progress.accepted.get(silo),
             "facts": {"global_step": self.progress.global_step, "logger_steps": self.progress.logger_steps},
         }
         return Message(fields, wire.flatten({str(index): state for index, state in enumerate(states)}))
