@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lightning_fl import (
         aggregation,
         algorithms,
+        analytics,
         attacks,
         callbacks,
         cli,
@@ -36,6 +37,7 @@ __all__ = [
     "__version__",
     "aggregation",
     "algorithms",
+    "analytics",
     "attacks",
     "callbacks",
     "cli",
