@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from lightning_fl.privacy.accounting.calibration import noise_multiplier_for
     from lightning_fl.privacy.accounting.ledger import Epsilon, Gaussian, Ledger
     from lightning_fl.privacy.accounting.sampling import FixedSize, Full, LocalSteps, Poisson, Sampling
+    from lightning_fl.privacy.client_level.band_mf import BandMF
     from lightning_fl.privacy.client_level.clipping import AdaptiveClip
     from lightning_fl.privacy.client_level.mechanism import ClientLevelDP, PrivacyBudgetExceeded
     from lightning_fl.privacy.noise import InsecureNoiseWarning, PrivacyError, SecureNoise
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdaptiveClip",
+    "BandMF",
     "ClientLevelDP",
     "Epsilon",
     "FixedSize",
@@ -36,5 +38,5 @@ __all__ = [
     "noise_multiplier_for",
 ]
 
-# Reading a key file or a run needs no torch.
+# Reading a key file needs no torch.
 __getattr__, __dir__ = lazy_names(__name__)
