@@ -12,5 +12,5 @@ if TYPE_CHECKING:
 
 __all__ = ["PartitionSummary", "Run", "SiloWandbLogger", "summarise"]
 
-# Reading a key file or a run needs no torch.
+# Reading a run needs no torch.
 __getattr__, __dir__ = lazy_names(__name__)

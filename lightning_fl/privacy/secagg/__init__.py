@@ -10,5 +10,5 @@ if TYPE_CHECKING:
 
 __all__ = ["ProtocolError", "RetryRefused", "SecureAggregation", "SecureAggregationError"]
 
-# Reading a key file or a run needs no torch.
+# Reading a key file needs no torch.
 __getattr__, __dir__ = lazy_names(__name__)
