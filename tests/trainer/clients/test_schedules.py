@@ -139,7 +139,7 @@ def fit_images(schedule: Any, durations: Any, module: Any, rounds: int = 4, **op
     path, more = options.pop("ckpt_path", None), options.pop("trainer", {})
     own = fl.FederatedStrategy(schedule=schedule, durations=durations, seed=0, **options)
     run = trainer(own, rounds, limit_val_batches=0, **more)
-    run.fit(module, image_clients((5, 7, 11, 4, 9)), ckpt_path=path)
+    run.fit(module, image_clients((5, 7, 11, 4, 9), validate=isinstance(module, Ordinary)), ckpt_path=path)
     return run, weights(module)
 
 
