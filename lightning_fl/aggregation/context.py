@@ -37,6 +37,7 @@ class RoundContext:
         start: In client halves, the model from which the client started, as parameters and buffers. None: the present
             one, where nothing tells them apart.
         integer_bits: Bits of the modulus in which the aggregator sums integers exactly; None if it does not.
+        memory: What the aggregator has kept of the rounds before; empty in the first.
     """
 
     round: int
@@ -57,3 +58,4 @@ class RoundContext:
     staleness: int = 0
     start: Update | None = None
     integer_bits: int | None = None
+    memory: State = field(default_factory=dict)

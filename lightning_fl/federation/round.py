@@ -262,6 +262,7 @@ class Round:
             templates=templates,
             min_clients=settings.aggregator.min_clients_of(len(cohort)),
             integer_bits=settings.aggregator.integer_bits,
+            memory=state.memory,
         )
         opened = federation.start(settings, state, params, ctx)
         template = templates[-1]

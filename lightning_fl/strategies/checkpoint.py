@@ -53,6 +53,7 @@ def pack(algorithm: Algorithm, state: FederationState, module: nn.Module) -> dic
         "moving": None if state.moving is None else list(state.moving),
         "clock": None if state.clock is None else state.clock.to_state(),
         "versions": {index: {"server": dict(v.server), "buffers": v.buffers} for index, v in state.versions.items()},
+        "memory": state.memory,
     }
 
 
@@ -79,12 +80,14 @@ def unpack(packed: Mapping[str, Any], algorithm: Algorithm, module: nn.Module) -
     params = {**to_sum_dtype({name: held[name] for name in packed["params"]}), **move(packed["master"], device)}
     server: State = {"params": params, **move(packed["server"], device)} if params else {}
     clock = packed.get("clock")
+    # Checkpoints of older versions do not say what moves, and hold no memory and no clock.
     return FederationState(
         server,
         [move(state, device) for state in packed["transforms"]],
-        packed.get("moving"),  # checkpoints of older versions do not say what moves, and have no clock
-        None if clock is None else Clock.from_state(clock),
-        {index: Version(**move(version, device)) for index, version in packed.get("versions", {}).items()},
+        packed.get("moving"),
+        memory=move(packed.get("memory", {}), device),
+        clock=None if clock is None else Clock.from_state(clock),
+        versions={index: Version(**move(version, device)) for index, version in packed.get("versions", {}).items()},
     )
 
 
