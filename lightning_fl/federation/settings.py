@@ -112,23 +112,17 @@ class FederationState:
         moving: Names of frozen parameters that local training has written to, such as a teacher that follows its
             student by an exponential moving average; they are averaged like buffers. None before a round has shown
             which.
-<<<<<<< HEAD
+        memory: What the aggregator has kept of the rounds before.
         clock: The simulated clock, if the federation has a schedule; None before the first round.
         versions: The models of earlier rounds from which clients are still training, by round.
-=======
-        memory: What the aggregator has kept of the rounds before.
->>>>>>> main
     """
 
     server: State = field(default_factory=dict)
     transforms: Sequence[State] = ()
     moving: Sequence[str] | None = None
-<<<<<<< HEAD
+    memory: State = field(default_factory=dict)
     clock: Clock | None = None
     versions: Mapping[int, Version] = field(default_factory=dict)
-=======
-    memory: State = field(default_factory=dict)
->>>>>>> main
 
     def of_transforms(self, settings: FederationSettings) -> list[State]:
         """The state of each transform; an empty one for those that have not begun."""
