@@ -36,7 +36,7 @@ __all__ = [
     "schedules",
 ]
 
-_LAZY = ("cli", "communication", "data", "federation", "models", "strategies", "tracking")
+_LAZY = ("analytics", "cli", "communication", "data", "federation", "models", "strategies", "tracking")
 """Rooms that are imported when they are first used."""
 
 

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_fl.cli import (
     algorithms,
+    analyze,
     audit,
     compare,
     coordinator,
@@ -28,7 +29,7 @@ from lightning_fl.cli.command import command, fail
 from lightning_fl.cli.errors import ConfigurationError
 from lightning_fl.cli.lightning_cli import FederatedCLI
 
-_MODULES = (init, partition, report, compare, recipes, algorithms, privacy, audit, keys, coordinator, network)
+_MODULES = (init, partition, analyze, report, compare, recipes, algorithms, privacy, audit, keys, coordinator, network)
 TRACEBACK = "--traceback"
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     module.__name__.rpartition(".")[2]: command(module) for module in _MODULES

@@ -19,6 +19,7 @@ from lightning_fl.clients import ClientStore
 from lightning_fl.clients.local_work import BatchPosition
 from lightning_fl.data.client_loaders import Loader, batch_size
 from lightning_fl.engines import ClientFacts, LocalTrainer, Schedule, ScheduleEnd
+from lightning_fl.engines.local_trainer import GradTransform
 from lightning_fl.engines.vectorized.stacking import StackedBatch, are_finite, part
 from lightning_fl.federation.client_batches import ClientBatches
 from lightning_fl.federation.client_group import ClientGroup, GroupUpdate
@@ -29,7 +30,7 @@ from lightning_fl.federation.server import Closing, ServerRound, contexts_of, co
 from lightning_fl.federation.settings import FederationSettings, FederationState, Version
 from lightning_fl.seeding import ClientRandomness, client_generator, derive_seed, visit_seed
 from lightning_fl.tree import clone, is_finite, leaves, move, norm, squared_norms, to_sum_dtype
-from lightning_fl.types import Aggregate, ClientId, LocalRun, State, Update
+from lightning_fl.types import Aggregate, ClientId, LocalRun, Phase, State, Update
 
 Probe = Callable[[ProbeKind, Iterator[Any], Mapping[str, Tensor]], Any]
 """Measures what an algorithm's ``probe`` asks for: ``(kind, batches, params)``; the module holds the global model."""
@@ -237,8 +238,8 @@ class Round:
         """
         # Before the server is opened: the server's state starts from the tensors that the module holds now.
         moving = state.moving
-        # Where clients are hidden, noise would move also those frozen parameters that no client moves.
-        if moving is None and settings.hides_clients:
+        # Under differential privacy none may move: which ones do would tell of the data.
+        if moving is None and settings.is_differentially_private:
             moving = ()
         is_alone = settings.population == 1
         params = trainer.begin_round(
@@ -248,6 +249,7 @@ class Round:
             moving=moving,
             is_alone=is_alone,
             is_shared=not is_alone and not settings.silos,
+            is_private=settings.is_differentially_private,
         )
         templates = update_templates(settings, params, trainer.tensors.buffers)
         ctx = RoundContext(
@@ -303,7 +305,7 @@ class Round:
         phases = self.settings.algorithm.phases()
         # Task and batches need each other: a change of phase while reading acts on the task.
         task = ClientTask(group, iter(()), phases, data.sizes, data.loader)
-        self.trainer.start(group.starts, states, phases[0], group.grad_transform(phases[0]))
+        self.trainer.start(group.starts, states, phases[0], self._transform_of(group, phases[0]))
         if self.trainer.is_shared:
             seed = visit_seed(self.settings.seed, number)
             self.trainer.seed(derive_seed(seed, self.ctx.round, "module", client))
@@ -316,7 +318,10 @@ class Round:
 
     def _next_phase(self, task: ClientTask) -> None:
         phase = task.next_phase()
-        self.trainer.next_phase(phase, task.group.grad_transform(phase))
+        self.trainer.next_phase(phase, self._transform_of(task.group, phase), task.group.context)
+
+    def _transform_of(self, group: ClientGroup, phase: Phase) -> GradTransform | None:
+        return group.grad_transform(phase, self.trainer.gradient_at)
 
     def _seed(self, client: ClientId, loader: Loader | None, number: int, purpose: str = "client") -> None:
         seed, index = visit_seed(self.settings.seed, number), self.ctx.round
