@@ -1,24 +1,15 @@
-"""Lightning's own demos: the transformer."""
+"""Lightning's own demos: the BoringModel that its tests and examples train."""
 
 import torch
-from lightning.pytorch.demos import LightningTransformer
-from torch.utils.data import DataLoader, TensorDataset
+from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
+from torch.utils.data import DataLoader
 
 DISTRIBUTIONS = ("lightning",)
-WHAT = "demos.LightningTransformer"
-DRAWS = True
-
-
-class Predicting(LightningTransformer):
-    """Also predicts."""
-
-    def predict_step(self, batch, batch_idx):
-        return self(*batch)
+WHAT = "demos.BoringModel"
 
 
 def make(client):
     torch.manual_seed(0)
-    module = Predicting(vocab_size=11)
-    generator = torch.Generator().manual_seed(client)
-    tokens = torch.randint(11, (6 + 2 * client, 2, 5), generator=generator)
-    return module, DataLoader(TensorDataset(tokens[:, 0], tokens[:, 1]), batch_size=2)
+    module = BoringModel()
+    torch.manual_seed(client)
+    return module, DataLoader(RandomDataset(32, 6 + 2 * client), batch_size=2)
