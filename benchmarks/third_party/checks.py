@@ -26,7 +26,7 @@ import lightning as L  # noqa: E402
 import lightning_fl as fl  # noqa: E402
 
 ROUNDS = 2
-CLIENTS = 3
+CLIENTS = 4
 TOLERANCES = {"64-true": 1e-10, "32-true": 1e-5}
 
 
@@ -60,7 +60,7 @@ class Check:
         self.folder = folder
 
     def fit(self, strategy: Any, clients: int = 0, path: Any = None, saves: bool = False) -> Any:
-        """Trains a new module; returns the Trainer and the module. No clients: as a plain Trainer, on client 0's data."""
+        """Trains a new module; returns the Trainer and the module. Without clients on the data of client 0."""
         torch.manual_seed(0)
         module, loader = self.make(0)
         if self.draws:

@@ -53,7 +53,7 @@ class BYOL(L.LightningModule):
 
 def views(client):
     generator = torch.Generator().manual_seed(client)
-    images = torch.randn(8 + 4 * client, 3, 4, 4, generator=generator)
+    images = torch.randn(8 + 4 * (client % 2), 3, 4, 4, generator=generator)
     first, second = (images + 0.1 * torch.randn(images.shape, generator=generator) for _ in range(2))
     return DataLoader(TensorDataset(first, second), batch_size=4)
 

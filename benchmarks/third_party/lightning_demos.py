@@ -12,4 +12,4 @@ def make(client):
     torch.manual_seed(0)
     module = BoringModel()
     torch.manual_seed(client)
-    return module, DataLoader(RandomDataset(32, 6 + 2 * client), batch_size=2)
+    return module, DataLoader(RandomDataset(32, 6 + 2 * (client % 2)), batch_size=2)

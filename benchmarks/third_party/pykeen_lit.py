@@ -1,8 +1,8 @@
 """pykeen: its LightningModule around TransE."""
 
 import torch
-from pykeen.contrib.lightning import LitModule, SLCWALitModule
-from pykeen.datasets.nations import NationsLiteral, Nations
+from pykeen.contrib.lightning import SLCWALitModule
+from pykeen.datasets.nations import Nations
 
 DISTRIBUTIONS = ("pykeen",)
 WHAT = "SLCWALitModule, TransE on Nations"

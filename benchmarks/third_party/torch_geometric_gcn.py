@@ -31,7 +31,7 @@ def make(client):
     torch.manual_seed(0)
     net, generator = Graphs(), torch.Generator().manual_seed(client)
     graphs = []
-    for number in range(6 + 2 * client):
+    for number in range(6 + 2 * (client % 2)):
         nodes = 3 + number
         edges = torch.randint(nodes, (2, 2 * nodes), generator=generator)
         # Its batches are no containers that Lightning would convert to double precision.

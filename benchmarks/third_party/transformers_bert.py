@@ -25,7 +25,7 @@ def loader(client):
             "attention_mask": torch.ones(6, dtype=torch.long),
             "labels": torch.randint(3, (), generator=generator),
         }
-        for _ in range(6 + 2 * client)
+        for _ in range(6 + 2 * (client % 2))
     ]
     return DataLoader(examples, batch_size=2)
 

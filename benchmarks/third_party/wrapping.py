@@ -1,4 +1,4 @@
-"""What several packages' files share: a LightningModule around a network, and a Trainer that shows what it was given."""
+"""Shared by the files: a LightningModule around a network, and a Trainer that shows what it was given."""
 
 from __future__ import annotations
 
