@@ -19,5 +19,6 @@ def make(client):
     )
     values = np.random.default_rng(client).normal(size=20 + 4 * (client % 2))
     series = TimeSeries.from_values(values)
-    module, loader = shown_to(pl.Trainer, lambda trainer: model.fit(series, trainer=trainer))
-    return module, torch.utils.data.DataLoader(loader.dataset, batch_size=4, collate_fn=loader.collate_fn)
+    module, data = shown_to(pl.Trainer, lambda trainer: model.fit(series, trainer=trainer))
+    data.shuffle = False
+    return module, data.train_dataloader()

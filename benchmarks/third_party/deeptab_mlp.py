@@ -18,6 +18,6 @@ def make(client):
     torch.manual_seed(0)
     model = MLPClassifier()
     model.build_model(table, labels, batch_size=4)
-    data = model.data_module
+    data = model._data_module
     data.setup("fit")
-    return model.task_model, DataLoader(data.train_dataset, batch_size=4)
+    return model._task_model, DataLoader(data.train_dataset, batch_size=4)
