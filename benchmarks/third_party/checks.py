@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 
 # torchvision's compiled operators do not load beside a CPU build of torch, and then its import fails, and torchmetrics'
 # with it. With the operators' names declared its Python can be imported; none of these checks runs an operator.
@@ -90,8 +91,8 @@ class Check:
         _, alone = self.fit(fl.FederatedStrategy(engine="sequential"), CLIENTS)
         _, resumed = self.fit(fl.FederatedStrategy(engine="auto"), CLIENTS, self.folder / "epoch=0.ckpt")
         groups = run.strategy.active_driver.trained_groups
-        # As a list, because Lightning makes loaders anew to predict, and fails for some of the packages' own classes.
-        batches = list(self.make(0)[1])
+        # Lightning makes loaders anew to predict, and fails for some of the packages' own classes.
+        batches = DataLoader(list(self.make(0)[1]), batch_size=None, collate_fn=as_it_is)  # type: ignore[arg-type,var-annotated]
         return {
             "plain": difference(one, plain),
             "engines": difference(together, alone),
@@ -100,6 +101,11 @@ class Check:
             "moved": difference(plain, self.make(0)[0]),
             "predict": compare(one_trainer.predict(one, batches), plain_trainer.predict(plain, batches)),
         }
+
+
+def as_it_is(batch: Any) -> Any:
+    """The batch."""
+    return batch
 
 
 def weights(module: Any) -> torch.Tensor:

@@ -28,5 +28,6 @@ def make(client):
     data = model.prepare_dataloader(train=frame, validation=frame, seed=0)
     torch.manual_seed(0)
     module = model.prepare_model(data)
-    loader = data.train_dataloader()
-    return module, torch.utils.data.DataLoader(loader.dataset, batch_size=4)
+    # In the order of one reading, because its loader shuffles.
+    batches = list(data.train_dataloader())
+    return module, torch.utils.data.DataLoader(batches, batch_size=None)
