@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         federation,
         models,
         privacy,
+        schedules,
         strategies,
         tracking,
     )
@@ -51,11 +52,22 @@ __all__ = [
     "load_client",
     "models",
     "privacy",
+    "schedules",
     "strategies",
     "tracking",
 ]
 
-_IN_YAML = ("aggregation", "algorithms", "attacks", "callbacks", "clients", "datamodules", "engines", "privacy")
+_IN_YAML = (
+    "aggregation",
+    "algorithms",
+    "attacks",
+    "callbacks",
+    "clients",
+    "datamodules",
+    "engines",
+    "privacy",
+    "schedules",
+)
 """Rooms whose classes YAML may write without their module, which jsonargparse allows for imported classes."""
 
 __getattr__, __dir__ = lazy_names(__name__)
