@@ -34,7 +34,7 @@ __all__ = [
     "privacy",
 ]
 
-_LAZY = ("analytics", "cli", "communication", "data", "federation", "models", "strategies", "tracking")
+_LAZY = ("analytics", "cli", "communication", "data", "federation", "models", "strategies", "tracking", "vertical")
 """Rooms that are imported when they are first used."""
 
 

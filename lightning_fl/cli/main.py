@@ -22,6 +22,7 @@ from lightning_fl.cli import (
     network,
     partition,
     privacy,
+    psi,
     recipes,
     report,
 )
@@ -29,7 +30,21 @@ from lightning_fl.cli.command import command, fail
 from lightning_fl.cli.errors import ConfigurationError
 from lightning_fl.cli.lightning_cli import FederatedCLI
 
-_MODULES = (init, partition, analyze, report, compare, recipes, algorithms, privacy, audit, keys, coordinator, network)
+_MODULES = (
+    init,
+    partition,
+    analyze,
+    psi,
+    report,
+    compare,
+    recipes,
+    algorithms,
+    privacy,
+    audit,
+    keys,
+    coordinator,
+    network,
+)
 TRACEBACK = "--traceback"
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     module.__name__.rpartition(".")[2]: command(module) for module in _MODULES
