@@ -21,10 +21,10 @@ NAME = "lightning_fl"
 LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities")
 
 LAYERS = (
-    ("types", "tree", "seeding", "optimizer_tree", "torch_internals"),
+    ("types", "tree", "seeding", "optimizer_tree", "torch_internals", "lazy"),
     ("algorithms", "clients", "data", "communication"),
     ("aggregation", "engines"),
-    ("privacy", "compression"),
+    ("privacy", "compression", "schedules"),
     ("federation",),
     ("coordinator",),
     ("strategies",),
