@@ -34,7 +34,7 @@ __all__ = [
     "privacy",
 ]
 
-_LAZY = ("cli", "communication", "data", "federation", "models", "strategies", "tracking")
+_LAZY = ("cli", "communication", "data", "federation", "models", "serving", "strategies", "tracking")
 """Rooms that are imported when they are first used."""
 
 

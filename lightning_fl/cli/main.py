@@ -16,6 +16,7 @@ from lightning_fl.cli import (
     audit,
     compare,
     coordinator,
+    export,
     init,
     keys,
     network,
@@ -23,12 +24,27 @@ from lightning_fl.cli import (
     privacy,
     recipes,
     report,
+    serve,
 )
 from lightning_fl.cli.command import command, fail
 from lightning_fl.cli.errors import ConfigurationError
 from lightning_fl.cli.lightning_cli import FederatedCLI
 
-_MODULES = (init, partition, report, compare, recipes, algorithms, privacy, audit, keys, coordinator, network)
+_MODULES = (
+    init,
+    partition,
+    report,
+    compare,
+    recipes,
+    algorithms,
+    privacy,
+    audit,
+    keys,
+    coordinator,
+    network,
+    export,
+    serve,
+)
 TRACEBACK = "--traceback"
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     module.__name__.rpartition(".")[2]: command(module) for module in _MODULES
