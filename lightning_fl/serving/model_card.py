@@ -43,8 +43,9 @@ def model_card(checkpoint: Mapping[str, Any], module: L.LightningModule, is_pers
         if history:
             rows.append(("clients in the last round", f"{history[-1]['num_clients']:,}"))
         metrics = {key: float(value) for key, value in federated["metrics"].items() if isinstance(value, Tensor)}
-        if "fl/epsilon" in metrics:
-            rows.append(("differential privacy", f"epsilon {metrics['fl/epsilon']:.4g}"))
+        for key, unit in (("dp", ""), ("dp_example", " of examples")):
+            if f"fl/{key}_epsilon" in metrics:
+                rows.append((f"differential privacy{unit}", f"epsilon {metrics[f'fl/{key}_epsilon']:.4g}"))
         hidden = ("fl/", "round/")
         own = {
             key: value
