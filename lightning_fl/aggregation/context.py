@@ -34,6 +34,7 @@ class RoundContext:
         template: In transforms, an update with the names, shapes and dtypes of those that the client half is given.
         min_clients: The fewest clients whose updates are summed; with fewer the aggregator gives the round up.
         integer_bits: Bits of the modulus in which the aggregator sums integers exactly; None if it does not.
+        memory: What the aggregator has kept of the rounds before; empty in the first.
     """
 
     round: int
@@ -52,3 +53,4 @@ class RoundContext:
     template: Update | None = None
     min_clients: int = 1
     integer_bits: int | None = None
+    memory: State = field(default_factory=dict)

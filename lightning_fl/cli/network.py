@@ -65,9 +65,16 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _ca(args: argparse.Namespace) -> None:
-    from lightning_fl.coordinator.identity import Authority
+    from lightning_fl.coordinator.identity import Authority, Kit
 
+    certificate = Kit(args.folder / "coordinator").cert
+    before = certificate.read_bytes() if certificate.exists() else None
     Authority.create(args.folder, args.name, args.host)
+    if before not in (None, certificate.read_bytes()):
+        print(
+            f"{certificate} is new: it holds for {', '.join(args.host)}. Copy it into the kit of the running "
+            "coordinator, which reads it at once; no silo has to do anything."
+        )
     print(
         f"The authority of {args.name!r} is in {args.folder}; keep it offline. The coordinator's kit is "
         f"{args.folder / 'coordinator'}: copy it to the coordinator."

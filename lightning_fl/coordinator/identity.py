@@ -238,6 +238,9 @@ class Authority:
     def create(cls, folder: str | Path, federation: str, hosts: Sequence[str]) -> Authority:
         """Makes an authority and the coordinator's kit; what is there already stays.
 
+        Only a coordinator's certificate for other hosts, or half of whose time is over, is replaced by another for the
+        same key.
+
         Args:
             folder: Where.
             federation: The federation's name.
@@ -272,6 +275,8 @@ class Authority:
         if not kit.cert.exists():
             request = make_request(kit.folder, "coordinator")
             authority._issue(request, kit.folder, [f"spiffe://{federation}/coordinator"], hosts, is_server=True)
+        elif hosts_of(current := kit.check()) != set(map(_host, hosts)) or is_half_over(current):
+            authority.renew_coordinator(hosts)
         if not kit.crl.exists():
             authority.write_crl()
         return authority
@@ -400,6 +405,18 @@ def fingerprint(key: Any) -> str:
 
 def _subject(name: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+
+
+def hosts_of(certificate: x509.Certificate) -> set[x509.GeneralName]:
+    """The names and addresses for which a certificate holds."""
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    return {name for name in names if isinstance(name, x509.DNSName | x509.IPAddress)}
+
+
+def is_half_over(certificate: x509.Certificate) -> bool:
+    """Whether half of the time is over for which a certificate holds."""
+    start, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    return datetime.now(timezone.utc) > start + (end - start) / 2
 
 
 def _host(host: str) -> x509.GeneralName:

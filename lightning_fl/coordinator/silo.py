@@ -214,11 +214,13 @@ class NetworkFederation(Federation):
             self.folder.audit.append("refused by policy", reason=str(error))
             raise
 
-    def _settle_staged(self, next_round: int, accepted: Sequence[Any] | None) -> None:
+    def _settle_staged(self, next_round: int, accepted: Sequence[Any] | None) -> bool:
+        """Keeps or drops what was staged before the process died; returns whether it was kept."""
         staged = self.folder.staged()
-        if staged is not None and staged["round"] < next_round:
-            round, digest = accepted or (None, None)
-            self.folder.settle(staged["round"], digest if round == staged["round"] else None)
+        if staged is None or staged["round"] >= next_round:
+            return False
+        round, digest = accepted or (None, None)
+        return self.folder.settle(staged["round"], digest if round == staged["round"] else None)
 
     def leave(self, reason: str) -> None:
         """Tells the coordinator, if it can be reached, that this silo does not go on."""
@@ -251,6 +253,9 @@ class NetworkFederation(Federation):
                 continue
             message = Message.decode(body)
             fields = message.fields
+            # A silo that has joined while the round was being added up has not been told what became of its update.
+            if self._settle_staged(fields["round"], fields["accepted"]) and self.store is not None:
+                self.folder.restore(self.store)
             if fields["already_sent"] is None:
                 break
             # The process died after its update had been accepted: the update counts, and nothing is trained again.

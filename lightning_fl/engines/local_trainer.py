@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Literal
@@ -15,11 +15,12 @@ from torch.optim import Optimizer
 
 from lightning_fl.clients.local_work import BatchPosition
 from lightning_fl.engines.buffers import contributions
+from lightning_fl.engines.gradient_at import BatchGradient
 from lightning_fl.engines.isolation import Isolation
 from lightning_fl.engines.optimizer_states import OptimizerStates, Schedule, ScheduleEnd
 from lightning_fl.engines.tensors import FederatedTensors, clones, is_same, load
 from lightning_fl.tree import cast_like, to_sum_dtype
-from lightning_fl.types import Phase, Tree
+from lightning_fl.types import Context, Phase, Tree
 
 ClientOptimizer = Literal["reset", "keep"]
 GradTransform = Callable[[Tree, Tree], Tree]
@@ -41,6 +42,8 @@ class StepFunctions:
         optimizer_step: Takes the step.
         group_step: The step of several clients: called with their stacked batch, returns the sum of their losses, to be
             differentiated, and the loss of each. None: ``training_step`` of each, under ``torch.func.vmap``.
+        silence: The context in which ``training_step`` leaves no trace of a batch in logs, metrics and buffers.
+        silent_group_step: As ``group_step``, without a trace in logs and metrics.
     """
 
     training_step: Callable[[Any, int], Any]
@@ -50,6 +53,8 @@ class StepFunctions:
     clip: Callable[[Optimizer], Any] | None = None
     optimizer_step: Callable[[Optimizer], Any] = lambda optimizer: optimizer.step()
     group_step: Callable[[Any, int], tuple[Tensor, Tensor]] | None = None
+    silence: Callable[[Any], AbstractContextManager[Any]] = lambda batch: nullcontext()
+    silent_group_step: Callable[[Any, int], tuple[Tensor, Tensor]] | None = None
 
 
 @dataclass(frozen=True)
@@ -130,6 +135,9 @@ class LocalTrainer(ABC):
         self.client_optimizer = client_optimizer
         self.functions = functions
         self.grad_transform: GradTransform | None = None
+        self.gradient_at = BatchGradient(self)
+        self.batch: tuple[Any, int] | None = None
+        """The batch of the current step, on the module's device, and its index among the client's batches."""
         self.isolation = Isolation(module) if isolation is None else isolation
         self.is_alone = False
         self.is_shared = True
@@ -195,8 +203,16 @@ class LocalTrainer(ABC):
         """
 
     @abstractmethod
-    def next_phase(self, phase: Phase, grad_transform: GradTransform | None = None) -> None:
-        """Ends the current phase and begins another."""
+    def next_phase(
+        self, phase: Phase, grad_transform: GradTransform | None = None, context: Context | None = None
+    ) -> None:
+        """Ends the current phase and begins another.
+
+        Args:
+            phase: The next phase.
+            grad_transform: The algorithm's transform of the gradients in it.
+            context: What the phase's ``start`` gets.
+        """
 
     def step(self, batch: Any, position: BatchPosition) -> Tensor | None:
         """Trains on one batch, in the order of Lightning's automatic optimization.
@@ -211,6 +227,7 @@ class LocalTrainer(ABC):
         """
         functions, (optimizer,) = self.functions, self.optimizers.optimizers
         assert functions is not None
+        self.batch = batch, position.offset
         loss, losses = self._forward(batch, position)
         # After the forward pass, as in Lightning's closure: a training_step may still read the gradients of the last
         # step.
@@ -236,6 +253,30 @@ class LocalTrainer(ABC):
     @abstractmethod
     def prepare_gradients(self, optimizer: Optimizer) -> None:
         """Lets phase and algorithm change the gradients before the step: unscaled and not yet clipped."""
+
+    @property
+    @abstractmethod
+    def shared_params(self) -> Mapping[str, Tensor]:
+        """The shared parameters that the current step trains, stacked if it trains several clients."""
+
+    @property
+    def num_clients(self) -> int:
+        """How many clients the current step trains."""
+        return 1
+
+    @contextmanager
+    def loss_without_trace(self) -> Iterator[Tensor | None]:
+        """The loss on the current step's batch with the parameters as they are now, to be differentiated in the block.
+
+        Summed over the clients; None if the module skips the batch. After the block logs, metrics and buffers are what
+        they were.
+        """
+        assert self.functions is not None
+        assert self.batch is not None
+        with self.functions.silence(self.batch[0]):
+            with self.functions.context():
+                loss = loss_of(self.functions.training_step(*self.batch))
+            yield loss
 
     @abstractmethod
     def finish(self, num_steps: Sequence[int] | None = None) -> LocalResult:

@@ -19,6 +19,7 @@ from lightning_fl.clients import ClientStore
 from lightning_fl.clients.local_work import BatchPosition
 from lightning_fl.data.client_loaders import Loader, batch_size
 from lightning_fl.engines import ClientFacts, LocalTrainer, Schedule, ScheduleEnd
+from lightning_fl.engines.local_trainer import GradTransform
 from lightning_fl.engines.vectorized.stacking import StackedBatch, are_finite, part
 from lightning_fl.federation.client_batches import ClientBatches
 from lightning_fl.federation.client_group import ClientGroup, GroupUpdate
@@ -29,7 +30,7 @@ from lightning_fl.federation.server import Closing, ServerRound, contexts_of, up
 from lightning_fl.federation.settings import FederationSettings, FederationState
 from lightning_fl.seeding import ClientRandomness, client_generator, derive_seed
 from lightning_fl.tree import clone, is_finite, leaves, move, norm, squared_norms
-from lightning_fl.types import Aggregate, ClientId, LocalRun, State, Update
+from lightning_fl.types import Aggregate, ClientId, LocalRun, Phase, State, Update
 
 Probe = Callable[[ProbeKind, Iterator[Any], Mapping[str, Tensor]], Any]
 """Measures what an algorithm's ``probe`` asks for: ``(kind, batches, params)``; the module holds the global model."""
@@ -259,6 +260,7 @@ class Round:
             templates=templates,
             min_clients=settings.aggregator.min_clients_of(len(cohort)),
             integer_bits=settings.aggregator.integer_bits,
+            memory=state.memory,
         )
         opened = federation.start(settings, state, params, ctx)
         template = templates[-1]
@@ -293,7 +295,7 @@ class Round:
         phases = self.settings.algorithm.phases()
         # Task and batches need each other: a change of phase while reading acts on the task.
         task = ClientTask(group, iter(()), phases, data.sizes, data.loader)
-        self.trainer.start(group.starts, states, phases[0], group.grad_transform(phases[0]))
+        self.trainer.start(group.starts, states, phases[0], self._transform_of(group, phases[0]))
         if self.trainer.is_shared:
             self.trainer.seed(derive_seed(self.settings.seed, self.ctx.round, "module", client))
         task.batches = data.read(lambda: self._next_phase(task))
@@ -301,7 +303,10 @@ class Round:
 
     def _next_phase(self, task: ClientTask) -> None:
         phase = task.next_phase()
-        self.trainer.next_phase(phase, task.group.grad_transform(phase))
+        self.trainer.next_phase(phase, self._transform_of(task.group, phase), task.group.context)
+
+    def _transform_of(self, group: ClientGroup, phase: Phase) -> GradTransform | None:
+        return group.grad_transform(phase, self.trainer.gradient_at)
 
     def _seed(self, client: ClientId, loader: Loader | None, purpose: str = "client") -> None:
         seed, index = self.settings.seed, self.ctx.round

@@ -160,6 +160,7 @@ def close_server(opened: ServerRound, acc: Any, joined: RankReport) -> Closing:
     state, aggregate, facts = server_step(settings, opened.state, aggregate, ctx)
     if not is_empty:
         facts.update(settings.aggregator.report(acc, ctx))
+        state = replace(state, memory=settings.aggregator.remember(acc, ctx))
     if joined.num_clients:
         state = replace(state, moving=sorted({*(state.moving or ()), *joined.moved}))
     weight = aggregate.weight or 1.0

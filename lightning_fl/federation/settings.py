@@ -89,11 +89,13 @@ class FederationState:
         moving: Names of frozen parameters that local training has written to, such as a teacher that follows its
             student by an exponential moving average; they are averaged like buffers. None before a round has shown
             which.
+        memory: What the aggregator has kept of the rounds before.
     """
 
     server: State = field(default_factory=dict)
     transforms: Sequence[State] = ()
     moving: Sequence[str] | None = None
+    memory: State = field(default_factory=dict)
 
     def of_transforms(self, settings: FederationSettings) -> list[State]:
         """The state of each transform; an empty one for those that have not begun."""

@@ -49,6 +49,7 @@ def pack(algorithm: Algorithm, state: FederationState, module: nn.Module) -> dic
         "server": server,
         "transforms": list(state.transforms),
         "moving": None if state.moving is None else list(state.moving),
+        "memory": state.memory,
     }
 
 
@@ -74,8 +75,9 @@ def unpack(packed: Mapping[str, Any], algorithm: Algorithm, module: nn.Module) -
     device = next(iter(held.values())).device
     params = {**to_sum_dtype({name: held[name] for name in packed["params"]}), **move(packed["master"], device)}
     server: State = {"params": params, **move(packed["server"], device)} if params else {}
-    # Checkpoints of older versions do not say what moves.
-    return FederationState(server, [move(state, device) for state in packed["transforms"]], packed.get("moving"))
+    transforms = [move(state, device) for state in packed["transforms"]]
+    # Checkpoints of older versions do not say what moves, and hold no memory.
+    return FederationState(server, transforms, packed.get("moving"), move(packed.get("memory", {}), device))
 
 
 class WholeCheckpointIO(TorchCheckpointIO):

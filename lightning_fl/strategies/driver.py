@@ -380,6 +380,7 @@ class RoundDriver:
         # Again, because a callback such as `GradientAccumulationScheduler` may have changed the accumulation window in
         # `on_train_epoch_start`; the number of batches of an optimizer step depends on it.
         self.plan_round()
+        check_algorithm(self.settings.algorithm, self.trainer)  # for the same reason
         loop.is_round_done = False
         loops_before = internals.loops_before_round(trainer)
         self.schedules = check_schedules(internals.client_schedules(trainer), self.settings, self.max_work)
@@ -846,6 +847,8 @@ class RoundDriver:
     def prepare_gradients(self, optimizer: Optimizer) -> None:
         """Called in a step that Lightning runs, when the gradients are unscaled and not yet clipped."""
         if self.open_round is not None and self.local_trainer is not None:
+            loop = self.open_round.steps.loop
+            self.local_trainer.batch = loop.batch, loop.position.offset
             self.local_trainer.prepare_gradients(optimizer)
 
     def call_hook(self, hook: str, *args: Any) -> None:

@@ -16,7 +16,7 @@ from lightning_fl.cli import main
 from lightning_fl.cli.coordinator import read_strategy
 from lightning_fl.coordinator.config import read_config
 from lightning_fl.coordinator.diagnosis import diagnose
-from lightning_fl.coordinator.identity import Authority, Kit
+from lightning_fl.coordinator.identity import Authority, Kit, hosts_of
 from tests.helpers.network import LiveCoordinator, TinySilo, in_threads, live_coordinator, make_kits, rules, settings
 
 
@@ -48,6 +48,22 @@ def test_from_nothing_to_a_kit_and_twice_changes_nothing(capsys: pytest.CaptureF
     main(["network", "approve", "hospitals", "kit/request.csr"])
     main(["network", "revoke", "hospitals", "north"])
     assert "Revoked 2 certificates" in capsys.readouterr().out
+
+
+def test_the_authority_made_again_for_another_host_gives_the_coordinator_a_certificate_for_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    init = ["network", "ca", "init", "hospitals", "--name", "demo"]
+    main([*init, "--host", "fl.example.org"])
+    kit, key = Kit("hospitals/coordinator"), Path("hospitals/coordinator/key.pem").read_bytes()
+    assert "is new" not in capsys.readouterr().out
+    main([*init, "--host", "10.0.0.7", "--host", "fl.example.org"])
+    assert "is new: it holds for 10.0.0.7, fl.example.org" in capsys.readouterr().out
+    assert {str(name.value) for name in hosts_of(kit.check())} == {"10.0.0.7", "fl.example.org"}
+    assert kit.key.read_bytes() == key
+    before = kit.cert.read_bytes()
+    main([*init, "--host", "fl.example.org", "--host", "10.0.0.7"])
+    assert kit.cert.read_bytes() == before
 
 
 @pytest.mark.parametrize("words", [["request", "Not a name", "--out", "kit"], ["approve", "nowhere", "x.csr"]])

@@ -13,6 +13,7 @@ import torch
 from lightning_fl.coordinator.client import CallRefused
 from lightning_fl.coordinator.store import Store
 from lightning_fl.types import Update
+from tests.helpers.distributed import PATIENCE
 from tests.helpers.network import (
     LiveCoordinator,
     TinySilo,
@@ -90,6 +91,34 @@ def test_a_silo_that_was_away_for_the_outcome_learns_it_when_it_comes_back(live:
     in_threads(lambda: east.send(openings[0]), lambda: north.send(openings[1]))
     again = TinySilo(live.folder, live.address, "south", 6.0).join()
     assert again.counted == 1
+
+
+def test_a_silo_that_comes_back_while_the_round_is_added_up_keeps_its_state(live: LiveCoordinator) -> None:
+    east, north, south = silos_of(live)
+    openings = in_threads(east.open, north.open, south.open)
+    south.die_after_sending(openings[2])
+    adds_up, may_go_on = threading.Event(), threading.Event()
+    close = live.coordinator.close
+
+    def slowly() -> None:
+        adds_up.set()
+        assert may_go_on.wait(PATIENCE)
+        close()
+
+    live.coordinator.close = slowly  # type: ignore[method-assign]
+    again: list[TinySilo] = []
+
+    def come_back() -> float:
+        assert adds_up.wait(PATIENCE)
+        again.append(TinySilo(live.folder, live.address, "south", 6.0).join())
+        may_go_on.set()
+        return again[0].round()
+
+    models = in_threads(
+        lambda: [east.send(openings[0]), east.round()], lambda: [north.send(openings[1]), north.round()], come_back
+    )
+    assert models == [[3.0, 6.0], [3.0, 6.0], 6.0]
+    assert again[0].counted == 2
 
 
 def test_a_silo_that_is_late_drops_its_update_and_its_state(folder: Path) -> None:
