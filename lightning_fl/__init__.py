@@ -34,7 +34,7 @@ __all__ = [
     "privacy",
 ]
 
-_LAZY = ("cli", "communication", "data", "federation", "models", "serving", "strategies", "tracking")
+_LAZY = ("analytics", "cli", "communication", "data", "federation", "models", "serving", "strategies", "tracking")
 """Rooms that are imported when they are first used."""
 
 

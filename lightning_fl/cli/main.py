@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_fl.cli import (
     algorithms,
+    analyze,
     audit,
     compare,
     coordinator,
@@ -33,6 +34,7 @@ from lightning_fl.cli.lightning_cli import FederatedCLI
 _MODULES = (
     init,
     partition,
+    analyze,
     report,
     compare,
     recipes,

@@ -139,7 +139,7 @@ class LocalTrainer(ABC):
         self.batch: tuple[Any, int] | None = None
         """The batch of the current step, on the module's device, and its index among the client's batches."""
         self.isolation = Isolation(module) if isolation is None else isolation
-        self.is_alone = False
+        self.is_alone = self.is_private = False
         self.is_shared = True
         self.moved: set[str] = set()
         """Frozen parameters that local training has written to in the current round."""
@@ -155,6 +155,7 @@ class LocalTrainer(ABC):
         moving: Collection[str] | None = (),
         is_alone: bool = False,
         is_shared: bool = True,
+        is_private: bool = False,
     ) -> Tree:
         """Takes the module's tensors as the round's start.
 
@@ -168,13 +169,15 @@ class LocalTrainer(ABC):
             moving: Names of frozen parameters that local training writes to; see :class:`FederatedTensors`.
             is_alone: Whether the federation has one client only, whose state can reach no other.
             is_shared: Whether several clients train on this module, one after the other. A silo has it for itself.
+            is_private: Whether differential privacy protects the data, so that frozen parameters may not move.
 
         Returns:
             The global parameters, in the dtype in which they are summed.
         """
         # Sorted anew in each round, because callbacks freeze and unfreeze layers between rounds.
         tensors = FederatedTensors(self.module, self.personal, moving)
-        self.is_alone, self.is_shared, self.moved = is_alone, is_shared, set()
+        self.is_alone, self.is_shared, self.is_private = is_alone, is_shared, is_private
+        self.moved = set()
         self.isolation.begin_round()
         self._round_start = RoundStart(tensors, clones(tensors.buffers), clones(tensors.personal), counts_known)
         self.optimizers.begin_round(schedules)
@@ -379,10 +382,18 @@ class LocalTrainer(ABC):
             for name, param in tensors.moving.items()
             if name not in self.moved and not is_same(param.detach(), start[name])
         }
-        if self.is_alone:
+        if self.is_alone and not self.is_private:
             return
-        self.moved.update(tensors.still.put_back())
+        found = tensors.still.put_back()
+        self.moved.update(found)
         lost = tensors.still.lost()
+        if self.is_private and (found or lost):
+            raise ValueError(
+                f"Training has written to the frozen parameter {[*found, *lost][0]!r}, which is neither clipped nor "
+                "noised, so under differential privacy it may not move: even its name would tell of the data. The run "
+                "stops before anything of it is released. Keep training from writing to it; under ClientLevelDP what "
+                "follows the training, such as a teacher, can be a buffer, which is clipped and noised."
+            )
         if lost:
             raise ValueError(
                 f"The frozen parameter {lost[0]!r} was changed during local training, so one client's value would "

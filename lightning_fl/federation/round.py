@@ -235,8 +235,8 @@ class Round:
         """
         # Before the server is opened: the server's state starts from the tensors that the module holds now.
         moving = state.moving
-        # Where clients are hidden, noise would move also those frozen parameters that no client moves.
-        if moving is None and settings.hides_clients:
+        # Under differential privacy none may move: which ones do would tell of the data.
+        if moving is None and settings.is_differentially_private:
             moving = ()
         is_alone = settings.population == 1
         params = trainer.begin_round(
@@ -246,6 +246,7 @@ class Round:
             moving=moving,
             is_alone=is_alone,
             is_shared=not is_alone and not settings.silos,
+            is_private=settings.is_differentially_private,
         )
         templates = update_templates(settings, params, trainer.tensors.buffers)
         ctx = RoundContext(

@@ -3,6 +3,7 @@
 from lightning_fl.privacy.accounting.calibration import noise_multiplier_for
 from lightning_fl.privacy.accounting.ledger import Epsilon, Gaussian, Ledger
 from lightning_fl.privacy.accounting.sampling import FixedSize, Full, LocalSteps, Poisson, Sampling
+from lightning_fl.privacy.client_level.band_mf import BandMF
 from lightning_fl.privacy.client_level.clipping import AdaptiveClip
 from lightning_fl.privacy.client_level.mechanism import ClientLevelDP, PrivacyBudgetExceeded
 from lightning_fl.privacy.noise import InsecureNoiseWarning, PrivacyError, SecureNoise
@@ -12,6 +13,7 @@ from lightning_fl.privacy.state import load_ledger
 
 __all__ = [
     "AdaptiveClip",
+    "BandMF",
     "ClientLevelDP",
     "Epsilon",
     "FixedSize",

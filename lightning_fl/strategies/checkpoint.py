@@ -98,6 +98,9 @@ class WholeCheckpointIO(TorchCheckpointIO):
             with unfinished.open("rb") as file:
                 # A rename may reach the disk before the content does; after a power failure the file would be empty.
                 os.fsync(file.fileno())
+            # It holds what differential privacy hides from others: exact counts, and noise of which more is to come.
+            if checkpoint.get(KEY, {}).get("is_secret"):
+                unfinished.chmod(0o600)
             unfinished.replace(path)
         finally:
             unfinished.unlink(missing_ok=True)

@@ -579,6 +579,7 @@ class FederatedStrategy(internals.ReusableStrategy):
         if driver.interrupted_loops is not None:
             checkpoint["loops"]["fit_loop"] = driver.interrupted_loops
         checkpoint[KEY] = {**pack(self.algorithm, driver.state, self._module), **driver.progress()}
+        checkpoint[KEY]["is_secret"] = driver.settings.hides_clients
         # After an exception the other ranks may be gone, or may not save at all.
         group = LocalGroup() if self.in_local_phase else self.federation
         # Client states are written before the checkpoint that names them, and those of its predecessor are deleted
