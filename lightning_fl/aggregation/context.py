@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -35,6 +36,8 @@ class RoundContext:
         min_clients: The fewest clients whose updates are summed; with fewer the aggregator gives the round up.
         integer_bits: Bits of the modulus in which the aggregator sums integers exactly; None if it does not.
         memory: What the aggregator has kept of the rounds before; empty in the first.
+        root: The update of the server's own data, where the aggregator has such.
+        model_of: In a simulation, the model that an update leads to, in evaluation mode, as a function of its input.
     """
 
     round: int
@@ -54,3 +57,5 @@ class RoundContext:
     min_clients: int = 1
     integer_bits: int | None = None
     memory: State = field(default_factory=dict)
+    root: Update | None = None
+    model_of: Callable[[Update], Callable[..., Any]] | None = None

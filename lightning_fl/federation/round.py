@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 from lightning_fl.aggregation import ClientLost, RoundContext
 from lightning_fl.algorithms import ProbeKind
@@ -19,6 +20,7 @@ from lightning_fl.clients import ClientStore
 from lightning_fl.clients.local_work import BatchPosition
 from lightning_fl.data.client_loaders import Loader, batch_size
 from lightning_fl.engines import ClientFacts, LocalTrainer, Schedule, ScheduleEnd
+from lightning_fl.engines.buffers import moved
 from lightning_fl.engines.local_trainer import GradTransform
 from lightning_fl.engines.vectorized.stacking import StackedBatch, are_finite, part
 from lightning_fl.federation.client_batches import ClientBatches
@@ -29,7 +31,17 @@ from lightning_fl.federation.report import RankReport
 from lightning_fl.federation.server import Closing, ServerRound, contexts_of, update_templates
 from lightning_fl.federation.settings import FederationSettings, FederationState
 from lightning_fl.seeding import ClientRandomness, client_generator, derive_seed
-from lightning_fl.tree import clone, is_finite, leaves, move, norm, squared_norms
+from lightning_fl.tree import (
+    Layout,
+    cast_like,
+    clone,
+    is_finite,
+    leaves,
+    move,
+    norm,
+    squared_norms,
+    update_trees,
+)
 from lightning_fl.types import Aggregate, ClientId, LocalRun, Phase, State, Update
 
 Probe = Callable[[ProbeKind, Iterator[Any], Mapping[str, Tensor]], Any]
@@ -442,6 +454,59 @@ class Round:
         self.trainer.leave()
         self.restore_randomness()
 
+    # ---- the server's own data
+
+    def start_root(self, batches: ClientBatches) -> ClientTask:
+        """Lets the server train on data of its own, as a client without state does."""
+        return self.start(ClientData(batches, None))
+
+    def finish_root(self, task: ClientTask) -> Update:
+        """Ends that training; the update counts for nothing but what the aggregator does with it.
+
+        Raises:
+            ValueError: If it holds NaN or Inf.
+        """
+        result = self.trainer.finish(task.steps_by_client)
+        update = task.group.finish(result, task.runs(result.facts)).update_of(0)
+        if not is_finite(leaves(self._must_be_finite(update, {}))):
+            raise ValueError(
+                "Training on the server's own data has led to NaN or Inf, so no client can be measured by it. Lower "
+                "the learning rate, or check these data."
+            )
+        return update
+
+    def take_root(self, update: Update | None) -> None:
+        """Gives the aggregator the update of the server's data.
+
+        Args:
+            update: The update on the first rank, which sends it to the others; None on those.
+        """
+        trees = update_trees(self.opened.template if update is None else update)
+        layout = Layout.of(trees)
+        sent = {dtype: self.federation.group.broadcast(flat) for dtype, flat in layout.flatten(trees).items()}
+        received = layout.unflatten(sent)
+        root = Update(received.pop("delta", {}), received.pop("buffers", {}))
+        self.opened = replace(self.opened, ctx=replace(self.opened.ctx, root=root))
+
+    def model_of(self, update: Update) -> Callable[..., Any]:
+        """The model that an update leads to, in evaluation mode, as a function of its input."""
+        trainer, start = self.trainer, self.state.server["params"]
+        own = {n: cast_like(start[n] + update.delta[n], param) for n, param in trainer.tensors.params.items()}
+        tensors = {**trainer.round_start.personal, **own, **moved(self.opened.buffers, update.buffers)}
+
+        def predict(*inputs: Any) -> Any:
+            # By submodule: a user may keep single layers, such as a frozen BatchNorm, in evaluation mode.
+            modes = [(part, part.training) for part in trainer.module.modules()]
+            trainer.module.eval()
+            try:
+                with torch.no_grad():
+                    return functional_call(trainer.module, tensors, inputs)
+            finally:
+                for part, was_training in modes:
+                    part.training = was_training
+
+        return predict
+
     # ---- the round's end
 
     def report(self, report: RankReport) -> RankReport:
@@ -477,7 +542,8 @@ class Round:
         self.restore_randomness()
         # Taken before the collective, in which a rank waits for slower ones.
         self._trained = time.perf_counter()
-        self.totals.acc, reports = self.federation.merge(self.opened, self.totals.acc, self.report(report))
+        opened = replace(self.opened, ctx=replace(self.opened.ctx, model_of=self.model_of))
+        self.totals.acc, reports = self.federation.merge(opened, self.totals.acc, self.report(report))
         return reports
 
     def close(self, reports: Sequence[RankReport], seconds_reading: float = 0.0) -> RoundResult:

@@ -49,6 +49,7 @@ from lightning_fl.strategies.metric_states import MetricStates
 from lightning_fl.strategies.open_round import OpenRound
 from lightning_fl.strategies.probe import probe
 from lightning_fl.strategies.rank_sync import RankSync, naming_round
+from lightning_fl.strategies.root import ROOT, check_root, train_root
 from lightning_fl.strategies.round_end import advance_trainer, rank_report
 from lightning_fl.strategies.round_loaders import UNKNOWN_LENGTH, RoundLoader, RoundLoaders
 from lightning_fl.strategies.round_view import RoundView
@@ -246,6 +247,8 @@ class RoundDriver:
         self.module_trained = self.module
         self.vectorized = vectorized
         check_algorithm(self.settings.algorithm, self.trainer)
+        if self.settings.aggregator.server_data is not None:
+            check_root(self.trainer)
         self.settings.algorithm.check_optimizers(local_trainer.optimizers.optimizers)
         self.metric_states = MetricStates(self.module, self.federation.place)
         self.has_started = True
@@ -609,8 +612,23 @@ class RoundDriver:
         after = in_turn[in_turn.index(client) + 1 :] if client in in_turn else in_turn
         return next(iter(after), None)
 
+    def _train_root(self, opened: OpenRound) -> None:
+        """Trains on the server's own data, if the aggregator has such: on the first rank, with the work of a client."""
+        loader, update = self.settings.aggregator.server_data, None
+        if loader is None:
+            return
+        if self.group.rank == 0:
+            works, index = self.planner.phases(self.max_work), self.plan.round
+            batches = ClientBatches(ROOT, loader, works, index, self.max_work)
+            try:
+                update = train_root(self.trainer, opened.round, batches)
+            except LoaderFailed as failed:
+                raise_to_user(failed)
+        opened.round.take_root(update)
+
     def _close(self, opened: OpenRound) -> None:
         trainer, index, round = self.trainer, self.plan.round, opened.round
+        self._train_root(opened)
         # Before the merge, which restores the process's own random generators: the loaders' were entered after them.
         opened.loaders.close()
         report = rank_report(trainer, opened, self.plan, self.metric_states, self.deferred_checkpoints)

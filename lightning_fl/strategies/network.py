@@ -45,6 +45,11 @@ def check_network(strategy: Any, address: str | None, kit: str | Path | None) ->
             f"{type(strategy.aggregator).__name__} does not run over a coordinator yet. Leave federation out and start "
             "the silos with torchrun, or use another aggregator."
         )
+    if strategy.aggregator.needs_server:
+        raise ValueError(
+            f"{strategy.aggregator!r} looks at updates with data of the server, but a coordinator holds no model to "
+            "try them on. Let one silo hold the data, as FLTrust(root='hospital-a'), or use another rule."
+        )
 
 
 def open_network(address: str, kit: str | Path) -> NetworkFederation:
