@@ -254,7 +254,6 @@ def serve(api: ModelAPI, host: str = "127.0.0.1", port: int = 8000, num_workers:
         port: The port, from 1024.
         num_workers: Processes that compute.
     """
-
     server_process = os.getpid()
 
     def stop(signum: int, frame: Any) -> None:
