@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         models,
         privacy,
         serving,
+        schedules,
         strategies,
         tracking,
     )
@@ -53,11 +54,22 @@ __all__ = [
     "models",
     "privacy",
     "serving",
+    "schedules",
     "strategies",
     "tracking",
 ]
 
-_IN_YAML = ("aggregation", "algorithms", "attacks", "callbacks", "clients", "datamodules", "engines", "privacy")
+_IN_YAML = (
+    "aggregation",
+    "algorithms",
+    "attacks",
+    "callbacks",
+    "clients",
+    "datamodules",
+    "engines",
+    "privacy",
+    "schedules",
+)
 """Rooms whose classes YAML may write without their module, which jsonargparse allows for imported classes."""
 
 __getattr__, __dir__ = lazy_names(__name__)

@@ -24,7 +24,7 @@ LAYERS = (
     ("types", "tree", "seeding", "optimizer_tree", "torch_internals", "lazy"),
     ("algorithms", "clients", "data", "communication"),
     ("aggregation", "engines"),
-    ("privacy", "compression"),
+    ("privacy", "compression", "schedules"),
     ("federation",),
     ("coordinator",),
     ("strategies",),

@@ -5,6 +5,7 @@ from lightning_fl.analytics.counts import ChiSquare, Frequency, Histogram, Quant
 from lightning_fl.analytics.moments import PCA, Correlation, Count, Mean, Variance
 from lightning_fl.analytics.privacy import RowLevelDP
 from lightning_fl.analytics.question import Answer, Question
+from lightning_fl.analytics.schema import FederatedSchema, federated_schema
 from lightning_fl.analytics.sketches import Cardinality, HeavyHitters, Intersection, trie_parameters
 from lightning_fl.analytics.strata import By, TTest
 from lightning_fl.analytics.survival import Cox, KaplanMeier, LogRank
@@ -19,6 +20,7 @@ __all__ = [
     "Correlation",
     "Count",
     "Cox",
+    "FederatedSchema",
     "Frequency",
     "HeavyHitters",
     "Histogram",
@@ -32,5 +34,6 @@ __all__ = [
     "TTest",
     "Variance",
     "analyze",
+    "federated_schema",
     "trie_parameters",
 ]

@@ -126,7 +126,7 @@ def analyze(
         70.0
     """
     aggregator, group = aggregator or WeightedMean(), group or LocalGroup()
-    tables, cohort, silos, no_rows = _tables(data, client, group)
+    tables, cohort, silos, no_rows = clients_of(data, client, group)
     questions = [_ready(question, aggregator, privacy) for question in questions]
     _check_same(questions, aggregator, privacy, min_count, group)
     if silos and privacy is not None:
@@ -164,7 +164,7 @@ def analyze(
     return Analysis(questions, answers, len(cohort), num_steps, ledger, 0.0 if privacy is None else privacy.delta)
 
 
-def _tables(data: Any, client: str | None, group: Group) -> tuple[dict[ClientId, Any], list[ClientId], bool, Any]:
+def clients_of(data: Any, client: str | None, group: Group) -> tuple[dict[ClientId, Any], list[ClientId], bool, Any]:
     """This rank's clients with their rows, all clients, whether each rank is a silo, and a table without rows."""
     if isinstance(data, Mapping):
         if client is not None:

@@ -7,6 +7,7 @@ over all. Then, and with --noise, the values of columns that divide rows, and th
 Examples:
   lightning-fl analyze lung.csv --client inst --mean age --quantile wt.loss=0.5,0.9 --km time,status --by sex
   lightning-fl analyze lung.csv --client inst --mean age --range age=0,120 --noise 4 --max-epsilon 2
+  lightning-fl analyze lung.csv --client inst --schema schema.json --target status
   torchrun --standalone --nproc_per_node 3 -m lightning_fl analyze silo{rank}.csv --secure --mean age --by sex=1,2
 """
 
@@ -22,7 +23,7 @@ from rich.console import Console
 from lightning_fl import analytics as ask
 from lightning_fl.analytics.show import as_table
 from lightning_fl.cli.command import check_output
-from lightning_fl.communication import launched_group
+from lightning_fl.communication import Group, launched_group
 from lightning_fl.datamodules.tabular import read_tables
 from lightning_fl.privacy import SecureAggregation
 
@@ -72,6 +73,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     guards.add_argument(
         "--min-count", type=int, default=5, help="the fewest rows behind an answer (default: %(default)s)"
     )
+    schema = parser.add_argument_group("a schema for training")
+    schema.add_argument("--schema", type=Path, metavar="FILE", help="agree on a schema for TabularDataModule")
+    schema.add_argument("--target", metavar="COLUMN", help="the column to predict")
+    schema.add_argument("--drop", metavar="COLUMN,COLUMN", default="", help="columns to leave out")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the answers as JSON")
 
 
@@ -85,7 +90,11 @@ def run(args: argparse.Namespace) -> None:
     if is_silo and args.client is not None:
         raise ValueError("{rank} in the file's name makes each rank a silo, which is a client; leave out --client.")
     questions = _questions(args)
-    if not questions:
+    if (args.schema is None) != (args.target is None):
+        raise ValueError("--schema FILE and --target COLUMN go together: a schema is for predicting a column.")
+    if args.schema is not None:
+        check_output(args.schema)
+    if not questions and args.schema is None:
         raise ValueError(f"Nothing is asked. Add --count, or one of --{', --'.join(ASKED)}.")
     group = launched_group()
     if group.size > 1 and not is_silo and args.client is None:
@@ -96,15 +105,17 @@ def run(args: argparse.Namespace) -> None:
     if args.noise is not None:
         delta = 1e-5 if args.delta is None else args.delta
         privacy = ask.RowLevelDP(args.noise, delta, args.max_epsilon)
-    analysis = ask.analyze(
-        questions,
-        read_tables(args.table.replace("{rank}", str(group.rank))),
-        client=args.client,
-        group=group,
-        aggregator=SecureAggregation() if args.secure else None,
-        privacy=privacy,
-        min_count=args.min_count,
-    )
+    table = read_tables(args.table.replace("{rank}", str(group.rank)))
+    aggregator = SecureAggregation() if args.secure else None
+    if args.schema is not None:
+        if privacy is not None:
+            raise ValueError(
+                "A schema learned by --schema holds exact figures. Use TableSchema.from_ranges, and scaling=."
+            )
+        _agree(args, table, group, aggregator)
+    if not questions:
+        return
+    analysis = ask.analyze(questions, table, args.client, group, aggregator, privacy, args.min_count)
     if group.rank:
         return
     Console().print(as_table(analysis))
@@ -113,6 +124,21 @@ def run(args: argparse.Namespace) -> None:
     if args.json is not None:
         analysis.save(args.json)
         print(f"answers: {args.json}")
+
+
+def _agree(args: argparse.Namespace, table: Any, group: Group, aggregator: SecureAggregation | None) -> None:
+    categories = dict(map(_pair, args.values))
+    drop = args.drop.split(",") if args.drop else []
+    found = ask.federated_schema(
+        table, args.target, args.client, group, aggregator, drop, categories=categories, min_count=args.min_count
+    )
+    if group.rank == 0:
+        found.schema.save(args.schema)
+        for note in found.notes:
+            print(f"note: {note}")
+        num_features, classes = len(found.schema.feature_names), found.schema.classes
+        kind = "a number" if classes is None else f"{len(classes)} classes"
+        print(f"schema: {args.schema}, {num_features} features, {args.target} is {kind}")
 
 
 def _questions(args: argparse.Namespace) -> list[ask.Question]:

@@ -32,6 +32,7 @@ def check_network(strategy: Any, address: str | None, kit: str | Path | None) ->
         "partition": strategy.partition is not None,
         "split_validation": strategy.split_validation,
         "stragglers": strategy.stragglers is not None,
+        "schedule and durations": strategy.schedule is not None,
         "cohort": not isinstance(strategy.cohort, Uniform),
     }
     given = [name for name, is_given in ignored.items() if is_given]

@@ -84,7 +84,7 @@ def check_schedules(schedules: Schedules, settings: FederationSettings, work: Lo
 def settings_of_ranks(strategy: Any, trainer: L.Trainer) -> dict[str, str]:
     """The settings of a federation that must be the same on all ranks."""
     of_trainer = ("max_epochs", "max_steps", "min_epochs", "check_val_every_n_epoch", "num_sanity_val_steps")
-    of_data = ("num_clients", "partition", "split_validation", "personal", "frozen", "_seed")
+    of_data = ("num_clients", "partition", "split_validation", "personal", "frozen", "_seed", "schedule", "durations")
     return {
         **settings_of_strategy(strategy),
         **_without_addresses({name: repr(getattr(strategy, name)) for name in of_data}),
