@@ -26,8 +26,8 @@ if TYPE_CHECKING:
         federation,
         models,
         privacy,
-        serving,
         schedules,
+        serving,
         strategies,
         tracking,
     )
@@ -53,8 +53,8 @@ __all__ = [
     "load_client",
     "models",
     "privacy",
-    "serving",
     "schedules",
+    "serving",
     "strategies",
     "tracking",
 ]
