@@ -240,7 +240,7 @@ def end_with_parent() -> None:
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(1)
-        os._exit(1)
+        os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, name="parent", daemon=True).start()
 
@@ -258,7 +258,7 @@ def serve(api: ModelAPI, host: str = "127.0.0.1", port: int = 8000, num_workers:
 
     def stop(signum: int, frame: Any) -> None:
         if os.getpid() != server_process:  # LitServe forks its HTTP process, which inherits this handler
-            os._exit(0)
+            os.kill(os.getpid(), signal.SIGKILL)
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
