@@ -1,7 +1,7 @@
 """Every privacy class with tensors on another device: no operation mixes it with the CPU, and the answer is the same.
 
-:mod:`tests.helpers.second_device` plays such a device; where there is a GPU, the same runs on it too. What can't be played
-is ``strict=True``: ``torch.func`` takes no tensors of a kind of their own.
+:mod:`tests.helpers.second_device` plays such a device; where there is a GPU, the same runs on it too. What can't be
+played is ``strict=True``: ``torch.func`` takes no tensors of a kind of their own.
 """
 
 from __future__ import annotations
