@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,41 @@ def test_stability_is_as_documented(step: float, is_stable: bool) -> None:
     end = abs(minimise(own, 120, clients, lr=step))
     assert own.history[-1]["staleness"] == [0, 0, 0, 1]
     assert end < 1 if is_stable else end > 30
+
+
+class Sleepy(Quadratic):
+    """Client 2, whose center is 4, takes its time."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        time.sleep(0.1 * (batch[0].max() == 4.0).item())
+        return super().training_step(batch, batch_idx)
+
+
+def measured_visits() -> list[list[Any]]:
+    own = strategy(Buffered(1), fl.clients.Measured(first=1.0), local_steps=1)
+    visits = Visits()
+    trainer(own, 8, callbacks=[visits]).fit(Sleepy(), quadratic_clients())
+    return visits.cohorts
+
+
+class Visits(fl.callbacks.FederatedCallback):
+    """The clients that each round takes in."""
+
+    def __init__(self) -> None:
+        self.cohorts: list[list[Any]] = []
+
+    def on_round_start(self, trainer: Any, module: Any, round: int, cohort: Any) -> None:
+        self.cohorts.append(list(cohort))
+
+
+def test_a_slow_client_is_found_by_measuring(run_ranks: Any) -> None:
+    """All come once after the first second; from then on as long as they took, which the ranks tell each other."""
+    cohorts = measured_visits()
+    assert cohorts[:3] == [[0], [1], [2]]
+    assert [2] not in cohorts[3:]
+    both = run_ranks(2, measured_visits)
+    assert both[0] == both[1]
+    assert [2] not in both[0][3:]
 
 
 # ---- what always holds
