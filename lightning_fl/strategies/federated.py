@@ -190,7 +190,9 @@ class FederatedStrategy(internals.ReusableStrategy):
         self.partition = partition
         self.aggregator = aggregator or WeightedMean()
         if self.schedule is not None:
-            check_schedule(self.schedule, num_clients, self.cohort, stragglers, transforms, self.aggregator)
+            check_schedule(
+                self.schedule, num_clients, local_steps, self.cohort, stragglers, transforms, self.aggregator
+            )
             # First, because the others may give updates a form that can't be scaled.
             transforms = (*self.schedule.transforms, *transforms)
         self.weighting: Weighting = choose_weighting(weighting, self.aggregator, transforms, self.algorithm)

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 import lightning_fl as fl
-from lightning_fl.schedules import Buffered, Deadline, Fastest, FedAsync, Polynomial, Synchronous
+from lightning_fl.schedules import Buffered, Compass, Deadline, Fastest, FedAsync, Polynomial, Synchronous
 from tests.helpers.training import (
     Ordinary,
     Plain,
@@ -105,6 +105,21 @@ LIMITS: dict[str, tuple[Any, Any, str, float]] = {
 def test_where_training_ends(name: str) -> None:
     schedule, durations, algorithm, limit = LIMITS[name]
     assert minimise(strategy(schedule, durations, algorithm), 52) == pytest.approx(limit, abs=1e-8)
+
+
+def test_compass_moves_by_the_share_of_a_group() -> None:
+    """Clients 0 and 1 return at 5 s with 5 and 2 steps; client 2, too slow, at 10 s with 2, with the others' next."""
+    found, history = trace(Compass(2, 5), {0: 5, 1: 10, 2: 25}, 2)
+    x0 = 10.0
+
+    def change(x: float, client: int, steps: int) -> float:
+        e, h = ((0, 1), (1, 2), (4, 0.5))[client]
+        return (e - x) * (1 - (1 - 0.1 * h) ** steps)
+
+    x1 = x0 + (change(x0, 0, 5) + change(x0, 1, 2)) / 3
+    x2 = x1 + (change(x1, 0, 5) + change(x1, 1, 2) + change(x0, 2, 2)) / 3
+    assert found == pytest.approx([x1, x2], abs=1e-9)
+    assert [(entry["clock"], entry["staleness"]) for entry in history] == [(5.0, [2]), (10.0, [2, 1])]
 
 
 def test_the_history_tells_time_and_staleness() -> None:
