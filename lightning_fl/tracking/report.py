@@ -179,10 +179,8 @@ def _clock(run: Run) -> str:
     figures = []
     if run.metric_names:
         name = best_metric([run])
-        measured = [
-            (row["clock"], row["metrics"][name]) for row in rows if row.get("metrics", {}).get(name) is not None
-        ]
-        seconds, values = [clock for clock, _ in measured], [value for _, value in measured]
+        measured = [row for row in rows if row.get("metrics", {}).get(name) is not None]
+        seconds, values = [row["clock"] for row in measured], [row["metrics"][name] for row in measured]
         figures.append(_image(plots.clock_figure(seconds, values, name), f"{name} by the simulated time"))
     ages = [row.get("staleness", []) for row in rows]
     counts = [sum(own[age] for own in ages if age < len(own)) for age in range(max(map(len, ages)))]
