@@ -20,7 +20,6 @@ from tests.helpers.training import (
     Ordinary,
     Plain,
     Quadratic,
-    WithNorm,
     image_clients,
     measured,
     minimise,
@@ -261,12 +260,33 @@ def test_ranks_agree(run_ranks: Any, name: str) -> None:
         assert own == pytest.approx(metrics, rel=1e-5)
 
 
-def test_buffers_move_with_the_model() -> None:
-    """FedAsync at alpha = 1 takes the client's model, buffers and all, however old its start is."""
-    module = WithNorm()
-    trainer(strategy(FedAsync(1.0), Q3), 4).fit(module, quadratic_clients())
-    # The 4th to come is client 2, which started from the first model.
-    assert module.x.item() == pytest.approx(4 + (10 - 4) * 0.95**5)
+class Steady(Ordinary):
+    """With the same learning rate in each round."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def after(rounds: int, durations: dict[int, float], schedule: Any) -> dict[str, Tensor]:
+    module = Steady(torch.float64)
+    own = fl.FederatedStrategy(schedule=schedule, durations=durations, seed=0)
+    trainer(own, rounds, limit_val_batches=0).fit(module, image_clients((5, 9), batch_size=None, validate=True))
+    return dict(module.net.state_dict())
+
+
+def test_buffers_are_as_old_as_the_model_they_belong_to() -> None:
+    """At alpha = 1 the model of whoever comes last is taken, BatchNorm's statistics and counter and all."""
+    stale = after(2, {0: 1.0, 1: 1.5}, FedAsync(1.0))
+    torch.testing.assert_close(stale, after(1, {0: 9.0, 1: 1.0}, FedAsync(1.0)), rtol=1e-12, atol=1e-12)
+    assert not torch.equal(stale["1.running_mean"], after(2, {0: 1.0, 1: 9.0}, FedAsync(1.0))["1.running_mean"])
+
+
+@pytest.mark.parametrize("name", ["fedbuff", "fedasync", "repeats"])
+def test_clients_side_by_side_give_what_each_alone_gives(name: str) -> None:
+    options: dict[str, Any] = {"durations": HEAVY, **STRATEGIES[name]}
+    _, together = fit_images(**options, module=Ordinary(torch.float64), rounds=4, engine="vectorized")
+    _, alone = fit_images(**options, module=Ordinary(torch.float64), rounds=4, engine="sequential")
+    torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-10)
 
 
 class Noisy(Quadratic):
