@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -473,6 +474,9 @@ class FederatedStrategy(internals.ReusableStrategy):
                 "simulated. Leave it out, or start the silos with torchrun."
             )
         size = len(population) if self.network is None else self.network.size
+        sampling = describe_sampling(self.cohort, size, self.clients_per_round)
+        if self.schedule is not None and not self.schedule.draws_cohorts:
+            sampling = replace(sampling, kind="other")  # speed decides
         settings = FederationSettings(
             self.algorithm,
             self.aggregator if self.network is None else SingleUpdate(),
@@ -480,7 +484,7 @@ class FederatedStrategy(internals.ReusableStrategy):
             self.weighting,
             seed=self._seed,
             population=size,
-            sampling=describe_sampling(self.cohort, size, self.clients_per_round),
+            sampling=sampling,
             silos=population.silos is not None,
             protects_examples=self._protects_examples,
             schedule=self.schedule,

@@ -121,6 +121,12 @@ def test_compass_moves_by_the_share_of_a_group() -> None:
     assert [(entry["clock"], entry["staleness"]) for entry in history] == [(5.0, [2]), (10.0, [2, 1])]
 
 
+def test_a_round_in_which_all_are_late_changes_nothing() -> None:
+    found, history = trace(Deadline(1), Q3, 2)
+    assert found == [10.0, 10.0]
+    assert [entry["clock"] for entry in history] == [1.0, 2.0]
+
+
 def test_the_history_tells_time_and_staleness() -> None:
     _, history = trace(Buffered(2), Q3, 5)
     assert [entry["clock"] for entry in history] == [2.25, 4.0, 4.5, 6.75, 8.0]
