@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ from lightning_fl.engines import ClientOptimizer, OptimizerStates, Vectorized
 from lightning_fl.engines.tensors import FederatedTensors, check_tensors
 from lightning_fl.engines.vectorized.stacking import StackedBatch
 from lightning_fl.federation import Federation, FederationSettings, GroupFederation
+from lightning_fl.federation.history import History, html_table
 from lightning_fl.federation.rank_verification import digest, synchronize_module, verify_ranks
 from lightning_fl.federation.settings import is_private
 from lightning_fl.federation.single_update import SingleUpdate
@@ -64,6 +66,7 @@ from lightning_fl.strategies.validation import (
     SEVERAL_LOADERS,
     check_choice,
     check_launcher,
+    check_not_in_notebook,
     check_phases,
     check_same_on_ranks,
     check_trainer,
@@ -73,6 +76,7 @@ from lightning_fl.strategies.validation import (
     choose_weighting,
     describe_failure,
     described_columns,
+    settings_in_words,
     settings_of_ranks,
     settings_of_training,
     versions,
@@ -308,6 +312,7 @@ class FederatedStrategy(internals.ReusableStrategy):
         assert self.cluster_environment is not None
         # Without a launcher Lightning runs in this process, which is right where torchrun, SLURM or MPI has started it.
         if not self.cluster_environment.creates_processes_externally and self.num_processes * self.num_nodes > 1:
+            check_not_in_notebook(self.num_processes)
             warn_of_processes(self.num_processes, self.root_device)
             self._launcher = internals.SubprocessLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
 
@@ -701,10 +706,17 @@ class FederatedStrategy(internals.ReusableStrategy):
     # ---- public state
 
     @property
-    def history(self) -> list[dict[str, Any]]:
+    def history(self) -> History:
         """One entry for each finished round: clients, examples, steps, refused and empty clients, seconds."""
         last = self._fit_so_far
-        return [] if last is None else last.history
+        return History() if last is None else History(last.history)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the settings that differ from their defaults, and the last rounds."""
+        names = [name for name in inspect.signature(FederatedStrategy).parameters if hasattr(self, name)]
+        own, default = (settings_in_words(strategy, names) for strategy in (self, FederatedStrategy(self.algorithm)))
+        rows = [[name, own[name]] for name in names if name == "algorithm" or own[name] != default[name]]
+        return f"<b>FederatedStrategy</b>{html_table(['setting', 'value'], rows)}{self.history._repr_html_()}"
 
     @property
     def _fit_so_far(self) -> LastFit | None:
