@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -44,6 +45,7 @@ from lightning_fl.strategies.checkpoint import (
     KEY,
     ClientStateFiles,
     WholeCheckpointIO,
+    bytes_of_first_rank,
     pack,
     read_client_states,
     silo_folder,
@@ -673,7 +675,11 @@ class FederatedStrategy(internals.ReusableStrategy):
             ClientStateFiles(self.federation, filepath, own).forget()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        received = bytes_of_first_rank(checkpoint_path, self.federation)
+        if received is None:
+            checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        else:  # from another organisation: never unpickled
+            checkpoint = torch.load(io.BytesIO(received), map_location="cpu", weights_only=True)
         # Kept until training starts: Lightning loads a checkpoint before it makes the training loader, and with it the
         # driver that the state belongs to.
         self._loaded_checkpoint = checkpoint_path, checkpoint.get(KEY)
