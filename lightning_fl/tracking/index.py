@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 
 from lightning_fl.tracking.metrics import best_metric, is_higher_better
-from lightning_fl.tracking.report import duration, number, page
+from lightning_fl.tracking.report import duration, number, page, started
 from lightning_fl.tracking.run import Run, write_file
 
 REPORT = "report.html"
@@ -35,7 +35,7 @@ def _cells(run: Run, folder: Path) -> str:
     name = escape(os.path.relpath(run.path, folder))
     if (run.path / REPORT).is_file():
         name = f'<a href="{name}/{REPORT}">{name}</a>'
-    facts = [str(run.facts.get("started", "?")), str(run.facts.get("status", "?")), run.algorithm]
+    facts = [started(run), str(run.facts.get("status", "?")), run.algorithm]
     facts += [run.settings.get("num_clients", "-"), f"{len(run.rounds):,}", *_metric(run)]
     facts.append("-" if run.seconds is None else duration(run.seconds))
     return f"<td>{name}</td>" + "".join(f"<td>{escape(fact)}</td>" for fact in facts)

@@ -37,7 +37,7 @@ STYLE = """
 body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: var(--ink);
   background: var(--page); margin: 0; }
 main { max-width: 1120px; margin: 0 auto; padding: 28px 20px 60px; }
-h1 { font-size: 26px; margin: 0 0 2px; overflow-wrap: anywhere; }
+h1 { font-size: 26px; margin: 0 0 6px; overflow-wrap: anywhere; }
 h2 { font-size: 18px; margin: 0 0 10px; }
 .lead { color: var(--soft); margin: 0 0 20px; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin-bottom: 18px; }
@@ -120,7 +120,7 @@ def _head(run: Run) -> str:
     mark = ' class="bad"' if status.startswith("failed") else ""
     lead = (
         f"{escape(run.algorithm)}, {escape(_clients_in_words(run))}. "
-        f"Started {escape(str(run.facts.get('started', '?')))}, <span{mark}>{escape(status)}</span>."
+        f"Started {escape(started(run))}, <span{mark}>{escape(status)}</span>."
     )
     cards = [(f"{len(run.rounds):,}", "rounds")]
     if run.metric_names:
@@ -375,6 +375,11 @@ def _cell(value: Any) -> str:
 def number(value: float) -> str:
     """A number with the digits that matter."""
     return f"{value:.4g}"
+
+
+def started(run: Run) -> str:
+    """When a run started, to the minute, in the time zone of its record."""
+    return str(run.facts.get("started", "?"))[:16].replace("T", " ")
 
 
 def duration(seconds: float) -> str:
