@@ -128,14 +128,15 @@ def difference(own: Any, other: Any) -> float:
 
 
 def compare(own: Any, other: Any) -> float:
-    """The largest difference of what two Trainers have predicted."""
+    """The largest difference of what two Trainers have predicted, relative to the largest value."""
     first, second = (
         [leaf.double() for leaf in torch.utils._pytree.tree_leaves(values) if isinstance(leaf, torch.Tensor)]
         for values in (own, other)
     )
     if not first or len(first) != len(second):
         raise ValueError(f"predict gave {len(first)} tensors, a plain Trainer {len(second)}")
-    return max(float((a - b).abs().max()) for a, b in zip(first, second, strict=True) if a.numel())
+    largest = max(float(b.abs().max()) for b in second if b.numel())
+    return max(float((a - b).abs().max()) for a, b in zip(first, second, strict=True) if a.numel()) / largest
 
 
 def main(name: str) -> None:
