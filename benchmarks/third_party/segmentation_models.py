@@ -19,5 +19,5 @@ def make(client):
     torch.manual_seed(0)
     net = smp.Unet("resnet18", encoder_weights=None, decoder_channels=(16, 8, 8, 4, 4))
     generator = torch.Generator().manual_seed(client)
-    images = torch.randn(4 + 2 * (client % 2), 3, 32, 32, generator=generator)
-    return Wrapped(net, loss), DataLoader(TensorDataset(images, (images[:, :1] > 0).float()), batch_size=2)
+    images = torch.randn(8 + 4 * (client % 2), 3, 64, 64, generator=generator)
+    return Wrapped(net, loss), DataLoader(TensorDataset(images, (images[:, :1] > 0).float()), batch_size=4)
