@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_fl as fl
-from lightning_fl.aggregation import FLTrust, MultiKrum
+from lightning_fl.aggregation import FLTrust, Median, MultiKrum
 from lightning_fl.communication.group import TorchGroup
 from lightning_fl.compression import Compress, CompressedMean, LowRank, RandomK, TopK
 from lightning_fl.privacy import SecureAggregation
@@ -147,7 +147,8 @@ def test_it_adds_up_under_masks_and_beside_robust_rules(name: str) -> None:
     masked = weights(fit(TRANSFORMS[name], SecureAggregation(), dtype=torch.float64)[0])
     torch.testing.assert_close(masked, plain, rtol=1e-3, atol=1e-3)
     assert (masked - weights(Plain(torch.float64))).abs().max() > 0.01
-    fit(TRANSFORMS[name], MultiKrum(0))
+    for rule in (MultiKrum(0), Median(0)):
+        assert weights(fit(TRANSFORMS[name], rule)[0]).isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["random", "low rank"])
