@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         algorithms,
         analytics,
         attacks,
+        audit,
         callbacks,
         cli,
         clients,
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
         federation,
         models,
         privacy,
+        schedules,
+        serving,
         strategies,
         tracking,
     )
@@ -39,6 +42,7 @@ __all__ = [
     "algorithms",
     "analytics",
     "attacks",
+    "audit",
     "callbacks",
     "cli",
     "clients",
@@ -51,13 +55,27 @@ __all__ = [
     "load_client",
     "models",
     "privacy",
+    "schedules",
+    "serving",
     "strategies",
     "tracking",
 ]
 
-_IN_YAML = ("aggregation", "algorithms", "attacks", "callbacks", "clients", "datamodules", "engines", "privacy")
+_IN_YAML = (
+    "aggregation",
+    "algorithms",
+    "attacks",
+    "callbacks",
+    "clients",
+    "datamodules",
+    "engines",
+    "privacy",
+    "schedules",
+)
 """Rooms whose classes YAML may write without their module, which jsonargparse allows for imported classes."""
 
+_LAZY = ("analytics", "cli", "communication", "data", "federation", "models", "strategies", "tracking", "vertical")
+"""Rooms that are imported when they are first used."""
 __getattr__, __dir__ = lazy_names(__name__)
 
 

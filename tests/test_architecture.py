@@ -24,11 +24,11 @@ LAYERS = (
     ("types", "tree", "seeding", "optimizer_tree", "torch_internals", "lazy"),
     ("algorithms", "clients", "data", "communication"),
     ("aggregation", "engines"),
-    ("privacy", "compression"),
+    ("privacy", "compression", "schedules"),
     ("federation",),
     ("coordinator",),
     ("strategies",),
-    ("callbacks", "datamodules", "models", "tracking", "attacks", "analytics"),
+    ("callbacks", "datamodules", "models", "tracking", "attacks", "analytics", "vertical", "audit", "serving"),
     ("cli",),
 )
 """Each room may import the rooms before its own layer; within a layer those that make no cycle."""

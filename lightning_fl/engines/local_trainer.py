@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_fl.clients.local_work import BatchPosition
-from lightning_fl.engines.buffers import contributions
+from lightning_fl.engines.buffers import contributions, where_both_finite
 from lightning_fl.engines.gradient_at import BatchGradient
 from lightning_fl.engines.isolation import Isolation
 from lightning_fl.engines.optimizer_states import OptimizerStates, Schedule, ScheduleEnd
@@ -144,6 +144,8 @@ class LocalTrainer(ABC):
         self.moved: set[str] = set()
         """Frozen parameters that local training has written to in the current round."""
         self._round_start: RoundStart | None = None
+        self.start_buffers: Tree = {}
+        """The shared buffers with which the next group starts."""
 
     # ---- a round
 
@@ -180,6 +182,7 @@ class LocalTrainer(ABC):
         self.moved = set()
         self.isolation.begin_round()
         self._round_start = RoundStart(tensors, clones(tensors.buffers), clones(tensors.personal), counts_known)
+        self.start_buffers = self._round_start.buffers
         self.optimizers.begin_round(schedules)
         params = to_sum_dtype(tensors.params)
         for name, param in tensors.params.items():
@@ -187,6 +190,16 @@ class LocalTrainer(ABC):
                 master = server_params[name].to(param.device)
                 params[name] = torch.where(cast_like(master, param) == param, master, params[name])
         return params
+
+    def start_from(self, buffers: Tree) -> None:
+        """Lets the next group start with other shared buffers than the round: those of an older model.
+
+        Args:
+            buffers: The buffers of that model; the round's own stand for those that it did not share.
+        """
+        present = self.round_start.buffers
+        is_present = buffers is present
+        self.start_buffers = present if is_present else {n: buffers.get(n, own) for n, own in present.items()}
 
     @abstractmethod
     def start(
@@ -341,7 +354,11 @@ class LocalTrainer(ABC):
 
     def _contributions(self, stacked: Tree) -> Tree:
         start = self.round_start
-        return contributions(stacked, start.buffers, start.counts_known)
+        if self.start_buffers is start.buffers:
+            return contributions(stacked, start.buffers, start.counts_known)
+        # Which elements count as a change and which as a value is the same for all updates of a round.
+        before = {name: where_both_finite(old, start.buffers[name]) for name, old in self.start_buffers.items()}
+        return contributions(stacked, before, start.counts_known)
 
     @property
     def round_start(self) -> RoundStart:
@@ -376,7 +393,7 @@ class LocalTrainer(ABC):
 
     def _note_moved(self) -> None:
         """Notes which frozen parameters the client has written to, and puts back those that are not averaged."""
-        tensors, start = self.tensors, self.round_start.buffers
+        tensors, start = self.tensors, self.start_buffers
         self.moved |= {
             name
             for name, param in tensors.moving.items()

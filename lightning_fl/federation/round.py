@@ -28,9 +28,9 @@ from lightning_fl.federation.client_group import ClientGroup, GroupUpdate
 from lightning_fl.federation.client_task import ClientTask
 from lightning_fl.federation.federation import Federation
 from lightning_fl.federation.report import RankReport
-from lightning_fl.federation.server import Closing, ServerRound, contexts_of, update_templates
-from lightning_fl.federation.settings import FederationSettings, FederationState
-from lightning_fl.seeding import ClientRandomness, client_generator, derive_seed
+from lightning_fl.federation.server import Closing, ServerRound, contexts_of, continued, update_templates
+from lightning_fl.federation.settings import FederationSettings, FederationState, Version
+from lightning_fl.seeding import ClientRandomness, client_generator, derive_seed, visit_seed
 from lightning_fl.tree import (
     Layout,
     cast_like,
@@ -40,6 +40,7 @@ from lightning_fl.tree import (
     move,
     norm,
     squared_norms,
+    to_sum_dtype,
     update_trees,
 )
 from lightning_fl.types import Aggregate, ClientId, LocalRun, Phase, State, Update
@@ -211,6 +212,9 @@ class Round:
         self.store = store
         self.federation = federation
         self.totals = totals
+        present = Version(opened.state.server, trainer.round_start.buffers)
+        self.versions = {**opened.state.versions, opened.ctx.round: present}
+        """The models from which clients of this round start, and that of the round itself, by round."""
         self._randomness = ClientRandomness()
         self._opened = self._trained = time.perf_counter()
         # A copy, because the group goes on counting in the same object; a round's figures are differences.
@@ -283,12 +287,16 @@ class Round:
 
     # ---- a client group
 
-    def start(self, data: GroupData, probe: Probe | None = None) -> ClientTask:
+    def start(
+        self, data: GroupData, probe: Probe | None = None, version: int | None = None, number: int = 0
+    ) -> ClientTask:
         """Loads a client group, and sets the random generators to those of its (first) client.
 
         Args:
             data: The group's clients and their batches.
             probe: Measures what the algorithm's ``probe`` asks for.
+            version: The round with whose first model the clients start. None: this one.
+            number: How many other visits of these clients in this round come before.
 
         Raises:
             LoaderFailed: If the loader raises in the pass that the probe needs.
@@ -296,23 +304,30 @@ class Round:
         """
         client = data.clients[0]
         # Seeded before anything of the client runs, so that nothing it draws depends on who was trained before it.
-        self._seed(client, data.loader)
+        self._seed(client, data.loader, number)
+        server = self._server_of(version)
+        self.trainer.start_from(self.versions[self.ctx.round if version is None else version].buffers)
         states = [move(self.store.get(own) or {}, self.trainer.device) for own in data.clients]
         kind, measured = self.settings.algorithm.probe, None
         if kind is not None and probe is not None:
-            self.trainer.start([self.state.server["params"]], states)
-            self._seed(client, data.loader, "probe")
+            self.trainer.start([server["params"]], states)
+            self._seed(client, data.loader, number, "probe")
             measured = probe(kind, data.read_once(), self.trainer.tensors.params)
-            self._seed(client, data.loader)  # training draws the same random numbers as without a probe
-        group = ClientGroup(self.settings, self.state.server, data.clients, states, measured)
+            self._seed(client, data.loader, number)  # training draws the same random numbers as without a probe
+        group = ClientGroup(self.settings, server, data.clients, states, measured, version, number)
         phases = self.settings.algorithm.phases()
         # Task and batches need each other: a change of phase while reading acts on the task.
         task = ClientTask(group, iter(()), phases, data.sizes, data.loader)
         self.trainer.start(group.starts, states, phases[0], self._transform_of(group, phases[0]))
         if self.trainer.is_shared:
-            self.trainer.seed(derive_seed(self.settings.seed, self.ctx.round, "module", client))
+            seed = visit_seed(self.settings.seed, number)
+            self.trainer.seed(derive_seed(seed, self.ctx.round, "module", client))
         task.batches = data.read(lambda: self._next_phase(task))
         return task
+
+    def _server_of(self, version: int | None) -> State:
+        index = self.ctx.round if version is None else version
+        return continued(self.settings, self.versions[index].server, self.state.server)
 
     def _next_phase(self, task: ClientTask) -> None:
         phase = task.next_phase()
@@ -321,8 +336,8 @@ class Round:
     def _transform_of(self, group: ClientGroup, phase: Phase) -> GradTransform | None:
         return group.grad_transform(phase, self.trainer.gradient_at)
 
-    def _seed(self, client: ClientId, loader: Loader | None, purpose: str = "client") -> None:
-        seed, index = self.settings.seed, self.ctx.round
+    def _seed(self, client: ClientId, loader: Loader | None, number: int, purpose: str = "client") -> None:
+        seed, index = visit_seed(self.settings.seed, number), self.ctx.round
         self._randomness.enter(seed, index, client, purpose)
         if loader is not None:
             self._randomness.seed_loader(loader, seed, index, client)
@@ -399,7 +414,7 @@ class Round:
         is_sendable = is_sound
         transform_states: dict[str, State] = {}
         if self.settings.transforms:
-            update, transform_states = self._transform(client, group.client_states[index], update)
+            update, transform_states = self._transform(group, index, update)
             is_sound = is_sound and is_finite(leaves(transform_states))
             # Where clients are hidden, a refused one still sends zeros: to leave it out would show that it was there.
             is_sendable = is_finite(leaves(self._must_be_finite(update, {}))) and (
@@ -423,16 +438,19 @@ class Round:
             self.store.stage(client, move({**client_state, **transform_states}, "cpu"))
         return update if is_sound else None
 
-    def _transform(
-        self, client: ClientId, before: Mapping[str, Any], update: Update
-    ) -> tuple[Update, dict[str, State]]:
-        states, contexts = {}, contexts_of(self.settings, self.ctx)
+    def _transform(self, group: ClientGroup, place: int, update: Update) -> tuple[Update, dict[str, State]]:
+        client, before = group.clients[place], group.client_states[place]
+        seed, ctx = visit_seed(self.settings.seed, group.number), self.ctx
+        if group.version is not None:
+            start = Update(self._server_of(group.version)["params"], to_sum_dtype(self.trainer.start_buffers))
+            ctx = replace(ctx, start=start, staleness=ctx.round - group.version)
+        states, contexts = {}, contexts_of(self.settings, ctx)
         for index, transform in enumerate(self.settings.transforms):
-            generator = client_generator(self.settings.seed, self.ctx.round, client, f"transform {index}")
-            server = self.state.transforms[index]
-            ctx = replace(contexts[index], client=client, generator=generator, server=server)
             # By position, because the same transform may occur twice.
             key = f"transform {index}"
+            generator = client_generator(seed, self.ctx.round, client, key)
+            server = self.state.transforms[index]
+            ctx = replace(contexts[index], client=client, generator=generator, server=server)
             update, states[key] = transform.client(update, before.get(key, {}), ctx)
         # Empty states are left out, so that clients of transforms without state leave nothing in the store.
         return update, {key: state for key, state in states.items() if state}
