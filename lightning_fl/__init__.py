@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         models,
         privacy,
         schedules,
+        serving,
         strategies,
         tracking,
     )
@@ -55,6 +56,7 @@ __all__ = [
     "models",
     "privacy",
     "schedules",
+    "serving",
     "strategies",
     "tracking",
 ]
