@@ -13,6 +13,7 @@ from lightning_fl import (
     datamodules,
     engines,
     privacy,
+    topologies,
 )
 from lightning_fl.strategies import FederatedStrategy, register_strategies
 from lightning_fl.strategies.checkpoint import load_client
@@ -32,6 +33,7 @@ __all__ = [
     "engines",
     "load_client",
     "privacy",
+    "topologies",
 ]
 
 _LAZY = ("cli", "communication", "data", "federation", "models", "strategies", "tracking")
