@@ -16,6 +16,7 @@ from lightning_fl.aggregation.compression import (
 )
 from lightning_fl.aggregation.context import RoundContext
 from lightning_fl.aggregation.corruption import Corruption
+from lightning_fl.aggregation.nodes import Nodes
 from lightning_fl.aggregation.robust import (
     FLAME,
     Bucketing,
@@ -25,6 +26,7 @@ from lightning_fl.aggregation.robust import (
     CoordinateRule,
     CosineCheck,
     DnC,
+    FedMGDA,
     FLTrust,
     FoolsGold,
     GeometricMedian,
@@ -64,6 +66,7 @@ __all__ = [
     "CosineCheck",
     "DnC",
     "FLTrust",
+    "FedMGDA",
     "FederationFacts",
     "FoolsGold",
     "GeometricMedian",
@@ -74,6 +77,7 @@ __all__ = [
     "Median",
     "MultiKrum",
     "NearestNeighborMixing",
+    "Nodes",
     "NormBound",
     "NormCheck",
     "PowerSGD",

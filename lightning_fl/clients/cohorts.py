@@ -231,11 +231,17 @@ class RoundRobin(Cohort):
     """Clients take turns in the order of their ids, ``clients_per_round`` at a time.
 
     All ``n`` clients have taken part after ``ceil(n / clients_per_round)`` rounds. Nothing is random.
+
+    Args:
+        reverse: Whether the last one begins. Default False.
     """
+
+    reverse: bool = False
 
     def draw(self, sampling: CohortSampling, round: int, rng: Randomness, prepared: Any) -> np.ndarray:
         """See :meth:`Cohort.draw`."""
-        return (round * int(sampling.size) + np.arange(int(sampling.size))) % sampling.num_clients
+        places = (round * int(sampling.size) + np.arange(int(sampling.size))) % sampling.num_clients
+        return sampling.num_clients - 1 - places if self.reverse else places
 
 
 def describe(values: Any) -> str:

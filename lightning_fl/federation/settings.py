@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from lightning_fl.aggregation import Aggregator, Transform
 from lightning_fl.algorithms import Algorithm, Weighting
 from lightning_fl.clients import Sampling
-from lightning_fl.types import State
+from lightning_fl.types import ClientId, State
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class FederationSettings:
         sampling: How the cohorts are drawn.
         silos: Whether each rank is a silo with its own data.
         protects_examples: Whether local training hides each example of a client, by differential privacy.
+        clients: All clients in order; for algorithms that ``know_index`` only.
     """
 
     algorithm: Algorithm
@@ -36,6 +37,7 @@ class FederationSettings:
     sampling: Sampling | None = None
     silos: bool = False
     protects_examples: bool = False
+    clients: Sequence[ClientId] = ()
 
     @property
     def hides_clients(self) -> bool:

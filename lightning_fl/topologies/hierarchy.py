@@ -58,14 +58,11 @@ class Edges(Topology):
             )
         return [list(group) for group in self.groups]
 
-    def period(self, num_nodes: int) -> int:
-        return self.edge_rounds
-
-    def edges(self, num_nodes: int, round: int = 0, seed: int = 0) -> Iterable[Edge]:
+    def edges(self, num_nodes: int, round: int = 0) -> Iterable[Edge]:
         groups = [list(range(num_nodes))] if self._reaches_cloud(round) else self.members(num_nodes)
         return (pair for group in groups for pair in combinations(group, 2))
 
-    def matrix(self, num_nodes: int, round: int = 0, seed: int = 0, weights: Tensor | None = None) -> Tensor:
+    def matrix(self, num_nodes: int, round: int = 0, weights: Tensor | None = None) -> Tensor:
         own = torch.full((num_nodes,), 1 / num_nodes, dtype=torch.float64) if weights is None else weights.double()
         if self._reaches_cloud(round):
             return own.expand(num_nodes, num_nodes).clone()
@@ -75,6 +72,12 @@ class Edges(Topology):
             for node in group:
                 found[node, group] = shares
         return found
+
+    def check(self, num_nodes: int) -> None:
+        self.members(num_nodes)
+
+    def rho(self, num_nodes: int) -> float:
+        return 0.0  # after the mean of all, all agree
 
     def _reaches_cloud(self, round: int) -> bool:
         return (round + 1) % self.edge_rounds == 0
@@ -93,6 +96,6 @@ class Cyclic(Topology):
 
     reverse: bool = False
 
-    def edges(self, num_nodes: int, round: int = 0, seed: int = 0) -> Iterable[Edge]:
+    def edges(self, num_nodes: int, round: int = 0) -> Iterable[Edge]:
         place = -(round + 1) % num_nodes if self.reverse else round % num_nodes
         return [(place, (place - 1 if self.reverse else place + 1) % num_nodes)]

@@ -15,10 +15,10 @@ from lightning_fl.topologies.topology import Edge, Topology
 class Complete(Topology):
     """Every node mixes with all others: each has the weighted mean after a round, as with a server."""
 
-    def edges(self, num_nodes: int, round: int = 0, seed: int = 0) -> Iterable[Edge]:
+    def edges(self, num_nodes: int, round: int = 0) -> Iterable[Edge]:
         return combinations(range(num_nodes), 2)
 
-    def matrix(self, num_nodes: int, round: int = 0, seed: int = 0, weights: Tensor | None = None) -> Tensor:
+    def matrix(self, num_nodes: int, round: int = 0, weights: Tensor | None = None) -> Tensor:
         own = torch.full((num_nodes,), 1 / num_nodes, dtype=torch.float64) if weights is None else weights.double()
         return own.expand(num_nodes, num_nodes).clone()
 
@@ -27,7 +27,7 @@ class Complete(Topology):
 class Ring(Topology):
     """Each node mixes with the one before and the one after it."""
 
-    def edges(self, num_nodes: int, round: int = 0, seed: int = 0) -> Iterable[Edge]:
+    def edges(self, num_nodes: int, round: int = 0) -> Iterable[Edge]:
         return ((node, (node + 1) % num_nodes) for node in range(num_nodes))
 
 
@@ -35,7 +35,7 @@ class Ring(Topology):
 class Path(Topology):
     """A ring that is open between the last and the first node."""
 
-    def edges(self, num_nodes: int, round: int = 0, seed: int = 0) -> Iterable[Edge]:
+    def edges(self, num_nodes: int, round: int = 0) -> Iterable[Edge]:
         return ((node, node + 1) for node in range(num_nodes - 1))
 
 
@@ -43,7 +43,7 @@ class Path(Topology):
 class Star(Topology):
     """All nodes mix with the first one."""
 
-    def edges(self, num_nodes: int, round: int = 0, seed: int = 0) -> Iterable[Edge]:
+    def edges(self, num_nodes: int, round: int = 0) -> Iterable[Edge]:
         return ((0, node) for node in range(1, num_nodes))
 
 
@@ -62,7 +62,7 @@ class Grid(Topology):
     wraps = False
     """Whether the last row is beside the first, and the last column beside the first."""
 
-    def edges(self, num_nodes: int, round: int = 0, seed: int = 0) -> Iterable[Edge]:
+    def edges(self, num_nodes: int, round: int = 0) -> Iterable[Edge]:
         if self.rows * self.columns != num_nodes:
             raise ValueError(
                 f"{self!r} has {self.rows * self.columns} nodes, but the federation {num_nodes} clients. Give it rows "
@@ -92,7 +92,7 @@ class Torus(Grid):
 class Hypercube(Topology):
     """Nodes mix with those whose numbers differ from theirs in one binary digit; their number is a power of 2."""
 
-    def edges(self, num_nodes: int, round: int = 0, seed: int = 0) -> Iterable[Edge]:
+    def edges(self, num_nodes: int, round: int = 0) -> Iterable[Edge]:
         if num_nodes & (num_nodes - 1):
             raise ValueError(f"Hypercube() needs a power of 2 as the number of clients, and found {num_nodes}.")
         bits = range(num_nodes.bit_length() - 1)
@@ -118,5 +118,5 @@ class Graph(Topology):
     def is_directed(self) -> bool:
         return self.directed
 
-    def edges(self, num_nodes: int, round: int = 0, seed: int = 0) -> Iterable[Edge]:
+    def edges(self, num_nodes: int, round: int = 0) -> Iterable[Edge]:
         return self.pairs

@@ -19,22 +19,24 @@ class Random(Topology):
 
     Args:
         p: The probability, in (0, 1].
+        seed: Seed of the draws. Default 0.
 
     Raises:
         ValueError: If ``p`` is out of range.
     """
 
     p: float
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.p <= 1:
             raise ValueError(f"Random got p={self.p}; expected a probability in (0, 1].")
 
-    def edges(self, num_nodes: int, round: int = 0, seed: int = 0) -> Iterable[Edge]:
-        drawn = round_rng(seed, round, "topology").random(num_nodes * (num_nodes - 1) // 2) < self.p
+    def edges(self, num_nodes: int, round: int = 0) -> Iterable[Edge]:
+        drawn = round_rng(self.seed, round, "topology").random(num_nodes * (num_nodes - 1) // 2) < self.p
         return (pair for pair, is_linked in zip(combinations(range(num_nodes), 2), drawn, strict=True) if is_linked)
 
-    def check(self, num_nodes: int, seed: int = 0) -> None:
+    def check(self, num_nodes: int) -> None:
         """See :meth:`Topology.check`; over the rounds every pair is linked some time."""
 
 
@@ -56,15 +58,15 @@ class Exponential(Topology):
     def period(self, num_nodes: int) -> int:
         return max(1, len(_distances(num_nodes))) if self.one_peer else 1
 
-    def edges(self, num_nodes: int, round: int = 0, seed: int = 0) -> Iterable[Edge]:
+    def edges(self, num_nodes: int, round: int = 0) -> Iterable[Edge]:
         distances = _distances(num_nodes)
         if self.one_peer and distances:
             distances = [distances[round % len(distances)]]
         return ((node, (node + distance) % num_nodes) for node in range(num_nodes) for distance in distances)
 
-    def matrix(self, num_nodes: int, round: int = 0, seed: int = 0, weights: Tensor | None = None) -> Tensor:
+    def matrix(self, num_nodes: int, round: int = 0, weights: Tensor | None = None) -> Tensor:
         # All nodes have as many that send as that receive, so equal parts make a doubly stochastic matrix.
-        return self.push_matrix(num_nodes, round, seed)
+        return self.push_matrix(num_nodes, round)
 
 
 def _distances(num_nodes: int) -> list[int]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.optimize import minimize
 
 from lightning_fl.tree import to_sum_dtype, update_trees
 from lightning_fl.types import Aggregate, Tree, Update
@@ -68,6 +69,22 @@ def clipping(rows: Array, f: int) -> Array:
 def norm_bound(rows: Array, f: int) -> Array:
     norms = np.linalg.norm(rows, axis=1)
     return np.minimum(1, np.median(norms) / norms) / len(rows)
+
+
+def fedmgda(rows: Array, f: int) -> Array:
+    """By a general solver."""
+    norms, n = np.linalg.norm(rows, axis=1), len(rows)
+    gram = cosines(rows)
+    found = minimize(
+        lambda c: c @ gram @ c,
+        np.full(n, 1 / n),
+        jac=lambda c: 2 * gram @ c,
+        bounds=[(max(0, 1 / n - 0.1), min(1, 1 / n + 0.1))] * n,
+        constraints={"type": "eq", "fun": lambda c: c.sum() - 1, "jac": lambda c: np.ones(n)},
+        options={"ftol": 1e-15, "maxiter": 1000},
+    )
+    shares: Array = np.median(norms) * found.x / norms
+    return shares
 
 
 def fltrust(rows: Array, f: int) -> Array:
