@@ -43,6 +43,7 @@ from lightning_fl.aggregation.robust import (
     RowAggregator,
     Screened,
     TrimmedMean,
+    ValidationCheck,
 )
 from lightning_fl.aggregation.transform import Transform
 from lightning_fl.aggregation.weighted_mean import WeightedMean
@@ -91,5 +92,6 @@ __all__ = [
     "TopK",
     "Transform",
     "TrimmedMean",
+    "ValidationCheck",
     "WeightedMean",
 ]

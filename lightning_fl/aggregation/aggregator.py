@@ -60,6 +60,19 @@ class Aggregator(ABC):
     weighting: ClassVar[Literal["examples", "uniform"] | None] = None
     """The weighting that the aggregator requires; None: any."""
 
+    @property
+    def server_data(self) -> Any:
+        """The loader of the server's own data; None if there is none.
+
+        In each round the server trains on it as a client does; the update is ``ctx.root``.
+        """
+        return None
+
+    @property
+    def needs_server(self) -> bool:
+        """Whether the server looks at updates with data of its own, which takes a simulation."""
+        return self.server_data is not None
+
     def check(self, algorithm: Algorithm) -> None:
         """Checks that the aggregator is correct beside the algorithm; called when the strategy is built.
 

@@ -30,7 +30,6 @@ class Decentralized(Algorithm):
     weighting: ClassVar[Weighting] = "uniform"
     knows_index: ClassVar[bool] = True
     keeps_nodes: ClassVar[bool] = True
-    server_lr: ClassVar[float] = 1.0
 
     def server_init(self, params: Tree, population: int) -> State:
         self.topology.check(population)

@@ -132,6 +132,14 @@ class AttackedAggregator(Aggregator):
     def __repr__(self) -> str:
         return f"{self.inner!r} under {self.adversary!r}"
 
+    @property
+    def server_data(self) -> Any:
+        return self.inner.server_data
+
+    @property
+    def needs_server(self) -> bool:
+        return self.inner.needs_server
+
     def check(self, algorithm: Algorithm) -> None:
         self.inner.check(algorithm)
 

@@ -24,7 +24,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_fl.strategies import FederatedStrategy
 from lightning_fl.tracking import loggers
-from lightning_fl.tracking.partition import summarise
+from lightning_fl.tracking.partition_reading import summarise
 from lightning_fl.tracking.run import EVALUATIONS_FILE, ROUNDS_FILE, RUN_FILE, Row, append_rows, to_json, write_file
 
 MAX_CLIENTS = 200
@@ -214,6 +214,8 @@ def describe_settings(trainer: L.Trainer) -> dict[str, str]:
             ranks=str(strategy.federation.size),
             seed=str(view.settings.seed),
         )
+        if strategy.federation.names:
+            settings["silos"] = ", ".join(strategy.federation.names)
         if strategy.local_steps is None:
             settings["local_epochs"] = str(view.max_work.epochs)
     else:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_fl.clients.local_work import BatchPosition
-from lightning_fl.engines.buffers import contributions
+from lightning_fl.engines.buffers import contributions, where_both_finite
 from lightning_fl.engines.gradient_at import BatchGradient
 from lightning_fl.engines.isolation import Isolation
 from lightning_fl.engines.optimizer_states import OptimizerStates, Schedule, ScheduleEnd
@@ -139,11 +139,13 @@ class LocalTrainer(ABC):
         self.batch: tuple[Any, int] | None = None
         """The batch of the current step, on the module's device, and its index among the client's batches."""
         self.isolation = Isolation(module) if isolation is None else isolation
-        self.is_alone = False
+        self.is_alone = self.is_private = False
         self.is_shared = True
         self.moved: set[str] = set()
         """Frozen parameters that local training has written to in the current round."""
         self._round_start: RoundStart | None = None
+        self.start_buffers: Tree = {}
+        """The shared buffers with which the next group starts."""
 
     # ---- a round
 
@@ -155,6 +157,7 @@ class LocalTrainer(ABC):
         moving: Collection[str] | None = (),
         is_alone: bool = False,
         is_shared: bool = True,
+        is_private: bool = False,
     ) -> Tree:
         """Takes the module's tensors as the round's start.
 
@@ -168,15 +171,18 @@ class LocalTrainer(ABC):
             moving: Names of frozen parameters that local training writes to; see :class:`FederatedTensors`.
             is_alone: Whether the federation has one client only, whose state can reach no other.
             is_shared: Whether several clients train on this module, one after the other. A silo has it for itself.
+            is_private: Whether differential privacy protects the data, so that frozen parameters may not move.
 
         Returns:
             The global parameters, in the dtype in which they are summed.
         """
         # Sorted anew in each round, because callbacks freeze and unfreeze layers between rounds.
         tensors = FederatedTensors(self.module, self.personal, moving)
-        self.is_alone, self.is_shared, self.moved = is_alone, is_shared, set()
+        self.is_alone, self.is_shared, self.is_private = is_alone, is_shared, is_private
+        self.moved = set()
         self.isolation.begin_round()
         self._round_start = RoundStart(tensors, clones(tensors.buffers), clones(tensors.personal), counts_known)
+        self.start_buffers = self._round_start.buffers
         self.optimizers.begin_round(schedules)
         params = to_sum_dtype(tensors.params)
         for name, param in tensors.params.items():
@@ -184,6 +190,16 @@ class LocalTrainer(ABC):
                 master = server_params[name].to(param.device)
                 params[name] = torch.where(cast_like(master, param) == param, master, params[name])
         return params
+
+    def start_from(self, buffers: Tree) -> None:
+        """Lets the next group start with other shared buffers than the round: those of an older model.
+
+        Args:
+            buffers: The buffers of that model; the round's own stand for those that it did not share.
+        """
+        present = self.round_start.buffers
+        is_present = buffers is present
+        self.start_buffers = present if is_present else {n: buffers.get(n, own) for n, own in present.items()}
 
     @abstractmethod
     def start(
@@ -338,7 +354,11 @@ class LocalTrainer(ABC):
 
     def _contributions(self, stacked: Tree) -> Tree:
         start = self.round_start
-        return contributions(stacked, start.buffers, start.counts_known)
+        if self.start_buffers is start.buffers:
+            return contributions(stacked, start.buffers, start.counts_known)
+        # Which elements count as a change and which as a value is the same for all updates of a round.
+        before = {name: where_both_finite(old, start.buffers[name]) for name, old in self.start_buffers.items()}
+        return contributions(stacked, before, start.counts_known)
 
     @property
     def round_start(self) -> RoundStart:
@@ -373,16 +393,24 @@ class LocalTrainer(ABC):
 
     def _note_moved(self) -> None:
         """Notes which frozen parameters the client has written to, and puts back those that are not averaged."""
-        tensors, start = self.tensors, self.round_start.buffers
+        tensors, start = self.tensors, self.start_buffers
         self.moved |= {
             name
             for name, param in tensors.moving.items()
             if name not in self.moved and not is_same(param.detach(), start[name])
         }
-        if self.is_alone:
+        if self.is_alone and not self.is_private:
             return
-        self.moved.update(tensors.still.put_back())
+        found = tensors.still.put_back()
+        self.moved.update(found)
         lost = tensors.still.lost()
+        if self.is_private and (found or lost):
+            raise ValueError(
+                f"Training has written to the frozen parameter {[*found, *lost][0]!r}, which is neither clipped nor "
+                "noised, so under differential privacy it may not move: even its name would tell of the data. The run "
+                "stops before anything of it is released. Keep training from writing to it; under ClientLevelDP what "
+                "follows the training, such as a teacher, can be a buffer, which is clipped and noised."
+            )
         if lost:
             raise ValueError(
                 f"The frozen parameter {lost[0]!r} was changed during local training, so one client's value would "

@@ -39,10 +39,10 @@ class SequentialEngine(LocalTrainer):
         round_start, tensors = self.round_start, self.tensors
         personal = client_state.get("personal", round_start.personal)
         load(tensors.params, params)
-        load(tensors.buffers, round_start.buffers)
+        load(tensors.buffers, self.start_buffers)
         load(tensors.personal, personal)
         # No copies are needed: the phases copy the values into the module when they load them.
-        own_model = {**params, **round_start.buffers, **round_start.personal, **client_state.get("personal", {})}
+        own_model = {**params, **self.start_buffers, **round_start.personal, **client_state.get("personal", {})}
         self._phases = LocalPhases(tensors, params, client_state, own_model)
         self._start_phase(phase, grad_transform)
 

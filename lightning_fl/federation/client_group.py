@@ -57,6 +57,8 @@ class ClientGroup:
         clients: The clients.
         client_states: Each client's state from its last round.
         probe: What the algorithm's ``probe`` has measured; only for a client alone.
+        version: The round with whose first model the clients start. None: the present one.
+        number: How many other visits of these clients in the round come before.
 
     Raises:
         NotStackable: If the contexts that the algorithm returns for the clients can't be stacked.
@@ -69,8 +71,12 @@ class ClientGroup:
         clients: Sequence[ClientId],
         client_states: Sequence[Mapping[str, Any]],
         probe: Any = None,
+        version: int | None = None,
+        number: int = 0,
     ) -> None:
         self.settings = settings
+        self.version = version
+        self.number = number
         self.algorithm = settings.algorithm
         self.clients = tuple(clients)
         self.client_states = list(client_states)

@@ -206,6 +206,17 @@ def _continue(settings: FederationSettings, server: State, params: Tree) -> Stat
     return {key: _complete(server.get(key), value) for key, value in fresh.items()} | {"params": params}
 
 
+def continued(settings: FederationSettings, old: State, present: State) -> State:
+    """The server state of an earlier round with entries for what is shared now."""
+    params = present["params"]
+    if old["params"].keys() == params.keys():
+        return old
+    return {
+        **_continue(settings, old, params),
+        "params": {name: old["params"].get(name, value) for name, value in params.items()},
+    }
+
+
 def _complete(old: Any, fresh: Any) -> Any:
     if not isinstance(fresh, Mapping):
         return fresh if old is None else old

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from lightning_fl.aggregation import Aggregator, Corruption, Transform
 from lightning_fl.algorithms import Algorithm, Weighting, get_algorithm
-from lightning_fl.clients import Amount, Cohort, Participation, Population, Stragglers, Uniform
+from lightning_fl.clients import Amount, Cohort, Durations, Participation, Population, Stragglers, Uniform
 from lightning_fl.clients.cohorts import describe_sampling
-from lightning_fl.communication import Group, LocalGroup, Message, connect
+from lightning_fl.communication import Group, LocalGroup, Message, RankLost, connect
+from lightning_fl.communication.attendance import NAME_VARIABLE, check_silo_name
 from lightning_fl.communication.objects import decode_object, encode_object
 from lightning_fl.data.partitioners.partitioner import Partitioner
 from lightning_fl.data.splitting import shard
@@ -34,6 +35,7 @@ from lightning_fl.federation import Federation, FederationSettings, GroupFederat
 from lightning_fl.federation.rank_verification import digest, synchronize_module, verify_ranks
 from lightning_fl.federation.settings import is_private
 from lightning_fl.federation.single_update import SingleUpdate
+from lightning_fl.schedules import RoundSchedule
 from lightning_fl.strategies import internals
 from lightning_fl.strategies.callback import RoundCallback
 from lightning_fl.strategies.checkpoint import (
@@ -56,6 +58,7 @@ from lightning_fl.strategies.network import check_network, open_network, setting
 from lightning_fl.strategies.one_package import refuse_apart
 from lightning_fl.strategies.round_loaders import RoundLoader
 from lightning_fl.strategies.round_view import RoundView
+from lightning_fl.strategies.scheduling import check_clients, check_schedule, choose_schedule
 from lightning_fl.strategies.topology import Placed, check_nodes, place
 from lightning_fl.strategies.user_warnings import UserWarnings
 from lightning_fl.strategies.validation import (
@@ -69,6 +72,7 @@ from lightning_fl.strategies.validation import (
     check_types,
     check_work,
     choose_weighting,
+    describe_failure,
     described_columns,
     settings_of_ranks,
     settings_of_training,
@@ -111,11 +115,17 @@ class FederatedStrategy(internals.ReusableStrategy):
         frozen: What happens to frozen parameters, which don't travel in rounds, before the first one: ``"compare"``:
             they must be the same on all ranks; ``"broadcast"``: all ranks get those of rank 0.
         adversary: Lets some simulated clients attack, as ``fl.attacks.Adversary(fl.attacks.ALIE())``. None: nobody.
+        schedule: When a round closes, and whom it waits for, on a simulated clock, as
+            ``fl.schedules.Buffered(size=10, concurrency=30)``. None: a round waits for all its clients.
+        durations: How long clients take on that clock: seconds by client, a distribution such as
+            ``fl.clients.Lognormal(median=20)``, or ``"measured"``. None: there is no clock.
         topology: Who mixes its model with whom, as ``fl.topologies.Ring()``, instead of a server for all; with
             ``"fedavg"``, ``"dsgd"``, ``"d2"``, ``"gradienttracking"`` or ``"pushsum"``.
         federation: The coordinator's address, ``"https://host:port"``: this launch is then one silo of a federation
             over a network, and its training loader that silo's data.
         kit: The folder with the silo's key and certificate, for ``federation``.
+        silo_name: The name of this silo, where each rank is one: in messages, history and records it stands in place
+            of the rank. None: the environment variable ``LIGHTNING_FL_SILO_NAME``, if it is set.
 
     Raises:
         ValueError: If an argument is out of range, or two contradict each other.
@@ -153,9 +163,12 @@ class FederatedStrategy(internals.ReusableStrategy):
         timeout: float = 1800.0,
         frozen: Literal["compare", "broadcast"] = "compare",
         adversary: Corruption | None = None,
+        schedule: RoundSchedule | None = None,
+        durations: Durations | dict[int | str, float] | str | None = None,
         topology: Topology | None = None,
         federation: str | None = None,
         kit: str | Path | None = None,
+        silo_name: str | None = None,
     ) -> None:
         super().__init__()
         found = get_algorithm(algorithm) if isinstance(algorithm, str) else algorithm
@@ -168,6 +181,9 @@ class FederatedStrategy(internals.ReusableStrategy):
         self.cohort = cohort or Uniform()
         self.stragglers = stragglers
         check_types(partition, aggregator, transforms, personal)
+        self.schedule, self.durations = choose_schedule(schedule, durations)
+        if self.schedule is not None:
+            clients_per_round = self.schedule.clients_per_round(clients_per_round)
         secure = any(transform.needs_secure_sampling for transform in transforms)
         self.participation = Participation(
             self.cohort, clients_per_round, local_epochs, local_steps, stragglers, secure
@@ -186,7 +202,11 @@ class FederatedStrategy(internals.ReusableStrategy):
         self.local_epochs = local_epochs
         self.local_steps = local_steps
         self.partition = partition
-        self.aggregator = check_nodes(self.algorithm, aggregator, transforms, adversary, federation)
+        self.aggregator = check_nodes(self.algorithm, aggregator, transforms, adversary, self.schedule, federation)
+        if self.schedule is not None:
+            check_schedule(self.schedule, num_clients, self.cohort, stragglers, transforms, self.aggregator)
+            # First, because the others may give updates a form that can't be scaled.
+            transforms = (*self.schedule.transforms, *transforms)
         self.weighting: Weighting = choose_weighting(weighting, self.aggregator, transforms, self.algorithm)
         self.client_optimizer: ClientOptimizer = client_optimizer
         self.transforms = tuple(transforms)
@@ -210,6 +230,7 @@ class FederatedStrategy(internals.ReusableStrategy):
         if not timeout > 0:
             raise ValueError(f"timeout={timeout} must be a positive number of seconds.")
         self.timeout = timedelta(seconds=timeout)
+        self.silo_name = silo_name if silo_name is None else check_silo_name(silo_name)
         check_network(self, federation, kit)
         self.address, self.kit = federation, kit
         self.network: NetworkFederation | None = None
@@ -314,6 +335,7 @@ class FederatedStrategy(internals.ReusableStrategy):
             environment.main_port,
             self.root_device,
             self.timeout,
+            self._own_name,
         )
         self._connection = connection
         if self.federation.size == 1:
@@ -440,6 +462,8 @@ class FederatedStrategy(internals.ReusableStrategy):
             callbacks=trainer.callbacks,  # type: ignore[attr-defined]
             silo=None if self.network is None else self.network.name,
         )
+        if self.schedule is not None and self.durations is not None:
+            check_clients(self.schedule, self.durations, population)
         if self.adversary is not None:
             population = population.with_loaders(self.adversary.wrap_loaders(population.loaders, self._seed))
         if self.driver is None:
@@ -450,6 +474,11 @@ class FederatedStrategy(internals.ReusableStrategy):
 
     def _make_driver(self, population: Population) -> RoundDriver:
         trainer = self._trainer
+        if self.silo_name is not None and population.silos is None:
+            raise MisconfigurationException(
+                f"silo_name={self.silo_name!r} is for a launch with data of its own, but the clients here are "
+                "simulated. Leave it out, or start the silos with torchrun."
+            )
         size = len(population) if self.network is None else self.network.size
         settings = FederationSettings(
             self.algorithm,
@@ -461,6 +490,8 @@ class FederatedStrategy(internals.ReusableStrategy):
             sampling=describe_sampling(self.cohort, size, self.clients_per_round),
             silos=population.silos is not None,
             protects_examples=self._protects_examples,
+            schedule=self.schedule,
+            durations=self.durations,
             clients=population.ids if self.algorithm.knows_index else (),
         )
         return RoundDriver(
@@ -563,6 +594,13 @@ class FederatedStrategy(internals.ReusableStrategy):
         """Makes sure that all ranks have the same number of loaders to evaluate."""
         check_same_on_ranks(self.federation, "loaders with batches to evaluate", num_loaders)
 
+    def on_exception(self, exception: BaseException) -> None:
+        """Leaves word for the other ranks, which would only see that this one is gone."""
+        if self.federation.size > 1 and not isinstance(exception, RankLost):
+            hides = is_private(self.aggregator, self.transforms, self._protects_examples)
+            self.federation.leave(describe_failure(exception, hides))
+        super().on_exception(exception)
+
     def interrupt(self) -> None:
         """Called by :class:`RoundCallback` when an exception ends the run; from here on a rank works alone."""
         # The exception may be this rank's alone. A collective in another callback's `on_exception` or in a last
@@ -589,6 +627,7 @@ class FederatedStrategy(internals.ReusableStrategy):
         if driver.interrupted_loops is not None:
             checkpoint["loops"]["fit_loop"] = driver.interrupted_loops
         checkpoint[KEY] = {**pack(self.algorithm, driver.state, self._module), **driver.progress()}
+        checkpoint[KEY]["is_secret"] = driver.settings.hides_clients
         # After an exception the other ranks may be gone, or may not save at all.
         group = LocalGroup() if self.in_local_phase else self.federation
         # Client states are written before the checkpoint that names them, and those of its predecessor are deleted
@@ -711,6 +750,12 @@ class FederatedStrategy(internals.ReusableStrategy):
     @property
     def _trainer(self) -> L.Trainer:
         return self._module.trainer
+
+    @property
+    def _own_name(self) -> str:
+        """The name of this launch as a silo, empty if it has none or may be a part of a simulation."""
+        name = self.silo_name if self.silo_name is not None else os.environ.get(NAME_VARIABLE, "")
+        return check_silo_name(name) if name and self.started_by_launcher else ""
 
     @property
     def _silo_folder(self) -> Path | None:

@@ -31,7 +31,9 @@ def check_network(strategy: Any, address: str | None, kit: str | Path | None) ->
         "clients_per_round": strategy.clients_per_round is not None,
         "partition": strategy.partition is not None,
         "split_validation": strategy.split_validation,
+        "silo_name (the certificate has the name)": strategy.silo_name is not None,
         "stragglers": strategy.stragglers is not None,
+        "schedule and durations": strategy.schedule is not None,
         "cohort": not isinstance(strategy.cohort, Uniform),
     }
     given = [name for name, is_given in ignored.items() if is_given]
@@ -44,6 +46,11 @@ def check_network(strategy: Any, address: str | None, kit: str | Path | None) ->
         raise ValueError(
             f"{type(strategy.aggregator).__name__} does not run over a coordinator yet. Leave federation out and start "
             "the silos with torchrun, or use another aggregator."
+        )
+    if strategy.aggregator.needs_server:
+        raise ValueError(
+            f"{strategy.aggregator!r} looks at updates with data of the server, but a coordinator holds no model to "
+            "try them on. Let one silo hold the data, as FLTrust(root='hospital-a'), or use another rule."
         )
 
 

@@ -74,6 +74,7 @@ def check_nodes(
     aggregator: Aggregator | None,
     transforms: Sequence[Transform],
     adversary: Corruption | None,
+    schedule: object | None,
     address: str | None,
 ) -> Aggregator:
     """The aggregator to use: what the user gives, else that of the algorithm.
@@ -89,7 +90,12 @@ def check_nodes(
         )
     if not algorithm.keeps_nodes:
         return aggregator or WeightedMean()
-    given = {"aggregator": aggregator, "transforms": tuple(transforms) or None, "adversary": adversary}
+    given = {
+        "aggregator": aggregator,
+        "transforms": tuple(transforms) or None,
+        "adversary": adversary,
+        "schedule": schedule,
+    }
     found = [f"{key}={value!r}" for key, value in given.items() if value is not None and not isinstance(value, Nodes)]
     if found:
         raise ValueError(

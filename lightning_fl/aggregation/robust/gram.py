@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ class Gram:
         square: :math:`\langle m, m \rangle`, a number.
         clients: The client of each row; empty for rows that are mixtures of several clients'.
         num_beside: How many rows at the end no client of the round has sent, such as the last centre of a rule.
+        measured: What each check that looks at updates one by one has measured of them, ``[n]``.
     """
 
     relative: Tensor
@@ -31,6 +33,7 @@ class Gram:
     square: Tensor
     clients: Sequence[ClientId] = ()
     num_beside: int = 0
+    measured: Mapping[Any, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, blocks: Iterable[Tensor], clients: Sequence[ClientId], num_beside: int = 0) -> Gram:
@@ -75,7 +78,7 @@ class Gram:
     def updates(self) -> Gram:
         """The geometry of the rows without those beside."""
         n = self.num_updates
-        return Gram(self.relative[:n, :n], self.along[:n], self.square, self.clients)
+        return Gram(self.relative[:n, :n], self.along[:n], self.square, self.clients, measured=self.measured)
 
     @property
     def squared_distances(self) -> Tensor:

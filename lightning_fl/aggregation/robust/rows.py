@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_fl.communication import Group, Message
 from lightning_fl.tree import Flat, Layout, as_real
-from lightning_fl.types import Tree
+from lightning_fl.types import Tree, Update
 
 LARGEST = 1e100
 """Coordinates are cut here, so that the square of what an attacker sends stays finite. Nobody trains that far."""
@@ -64,6 +64,13 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.positions)
+
+    def updates(self) -> Iterator[Update]:
+        """This rank's rows as updates."""
+        for block in self.blocks:
+            for place in range(len(next(iter(block.values()), ()))):
+                trees = self.layout.unflatten(complete({dtype: own[place] for dtype, own in block.items()}))
+                yield Update(trees.get("delta", {}), trees.get("buffers", {}))
 
     def columns(self, dtype: torch.dtype, start: int, stop: int) -> Tensor:
         """Columns of all rows of this rank, ``[rows, stop - start]``."""

@@ -116,6 +116,10 @@ class RowAggregator(Aggregator):
         """
         return None
 
+    def measure(self, rows: Rows, ctx: RoundContext) -> Mapping[Any, Sequence[float]]:
+        """What checks measure of each of this rank's updates."""
+        return {}
+
     def reasons(self, gram: Gram, ctx: RoundContext) -> Mapping[ClientId, str]:
         """Why clients are left out, where the rule can tell; for the others :attr:`why` is told."""
         return {}
@@ -162,6 +166,11 @@ class RowAggregator(Aggregator):
             )
 
     def open(self, group: Group, facts: FederationFacts) -> None:
+        if facts.silos and self.needs_server:
+            raise ValueError(
+                f"{type(self).__name__} looks at updates with data of the server, and among silos nobody is the "
+                "server. Let one silo hold the data, as FLTrust(root=0) for the first, or use another rule."
+            )
         if facts.is_training:
             self.check_cohort(facts.cohort_size)
 
@@ -180,7 +189,13 @@ class RowAggregator(Aggregator):
         return RowSum(acc.rows.add(update_trees(updates), [ctx.cohort.index(client) for client in ctx.clients]))
 
     def merge(self, acc: RowSum, group: Group, report: Message, ctx: RoundContext) -> tuple[RowSum, list[Message]]:
-        own = {"weight": float(len(acc.rows)), "num_clients": len(acc.rows), "rows": list(acc.rows.positions)}
+        measured = self.measure(acc.rows, ctx)
+        own = {
+            "weight": float(len(acc.rows)),
+            "num_clients": len(acc.rows),
+            "rows": list(acc.rows.positions),
+            "measured": [list(values) for values in measured.values()],
+        }
         messages = group.all_gather(Message({**report.fields, **own}, report.tensors), f"end of round {ctx.round}")
         positions = [place for message in messages for place in message.fields["rows"]]
         refused = sum(len(message.fields.get("refused", [])) for message in messages)
@@ -209,13 +224,24 @@ class RowAggregator(Aggregator):
         order = sorted(range(num_rows), key=positions.__getitem__)
         clients = [ctx.cohort[positions[row]] for row in order]
         found = RoundRows(rows, group, counts, order, self.beside(rows, clients, ctx))
-        matrix, reasons = self._mixing(found, clients, attackers, ctx)
+        of_all = {
+            key: torch.tensor(
+                [value for message in messages for value in message.fields["measured"][place]], dtype=torch.float64
+            )[order]
+            for place, key in enumerate(measured)
+        }
+        matrix, reasons = self._mixing(found, clients, attackers, of_all, ctx)
         flat = self._combined(found, matrix, attackers)
         memory = self.keep(found, flat, clients, ctx)
         return replace(acc, merged=Merged(num_rows, attackers, flat, clients, matrix, memory, reasons)), messages
 
     def _mixing(
-        self, found: RoundRows, clients: Sequence[ClientId], attackers: int, ctx: RoundContext
+        self,
+        found: RoundRows,
+        clients: Sequence[ClientId],
+        attackers: int,
+        measured: Mapping[Any, Tensor],
+        ctx: RoundContext,
     ) -> tuple[Tensor | None, Mapping[ClientId, str]]:
         """The whole mixing matrix, and why clients are left out."""
         if not self.needs_gram:
@@ -225,7 +251,7 @@ class RowAggregator(Aggregator):
             window.block[:, : max(0, found.rows.delta_width(window.dtype) - window.start)] for window in found.windows()
         )
         gram = Gram.of(blocks, clients, next((len(own) for own in found.beside.values()), 0))
-        gram = gram.with_flat(found.group.all_reduce(gram.flat()))
+        gram = replace(gram.with_flat(found.group.all_reduce(gram.flat())), measured=measured)
         # Of mixtures nobody can say whose fault they are.
         reasons = {} if self.before else self.reasons(gram, ctx)
         matrix = torch.eye(len(gram), dtype=torch.float64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,11 +17,18 @@ from lightning_fl.aggregation.robust.rows import RoundRows, Rows
 from lightning_fl.aggregation.robust.rule import PreAggregator, RowAggregator
 from lightning_fl.algorithms import Algorithm
 from lightning_fl.tree import Flat
-from lightning_fl.types import ClientId, State
+from lightning_fl.types import ClientId, State, Update
 
 
 class Check(ABC):
     """Decides which updates are sound."""
+
+    measures: ClassVar[bool] = False
+    """Whether it looks at each update by itself, by :meth:`measure`, with data of the server."""
+
+    def measure(self, update: Update, ctx: RoundContext) -> float:
+        """What it finds in one update; :meth:`passes` gets that of all as ``gram.measured[self]``, ``[n]``."""
+        raise NotImplementedError
 
     @abstractmethod
     def passes(self, gram: Gram, ctx: RoundContext) -> Tensor:
@@ -110,6 +118,10 @@ class Screened(RowAggregator):
         super().__post_init__()
         if self.checks is not None and (not self.checks or not all(isinstance(check, Check) for check in self.checks)):
             raise ValueError(f"checks={self.checks!r} must be checks, such as [fl.aggregation.NormCheck()].")
+        if self.needs_server and self.before:
+            raise ValueError(
+                f"before={self.before!r} mixes clients, but a check looks at the model of each. Leave before out."
+            )
         if self.inner is not None and (not isinstance(self.inner, RowAggregator) or self.inner.before):
             raise ValueError(
                 f"inner={self.inner!r} must be a robust rule without pre-aggregators, such as fl.aggregation.Median(); "
@@ -129,6 +141,21 @@ class Screened(RowAggregator):
         """Why a client is left out."""
         names = " or ".join(type(check).__name__ for check in self._checks)
         return f"did not pass {names}" + (f", or left out by {type(self.inner).__name__}" if self.inner else "")
+
+    @property
+    def server_data(self) -> Any:
+        return None if self.inner is None else self.inner.server_data
+
+    @property
+    def needs_server(self) -> bool:
+        return self.server_data is not None or any(check.measures for check in self._checks)
+
+    def measure(self, rows: Rows, ctx: RoundContext) -> Mapping[Any, Sequence[float]]:
+        found: dict[Any, list[float]] = {check: [] for check in self._checks if check.measures}
+        for update in rows.updates() if found else ():
+            for check, values in found.items():
+                values.append(check.measure(update, ctx))
+        return found
 
     def check(self, algorithm: Algorithm) -> None:
         if self.inner is not None:

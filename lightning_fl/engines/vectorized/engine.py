@@ -117,10 +117,10 @@ class VectorizedEngine(SequentialEngine):
             return
         self._enter()
         size, tensors, round_start = len(starts), self.tensors, self.round_start
-        load(tensors.moving, round_start.buffers)
+        load(tensors.moving, self.start_buffers)
         self._start, _ = stack(starts)
         personal, _ = stack([state.get("personal", round_start.personal) for state in client_states])
-        values = {**self._start, **round_start.buffers, **personal}
+        values = {**self._start, **self.start_buffers, **personal}
         params = {**tensors.params, **tensors.personal_params}
         every = {**tensors.buffers, **tensors.personal}
         # Frozen parameters that move are not stacked: a step that writes to them, perhaps through `param.data`, is one
@@ -330,7 +330,7 @@ class VectorizedEngine(SequentialEngine):
 
     def restore_frozen(self) -> list[str]:
         """Puts back the frozen parameters, which a group shares; returns the names of those that had changed."""
-        moving, start = self.tensors.moving, self.round_start.buffers
+        moving, start = self.tensors.moving, self.start_buffers
         moved = [name for name, param in moving.items() if not is_same(param.detach(), start[name])]
         load(moving, start)
         return [*moved, *self.tensors.still.put_back(), *self.tensors.still.lost()]
