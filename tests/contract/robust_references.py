@@ -7,12 +7,11 @@ coefficients ``[n]``, one that works on coordinates the values ``[d]``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
 
 from lightning_fl.tree import to_sum_dtype, update_trees
 from lightning_fl.types import Aggregate, Tree, Update
@@ -72,19 +71,22 @@ def norm_bound(rows: Array, f: int) -> Array:
 
 
 def fedmgda(rows: Array, f: int) -> Array:
-    """By a general solver."""
-    norms, n = np.linalg.norm(rows, axis=1), len(rows)
-    gram = cosines(rows)
-    found = minimize(
-        lambda c: c @ gram @ c,
-        np.full(n, 1 / n),
-        jac=lambda c: 2 * gram @ c,
-        bounds=[(max(0, 1 / n - 0.1), min(1, 1 / n + 0.1))] * n,
-        constraints={"type": "eq", "fun": lambda c: c.sum() - 1, "jac": lambda c: np.ones(n)},
-        options={"ftol": 1e-15, "maxiter": 1000},
-    )
-    shares: Array = np.median(norms) * found.x / norms
-    return shares
+    """By trying which shares are at a bound."""
+    norms, n, gram = np.linalg.norm(rows, axis=1), len(rows), cosines(rows)
+    low, high = max(0, 1 / n - 0.1), min(1, 1 / n + 0.1)
+    best, least = np.full(n, 1 / n), np.inf
+    for bounds in product((low, high, None), repeat=n):
+        free = [place for place, bound in enumerate(bounds) if bound is None]
+        shares = np.array([0 if bound is None else bound for bound in bounds], dtype=float)
+        if free:
+            ones = np.ones((len(free), 1))
+            system = np.block([[gram[np.ix_(free, free)], ones], [ones.T, 0]])
+            shares[free] = np.linalg.lstsq(system, np.append(-(gram @ shares)[free], 1 - shares.sum()))[0][:-1]
+        if abs(shares.sum() - 1) < 1e-12 and (shares > low - 1e-12).all() and (shares < high + 1e-12).all():
+            length = shares @ gram @ shares
+            best, least = (shares, length) if length < least - 1e-15 else (best, least)
+    found: Array = np.median(norms) * best / norms
+    return found
 
 
 def fltrust(rows: Array, f: int) -> Array:

@@ -12,7 +12,7 @@ from lightning_fl.aggregation.context import RoundContext
 from lightning_fl.aggregation.robust.gram import Gram, cosines_of
 from lightning_fl.aggregation.robust.rule import GramRule, PreAggregator
 
-STEPS = 2000
+STEPS = 1000
 
 
 @dataclass(frozen=True)
@@ -83,19 +83,18 @@ def shortest_mixture(products: Tensor, epsilon: float = 1.0) -> Tensor:
             momentum = 1.0
         following = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
         ahead = found + (momentum - 1) / following * (found - shares)
-        if float((found - shares).abs().max()) == 0.0:
+        if float((found - shares).abs().max()) < 1e-15:
             break
         shares, momentum = found, following
     return shares
 
 
 def _onto_box(values: Tensor, low: float, high: float) -> Tensor:
-    """The nearest point whose elements are in [low, high] and add up to 1, by bisection of what is subtracted."""
-    below, above = values.min() - high, values.max() - low
-    for _ in range(80):
-        middle = (below + above) / 2
-        if (values - middle).clamp(low, high).sum() > 1:
-            below = middle
-        else:
-            above = middle
-    return (values - (below + above) / 2).clamp(low, high)
+    """The nearest point whose elements are in [low, high] and add up to 1."""
+    # What all elements are lowered by: their sum falls with it, linearly between the points where one meets a bound.
+    bends = torch.cat([values - low, values - high]).sort().values
+    sums = (values - bends[:, None]).clamp(low, high).sum(1)
+    place = int((sums >= 1).sum().clamp(1, len(bends) - 1))
+    before, after = sums[place - 1], sums[place]
+    part = (before - 1) / (before - after) if before > after else 0.0
+    return (values - (bends[place - 1] + part * (bends[place] - bends[place - 1]))).clamp(low, high)
