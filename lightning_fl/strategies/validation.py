@@ -339,8 +339,8 @@ def check_gradient_at(algorithm: Algorithm, trainer: L.Trainer) -> None:
         found, remedy = "LBFGS looks at a batch several times in a step", "Use another optimizer"
     if found is not None:
         raise MisconfigurationException(
-            f"{type(algorithm).__name__} needs the gradient of a batch at several points in each step, but {found}. {remedy}, or another "
-            "algorithm."
+            f"{type(algorithm).__name__} needs the gradient of a batch at several points in each step, but {found}. "
+            f"{remedy}, or another algorithm."
         )
 
 
