@@ -19,7 +19,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fl.communication import Group, Message
-from lightning_fl.vertical import Party, PartyLost, VerticalStrategy, aligned_loader
+from lightning_fl.vertical import Party, PartyLost, SharedOrder, VerticalStrategy, aligned_loader
 from lightning_fl.vertical.channel import Channel
 from tests.contract.helpers import run_threads
 
@@ -179,7 +179,7 @@ def test_it_trains_what_one_owner_would(run_ranks: Any, parties: int, name: str,
 def stop_and_go_on(folder: str) -> Any:
     straight = trained(2, "adam", {"max_epochs": 4})
     trained(2, "adam", {"max_epochs": 2}, folder=folder)
-    (path,) = [path for path in Path(folder).rglob("*.ckpt") if not path.name.startswith("party")]
+    path = Path(folder) / "checkpoints" / f"epoch=1-step={2 * -(-ROWS // BATCH)}.ckpt"
     rank, (x, y) = int(os.environ["RANK"]), data()
     part = Part(rank, 2, rank == 0, "adam")
     tensors = [x[:, columns(2)[rank]], *([y] if rank == 0 else [])]
@@ -281,16 +281,20 @@ def test_other_tensors_are_refused(sent: Tensor, shape: tuple[int, ...], message
     run_threads(2, check)
 
 
+def holds(received: Tensor, secret: Tensor) -> bool:
+    """Whether a column of what was received is one of the secret columns."""
+    return any(torch.allclose(a, b) for a in received.T for b in secret.T)
+
+
 def test_only_activations_and_gradients_travel(run_ranks: Any) -> None:
-    found = run_ranks(2, spied)
+    activations, gradients = (torch.cat(tensors) for tensors in run_ranks(2, spied))
     x, y = data()
-    # What the party with the labels has received, and what the other one: neither columns nor labels.
-    own = x[:, columns(2)[1]]
-    activations, gradients = found[0], found[1]
-    assert all(tensor.shape[1] == WIDTH for tensor in (*activations, *gradients))
-    rows = torch.cat(activations)
-    assert not any(torch.isclose(rows[:, [i]], own[: len(rows), [j]]).all() for i in range(WIDTH) for j in range(15))
-    assert not any(torch.equal(column.round(), y[: len(column)].double()) for column in torch.cat(gradients).T)
+    assert activations.shape == (2 * ROWS, WIDTH)  # of training and validation
+    assert gradients.shape == (ROWS, WIDTH)
+    own, drawn = x[:, columns(2)[1]], y[list(SharedOrder(range(ROWS), 3, shuffle=True))].double()[:, None]
+    assert not holds(activations[ROWS:], own)
+    assert not holds(gradients, drawn)
+    assert holds(torch.cat([activations[ROWS:], own], 1), own)  # the negative control
 
 
 def spied() -> list[Tensor]:
