@@ -32,6 +32,7 @@ from lightning_fl.federation import (
     Planner,
     RankPlan,
     Round,
+    RoundResult,
 )
 from lightning_fl.federation.client_batches import ClientBatches, raise_to_user
 from lightning_fl.federation.group_data import GroupSplit, StackedData, read_group
@@ -652,7 +653,7 @@ class RoundDriver:
         self.num_bytes_before = 0
         # This ends the local phase: from here on the strategy's collectives concern all ranks, which the checkpoints
         # and the logged figures below need.
-        self.state, self.open_round = self._on_clock(result.state, round), None
+        self.state, self.open_round = self._on_clock(result, round), None
         self.num_batches_trained = opened.num_batches_done
         self._is_unsettled, self._trained_last_round = True, opened.has_trained
         self.ends_round = True
@@ -682,12 +683,14 @@ class RoundDriver:
         self.deferred_checkpoints = dict(reports[0].deferred_checkpoints)
         self._last_steps = opened.first_step, last_step
 
-    def _on_clock(self, state: FederationState, round: Round) -> FederationState:
+    def _on_clock(self, result: RoundResult, round: Round) -> FederationState:
         """The state with the clock after the round, and the versions from which clients are still training."""
         clock = self.plan.clock
+        if clock is not None and result.report.client_seconds:
+            clock = replace(clock, measured={**clock.measured, **dict(result.report.client_seconds)})
         needed = set() if clock is None else clock.versions
         versions = {index: version for index, version in round.versions.items() if index in needed}
-        return replace(state, clock=clock, versions=versions)
+        return replace(result.state, clock=clock, versions=versions)
 
     # ---- after a round
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -195,7 +196,9 @@ class FederatedStrategy(internals.ReusableStrategy):
         self.partition = partition
         self.aggregator = aggregator or WeightedMean()
         if self.schedule is not None:
-            check_schedule(self.schedule, num_clients, self.cohort, stragglers, transforms, self.aggregator)
+            check_schedule(
+                self.schedule, num_clients, local_steps, self.cohort, stragglers, transforms, self.aggregator
+            )
             # First, because the others may give updates a form that can't be scaled.
             transforms = (*self.schedule.transforms, *transforms)
         self.weighting: Weighting = choose_weighting(weighting, self.aggregator, transforms, self.algorithm)
@@ -471,6 +474,9 @@ class FederatedStrategy(internals.ReusableStrategy):
                 "simulated. Leave it out, or start the silos with torchrun."
             )
         size = len(population) if self.network is None else self.network.size
+        sampling = describe_sampling(self.cohort, size, self.clients_per_round)
+        if self.schedule is not None and not self.schedule.draws_cohorts:
+            sampling = replace(sampling, kind="other")  # speed decides
         settings = FederationSettings(
             self.algorithm,
             self.aggregator if self.network is None else SingleUpdate(),
@@ -478,7 +484,7 @@ class FederatedStrategy(internals.ReusableStrategy):
             self.weighting,
             seed=self._seed,
             population=size,
-            sampling=describe_sampling(self.cohort, size, self.clients_per_round),
+            sampling=sampling,
             silos=population.silos is not None,
             protects_examples=self._protects_examples,
             schedule=self.schedule,
