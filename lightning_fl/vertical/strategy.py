@@ -111,14 +111,16 @@ class VerticalStrategy(SingleDeviceStrategy):
         self._check_same({"epoch": trainer.current_epoch, "global_step": trainer.global_step}, "start")
 
     def process_dataloader(self, dataloader: object) -> object:
-        if not isinstance(dataloader, DataLoader) or not isinstance(dataloader.sampler, SharedOrder):
+        # Lightning wraps the batch sampler of a loader for predictions; the order is inside.
+        batches: Any = dataloader.batch_sampler if isinstance(dataloader, DataLoader) else None
+        order = getattr(batches, "sampler", None)
+        if batches is None or not isinstance(order, SharedOrder):
             raise ValueError(
                 f"The parties need the same rows in each batch, which {type(dataloader).__name__} does not ensure. "
                 "Make it by fl.vertical.aligned_loader(dataset, ids, batch_size, shuffle=True)."
             )
         assert self.group is not None
-        order = dataloader.sampler
-        settings = {"batch_size": dataloader.batch_size, "drop_last": dataloader.drop_last, "rows": len(order)}
+        settings = {"batch_size": batches.batch_size, "drop_last": batches.drop_last, "rows": len(order)}
         self._check_same({**settings, "seed": order.seed, "shuffle": order.shuffle}, "loaders")
         # Without showing a hash of the ids, by which guesses could be tried.
         if not all_hold_the_same(self.group, order.digest, "ids"):
