@@ -73,6 +73,7 @@ class RankReport:
         should_stop: Whether training is to stop.
         deferred_checkpoints: The checkpoints requested inside the round, the same on all ranks: by path, whether they
             hold weights only.
+        grouping: What the ranks have found out about training clients side by side.
         tensors: Tensors that travel with the report.
     """
 
@@ -94,6 +95,7 @@ class RankReport:
     logger_steps: int = _joined(0, sum, is_secret=True)
     should_stop: bool = _joined(False, any)
     deferred_checkpoints: dict[str, bool] = _joined(dict, _first)
+    grouping: list[dict[str, Any]] = _joined(list, _concatenated)
     tensors: Tree = _joined(dict, _first)
 
     def to_message(self) -> Message:

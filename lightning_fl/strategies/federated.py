@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -672,6 +672,12 @@ class FederatedStrategy(internals.ReusableStrategy):
         # Beside a URL there are no states.
         if own is not None or (self.is_global_zero and "://" not in str(filepath)):
             ClientStateFiles(self.federation, filepath, own).forget()
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        # Lightning converts the module to the Trainer's precision after it has loaded the weights: with
+        # precision="64-true" these would be rounded to single precision.
+        self.precision_plugin.convert_module(self._module)
+        super().load_model_state_dict(checkpoint, strict)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
