@@ -199,8 +199,8 @@ class HttpServer:
         round, topic = _integer(request.match_info["round"]), request.match_info["topic"]
         until = time.monotonic() + HOLD_S
         while time.monotonic() < until:
-            if self.coordinator.has_outcome(round, topic):
-                path = self.coordinator.store.folder(round, topic) / "outcome.safetensors"
+            path = self.coordinator.outcome(round, topic)
+            if path is not None:
                 return web.FileResponse(path, chunk_size=PIECE)
             await asyncio.sleep(TICK_S)
         return web.Response(status=204)
