@@ -167,7 +167,7 @@ class SecureSum:
             else:
                 number = Unmasking.decode(message).number
         except ProtocolError as error:
-            raise BadFile(str(error)) from error
+            raise BadFile(str(error).rstrip(".")) from error
         if number != self.numbers[silo]:
             raise BadFile(f"it speaks for participant {number}, but is {self.numbers[silo]}")
 
@@ -255,7 +255,7 @@ def check_advert(advert: Advert, expected: Mapping[str, int], others: Iterable[A
     try:
         keys = KeyAdvertisement.decode(advert.keys)
     except ProtocolError as error:
-        raise BadFile(str(error)) from error
+        raise BadFile(str(error).rstrip(".")) from error
     found = {"number": keys.number, **vars(keys.params)}
     for name, value in expected.items():
         if found[name] != value:

@@ -120,6 +120,7 @@ def test_a_silo_that_dies_between_two_messages_is_left_out_unless_its_vector_has
     assert (list(closed["members"]), closed["lost"]) == ((list(NAMES), []) if counts else (list(NAMES[1:]), ["east"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("message", ["keys", "send"])
 def test_a_silo_that_stays_away_is_waited_for_until_the_deadline(folder: Path, message: str) -> None:
     with coordinator(folder, deadline_s=4.0, evaluation_s=4.0) as live:
@@ -139,7 +140,7 @@ def test_a_silo_that_stays_away_is_waited_for_until_the_deadline(folder: Path, m
         assert in_threads(*sends)[1:] == [pytest.approx(5 / 3, abs=BOUND)] * 3
 
 
-@pytest.mark.parametrize("message", ["keys", "share"])
+@pytest.mark.parametrize("message", [pytest.param("keys", marks=pytest.mark.slow), "share"])
 def test_with_too_few_silos_the_round_opens_again_and_no_vector_is_sent(folder: Path, message: str) -> None:
     with coordinator(folder, deadline_s=4.0 if message == "keys" else PATIENCE, gather_s=1.0) as live:
         silos = silos_of(live)
@@ -329,7 +330,7 @@ def test_too_few_silos_for_a_sum_are_refused_when_the_coordinator_starts(tmp_pat
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda file: file.update(keys="00"), "key advertisement|message of kind"),
+        (lambda file: file.update(keys="00"), "in the middle of a field"),
         (lambda file: file.update(names=3), "key advertisement can't be read"),
         (lambda file: file.update(number=2), "its keys are for number"),
     ],
