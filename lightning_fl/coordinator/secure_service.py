@@ -16,7 +16,7 @@ from lightning_fl.communication import Message
 from lightning_fl.coordinator import wire
 from lightning_fl.coordinator.audit import AuditLog
 from lightning_fl.coordinator.machine import Exchange, RoundMachine, Rules
-from lightning_fl.coordinator.secure_sum import ROSTER, VECTOR, Advert, SecureSum, check_advert
+from lightning_fl.coordinator.secure_sum import ROSTER, VECTOR, Advert, SecureSum, check_advert, in_order
 from lightning_fl.coordinator.service import MAX_REPORT_BYTES, UPDATE, Coordinator, Refused, check_report
 from lightning_fl.coordinator.store import OUTCOME, Store, Upload
 from lightning_fl.federation import Closing, FederationSettings, RankReport, ServerRound, close_server
@@ -230,7 +230,7 @@ class SecureCoordinator(Coordinator):
     def _adverts(self, folder: Path, digests: Mapping[str, str]) -> dict[str, Advert | None]:
         """By silo its key advertisement; None if it has no update."""
         found: dict[str, Advert | None] = {}
-        for silo, digest in digests.items():
+        for silo, digest in dict(digests).items():  # a copy: others may come while this thread reads
             advert = wire.read_header(Upload(folder, silo, digest).ok).fields.get("advert")
             found[silo] = None if advert is None else Advert.read(advert)
         return found
@@ -273,7 +273,7 @@ class SecureCoordinator(Coordinator):
 
     def _template_packing(self) -> Packing:
         assert self._template is not None
-        return Packing(self._template, self.ranges)
+        return Packing(in_order(self._template), self.ranges)
 
     def _resume_sum(self, round: int, base: str, now: float) -> bool:
         """Goes on with a sum whose roster was written before the process died; returns whether there is one."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_fl.coordinator.secure_sum import ROSTER, VECTOR, Advert, signed_names, summed_names
+from lightning_fl.coordinator.secure_sum import ROSTER, VECTOR, Advert, in_order, signed_names, summed_names
 from lightning_fl.privacy.secagg import ProtocolError, SecureAggregation
 from lightning_fl.privacy.secagg.aggregator import model_digest, tensors_digest
 from lightning_fl.privacy.secagg.bonawitz_client import BonawitzClient
@@ -66,20 +66,24 @@ class SecureSums:
 
     # ---- what a sum is about
 
+    def model_id(self, template: Update) -> bytes:
+        """Identifies, in the journal, what is trained from a model."""
+        return model_digest(in_order(template))
+
     def check_model(self, template: Update) -> None:
         """Makes sure, before a silo trains, that it may send what it will have trained from a model.
 
         Raises:
             RetryRefused: If it has sent an update from this model before.
         """
-        self.journal.check(model_digest(template))
+        self.journal.check(self.model_id(template))
 
     def params_of_round(
         self, round: int, attempt: int, cohort: Sequence[str], template: Update, frozen: Tree
     ) -> SessionParams:
         """The parameters of the sum of a round's updates."""
-        settings = digest(repr(self.aggregator).encode(), Packing(template, self.ranges).digest)
-        model = digest(model_digest(template), tensors_digest(frozen))
+        settings = digest(repr(self.aggregator).encode(), Packing(in_order(template), self.ranges).digest)
+        model = digest(self.model_id(template), tensors_digest(dict(sorted(frozen.items()))))
         threshold = self.aggregator.min_clients_of(len(cohort))
         return SessionParams(self.session, model, settings, round, attempt, len(cohort), threshold)
 
@@ -90,9 +94,9 @@ class SecureSums:
 
     def vector_of(self, update: Update, template: Update, cohort: Sequence[str]) -> Tensor:
         """A silo's update as integers, without masks."""
-        packing = Packing(template, self.ranges)
+        packing = Packing(in_order(template), self.ranges)
         vector = packing.zeros(torch.device("cpu"))
-        packing.add(vector, update, len(cohort))
+        packing.add(vector, in_order(update), len(cohort))
         return vector
 
     def empty_vector(self) -> Tensor:

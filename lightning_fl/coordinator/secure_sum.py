@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ from lightning_fl.privacy.secagg.messages import (
 from lightning_fl.privacy.secagg.packing import NUM_CHECKS
 from lightning_fl.privacy.secagg.participant import MIN_CLIENTS
 from lightning_fl.privacy.secagg.quantize import NUM_LIMBS
+from lightning_fl.types import Update
 
 ROSTER = "roster"
 STEPS = ("share", "send", "agree", "unmask")
@@ -73,6 +74,13 @@ class Advert:
             return cls(bytes.fromhex(found["keys"]), names, bytes.fromhex(found["signature"]))  # type: ignore[index]
         except (TypeError, KeyError, ValueError) as error:
             raise BadFile(f"its key advertisement can't be read: {type(error).__name__}: {error}") from error
+
+
+def in_order(update: Update) -> Update:
+    """The update with its tensors in the order of their names: a module's own order is lost in files."""
+    delta, buffers = dict(sorted(update.delta.items())), dict(sorted(update.buffers.items()))
+    aux = {name: dict(sorted(tree.items())) for name, tree in sorted(update.aux.items())}
+    return replace(update, delta=delta, buffers=buffers, aux=aux)
 
 
 def signed_names(params: SessionParams, number: int, names: Sequence[str]) -> bytes:

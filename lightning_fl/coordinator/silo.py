@@ -38,7 +38,6 @@ from lightning_fl.federation import (
 )
 from lightning_fl.federation.report_masking import mask
 from lightning_fl.privacy.secagg import RetryRefused, SecureAggregation, SecureAggregationError
-from lightning_fl.privacy.secagg.aggregator import model_digest
 from lightning_fl.privacy.secagg.participant import MIN_CLIENTS
 from lightning_fl.privacy.secagg.primitives import digest as hash_of
 from lightning_fl.tree import to_sum_dtype, update_trees
@@ -379,7 +378,7 @@ class NetworkFederation(Federation):
                         client,
                         secure.vector_of(acc, opened.template, cohort),
                         scalars,
-                        model_digest(opened.template),
+                        secure.model_id(opened.template),
                         partial(self._post, round),
                         partial(self._step_outcome, round),
                     )

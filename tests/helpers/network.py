@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import os
 import shutil
@@ -252,6 +253,69 @@ class Relay:
                 end.shutdown(socket.SHUT_RDWR)
             end.close()
         return len(sockets) // 2
+
+
+class ConnectProxy:
+    """A forward proxy as organisations have them: it lets nothing through but CONNECT, for those who know the password.
+
+    Args:
+        user: User and password, ``name:password``. None: everybody may use it.
+    """
+
+    def __init__(self, user: str | None = None) -> None:
+        self.user = user
+        self.asked: list[str] = []
+        self.num_bytes = 0
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
+
+    def __enter__(self) -> ConnectProxy:
+        self._thread.start()
+        assert self._ready.wait(PATIENCE)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._loop.call_soon_threadsafe(self._task.cancel)
+        self._thread.join(PATIENCE)
+
+    @property
+    def address(self) -> str:
+        return f"http://{self.user + '@' if self.user else ''}127.0.0.1:{self.port}"
+
+    async def _serve(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        server = await asyncio.start_server(self._connect, "127.0.0.1", 0)
+        self.port = server.sockets[0].getsockname()[1]
+        self._task = asyncio.create_task(asyncio.Event().wait())
+        self._ready.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+        server.close()
+
+    async def _connect(self, near: asyncio.StreamReader, back: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            head = (await near.readuntil(b"\r\n\r\n")).decode()
+            words = head.split()
+            self.asked.append(" ".join(words[:2]))
+            password = base64.b64encode((self.user or "").encode()).decode()
+            if self.user is not None and f"Basic {password}" not in head:
+                back.write(b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n")
+            elif words[0] != "CONNECT":
+                back.write(b"HTTP/1.1 405 Method Not Allowed\r\nContent-Length: 0\r\n\r\n")
+            else:
+                host, _, port = words[1].rpartition(":")
+                far, there = await asyncio.open_connection(host, int(port))
+                back.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
+                await asyncio.gather(self._pass_on(near, there), self._pass_on(far, back))
+        back.close()
+
+    async def _pass_on(self, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            while data := await source.read(1 << 16):
+                self.num_bytes += len(data)
+                target.write(data)
+                await target.drain()
+        target.close()
 
 
 class Died(BaseException):
