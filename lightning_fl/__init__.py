@@ -1,52 +1,98 @@
 """Federated learning as a Lightning strategy: ``Trainer(strategy="fedavg")``."""
 
+import sys
 from importlib import import_module
-from types import ModuleType
+from pathlib import PurePath
+from typing import TYPE_CHECKING
 
-from lightning_fl import (
-    aggregation,
-    algorithms,
-    attacks,
-    callbacks,
-    clients,
-    compression,
-    datamodules,
-    engines,
-    privacy,
-)
-from lightning_fl.strategies import FederatedStrategy, register_strategies
-from lightning_fl.strategies.checkpoint import load_client
+from lightning_fl.lazy import lazy_names
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from lightning_fl import (
+        aggregation,
+        algorithms,
+        analytics,
+        attacks,
+        audit,
+        callbacks,
+        cli,
+        clients,
+        communication,
+        compression,
+        data,
+        datamodules,
+        engines,
+        federation,
+        models,
+        privacy,
+        schedules,
+        strategies,
+        tracking,
+    )
+    from lightning_fl.strategies import FederatedStrategy
+    from lightning_fl.strategies.checkpoint import load_client
 
 __all__ = [
     "FederatedStrategy",
     "__version__",
     "aggregation",
     "algorithms",
+    "analytics",
+    "attacks",
+    "audit",
+    "callbacks",
+    "cli",
+    "clients",
+    "communication",
+    "compression",
+    "data",
+    "datamodules",
+    "engines",
+    "federation",
+    "load_client",
+    "models",
+    "privacy",
+    "schedules",
+    "strategies",
+    "tracking",
+]
+
+_IN_YAML = (
+    "aggregation",
+    "algorithms",
     "attacks",
     "callbacks",
     "clients",
-    "compression",
     "datamodules",
     "engines",
-    "load_client",
     "privacy",
-]
+    "schedules",
+)
+"""Rooms whose classes YAML may write without their module, which jsonargparse allows for imported classes."""
 
-_LAZY = ("cli", "communication", "data", "federation", "models", "strategies", "tracking")
-"""Rooms that are imported when they are first used."""
-
-
-def __getattr__(name: str) -> ModuleType:
-    if name in _LAZY:
-        return import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__ = lazy_names(__name__)
 
 
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+def register() -> None:
+    """Registers the strategies' names, with the algorithms of installed packages, and imports what YAML may name."""
+    for room in _IN_YAML:
+        import_module(f"{__name__}.{room}")
+    privacy = import_module(f"{__name__}.privacy")
+    for name in privacy.__all__:  # which are lazy
+        getattr(privacy, name)
+    import_module(f"{__name__}.algorithms").load_entry_points()  # last, because they import this package
+    import_module(f"{__name__}.strategies").register_strategies()
 
 
-algorithms.load_entry_points()  # last, because they import this package
-register_strategies()
+def _is_command_line() -> bool:
+    """Whether this process is ``lightning-fl`` or ``python -m lightning_fl``: each command imports what it needs."""
+    program = sys.argv[0] if sys.argv else ""
+    if program == "-m":  # what Python puts there while it looks for the module
+        return sys.orig_argv[sys.orig_argv.index("-m") + 1] == __name__
+    return PurePath(program).stem == "lightning-fl"
+
+
+if not _is_command_line():
+    register()

@@ -27,6 +27,11 @@ def round_rng(seed: int, round: int, purpose: str) -> np.random.Generator:
     return np.random.default_rng(derive_seed(seed, round, purpose))
 
 
+def visit_seed(seed: int, number: int) -> int:
+    """The seed of a client's visit in a round that comes after ``number`` others of the same client."""
+    return derive_seed(seed, "visit", number) if number else seed
+
+
 class Randomness(Protocol):
     """The random generator of cohorts: NumPy's, or :class:`SystemRandomness`."""
 

@@ -127,6 +127,14 @@ def unwrap(*tensors: Tensor) -> list[Tensor] | None:
     return [tensor.movedim(dim, 0) if dim else tensor for tensor, dim in pairs]
 
 
+def unwrap_or_spread(tensors: Sequence[Tensor], size: int) -> list[Tensor] | None:
+    """As :func:`unwrap`, for tensors of which some may be the same for all ``size`` clients; None outside ``vmap``."""
+    if functorch.maybe_current_level() is None:
+        return None
+    spread = (unwrap(own) or [own.expand(size, *own.shape)] for own in tensors)
+    return [own for (own,) in spread]
+
+
 def wrap(stacked: Tensor) -> Tensor:
     """The reverse of :func:`unwrap`: makes a batching rule's result a tensor of one client again."""
     wrapped: Tensor = functorch._add_batch_dim(stacked, 0, 1)

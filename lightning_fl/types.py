@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 from uuid import UUID
 
 from torch import Tensor
@@ -17,6 +17,19 @@ State: TypeAlias = Mapping[str, Any]
 """What an algorithm keeps between rounds: only trees and tensors, so that it can be checkpointed and moved."""
 Context: TypeAlias = Mapping[str, Any]
 """What an algorithm passes from ``client_init`` to its later methods, for the same client and round."""
+
+
+class GradientAt(Protocol):
+    """Gradients of the loss on the batch of the current step, at parameters of the algorithm's choice.
+
+    What the module logs meanwhile, its metrics and its buffers leave no trace. A forward pass and a backward pass each.
+    """
+
+    def __call__(self, params: Tree) -> Tree:
+        """The gradient at ``params``, which may be some of the shared parameters; the others stay as they are."""
+
+    def hessian_product(self, params: Tree, vector: Tree) -> Tree:
+        """The Hessian of the loss at ``params`` times ``vector``, exact, by differentiating the gradient."""
 
 
 def as_client_id(name: Any) -> ClientId:
@@ -115,6 +128,8 @@ class Phase:
             a whole model of the client, which it keeps between rounds and never sends; it starts as the global model of
             the client's first round.
         grad_transform: Replaces the algorithm's ``grad_transform`` in this phase. None: the algorithm's.
+        start: Where a phase of the client's own model starts, ``(own, trained, ctx) -> own``: from the shared tensors
+            of that model, and of the one that is sent as the phases before have trained it. None: at the own model.
     """
 
     trains: str | tuple[str, ...] = "all"
@@ -122,6 +137,7 @@ class Phase:
     steps: int | None = None
     model: Literal["global", "own"] = "global"
     grad_transform: Callable[[Tree, Tree, Context], Tree] | None = None
+    start: Callable[[Tree, Tree, Context], Tree] | None = None
 
     @property
     def has_own_work(self) -> bool:

@@ -21,14 +21,14 @@ NAME = "lightning_fl"
 LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities")
 
 LAYERS = (
-    ("types", "tree", "seeding", "optimizer_tree", "torch_internals"),
+    ("types", "tree", "seeding", "optimizer_tree", "torch_internals", "lazy"),
     ("algorithms", "clients", "data", "communication"),
     ("aggregation", "engines"),
-    ("privacy", "compression"),
+    ("privacy", "compression", "schedules"),
     ("federation",),
     ("coordinator",),
     ("strategies",),
-    ("callbacks", "datamodules", "models", "tracking", "attacks"),
+    ("callbacks", "datamodules", "models", "tracking", "attacks", "analytics", "audit"),
     ("cli",),
 )
 """Each room may import the rooms before its own layer; within a layer those that make no cycle."""

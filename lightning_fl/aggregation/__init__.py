@@ -41,6 +41,7 @@ from lightning_fl.aggregation.robust import (
     RowAggregator,
     Screened,
     TrimmedMean,
+    ValidationCheck,
 )
 from lightning_fl.aggregation.transform import Transform
 from lightning_fl.aggregation.weighted_mean import WeightedMean
@@ -87,5 +88,6 @@ __all__ = [
     "TopK",
     "Transform",
     "TrimmedMean",
+    "ValidationCheck",
     "WeightedMean",
 ]

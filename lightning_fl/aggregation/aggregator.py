@@ -11,7 +11,7 @@ import torch
 from lightning_fl.aggregation.context import RoundContext
 from lightning_fl.algorithms import Algorithm
 from lightning_fl.communication import Group, Message
-from lightning_fl.types import Aggregate, ClientId, Update
+from lightning_fl.types import Aggregate, ClientId, State, Update
 
 
 class ClientLost(Exception):
@@ -59,6 +59,19 @@ class Aggregator(ABC):
 
     weighting: ClassVar[Literal["examples", "uniform"] | None] = None
     """The weighting that the aggregator requires; None: any."""
+
+    @property
+    def server_data(self) -> Any:
+        """The loader of the server's own data; None if there is none.
+
+        In each round the server trains on it as a client does; the update is ``ctx.root``.
+        """
+        return None
+
+    @property
+    def needs_server(self) -> bool:
+        """Whether the server looks at updates with data of its own, which takes a simulation."""
+        return self.server_data is not None
 
     def check(self, algorithm: Algorithm) -> None:
         """Checks that the aggregator is correct beside the algorithm; called when the strategy is built.
@@ -178,6 +191,13 @@ class Aggregator(ABC):
     def shares(self, acc: Any, ctx: RoundContext) -> Mapping[ClientId, float]:
         """Returns each client's share in the merged accumulator; empty if it has none that could be told."""
         return {}
+
+    def remember(self, acc: Any, ctx: RoundContext) -> State:
+        """Returns what to keep of the merged accumulator: ``ctx.memory`` of the next round.
+
+        It stands in the checkpoint. A round without clients leaves it as it is.
+        """
+        return ctx.memory
 
     def report(self, acc: Any, ctx: RoundContext) -> Mapping[str, Any]:
         """Returns what to keep of the merged accumulator in the round's entry of ``strategy.history``.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -33,7 +34,13 @@ class RoundContext:
             aggregator receives.
         template: In transforms, an update with the names, shapes and dtypes of those that the client half is given.
         min_clients: The fewest clients whose updates are summed; with fewer the aggregator gives the round up.
+        staleness: In client halves, how many server updates the client's start is behind the present model.
+        start: In client halves, the model from which the client started, as parameters and buffers. None: the present
+            one, where nothing tells them apart.
         integer_bits: Bits of the modulus in which the aggregator sums integers exactly; None if it does not.
+        memory: What the aggregator has kept of the rounds before; empty in the first.
+        root: The update of the server's own data, where the aggregator has such.
+        model_of: In a simulation, the model that an update leads to, in evaluation mode, as a function of its input.
     """
 
     round: int
@@ -51,4 +58,9 @@ class RoundContext:
     templates: Sequence[Update] = ()
     template: Update | None = None
     min_clients: int = 1
+    staleness: int = 0
+    start: Update | None = None
     integer_bits: int | None = None
+    memory: State = field(default_factory=dict)
+    root: Update | None = None
+    model_of: Callable[[Update], Callable[..., Any]] | None = None

@@ -1,6 +1,7 @@
 """Federated algorithms as pure functions over state; one algorithm per file."""
 
 from lightning_fl.algorithms.adaptive import FedAdagrad, FedAdam, FedYogi
+from lightning_fl.algorithms.apfl import APFL
 from lightning_fl.algorithms.base import Algorithm, ProbeKind, Weighting
 from lightning_fl.algorithms.diloco import DiLoCo
 from lightning_fl.algorithms.ditto import Ditto
@@ -13,13 +14,17 @@ from lightning_fl.algorithms.fedopt import FedOpt
 from lightning_fl.algorithms.fedper import FedBN, FedPer, LGFedAvg
 from lightning_fl.algorithms.fedprox import FedProx
 from lightning_fl.algorithms.fedrep import FedRep
+from lightning_fl.algorithms.fedsam import FedSAM
 from lightning_fl.algorithms.fedsgd import FedSGD
 from lightning_fl.algorithms.mimelite import MimeLite
+from lightning_fl.algorithms.perfedavg import PerFedAvg
+from lightning_fl.algorithms.pfedme import PFedMe
 from lightning_fl.algorithms.qfedavg import QFedAvg
 from lightning_fl.algorithms.registry import get_algorithm, load_entry_points, register, registered
 from lightning_fl.algorithms.scaffold import Scaffold
 
 __all__ = [
+    "APFL",
     "Algorithm",
     "DiLoCo",
     "Ditto",
@@ -35,10 +40,13 @@ __all__ = [
     "FedPer",
     "FedProx",
     "FedRep",
+    "FedSAM",
     "FedSGD",
     "FedYogi",
     "LGFedAvg",
     "MimeLite",
+    "PFedMe",
+    "PerFedAvg",
     "ProbeKind",
     "QFedAvg",
     "Scaffold",

@@ -29,6 +29,9 @@ class Algorithm(ABC):
     """Whether clients keep state between rounds. Their placement is then sticky: each trains on its home rank."""
     probe: ClassVar[ProbeKind | None] = None
     """What to measure for ``client_init`` in one pass over a client's data at the global model, before it trains."""
+    needs_gradient_at: ClassVar[bool] = False
+    """Whether ``grad_transform`` finds the gradient of the step's batch at any parameters in ``ctx["gradient_at"]``, a
+    :class:`~lightning_fl.types.GradientAt`."""
     client_keys: ClassVar[tuple[str, ...]] = ("params",)
     """The entries of the server's state that ``client_init`` reads: only these are sent to silos on other machines."""
     server_lr: float = 1.0

@@ -17,7 +17,7 @@ from lightning_fl.communication import Group, Message
 from lightning_fl.data.client_loaders import ClientLoaders
 from lightning_fl.seeding import client_generator, round_rng
 from lightning_fl.tree import Layout, is_finite, leaves, update_trees
-from lightning_fl.types import Aggregate, ClientId, Update
+from lightning_fl.types import Aggregate, ClientId, State, Update
 
 
 class Adversary(Corruption):
@@ -132,6 +132,14 @@ class AttackedAggregator(Aggregator):
     def __repr__(self) -> str:
         return f"{self.inner!r} under {self.adversary!r}"
 
+    @property
+    def server_data(self) -> Any:
+        return self.inner.server_data
+
+    @property
+    def needs_server(self) -> bool:
+        return self.inner.needs_server
+
     def check(self, algorithm: Algorithm) -> None:
         self.inner.check(algorithm)
 
@@ -214,6 +222,9 @@ class AttackedAggregator(Aggregator):
 
     def shares(self, acc: Received, ctx: RoundContext) -> Mapping[ClientId, float]:
         return self.inner.shares(acc.merged, ctx)
+
+    def remember(self, acc: Received, ctx: RoundContext) -> State:
+        return self.inner.remember(acc.merged, ctx)
 
     def report(self, acc: Received, ctx: RoundContext) -> Mapping[str, Any]:
         return {**self.inner.report(acc.merged, ctx), **(acc.facts or {})}

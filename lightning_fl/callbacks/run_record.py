@@ -24,7 +24,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_fl.strategies import FederatedStrategy
 from lightning_fl.tracking import loggers
-from lightning_fl.tracking.partition import summarise
+from lightning_fl.tracking.partition_reading import summarise
 from lightning_fl.tracking.run import EVALUATIONS_FILE, ROUNDS_FILE, RUN_FILE, Row, append_rows, to_json, write_file
 
 MAX_CLIENTS = 200

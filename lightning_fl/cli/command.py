@@ -6,17 +6,21 @@ Its docstring is the command's help: the first paragraph says what the command d
 from __future__ import annotations
 
 import argparse
+import ast
 import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-
 PROGRAM = "lightning-fl"
-USER_ERRORS: tuple[type[Exception], ...] = (MisconfigurationException, ValueError, OSError, ImportError)
+
+
+def is_misconfiguration(error: Exception) -> bool:
+    """Whether an error is Lightning's MisconfigurationException, told by name because no light command imports it."""
+    return any(kind.__name__ == "MisconfigurationException" for kind in type(error).__mro__)
 
 
 def fail(message: object) -> SystemExit:
@@ -26,17 +30,20 @@ def fail(message: object) -> SystemExit:
     return SystemExit(2)
 
 
-def command(module: ModuleType) -> Callable[[Sequence[str]], None]:
-    """Makes a command of a module: a function of the arguments after the command's name.
+def command(name: str) -> Callable[[Sequence[str]], None]:
+    """Makes a command of a module of this room: a function of the arguments after the command's name.
+
+    The module is imported when the command runs, so that a command which needs no torch does not wait for it.
 
     User errors (``ValueError``, ``OSError``, a missing extra, a wrong configuration) end in one line instead of a
     traceback. A command with ``SETS_UP_A_RUN`` also accepts the options of ``fit``.
     """
-    sets_up_a_run = getattr(module, "SETS_UP_A_RUN", False)
-    # Such a command runs the user's module and datamodule: an error in those needs its traceback.
-    errors = (MisconfigurationException,) if sets_up_a_run else USER_ERRORS
 
     def run(words: Sequence[str]) -> None:
+        module = load(name)
+        sets_up_a_run = getattr(module, "SETS_UP_A_RUN", False)
+        # Such a command runs the user's module and datamodule: an error in those needs its traceback.
+        errors = () if sets_up_a_run else (ValueError, OSError, ImportError)
         parser = make_parser(module)
         args, rest = parser.parse_known_args(list(words))
         if rest and not sets_up_a_run:
@@ -46,10 +53,23 @@ def command(module: ModuleType) -> Callable[[Sequence[str]], None]:
             module.run(args)
         except BrokenPipeError:  # the reader, such as `head`, has seen enough
             sys.stderr.close()
-        except errors as error:
+        except Exception as error:
+            if not (isinstance(error, errors) or is_misconfiguration(error)):
+                raise
             raise fail(error) from None
 
     return run
+
+
+def load(name: str) -> ModuleType:
+    """The module of a command."""
+    return import_module(f"{__package__}.{name}")
+
+
+def summary(name: str) -> str:
+    """The first line of a command's help, read without importing the command."""
+    source = Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
+    return (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
 
 
 def make_parser(module: ModuleType) -> argparse.ArgumentParser:
@@ -79,8 +99,3 @@ def check_output(path: Path) -> None:
     if not is_below and not path.parent.is_dir():
         raise ValueError(f"There is no folder {path.parent}. Make it first (mkdir -p {path.parent}), or name another.")
     path.parent.mkdir(parents=True, exist_ok=True)
-
-
-def summary(module: ModuleType) -> str:
-    """The first line of a command's help."""
-    return inspect.cleandoc(module.__doc__ or "").partition("\n")[0]

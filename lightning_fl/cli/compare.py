@@ -31,8 +31,8 @@ from rich.table import Table
 
 from lightning_fl.cli.command import check_output
 from lightning_fl.tracking import Run, plots
-from lightning_fl.tracking.loggers import markdown_table
 from lightning_fl.tracking.metrics import best_metric, is_higher_better
+from lightning_fl.tracking.tables import markdown_table
 
 MAX_NAME = 48
 FORMATS = ("table", "csv", "md", "latex")

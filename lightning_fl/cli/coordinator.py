@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from jsonargparse import ArgumentParser
 
+import lightning_fl
 from lightning_fl.clients.cohorts import describe_sampling
 from lightning_fl.federation import FederationSettings
 from lightning_fl.strategies import FederatedStrategy
@@ -118,6 +119,7 @@ def read_strategy(path: Path, allow: Sequence[str] = ()) -> FederatedStrategy:
                 f"{path} names the class {class_path}: the coordinator runs no code of others. If you trust it, start "
                 f"with --allow {package}."
             )
+    lightning_fl.register()  # the classes and algorithms that it may name
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(FederatedStrategy, "strategy")
     config = parser.parse_object({"strategy": strategy})

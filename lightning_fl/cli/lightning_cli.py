@@ -16,19 +16,16 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies import StrategyRegistry
 
-# These imports register the strategy names. They also let YAML files write this package's class names without their
-# module, which jsonargparse allows for classes that have been imported.
 import lightning_fl
-import lightning_fl.algorithms
-import lightning_fl.callbacks
-import lightning_fl.datamodules
-import lightning_fl.models
-import lightning_fl.tracking
+import lightning_fl.models  # YAML files may write its classes without their module, as those of the rooms below
+import lightning_fl.tracking.silo_logger
 from lightning_fl.callbacks import DryRun, FederatedProgressBar, RunRecord
 from lightning_fl.callbacks.run_record import command_line, run_folder
 from lightning_fl.cli.errors import ConfigurationError, in_one_line
 from lightning_fl.cli.words import spell_out_names
 from lightning_fl.strategies import FederatedStrategy
+
+lightning_fl.register()  # in the process of the command line, nothing else does
 
 FIT_EXAMPLES = """examples: lightning-fl fit --config config.yaml;
 lightning-fl fit --config config.yaml --trainer.strategy scaffold --trainer.max_epochs 50;
@@ -73,10 +70,9 @@ class FederatedCLI(LightningCLI):
 
     Args:
         args: The arguments of the command line. None: those of the process.
-        epilog: Text at the end of the help.
     """
 
-    def __init__(self, args: Sequence[str] | None = None, epilog: str | None = None) -> None:
+    def __init__(self, args: Sequence[str] | None = None) -> None:
         self.words = sys.argv[1:] if args is None else list(args)
         super().__init__(
             subclass_mode_model=True,
@@ -87,7 +83,6 @@ class FederatedCLI(LightningCLI):
             parser_kwargs={
                 "prog": "lightning-fl",
                 "description": "Federated learning with a Lightning Trainer.",
-                "epilog": epilog,
                 "fit": {"usage": "lightning-fl fit --config CONFIG [options]", "epilog": FIT_EXAMPLES},
             },
             args=spell_out_names(self.words),

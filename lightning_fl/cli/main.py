@@ -5,34 +5,29 @@ from __future__ import annotations
 import difflib
 import logging
 import os
+import shutil
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-
-from lightning_fl.cli import (
-    algorithms,
-    audit,
-    compare,
-    coordinator,
-    init,
-    keys,
-    network,
-    partition,
-    privacy,
-    recipes,
-    report,
-)
-from lightning_fl.cli.command import command, fail
+import lightning_fl
+from lightning_fl.cli.command import PROGRAM, command, fail, is_misconfiguration, summary
 from lightning_fl.cli.errors import ConfigurationError
-from lightning_fl.cli.lightning_cli import FederatedCLI
 
-_MODULES = (init, partition, report, compare, recipes, algorithms, privacy, audit, keys, coordinator, network)
 TRACEBACK = "--traceback"
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
-    module.__name__.rpartition(".")[2]: command(module) for module in _MODULES
+RUNS = {
+    "fit": "Trains: all rounds of a federation, or a Trainer without one.",
+    "validate": "Validates a checkpoint.",
+    "test": "Tests a checkpoint.",
+    "predict": "Writes what a checkpoint predicts.",
 }
+"""LightningCLI's commands."""
+_NAMES = (
+    *("init", "partition", "analyze", "report", "compare", "recipes", "algorithms", "privacy", "audit", "keys"),
+    *("coordinator", "network", "completion"),
+)
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {name: command(name) for name in _NAMES}
 """The commands besides LightningCLI's, each called with the arguments after its name."""
 
 
@@ -52,23 +47,45 @@ def main(args: Sequence[str] | None = None) -> None:
     if words and words[0] in COMMANDS:
         COMMANDS[words[0]](words[1:])
         return
-    known = [*FederatedCLI.subcommands(), *COMMANDS]
+    if words == ["--version"]:
+        print(f"{PROGRAM} {lightning_fl.__version__}")
+        return
+    if words in (["--help"], ["-h"]):
+        print(overview())
+        return
+    known = [*RUNS, *COMMANDS]
     if not words or (words[0] not in known and not words[0].startswith("-")):
         close = difflib.get_close_matches(words[0] if words else "", known, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else " New here? `lightning-fl init DIR` writes a first project."
         found = f"There is no command {words[0]!r}" if words else "No command was given"
         raise fail(f"{found}; the commands are {', '.join(known)}.{hint}")
-    names = ", ".join(COMMANDS)
-    epilog = (
-        f"Besides these: {names}. Each has its own --help. New here? `lightning-fl init` writes a first project. "
-        f"Errors of the user are one line; {TRACEBACK} shows where they come from."
-    )
     try:
-        FederatedCLI(words, epilog)
-    except (ConfigurationError, MisconfigurationException) as error:
-        if shows_traceback:
+        from lightning_fl.cli.lightning_cli import FederatedCLI
+
+        FederatedCLI(words)
+    except Exception as error:
+        is_users = isinstance(error, ConfigurationError) or is_misconfiguration(error)
+        if shows_traceback or not is_users:
             raise
         raise fail(error) from None
+
+
+def overview() -> str:
+    """The help of the program: what each command does."""
+    summaries = RUNS | {name: summary(name) for name in COMMANDS}
+    width = max(map(len, summaries))
+    indent = " " * (width + 4)
+    columns = max(60, min(shutil.get_terminal_size().columns, 120))
+    lines = [
+        textwrap.fill(f"  {name:{width}}  {text}", columns, subsequent_indent=indent)
+        for name, text in summaries.items()
+    ]
+    end = (
+        f"{PROGRAM} COMMAND --help shows a command's options, {PROGRAM} --version the version. Errors of the user are "
+        f"one line; {TRACEBACK} shows where they come from. New here? `{PROGRAM} init DIR` writes a first project."
+    )
+    usage = f"usage: {PROGRAM} COMMAND [options]\n\nFederated learning with a Lightning Trainer.\n\ncommands:"
+    return "\n".join([usage, *lines, "", textwrap.fill(end, columns)])
 
 
 def prepare_process() -> None:

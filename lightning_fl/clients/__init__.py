@@ -1,6 +1,7 @@
 """Who takes part: population, cohorts, placement on ranks, client states."""
 
 from lightning_fl.clients.cohorts import Cohort, CohortSampling, Poisson, RoundRobin, Sampling, Uniform, cohort_size
+from lightning_fl.clients.durations import Durations, FixedDurations, Lognormal, Measured, as_durations
 from lightning_fl.clients.local_work import LocalWork
 from lightning_fl.clients.participation import Participation, ParticipationSampler
 from lightning_fl.clients.placement import place_at_home, place_by_size
@@ -19,7 +20,11 @@ __all__ = [
     "ClientStore",
     "Cohort",
     "CohortSampling",
+    "Durations",
+    "FixedDurations",
     "LocalWork",
+    "Lognormal",
+    "Measured",
     "Participation",
     "ParticipationSampler",
     "PerClient",
@@ -30,6 +35,7 @@ __all__ = [
     "Stragglers",
     "Uniform",
     "Weighted",
+    "as_durations",
     "client_generator",
     "cohort_size",
     "count_batches",

@@ -63,12 +63,14 @@ class CohortSampling:
         num_clients: Number of clients in the federation.
         size: Clients in a round; the expected number for ``"poisson"``.
         rate: Share of the federation's clients in a round; for ``"poisson"`` and ``"fixed"`` each client's probability.
+        separation: The fewest rounds from one in which a client takes part to its next. 1: it may be the next.
     """
 
     kind: Literal["full", "fixed", "poisson", "other"]
     num_clients: int
     size: float
     rate: float
+    separation: int = 1
 
 
 Sampling = CohortSampling
@@ -140,7 +142,7 @@ def describe_sampling(cohort: Cohort, num_clients: int, clients_per_round: Clien
     most_derived = next(cls for cls in type(cohort).__mro__ if not {"draw", "sampling"}.isdisjoint(vars(cls)))
     if "sampling" in vars(most_derived) or sampling.kind == "full":
         return sampling
-    return replace(sampling, kind="other")
+    return replace(sampling, kind="other", separation=1)
 
 
 @dataclass(frozen=True)
@@ -230,8 +232,14 @@ class Poisson(Cohort):
 class RoundRobin(Cohort):
     """Clients take turns in the order of their ids, ``clients_per_round`` at a time.
 
-    All ``n`` clients have taken part after ``ceil(n / clients_per_round)`` rounds. Nothing is random.
+    All ``n`` clients have taken part after ``ceil(n / clients_per_round)`` rounds, and none returns before ``floor(n /
+    clients_per_round)``. Nothing is random.
     """
+
+    def sampling(self, num_clients: int, clients_per_round: ClientsPerRound) -> CohortSampling:
+        """See :meth:`Cohort.sampling`."""
+        sampling = super().sampling(num_clients, clients_per_round)
+        return replace(sampling, separation=num_clients // int(sampling.size))
 
     def draw(self, sampling: CohortSampling, round: int, rng: Randomness, prepared: Any) -> np.ndarray:
         """See :meth:`Cohort.draw`."""

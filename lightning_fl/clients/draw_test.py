@@ -15,7 +15,7 @@ MAX_DRAWN, MAX_ROUNDS, MIN_ROUNDS = 2_000_000, 1024, 64
 
 
 def check_draws(cohort: Cohort, sampling: CohortSampling, prepared: Any) -> None:
-    """Draws many rounds of a cohort that declares uniform draws, and compares them with the declaration.
+    """Draws many rounds of a cohort that declares uniform draws, or a separation, and compares them with that.
 
     Cohorts of this package are left out. A sound cohort fails with a probability of at most 1e-12.
 
@@ -28,9 +28,13 @@ def check_draws(cohort: Cohort, sampling: CohortSampling, prepared: Any) -> None
         ValueError: If it draws something else.
     """
     is_own = next(cls for cls in type(cohort).__mro__ if "draw" in vars(cls)).__module__.startswith("lightning_fl.")
-    if is_own or sampling.kind not in ("poisson", "fixed"):
+    if is_own:
         return
     num_rounds = int(np.clip(MAX_DRAWN // max(sampling.num_clients, 1), MIN_ROUNDS, MAX_ROUNDS))
+    if sampling.separation > 1:
+        _check_separation(cohort, sampling, prepared, num_rounds)
+    if sampling.kind not in ("poisson", "fixed"):
+        return
     first, second = ([_draw(cohort, sampling, prepared, number) for number in range(num_rounds)] for _ in "ab")
     problem = _problem(first, sampling)
     # Where all clients are drawn, or hardly any, equal draws are no sign of anything.
@@ -43,6 +47,20 @@ def check_draws(cohort: Cohort, sampling: CohortSampling, prepared: Any) -> None
             f"{sampling.num_clients} clients, and differential privacy rests on that, but in {num_rounds} rounds "
             f"{problem}. Draw from `rng` as declared, or declare kind='other', which amplifies nothing."
         )
+
+
+def _check_separation(cohort: Cohort, sampling: CohortSampling, prepared: Any, num_rounds: int) -> None:
+    last = np.full(sampling.num_clients, -sampling.separation)
+    for number in range(num_rounds):
+        drawn = _draw(cohort, sampling, prepared, number)
+        soon = drawn[number - last[drawn] < sampling.separation]
+        if len(soon):
+            raise ValueError(
+                f"{cohort!r} declares sampling(...).separation={sampling.separation}, and differential privacy rests "
+                f"on that, but it drew client {soon[0]} in rounds {last[soon[0]]} and {number}. Draw each client at "
+                f"most once in {sampling.separation} rounds, or declare the separation that holds."
+            )
+        last[drawn] = number
 
 
 def _draw(cohort: Cohort, sampling: CohortSampling, prepared: Any, number: int) -> np.ndarray:

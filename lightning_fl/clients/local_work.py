@@ -20,6 +20,7 @@ class LocalWork:
         limit: Batches of one pass, as a count (int) or a share (float); the Trainer's ``limit_train_batches``.
         part: The share of the work that the client finishes, in (0, 1]: a straggler stops early, but not before its
             first step.
+        cut: Whether ``part`` is rounded down to whole steps, because time has run out, rather than up.
     """
 
     epochs: int = 1
@@ -27,6 +28,7 @@ class LocalWork:
     accumulate: int = 1
     limit: int | float = 1.0
     part: float = 1.0
+    cut: bool = False
 
     @property
     def max_pass_length(self) -> int | None:
@@ -66,13 +68,18 @@ class LocalWork:
         if length == 0:
             return []
         if self.steps is not None:
-            return [math.ceil(self.part * self.steps) * self.accumulate]
+            return [self._finished(self.steps) * self.accumulate]
         if length is None:
-            return [None] * math.ceil(self.part * self.epochs)
+            return [None] * self._finished(self.epochs)
         # A straggler does a share of the optimizer steps, not of the batches, so it always ends on a step.
         steps_per_pass = -(-length // self.accumulate)
-        passes, steps = divmod(math.ceil(self.part * (self.epochs * steps_per_pass)), steps_per_pass)
+        passes, steps = divmod(self._finished(self.epochs * steps_per_pass), steps_per_pass)
         return [*[length] * passes, *[min(steps * self.accumulate, length)] * (steps > 0)]
+
+    def _finished(self, count: int) -> int:
+        """How many of so many steps, or passes, the client finishes."""
+        # A share such as 2/3 of 3 steps may fall short of 2 by a rounding error.
+        return max(1, math.floor(self.part * count + 1e-9)) if self.cut else math.ceil(self.part * count)
 
     def for_phase(self, phase: Phase) -> LocalWork:
         """The work of one phase: what the phase says itself, otherwise all of this."""

@@ -45,6 +45,23 @@ def connect(
     return TorchGroup(dist.PrefixStore(prefix, store), rank, size, device, timeout, own)
 
 
+def launched_group(timeout: timedelta = timedelta(minutes=30)) -> Group:
+    """The group of the processes that torchrun, or a launcher with the same variables, has started; else of this one.
+
+    Args:
+        timeout: How long a collective waits for the other ranks.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return LocalGroup()
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ValueError(f"WORLD_SIZE is {size}, but {', '.join(missing)} is not set. Start the ranks with torchrun.")
+    environ = os.environ
+    address, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
+    return connect(int(environ["RANK"]), size, address, port, torch.device("cpu"), timeout)
+
+
 def own_address(address: str, port: int, size: int) -> str:
     """This machine's address on the route to the store, at which the other ranks can reach it.
 

@@ -375,7 +375,8 @@ class Coordinator:
 
     def _context(self) -> RoundContext:
         cohort = sorted(self.machine.cohort or self.machine.asked)
-        return RoundContext(self.machine.round, cohort, self.settings.population, self.settings.sampling)
+        memory = {} if self._model is None else self._model.state.memory
+        return RoundContext(self.machine.round, cohort, self.settings.population, self.settings.sampling, memory=memory)
 
     # ---- uploads
 
@@ -587,7 +588,8 @@ class Coordinator:
         rest = {key: value for key, value in state.server.items() if key not in keys}
         transforms = {str(index): own for index, own in enumerate(state.transforms)}
         shared = self.store.write_state(wire.flatten({"server": seen, "buffers": buffers}))
-        return shared, self.store.write_state(wire.flatten({"server": rest, "transforms": transforms}))
+        private = {"server": rest, "transforms": transforms, "memory": state.memory}
+        return shared, self.store.write_state(wire.flatten(private))
 
     def _save(self, shared: str, private: str, round: int) -> None:
         self.store.commit(
@@ -609,7 +611,8 @@ class Coordinator:
         server = {**seen["server"], **rest.get("server", {})}
         saved = rest.get("transforms", {})
         transforms = [saved.get(str(index), {}) for index in range(len(self.settings.transforms))]
-        self._model = Model(FederationState(server, transforms), seen.get("buffers", {}), shared, private)
+        state = FederationState(server, transforms, memory=rest.get("memory", {}))
+        self._model = Model(state, seen.get("buffers", {}), shared, private)
         if self._template is None:
             self._template = update_template(self.settings, server["params"], self._model.buffers)
             self._shapes = wire.shapes_of(wire.flatten(update_trees(self._template)))

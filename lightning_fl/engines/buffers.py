@@ -65,6 +65,15 @@ def contributions(stacked: Tree, start: Tree, counts_known: bool = True) -> Tree
     return found
 
 
+def where_both_finite(old: Tensor, present: Tensor) -> Tensor:
+    """``old`` where both are numbers, else ``present``."""
+    if not _is_float(old):
+        return old
+    # In a wide dtype, because float8 can be neither compared nor chosen from.
+    wide, now = old.to(sum_dtype(old.dtype)), present.to(sum_dtype(old.dtype))
+    return torch.where(wide.isfinite() & now.isfinite(), wide, now).to(old.dtype)
+
+
 def moved(start: Tree, means: Tree) -> Tree:
     """The buffers after a round; bit for bit those of the start where nothing changed.
 

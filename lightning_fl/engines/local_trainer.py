@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Literal
@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_fl.clients.local_work import BatchPosition
-from lightning_fl.engines.buffers import contributions
+from lightning_fl.engines.buffers import contributions, where_both_finite
+from lightning_fl.engines.gradient_at import BatchGradient
 from lightning_fl.engines.isolation import Isolation
 from lightning_fl.engines.optimizer_states import OptimizerStates, Schedule, ScheduleEnd
 from lightning_fl.engines.tensors import FederatedTensors, clones, is_same, load
 from lightning_fl.tree import cast_like, to_sum_dtype
-from lightning_fl.types import Phase, Tree
+from lightning_fl.types import Context, Phase, Tree
 
 ClientOptimizer = Literal["reset", "keep"]
 GradTransform = Callable[[Tree, Tree], Tree]
@@ -41,6 +42,8 @@ class StepFunctions:
         optimizer_step: Takes the step.
         group_step: The step of several clients: called with their stacked batch, returns the sum of their losses, to be
             differentiated, and the loss of each. None: ``training_step`` of each, under ``torch.func.vmap``.
+        silence: The context in which ``training_step`` leaves no trace of a batch in logs, metrics and buffers.
+        silent_group_step: As ``group_step``, without a trace in logs and metrics.
     """
 
     training_step: Callable[[Any, int], Any]
@@ -50,6 +53,8 @@ class StepFunctions:
     clip: Callable[[Optimizer], Any] | None = None
     optimizer_step: Callable[[Optimizer], Any] = lambda optimizer: optimizer.step()
     group_step: Callable[[Any, int], tuple[Tensor, Tensor]] | None = None
+    silence: Callable[[Any], AbstractContextManager[Any]] = lambda batch: nullcontext()
+    silent_group_step: Callable[[Any, int], tuple[Tensor, Tensor]] | None = None
 
 
 @dataclass(frozen=True)
@@ -130,12 +135,17 @@ class LocalTrainer(ABC):
         self.client_optimizer = client_optimizer
         self.functions = functions
         self.grad_transform: GradTransform | None = None
+        self.gradient_at = BatchGradient(self)
+        self.batch: tuple[Any, int] | None = None
+        """The batch of the current step, on the module's device, and its index among the client's batches."""
         self.isolation = Isolation(module) if isolation is None else isolation
-        self.is_alone = False
+        self.is_alone = self.is_private = False
         self.is_shared = True
         self.moved: set[str] = set()
         """Frozen parameters that local training has written to in the current round."""
         self._round_start: RoundStart | None = None
+        self.start_buffers: Tree = {}
+        """The shared buffers with which the next group starts."""
 
     # ---- a round
 
@@ -147,6 +157,7 @@ class LocalTrainer(ABC):
         moving: Collection[str] | None = (),
         is_alone: bool = False,
         is_shared: bool = True,
+        is_private: bool = False,
     ) -> Tree:
         """Takes the module's tensors as the round's start.
 
@@ -160,15 +171,18 @@ class LocalTrainer(ABC):
             moving: Names of frozen parameters that local training writes to; see :class:`FederatedTensors`.
             is_alone: Whether the federation has one client only, whose state can reach no other.
             is_shared: Whether several clients train on this module, one after the other. A silo has it for itself.
+            is_private: Whether differential privacy protects the data, so that frozen parameters may not move.
 
         Returns:
             The global parameters, in the dtype in which they are summed.
         """
         # Sorted anew in each round, because callbacks freeze and unfreeze layers between rounds.
         tensors = FederatedTensors(self.module, self.personal, moving)
-        self.is_alone, self.is_shared, self.moved = is_alone, is_shared, set()
+        self.is_alone, self.is_shared, self.is_private = is_alone, is_shared, is_private
+        self.moved = set()
         self.isolation.begin_round()
         self._round_start = RoundStart(tensors, clones(tensors.buffers), clones(tensors.personal), counts_known)
+        self.start_buffers = self._round_start.buffers
         self.optimizers.begin_round(schedules)
         params = to_sum_dtype(tensors.params)
         for name, param in tensors.params.items():
@@ -176,6 +190,16 @@ class LocalTrainer(ABC):
                 master = server_params[name].to(param.device)
                 params[name] = torch.where(cast_like(master, param) == param, master, params[name])
         return params
+
+    def start_from(self, buffers: Tree) -> None:
+        """Lets the next group start with other shared buffers than the round: those of an older model.
+
+        Args:
+            buffers: The buffers of that model; the round's own stand for those that it did not share.
+        """
+        present = self.round_start.buffers
+        is_present = buffers is present
+        self.start_buffers = present if is_present else {n: buffers.get(n, own) for n, own in present.items()}
 
     @abstractmethod
     def start(
@@ -195,8 +219,16 @@ class LocalTrainer(ABC):
         """
 
     @abstractmethod
-    def next_phase(self, phase: Phase, grad_transform: GradTransform | None = None) -> None:
-        """Ends the current phase and begins another."""
+    def next_phase(
+        self, phase: Phase, grad_transform: GradTransform | None = None, context: Context | None = None
+    ) -> None:
+        """Ends the current phase and begins another.
+
+        Args:
+            phase: The next phase.
+            grad_transform: The algorithm's transform of the gradients in it.
+            context: What the phase's ``start`` gets.
+        """
 
     def step(self, batch: Any, position: BatchPosition) -> Tensor | None:
         """Trains on one batch, in the order of Lightning's automatic optimization.
@@ -211,6 +243,7 @@ class LocalTrainer(ABC):
         """
         functions, (optimizer,) = self.functions, self.optimizers.optimizers
         assert functions is not None
+        self.batch = batch, position.offset
         loss, losses = self._forward(batch, position)
         # After the forward pass, as in Lightning's closure: a training_step may still read the gradients of the last
         # step.
@@ -236,6 +269,30 @@ class LocalTrainer(ABC):
     @abstractmethod
     def prepare_gradients(self, optimizer: Optimizer) -> None:
         """Lets phase and algorithm change the gradients before the step: unscaled and not yet clipped."""
+
+    @property
+    @abstractmethod
+    def shared_params(self) -> Mapping[str, Tensor]:
+        """The shared parameters that the current step trains, stacked if it trains several clients."""
+
+    @property
+    def num_clients(self) -> int:
+        """How many clients the current step trains."""
+        return 1
+
+    @contextmanager
+    def loss_without_trace(self) -> Iterator[Tensor | None]:
+        """The loss on the current step's batch with the parameters as they are now, to be differentiated in the block.
+
+        Summed over the clients; None if the module skips the batch. After the block logs, metrics and buffers are what
+        they were.
+        """
+        assert self.functions is not None
+        assert self.batch is not None
+        with self.functions.silence(self.batch[0]):
+            with self.functions.context():
+                loss = loss_of(self.functions.training_step(*self.batch))
+            yield loss
 
     @abstractmethod
     def finish(self, num_steps: Sequence[int] | None = None) -> LocalResult:
@@ -297,7 +354,11 @@ class LocalTrainer(ABC):
 
     def _contributions(self, stacked: Tree) -> Tree:
         start = self.round_start
-        return contributions(stacked, start.buffers, start.counts_known)
+        if self.start_buffers is start.buffers:
+            return contributions(stacked, start.buffers, start.counts_known)
+        # Which elements count as a change and which as a value is the same for all updates of a round.
+        before = {name: where_both_finite(old, start.buffers[name]) for name, old in self.start_buffers.items()}
+        return contributions(stacked, before, start.counts_known)
 
     @property
     def round_start(self) -> RoundStart:
@@ -332,16 +393,24 @@ class LocalTrainer(ABC):
 
     def _note_moved(self) -> None:
         """Notes which frozen parameters the client has written to, and puts back those that are not averaged."""
-        tensors, start = self.tensors, self.round_start.buffers
+        tensors, start = self.tensors, self.start_buffers
         self.moved |= {
             name
             for name, param in tensors.moving.items()
             if name not in self.moved and not is_same(param.detach(), start[name])
         }
-        if self.is_alone:
+        if self.is_alone and not self.is_private:
             return
-        self.moved.update(tensors.still.put_back())
+        found = tensors.still.put_back()
+        self.moved.update(found)
         lost = tensors.still.lost()
+        if self.is_private and (found or lost):
+            raise ValueError(
+                f"Training has written to the frozen parameter {[*found, *lost][0]!r}, which is neither clipped nor "
+                "noised, so under differential privacy it may not move: even its name would tell of the data. The run "
+                "stops before anything of it is released. Keep training from writing to it; under ClientLevelDP what "
+                "follows the training, such as a teacher, can be a buffer, which is clipped and noised."
+            )
         if lost:
             raise ValueError(
                 f"The frozen parameter {lost[0]!r} was changed during local training, so one client's value would "

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 from torch.optim import Optimizer
 
 from lightning_fl.engines.optimizer_states import OptimizerStates, ScheduleEnd
 from lightning_fl.engines.tensors import FederatedTensors, clones, load
-from lightning_fl.types import Phase, Tree
+from lightning_fl.types import Context, Phase, Tree
 
 
 class LocalPhases:
@@ -60,6 +60,11 @@ class LocalPhases:
         elif phase.model == "global":
             self._restore_global_model()
         self._model = phase.model
+
+    def start_at(self, start: Callable[[Tree, Tree, Context], Tree], ctx: Context) -> None:
+        """Moves the client's own model, which has just been loaded, to where its phase starts; see ``Phase.start``."""
+        shared = self.tensors.params
+        load(shared, start(clones(shared), {name: self._global_model[name] for name in shared}, ctx))
 
     def mask_frozen_grads(self, optimizer: Optimizer) -> None:
         """Sets the gradients of parameters that the phase does not train to None, so that they are not stepped."""

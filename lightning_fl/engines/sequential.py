@@ -18,7 +18,7 @@ from lightning_fl.engines.local_trainer import (
 )
 from lightning_fl.engines.phases import LocalPhases
 from lightning_fl.engines.tensors import clones, load
-from lightning_fl.types import Phase, Tree
+from lightning_fl.types import Context, Phase, Tree
 
 
 class SequentialEngine(LocalTrainer):
@@ -39,16 +39,20 @@ class SequentialEngine(LocalTrainer):
         round_start, tensors = self.round_start, self.tensors
         personal = client_state.get("personal", round_start.personal)
         load(tensors.params, params)
-        load(tensors.buffers, round_start.buffers)
+        load(tensors.buffers, self.start_buffers)
         load(tensors.personal, personal)
         # No copies are needed: the phases copy the values into the module when they load them.
-        own_model = {**params, **round_start.buffers, **round_start.personal, **client_state.get("personal", {})}
+        own_model = {**params, **self.start_buffers, **round_start.personal, **client_state.get("personal", {})}
         self._phases = LocalPhases(tensors, params, client_state, own_model)
         self._start_phase(phase, grad_transform)
 
-    def next_phase(self, phase: Phase, grad_transform: GradTransform | None = None) -> None:
+    def next_phase(
+        self, phase: Phase, grad_transform: GradTransform | None = None, context: Context | None = None
+    ) -> None:
         self._end_phase()
         self._start_phase(phase, grad_transform)
+        if phase.start is not None:
+            self.phases.start_at(phase.start, context or {})
 
     def _start_phase(self, phase: Phase, grad_transform: GradTransform | None) -> None:
         self.phases.start(phase)
@@ -66,7 +70,7 @@ class SequentialEngine(LocalTrainer):
         return self._phases
 
     @property
-    def _shared_params(self) -> Mapping[str, Tensor]:
+    def shared_params(self) -> Mapping[str, Tensor]:
         return self.tensors.params
 
     def prepare_gradients(self, optimizer: Optimizer) -> None:
@@ -74,7 +78,7 @@ class SequentialEngine(LocalTrainer):
         if self._phases is not None:
             self._phases.mask_frozen_grads(optimizer)
         if self.grad_transform is not None:
-            transform_gradients(self.grad_transform, self._shared_params, optimizer)
+            transform_gradients(self.grad_transform, self.shared_params, optimizer)
 
     def finish(self, num_steps: Sequence[int] | None = None) -> LocalResult:
         tensors, phases = self.tensors, self.phases
@@ -101,5 +105,5 @@ class SequentialEngine(LocalTrainer):
         return result
 
     def leave(self) -> None:
-        self._phases = None
+        self._phases = self.batch = None
         self.grad_transform = None

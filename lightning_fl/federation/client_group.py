@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,9 @@ from lightning_fl.engines.local_trainer import GradTransform
 from lightning_fl.engines.vectorized.stacking import NotStackable, part, stack
 from lightning_fl.federation.settings import FederationSettings
 from lightning_fl.torch_internals import pytree
-from lightning_fl.types import ClientId, LocalRun, Phase, State, Tree, Update
+from lightning_fl.types import ClientId, Context, GradientAt, LocalRun, Phase, State, Tree, Update
+
+Transform = Callable[[Tree, Tree, Context], Tree]
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class ClientGroup:
         clients: The clients.
         client_states: Each client's state from its last round.
         probe: What the algorithm's ``probe`` has measured; only for a client alone.
+        version: The round with whose first model the clients start. None: the present one.
+        number: How many other visits of these clients in the round come before.
 
     Raises:
         NotStackable: If the contexts that the algorithm returns for the clients can't be stacked.
@@ -67,8 +71,12 @@ class ClientGroup:
         clients: Sequence[ClientId],
         client_states: Sequence[Mapping[str, Any]],
         probe: Any = None,
+        version: int | None = None,
+        number: int = 0,
     ) -> None:
         self.settings = settings
+        self.version = version
+        self.number = number
         self.algorithm = settings.algorithm
         self.clients = tuple(clients)
         self.client_states = list(client_states)
@@ -89,6 +97,12 @@ class ClientGroup:
         """The parameters from which the clients start."""
         return [context["params"] for context in self._contexts]
 
+    @property
+    def context(self) -> Context:
+        """The context of a client alone, or those of several, stacked."""
+        context: Context = self._stacked
+        return context
+
     def select(self, mask: Sequence[int]) -> None:
         """Restricts :meth:`grad_transform` to the clients at the positions ``mask``, which train in the next step."""
         if tuple(mask) != self._mask:
@@ -96,13 +110,20 @@ class ClientGroup:
             self._mask = tuple(mask)
             self._selected = pytree.tree_map(lambda x, dim: x if dim is None else x[index], self._stacked, self._dims)
 
-    def grad_transform(self, phase: Phase) -> GradTransform | None:
-        """The transform of the gradients in a phase; None if they stay as they are."""
+    def grad_transform(self, phase: Phase, gradient_at: GradientAt | None = None) -> GradTransform | None:
+        """The transform of the gradients in a phase; None if they stay as they are.
+
+        Args:
+            phase: The phase.
+            gradient_at: What an algorithm that ``needs_gradient_at`` finds in its context under this name.
+        """
         transform = phase.grad_transform
         if transform is None and self.settings.transforms_gradients:
             transform = self.algorithm.grad_transform
         if transform is None:
             return None
+        if self.algorithm.needs_gradient_at:
+            transform = _with_entry(transform, "gradient_at", gradient_at)
         # The lambdas read `_selected` when they are called, because `select` replaces it from step to step.
         if len(self.clients) == 1:
             return lambda grads, params: transform(grads, params, self._selected)
@@ -171,6 +192,11 @@ class ClientGroup:
         update, state = self.algorithm.client_finish(own_params, self._contexts[0], self._algorithm_states[0], run)
         aux = {name: _as_stack(tree) for name, tree in update.aux.items()}
         return Update(delta=_as_stack(update.delta), aux=aux), None if state is None else _as_stack(state)
+
+
+def _with_entry(transform: Transform, name: str, value: Any) -> Transform:
+    # Added here and not to the contexts: under vmap these hold tensors only.
+    return lambda grads, params, ctx: transform(grads, params, {**ctx, name: value})
 
 
 def _work_of(run: LocalRun) -> tuple[Any, ...]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_fl.federation.round import RoundResult
+from lightning_fl.schedules import Flush
 from lightning_fl.types import ClientId
 
 CLIENT_FIGURES = ("num_clients", "num_examples", "num_steps", "update_spread", "num_bytes")
@@ -15,13 +16,17 @@ RANK_FIGURES = ("fl/num_bytes", "fl/seconds_")
 """How the names of the figures begin that each rank has of its own."""
 
 
-def history_entry(round: int, result: RoundResult, dropped: Sequence[ClientId]) -> dict[str, Any]:
+def history_entry(
+    round: int, result: RoundResult, dropped: Sequence[ClientId], flush: Flush | None = None
+) -> dict[str, Any]:
     """The entry of a round in ``strategy.history``: plain values, the same on every rank except for the seconds.
 
     Args:
         round: Number of the round.
         result: The round's result.
         dropped: Stragglers that were left out.
+        flush: What the round has taken in on the simulated clock; None if there is none. ``clock`` is then the second
+            at which the round has closed, ``staleness`` how many updates were 0, 1, 2, ... server updates old.
     """
     report = result.report
     return {
@@ -38,6 +43,7 @@ def history_entry(round: int, result: RoundResult, dropped: Sequence[ClientId]) 
         "update_spread": result.spread,
         "num_bytes": result.num_bytes,
         "seconds": result.seconds,
+        **({} if flush is None else {"clock": flush.seconds, "staleness": flush.staleness(round)}),
         **result.closing.facts,
     }
 

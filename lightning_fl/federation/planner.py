@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lightning_fl.clients import LocalWork, Participation, ParticipationSampler, Population
 from lightning_fl.communication import Group, Message
@@ -11,9 +11,30 @@ from lightning_fl.data.client_loaders import Loader, count_batches
 from lightning_fl.engines.vectorized.forecast import BatchForecast, forecast_batches
 from lightning_fl.engines.vectorized.grouping import Grouping
 from lightning_fl.federation.client_batches import LoaderFailed
+from lightning_fl.federation.errors import ConfigurationError
 from lightning_fl.federation.report_masking import check_steps
 from lightning_fl.federation.settings import FederationSettings
+from lightning_fl.schedules import Clients, Clock, Flush, Visit
 from lightning_fl.types import ClientId
+
+
+@dataclass(frozen=True)
+class PlannedGroup:
+    """Clients that train side by side, from the same version of the model.
+
+    Args:
+        clients: The clients.
+        version: The round with whose first model they start.
+        number: How many other visits of these clients in the round come before.
+    """
+
+    clients: tuple[ClientId, ...]
+    version: int
+    number: int = 0
+
+    def of(self, clients: Sequence[ClientId]) -> PlannedGroup:
+        """Some of the clients as a group."""
+        return replace(self, clients=tuple(clients))
 
 
 @dataclass(frozen=True)
@@ -22,22 +43,24 @@ class RankPlan:
 
     Args:
         round: Number of the round.
-        cohort: The clients of the round, on all ranks, without dropped stragglers.
-        groups: This rank's client groups, in the order of training; each client has at least one batch.
+        cohort: The clients of the round, on all ranks, without dropped stragglers; one that comes twice stands twice.
+        planned: This rank's client groups, in the order of training; each client has at least one batch.
         works: The local work of each client of the cohort.
         max_work: The largest local work of any client.
-        dropped: Stragglers that are left out.
+        dropped: Stragglers and late clients that are left out.
         sizes: For each client of this rank, the number of examples in one pass; None if known only after training.
         lengths: For each client of this rank, its number of batches in the round; None if known only after training.
         steps_of_group: The number of steps of each group whose clients have unequal work.
         empty: Clients of this rank without data.
         failed: For each client of this rank whose loader raised, the description of the error.
         loaders: Loaders that were made while planning, to be used by the clients that train first.
+        flush: What the round takes in on the simulated clock; None if there is none.
+        clock: The clock after the round.
     """
 
     round: int
     cohort: Sequence[ClientId]
-    groups: Sequence[tuple[ClientId, ...]]
+    planned: Sequence[PlannedGroup]
     works: Mapping[ClientId, LocalWork]
     max_work: LocalWork
     dropped: Sequence[ClientId]
@@ -47,6 +70,13 @@ class RankPlan:
     empty: Sequence[ClientId]
     failed: Mapping[ClientId, str]
     loaders: Mapping[ClientId, Loader]
+    flush: Flush | None = None
+    clock: Clock | None = None
+
+    @property
+    def groups(self) -> list[tuple[ClientId, ...]]:
+        """This rank's client groups, as clients."""
+        return [group.clients for group in self.planned]
 
     @property
     def clients(self) -> list[ClientId]:
@@ -87,7 +117,13 @@ class Planner:
         self._largest: int | float | None = None
 
     def plan(
-        self, index: int, max_work: LocalWork, grouping: Grouping | None = None, *, sticky: bool = False
+        self,
+        index: int,
+        max_work: LocalWork,
+        grouping: Grouping | None = None,
+        *,
+        sticky: bool = False,
+        clock: Clock | None = None,
     ) -> RankPlan:
         """Plans a round.
 
@@ -96,10 +132,23 @@ class Planner:
             max_work: The largest local work of any client.
             grouping: Forms groups of clients that train side by side. None: each client trains alone.
             sticky: Whether clients keep state and so must train on their home rank.
+            clock: The simulated clock. None: it begins with this round, if there is one.
+
+        Raises:
+            ConfigurationError: If a client comes twice in the round and may not.
         """
         population = self.population
-        drawn = self.sampler.cohort(index)
-        works = self.sampler.works(index, drawn, max_work)
+        flush, next_clock = self._take_in(index, clock)
+        if flush is None:
+            drawn = self.sampler.cohort(index)
+            works = self.sampler.works(index, drawn, max_work)
+            visits: Sequence[Visit] = [Visit(client, index) for client in works]
+            dropped: Sequence[ClientId] = [client for client in drawn if client not in works]
+        else:
+            visits, dropped = flush.visits, flush.dropped
+            works = self._works(index, visits, max_work)
+            if sticky or not self.settings.takes_repeats:
+                check_visits(index, visits)
         forecasts: dict[ClientId, BatchForecast | None] = {}
         loaders: dict[ClientId, Loader] = {}
         sizes: dict[ClientId, int | None] = {}
@@ -130,18 +179,54 @@ class Planner:
                 # The first group finds its loaders ready; to keep all would cost memory in the number of clients.
                 if len(loaders) < num_kept:
                     loaders[client] = loader
-        groups: list[tuple[ClientId, ...]] = [(client,) for client in forecasts]
+        # Clients that train side by side start from one model, and none of them twice.
+        together: dict[tuple[int, int], set[ClientId]] = {}
+        for visit in visits:
+            together.setdefault((visit.number, visit.version), set()).add(visit.client)
+        planned: list[PlannedGroup] = []
         steps_of_group: dict[tuple[ClientId, ...], int] = {}
-        if grouping is not None:
-            groups = [tuple(group) for group in grouping.group(forecasts)]
-            for group in (group for group in groups if len(group) > 1):
-                num_steps = grouping.num_steps([own for client in group if (own := forecasts[client]) is not None])
-                if num_steps is not None:
-                    steps_of_group[group] = num_steps
-        dropped = [client for client in drawn if client not in works]
+        for (number, version), clients in sorted(together.items()):
+            own = {client: forecast for client, forecast in forecasts.items() if client in clients}
+            groups = [[client] for client in own] if grouping is None else grouping.group(own)
+            planned += [PlannedGroup(tuple(group), version, number) for group in groups]
+        for group in (planned_group.clients for planned_group in planned if len(planned_group.clients) > 1):
+            assert grouping is not None
+            num_steps = grouping.num_steps([forecast for c in group if (forecast := forecasts[c]) is not None])
+            if num_steps is not None:
+                steps_of_group[group] = num_steps
         return RankPlan(
-            index, list(works), groups, works, max_work, dropped, sizes, lengths, steps_of_group, empty, failed, loaders
+            index,
+            [visit.client for visit in visits],
+            planned,
+            works,
+            max_work,
+            dropped,
+            sizes,
+            lengths,
+            steps_of_group,
+            empty,
+            failed,
+            loaders,
+            flush,
+            next_clock,
         )
+
+    def _take_in(self, index: int, clock: Clock | None) -> tuple[Flush | None, Clock | None]:
+        """What the round takes in on the simulated clock, and the clock after it."""
+        schedule, durations = self.settings.schedule, self.settings.durations
+        if schedule is None or durations is None:
+            return None, None
+        if clock is None or clock.version != index:
+            clock = Clock(version=index, time=0 if clock is None else clock.time)
+        clients = Clients(self.population, durations, self.sampler.cohort, self.settings.seed)
+        return schedule.next(clock, clients)
+
+    def _works(self, index: int, visits: Sequence[Visit], max_work: LocalWork) -> dict[ClientId, LocalWork]:
+        """The local work of the clients that a round takes in, in the order of clients."""
+        clients = sorted({visit.client for visit in visits}, key=self.population.position)
+        works = dict(self.sampler.works(index, clients, max_work))
+        parts = {visit.client: visit.part for visit in visits if visit.part < 1}
+        return works | {client: replace(works[client], part=part, cut=True) for client, part in parts.items()}
 
     def phases(self, work: LocalWork) -> list[LocalWork]:
         """A client's local work, phase by phase."""
@@ -164,3 +249,19 @@ class Planner:
             # Counted in batches, because Lightning divides by the accumulation again.
             self._largest = largest if largest == float("inf") else max(int(largest), 1) * work.accumulate
         return self._largest
+
+
+def check_visits(index: int, visits: Sequence[Visit]) -> None:
+    """Makes sure that no client comes twice in a round.
+
+    Raises:
+        ConfigurationError: If one does.
+    """
+    repeated = next((visit for visit in visits if visit.number), None)
+    if repeated is not None:
+        raise ConfigurationError(
+            f"Round {index} takes in client {repeated.client!r} twice, because it is fast. Where clients keep state "
+            "between rounds, where the aggregator is no weighted mean, or where differential privacy protects "
+            "examples, a client may come once in a round. Lower the schedule's `size`, or use an algorithm without "
+            "client state and the mean."
+        )

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 from lightning_fl.aggregation import ClientLost, RoundContext
 from lightning_fl.algorithms import ProbeKind
@@ -19,17 +20,30 @@ from lightning_fl.clients import ClientStore
 from lightning_fl.clients.local_work import BatchPosition
 from lightning_fl.data.client_loaders import Loader, batch_size
 from lightning_fl.engines import ClientFacts, LocalTrainer, Schedule, ScheduleEnd
+from lightning_fl.engines.buffers import moved
+from lightning_fl.engines.local_trainer import GradTransform
 from lightning_fl.engines.vectorized.stacking import StackedBatch, are_finite, part
 from lightning_fl.federation.client_batches import ClientBatches
 from lightning_fl.federation.client_group import ClientGroup, GroupUpdate
 from lightning_fl.federation.client_task import ClientTask
 from lightning_fl.federation.federation import Federation
 from lightning_fl.federation.report import RankReport
-from lightning_fl.federation.server import Closing, ServerRound, contexts_of, update_templates
-from lightning_fl.federation.settings import FederationSettings, FederationState
-from lightning_fl.seeding import ClientRandomness, client_generator, derive_seed
-from lightning_fl.tree import clone, is_finite, leaves, move, norm, squared_norms
-from lightning_fl.types import Aggregate, ClientId, LocalRun, State, Update
+from lightning_fl.federation.server import Closing, ServerRound, contexts_of, continued, update_templates
+from lightning_fl.federation.settings import FederationSettings, FederationState, Version
+from lightning_fl.seeding import ClientRandomness, client_generator, derive_seed, visit_seed
+from lightning_fl.tree import (
+    Layout,
+    cast_like,
+    clone,
+    is_finite,
+    leaves,
+    move,
+    norm,
+    squared_norms,
+    to_sum_dtype,
+    update_trees,
+)
+from lightning_fl.types import Aggregate, ClientId, LocalRun, Phase, State, Update
 
 Probe = Callable[[ProbeKind, Iterator[Any], Mapping[str, Tensor]], Any]
 """Measures what an algorithm's ``probe`` asks for: ``(kind, batches, params)``; the module holds the global model."""
@@ -198,6 +212,9 @@ class Round:
         self.store = store
         self.federation = federation
         self.totals = totals
+        present = Version(opened.state.server, trainer.round_start.buffers)
+        self.versions = {**opened.state.versions, opened.ctx.round: present}
+        """The models from which clients of this round start, and that of the round itself, by round."""
         self._randomness = ClientRandomness()
         self._opened = self._trained = time.perf_counter()
         # A copy, because the group goes on counting in the same object; a round's figures are differences.
@@ -234,8 +251,8 @@ class Round:
         """
         # Before the server is opened: the server's state starts from the tensors that the module holds now.
         moving = state.moving
-        # Where clients are hidden, noise would move also those frozen parameters that no client moves.
-        if moving is None and settings.hides_clients:
+        # Under differential privacy none may move: which ones do would tell of the data.
+        if moving is None and settings.is_differentially_private:
             moving = ()
         is_alone = settings.population == 1
         params = trainer.begin_round(
@@ -245,6 +262,7 @@ class Round:
             moving=moving,
             is_alone=is_alone,
             is_shared=not is_alone and not settings.silos,
+            is_private=settings.is_differentially_private,
         )
         templates = update_templates(settings, params, trainer.tensors.buffers)
         ctx = RoundContext(
@@ -259,6 +277,7 @@ class Round:
             templates=templates,
             min_clients=settings.aggregator.min_clients_of(len(cohort)),
             integer_bits=settings.aggregator.integer_bits,
+            memory=state.memory,
         )
         opened = federation.start(settings, state, params, ctx)
         template = templates[-1]
@@ -268,12 +287,16 @@ class Round:
 
     # ---- a client group
 
-    def start(self, data: GroupData, probe: Probe | None = None) -> ClientTask:
+    def start(
+        self, data: GroupData, probe: Probe | None = None, version: int | None = None, number: int = 0
+    ) -> ClientTask:
         """Loads a client group, and sets the random generators to those of its (first) client.
 
         Args:
             data: The group's clients and their batches.
             probe: Measures what the algorithm's ``probe`` asks for.
+            version: The round with whose first model the clients start. None: this one.
+            number: How many other visits of these clients in this round come before.
 
         Raises:
             LoaderFailed: If the loader raises in the pass that the probe needs.
@@ -281,30 +304,40 @@ class Round:
         """
         client = data.clients[0]
         # Seeded before anything of the client runs, so that nothing it draws depends on who was trained before it.
-        self._seed(client, data.loader)
+        self._seed(client, data.loader, number)
+        server = self._server_of(version)
+        self.trainer.start_from(self.versions[self.ctx.round if version is None else version].buffers)
         states = [move(self.store.get(own) or {}, self.trainer.device) for own in data.clients]
         kind, measured = self.settings.algorithm.probe, None
         if kind is not None and probe is not None:
-            self.trainer.start([self.state.server["params"]], states)
-            self._seed(client, data.loader, "probe")
+            self.trainer.start([server["params"]], states)
+            self._seed(client, data.loader, number, "probe")
             measured = probe(kind, data.read_once(), self.trainer.tensors.params)
-            self._seed(client, data.loader)  # training draws the same random numbers as without a probe
-        group = ClientGroup(self.settings, self.state.server, data.clients, states, measured)
+            self._seed(client, data.loader, number)  # training draws the same random numbers as without a probe
+        group = ClientGroup(self.settings, server, data.clients, states, measured, version, number)
         phases = self.settings.algorithm.phases()
         # Task and batches need each other: a change of phase while reading acts on the task.
         task = ClientTask(group, iter(()), phases, data.sizes, data.loader)
-        self.trainer.start(group.starts, states, phases[0], group.grad_transform(phases[0]))
+        self.trainer.start(group.starts, states, phases[0], self._transform_of(group, phases[0]))
         if self.trainer.is_shared:
-            self.trainer.seed(derive_seed(self.settings.seed, self.ctx.round, "module", client))
+            seed = visit_seed(self.settings.seed, number)
+            self.trainer.seed(derive_seed(seed, self.ctx.round, "module", client))
         task.batches = data.read(lambda: self._next_phase(task))
         return task
 
+    def _server_of(self, version: int | None) -> State:
+        index = self.ctx.round if version is None else version
+        return continued(self.settings, self.versions[index].server, self.state.server)
+
     def _next_phase(self, task: ClientTask) -> None:
         phase = task.next_phase()
-        self.trainer.next_phase(phase, task.group.grad_transform(phase))
+        self.trainer.next_phase(phase, self._transform_of(task.group, phase), task.group.context)
 
-    def _seed(self, client: ClientId, loader: Loader | None, purpose: str = "client") -> None:
-        seed, index = self.settings.seed, self.ctx.round
+    def _transform_of(self, group: ClientGroup, phase: Phase) -> GradTransform | None:
+        return group.grad_transform(phase, self.trainer.gradient_at)
+
+    def _seed(self, client: ClientId, loader: Loader | None, number: int, purpose: str = "client") -> None:
+        seed, index = visit_seed(self.settings.seed, number), self.ctx.round
         self._randomness.enter(seed, index, client, purpose)
         if loader is not None:
             self._randomness.seed_loader(loader, seed, index, client)
@@ -381,7 +414,7 @@ class Round:
         is_sendable = is_sound
         transform_states: dict[str, State] = {}
         if self.settings.transforms:
-            update, transform_states = self._transform(client, group.client_states[index], update)
+            update, transform_states = self._transform(group, index, update)
             is_sound = is_sound and is_finite(leaves(transform_states))
             # Where clients are hidden, a refused one still sends zeros: to leave it out would show that it was there.
             is_sendable = is_finite(leaves(self._must_be_finite(update, {}))) and (
@@ -405,16 +438,19 @@ class Round:
             self.store.stage(client, move({**client_state, **transform_states}, "cpu"))
         return update if is_sound else None
 
-    def _transform(
-        self, client: ClientId, before: Mapping[str, Any], update: Update
-    ) -> tuple[Update, dict[str, State]]:
-        states, contexts = {}, contexts_of(self.settings, self.ctx)
+    def _transform(self, group: ClientGroup, place: int, update: Update) -> tuple[Update, dict[str, State]]:
+        client, before = group.clients[place], group.client_states[place]
+        seed, ctx = visit_seed(self.settings.seed, group.number), self.ctx
+        if group.version is not None:
+            start = Update(self._server_of(group.version)["params"], to_sum_dtype(self.trainer.start_buffers))
+            ctx = replace(ctx, start=start, staleness=ctx.round - group.version)
+        states, contexts = {}, contexts_of(self.settings, ctx)
         for index, transform in enumerate(self.settings.transforms):
-            generator = client_generator(self.settings.seed, self.ctx.round, client, f"transform {index}")
-            server = self.state.transforms[index]
-            ctx = replace(contexts[index], client=client, generator=generator, server=server)
             # By position, because the same transform may occur twice.
             key = f"transform {index}"
+            generator = client_generator(seed, self.ctx.round, client, key)
+            server = self.state.transforms[index]
+            ctx = replace(contexts[index], client=client, generator=generator, server=server)
             update, states[key] = transform.client(update, before.get(key, {}), ctx)
         # Empty states are left out, so that clients of transforms without state leave nothing in the store.
         return update, {key: state for key, state in states.items() if state}
@@ -435,6 +471,59 @@ class Round:
         """Discards the group that is being trained, because it will not be finished."""
         self.trainer.leave()
         self.restore_randomness()
+
+    # ---- the server's own data
+
+    def start_root(self, batches: ClientBatches) -> ClientTask:
+        """Lets the server train on data of its own, as a client without state does."""
+        return self.start(ClientData(batches, None))
+
+    def finish_root(self, task: ClientTask) -> Update:
+        """Ends that training; the update counts for nothing but what the aggregator does with it.
+
+        Raises:
+            ValueError: If it holds NaN or Inf.
+        """
+        result = self.trainer.finish(task.steps_by_client)
+        update = task.group.finish(result, task.runs(result.facts)).update_of(0)
+        if not is_finite(leaves(self._must_be_finite(update, {}))):
+            raise ValueError(
+                "Training on the server's own data has led to NaN or Inf, so no client can be measured by it. Lower "
+                "the learning rate, or check these data."
+            )
+        return update
+
+    def take_root(self, update: Update | None) -> None:
+        """Gives the aggregator the update of the server's data.
+
+        Args:
+            update: The update on the first rank, which sends it to the others; None on those.
+        """
+        trees = update_trees(self.opened.template if update is None else update)
+        layout = Layout.of(trees)
+        sent = {dtype: self.federation.group.broadcast(flat) for dtype, flat in layout.flatten(trees).items()}
+        received = layout.unflatten(sent)
+        root = Update(received.pop("delta", {}), received.pop("buffers", {}))
+        self.opened = replace(self.opened, ctx=replace(self.opened.ctx, root=root))
+
+    def model_of(self, update: Update) -> Callable[..., Any]:
+        """The model that an update leads to, in evaluation mode, as a function of its input."""
+        trainer, start = self.trainer, self.state.server["params"]
+        own = {n: cast_like(start[n] + update.delta[n], param) for n, param in trainer.tensors.params.items()}
+        tensors = {**trainer.round_start.personal, **own, **moved(self.opened.buffers, update.buffers)}
+
+        def predict(*inputs: Any) -> Any:
+            # By submodule: a user may keep single layers, such as a frozen BatchNorm, in evaluation mode.
+            modes = [(part, part.training) for part in trainer.module.modules()]
+            trainer.module.eval()
+            try:
+                with torch.no_grad():
+                    return functional_call(trainer.module, tensors, inputs)
+            finally:
+                for part, was_training in modes:
+                    part.training = was_training
+
+        return predict
 
     # ---- the round's end
 
@@ -471,7 +560,8 @@ class Round:
         self.restore_randomness()
         # Taken before the collective, in which a rank waits for slower ones.
         self._trained = time.perf_counter()
-        self.totals.acc, reports = self.federation.merge(self.opened, self.totals.acc, self.report(report))
+        opened = replace(self.opened, ctx=replace(self.opened.ctx, model_of=self.model_of))
+        self.totals.acc, reports = self.federation.merge(opened, self.totals.acc, self.report(report))
         return reports
 
     def close(self, reports: Sequence[RankReport], seconds_reading: float = 0.0) -> RoundResult:

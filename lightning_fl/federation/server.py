@@ -160,6 +160,7 @@ def close_server(opened: ServerRound, acc: Any, joined: RankReport) -> Closing:
     state, aggregate, facts = server_step(settings, opened.state, aggregate, ctx)
     if not is_empty:
         facts.update(settings.aggregator.report(acc, ctx))
+        state = replace(state, memory=settings.aggregator.remember(acc, ctx))
     if joined.num_clients:
         state = replace(state, moving=sorted({*(state.moving or ()), *joined.moved}))
     weight = aggregate.weight or 1.0
@@ -200,6 +201,17 @@ def _continue(settings: FederationSettings, server: State, params: Tree) -> Stat
     # afresh.
     fresh = settings.algorithm.server_init(params, settings.population)
     return {key: _complete(server.get(key), value) for key, value in fresh.items()} | {"params": params}
+
+
+def continued(settings: FederationSettings, old: State, present: State) -> State:
+    """The server state of an earlier round with entries for what is shared now."""
+    params = present["params"]
+    if old["params"].keys() == params.keys():
+        return old
+    return {
+        **_continue(settings, old, params),
+        "params": {name: old["params"].get(name, value) for name, value in params.items()},
+    }
 
 
 def _complete(old: Any, fresh: Any) -> Any:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lightning_fl.aggregation import Aggregator, Transform
 from lightning_fl.algorithms import Algorithm, Weighting
-from lightning_fl.clients import Sampling
-from lightning_fl.types import State
+from lightning_fl.clients import Durations, Sampling
+from lightning_fl.schedules import Clock, RoundSchedule
+from lightning_fl.types import State, Tree
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class FederationSettings:
         sampling: How the cohorts are drawn.
         silos: Whether each rank is a silo with its own data.
         protects_examples: Whether local training hides each example of a client, by differential privacy.
+        schedule: When rounds close on a simulated clock. None: there is no clock.
+        durations: How long clients take on it.
     """
 
     algorithm: Algorithm
@@ -36,6 +39,8 @@ class FederationSettings:
     sampling: Sampling | None = None
     silos: bool = False
     protects_examples: bool = False
+    schedule: RoundSchedule | None = None
+    durations: Durations | None = None
 
     @property
     def hides_clients(self) -> bool:
@@ -64,6 +69,11 @@ class FederationSettings:
         return is_private(self.aggregator, self.transforms, self.protects_examples)
 
     @property
+    def takes_repeats(self) -> bool:
+        """Whether a client may come twice in a round."""
+        return self.aggregator.is_sum and not self.protects_examples
+
+    @property
     def transforms_gradients(self) -> bool:
         """Whether the algorithm overrides ``grad_transform``."""
         # The default changes nothing, but calling it would cost Python time in every step of every client.
@@ -80,6 +90,19 @@ def is_private(aggregator: Aggregator, transforms: Sequence[Transform], protects
 
 
 @dataclass(frozen=True)
+class Version:
+    """A model from which clients have started.
+
+    Args:
+        server: The algorithm's server state of that round's start.
+        buffers: The shared buffers.
+    """
+
+    server: State
+    buffers: Tree
+
+
+@dataclass(frozen=True)
 class FederationState:
     """The state of a federation between rounds, the same on every rank.
 
@@ -89,11 +112,17 @@ class FederationState:
         moving: Names of frozen parameters that local training has written to, such as a teacher that follows its
             student by an exponential moving average; they are averaged like buffers. None before a round has shown
             which.
+        memory: What the aggregator has kept of the rounds before.
+        clock: The simulated clock, if the federation has a schedule; None before the first round.
+        versions: The models of earlier rounds from which clients are still training, by round.
     """
 
     server: State = field(default_factory=dict)
     transforms: Sequence[State] = ()
     moving: Sequence[str] | None = None
+    memory: State = field(default_factory=dict)
+    clock: Clock | None = None
+    versions: Mapping[int, Version] = field(default_factory=dict)
 
     def of_transforms(self, settings: FederationSettings) -> list[State]:
         """The state of each transform; an empty one for those that have not begun."""

@@ -21,6 +21,7 @@ from lightning_fl.strategies import results as logged
 from lightning_fl.strategies.log_buffer import LogBuffer
 from lightning_fl.strategies.logged_values import LoggedValues
 from lightning_fl.strategies.loops import RoundEpochLoop
+from lightning_fl.strategies.out_of_loop import out_of_loop
 
 
 class BatchOfOne(ValueError):
@@ -208,13 +209,18 @@ def _obvious_size(batch: Any, dim: int = 0) -> int | None:
     return sizes.pop() if len(sizes) == 1 else None
 
 
-def step_functions(trainer: L.Trainer, run_group: Callable[..., tuple[Tensor, Tensor]] | None = None) -> StepFunctions:
+def step_functions(
+    trainer: L.Trainer,
+    run_group: Callable[..., tuple[Tensor, Tensor]] | None = None,
+    run_group_silently: Callable[..., tuple[Tensor, Tensor]] | None = None,
+) -> StepFunctions:
     """The parts of a training step, from the Trainer's precision plug-in, gradient clipping and module.
 
     Args:
         trainer: The Trainer.
         run_group: The step of several clients: ``(stacked batch, *arguments) -> (loss, losses)``; None if there is
             none.
+        run_group_silently: The same without logging.
     """
     module, precision = trainer.lightning_module, trainer.precision_plugin
     takes_index = logged.takes_batch_idx(module)
@@ -231,9 +237,21 @@ def step_functions(trainer: L.Trainer, run_group: Callable[..., tuple[Tensor, Te
         # step, and the precision plug-in's context is entered by the engine.
         return module.training_step(batch, offset) if takes_index else module.training_step(batch)
 
-    def group_step(batch: Any, offset: int) -> tuple[Tensor, Tensor]:
-        assert run_group is not None
-        return run_group(batch, *([offset] if takes_index else []))
+    def of_group(run: Callable[..., tuple[Tensor, Tensor]] | None) -> Any:
+        return None if run is None else lambda batch, offset: run(batch, *([offset] if takes_index else []))
+
+    @contextmanager
+    def silence(batch: Any) -> Iterator[None]:
+        # A `log` that holds values back, or one of the user's, would not write to the collection out of the loop.
+        held = vars(module).pop("log", None)
+        try:
+            with out_of_loop(trainer, training=True) as results:
+                # `self.log` infers the batch size from these.
+                results.batch, results.batch_size = batch, None
+                yield
+        finally:
+            if held is not None:
+                vars(module)["log"] = held
 
     def scaled_step(optimizer: torch.optim.Optimizer) -> None:
         scaler.step(optimizer)
@@ -244,7 +262,9 @@ def step_functions(trainer: L.Trainer, run_group: Callable[..., tuple[Tensor, Te
         # The plain plug-in's context does nothing but is built from generators, which costs in every step.
         context=nullcontext if is_plain else precision.train_step_context,
         clip=clip,
-        group_step=None if run_group is None else group_step,
+        group_step=of_group(run_group),
+        silence=silence,
+        silent_group_step=of_group(run_group_silently),
     )
     if scaler is None:
         return functions

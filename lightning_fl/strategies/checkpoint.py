@@ -20,6 +20,8 @@ from lightning_fl.clients.state_files import StateFiles
 from lightning_fl.communication import Group, Message
 from lightning_fl.federation import FederationState
 from lightning_fl.federation.server import some
+from lightning_fl.federation.settings import Version
+from lightning_fl.schedules import Clock
 from lightning_fl.tree import move, to_sum_dtype
 from lightning_fl.types import State, Tree, as_client_id
 
@@ -49,6 +51,9 @@ def pack(algorithm: Algorithm, state: FederationState, module: nn.Module) -> dic
         "server": server,
         "transforms": list(state.transforms),
         "moving": None if state.moving is None else list(state.moving),
+        "clock": None if state.clock is None else state.clock.to_state(),
+        "versions": {index: {"server": dict(v.server), "buffers": v.buffers} for index, v in state.versions.items()},
+        "memory": state.memory,
     }
 
 
@@ -74,8 +79,16 @@ def unpack(packed: Mapping[str, Any], algorithm: Algorithm, module: nn.Module) -
     device = next(iter(held.values())).device
     params = {**to_sum_dtype({name: held[name] for name in packed["params"]}), **move(packed["master"], device)}
     server: State = {"params": params, **move(packed["server"], device)} if params else {}
-    # Checkpoints of older versions do not say what moves.
-    return FederationState(server, [move(state, device) for state in packed["transforms"]], packed.get("moving"))
+    clock = packed.get("clock")
+    # Checkpoints of older versions do not say what moves, and hold no memory and no clock.
+    return FederationState(
+        server,
+        [move(state, device) for state in packed["transforms"]],
+        packed.get("moving"),
+        memory=move(packed.get("memory", {}), device),
+        clock=None if clock is None else Clock.from_state(clock),
+        versions={index: Version(**move(version, device)) for index, version in packed.get("versions", {}).items()},
+    )
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -96,6 +109,9 @@ class WholeCheckpointIO(TorchCheckpointIO):
             with unfinished.open("rb") as file:
                 # A rename may reach the disk before the content does; after a power failure the file would be empty.
                 os.fsync(file.fileno())
+            # It holds what differential privacy hides from others: exact counts, and noise of which more is to come.
+            if checkpoint.get(KEY, {}).get("is_secret"):
+                unfinished.chmod(0o600)
             unfinished.replace(path)
         finally:
             unfinished.unlink(missing_ok=True)

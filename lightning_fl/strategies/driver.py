@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, Literal
@@ -37,6 +37,7 @@ from lightning_fl.federation.client_batches import ClientBatches, raise_to_user
 from lightning_fl.federation.group_data import GroupSplit, StackedData, read_group
 from lightning_fl.federation.history import RANK_FIGURES, figures, history_entry, words
 from lightning_fl.federation.metric_entries import Entries, as_numbers, merge_entries
+from lightning_fl.federation.planner import PlannedGroup
 from lightning_fl.federation.rank_verification import digest
 from lightning_fl.strategies import internals
 from lightning_fl.strategies.batch_steps import BatchOfOne, BatchSteps, HookedSteps, TightSteps, naming_batches_of_one
@@ -49,8 +50,9 @@ from lightning_fl.strategies.metric_states import MetricStates
 from lightning_fl.strategies.open_round import OpenRound
 from lightning_fl.strategies.probe import probe
 from lightning_fl.strategies.rank_sync import RankSync, naming_round
+from lightning_fl.strategies.root import ROOT, check_root, train_root
 from lightning_fl.strategies.round_end import advance_trainer, rank_report
-from lightning_fl.strategies.round_loaders import UNKNOWN_LENGTH, RoundLoader, RoundLoaders
+from lightning_fl.strategies.round_loaders import UNKNOWN_LENGTH, ClientVisit, RoundLoader, RoundLoaders
 from lightning_fl.strategies.round_view import RoundView
 from lightning_fl.strategies.user_warnings import UserWarnings
 from lightning_fl.strategies.validation import (
@@ -246,6 +248,8 @@ class RoundDriver:
         self.module_trained = self.module
         self.vectorized = vectorized
         check_algorithm(self.settings.algorithm, self.trainer)
+        if self.settings.aggregator.server_data is not None:
+            check_root(self.trainer)
         self.settings.algorithm.check_optimizers(local_trainer.optimizers.optimizers)
         self.metric_states = MetricStates(self.module, self.federation.place)
         self.has_started = True
@@ -269,7 +273,7 @@ class RoundDriver:
         if plan is None or plan.round != index or plan.max_work != work:
             grouping = None if self.vectorized is None else self.vectorized.grouping
             with misconfiguration():
-                self._plan = self.planner.plan(index, work, grouping, sticky=self.sticky)
+                self._plan = self.planner.plan(index, work, grouping, sticky=self.sticky, clock=self.state.clock)
         self.set_length()
 
     def open_next(self) -> None:
@@ -366,13 +370,14 @@ class RoundDriver:
         self.vectorized.refuse(reason, self.plan.round)
         self.vectorized = None
         # The plan's remaining groups were formed for training side by side too.
-        opened.pending = deque(self._alone([c for group in (opened.current, *opened.pending) for c in group]))
+        opened.pending = deque(self._alone([opened.current, *opened.pending]))
         self.set_length()
 
-    def _alone(self, clients: Iterable[ClientId]) -> list[tuple[ClientId]]:
-        """Some clients as groups of one, in the order in which the plan would have them train one after the other."""
-        remaining = set(clients)
-        return [(client,) for client in self.plan.sizes if client in remaining]
+    def _alone(self, groups: Sequence[PlannedGroup]) -> list[PlannedGroup]:
+        """The clients as groups of one, in the order in which the plan would have them train one after the other."""
+        order = {client: place for place, client in enumerate(self.plan.sizes)}
+        alone = [group.of([client]) for group in groups for client in group.clients]
+        return sorted(alone, key=lambda group: (group.number, group.version, order[group.clients[0]]))
 
     def _open(self, loop: RoundEpochLoop) -> OpenRound:
         assert self.local_trainer is not None
@@ -380,6 +385,7 @@ class RoundDriver:
         # Again, because a callback such as `GradientAccumulationScheduler` may have changed the accumulation window in
         # `on_train_epoch_start`; the number of batches of an optimizer step depends on it.
         self.plan_round()
+        check_algorithm(self.settings.algorithm, self.trainer)  # for the same reason
         loop.is_round_done = False
         loops_before = internals.loops_before_round(trainer)
         self.schedules = check_schedules(internals.client_schedules(trainer), self.settings, self.max_work)
@@ -427,7 +433,7 @@ class RoundDriver:
             failed=dict(self.plan.failed),
         )
         # After the form of the steps has been chosen, which may let each client train alone.
-        opened.pending.extend(self.plan.groups if self.vectorized is not None else self._alone(self.plan.clients))
+        opened.pending.extend(self.plan.planned if self.vectorized is not None else self._alone(self.plan.planned))
         self.open_round = opened
         self.set_length()
         self.trained_groups = []
@@ -452,46 +458,46 @@ class RoundDriver:
     def _tasks(self, opened: OpenRound) -> Iterator[ClientTask]:
         """Yields the client groups of this rank, each loaded when its turn comes."""
         while opened.pending:
-            opened.current = clients = opened.pending.popleft()
+            opened.current = group = opened.pending.popleft()
             try:
-                yield self._start(opened, clients)
+                yield self._start(opened, group)
             except GroupSplit as split:
                 opened.round.leave()
-                opened.pending.extendleft(reversed(split.parts))
+                opened.pending.extendleft(group.of(part) for part in reversed(split.parts))
                 self.set_length()
             except LoaderFailed as failed:
                 self._leave_out(opened, failed)
 
-    def _start(self, opened: OpenRound, clients: tuple[ClientId, ...]) -> ClientTask:
+    def _start(self, opened: OpenRound, group: PlannedGroup) -> ClientTask:
         opened.session = ClientSession(internals.train_results(self.trainer), opened.values, self.metric_states)
         # Each client starts at the round's step, so that what reads `global_step` does not depend on which clients this
         # rank has trained before.
         opened.steps.loop.set_global_step(opened.first_step)
         opened.steps.loop.position = OUTSIDE_CLIENTS
-        if len(clients) > 1:
-            return self._start_group(opened, clients)
-        (client,) = clients
+        if len(group.clients) > 1:
+            return self._start_group(opened, group)
+        (client,) = group.clients
         works = self.planner.phases(self.plan.works[client])
-        data = ClientData(opened.loaders.open(client, works), self.plan.sizes[client])
-        task = opened.round.start(data, partial(probe, self.trainer))
+        data = ClientData(opened.loaders.open(client, works, group.number), self.plan.sizes[client])
+        task = opened.round.start(data, partial(probe, self.trainer), group.version, group.number)
         self.call_hook("on_client_start", client)
         return task
 
-    def _start_group(self, opened: OpenRound, clients: tuple[ClientId, ...]) -> ClientTask:
+    def _start_group(self, opened: OpenRound, group: PlannedGroup) -> ClientTask:
         vectorized = self.vectorized
         assert vectorized is not None
         vectorized.begin()
         try:
-            data = self._read_group(opened, clients)
+            data = self._read_group(opened, group)
         except GroupSplit as split:
             vectorized.undo_reading()
             vectorized.tell_of_split(split.parts)
             raise
         try:
-            task = opened.round.start(data)
+            task = opened.round.start(data, version=group.version, number=group.number)
             if vectorized.start(task, data):
                 opened.round.leave()
-                task = opened.round.start(data)
+                task = opened.round.start(data, version=group.version, number=group.number)
                 vectorized.start(task, data)
             changes_groups = data.masks is not None and vectorized.try_new_shapes(data)
         except (NotStackable, NotVectorizable) as error:
@@ -505,12 +511,12 @@ class RoundDriver:
             raise GroupSplit(vectorized.grouping.split(data.works))
         return task
 
-    def _read_group(self, opened: OpenRound, clients: tuple[ClientId, ...]) -> StackedData:
-        vectorized, loaders = self.vectorized, opened.loaders
+    def _read_group(self, opened: OpenRound, group: PlannedGroup) -> StackedData:
+        vectorized, loaders, clients = self.vectorized, opened.loaders, group.clients
         assert vectorized is not None
 
         def open_client(client: ClientId) -> ClientBatches:
-            batches = loaders.open_ahead(client, self.planner.phases(self.plan.works[client]))
+            batches = loaders.open_ahead(client, self.planner.phases(self.plan.works[client]), group.number)
             vectorized.note_loader(batches.loader)
             return batches
 
@@ -600,16 +606,31 @@ class RoundDriver:
         error = failed.error.with_traceback(None)  # its frames would keep the loader's workers alive
         return f"{type(error).__name__}: {error}"
 
-    def _following(self, client: ClientId) -> ClientId | None:
-        """The client that trains after ``client``."""
+    def _following(self, visit: ClientVisit) -> ClientVisit | None:
+        """The client, and the number of its visit, that trains after ``visit``."""
         opened = self.open_round
         assert opened is not None
-        in_turn = [other for group in (opened.current, *opened.pending) for other in group]
-        after = in_turn[in_turn.index(client) + 1 :] if client in in_turn else in_turn
+        in_turn = [(other, group.number) for group in (opened.current, *opened.pending) for other in group.clients]
+        after = in_turn[in_turn.index(visit) + 1 :] if visit in in_turn else in_turn
         return next(iter(after), None)
+
+    def _train_root(self, opened: OpenRound) -> None:
+        """Trains on the server's own data, if the aggregator has such: on the first rank, with the work of a client."""
+        loader, update = self.settings.aggregator.server_data, None
+        if loader is None:
+            return
+        if self.group.rank == 0:
+            works, index = self.planner.phases(self.max_work), self.plan.round
+            batches = ClientBatches(ROOT, loader, works, index, self.max_work)
+            try:
+                update = train_root(self.trainer, opened.round, batches)
+            except LoaderFailed as failed:
+                raise_to_user(failed)
+        opened.round.take_root(update)
 
     def _close(self, opened: OpenRound) -> None:
         trainer, index, round = self.trainer, self.plan.round, opened.round
+        self._train_root(opened)
         # Before the merge, which restores the process's own random generators: the loaders' were entered after them.
         opened.loaders.close()
         report = rank_report(trainer, opened, self.plan, self.metric_states, self.deferred_checkpoints)
@@ -631,7 +652,7 @@ class RoundDriver:
         self.num_bytes_before = 0
         # This ends the local phase: from here on the strategy's collectives concern all ranks, which the checkpoints
         # and the logged figures below need.
-        self.state, self.open_round = result.state, None
+        self.state, self.open_round = self._on_clock(result.state, round), None
         self.num_batches_trained = opened.num_batches_done
         self._is_unsettled, self._trained_last_round = True, opened.has_trained
         self.ends_round = True
@@ -648,7 +669,7 @@ class RoundDriver:
         self.warnings.result(index, result)
         assert self.local_trainer is not None
         self.warnings.put_back(self.local_trainer.isolation.changed)
-        self.history.append(history_entry(index, result, self.plan.dropped))
+        self.history.append(history_entry(index, result, self.plan.dropped, self.plan.flush))
         internals.log_figures(trainer, figures(self.history[-1], result.hides_clients), RANK_FIGURES)
         self.warnings.words(trainer, words(self.history[-1]))
         trainer.should_stop |= result.closing.stop_reason is not None
@@ -660,6 +681,13 @@ class RoundDriver:
             internals.average_passed_steps(trainer, opened.first_step, last_step)
         self.deferred_checkpoints = dict(reports[0].deferred_checkpoints)
         self._last_steps = opened.first_step, last_step
+
+    def _on_clock(self, state: FederationState, round: Round) -> FederationState:
+        """The state with the clock after the round, and the versions from which clients are still training."""
+        clock = self.plan.clock
+        needed = set() if clock is None else clock.versions
+        versions = {index: version for index, version in round.versions.items() if index in needed}
+        return replace(state, clock=clock, versions=versions)
 
     # ---- after a round
 
@@ -814,8 +842,8 @@ class RoundDriver:
         if self._plan is None:
             return None
         opened = self.open_round
-        groups = self.plan.groups if opened is None else opened.pending
-        lengths = [self.plan.num_batches(group) for group in groups]
+        groups = self.plan.planned if opened is None else opened.pending
+        lengths = [self.plan.num_batches(group.clients) for group in groups]
         if None in lengths:
             return None
         total = sum(length for length in lengths if length is not None)
@@ -846,6 +874,8 @@ class RoundDriver:
     def prepare_gradients(self, optimizer: Optimizer) -> None:
         """Called in a step that Lightning runs, when the gradients are unscaled and not yet clipped."""
         if self.open_round is not None and self.local_trainer is not None:
+            loop = self.open_round.steps.loop
+            self.local_trainer.batch = loop.batch, loop.position.offset
             self.local_trainer.prepare_gradients(optimizer)
 
     def call_hook(self, hook: str, *args: Any) -> None:

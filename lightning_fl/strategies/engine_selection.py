@@ -33,7 +33,7 @@ def select_engine(
     engine = VectorizedEngine(module, *arguments, isolation=isolation)
     vectorized = VectorizedDriver(trainer, engine, settings, is_asked_for, is_asked_for and not is_secure)
     # Set last, because the engine and the driver of its groups need each other.
-    engine.functions = step_functions(trainer, vectorized.step)
+    engine.functions = step_functions(trainer, vectorized.step, vectorized.silent_step)
     reason = unsupported_reason(trainer, module, strategy)
     if reason is None and not is_asked_for:
         reason = unprofitable_reason(module, vectorized.grouping.max_clients)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lightning_fl.aggregation import Aggregator, Corruption, Transform, WeightedMean
 from lightning_fl.algorithms import Algorithm, Weighting, get_algorithm
-from lightning_fl.clients import Amount, Cohort, Participation, Population, Stragglers, Uniform
+from lightning_fl.clients import Amount, Cohort, Durations, Participation, Population, Stragglers, Uniform
 from lightning_fl.clients.cohorts import describe_sampling
 from lightning_fl.communication import Group, LocalGroup, Message, connect
 from lightning_fl.communication.objects import decode_object, encode_object
@@ -34,6 +34,7 @@ from lightning_fl.federation import Federation, FederationSettings, GroupFederat
 from lightning_fl.federation.rank_verification import digest, synchronize_module, verify_ranks
 from lightning_fl.federation.settings import is_private
 from lightning_fl.federation.single_update import single_update
+from lightning_fl.schedules import RoundSchedule
 from lightning_fl.strategies import internals
 from lightning_fl.strategies.callback import RoundCallback
 from lightning_fl.strategies.checkpoint import (
@@ -56,6 +57,7 @@ from lightning_fl.strategies.network import check_network, open_network, protect
 from lightning_fl.strategies.one_package import refuse_apart
 from lightning_fl.strategies.round_loaders import RoundLoader
 from lightning_fl.strategies.round_view import RoundView
+from lightning_fl.strategies.scheduling import check_clients, check_schedule, choose_schedule
 from lightning_fl.strategies.user_warnings import UserWarnings
 from lightning_fl.strategies.validation import (
     SEVERAL_LOADERS,
@@ -109,6 +111,10 @@ class FederatedStrategy(internals.ReusableStrategy):
         frozen: What happens to frozen parameters, which don't travel in rounds, before the first one: ``"compare"``:
             they must be the same on all ranks; ``"broadcast"``: all ranks get those of rank 0.
         adversary: Lets some simulated clients attack, as ``fl.attacks.Adversary(fl.attacks.ALIE())``. None: nobody.
+        schedule: When a round closes, and whom it waits for, on a simulated clock, as
+            ``fl.schedules.Buffered(size=10, concurrency=30)``. None: a round waits for all its clients.
+        durations: How long clients take on that clock: seconds by client, a distribution such as
+            ``fl.clients.Lognormal(median=20)``, or ``"measured"``. None: there is no clock.
         federation: The coordinator's address, ``"https://host:port"``: this launch is then one silo of a federation
             over a network, and its training loader that silo's data.
         kit: The folder with the silo's key and certificate, for ``federation``.
@@ -149,6 +155,8 @@ class FederatedStrategy(internals.ReusableStrategy):
         timeout: float = 1800.0,
         frozen: Literal["compare", "broadcast"] = "compare",
         adversary: Corruption | None = None,
+        schedule: RoundSchedule | None = None,
+        durations: Durations | dict[int | str, float] | str | None = None,
         federation: str | None = None,
         kit: str | Path | None = None,
     ) -> None:
@@ -156,6 +164,9 @@ class FederatedStrategy(internals.ReusableStrategy):
         self.cohort = cohort or Uniform()
         self.stragglers = stragglers
         check_types(partition, aggregator, transforms, personal)
+        self.schedule, self.durations = choose_schedule(schedule, durations)
+        if self.schedule is not None:
+            clients_per_round = self.schedule.clients_per_round(clients_per_round)
         secure = any(transform.needs_secure_sampling for transform in transforms)
         self.participation = Participation(
             self.cohort, clients_per_round, local_epochs, local_steps, stragglers, secure
@@ -178,6 +189,10 @@ class FederatedStrategy(internals.ReusableStrategy):
         self.local_steps = local_steps
         self.partition = partition
         self.aggregator = aggregator or WeightedMean()
+        if self.schedule is not None:
+            check_schedule(self.schedule, num_clients, self.cohort, stragglers, transforms, self.aggregator)
+            # First, because the others may give updates a form that can't be scaled.
+            transforms = (*self.schedule.transforms, *transforms)
         self.weighting: Weighting = choose_weighting(weighting, self.aggregator, transforms, self.algorithm)
         self.client_optimizer: ClientOptimizer = client_optimizer
         self.transforms = tuple(transforms)
@@ -432,6 +447,8 @@ class FederatedStrategy(internals.ReusableStrategy):
             callbacks=trainer.callbacks,  # type: ignore[attr-defined]
             silo=None if self.network is None else self.network.name,
         )
+        if self.schedule is not None and self.durations is not None:
+            check_clients(self.schedule, self.durations, population)
         if self.adversary is not None:
             population = population.with_loaders(self.adversary.wrap_loaders(population.loaders, self._seed))
         if self.driver is None:
@@ -453,6 +470,8 @@ class FederatedStrategy(internals.ReusableStrategy):
             sampling=describe_sampling(self.cohort, size, self.clients_per_round),
             silos=population.silos is not None,
             protects_examples=self._protects_examples,
+            schedule=self.schedule,
+            durations=self.durations,
         )
         return RoundDriver(
             trainer,
@@ -580,6 +599,7 @@ class FederatedStrategy(internals.ReusableStrategy):
         if driver.interrupted_loops is not None:
             checkpoint["loops"]["fit_loop"] = driver.interrupted_loops
         checkpoint[KEY] = {**pack(self.algorithm, driver.state, self._module), **driver.progress()}
+        checkpoint[KEY]["is_secret"] = driver.settings.hides_clients
         # After an exception the other ranks may be gone, or may not save at all.
         group = LocalGroup() if self.in_local_phase else self.federation
         # Client states are written before the checkpoint that names them, and those of its predecessor are deleted

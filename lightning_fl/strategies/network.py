@@ -33,6 +33,7 @@ def check_network(strategy: Any, address: str | None, kit: str | Path | None) ->
         "partition": strategy.partition is not None,
         "split_validation": strategy.split_validation,
         "stragglers": strategy.stragglers is not None,
+        "schedule and durations": strategy.schedule is not None,
         "cohort": not isinstance(strategy.cohort, Uniform),
     }
     given = [name for name, is_given in ignored.items() if is_given]
@@ -54,6 +55,11 @@ def check_network(strategy: Any, address: str | None, kit: str | Path | None) ->
         raise ValueError(
             f"{', '.join(hiding)} does not run in secure sums over a coordinator yet. Leave federation out and start "
             "the silos with torchrun, or leave one of them out."
+        )
+    if strategy.aggregator.needs_server:
+        raise ValueError(
+            f"{strategy.aggregator!r} looks at updates with data of the server, but a coordinator holds no model to "
+            "try them on. Let one silo hold the data, as FLTrust(root='hospital-a'), or use another rule."
         )
 
 

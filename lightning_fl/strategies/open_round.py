@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_fl.federation import Round
+from lightning_fl.federation.planner import PlannedGroup
 from lightning_fl.strategies.batch_steps import BatchSteps
 from lightning_fl.strategies.client_session import ClientSession
 from lightning_fl.strategies.logged_values import LoggedValues
@@ -42,12 +43,12 @@ class OpenRound:
     loaders: RoundLoaders
     steps: BatchSteps
     values: LoggedValues
-    pending: deque[tuple[ClientId, ...]]
+    pending: deque[PlannedGroup]
     first_step: int
     first_logger_step: int
     loops_before: dict[str, Any]
     paused: list[Any]
-    current: tuple[ClientId, ...] = ()
+    current: PlannedGroup = field(default_factory=lambda: PlannedGroup((), 0))
     session: ClientSession | None = None
     failed: dict[ClientId, str] = field(default_factory=dict)
     num_batches_done: int = 0

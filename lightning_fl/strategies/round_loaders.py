@@ -13,11 +13,16 @@ from lightning_fl.data.lazy_batches import as_lazy
 from lightning_fl.data.prefetch import PrefetchedLoader, can_prefetch
 from lightning_fl.data.splitting import in_order
 from lightning_fl.federation import ClientBatches, LoaderFailed, RankPlan
-from lightning_fl.seeding import ClientRandomness, isolated_randomness
+from lightning_fl.seeding import ClientRandomness, isolated_randomness, visit_seed
 from lightning_fl.strategies.user_warnings import UserWarnings
 from lightning_fl.types import ClientId
 
 UNKNOWN_LENGTH = sys.maxsize // 2
+
+VISITS_APART = 1 << 24
+"""More rounds than any run has."""
+ClientVisit = tuple[ClientId, int]
+"""A client, and how many other visits of it in the round come before."""
 
 
 class RoundLoaders:
@@ -27,7 +32,7 @@ class RoundLoaders:
         plan: The plan of this rank for the round.
         population: All clients.
         seed: Seed of the federation.
-        following: Returns the client that trains after a given one; None if there is none.
+        following: Returns the client's visit that trains after a given one; None if there is none.
         restore_randomness: Restores the random generators' states of before the round's first client.
         keep_order: Whether loaders that shuffle are read in order, as ``overfit_batches`` requires.
         warnings: Checks each loader for settings to warn of.
@@ -38,7 +43,7 @@ class RoundLoaders:
         plan: RankPlan,
         population: Population,
         seed: int,
-        following: Callable[[ClientId], ClientId | None],
+        following: Callable[[ClientVisit], ClientVisit | None],
         restore_randomness: Callable[[], None],
         keep_order: bool,
         warnings: UserWarnings,
@@ -51,7 +56,7 @@ class RoundLoaders:
         self.keep_order = keep_order
         self.warnings = warnings
         self._planned = dict(plan.loaders)
-        self._ahead: dict[ClientId, Loader] = {}
+        self._ahead: dict[ClientVisit, Loader] = {}
         self._randomness = ClientRandomness()
         self._read: list[ClientBatches] = []
 
@@ -60,47 +65,54 @@ class RoundLoaders:
         """Seconds in which training has waited for the clients' data."""
         return sum(batches.seconds_waiting for batches in self._read)
 
-    def open(self, client: ClientId, works: Any) -> ClientBatches:
+    def open(self, client: ClientId, works: Any, number: int = 0) -> ClientBatches:
         """A client's batches, to be read while it trains.
+
+        Args:
+            client: The client.
+            works: Its local work, phase by phase.
+            number: How many other visits of the client in the round come before.
 
         Raises:
             LoaderFailed: If its loader can't be made.
         """
-        return self._batches(client, self._take(client), works)
+        return self._batches((client, number), self._take((client, number)), works)
 
-    def open_ahead(self, client: ClientId, works: Any) -> ClientBatches:
+    def open_ahead(self, client: ClientId, works: Any, number: int = 0) -> ClientBatches:
         """A client's batches, to be read before it trains; the random generators are the client's until :meth:`leave`.
 
         Raises:
             LoaderFailed: If its loader can't be made.
         """
-        loader = self._take(client)
+        loader, seed = self._take((client, number)), visit_seed(self.seed, number)
         if type(loader) not in (list, tuple):  # reading these draws no random numbers
-            self._randomness.enter(self.seed, self.plan.round, client)
-            self._randomness.seed_loader(loader, self.seed, self.plan.round, client)
+            self._randomness.enter(seed, self.plan.round, client)
+            self._randomness.seed_loader(loader, seed, self.plan.round, client)
             loader = as_lazy(loader)
-        return self._batches(client, loader, works)
+        return self._batches((client, number), loader, works)
 
     def leave(self) -> None:
         """Restores the random generators."""
         self._randomness.exit()
 
-    def _batches(self, client: ClientId, loader: Loader, works: Any) -> ClientBatches:
-        batches = ClientBatches(
-            client, loader, works, self.plan.round, self.plan.max_work, on_first_batch=self._start_workers
-        )
+    def _batches(self, visit: ClientVisit, loader: Loader, works: Any) -> ClientBatches:
+        client, number = visit
+        # Passes of further visits are numbered beyond those of any round.
+        index = self.plan.round + number * VISITS_APART
+        batches = ClientBatches(client, loader, works, index, self.plan.max_work, on_first_batch=self._start_workers)
         self._read.append(batches)
         return batches
 
-    def _take(self, client: ClientId) -> Loader:
+    def _take(self, visit: ClientVisit) -> Loader:
+        client, _ = visit
         try:
             # The user's code makes the loader, so that anything may be raised; the error names the client.
-            loader = self._ahead.pop(client) if client in self._ahead else self._make(client)
+            loader = self._ahead.pop(visit) if visit in self._ahead else self._make(client)
         except Exception as error:
             raise LoaderFailed(client, error) from error
         # Only where workers read: without them a loader made early would save nothing and keep its data in memory.
         if isinstance(loader, PrefetchedLoader) or can_prefetch(loader):
-            self._make_next(client)
+            self._make_next(visit)
         self.warnings.loader(loader)
         return in_order(loader) if self.keep_order else loader
 
@@ -112,21 +124,22 @@ class RoundLoaders:
         self.restore_randomness()
         return self.population.loaders[client]
 
-    def _make_next(self, client: ClientId) -> None:
+    def _make_next(self, visit: ClientVisit) -> None:
         # Runs before this client is seeded, so that a loader made here does not draw this client's random numbers.
-        following = self.following(client)
+        following = self.following(visit)
         if following is not None and not self._ahead:
             with suppress(Exception):  # raised again, with the client named, when its turn comes
-                self._ahead[following] = self._make(following)
+                self._ahead[following] = self._make(following[0])
 
     def _start_workers(self) -> None:
         """Lets the next client's workers read while the current client trains."""
-        for client, loader in self._ahead.items():
+        for visit, loader in self._ahead.items():
             if self.keep_order or not can_prefetch(loader):
                 continue
-            with suppress(Exception), isolated_randomness(self.seed, self.plan.round, client) as randomness:
-                randomness.seed_loader(loader, self.seed, self.plan.round, client)
-                self._ahead[client] = PrefetchedLoader(loader)
+            client, seed = visit[0], visit_seed(self.seed, visit[1])
+            with suppress(Exception), isolated_randomness(seed, self.plan.round, client) as randomness:
+                randomness.seed_loader(loader, seed, self.plan.round, client)
+                self._ahead[visit] = PrefetchedLoader(loader)
 
     def close(self) -> None:
         """Drops the loaders that were made in advance, because the round ends."""

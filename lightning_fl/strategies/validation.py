@@ -84,7 +84,7 @@ def check_schedules(schedules: Schedules, settings: FederationSettings, work: Lo
 def settings_of_ranks(strategy: Any, trainer: L.Trainer) -> dict[str, str]:
     """The settings of a federation that must be the same on all ranks."""
     of_trainer = ("max_epochs", "max_steps", "min_epochs", "check_val_every_n_epoch", "num_sanity_val_steps")
-    of_data = ("num_clients", "partition", "split_validation", "personal", "frozen", "_seed")
+    of_data = ("num_clients", "partition", "split_validation", "personal", "frozen", "_seed", "schedule", "durations")
     return {
         **settings_of_strategy(strategy),
         **_without_addresses({name: repr(getattr(strategy, name)) for name in of_data}),
@@ -306,6 +306,8 @@ def check_algorithm(algorithm: Algorithm, trainer: L.Trainer) -> None:
     sent = [phase for phase in algorithm.phases() if phase.model == "global" and phase.trains != "personal"]
     if not sent:
         raise MisconfigurationException(f"{name} has no phase that trains what is sent, so nothing would be learned.")
+    if algorithm.needs_gradient_at:
+        _check_gradient_at(name, trainer)
     if algorithm.probe is not None and not trainer.lightning_module.automatic_optimization:
         raise MisconfigurationException(
             f"{name} measures the {_MEASURED[algorithm.probe]} of each client's data by calling `training_step`, which "
@@ -315,6 +317,24 @@ def check_algorithm(algorithm: Algorithm, trainer: L.Trainer) -> None:
         raise MisconfigurationException(
             f"{name} measures gradients outside the steps whose loss precision='16-mixed' scales, so that they may "
             "underflow. Use precision='bf16-mixed' or '32-true'."
+        )
+
+
+def _check_gradient_at(name: str, trainer: L.Trainer) -> None:
+    found, remedy = None, ""
+    if not trainer.lightning_module.automatic_optimization:
+        found, remedy = "calling `training_step` trains with manual optimization", "Use automatic optimization"
+    elif trainer.accumulate_grad_batches != 1:
+        found = f"a step with accumulate_grad_batches={trainer.accumulate_grad_batches} is of several batches"
+        remedy = "Leave it at 1 and take a larger batch_size"
+    elif trainer.precision == "16-mixed":
+        found, remedy = "precision='16-mixed' scales the loss of a step only", "Use precision='bf16-mixed' or '32-true'"
+    elif any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers):
+        found, remedy = "LBFGS looks at a batch several times in a step", "Use another optimizer"
+    if found is not None:
+        raise MisconfigurationException(
+            f"{name} needs the gradient of a batch at several points in each step, but {found}. {remedy}, or another "
+            "algorithm."
         )
 
 

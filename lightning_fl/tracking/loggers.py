@@ -13,6 +13,7 @@ from lightning_fl.tracking import plots
 from lightning_fl.tracking.partition import PartitionSummary
 from lightning_fl.tracking.run import as_number
 from lightning_fl.tracking.silo_logger import SiloWandbLogger
+from lightning_fl.tracking.tables import markdown_table
 
 MAX_TABLE_ROWS = 1000
 
@@ -69,12 +70,6 @@ def log_by_round(trainer: L.Trainer, round: int, metrics: Mapping[str, float]) -
         elif isinstance(logger, WandbLogger):
             logger.experiment.define_metric("round/*", step_metric="round/number")
             logger.experiment.log({"round/number": round + 1, **{f"round/{key}": metrics[key] for key in metrics}})
-
-
-def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table as Markdown."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def log_own_silo(trainer: L.Trainer, row: Mapping[str, Any]) -> None:

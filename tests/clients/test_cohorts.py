@@ -331,7 +331,7 @@ def test_taking_turns_covers_all_clients_evenly(population: int, size: int) -> N
         (Poisson(0.3), None, Sampling("poisson", 50, 15.0, 0.3)),
         (Poisson(1.0), None, Sampling("full", 50, 50.0, 1.0)),
         (Weighted(), 5, Sampling("other", 50, 5, 0.1)),
-        (RoundRobin(), 5, Sampling("other", 50, 5, 0.1)),
+        (RoundRobin(), 5, Sampling("other", 50, 5, 0.1, separation=10)),
     ],
 )
 def test_a_cohort_describes_itself(cohort: Cohort, clients_per_round: Any, expected: Sampling) -> None:

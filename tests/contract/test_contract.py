@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lightning_fl import FederatedStrategy
 from lightning_fl.algorithms import (
+    APFL,
     Algorithm,
     DiLoCo,
     Ditto,
@@ -35,10 +36,13 @@ from lightning_fl.algorithms import (
     FedPer,
     FedProx,
     FedRep,
+    FedSAM,
     FedSGD,
     FedYogi,
     LGFedAvg,
     MimeLite,
+    PerFedAvg,
+    PFedMe,
     QFedAvg,
     Scaffold,
     registered,
@@ -137,6 +141,10 @@ ENTRIES: dict[str, Entry] = {
     "fedbn": Entry(FedBN(), EXAMPLES, {"server_lr": 0.5}),
     "fedrep": Entry(FedRep(head_epochs=2), EXAMPLES, {"head_epochs": 2}, personal=True),
     "ditto": Entry(Ditto(lam=0.5), EXAMPLES, {"lam": 0.5}, Ditto()),
+    "perfedavg": Entry(PerFedAvg(alpha=0.1), 1.2618206808, {"first_order": True}, PerFedAvg(alpha=0.0)),
+    "pfedme": Entry(PFedMe(inner_steps=10, inner_lr=0.06), 1.2197241800, {"lam": 5.0}),
+    "fedsam": Entry(FedSAM(), 1.1730566896, {"rho": 0.1}, FedSAM(rho=0.0)),
+    "apfl": Entry(APFL(), UNIFORM, {"alpha": 0.25}, APFL()),
     "diloco": Entry(DiLoCo(momentum=0.5), UNIFORM, {"momentum": 0.5}, DiLoCo(server_lr=1.0, momentum=0.0)),
 }
 every_algorithm = pytest.mark.parametrize("name", ENTRIES)
@@ -149,6 +157,7 @@ def capabilities(entry: Entry) -> tuple[Any, ...]:
         algorithm.server_init({"x": torch.zeros(1)}, population=3).keys() > {"params"},
         algorithm.keeps_client_state,
         algorithm.probe,
+        algorithm.needs_gradient_at,
         len(algorithm.phases()),
         entry.personal,
         *(
@@ -226,14 +235,14 @@ def test_states_are_trees_of_tensors_and_keep_shapes_and_dtypes(name: str, dtype
         is_personal = any(fnmatchcase(key, glob) for glob in run.strategy.personal)
         assert torch.equal(value, before[key]) == is_personal
     server, *clients = states(run)
-    keeps = algorithm.keeps_client_state or run.strategy.personal or algorithm.phases()[-1].model == "own"
-    assert len(clients) == (3 if keeps else 0)
+    has_model = bool(run.strategy.personal) or algorithm.phases()[-1].model == "own"
+    assert len(clients) == 3 * (algorithm.keeps_client_state + has_model)
     for state in (server, *clients):
         assert all(isinstance(leaf, Tensor) and not leaf.requires_grad for leaf in leaves(state))
         trees = [state, *(value for value in state.values() if isinstance(value, Mapping))]
         for tree in (tree for tree in trees if tree.keys() == before.keys()):
             for key, value in tree.items():
-                expected = dtype if algorithm.phases()[-1].model == "own" and state is not server else sum_dtype(dtype)
+                expected = dtype if tree is state else sum_dtype(dtype)  # a client's own model is that of the module
                 assert (value.dtype, value.shape) == (expected, before[key].shape)
     assert repr(algorithm) == hyperparameters
 

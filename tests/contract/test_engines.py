@@ -126,6 +126,7 @@ ENTRIES = {
     "float32": Entry(lambda: Logging(torch.float32), rtol=1e-5, plain=True),
     "fedprox": Entry(strategy={"algorithm": fl.algorithms.FedProx(1.0)}, trainer={"gradient_clip_val": 0.05}),
     "scaffold": Entry(strategy={"algorithm": "scaffold"}, rounds=3),
+    "perfedavg": Entry(strategy={"algorithm": fl.algorithms.PerFedAvg(0.1)}),
     "ditto": Entry(strategy={"algorithm": "ditto"}, groups=False),
     "mimelite": Entry(strategy={"algorithm": "mimelite"}, groups=False),
     "personal": Entry(strategy={"personal": ["net.3.*"]}),

@@ -17,7 +17,7 @@ from lightning_fl import FederatedStrategy
 from lightning_fl.aggregation import Compress, PowerSGD, RoundContext, TopK, Transform, WeightedMean
 from lightning_fl.clients import Sampling
 from lightning_fl.communication import Group, LocalGroup, Message
-from lightning_fl.privacy import AdaptiveClip, ClientLevelDP, SecureAggregation
+from lightning_fl.privacy import AdaptiveClip, BandMF, ClientLevelDP, SecureAggregation
 from lightning_fl.privacy.client_level.clipping import joint_norm
 from lightning_fl.tree import Layout, add, is_finite, leaves, scale, subtract, to_sum_dtype, tree_map, zeros_like
 from lightning_fl.types import Aggregate, State, Tree, Update
@@ -105,8 +105,10 @@ class Entry:
 PRIVATE = {"clip": 1.0, "noise_multiplier": 1.0, "insecure_test_seed": 7}
 ADAPTIVE = AdaptiveClip(initial=2.0, bit_noise=1.0)
 TOP = TopK(0.25)
+TURNS = BandMF(1)
 IN_YAML: dict[Any, Any] = {
     ADAPTIVE: {"class_path": "AdaptiveClip", "init_args": {"initial": 2.0, "bit_noise": 1.0}},
+    TURNS: {"class_path": "BandMF", "init_args": {"bands": 1}},
     TOP: {"class_path": "TopK", "init_args": {"share": 0.25}},
 }
 NEUTRAL = {"clip": 1e6, "noise_multiplier": 0.0}
@@ -128,6 +130,7 @@ ENTRIES = {
     "powersgd": Entry(PowerSGD, {"rank": 1}, beside={"aggregator": NoSum()}),
     "dp": Entry(ClientLevelDP, PRIVATE, NEUTRAL, **OF_PRIVACY),
     "dp-adaptive": Entry(ClientLevelDP, {**PRIVATE, "clip": ADAPTIVE}, **OF_PRIVACY),
+    "dp-turns": Entry(ClientLevelDP, {**PRIVATE, "mechanism": TURNS}, {**NEUTRAL, "mechanism": TURNS}, **OF_PRIVACY),
     "dp-local": Entry(ClientLevelDP, {**PRIVATE, "mode": "local"}, {**NEUTRAL, "mode": "local"}, **OF_PRIVACY),
 }
 every_transform = pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)

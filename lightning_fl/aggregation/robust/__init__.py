@@ -16,6 +16,7 @@ from lightning_fl.aggregation.robust.norm_bound import NormBound
 from lightning_fl.aggregation.robust.rule import CoordinateRule, GramRule, PreAggregator, RowAggregator
 from lightning_fl.aggregation.robust.screened import Check, CosineCheck, NormCheck, Screened
 from lightning_fl.aggregation.robust.trimmed_mean import TrimmedMean
+from lightning_fl.aggregation.robust.validation_check import ValidationCheck
 
 __all__ = [
     "FLAME",
@@ -42,4 +43,5 @@ __all__ = [
     "RowAggregator",
     "Screened",
     "TrimmedMean",
+    "ValidationCheck",
 ]

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from lightning_fl.aggregation.context import RoundContext
-from lightning_fl.aggregation.robust.gram import Gram
+from lightning_fl.aggregation.robust.gram import Gram, cosines_of
+from lightning_fl.aggregation.robust.rows import RoundRows, Rows, complete
 from lightning_fl.aggregation.robust.rule import GramRule, PreAggregator
+from lightning_fl.tree import Flat, clone
+from lightning_fl.types import ClientId, State
 
 
 @dataclass(frozen=True)
@@ -19,15 +22,18 @@ class FoolsGold(GramRule):
 
     With the cosines :math:`\kappa_{ij}`, lowered for whoever is more like others than its neighbour is, the weight is
     :math:`1 - \max_j \kappa_{ij}`, stretched by a logit to [0, 1]. It is meant for many sybils with one aim;
-    attackers that differ from each other win. Cosines are those of the round's updates, not of their sums over
-    rounds. If all are the same, it is the mean. Weights are ignored.
+    attackers that differ from each other win. Cosines are those of the sums of a client's updates over the rounds, in
+    which a common aim shows through the noise of a single one. These sums take the memory of one model for each
+    client that has taken part, on each rank. If all are the same, it is the mean. Weights are ignored.
 
     Args:
         num_attackers: How many clients of a round may be attackers: a count, or a share of the cohort. Default 0.2.
-        before: Pre-aggregators, which mix the updates first.
+        before: Pre-aggregators, which mix the updates first; with ``memory=False`` only.
+        memory: Whether updates are summed up over the rounds. False: the round's updates alone. Default True.
 
     Raises:
-        ValueError: Before training, if a round has no more than twice as many clients as attackers.
+        ValueError: If ``before`` mixes clients of which each has sums of its own; before training, if a round has no
+            more than twice as many clients as attackers.
 
     Reference:
         Fung et al., "The Limitations of Federated Learning in Sybil Settings", RAID 2020.
@@ -35,12 +41,46 @@ class FoolsGold(GramRule):
 
     num_attackers: int | float = 0.2
     before: Sequence[PreAggregator] = ()
+    memory: bool = True
     why = "too similar to another client's update"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.memory and self.before:
+            raise ValueError(
+                f"before={self.before!r} mixes clients, but FoolsGold keeps the sum of each client's updates. Leave "
+                "before out, or set memory=False."
+            )
+
+    def beside(self, rows: Rows, clients: Sequence[ClientId], ctx: RoundContext) -> Flat:
+        sums = ctx.memory.get("sums", {})
+        return rows.of_trees([{"delta": sums.get(_key(client), {})} for client in clients]) if self.memory else {}
+
+    def keep(self, rows: RoundRows, flat: Flat, clients: Sequence[ClientId], ctx: RoundContext) -> State:
+        if not self.memory:
+            return {}
+        sums = dict(ctx.memory.get("sums", {}))
+        totals = complete({dtype: own + rows.beside[dtype] for dtype, own in rows.everywhere().items()})
+        for place, client in enumerate(clients):
+            trees = rows.rows.layout.unflatten({dtype: own[place] for dtype, own in totals.items()})
+            # A copy, since a view would keep the rows of the whole cohort.
+            sums[_key(client)] = clone(trees.get("delta", {}))
+        return {"sums": sums}
+
     def matrix(self, gram: Gram, num_attackers: int, ctx: RoundContext) -> Tensor:
-        weights = foolsgold(gram.cosines)
+        n, products = gram.num_updates, gram.products
+        if gram.num_beside:
+            added = torch.eye(n, dtype=torch.float64).repeat(1, 2)
+            products = added @ products @ added.t()
+        weights = foolsgold(cosines_of(products))
         total = weights.sum()
-        return (weights / total if total > 0 else torch.full_like(weights, 1 / len(weights)))[None]
+        weights = weights / total if total > 0 else torch.full_like(weights, 1 / n)
+        return torch.cat([weights, torch.zeros(gram.num_beside, dtype=torch.float64)])[None]
+
+
+def _key(client: ClientId) -> str:
+    """A name of the client in which the number 3 and the text "3" differ."""
+    return repr(client)
 
 
 def foolsgold(cosines: Tensor) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,22 +24,27 @@ class Gram:
         along: :math:`\langle u_i - m, m \rangle`, ``[n]``.
         square: :math:`\langle m, m \rangle`, a number.
         clients: The client of each row; empty for rows that are mixtures of several clients'.
+        num_beside: How many rows at the end no client of the round has sent, such as the last centre of a rule.
+        measured: What each check that looks at updates one by one has measured of them, ``[n]``.
     """
 
     relative: Tensor
     along: Tensor
     square: Tensor
     clients: Sequence[ClientId] = ()
+    num_beside: int = 0
+    measured: Mapping[Any, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, blocks: Iterable[Tensor], clients: Sequence[ClientId]) -> Gram:
+    def of(cls, blocks: Iterable[Tensor], clients: Sequence[ClientId], num_beside: int = 0) -> Gram:
         """The geometry of rows that come in blocks of columns.
 
         Args:
             blocks: The columns, ``[n, w]`` each.
             clients: The client of each row.
+            num_beside: How many rows follow that are no client's.
         """
-        n = len(clients)
+        n = len(clients) + num_beside
         relative, along, square = torch.zeros(n, n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64), 0.0
         for block in blocks:
             if block.numel():
@@ -47,7 +53,7 @@ class Gram:
                 relative += (rows @ rows.t()).cpu()
                 along += (rows @ middle).cpu()
                 square += float(middle @ middle)
-        return cls(relative, along, torch.tensor(square, dtype=torch.float64), clients)
+        return cls(relative, along, torch.tensor(square, dtype=torch.float64), clients, num_beside)
 
     def flat(self) -> Tensor:
         """All numbers in one vector, to be summed over ranks."""
@@ -62,6 +68,17 @@ class Gram:
 
     def __len__(self) -> int:
         return len(self.along)
+
+    @property
+    def num_updates(self) -> int:
+        """The rows without those beside."""
+        return len(self) - self.num_beside
+
+    @property
+    def updates(self) -> Gram:
+        """The geometry of the rows without those beside."""
+        n = self.num_updates
+        return Gram(self.relative[:n, :n], self.along[:n], self.square, self.clients, measured=self.measured)
 
     @property
     def squared_distances(self) -> Tensor:
@@ -83,13 +100,27 @@ class Gram:
     @property
     def cosines(self) -> Tensor:
         """The cosines between rows, ``[n, n]``; 0 with a row of zeros."""
-        norms = self.norms
-        scale = torch.where(norms > 0, 1 / norms, 0.0)
-        return (self.products * scale * scale[:, None]).clamp(-1, 1)
+        return cosines_of(self.products)
 
     def mix(self, matrix: Tensor) -> Gram:
-        """The geometry of the rows ``matrix @ rows``; each row of the matrix ``[m, n]`` has to add up to 1."""
-        return Gram(matrix @ self.relative @ matrix.t(), matrix @ self.along, self.square)
+        """The geometry of the rows ``matrix @ rows``; those beside stay.
+
+        Args:
+            matrix: ``[m, n]`` for n rows without those beside; each of its rows has to add up to 1.
+        """
+        full = self.with_beside(matrix)
+        return Gram(full @ self.relative @ full.t(), full @ self.along, self.square, num_beside=self.num_beside)
+
+    def with_beside(self, matrix: Tensor) -> Tensor:
+        """A mixing matrix of the rows that leaves those beside as they are."""
+        return torch.block_diag(matrix, torch.eye(self.num_beside, dtype=matrix.dtype)) if self.num_beside else matrix
+
+
+def cosines_of(products: Tensor) -> Tensor:
+    """The cosines between rows with these inner products, ``[n, n]``; 0 with a row of zeros."""
+    norms = products.diagonal().clamp(min=0).sqrt()
+    scale = torch.where(norms > 0, 1 / norms, 0.0)
+    return (products * scale * scale[:, None]).clamp(-1, 1)
 
 
 def selection(chosen: Sequence[int] | Tensor, num_rows: int) -> Tensor:

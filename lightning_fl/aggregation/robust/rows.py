@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_fl.communication import Group, Message
 from lightning_fl.tree import Flat, Layout, as_real
-from lightning_fl.types import Tree
+from lightning_fl.types import Tree, Update
 
 LARGEST = 1e100
 """Coordinates are cut here, so that the square of what an attacker sends stays finite. Nobody trains that far."""
@@ -65,12 +65,34 @@ class Rows:
     def __len__(self) -> int:
         return len(self.positions)
 
+    def updates(self) -> Iterator[Update]:
+        """This rank's rows as updates."""
+        for block in self.blocks:
+            for place in range(len(next(iter(block.values()), ()))):
+                trees = self.layout.unflatten(complete({dtype: own[place] for dtype, own in block.items()}))
+                yield Update(trees.get("delta", {}), trees.get("buffers", {}))
+
     def columns(self, dtype: torch.dtype, start: int, stop: int) -> Tensor:
         """Columns of all rows of this rank, ``[rows, stop - start]``."""
         if not self.blocks:
             return torch.empty(0, stop - start, dtype=real_dtype(dtype), device=self.device)
         found = torch.cat([block[dtype][:, start:stop] for block in self.blocks])
         return found.clamp_(-LARGEST, LARGEST) if found.dtype == torch.float64 else found
+
+    def of_trees(self, kept: Sequence[Mapping[str, Tree]]) -> Flat:
+        """Trees of earlier rounds as rows like these; what is missing, or had another shape then, is zero."""
+        stacked: dict[str, Tree] = {}
+        for tree, name, shape, dtype in self.layout.entries:
+            found = [own.get(tree, {}).get(name) for own in kept]
+            stacked.setdefault(tree, {})[name] = torch.stack(
+                [
+                    torch.zeros(shape, dtype=dtype, device=self.device)
+                    if tensor is None or tensor.shape != shape
+                    else tensor.to(self.device, dtype)
+                    for tensor in found
+                ]
+            )
+        return Rows(self.layout, self.device).add(stacked, range(len(kept))).blocks[0]
 
     def width(self, dtype: torch.dtype) -> int:
         """Number of columns."""
@@ -129,6 +151,53 @@ class Rows:
                 "different updates to different silos, or the network has changed them. The round is dropped."
             )
         return replace(self, blocks=(gathered,), positions=tuple(range(sum(counts))))
+
+
+@dataclass(frozen=True)
+class RoundRows:
+    """All rows of a round: this rank's, and the way to those of the others.
+
+    Args:
+        rows: This rank's rows.
+        group: The ranks.
+        counts: How many rows each rank has.
+        order: The rows of all ranks by the place of their clients in the cohort.
+        beside: Further rows that no client of the round has sent, and that all ranks hold: ``[m, elements]`` by dtype.
+    """
+
+    rows: Rows
+    group: Group
+    counts: Sequence[int]
+    order: Sequence[int]
+    beside: Flat = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    @property
+    def own(self) -> list[int]:
+        """The places of this rank's rows in the order."""
+        before = sum(self.counts[: self.group.rank])
+        place = {row: index for index, row in enumerate(self.order)}
+        return [place[row] for row in range(before, before + self.counts[self.group.rank])]
+
+    def windows(self) -> Iterator[Window]:
+        """The rows in their order, and after them those beside, by windows of columns."""
+        for window in self.rows.windows(self.group, self.counts, self.order):
+            if self.beside:
+                own = self.beside[window.dtype][:, window.start : window.start + window.block.shape[1]]
+                window = Window(window.dtype, window.bounds, window.start, torch.cat([window.block, own]))
+            yield window
+
+    def everywhere(self) -> Flat:
+        """The rows in their order on all ranks, ``[rows, elements]`` by dtype."""
+        pieces: dict[torch.dtype, list[Tensor]] = {dtype: [] for dtype in self.rows.layout.dtypes}
+        for dtype, bounds, _, block in self.rows.windows(self.group, self.counts, self.order):
+            widths = [stop - start for start, stop in pairwise(bounds)]
+            own, sizes = block.reshape(-1), [len(self) * width for width in widths]
+            received = self.group.all_to_all([own] * self.group.size, sizes)
+            pieces[dtype] += [part.view(len(self), width) for part, width in zip(received, widths, strict=True)]
+        return {dtype: torch.cat(parts, dim=1) for dtype, parts in pieces.items()}
 
 
 def complete(flat: Flat) -> Flat:

@@ -4,7 +4,7 @@
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -14,12 +14,12 @@ from torch import Tensor
 from lightning_fl.aggregation.aggregator import Aggregator, FederationFacts
 from lightning_fl.aggregation.context import RoundContext
 from lightning_fl.aggregation.robust.gram import Gram
-from lightning_fl.aggregation.robust.rows import Rows, complete
+from lightning_fl.aggregation.robust.rows import WINDOW, RoundRows, Rows, complete
 from lightning_fl.aggregation.weighted_mean import aggregate_of
 from lightning_fl.algorithms import Algorithm
 from lightning_fl.communication import Group, LocalGroup, Message
 from lightning_fl.tree import Flat, Layout, update_trees
-from lightning_fl.types import Aggregate, ClientId, Update
+from lightning_fl.types import Aggregate, ClientId, State, Update
 
 
 class PreAggregator(ABC):
@@ -44,6 +44,8 @@ class Merged:
         flat: What the rows became, by dtype; None if there were too few.
         clients: The client of each row.
         matrix: The mixing matrix ``[m, n]``; None if all rows go into each coordinate.
+        memory: What the rule keeps for the next round.
+        reasons: Why clients are left out, as far as it is known of each.
     """
 
     num_rows: int
@@ -51,6 +53,8 @@ class Merged:
     flat: Flat | None
     clients: Sequence[ClientId] = ()
     matrix: Tensor | None = None
+    memory: State = field(default_factory=dict)
+    reasons: Mapping[ClientId, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -106,8 +110,34 @@ class RowAggregator(Aggregator):
         return 2 * num_attackers + 1
 
     def matrix(self, gram: Gram, num_attackers: int, ctx: RoundContext) -> Tensor | None:
-        """The rule's own mixing matrix ``[m, n]``, float64 on the CPU; None for the rows as they are."""
+        """The rule's own mixing matrix ``[m, n]``, float64 on the CPU; None for the rows as they are.
+
+        Where there are rows beside those of the clients, it has a column for each of them too.
+        """
         return None
+
+    def measure(self, rows: Rows, ctx: RoundContext) -> Mapping[Any, Sequence[float]]:
+        """What checks measure of each of this rank's updates."""
+        return {}
+
+    def reasons(self, gram: Gram, ctx: RoundContext) -> Mapping[ClientId, str]:
+        """Why clients are left out, where the rule can tell; for the others :attr:`why` is told."""
+        return {}
+
+    def beside(self, rows: Rows, clients: Sequence[ClientId], ctx: RoundContext) -> Flat:
+        """Rows that the rule puts beside those of the clients, such as what it remembers; the same on all ranks."""
+        return {}
+
+    def keep(self, rows: RoundRows, flat: Flat, clients: Sequence[ClientId], ctx: RoundContext) -> State:
+        """What the rule remembers: ``ctx.memory`` of the next round.
+
+        Args:
+            rows: The rows of the round.
+            flat: What they became.
+            clients: The client of each row.
+            ctx: Facts of the round.
+        """
+        return {}
 
     @abstractmethod
     def combine(self, block: Tensor, num_attackers: int) -> Tensor:
@@ -136,6 +166,11 @@ class RowAggregator(Aggregator):
             )
 
     def open(self, group: Group, facts: FederationFacts) -> None:
+        if facts.silos and self.needs_server:
+            raise ValueError(
+                f"{type(self).__name__} looks at updates with data of the server, and among silos nobody is the "
+                "server. Let one silo hold the data, as FLTrust(root=0) for the first, or use another rule."
+            )
         if facts.is_training:
             self.check_cohort(facts.cohort_size)
 
@@ -154,7 +189,13 @@ class RowAggregator(Aggregator):
         return RowSum(acc.rows.add(update_trees(updates), [ctx.cohort.index(client) for client in ctx.clients]))
 
     def merge(self, acc: RowSum, group: Group, report: Message, ctx: RoundContext) -> tuple[RowSum, list[Message]]:
-        own = {"weight": float(len(acc.rows)), "num_clients": len(acc.rows), "rows": list(acc.rows.positions)}
+        measured = self.measure(acc.rows, ctx)
+        own = {
+            "weight": float(len(acc.rows)),
+            "num_clients": len(acc.rows),
+            "rows": list(acc.rows.positions),
+            "measured": [list(values) for values in measured.values()],
+        }
         messages = group.all_gather(Message({**report.fields, **own}, report.tensors), f"end of round {ctx.round}")
         positions = [place for message in messages for place in message.fields["rows"]]
         refused = sum(len(message.fields.get("refused", [])) for message in messages)
@@ -173,7 +214,7 @@ class RowAggregator(Aggregator):
                     stacklevel=2,
                 )
             clients = [ctx.cohort[place] for place in positions]
-            return replace(acc, merged=Merged(num_rows, attackers, None, clients)), messages
+            return replace(acc, merged=Merged(num_rows, attackers, None, clients, memory=ctx.memory)), messages
         counts = [len(message.fields["rows"]) for message in messages]
         rows = acc.rows
         if ctx.silos and group.size > 1:
@@ -182,51 +223,52 @@ class RowAggregator(Aggregator):
         # By place in the cohort, so that neither ties nor rounding depend on who was trained where.
         order = sorted(range(num_rows), key=positions.__getitem__)
         clients = [ctx.cohort[positions[row]] for row in order]
-        matrix = self._mixing(rows, group, counts, order, clients, attackers, ctx)
-        flat = self._combined(rows, group, counts, order, matrix, attackers)
-        return replace(acc, merged=Merged(num_rows, attackers, flat, clients, matrix)), messages
+        found = RoundRows(rows, group, counts, order, self.beside(rows, clients, ctx))
+        of_all = {
+            key: torch.tensor(
+                [value for message in messages for value in message.fields["measured"][place]], dtype=torch.float64
+            )[order]
+            for place, key in enumerate(measured)
+        }
+        matrix, reasons = self._mixing(found, clients, attackers, of_all, ctx)
+        flat = self._combined(found, matrix, attackers)
+        memory = self.keep(found, flat, clients, ctx)
+        return replace(acc, merged=Merged(num_rows, attackers, flat, clients, matrix, memory, reasons)), messages
 
     def _mixing(
         self,
-        rows: Rows,
-        group: Group,
-        counts: Sequence[int],
-        order: Sequence[int],
+        found: RoundRows,
         clients: Sequence[ClientId],
         attackers: int,
+        measured: Mapping[Any, Tensor],
         ctx: RoundContext,
-    ) -> Tensor | None:
+    ) -> tuple[Tensor | None, Mapping[ClientId, str]]:
+        """The whole mixing matrix, and why clients are left out."""
         if not self.needs_gram:
-            return None
+            return None, {}
         # Distances are those of the parameters: buffers and side channels have other units.
         blocks = (
-            window.block[:, : max(0, rows.delta_width(window.dtype) - window.start)]
-            for window in rows.windows(group, counts, order)
+            window.block[:, : max(0, found.rows.delta_width(window.dtype) - window.start)] for window in found.windows()
         )
-        gram = Gram.of(blocks, clients)
-        gram = gram.with_flat(group.all_reduce(gram.flat()))
-        matrix = torch.eye(len(clients), dtype=torch.float64)
+        gram = Gram.of(blocks, clients, next((len(own) for own in found.beside.values()), 0))
+        gram = replace(gram.with_flat(found.group.all_reduce(gram.flat())), measured=measured)
+        # Of mixtures nobody can say whose fault they are.
+        reasons = {} if self.before else self.reasons(gram, ctx)
+        matrix = torch.eye(len(gram), dtype=torch.float64)
         for mixing in self.before:
-            own = mixing.matrix(gram, attackers, ctx)
-            gram, matrix = gram.mix(own), own @ matrix
+            own = mixing.matrix(gram.updates, attackers, ctx)
+            gram, matrix = gram.mix(own), gram.with_beside(own) @ matrix
         last = self.matrix(gram, attackers, ctx)
-        return matrix if last is None else last @ matrix
+        return (matrix if last is None else last @ matrix), reasons
 
-    def _combined(
-        self,
-        rows: Rows,
-        group: Group,
-        counts: Sequence[int],
-        order: Sequence[int],
-        matrix: Tensor | None,
-        attackers: int,
-    ) -> Flat:
-        pieces: dict[torch.dtype, list[Tensor]] = {dtype: [] for dtype in rows.layout.dtypes}
-        for dtype, bounds, _, block in rows.windows(group, counts, order):
+    def _combined(self, found: RoundRows, matrix: Tensor | None, attackers: int) -> Flat:
+        """What the rows become, on all ranks."""
+        pieces: dict[torch.dtype, list[Tensor]] = {dtype: [] for dtype in found.rows.layout.dtypes}
+        for dtype, bounds, _, block in found.windows():
             mixed = block if matrix is None else (matrix.to(block.device) @ block.double()).to(block.dtype)
             own = self.combine(mixed, attackers).contiguous()
             widths = [stop - start for start, stop in pairwise(bounds)]
-            pieces[dtype] += group.all_to_all([own] * group.size, widths)
+            pieces[dtype] += found.group.all_to_all([own] * found.group.size, widths)
         return {dtype: torch.cat(parts) for dtype, parts in pieces.items()}
 
     def result(self, acc: RowSum, ctx: RoundContext) -> Aggregate:
@@ -248,14 +290,19 @@ class RowAggregator(Aggregator):
         assert merged is not None, "merge comes before shares"
         if merged.flat is None or merged.matrix is None:
             return {}
-        weights = merged.matrix.abs().sum(0)
+        weights = merged.matrix.abs().sum(0)[: merged.num_rows]
         return dict(zip(merged.clients, (weights / weights.sum().clamp(min=1e-300)).tolist(), strict=True))
 
     def report(self, acc: RowSum, ctx: RoundContext) -> Mapping[str, Any]:
         assert acc.merged is not None, "merge comes before report"
         if acc.merged.flat is None:
             return {"left_out": dict.fromkeys(acc.merged.clients, "the round had too few updates")}
-        return {"left_out": {client: self.why for client, share in self.shares(acc, ctx).items() if not share}}
+        reasons, shares = acc.merged.reasons, self.shares(acc, ctx)
+        return {"left_out": {client: reasons.get(client, self.why) for client, share in shares.items() if not share}}
+
+    def remember(self, acc: RowSum, ctx: RoundContext) -> State:
+        assert acc.merged is not None, "merge comes before remember"
+        return acc.merged.memory
 
 
 class GramRule(RowAggregator):
@@ -268,28 +315,20 @@ class GramRule(RowAggregator):
     def combine(self, block: Tensor, num_attackers: int) -> Tensor:
         return block[0]
 
-    def _combined(
-        self,
-        rows: Rows,
-        group: Group,
-        counts: Sequence[int],
-        order: Sequence[int],
-        matrix: Tensor | None,
-        attackers: int,
-    ) -> Flat:
+    def _combined(self, found: RoundRows, matrix: Tensor | None, attackers: int) -> Flat:
         # Each rank adds up its own rows, which costs one all-reduce instead of dealing out the rows again.
         assert matrix is not None
-        before = sum(counts[: group.rank])
-        by_row = torch.empty(len(order), dtype=torch.float64)
-        by_row[torch.tensor(order, dtype=torch.long)] = matrix[0]
-        own, totals = by_row[before : before + counts[group.rank]].to(rows.device), {}
+        rows, totals = found.rows, {}
+        own, beside = matrix[0, found.own].to(rows.device), matrix[0, len(found) :].to(rows.device)
         for dtype in rows.layout.dtypes:
             parts, width = [], rows.width(dtype)
-            step = max(1, (1 << 23) // max(1, len(own)))
+            step = max(1, WINDOW // max(1, len(own)))
             for start in range(0, width, step):
                 block = rows.columns(dtype, start, min(width, start + step))
                 parts.append((own @ block.double()).to(block.dtype))
-            totals[dtype] = group.all_reduce(torch.cat(parts))
+            totals[dtype] = found.group.all_reduce(torch.cat(parts))
+            if found.beside and beside.any():
+                totals[dtype] += (beside @ found.beside[dtype].double()).to(totals[dtype].dtype)
         return totals
 
 

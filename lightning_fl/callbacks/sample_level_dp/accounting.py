@@ -85,6 +85,16 @@ def gather(view: RoundView, own: dict[str, Any]) -> list[dict[str, Any]]:
     return [message.fields for message in view.group.all_gather(Message(own), "sample-level privacy")]
 
 
+def gather_ledgers(view: RoundView, own: Ledger) -> list[Ledger]:
+    """Gathers a ledger from each rank of a simulation."""
+    found = []
+    for fields in gather(view, {"ledger": own.state_dict()}):
+        ledger = Ledger()
+        ledger.load_state_dict(fields["ledger"])
+        found.append(ledger)
+    return found
+
+
 def calibrate(trainer: L.Trainer, view: RoundView, target_epsilon: float, delta: float, method: Method) -> float:
     """The smallest noise multiplier with which no client's epsilon exceeds the target in ``max_epochs`` rounds.
 

@@ -310,13 +310,18 @@ class SampleLevelDP(FederatedCallback):
         # Rounds in between were trained without this callback, so without noise.
         self._was_without |= round > self._next_round
         self._round = round
+        # The ranks of a simulation are one party: each looks at the examples of the others' clients too.
+        if view.population.silos is None:
+            for client in view.cohort:
+                if client not in view.clients:
+                    self._check_shared(client, accounting.loader_of(view, client))
         if self.max_epsilon is not None:
             before = self._before_training()
             after = [
                 before + accounting.ledger_of(view, client) + accounting.cost_of(view, client, self._sigma)
                 for client in view.clients
             ]
-            self._check_budget(after)
+            self._check_budget(view, after)
 
     def on_client_start(self, trainer: L.Trainer, module: L.LightningModule, client: ClientId, view: RoundView) -> None:
         """Records in the client's ledger what its training will release, before it trains."""
@@ -464,12 +469,14 @@ class SampleLevelDP(FederatedCallback):
         self._next_round = max(self._next_round, self._round + 1)
         self._was_insecure |= self.insecure_test_seed is not None
         group = self._shared.largest
-        spent, _ = largest_epsilon(self._together(self.ledgers(trainer).values()), self.delta, self.method, GRID, group)
+        ledgers = self._together(view, self.ledgers(trainer).values())
+        spent, _ = largest_epsilon(ledgers, self.delta, self.method, GRID, group)
         epsilon = math.inf if self._was_without else float(spent)
         is_last, is_over = self._round + 1 == trainer.max_epochs, False
         if self.max_epsilon is not None and not is_last:
             before = self._before_training()
-            each = self._together([before + ledger for ledger in accounting.with_another_round(view, self._sigma)])
+            after = [before + ledger for ledger in accounting.with_another_round(view, self._sigma)]
+            each = self._together(view, after)
             is_over = exceeding(each, self.max_epsilon, self.delta, self.method, group) is not None
         ranks = accounting.gather(view, {"epsilon": epsilon, "over": is_over})
         facts = self._facts(max(fields["epsilon"] for fields in ranks))
@@ -576,9 +583,10 @@ class SampleLevelDP(FederatedCallback):
             randomness = np.random.default_rng(derive_seed(self.insecure_test_seed, self._round, "batches", client))
         return PoissonLoader(loader, self._drawn.append, randomness, self.strict)  # type: ignore[arg-type]
 
-    def _check_budget(self, ledgers: Sequence[Ledger]) -> None:
+    def _check_budget(self, view: RoundView, ledgers: Sequence[Ledger]) -> None:
         assert self.max_epsilon is not None
-        epsilon = exceeding(self._together(ledgers), self.max_epsilon, self.delta, self.method, self._shared.largest)
+        each = self._together(view, ledgers)
+        epsilon = exceeding(each, self.max_epsilon, self.delta, self.method, self._shared.largest)
         if epsilon is not None:
             raise PrivacyBudgetExceeded(
                 f"Round {self._round} would make a client's epsilon {float(epsilon):.4g}, more than "
@@ -664,9 +672,14 @@ class SampleLevelDP(FederatedCallback):
         trainer.should_stop = should_stop
         training.is_checked = self._has_checked = True
 
-    def _together(self, ledgers: Iterable[Ledger]) -> Iterable[Ledger]:
-        """The ledgers themselves, or one for all of them if they share examples, which then pay in several."""
-        return ledgers if self._shared.largest == 1 else [dominating(ledgers)]
+    def _together(self, view: RoundView, ledgers: Iterable[Ledger]) -> Iterable[Ledger]:
+        """The ledgers themselves, or one for all ranks if clients share examples, which then pay in several."""
+        if self._shared.largest == 1:
+            return ledgers
+        own = dominating(ledgers)
+        if view.population.silos is not None:
+            return [own]
+        return [dominating(accounting.gather_ledgers(view, own))]
 
     def _check_shared(self, client: ClientId, loader: PoissonLoader) -> None:
         before = self._shared.largest
@@ -676,7 +689,7 @@ class SampleLevelDP(FederatedCallback):
                 f"An example is {self._shared.largest} times in the clients' data, so together its copies reveal more "
                 "of it than each client's epsilon says. From now on the logged epsilon and max_epsilon count "
                 f"them, as SampleLevelDP.epsilons(trainer, group={self._shared.largest}) does. Give each example to "
-                "one client, once."
+                "one client, once. (Copies elsewhere in memory, and those that other silos hold, are not looked for.)"
             )
 
     # ---- steps

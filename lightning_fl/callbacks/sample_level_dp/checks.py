@@ -67,6 +67,8 @@ def check_settings(trainer: L.Trainer, module: L.LightningModule, strict: bool =
             f"{name} measures the mean {'loss' if probe == 'loss' else 'gradient'} of each client's data, without "
             "noise. Use another algorithm, or an option of it without that measurement"
         )
+    if trainer.strategy.algorithm.needs_gradient_at:
+        raise refuse(f"{name} looks at the gradient of a batch at several points, without noise. Use another algorithm")
     holders = [(module, L.LightningModule), (getattr(trainer, "datamodule", None), L.LightningDataModule)]
     for holder, base in holders if strict else ():
         for hook in TRANSFER_HOOKS:

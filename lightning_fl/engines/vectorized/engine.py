@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -116,10 +117,10 @@ class VectorizedEngine(SequentialEngine):
             return
         self._enter()
         size, tensors, round_start = len(starts), self.tensors, self.round_start
-        load(tensors.moving, round_start.buffers)
+        load(tensors.moving, self.start_buffers)
         self._start, _ = stack(starts)
         personal, _ = stack([state.get("personal", round_start.personal) for state in client_states])
-        values = {**self._start, **round_start.buffers, **personal}
+        values = {**self._start, **self.start_buffers, **personal}
         params = {**tensors.params, **tensors.personal_params}
         every = {**tensors.buffers, **tensors.personal}
         # Frozen parameters that move are not stacked: a step that writes to them, perhaps through `param.data`, is one
@@ -157,23 +158,43 @@ class VectorizedEngine(SequentialEngine):
     @property
     def num_clients(self) -> int:
         """How many clients the next step trains."""
-        return len(next(iter(self._stacked.values())))
+        return len(next(iter(self._stacked.values()))) if self._stacked else 1
 
     def _forward(self, batch: Any, position: BatchPosition) -> tuple[Tensor | None, Tensor | None]:
         if not self._stacked:
             return super()._forward(batch, position)
         assert self.functions is not None
         self.choose(batch.mask)
-        group_step, training_step = self.functions.group_step, self.functions.training_step
         with self.functions.context():
-            if group_step is not None:
-                return group_step(batch, position.offset)
-            losses, _ = self.forward_stacked(
-                lambda own: (loss_of(training_step(own, position.offset)), []), batch.content
-            )
+            return self._run_group(self.functions.group_step, batch, position.offset)
+
+    def _run_group(
+        self, group_step: Callable[[Any, int], tuple[Tensor, Tensor]] | None, batch: Any, offset: int
+    ) -> tuple[Tensor, Tensor]:
+        assert self.functions is not None
+        if group_step is not None:
+            return group_step(batch, offset)
+        training_step = self.functions.training_step
+        losses, _ = self.forward_stacked(lambda own: (loss_of(training_step(own, offset)), []), batch.content)
         # The sum and not the mean: a client's loss depends on its own rows only, so that its gradient is that of the
         # client alone.
         return losses.sum(), losses
+
+    @contextmanager
+    def loss_without_trace(self) -> Iterator[Tensor | None]:
+        if not self._stacked:
+            with super().loss_without_trace() as loss:
+                yield loss
+            return
+        assert self.functions is not None
+        assert self.batch is not None
+        buffers = self.copy_buffers()
+        try:
+            with self.functions.context():
+                losses, _ = self._run_group(self.functions.silent_group_step, *self.batch)
+            yield losses
+        finally:
+            self.put_buffers(buffers)
 
     def forward_stacked(self, step: Step, batch: Any, *args: Any, randomness: str = "error") -> tuple[Tensor, Any]:
         """Runs the user's step for each client on its own part of a stacked batch.
@@ -259,7 +280,7 @@ class VectorizedEngine(SequentialEngine):
         return max(1, stacked_bytes // max(1, self.bytes_of_one))
 
     @property
-    def _shared_params(self) -> Mapping[str, Tensor]:
+    def shared_params(self) -> Mapping[str, Tensor]:
         return {name: self._stacked.get(name, param) for name, param in self.tensors.params.items()}
 
     def clip_norms(self, optimizer: Optimizer, max_norm: float) -> None:
@@ -309,7 +330,7 @@ class VectorizedEngine(SequentialEngine):
 
     def restore_frozen(self) -> list[str]:
         """Puts back the frozen parameters, which a group shares; returns the names of those that had changed."""
-        moving, start = self.tensors.moving, self.round_start.buffers
+        moving, start = self.tensors.moving, self.start_buffers
         moved = [name for name, param in moving.items() if not is_same(param.detach(), start[name])]
         load(moving, start)
         return [*moved, *self.tensors.still.put_back(), *self.tensors.still.lost()]

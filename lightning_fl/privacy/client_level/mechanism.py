@@ -14,6 +14,7 @@ from lightning_fl.aggregation import Aggregator, RoundContext, Transform
 from lightning_fl.privacy.accounting.bounds import Method, Relation, dp_accounting
 from lightning_fl.privacy.accounting.ledger import Adversary, Epsilon, Gaussian, Ledger
 from lightning_fl.privacy.accounting.sampling import Distributed, FixedSize, Full, Poisson, Sampling
+from lightning_fl.privacy.client_level.band_mf import BandMF
 from lightning_fl.privacy.client_level.clipping import (
     AdaptiveClip,
     centred_bit,
@@ -82,6 +83,9 @@ class ClientLevelDP(Transform):
     amplification, since the server knows who takes part, and the accountant is Rényi's; see :class:`Grid` for the
     bound. The sum is divided by the number of clients in it.
 
+    With ``mechanism=BandMF(bands)`` the noise of a round cancels a part of that of the rounds before, for clients that
+    take part in turns and not by chance.
+
     Cohorts are drawn from the operating system's randomness; Poisson cohorts amplify the most. A round is in the ledger
     before its clients train. It stays there if the round fails and the same Trainer runs it again, and checkpoints
     written from then on hold it.
@@ -96,6 +100,7 @@ class ClientLevelDP(Transform):
         noise: In distributed mode ``"discrete_gaussian"`` or ``"skellam"``.
         num_colluding: In distributed mode, how many clients may tell the adversary their noise. Default 1: each client
             knows its own.
+        mechanism: In central mode :class:`BandMF`, for noise that is correlated between rounds. None: independent.
         insecure_test_seed: Makes the noise repeat, for tests. The run is then NOT PRIVATE, and stays so if it continues
             without the seed.
 
@@ -125,6 +130,7 @@ class ClientLevelDP(Transform):
     insecure_test_seed: int | None = None
     noise: Mechanism = "discrete_gaussian"
     num_colluding: int = 1
+    mechanism: BandMF | None = None
 
     weighting: ClassVar[Literal["examples", "uniform"] | None] = "uniform"
     client_keys: ClassVar[tuple[str, ...]] = ("clip",)
@@ -148,6 +154,11 @@ class ClientLevelDP(Transform):
             raise ValueError(
                 f"noise={self.noise!r} and num_colluding={self.num_colluding} have no effect in mode={self.mode!r}. "
                 "Leave them out, or use mode='distributed'."
+            )
+        if self.mode != "central" and self.mechanism is not None:
+            raise ValueError(
+                f"mechanism={self.mechanism} correlates the noise that a server adds, and in mode={self.mode!r} the "
+                "clients add it. Leave it out, or use mode='central'."
             )
         if self.mode == "distributed" and isinstance(self.clip, AdaptiveClip):
             raise ValueError(
@@ -259,7 +270,12 @@ class ClientLevelDP(Transform):
             self._grid(ctx).check_modulus(len(ctx.cohort), ctx.integer_bits)
         event = self._event(ctx)
         drawn = self._check_cohort(state.get("drawn"), event.sampling, ctx)
-        ledger.record(event)  # before training: a round that crashes halfway may have released something already
+        of_mechanism: State = {}
+        begins = True
+        if self.mechanism is not None:
+            of_mechanism, begins = self.mechanism.start_round(state, ctx, self._noises(self.cohort(ctx)))
+        if begins:
+            ledger.record(event)  # before training: a round that crashes halfway may have released something already
         if self.max_epsilon is not None and self._epsilon(ledger, ctx) > self.max_epsilon:
             raise PrivacyBudgetExceeded(
                 f"Round {ctx.round} would make epsilon {self._epsilon(ledger, ctx):.4g}, more than "
@@ -273,6 +289,7 @@ class ClientLevelDP(Transform):
             "insecure": torch.tensor(num_insecure),
             "clip": state["clip"] if adapts else torch.tensor(clip, dtype=torch.float64),
             "drawn": pack(drawn),
+            **of_mechanism,
             **({"booked": state["booked"]} if "booked" in state else {}),
         }
 
@@ -308,10 +325,14 @@ class ClientLevelDP(Transform):
         flat, layout = _flatten(update_trees(replace(aggregate, aux=aux)))
         if self.mode == "central":
             # Rank 0 draws the noise and shares the result, because all ranks must hold the same model.
+            exact = flat
             if ctx.group.rank == 0:
-                flat, bits = self._release(flat, bits, clip, cohort, SecureNoise(self.insecure_test_seed, ctx.round))
+                start = flat if self.mechanism is None else self.mechanism.without_past(flat, state, clip)
+                flat, bits = self._release(start, bits, clip, cohort, SecureNoise(self.insecure_test_seed, ctx.round))
             flat = {dtype: ctx.group.broadcast(values) for dtype, values in flat.items()}
             bits = ctx.group.broadcast(bits)
+            if self.mechanism is not None:
+                state = self.mechanism.end_round(state, exact, flat, clip, ctx.round)
         trees = layout.unflatten(flat)
         released = Aggregate(
             delta=trees.get("delta", {}),
@@ -343,13 +364,15 @@ class ClientLevelDP(Transform):
             "dp_mode": self.mode,
             "dp_unit": "client",
             "dp_adversary": ADVERSARIES[self.mode],
+            **({} if self.mechanism is None else {"dp_mechanism": repr(self.mechanism)}),
         }
 
     def stop_reason(self, state: State, ctx: RoundContext) -> str | None:
         if self.max_epsilon is None:
             return None
         ledger = load_ledger(state)
-        ledger.record(self._event(ctx))
+        if self.mechanism is None or self.mechanism.books_next(state):
+            ledger.record(self._event(ctx))
         if self._epsilon(ledger, ctx) <= self.max_epsilon:
             return None
         spent = float(self._epsilon(load_ledger(state), ctx))
@@ -420,15 +443,20 @@ class ClientLevelDP(Transform):
         self, flat: Flat, bits: Tensor, clip: float, cohort: float, source: SecureNoise
     ) -> tuple[Flat, Tensor]:
         """Adds noise to the clipped values and to the bits of an adaptive clip; one budget covers both."""
-        on_model, on_bits = self.noise_multiplier, 0.0
-        if isinstance(self.clip, AdaptiveClip) and self.noise_multiplier:
-            on_bits = self.clip.noise_on_bits(self.noise_multiplier, cohort)
-            on_model = noise_on_model(self.noise_multiplier, on_bits)
+        on_model, on_bits = self._noises(cohort)
         flat_bits = {bits.dtype: bits[None]}
         noisy, noisy_bits = add_noise(flat, on_model * clip, source), add_noise(flat_bits, on_bits, source)
         check_added(flat, noisy, on_model * clip)
         check_added(flat_bits, noisy_bits, on_bits)
         return noisy, noisy_bits[bits.dtype][0]
+
+    def _noises(self, cohort: float) -> tuple[float, float]:
+        """Returns the standard deviations of the noise on the model, in clip norms, and on the bits."""
+        on_model, on_bits = self.noise_multiplier, 0.0
+        if isinstance(self.clip, AdaptiveClip) and self.noise_multiplier:
+            on_bits = self.clip.noise_on_bits(self.noise_multiplier, cohort)
+            on_model = noise_on_model(self.noise_multiplier, on_bits)
+        return on_model if self.mechanism is None else on_model * self.mechanism.norm, on_bits
 
     def _check_cohort(self, before: Tensor | None, sampling: Sampling, ctx: RoundContext) -> dict[str, Any]:
         """Counts the clients drawn since the sampling last changed, and checks that the sampling allows so many."""

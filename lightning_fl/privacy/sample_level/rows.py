@@ -62,6 +62,12 @@ def labels_of(batch: Any) -> Tensor | None:
     return chosen[0].reshape(-1) if chosen else None
 
 
+def largest_value(batch: Any) -> float:
+    """The largest magnitude of the floating-point numbers in a batch."""
+    floats = [tensor for tensor in _tensors(batch) if tensor.is_floating_point() and tensor.numel()]
+    return max([float(tensor.abs().max()) for tensor in floats], default=0.0)
+
+
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value

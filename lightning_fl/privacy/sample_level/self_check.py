@@ -28,7 +28,7 @@ from lightning_fl.privacy.sample_level.per_sample import (
     check_per_sample,
     quiet_hooks,
 )
-from lightning_fl.privacy.sample_level.rows import labels_of, num_rows, take_rows
+from lightning_fl.privacy.sample_level.rows import labels_of, largest_value, num_rows, take_rows
 from lightning_fl.privacy.sample_level.tensor_watch import TensorWatch
 from lightning_fl.types import Tree
 
@@ -37,6 +37,8 @@ NUM_EXAMPLES = 8
 NUM_DIRECTIONS = 8
 MAX_TOTAL = 0.01
 """The most that all other examples together may change, in clip norms, beyond rounding."""
+LARGE = 1e3
+"""From here on, products in float32 may differ by more than the tolerance where large ones cancel."""
 CHUNK = 1 << 20
 
 
@@ -136,10 +138,25 @@ class SelfCheck:
                 self._of_step(batch)
                 if len(examples) > 1:
                     self._of_reading(read, examples)
+        except PrivacyError as error:
+            raise PrivacyError(f"{error}{self._if_large(batch)}") from error
         finally:
             self.state.restore()
             for param in self.gradients.params.values():
                 param.grad = None
+
+    def _if_large(self, batch: Any) -> str:
+        """What else may be the reason, if values are so large that rounding depends on the size of the batch."""
+        if any(param.dtype == torch.float64 for param in self.gradients.params.values()):
+            return ""
+        largest = largest_value(batch)
+        if largest < LARGE:
+            return ""
+        return (
+            f" Or it is rounding: the batch holds values up to {largest:.2g}, and products of so large ones in float32 "
+            "depend on the size of the batch. Then scale the features to about 1, or train with precision='64-true', "
+            "in which the check tells the two apart."
+        )
 
     def _of_step(self, batch: Any) -> None:
         size = num_rows(batch)

@@ -231,6 +231,11 @@ class VectorizedDriver:
             self.capture.emit(tensors, places, size, self.logs_may_wait)
         return losses.sum(), losses
 
+    def silent_step(self, batch: StackedBatch, *args: Any) -> tuple[Tensor, Tensor]:
+        """As :meth:`step`, for the clients of the current step and without logging."""
+        losses, _ = self._run(batch.content, args)
+        return losses.sum(), losses
+
     def flush_logs(self) -> None:
         """Passes the group's logged values that were held back on to Lightning."""
         with internals.running_training_step(self.trainer.lightning_module):

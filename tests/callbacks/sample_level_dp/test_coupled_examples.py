@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fl.callbacks import SampleLevelDP
+from lightning_fl.datamodules import ClientLoaders
 from lightning_fl.privacy import PrivacyError
 from tests.helpers.coupled import SOUND, UNSOUND, Case
 from tests.helpers.training import trainer
@@ -32,3 +35,33 @@ def test_examples_that_touch_others_stop_the_run(kind: str) -> None:
 @pytest.mark.parametrize("kind", SOUND)
 def test_sound_modules_train(kind: str) -> None:
     train(SOUND[kind])
+
+
+class Centred(L.LightningModule):
+    """Subtracts the mean of the batch, by which examples touch others at any scale of the features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Linear(4, 2)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        x, y = batch
+        return torch.nn.functional.cross_entropy(self.net((x - x.mean(0)) / x.std()), y)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize(("scale", "precision"), [(1.0, "32-true"), (1e5, "32-true"), (1e5, "64-true")])
+def test_features_so_large_that_rounding_may_be_the_reason_are_named(scale: float, precision: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    dtype = torch.float64 if precision == "64-true" else torch.float32
+    data = TensorDataset(
+        scale * torch.randn(40, 4, generator=generator, dtype=dtype), torch.randint(0, 2, (40,), generator=generator)
+    )
+    run = trainer("fedavg", callbacks=[SampleLevelDP(noise_multiplier=1.0, method="rdp")], precision=precision)
+    with pytest.raises(PrivacyError, match="changes with the others in its batch") as error:
+        run.fit(Centred(), ClientLoaders([DataLoader(data, 8)]))
+    names_scale = "Or it is rounding: the batch holds values up to" in str(error.value)
+    assert names_scale == (scale > 1 and precision == "32-true")
+    assert ("scale the features to about 1, or train with precision='64-true'" in str(error.value)) == names_scale

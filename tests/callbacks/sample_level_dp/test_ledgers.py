@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import time
+import warnings
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import lightning_fl as fl
 from lightning_fl.privacy import Gaussian, Ledger, Poisson
-from lightning_fl.privacy.sample_level.shared_examples import SharedExamples
+from lightning_fl.privacy.sample_level.shared_examples import SharedExamples, _Counts
 from tests.helpers.privacy import fit, private
 from tests.helpers.training import Plain, image_clients, images
 
@@ -54,6 +58,69 @@ def test_places_in_memory() -> None:
     twice.add("a", Subset(views, [0, 1, 1]))
     twice.add("b", [1, 2, 3])
     assert twice.largest == 2
+
+
+def test_a_view_that_is_made_anew_is_counted_once() -> None:
+    shared, base = SharedExamples(), torch.zeros(100, 3)
+    for _ in range(3):
+        shared.add("a", TensorDataset(base[:50]))
+    held = TensorDataset(base[:50:2])
+    for _ in range(3):
+        shared.add("b", held)
+        shared.add("b", TensorDataset(base[:50:2]))
+    shared.add("c", TensorDataset(base[49:60]))
+    assert shared.largest == 1
+    shared.add("d", TensorDataset(base[48:49]))
+    assert shared.largest == 2
+
+
+def test_counts_by_brute_force() -> None:
+    draws = np.random.default_rng(0)
+    counts, seen = _Counts(), []
+    for _ in range(60):
+        seen.append(draws.integers(0, 300, draws.integers(0, 30)))
+        largest = counts.add(seen[-1])
+        everything = np.concatenate(seen)
+        assert largest == max((int((everything == number).sum()) for number in seen[-1]), default=0)
+
+
+def test_the_time_grows_with_the_clients_and_not_with_their_square() -> None:
+    data = images(4)
+
+    def seconds(num_clients: int) -> float:
+        shared, start = SharedExamples(), time.process_time()
+        for client in range(num_clients):
+            shared.add(client, Subset(data, [client % 4]))
+        assert shared.largest == num_clients / 4
+        own = TensorDataset(torch.zeros(50 * num_clients, 1))
+        for client in range(num_clients):
+            shared.add(f"own {client}", Subset(own, range(50 * client, 50 * client + 50)))
+            shared.add(f"view {client}", TensorDataset(own.tensors[0][50 * client : 50 * client + 50]))
+        return time.process_time() - start
+
+    seconds(100)
+    assert seconds(2000) < 4 * 4 * seconds(500)
+
+
+def on_ranks() -> tuple[list[str], list[float], float]:
+    data = images(50)
+    callback = private(method="rdp", max_epsilon=1000.0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run, _ = fit(callback, 2, Plain(), loaders(data, Subset(data, range(40)), images(30, 1)))
+    history: Any = run.strategy.history  # type: ignore[attr-defined]
+    told = [str(warning.message) for warning in caught if "times in the clients' data" in str(warning.message)]
+    return told, [entry["dp_epsilon"] for entry in history], max(callback.epsilons(run).values(), default=0.0)
+
+
+def test_examples_that_clients_of_other_ranks_hold_are_found(run_ranks: Any) -> None:
+    ((told, alone, _),) = run_ranks(1, on_ranks)
+    ranks = run_ranks(2, on_ranks)
+    assert len(told) == 1
+    assert len(ranks[0][0]) == 1
+    for _, logged, own in ranks:
+        assert logged == alone
+        assert own < logged[-1]
 
 
 def test_what_is_freed_is_forgotten() -> None:

@@ -21,6 +21,7 @@ from lightning_fl import FederatedStrategy
 from lightning_fl.aggregation import Transform
 from lightning_fl.privacy import (
     AdaptiveClip,
+    BandMF,
     ClientLevelDP,
     FixedSize,
     Full,
@@ -192,6 +193,56 @@ def test_a_resumed_run_knows_what_has_been_spent() -> None:
     changed, _ = fit(private(noise_multiplier=2.0), 3, ckpt_path="ckpt/epoch=1.ckpt", weights_only=True, **options)
     sampling = Poisson(0.95)
     assert ledger_of(changed) == recorded((Gaussian(1.0, sampling), 2), (Gaussian(2.0, sampling), 1))
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`", "ignore:insecure_test_seed")
+def test_noise_over_turns_goes_on_after_a_resume() -> None:
+    options: dict[str, Any] = {"cohort": fl.clients.RoundRobin(), "clients_per_round": 2}
+    transform = private(mechanism=BandMF(4), insecure_test_seed=1)
+    callback = ModelCheckpoint("ckpt", filename="{epoch}", save_top_k=-1)
+    whole, moved = fit(transform, 6, callbacks=[callback], enable_checkpointing=True, **options)
+    resumed, other = fit(transform, 6, ckpt_path="ckpt/epoch=2.ckpt", weights_only=True, **options)
+    assert torch.equal(moved, other)
+    assert ledger_of(resumed) == ledger_of(whole) == recorded((Gaussian(1.0), 2))
+    assert whole.history[3]["dp_epsilon"] < whole.history[4]["dp_epsilon"] == whole.history[5]["dp_epsilon"]
+    # The noise that later rounds take back is in the file, which nobody else may read.
+    state = torch.load("ckpt/epoch=2.ckpt", weights_only=True)["lightning_fl"]["transforms"][0]
+    assert [len(tensor) for tensor in state["noise"].values()] == [3]
+    assert Path("ckpt/epoch=2.ckpt").stat().st_mode & 0o777 == 0o600
+
+
+def turns(num_rounds: int) -> tuple[Tensor, Any]:
+    strategy, moved = fit(
+        private(mechanism=BandMF(4), noise_multiplier=4.0),
+        num_rounds,
+        lr=0.0,
+        cohort=fl.clients.RoundRobin(),
+        clients_per_round=2,
+    )
+    return moved, strategy.active_driver.state.transforms[0]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+def test_noise_over_turns_cancels_on_any_number_of_ranks(run_ranks: Any, world_size: int) -> None:
+    ranks = run_ranks(world_size, turns, 4)
+    moved, state = ranks[0]
+    for other, own in ranks:
+        assert torch.equal(other, moved)
+        torch.testing.assert_close(dict(own), dict(state), rtol=0, atol=0)
+    # The sum of the four rounds' noises is the last row of A C^-1.
+    of_first, found = [1.0], BandMF(4).coefficients
+    for number in range(1, 4):
+        of_first.append(-sum(found[j] * of_first[number - j] for j in range(1, number + 1)))
+    sums = torch.tensor(of_first).cumsum(0).norm()
+    expected = 4.0 * 0.5 / 2 * BandMF(4).norm * float(sums)
+    assert expected < 0.8 * 4.0 * 0.5 / 2 * 4**0.5  # that of independent noise
+    assert float(moved.std()) == pytest.approx(expected, rel=5 / (2 * len(moved)) ** 0.5)
+
+
+@pytest.mark.parametrize("options", [{}, {"clients_per_round": 3, "cohort": fl.clients.RoundRobin()}])
+def test_clients_that_return_too_soon_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(Exception, match=r"no client may take part twice in 4 rounds"):
+        fit(private(mechanism=BandMF(4)), 1, **options)
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")

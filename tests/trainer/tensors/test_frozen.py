@@ -250,3 +250,43 @@ def test_a_frozen_parameter_that_nobody_touches_may_hold_anything() -> None:
     module = Head()
     trainer("fedavg").fit(module, image_clients((9, 9)))
     assert module.unused.isnan().all()
+
+
+class Leaks(Plain):
+    """Writes what it has seen to a frozen parameter."""
+
+    def __init__(self, is_hook: bool) -> None:
+        super().__init__()
+        self.note = nn.Parameter(torch.zeros(3, dtype=torch.float64), requires_grad=False)
+        self.is_hook = is_hook
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if not self.is_hook:
+            self.note.data.fill_(float(batch[0].double().mean()))
+        return super().training_step(batch, batch_idx)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.is_hook:
+            self.note.data.fill_(float(batch[0].double().mean()))
+
+
+@pytest.mark.parametrize("num_clients", [1, 3])
+@pytest.mark.parametrize("is_hook", [True, False])
+@pytest.mark.parametrize("unit", ["client", "example"])
+def test_under_differential_privacy_none_may_move(num_clients: int, is_hook: bool, unit: str) -> None:
+    transforms = [fl.privacy.ClientLevelDP(clip=0.5, noise_multiplier=1.0, method="rdp")] if unit == "client" else []
+    callbacks = [fl.callbacks.SampleLevelDP(noise_multiplier=1.0, max_grad_norm=1.0)] if unit == "example" else []
+    module, clients = Leaks(is_hook), ClientLoaders([loader(8, seed=seed) for seed in range(num_clients)])
+    run = trainer(FederatedStrategy(transforms=transforms), 2, callbacks=callbacks)
+    with pytest.raises(ValueError, match=r"written to the frozen parameter 'note'.* neither clipped nor noised"):
+        run.fit(module, clients)
+    assert not module.note.any()
+
+
+def test_a_teacher_of_buffers_is_noised() -> None:
+    transform = fl.privacy.ClientLevelDP(clip=1e-6, noise_multiplier=1e6, method="rdp")
+    module = BufferTarget()
+    before = module.target_0.clone()
+    with pytest.warns(UserWarning, match="buffers .* are clipped and noised"):
+        trainer(FederatedStrategy(transforms=[transform]), 1).fit(module, image_clients((9, 9)))
+    assert float((module.target_0 - before).std()) == pytest.approx(0.5, rel=0.5)

@@ -1,0 +1,52 @@
+"""FedSAM: local steps that look for flat minima."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from lightning_fl.algorithms.base import Algorithm, Weighting, check_hyperparameter
+from lightning_fl.algorithms.registry import register
+from lightning_fl.tree import squared_norm
+from lightning_fl.types import Context, Tree
+
+
+@register("fedsam")
+@dataclass(frozen=True)
+class FedSAM(Algorithm):
+    r"""FedSAM: federated averaging in which clients step along the gradient at the worst point nearby.
+
+    .. math::
+        g = \nabla F_i \Big( y + \rho \, \frac{\nabla F_i(y)}{\lVert \nabla F_i(y) \rVert} \Big)
+
+    The norm is that of all shared parameters together. A client whose gradient is zero stays where it is.
+
+    Args:
+        rho: The distance :math:`\rho` at which it looks, in units of the parameters. Default 0.05; 0 is FedAvg.
+        server_lr: The server's step :math:`\eta_s`. Default 1.
+
+    Raises:
+        ValueError: If ``rho`` is negative; when training starts, where there is no second gradient of a batch, as for
+            :class:`PerFedAvg`.
+
+    Reference:
+        Qu et al., "Generalized Federated Learning via Sharpness Aware Minimization", ICML 2022.
+    """
+
+    rho: float = 0.05
+    server_lr: float = 1.0
+
+    weighting: ClassVar[Weighting] = "uniform"
+    needs_gradient_at: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_hyperparameter(self, "rho", self.rho >= 0, "a number that is not negative")
+
+    def grad_transform(self, grads: Tree, params: Tree, ctx: Context) -> Tree:
+        if not grads:
+            return grads
+        # The bound keeps the direction of a gradient that is 0 from being 0 / 0.
+        factor = self.rho / squared_norm(grads).sqrt().clamp(min=1e-30)
+        point = {name: params[name] + (factor * grad).to(params[name].dtype) for name, grad in grads.items()}
+        found: Tree = ctx["gradient_at"](point)
+        return found

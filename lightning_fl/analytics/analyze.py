@@ -1,0 +1,290 @@
+"""Asks questions of data that stays with its clients."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from lightning_fl.aggregation import Aggregator, FederationFacts, RoundContext, WeightedMean
+from lightning_fl.analytics.disclosure import check_cuts, withhold
+from lightning_fl.analytics.privacy import RowLevelDP
+from lightning_fl.analytics.question import Answer, Question, by_question, by_value, labels
+from lightning_fl.communication import Group, LocalGroup, Message
+from lightning_fl.privacy.accounting.ledger import Ledger
+from lightning_fl.types import ClientId, Tree, Update, as_client_id
+
+WITHOUT_CLIENT = "(none)"
+MAX_SUM = 2.0**43
+MIN_COUNT = 5
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """The answers, and what they have cost.
+
+    Args:
+        questions: The questions, with what was learned from the data to ask them.
+        answers: The answer to each.
+        num_clients: Number of clients.
+        num_steps: How many sums were made.
+        ledger: The releases of all questions, with those that it held before.
+        delta: The delta of :attr:`epsilon`; 0 if nothing was protected by noise.
+    """
+
+    questions: Sequence[Question]
+    answers: Sequence[Answer]
+    num_clients: int
+    num_steps: int
+    ledger: Ledger = field(default_factory=Ledger)
+    delta: float = 0.0
+
+    @property
+    def epsilon(self) -> tuple[float, float] | None:
+        """Epsilon and delta of all releases together; None if a question was answered without privacy."""
+        own = [answer.epsilon for answer in self.answers]
+        if any(spent == (0.0, 0.0) for spent in own) and not self.delta:
+            return None
+        noise = float(self.ledger.epsilon(self.delta)) if self.delta and list(self.ledger) else 0.0
+        return noise + sum(e for e, _ in own), self.delta + sum(d for _, d in own)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The answers as JSON has them."""
+        answers = [
+            {"question": describe(question), **answer.to_dict()}
+            for question, answer in zip(self.questions, self.answers, strict=True)
+        ]
+        found: dict[str, Any] = {"clients": self.num_clients, "sums": self.num_steps, "answers": answers}
+        if self.epsilon is not None:
+            found["epsilon"], found["delta"] = self.epsilon
+        return found
+
+    def save(self, path: Any) -> None:
+        """Writes the answers as JSON."""
+        with open(path, "w") as file:
+            json.dump(self.to_dict(), file, indent=1)
+
+
+def describe(question: Question) -> str:
+    """A question in one line, without long lists that were learned or declared."""
+    inner = getattr(question, "question", None)
+    if inner is not None:
+        return f"{describe(inner)} by {question.column}"  # type: ignore[attr-defined]
+    shown = [
+        str(value)
+        if isinstance(value, str)
+        else ",".join(map(str, value))
+        if isinstance(value, tuple)
+        else f"{value:g}"
+        for name, value in vars(question).items()
+        if name in ("column", "time", "status", "x", "y", "by", "covariates", "columns", "q")
+        if value is not None
+    ]
+    return f"{type(question).__name__}({', '.join(shown)})"
+
+
+def analyze(
+    questions: Sequence[Question],
+    data: Any,
+    client: str | None = None,
+    group: Group | None = None,
+    aggregator: Aggregator | None = None,
+    privacy: RowLevelDP | None = None,
+    min_count: int = MIN_COUNT,
+    ledger: Ledger | None = None,
+) -> Analysis:
+    """Asks questions of all clients; each learns the answers, and nothing else of the others under secure aggregation.
+
+    Every rank of a federation must call it with the same questions.
+
+    Args:
+        questions: The questions.
+        data: A pandas ``DataFrame`` of all clients with a column that names them, or one for each client by id; the
+            same on every rank, which then computes its share of the clients. Without ``client``, a DataFrame is the
+            data of this rank, a silo.
+        client: The column that names the client of a row. Rows without one form a client of their own.
+        group: The ranks of the federation. None: this process.
+        aggregator: How sums are made: the weighted mean, or ``fl.privacy.SecureAggregation()``, which shows nobody more
+            than the sum of all. Default the first.
+        privacy: Noise on every sum. None: none.
+        min_count: The fewest rows that an answer, or a part of it, may rest on.
+        ledger: Releases that were made before of the same rows; they count against ``privacy.max_epsilon``.
+
+    Raises:
+        ValueError: On every rank, if a column is missing, or a question can't be asked in this way.
+        PrivacyBudgetExceeded: Before a release that would exceed the budget.
+
+    Example:
+        >>> import pandas as pd
+        >>> table = pd.DataFrame({"site": ["a", "a", "b", "b", "c"], "age": [50, 60, 70, 80, 90]})
+        >>> analyze([Mean("age")], table, client="site").answers[0].values["mean"]
+        70.0
+    """
+    aggregator, group = aggregator or WeightedMean(), group or LocalGroup()
+    tables, cohort, silos, no_rows = clients_of(data, client, group)
+    questions = [_ready(question, aggregator, privacy) for question in questions]
+    _check_same(questions, aggregator, privacy, min_count, group)
+    if silos and privacy is not None:
+        privacy.check_silos(aggregator)
+    facts = FederationFacts(silos, len(cohort), is_training=True, max_weight=lambda: 1.0, clients=cohort)
+    session = aggregator.open(group, facts)
+    questions = [_declared(question, tables, group) for question in questions]
+    if min_count > 1:
+        check_cuts(questions)
+    ledger = (ledger or Ledger()) + Ledger()
+    states: list[Any] = [question.start() for question in questions]
+    num_steps = 0
+    while going := [place for place, state in enumerate(states) if not isinstance(state, Answer)]:
+        if privacy is not None:
+            noisy = [place for place in going if not questions[place].is_private_by_itself]
+            for place in noisy:
+                questions[place].sensitivity(states[place])
+            privacy.book(ledger, len(noisy), silos)
+        ctx = RoundContext(num_steps, cohort, len(cohort), group=group, silos=silos)
+        shares = 1 if privacy is None or not silos else aggregator.min_clients_of(len(cohort))
+        sums = _locals(questions, states, going, tables, group)
+        if privacy is not None and silos:
+            sums = {
+                name: privacy.share(own, questions, states, num_steps, group.rank, shares) for name, own in sums.items()
+            }
+        # Of no rows, so that a rank without clients knows the shapes too.
+        shapes = _prefixed(questions, states, going, no_rows)
+        total = _summed(sums, shapes, aggregator, session, ctx, _digest(questions, states, min_count))
+        if privacy is not None and not silos:
+            total = privacy.add(total, questions, states, num_steps, group)
+        for place, own_sums in by_question(total).items():
+            states[place] = questions[place].step(own_sums, states[place])
+        num_steps += 1
+    answers = [withhold(answer, min_count) for answer in states]
+    return Analysis(questions, answers, len(cohort), num_steps, ledger, 0.0 if privacy is None else privacy.delta)
+
+
+def clients_of(data: Any, client: str | None, group: Group) -> tuple[dict[ClientId, Any], list[ClientId], bool, Any]:
+    """This rank's clients with their rows, all clients, whether each rank is a silo, and a table without rows."""
+    if isinstance(data, Mapping):
+        if client is not None:
+            raise ValueError(f"client={client!r} names a column, but the data is given by client. Leave it out.")
+        everybody = {as_client_id(name): table for name, table in data.items()}
+    elif client is not None:
+        owner = np.array([WITHOUT_CLIENT if name is None else name for name in labels(data, client)], dtype=object)
+        everybody = {name: data[owner == name] for name in by_value(list(owner))}
+    else:
+        return {group.rank: data}, list(range(group.size)), group.size > 1, data[:0]
+    cohort = list(everybody)
+    if not cohort:
+        raise ValueError("There are no rows, so nobody to ask.")
+    return {name: everybody[name] for name in cohort[group.rank :: group.size]}, cohort, False, everybody[cohort[0]][:0]
+
+
+def _ready(question: Question, aggregator: Aggregator, privacy: RowLevelDP | None) -> Question:
+    is_secure = aggregator.integer_bits is not None
+    if not (aggregator.is_sum or is_secure):
+        raise ValueError(
+            f"Answers are sums over all clients, but {type(aggregator).__name__} is no sum. Use WeightedMean() or "
+            "SecureAggregation()."
+        )
+    if is_secure:
+        question.check_sums()
+    if (is_secure or privacy is not None) and question.undeclared:
+        what = ", ".join(f"{name} of the column {column!r}" for name, column in question.undeclared.items())
+        why = "secure aggregation" if is_secure else "differential privacy"
+        raise ValueError(
+            f"{describe(question)} does not declare {what.replace('learned_grid', 'grid')}, which the clients would "
+            f"have to name one by one, and {why} shows no single client's values. Declare them from public knowledge."
+        )
+    if privacy is not None and not question.is_private_by_itself:
+        question.sensitivity(question.start())
+    return question
+
+
+def _check_same(
+    questions: Sequence[Question], aggregator: Aggregator, privacy: RowLevelDP | None, min_count: int, group: Group
+) -> None:
+    # The mean has no settings, and its repr would be its address.
+    how = [type(aggregator).__name__ if type(aggregator) is WeightedMean else repr(aggregator), repr(privacy)]
+    hello = {"questions": [repr(question) for question in questions], "how": how, "min_count": min_count}
+    for rank, message in enumerate(group.all_gather(Message(hello), "questions")):
+        if message.fields != hello:
+            raise ValueError(
+                f"Rank {rank} asks other questions, or in another way, than rank {group.rank}: "
+                f"{str(message.fields)[:500]}. Start all with the same."
+            )
+
+
+def _declared(question: Question, tables: Mapping[ClientId, Any], group: Group) -> Question:
+    """The question with what the clients name for its undeclared fields."""
+    for name, column in question.undeclared.items():
+        found, problem = [], ""
+        try:
+            found = by_value([x for table in tables.values() for x in labels(table, column) if x is not None])
+        except ValueError as error:
+            problem = str(error)
+        messages = group.all_gather(Message({"found": found, "problem": problem}), f"values of {column}")
+        _raise_problem([message.fields["problem"] for message in messages])
+        union = by_value([str(value) for message in messages for value in message.fields["found"]])
+        if not union:
+            raise ValueError(f"The column {column!r} has no values at any client.")
+        values: Sequence[Any] = union
+        if name.rpartition(".")[2] in ("grid", "learned_grid"):
+            values = sorted({float(value) for value in union})
+        question = question.declare(name, values)
+    return question
+
+
+def _locals(
+    questions: Sequence[Question], states: Sequence[Any], going: Sequence[int], tables: Mapping[Any, Any], group: Group
+) -> dict[ClientId, Tree]:
+    sums: dict[ClientId, Tree] = {}
+    problem = ""
+    try:
+        sums = {name: _prefixed(questions, states, going, table) for name, table in tables.items()}
+    except ValueError as error:
+        problem = str(error)
+    # Told to all before anything is summed, so that no rank waits for one that has stopped.
+    _raise_problem([message.fields["problem"] for message in group.all_gather(Message({"problem": problem}), "asked")])
+    return sums
+
+
+def _prefixed(questions: Sequence[Question], states: Sequence[Any], going: Sequence[int], table: Any) -> Tree:
+    """What a client adds to the sums of all questions that have no answer yet."""
+    sums: Tree = {}
+    for place in going:
+        for key, value in questions[place].local(table, states[place]).items():
+            if not bool((value.abs() < MAX_SUM).all()):
+                raise ValueError(
+                    f"{describe(questions[place])} gives a sum that is not finite or not below {MAX_SUM:.3g}. Measure "
+                    "the column in a larger unit, or declare a range."
+                )
+            sums[f"{place}/{key}"] = value
+    return sums
+
+
+def _raise_problem(problems: Sequence[str]) -> None:
+    for rank, problem in enumerate(problems):
+        if problem:
+            raise ValueError(problem if len(problems) == 1 else f"Rank {rank}: {problem}")
+
+
+def _summed(
+    sums: Mapping[Any, Tree], shapes: Tree, aggregator: Aggregator, session: Any, ctx: RoundContext, digest: bytes
+) -> Tree:
+    """The sums over all clients, by the aggregator that also sums updates."""
+    # Under secure aggregation buffers are summed exactly. The template stands for the question and its state: a client
+    # refuses to add the same numbers to a second sum with other clients.
+    marker = torch.tensor(list(digest))
+    template = Update({"question": marker}, {name: torch.zeros_like(value) for name, value in shapes.items()})
+    acc = aggregator.init(template, torch.device("cpu"), session)
+    for name, tree in sums.items():
+        own = RoundContext(ctx.round, ctx.cohort, ctx.population, client=name, group=ctx.group, silos=ctx.silos)
+        acc = aggregator.add(acc, Update({"question": torch.zeros_like(marker)}, tree, 1.0), own)
+    acc, _ = aggregator.merge(acc, ctx.group, Message(), ctx)
+    return aggregator.result(acc, ctx).buffers
+
+
+def _digest(questions: Sequence[Question], states: Sequence[Any], min_count: int) -> bytes:
+    return hashlib.sha256(repr([questions, states, min_count]).encode()).digest()

@@ -1,0 +1,131 @@
+"""Differential privacy of rows: noise on every sum, counted by the ledger."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lightning_fl.aggregation import Aggregator
+from lightning_fl.analytics.question import Question, by_question
+from lightning_fl.communication import Group
+from lightning_fl.privacy.accounting.ledger import Gaussian, Ledger
+from lightning_fl.privacy.client_level.mechanism import PrivacyBudgetExceeded
+from lightning_fl.privacy.noise import SecureNoise, add_noise, check_added, check_source, warn_of_test_seed
+from lightning_fl.types import Tree
+
+
+@dataclass(frozen=True)
+class RowLevelDP:
+    r"""Gaussian noise on every sum, which hides any one row: :math:`\sum_i x_i + \mathcal{N}(0, z^2 C^2)`.
+
+    :math:`C` is the largest norm of what one row adds to the sums of a question, which follows from the ranges that the
+    question declares. Each step of each question is one release in the ledger. With the clients in one process, or
+    spread over the ranks of one simulation, the noise is added once to the sum. Silos under ``SecureAggregation`` each
+    add a share: as many shares as the fewest silos in a sum, less one that an adversary may know, have the noise.
+
+    A person with several rows is protected as a group of so many rows: ``ledger.epsilon(delta, group=rows)``.
+
+    Args:
+        noise_multiplier: The noise :math:`z`, relative to the largest norm. 0: NOT PRIVATE.
+        delta: The delta of the epsilon that is shown. Default 1e-5; choose it well below 1 / rows.
+        max_epsilon: A release that would make epsilon larger is not made. None: no limit.
+        insecure_test_seed: Makes the noise repeat, for tests. The answers are then NOT PRIVATE.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        ImportError: If the ``privacy`` extra is not installed.
+
+    Reference:
+        Dwork and Roth, "The Algorithmic Foundations of Differential Privacy", 2014.
+    """
+
+    noise_multiplier: float
+    delta: float = 1e-5
+    max_epsilon: float | None = None
+    insecure_test_seed: int | None = None
+
+    def __post_init__(self) -> None:
+        Gaussian(self.noise_multiplier)
+        SecureNoise()
+        if not 0 < self.delta < 1 or (self.max_epsilon is not None and not self.max_epsilon > 0):
+            raise ValueError(
+                f"RowLevelDP got delta={self.delta} and max_epsilon={self.max_epsilon}; expected delta in (0, 1) and a "
+                "positive epsilon."
+            )
+        if self.insecure_test_seed is not None:
+            warn_of_test_seed()
+
+    def check_silos(self, aggregator: Aggregator) -> None:
+        """Refuses silos that would see each other's sums before there is enough noise on them.
+
+        Raises:
+            ValueError: If the aggregator shows single sums.
+        """
+        if aggregator.integer_bits is None:
+            raise ValueError(
+                "A federation of silos has no server that could add the noise and keep it secret. Use "
+                "aggregator=fl.privacy.SecureAggregation(), under which each silo adds a share of it (--secure)."
+            )
+
+    def book(self, ledger: Ledger, count: int, silos: bool) -> None:
+        """Records the releases of a step, before they are made.
+
+        Args:
+            ledger: The ledger.
+            count: How many there are.
+            silos: Whether silos add the noise, which then hides rows from everybody.
+
+        Raises:
+            PrivacyBudgetExceeded: If they would exceed ``max_epsilon``; the ledger is then unchanged.
+        """
+        if not count:
+            return
+        noise = 0.0 if self.insecure_test_seed is not None else self.noise_multiplier
+        event = Gaussian(noise, adversary="server" if silos else "model")
+        if self.max_epsilon is not None:
+            planned = ledger + Ledger()
+            planned.record(Gaussian(self.noise_multiplier), count)
+            if planned.epsilon(self.delta) > self.max_epsilon:
+                raise PrivacyBudgetExceeded(
+                    f"The next step would make epsilon {planned.epsilon(self.delta):.4g}, more than max_epsilon="
+                    f"{self.max_epsilon:g}. Ask fewer questions, or with more noise."
+                )
+        ledger.record(event, count)
+
+    def add(self, total: Tree, questions: Sequence[Question], states: Sequence[Any], step: int, group: Group) -> Tree:
+        """The sums with noise, the same on all ranks."""
+        noisy = self._noised(total, questions, states, ("sum", step), 1.0)
+        return {name: group.broadcast(value) for name, value in noisy.items()}
+
+    def share(
+        self, own: Tree, questions: Sequence[Question], states: Sequence[Any], step: int, rank: int, num_shares: int
+    ) -> Tree:
+        """A silo's sums with its share of the noise."""
+        return self._noised(own, questions, states, ("share", step, rank), math.sqrt(1 / (num_shares - 1)))
+
+    def _noised(
+        self,
+        sums: Tree,
+        questions: Sequence[Question],
+        states: Sequence[Any],
+        purpose: tuple[int | str, ...],
+        factor: float,
+    ) -> Tree:
+        if self.insecure_test_seed is None:
+            check_source()
+        noisy = dict(sums)
+        for place, own in by_question(noisy).items():
+            if questions[place].is_private_by_itself:
+                continue
+            std = self.noise_multiplier * questions[place].sensitivity(states[place]) * factor
+            flat = {torch.float64: torch.cat([value.reshape(-1) for value in own.values()])}
+            found = add_noise(flat, std, SecureNoise(self.insecure_test_seed, "analytics", place, *purpose))
+            check_added(flat, found, std)
+            parts = found[torch.float64].split([value.numel() for value in own.values()])
+            for (name, value), part in zip(own.items(), parts, strict=True):
+                noisy[f"{place}/{name}"] = part.view_as(value)
+        return noisy

@@ -1,0 +1,68 @@
+"""Who was in the training data: examples that were have smaller losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+
+def losses_of(
+    module: nn.Module,
+    batches: Iterable[Any],
+    loss: Callable[..., Tensor] = cross_entropy,
+) -> Tensor:
+    """The loss of each example, in evaluation mode.
+
+    Args:
+        module: The model, whose ``forward`` takes the inputs.
+        batches: Pairs ``(x, y)``, such as a DataLoader.
+        loss: Takes outputs, targets and ``reduction="none"``. Default: cross-entropy.
+
+    Returns:
+        The losses ``[examples]`` on the CPU.
+    """
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        with torch.no_grad():
+            return torch.cat([loss(module(x), y, reduction="none").detach().cpu() for x, y in batches])
+    finally:
+        for part, was_training in modes:
+            part.training = was_training
+
+
+def membership_auc(members: Tensor, others: Tensor) -> float:
+    r"""How well losses tell the training examples from others: the area under the ROC curve.
+
+    .. math::
+        \mathrm{AUC} = \Pr[\ell_\text{member} < \ell_\text{other}] + \tfrac{1}{2} \Pr[\ell_\text{member} =
+        \ell_\text{other}]
+
+    1/2 says that they do not tell; 1 that they tell all. A low value is no proof of privacy: attacks that train models
+    of their own find more.
+
+    Args:
+        members: The losses of examples that were trained on ``[n]``.
+        others: Those of examples of the same kind that were not ``[m]``.
+
+    Raises:
+        ValueError: If one of them is empty or holds NaN.
+
+    Reference:
+        Yeom et al., "Privacy Risk in Machine Learning: Analyzing the Connection to Overfitting", CSF 2018.
+    """
+    if not len(members) or not len(others) or members.isnan().any() or others.isnan().any():
+        raise ValueError(
+            f"Losses of {len(members)} members and {len(others)} others were given; both must be some, without NaN."
+        )
+    # Ranks by sorting, since a table of all pairs would take n x m numbers.
+    ordered = others.double().sort().values
+    values = members.double()
+    below = torch.searchsorted(ordered, values, right=False)
+    upto = torch.searchsorted(ordered, values, right=True)
+    wins = (len(ordered) - upto).double() + 0.5 * (upto - below).double()
+    return float(wins.mean()) / len(ordered)

@@ -1,0 +1,217 @@
+"""Asks statistical questions of rows that stay with their clients: means, quantiles, survival curves, tests.
+
+Of one file with a column that names the client of each row, or under torchrun of one file a silo: {rank} in the file's
+name stands for the silo's rank. Options that ask may be given again. With --secure nobody learns more than the sums
+over all. Then, and with --noise, the values of columns that divide rows, and the times of survival, are to be declared.
+
+Examples:
+  lightning-fl analyze lung.csv --client inst --mean age --quantile wt.loss=0.5,0.9 --km time,status --by sex
+  lightning-fl analyze lung.csv --client inst --mean age --range age=0,120 --noise 4 --max-epsilon 2
+  lightning-fl analyze lung.csv --client inst --schema schema.json --target status
+  torchrun --standalone --nproc_per_node 3 -m lightning_fl analyze silo{rank}.csv --secure --mean age --by sex=1,2
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lightning_fl import analytics as ask
+from lightning_fl.analytics.show import as_table
+from lightning_fl.cli.command import check_output
+from lightning_fl.communication import Group, launched_group
+from lightning_fl.datamodules.tabular import read_tables
+from lightning_fl.privacy import SecureAggregation
+
+ASKED = {
+    "variance": ("COLUMN", "mean, variance and deviation"),
+    "mean": ("COLUMN", "the mean"),
+    "quantile": ("COLUMN=Q,Q", "quantiles; without =Q the median"),
+    "histogram": ("COLUMN=EDGE,EDGE", "counts between edges"),
+    "frequency": ("COLUMN", "how often each value occurs"),
+    "correlation": ("X,Y", "Pearson's correlation"),
+    "pca": ("COLUMN,COLUMN", "principal components of standardised columns"),
+    "t-test": ("COLUMN,BY", "Welch's t-test between the two groups of BY"),
+    "chi2": ("X,Y", "the chi-squared test of independence"),
+    "km": ("TIME,STATUS", "the Kaplan-Meier estimate; a status of 1 is an event"),
+    "log-rank": ("TIME,STATUS,BY", "the log-rank test between the groups of BY"),
+    "cox": ("TIME,STATUS,X,X", "Cox's proportional hazards"),
+    "heavy-hitters": ("COLUMN", "words that many rows hold, by TrieHH"),
+    "cardinality": ("COLUMN", "about how many values there are"),
+    "intersection": ("COLUMN", "how many values all clients have"),
+}
+DIVIDES = ("t-test", "chi2", "log-rank")
+"""Questions that compare groups by themselves, so that --by does not divide them again."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's own options."""
+    parser.add_argument("table", help="a .csv, .csv.gz or .parquet file, or a folder of them")
+    parser.add_argument("--client", metavar="COLUMN", help="the column that names the client of a row")
+    questions = parser.add_argument_group("questions")
+    questions.add_argument("--count", action="store_true", help="the number of rows")
+    for name, (metavar, text) in ASKED.items():
+        questions.add_argument(f"--{name}", action="append", default=[], metavar=metavar, help=text)
+    how = parser.add_argument_group("how they are asked")
+    how.add_argument("--by", metavar="COLUMN[=A,B]", help="ask of the rows of each value of this column")
+    how.add_argument("--range", action="append", default=[], metavar="COLUMN=LOW,HIGH", help="a column's public range")
+    how.add_argument("--values", action="append", default=[], metavar="COLUMN=A,B", help="a column's public values")
+    how.add_argument("--grid", metavar="LAST,STEP", help="the times at which survival is counted: STEP, 2 STEP, ...")
+    how.add_argument("--at", metavar="T,T", default="", help="times at which --km shows the share")
+    how.add_argument("--event", type=float, default=1, help="the status that is an event (default: %(default)g)")
+    how.add_argument("--ties", choices=("efron", "breslow"), default="efron", help="of --cox (default: %(default)s)")
+    how.add_argument("--equal-var", action="store_true", help="--t-test pools the variances")
+    guards = parser.add_argument_group("privacy")
+    guards.add_argument("--secure", action="store_true", help="by secure aggregation: only sums over all are seen")
+    guards.add_argument("--noise", type=float, help="noise multiplier of differential privacy of a row")
+    guards.add_argument("--delta", type=float, help="its delta (default: 1e-5)")
+    guards.add_argument("--max-epsilon", type=float, help="stop before epsilon is larger")
+    guards.add_argument(
+        "--min-count", type=int, default=5, help="the fewest rows behind an answer (default: %(default)s)"
+    )
+    schema = parser.add_argument_group("a schema for training")
+    schema.add_argument("--schema", type=Path, metavar="FILE", help="agree on a schema for TabularDataModule")
+    schema.add_argument("--target", metavar="COLUMN", help="the column to predict")
+    schema.add_argument("--drop", metavar="COLUMN,COLUMN", default="", help="columns to leave out")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the answers as JSON")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Asks, and prints the answers."""
+    if args.json is not None:
+        check_output(args.json)
+    if args.noise is None and (args.delta is not None or args.max_epsilon is not None):
+        raise ValueError("--delta and --max-epsilon are of the noise; add --noise Z.")
+    is_silo = "{rank}" in args.table
+    if is_silo and args.client is not None:
+        raise ValueError("{rank} in the file's name makes each rank a silo, which is a client; leave out --client.")
+    questions = _questions(args)
+    if (args.schema is None) != (args.target is None):
+        raise ValueError("--schema FILE and --target COLUMN go together: a schema is for predicting a column.")
+    if args.schema is not None:
+        check_output(args.schema)
+    if not questions and args.schema is None:
+        raise ValueError(f"Nothing is asked. Add --count, or one of --{', --'.join(ASKED)}.")
+    group = launched_group()
+    if group.size > 1 and not is_silo and args.client is None:
+        raise ValueError("The ranks would all read the same rows. Name a file for each, silo{rank}.csv, or --client.")
+    if is_silo and group.size == 1:
+        raise ValueError("{rank} in the file's name needs several silos: start them with torchrun.")
+    privacy = None
+    if args.noise is not None:
+        delta = 1e-5 if args.delta is None else args.delta
+        privacy = ask.RowLevelDP(args.noise, delta, args.max_epsilon)
+    table = read_tables(args.table.replace("{rank}", str(group.rank)))
+    aggregator = SecureAggregation() if args.secure else None
+    if args.schema is not None:
+        if privacy is not None:
+            raise ValueError(
+                "A schema learned by --schema holds exact figures. Use TableSchema.from_ranges, and scaling=."
+            )
+        _agree(args, table, group, aggregator)
+    if not questions:
+        return
+    analysis = ask.analyze(questions, table, args.client, group, aggregator, privacy, args.min_count)
+    if group.rank:
+        return
+    Console().print(as_table(analysis))
+    if analysis.epsilon is not None:
+        print("epsilon at most {:.4g} at delta {:.3g}, for one row".format(*analysis.epsilon))
+    if args.json is not None:
+        analysis.save(args.json)
+        print(f"answers: {args.json}")
+
+
+def _agree(args: argparse.Namespace, table: Any, group: Group, aggregator: SecureAggregation | None) -> None:
+    categories = dict(map(_pair, args.values))
+    drop = args.drop.split(",") if args.drop else []
+    found = ask.federated_schema(
+        table, args.target, args.client, group, aggregator, drop, categories=categories, min_count=args.min_count
+    )
+    if group.rank == 0:
+        found.schema.save(args.schema)
+        for note in found.notes:
+            print(f"note: {note}")
+        num_features, classes = len(found.schema.feature_names), found.schema.classes
+        kind = "a number" if classes is None else f"{len(classes)} classes"
+        print(f"schema: {args.schema}, {num_features} features, {args.target} is {kind}")
+
+
+def _questions(args: argparse.Namespace) -> list[ask.Question]:
+    ranges = {column: tuple(map(_number, values)) for column, values in map(_pair, args.range)}
+    for column, found_range in ranges.items():
+        if len(found_range) != 2:
+            raise ValueError(f"--range {column} needs two numbers, {column}=LOW,HIGH; found {len(found_range)}.")
+    by, has_values, groups = (args.by or "").partition("=")
+    values = dict(map(_pair, args.values)) | ({by: groups.split(",")} if has_values else {})
+    grid: tuple[float, ...] = ()
+    if args.grid:
+        last, step = _numbers(args.grid, 2, "--grid LAST,STEP")
+        if not 0 < step <= last:
+            raise ValueError(f"--grid {args.grid}: expected 0 < STEP <= LAST.")
+        grid = tuple(step * number for number in range(1, int(last / step + 1e-9) + 1))
+    at = tuple(map(_number, args.at.split(","))) if args.at else ()
+
+    def bounds(column: str) -> Any:
+        return ranges.get(column)
+
+    def listed(column: str) -> tuple[str, ...]:
+        return tuple(values.get(column, ()))
+
+    def quantile(column: str, *q: str) -> ask.Question:
+        return ask.Quantile(column, tuple(map(_number, q)) or (0.5,), bounds(column))
+
+    make: dict[str, Callable[..., ask.Question]] = {
+        "mean": lambda column: ask.Mean(column, bounds(column)),
+        "variance": lambda column: ask.Variance(column, bounds(column)),
+        "quantile": quantile,
+        "histogram": lambda column, *edges: ask.Histogram(column, tuple(map(_number, edges))),
+        "frequency": lambda column: ask.Frequency(column, listed(column)),
+        "correlation": lambda x, y: ask.Correlation(x, y, (bounds(x), bounds(y))),
+        "pca": lambda *columns: ask.PCA(
+            columns, min(3, len(columns)), ranges=tuple(map(bounds, columns)) if ranges else ()
+        ),
+        "t-test": lambda column, by: ask.TTest(column, by, listed(by), args.equal_var, bounds(column)),
+        "chi2": lambda x, y: ask.ChiSquare(x, y, listed(x), listed(y)),
+        "km": lambda time, status: ask.KaplanMeier(time, status, args.event, grid, at),
+        "log-rank": lambda time, status, by: ask.LogRank(time, status, by, args.event, listed(by), grid),
+        "cox": lambda time, status, *x: ask.Cox(time, status, x, args.ties, args.event, grid),
+        "heavy-hitters": ask.HeavyHitters,
+        "cardinality": ask.Cardinality,
+        "intersection": ask.Intersection,
+    }
+    found: list[ask.Question] = [ask.Count()] if args.count else []
+    for name, (metavar, _) in ASKED.items():
+        for text in getattr(args, name.replace("-", "_")):
+            words = [word for part in text.split("=", 1) for word in part.split(",")]
+            try:
+                question = make[name](*words)
+            except TypeError as error:
+                raise ValueError(f"--{name} {text}: expected {metavar}.") from error
+            found.append(question if not by or name in DIVIDES else ask.By(question, by, listed(by)))
+    return found
+
+
+def _pair(text: str) -> tuple[str, list[str]]:
+    column, has_value, values = text.partition("=")
+    if not has_value:
+        raise ValueError(f"{text!r} lacks its values; expected COLUMN=A,B.")
+    return column, values.split(",")
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ValueError(f"{text!r} is no number.") from error
+
+
+def _numbers(text: str, count: int, expected: str) -> Sequence[float]:
+    found = [_number(part) for part in text.split(",")]
+    if len(found) != count:
+        raise ValueError(f"{text!r}: expected {expected}.")
+    return found

@@ -1,0 +1,26 @@
+"""When a round closes and whom it waits for, on a simulated clock: asynchronous rounds, deadlines."""
+
+from lightning_fl.schedules.buffered import Buffered, FedAsync
+from lightning_fl.schedules.clock import Clients, Clock, Flush, Job, Visit
+from lightning_fl.schedules.deadline import Deadline, Fastest
+from lightning_fl.schedules.schedule import RoundSchedule, Synchronous
+from lightning_fl.schedules.staleness import Hinge, Mixed, Polynomial, Stale, StalenessFunction
+
+__all__ = [
+    "Buffered",
+    "Clients",
+    "Clock",
+    "Deadline",
+    "Fastest",
+    "FedAsync",
+    "Flush",
+    "Hinge",
+    "Job",
+    "Mixed",
+    "Polynomial",
+    "RoundSchedule",
+    "Stale",
+    "StalenessFunction",
+    "Synchronous",
+    "Visit",
+]

@@ -1,0 +1,91 @@
+"""Which schedules fit the strategy's other settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_fl.aggregation import Aggregator, Transform
+from lightning_fl.clients import Cohort, Durations, Population, Stragglers, Uniform, as_durations
+from lightning_fl.schedules import RoundSchedule, Synchronous
+
+
+def choose_schedule(
+    schedule: RoundSchedule | None, durations: Durations | Mapping[int | str, float] | str | None
+) -> tuple[RoundSchedule | None, Durations | None]:
+    """The schedule and the durations that two settings of the strategy stand for; both or none.
+
+    Raises:
+        ValueError: If one is of the wrong kind, or a schedule has no durations.
+    """
+    if schedule is not None and not isinstance(schedule, RoundSchedule):
+        raise ValueError(
+            f"schedule={schedule!r} is a {type(schedule).__name__}; expected a schedule such as "
+            "fl.schedules.Buffered(size=10)."
+        )
+    chosen = as_durations(durations)
+    if schedule is not None and chosen is None:
+        raise ValueError(
+            f"schedule={schedule!r} needs durations, by which clients arrive: seconds by client such as "
+            "{0: 1.5, 1: 20}, "
+            'fl.clients.Lognormal(median=20), or "measured".'
+        )
+    return (Synchronous() if chosen is not None and schedule is None else schedule), chosen
+
+
+def check_schedule(
+    schedule: RoundSchedule,
+    num_clients: int | None,
+    cohort: Cohort,
+    stragglers: Stragglers | None,
+    transforms: Sequence[Transform],
+    aggregator: Aggregator,
+) -> None:
+    """Makes sure that a schedule fits the other settings of a strategy.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    if num_clients is not None:
+        schedule.check(num_clients)
+    if stragglers is not None:
+        raise ValueError(
+            f"stragglers={stragglers!r} says who is late, and so do the durations of {schedule!r}. Leave stragglers "
+            'out; fl.schedules.Deadline(seconds, late="partial") is their counterpart on a clock.'
+        )
+    hiding = next((own for own in transforms if own.hides_clients or own.needs_secure_sampling), None)
+    if hiding is not None:
+        raise ValueError(
+            f"{type(hiding).__name__} hides who takes part in a round, and its privacy rests on how the cohort is "
+            f"drawn. With {schedule!r} the speed of clients decides. Leave schedule and durations out."
+        )
+    if schedule.draws_cohorts:
+        return
+    if not (isinstance(cohort, Uniform) and not cohort.secure):
+        raise ValueError(
+            f"{schedule!r} has no cohorts, so cohort={cohort!r} would be ignored: whoever returns is taken in. "
+            "Leave it out."
+        )
+    if aggregator.hides_reports:
+        raise ValueError(
+            f"{type(aggregator).__name__} sums updates that nobody sees, but those of a round of {schedule!r} start "
+            "from different versions, and each has to be weighted by its age. Use a synchronous schedule, or another "
+            "aggregator."
+        )
+
+
+def check_clients(schedule: RoundSchedule, durations: Durations, population: Population) -> None:
+    """Makes sure that schedule and durations fit the clients.
+
+    Raises:
+        MisconfigurationException: If the clients are silos, which have a clock of their own.
+        ValueError: If they do not fit.
+    """
+    if population.silos is not None:
+        raise MisconfigurationException(
+            f"{schedule!r} is a simulated clock, but the clients are silos that train in real time. Leave schedule and "
+            "durations out, or simulate: set num_clients, or give ClientLoaders."
+        )
+    schedule.check(len(population))
+    durations.check(population)

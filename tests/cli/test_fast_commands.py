@@ -1,0 +1,112 @@
+"""Commands that need neither torch nor Lightning do not import them, which takes seconds."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lightning_fl
+from lightning_fl.cli import COMMANDS, FederatedCLI, algorithm_facts, main
+from lightning_fl.cli.algorithms import BUILT_IN
+from lightning_fl.cli.command import load, summary
+from lightning_fl.cli.main import RUNS
+from lightning_fl.lazy import lazy_names
+from tests.tracking.test_run import write_run
+
+LIGHT = [
+    ["--version"],
+    ["--help"],
+    ["recipes"],
+    ["recipes", "copy", "digits_fedavg"],
+    ["init", "first"],
+    ["keys", "create", "keys/north"],
+    ["algorithms"],
+    ["compare", "a", "a"],
+    ["report", "a"],
+    ["network", "--help"],
+]
+PROGRAM = f"""
+import sys
+from lightning_fl.cli import main
+
+for words in {LIGHT!r}:
+    try:
+        main(words)
+    except SystemExit as end:
+        assert not end.code, words
+    for heavy in ("torch", "lightning"):
+        assert heavy not in sys.modules, (words, heavy)
+    assert "lightning_fl.strategies" not in sys.modules
+
+import lightning_fl as fl
+
+assert not set(fl.__all__) - set(dir(fl))
+"""
+
+
+def test_light_commands_import_neither_torch_nor_lightning() -> None:
+    write_run(Path("a"), [0.5, 0.6])
+    Path("lightning-fl").write_text(PROGRAM, encoding="utf-8")  # as the console script, whose name tells
+    run = subprocess.run([sys.executable, "lightning-fl"], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert f"lightning-fl {lightning_fl.__version__}" in run.stdout.splitlines()
+
+
+def test_the_module_is_as_light_as_the_script() -> None:
+    words = [sys.executable, "-X", "importtime", "-m", "lightning_fl", "--version"]
+    run = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert run.stdout == f"lightning-fl {lightning_fl.__version__}\n"
+    imported = {line.rpartition("|")[2].strip() for line in run.stderr.splitlines()}
+    assert "lightning_fl.cli.main" in imported
+    assert not imported & {"torch", "lightning", "lightning_fl.strategies"}
+
+
+def test_every_command_is_known_and_summarised_without_its_import() -> None:
+    assert set(RUNS) == set(FederatedCLI.subcommands())
+    folder = Path(lightning_fl.__file__).parent / "cli"
+    commands = {path.stem for path in folder.glob("*.py") if "\ndef add_arguments(" in path.read_text(encoding="utf-8")}
+    assert commands == set(COMMANDS)
+    for name in COMMANDS:
+        assert summary(name)
+        assert (load(name).__doc__ or "").startswith(summary(name))
+
+
+def test_the_list_of_algorithms_is_what_they_tell_of_themselves() -> None:
+    hint = f"write algorithm_facts.all_in_short() to {BUILT_IN}"
+    assert BUILT_IN.read_text(encoding="utf-8") == algorithm_facts.all_in_short(), hint
+
+
+@pytest.mark.parametrize(
+    "package", ["lightning_fl", "lightning_fl.privacy", "lightning_fl.tracking", "lightning_fl.cli"]
+)
+def test_lazy_names_are_those_that_are_promised(package: str) -> None:
+    module = sys.modules[package] if package in sys.modules else __import__(package, fromlist=["x"])
+    get, names = lazy_names(package)
+    assert set(module.__all__) <= set(names())
+    for name in module.__all__:
+        assert getattr(module, name) is not None
+    with pytest.raises(AttributeError, match=f"module '{package}' has no attribute 'nothing'"):
+        get("nothing")
+
+
+def test_the_shell_completes_commands_and_options(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["completion", "bash"])
+    Path("script").write_text(capsys.readouterr().out, encoding="utf-8")
+
+    def completed(*words: str) -> list[str]:
+        ask = (
+            f"source ./script; COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; _lightning_fl; "
+            'echo "${COMPREPLY[@]}"'
+        )
+        found = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True)
+        return found.stdout.split()
+
+    assert completed("lightning-fl", "rep") == ["report"]
+    assert completed("lightning-fl", "compare", "--gr") == ["--group-by"]
+    assert completed("lightning-fl", "fit", "--trainer.max_ep") == ["--trainer.max_epochs"]
+    assert completed("lightning-fl", "report", "lo") == []  # the shell completes files
+    main(["completion", "zsh"])
+    assert capsys.readouterr().out.startswith("autoload -U +X compinit")
