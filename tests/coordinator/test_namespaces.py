@@ -189,3 +189,28 @@ def test_silos_behind_firewalls_give_what_one_process_gives(
         torch.testing.assert_close(found, weights(module), rtol=rtol, atol=rtol)
     closed = [event for event in map(json.loads, audit.read_text().splitlines()) if event["event"] == "round closed"]
     assert [sorted(event["members"]) for event in closed] == [list(NAMES)] * 3
+
+
+MEMBER = """
+import torch
+from lightning_fl.communication.rendezvous import launched_group
+group = launched_group()
+print("sum", group.all_reduce(torch.tensor([group.rank + 1.0])).item(), flush=True)
+"""
+
+
+def test_torchrun_on_two_machines_whose_own_names_lead_nowhere(
+    networks: Networks, start: Callable[..., Any], tmp_path: Path
+) -> None:
+    hosts = "coordinator", "east"
+    (tmp_path / "member.py").write_text(MEMBER)
+    for host in hosts:  # machines of one organisation let each other in
+        networks.iptables(host, "-A", "INPUT", "-s", "10.77.0.0/24", "-j", "ACCEPT")
+    words = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--master_addr", ADDRESS]
+    ranks = [
+        start(host, *words, "--master_port", "29500", "--node_rank", str(rank), "member.py")
+        for rank, host in enumerate(hosts)
+    ]
+    for host, process in zip(hosts, ranks, strict=True):
+        assert process.wait(PATIENCE) == 0, (tmp_path / f"{host}.log").read_text()[-2000:]
+        assert "sum 3.0" in (tmp_path / f"{host}.log").read_text()
