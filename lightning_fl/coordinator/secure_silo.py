@@ -157,7 +157,7 @@ class SecureSums:
         def answer(step: str, message: bytes) -> bool:
             return post(f"{base}.{step}", {}, {"step": message.hex()})
 
-        try:
+        def steps() -> None:
             if (found := outcome(ROSTER)) is None:
                 return
             roster = bytes.fromhex(found["roster"])
@@ -173,7 +173,10 @@ class SecureSums:
             if not answer("agree", agreed) or (found := outcome("agree")) is None:
                 return
             answer("unmask", client.unmask(bytes.fromhex(found["signatures"])))
-            outcome("unmask")
+
+        try:
+            steps()
+            outcome("unmask")  # also of a silo that came too late: the others may need it, if the sum is dropped
         except (KeyError, TypeError) as error:
             raise ProtocolError(f"The coordinator's answer lacks something: {error!r}") from error
         finally:

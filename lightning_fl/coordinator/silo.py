@@ -365,9 +365,8 @@ class NetworkFederation(Federation):
             names = sorted({str(entry["name"]) for entry in report.metrics.values()})
             self.folder.audit.append("sending", round=round, topic="keys", digest=digest, bytes=size, metrics=names)
             try:
-                if not self._upload(f"/v1/rounds/{round}/update", self.folder.update):
-                    log.warning("Round %d was closed without this silo's update.", round)
-                elif acc is None:  # it has nothing to add, and waits with the others
+                is_in_time = self._upload(f"/v1/rounds/{round}/update", self.folder.update)
+                if not is_in_time or acc is None:  # it has nothing to add, and waits with the others
                     if "dropped" in (found := self._step_outcome(round, f"{base}.unmask") or {}):
                         raise SumDropped(found["dropped"])
                 else:

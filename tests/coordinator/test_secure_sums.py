@@ -168,6 +168,22 @@ def test_with_too_few_silos_the_round_opens_again_and_no_vector_is_sent(folder: 
         assert list(live.folder.glob("federation/rounds/*/update.1.send/*.ok"))
 
 
+def test_a_silo_that_is_late_for_a_step_takes_part_when_the_round_opens_again(folder: Path) -> None:
+    with coordinator(folder, silos=NAMES[:3], evaluation_s=2.0) as live:
+        silos = silos_of(live, NAMES[:3])
+        post = silos[0].federation._post
+
+        def late(round: int, topic: str, *content: Any) -> bool:
+            if topic == "update.0.share":
+                live.wait_for("sum dropped")
+            return post(round, topic, *content)
+
+        silos[0].federation._post = late  # type: ignore[method-assign]
+        # All three are needed.
+        assert in_threads(*(own.round for own in silos)) == [pytest.approx(3.0, abs=2 * BOUND)] * 3
+        assert not list(live.folder.glob("federation/rounds/*/update.0.send/*"))
+
+
 @pytest.mark.parametrize("message", ["agree", "unmask"])
 def test_what_was_sent_for_a_sum_that_was_dropped_is_not_sent_again(live: LiveCoordinator, message: str) -> None:
     silos = silos_of(live)
