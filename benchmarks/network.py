@@ -73,6 +73,7 @@ async def coordinate(folder: Path, args: argparse.Namespace) -> None:
         Coordinator(settings(args.silos), {}, rules, store, audit, time.monotonic()), Kit(folder / "ca" / "coordinator")
     )
     await server.start(HOST, args.port)
+    (store.root / "ready").touch()
     await server.run()
 
 
@@ -129,7 +130,7 @@ class Processes:
             time.sleep(0.05)
 
     def peak(self) -> float:
-        """The most memory that the coordinator has taken so far, in MB; pages of files that it has read included."""
+        """The most memory that the coordinator has ever had, in MB; pages of files that it has read are part of it."""
         lines = Path(f"/proc/{self.running['coordinator'].pid}/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1000
 
@@ -151,7 +152,11 @@ def measure(args: argparse.Namespace, megabytes: float) -> None:
     with tempfile.TemporaryDirectory(prefix="network") as place:
         processes = Processes(Path(place), args)
         try:
-            for role in ("coordinator", *names(args.silos)):
+            processes.start("coordinator")
+            while not (Path(place) / "federation" / "ready").exists():
+                time.sleep(0.05)
+            start = processes.peak()
+            for role in names(args.silos):
                 processes.start(role)
             # The first round waits for the processes to start.
             processes.wait_for("round closed", 1)
@@ -167,13 +172,13 @@ def measure(args: argparse.Namespace, megabytes: float) -> None:
                 )
                 return
             processes.wait_for("round closed", args.rounds)
-            peak = processes.peak()
+            peak = processes.peak() - start
             rounds = seconds_between(processes.events("round closed"))
             raw = raw_tls(Path(place), args.silos, args.size * 4)
         finally:
             processes.end()
     best, moved = min(rounds), 2 * args.silos * megabytes
-    bound = 1.5 * megabytes + 200
+    bound = 1.5 * megabytes + 200  # beside the interpreter and torch
     print(
         f"| {megabytes:g} MB x {args.silos} | {best:.2f} s | {moved / best:.0f} MB/s "
         f"| {raw:.2f} s | {moved / raw:.0f} MB/s | {peak:.0f} MB (bound {bound:.0f}) |",
@@ -246,7 +251,8 @@ def main(words: list[str] | None = None) -> None:
         return
     if not args.kill:
         args.deadline = 3600.0
-        print("| model x silos | round | | raw TLS | | coordinator's peak |\n|---|---|---|---|---|---|")
+        print("| model x silos | round | | raw TLS | | coordinator's peak, beside what it has at its start |")
+        print("|---|---|---|---|---|---|", flush=True)
     for megabytes in args.megabytes:
         for silos in args.silos:
             own = argparse.Namespace(**{**vars(args), "silos": silos})

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from aiohttp.http_exceptions import HttpProcessingError
 
 from lightning_fl.coordinator import identity, wire
 from lightning_fl.coordinator.audit import verify
@@ -35,18 +36,20 @@ from tests.helpers.network import (
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "10"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
 DECLARED = {200, 204, 206, 400, 403, 404, 405, 408, 409, 410, 411, 413, 416, 417, 422}
-PATHS = (
-    "/v1/check",
-    "/v1/join",
-    "/v1/rounds?after=-1",
-    "/v1/states/{digest}",
-    "/v1/rounds/{round}/update",
-    "/v1/rounds/{round}/update/{digest}",
-    "/v1/rounds/{round}/evaluation.0/{digest}",
-    "/v1/rounds/{round}/update.0.share/{digest}",
-    "/v1/start/{digest}",
-    "/v1/alive",
-    "/v1/leave",
+CALLS = (
+    ("GET", "/v1/check"),
+    ("POST", "/v1/join"),
+    ("POST", "/v1/join"),
+    ("GET", "/v1/rounds?after=-1"),
+    ("GET", "/v1/states/{digest}"),
+    ("GET", "/v1/rounds/{round}/update"),
+    ("PUT", "/v1/rounds/{round}/update/{digest}"),
+    ("PUT", "/v1/rounds/{round}/update/{digest}"),
+    ("PUT", "/v1/rounds/{round}/update.0.share/{digest}"),
+    ("PUT", "/v1/rounds/{round}/evaluation.0/{digest}"),
+    ("PUT", "/v1/start/{digest}"),
+    ("POST", "/v1/alive"),
+    ("POST", "/v1/leave"),
 )
 JSON = (None, True, -1, 2**70, 1e308, "", "north", "\x00", [], {}, [[]], {"a": {"b": [None]}})
 
@@ -68,15 +71,18 @@ class Fuzzer:
         """The bytes of a call."""
         content = self.content()
         digest = self.random.choice([self.text(), "0" * 64, wire.sha256(self.file)])
-        path = self.random.choice(PATHS).format(digest=digest, round=self.random.choice([0, 1, 2, -1, "x", 10**20]))
-        method = self.random.choice(["GET", "PUT", "PUT", "POST", "HEAD", "DELETE", "X" * 20])
+        method, path = self.random.choice(CALLS)
+        path = path.format(digest=digest, round=self.random.choice([0, 0, 0, 1, -1, "x", 10**20]))
+        if self.random.random() < 0.2:
+            method = self.random.choice(["GET", "PUT", "POST", "HEAD", "DELETE", "X" * 20])
         lines = [f"{method} {path} HTTP/1.1", "Host: x", "Connection: close"]
         for name in ("Upload-Length", "Upload-Offset", "Content-Length", "Range"):
-            if self.random.random() < 0.8:
-                good = {"Upload-Offset": 0, "Range": "bytes=0-"}.get(name, len(content))
-                lines.append(f"{name}: {self.random.choice([good, good, good, -1, 0, 10**19, self.text()])}")
+            good = {"Upload-Offset": 0, "Range": "bytes=0-"}.get(name, len(content))
+            if self.random.random() < 0.9:
+                value = good if self.random.random() < 0.9 else self.random.choice([-1, 0, 10**19, self.text()])
+                lines.append(f"{name}: {value}")
         data = "\r\n".join([*lines, "", ""]).encode(errors="replace") + content
-        return self.damaged(data) if self.random.random() < 0.3 else data
+        return self.damaged(data) if self.random.random() < 0.2 else data
 
     def content(self) -> bytes:
         kind = self.random.randrange(4)
@@ -149,9 +155,10 @@ def test_random_calls_meet_no_undeclared_error(tmp_path: Path, caplog: pytest.Lo
             found = fuzzer.run(live, Kit(tmp_path / "zero"), SECONDS)
         print(f"{fuzzer.num_calls} calls, statuses {sorted(found)}")
         assert found <= DECLARED, f"seed {SEED}"
-        assert {400, 404, 422} <= found
-        errors = [record for record in caplog.records if "Unhandled exception" in record.message or record.exc_info]
-        assert not errors
+        assert {200, 400, 422} <= found
+        # What is no HTTP at all aiohttp answers with 400, and logs as an error.
+        kinds = [record.exc_info[0] for record in caplog.records if record.exc_info]
+        assert all(kind is not None and issubclass(kind, HttpProcessingError) for kind in kinds), kinds
         assert live.error is None
         live.coordinator.machine.leave("zero")
         sends = [
