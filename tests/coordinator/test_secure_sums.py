@@ -168,6 +168,7 @@ def test_with_too_few_silos_the_round_opens_again_and_no_vector_is_sent(folder: 
         assert list(live.folder.glob("federation/rounds/*/update.1.send/*.ok"))
 
 
+@pytest.mark.slow
 def test_a_silo_that_is_late_for_a_step_takes_part_when_the_round_opens_again(folder: Path) -> None:
     with coordinator(folder, silos=NAMES[:3], evaluation_s=2.0) as live:
         silos = silos_of(live, NAMES[:3])
