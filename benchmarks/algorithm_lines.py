@@ -43,8 +43,10 @@ def table() -> dict[str, tuple[list[str], int]]:
     for name, algorithm in registered().items():
         files.setdefault(inspect.getfile(algorithm), []).append(name)
     base = inspect.getfile(Algorithm)
-    rows = {Path(file).name: (names, code_lines(Path(file).read_text())) for file, names in files.items()}
-    return {**rows, Path(base).name: (["what all share"], code_lines(Path(base).read_text()))}
+    rows = {
+        Path(file).name: (names, code_lines(Path(file).read_text(encoding="utf-8"))) for file, names in files.items()
+    }
+    return {**rows, Path(base).name: (["what all share"], code_lines(Path(base).read_text(encoding="utf-8")))}
 
 
 if __name__ == "__main__":

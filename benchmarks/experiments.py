@@ -152,7 +152,7 @@ def run(experiment: Experiment, name: str, seed: int) -> list[dict[str, Any]]:
             "data": {"init_args": {**change.get("data", {}).get("init_args", {}), "seed": seed}},
             "seed_everything": seed,
         }
-        (Path(folder) / "variant.yaml").write_text(yaml.safe_dump(change))
+        (Path(folder) / "variant.yaml").write_text(yaml.safe_dump(change), encoding="utf-8")
         words = ["--config", str(REPOSITORY / "recipes" / experiment.recipe), "--config", f"{folder}/variant.yaml"]
         quiet = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
         command = [sys.executable, "-m", "lightning_fl", "fit", *words, *quiet]
@@ -164,7 +164,7 @@ def run(experiment: Experiment, name: str, seed: int) -> list[dict[str, Any]]:
             cwd=folder,
         )
         (metrics,) = Path(folder).rglob("metrics.csv")
-        with metrics.open() as file:
+        with metrics.open(encoding="utf-8") as file:
             logged = [row for row in csv.DictReader(file) if row["val_acc"]]
     numbers = [{name: round(float(row[name]), 5) for name in ("val_loss", "val_acc")} for row in logged]
     return [{"variant": name, "seed": seed, "round": index + 1, **row} for index, row in enumerate(numbers)]
@@ -174,7 +174,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     """The rows that are there."""
     if not path.exists():
         return []
-    with path.open() as file:
+    with path.open(encoding="utf-8") as file:
         kinds = (str, int, int, float, float)
         return [{k: kind(row[k]) for k, kind in zip(COLUMNS, kinds, strict=True)} for row in csv.DictReader(file)]
 
@@ -182,7 +182,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
     """Writes the rows in an order that does not depend on that of the runs."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(sorted(rows, key=lambda row: (row["variant"], row["seed"], row["round"])))
@@ -279,7 +279,7 @@ def main() -> None:
                     print(f"{name}, {kind}, seed {seed}: accuracy {rows[-1]['val_acc']:.3f}", flush=True)
         rows = read(path)
         plot(path.with_suffix(".png"), experiment, rows)
-        path.with_suffix(".md").write_text(page(name, experiment, rows))
+        path.with_suffix(".md").write_text(page(name, experiment, rows), encoding="utf-8")
         print(table(experiment, rows))
 
 

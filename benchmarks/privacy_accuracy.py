@@ -87,14 +87,14 @@ def read(path: Path) -> list[dict[str, Any]]:
     """The rows that are there."""
     if not path.exists():
         return []
-    with path.open() as file:
+    with path.open(encoding="utf-8") as file:
         kinds = (str, float, int, float, float, float, float)
         return [{k: kind(row[k]) for k, kind in zip(COLUMNS, kinds, strict=True)} for row in csv.DictReader(file)]
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
     """Writes the rows in an order that does not depend on that of the runs."""
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(sorted(rows, key=lambda row: (row["level"], row["epsilon"], row["repeat"])))

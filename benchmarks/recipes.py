@@ -49,7 +49,7 @@ class Expectation:
 
     @classmethod
     def read(cls, recipe: Path) -> Expectation | None:
-        found = EXPECTED.search(recipe.read_text())
+        found = EXPECTED.search(recipe.read_text(encoding="utf-8"))
         if not found:
             return None
         first, last = (int(found[name]) if found[name] else None for name in ("first", "last"))
@@ -63,7 +63,9 @@ class Expectation:
 
 def command(recipe: Path) -> list[str]:
     """How the header says that the recipe is started."""
-    line = re.search(r"^# +((?:lightning-fl|torchrun).* fit --config .*)$", recipe.read_text(), re.MULTILINE)
+    line = re.search(
+        r"^# +((?:lightning-fl|torchrun).* fit --config .*)$", recipe.read_text(encoding="utf-8"), re.MULTILINE
+    )
     assert line, recipe
     launcher, _, rest = line[1].replace(f"recipes/{recipe.name}", str(recipe)).partition(" ")
     if launcher == "lightning-fl":
@@ -73,7 +75,7 @@ def command(recipe: Path) -> list[str]:
 
 def curve(log: Path, metric: str) -> list[tuple[int, float]]:
     """Pairs of round, counted from 1, and metric."""
-    with log.open() as file:
+    with log.open(encoding="utf-8") as file:
         return [(int(row["epoch"]) + 1, float(row[metric])) for row in csv.DictReader(file) if row.get(metric)]
 
 
@@ -85,7 +87,7 @@ def run(recipe: Path) -> tuple[dict[str, object], list[tuple[int, float]]] | Non
     with tempfile.TemporaryDirectory() as folder:
         logger = ["--trainer.logger.init_args.save_dir", folder, "--trainer.enable_checkpointing", "false"]
         quiet = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
-        callbacks = ["--trainer.callbacks", "null"] if "ModelCheckpoint" in recipe.read_text() else []
+        callbacks = ["--trainer.callbacks", "null"] if "ModelCheckpoint" in recipe.read_text(encoding="utf-8") else []
         start = time.perf_counter()
         result = subprocess.run(
             [*command(recipe), *logger, *quiet, *callbacks], capture_output=True, text=True, env=ENVIRONMENT
@@ -126,7 +128,7 @@ def main() -> None:
         parser.error(f"no recipe {', '.join(sorted(unknown))}; there are {', '.join(r.stem for r in recipes)}")
     RESULTS.mkdir(parents=True, exist_ok=True)
     table, is_off = RESULTS / "recipes.csv", False
-    rows = {row["recipe"]: row for row in csv.DictReader(table.open())} if table.exists() else {}
+    rows = {row["recipe"]: row for row in csv.DictReader(table.open(encoding="utf-8"))} if table.exists() else {}
     for recipe in recipes:
         outcome = run(recipe) if not names or recipe.stem in names else None
         if outcome is None:
@@ -134,11 +136,11 @@ def main() -> None:
         row, points = outcome
         rows[recipe.stem] = {key: str(value) for key, value in row.items()}
         is_off |= abs(float(str(row["found"])) - float(str(row["expected"]))) > float(str(row["tolerance"]))
-        with table.open("w", newline="") as file:
+        with table.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(rows[name] for name in sorted(rows))
-        with (RESULTS / f"recipe_{recipe.stem}.csv").open("w", newline="") as file:
+        with (RESULTS / f"recipe_{recipe.stem}.csv").open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([("round", row["metric"]), *points])
     plot()
     raise SystemExit(int(is_off))
@@ -149,7 +151,7 @@ def plot() -> None:
     files = sorted(RESULTS.glob("recipe_*.csv"))
     figure, axes = plt.subplots(figsize=(8, 5))
     for file in files:
-        with file.open() as stream:
+        with file.open(encoding="utf-8") as stream:
             rows = list(csv.reader(stream))
         axes.plot(
             [int(number) for number, _ in rows[1:]],

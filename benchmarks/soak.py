@@ -158,13 +158,13 @@ def soak(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 def read_state(folder: Path) -> dict[str, Any]:
     path = folder / "federation" / "state.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def rss(pid: int) -> int:
     """Resident memory of a process in bytes."""
     try:
-        words = Path(f"/proc/{pid}/statm").read_text().split()
+        words = Path(f"/proc/{pid}/statm").read_text(encoding="utf-8").split()
     except (FileNotFoundError, ProcessLookupError):
         return 0
     return int(words[1]) * resource.getpagesize() if words else 0
@@ -178,7 +178,11 @@ def replay(folder: Path, args: argparse.Namespace) -> int:
     """
     path = folder / "federation" / "audit.jsonl"
     verify(path)
-    closed = [event for event in map(json.loads, path.read_text().splitlines()) if event["event"] == "round closed"]
+    closed = [
+        event
+        for event in map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        if event["event"] == "round closed"
+    ]
     # A crash between the commit and its line in the log leaves a round without a line: the history has them all.
     history = read_state(folder)["progress"]["history"]
     own, counts = settings(args.silos), dict.fromkeys(names(args.silos), 0)

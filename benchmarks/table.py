@@ -114,7 +114,7 @@ def start_up(first: str) -> dict[str, float]:
 def facts() -> dict[str, str]:
     """When and on what a run is made."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     name = names[0] if names else platform.processor() or platform.machine()
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, Lightning {L.__version__}"
@@ -129,7 +129,7 @@ def read(path: Path) -> list[dict[str, str]]:
     """The runs that are there."""
     if not path.exists():
         return []
-    with path.open() as file:
+    with path.open(encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
@@ -137,7 +137,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
     """Writes the runs in an order that does not depend on when they were made."""
     names = list(CASES)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(sorted(rows, key=lambda row: (names.index(row["case"]), int(row["run"]))))
@@ -166,7 +166,7 @@ def main() -> None:
                 print(json.dumps(row), flush=True)
     rows = read(RESULTS)
     plot(RESULTS.with_suffix(".png"), rows)
-    RESULTS.with_suffix(".md").write_text(page(rows))
+    RESULTS.with_suffix(".md").write_text(page(rows), encoding="utf-8")
     print(tables(rows)["engines"])
 
 

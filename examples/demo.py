@@ -29,7 +29,7 @@ def train(*options: str) -> Trainer:
 def metrics_by_round(trainer: Trainer) -> dict[int, dict[str, float]]:
     """What the trainer's CSV logger wrote, by epoch, which is the round."""
     rounds: dict[int, dict[str, float]] = defaultdict(dict)
-    with Path(trainer.log_dir or "", "metrics.csv").open() as file:
+    with Path(trainer.log_dir or "", "metrics.csv").open(encoding="utf-8") as file:
         for row in csv.DictReader(file):
             rounds[int(row["epoch"])] |= {name: float(row[name]) for name in COLUMNS if row.get(name)}
     return rounds

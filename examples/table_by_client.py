@@ -13,7 +13,7 @@ from lightning_fl.models import TabularMLP
 def write_visits(path: str) -> None:
     """Visits to hospitals, each with patients of another age: returns the older, sooner the smokers."""
     random.seed(0)
-    with open(path, "w", newline="") as file:
+    with open(path, "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["hospital", "age", "weight", "smokes", "returns"])
         for _ in range(3000):

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         models,
         privacy,
         schedules,
+        serving,
         strategies,
         tracking,
     )
@@ -55,6 +56,7 @@ __all__ = [
     "models",
     "privacy",
     "schedules",
+    "serving",
     "strategies",
     "tracking",
 ]
@@ -72,6 +74,8 @@ _IN_YAML = (
 )
 """Rooms whose classes YAML may write without their module, which jsonargparse allows for imported classes."""
 
+_LAZY = ("analytics", "cli", "communication", "data", "federation", "models", "strategies", "tracking", "vertical")
+"""Rooms that are imported when they are first used."""
 __getattr__, __dir__ = lazy_names(__name__)
 
 

@@ -28,7 +28,7 @@ LAYERS = (
     ("federation",),
     ("coordinator",),
     ("strategies",),
-    ("callbacks", "datamodules", "models", "tracking", "attacks", "analytics", "audit"),
+    ("callbacks", "datamodules", "models", "tracking", "attacks", "analytics", "vertical", "audit", "serving"),
     ("cli",),
 )
 """Each room may import the rooms before its own layer; within a layer those that make no cycle."""

@@ -31,7 +31,7 @@ def read_rooms(package: Path) -> tuple[Graph, set[str]]:
             continue
         room = _room(parts[0].removesuffix(".py"), package)
         imports = graph.setdefault(room, set())
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and node.module:
                 names = [f"{node.module}.{alias.name}" for alias in node.names]
@@ -163,4 +163,4 @@ def _box(room: str, places: Mapping[str, tuple[float, float]], graph: Graph, has
 
 
 if __name__ == "__main__":
-    PICTURE.write_text(draw(*read_rooms(ROOT / PACKAGE)))
+    PICTURE.write_text(draw(*read_rooms(ROOT / PACKAGE)), encoding="utf-8")

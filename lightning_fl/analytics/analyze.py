@@ -66,7 +66,7 @@ class Analysis:
 
     def save(self, path: Any) -> None:
         """Writes the answers as JSON."""
-        with open(path, "w") as file:
+        with open(path, "w", encoding="utf-8") as file:
             json.dump(self.to_dict(), file, indent=1)
 
 

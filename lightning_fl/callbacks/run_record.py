@@ -214,6 +214,8 @@ def describe_settings(trainer: L.Trainer) -> dict[str, str]:
             ranks=str(strategy.federation.size),
             seed=str(view.settings.seed),
         )
+        if strategy.federation.names:
+            settings["silos"] = ", ".join(strategy.federation.names)
         if strategy.local_steps is None:
             settings["local_epochs"] = str(view.max_work.epochs)
     else:

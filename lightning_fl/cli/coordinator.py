@@ -105,7 +105,7 @@ def read_strategy(path: Path, allow: Sequence[str] = ()) -> FederatedStrategy:
     Raises:
         ValueError: If it names none, or a class of another package.
     """
-    content = yaml.safe_load(path.read_text())
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
     trainer = content.get("trainer") if isinstance(content, Mapping) else None
     strategy = trainer.get("strategy") if isinstance(trainer, Mapping) else None
     if isinstance(strategy, str):

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Writes the files, or none of them if one already exists and ``--force`` is not given."""
-    files = {path.name: path.read_text() for path in sorted(STARTER.iterdir()) if path.is_file()}
+    files = {path.name: path.read_text(encoding="utf-8") for path in sorted(STARTER.iterdir()) if path.is_file()}
     files["readings.csv"] = readings()
     there = [name for name in files if (args.directory / name).exists()]
     if there and not args.force:
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
     args.directory.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
         path = args.directory / name
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
         if name.endswith(".sh"):
             path.chmod(0o755)
     print(f"A federation of {len(SITES)} sites in {args.directory.resolve()}:")

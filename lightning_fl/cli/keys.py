@@ -54,5 +54,5 @@ def _described(identity: PublicIdentity) -> str:
 
 
 def _read(text: str) -> list[PublicIdentity]:
-    lines = [text] if text.startswith(PREFIX) else Path(text).read_text().splitlines()
+    lines = [text] if text.startswith(PREFIX) else Path(text).read_text(encoding="utf-8").splitlines()
     return [PublicIdentity.parse(line) for line in lines if line.strip()]

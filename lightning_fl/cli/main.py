@@ -24,7 +24,21 @@ RUNS = {
 }
 """LightningCLI's commands."""
 _NAMES = (
-    *("init", "partition", "analyze", "report", "compare", "recipes", "algorithms", "privacy", "audit", "keys"),
+    *(
+        "init",
+        "partition",
+        "analyze",
+        "psi",
+        "export",
+        "serve",
+        "report",
+        "compare",
+        "recipes",
+        "algorithms",
+        "privacy",
+        "audit",
+        "keys",
+    ),
     *("coordinator", "network", "completion"),
 )
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {name: command(name) for name in _NAMES}

@@ -202,7 +202,7 @@ def _sent(path: Path) -> Any:
     from rich.table import Table
 
     table = Table("time", "round", "what", "bytes", title="What this silo has sent")
-    for event in map(json.loads, path.read_text().splitlines()):
+    for event in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
         if event["event"] == "sending":
             what = event.get("topic") or f"change of {len(event['tensors'])} tensors, weight {event['weight']}"
             metrics = ", ".join(event.get("metrics", []))

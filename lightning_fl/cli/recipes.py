@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"`recipes {args.action}` needs a name; `lightning-fl recipes` lists them.")
     recipe = find_recipe(args.name)
     if args.action == "show":
-        print(recipe.read_text(), end="")
+        print(recipe.read_text(encoding="utf-8"), end="")
     else:
         target = args.to / recipe.name if args.to.is_dir() else args.to
         copies = {target: recipe} | {target.parent / script.name: script for script in scripts(recipe)}
@@ -94,6 +94,6 @@ def find_recipe(name: str) -> Path:
 def list_recipes() -> None:
     """Prints each recipe's name, its title, the expected number and time from its header, and its path."""
     for name, path in all_recipes().items():
-        header = [line.lstrip("# ") for line in path.read_text().splitlines() if line.startswith("#")]
+        header = [line.lstrip("# ") for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
         facts = [line for line in header if line.startswith(("expected:", "time:"))]
         print("\n    ".join([name, header[0] if header else "", *facts, str(path)]))

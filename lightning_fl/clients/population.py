@@ -22,9 +22,25 @@ class Population:
     def __init__(self, loaders: ClientLoaders, silos: int | None = None) -> None:
         self.loaders = loaders
         self.silos = silos
-        self.ids: Sequence[ClientId] = _sorted(loaders) if silos is None else range(silos)
+        self._number(_sorted(loaders) if silos is None else range(silos))
+
+    def _number(self, ids: Sequence[ClientId]) -> None:
+        self.ids = ids
         # A range finds a position by arithmetic, and needs no dict of a million entries.
-        self._positions = None if isinstance(self.ids, range) else {client: i for i, client in enumerate(self.ids)}
+        self._positions = None if isinstance(ids, range) else {client: i for i, client in enumerate(ids)}
+
+    @classmethod
+    def of_ranks(cls, loader: Loader, rank: int, ids: Sequence[ClientId]) -> Population:
+        """Silos of which each is a rank; this rank holds the data of its own.
+
+        Args:
+            loader: The data of this rank's silo.
+            rank: This rank.
+            ids: The silos in the order of the ranks.
+        """
+        population = cls(ClientLoaders({ids[rank]: loader}), silos=len(ids))
+        population._number(ids)
+        return population
 
     @classmethod
     def of_silo(cls, name: str, loader: Loader) -> Population:

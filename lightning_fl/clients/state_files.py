@@ -103,7 +103,7 @@ class StateFiles:
         if not re.fullmatch(r"\w[\w.-]*", name):
             raise ValueError(f"A checkpoint names {name!r} as a manifest of client states, which is no plain name.")
         path = self.root / "manifests" / f"{name}.json"
-        return dict(map(tuple, json.loads(path.read_text()))) if path.exists() else None
+        return dict(map(tuple, json.loads(path.read_text(encoding="utf-8")))) if path.exists() else None
 
     def name(self, checkpoint: str, manifests: Iterable[str], also_old: bool) -> None:
         """Records which manifests a checkpoint refers to.
@@ -115,7 +115,7 @@ class StateFiles:
                 them has not been overwritten yet.
         """
         path = self.root / "checkpoints" / f"{checkpoint}.json"
-        old = json.loads(path.read_text()) if also_old and path.exists() else []
+        old = json.loads(path.read_text(encoding="utf-8")) if also_old and path.exists() else []
         self._write(path, json.dumps(sorted({*old, *manifests})).encode(), replace=True)
 
     def forget(self, checkpoint: str) -> None:
@@ -124,7 +124,11 @@ class StateFiles:
 
     def collect(self) -> None:
         """Garbage collection: removes manifests and versions that no checkpoint refers to."""
-        named = {name for path in (self.root / "checkpoints").glob("*.json") for name in json.loads(path.read_text())}
+        named = {
+            name
+            for path in (self.root / "checkpoints").glob("*.json")
+            for name in json.loads(path.read_text(encoding="utf-8"))
+        }
         needed: set[Path] = set()
         for path in (self.root / "manifests").glob("*.json"):
             if path.stem in named:

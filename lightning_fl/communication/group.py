@@ -6,6 +6,7 @@ import time
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_fl.communication.attendance import Attendance
 from lightning_fl.communication.message import Message
 from lightning_fl.torch_internals import gloo_group, set_timeout
 from lightning_fl.tree import num_bytes
@@ -53,6 +55,16 @@ class Group(ABC):
         self.rank = rank
         self.size = size
         self.traffic = Traffic()
+        self.names: Sequence[str] = ()
+        """The names of the ranks, if each is a silo that has one."""
+
+    def who(self, rank: int) -> str:
+        """A rank for people to read: by the name of its silo, if it has one."""
+        return f"silo {self.names[rank]}" if self.names else f"rank {rank}"
+
+    def leave(self, reason: str) -> None:
+        """Tells the other ranks why this one is about to leave, if the transport can, which it need not."""
+        return
 
     @abstractmethod
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
@@ -159,6 +171,11 @@ class TorchGroup(Group):
         device: Device of the tensors; CUDA tensors travel over NCCL, everything else over Gloo.
         timeout: How long a collective waits for the other ranks.
         address: Where the other ranks reach this one. None: Gloo finds out.
+        name: The name of this rank's silo; empty if it has none.
+
+    Raises:
+        TimeoutError: If some ranks have not come in time.
+        ValueError: On every rank, if not all or none have a name, or two have the same.
     """
 
     def __init__(
@@ -169,9 +186,14 @@ class TorchGroup(Group):
         device: torch.device,
         timeout: timedelta,
         address: str | None = None,
+        name: str = "",
     ) -> None:
         super().__init__(rank, size)
         self.timeout = timeout
+        self.attendance = Attendance(dist.PrefixStore("attendance", store), rank, size)
+        self.attendance.arrive(name, timeout)
+        self.names = self.attendance.names if any(self.attendance.names) else ()
+        self._num_collectives = 0
         gloo = gloo_group(dist.PrefixStore("gloo", store), rank, size, timeout, address)
         self._backends: dict[str, Any] = {"cpu": gloo}
         if device.type == "cuda":
@@ -179,14 +201,28 @@ class TorchGroup(Group):
             set_timeout(options, timeout)
             self._backends["cuda"] = dist.ProcessGroupNCCL(dist.PrefixStore("nccl", store), rank, size, options)
         # Finalizers also run at interpreter exit, where a process with an open Gloo group may abort.
-        weakref.finalize(self, self._backends.clear)
+        weakref.finalize(self, _close, self._backends, self.attendance)
 
-    def _wait(self, work: Any) -> None:
+    def leave(self, reason: str) -> None:
+        with suppress(RuntimeError):  # the store has gone with the rank that keeps it
+            self.attendance.note_failure(reason)
+
+    def _wait(self, work: Any, tensor: Tensor) -> None:
+        self._num_collectives += 1
         try:
-            work.wait()
+            # On a GPU `wait` with a time would block the CPU, which otherwise goes on.
+            while self._backend(tensor) is self._backends["cpu"]:
+                try:
+                    return work.wait(self.attendance.patience)
+                except RuntimeError:
+                    if work.is_completed():
+                        break
+                with suppress(RuntimeError):
+                    self.attendance.notice(self._num_collectives)
+            work.wait()  # raises the error, if there was one
         except RuntimeError as error:
             raise RankLost(
-                "Another rank has left the federation, or has not come to the same place within "
+                f"{self.attendance.explain_loss(self._num_collectives)}, or has not come to the same place within "
                 f"{self.timeout.total_seconds():g} s ({str(error).splitlines()[0]}). Look for an error in the other "
                 "ranks' output."
             ) from error
@@ -200,7 +236,7 @@ class TorchGroup(Group):
         options = dist.AllreduceOptions()
         options.reduceOp = _OPS[op]
         start = time.perf_counter()
-        self._wait(self._backend(result).allreduce([result], options))
+        self._wait(self._backend(result).allreduce([result], options), result)
         self.traffic.seconds_reducing += time.perf_counter() - start
         self.traffic.num_bytes += num_bytes([result])
         return result / self.size if op == "mean" else result
@@ -215,8 +251,8 @@ class TorchGroup(Group):
         self.traffic.num_bytes += len(data)
         if max(sizes) > MAX_MESSAGE_BYTES:
             raise ValueError(
-                f"Rank {sizes.index(max(sizes))} wants to send a message of {max(sizes)} bytes; at most "
-                f"{MAX_MESSAGE_BYTES} are taken. Does a metric keep every prediction? Use its binned form."
+                f"{self.who(sizes.index(max(sizes))).capitalize()} wants to send a message of {max(sizes)} bytes; at "
+                f"most {MAX_MESSAGE_BYTES} are taken. Does a metric keep every prediction? Use its binned form."
             )
         padded = torch.zeros(max(sizes), dtype=torch.uint8)
         padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
@@ -227,20 +263,20 @@ class TorchGroup(Group):
         for rank, other in enumerate(messages):
             if other.fields["topic"] != topic:
                 raise RuntimeError(
-                    f"The ranks are out of sync: rank {rank} is at {other.fields['topic']!r}, rank {self.rank} at "
+                    f"The ranks are out of sync: {self.who(rank)} is at {other.fields['topic']!r}, this one at "
                     f"{topic!r}. Do all ranks have the same callbacks, and do these behave the same on each rank?"
                 )
         return [Message(other.fields["fields"], other.tensors) for other in messages]
 
     def _gather(self, tensor: Tensor) -> list[Tensor]:
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        self._wait(self._backends["cpu"].allgather([parts], [tensor]))
+        self._wait(self._backends["cpu"].allgather([parts], [tensor]), tensor)
         return parts
 
     def gather_tensor(self, tensor: Tensor) -> Tensor:
         own = tensor.detach().contiguous()
         parts = [torch.empty_like(own) for _ in range(self.size)]
-        self._wait(self._backend(own).allgather([parts], [own]))
+        self._wait(self._backend(own).allgather([parts], [own]), own)
         self.traffic.num_bytes += num_bytes([own])
         return torch.stack(parts)
 
@@ -248,7 +284,7 @@ class TorchGroup(Group):
         own = torch.cat([part.detach() for part in parts])
         received = own.new_empty(sum(sizes))
         given = [len(part) for part in parts]
-        self._wait(self._backend(own).alltoall_base(received, own, list(sizes), given, dist.AllToAllOptions()))
+        self._wait(self._backend(own).alltoall_base(received, own, list(sizes), given, dist.AllToAllOptions()), own)
         self.traffic.num_bytes += num_bytes([own])
         return list(received.split(list(sizes)))
 
@@ -256,9 +292,15 @@ class TorchGroup(Group):
         received = tensor.detach().clone(memory_format=torch.contiguous_format)
         options = dist.BroadcastOptions()
         options.rootRank = root
-        self._wait(self._backend(received).broadcast([received], options))
+        self._wait(self._backend(received).broadcast([received], options), received)
         self.traffic.num_bytes += received.numel() * received.element_size()
         return received
 
     def barrier(self) -> None:
-        self._wait(self._backends["cpu"].barrier())
+        self._wait(self._backends["cpu"].barrier(), torch.empty(0))
+
+
+def _close(backends: dict[str, Any], attendance: Attendance) -> None:
+    backends.clear()
+    if attendance.has_failed:
+        attendance.wait_until_seen()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections import Counter
 from contextlib import suppress
 from datetime import timedelta
@@ -11,13 +12,20 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from lightning_fl.communication.attendance import FIRST_NOTICE, LONGEST_NOTICE, log
 from lightning_fl.communication.group import Group, LocalGroup, TorchGroup
 
 _federations: Counter[str] = Counter()
 
 
 def connect(
-    rank: int, size: int, address: str, port: int, device: torch.device, timeout: timedelta = timedelta(minutes=30)
+    rank: int,
+    size: int,
+    address: str,
+    port: int,
+    device: torch.device,
+    timeout: timedelta = timedelta(minutes=30),
+    name: str = "",
 ) -> Group:
     """Joins the processes of a federation in a group; each process must call it the same number of times.
 
@@ -28,6 +36,7 @@ def connect(
         port: Port of the store.
         device: Device of the model.
         timeout: How long a collective waits for the other ranks.
+        name: The name of this rank's silo, unique among the ranks; empty if silos have none.
     """
     if size == 1:
         return LocalGroup()
@@ -36,13 +45,31 @@ def connect(
     # The agent's store outlives a restart of its workers. The keys carry the attempt, and the number of the federation
     # within it, so that no group finds the keys of an earlier one.
     attempt = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    store = dist.TCPStore(
-        address, port, size, is_master=rank == 0 and not agent_keeps_store, timeout=timeout, multi_tenant=True
-    )
+    store = _open_store(address, port, size, rank == 0 and not agent_keeps_store, timeout)
     prefix = f"lightning_fl/{attempt}/{_federations[attempt]}"
     _federations[attempt] += 1
     own = None if "GLOO_SOCKET_IFNAME" in os.environ else own_address(address, port, size)
-    return TorchGroup(dist.PrefixStore(prefix, store), rank, size, device, timeout, own)
+    return TorchGroup(dist.PrefixStore(prefix, store), rank, size, device, timeout, own, name)
+
+
+def _open_store(address: str, port: int, size: int, keeps_it: bool, timeout: timedelta) -> dist.Store:
+    """The store of the ranks, kept by one of them or by torchrun; it says that it waits for the one that keeps it."""
+    end, patience = time.monotonic() + timeout.total_seconds(), 4 * FIRST_NOTICE
+    while True:
+        left = timedelta(seconds=max(min(patience, end - time.monotonic()), 1.0))
+        try:
+            # Who has come is asked later, with names, rather than waited for in here without a word.
+            store = dist.TCPStore(
+                address, port, size, keeps_it, timeout=left, multi_tenant=True, wait_for_workers=False
+            )
+        except RuntimeError:
+            if keeps_it or time.monotonic() > end:
+                raise
+            log.warning(f"Waiting for the rank that keeps the meeting place, {address}:{port}; it does not answer yet.")
+            patience = min(2 * patience, LONGEST_NOTICE)
+            continue
+        store.set_timeout(timeout)
+        return store
 
 
 def launched_group(timeout: timedelta = timedelta(minutes=30)) -> Group:

@@ -43,7 +43,7 @@ def read_config(path: Path) -> FederationConfig:
     Raises:
         ValueError: If an entry is missing, unknown or of the wrong kind.
     """
-    content = yaml.safe_load(path.read_text())
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds no mapping; expected entries such as `rounds: 20`.")
     of_rules = {field.name: str(field.type) for field in fields(Rules)}

@@ -42,7 +42,7 @@ class Disk:
         """Replaces a file."""
         unfinished = path.with_suffix(".unfinished")
         self.before(f"write {path.name}")
-        with unfinished.open("w") as file:
+        with unfinished.open("w", encoding="utf-8") as file:
             json.dump(value, file)
             file.flush()
             os.fsync(file.fileno())
@@ -59,4 +59,4 @@ class Disk:
 
 def read_json(path: Path) -> Any:
     """The content of a file that :meth:`Disk.write_json` wrote; None if there is none."""
-    return json.loads(path.read_text()) if path.exists() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None

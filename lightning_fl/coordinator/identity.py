@@ -284,7 +284,7 @@ class Authority:
     @property
     def federation(self) -> str:
         """The federation's name."""
-        return str(json.loads((self.folder / "federation.json").read_text())["federation"])
+        return str(json.loads((self.folder / "federation.json").read_text(encoding="utf-8"))["federation"])
 
     def approve(self, request: Path, days: int = DAYS) -> tuple[str, str, Path]:
         """Signs a silo's request; returns its name, the fingerprint of its key and the folder for it.
@@ -316,7 +316,7 @@ class Authority:
             IdentityError: If it was given none.
         """
         path = self.folder / "federation.json"
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         serials = content.get("issued", {}).get(name, [])
         if not serials:
             raise IdentityError(f"No certificate was approved for {name!r} here.")
@@ -327,7 +327,7 @@ class Authority:
 
     def write_crl(self) -> None:
         """Writes the list of revoked certificates, also into the coordinator's kit beside the authority."""
-        revoked = json.loads((self.folder / "federation.json").read_text())["revoked"]
+        revoked = json.loads((self.folder / "federation.json").read_text(encoding="utf-8"))["revoked"]
         now = datetime.now(timezone.utc)
         builder = (
             x509.CertificateRevocationListBuilder()
@@ -372,7 +372,7 @@ class Authority:
             .sign(self._key, hashes.SHA256())
         )
         path = self.folder / "federation.json"
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         issued = content.setdefault("issued", {}).setdefault(folder.name, [])
         issued.append(certificate.serial_number)
         _write_json(path, content)

@@ -112,7 +112,7 @@ def read_policy(path: Path) -> Policy:
     """
     if not path.exists():
         return Policy()
-    content = yaml.safe_load(path.read_text())
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
     known = {field.name for field in fields(Policy)}
     if not isinstance(content, Mapping) or not content.keys() <= known:
         raise ValueError(f"{path} holds something else than the entries {', '.join(sorted(known))}.")

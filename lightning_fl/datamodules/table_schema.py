@@ -95,7 +95,7 @@ class TableSchema:
     def save(self, path: str | Path) -> None:
         """Writes the schema as JSON, atomically."""
         partial = Path(f"{path}.part")
-        partial.write_text(json.dumps(asdict(self), indent=1))
+        partial.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
         partial.replace(path)
 
     @classmethod
@@ -106,7 +106,7 @@ class TableSchema:
             ValueError: If the file is not a schema.
         """
         try:
-            content = json.loads(Path(path).read_text())
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
             numeric = {name: (float(mean), float(std)) for name, (mean, std) in content["numeric"].items()}
             origin, release = content.get("origin", "public"), content.get("release")
             if origin not in get_args(Origin) or (origin == "private") != (release is not None):

@@ -54,7 +54,7 @@ def verify_ranks(
     first, *others = [message.fields for message in group.all_gather(Message(own), "handshake")]
     for rank, other in enumerate(others, start=1):
         for kind, expected in first.items():
-            _compare(kind, expected, other.get(kind, {}), rank)
+            _compare(kind, expected, other.get(kind, {}), group, rank)
 
 
 def synchronize_module(group: Group, module: nn.Module, broadcast_frozen: bool = False) -> int:
@@ -80,7 +80,8 @@ def synchronize_module(group: Group, module: nn.Module, broadcast_frozen: bool =
             different = next((name for name in first if other.get(name) != first[name]), None)
             if different is not None:
                 raise ValueError(
-                    f"The frozen parameter {different!r} of rank {rank} has other values than that of rank 0. Load the "
+                    f"The frozen parameter {different!r} of {group.who(rank)} has other values than that of "
+                    f"{group.who(0)}. Load the "
                     "same base on all ranks, call lightning.seed_everything if it is drawn at random, or let rank 0 "
                     'send its own with FederatedStrategy(frozen="broadcast").'
                 )
@@ -111,11 +112,12 @@ def digest(batch: Any) -> bytes:
     return content.digest()
 
 
-def _compare(kind: str, expected: Mapping[str, Any], found: Mapping[str, Any], rank: int) -> None:
+def _compare(kind: str, expected: Mapping[str, Any], found: Mapping[str, Any], group: Group, rank: int) -> None:
+    who, reference = group.who(rank), group.who(0)
     for name in [*expected, *found]:
         if expected.get(name) != found.get(name):
             raise ValueError(
-                f"Rank {rank} and rank 0 do not train the same thing: {kind} {name!r} is "
-                f"{found.get(name, 'missing')} on rank {rank} and {expected.get(name, 'missing')} on rank 0. Start "
+                f"{who.capitalize()} and {reference} do not train the same thing: {kind} {name!r} is "
+                f"{found.get(name, 'missing')} on {who} and {expected.get(name, 'missing')} on {reference}. Start "
                 "all ranks with the same module, settings and versions."
             )

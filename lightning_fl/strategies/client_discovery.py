@@ -71,7 +71,7 @@ def _find(
             )
         return Population(loader)
     if num_clients is None and partition is None and started_by_launcher and group.size > 1:
-        return Population(ClientLoaders({group.rank: loader}), silos=group.size)
+        return Population.of_ranks(loader, group.rank, group.names or range(group.size))
     if num_clients is None and not (partition and partition.names_clients):
         num_clients = DEFAULT_NUM_CLIENTS
         rank_zero_info(

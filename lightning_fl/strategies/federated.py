@@ -23,7 +23,8 @@ from lightning_fl.aggregation import Aggregator, Corruption, Transform, Weighted
 from lightning_fl.algorithms import Algorithm, Weighting, get_algorithm
 from lightning_fl.clients import Amount, Cohort, Durations, Participation, Population, Stragglers, Uniform
 from lightning_fl.clients.cohorts import describe_sampling
-from lightning_fl.communication import Group, LocalGroup, Message, connect
+from lightning_fl.communication import Group, LocalGroup, Message, RankLost, connect
+from lightning_fl.communication.attendance import NAME_VARIABLE, check_silo_name
 from lightning_fl.communication.objects import decode_object, encode_object
 from lightning_fl.data.partitioners.partitioner import Partitioner
 from lightning_fl.data.splitting import shard
@@ -70,6 +71,7 @@ from lightning_fl.strategies.validation import (
     check_types,
     check_work,
     choose_weighting,
+    describe_failure,
     described_columns,
     settings_of_ranks,
     settings_of_training,
@@ -118,6 +120,8 @@ class FederatedStrategy(internals.ReusableStrategy):
         federation: The coordinator's address, ``"https://host:port"``: this launch is then one silo of a federation
             over a network, and its training loader that silo's data.
         kit: The folder with the silo's key and certificate, for ``federation``.
+        silo_name: The name of this silo, where each rank is one: in messages, history and records it stands in place
+            of the rank. None: the environment variable ``LIGHTNING_FL_SILO_NAME``, if it is set.
 
     Raises:
         ValueError: If an argument is out of range, or two contradict each other.
@@ -159,6 +163,7 @@ class FederatedStrategy(internals.ReusableStrategy):
         durations: Durations | dict[int | str, float] | str | None = None,
         federation: str | None = None,
         kit: str | Path | None = None,
+        silo_name: str | None = None,
     ) -> None:
         super().__init__()
         self.cohort = cohort or Uniform()
@@ -216,6 +221,7 @@ class FederatedStrategy(internals.ReusableStrategy):
         if not timeout > 0:
             raise ValueError(f"timeout={timeout} must be a positive number of seconds.")
         self.timeout = timedelta(seconds=timeout)
+        self.silo_name = silo_name if silo_name is None else check_silo_name(silo_name)
         check_network(self, federation, kit)
         self.address, self.kit = federation, kit
         self.network: NetworkFederation | None = None
@@ -320,6 +326,7 @@ class FederatedStrategy(internals.ReusableStrategy):
             environment.main_port,
             self.root_device,
             self.timeout,
+            self._own_name,
         )
         self._connection = connection
         if self.federation.size == 1:
@@ -459,6 +466,11 @@ class FederatedStrategy(internals.ReusableStrategy):
 
     def _make_driver(self, population: Population) -> RoundDriver:
         trainer = self._trainer
+        if self.silo_name is not None and population.silos is None:
+            raise MisconfigurationException(
+                f"silo_name={self.silo_name!r} is for a launch with data of its own, but the clients here are "
+                "simulated. Leave it out, or start the silos with torchrun."
+            )
         size = len(population) if self.network is None else self.network.size
         settings = FederationSettings(
             self.algorithm,
@@ -572,6 +584,13 @@ class FederatedStrategy(internals.ReusableStrategy):
     def check_evaluation_data(self, num_loaders: int) -> None:
         """Makes sure that all ranks have the same number of loaders to evaluate."""
         check_same_on_ranks(self.federation, "loaders with batches to evaluate", num_loaders)
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Leaves word for the other ranks, which would only see that this one is gone."""
+        if self.federation.size > 1 and not isinstance(exception, RankLost):
+            hides = is_private(self.aggregator, self.transforms, self._protects_examples)
+            self.federation.leave(describe_failure(exception, hides))
+        super().on_exception(exception)
 
     def interrupt(self) -> None:
         """Called by :class:`RoundCallback` when an exception ends the run; from here on a rank works alone."""
@@ -722,6 +741,12 @@ class FederatedStrategy(internals.ReusableStrategy):
     @property
     def _trainer(self) -> L.Trainer:
         return self._module.trainer
+
+    @property
+    def _own_name(self) -> str:
+        """The name of this launch as a silo, empty if it has none or may be a part of a simulation."""
+        name = self.silo_name if self.silo_name is not None else os.environ.get(NAME_VARIABLE, "")
+        return check_silo_name(name) if name and self.started_by_launcher else ""
 
     @property
     def _silo_folder(self) -> Path | None:

@@ -32,6 +32,7 @@ def check_network(strategy: Any, address: str | None, kit: str | Path | None) ->
         "clients_per_round": strategy.clients_per_round is not None,
         "partition": strategy.partition is not None,
         "split_validation": strategy.split_validation,
+        "silo_name (the certificate has the name)": strategy.silo_name is not None,
         "stragglers": strategy.stragglers is not None,
         "schedule and durations": strategy.schedule is not None,
         "cohort": not isinstance(strategy.cohort, Uniform),

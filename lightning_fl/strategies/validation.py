@@ -348,9 +348,22 @@ def check_same_on_ranks(group: Group, what: str, own: int) -> None:
     different = next((rank for rank, count in enumerate(counts) if count != counts[0]), None)
     if different is not None:
         raise MisconfigurationException(
-            f"Rank {different} has {counts[different] or 'no'} {what}, rank 0 has {counts[0] or 'none'}. Give each "
-            "rank equally many, or none (limit_val_batches=0)."
+            f"{group.who(different).capitalize()} has {counts[different] or 'no'} {what}, {group.who(0)} has "
+            f"{counts[0] or 'none'}. Give each equally many, or none (limit_val_batches=0)."
         )
+
+
+def describe_failure(exception: BaseException, hides: bool) -> str:
+    """What the other parties are told of an exception that ends this one's run.
+
+    Args:
+        exception: The exception.
+        hides: Whether its words stay here, since those of an error in reading data may show some of it.
+    """
+    if isinstance(exception, KeyboardInterrupt):
+        return "its user has stopped it."
+    words = "" if hides else str(exception).strip()
+    return f"{type(exception).__name__}: {words}" if words else f"{type(exception).__name__}, with more in its output."
 
 
 def check_type(name: str, value: Any, kind: type, example: str) -> None:

@@ -288,7 +288,7 @@ def _settings(run: Run) -> str:
     if versions:
         rows.append(["versions", versions])
     config = run.path / "config.yaml"
-    text = config.read_text() if config.is_file() else ""
+    text = config.read_text(encoding="utf-8") if config.is_file() else ""
     details = f"<details><summary>config.yaml</summary><pre>{escape(text)}</pre></details>" if text else ""
     return _table(["setting", "value"], rows) + details
 

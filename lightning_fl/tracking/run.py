@@ -43,13 +43,13 @@ def write_file(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder, because a rename is atomic only within a file system.
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(text)
+    unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(path)
 
 
 def append_rows(path: Path, rows: Iterable[Row]) -> None:
     """Appends rows to a JSON Lines file."""
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         file.writelines(to_json(row) + "\n" for row in rows)
 
 
@@ -60,7 +60,7 @@ def read_rows(path: Path) -> list[Row]:
         ValueError: If a line before the last is not a JSON object.
     """
     rows = []
-    lines = path.read_text().splitlines()
+    lines = path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
@@ -101,7 +101,7 @@ class Run:
         """
         folder = find_run(Path(path))
         try:
-            facts = json.loads((folder / RUN_FILE).read_text())
+            facts = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
             if not isinstance(facts, dict):
                 raise ValueError(f"found a {type(facts).__name__}, expected an object")
         except ValueError as error:
@@ -185,7 +185,7 @@ def read_clients(folder: Path) -> list[Row]:
             raise ValueError(f'{parquet} needs pyarrow to be read: pip install "lightning-fl[tracking]"') from error
         return pyarrow.parquet.read_table(parquet).to_pylist()
     if table.exists():
-        with table.open(newline="") as file:
+        with table.open(newline="", encoding="utf-8") as file:
             return [{key: as_number(value) for key, value in row.items()} for row in csv.DictReader(file)]
     return []
 

@@ -11,6 +11,8 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_z
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from lightning_fl.communication.attendance import NAME_VARIABLE
+
 
 class SiloWandbLogger(WandbLogger):
     """A W&B logger with one run per silo, all in one W&B group; Lightning's own logger writes one run, on rank 0.
@@ -20,12 +22,13 @@ class SiloWandbLogger(WandbLogger):
 
     Args:
         group: The W&B group: a name of the federation, the same for all silos.
-        name: The silo's name. None: ``silo-RANK``.
+        name: The silo's name. None: the variable ``LIGHTNING_FL_SILO_NAME``, or ``silo-RANK``.
         kwargs: See :class:`lightning.pytorch.loggers.WandbLogger`.
     """
 
     def __init__(self, group: str, name: str | None = None, **kwargs: Any) -> None:
-        super().__init__(name=name or f"silo-{os.environ.get('RANK', '0')}", group=group, **kwargs)
+        name = name or os.environ.get(NAME_VARIABLE) or f"silo-{os.environ.get('RANK', '0')}"
+        super().__init__(name=name, group=group, **kwargs)
 
     @property
     def experiment(self) -> Any:

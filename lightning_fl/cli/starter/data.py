@@ -14,7 +14,7 @@ FEATURES = ("temperature", "vibration", "pressure", "current")
 
 def read_sites(path: str) -> dict[str, dict[str, TensorDataset]]:
     """For each site its rows for training, and of five rows one for validation ("val") and one for testing ("test")."""
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     sites = {}
     for site in sorted({row[CLIENT] for row in rows}):

@@ -91,7 +91,9 @@ class MappingFile(_NamedClients):
 
     def _read(self) -> dict[str, list[int]]:
         try:
-            mapping = json.loads(Path(self.path).read_text(), object_pairs_hook=_refuse_repeated_clients)
+            mapping = json.loads(
+                Path(self.path).read_text(encoding="utf-8"), object_pairs_hook=_refuse_repeated_clients
+            )
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"{self.path} is not a JSON file ({error}); it may be truncated. Write it again with save_mapping."
@@ -125,7 +127,7 @@ def save_mapping(path: str | Path, parts: Sequence[torch.Tensor] | Mapping[Clien
     """
     named = parts if isinstance(parts, Mapping) else dict(enumerate(parts))
     partial = Path(f"{path}.part")
-    partial.write_text(json.dumps({str(client): part.tolist() for client, part in named.items()}))
+    partial.write_text(json.dumps({str(client): part.tolist() for client, part in named.items()}), encoding="utf-8")
     partial.replace(path)
 
 

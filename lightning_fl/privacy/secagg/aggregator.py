@@ -313,7 +313,8 @@ class SecureAggregation(Aggregator):
             # A refused client may have sent zeros, and is then among the others already.
             parties = list(dict.fromkeys([*acc.clients, *report.fields.get("refused", [])]))
         else:
-            parties = [client for client in ctx.cohort if client == group.rank]
+            own = group.names[group.rank] if group.names else group.rank
+            parties = [client for client in ctx.cohort if client == own]
         fewest = self.fewest(len(ctx.cohort))
         params = self._session_params(acc, ctx, fewest)
         clients = [

@@ -113,13 +113,13 @@ class KeyFolder:
             raise ValueError(f"{path} does not exist. Make an identity: lightning-fl keys create {self.path}")
         _check_mode(path)
         try:
-            return SigningKey(base64.b64decode(path.read_text().strip(), validate=True))
+            return SigningKey(base64.b64decode(path.read_text(encoding="utf-8").strip(), validate=True))
         except ValueError:
             raise ValueError(f"{path} holds no identity. Restore it, or make a new one in another folder.") from None
 
     def public(self) -> PublicIdentity:
         """Reads the silo's public key, to be given to the other silos."""
-        lines = (self.path / PUBLIC).read_text().splitlines() if (self.path / PUBLIC).exists() else []
+        lines = (self.path / PUBLIC).read_text(encoding="utf-8").splitlines() if (self.path / PUBLIC).exists() else []
         name = PublicIdentity.parse(lines[0]).name if lines else self.path.name
         return PublicIdentity(self.identity().public, name)
 
@@ -133,7 +133,7 @@ class KeyFolder:
         if not path.exists():
             return []
         _check_mode(path)
-        return [PublicIdentity.parse(line) for line in path.read_text().splitlines() if line.strip()]
+        return [PublicIdentity.parse(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
     def trust(self, identities: list[PublicIdentity]) -> list[PublicIdentity]:
         """Adds identities to the trusted ones, except the silo's own; returns those that are new."""
@@ -151,7 +151,7 @@ def _write(path: Path, text: str, mode: int = 0o600, is_new: bool = False) -> No
     # file gets its name atomically.
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        with os.fdopen(descriptor, "w") as file:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             os.fchmod(descriptor, mode)
             file.write(text)
             file.flush()

@@ -105,9 +105,9 @@ def open_session(group: Group, silos: bool, keys: str | None, ranges: Ranges) ->
     hello = Message({"nonce": nonce.hex(), "identity": public, "problem": problem, "folder": place})
     gathered = [message.fields for message in group.all_gather(hello, "secure session")]
     if any(fields["problem"] for fields in gathered):
-        raise ValueError(_how_to_make_keys(gathered))
+        raise ValueError(_how_to_make_keys(gathered, group))
     if silos:
-        untrusted = Message({"doubts": _untrusted_peers(gathered, group.rank, trusted, place)})
+        untrusted = Message({"doubts": _untrusted_peers(gathered, group, trusted, place)})
         problems = [message.fields["doubts"] for message in group.all_gather(untrusted, "trust")]
         if any(problems):
             raise ValueError("\n".join(filter(None, problems)))
@@ -116,23 +116,26 @@ def open_session(group: Group, silos: bool, keys: str | None, ranges: Ranges) ->
     return Session(session_id, identity, trusted, journal, ranges)
 
 
-def _untrusted_peers(gathered: list[dict[str, str]], rank: int, trusted: Trusted, place: str) -> str:
+def _untrusted_peers(gathered: list[dict[str, str]], group: Group, trusted: Trusted, place: str) -> str:
     """Says which peers this rank does not trust, and what to do; empty if it trusts all."""
+    own = group.who(group.rank).capitalize()
     identities = [bytes.fromhex(fields["identity"]) for fields in gathered]
     strangers = [other for other, identity in enumerate(identities) if identity not in (trusted or ())]
     if strangers:
-        who = ", ".join(f"rank {other} ({fingerprint(identities[other])})" for other in strangers)
+        who = ", ".join(f"{group.who(other)} ({fingerprint(identities[other])})" for other in strangers)
         return (
-            f"Rank {rank} does not trust {who}. If its people confirm that fingerprint, get their identity.pub and "
+            f"{own} does not trust {who}. If its people confirm that fingerprint, get their identity.pub and "
             f"run: lightning-fl keys trust {place} <identity.pub>"
         )
     if len(set(identities)) != len(identities):
-        return f"Rank {rank} sees two ranks with the same identity; each silo needs one of its own."
+        return f"{own} sees two ranks with the same identity; each silo needs one of its own."
     return ""
 
 
-def _how_to_make_keys(gathered: list[dict[str, str]]) -> str:
-    problems = [f"  rank {rank}: {fields['problem']}" for rank, fields in enumerate(gathered) if fields["problem"]]
+def _how_to_make_keys(gathered: list[dict[str, str]], group: Group) -> str:
+    problems = [
+        f"  {group.who(rank)}: {fields['problem']}" for rank, fields in enumerate(gathered) if fields["problem"]
+    ]
     folders = [fields["folder"] for fields in gathered]
     create = [f"  lightning-fl keys create {folder}" for folder in folders]
     trust = [

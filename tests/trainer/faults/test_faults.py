@@ -124,7 +124,7 @@ def lose_rank_1(gave_up: Path) -> tuple[str, float]:
 
 def test_a_rank_that_hangs_ends_the_others_within_the_timeout(run_ranks: Any, tmp_path: Path) -> None:
     message, seconds = run_ranks(2, lose_rank_1, tmp_path / "gave_up")[0]
-    assert message.startswith("RankLost: Round 1: Another rank has left the federation, or has not come")
+    assert message.startswith("RankLost: Round 1: Rank 1 has left the federation, or has not come")
     assert "ckpt_path='last'" in message
     assert seconds < 3 * TIMEOUT
 
@@ -235,13 +235,14 @@ def test_when_a_silo_dies_the_others_end_and_say_what_to_do(tmp_path: Path) -> N
 
     def silo(rank: int) -> Any:
         words = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", *where, "--node-rank", str(rank)]
-        return run_script([*words, "train.py"], cwd=tmp_path, check=False, num_processes=2)
+        env = {"LIGHTNING_FL_SILO_NAME": ("north", "south")[rank]}
+        return run_script([*words, "train.py"], cwd=tmp_path, check=False, num_processes=2, env=env)
 
     with ThreadPoolExecutor() as pool:
         survivor, dead = pool.map(silo, range(2))
     assert "SIGKILL" in dead.stderr
     assert survivor.returncode == 1
-    assert "RankLost: Round 2: Another rank has left the federation" in survivor.stderr
+    assert "RankLost: Round 2: Silo south has left the federation" in survivor.stderr
     assert "ckpt_path='last'" in survivor.stderr
     assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 1
 

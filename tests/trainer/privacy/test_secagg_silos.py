@@ -72,6 +72,8 @@ def keys(tmp_path: Path) -> str:
 
 def fit(algorithm: str, aggregator: Any, rounds: int = 1, **options: Any) -> tuple[Tensor, dict[str, float], list[Any]]:
     module = Net()
+    if "silo_name" in options:
+        options["silo_name"] = f"silo-{9 - rank()}"
     strategy = fl.FederatedStrategy(algorithm, aggregator=aggregator, **options)
     run = trainer(strategy, rounds)
     own = loader(SIZES[rank()], batch_size=6, seed=rank(), drop_last=False)
@@ -99,7 +101,8 @@ def both(algorithm: str, keys: str, rounds: int, options: dict[str, Any]) -> Any
 
 @pytest.mark.parametrize("algorithm", ["fedavg", "scaffold"])
 def test_three_silos_train_the_model_of_the_plain_run(run_ranks: RunRanks, keys: str, algorithm: str) -> None:
-    options = {"weighting": "uniform"} if algorithm == "fedavg" else {}
+    # With and without names in place of the ranks.
+    options = {"weighting": "uniform"} if algorithm == "fedavg" else {"silo_name": "{rank}"}
     results = run_ranks(3, both, algorithm, keys, 1, options)
     bound = 4.0 / (2**29 - 1)  # of the mean of 3 clients of weight 1; float32 rounds at 6e-8
     for plain, secure, _ in results:

@@ -1,0 +1,48 @@
+"""Finds the ids that all parties have, without showing any others, and writes each party's rows of them in one order.
+
+Each party starts it with its own table; {rank} in the names of files stands for the party's number. The rows at one
+place of all the files that are written belong to the same id.
+
+Examples:
+  lightning-fl psi party0.csv --id patient --out aligned0.csv   (under torchrun or with its variables)
+  torchrun --standalone --nproc_per_node 3 -m lightning_fl psi party{rank}.csv --id patient --out aligned{rank}.csv
+  torchrun --standalone --nproc_per_node 2 -m lightning_fl psi party{rank}.csv --id patient --cardinality
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from lightning_fl.analytics.question import labels
+from lightning_fl.cli.command import check_output
+from lightning_fl.communication import launched_group
+from lightning_fl.datamodules.tabular import read_tables
+from lightning_fl.vertical import psi
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's own options."""
+    parser.add_argument("table", help="this party's .csv, .csv.gz or .parquet file")
+    parser.add_argument("--id", required=True, metavar="COLUMN", help="the column of ids, each of which stands once")
+    parser.add_argument("--out", metavar="FILE", help="where this party's shared rows are written, as CSV")
+    parser.add_argument("--cardinality", action="store_true", help="find only how many ids all parties have")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Aligns the tables."""
+    if (args.out is None) != args.cardinality:
+        raise ValueError("Give either --out FILE, for the shared rows, or --cardinality, for their number.")
+    group = launched_group()
+    table = read_tables(args.table.replace("{rank}", str(group.rank)))
+    out = None if args.out is None else Path(args.out.replace("{rank}", str(group.rank)))
+    if out is not None:
+        check_output(out)
+    ids = labels(table, args.id)
+    if any(value is None for value in ids):
+        raise ValueError(f"Some rows of {args.table} have no {args.id!r}; delete them.")
+    found = psi(list(ids), group, cardinality_only=args.cardinality)
+    if out is not None:
+        table.iloc[found.rows].to_csv(out, index=False)
+    if group.rank == 0:
+        print(f"{found.size} ids are shared by {group.size} parties" + ("" if out is None else f": {args.out}"))

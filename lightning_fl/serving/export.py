@@ -1,0 +1,236 @@
+"""Writes a module in formats that run without Lightning, and runs each file before it is kept."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from lightning_fl.serving.loading import Inputs
+
+TOLERANCE = 1e-4
+"""Largest difference of a file's outputs from the module's, relative to the largest output."""
+
+Outputs = tuple[Tensor, ...]
+Runner = Callable[[Inputs], Outputs]
+"""Runs an exported file."""
+
+
+class Forward(nn.Module):
+    """A module's ``forward`` with flat outputs, without the rest of a LightningModule.
+
+    Args:
+        module: The module.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Tensor) -> Outputs:
+        """The outputs as a tuple of tensors."""
+        return as_tuple(self.module.forward(*inputs))
+
+
+def as_tuple(outputs: Any) -> Outputs:
+    """Outputs of a forward pass as a tuple.
+
+    Raises:
+        ValueError: If they are not tensors.
+    """
+    found = (outputs,) if isinstance(outputs, Tensor) else outputs
+    if not (isinstance(found, tuple | list) and all(isinstance(one, Tensor) for one in found)):
+        raise ValueError(
+            f"forward returns {type(outputs).__name__}, but only tensors, or a tuple of them, can be exported and "
+            "served."
+        )
+    return tuple(found)
+
+
+def run(module: nn.Module, inputs: Inputs) -> Outputs:
+    """The module's outputs without gradients."""
+    with torch.inference_mode():
+        return Forward(module)(*inputs)
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format of exported files.
+
+    Args:
+        suffix: Ending of the file; empty for a folder.
+        write: Writes a module to a path, given an example of its inputs.
+        load: Makes a function that runs the file, given the module.
+        needs: What to install.
+    """
+
+    suffix: str
+    write: Callable[[L.LightningModule, Path, Inputs], None]
+    load: Callable[[Path, L.LightningModule], Runner]
+    needs: str = ""
+
+
+def export(
+    module: L.LightningModule,
+    path: str | Path,
+    to: str,
+    inputs: Inputs,
+    write_beside: Callable[[Path], None] | None = None,
+) -> float:
+    """Exports a module and compares what the file computes with the module, for one, two and three examples.
+
+    Args:
+        module: The module; it is not changed.
+        path: The file; a folder for ``hub``.
+        to: One of :data:`FORMATS`.
+        inputs: Two examples of what ``forward`` takes.
+        write_beside: Writes more into a folder of ``hub``.
+
+    Returns:
+        The largest difference of the outputs, relative to the largest output.
+
+    Raises:
+        ValueError: If the module can't be exported, or the file computes something else; then nothing is left behind.
+        ImportError: If the format's package is missing.
+    """
+    if to not in FORMATS:
+        raise ValueError(f"There is no format {to!r}; the formats are {', '.join(FORMATS)}.")
+    path, chosen = Path(path), FORMATS[to]
+    own = copy.deepcopy(module).cpu().eval()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
+        unfinished = Path(folder, f"model{chosen.suffix}")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about the exporters' own code
+                chosen.write(own, unfinished, inputs)
+                difference = _difference(chosen.load(unfinished, own), own, inputs)
+        except ImportError as error:
+            raise ImportError(f"Export to {to} needs more packages: {chosen.needs}. ({error})") from error
+        # An exporter may raise anything for a model that it does not know.
+        except Exception as error:
+            raise ValueError(f"{type(module).__name__} can't be exported to {to}: {error}") from error
+        if not difference <= TOLERANCE:
+            raise ValueError(
+                f"The {to} file computes something else than {type(module).__name__}: its outputs differ by "
+                f"{difference:.2g} of the largest, more than {TOLERANCE:g}. Nothing was "
+                "written. Does forward draw random numbers?"
+            )
+        if write_beside is not None:
+            write_beside(unfinished)
+        if path.is_dir() and not chosen.suffix:
+            shutil.rmtree(path)
+        unfinished.replace(path)
+    return difference
+
+
+def _difference(runner: Runner, module: L.LightningModule, inputs: Inputs) -> float:
+    largest = 0.0
+    for size in (1, 2, 3):
+        batch = tuple(torch.cat([one, one])[:size] for one in inputs)
+        for found, expected in zip(runner(batch), run(module, batch), strict=True):
+            if found.shape != expected.shape:
+                raise ValueError(f"its output has shape {tuple(found.shape)}, not {tuple(expected.shape)}")
+            scale = expected.abs().max().clamp_min(1e-12) if expected.numel() else torch.tensor(1.0)
+            error = (found.to(expected.dtype) - expected).abs().max() / scale if expected.numel() else 0.0
+            largest = max(largest, float(error) if error == error else float("inf"))
+    return largest
+
+
+# ---- the formats
+
+
+def _write_safetensors(module: L.LightningModule, path: Path, inputs: Inputs) -> None:
+    from safetensors.torch import save_file
+
+    # Tied tensors are written twice, because the format has no sharing.
+    save_file({name: value.detach().clone().contiguous() for name, value in module.state_dict().items()}, path)
+
+
+def _load_safetensors(path: Path, module: L.LightningModule) -> Runner:
+    from safetensors.torch import load_file
+
+    loaded = copy.deepcopy(module)
+    loaded.load_state_dict(load_file(path))
+    return lambda inputs: run(loaded, inputs)
+
+
+def _program(module: L.LightningModule, inputs: Inputs) -> torch.export.ExportedProgram:
+    batch = torch.export.Dim("batch")
+    return torch.export.export(Forward(module), inputs, dynamic_shapes=[tuple({0: batch} for _ in inputs)])
+
+
+def _write_torch(module: L.LightningModule, path: Path, inputs: Inputs) -> None:
+    torch.export.save(_program(module, inputs), path)
+
+
+def _load_torch(path: Path, module: L.LightningModule) -> Runner:
+    program = torch.export.load(path).module()
+    return lambda inputs: program(*inputs)
+
+
+def _write_onnx(module: L.LightningModule, path: Path, inputs: Inputs) -> None:
+    program = torch.onnx.export(_program(module, inputs), dynamo=True, verbose=False)
+    assert program is not None
+    program.save(path)
+
+
+def _load_onnx(path: Path, module: L.LightningModule) -> Runner:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [given.name for given in session.get_inputs()]
+    return lambda inputs: tuple(
+        torch.from_numpy(found)
+        for found in session.run(None, {name: one.numpy() for name, one in zip(names, inputs, strict=True)})
+    )
+
+
+def _write_executorch(module: L.LightningModule, path: Path, inputs: Inputs) -> None:
+    from executorch.exir import to_edge
+
+    batch = torch.export.Dim("batch", max=1024)  # the format lays out its memory for the largest batch
+    program = torch.export.export(Forward(module), inputs, dynamic_shapes=[tuple({0: batch} for _ in inputs)])
+    path.write_bytes(to_edge(program).to_executorch().buffer)
+
+
+def _load_executorch(path: Path, module: L.LightningModule) -> Runner:
+    from executorch.runtime import Runtime
+
+    method = Runtime.get().load_program(path).load_method("forward")
+    return lambda inputs: tuple(found.clone() for found in method.execute(list(inputs)))
+
+
+def _write_hub(module: L.LightningModule, path: Path, inputs: Inputs) -> None:
+    path.mkdir()
+    _write_safetensors(module, path / "model.safetensors", inputs)
+    config = {
+        "class": f"{type(module).__module__}.{type(module).__qualname__}",
+        "hyper_parameters": {name: value for name, value in module.hparams.items() if not name.startswith("_")},
+        "inputs": [{"shape": ["batch", *one.shape[1:]], "dtype": str(one.dtype)} for one in inputs],
+    }
+    (path / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+def _load_hub(path: Path, module: L.LightningModule) -> Runner:
+    return _load_safetensors(path / "model.safetensors", module)
+
+
+FORMATS = {
+    "safetensors": Format(".safetensors", _write_safetensors, _load_safetensors),
+    "torch": Format(".pt2", _write_torch, _load_torch),
+    "onnx": Format(".onnx", _write_onnx, _load_onnx, 'pip install "lightning-fl[export]"'),
+    "executorch": Format(".pte", _write_executorch, _load_executorch, "pip install executorch"),
+    "hub": Format("", _write_hub, _load_hub),
+}
+"""The formats by name."""

@@ -1,0 +1,186 @@
+"""A module, and an example of its input, out of a run's folder or a checkpoint."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import yaml
+from jsonargparse import ArgumentParser
+from torch import Tensor
+
+from lightning_fl.strategies.checkpoint import load_client
+from lightning_fl.types import Tree
+
+Inputs = tuple[Tensor, ...]
+"""What ``module.forward`` is called with, for a batch of examples."""
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """A checkpoint: the file itself, or ``last.ckpt`` (else the newest) of a run's folder.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    found = sorted(path.glob("**/*.ckpt"), key=lambda file: (file.stem.startswith("last"), file.stat().st_mtime))
+    if not found:
+        raise ValueError(f"{path} is neither a checkpoint nor a folder with one (*.ckpt).")
+    return found[-1]
+
+
+def load_module(
+    checkpoint: str | Path, class_path: str | None = None, client: int | str | None = None
+) -> L.LightningModule:
+    """The module of a checkpoint, on the CPU and in evaluation mode.
+
+    Only the classes that are already imported, this package's own, that of ``class_path``, and that which the run's
+    ``config.yaml`` names are instantiated: a checkpoint alone can't say which code runs.
+
+    Args:
+        checkpoint: The file.
+        class_path: The module's class, as ``package.Class``. None: the one that the checkpoint names.
+        client: The client whose personal tensors are put in. None: the global model.
+
+    Raises:
+        ValueError: If the class is unknown or can't be made from the checkpoint, or the checkpoint holds no state of
+            the client.
+    """
+    checkpoint = Path(checkpoint)
+    hyper_parameters = read(checkpoint).get("hyper_parameters", {})
+    config = run_config(checkpoint)
+    saved = hyper_parameters.get("_class_path")
+    configured = (config.get("model") or {}).get("class_path")
+    chosen = class_path or saved or configured
+    if chosen is None:
+        raise ValueError(f"{checkpoint} does not name the class of its module. Give --module package.Class.")
+    if class_path is None and chosen != configured and chosen.partition(".")[0] != "lightning_fl":
+        raise ValueError(
+            f"{checkpoint} names the class {chosen}, which no config.yaml of the run confirms. If you trust the "
+            f"checkpoint, give --module {chosen}."
+        )
+    module_class = import_class(chosen)
+    if saved is None and not hyper_parameters and configured == chosen:
+        # The module did not call `save_hyperparameters`; the configuration says how it was made.
+        module = instantiate(config, "model", L.LightningModule)
+        module.load_state_dict(read(checkpoint)["state_dict"])
+    else:
+        try:
+            module = module_class.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
+        except TypeError as error:
+            raise ValueError(
+                f"{module_class.__name__} can't be made from {checkpoint}: {error}. Call "
+                "self.save_hyperparameters() in its __init__ before training."
+            ) from error
+    if client is not None:
+        module.load_state_dict(client_state(checkpoint, client))
+    return module.eval()
+
+
+def client_state(checkpoint: Path, client: int | str) -> Tree:
+    """A client's ``state_dict``, as :func:`~lightning_fl.load_client`.
+
+    Args:
+        checkpoint: The file.
+        client: The client. What is given as text, in a command or a header, may also be the number of a simulated one.
+
+    Raises:
+        ValueError: If the checkpoint holds no state of the client.
+    """
+    try:
+        return load_client(checkpoint, client)
+    except ValueError:
+        if not (isinstance(client, str) and client.isdecimal()):
+            raise
+    return load_client(checkpoint, int(client))
+
+
+def read(checkpoint: Path) -> dict[str, Any]:
+    """A checkpoint's content, loaded with ``weights_only``.
+
+    Raises:
+        ValueError: If the file is no checkpoint, is damaged, or holds code.
+    """
+    try:
+        found = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        found["state_dict"]
+    # Whatever is in the file, the unpickler may raise; the reason is in its message.
+    except Exception as error:
+        raise ValueError(f"{checkpoint} is not a checkpoint that can be loaded safely: {error}") from error
+    return found
+
+
+def run_config(checkpoint: Path) -> dict[str, Any]:
+    """``config.yaml`` of the run that wrote a checkpoint; empty if there is none."""
+    for folder in (checkpoint.parent, checkpoint.parent.parent):
+        if (folder / "config.yaml").is_file():
+            return yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
+    return {}
+
+
+def import_class(path: str) -> type[L.LightningModule]:
+    """The LightningModule of a path ``package.Class``.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"There is no class {path}: {error}.") from error
+    if not (isinstance(found, type) and issubclass(found, L.LightningModule)):
+        raise ValueError(f"{path} is not a LightningModule.")
+    return found
+
+
+def example_inputs(module: L.LightningModule, checkpoint: str | Path, shape: tuple[int, ...] | None = None) -> Inputs:
+    """Two examples of what the module's ``forward`` takes.
+
+    Args:
+        module: The module; its ``example_input_array`` is taken if it has one.
+        checkpoint: A checkpoint of its run; the first validation batch of the data in the run's ``config.yaml`` is
+            taken otherwise.
+        shape: Shape of one example, for a ``forward`` that takes one float tensor; it goes before the others.
+
+    Raises:
+        ValueError: If none of the three is there.
+    """
+    if shape is not None:
+        return (torch.rand(2, *shape),)
+    given = module.example_input_array
+    if given is None:
+        config = run_config(Path(checkpoint))
+        if not config.get("data"):
+            raise ValueError(
+                "An example of the module's input is needed. Give --shape, such as --shape 3,32,32 for one image, set "
+                "module.example_input_array, or keep the checkpoint in its run's folder, whose config.yaml names the "
+                "data."
+            )
+        given = _first_batch(config)
+    if isinstance(given, Tensor):
+        given = (given,)
+    if not (isinstance(given, tuple | list) and all(isinstance(one, Tensor) and one.ndim for one in given)):
+        raise ValueError("The module's input has to be one tensor or a tuple of tensors with a batch dimension.")
+    return tuple(torch.cat([one, one])[:2].clone() for one in given)
+
+
+def _first_batch(config: Mapping[str, Any]) -> Any:
+    data = instantiate(config, "data", L.LightningDataModule)
+    data.prepare_data()
+    data.setup("validate")
+    batch = next(iter(data.val_dataloader()))
+    return batch[0] if isinstance(batch, tuple | list) else batch
+
+
+def instantiate(config: Mapping[str, Any], key: str, base: type) -> Any:
+    """An object of a run's configuration."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(base, key)
+    return parser.instantiate_classes(parser.parse_object({key: config[key]}))[key]

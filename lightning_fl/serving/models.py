@@ -1,0 +1,188 @@
+"""The models that a server holds: the newest round's, a canary, and those of single clients."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from lightning_fl.serving.export import Forward, Outputs
+from lightning_fl.serving.loading import Inputs, client_state, read
+from lightning_fl.strategies.checkpoint import KEY
+from lightning_fl.types import Tree
+
+logger = logging.getLogger(__name__)
+
+NUM_CLIENTS_KEPT = 64
+"""Clients whose tensors stay in memory; those asked for least recently are dropped."""
+
+
+class Version:
+    """One checkpoint's model.
+
+    Args:
+        checkpoint: The file.
+        module: A module of the same class, for comparison.
+
+    Raises:
+        ValueError: If the file can't be loaded safely, its tensors have other names, shapes or dtypes than the
+            module's, or one of them is not finite.
+    """
+
+    def __init__(self, checkpoint: Path, module: L.LightningModule) -> None:
+        content = read(checkpoint)
+        self.checkpoint = checkpoint
+        self.state: Tree = _checked(content["state_dict"], module.state_dict(), checkpoint)
+        self.digest = _digest(self.state)
+        history = content.get(KEY, {}).get("history") or []
+        self.round = len(history) if history else int(content.get("epoch", 0)) + 1
+        self._of_clients: OrderedDict[str, Tree] = OrderedDict()
+
+    def tensors(self, client: str | None) -> Tree:
+        """The tensors of the global model, or of a client's.
+
+        Raises:
+            ValueError: If the checkpoint holds no state of the client.
+        """
+        if client is None:
+            return self.state
+        if client not in self._of_clients:
+            found = client_state(self.checkpoint, client)
+            self._of_clients[client] = _checked(found, self.state, self.checkpoint)
+        self._of_clients.move_to_end(client)
+        if len(self._of_clients) > NUM_CLIENTS_KEPT:
+            self._of_clients.popitem(last=False)
+        return self._of_clients[client]
+
+
+class ServedModels:
+    """The models of a server, which may be replaced while it answers.
+
+    Args:
+        module: The module.
+        checkpoint: Its checkpoint.
+        canary: Another checkpoint of the same module, which answers a share of the requests.
+        share: The canary's share, from 0 to 1.
+    """
+
+    def __init__(
+        self, module: L.LightningModule, checkpoint: Path, canary: Path | None = None, share: float = 0.0
+    ) -> None:
+        self.module = module
+        self.checkpoint = checkpoint
+        self.share = share
+        self.current = Version(checkpoint, module)
+        self.canary = None if canary is None else Version(canary, module)
+        self._forward = Forward(module)
+        self._seen = _identity(checkpoint)
+
+    def refresh(self) -> bool:
+        """Takes a checkpoint that has been replaced since; one that is not sound is left alone with a warning.
+
+        Returns:
+            Whether there is a new model.
+        """
+        seen = _identity(self.checkpoint)
+        if seen is None or seen == self._seen:
+            return False
+        self._seen = seen
+        try:
+            # Loaded aside: requests in the meantime are answered by the old model.
+            self.current = Version(self.checkpoint, self.module)
+        except ValueError as error:
+            logger.warning(f"The model of round {self.current.round} goes on answering: {error}")
+            return False
+        logger.info(f"Now serving round {self.current.round}.")
+        return True
+
+    def watch(self, seconds: float = 0.5) -> None:
+        """Calls :meth:`refresh` again and again in a thread that ends with the process."""
+
+        def follow() -> None:
+            while True:
+                threading.Event().wait(seconds)
+                self.refresh()
+
+        threading.Thread(target=follow, name="watch", daemon=True).start()
+
+    def choose(self, request_id: str | None) -> Version:
+        """The version that answers a request; the same id is always answered by the same one."""
+        if self.canary is None or request_id is None:
+            return self.current
+        place = int.from_bytes(hashlib.blake2b(request_id.encode(), digest_size=8).digest(), "big") / 2**64
+        return self.canary if place < self.share else self.current
+
+    def compute(self, tensors: Tree, inputs: Inputs) -> Outputs:
+        """The outputs of ``forward`` with the given tensors."""
+        with torch.inference_mode():
+            return functional_call(
+                self._forward, {f"module.{name}": value for name, value in tensors.items()}, tuple(inputs)
+            )
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+def _checked(state: Tree, expected: Tree, checkpoint: Path) -> Tree:
+    if state.keys() != expected.keys():
+        differing = sorted(state.keys() ^ expected.keys())
+        raise ValueError(f"{checkpoint} holds another model: {', '.join(differing[:5])} differ.")
+    for name, value in state.items():
+        own = expected[name]
+        if not isinstance(value, Tensor) or value.shape != own.shape or value.dtype != own.dtype:
+            raise ValueError(f"{checkpoint} holds another model: {name} is not {tuple(own.shape)} of {own.dtype}.")
+        if not torch.isfinite(value).all():
+            raise ValueError(f"{checkpoint} has values in {name} that are not finite.")
+    return state
+
+
+def _digest(state: Tree) -> str:
+    found = hashlib.blake2b(digest_size=8)
+    for name in sorted(state):
+        found.update(name.encode())
+        found.update(state[name].detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def decode(inputs: object, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[torch.dtype]) -> Inputs:
+    """Nested lists as a batch of inputs.
+
+    Args:
+        inputs: For one input the examples; for several a list with the examples of each.
+        shapes: The shape of an example of each input.
+        dtypes: Their dtypes.
+
+    Raises:
+        ValueError: If they are not numbers of these shapes; the message says what was expected.
+    """
+    given = [inputs] if len(shapes) == 1 else inputs
+    expected = " and ".join(f"[examples, {', '.join(map(str, shape))}]" for shape in shapes)
+    if not isinstance(given, list) or len(given) != len(shapes):
+        raise ValueError(f'Expected {{"inputs": ...}} with numbers of shape {expected}.')
+    found = []
+    for one, shape, dtype in zip(given, shapes, dtypes, strict=True):
+        try:
+            tensor = torch.tensor(one, dtype=dtype)
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            raise ValueError(f"Expected numbers of shape {expected}, as nested lists.") from None
+        if tuple(tensor.shape[1:]) != shape or tensor.ndim != len(shape) + 1 or not len(tensor):
+            raise ValueError(f"Expected numbers of shape {expected}, found {list(tensor.shape)}.")
+        if not torch.isfinite(tensor).all():
+            raise ValueError("Expected finite numbers.")
+        found.append(tensor)
+    if len({len(one) for one in found}) != 1:
+        raise ValueError("All inputs need the same number of examples.")
+    return tuple(found)

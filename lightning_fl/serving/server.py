@@ -1,0 +1,272 @@
+"""An HTTP server for a trained model, on LitServe."""
+
+# Without `from __future__ import annotations`: LitServe looks at the annotations of `decode_request`.
+
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import fastapi
+import litserve
+import torch
+from fastapi.responses import JSONResponse
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+
+from lightning_fl.serving.export import Outputs
+from lightning_fl.serving.loading import Inputs, example_inputs, load_module
+from lightning_fl.serving.models import ServedModels, Version, decode
+
+MAX_BYTES = 16 * 2**20
+"""Largest body of a request."""
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class PendingRequest:
+    """A request after its checks.
+
+    Args:
+        inputs: The batch.
+        version: The model that answers.
+        client: The client whose model is asked for. None: the global one.
+    """
+
+    inputs: Inputs
+    version: Version
+    client: str | None
+
+
+Decoded = PendingRequest | JSONResponse
+
+
+class ModelAPI(litserve.LitAPI):
+    """Answers ``POST /predict`` with what the module's ``forward`` returns.
+
+    The body is ``{"inputs": [[...], ...]}``, a batch of examples; the answer ``{"outputs": ..., "round": ..., "model":
+    ...}``. ``X-Client`` asks for a client's personalised model.
+
+    Args:
+        checkpoint: The model.
+        class_path: The module's class, if the run does not name it.
+        shape: Shape of one example, if the run does not tell it.
+        serves_clients: Whether ``X-Client`` is answered.
+        watches: Whether the checkpoint is loaded again when it is replaced.
+        canary: Another checkpoint.
+        share: The share of the requests which the canary answers.
+        max_batch_size: Requests that are computed together.
+        wait: Seconds to wait for more of them.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Path,
+        class_path: str | None = None,
+        shape: tuple[int, ...] | None = None,
+        serves_clients: bool = False,
+        watches: bool = False,
+        canary: Path | None = None,
+        share: float = 0.0,
+        max_batch_size: int = 8,
+        wait: float = 0.005,
+    ) -> None:
+        super().__init__(max_batch_size=max_batch_size, batch_timeout=wait)
+        self.checkpoint = checkpoint
+        self.class_path = class_path
+        self.shape = shape
+        self.serves_clients = serves_clients
+        self.watches = watches
+        self.canary_checkpoint = canary
+        self.share = share
+
+    def setup(self, device: Any) -> None:
+        """Loads the model in the worker's process."""
+        end_with_parent()
+        torch.set_num_threads(1)  # one core for each worker
+        module = load_module(self.checkpoint, self.class_path)
+        examples = example_inputs(module, self.checkpoint, self.shape)
+        self.shapes = [tuple(one.shape[1:]) for one in examples]
+        self.dtypes = [one.dtype for one in examples]
+        self.models = ServedModels(module.to(device), self.checkpoint, self.canary_checkpoint, self.share)
+        if self.watches:
+            self.models.watch()
+
+    # LitServe answers all requests of a batch with the error of one; so errors are answers here, not exceptions.
+
+    def decode_request(self, request: fastapi.Request) -> Decoded:
+        """The request after its checks, or the refusal."""
+        body = cast(dict[str, Any], request)  # LitServe passes what the JSON holds
+        client = body.get("client")
+        if client is not None and not self.serves_clients:
+            return _refusal(400, "This server answers for the global model only; start it with --clients for X-Client.")
+        try:
+            inputs = decode(body.get("inputs"), self.shapes, self.dtypes)
+        except ValueError as error:
+            return _refusal(400, str(error))
+        version = self.models.choose(body.get("request_id"))
+        try:
+            version.tensors(client)
+        except ValueError:
+            return _refusal(404, f"There is no model of client {client!r}.")
+        return PendingRequest(inputs, version, client)
+
+    def batch(self, inputs: list[Decoded]) -> list[Decoded]:
+        """Leaves the requests apart; :meth:`predict` joins those for the same model."""
+        return inputs
+
+    def predict(self, requests: list[Decoded]) -> list[Any]:
+        """The answers, one a request."""
+        groups: dict[tuple[int, str | None], list[int]] = defaultdict(list)
+        for place, request in enumerate(requests):
+            if isinstance(request, PendingRequest):
+                groups[id(request.version), request.client].append(place)
+        answers: list[Any] = list(requests)
+        for places in groups.values():
+            same = [request for place in places if isinstance(request := requests[place], PendingRequest)]
+            first = same[0]
+            joined = tuple(torch.cat(parts) for parts in zip(*(request.inputs for request in same), strict=True))
+            outputs = self.models.compute(first.version.tensors(first.client), joined)
+            sizes = [len(request.inputs[0]) for request in same]
+            parts = [output.split(sizes) for output in outputs]
+            for index, place in enumerate(places):
+                answers[place] = (tuple(part[index] for part in parts), first.version)
+        return answers
+
+    def unbatch(self, output: list[Any]) -> list[Any]:
+        """The answers."""
+        return output
+
+    def encode_response(self, output: JSONResponse | tuple[Outputs, Version]) -> Any:
+        """The answer as JSON."""
+        if isinstance(output, JSONResponse):
+            return output
+        tensors, version = output
+        lists = [one.tolist() for one in tensors]
+        return {
+            "outputs": lists[0] if len(lists) == 1 else lists,
+            "round": version.round,
+            "model": version.digest,
+        }
+
+
+def _refusal(status: int, detail: str) -> JSONResponse:
+    return JSONResponse({"detail": detail}, status_code=status)
+
+
+class Gate:
+    """Refuses what is not JSON, puts the headers that choose a model into the body, and counts (``GET /metrics``).
+
+    LitServe hands only the body to a worker.
+
+    Args:
+        app: The application behind it.
+    """
+
+    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
+        self.app = app
+        self.registry = CollectorRegistry()
+        self.requests = Counter("lightning_fl_requests", "Answers by status.", ["status"], registry=self.registry)
+        self.seconds = Histogram("lightning_fl_request_seconds", "Seconds for an answer.", registry=self.registry)
+        end_with_parent()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handles one request."""
+        if scope["type"] == "http" and scope["path"] == "/metrics":
+            await _answer(send, 200, generate_latest(self.registry), b"text/plain; version=0.0.4")
+            return
+        if scope["type"] != "http" or scope["path"] != "/predict":
+            await self.app(scope, receive, send)
+            return
+        start = time.perf_counter()
+
+        async def counted(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                self.requests.labels(message["status"]).inc()
+                self.seconds.observe(time.perf_counter() - start)
+            await send(message)
+
+        body = b""
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            body += message.get("body", b"")
+            if not message.get("more_body"):
+                break
+        try:
+            given = json.loads(body)
+        except (ValueError, RecursionError):
+            given = None
+        if not isinstance(given, dict) and scope["method"] == "POST":
+            await _answer(
+                counted, 400, b'{"detail": "Expected a JSON object {\\"inputs\\": ...}."}', b"application/json"
+            )
+            return
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        chosen = {"client": headers.get("x-client"), "request_id": headers.get("x-request-id")}
+        replaced = json.dumps({"inputs": (given or {}).get("inputs"), **chosen}).encode()
+        scope = {
+            **scope,
+            "headers": [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(replaced))],
+        }
+        parts = iter([{"type": "http.request", "body": replaced, "more_body": False}])
+
+        async def replay() -> MutableMapping[str, Any]:
+            return next(parts, None) or await receive()
+
+        await self.app(scope, replay, counted)
+
+
+async def _answer(send: Send, status: int, body: bytes, content_type: bytes) -> None:
+    headers = [(b"content-type", content_type), (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def end_with_parent() -> None:
+    """Ends this process soon after its parent has ended, which a server that is killed could not see to."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
+
+
+def serve(api: ModelAPI, host: str = "127.0.0.1", port: int = 8000, num_workers: int = 1) -> None:
+    """Answers requests until SIGINT or SIGTERM.
+
+    Args:
+        api: What answers.
+        host: The address; 0.0.0.0 for all.
+        port: The port, from 1024.
+        num_workers: Processes that compute.
+    """
+    server_process = os.getpid()
+
+    def stop(signum: int, frame: Any) -> None:
+        if os.getpid() != server_process:  # LitServe forks its HTTP process, which inherits this handler
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    server = litserve.LitServer(
+        api, accelerator="auto", workers_per_device=num_workers, middlewares=[Gate], max_payload_size=MAX_BYTES
+    )
+    try:
+        server.run(host=host, port=port, num_api_servers=1, generate_client_file=False, log_level="warning")
+    except KeyboardInterrupt:  # before LitServe itself waits for it
+        for child in multiprocessing.active_children():
+            child.kill()

@@ -1,0 +1,163 @@
+"""Exported files, each in its own runtime, and what is refused."""
+
+import json
+import sys
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lightning_fl as fl
+from lightning_fl import serving
+from lightning_fl.cli.main import main
+from lightning_fl.models import MLPClassifier
+
+MODULE = "lightning_fl.models.MLPClassifier"
+
+
+def export(checkpoint: Path, to: str, *words: str) -> None:
+    main(["export", str(checkpoint), "--to", to, "--module", MODULE, "--shape", "1,8,8", *words])
+
+
+def global_model(checkpoint: Path) -> L.LightningModule:
+    return MLPClassifier.load_from_checkpoint(checkpoint).eval()
+
+
+def test_weights_alone(checkpoint: Path) -> None:
+    from safetensors.torch import load_file
+
+    export(checkpoint, "safetensors", "--out", "weights.safetensors")
+    found, expected = load_file("weights.safetensors"), global_model(checkpoint).state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_program_runs_without_the_class(checkpoint: Path) -> None:
+    export(checkpoint, "torch", "--out", "model.pt2")
+    x = torch.rand(5, 1, 8, 8)
+    (found,) = torch.export.load("model.pt2").module()(x)
+    torch.testing.assert_close(found, global_model(checkpoint)(x), rtol=1e-5, atol=1e-5)
+
+
+def test_onnx_takes_any_batch_size(checkpoint: Path) -> None:
+    import onnxruntime
+
+    export(checkpoint, "onnx", "--out", "model.onnx")
+    session = onnxruntime.InferenceSession("model.onnx")
+    for size in (1, 7):
+        x = torch.rand(size, 1, 8, 8)
+        (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), global_model(checkpoint)(x), rtol=1e-5, atol=1e-5)
+
+
+def test_one_clients_model(checkpoint: Path) -> None:
+    from safetensors.torch import load_file
+
+    export(checkpoint, "safetensors", "--client", "1", "--out", "one.safetensors")
+    found, expected = load_file("one.safetensors"), fl.load_client(checkpoint, 1)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert not torch.equal(found["net.3.weight"], global_model(checkpoint).state_dict()["net.3.weight"])
+
+
+def test_a_folder_for_the_hub_has_a_card_without_client_names(checkpoint: Path) -> None:
+    export(checkpoint, "hub", "--out", "model")
+    card = Path("model/README.md").read_text(encoding="utf-8")
+    assert "FedAvg" in card
+    assert "| rounds | 2 |" in card
+    assert "| clients in the last round | 3 |" in card
+    assert "train_loss" not in card
+    config = json.loads(Path("model/config.json").read_text(encoding="utf-8"))
+    assert config["inputs"] == [{"shape": ["batch", 1, 8, 8], "dtype": "torch.float32"}]
+    assert config["hyper_parameters"]["hidden"] == [16]
+
+
+class Coin(MLPClassifier):
+    """Its outputs are different at every call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + torch.rand(1)
+
+
+def test_a_file_that_computes_something_else_is_not_kept() -> None:
+    with pytest.raises(ValueError, match="computes something else"):
+        serving.export(Coin(hidden=[4]), "coin.pt2", "torch", (torch.rand(2, 64),))
+    assert list(Path().iterdir()) == []
+
+
+class Branch(MLPClassifier):
+    """Can't be exported: its way depends on the values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.sum() > 0 else super().forward(-x)
+
+
+def test_what_cant_be_exported_leaves_nothing_behind() -> None:
+    with pytest.raises(ValueError, match="Branch can't be exported to torch"):
+        serving.export(Branch(hidden=[4]), "branch.pt2", "torch", (torch.rand(2, 64),))
+    assert list(Path().iterdir()) == []
+
+
+def test_an_exported_module_is_not_changed() -> None:
+    module = MLPClassifier(hidden=[4]).train()
+    serving.export(module, "weights.safetensors", "safetensors", (torch.rand(2, 64),))
+    assert module.training
+
+
+class Mine(L.LightningModule):
+    """A module of the user's, which has saved its hyper-parameters."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = nn.Linear(4, width)
+        self.example_input_array = torch.zeros(1, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+def save(module: L.LightningModule, path: str, **more: object) -> Path:
+    trainer = L.Trainer(accelerator="cpu", logger=False, barebones=True)
+    trainer.strategy.connect(module)
+    checkpoint = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams), **more}
+    torch.save({**checkpoint, "pytorch-lightning_version": L.__version__}, path)
+    return Path(path)
+
+
+def test_a_checkpoint_alone_does_not_choose_the_code_that_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    path = save(Mine(2), "mine.ckpt")
+    content = torch.load(path, weights_only=True)
+    content["hyper_parameters"]["_class_path"] = "never_imported.Mine"
+    torch.save(content, path)
+    with pytest.raises(SystemExit):
+        main(["export", str(path), "--to", "safetensors"])
+    assert "If you trust the checkpoint, give --module never_imported.Mine" in capsys.readouterr().err
+    assert "never_imported" not in sys.modules
+    module = serving.load_module(save(Mine(2), "mine.ckpt"), f"{Mine.__module__}.Mine")
+    (inputs,) = serving.example_inputs(module, path)
+    assert inputs.shape == (2, 4)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x04cos\nsystem\n(S'true'\ntR.", b"PK\x03\x04 truncated"])
+def test_a_damaged_or_pickled_checkpoint_is_refused(content: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("bad.ckpt").write_bytes(content)
+    with pytest.raises(SystemExit):
+        main(["export", "bad.ckpt", "--to", "safetensors", "--module", MODULE])
+    assert "is not a checkpoint that can be loaded safely" in capsys.readouterr().err
+
+
+def test_an_input_is_asked_for(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["export", str(checkpoint), "--to", "torch", "--module", MODULE])
+    assert "Give --shape" in capsys.readouterr().err
+
+
+def test_a_run_of_the_command_line_needs_no_options() -> None:
+    fit = ["fit", "--model", "MLPClassifier", "--model.hidden", "[4]", "--data", "DigitsDataModule"]
+    fit += ["--trainer.strategy", "fedavg", "--trainer.max_epochs", "1", "--trainer.limit_train_batches", "1"]
+    fit += ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--trainer.logger", "CSVLogger"]
+    main([*fit, "--trainer.logger.save_dir", "logs", "--trainer.limit_val_batches", "1"])
+    main(["export", "logs", "--to", "safetensors"])
+    assert Path("model.safetensors").exists()

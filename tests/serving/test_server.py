@@ -1,0 +1,239 @@
+"""What a server answers; its parts in this process, and the whole over HTTP (slow)."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from torch import Tensor
+
+import lightning_fl as fl
+from lightning_fl.cli.main import main
+from lightning_fl.models import MLPClassifier
+from lightning_fl.serving.models import ServedModels, decode
+from lightning_fl.serving.server import ModelAPI
+from tests.helpers.distributed import PATIENCE
+
+MODULE = "lightning_fl.models.MLPClassifier"
+
+
+def start(checkpoint: Path, **settings: Any) -> ModelAPI:
+    api = ModelAPI(checkpoint, MODULE, (1, 8, 8), **settings)
+    api.setup("cpu")
+    return api
+
+
+def ask(api: ModelAPI, *bodies: dict[str, Any]) -> list[Any]:
+    """The answers to requests that are computed together."""
+    requests = [api.decode_request(body) for body in bodies]  # type: ignore[arg-type]
+    answers = [api.encode_response(answer) for answer in api.unbatch(api.predict(api.batch(requests)))]
+    return [answer if isinstance(answer, dict) else (answer.status_code, json.loads(answer.body)) for answer in answers]
+
+
+def outputs_of(state: dict[str, Tensor], x: Tensor) -> Tensor:
+    module = MLPClassifier(hidden=[16]).eval()
+    module.load_state_dict(state)
+    with torch.no_grad():
+        return module(x)
+
+
+def state_of(checkpoint: Path) -> dict[str, Tensor]:
+    return torch.load(checkpoint, weights_only=True)["state_dict"]
+
+
+def test_requests_that_are_computed_together_get_their_own_answers(checkpoint: Path) -> None:
+    api = start(checkpoint, serves_clients=True)
+    x = [torch.rand(size, 1, 8, 8) for size in (1, 3, 2)]
+    bad = {"inputs": [[1.0]], "client": None}
+    found = ask(
+        api,
+        {"inputs": x[0].tolist(), "client": None},
+        bad,
+        {"inputs": x[1].tolist(), "client": "2"},
+        {"inputs": x[2].tolist(), "client": None},
+        {"inputs": x[2].tolist(), "client": "nobody"},
+    )
+    torch.testing.assert_close(torch.tensor(found[0]["outputs"]), outputs_of(state_of(checkpoint), x[0]))
+    torch.testing.assert_close(torch.tensor(found[2]["outputs"]), outputs_of(fl.load_client(checkpoint, 2), x[1]))
+    torch.testing.assert_close(torch.tensor(found[3]["outputs"]), outputs_of(state_of(checkpoint), x[2]))
+    assert found[1] == (400, {"detail": "Expected numbers of shape [examples, 1, 8, 8], found [1, 1]."})
+    assert found[4][0] == 404
+    assert found[0]["round"] == 2
+
+
+def test_clients_are_not_served_unless_asked_for(checkpoint: Path) -> None:
+    ((status, answer),) = ask(start(checkpoint), {"inputs": torch.rand(1, 1, 8, 8).tolist(), "client": "2"})
+    assert status == 400
+    assert "--clients" in answer["detail"]
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [None, "text", 3, [], [[]], [["a"]], {"a": 1}, [[[[float("nan")] * 8] * 8]], [[[[1e999] * 8] * 8]], [None]],
+)
+def test_bad_inputs_are_refused_with_what_was_expected(inputs: Any) -> None:
+    with pytest.raises(ValueError, match="Expected"):
+        decode(inputs, [(1, 8, 8)], [torch.float32])
+
+
+def test_several_inputs_need_as_many_examples() -> None:
+    found = decode([[[1.0], [2.0]], [[3], [4]]], [(1,), (1,)], [torch.float32, torch.int64])
+    assert [one.tolist() for one in found] == [[[1.0], [2.0]], [[3], [4]]]
+    with pytest.raises(ValueError, match="same number"):
+        decode([[[1.0], [2.0]], [[3]]], [(1,), (1,)], [torch.float32, torch.int64])
+
+
+def replace(checkpoint: Path, content: dict[str, Any]) -> None:
+    unfinished = checkpoint.with_name("unfinished")
+    torch.save(content, unfinished)
+    unfinished.replace(checkpoint)
+
+
+def with_factor(checkpoint: Path, factor: float) -> dict[str, Any]:
+    content = torch.load(checkpoint, weights_only=True)
+    content["state_dict"] = {name: value * factor for name, value in content["state_dict"].items()}
+    return content
+
+
+def test_a_new_checkpoint_is_taken_and_an_unsound_one_is_not(
+    checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    served = Path("last.ckpt")
+    shutil.copy(checkpoint, served)
+    models = ServedModels(MLPClassifier(hidden=[16]), served)
+    first = models.current
+    assert not models.refresh()  # nothing has happened
+    replace(served, with_factor(checkpoint, 2.0))
+    assert models.refresh()
+    assert models.current.digest != first.digest
+    kept = models.current
+    unsound = [with_factor(checkpoint, float("nan")), {"state_dict": {"other": torch.zeros(1)}}]
+    wrong_shape = with_factor(checkpoint, 1.0)
+    wrong_shape["state_dict"]["net.3.bias"] = torch.zeros(3)
+    for content in [*unsound, wrong_shape]:
+        replace(served, content)
+        assert not models.refresh()
+    served.with_name("cut").write_bytes(checkpoint.read_bytes()[:1000])
+    served.with_name("cut").replace(served)
+    assert not models.refresh()
+    served.unlink()
+    assert not models.refresh()
+    assert models.current is kept
+    assert len([record for record in caplog.records if "goes on answering" in record.message]) == 4
+
+
+def test_a_request_id_is_always_answered_by_the_same_model(checkpoint: Path) -> None:
+    canary = Path("canary.ckpt")
+    torch.save(with_factor(checkpoint, 2.0), canary)
+    models = ServedModels(MLPClassifier(hidden=[16]), checkpoint, canary, share=0.25)
+    chosen = {str(number): models.choose(str(number)) for number in range(2000)}
+    share = sum(version is models.canary for version in chosen.values()) / len(chosen)
+    assert abs(share - 0.25) < 4 * (0.25 * 0.75 / 2000) ** 0.5
+    assert all(models.choose(name) is version for name, version in chosen.items())
+    assert models.choose(None) is models.current
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--share", "0.5"], "name its checkpoint with --canary"),
+        (["--workers", "0"], "must be at least 1"),
+        (["--shape", "8,x"], "is not a shape"),
+    ],
+)
+def test_wrong_options_are_one_line(
+    checkpoint: Path, words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["serve", str(checkpoint), "--module", MODULE, *words])
+    assert sentence in capsys.readouterr().err
+
+
+# ---- over HTTP
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def post(url: str, body: bytes, headers: dict[str, str] | None = None) -> tuple[int, dict[str, Any]]:
+    request = urllib.request.Request(url + "/predict", data=body, headers=headers or {})
+    try:
+        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+def is_up(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url + "/health", timeout=PATIENCE) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+def test_five_hundred_requests_while_five_rounds_replace_the_model(checkpoint: Path) -> None:
+    served = Path("run", "last.ckpt").absolute()
+    shutil.copytree(checkpoint.parent, served.parent)
+    url = f"http://127.0.0.1:{(port := free_port())}"
+    words = ["serve", str(served), "--watch", "--clients", "--port", str(port), "--module", MODULE, "--shape", "1,8,8"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lightning_fl", *words], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    )
+    try:
+        deadline = time.monotonic() + PATIENCE
+        while not is_up(url):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        x = torch.rand(2, 1, 8, 8)
+        body = json.dumps({"inputs": x.tolist()}).encode()
+        expected = {}
+        _, first = post(url, body)
+        expected[first["model"]] = outputs_of(state_of(served), x)
+        answers = []
+        with ThreadPoolExecutor(8) as threads:
+            for factor in (1.1, 1.2, 1.3, 1.4, 1.5):
+                content = with_factor(checkpoint, factor)
+                waiting = [threads.submit(post, url, body) for _ in range(50)]
+                replace(served, content)
+                waiting += [threads.submit(post, url, body) for _ in range(50)]
+                answers += [one.result() for one in waiting]
+                while (answer := post(url, body))[1]["model"] in expected:
+                    time.sleep(0.1)
+                expected[answer[1]["model"]] = outputs_of(content["state_dict"], x)
+        assert len(answers) == 500
+        assert {status for status, _ in answers} == {200}
+        for _, answer in answers:
+            torch.testing.assert_close(torch.tensor(answer["outputs"]), expected[answer["model"]], rtol=1e-5, atol=1e-6)
+        assert len({answer["model"] for _, answer in answers}) >= 5
+        assert post(url, body, {"X-Client": "1"})[0] == 200
+        assert post(url, body, {"X-Client": "nobody"})[0] == 404
+        assert post(url, b"{no json")[0] == 400
+        assert post(url, b'{"inputs": [[1]]}')[0] == 400
+        with urllib.request.urlopen(url + "/metrics", timeout=PATIENCE) as metrics:
+            assert b'lightning_fl_requests_total{status="404"} 1.0' in metrics.read()
+    finally:
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        process.send_signal(signal.SIGTERM)
+        process.wait(PATIENCE)
+        _, alive = psutil.wait_procs(family, timeout=PATIENCE)
+        for one in alive:
+            one.kill()
+    assert alive == []
