@@ -681,6 +681,8 @@ def check_report(report: RankReport, silo: str) -> None:
     named = [*report.refused, *report.lost, *report.empty, *(client for client, _ in report.failed)]
     if any(name != silo for name in named):
         raise ValueError(f"it names {named}")
+    if report.grouping:
+        raise ValueError("it says who trains side by side, but a silo trains alone")
     for name in ("num_steps", "num_examples", "logger_steps"):
         value = getattr(report, name)
         if not isinstance(value, int) or not 0 <= value < 1 << 53:
