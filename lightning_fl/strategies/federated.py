@@ -38,7 +38,7 @@ from lightning_fl.federation import Federation, FederationSettings, GroupFederat
 from lightning_fl.federation.history import History, html_table
 from lightning_fl.federation.rank_verification import digest, synchronize_module, verify_ranks
 from lightning_fl.federation.settings import is_private
-from lightning_fl.federation.single_update import SingleUpdate
+from lightning_fl.federation.single_update import single_update
 from lightning_fl.schedules import RoundSchedule
 from lightning_fl.strategies import internals
 from lightning_fl.strategies.callback import RoundCallback
@@ -59,7 +59,7 @@ from lightning_fl.strategies.engine_selection import select_engine
 from lightning_fl.strategies.evaluation import EvaluationMetrics
 from lightning_fl.strategies.hooks import run_training_step
 from lightning_fl.strategies.loops import adopt_loops
-from lightning_fl.strategies.network import check_network, open_network, settings_of_silo
+from lightning_fl.strategies.network import check_network, open_network, protections_of, secure_of, settings_of_silo
 from lightning_fl.strategies.one_package import refuse_apart
 from lightning_fl.strategies.round_loaders import RoundLoader
 from lightning_fl.strategies.round_view import RoundView
@@ -432,9 +432,10 @@ class FederatedStrategy(internals.ReusableStrategy):
                 rank_zero_info(f"Rank 0 has sent {sent:,} bytes of frozen parameters to each of the others.")
         if self.network is not None and trainer.state.fn == TrainerFn.FITTING:
             common = {**settings_of_training(trainer), **columns}
-            hides = self._protects_examples or any(transform.hides_clients for transform in self.transforms)
             tensors = FederatedTensors(self.lightning_module, self.personal)
-            self.network.join(tensors, settings_of_silo(self), common, versions(), hides)
+            protections = protections_of(self, self._protects_examples)
+            own = settings_of_silo(self)
+            self.network.join(tensors, own, common, versions(), protections, secure_of(self), self.weighting)
         self._evaluation_metrics = EvaluationMetrics(self._parties, self.lightning_module, self.aggregator)
 
     def setup_optimizers(self, trainer: L.Trainer) -> None:
@@ -495,7 +496,7 @@ class FederatedStrategy(internals.ReusableStrategy):
             sampling = replace(sampling, kind="other")  # speed decides
         settings = FederationSettings(
             self.algorithm,
-            self.aggregator if self.network is None else SingleUpdate(),
+            self.aggregator if self.network is None else single_update(self.aggregator),
             self.transforms,
             self.weighting,
             seed=self._seed,
