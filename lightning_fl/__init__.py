@@ -64,6 +64,7 @@ __all__ = [
 ]
 
 _IN_YAML = (
+    "adapters",
     "aggregation",
     "algorithms",
     "attacks",
