@@ -28,6 +28,7 @@ from lightning_fl.tracking.partition_reading import summarise
 from lightning_fl.tracking.run import EVALUATIONS_FILE, ROUNDS_FILE, RUN_FILE, Row, append_rows, to_json, write_file
 
 MAX_CLIENTS = 200
+MODEL_FILE = "model.ckpt"
 HIDDEN = ("_instantiator",)
 """What LightningCLI adds to hyper-parameters for itself."""
 
@@ -39,6 +40,9 @@ class RunRecord(L.Callback):
     ``run.json`` (settings, versions, partition of the data, the command line) and ``rounds.jsonl`` (a line for each
     round: the figures of ``strategy.history`` and the global metrics), which ``lightning-fl report`` and ``compare``
     read. A run without a federation is recorded too, with its epochs as rounds, for comparison.
+
+    A silo on another rank than the first, whose machine sees none of that, writes a record of its own to the folder
+    ``silos/NAME`` of its Trainer's ``default_root_dir``, and at the end the global model, ``model.ckpt``.
 
     TensorBoard and W&B get the strategy's settings, the partition as a table and as a picture, and all metrics once
     more by round, under ``round/``. Silos share their number of examples only if clients are weighted by it, and never
@@ -63,6 +67,8 @@ class RunRecord(L.Callback):
         self.path: Path | None = None
         """The run's folder, once training has started."""
         self._facts: dict[str, Any] = {}
+        self._own: Path | None = None
+        """Where this rank writes: the run's folder, that of its own silo, or nowhere."""
         self._start = 0.0
         self._last_step = 0
 
@@ -72,6 +78,7 @@ class RunRecord(L.Callback):
         if self.path is None:
             return
         strategy = trainer.strategy
+        self._own = self.path if trainer.is_global_zero else silo_record(strategy)
         settings = describe_settings(trainer)
         summary = None
         if isinstance(strategy, FederatedStrategy):
@@ -96,9 +103,9 @@ class RunRecord(L.Callback):
         # The time of a resumed run goes on from its last row.
         self._start = time.perf_counter() - (self._rows[-1]["time"] if self._rows else 0.0)
         self._last_step = trainer.global_step
-        if trainer.is_global_zero:
-            write_file(self.path / RUN_FILE, to_json(self._facts) + "\n")
-            write_file(self.path / ROUNDS_FILE, "".join(to_json(row) + "\n" for row in self._rows))
+        if self._own is not None:
+            write_file(self._own / RUN_FILE, to_json(self._facts) + "\n")
+            write_file(self._own / ROUNDS_FILE, "".join(to_json(row) + "\n" for row in self._rows))
         loggers.log_settings(trainer, settings)
         if summary is not None:
             loggers.log_partition(trainer, summary)
@@ -116,12 +123,14 @@ class RunRecord(L.Callback):
         row.update(time=time.perf_counter() - self._start, metrics=metrics)
         self._last_step = trainer.global_step
         self._rows.append(row)
-        if trainer.is_global_zero:
-            append_rows(self.path / ROUNDS_FILE, [row])
+        if self._own is not None:
+            append_rows(self._own / ROUNDS_FILE, [row])
         loggers.log_by_round(trainer, row["round"], metrics)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Records that the run has finished."""
+        if self._own is not None and not trainer.is_global_zero:
+            torch.save(global_model(trainer), self._own / MODEL_FILE)
         self._close(trainer, "finished")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -130,11 +139,12 @@ class RunRecord(L.Callback):
         self._close(trainer, stopped)
 
     def _close(self, trainer: L.Trainer, status: str) -> None:
-        if self.path is None or not trainer.is_global_zero:
+        if self._own is None:
             return
-        checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", "")
-        self._facts.update(status=status, checkpoint=checkpoint)
-        write_file(self.path / RUN_FILE, to_json(self._facts) + "\n")
+        model = self._own / MODEL_FILE
+        here = getattr(trainer.checkpoint_callback, "best_model_path", "") if trainer.is_global_zero else str(model)
+        self._facts.update(status=status, checkpoint=here)
+        write_file(self._own / RUN_FILE, to_json(self._facts) + "\n")
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Adds the results to the record of the run whose model was tested."""
@@ -166,6 +176,27 @@ class RunRecord(L.Callback):
 def run_of_checkpoint(checkpoint: Path) -> Path | None:
     """The folder of the run that wrote a checkpoint: the nearest one above it with a record."""
     return next((folder for folder in checkpoint.resolve().parents if (folder / RUN_FILE).is_file()), None)
+
+
+def silo_record(strategy: Any) -> Path | None:
+    """The folder in which a silo on another rank than the first keeps what the run leaves; None in a simulation."""
+    if not isinstance(strategy, FederatedStrategy) or strategy.view.population.silos is None:
+        return None
+    group = strategy.federation
+    name = group.names[group.rank] if group.names else f"silo{group.rank}"
+    return Path(strategy.lightning_module.trainer.default_root_dir, "silos", name)  # type: ignore[union-attr]
+
+
+def global_model(trainer: L.Trainer) -> dict[str, Any]:
+    """The global model as a checkpoint from which ``load_from_checkpoint`` makes the module."""
+    module = trainer.lightning_module
+    return {
+        "state_dict": {name: value.cpu() for name, value in module.state_dict().items()},
+        "epoch": trainer.current_epoch,
+        "global_step": trainer.global_step,
+        "pytorch-lightning_version": L.__version__,
+        "hyper_parameters": dict(module.hparams),
+    }
 
 
 def run_folder(trainer: L.Trainer, folder: Path | None) -> Path | None:

@@ -139,6 +139,9 @@ class FederatedCLI(LightningCLI):
         if logger is not None and logger.save_dir is not None:
             folder = Path(logger.save_dir, str(logger.name or ""))
         found = sorted(folder.rglob("checkpoints/last*.ckpt"), key=lambda path: path.stat().st_mtime)
+        if not found and os.environ.get("RANK", "0") != "0":
+            given.ckpt_path = str(folder / "checkpoints" / "last.ckpt")  # a silo, which rank 0 sends its own file
+            return
         if not found:
             raise ConfigurationError(
                 f"--ckpt_path last found no last.ckpt below {folder}. Name a checkpoint, or leave the option out to "

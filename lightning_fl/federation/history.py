@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import Any
 
 from lightning_fl.federation.round import RoundResult
@@ -14,6 +15,33 @@ CLIENT_FIGURES = ("num_clients", "num_examples", "num_steps", "update_spread", "
 
 RANK_FIGURES = ("fl/num_bytes", "fl/seconds_")
 """How the names of the figures begin that each rank has of its own."""
+
+
+class History(list[dict[str, Any]]):
+    """One entry for each finished round, which a notebook shows as a table."""
+
+    MAX_ROWS = 20
+    """Rounds that are shown; of more the last ones."""
+
+    def _repr_html_(self) -> str:
+        shown = self[-self.MAX_ROWS :]
+        names = [name for name in (shown[-1] if shown else {}) if isinstance(shown[-1][name], int | float | str | list)]
+        rows = [[entry.get(name) for name in names] for entry in shown]
+        before = f"<p>The last {len(shown)} of {len(self)} rounds.</p>" if len(shown) < len(self) else ""
+        return before + html_table(names, rows) if self else "<p>No round has been finished.</p>"
+
+
+def html_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A plain table, with all text escaped: names of clients may be anything."""
+
+    def cell(value: Any) -> str:
+        if isinstance(value, list):
+            return ", ".join(map(str, value[:5])) + (", ..." if len(value) > 5 else "")
+        return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+
+    head = "".join(f"<th>{escape(name.replace('_', ' '))}</th>" for name in columns)
+    body = "".join(f"<tr>{''.join(f'<td>{escape(cell(value))}</td>' for value in row)}</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def history_entry(

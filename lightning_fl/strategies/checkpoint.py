@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -222,6 +223,28 @@ def read_client_states(
             if client in population and population.position(client) % group.size == group.rank
         }
         store.restore(files, at_home)
+
+
+def bytes_of_first_rank(path: str | Path, group: Group) -> bytes | None:
+    """A checkpoint's file as rank 0 has it, where this rank has none; every rank must call it.
+
+    Silos on machines of their own find no file under the path at which rank 0 has written it.
+
+    Returns:
+        None if this rank has the file, or none has.
+    """
+    if group.size == 1 or "://" in str(path):
+        return None
+    file = Path(path)
+    size = file.stat().st_size if file.is_file() else -1
+    sizes = [message.fields["size"] for message in group.all_gather(Message({"size": size}), "checkpoint file")]
+    if -1 not in sizes or sizes[0] == -1:
+        return None
+    content = torch.zeros(sizes[0], dtype=torch.uint8)
+    if group.rank == 0:
+        content = torch.from_numpy(np.fromfile(file, dtype=np.uint8))
+    content = group.broadcast(content)
+    return content.numpy().tobytes() if size == -1 else None
 
 
 def warn_of_plain_checkpoint(path: str | Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+import io
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -32,6 +35,7 @@ from lightning_fl.engines import ClientOptimizer, OptimizerStates, Vectorized
 from lightning_fl.engines.tensors import FederatedTensors, check_tensors
 from lightning_fl.engines.vectorized.stacking import StackedBatch
 from lightning_fl.federation import Federation, FederationSettings, GroupFederation
+from lightning_fl.federation.history import History, html_table
 from lightning_fl.federation.rank_verification import digest, synchronize_module, verify_ranks
 from lightning_fl.federation.settings import is_private
 from lightning_fl.federation.single_update import SingleUpdate
@@ -42,6 +46,7 @@ from lightning_fl.strategies.checkpoint import (
     KEY,
     ClientStateFiles,
     WholeCheckpointIO,
+    bytes_of_first_rank,
     pack,
     read_client_states,
     silo_folder,
@@ -65,6 +70,7 @@ from lightning_fl.strategies.validation import (
     SEVERAL_LOADERS,
     check_choice,
     check_launcher,
+    check_not_in_notebook,
     check_phases,
     check_same_on_ranks,
     check_trainer,
@@ -74,6 +80,7 @@ from lightning_fl.strategies.validation import (
     choose_weighting,
     describe_failure,
     described_columns,
+    settings_in_words,
     settings_of_ranks,
     settings_of_training,
     versions,
@@ -201,7 +208,9 @@ class FederatedStrategy(internals.ReusableStrategy):
         self.partition = partition
         self.aggregator = aggregator or WeightedMean()
         if self.schedule is not None:
-            check_schedule(self.schedule, num_clients, self.cohort, stragglers, transforms, self.aggregator)
+            check_schedule(
+                self.schedule, num_clients, local_steps, self.cohort, stragglers, transforms, self.aggregator
+            )
             # First, because the others may give updates a form that can't be scaled.
             transforms = (*self.schedule.transforms, *transforms)
         self.weighting: Weighting = choose_weighting(weighting, self.aggregator, transforms, self.algorithm)
@@ -314,6 +323,7 @@ class FederatedStrategy(internals.ReusableStrategy):
         assert self.cluster_environment is not None
         # Without a launcher Lightning runs in this process, which is right where torchrun, SLURM or MPI has started it.
         if not self.cluster_environment.creates_processes_externally and self.num_processes * self.num_nodes > 1:
+            check_not_in_notebook(self.num_processes)
             warn_of_processes(self.num_processes, self.root_device)
             self._launcher = internals.SubprocessLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
 
@@ -478,6 +488,9 @@ class FederatedStrategy(internals.ReusableStrategy):
                 "simulated. Leave it out, or start the silos with torchrun."
             )
         size = len(population) if self.network is None else self.network.size
+        sampling = describe_sampling(self.cohort, size, self.clients_per_round)
+        if self.schedule is not None and not self.schedule.draws_cohorts:
+            sampling = replace(sampling, kind="other")  # speed decides
         settings = FederationSettings(
             self.algorithm,
             self.aggregator if self.network is None else SingleUpdate(),
@@ -485,7 +498,7 @@ class FederatedStrategy(internals.ReusableStrategy):
             self.weighting,
             seed=self._seed,
             population=size,
-            sampling=describe_sampling(self.cohort, size, self.clients_per_round),
+            sampling=sampling,
             silos=population.silos is not None,
             protects_examples=self._protects_examples,
             schedule=self.schedule,
@@ -680,8 +693,18 @@ class FederatedStrategy(internals.ReusableStrategy):
         if own is not None or (self.is_global_zero and "://" not in str(filepath)):
             ClientStateFiles(self.federation, filepath, own).forget()
 
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        # Lightning converts the module to the Trainer's precision after it has loaded the weights: with
+        # precision="64-true" these would be rounded to single precision.
+        self.precision_plugin.convert_module(self._module)
+        super().load_model_state_dict(checkpoint, strict)
+
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        received = bytes_of_first_rank(checkpoint_path, self.federation)
+        if received is None:
+            checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        else:  # from another organisation: never unpickled
+            checkpoint = torch.load(io.BytesIO(received), map_location="cpu", weights_only=True)
         # Kept until training starts: Lightning loads a checkpoint before it makes the training loader, and with it the
         # driver that the state belongs to.
         self._loaded_checkpoint = checkpoint_path, checkpoint.get(KEY)
@@ -717,10 +740,17 @@ class FederatedStrategy(internals.ReusableStrategy):
     # ---- public state
 
     @property
-    def history(self) -> list[dict[str, Any]]:
+    def history(self) -> History:
         """One entry for each finished round: clients, examples, steps, refused and empty clients, seconds."""
         last = self._fit_so_far
-        return [] if last is None else last.history
+        return History() if last is None else History(last.history)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the settings that differ from their defaults, and the last rounds."""
+        names = [name for name in inspect.signature(FederatedStrategy).parameters if hasattr(self, name)]
+        own, default = (settings_in_words(strategy, names) for strategy in (self, FederatedStrategy(self.algorithm)))
+        rows = [[name, own[name]] for name in names if name == "algorithm" or own[name] != default[name]]
+        return f"<b>FederatedStrategy</b>{html_table(['setting', 'value'], rows)}{self.history._repr_html_()}"
 
     @property
     def _fit_so_far(self) -> LastFit | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -87,7 +88,7 @@ def settings_of_ranks(strategy: Any, trainer: L.Trainer) -> dict[str, str]:
     of_data = ("num_clients", "partition", "split_validation", "personal", "frozen", "_seed", "schedule", "durations")
     return {
         **settings_of_strategy(strategy),
-        **_without_addresses({name: repr(getattr(strategy, name)) for name in of_data}),
+        **settings_in_words(strategy, of_data),
         **{name: repr(getattr(trainer, name)) for name in of_trainer},
     }
 
@@ -95,17 +96,15 @@ def settings_of_ranks(strategy: Any, trainer: L.Trainer) -> dict[str, str]:
 def settings_of_strategy(strategy: Any) -> dict[str, str]:
     """The settings of a strategy on which the meaning of an update depends."""
     names = ("algorithm", "weighting", "client_optimizer", "cohort", "clients_per_round", "stragglers")
-    settings = {
-        **{name: repr(getattr(strategy, name)) for name in (*names, "local_epochs", "local_steps")},
-        "aggregator": repr(strategy.aggregator),
+    return {
+        **settings_in_words(strategy, (*names, "local_epochs", "local_steps", "aggregator")),
         "transforms": ", ".join(map(_numbers_of, strategy.transforms)),
     }
-    return _without_addresses(settings)
 
 
-def _without_addresses(settings: dict[str, str]) -> dict[str, str]:
-    # A default repr holds the object's address, which differs from process to process.
-    return {name: re.sub(r" at 0x[0-9a-f]+", "", value) for name, value in settings.items()}
+def settings_in_words(owner: Any, names: Iterable[str]) -> dict[str, str]:
+    """Attributes of an object as text that is the same in every process, without addresses in memory."""
+    return {name: re.sub(r" at 0x[0-9a-f]+", "", repr(getattr(owner, name))) for name in names}
 
 
 def versions() -> dict[str, str]:
@@ -268,6 +267,20 @@ def check_launcher() -> None:
                 "Under mpirun Lightning needs mpi4py to see the others: pip install mpi4py. Under SLURM start with "
                 f"srun. If this is a single process, unset {name}."
             )
+
+
+def check_not_in_notebook(num_processes: int) -> None:
+    """Refuses several processes in a notebook, which cannot be started again as another process.
+
+    Raises:
+        MisconfigurationException: In a notebook or an interactive Python.
+    """
+    if hasattr(sys, "ps1"):
+        raise MisconfigurationException(
+            f"devices={num_processes} starts the script once for each process, and a notebook is no script. Use "
+            "devices=1, in which one process simulates any number of clients, or run "
+            f"`!lightning-fl fit --config config.yaml --trainer.devices {num_processes}`."
+        )
 
 
 def warn_of_processes(num_processes: int, device: torch.device) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterable, Sequence
 from html import escape
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_PANELS = 8
+MAX_STRIPS = 250
 PHASES = {
     "read": "waiting for data",
     "train": "local training",
@@ -35,7 +37,7 @@ STYLE = """
 body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: var(--ink);
   background: var(--page); margin: 0; }
 main { max-width: 1120px; margin: 0 auto; padding: 28px 20px 60px; }
-h1 { font-size: 26px; margin: 0 0 2px; overflow-wrap: anywhere; }
+h1 { font-size: 26px; margin: 0 0 6px; overflow-wrap: anywhere; }
 h2 { font-size: 18px; margin: 0 0 10px; }
 .lead { color: var(--soft); margin: 0 0 20px; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin-bottom: 18px; }
@@ -43,8 +45,13 @@ h2 { font-size: 18px; margin: 0 0 10px; }
 .card b { display: block; font-size: 22px; font-weight: 600; overflow-wrap: anywhere; }
 .card span { color: var(--soft); font-size: 13px; }
 section { margin-bottom: 18px; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(440px, 1fr)); gap: 14px; }
-figure { margin: 0; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr));
+  gap: 14px; }
+figure { margin: 0; min-width: 0; }
+.plot { position: relative; width: fit-content; max-width: 100%; }
+.plot i { position: absolute; top: 0; bottom: 0; }
+.plot i:hover { background: rgb(128 128 128 / 18%); }
+a { color: var(--accent); }
 figcaption { color: var(--soft); font-size: 13px; }
 img { max-width: 100%; height: auto; display: block; background: #fff; border-radius: 6px; }
 .wide { overflow-x: auto; }
@@ -78,6 +85,7 @@ def render(run: Run) -> str:
     sections = [
         _section("Metrics of the global model", _curves(run, [n for n in run.metric_names if _is_global(n)])),
         _section("Local training and personalized models", _curves(run, _of_clients(run))),
+        _section("On the simulated clock", _clock(run)),
         _section("Privacy", _privacy(run)),
         _section("Clients, round by round", _clients(run)),
         _section("Who has what", _partition(run)),
@@ -87,13 +95,20 @@ def render(run: Run) -> str:
         _section("Settings", _settings(run)),
         _section("Do it again", _again(run)),
     ]
+    return page(run.name, f"{_head(run)}\n{''.join(sections)}")
+
+
+def page(title: str, content: str) -> str:
+    """A whole page around its content.
+
+    Everything in it that comes from a run has to be escaped: names of metrics and clients could otherwise put scripts
+    into the page.
+    """
     return (
-        # Everything that comes from the run is escaped: names of metrics and clients could otherwise put scripts into
-        # the page.
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(run.name)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        f"{_head(run)}\n{''.join(sections)}</main>\n</body>\n</html>\n"
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
+        f"{content}</main>\n</body>\n</html>\n"
     )
 
 
@@ -106,25 +121,25 @@ def _head(run: Run) -> str:
     mark = ' class="bad"' if status.startswith("failed") else ""
     lead = (
         f"{escape(run.algorithm)}, {escape(_clients_in_words(run))}. "
-        f"Started {escape(str(run.facts.get('started', '?')))}, <span{mark}>{escape(status)}</span>."
+        f"Started {escape(started(run))}, <span{mark}>{escape(status)}</span>."
     )
     cards = [(f"{len(run.rounds):,}", "rounds")]
     if run.metric_names:
         name = best_metric([run])
         rounds, values = run.metric(name)
         choose = max if is_higher_better(name) else min
-        finite = [(value, number) for number, value in zip(rounds, values, strict=True) if value == value]
-        cards.append((_number(values[-1]), f"{name} in the last round"))
+        finite = [(value, at) for at, value in zip(rounds, values, strict=True) if value == value]
+        cards.append((number(values[-1]), f"{name} in the last round"))
         if finite:
-            best, number = choose(finite, key=lambda pair: pair[0])
-            cards.append((_number(best), f"{'highest' if choose is max else 'lowest'} {name}, round {number}"))
+            best, at = choose(finite, key=lambda pair: pair[0])
+            cards.append((number(best), f"{'highest' if choose is max else 'lowest'} {name}, round {at}"))
     for prefix in ("dp", "dp_example"):
         if f"{prefix}_unit" in run.rounds[-1]:
             epsilon = run.rounds[-1][f"{prefix}_epsilon"]
-            shown = "infinite" if epsilon is None else _number(epsilon)
+            shown = "infinite" if epsilon is None else number(epsilon)
             cards.append((shown, f"epsilon, for one {run.rounds[-1][f'{prefix}_unit']}"))
     if run.seconds is not None:
-        cards.append((_duration(run.seconds), "training and validation"))
+        cards.append((duration(run.seconds), "training and validation"))
     steps, sent = run.total("num_steps"), run.total("num_bytes")
     if steps is not None:
         cards.append((f"{steps:,.0f}", "local steps, all clients"))
@@ -164,10 +179,32 @@ def _curves(run: Run, names: Sequence[str]) -> str:
         kind = name.split("_", 1)[1] if name.startswith(("train_", "val_", "test_")) else name
         kinds.setdefault(kind, {})[name] = run.metric(name)
     shown = list(kinds.items())[:MAX_PANELS]
-    figures = [_image(plots.curves_figure(curves, kind), f"{', '.join(curves)} by round") for kind, curves in shown]
+    figures = [
+        _image(plots.curves_figure(curves, kind), f"{', '.join(curves)} by round", curves) for kind, curves in shown
+    ]
     more = len(kinds) - len(shown)
     note = f"<p>{more} more metrics are in rounds.jsonl.</p>" if more else ""
     return _figures(figures) + note if figures else ""
+
+
+def _clock(run: Run) -> str:
+    """What the simulated clock shows: how soon the metrics get better, and how old the updates are."""
+    rows = [row for row in run.rounds if "clock" in row]
+    if not rows:
+        return ""
+    figures = []
+    if run.metric_names:
+        name = best_metric([run])
+        measured = [row for row in rows if row.get("metrics", {}).get(name) is not None]
+        seconds, values = [row["clock"] for row in measured], [row["metrics"][name] for row in measured]
+        figures.append(_image(plots.clock_figure(seconds, values, name), f"{name} by the simulated time"))
+    ages = [row.get("staleness", []) for row in rows]
+    counts = [sum(own[age] for own in ages if age < len(own)) for age in range(max(map(len, ages)))]
+    if len(counts) > 1:
+        caption = "how many server updates old the updates of all rounds were"
+        figures.append(_image(plots.counts_figure(counts, "staleness", "updates"), caption))
+    words = f"{len(rows)} rounds in {rows[-1]['clock']:,.1f} simulated seconds."
+    return f"<p>{words}</p>{_figures(figures)}"
 
 
 def _clients(run: Run) -> str:
@@ -307,13 +344,33 @@ def _figures(figures: Iterable[str]) -> str:
     return f'<div class="figures">{"".join(figures)}</div>'
 
 
-def _image(figure: Figure, caption: str) -> str:
+def _image(figure: Figure, caption: str, curves: plots.Curves | None = None) -> str:
+    """A picture with its caption, and for curves their values where the mouse is."""
     # An image and not inline SVG, in which the ids and styles of several figures would clash.
     data = base64.b64encode(plots.as_svg(figure)).decode()
     text = escape(caption)
     return (
-        f'<figure><img alt="{text}" src="data:image/svg+xml;base64,{data}"><figcaption>{text}</figcaption></figure>\n'
+        f'<figure><div class="plot"><img alt="{text}" src="data:image/svg+xml;base64,{data}">'
+        f"{_strips(figure, curves) if curves else ''}</div><figcaption>{text}</figcaption></figure>\n"
     )
+
+
+def _strips(figure: Figure, curves: plots.Curves) -> str:
+    """A transparent strip over each round of a figure that has been drawn; its title is what the curves are there."""
+    rounds = sorted({round for drawn, _ in curves.values() for round in drawn})
+    if len(rounds) > MAX_STRIPS:
+        rounds = rounds[:: len(rounds) // MAX_STRIPS + 1]
+    axes = figure.axes[0]
+    box, (first, last) = axes.get_position(), axes.get_xlim()
+    places = [100 * (box.x0 + box.width * (round - first) / (last - first)) for round in rounds]
+    edges = [100 * box.x0, *((one + other) / 2 for one, other in pairwise(places)), 100 * box.x1]
+    values = {name: dict(zip(*drawn, strict=True)) for name, drawn in curves.items()}
+    strips = []
+    for round, (left, right) in zip(rounds, pairwise(edges), strict=True):
+        known = [f"{name} {number(drawn[round])}" for name, drawn in values.items() if round in drawn]
+        title = escape("\n".join([f"round {round:g}", *known]))
+        strips.append(f'<i style="left: {left:.2f}%; width: {right - left:.2f}%" title="{title}"></i>')
+    return "".join(strips)
 
 
 def _table(columns: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
@@ -333,14 +390,21 @@ def _line(tag: str, cells: Iterable[str], numeric: Sequence[bool]) -> str:
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
-    return _number(value) if isinstance(value, float) else str(value)
+    return number(value) if isinstance(value, float) else str(value)
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """A number with the digits that matter."""
     return f"{value:.4g}"
 
 
-def _duration(seconds: float) -> str:
+def started(run: Run) -> str:
+    """When a run started, to the minute, in the time zone of its record."""
+    return str(run.facts.get("started", "?"))[:16].replace("T", " ")
+
+
+def duration(seconds: float) -> str:
+    """A time for people to read."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

@@ -163,14 +163,20 @@ def find_run(path: Path) -> Path:
     """
     if (path / RUN_FILE).is_file():
         return path
-    below = sorted(path.glob(f"**/{RUN_FILE}"), key=lambda file: file.stat().st_mtime) if path.is_dir() else []
+    below = runs_below(path)
     if not below:
         found = "is a folder without" if path.is_dir() else "is no folder, so there is no"
         raise ValueError(
             f"{path} {found} {RUN_FILE}. Give the folder of a run, such as logs/NAME/version_0; `lightning-fl fit` "
             "writes one unless the Trainer has no logger, a script with the callback fl.callbacks.RunRecord()."
         )
-    return below[-1].parent
+    return below[-1]
+
+
+def runs_below(path: Path) -> list[Path]:
+    """The folders of the runs in a folder, the one that was written to last at the end."""
+    files = path.glob(f"**/{RUN_FILE}") if path.is_dir() else ()
+    return [file.parent for file in sorted(files, key=lambda file: file.stat().st_mtime)]
 
 
 def read_clients(folder: Path) -> list[Row]:

@@ -1,0 +1,52 @@
+"""A self-contained HTML page with a row for each run of a folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from lightning_fl.tracking.metrics import best_metric, is_higher_better
+from lightning_fl.tracking.report import duration, number, page, started
+from lightning_fl.tracking.run import Run, write_file
+
+REPORT = "report.html"
+COLUMNS = ("run", "started", "status", "algorithm", "clients", "rounds", "metric", "last", "best", "time")
+
+
+def write_index(runs: Sequence[Run], path: Path) -> None:
+    """Writes the page, the newest run first; a run's name leads to its report, where there is one.
+
+    Args:
+        runs: The runs.
+        path: The page, in a folder above theirs.
+    """
+    newest_first = sorted(runs, key=lambda run: str(run.facts.get("started", "")), reverse=True)
+    rows = "\n".join(f"<tr>{_cells(run, path.parent)}</tr>" for run in newest_first)
+    head = "".join(f"<th>{name}</th>" for name in COLUMNS)
+    table = f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{rows}\n</tbody></table></div>'
+    title = f"{len(runs)} runs in {path.parent.resolve().name}"
+    hint = "<p>A name leads to a run's page, once <code>lightning-fl report RUN</code> has written it.</p>"
+    write_file(path, page(title, f"<h1>{escape(title)}</h1>\n<section>{table}{hint}</section>\n"))
+
+
+def _cells(run: Run, folder: Path) -> str:
+    name = escape(os.path.relpath(run.path, folder))
+    if (run.path / REPORT).is_file():
+        name = f'<a href="{name}/{REPORT}">{name}</a>'
+    facts = [started(run), str(run.facts.get("status", "?")), run.algorithm]
+    facts += [run.settings.get("num_clients", "-"), f"{len(run.rounds):,}", *_metric(run)]
+    facts.append("-" if run.seconds is None else duration(run.seconds))
+    return f"<td>{name}</td>" + "".join(f"<td>{escape(fact)}</td>" for fact in facts)
+
+
+def _metric(run: Run) -> list[str]:
+    if not run.metric_names:
+        return ["-"] * 3
+    name = best_metric([run])
+    values = [value for value in run.metric(name)[1] if value == value]
+    if not values:
+        return [name, "nan", "-"]
+    best = max(values) if is_higher_better(name) else min(values)
+    return [name, number(values[-1]), number(best)]
