@@ -697,7 +697,7 @@ class FederatedStrategy(internals.ReusableStrategy):
         # Lightning converts the module to the Trainer's precision after it has loaded the weights: with
         # precision="64-true" these would be rounded to single precision.
         self.precision_plugin.convert_module(self._module)
-        super().load_model_state_dict(checkpoint, strict)
+        super().load_model_state_dict(put_in(checkpoint, self._module), strict)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         received = bytes_of_first_rank(checkpoint_path, self.federation)
@@ -709,9 +709,6 @@ class FederatedStrategy(internals.ReusableStrategy):
         # driver that the state belongs to.
         self._loaded_checkpoint = checkpoint_path, checkpoint.get(KEY)
         return checkpoint
-
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        super().load_model_state_dict(put_in(checkpoint, self._module), strict)
 
     def teardown(self) -> None:
         if self.driver is not None:
