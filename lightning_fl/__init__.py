@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from lightning_fl import (
+        adapters,
         aggregation,
         algorithms,
         analytics,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FederatedStrategy",
     "__version__",
+    "adapters",
     "aggregation",
     "algorithms",
     "analytics",
@@ -64,6 +66,7 @@ __all__ = [
 ]
 
 _IN_YAML = (
+    "adapters",
     "aggregation",
     "algorithms",
     "attacks",

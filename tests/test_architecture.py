@@ -28,7 +28,18 @@ LAYERS = (
     ("federation",),
     ("coordinator",),
     ("strategies",),
-    ("callbacks", "datamodules", "models", "tracking", "attacks", "analytics", "vertical", "audit", "serving"),
+    (
+        "callbacks",
+        "datamodules",
+        "models",
+        "tracking",
+        "attacks",
+        "analytics",
+        "vertical",
+        "audit",
+        "serving",
+        "adapters",
+    ),
     ("cli",),
 )
 """Each room may import the rooms before its own layer; within a layer those that make no cycle."""

@@ -57,6 +57,7 @@ from lightning_fl.strategies.client_discovery import build_population
 from lightning_fl.strategies.driver import LastFit, OnClientError, RoundDriver
 from lightning_fl.strategies.engine_selection import select_engine
 from lightning_fl.strategies.evaluation import EvaluationMetrics
+from lightning_fl.strategies.frozen_weights import FrozenWeights, put_in
 from lightning_fl.strategies.hooks import run_training_step
 from lightning_fl.strategies.loops import adopt_loops
 from lightning_fl.strategies.network import check_network, open_network, protections_of, secure_of, settings_of_silo
@@ -121,6 +122,8 @@ class FederatedStrategy(internals.ReusableStrategy):
         timeout: Seconds that a collective waits for the other ranks.
         frozen: What happens to frozen parameters, which don't travel in rounds, before the first one: ``"compare"``:
             they must be the same on all ranks; ``"broadcast"``: all ranks get those of rank 0.
+        checkpoint_frozen: Whether checkpoints hold frozen parameters. If not, they hold digests of them, and are loaded
+            into a module that has the same base.
         adversary: Lets some simulated clients attack, as ``fl.attacks.Adversary(fl.attacks.ALIE())``. None: nobody.
         schedule: When a round closes, and whom it waits for, on a simulated clock, as
             ``fl.schedules.Buffered(size=10, concurrency=30)``. None: a round waits for all its clients.
@@ -169,6 +172,7 @@ class FederatedStrategy(internals.ReusableStrategy):
         stragglers: Stragglers | None = None,
         timeout: float = 1800.0,
         frozen: Literal["compare", "broadcast"] = "compare",
+        checkpoint_frozen: bool = True,
         adversary: Corruption | None = None,
         schedule: RoundSchedule | None = None,
         durations: Durations | dict[int | str, float] | str | None = None,
@@ -202,6 +206,8 @@ class FederatedStrategy(internals.ReusableStrategy):
         check_choice("frozen", frozen, ("compare", "broadcast"))
         self.frozen = frozen
         self._bytes_of_frozen = 0
+        self.checkpoint_frozen = checkpoint_frozen
+        self._frozen_weights = FrozenWeights()
         if not isinstance(engine, Vectorized):
             check_choice("engine", engine, ("auto", "sequential", "vectorized"))
         self.num_clients = num_clients
@@ -414,6 +420,7 @@ class FederatedStrategy(internals.ReusableStrategy):
         if trainer.state.fn == TrainerFn.FITTING:
             check_trainer(trainer)
         check_same_on_ranks(self.federation, "validation data", trainer.enable_validation)
+        self._frozen_weights = FrozenWeights()
         super().setup(trainer)
         assert self.lightning_module is not None
         if trainer.state.fn == TrainerFn.FITTING or self.federation.size > 1:
@@ -634,7 +641,7 @@ class FederatedStrategy(internals.ReusableStrategy):
             driver.defer_checkpoint(str(filepath), weights_only)
             return
         if driver is None or weights_only:
-            super().save_checkpoint(checkpoint, filepath, storage_options)
+            self._write_checkpoint(checkpoint, filepath, storage_options)
             return
         if is_in_round:
             driver.rewind(checkpoint)
@@ -649,7 +656,7 @@ class FederatedStrategy(internals.ReusableStrategy):
         client_states = ClientStateFiles(group, filepath, self._silo_folder) if driver.sticky else None
         job = f"requeue-{os.environ.get('SLURM_JOB_ID', '')}-{driver.plan.round}" if self._is_requeued else None
         checkpoint[KEY]["manifests"] = client_states.write(driver.store, self.federation, job) if client_states else []
-        super().save_checkpoint(checkpoint, filepath, storage_options)
+        self._write_checkpoint(checkpoint, filepath, storage_options)
         if client_states is not None and job is None:
             self.barrier()
             if self.is_global_zero or client_states.is_own:
@@ -657,6 +664,12 @@ class FederatedStrategy(internals.ReusableStrategy):
                 # Written in the background, the checkpoint may reach the disk later than its predecessor's states go.
                 if not isinstance(self.checkpoint_io, AsyncCheckpointIO):
                     self._finish_client_states()
+
+    def _write_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any) -> None:
+        if not self.checkpoint_frozen:
+            moving = () if self.driver is None else self.driver.state.moving or ()
+            self._frozen_weights.leave_out(checkpoint, self._module, moving)
+        super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def _finish_client_states(self) -> None:
         while self._unfinished:
@@ -695,7 +708,7 @@ class FederatedStrategy(internals.ReusableStrategy):
         # Lightning converts the module to the Trainer's precision after it has loaded the weights: with
         # precision="64-true" these would be rounded to single precision.
         self.precision_plugin.convert_module(self._module)
-        super().load_model_state_dict(checkpoint, strict)
+        super().load_model_state_dict(put_in(checkpoint, self._module), strict)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         received = bytes_of_first_rank(checkpoint_path, self.federation)
