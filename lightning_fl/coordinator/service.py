@@ -29,7 +29,7 @@ from lightning_fl.federation import (
     close_server,
     open_server,
 )
-from lightning_fl.federation.server import nothing, update_template
+from lightning_fl.federation.server import nothing, update_templates
 from lightning_fl.tree import to_sum_dtype, update_trees
 from lightning_fl.types import Tree, Update
 
@@ -123,6 +123,7 @@ class Coordinator:
         self.audit = audit
         self.seen: dict[str, float] = {}
         self._template: Update | None = None
+        self._templates: list[Update] = []
         self._shapes: wire.Shapes = {}
         self._said: set[str] = set()
         self.load(now)
@@ -365,8 +366,16 @@ class Coordinator:
 
     def _context(self) -> RoundContext:
         cohort = sorted(self.machine.cohort or self.machine.asked)
-        memory = {} if self._model is None else self._model.state.memory
-        return RoundContext(self.machine.round, cohort, self.settings.population, self.settings.sampling, memory=memory)
+        settings = self.settings
+        return RoundContext(
+            self.machine.round,
+            cohort,
+            settings.population,
+            settings.sampling,
+            seed=settings.seed,
+            templates=self._templates,
+            memory={} if self._model is None else self._model.state.memory,
+        )
 
     # ---- uploads
 
@@ -599,7 +608,8 @@ class Coordinator:
         state = FederationState(server, transforms, memory=rest.get("memory", {}))
         self._model = Model(state, seen.get("buffers", {}), shared, private)
         if self._template is None:
-            self._template = update_template(self.settings, server["params"], self._model.buffers)
+            self._templates = update_templates(self.settings, server["params"], self._model.buffers)
+            self._template = self._templates[-1]
             self._shapes = wire.shapes_of(wire.flatten(update_trees(self._template)))
 
     # ---- other
@@ -661,6 +671,8 @@ def _check_report(report: RankReport, silo: str) -> None:
     named = [*report.refused, *report.lost, *report.empty, *(client for client, _ in report.failed)]
     if any(name != silo for name in named):
         raise ValueError(f"it names {named}")
+    if report.grouping:
+        raise ValueError("it says who trains side by side, but a silo trains alone")
     for name in ("num_steps", "num_examples", "logger_steps"):
         value = getattr(report, name)
         if not isinstance(value, int) or not 0 <= value < 1 << 53:

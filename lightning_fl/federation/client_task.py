@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -41,6 +42,7 @@ class ClientTask:
         self.phases = phases
         self.known_sizes = known_sizes
         self.loader = loader
+        self.started = time.perf_counter()
         self.phase = phases[0]
         self._phase_index = 0
         self._examples_seen = 0

@@ -63,6 +63,7 @@ class RankReport:
         lost: Clients that dropped out before their update was added.
         empty: Clients without data.
         failed: Clients whose loader raised, each with a description of the error.
+        client_seconds: The seconds that clients have trained, if a clock goes by them.
         moved: Frozen parameters that the clients' training has written to.
         metrics: The values that the clients have logged.
         metric_states: For each torchmetric that was updated, a description of its state, which is in ``tensors``.
@@ -72,6 +73,7 @@ class RankReport:
         should_stop: Whether training is to stop.
         deferred_checkpoints: The checkpoints requested inside the round, the same on all ranks: by path, whether they
             hold weights only.
+        grouping: What the ranks have found out about training clients side by side.
         tensors: Tensors that travel with the report.
     """
 
@@ -85,6 +87,7 @@ class RankReport:
     lost: list[ClientId] = _joined(list, _concatenated)
     empty: list[ClientId] = _joined(list, _concatenated)
     failed: list[tuple[ClientId, str]] = _joined(list, _concatenated)
+    client_seconds: list[tuple[ClientId, float]] = _joined(list, _concatenated)
     moved: list[str] = _joined(list, _union)
     metrics: Entries = _joined(dict, merge_entries)
     metric_states: dict[str, Any] = _joined(dict, _first)
@@ -92,6 +95,7 @@ class RankReport:
     logger_steps: int = _joined(0, sum, is_secret=True)
     should_stop: bool = _joined(False, any)
     deferred_checkpoints: dict[str, bool] = _joined(dict, _first)
+    grouping: list[dict[str, Any]] = _joined(list, _concatenated)
     tensors: Tree = _joined(dict, _first)
 
     def to_message(self) -> Message:

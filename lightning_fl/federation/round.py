@@ -176,6 +176,7 @@ class RankTotals:
     refused: list[ClientId] = field(default_factory=list)
     lost: list[ClientId] = field(default_factory=list)
     schedule_end: ScheduleEnd | None = None
+    client_seconds: list[tuple[ClientId, float]] = field(default_factory=list)
 
     def count(self, facts: ClientFacts) -> None:
         """Adds the steps of a client."""
@@ -359,6 +360,10 @@ class Round:
         The random generators stay the client's until the next client starts; :meth:`merge` restores the process's own.
         """
         result = self.trainer.finish(task.steps_by_client)
+        if self.settings.measures_clients:
+            # Clients that train side by side share the time.
+            seconds = (time.perf_counter() - task.started) / len(task.clients)
+            self.totals.client_seconds += [(client, seconds) for client in task.clients]
         runs = task.runs(result.facts)
         group_update = task.group.finish(result, runs)
         totals = self.totals
@@ -545,6 +550,7 @@ class Round:
             schedule_end=totals.schedule_end,
             refused=[] if self.settings.hides_refusals else totals.refused,
             lost=totals.lost,
+            client_seconds=totals.client_seconds,
             moved=sorted(self.trainer.moved),
         )
 

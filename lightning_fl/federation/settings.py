@@ -69,6 +69,11 @@ class FederationSettings:
         return is_private(self.aggregator, self.transforms, self.protects_examples)
 
     @property
+    def measures_clients(self) -> bool:
+        """Whether the simulated clock goes by how long clients have trained."""
+        return self.durations is not None and self.durations.is_measured
+
+    @property
     def takes_repeats(self) -> bool:
         """Whether a client may come twice in a round."""
         return self.aggregator.is_sum and not self.protects_examples

@@ -2,6 +2,7 @@
 
 from lightning_fl.schedules.buffered import Buffered, FedAsync
 from lightning_fl.schedules.clock import Clients, Clock, Flush, Job, Visit
+from lightning_fl.schedules.compass import Compass
 from lightning_fl.schedules.deadline import Deadline, Fastest
 from lightning_fl.schedules.schedule import RoundSchedule, Synchronous
 from lightning_fl.schedules.staleness import Hinge, Mixed, Polynomial, Stale, StalenessFunction
@@ -10,6 +11,7 @@ __all__ = [
     "Buffered",
     "Clients",
     "Clock",
+    "Compass",
     "Deadline",
     "Fastest",
     "FedAsync",

@@ -28,11 +28,23 @@ class Visit(NamedTuple):
 
 
 class Job(NamedTuple):
-    """A client that has got a model and has not been taken in: the version, and the instant at which it returns."""
+    """A client that has got a model and has not been taken in.
+
+    Args:
+        client: The client.
+        version: The round with whose first model it has started.
+        arrival: The instant at which it returns.
+        group: The clients with which it returns, for schedules that group them.
+        steps: Its optimizer steps, if the schedule sets them.
+        duration: The nanoseconds of its whole local work, if they matter later.
+    """
 
     client: ClientId
     version: int
     arrival: int
+    group: int = 0
+    steps: int = 0
+    duration: int = 0
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,14 @@ class RoundSchedule(ABC):
         """
         return
 
+    def check_work(self, local_steps: object) -> None:
+        """Makes sure that the schedule fits the strategy's ``local_steps``.
+
+        Raises:
+            ValueError: If it does not.
+        """
+        return
+
     @property
     def transforms(self) -> Sequence[Transform]:
         """What happens to updates because of their staleness, before all other transforms."""

@@ -68,17 +68,20 @@ class Stale(Transform):
     r"""Multiplies a client's change by :math:`s(\tau)`; FedBuff divides by the number of updates, not by their weights.
 
     Args:
-        staleness: The weight by staleness.
+        staleness: The weight by staleness. None: 1.
+        by_share: Whether to multiply by the share of all clients that the round takes in, too.
     """
 
     keeps_norm_bound = True
 
-    def __init__(self, staleness: StalenessFunction) -> None:
+    def __init__(self, staleness: StalenessFunction | None, by_share: bool = False) -> None:
         self.staleness = staleness
+        self.by_share = by_share
 
     def client(self, update: Update, state: State, ctx: RoundContext) -> tuple[Update, State]:
         """See :meth:`Transform.client`."""
-        return _scaled(update, self.staleness(ctx.staleness)), state
+        scale = _weight(self.staleness, ctx)
+        return _scaled(update, scale * len(ctx.cohort) / ctx.population if self.by_share else scale), state
 
 
 class Mixed(Transform):
@@ -95,7 +98,7 @@ class Mixed(Transform):
 
     def client(self, update: Update, state: State, ctx: RoundContext) -> tuple[Update, State]:
         """See :meth:`Transform.client`."""
-        scale = self.alpha * (1.0 if self.staleness is None else self.staleness(ctx.staleness))
+        scale = self.alpha * _weight(self.staleness, ctx)
         if ctx.staleness and ctx.start is not None and ctx.template is not None:
             start, present = ctx.start, ctx.template
             update = Update(
@@ -105,6 +108,10 @@ class Mixed(Transform):
                 update.aux,
             )
         return _scaled(update, scale), state
+
+
+def _weight(staleness: StalenessFunction | None, ctx: RoundContext) -> float:
+    return 1.0 if staleness is None else staleness(ctx.staleness)
 
 
 def _plus_way(change: Tree, start: Tree, present: Tree) -> Tree:

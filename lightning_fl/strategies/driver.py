@@ -20,6 +20,7 @@ from lightning_fl.clients import ClientStore, LocalWork, Participation, Populati
 from lightning_fl.communication import Message, all_hold_the_same
 from lightning_fl.engines import LocalTrainer, Schedule
 from lightning_fl.engines.phases import optimizer_entry
+from lightning_fl.engines.vectorized.grouping_memory import GroupingMemory, joined_memory
 from lightning_fl.engines.vectorized.stacking import NotStackable, NotVectorizable
 from lightning_fl.federation import (
     ClientData,
@@ -32,6 +33,7 @@ from lightning_fl.federation import (
     Planner,
     RankPlan,
     Round,
+    RoundResult,
 )
 from lightning_fl.federation.client_batches import ClientBatches, raise_to_user
 from lightning_fl.federation.group_data import GroupSplit, StackedData, read_group
@@ -78,6 +80,7 @@ class LastFit:
         store: The clients' states.
         history: One entry for each finished round.
         silos: Whether the clients were silos.
+        grouping: What has been found out about training side by side.
     """
 
     module: L.LightningModule | None
@@ -85,6 +88,7 @@ class LastFit:
     store: ClientStore
     history: list[dict[str, Any]]
     silos: bool
+    grouping: GroupingMemory
 
 
 class RoundDriver:
@@ -132,6 +136,8 @@ class RoundDriver:
         self.store = ClientStore()
         self.history: list[dict[str, Any]] = []
         self.vectorized: VectorizedDriver | None = None
+        self.grouping = GroupingMemory()
+        """What was known about training side by side when the round began."""
         self.has_started = False
         self.opening: Opening | None = None
         self.open_round: OpenRound | None = None
@@ -161,6 +167,7 @@ class RoundDriver:
         self.view = RoundView(self)
         self.loader = RoundLoader(lambda: self.num_batches)
         self._session: Any = None
+        self._found = GroupingMemory()
         self._last = last
         self._is_unsettled = False
         self._trained_last_round = False
@@ -236,7 +243,7 @@ class RoundDriver:
         last, self._last = self._last, None
         index = internals.current_round(self.trainer)
         if last is not None and last.module is self.module and index > 0:
-            self.state, self.store, self.history = last.state, last.store, last.history
+            self.state, self.store, self.history, self.grouping = last.state, last.store, last.history, last.grouping
             for phase in range(len(self.settings.algorithm.phases())):
                 # Each fit configures its optimizers anew, as with a plain Trainer, so the states of the last fit's are
                 # not taken over.
@@ -247,6 +254,7 @@ class RoundDriver:
         self.local_trainer = local_trainer
         self.module_trained = self.module
         self.vectorized = vectorized
+        self._take_grouping(self.grouping)
         check_algorithm(self.settings.algorithm, self.trainer)
         if self.settings.aggregator.server_data is not None:
             check_root(self.trainer)
@@ -256,6 +264,16 @@ class RoundDriver:
         # The first plan: only now are the loops restored, and is it known which clients keep state and how they train.
         self.plan_round()
         self._session = self.settings.aggregator.open(self.group, self.facts)
+
+    def _take_grouping(self, memory: GroupingMemory) -> None:
+        """Lets the groups of the next rounds depend on what has been found out."""
+        self.grouping = self._found = memory
+        if self.vectorized is None:
+            return
+        self.vectorized.grouping.memory = memory
+        if memory.is_alone and not self.vectorized.is_asked_for:
+            self.vectorized.refuse("some could not train side by side in an earlier round", len(self.history))
+            self.vectorized = None
 
     def _book_release(self) -> None:
         """Lets the transforms record what the datamodule's preprocessing has released about the data."""
@@ -367,6 +385,7 @@ class RoundDriver:
     def _train_alone(self, opened: OpenRound, reason: str) -> None:
         """Lets the clients of the current group, and all later ones, train one after the other."""
         assert self.vectorized is not None
+        self._found = replace(self.vectorized.grouping.memory, is_alone=True)
         self.vectorized.refuse(reason, self.plan.round)
         self.vectorized = None
         # The plan's remaining groups were formed for training side by side too.
@@ -633,7 +652,11 @@ class RoundDriver:
         self._train_root(opened)
         # Before the merge, which restores the process's own random generators: the loaders' were entered after them.
         opened.loaders.close()
-        report = rank_report(trainer, opened, self.plan, self.metric_states, self.deferred_checkpoints)
+        found = self._found if self.vectorized is None else self.vectorized.grouping.memory
+        # What batches look like is a client's own affair where clients are private, and a silo trains alone.
+        tells = not self.settings.is_private and not self.settings.silos
+        news = found.since(self.grouping) if tells else GroupingMemory()
+        report = rank_report(trainer, opened, self.plan, self.metric_states, self.deferred_checkpoints, news)
         with naming_round(f"Round {index}", "The round is dropped. "), misconfiguration():
             reports = round.merge(report)
             # A rank without a batch holds what no other holds.
@@ -652,7 +675,7 @@ class RoundDriver:
         self.num_bytes_before = 0
         # This ends the local phase: from here on the strategy's collectives concern all ranks, which the checkpoints
         # and the logged figures below need.
-        self.state, self.open_round = self._on_clock(result.state, round), None
+        self.state, self.open_round = self._on_clock(result, round), None
         self.num_batches_trained = opened.num_batches_done
         self._is_unsettled, self._trained_last_round = True, opened.has_trained
         self.ends_round = True
@@ -669,6 +692,7 @@ class RoundDriver:
         self.warnings.result(index, result)
         assert self.local_trainer is not None
         self.warnings.put_back(self.local_trainer.isolation.changed)
+        self._take_grouping(joined_memory(self.grouping, result.report.grouping) if tells else found)
         self.history.append(history_entry(index, result, self.plan.dropped, self.plan.flush))
         internals.log_figures(trainer, figures(self.history[-1], result.hides_clients), RANK_FIGURES)
         self.warnings.words(trainer, words(self.history[-1]))
@@ -682,12 +706,14 @@ class RoundDriver:
         self.deferred_checkpoints = dict(reports[0].deferred_checkpoints)
         self._last_steps = opened.first_step, last_step
 
-    def _on_clock(self, state: FederationState, round: Round) -> FederationState:
+    def _on_clock(self, result: RoundResult, round: Round) -> FederationState:
         """The state with the clock after the round, and the versions from which clients are still training."""
         clock = self.plan.clock
+        if clock is not None and result.report.client_seconds:
+            clock = replace(clock, measured={**clock.measured, **dict(result.report.client_seconds)})
         needed = set() if clock is None else clock.versions
         versions = {index: version for index, version in round.versions.items() if index in needed}
-        return replace(state, clock=clock, versions=versions)
+        return replace(result.state, clock=clock, versions=versions)
 
     # ---- after a round
 
@@ -773,7 +799,7 @@ class RoundDriver:
     def so_far(self) -> LastFit:
         """What stays of this fit."""
         silos = self.population.silos is not None
-        return LastFit(self.module_trained, self.state, self.store, self.history, silos)
+        return LastFit(self.module_trained, self.state, self.store, self.history, silos, self.grouping)
 
     def forget_last_fit(self) -> None:
         """Takes nothing over from the last fit of the same objects, because this one starts from a checkpoint."""
@@ -787,6 +813,8 @@ class RoundDriver:
             "metrics": {name: value.detach().cpu() for name, value in metrics.items()},
             "client_metrics": sorted(self.client_metrics),
             "ends_round": self.ends_round,
+            # What batches look like may tell who has taken part. A private run can't be repeated bit for bit anyway.
+            "grouping": (GroupingMemory() if self.settings.is_private else self.grouping).pack(),
         }
 
     def resume(self, state: FederationState, progress: Mapping[str, Any]) -> None:
@@ -794,6 +822,8 @@ class RoundDriver:
         self.state, self.history = state, progress["history"]
         self.client_metrics = set(progress.get("client_metrics", ()))
         internals.restore_metrics(self.trainer, progress.get("metrics", {}))
+        # Checkpoints of older versions do not say.
+        self.grouping = GroupingMemory.unpack(progress.get("grouping", {}))
         self.ends_round = progress.get("ends_round", False)
         if self.ends_round:
             fit_loop: Any = self.trainer.fit_loop

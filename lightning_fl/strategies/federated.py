@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import io
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -201,7 +202,9 @@ class FederatedStrategy(internals.ReusableStrategy):
         self.partition = partition
         self.aggregator = aggregator or WeightedMean()
         if self.schedule is not None:
-            check_schedule(self.schedule, num_clients, self.cohort, stragglers, transforms, self.aggregator)
+            check_schedule(
+                self.schedule, num_clients, local_steps, self.cohort, stragglers, transforms, self.aggregator
+            )
             # First, because the others may give updates a form that can't be scaled.
             transforms = (*self.schedule.transforms, *transforms)
         self.weighting: Weighting = choose_weighting(weighting, self.aggregator, transforms, self.algorithm)
@@ -478,6 +481,9 @@ class FederatedStrategy(internals.ReusableStrategy):
                 "simulated. Leave it out, or start the silos with torchrun."
             )
         size = len(population) if self.network is None else self.network.size
+        sampling = describe_sampling(self.cohort, size, self.clients_per_round)
+        if self.schedule is not None and not self.schedule.draws_cohorts:
+            sampling = replace(sampling, kind="other")  # speed decides
         settings = FederationSettings(
             self.algorithm,
             self.aggregator if self.network is None else SingleUpdate(),
@@ -485,7 +491,7 @@ class FederatedStrategy(internals.ReusableStrategy):
             self.weighting,
             seed=self._seed,
             population=size,
-            sampling=describe_sampling(self.cohort, size, self.clients_per_round),
+            sampling=sampling,
             silos=population.silos is not None,
             protects_examples=self._protects_examples,
             schedule=self.schedule,
@@ -673,6 +679,12 @@ class FederatedStrategy(internals.ReusableStrategy):
         # Beside a URL there are no states.
         if own is not None or (self.is_global_zero and "://" not in str(filepath)):
             ClientStateFiles(self.federation, filepath, own).forget()
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        # Lightning converts the module to the Trainer's precision after it has loaded the weights: with
+        # precision="64-true" these would be rounded to single precision.
+        self.precision_plugin.convert_module(self._module)
+        super().load_model_state_dict(checkpoint, strict)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         received = bytes_of_first_rank(checkpoint_path, self.federation)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import lightning as L
 
+from lightning_fl.engines.vectorized.grouping_memory import GroupingMemory
 from lightning_fl.federation import RankPlan, RankReport
 from lightning_fl.federation.metric_entries import Entries, as_numbers
 from lightning_fl.strategies import internals
@@ -18,6 +19,7 @@ def rank_report(
     plan: RankPlan,
     metric_states: MetricStates,
     deferred_checkpoints: dict[str, bool],
+    found: GroupingMemory,
 ) -> RankReport:
     """This rank's report of the round, without the sums that the round itself adds.
 
@@ -27,6 +29,7 @@ def rank_report(
         plan: This rank's plan of the round.
         metric_states: The module's torchmetrics.
         deferred_checkpoints: The checkpoints that were requested inside the round.
+        found: What this rank has found out about training side by side, and tells the others.
     """
     results = internals.train_results(trainer)
     descriptions, tensors = metric_states.report()
@@ -41,6 +44,7 @@ def rank_report(
         logger_steps=own_steps if opened.has_trained else 0,
         should_stop=trainer.should_stop,
         deferred_checkpoints=deferred_checkpoints,
+        grouping=[found.pack()] if found != GroupingMemory() else [],
         tensors=tensors,
     )
 

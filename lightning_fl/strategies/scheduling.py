@@ -37,6 +37,7 @@ def choose_schedule(
 def check_schedule(
     schedule: RoundSchedule,
     num_clients: int | None,
+    local_steps: object,
     cohort: Cohort,
     stragglers: Stragglers | None,
     transforms: Sequence[Transform],
@@ -49,6 +50,7 @@ def check_schedule(
     """
     if num_clients is not None:
         schedule.check(num_clients)
+    schedule.check_work(local_steps)
     if stragglers is not None:
         raise ValueError(
             f"stragglers={stragglers!r} says who is late, and so do the durations of {schedule!r}. Leave stragglers "

@@ -166,6 +166,28 @@ def draw_curves(axes: Axes, curves: Curves, ylabel: str) -> None:
         axes.legend(fontsize=6, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), ncols=-(-len(curves) // 30))
 
 
+def clock_figure(seconds: Sequence[float], values: Sequence[float], ylabel: str) -> Figure:
+    """A line over the seconds of a simulated clock."""
+    figure = new_figure(6.4, 3.4)
+    axes = _axes(figure)
+    axes.plot(seconds, values, linewidth=1.8, color="#4c78a8", marker="o" if len(seconds) < 3 else None)
+    axes.set_xlabel("simulated seconds", fontsize=9)
+    axes.set_ylabel(as_text(ylabel), fontsize=9)
+    axes.grid(visible=True, color="#e3e7ec", linewidth=0.8)
+    return figure
+
+
+def counts_figure(counts: Sequence[int], xlabel: str, ylabel: str) -> Figure:
+    """A bar for each of 0, 1, 2, ..."""
+    figure = new_figure(6.4, 2.8)
+    axes = _axes(figure)
+    axes.bar(range(len(counts)), counts, color="#4c78a8")
+    axes.set_xlabel(xlabel, fontsize=9)
+    axes.set_ylabel(ylabel, fontsize=9)
+    _count_rounds(axes)
+    return figure
+
+
 def panels_figure(panels: Mapping[str, Curves], columns: int = 2) -> Figure:
     """One panel per y-axis label."""
     rows = math.ceil(len(panels) / columns)

@@ -85,6 +85,7 @@ def render(run: Run) -> str:
     sections = [
         _section("Metrics of the global model", _curves(run, [n for n in run.metric_names if _is_global(n)])),
         _section("Local training and personalized models", _curves(run, _of_clients(run))),
+        _section("On the simulated clock", _clock(run)),
         _section("Privacy", _privacy(run)),
         _section("Clients, round by round", _clients(run)),
         _section("Who has what", _partition(run)),
@@ -184,6 +185,26 @@ def _curves(run: Run, names: Sequence[str]) -> str:
     more = len(kinds) - len(shown)
     note = f"<p>{more} more metrics are in rounds.jsonl.</p>" if more else ""
     return _figures(figures) + note if figures else ""
+
+
+def _clock(run: Run) -> str:
+    """What the simulated clock shows: how soon the metrics get better, and how old the updates are."""
+    rows = [row for row in run.rounds if "clock" in row]
+    if not rows:
+        return ""
+    figures = []
+    if run.metric_names:
+        name = best_metric([run])
+        measured = [row for row in rows if row.get("metrics", {}).get(name) is not None]
+        seconds, values = [row["clock"] for row in measured], [row["metrics"][name] for row in measured]
+        figures.append(_image(plots.clock_figure(seconds, values, name), f"{name} by the simulated time"))
+    ages = [row.get("staleness", []) for row in rows]
+    counts = [sum(own[age] for own in ages if age < len(own)) for age in range(max(map(len, ages)))]
+    if len(counts) > 1:
+        caption = "how many server updates old the updates of all rounds were"
+        figures.append(_image(plots.counts_figure(counts, "staleness", "updates"), caption))
+    words = f"{len(rows)} rounds in {rows[-1]['clock']:,.1f} simulated seconds."
+    return f"<p>{words}</p>{_figures(figures)}"
 
 
 def _clients(run: Run) -> str:

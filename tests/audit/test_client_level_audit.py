@@ -24,7 +24,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_fl as fl
 from lightning_fl import FederatedStrategy
-from lightning_fl.privacy import ClientLevelDP, Gaussian, Ledger, SecureNoise, client_level
+from lightning_fl.privacy import ClientLevelDP, Gaussian, Ledger, SecureNoise
+from lightning_fl.privacy.client_level import mechanism
 from lightning_fl.privacy.noise import add_noise
 from tests.helpers.training import trainer
 
@@ -126,9 +127,9 @@ BROKEN: dict[str, tuple[str, Callable[..., Any]]] = {
 @pytest.mark.parametrize("fault", BROKEN)
 def test_the_attack_finds_what_is_broken(monkeypatch: pytest.MonkeyPatch, fault: str, mode: Any) -> None:
     name, broken = BROKEN[fault]
-    monkeypatch.setattr(client_level, name, broken)
+    monkeypatch.setattr(mechanism, name, broken)
     for check in ("check_added", "check_clipped"):
-        monkeypatch.setattr(client_level, check, lambda *args: None)
+        monkeypatch.setattr(mechanism, check, lambda *args: None)
     transform = ClientLevelDP(clip=CLIP, noise_multiplier=1.0 if mode == "central" else 2.0, mode=mode)
     proven, claimed = proven_epsilon(transform), claimed_epsilon(transform)
     print(f"{mode}, {fault}: proven {proven:.2f}, claimed {claimed:.2f}")

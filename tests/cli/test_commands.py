@@ -226,6 +226,18 @@ def test_runs_are_named_by_what_tells_them_apart() -> None:
     assert names("/x/logs/a/version_0") == ["a"]
 
 
+def test_a_report_shows_the_simulated_clock() -> None:
+    write_run(Path("run"), [0.5, 0.9])
+    found = Run.read("run")
+    assert "simulated" not in render(found)
+    found.rounds[0].update(clock=2.25, staleness=[2])
+    found.rounds[1].update(clock=1234.5, staleness=[0, 1, 1])
+    text = render(found)
+    assert "2 rounds in 1,234.5 simulated seconds" in text
+    assert "by the simulated time" in text
+    assert "how many server updates old" in text
+
+
 def test_a_report_shows_what_went_wrong_and_escapes_what_it_shows() -> None:
     write_run(Path("run"), [0.5, float("nan")], algorithm="<script>alert(1)</script>")
     found = Run.read("run")

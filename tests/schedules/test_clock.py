@@ -23,6 +23,7 @@ from lightning_fl.schedules import (
     Buffered,
     Clients,
     Clock,
+    Compass,
     Deadline,
     Fastest,
     FedAsync,
@@ -137,6 +138,20 @@ def test_the_fastest_are_taken_in_by_order_if_they_are_equally_fast() -> None:
     assert (flush.dropped, flush.seconds) == ([0, 3], 2.0)
 
 
+def test_slow_clients_get_fewer_steps_to_return_with_the_others() -> None:
+    """1, 2, 5 and 10 s a step: the last can't return at 100 s with 20 steps, so the others join it at 200 s."""
+    flushes, clock = run(Compass(20, 100), clients({0: 100, 1: 200, 2: 500, 3: 1000}), 3)
+    assert [
+        [(visit.client, visit.version, round(100 * visit.part)) for visit in flush.visits] for flush in flushes
+    ] == [
+        [(0, 0, 100), (1, 0, 50), (2, 0, 20)],
+        [(0, 1, 100), (1, 1, 50), (2, 1, 20), (3, 0, 20)],
+        [(0, 2, 100), (1, 2, 50), (2, 2, 20)],
+    ]
+    assert [flush.seconds for flush in flushes] == [100.0, 200.0, 300.0]
+    assert [job.client for job in clock.training] == [3]
+
+
 def test_measured_clients_take_what_they_took() -> None:
     durations = Measured(first=3)
     assert [durations.seconds(0, 0, 0, {}), durations.seconds(0, 0, 0, {1: 2.0, 2: 4.0})] == [3, 3]
@@ -168,6 +183,8 @@ class Wrong(Lognormal):
         (lambda: Buffered(0), "at least 1"),
         (lambda: Buffered(1, concurrency=51).check(50), "Lower concurrency"),
         (lambda: FedAsync(1.5), "a share in"),
+        (lambda: Compass(3, 2), "min_steps <= max_steps"),
+        (lambda: Compass(2, 5).check_work(None), r"Set FederatedStrategy\(local_steps=5\)"),
         (lambda: Deadline(0), "positive"),
         (lambda: Deadline(1, "later"), "'drop' or 'partial'"),
         (lambda: Fastest(3, of=2), "k <= of"),

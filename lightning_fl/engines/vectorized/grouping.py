@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_fl.data.lazy_batches import LazyBatch, stack_lazy
 from lightning_fl.engines.vectorized.engine import Vectorized, VectorizedEngine
 from lightning_fl.engines.vectorized.forecast import BatchForecast
+from lightning_fl.engines.vectorized.grouping_memory import GroupingMemory, digest
 from lightning_fl.engines.vectorized.stacking import StackedBatch, signature, stack
 from lightning_fl.engines.vectorized.step_schedule import StepMask, are_equal, group_clients, step_masks
 from lightning_fl.torch_internals import pytree
@@ -42,7 +43,8 @@ class Grouping:
         self.settings = settings
         self.equal_work_only = equal_work_only
         self.convert = convert
-        self._kinds: dict[ClientId, Any] = {}
+        self.memory = GroupingMemory()
+        """What is known from earlier rounds, and from this one."""
 
     @property
     def max_clients(self) -> int:
@@ -55,13 +57,13 @@ class Grouping:
         Args:
             forecasts: What is known of each client's batches before they are read.
         """
-        max_clients, wants_equal = self.max_clients, self.equal_work_only()
+        max_clients, wants_equal, kinds = self.max_clients, self.equal_work_only(), self.memory.kinds
         families: dict[Any, list[ClientId]] = {}
         for client, forecast in forecasts.items():
             # Where steps must be equal, so must the ends of passes: the optimizer steps there even if a window is not
             # full.
             segments = forecast.segments if forecast is not None and wants_equal else None
-            family = (None, client) if forecast is None else (forecast.family, segments, self._kinds.get(client))
+            family = (None, client) if forecast is None else (forecast.family, segments, kinds.get(client))
             families.setdefault(family, []).append(client)
         groups: list[list[ClientId]] = []
         for clients in families.values():
@@ -100,11 +102,21 @@ class Grouping:
             works: For each client, the signatures of its batches.
             parts: The groups in which they train instead.
         """
+        kinds = {}
         for part in parts:
             for client in part:
                 # One that is split off again has batches that change from round to round.
-                is_alone = len(part) == 1 or client in self._kinds
-                self._kinds[client] = (client,) if is_alone else frozenset(works[client])
+                is_alone = len(part) == 1 or client in self.memory.kinds
+                kinds[client] = digest([client] if is_alone else set(works[client]))
+        self.learn(kinds=kinds)
+
+    def learn(self, **facts: Any) -> None:
+        """Adds to the memory.
+
+        Args:
+            facts: Fields of :class:`GroupingMemory`.
+        """
+        self.memory = self.memory.with_(GroupingMemory(**facts))
 
     def masks(self, works: Sequence[Sequence[Any]]) -> list[StepMask] | None:
         """Who trains in each step of a group; None if all of its clients train in each."""

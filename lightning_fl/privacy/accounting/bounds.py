@@ -35,6 +35,8 @@ INTEGER_ORDERS = (*range(2, 257), 384, 512, 1024, 2048, 4096)
 GRID = 1e-4
 MAX_FINE_EPSILON, MAX_EPSILON = 50.0, 1e5
 """In between the grid is proportionally coarser, to bound time and memory; beyond, sampling is not counted."""
+MAX_SLACK = 1e-3
+"""The most that distributed noise of all releases together may differ from Gaussian noise to be counted as such."""
 MAX_FINE_LOSS = 400.0
 """The largest privacy loss of one release that is kept on the finest grid."""
 
@@ -100,8 +102,13 @@ def epsilon_of(
         return 0.0
     if any(sigma == 0 for sigma, *_ in entries):
         return math.inf
-    if any(isinstance(sampling, Distributed) for _, sampling, _ in entries):
-        method = "rdp"
+    method = usable_method(entries, method)
+    if method == "pld" and any(isinstance(sampling, Distributed) for _, sampling, _ in entries):
+        # Where P and Q are within e^slack of P' and Q': P(S) - e^epsilon Q(S) <= e^slack (P'(S) - e^(epsilon - 2 slack)
+        # Q'(S)), and a logarithm of probabilities that is off in each release is off by the sum in all of them.
+        slack = _slack(entries)
+        as_gaussian = ((sigma, Full() if isinstance(own, Distributed) else own, count) for sigma, own, count in entries)
+        return 2 * slack + epsilon_of(tuple(as_gaussian), delta * math.exp(-slack), method, relation, grid, group)
     if group > 1:
         entries = tuple(_of_group(entry, group, method, relation) for entry in entries)
     about = _about(entries, relation)
@@ -120,6 +127,16 @@ def epsilon_of(
     # Rounded up to a power of two, so that cached distributions on the same grid are found again.
     coarsening = math.ceil(math.log2(max(about / MAX_FINE_EPSILON, loss / MAX_FINE_LOSS, 1.0)))
     return _pld(entries, delta, relation, grid * 2.0**coarsening)
+
+
+def usable_method(entries: Sequence[Entry], method: Method) -> Method:
+    """Returns the method, or ``"rdp"`` where releases with distributed noise have a bound for that only."""
+    return "rdp" if _slack(entries) > MAX_SLACK else method
+
+
+def _slack(entries: Sequence[Entry]) -> float:
+    of_distributed = ((own, count) for _, own, count in entries if isinstance(own, Distributed))
+    return sum(math.inf if own.slack is None else count * own.slack for own, count in of_distributed)
 
 
 def _scale(relation: Relation) -> float:

@@ -7,8 +7,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lightning_fl.privacy.accounting.bounds import GRID, Entry, Method, Relation, default_relation, epsilon_of
-from lightning_fl.privacy.accounting.sampling import Distributed, Full, Sampling, load_sampling
+from lightning_fl.privacy.accounting.bounds import (
+    GRID,
+    Entry,
+    Method,
+    Relation,
+    default_relation,
+    epsilon_of,
+    usable_method,
+)
+from lightning_fl.privacy.accounting.sampling import Full, Sampling, load_sampling
 
 Adversary = Literal["model", "server"]
 """Whom noise hides contributors from: whoever sees the models, or also the server and whoever sees updates."""
@@ -152,8 +160,7 @@ class Ledger:
             raise ValueError(f"adversary={adversary!r} is not known; expected 'model' or 'server'.")
         entries = self._entries(adversary)
         relation = relation or default_relation(entries)
-        if any(isinstance(sampling, Distributed) for _, sampling, _ in entries):
-            method = "rdp"
+        method = usable_method(entries, method)
         found = epsilon_of(entries, float(delta), method, relation, grid, group)
         return Epsilon(found, delta, method, relation, group)
 

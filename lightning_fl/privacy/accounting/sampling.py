@@ -51,16 +51,19 @@ class Full(Sampling):
 
 @dataclass(frozen=True)
 class Distributed(Full):
-    """Everybody contributes, each with a share of integer noise, so that only Rényi divergences have a known bound.
+    """Everybody contributes, each with a share of integer noise.
 
-    They are at most those of a Gaussian with the recorded noise multiplier. A ledger with such a release answers by
-    ``"rdp"``, whatever it is asked for.
+    The Rényi divergences are at most those of a Gaussian with the recorded noise multiplier. With a ``slack``, all
+    probabilities are also nearly those of something that is computed from a release with such Gaussian noise; without
+    one, a ledger answers by ``"rdp"``, whatever it is asked for.
 
     Args:
         noise: The kind of noise. For ``"skellam"`` the bound holds for integer orders only.
+        slack: How far the logarithms of the probabilities may be from those. None: not known.
     """
 
     noise: Literal["discrete_gaussian", "skellam"] = "discrete_gaussian"
+    slack: float | None = None
 
 
 @dataclass(frozen=True)

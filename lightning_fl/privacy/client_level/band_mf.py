@@ -167,7 +167,7 @@ class BandMF:
         return {**state, "turns": turns, **({"noise": noise} if noise else {})}
 
     def _weights(self, noises: Tensor) -> Tensor:
-        return torch.tensor(self.coefficients[1 : 1 + len(noises)], dtype=noises.dtype, device=noises.device)
+        return torch.tensor(self.coefficients[1 : 1 + len(noises)], dtype=noises.dtype).to(noises.device)
 
 
 @lru_cache(maxsize=16)

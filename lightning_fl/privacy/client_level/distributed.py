@@ -18,6 +18,7 @@ ENCODED = "encoded"
 MIN_LEVELS_OF_NOISE = 16.0
 LEVELS_BY_DIMENSION = 32.0
 MAX_ATTEMPTS = 200
+ROUNDING_VARIANCE = 4
 MARGIN = 12.0
 """Standard deviations of the sum's noise for which the modulus must have room; a wrap costs accuracy, not privacy."""
 
@@ -79,8 +80,16 @@ class Grid:
 
     @property
     def effective_noise_multiplier(self) -> float:
-        """The noise multiplier of a Gaussian that is no more private; see :func:`gaussian_bound`."""
-        return gaussian_bound(self.mechanism, self.max_square, self.size, self.variance, self.num_honest)
+        """The noise multiplier of a Gaussian that is no more private, up to the slack; see :func:`gaussian_bound`."""
+        bound = gaussian_bound(self.mechanism, self.max_square, self.size, self.variance, self.num_honest)
+        if self.slack is None:
+            return bound
+        return min(bound, math.sqrt((self.num_honest * self.variance - ROUNDING_VARIANCE) / self.max_square))
+
+    @property
+    def slack(self) -> float | None:
+        """How far the noise is from one that is computed from a Gaussian's; None if that is not known."""
+        return gaussian_slack(self.mechanism, self.size, self.variance, self.num_honest)
 
     def check_modulus(self, num_clients: int, bits: int) -> None:
         """Checks that the sum of all clients fits into integers of so many bits.
@@ -172,6 +181,43 @@ def gaussian_bound(mechanism: Mechanism, max_square: int, size: int, variance: i
     l1 = min(float(max_square), math.sqrt(size * float(max_square)))
     slope = ratio / 2 + ratio / (2 * total) + max(6 * l1 - max_square, 0.0) / (4 * total**2)
     return float((2 * slope) ** -0.5)
+
+
+def gaussian_slack(mechanism: Mechanism, size: int, variance: int, count: int) -> float | None:
+    r"""Returns how far, in logarithms of probabilities, a release is from a function of one with Gaussian noise.
+
+    Let :math:`D_v` be the discrete Gaussian of parameter v, and :math:`r(v) = \log \frac{1 + t}{1 - t}` with :math:`t =
+    2 \sum_{k \ge 1} e^{-2 \pi^2 v k^2}`. By Poisson summation :math:`\sum_{x \in \mathbb{Z}} e^{-(x - y)^2 / 2 v}` is
+    :math:`\sqrt{2 \pi v}` up to factors of :math:`1 \pm t` for every y. Hence, by completing the square,
+
+    - the sum of samples of :math:`D_{k v}` and :math:`D_v` has probabilities within :math:`e^{\pm r(v k / (k + 1))}` of
+      those of :math:`D_{(k + 1) v}`, so that a sum of n samples of :math:`D_v` is close to :math:`D_{n v}`;
+    - a value y of :math:`\mathcal{N}(0, n v - u)`, rounded to an integer x with probability proportional to
+      :math:`e^{-(x - y)^2 / 2 u}`, has probabilities within :math:`e^{\pm r(u)}` of those of :math:`D_{n v}`. This
+      rounding commutes with adding integers.
+
+    So an integer sum with this noise is, up to the slack, computed from the sum with Gaussian noise of variance
+    :math:`n v - u`, and each coordinate adds :math:`r(u) + \sum_{k < n} r(v k / (k + 1))` to the slack.
+
+    Args:
+        mechanism: The distribution of each client's noise; None is returned for Skellam noise.
+        size: Number of coordinates.
+        variance: The parameter v of one client's noise; 0: no noise.
+        count: Number of clients n whose noise is secret.
+
+    References:
+        Peikert, "An Efficient and Parallel Gaussian Sampler for Lattices", CRYPTO 2010 (theorem 3.1, the rounding).
+        Kairouz et al., ICML 2021 (the sums).
+    """
+    if mechanism != "discrete_gaussian" or count * variance <= ROUNDING_VARIANCE:
+        return None
+    return size * (_ratio(ROUNDING_VARIANCE) + sum(_ratio(variance * k / (k + 1)) for k in range(1, count)))
+
+
+def _ratio(variance: float) -> float:
+    step = math.exp(-2 * math.pi**2 * variance)
+    tail = 2 * step / (1 - step)  # a geometric sum is larger
+    return 2 * math.atanh(tail) if tail < 1 else math.inf
 
 
 def encoded_like(update: Update) -> Update:

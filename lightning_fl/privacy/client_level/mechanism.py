@@ -80,8 +80,9 @@ class ClientLevelDP(Transform):
     ``SecureAggregation`` shows nobody more than the sum of all. So many shares have the noise of ``"central"`` together
     that the fewest clients in a secure sum are enough; with fewer the round is given up. A client knows its own share,
     which therefore does not count against it: the shares of all but ``num_colluding`` must be enough. There is no
-    amplification, since the server knows who takes part, and the accountant is Rényi's; see :class:`Grid` for the
-    bound. The sum is divided by the number of clients in it.
+    amplification, since the server knows who takes part. Discrete Gaussian noise costs what Gaussian noise costs, up to
+    less than rounding shows; for Skellam noise the accountant is Rényi's; see :class:`Grid` for the bounds. The sum is
+    divided by the number of clients in it.
 
     With ``mechanism=BandMF(bands)`` the noise of a round cancels a part of that of the rounds before, for clients that
     take part in turns and not by chance.
@@ -384,7 +385,7 @@ class ClientLevelDP(Transform):
         """Returns the draw of a round's clients as the ledger records it; an unknown one counts as :class:`Full`."""
         drawn = ctx.sampling
         if self.mode == "distributed":
-            return Distributed(self.noise)
+            return Distributed(self.noise, self._grid(ctx).slack)
         if drawn is None or self.mode == "local":
             return Full()  # in local mode the server sees who takes part
         if drawn.kind == "poisson":

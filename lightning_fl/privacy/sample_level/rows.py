@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -34,7 +35,8 @@ def take_rows(batch: Any, rows: slice | list[int]) -> Any:
 
     def take(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return value[rows]
+            chosen = rows if isinstance(rows, slice) else torch.tensor(rows, dtype=torch.int64).to(value.device)
+            return value[chosen]
         if isinstance(value, Mapping):
             return {key: take(item) for key, item in value.items()}
         if isinstance(value, list | tuple):

@@ -139,7 +139,10 @@ class SelfCheck:
                 if len(examples) > 1:
                     self._of_reading(read, examples)
         except PrivacyError as error:
-            raise PrivacyError(f"{error}{self._if_large(batch)}") from error
+            hint = self._if_large(batch)
+            if not hint:
+                raise
+            raise PrivacyError(f"{error}{hint}") from error
         finally:
             self.state.restore()
             for param in self.gradients.params.values():

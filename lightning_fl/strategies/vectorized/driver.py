@@ -17,6 +17,7 @@ from lightning_fl.data.lazy_batches import LazyLoader
 from lightning_fl.engines import Vectorized, VectorizedEngine
 from lightning_fl.engines.module_state import Snapshot, capture
 from lightning_fl.engines.vectorized.grouping import Grouping
+from lightning_fl.engines.vectorized.grouping_memory import digest
 from lightning_fl.engines.vectorized.stacking import NotVectorizable, StackedBatch, part
 from lightning_fl.federation import ClientTask
 from lightning_fl.federation.group_data import StackedData
@@ -67,7 +68,7 @@ class VectorizedDriver:
         self.watch = StepWatch(trainer, engine, self.capture)
         self._is_checked = False
         self._has_equal_steps = True
-        self._grads_of: dict[Any, frozenset[str] | None] = {}
+        self._seen_shapes: set[Any] = set()
         self._randomness = "error"
         self._loaders: list[Snapshot] = []
         self._reading_changes_loaders: bool | None = None
@@ -76,7 +77,7 @@ class VectorizedDriver:
     @property
     def equal_work_only(self) -> bool:
         """Whether only clients with equal work may train together, because their steps share more than a shape."""
-        kinds = set(self._grads_of.values())
+        kinds = set(self.grouping.memory.gradients.values())
         is_shared = self.trainer.accumulate_grad_batches > 1 or bool(internals.client_schedules(self.trainer))
         return is_shared or None in kinds or len(kinds) > 1
 
@@ -133,11 +134,13 @@ class VectorizedDriver:
         self._select(first.mask)
         self._check(first)
         self._is_checked = True
+        self.grouping.learn(is_tried=True)
         return True
 
     def _check(self, batch: StackedBatch) -> None:
-        is_cpu = self.engine.device.type == "cpu"
-        max_flops = MAX_FLOPS_ON_CPU if is_cpu and not self.is_asked_for else math.inf
+        # Whether training together pays off is judged once a run, by its first group, which a resumed run does not see.
+        is_judged = self.engine.device.type == "cpu" and not self.is_asked_for and not self.grouping.memory.is_tried
+        max_flops = MAX_FLOPS_ON_CPU if is_judged else math.inf
         with self._in_step(batch) as (content, args), self._view():
             self._randomness = check_equivalence(
                 self.engine, self.capture, self.watch, content, args, self.allows_random, max_flops
@@ -156,12 +159,15 @@ class VectorizedDriver:
         self.watch.begin_trial()
         for place, (batches, signatures) in enumerate(zip(data.passes.values(), data.works.values(), strict=True)):
             for batch, key in zip(batches, signatures, strict=True):
-                if key not in self._grads_of:
+                if key in self._seen_shapes:
+                    continue
+                self._seen_shapes.add(key)
+                shape = digest([key])
+                if shape not in self.grouping.memory.gradients:
                     self._select((place,))
                     with self._in_step(self.grouping.stack([batch], (place,))) as (content, args):
-                        self._grads_of[key] = params_with_gradients(
-                            self.engine, self.capture, content, args, self._randomness
-                        )
+                        names = params_with_gradients(self.engine, self.capture, content, args, self._randomness)
+                    self.grouping.learn(gradients={shape: None if names is None else digest(names)})
         self.watch.end_trial()
         return self.equal_work_only != before
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.stats import norm
 from torch import Tensor
 
 from lightning_fl.aggregation import RoundContext
@@ -149,6 +150,33 @@ def test_no_pattern_of_rounds_costs_more_than_is_booked() -> None:
         if bands > 1:  # the control: one that returns a round too early
             early = (0, bands - 1)
             assert cost(early) > 2.1
+
+
+def proven(between: int, transform: ClientLevelDP, num_canaries: int = 40_000) -> float:
+    """The separation that the best attack shows if each client pushes a coordinate of its own in two rounds, or not."""
+    coins = torch.randint(2, (num_canaries,), generator=torch.Generator().manual_seed(0)).double()
+    pushes, released, state = torch.zeros(between + 4, dtype=torch.float64), [], {}
+    pushes[[0, between]] = 0.5
+    for number, push in enumerate(pushes):
+        ctx = context(number, cohort=[])
+        state = transform.start_round(state, ctx)
+        total, state = transform.server(Aggregate({"w": push * coins}, {}, 0.0, {}, 3, NUM_CLIENTS), state, ctx)
+        released.append(total.delta["w"])
+    matrix = torch.from_numpy(toeplitz(4, len(pushes)))
+    direction = matrix @ pushes
+    guesses = (direction @ (matrix @ torch.stack(released)) / direction.square().sum() > 0.5).double()
+    errors = [float((guesses != coin)[coins == coin].double().mean()) for coin in (0.0, 1.0)]
+    return float(sum(norm.isf(error) for error in errors))
+
+
+def test_the_best_attack_proves_what_is_claimed_and_no_more() -> None:
+    """White box: the attacker undoes the correlation and looks along the canary's own columns."""
+    transform = private(noise_multiplier=1.5)
+    claimed = 2**0.5 / 1.5
+    standard_error = 0.03
+    assert claimed - 3 * standard_error < proven(4, transform) < claimed + 3 * standard_error
+    # The control: one that returns too early shows more.
+    assert proven(1, transform) > claimed + 6 * standard_error
 
 
 @pytest.mark.parametrize("rounds", [1, 3, 4, 5, 8, 9])

@@ -10,12 +10,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.special import ndtr
 from scipy.stats import skellam
 
 from lightning_fl.privacy import Gaussian, Ledger
 from lightning_fl.privacy.accounting.sampling import Distributed, Full
 from lightning_fl.privacy.client_level import distributed
-from lightning_fl.privacy.client_level.distributed import ENCODED, Grid, encoded_like, gaussian_bound
+from lightning_fl.privacy.client_level.distributed import (
+    ENCODED,
+    ROUNDING_VARIANCE,
+    Grid,
+    encoded_like,
+    gaussian_bound,
+    gaussian_slack,
+)
 from lightning_fl.privacy.integer_noise import IntegerNoise
 from lightning_fl.privacy.noise import PrivacyError
 from lightning_fl.types import Update
@@ -174,6 +182,67 @@ def test_the_bound_is_above_the_exact_divergence(mechanism: Any, variance: int, 
             assert exact <= order / (2 * bound**2) * (1 + 1e-9)
             if shift == 1 and variance > 1:  # the control: with more noise than that a Gaussian would claim too much
                 assert exact > order / (2 * (2 * bound) ** 2)
+
+
+def hockey_stick(p: np.ndarray, q: np.ndarray, epsilon: float) -> float:
+    return float(np.maximum(p - math.exp(epsilon) * q, 0.0).sum())
+
+
+@pytest.mark.parametrize(("variance", "count"), [(1, 7), (2, 3), (3, 2), (9, 4), (16, 3), (40, 1)])
+@pytest.mark.parametrize("shift", [(3,), (12,), (3, 4), (1, 1), (0, 5)])
+def test_exact_deltas_are_below_those_of_the_gaussian(variance: int, count: int, shift: tuple[int, ...]) -> None:
+    """Sums of discrete Gaussians in one and two dimensions, shifted by integers."""
+    norm, reach = sum(step**2 for step in shift), int(14 * (variance * count) ** 0.5) + 24
+    one = pmf_of_the_sum("discrete_gaussian", variance, count, reach)
+    pmf, moved = np.ones(()), np.ones(())
+    for step in shift:
+        pmf, moved = np.multiply.outer(pmf, one), np.multiply.outer(moved, np.roll(one, step))
+    slack = gaussian_slack("discrete_gaussian", len(shift), variance, count)
+    assert slack is not None
+    z = math.sqrt((count * variance - ROUNDING_VARIANCE) / norm)
+    for epsilon in (0.0, 0.1, 0.5, 1.0, 2.0, 4.0):
+        inner = epsilon - 2 * slack
+        most = math.exp(slack) * (ndtr(0.5 / z - inner * z) - math.exp(inner) * ndtr(-0.5 / z - inner * z))
+        assert hockey_stick(moved, pmf, epsilon) <= most * (1 + 1e-9) + 1e-12
+        # The control: a Gaussian with twice the noise would claim too much.
+        if epsilon <= 0.1:
+            claimed = ndtr(0.25 / z - epsilon * 2 * z) - math.exp(epsilon) * ndtr(-0.25 / z - epsilon * 2 * z)
+            assert hockey_stick(moved, pmf, epsilon) > claimed or z < 0.2
+
+
+@pytest.mark.parametrize(("count", "size"), [(2, 10), (100, 10**5), (1000, 2**20)])
+@pytest.mark.parametrize("noise_multiplier", [0.3, 1.0, 4.0])
+def test_it_costs_what_the_gaussian_costs_exactly(count: int, size: int, noise_multiplier: float) -> None:
+    grid = Grid(1.0, size, noise_multiplier, count, "discrete_gaussian")
+    assert grid.slack is not None
+    assert grid.slack < 1e-20
+    found, gaussian, by_renyi = Ledger(), Ledger(), Ledger()
+    found.record(Gaussian(grid.effective_noise_multiplier, Distributed("discrete_gaussian", grid.slack)), 10)
+    gaussian.record(Gaussian(noise_multiplier), 10)
+    by_renyi.record(Gaussian(grid.effective_noise_multiplier, Distributed("discrete_gaussian")), 10)
+    for group in (1, 2):
+        expected = gaussian.epsilon(1e-5, group=group)
+        assert found.epsilon(1e-5, group=group) == pytest.approx(expected, rel=1e-3)
+        assert expected * 1.02 < by_renyi.epsilon(1e-5, group=group)
+    assert (found.epsilon(1e-5).method, by_renyi.epsilon(1e-5).method) == ("pld", "rdp")
+    restored = Ledger()
+    restored.load_state_dict(found.state_dict())
+    assert restored == found
+
+
+def test_a_large_slack_is_counted_or_not_used() -> None:
+    def epsilon(slack: float | None, count: int = 10) -> Any:
+        ledger = Ledger()
+        ledger.record(Gaussian(4.0, Distributed("discrete_gaussian", slack)), count)
+        ledger.record(Gaussian(8.0))
+        return ledger.epsilon(1e-5)
+
+    assert epsilon(0.0).method == "pld"
+    assert 2e-4 <= epsilon(1e-5) - epsilon(0.0) < 3e-4
+    assert epsilon(1e-3) == epsilon(None)
+    assert epsilon(1e-3).method == "rdp"
+    assert gaussian_slack("skellam", 3, 100, 4) is None
+    assert gaussian_slack("discrete_gaussian", 3, 0, 4) is None
 
 
 def test_without_noise_there_is_no_guarantee() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 import lightning_fl as fl
-from lightning_fl.schedules import Buffered, Deadline, Fastest, FedAsync, Polynomial, Synchronous
+from lightning_fl.schedules import Buffered, Compass, Deadline, Fastest, FedAsync, Polynomial, Synchronous
 from tests.helpers.training import (
     Ordinary,
     Plain,
     Quadratic,
-    WithNorm,
     image_clients,
     measured,
     minimise,
@@ -106,6 +106,27 @@ def test_where_training_ends(name: str) -> None:
     assert minimise(strategy(schedule, durations, algorithm), 52) == pytest.approx(limit, abs=1e-8)
 
 
+def test_compass_moves_by_the_share_of_a_group() -> None:
+    """Clients 0 and 1 return at 5 s with 5 and 2 steps; client 2, too slow, at 10 s with 2, with the others' next."""
+    found, history = trace(Compass(2, 5), {0: 5, 1: 10, 2: 25}, 2)
+    x0 = 10.0
+
+    def change(x: float, client: int, steps: int) -> float:
+        e, h = ((0, 1), (1, 2), (4, 0.5))[client]
+        return (e - x) * (1 - (1 - 0.1 * h) ** steps)
+
+    x1 = x0 + (change(x0, 0, 5) + change(x0, 1, 2)) / 3
+    x2 = x1 + (change(x1, 0, 5) + change(x1, 1, 2) + change(x0, 2, 2)) / 3
+    assert found == pytest.approx([x1, x2], abs=1e-9)
+    assert [(entry["clock"], entry["staleness"]) for entry in history] == [(5.0, [2]), (10.0, [2, 1])]
+
+
+def test_a_round_in_which_all_are_late_changes_nothing() -> None:
+    found, history = trace(Deadline(1), Q3, 2)
+    assert found == [10.0, 10.0]
+    assert [entry["clock"] for entry in history] == [1.0, 2.0]
+
+
 def test_the_history_tells_time_and_staleness() -> None:
     _, history = trace(Buffered(2), Q3, 5)
     assert [entry["clock"] for entry in history] == [2.25, 4.0, 4.5, 6.75, 8.0]
@@ -130,6 +151,41 @@ def test_stability_is_as_documented(step: float, is_stable: bool) -> None:
     end = abs(minimise(own, 120, clients, lr=step))
     assert own.history[-1]["staleness"] == [0, 0, 0, 1]
     assert end < 1 if is_stable else end > 30
+
+
+class Sleepy(Quadratic):
+    """Client 2, whose center is 4, takes its time."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        time.sleep(0.1 * (batch[0].max() == 4.0).item())
+        return super().training_step(batch, batch_idx)
+
+
+def measured_visits() -> list[list[Any]]:
+    own = strategy(Buffered(1), fl.clients.Measured(first=1.0), local_steps=1)
+    visits = Visits()
+    trainer(own, 8, callbacks=[visits]).fit(Sleepy(), quadratic_clients())
+    return visits.cohorts
+
+
+class Visits(fl.callbacks.FederatedCallback):
+    """The clients that each round takes in."""
+
+    def __init__(self) -> None:
+        self.cohorts: list[list[Any]] = []
+
+    def on_round_start(self, trainer: Any, module: Any, round: int, cohort: Any) -> None:
+        self.cohorts.append(list(cohort))
+
+
+def test_a_slow_client_is_found_by_measuring(run_ranks: Any) -> None:
+    """All come once after the first second; from then on as long as they took, which the ranks tell each other."""
+    cohorts = measured_visits()
+    assert cohorts[:3] == [[0], [1], [2]]
+    assert [2] not in cohorts[3:]
+    both = run_ranks(2, measured_visits)
+    assert both[0] == both[1]
+    assert [2] not in both[0][3:]
 
 
 # ---- what always holds
@@ -210,12 +266,33 @@ def test_ranks_agree(run_ranks: Any, name: str) -> None:
         assert own == pytest.approx(metrics, rel=1e-5)
 
 
-def test_buffers_move_with_the_model() -> None:
-    """FedAsync at alpha = 1 takes the client's model, buffers and all, however old its start is."""
-    module = WithNorm()
-    trainer(strategy(FedAsync(1.0), Q3), 4).fit(module, quadratic_clients())
-    # The 4th to come is client 2, which started from the first model.
-    assert module.x.item() == pytest.approx(4 + (10 - 4) * 0.95**5)
+class Steady(Ordinary):
+    """With the same learning rate in each round."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def after(rounds: int, durations: dict[int, float], schedule: Any) -> dict[str, Tensor]:
+    module = Steady(torch.float64)
+    own = fl.FederatedStrategy(schedule=schedule, durations=durations, seed=0)
+    trainer(own, rounds, limit_val_batches=0).fit(module, image_clients((5, 9), batch_size=None, validate=True))
+    return dict(module.net.state_dict())
+
+
+def test_buffers_are_as_old_as_the_model_they_belong_to() -> None:
+    """At alpha = 1 the model of whoever comes last is taken, BatchNorm's statistics and counter and all."""
+    stale = after(2, {0: 1.0, 1: 1.5}, FedAsync(1.0))
+    torch.testing.assert_close(stale, after(1, {0: 9.0, 1: 1.0}, FedAsync(1.0)), rtol=1e-12, atol=1e-12)
+    assert not torch.equal(stale["1.running_mean"], after(2, {0: 1.0, 1: 9.0}, FedAsync(1.0))["1.running_mean"])
+
+
+@pytest.mark.parametrize("name", ["fedbuff", "fedasync", "repeats"])
+def test_clients_side_by_side_give_what_each_alone_gives(name: str) -> None:
+    options: dict[str, Any] = {"durations": HEAVY, **STRATEGIES[name]}
+    _, together = fit_images(**options, module=Ordinary(torch.float64), rounds=4, engine="vectorized")
+    _, alone = fit_images(**options, module=Ordinary(torch.float64), rounds=4, engine="sequential")
+    torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-10)
 
 
 class Noisy(Quadratic):

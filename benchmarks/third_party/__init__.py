@@ -1,0 +1,1 @@
+"""Modules of other packages in a federation: one file a package, run by ``make third-party``."""
