@@ -106,15 +106,23 @@ from lightning_fl.algorithms import FedAvg
 class Damped(FedAvg):
     server_lr: float = 0.5
 """
+OWN = """
+trainer:
+  strategy:
+    class_path: lightning_fl.FederatedStrategy
+    init_args:
+      algorithm:
+        class_path: own.Damped
+"""
 
 
 def test_a_researcher(site: Path) -> None:
     assert "digits_fedavg" in run(site, "recipes").stdout
     run(site, "recipes", "copy", "digits_fedavg")
     Path("own.py").write_text(ALGORITHM, encoding="utf-8")
+    Path("own.yaml").write_text(OWN, encoding="utf-8")
     for seed in ("0", "1"):
-        for name, options in {"fedavg": [], "damped": ["--trainer.strategy.algorithm", "own.Damped"]}.items():
-            strategy = ["--trainer.strategy", "lightning_fl.FederatedStrategy", *options]
+        for name, strategy in {"fedavg": ["--trainer.strategy", "fedavg"], "damped": ["--config", "own.yaml"]}.items():
             logger = ["--trainer.logger.init_args.name", f"{name}_{seed}"]
             words = ["--config", "digits_fedavg.yaml", *strategy, *logger, "--seed_everything", seed]
             run(site, "fit", *words, "--trainer.max_epochs", "2", PYTHONPATH=f"{site}{os.pathsep}.")
