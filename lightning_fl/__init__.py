@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         schedules,
         serving,
         strategies,
+        topologies,
         tracking,
     )
     from lightning_fl.strategies import FederatedStrategy
@@ -58,6 +59,7 @@ __all__ = [
     "schedules",
     "serving",
     "strategies",
+    "topologies",
     "tracking",
 ]
 
@@ -71,6 +73,7 @@ _IN_YAML = (
     "engines",
     "privacy",
     "schedules",
+    "topologies",
 )
 """Rooms whose classes YAML may write without their module, which jsonargparse allows for imported classes."""
 

@@ -22,7 +22,7 @@ LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric", "lightning_ut
 
 LAYERS = (
     ("types", "tree", "seeding", "optimizer_tree", "torch_internals", "lazy"),
-    ("algorithms", "clients", "data", "communication"),
+    ("algorithms", "clients", "data", "communication", "topologies"),
     ("aggregation", "engines"),
     ("privacy", "compression", "schedules"),
     ("federation",),

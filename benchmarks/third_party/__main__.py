@@ -138,8 +138,10 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def words(difference: float, allowed: float) -> str:
+def words(difference: float | str, allowed: float) -> str:
     """A difference, said in words where it is none."""
+    if isinstance(difference, str):
+        return difference
     if difference == 0:
         return "same bits"
     return f"{difference:.0e}" if difference <= allowed else f"**differs by {difference:.0e}**"

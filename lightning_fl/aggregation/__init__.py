@@ -17,6 +17,7 @@ from lightning_fl.aggregation.compression import (
 )
 from lightning_fl.aggregation.context import RoundContext
 from lightning_fl.aggregation.corruption import Corruption
+from lightning_fl.aggregation.nodes import Nodes
 from lightning_fl.aggregation.robust import (
     FLAME,
     Bucketing,
@@ -26,6 +27,7 @@ from lightning_fl.aggregation.robust import (
     CoordinateRule,
     CosineCheck,
     DnC,
+    FedMGDA,
     FLTrust,
     FoolsGold,
     GeometricMedian,
@@ -66,6 +68,7 @@ __all__ = [
     "CosineCheck",
     "DnC",
     "FLTrust",
+    "FedMGDA",
     "FederationFacts",
     "FoolsGold",
     "GeometricMedian",
@@ -77,6 +80,7 @@ __all__ = [
     "Median",
     "MultiKrum",
     "NearestNeighborMixing",
+    "Nodes",
     "NormBound",
     "NormCheck",
     "PowerSGD",

@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch import Tensor
 
-from lightning_fl.aggregation import Aggregator, Corruption, Transform, WeightedMean
+from lightning_fl.aggregation import Aggregator, Corruption, Transform
 from lightning_fl.algorithms import Algorithm, Weighting, get_algorithm
 from lightning_fl.clients import Amount, Cohort, Durations, Participation, Population, Stragglers, Uniform
 from lightning_fl.clients.cohorts import describe_sampling
@@ -64,6 +64,7 @@ from lightning_fl.strategies.one_package import refuse_apart
 from lightning_fl.strategies.round_loaders import RoundLoader
 from lightning_fl.strategies.round_view import RoundView
 from lightning_fl.strategies.scheduling import check_clients, check_schedule, choose_schedule
+from lightning_fl.strategies.topology import Placed, check_nodes, place
 from lightning_fl.strategies.user_warnings import UserWarnings
 from lightning_fl.strategies.validation import (
     SEVERAL_LOADERS,
@@ -85,6 +86,7 @@ from lightning_fl.strategies.validation import (
     versions,
     warn_of_processes,
 )
+from lightning_fl.topologies import Topology
 
 if TYPE_CHECKING:
     from lightning_fl.coordinator.silo import NetworkFederation
@@ -124,6 +126,8 @@ class FederatedStrategy(internals.ReusableStrategy):
             ``fl.schedules.Buffered(size=10, concurrency=30)``. None: a round waits for all its clients.
         durations: How long clients take on that clock: seconds by client, a distribution such as
             ``fl.clients.Lognormal(median=20)``, or ``"measured"``. None: there is no clock.
+        topology: Who mixes its model with whom, as ``fl.topologies.Ring()``, instead of a server for all; with
+            ``"fedavg"``, ``"dsgd"``, ``"d2"``, ``"gradienttracking"`` or ``"pushsum"``.
         federation: The coordinator's address, ``"https://host:port"``: this launch is then one silo of a federation
             over a network, and its training loader that silo's data.
         kit: The folder with the silo's key and certificate, for ``federation``.
@@ -168,11 +172,19 @@ class FederatedStrategy(internals.ReusableStrategy):
         adversary: Corruption | None = None,
         schedule: RoundSchedule | None = None,
         durations: Durations | dict[int | str, float] | str | None = None,
+        topology: Topology | None = None,
         federation: str | None = None,
         kit: str | Path | None = None,
         silo_name: str | None = None,
     ) -> None:
         super().__init__()
+        found = get_algorithm(algorithm) if isinstance(algorithm, str) else algorithm
+        if not isinstance(found, Algorithm):
+            raise ValueError(f"algorithm={algorithm!r} is neither a registered name nor an fl.algorithms.Algorithm.")
+        check_type("topology", topology, Topology, "a topology such as fl.topologies.Ring()")
+        placed = place(Placed(found, weighting, cohort, clients_per_round), topology)
+        self.algorithm, weighting = placed.algorithm, placed.weighting
+        cohort, clients_per_round = placed.cohort, placed.clients_per_round
         self.cohort = cohort or Uniform()
         self.stragglers = stragglers
         check_types(partition, aggregator, transforms, personal)
@@ -192,15 +204,12 @@ class FederatedStrategy(internals.ReusableStrategy):
         self._bytes_of_frozen = 0
         if not isinstance(engine, Vectorized):
             check_choice("engine", engine, ("auto", "sequential", "vectorized"))
-        self.algorithm = get_algorithm(algorithm) if isinstance(algorithm, str) else algorithm
-        if not isinstance(self.algorithm, Algorithm):
-            raise ValueError(f"algorithm={algorithm!r} is neither a registered name nor an fl.algorithms.Algorithm.")
         self.num_clients = num_clients
         self.clients_per_round = clients_per_round
         self.local_epochs = local_epochs
         self.local_steps = local_steps
         self.partition = partition
-        self.aggregator = aggregator or WeightedMean()
+        self.aggregator = check_nodes(self.algorithm, aggregator, transforms, adversary, self.schedule, federation)
         if self.schedule is not None:
             check_schedule(
                 self.schedule, num_clients, local_steps, self.cohort, stragglers, transforms, self.aggregator
@@ -496,6 +505,7 @@ class FederatedStrategy(internals.ReusableStrategy):
             protects_examples=self._protects_examples,
             schedule=self.schedule,
             durations=self.durations,
+            clients=population.ids if self.algorithm.knows_index else (),
         )
         return RoundDriver(
             trainer,
