@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 # What test-fast leaves out: tests of the Trainer, and of the helpers that start processes.
 NOT_FAST := audit callbacks cli contract examples helpers trainer test_benchmarks.py test_contributing.py test_docs.py test_recipes.py test_tutorials.py
 
-.PHONY: help demo test test-fast test-all audit experiments soak third-party lint docs clean
+.PHONY: help demo test test-fast test-all audit experiments soak fuzz third-party lint docs clean
 help:
 	@echo "make demo      trains 10 simulated clients on handwritten digits, beside the centralised baseline"
 	@echo "make test      all tests but the slow ones, in JOBS=2 processes"
@@ -19,6 +19,7 @@ help:
 	@echo "make experiments  compares the recipes with their headers, then the published experiments: hours"
 	@echo "make audit     attacks on the shipped privacy, with what they prove beside what is claimed"
 	@echo "make soak      silos and a coordinator that are killed at random for 200 rounds: half an hour or more"
+	@echo "make fuzz      random and damaged calls to a coordinator for ten minutes"
 	@echo "make third-party  modules of fifteen other packages in a federation, in environments of their own: 3 GB"
 	@echo "make lint      ruff and mypy"
 	@echo "make docs      builds the documentation into site/"
@@ -56,6 +57,9 @@ audit: $(INSTALLED)
 
 soak: $(INSTALLED)
 	$(BIN)/python benchmarks/soak.py --silos 6 --rounds 200
+
+fuzz: $(INSTALLED)
+	FUZZ_SECONDS=600 $(BIN)/python -m pytest -m "slow or not slow" -rP tests/coordinator/test_fuzz.py
 
 third-party:
 	$(PYTHON) -m benchmarks.third_party

@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from lightning_fl import (
+        adapters,
         aggregation,
         algorithms,
         analytics,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
         schedules,
         serving,
         strategies,
+        topologies,
         tracking,
     )
     from lightning_fl.strategies import FederatedStrategy
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FederatedStrategy",
     "__version__",
+    "adapters",
     "aggregation",
     "algorithms",
     "analytics",
@@ -58,10 +61,12 @@ __all__ = [
     "schedules",
     "serving",
     "strategies",
+    "topologies",
     "tracking",
 ]
 
 _IN_YAML = (
+    "adapters",
     "aggregation",
     "algorithms",
     "attacks",
@@ -71,6 +76,7 @@ _IN_YAML = (
     "engines",
     "privacy",
     "schedules",
+    "topologies",
 )
 """Rooms whose classes YAML may write without their module, which jsonargparse allows for imported classes."""
 

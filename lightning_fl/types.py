@@ -101,6 +101,9 @@ class Aggregate:
         aux: Unweighted sums of the side channels.
         num_clients: Updates accepted in this round.
         population: Number of clients in the federation.
+        nodes: For algorithms that ``keep_nodes`` the clients' own ``y_i - x_i``, in the order of their ids: each tensor
+            ``[population, ...]``, zeros for a client that has sent nothing.
+        node_weights: Their weights, which add up to 1: float64 ``[population]``.
     """
 
     delta: Tree
@@ -109,6 +112,8 @@ class Aggregate:
     aux: Mapping[str, Tree]
     num_clients: int
     population: int
+    nodes: Tree = field(default_factory=dict)
+    node_weights: Tensor | None = None
 
     def mean(self) -> Tree:
         """The weighted mean of the clients' changes, ``delta / weight``; zero if no client took part."""

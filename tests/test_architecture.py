@@ -22,13 +22,24 @@ LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric", "lightning_ut
 
 LAYERS = (
     ("types", "tree", "seeding", "optimizer_tree", "torch_internals", "lazy"),
-    ("algorithms", "clients", "data", "communication"),
+    ("algorithms", "clients", "data", "communication", "topologies"),
     ("aggregation", "engines"),
     ("privacy", "compression", "schedules"),
     ("federation",),
     ("coordinator",),
     ("strategies",),
-    ("callbacks", "datamodules", "models", "tracking", "attacks", "analytics", "vertical", "audit", "serving"),
+    (
+        "callbacks",
+        "datamodules",
+        "models",
+        "tracking",
+        "attacks",
+        "analytics",
+        "vertical",
+        "audit",
+        "serving",
+        "adapters",
+    ),
     ("cli",),
 )
 """Each room may import the rooms before its own layer; within a layer those that make no cycle."""

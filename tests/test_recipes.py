@@ -98,6 +98,21 @@ def test_digits_silos_gives_the_expected_number(run_ranks: Callable[..., list[fl
 
 
 @pytest.mark.slow
+def test_breast_cancer_vertical_gives_the_expected_number(run_ranks: Callable[..., list[float]]) -> None:
+    found = re.search(r"expected: val_acc (0\.\d+)", header(recipes_directory() / "breast_cancer_vertical.yaml"))
+    assert found
+    accuracies = run_ranks(3, accuracy_of_party, "breast_cancer_vertical.yaml")
+    assert accuracies == [pytest.approx(float(found[1]), abs=0.02), None, None]
+
+
+def accuracy_of_party(name: str) -> float | None:
+    sys.argv = ["lightning-fl"]
+    trainer = FederatedCLI(["fit", "--config", str(recipes_directory() / name), *QUIET]).trainer
+    accuracy = trainer.callback_metrics.get("val_acc")
+    return None if accuracy is None else float(accuracy)
+
+
+@pytest.mark.slow
 def test_digits_secagg_gives_the_number_of_the_plain_silos(
     run_ranks: Callable[..., list[float]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

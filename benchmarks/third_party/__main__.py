@@ -76,9 +76,9 @@ def prepare(environment: Environment) -> Path:
     python = folder / "bin" / "python"
     if not python.exists():
         venv.create(folder, with_pip=True)
-    pins = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     own = [pin for pin in pins if not environment.pinned or pin.partition("==")[0] in environment.pinned]
-    (folder / "constraints.txt").write_text("\n".join(own) + "\n")
+    (folder / "constraints.txt").write_text("\n".join(own) + "\n", encoding="utf-8")
     # First and alone, so that a build of it that pip finds on disk (say, for CPU only) is taken.
     for packages in (["torch"], ["-e", str(ROOT)]):
         install(python, packages)
@@ -189,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(json.dumps(results[-1]), file=sys.stderr, flush=True)
     print(table(results))
     if own.page is not None:
-        own.page.write_text(PAGE.format(table=table(results)))
+        own.page.write_text(PAGE.format(table=table(results)), encoding="utf-8")
 
 
 if __name__ == "__main__":

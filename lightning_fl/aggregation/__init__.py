@@ -8,6 +8,7 @@ from lightning_fl.aggregation.compression import (
     Compress,
     CompressedMean,
     Compressor,
+    LowRank,
     PowerSGD,
     Quantize,
     RandomK,
@@ -16,6 +17,7 @@ from lightning_fl.aggregation.compression import (
 )
 from lightning_fl.aggregation.context import RoundContext
 from lightning_fl.aggregation.corruption import Corruption
+from lightning_fl.aggregation.nodes import Nodes
 from lightning_fl.aggregation.robust import (
     FLAME,
     Bucketing,
@@ -25,6 +27,7 @@ from lightning_fl.aggregation.robust import (
     CoordinateRule,
     CosineCheck,
     DnC,
+    FedMGDA,
     FLTrust,
     FoolsGold,
     GeometricMedian,
@@ -65,16 +68,19 @@ __all__ = [
     "CosineCheck",
     "DnC",
     "FLTrust",
+    "FedMGDA",
     "FederationFacts",
     "FoolsGold",
     "GeometricMedian",
     "Gram",
     "GramRule",
     "Krum",
+    "LowRank",
     "MeanAroundMedian",
     "Median",
     "MultiKrum",
     "NearestNeighborMixing",
+    "Nodes",
     "NormBound",
     "NormCheck",
     "PowerSGD",

@@ -1,10 +1,14 @@
 """Federated algorithms as pure functions over state; one algorithm per file."""
 
 from lightning_fl.algorithms.adaptive import FedAdagrad, FedAdam, FedYogi
+from lightning_fl.algorithms.afl import AFL
 from lightning_fl.algorithms.apfl import APFL
 from lightning_fl.algorithms.base import Algorithm, ProbeKind, Weighting
+from lightning_fl.algorithms.d2 import D2
+from lightning_fl.algorithms.decentralized import Decentralized
 from lightning_fl.algorithms.diloco import DiLoCo
 from lightning_fl.algorithms.ditto import Ditto
+from lightning_fl.algorithms.dsgd import DSGD
 from lightning_fl.algorithms.fedavg import FedAvg
 from lightning_fl.algorithms.fedavgm import FedAvgM
 from lightning_fl.algorithms.feddyn import FedDyn
@@ -16,16 +20,24 @@ from lightning_fl.algorithms.fedprox import FedProx
 from lightning_fl.algorithms.fedrep import FedRep
 from lightning_fl.algorithms.fedsam import FedSAM
 from lightning_fl.algorithms.fedsgd import FedSGD
+from lightning_fl.algorithms.gradienttracking import GradientTracking
 from lightning_fl.algorithms.mimelite import MimeLite
 from lightning_fl.algorithms.perfedavg import PerFedAvg
 from lightning_fl.algorithms.pfedme import PFedMe
+from lightning_fl.algorithms.pushsum import PushSum
 from lightning_fl.algorithms.qfedavg import QFedAvg
 from lightning_fl.algorithms.registry import get_algorithm, load_entry_points, register, registered
 from lightning_fl.algorithms.scaffold import Scaffold
+from lightning_fl.algorithms.term import TERM
 
 __all__ = [
+    "AFL",
     "APFL",
+    "D2",
+    "DSGD",
+    "TERM",
     "Algorithm",
+    "Decentralized",
     "DiLoCo",
     "Ditto",
     "FedAdagrad",
@@ -43,11 +55,13 @@ __all__ = [
     "FedSAM",
     "FedSGD",
     "FedYogi",
+    "GradientTracking",
     "LGFedAvg",
     "MimeLite",
     "PFedMe",
     "PerFedAvg",
     "ProbeKind",
+    "PushSum",
     "QFedAvg",
     "Scaffold",
     "Weighting",

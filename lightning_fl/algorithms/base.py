@@ -32,6 +32,11 @@ class Algorithm(ABC):
     needs_gradient_at: ClassVar[bool] = False
     """Whether ``grad_transform`` finds the gradient of the step's batch at any parameters in ``ctx["gradient_at"]``, a
     :class:`~lightning_fl.types.GradientAt`."""
+    knows_index: ClassVar[bool] = False
+    """Whether ``client_init`` finds in ``server["index"]`` the client's place in the order of all clients' ids."""
+    keeps_nodes: ClassVar[bool] = False
+    """Whether each client has a model of its own: ``server_update`` then gets each client's change by itself, as
+    :class:`~lightning_fl.aggregation.Nodes` hands it on."""
     client_keys: ClassVar[tuple[str, ...]] = ("params",)
     """The entries of the server's state that ``client_init`` reads: only these are sent to silos on other machines."""
     server_lr: float = 1.0
@@ -46,6 +51,10 @@ class Algorithm(ABC):
 
     def aux_like(self, params: Tree) -> Mapping[str, Tree]:
         """Templates (names, shapes and dtypes) of the side channels ``Update.aux`` that ``client_finish`` fills."""
+        return {}
+
+    def aux_of_clients(self, population: int) -> Mapping[str, Tree]:
+        """As :meth:`aux_like`, for side channels whose shape depends on the number of clients."""
         return {}
 
     def client_init(self, server: State, client: State | None, probe: Any = None) -> Context:
@@ -80,6 +89,10 @@ class Algorithm(ABC):
     def server_update(self, server: State, aggregate: Aggregate) -> State:
         """The server's next state, from the round's aggregate."""
         return {**server, "params": add(server["params"], aggregate.delta, alpha=self.server_lr / aggregate.weight)}
+
+    def report(self, server: State) -> Mapping[str, float]:
+        """Figures of the server's state, for the round's entry in ``strategy.history`` and the loggers."""
+        return {}
 
 
 def check_hyperparameter(algorithm: Algorithm, name: str, holds: bool, expected: str) -> None:

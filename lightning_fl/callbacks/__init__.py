@@ -1,6 +1,7 @@
 """Callbacks for a Trainer with a federated strategy."""
 
 from lightning_fl.callbacks.client_metrics import ClientMetrics
+from lightning_fl.callbacks.contribution import Contribution
 from lightning_fl.callbacks.dry_run import DryRun
 from lightning_fl.callbacks.federated import FederatedCallback
 from lightning_fl.callbacks.personalized_evaluation import PersonalizedEvaluation
@@ -11,6 +12,7 @@ from lightning_fl.callbacks.sample_level_dp.callback import SampleLevelDP
 
 __all__ = [
     "ClientMetrics",
+    "Contribution",
     "DryRun",
     "FederatedCallback",
     "FederatedProgressBar",

@@ -36,7 +36,12 @@ def all_in_short() -> str:
 def one_in_full(name: str) -> str:
     """An algorithm's documentation, and how to choose it."""
     algorithm = get_algorithm(name)
-    fields = [field for field in dataclasses.fields(algorithm) if field.init]  # type: ignore[arg-type]
+    # What is an object of its own, such as a topology, has its own page.
+    fields = [
+        field
+        for field in dataclasses.fields(algorithm)  # type: ignore[arg-type]
+        if field.init and not dataclasses.is_dataclass(getattr(algorithm, field.name))
+    ]
     lines = [
         f"{inspect.getdoc(type(algorithm))}\n",
         f"On the command line: lightning-fl fit --config config.yaml --trainer.strategy {name.lower()}\n",

@@ -25,7 +25,7 @@ from lightning_fl.analytics.show import as_table
 from lightning_fl.cli.command import check_output
 from lightning_fl.communication import Group, launched_group
 from lightning_fl.datamodules.tabular import read_tables
-from lightning_fl.privacy import SecureAggregation
+from lightning_fl.privacy import PrivacyError, SecureAggregation
 
 ASKED = {
     "variance": ("COLUMN", "mean, variance and deviation"),
@@ -115,7 +115,10 @@ def run(args: argparse.Namespace) -> None:
         _agree(args, table, group, aggregator)
     if not questions:
         return
-    analysis = ask.analyze(questions, table, args.client, group, aggregator, privacy, args.min_count)
+    try:
+        analysis = ask.analyze(questions, table, args.client, group, aggregator, privacy, args.min_count)
+    except PrivacyError as error:
+        raise ValueError(str(error)) from error
     if group.rank:
         return
     Console().print(as_table(analysis))

@@ -75,6 +75,7 @@ async def serve(strategy: FederatedStrategy, config: FederationConfig, kit: Any)
 def make_coordinator(strategy: FederatedStrategy, config: FederationConfig) -> Coordinator:
     """The coordinator of a federation that trains with a strategy."""
     from lightning_fl.coordinator.audit import AuditLog
+    from lightning_fl.coordinator.secure_service import SecureCoordinator
     from lightning_fl.coordinator.service import Coordinator
     from lightning_fl.coordinator.store import Store
 
@@ -90,7 +91,8 @@ def make_coordinator(strategy: FederatedStrategy, config: FederationConfig) -> C
     )
     store = Store(config.folder)
     audit = AuditLog(config.folder / "audit.jsonl")
-    return Coordinator(settings, settings_of_silo(strategy), config.rules, store, audit, time.monotonic())
+    kind = SecureCoordinator if strategy.aggregator.hides_reports else Coordinator
+    return kind(settings, settings_of_silo(strategy), config.rules, store, audit, time.monotonic())
 
 
 def read_strategy(path: Path, allow: Sequence[str] = ()) -> FederatedStrategy:

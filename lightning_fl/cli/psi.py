@@ -18,6 +18,7 @@ from lightning_fl.analytics.question import labels
 from lightning_fl.cli.command import check_output
 from lightning_fl.communication import launched_group
 from lightning_fl.datamodules.tabular import read_tables
+from lightning_fl.privacy.secagg.errors import ProtocolError
 from lightning_fl.vertical import psi
 
 
@@ -41,7 +42,10 @@ def run(args: argparse.Namespace) -> None:
     ids = labels(table, args.id)
     if any(value is None for value in ids):
         raise ValueError(f"Some rows of {args.table} have no {args.id!r}; delete them.")
-    found = psi(list(ids), group, cardinality_only=args.cardinality)
+    try:
+        found = psi(list(ids), group, cardinality_only=args.cardinality)
+    except ProtocolError as error:
+        raise ValueError(str(error)) from error
     if out is not None:
         table.iloc[found.rows].to_csv(out, index=False)
     if group.rank == 0:

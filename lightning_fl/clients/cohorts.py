@@ -234,7 +234,12 @@ class RoundRobin(Cohort):
 
     All ``n`` clients have taken part after ``ceil(n / clients_per_round)`` rounds, and none returns before ``floor(n /
     clients_per_round)``. Nothing is random.
+
+    Args:
+        reverse: Whether the last one begins. Default False.
     """
+
+    reverse: bool = False
 
     def sampling(self, num_clients: int, clients_per_round: ClientsPerRound) -> CohortSampling:
         """See :meth:`Cohort.sampling`."""
@@ -243,7 +248,8 @@ class RoundRobin(Cohort):
 
     def draw(self, sampling: CohortSampling, round: int, rng: Randomness, prepared: Any) -> np.ndarray:
         """See :meth:`Cohort.draw`."""
-        return (round * int(sampling.size) + np.arange(int(sampling.size))) % sampling.num_clients
+        places = (round * int(sampling.size) + np.arange(int(sampling.size))) % sampling.num_clients
+        return sampling.num_clients - 1 - places if self.reverse else places
 
 
 def describe(values: Any) -> str:

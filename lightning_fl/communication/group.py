@@ -117,6 +117,17 @@ class Group(ABC):
         assert [len(part) for part in received] == list(sizes), "the ranks do not agree on the sizes of their parts"
         return received
 
+    def send(self, tensor: Tensor, rank: int) -> None:
+        """Sends a tensor to one rank, which calls :meth:`receive` with one of the same shape and dtype.
+
+        Not every transport can.
+        """
+        raise NotImplementedError(f"{type(self).__name__} can't send to a single rank; join the ranks by a TorchGroup.")
+
+    def receive(self, like: Tensor, rank: int) -> Tensor:
+        """The tensor that one rank sends, as a new one with the shape and dtype of ``like``."""
+        raise NotImplementedError(f"{type(self).__name__} can't receive from a single rank; use a TorchGroup.")
+
     def broadcast_message(self, message: Message, root: int = 0) -> Message:
         """The message of rank ``root``."""
         # The other ranks don't know the size of the message, which a broadcast would need. So gather, with empty ones.
@@ -227,6 +238,16 @@ class TorchGroup(Group):
                 "ranks' output."
             ) from error
 
+    def _wait_for_one(self, work: Any, rank: int) -> None:
+        # No collective, so it does not count as one: the ranks make different numbers of these.
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise RankLost(
+                f"Rank {rank} has left, or has not answered within {self.timeout.total_seconds():g} s "
+                f"({str(error).splitlines()[0]}). Look for an error in its output."
+            ) from error
+
     def _backend(self, tensor: Tensor) -> Any:
         return self._backends.get(tensor.device.type, self._backends["cpu"])
 
@@ -294,6 +315,16 @@ class TorchGroup(Group):
         options.rootRank = root
         self._wait(self._backend(received).broadcast([received], options), received)
         self.traffic.num_bytes += received.numel() * received.element_size()
+        return received
+
+    def send(self, tensor: Tensor, rank: int) -> None:
+        own = tensor.detach().cpu().contiguous()
+        self._wait_for_one(self._backends["cpu"].send([own], rank, 0), rank)
+        self.traffic.num_bytes += num_bytes([own])
+
+    def receive(self, like: Tensor, rank: int) -> Tensor:
+        received = torch.empty(like.shape, dtype=like.dtype)
+        self._wait_for_one(self._backends["cpu"].recv([received], rank, 0), rank)
         return received
 
     def barrier(self) -> None:

@@ -8,6 +8,7 @@ import logging
 import ssl
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -49,6 +50,8 @@ class HttpServer:
         self._has_failed = False
         self._writers: dict[Path, object] = {}
         self._runners: list[web.AppRunner] = []
+        # One thread for all that reads whole updates, so that no two of them are in memory at once.
+        self._worker = ThreadPoolExecutor(1)
         self._transports: WeakSet[asyncio.WriteTransport] = WeakSet()
 
     async def start(self, host: str | list[str] | None, port: int, admin_port: int | None = None) -> int:
@@ -97,7 +100,7 @@ class HttpServer:
                 if self.coordinator.step(time.monotonic()):
                     self.coordinator.begin_close()
                     # In a thread: to add up large updates takes seconds, in which silos must still get answers.
-                    await asyncio.to_thread(self.coordinator.close)
+                    await self._in_thread(self.coordinator.close)
                 self._read_kit_again()
             except OSError as error:  # the disk is full, say: silos try on meanwhile
                 self._can_not_write(error)
@@ -105,12 +108,16 @@ class HttpServer:
 
     async def stop(self) -> None:
         """Ends all connections."""
+        self._worker.shutdown(wait=False, cancel_futures=True)
         for runner in self._runners:
             await runner.cleanup()
         # TLS would wait for the other sides' farewells.
         for transport in list(self._transports):
             transport.abort()
         await asyncio.sleep(0.01)
+
+    async def _in_thread(self, function: Callable[..., None], *args: Any) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._worker, function, *args)
 
     def _can_not_write(self, error: OSError) -> None:
         log.error("The coordinator can't write: %s; it tries again.", error)
@@ -199,8 +206,8 @@ class HttpServer:
         round, topic = _integer(request.match_info["round"]), request.match_info["topic"]
         until = time.monotonic() + HOLD_S
         while time.monotonic() < until:
-            if self.coordinator.has_outcome(round, topic):
-                path = self.coordinator.store.folder(round, topic) / "outcome.safetensors"
+            path = self.coordinator.outcome(round, topic)
+            if path is not None:
                 return web.FileResponse(path, chunk_size=PIECE)
             await asyncio.sleep(TICK_S)
         return web.Response(status=204)
@@ -234,7 +241,7 @@ class HttpServer:
         if upload.size < length:
             return web.json_response({"complete": False, "offset": upload.size})
         try:
-            await asyncio.to_thread(coordinator.check, upload, topic)
+            await self._in_thread(coordinator.check, upload, topic)
         except Refused as refused:
             coordinator.refuse(upload, topic, str(refused))
             raise

@@ -14,7 +14,7 @@ Silence never excludes a silo: only the round's deadline does, and a silo that s
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -70,6 +70,8 @@ class RoundMachine:
 
     Args:
         rules: When rounds open and close.
+        fewest: The fewest updates with which a round of so many silos closes, if that is more than ``min_silos``.
+        takes_late: Whether a silo that asks late joins the open round.
         round: The round that is open or will open next.
         phase: Where it is.
         cohort: The silos of the open round.
@@ -85,6 +87,8 @@ class RoundMachine:
     """
 
     rules: Rules
+    fewest: Callable[[int], int] = field(default=lambda cohort_size: 1, kw_only=True)
+    takes_late: bool = field(default=True, kw_only=True)
     round: int = 0
     phase: Phase = "gathering"
     cohort: set[str] = field(default_factory=set)
@@ -124,7 +128,7 @@ class RoundMachine:
             if not self.asked:
                 self.gather_until = now + self.rules.gather_s
             self.asked.add(silo)
-        elif self.phase == "training" and silo not in self.cohort:
+        elif self.phase == "training" and silo not in self.cohort and self.takes_late:
             if now >= self.closes_at:  # the round waits for more updates: the one that comes now gets its full time
                 self._set_deadline(now)
             self.cohort.add(silo)
@@ -158,11 +162,11 @@ class RoundMachine:
         """The step that is due: to open the round, or to close it."""
         if self.phase == "gathering":
             is_full = self.expected <= self.asked or now >= self.gather_until
-            return "open" if is_full and len(self.asked) >= self.rules.min_silos else None
+            return "open" if is_full and not self.lacks else None
         if self.phase == "training":
             waits = self.cohort - self.left - self.refused.keys() - self.done.keys()
             is_full = not waits or now >= self.closes_at
-            return "close" if is_full and len(self.done) >= self.rules.min_silos else None
+            return "close" if is_full and not self.lacks else None
         return None
 
     @property
@@ -174,8 +178,10 @@ class RoundMachine:
     @property
     def lacks(self) -> int:
         """How many silos the step that is next still lacks."""
-        have = {"gathering": len(self.asked), "training": len(self.done)}.get(self.phase, self.rules.min_silos)
-        return max(0, self.rules.min_silos - have)
+        if self.phase not in ("gathering", "training"):
+            return 0
+        have, silos = (self.asked, self.asked) if self.phase == "gathering" else (self.done, self.cohort)
+        return max(0, max(self.rules.min_silos, self.fewest(len(silos))) - len(have))
 
     def open(self, now: float) -> None:
         """Opens the round with the silos that have asked."""
@@ -194,6 +200,11 @@ class RoundMachine:
         self.phase, self.cohort, self.asked = "training", set(cohort), set()
         self.done, self.refused, self.sending = dict(done), {}, {}
         self._set_deadline(now, age)
+
+    def reopen(self) -> None:
+        """Gives the open round up, so that it opens again with the silos that ask for it."""
+        self.phase = "gathering"
+        self.cohort, self.done, self.refused, self.asked, self.sending = set(), {}, {}, set(), {}
 
     def begin_close(self) -> None:
         """Takes nothing more in."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+PROTECTIONS = ("differential privacy", "secure aggregation")
 
 
 class PolicyBroken(RuntimeError):
@@ -23,7 +25,7 @@ class Policy:
         start: SHA-256 of the model from which all begin.
         min_cohort: The fewest silos of a round in which it sends an update.
         max_rounds: The rounds in which it takes part at most.
-        require: ``"differential privacy"``: only with a transform or callback that gives it.
+        require: ``"differential privacy"``, ``"secure aggregation"`` or a list of both: only in runs that have it.
         silos: The silos with which it trains.
     """
 
@@ -31,19 +33,25 @@ class Policy:
     start: str | None = None
     min_cohort: int = 1
     max_rounds: int | None = None
-    require: str | None = None
+    require: str | Sequence[str] | None = None
     silos: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        if self.require not in (None, "differential privacy"):
-            raise ValueError(f"policy.yaml has require={self.require!r}; expected 'differential privacy' or nothing.")
+        unknown = [name for name in self.required if name not in PROTECTIONS]
+        if unknown:
+            raise ValueError(f"policy.yaml has require={self.require!r}; expected {', '.join(PROTECTIONS)} or nothing.")
 
-    def check_algorithm(self, algorithm: str, is_private: bool) -> None:
+    @property
+    def required(self) -> Sequence[str]:
+        """What must protect the silo."""
+        return [self.require] if isinstance(self.require, str) else self.require or []
+
+    def check_algorithm(self, algorithm: str, protections: Collection[str]) -> None:
         """Makes sure that the silo trains what it may.
 
         Args:
             algorithm: The algorithm, as ``Name(...)``.
-            is_private: Whether differential privacy protects the silo or its examples.
+            protections: What protects the silo, of :data:`PROTECTIONS`.
 
         Raises:
             PolicyBroken: If it does not.
@@ -51,8 +59,9 @@ class Policy:
         name = algorithm.partition("(")[0]
         if self.algorithms is not None and name not in self.algorithms:
             raise PolicyBroken(f"The algorithm is {name}; policy.yaml allows {', '.join(self.algorithms)}.")
-        if self.require is not None and not is_private:
-            raise PolicyBroken(f"policy.yaml requires {self.require}, but this run trains without it.")
+        for name in self.required:
+            if name not in protections:
+                raise PolicyBroken(f"policy.yaml requires {name}, but this run trains without it.")
 
     def check_silos(self, silos: Sequence[str]) -> None:
         """Makes sure that the policy names all silos of the federation.

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from lightning_fl.communication import LocalGroup, Message
 from lightning_fl.coordinator import wire
 from lightning_fl.coordinator.audit import AuditLog
 from lightning_fl.coordinator.machine import Exchange, RoundMachine, Rules
-from lightning_fl.coordinator.store import Store, Upload
+from lightning_fl.coordinator.store import OUTCOME, Store, Upload
 from lightning_fl.federation import (
     Closing,
     FederationSettings,
@@ -29,7 +30,7 @@ from lightning_fl.federation import (
     close_server,
     open_server,
 )
-from lightning_fl.federation.server import nothing, update_template
+from lightning_fl.federation.server import nothing, update_templates
 from lightning_fl.tree import to_sum_dtype, update_trees
 from lightning_fl.types import Tree, Update
 
@@ -38,7 +39,7 @@ MAX_REPORT_BYTES = 1 << 26
 """64 MiB: what a silo may send beside its update, such as the states of metrics."""
 START = "start"
 UPDATE = "update"
-_TOPIC = re.compile(r"[a-z]{1,32}(\.[0-9]{1,6})?")
+_TOPIC = re.compile(r"[a-z]{1,32}(\.[0-9]{1,6}(\.[a-z]{1,32})?)?")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -123,6 +124,7 @@ class Coordinator:
         self.audit = audit
         self.seen: dict[str, float] = {}
         self._template: Update | None = None
+        self._templates: list[Update] = []
         self._shapes: wire.Shapes = {}
         self._said: set[str] = set()
         self.load(now)
@@ -134,7 +136,7 @@ class Coordinator:
         self.manifest: wire.Shapes = {}
         self.common: dict[str, str] = {}
         self.progress = Progress()
-        self.machine = RoundMachine(self.rules)
+        self.machine = self.make_machine(0, set())
         self._model: Model | None = None
         commit = self.store.load()
         if not commit:
@@ -144,19 +146,25 @@ class Coordinator:
         self.progress = Progress(**commit["progress"])
         self._set_model(commit["shared"], commit["private"])
         round = commit["round"]
-        self.machine = RoundMachine(self.rules, round, expected=set(self.progress.members) & set(self.rules.silos))
+        self.machine = self.make_machine(round, set(self.progress.members) & set(self.rules.silos))
         cohort = self.store.read_cohort(round)
         if self.progress.over is not None:
             self.machine.phase = "over"
-        elif cohort is not None and self.machine.phase != "over":
+        elif cohort is None:
+            self.store.forget_updates(round)
+        elif self.machine.phase != "over":
             silos, age = cohort
             self.machine.resume(silos, self.store.whole(self.store.folder(round, UPDATE)), now, age)
         for folder in self.store.folder(round - 1).glob("*.*"):
-            if folder.is_dir() and not (folder / "outcome.safetensors").exists():
+            if folder.is_dir() and is_exchange(folder.name) and not (folder / OUTCOME).exists():
                 exchange = self._exchange(round - 1, folder.name)
                 for silo, digest in self.store.whole(folder).items():
                     exchange.accept(silo, digest, now)
         self.audit.append("restart", round=round, phase=self.machine.phase, cohort=sorted(self.machine.cohort))
+
+    def make_machine(self, round: int, expected: set[str]) -> RoundMachine:
+        """The state machine of the rounds from ``round`` on."""
+        return RoundMachine(self.rules, round=round, expected=expected)
 
     # ---- joining
 
@@ -265,11 +273,14 @@ class Coordinator:
         due = self.machine.due(now)
         for (round, topic), exchange in list(self.exchanges.items()):
             if exchange.due(now, self.machine.left):
-                self._close_exchange(round, topic, exchange)
+                self._close_exchange(round, topic, exchange, now)
         if due == "open" and self._has_space():
             self._open(now)
-        if self.machine.phase == "training" and now >= self.machine.closes_at and self.machine.lacks:
-            self._say(f"Round {self.machine.round} is over its deadline and waits for {self.machine.lacks} more silos.")
+        machine = self.machine
+        if machine.phase == "training" and now >= machine.closes_at and machine.lacks:
+            self._say(f"Round {machine.round} is over its deadline and waits for {machine.lacks} more silos.")
+        if machine.phase == "gathering" and machine.asked and now >= machine.gather_until and machine.lacks:
+            self._say(f"Round {machine.round} can't open: it waits for {machine.lacks} more silos.")
         return due == "close"
 
     def _open(self, now: float) -> None:
@@ -365,8 +376,16 @@ class Coordinator:
 
     def _context(self) -> RoundContext:
         cohort = sorted(self.machine.cohort or self.machine.asked)
-        memory = {} if self._model is None else self._model.state.memory
-        return RoundContext(self.machine.round, cohort, self.settings.population, self.settings.sampling, memory=memory)
+        settings = self.settings
+        return RoundContext(
+            self.machine.round,
+            cohort,
+            settings.population,
+            settings.sampling,
+            seed=settings.seed,
+            templates=self._templates,
+            memory={} if self._model is None else self._model.state.memory,
+        )
 
     # ---- uploads
 
@@ -421,15 +440,19 @@ class Coordinator:
             if wire.sha256(upload.part) != upload.digest:
                 raise wire.BadFile("its bytes are not those that were announced")
             header = wire.read_header(upload.part)
-            if topic == UPDATE:
-                self._read_update(upload.silo, upload.part)
-            elif topic == START:
+            if topic == START:
                 self._check_start(upload, header)
-            elif not isinstance(header.fields.get("message"), dict):
-                raise wire.BadFile("it holds no message")
+            else:
+                self._check_content(upload, topic, header)
         except wire.BadFile as error:
             self.store.disk.delete(upload.part)
             raise Refused(422, f"What silo {upload.silo!r} has sent as its {topic} is refused: {error}.") from error
+
+    def _check_content(self, upload: Upload, topic: str, header: wire.Header) -> None:
+        if topic == UPDATE:
+            self._read_update(upload.silo, upload.part)
+        elif not isinstance(header.fields.get("message"), dict):
+            raise wire.BadFile("it holds no message")
 
     def accept(self, upload: Upload, round: int | None, topic: str, now: float) -> None:
         """Takes in a file that is sound.
@@ -490,7 +513,7 @@ class Coordinator:
         try:
             fields = {**header.fields["report"], "num_clients": int(has_update), "weight": float(weight or 0)}
             report = RankReport.from_message(Message(fields, tensors))
-            _check_report(report, silo)
+            check_report(report, silo)
         except Exception as error:  # JSON of another kind raises many types
             raise wire.BadFile(f"its report can't be read: {type(error).__name__}: {error}") from error
         return update, report
@@ -503,7 +526,7 @@ class Coordinator:
             self.exchanges[key] = Exchange(set(self.progress.members), self.rules.evaluation_s)
         return self.exchanges[key]
 
-    def _close_exchange(self, round: int, topic: str, exchange: Exchange) -> None:
+    def _close_exchange(self, round: int, topic: str, exchange: Exchange, now: float) -> None:
         folder, messages, tensors = self.store.folder(round, topic), [], {}
         members = sorted(exchange.done)
         for silo in members:
@@ -513,8 +536,8 @@ class Coordinator:
         self.store.write_outcome(folder, wire.flatten(tensors), {"members": members, "messages": messages})
         exchange.is_over = True
 
-    def has_outcome(self, round: int, topic: str) -> bool:
-        """Whether what a round, or an exchange after it, has become can be read.
+    def outcome(self, round: int, topic: str) -> Path | None:
+        """The file with what a round, or an exchange after it, has become; None before it is there.
 
         Raises:
             Refused: 410 if it is too long ago, 400 for names that are none.
@@ -522,12 +545,13 @@ class Coordinator:
         if not _TOPIC.fullmatch(topic):
             raise Refused(400, "There is no such place.")
         if topic == UPDATE and round >= self.machine.round:
-            return False
-        if (self.store.folder(round, topic) / "outcome.safetensors").exists():
-            return True
+            return None
+        path = self.store.folder(round, topic) / OUTCOME
+        if path.exists():
+            return path
         if topic == UPDATE or round < self.machine.round - 1:
             raise Refused(410, f"The outcome of round {round} is gone.", newest=self.machine.round - 1)
-        return False
+        return None
 
     def may_read(self, digest: str) -> bool:
         """Whether silos may load a state."""
@@ -599,7 +623,8 @@ class Coordinator:
         state = FederationState(server, transforms, memory=rest.get("memory", {}))
         self._model = Model(state, seen.get("buffers", {}), shared, private)
         if self._template is None:
-            self._template = update_template(self.settings, server["params"], self._model.buffers)
+            self._templates = update_templates(self.settings, server["params"], self._model.buffers)
+            self._template = self._templates[-1]
             self._shapes = wire.shapes_of(wire.flatten(update_trees(self._template)))
 
     # ---- other
@@ -652,7 +677,12 @@ class Coordinator:
         self.audit.append("over", round=self.machine.round, reason=reason)
 
 
-def _check_report(report: RankReport, silo: str) -> None:
+def is_exchange(topic: str) -> bool:
+    """Whether a topic is that of messages after a round, such as ``evaluation.0``."""
+    return topic.count(".") == 1 and not topic.startswith(f"{UPDATE}.")
+
+
+def check_report(report: RankReport, silo: str) -> None:
     """Makes sure that a report speaks of nobody but its silo.
 
     Raises:

@@ -6,14 +6,15 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from lightning_fl.aggregation import RoundContext
+from lightning_fl.aggregation import Aggregator, RoundContext
 from lightning_fl.clients import ClientStore
 from lightning_fl.clients.state_files import StateFiles
 from lightning_fl.communication import LocalGroup, Message
@@ -23,6 +24,7 @@ from lightning_fl.coordinator.client import CLOCK_S, CallRefused, Client
 from lightning_fl.coordinator.disk import Disk, read_json
 from lightning_fl.coordinator.identity import Kit
 from lightning_fl.coordinator.policy import PolicyBroken, read_policy
+from lightning_fl.coordinator.secure_silo import SecureSums, SumDropped
 from lightning_fl.coordinator.service import PROTOCOL
 from lightning_fl.engines.tensors import FederatedTensors, load
 from lightning_fl.federation import (
@@ -34,6 +36,10 @@ from lightning_fl.federation import (
     RankReport,
     ServerRound,
 )
+from lightning_fl.federation.report_masking import mask
+from lightning_fl.privacy.secagg import RetryRefused, SecureAggregation, SecureAggregationError
+from lightning_fl.privacy.secagg.participant import MIN_CLIENTS
+from lightning_fl.privacy.secagg.primitives import digest as hash_of
 from lightning_fl.tree import to_sum_dtype, update_trees
 from lightning_fl.types import Aggregate, Tree
 
@@ -138,6 +144,9 @@ class NetworkFederation(Federation):
         self._outcome: dict[str, Any] = {}
         self._alive: _Alive | None = None
         self._has_joined = False
+        self.secure: SecureSums | None = None
+        self._opening: dict[str, Any] = {}
+        self._told_of_clipping = False
 
     # ---- joining
 
@@ -147,7 +156,9 @@ class NetworkFederation(Federation):
         settings: Mapping[str, str],
         common: Mapping[str, str],
         versions: Mapping[str, str],
-        is_private: bool = False,
+        protections: Collection[str] = (),
+        aggregator: SecureAggregation | None = None,
+        weighting: str = "examples",
     ) -> None:
         """Introduces this silo, and loads the model from which all begin.
 
@@ -156,9 +167,12 @@ class NetworkFederation(Federation):
             settings: The settings that must be those of the coordinator.
             common: What must be the same at all silos, and the coordinator does not know: that of the first one counts.
             versions: The versions of the libraries.
-            is_private: Whether differential privacy protects this silo or its examples.
+            protections: What protects this silo: ``"differential privacy"``, ``"secure aggregation"``.
+            aggregator: The settings of secure sums. None: the coordinator sees each update.
+            weighting: How the federation weighs its silos.
 
         Raises:
+            ValueError: If this silo has no keys for secure sums.
             PolicyBroken: If this silo's policy forbids to take part.
             CallRefused: If the coordinator does not take this silo, with the reason.
             NotAdmitted: If one side does not accept the other's certificate.
@@ -175,7 +189,9 @@ class NetworkFederation(Federation):
             "versions": dict(versions),
             "manifest": wire.shapes_of(wire.flatten(own)),
         }
-        self._refuse_unless(lambda: self.policy.check_algorithm(settings.get("algorithm", ""), is_private))
+        self._refuse_unless(lambda: self.policy.check_algorithm(settings.get("algorithm", ""), protections))
+        if aggregator is not None:  # before the coordinator is told: without keys there is nothing to join
+            SecureSums(aggregator, weighting, self.client.kit.folder / "keys", start="")
         answer = self.client.ask("POST", "/v1/join", request)
         self._refuse_unless(lambda: self.policy.check_silos(answer["silos"]))
         while answer["start"] is None:
@@ -202,6 +218,8 @@ class NetworkFederation(Federation):
         for kind, found in (("params", tensors.params), ("buffers", tensors.buffers)):
             load(found, start_tensors.get(kind, {}))
         load({**tensors.frozen, **tensors.personal}, start_tensors.get("rest", {}))
+        if aggregator is not None:
+            self.secure = SecureSums(aggregator, weighting, self.client.kit.folder / "keys", answer["start"])
         self.silos = answer["silos"]
         self.place, self.size = self.silos.index(self.name), len(self.silos)
         self._settle_staged(answer["round"], answer["accepted"])
@@ -268,15 +286,38 @@ class NetworkFederation(Federation):
         own = [transforms.get(str(index), {}) for index in range(len(transforms))]
         if self._alive is None:
             self._alive = _Alive(self.client)
+        self._opening = fields
         return Opening(fields["round"], fields["cohort"], replace(state, transforms=own), buffers, fields["facts"])
 
     def start(
         self, settings: FederationSettings, state: FederationState, params: Tree, ctx: RoundContext
     ) -> FederationState:
+        if self.secure is not None:
+            self.secure.check_model(ctx.templates[-1])
         missing = len(settings.transforms) - len(state.transforms)
         return replace(state, transforms=[*state.transforms, *({} for _ in range(missing))])
 
     def merge(self, opened: ServerRound, acc: Any, report: RankReport) -> tuple[Any, list[RankReport]]:
+        round, start = opened.ctx.round, time.perf_counter()
+        digest = (self._send_update if self.secure is None else self._add_up)(opened, acc, report)
+        traffic = self.group.traffic
+        traffic.seconds_reducing += time.perf_counter() - start
+        start = time.perf_counter()
+        self._wait_for_outcome(round)
+        traffic.seconds_waiting += time.perf_counter() - start
+        outcome = self._outcome
+        assert self.store is not None
+        if outcome["digests"].get(self.name) != digest or outcome["round"] != round:
+            self.store.roll_back()
+        # What another silo wishes for itself, or wants to save where, is no concern of this one.
+        reports = [
+            replace(own, should_stop=report.should_stop, deferred_checkpoints=report.deferred_checkpoints)
+            for own in (RankReport.from_message(message) for message in outcome["reports"])
+        ]
+        return outcome, reports
+
+    def _send_update(self, opened: ServerRound, acc: Any, report: RankReport) -> str:
+        """Sends this silo's update, for the coordinator to add; returns the digest of the file."""
         round = opened.ctx.round
         trees: dict[str, Tree] = {} if acc is None else update_trees(acc)
         tensors = wire.flatten({**{name: _cpu(tree) for name, tree in trees.items()}, "report": report.tensors})
@@ -293,28 +334,77 @@ class NetworkFederation(Federation):
             weight=fields["weight"],
             metrics=sorted({str(entry["name"]) for entry in report.metrics.values()}),
         )
-        start = time.perf_counter()
-        try:
-            self.client.upload(f"/v1/rounds/{round}/update", self.folder.update)
-        except CallRefused as refused:
-            if refused.status != 410:
-                raise
+        if not self._upload(f"/v1/rounds/{round}/update", self.folder.update):
             log.warning("Round %d was closed without this silo's update.", round)
-        traffic = self.group.traffic
-        traffic.seconds_reducing += time.perf_counter() - start
-        traffic.num_bytes += self.folder.update.stat().st_size
-        start = time.perf_counter()
-        self._wait_for_outcome(round)
-        traffic.seconds_waiting += time.perf_counter() - start
-        outcome = self._outcome
-        if outcome["digests"].get(self.name) != digest or outcome["round"] != round:
-            self.store.roll_back()
-        # What another silo wishes for itself, or wants to save where, is no concern of this one.
-        reports = [
-            replace(own, should_stop=report.should_stop, deferred_checkpoints=report.deferred_checkpoints)
-            for own in (RankReport.from_message(message) for message in outcome["reports"])
-        ]
-        return outcome, reports
+        return digest
+
+    def _add_up(self, opened: ServerRound, acc: Any, report: RankReport) -> str:
+        """Adds this silo's update to those of the others under masks; returns the digest of the file that began it.
+
+        Raises:
+            SecureAggregationError: If the federation has ended because the sum could not be made.
+            RetryRefused: If this silo has sent its vector for a sum that was dropped.
+        """
+        secure, round, cohort = self.secure, opened.ctx.round, list(self._opening["cohort"])
+        assert secure is not None
+        assert self.store is not None
+        message = mask(report.without_steps().to_message())
+        public = {name: value for name, value in message.fields.items() if name != "sums"}
+        scalars: dict[str, float] = message.fields["sums"]
+        while True:
+            attempt = int(self._opening["attempt"])
+            base = f"update.{attempt}"
+            fields: dict[str, Any] = {"report": public}
+            if acc is not None:
+                params = secure.params_of_round(round, attempt, cohort, opened.template, opened.ctx.frozen)
+                client, advert = secure.advertise(params, cohort.index(self.name) + 1, sorted(scalars))
+                fields["advert"] = advert.fields()
+            digest = wire.write(self.folder.update, {}, fields)
+            self.folder.stage(round, digest, self.store.staged(self.name))
+            size = self.folder.update.stat().st_size
+            names = sorted({str(entry["name"]) for entry in report.metrics.values()})
+            self.folder.audit.append("sending", round=round, topic="keys", digest=digest, bytes=size, metrics=names)
+            try:
+                is_in_time = self._upload(f"/v1/rounds/{round}/update", self.folder.update)
+                if not is_in_time or acc is None:  # it has nothing to add, and waits with the others
+                    if "dropped" in (found := self._step_outcome(round, f"{base}.unmask") or {}):
+                        raise SumDropped(found["dropped"])
+                else:
+                    secure.take_part(
+                        self.name,
+                        base,
+                        params,
+                        client,
+                        secure.vector_of(acc, opened.template, cohort),
+                        scalars,
+                        secure.model_id(opened.template),
+                        partial(self._post, round),
+                        partial(self._step_outcome, round),
+                    )
+            except SumDropped as dropped:
+                log.warning("Round %d: %s", round, dropped)
+                if acc is not None:
+                    secure.check_model(opened.template)
+                if self._asks_again(round, dropped):
+                    cohort = list(self._opening["cohort"])
+                    continue
+            return digest
+
+    def _asks_again(self, round: int, dropped: SumDropped) -> bool:
+        """Waits until a round that was given up is open again; returns whether this silo is in it."""
+        while True:
+            try:
+                status, _, body = self.client.call("GET", f"/v1/rounds?after={round - 1}")
+            except CallRefused as refused:
+                raise SecureAggregationError(f"The federation is over. {dropped}") from refused
+            if status != 204:
+                break
+        fields = Message.decode(body).fields
+        if fields["round"] != round:
+            return False
+        self._refuse_unless(lambda: self.policy.check_cohort(fields["cohort"]))
+        self._opening = fields
+        return True
 
     def close_round(self, opened: ServerRound, acc: Any, joined: RankReport) -> Closing:
         if joined.refused and not joined.num_clients:
@@ -325,21 +415,21 @@ class NetworkFederation(Federation):
         state, buffers = self._load(acc["state"])
         aggregate = Aggregate({}, {}, acc["weight"], {}, acc["num_clients"], opened.ctx.population)
         state = replace(state, transforms=opened.state.transforms)
-        return Closing(state, buffers, aggregate, acc["norm"], acc["facts"], acc["stop_reason"])
+        facts = dict(acc["facts"])
+        if facts.pop("num_clipped", 0) and not self._told_of_clipping:
+            self._told_of_clipping = True
+            log.warning(
+                "Silos had coordinates beyond clip or aux_clip; they were clipped. If that is not intended, give "
+                "SecureAggregation a larger one."
+            )
+        return Closing(state, buffers, aggregate, acc["norm"], facts, acc["stop_reason"])
 
     def gather(self, message: Message, topic: str) -> list[Message]:
         if self._last < 0 or not self._has_joined:  # outside the rounds there is nothing that all have in common
             return [message]
         place = f"/v1/rounds/{self._last}/{topic}.{self._num_gathered}"
         self._num_gathered += 1
-        file = self.folder.root / "message.safetensors"
-        digest = wire.write(file, _cpu(message.tensors), {"message": message.fields})
-        self.folder.audit.append("sending", round=self._last, topic=topic, digest=digest, bytes=file.stat().st_size)
-        try:
-            self.client.upload(place, file)
-        except CallRefused as refused:
-            if refused.status != 410:
-                raise
+        self._post(self._last, f"{topic}.{self._num_gathered - 1}", message.tensors, {"message": message.fields})
         try:
             _, found = self._outcome_of(place)
         except CallRefused as refused:
@@ -348,7 +438,61 @@ class NetworkFederation(Federation):
             return [message]
         return found
 
+    def gather_sums(self, aggregator: Aggregator, session: Any, message: Message, topic: str) -> list[Message]:
+        secure, round = self.secure, self._last
+        if secure is None or round < 0 or not self._has_joined:
+            return [message]
+        base, members = f"{topic}.{self._num_gathered}", list(self._outcome["members"])
+        self._num_gathered += 1
+        if self.name not in members or len(members) < MIN_CLIENTS:
+            return [message]
+        scalars: dict[str, float] = message.fields["sums"]
+        public = {name: value for name, value in message.fields.items() if name != "sums"}
+        params = secure.params_of_messages(round, base, members)
+        client, advert = secure.advertise(params, members.index(self.name) + 1, sorted(scalars))
+        self._post(round, base, {}, {"message": public, "advert": advert.fields()})
+        vector_id = hash_of(f"{base} of round {round}".encode(), repr(sorted(scalars.items())).encode())
+        post, get = partial(self._post, round), partial(self._step_outcome, round)
+        try:
+            secure.take_part(self.name, base, params, client, secure.empty_vector(), scalars, vector_id, post, get)
+            _, found = self._outcome_of(f"/v1/rounds/{round}/{base}")
+        except (SumDropped, RetryRefused) as error:
+            log.warning("The %s of round %d is this silo's own: %s", topic, round, error)
+            found = []
+        except CallRefused as refused:
+            if refused.status != 410:
+                raise
+            found = []
+        return found or [message]
+
     # ---- parts
+
+    def _upload(self, place: str, file: Path) -> bool:
+        """Sends a file; returns False if it comes too late."""
+        self.group.traffic.num_bytes += file.stat().st_size
+        try:
+            self.client.upload(place, file)
+        except CallRefused as refused:
+            if refused.status != 410:
+                raise
+            return False
+        return True
+
+    def _post(self, round: int, topic: str, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> bool:
+        """Sends a message about a topic; returns False if it comes too late."""
+        file = self.folder.root / "message.safetensors"
+        digest = wire.write(file, _cpu(tensors), fields)
+        self.folder.audit.append("sending", round=round, topic=topic, digest=digest, bytes=file.stat().st_size)
+        return self._upload(f"/v1/rounds/{round}/{topic}", file)
+
+    def _step_outcome(self, round: int, topic: str) -> dict[str, Any] | None:
+        """What a step of a secure sum has become; None if its round is over."""
+        try:
+            return wire.read_header(self._read_outcome(f"/v1/rounds/{round}/{topic}")).fields
+        except CallRefused as refused:
+            if refused.status != 410:
+                raise
+            return None
 
     def _wait_for_outcome(self, round: int) -> int:
         """Waits until a round is closed and settles this silo's state by it; returns the number of the closed round.
@@ -370,6 +514,15 @@ class NetworkFederation(Federation):
         return newest
 
     def _outcome_of(self, place: str) -> tuple[dict[str, Any], list[Message]]:
+        file = self._read_outcome(place)
+        fields = wire.read_header(file).fields
+        tensors = wire.unflatten(wire.read(file))
+        reports = fields["reports"] if "reports" in fields else fields["messages"]
+        messages = [Message(own, tensors.get(silo, {})) for silo, own in zip(fields["members"], reports, strict=True)]
+        return fields, messages
+
+    def _read_outcome(self, place: str) -> Path:
+        """Waits for an outcome; returns the file with it."""
         file = self.folder.root / "outcome.safetensors"
         while True:
             file.unlink(missing_ok=True)  # tensors of the last one may still be read from it
@@ -381,12 +534,7 @@ class NetworkFederation(Federation):
 
             status, _, _ = self.client.call("GET", place, read=read)
             if status == 200:
-                break
-        fields = wire.read_header(file).fields
-        tensors = wire.unflatten(wire.read(file))
-        reports = fields["reports"] if "reports" in fields else fields["messages"]
-        messages = [Message(own, tensors.get(silo, {})) for silo, own in zip(fields["members"], reports, strict=True)]
-        return fields, messages
+                return file
 
     def _load(self, digest: str) -> tuple[FederationState, Tree]:
         if self._loaded is None or self._loaded[0] != digest:

@@ -28,6 +28,9 @@ from lightning_fl.coordinator import wire
 from lightning_fl.coordinator.disk import Disk, read_json
 from lightning_fl.types import Tree
 
+OUTCOME = "outcome.safetensors"
+"""What silos may read of a round, an exchange or a step of a secure sum."""
+
 
 @dataclass(frozen=True)
 class Upload:
@@ -133,11 +136,28 @@ class Store:
         self.disk.make_folder(self.folder(round, "update"))
         path = self.folder(round) / "cohort.json"
         opened = (read_json(path) or {"opened": time.time()})["opened"]
-        self.disk.write_json(path, {"silos": sorted(cohort), "opened": opened})
+        self.disk.write_json(path, {"silos": sorted(cohort), "opened": opened, "attempt": self.attempt(round)})
+
+    def attempt(self, round: int) -> int:
+        """How often a round was given up and has to open again."""
+        return int((read_json(self.folder(round) / "attempt.json") or {"attempt": 0})["attempt"])
+
+    def give_up(self, round: int) -> None:
+        """Writes down that a round is to open again, with other files from all silos."""
+        self.disk.write_json(self.folder(round) / "attempt.json", {"attempt": self.attempt(round) + 1})
+        self.disk.delete(self.folder(round) / "cohort.json")
+        self.forget_updates(round)
+
+    def forget_updates(self, round: int) -> None:
+        """Deletes what silos have sent for a round that is not open."""
+        for path in self.folder(round, "update").glob("*.ok"):
+            self.disk.delete(path)
 
     def read_cohort(self, round: int) -> tuple[set[str], float] | None:
         """Who takes part, and the seconds since the round has opened; None if it has not been opened."""
         found = read_json(self.folder(round) / "cohort.json")
+        if found is not None and found.get("attempt", 0) != self.attempt(round):
+            return None  # the process died while it gave the round up
         # By the wall clock, since no other outlives a restart; it may have been set back.
         return None if found is None else (set(found["silos"]), max(0.0, time.time() - found["opened"]))
 
@@ -161,7 +181,7 @@ class Store:
         unfinished = folder / "outcome.unfinished"
         self.disk.before("write outcome")
         wire.write(unfinished, tensors, fields)
-        self.disk.replace(unfinished, folder / "outcome.safetensors")
+        self.disk.replace(unfinished, folder / OUTCOME)
 
     def free_bytes(self) -> int:
         """Free space on the folder's file system."""

@@ -24,6 +24,8 @@ from lightning_fl.types import Tree
 MAX_HEADER_BYTES = 1 << 25
 """32 MiB: names and shapes of 100,000 tensors, and what clients have logged."""
 CHUNK = 1 << 22
+FINITE_CHUNK = 1 << 18
+"""Elements that are looked at together, so that what that takes stays small."""
 _FIELDS = "__fields__"
 _DTYPES = {
     "F64": torch.float64,
@@ -201,7 +203,7 @@ def finite_error(tensors: Mapping[str, Tensor]) -> str | None:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() or tensor.is_complex():
             flat = tensor.reshape(-1)
-            for start in range(0, flat.numel(), CHUNK):
-                if not bool(torch.isfinite(flat[start : start + CHUNK]).all()):
+            for part in flat.split(FINITE_CHUNK):
+                if not bool(torch.isfinite(part).all()):
                     return name
     return None

@@ -83,7 +83,10 @@ class ClientGroup:
         states = [state.get("algorithm") for state in client_states]
         # Called client by client: `stack` then recognizes tensors that are the same object for all, such as the global
         # model, and shares them instead of copying them for each client.
-        self._contexts = [self.algorithm.client_init(server, state, probe) for state in states]
+        self._contexts = [
+            self.algorithm.client_init(self._server_of(client, server), state, probe)
+            for client, state in zip(self.clients, states, strict=True)
+        ]
         self._algorithm_states = states
         self._stacked: Any = self._contexts[0]
         self._dims: Any = None
@@ -91,6 +94,11 @@ class ClientGroup:
             self._stacked, self._dims = stack(self._contexts)
         self._selected = self._stacked
         self._mask = tuple(range(len(clients)))
+
+    def _server_of(self, client: ClientId, server: State) -> State:
+        if not self.algorithm.knows_index:
+            return server
+        return {**server, "index": self.settings.clients.index(client)}
 
     @property
     def starts(self) -> list[Tree]:

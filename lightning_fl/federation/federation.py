@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning_fl.aggregation import RoundContext
+from lightning_fl.aggregation import Aggregator, RoundContext
 from lightning_fl.communication import Group, LocalGroup, Message
 from lightning_fl.federation.report import RankReport
 from lightning_fl.federation.report_masking import mask, unmask
@@ -84,6 +84,17 @@ class Federation(ABC):
     def gather(self, message: Message, topic: str) -> list[Message]:
         """The messages of all parties that take part, in the same order for each of them."""
 
+    @abstractmethod
+    def gather_sums(self, aggregator: Aggregator, session: Any, message: Message, topic: str) -> list[Message]:
+        """The same by an aggregator that reveals only the sums of the messages' field ``"sums"``.
+
+        Args:
+            aggregator: It hides reports.
+            session: What its ``open`` returned.
+            message: This party's message.
+            topic: What it is about.
+        """
+
 
 class GroupFederation(Federation):
     """Ranks that are joined by collectives; each of them computes the server's side.
@@ -115,6 +126,9 @@ class GroupFederation(Federation):
 
     def gather(self, message: Message, topic: str) -> list[Message]:
         return self.group.all_gather(message, topic)
+
+    def gather_sums(self, aggregator: Aggregator, session: Any, message: Message, topic: str) -> list[Message]:
+        return aggregator.gather(session, self.group, message, topic)
 
 
 class LocalFederation(GroupFederation):

@@ -88,7 +88,9 @@ def update_templates(settings: FederationSettings, params: Tree, buffers: Mappin
     """For each transform, an update like those that its client half is given, and one like those that are sent."""
     # Noise would turn what no client knows into a value.
     like = contributions_like(buffers, counts_known=not settings.hides_clients)
-    templates = [Update(params, like, aux=settings.algorithm.aux_like(params))]
+    algorithm = settings.algorithm
+    aux = {**algorithm.aux_like(params), **algorithm.aux_of_clients(settings.population)}
+    templates = [Update(params, like, aux=aux)]
     # What the client halves send may have other shapes than the model.
     for transform in settings.transforms:
         templates.append(transform.like(templates[-1]))
@@ -160,6 +162,7 @@ def close_server(opened: ServerRound, acc: Any, joined: RankReport) -> Closing:
     state, aggregate, facts = server_step(settings, opened.state, aggregate, ctx)
     if not is_empty:
         facts.update(settings.aggregator.report(acc, ctx))
+        facts.update(settings.algorithm.report(state.server))
         state = replace(state, memory=settings.aggregator.remember(acc, ctx))
     if joined.num_clients:
         state = replace(state, moving=sorted({*(state.moving or ()), *joined.moved}))

@@ -9,7 +9,7 @@ from lightning_fl.aggregation import Aggregator, Transform
 from lightning_fl.algorithms import Algorithm, Weighting
 from lightning_fl.clients import Durations, Sampling
 from lightning_fl.schedules import Clock, RoundSchedule
-from lightning_fl.types import State, Tree
+from lightning_fl.types import ClientId, State, Tree
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class FederationSettings:
         protects_examples: Whether local training hides each example of a client, by differential privacy.
         schedule: When rounds close on a simulated clock. None: there is no clock.
         durations: How long clients take on it.
+        clients: All clients in order; for algorithms that ``know_index`` only.
     """
 
     algorithm: Algorithm
@@ -41,6 +42,7 @@ class FederationSettings:
     protects_examples: bool = False
     schedule: RoundSchedule | None = None
     durations: Durations | None = None
+    clients: Sequence[ClientId] = ()
 
     @property
     def hides_clients(self) -> bool:

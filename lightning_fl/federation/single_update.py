@@ -30,3 +30,28 @@ class SingleUpdate(Aggregator):
 
     def result(self, acc: Update | None, ctx: RoundContext) -> Aggregate:
         raise AssertionError("the coordinator computes the aggregate")
+
+
+class HiddenUpdate(SingleUpdate):
+    """The same for an update that nobody else sees.
+
+    Args:
+        aggregator: What adds it to those of the others.
+    """
+
+    hides_reports = True
+
+    def __init__(self, aggregator: Aggregator) -> None:
+        self.aggregator = aggregator
+
+    @property
+    def integer_bits(self) -> int | None:
+        return self.aggregator.integer_bits
+
+    def min_clients_of(self, cohort_size: int) -> int:
+        return self.aggregator.min_clients_of(cohort_size)
+
+
+def single_update(aggregator: Aggregator) -> SingleUpdate:
+    """What stands for an aggregator at a silo whose update others add to theirs."""
+    return HiddenUpdate(aggregator) if aggregator.hides_reports else SingleUpdate()

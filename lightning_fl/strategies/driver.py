@@ -59,6 +59,7 @@ from lightning_fl.strategies.round_view import RoundView
 from lightning_fl.strategies.user_warnings import UserWarnings
 from lightning_fl.strategies.validation import (
     check_algorithm,
+    check_gradient_at,
     check_preprocessing,
     check_schedules,
     misconfiguration,
@@ -404,7 +405,7 @@ class RoundDriver:
         # Again, because a callback such as `GradientAccumulationScheduler` may have changed the accumulation window in
         # `on_train_epoch_start`; the number of batches of an optimizer step depends on it.
         self.plan_round()
-        check_algorithm(self.settings.algorithm, self.trainer)  # for the same reason
+        check_gradient_at(self.settings.algorithm, self.trainer)  # for the same reason
         loop.is_round_done = False
         loops_before = internals.loops_before_round(trainer)
         self.schedules = check_schedules(internals.client_schedules(trainer), self.settings, self.max_work)

@@ -55,9 +55,9 @@ class EvaluationMetrics:
             silos: Whether each rank is a silo.
             is_private: Whether differential privacy or secure aggregation protects the ranks' data.
         """
-        self.hides = silos and self.aggregator.hides_reports and self.group.size > 1
+        self.hides = silos and self.aggregator.hides_reports and self.federation.size > 1
         # One session for all evaluations: opening it is a handshake of all ranks.
-        if self.hides and self._session is None:
+        if self.hides and self._session is None and self.group.size > 1:
             self._session = self.aggregator.open(self.group, FederationFacts(silos, self.group.size, is_training=False))
         # They carry other ranks' settings, which `self.log` of the same name on this rank would not match.
         for key in self._placeholders:
@@ -93,7 +93,7 @@ class EvaluationMetrics:
         fields, tensors = self.states.report() if self.per_rank else ({}, {})
         report = Message({"metrics": entries, "metric_states": fields}, tensors)
         if self.hides:
-            return unmask(self.aggregator.gather(self._session, self.group, mask(report), "evaluation"))
+            return unmask(self.federation.gather_sums(self.aggregator, self._session, mask(report), "evaluation"))
         reports = self.federation.gather(report, "evaluation")
         return reports if self.per_rank and not self._have_same_data() else reports[:1]
 

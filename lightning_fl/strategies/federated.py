@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch import Tensor
 
-from lightning_fl.aggregation import Aggregator, Corruption, Transform, WeightedMean
+from lightning_fl.aggregation import Aggregator, Corruption, Transform
 from lightning_fl.algorithms import Algorithm, Weighting, get_algorithm
 from lightning_fl.clients import Amount, Cohort, Durations, Participation, Population, Stragglers, Uniform
 from lightning_fl.clients.cohorts import describe_sampling
@@ -38,7 +38,7 @@ from lightning_fl.federation import Federation, FederationSettings, GroupFederat
 from lightning_fl.federation.history import History, html_table
 from lightning_fl.federation.rank_verification import digest, synchronize_module, verify_ranks
 from lightning_fl.federation.settings import is_private
-from lightning_fl.federation.single_update import SingleUpdate
+from lightning_fl.federation.single_update import single_update
 from lightning_fl.schedules import RoundSchedule
 from lightning_fl.strategies import internals
 from lightning_fl.strategies.callback import RoundCallback
@@ -57,13 +57,15 @@ from lightning_fl.strategies.client_discovery import build_population
 from lightning_fl.strategies.driver import LastFit, OnClientError, RoundDriver
 from lightning_fl.strategies.engine_selection import select_engine
 from lightning_fl.strategies.evaluation import EvaluationMetrics
+from lightning_fl.strategies.frozen_weights import FrozenWeights, put_in
 from lightning_fl.strategies.hooks import run_training_step
 from lightning_fl.strategies.loops import adopt_loops
-from lightning_fl.strategies.network import check_network, open_network, settings_of_silo
+from lightning_fl.strategies.network import check_network, open_network, protections_of, secure_of, settings_of_silo
 from lightning_fl.strategies.one_package import refuse_apart
 from lightning_fl.strategies.round_loaders import RoundLoader
 from lightning_fl.strategies.round_view import RoundView
 from lightning_fl.strategies.scheduling import check_clients, check_schedule, choose_schedule
+from lightning_fl.strategies.topology import Placed, check_nodes, place
 from lightning_fl.strategies.user_warnings import UserWarnings
 from lightning_fl.strategies.validation import (
     SEVERAL_LOADERS,
@@ -85,6 +87,7 @@ from lightning_fl.strategies.validation import (
     versions,
     warn_of_processes,
 )
+from lightning_fl.topologies import Topology
 
 if TYPE_CHECKING:
     from lightning_fl.coordinator.silo import NetworkFederation
@@ -119,11 +122,15 @@ class FederatedStrategy(internals.ReusableStrategy):
         timeout: Seconds that a collective waits for the other ranks.
         frozen: What happens to frozen parameters, which don't travel in rounds, before the first one: ``"compare"``:
             they must be the same on all ranks; ``"broadcast"``: all ranks get those of rank 0.
+        checkpoint_frozen: Whether checkpoints hold frozen parameters. If not, they hold digests of them, and are loaded
+            into a module that has the same base.
         adversary: Lets some simulated clients attack, as ``fl.attacks.Adversary(fl.attacks.ALIE())``. None: nobody.
         schedule: When a round closes, and whom it waits for, on a simulated clock, as
             ``fl.schedules.Buffered(size=10, concurrency=30)``. None: a round waits for all its clients.
         durations: How long clients take on that clock: seconds by client, a distribution such as
             ``fl.clients.Lognormal(median=20)``, or ``"measured"``. None: there is no clock.
+        topology: Who mixes its model with whom, as ``fl.topologies.Ring()``, instead of a server for all; with
+            ``"fedavg"``, ``"dsgd"``, ``"d2"``, ``"gradienttracking"`` or ``"pushsum"``.
         federation: The coordinator's address, ``"https://host:port"``: this launch is then one silo of a federation
             over a network, and its training loader that silo's data.
         kit: The folder with the silo's key and certificate, for ``federation``.
@@ -165,14 +172,23 @@ class FederatedStrategy(internals.ReusableStrategy):
         stragglers: Stragglers | None = None,
         timeout: float = 1800.0,
         frozen: Literal["compare", "broadcast"] = "compare",
+        checkpoint_frozen: bool = True,
         adversary: Corruption | None = None,
         schedule: RoundSchedule | None = None,
         durations: Durations | dict[int | str, float] | str | None = None,
+        topology: Topology | None = None,
         federation: str | None = None,
         kit: str | Path | None = None,
         silo_name: str | None = None,
     ) -> None:
         super().__init__()
+        found = get_algorithm(algorithm) if isinstance(algorithm, str) else algorithm
+        if not isinstance(found, Algorithm):
+            raise ValueError(f"algorithm={algorithm!r} is neither a registered name nor an fl.algorithms.Algorithm.")
+        check_type("topology", topology, Topology, "a topology such as fl.topologies.Ring()")
+        placed = place(Placed(found, weighting, cohort, clients_per_round), topology)
+        self.algorithm, weighting = placed.algorithm, placed.weighting
+        cohort, clients_per_round = placed.cohort, placed.clients_per_round
         self.cohort = cohort or Uniform()
         self.stragglers = stragglers
         check_types(partition, aggregator, transforms, personal)
@@ -190,17 +206,16 @@ class FederatedStrategy(internals.ReusableStrategy):
         check_choice("frozen", frozen, ("compare", "broadcast"))
         self.frozen = frozen
         self._bytes_of_frozen = 0
+        self.checkpoint_frozen = checkpoint_frozen
+        self._frozen_weights = FrozenWeights()
         if not isinstance(engine, Vectorized):
             check_choice("engine", engine, ("auto", "sequential", "vectorized"))
-        self.algorithm = get_algorithm(algorithm) if isinstance(algorithm, str) else algorithm
-        if not isinstance(self.algorithm, Algorithm):
-            raise ValueError(f"algorithm={algorithm!r} is neither a registered name nor an fl.algorithms.Algorithm.")
         self.num_clients = num_clients
         self.clients_per_round = clients_per_round
         self.local_epochs = local_epochs
         self.local_steps = local_steps
         self.partition = partition
-        self.aggregator = aggregator or WeightedMean()
+        self.aggregator = check_nodes(self.algorithm, aggregator, transforms, adversary, self.schedule, federation)
         if self.schedule is not None:
             check_schedule(
                 self.schedule, num_clients, local_steps, self.cohort, stragglers, transforms, self.aggregator
@@ -405,6 +420,7 @@ class FederatedStrategy(internals.ReusableStrategy):
         if trainer.state.fn == TrainerFn.FITTING:
             check_trainer(trainer)
         check_same_on_ranks(self.federation, "validation data", trainer.enable_validation)
+        self._frozen_weights = FrozenWeights()
         super().setup(trainer)
         assert self.lightning_module is not None
         if trainer.state.fn == TrainerFn.FITTING or self.federation.size > 1:
@@ -423,9 +439,10 @@ class FederatedStrategy(internals.ReusableStrategy):
                 rank_zero_info(f"Rank 0 has sent {sent:,} bytes of frozen parameters to each of the others.")
         if self.network is not None and trainer.state.fn == TrainerFn.FITTING:
             common = {**settings_of_training(trainer), **columns}
-            hides = self._protects_examples or any(transform.hides_clients for transform in self.transforms)
             tensors = FederatedTensors(self.lightning_module, self.personal)
-            self.network.join(tensors, settings_of_silo(self), common, versions(), hides)
+            protections = protections_of(self, self._protects_examples)
+            own = settings_of_silo(self)
+            self.network.join(tensors, own, common, versions(), protections, secure_of(self), self.weighting)
         self._evaluation_metrics = EvaluationMetrics(self._parties, self.lightning_module, self.aggregator)
 
     def setup_optimizers(self, trainer: L.Trainer) -> None:
@@ -486,7 +503,7 @@ class FederatedStrategy(internals.ReusableStrategy):
             sampling = replace(sampling, kind="other")  # speed decides
         settings = FederationSettings(
             self.algorithm,
-            self.aggregator if self.network is None else SingleUpdate(),
+            self.aggregator if self.network is None else single_update(self.aggregator),
             self.transforms,
             self.weighting,
             seed=self._seed,
@@ -496,6 +513,7 @@ class FederatedStrategy(internals.ReusableStrategy):
             protects_examples=self._protects_examples,
             schedule=self.schedule,
             durations=self.durations,
+            clients=population.ids if self.algorithm.knows_index else (),
         )
         return RoundDriver(
             trainer,
@@ -623,7 +641,7 @@ class FederatedStrategy(internals.ReusableStrategy):
             driver.defer_checkpoint(str(filepath), weights_only)
             return
         if driver is None or weights_only:
-            super().save_checkpoint(checkpoint, filepath, storage_options)
+            self._write_checkpoint(checkpoint, filepath, storage_options)
             return
         if is_in_round:
             driver.rewind(checkpoint)
@@ -638,7 +656,7 @@ class FederatedStrategy(internals.ReusableStrategy):
         client_states = ClientStateFiles(group, filepath, self._silo_folder) if driver.sticky else None
         job = f"requeue-{os.environ.get('SLURM_JOB_ID', '')}-{driver.plan.round}" if self._is_requeued else None
         checkpoint[KEY]["manifests"] = client_states.write(driver.store, self.federation, job) if client_states else []
-        super().save_checkpoint(checkpoint, filepath, storage_options)
+        self._write_checkpoint(checkpoint, filepath, storage_options)
         if client_states is not None and job is None:
             self.barrier()
             if self.is_global_zero or client_states.is_own:
@@ -646,6 +664,12 @@ class FederatedStrategy(internals.ReusableStrategy):
                 # Written in the background, the checkpoint may reach the disk later than its predecessor's states go.
                 if not isinstance(self.checkpoint_io, AsyncCheckpointIO):
                     self._finish_client_states()
+
+    def _write_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any) -> None:
+        if not self.checkpoint_frozen:
+            moving = () if self.driver is None else self.driver.state.moving or ()
+            self._frozen_weights.leave_out(checkpoint, self._module, moving)
+        super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def _finish_client_states(self) -> None:
         while self._unfinished:
@@ -684,7 +708,7 @@ class FederatedStrategy(internals.ReusableStrategy):
         # Lightning converts the module to the Trainer's precision after it has loaded the weights: with
         # precision="64-true" these would be rounded to single precision.
         self.precision_plugin.convert_module(self._module)
-        super().load_model_state_dict(checkpoint, strict)
+        super().load_model_state_dict(put_in(checkpoint, self._module), strict)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         received = bytes_of_first_rank(checkpoint_path, self.federation)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_fl.clients import Uniform
+from lightning_fl.privacy import SecureAggregation
 from lightning_fl.strategies.validation import settings_of_strategy
 
 if TYPE_CHECKING:
@@ -42,10 +43,19 @@ def check_network(strategy: Any, address: str | None, kit: str | Path | None) ->
             f"With federation={address!r} this launch is one silo, and the coordinator decides who takes part, so "
             f"{', '.join(given)} would be ignored. Leave it out."
         )
-    if strategy.aggregator.hides_reports:
+    aggregator = strategy.aggregator
+    if not aggregator.hides_reports:
+        return
+    if secure_of(strategy) is None or aggregator.protocol != "bonawitz" or aggregator.dropout:
         raise ValueError(
-            f"{type(strategy.aggregator).__name__} does not run over a coordinator yet. Leave federation out and start "
-            "the silos with torchrun, or use another aggregator."
+            f"{aggregator!r} does not run over a coordinator, where silos may vanish at any moment: use "
+            "SecureAggregation(protocol='bonawitz') without dropout."
+        )
+    hiding = [type(transform).__name__ for transform in strategy.transforms if transform.hides_clients]
+    if hiding:
+        raise ValueError(
+            f"{', '.join(hiding)} does not run in secure sums over a coordinator yet. Leave federation out and start "
+            "the silos with torchrun, or leave one of them out."
         )
     if strategy.aggregator.needs_server:
         raise ValueError(
@@ -76,3 +86,15 @@ def open_network(address: str, kit: str | Path) -> NetworkFederation:
 def settings_of_silo(strategy: Any) -> dict[str, str]:
     """The settings that silos and coordinator must share; the personal tensors as the user has named them."""
     return {**settings_of_strategy(strategy), "personal": repr(strategy.named_personal)}
+
+
+def secure_of(strategy: Any) -> SecureAggregation | None:
+    """The settings of secure sums; None if the coordinator sees each update."""
+    return strategy.aggregator if isinstance(strategy.aggregator, SecureAggregation) else None
+
+
+def protections_of(strategy: Any, protects_examples: bool) -> list[str]:
+    """What protects a silo, as its policy may require it."""
+    is_private = protects_examples or any(transform.hides_clients for transform in strategy.transforms)
+    found = {"differential privacy": is_private, "secure aggregation": strategy.aggregator.hides_reports}
+    return [name for name, holds in found.items() if holds]

@@ -319,8 +319,7 @@ def check_algorithm(algorithm: Algorithm, trainer: L.Trainer) -> None:
     sent = [phase for phase in algorithm.phases() if phase.model == "global" and phase.trains != "personal"]
     if not sent:
         raise MisconfigurationException(f"{name} has no phase that trains what is sent, so nothing would be learned.")
-    if algorithm.needs_gradient_at:
-        _check_gradient_at(name, trainer)
+    check_gradient_at(algorithm, trainer)
     if algorithm.probe is not None and not trainer.lightning_module.automatic_optimization:
         raise MisconfigurationException(
             f"{name} measures the {_MEASURED[algorithm.probe]} of each client's data by calling `training_step`, which "
@@ -333,7 +332,14 @@ def check_algorithm(algorithm: Algorithm, trainer: L.Trainer) -> None:
         )
 
 
-def _check_gradient_at(name: str, trainer: L.Trainer) -> None:
+def check_gradient_at(algorithm: Algorithm, trainer: L.Trainer) -> None:
+    """Checks that an algorithm that needs the gradient of a batch at several points can have it.
+
+    Raises:
+        MisconfigurationException: If it can't.
+    """
+    if not algorithm.needs_gradient_at:
+        return
     found, remedy = None, ""
     if not trainer.lightning_module.automatic_optimization:
         found, remedy = "calling `training_step` trains with manual optimization", "Use automatic optimization"
@@ -346,8 +352,8 @@ def _check_gradient_at(name: str, trainer: L.Trainer) -> None:
         found, remedy = "LBFGS looks at a batch several times in a step", "Use another optimizer"
     if found is not None:
         raise MisconfigurationException(
-            f"{name} needs the gradient of a batch at several points in each step, but {found}. {remedy}, or another "
-            "algorithm."
+            f"{type(algorithm).__name__} needs the gradient of a batch at several points in each step, but {found}. "
+            f"{remedy}, or another algorithm."
         )
 
 

@@ -54,6 +54,7 @@ def test_noise_shows_its_epsilon(capsys: pytest.CaptureFixture[str]) -> None:
         ("--mean age --delta 1e-6", "add --noise"),
         ("--mean age --range age=1", "needs two numbers"),
         ("--mean age --noise 1", "no declared range"),
+        ("--mean age --range age=0,120 --noise 1 --max-epsilon 0.1", "more than max_epsilon=0.1"),
         ("--mean age --by sex --secure", "does not declare values of the column 'sex'"),
         ("--mean agee", "There is no column 'agee'"),
     ],

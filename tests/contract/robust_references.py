@@ -7,7 +7,7 @@ coefficients ``[n]``, one that works on coordinates the values ``[d]``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any
 
 import numpy as np
@@ -68,6 +68,25 @@ def clipping(rows: Array, f: int) -> Array:
 def norm_bound(rows: Array, f: int) -> Array:
     norms = np.linalg.norm(rows, axis=1)
     return np.minimum(1, np.median(norms) / norms) / len(rows)
+
+
+def fedmgda(rows: Array, f: int) -> Array:
+    """By trying which shares are at a bound."""
+    norms, n, gram = np.linalg.norm(rows, axis=1), len(rows), cosines(rows)
+    low, high = max(0, 1 / n - 0.1), min(1, 1 / n + 0.1)
+    best, least = np.full(n, 1 / n), np.inf
+    for bounds in product((low, high, None), repeat=n):
+        free = [place for place, bound in enumerate(bounds) if bound is None]
+        shares = np.array([0 if bound is None else bound for bound in bounds], dtype=float)
+        if free:
+            ones = np.ones((len(free), 1))
+            system = np.block([[gram[np.ix_(free, free)], ones], [ones.T, 0]])
+            shares[free] = np.linalg.lstsq(system, np.append(-(gram @ shares)[free], 1 - shares.sum()))[0][:-1]
+        if abs(shares.sum() - 1) < 1e-12 and (shares > low - 1e-12).all() and (shares < high + 1e-12).all():
+            length = shares @ gram @ shares
+            best, least = (shares, length) if length < least - 1e-15 else (best, least)
+    found: Array = np.median(norms) * best / norms
+    return found
 
 
 def fltrust(rows: Array, f: int) -> Array:

@@ -20,7 +20,11 @@ from torch import Tensor, nn
 
 from lightning_fl import FederatedStrategy
 from lightning_fl.algorithms import (
+    AFL,
     APFL,
+    D2,
+    DSGD,
+    TERM,
     Algorithm,
     DiLoCo,
     Ditto,
@@ -39,10 +43,12 @@ from lightning_fl.algorithms import (
     FedSAM,
     FedSGD,
     FedYogi,
+    GradientTracking,
     LGFedAvg,
     MimeLite,
     PerFedAvg,
     PFedMe,
+    PushSum,
     QFedAvg,
     Scaffold,
     registered,
@@ -144,6 +150,12 @@ ENTRIES: dict[str, Entry] = {
     "perfedavg": Entry(PerFedAvg(alpha=0.1), 1.2618206808, {"first_order": True}, PerFedAvg(alpha=0.0)),
     "pfedme": Entry(PFedMe(inner_steps=10, inner_lr=0.06), 1.2197241800, {"lam": 5.0}),
     "fedsam": Entry(FedSAM(), 1.1730566896, {"rho": 0.1}, FedSAM(rho=0.0)),
+    "term": Entry(TERM(t=0.5), 1.3660547397, {"t": 2.0}, TERM(t=0.0)),
+    "afl": Entry(AFL(mixture_lr=0.05), 1.6568542495, {"mixture_lr": 0.5}, AFL(mixture_lr=0.0), rounds=165),
+    "dsgd": Entry(DSGD(), UNIFORM, neutral=DSGD()),
+    "d2": Entry(D2(), UNIFORM, neutral=D2()),
+    "gradienttracking": Entry(GradientTracking(), UNIFORM, neutral=GradientTracking()),
+    "pushsum": Entry(PushSum(), UNIFORM, neutral=PushSum()),
     "apfl": Entry(APFL(), UNIFORM, {"alpha": 0.25}, APFL()),
     "diloco": Entry(DiLoCo(momentum=0.5), UNIFORM, {"momentum": 0.5}, DiLoCo(server_lr=1.0, momentum=0.0)),
 }
@@ -158,6 +170,8 @@ def capabilities(entry: Entry) -> tuple[Any, ...]:
         algorithm.keeps_client_state,
         algorithm.probe,
         algorithm.needs_gradient_at,
+        algorithm.knows_index,
+        algorithm.keeps_nodes,
         len(algorithm.phases()),
         entry.personal,
         *(
@@ -243,7 +257,8 @@ def test_states_are_trees_of_tensors_and_keep_shapes_and_dtypes(name: str, dtype
         for tree in (tree for tree in trees if tree.keys() == before.keys()):
             for key, value in tree.items():
                 expected = dtype if tree is state else sum_dtype(dtype)  # a client's own model is that of the module
-                assert (value.dtype, value.shape) == (expected, before[key].shape)
+                assert value.dtype == expected
+                assert value.shape in (before[key].shape, (3, *before[key].shape))  # of one, or of each node
     assert repr(algorithm) == hyperparameters
 
 
@@ -260,7 +275,8 @@ def test_frozen_parameters_stay(name: str) -> None:
 @every_kind
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_a_run_with_sampling_resumes_exactly(name: str) -> None:
-    algorithm, options = ENTRIES[name].algorithm, {"clients_per_round": 2}
+    algorithm = ENTRIES[name].algorithm
+    options = {} if algorithm.keeps_nodes else {"clients_per_round": 2}
     callback = ModelCheckpoint("ckpt", filename="{epoch}", save_top_k=-1)
     run, whole = fit(algorithm, **options, callbacks=[callback], enable_checkpointing=True)
     resumed, found = fit(algorithm, **options, ckpt_path="ckpt/epoch=1.ckpt")

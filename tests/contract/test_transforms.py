@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_fl import FederatedStrategy
-from lightning_fl.aggregation import Compress, PowerSGD, RoundContext, TopK, Transform, WeightedMean
+from lightning_fl.aggregation import Compress, LowRank, PowerSGD, RandomK, RoundContext, TopK, Transform, WeightedMean
 from lightning_fl.clients import Sampling
 from lightning_fl.communication import Group, LocalGroup, Message
 from lightning_fl.privacy import AdaptiveClip, BandMF, ClientLevelDP, SecureAggregation
@@ -105,11 +105,13 @@ class Entry:
 PRIVATE = {"clip": 1.0, "noise_multiplier": 1.0, "insecure_test_seed": 7}
 ADAPTIVE = AdaptiveClip(initial=2.0, bit_noise=1.0)
 TOP = TopK(0.25)
+SAME = RandomK(0.25)
 TURNS = BandMF(1)
 IN_YAML: dict[Any, Any] = {
     ADAPTIVE: {"class_path": "AdaptiveClip", "init_args": {"initial": 2.0, "bit_noise": 1.0}},
     TURNS: {"class_path": "BandMF", "init_args": {"bands": 1}},
     TOP: {"class_path": "TopK", "init_args": {"share": 0.25}},
+    SAME: {"class_path": "RandomK", "init_args": {"share": 0.25}},
 }
 NEUTRAL = {"clip": 1e6, "noise_multiplier": 0.0}
 OF_PRIVACY: dict[str, Any] = {
@@ -127,7 +129,9 @@ ENTRIES = {
     "error feedback": Entry(Rounds),
     "compression": Entry(Compress, {"compressor": TOP}, beside={"aggregator": NoSum()}, refuses=SECURE),
     "compression without feedback": Entry(Compress, {"compressor": TOP, "error_feedback": False}, refuses=SECURE),
+    "random coordinates": Entry(Compress, {"compressor": SAME}, beside={"aggregator": NoSum()}),
     "powersgd": Entry(PowerSGD, {"rank": 1}, beside={"aggregator": NoSum()}),
+    "low rank": Entry(LowRank, {"rank": 1}, beside={"aggregator": NoSum()}),
     "dp": Entry(ClientLevelDP, PRIVATE, NEUTRAL, **OF_PRIVACY),
     "dp-adaptive": Entry(ClientLevelDP, {**PRIVATE, "clip": ADAPTIVE}, **OF_PRIVACY),
     "dp-turns": Entry(ClientLevelDP, {**PRIVATE, "mechanism": TURNS}, {**NEUTRAL, "mechanism": TURNS}, **OF_PRIVACY),
@@ -159,7 +163,10 @@ class Federation:
     def context(self, **changes: Any) -> RoundContext:
         size = len(self.updates)
         sampling = Sampling("full", size, size, 1.0)
-        return RoundContext(self.next_round, range(size), size, sampling, group=self.group, **changes)
+        template = self.updates[0]
+        return RoundContext(
+            self.next_round, range(size), size, sampling, group=self.group, template=template, **changes
+        )
 
     def send(self, client: int) -> Update:
         """What the client half makes of a client's update."""

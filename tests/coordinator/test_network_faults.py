@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import glob
 import logging
 import os
 import shutil
 import socket
 import ssl
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -24,9 +27,11 @@ from lightning_fl.coordinator.client import CallRefused, Client
 from lightning_fl.coordinator.disk import Disk
 from lightning_fl.coordinator.identity import Authority, Kit, make_request
 from lightning_fl.coordinator.store import Store
+from tests.helpers.distributed import PATIENCE, REPOSITORY
 from tests.helpers.network import (
     HOST,
     NAMES,
+    ConnectProxy,
     LiveCoordinator,
     Relay,
     TinySilo,
@@ -389,3 +394,58 @@ def test_provisioning_twice_changes_nothing(live: LiveCoordinator) -> None:
         make_request(live.folder / name, name)
     assert {path: path.read_bytes() for path in files} == before
     assert models_of(silos_at(live)) == [[3.0, 6.0, 9.0]] * 3
+
+
+def test_a_proxy_that_passes_only_connect(live: LiveCoordinator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Old network gear passes only HTTP(S): all goes through CONNECT, with the password that HTTPS_PROXY has."""
+    with ConnectProxy("silo:se%cret") as proxy:
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        monkeypatch.delenv("no_proxy", raising=False)
+        monkeypatch.setenv("HTTPS_PROXY", proxy.address.replace("se%cret", "se%25cret"))
+        silos = silos_at(live)
+        assert models_of(silos) == [[3.0, 6.0, 9.0]] * 3
+        assert set(proxy.asked) == {f"CONNECT {HOST}:{live.port}"}
+        assert proxy.num_bytes > 10_000
+        monkeypatch.setenv("HTTPS_PROXY", proxy.address.replace("se%cret", "wrong"))
+        with pytest.raises(OSError, match="407"):
+            Client(live.address, Kit(live.folder / "east"), gives_up_after=0).ask("GET", "/v1/check")
+
+
+@pytest.mark.slow
+def test_all_failures_through_a_proxy() -> None:
+    """The tests of what happens when something dies, with a CONNECT proxy in between."""
+    with ConnectProxy() as proxy:
+        words = ["python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/coordinator/test_failures.py"]
+        environment = {**os.environ, "HTTPS_PROXY": proxy.address, "NO_PROXY": ""}
+        words[0] = sys.executable
+        done = subprocess.run(words, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[-3000:]
+        assert len(proxy.asked) > 50
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not glob.glob("/usr/lib/*/faketime/libfaketime.so.1"), reason="needs libfaketime")
+@pytest.mark.parametrize("minutes", [-10, 10])
+def test_a_silo_whose_clock_is_wrong(live: LiveCoordinator, minutes: int) -> None:
+    """Clock ahead, all refused elsewhere: ten minutes either way train, and the silo is told."""
+    code = (
+        "import logging, sys; from pathlib import Path; from tests.helpers.network import TinySilo\n"
+        "logging.basicConfig(level=logging.WARNING)\n"
+        "print(TinySilo(Path(sys.argv[1]), sys.argv[2], 'south', 6.0).join().run())"
+    )
+    (library,) = glob.glob("/usr/lib/*/faketime/libfaketime.so.1")
+    # Without the monotonic clock: with it, Python's locks wait for a time that never comes.
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": library,
+        "FAKETIME": f"{minutes * 60:+d}",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+        "PYTHONPATH": str(REPOSITORY),
+    }
+    words = [sys.executable, "-c", code, str(live.folder), live.address]
+    with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        east, north = (TinySilo(live.folder, live.address, name, STEPS[name]).join() for name in ("east", "north"))
+        assert [list(models) for models in in_threads(east.run, north.run)] == [[3.0, 6.0, 9.0]] * 2
+        printed, told = process.communicate(timeout=PATIENCE)
+    assert "[3.0, 6.0, 9.0]" in printed
+    assert f"differ by {-minutes * 60} s" in told

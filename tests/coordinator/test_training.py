@@ -12,7 +12,7 @@ from torch.utils.data import ConcatDataset, DataLoader
 import lightning_fl as fl
 from lightning_fl import FederatedStrategy
 from lightning_fl.strategies.network import settings_of_silo
-from tests.helpers.network import NAMES, live_coordinator, make_kits, rules, settings, without_launcher
+from tests.helpers.network import NAMES, live_coordinator, make_keys, make_kits, rules, settings, without_launcher
 from tests.helpers.training import Ordinary, images, trainer, weights
 
 
@@ -87,3 +87,42 @@ def test_three_silos_give_what_one_process_gives(run_ranks: Any, tmp_path: Path,
         assert metrics == pytest.approx(alone[1], rel=1e-5)
         assert (step, learning_rates) == (alone[2], pytest.approx(alone[3]))
         assert torch.equal(model, silos[0][0])
+
+
+def test_three_silos_under_secure_aggregation_give_what_one_process_gives(run_ranks: Any, tmp_path: Path) -> None:
+    """Weights within the bound of the integers; the metrics of training and validation are sums too."""
+    alone = train_alone("fedavg", torch.float64, {})
+    make_kits(tmp_path)
+    make_keys(tmp_path)
+    options = {"aggregator": fl.privacy.SecureAggregation("bonawitz", max_weight=32.0)}
+    strategy = FederatedStrategy("fedavg", **options)
+    own = settings(strategy.algorithm, aggregator=strategy.aggregator)
+    with live_coordinator(tmp_path, rules(), own, settings_of_silo(strategy)) as live:
+        silos = run_ranks(3, train_silo, live.address, tmp_path, "fedavg", torch.float64, options)
+    num_rounds, bound = 3, 3 * strategy.aggregator.ranges.quantizer("delta", 3).step * 32 / sum(SIZES.values())
+    for model, metrics, step, learning_rates in silos:
+        # A difference after one round grows a little in the next.
+        torch.testing.assert_close(model, alone[0], atol=10 * num_rounds * bound, rtol=0)
+        assert metrics == pytest.approx(alone[1], rel=1e-4)
+        assert (step, learning_rates) == (alone[2], pytest.approx(alone[3]))
+        assert torch.equal(model, silos[0][0])
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"aggregator": fl.privacy.SecureAggregation()}, "silos may vanish at any moment"),
+        ({"aggregator": fl.privacy.SecureAggregation("bonawitz", dropout=0.1)}, "without dropout"),
+        (
+            {
+                "aggregator": fl.privacy.SecureAggregation("bonawitz"),
+                "transforms": [fl.privacy.ClientLevelDP(mode="distributed", clip=1.0, noise_multiplier=1.0)],
+                "weighting": "uniform",
+            },
+            "does not run in secure sums over a coordinator yet",
+        ),
+    ],
+)
+def test_what_does_not_run_in_secure_sums_is_refused(options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        FederatedStrategy("fedavg", federation="https://localhost", kit="kit", **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import os
 import shutil
@@ -26,12 +27,15 @@ from lightning_fl.coordinator.disk import Disk
 from lightning_fl.coordinator.http_server import HttpServer
 from lightning_fl.coordinator.identity import Authority, Kit, make_request
 from lightning_fl.coordinator.machine import Rules
+from lightning_fl.coordinator.secure_service import SecureCoordinator
 from lightning_fl.coordinator.service import Coordinator
 from lightning_fl.coordinator.silo import NetworkFederation
 from lightning_fl.coordinator.store import Store
 from lightning_fl.engines.tensors import FederatedTensors, load
 from lightning_fl.federation import FederationSettings, RankReport, ServerRound
 from lightning_fl.federation.server import update_template
+from lightning_fl.privacy.secagg import SecureAggregation
+from lightning_fl.privacy.secagg.keys import KeyFolder
 from lightning_fl.types import Update
 from tests.helpers.distributed import PATIENCE
 
@@ -66,6 +70,14 @@ def settings(
 def rules(**options: Any) -> Rules:
     patient = {"gather_s": PATIENCE, "deadline_s": PATIENCE, "max_deadline_s": PATIENCE, "evaluation_s": PATIENCE}
     return Rules(**{"silos": NAMES, "rounds": 3, **patient, **options})
+
+
+def make_keys(folder: Path, names: Sequence[str] = NAMES) -> None:
+    """An identity for secure sums in the kit of each silo, which trusts those of all others."""
+    keys = {name: KeyFolder(folder / name / "keys") for name in names}
+    public = [own.create(name) for name, own in keys.items()]
+    for own in keys.values():
+        own.trust(public)
 
 
 class LiveCoordinator:
@@ -114,9 +126,8 @@ class LiveCoordinator:
             return
         try:
             audit = AuditLog(self.store.root / "audit.jsonl")
-            self.coordinator = Coordinator(
-                self.settings, self.expected, self.rules, self.store, audit, time.monotonic()
-            )
+            kind = SecureCoordinator if self.settings.aggregator.hides_reports else Coordinator
+            self.coordinator = kind(self.settings, self.expected, self.rules, self.store, audit, time.monotonic())
             self.server = HttpServer(self.coordinator, Kit(self.folder / "ca" / "coordinator"))
             self.port = await self.server.start(self.host, self.port)
             self._task = asyncio.create_task(self.server.run())
@@ -244,6 +255,69 @@ class Relay:
         return len(sockets) // 2
 
 
+class ConnectProxy:
+    """A forward proxy as organisations have them: it lets nothing through but CONNECT, for those who know the password.
+
+    Args:
+        user: User and password, ``name:password``. None: everybody may use it.
+    """
+
+    def __init__(self, user: str | None = None) -> None:
+        self.user = user
+        self.asked: list[str] = []
+        self.num_bytes = 0
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
+
+    def __enter__(self) -> ConnectProxy:
+        self._thread.start()
+        assert self._ready.wait(PATIENCE)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._loop.call_soon_threadsafe(self._task.cancel)
+        self._thread.join(PATIENCE)
+
+    @property
+    def address(self) -> str:
+        return f"http://{self.user + '@' if self.user else ''}127.0.0.1:{self.port}"
+
+    async def _serve(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        server = await asyncio.start_server(self._connect, "127.0.0.1", 0)
+        self.port = server.sockets[0].getsockname()[1]
+        self._task = asyncio.create_task(asyncio.Event().wait())
+        self._ready.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+        server.close()
+
+    async def _connect(self, near: asyncio.StreamReader, back: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            head = (await near.readuntil(b"\r\n\r\n")).decode()
+            words = head.split()
+            self.asked.append(" ".join(words[:2]))
+            password = base64.b64encode((self.user or "").encode()).decode()
+            if self.user is not None and f"Basic {password}" not in head:
+                back.write(b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n")
+            elif words[0] != "CONNECT":
+                back.write(b"HTTP/1.1 405 Method Not Allowed\r\nContent-Length: 0\r\n\r\n")
+            else:
+                host, _, port = words[1].rpartition(":")
+                far, there = await asyncio.open_connection(host, int(port))
+                back.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
+                await asyncio.gather(self._pass_on(near, there), self._pass_on(far, back))
+        back.close()
+
+    async def _pass_on(self, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            while data := await source.read(1 << 16):
+                self.num_bytes += len(data)
+                target.write(data)
+                await target.drain()
+        target.close()
+
+
 class Died(BaseException):
     """Stands for the end of a process."""
 
@@ -257,10 +331,19 @@ class TinySilo:
         name: The silo.
         step: What it adds to the model.
         size: Elements of the model.
+        aggregator: Secure aggregation. None: the coordinator sees its update.
     """
 
-    def __init__(self, folder: Path, address: str, name: str, step: float = 1.0, size: int = 3) -> None:
-        self.name, self.step = name, step
+    def __init__(
+        self,
+        folder: Path,
+        address: str,
+        name: str,
+        step: float = 1.0,
+        size: int = 3,
+        aggregator: SecureAggregation | None = None,
+    ) -> None:
+        self.name, self.step, self.aggregator = name, step, aggregator
         self.module = nn.Module()
         self.module.x = nn.Parameter(torch.zeros(size))
         self.settings = settings()
@@ -269,9 +352,12 @@ class TinySilo:
         _connections.append(self.federation.client)
         self.done = -1
         self.reports: list[RankReport] = []
+        self.num_examples = 1
 
     def join(self, expected: dict[str, str] | None = None, common: dict[str, str] | None = None) -> TinySilo:
-        self.federation.join(FederatedTensors(self.module), expected or {}, common or {}, {})
+        protections = [] if self.aggregator is None else ["secure aggregation"]
+        tensors = FederatedTensors(self.module)
+        self.federation.join(tensors, expected or {}, common or {}, {}, protections, self.aggregator)
         self.federation.folder.restore(self.store)
         return self
 
@@ -290,7 +376,9 @@ class TinySilo:
         # Counts the rounds in which its update has counted.
         counted = (self.store.get(self.name) or {}).get("counted", torch.tensor(0))
         self.store.stage(self.name, {"counted": counted + 1})
-        outcome, self.reports = self.federation.merge(opened, own, RankReport(num_steps=1, num_examples=1))
+        outcome, self.reports = self.federation.merge(
+            opened, own, RankReport(num_steps=1, num_examples=self.num_examples)
+        )
         closing = self.federation.close_round(opened, outcome, RankReport.join(self.reports))
         self.store.commit()
         self.done = outcome["round"]
@@ -308,6 +396,17 @@ class TinySilo:
 
     def round(self) -> float:
         return self.send(self.open())
+
+    def die_before(self, message: str) -> None:
+        """Dies where it would send a message of a secure sum."""
+        post = self.federation._post
+
+        def die(round: int, topic: str, tensors: Any, fields: Any) -> bool:
+            if topic.endswith(message):
+                raise Died
+            return post(round, topic, tensors, fields)
+
+        self.federation._post = die  # type: ignore[method-assign]
 
     @property
     def counted(self) -> int:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lightning_fl.aggregation.aggregator import Aggregator
 from lightning_fl.aggregation.compression.compressed_mean import CompressedMean
-from lightning_fl.aggregation.compression.compressor import Compressor
-from lightning_fl.aggregation.compression.sparse import RandomK
+from lightning_fl.aggregation.compression.compressor import Compressor, refuse_server_data
+from lightning_fl.aggregation.compression.sparse import RandomK, count
 from lightning_fl.aggregation.context import RoundContext
+from lightning_fl.aggregation.robust.rows import complete, real_dtype
 from lightning_fl.aggregation.transform import Transform
 from lightning_fl.seeding import client_generator
 from lightning_fl.tree import Layout, as_real
@@ -27,8 +29,10 @@ class Compress(Transform):
         p_i = \Delta_i + e_i, \qquad \text{sent: } C(p_i), \qquad e_i \leftarrow p_i - C(p_i)
 
     The loggers get ``fl/bytes_per_client``, the bytes of a compressed update; ``fl/num_bytes`` stays what went over the
-    wire. In a simulation nothing is saved. Between silos :class:`CompressedMean` with the same compressor sends the
-    bytes. Buffers and side channels stay as they are. A client that is refused or lost keeps its residual.
+    wire. With :class:`RandomK` all clients choose the same coordinates, so that only those enter the sum: ranks, silos
+    and secure aggregation send no others. What other compressors send can't be added up: between silos
+    :class:`CompressedMean` with the same compressor sends the bytes, and in a simulation nothing is saved. Buffers and
+    side channels stay as they are. A client that is refused or lost keeps its residual.
 
     Args:
         compressor: Turns a vector into bytes and back.
@@ -41,6 +45,7 @@ class Compress(Transform):
         Karimireddy et al., "Error Feedback Fixes SignSGD and other Gradient Compression Schemes", ICML 2019.
     """
 
+    client_keys: ClassVar[tuple[str, ...]] = ("seed",)
     compressor: Compressor
     error_feedback: bool = True
 
@@ -70,6 +75,8 @@ class Compress(Transform):
                 f"up under the masks of {type(aggregator).__name__}. Use RandomK, whose coordinates are the same for "
                 "all, or no compression."
             )
+        if self._is_linear:
+            refuse_server_data(self, aggregator)
         if isinstance(aggregator, CompressedMean) and (
             aggregator.compressor != self.compressor or not self.compressor.is_idempotent
         ):
@@ -79,33 +86,78 @@ class Compress(Transform):
                 "TopK or ScaledSign, or leave Compress out."
             )
 
+    @property
+    def _is_linear(self) -> bool:
+        """Whether all clients send the same coordinates, which then add up."""
+        return isinstance(self.compressor, RandomK)
+
+    def like(self, update: Update) -> Update:
+        if not isinstance(self.compressor, RandomK):
+            return update
+        sizes = sizes_of(Layout.of({"delta": update.delta}))
+        device = next((tensor.device for tensor in update.delta.values()), None)
+        delta = {
+            str(dtype): torch.zeros(count(self.compressor.share, size), dtype=real_dtype(dtype), device=device)
+            for dtype, size in sizes.items()
+        }
+        return replace(update, delta=delta)
+
+    def start_round(self, state: State, ctx: RoundContext) -> State:
+        if not self._is_linear:
+            return state
+        # Sent by the server, since a silo on another machine may have another seed of its own.
+        generator = client_generator(ctx.seed, ctx.round, "all", "compression")
+        return {**state, "seed": torch.randint(2**62, (), generator=generator)}
+
+    def _generator(self, ctx: RoundContext, server: State) -> torch.Generator:
+        """The random numbers of a client in a round, or of all clients."""
+        if self._is_linear:
+            return torch.Generator().manual_seed(int(server["seed"]))
+        client = "all" if self.compressor.shares_randomness or ctx.client is None else ctx.client
+        return client_generator(ctx.seed, ctx.round, client, "compression")
+
     def client(self, update: Update, state: State, ctx: RoundContext) -> tuple[Update, State]:
         layout = Layout.of({"delta": update.delta})
         sent: dict[torch.dtype, Tensor] = {}
         residual: dict[str, Tensor] = {}
+        chosen: dict[str, Tensor] = {}
         for dtype, flat in layout.flatten({"delta": update.delta}).items():
             vector = as_real(flat).reshape(-1)
             if state:
                 vector = vector + state["residual"][str(dtype)]
-            payload = self.compressor.encode(vector, generator_of(self.compressor, ctx))
+            payload = self.compressor.encode(vector, self._generator(ctx, ctx.server))
             own = self.compressor.decode(payload, len(vector)).to(vector)
             residual[str(dtype)] = vector - own
+            if isinstance(self.compressor, RandomK):
+                places = self.compressor.places(len(vector), self._generator(ctx, ctx.server))
+                chosen[str(dtype)] = own[places.to(own.device)]
             sent[dtype] = torch.view_as_complex(own.view(-1, 2)) if dtype.is_complex else own
+        kept: State = {"residual": residual} if self.error_feedback else {}
+        if self._is_linear:
+            return replace(update, delta=chosen), kept
         changed = layout.unflatten(sent).get("delta", {})
         delta = {name: changed[name].to(tensor.dtype) for name, tensor in update.delta.items()}
-        return replace(update, delta=delta), {"residual": residual} if self.error_feedback else {}
+        return replace(update, delta=delta), kept
 
     def server(self, aggregate: Aggregate, state: State, ctx: RoundContext) -> tuple[Aggregate, State]:
-        layout = Layout.of({"delta": aggregate.delta})
-        sizes = [layout.size(dtype) * (2 if dtype.is_complex else 1) for dtype in layout.dtypes]
-        total = sum(self.compressor.num_bytes(size) for size in sizes)
-        return aggregate, {"bytes": torch.tensor(total, dtype=torch.int64)}
+        whole = aggregate.delta if ctx.template is None else ctx.template.delta
+        layout = Layout.of({"delta": whole})
+        sizes = sizes_of(layout)
+        total = sum(map(self.compressor.num_bytes, sizes.values()))
+        if isinstance(self.compressor, RandomK):
+            flat = {}
+            for dtype, size in sizes.items():
+                values = aggregate.delta[str(dtype)]
+                places = self.compressor.places(size, self._generator(ctx, state)).to(values.device)
+                flat[dtype] = values.new_zeros(size).index_put((places,), values)
+            delta = layout.unflatten(complete(flat)).get("delta", {})
+            aggregate = replace(aggregate, delta=delta)
+        return aggregate, {**state, "bytes": torch.tensor(total, dtype=torch.int64)}
 
     def report(self, state: State, ctx: RoundContext) -> Mapping[str, float | str]:
         return {"bytes_per_client": float(state["bytes"])}
 
 
-def generator_of(compressor: Compressor, ctx: RoundContext) -> torch.Generator:
-    """The random numbers of a client in a round, or of all clients."""
-    client = "all" if compressor.shares_randomness or ctx.client is None else ctx.client
-    return client_generator(ctx.seed, ctx.round, client, "compression")
+def sizes_of(layout: Layout) -> dict[torch.dtype, int]:
+    """How many real numbers a layout has of each dtype."""
+    return {dtype: layout.size(dtype) * (2 if dtype.is_complex else 1) for dtype in layout.dtypes}

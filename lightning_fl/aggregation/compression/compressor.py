@@ -2,10 +2,12 @@
 
 # No `from __future__ import annotations`: jsonargparse would resolve the strings in the modules of the subclasses.
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+
+from lightning_fl.aggregation.aggregator import Aggregator
 
 
 class Compressor(ABC):
@@ -85,3 +87,16 @@ def unpack_bits(payload: Tensor, bits: int, size: int) -> Tensor:
 def packed_size(size: int, bits: int) -> int:
     """How many bytes :func:`pack_bits` gives."""
     return -(-size * bits // 8)
+
+
+def refuse_server_data(transform: Any, aggregator: Aggregator) -> None:
+    """Refuses an aggregator that tries or compares whole models, where clients send parts of them.
+
+    Raises:
+        ValueError: If it does.
+    """
+    if aggregator.needs_server:
+        raise ValueError(
+            f"{aggregator!r} looks at whole models, but with {transform!r} clients send parts. Leave one of them out, "
+            "or take a compressor such as fl.compression.TopK."
+        )

@@ -99,6 +99,10 @@ class RandomK(Compressor):
         places = self._places(int(from_bytes(payload[:8], torch.int64)), size)
         return torch.zeros(size).index_put((places,), from_bytes(payload[8:], torch.float32))
 
+    def places(self, size: int, generator: torch.Generator) -> Tensor:
+        """The coordinates of a vector that :meth:`encode` takes with the same generator."""
+        return self._places(int(torch.randint(2**62, (1,), generator=generator)), size)
+
     def _places(self, seed: int, size: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
         return torch.randperm(size, generator=generator)[: count(self.share, size)]

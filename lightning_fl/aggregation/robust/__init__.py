@@ -3,6 +3,7 @@
 from lightning_fl.aggregation.robust.bulyan import Bulyan
 from lightning_fl.aggregation.robust.centered_clipping import CenteredClipping
 from lightning_fl.aggregation.robust.dnc import DnC
+from lightning_fl.aggregation.robust.fedmgda import FedMGDA
 from lightning_fl.aggregation.robust.flame import FLAME
 from lightning_fl.aggregation.robust.fltrust import FLTrust
 from lightning_fl.aggregation.robust.foolsgold import FoolsGold
@@ -28,6 +29,7 @@ __all__ = [
     "CosineCheck",
     "DnC",
     "FLTrust",
+    "FedMGDA",
     "FoolsGold",
     "GeometricMedian",
     "Gram",

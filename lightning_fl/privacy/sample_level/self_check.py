@@ -182,9 +182,11 @@ class SelfCheck:
         for some in (examples[:-1], examples[:1]):
             part = self._measure(lambda some=some: read(some))
             # A collate function may sort its examples, so each is compared with the one that is most like it.
-            apart = torch.cdist(part.projected, whole.projected)
+            apart = torch.cdist(part.projected, whole.projected).nan_to_num(torch.inf)
+            # Those that are not finite are like each other.
+            apart[~part.norms.isfinite()[:, None] & ~whole.norms.isfinite()] = 0.0
             self._compare(
-                whole[apart.nan_to_num(torch.inf).argmin(1)],
+                whole[apart.argmin(1)],
                 part,
                 "reading a batch (collate_fn, on_before_batch_transfer, on_after_batch_transfer)",
                 "Let collate_fn and the transfer hooks treat each example by itself: no MixUp, no statistics of the "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -164,16 +165,24 @@ class SecureAggregation(Aggregator):
         if facts.is_training:
             self._check_cohort(facts.cohort_size, group, facts.silos)
             self._check_min_cohort(facts.min_cohort_size)
-            if self.max_weight is None:
-                known = facts.max_weight() or DEFAULT_MAX_WEIGHT
-                # A power of two, so that dividing the weights by it and multiplying the sum again is exact.
-                ranges = replace(ranges, max_weight=2.0 ** math.ceil(math.log2(known)))
+            ranges = self.ranges_of(facts.max_weight)
         if self.keys is not None and not facts.silos:
             warnings.warn(
                 f"keys={self.keys!r} is not used: simulated clients make their own identities. Leave it out.",
                 stacklevel=2,
             )
         return open_session(group, facts.silos, self.keys, ranges)
+
+    def ranges_of(self, max_weight: Callable[[], float | None]) -> Ranges:
+        """Returns the value ranges of an update.
+
+        Args:
+            max_weight: Returns the largest weight of a client, or None if nobody may know it.
+        """
+        if self.max_weight is not None:
+            return self.ranges
+        # A power of two, so that dividing the weights by it and multiplying the sum again is exact.
+        return replace(self.ranges, max_weight=2.0 ** math.ceil(math.log2(max_weight() or DEFAULT_MAX_WEIGHT)))
 
     def init(self, template: Update, device: torch.device, session: Session | None = None) -> SecureSum:
         if session is None:

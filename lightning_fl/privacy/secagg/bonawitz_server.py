@@ -69,11 +69,15 @@ class BonawitzServer:
     def receive(self, masked: bytes) -> None:
         """Adds a client's masked vector to the sum."""
         message = MaskedVector.decode(masked, self.total.numel() * self.total.element_size())
-        if message.number not in self._shared or message.number in self._survivors:
-            raise ProtocolError(f"Participant {message.number} sent a vector twice, or without sharing its secrets.")
         # A bytearray, because torch warns of tensors over memory that can't be written.
-        self.total += torch.frombuffer(bytearray(message.vector), dtype=self.total.dtype)
-        self._survivors.append(message.number)
+        self.receive_vector(message.number, torch.frombuffer(bytearray(message.vector), dtype=self.total.dtype))
+
+    def receive_vector(self, number: int, vector: Tensor) -> None:
+        """Adds a client's masked vector, of the sum's shape and type, that has come as a tensor."""
+        if number not in self._shared or number in self._survivors:
+            raise ProtocolError(f"Participant {number} sent a vector twice, or without sharing its secrets.")
+        self.total += vector
+        self._survivors.append(number)
 
     def survivors(self) -> bytes:
         """Returns the list of clients whose vectors have arrived, to be sent to every client."""

@@ -10,6 +10,11 @@ from typing import BinaryIO
 from lightning_fl.privacy.secagg.errors import RetryRefused
 
 _LINE = re.compile(r"([0-9a-f]+) ([0-9a-f]{64})")
+_SENT_BEFORE = (
+    "An update trained from this global model was sent before, to be summed with those of other participants. If it "
+    "were sent again, the difference of the two sums would tell single updates. Continue with the same participants as "
+    "before, each with an update, or from another model: another seed helps, an earlier checkpoint does not."
+)
 
 
 class Journal:
@@ -52,6 +57,18 @@ class Journal:
             fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed: another process may run for the same silo
             self._claim_in(file, vector_id.hex(), roster.hex())
 
+    def check(self, vector_id: bytes) -> None:
+        """Refuses a vector that was sent before, without recording anything.
+
+        Raises:
+            RetryRefused: If it was.
+            ValueError: If the file is damaged.
+        """
+        if self.path is not None and self.path.exists():
+            self._rosters = self._parse(self.path.read_bytes())
+        if vector_id.hex() in self._rosters:
+            raise RetryRefused(_SENT_BEFORE)
+
     def _claim_in(self, file: BinaryIO, vector_id: str, roster: str) -> None:
         content = file.read()
         # Read again under the lock: another process of the silo may have sent a vector since.
@@ -69,12 +86,7 @@ class Journal:
         if before == roster:
             return False
         if before is not None:
-            raise RetryRefused(
-                "An update trained from this global model was sent before, to be summed with those of other "
-                "participants. If it were sent again, the difference of the two sums would tell single updates. "
-                "Continue with the same participants as before, each with an update, or from another model: another "
-                "seed helps, an earlier checkpoint does not."
-            )
+            raise RetryRefused(_SENT_BEFORE)
         self._rosters[vector_id] = roster
         return True
 

@@ -52,6 +52,19 @@ class Centred(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+class Apart(Centred):
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+
+@pytest.mark.filterwarnings("ignore:Round .*hold NaN")
+def test_an_example_of_nan_is_compared_with_itself() -> None:
+    data = TensorDataset(torch.randn(8, 4), torch.arange(8) % 2)
+    data.tensors[0][3] = torch.nan
+    run = trainer("fedavg", 4, callbacks=[SampleLevelDP(noise_multiplier=1.0, method="rdp")])
+    run.fit(Apart(), ClientLoaders([DataLoader(data, 4)]))
+
+
 @pytest.mark.parametrize(("scale", "precision"), [(1.0, "32-true"), (1e5, "32-true"), (1e5, "64-true")])
 def test_features_so_large_that_rounding_may_be_the_reason_are_named(scale: float, precision: Any) -> None:
     generator = torch.Generator().manual_seed(0)

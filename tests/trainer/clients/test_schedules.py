@@ -100,7 +100,12 @@ LIMITS: dict[str, tuple[Any, Any, str, float]] = {
 }
 
 
-@pytest.mark.parametrize("name", LIMITS)
+QUICK = ("partial work", "late clients dropped")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in LIMITS]
+)
 def test_where_training_ends(name: str) -> None:
     schedule, durations, algorithm, limit = LIMITS[name]
     assert minimise(strategy(schedule, durations, algorithm), 52) == pytest.approx(limit, abs=1e-8)
@@ -143,6 +148,7 @@ class Staggered(fl.clients.Durations):
         return 1 + client / 4 if number < 4 else 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("step", "is_stable"), [(0.36, True), (0.53, False)])
 def test_stability_is_as_documented(step: float, is_stable: bool) -> None:
     """Stable below ``2 sin(pi / (2 (2 tau + 1))) = 0.445`` at tau = 3."""
@@ -222,7 +228,9 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize(
+    "name", [*list(STRATEGIES)[:2], *(pytest.param(n, marks=pytest.mark.slow) for n in list(STRATEGIES)[2:])]
+)
 def test_resumed_after_any_round_is_the_same_bit_for_bit(name: str, tmp_path: Path) -> None:
     module = (lambda: Plain(torch.float32)) if name == "scaffold" else (lambda: Ordinary())
     saving = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
@@ -258,7 +266,7 @@ def outcome(name: str, dtype: torch.dtype) -> tuple[Tensor, dict[str, float]]:
     return found, measured(run)
 
 
-@pytest.mark.parametrize("name", ["fedbuff", "fedasync", "repeats"])
+@pytest.mark.parametrize("name", ["fedbuff", "repeats"])
 def test_ranks_agree(run_ranks: Any, name: str) -> None:
     alone, metrics = outcome(name, torch.float64)
     for found, own in run_ranks(2, outcome, name, torch.float64):

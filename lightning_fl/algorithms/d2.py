@@ -1,0 +1,61 @@
+"""D2: decentralised training that corrects for clients with different data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_fl.algorithms.decentralized import Decentralized, mixed
+from lightning_fl.algorithms.registry import register
+from lightning_fl.tree import add, subtract, zeros_like
+from lightning_fl.types import State, Tree
+
+
+@register("d2")
+@dataclass(frozen=True)
+class D2(Decentralized):
+    r"""D2: DSGD with a correction by the last round, so that nodes agree at the optimum whatever data they have.
+
+    .. math:: x^{t+1} = W \left( 2 x^t - x^{t-1} + \Delta^t - \Delta^{t-1} \right), \qquad x^1 = W (x^0 + \Delta^0)
+
+    :math:`\Delta_i = y_i - x_i` is what local training changes, :math:`-\eta` times the gradient with one step of plain
+    SGD, for which the paper proves it; more local steps leave the drift that they cause. The matrix must be symmetric,
+    the same in all rounds, and have no eigenvalue at or below -1/3. All clients take part in each round, or the
+    differences are of different clients' work.
+
+    Args:
+        topology: Who mixes with whom. Default all with all.
+
+    Raises:
+        ValueError: When training starts, if the matrix is not of that kind, or the graph not connected.
+
+    Reference:
+        Tang et al., "D2: Decentralized Training over Decentralized Data", ICML 2018.
+    """
+
+    def check_matrix(self, population: int) -> None:
+        matrix = self.topology.matrix(population)
+        others = (self.topology.matrix(population, round) for round in (1, 2, 3))
+        if not torch.equal(matrix, matrix.t()) or not all(torch.equal(matrix, other) for other in others):
+            raise ValueError(
+                f"D2 needs a symmetric matrix that stays the same, and {self.topology!r} has none. Use "
+                "'gradienttracking' or 'dsgd', or a graph that stays."
+            )
+        lowest = float(torch.linalg.eigvalsh(matrix)[0])
+        if lowest <= -1 / 3 + 1e-9:
+            raise ValueError(
+                f"D2 diverges with {self.topology!r} among {population} clients: its lowest eigenvalue is {lowest:.4f} "
+                f"and must be above -1/3. Use fl.topologies.Lazy({self.topology!r})."
+            )
+
+    def init_more(self, nodes: Tree) -> dict[str, Any]:
+        # With the start as the model before it, and nothing trained, the first round is W (x + delta).
+        return {"last_nodes": {name: own.clone() for name, own in nodes.items()}, "last_deltas": zeros_like(nodes)}
+
+    def mix(self, state: State, deltas: Tree, matrix: Tensor) -> dict[str, Any]:
+        nodes = state["nodes"]
+        moved = add(subtract(nodes, state["last_nodes"]), subtract(deltas, state["last_deltas"]))
+        return {"nodes": mixed(matrix, add(nodes, moved)), "last_nodes": nodes, "last_deltas": deltas}

@@ -1,0 +1,98 @@
+"""What algorithms without a centre share: every client is a node with a model of its own."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_fl.algorithms.base import Algorithm, Weighting
+from lightning_fl.topologies import Complete, Topology
+from lightning_fl.tree import tree_map
+from lightning_fl.types import Aggregate, Context, State, Tree
+
+
+@dataclass(frozen=True)
+class Decentralized(Algorithm):
+    r"""Base of the algorithms that train a model per client and mix those of neighbours after each round.
+
+    All nodes start from the same model. Their models, each tensor stacked over the clients in the order of their ids,
+    are the entry ``"nodes"`` of the state; ``"params"`` is their weighted mean, which validation and checkpoints see.
+    All clients take part in each round; one whose update was refused or lost mixes the model it has.
+    """
+
+    topology: Topology = field(default_factory=Complete)
+
+    weighting: ClassVar[Weighting] = "uniform"
+    knows_index: ClassVar[bool] = True
+    keeps_nodes: ClassVar[bool] = True
+
+    def server_init(self, params: Tree, population: int) -> State:
+        self.topology.check(population)
+        self.check_matrix(population)
+        state = {"params": params, "nodes": tree_map(lambda tensor: _repeat(tensor, population), params)}
+        zero = next(iter(params.values())).new_zeros((), dtype=torch.int64)
+        return {**state, "round": zero, **self.init_more(state["nodes"])}
+
+    def check_matrix(self, population: int) -> None:
+        """Makes sure that the algorithm converges with the topology's matrices.
+
+        Raises:
+            ValueError: If it does not.
+        """
+        self.topology.matrix(population)
+
+    def init_more(self, nodes: Tree) -> dict[str, Any]:
+        """What the state holds besides."""
+        return {}
+
+    @abstractmethod
+    def mix(self, state: State, deltas: Tree, matrix: Tensor) -> dict[str, Any]:
+        """The next entries of the state, ``"nodes"`` among them.
+
+        Args:
+            state: The state before the round.
+            deltas: How local training has changed the nodes' models, each tensor ``[n, ...]``.
+            matrix: The round's mixing matrix ``[n, n]``, float64.
+        """
+
+    def matrix_of(self, population: int, round: int, weights: Tensor) -> Tensor:
+        """The round's mixing matrix."""
+        return self.topology.matrix(population, round, weights=weights)
+
+    def client_init(self, server: State, client: State | None, probe: Any = None) -> Context:
+        return {"params": {name: tensor[server["index"]] for name, tensor in server["nodes"].items()}}
+
+    def server_update(self, server: State, aggregate: Aggregate) -> State:
+        weights = aggregate.node_weights
+        assert weights is not None, "only an aggregator that hands on each client's update serves it"
+        matrix = self.matrix_of(len(weights), int(server["round"]), weights.cpu()).to(weights.device)
+        state = {**server, **self.mix(server, aggregate.nodes, matrix), "round": server["round"] + 1}
+        return {**state, "params": tree_map(lambda own: _weighted_sum(weights, own), state["nodes"])}
+
+    def report(self, server: State) -> Mapping[str, float]:
+        r"""How far the nodes are apart, :math:`\sqrt{\mathrm{mean}_i \lVert x_i - \bar x \rVert^2}`."""
+        apart = [(own - own.mean(0)).double().square().sum() for own in server["nodes"].values()]
+        size = len(next(iter(server["nodes"].values())))
+        return {"consensus": float(torch.stack(apart).sum() / size) ** 0.5, "rho": self.rho(size)}
+
+    def rho(self, population: int) -> float:
+        """How much of the nodes' disagreement is left after a round of mixing."""
+        return self.topology.rho(population)
+
+
+def mixed(matrix: Tensor, nodes: Tree) -> Tree:
+    """``matrix @ nodes``, for each tensor ``[n, ...]``."""
+    return tree_map(lambda own: torch.tensordot(matrix.to(own.dtype), own, dims=1), nodes)
+
+
+def _repeat(tensor: Tensor, times: int) -> Tensor:
+    return tensor.expand(times, *tensor.shape).clone()
+
+
+def _weighted_sum(weights: Tensor, nodes: Tensor) -> Tensor:
+    return torch.tensordot(weights.to(nodes.dtype), nodes, dims=1)

@@ -1,0 +1,39 @@
+"""DSGD: nodes train, then mix their models with those of their neighbours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lightning_fl.algorithms.decentralized import Decentralized, mixed
+from lightning_fl.algorithms.registry import register
+from lightning_fl.tree import add
+from lightning_fl.types import State, Tree
+
+
+@register("dsgd")
+@dataclass(frozen=True)
+class DSGD(Decentralized):
+    r"""DSGD: each client trains its own model, and mixes it with those of its neighbours after every round.
+
+    .. math:: x_i \leftarrow \sum_j W_{ij}(t) \, y_j
+
+    With a complete graph it is federated averaging. With fewer edges, or several local steps, the nodes settle near the
+    optimum but not at it, and not all in the same place: :class:`D2` and :class:`GradientTracking` remedy that. With
+    ``fl.topologies.Edges`` it is HierFAVG.
+
+    Args:
+        topology: Who mixes with whom. Default all with all.
+
+    Raises:
+        ValueError: When training starts, if the graph is directed or does not connect the clients.
+
+    Reference:
+        Lian et al., "Can Decentralized Algorithms Outperform Centralized Algorithms? A Case Study for Decentralized
+        Parallel Stochastic Gradient Descent", NeurIPS 2017.
+    """
+
+    def mix(self, state: State, deltas: Tree, matrix: Tensor) -> dict[str, Any]:
+        return {"nodes": mixed(matrix, add(state["nodes"], deltas))}

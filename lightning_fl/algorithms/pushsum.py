@@ -1,0 +1,58 @@
+"""Push-sum: decentralised training over a directed graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_fl.algorithms.decentralized import Decentralized, mixed
+from lightning_fl.algorithms.registry import register
+from lightning_fl.tree import add, tree_map
+from lightning_fl.types import State, Tree
+
+
+@register("pushsum")
+@dataclass(frozen=True)
+class PushSum(Decentralized):
+    r"""Push-sum (SGP): nodes send to their successors only, and a weight that travels along keeps the mean right.
+
+    .. math:: z \leftarrow A (z + \Delta), \qquad w \leftarrow A w, \qquad x_i = z_i / w_i
+
+    The columns of :math:`A` add up to 1: each node divides what it has equally among itself and its successors, and
+    need not know who sends to it. :math:`\Delta_i = y_i - x_i` is what local training changes.
+
+    Args:
+        topology: Who sends to whom, such as ``fl.topologies.Exponential()`` or a directed ``Graph``. Default all to
+            all.
+
+    Raises:
+        ValueError: When training starts, if the graph does not connect the clients both ways.
+
+    Reference:
+        Assran et al., "Stochastic Gradient Push for Distributed Deep Learning", ICML 2019.
+    """
+
+    def check_matrix(self, population: int) -> None:
+        self.topology.push_matrix(population)
+
+    def init_more(self, nodes: Tree) -> dict[str, Any]:
+        first = next(iter(nodes.values()))
+        mass = torch.ones(len(first), dtype=torch.float64, device=first.device)
+        return {"sums": {name: own.clone() for name, own in nodes.items()}, "mass": mass}
+
+    def matrix_of(self, population: int, round: int, weights: Tensor) -> Tensor:
+        return self.topology.push_matrix(population, round)
+
+    def rho(self, population: int) -> float:
+        return float(torch.linalg.eigvals(self.topology.push_matrix(population)).abs().sort().values[-2:][0])
+
+    def mix(self, state: State, deltas: Tree, matrix: Tensor) -> dict[str, Any]:
+        sums, mass = mixed(matrix, add(state["sums"], deltas)), matrix @ state["mass"]
+        return {"sums": sums, "mass": mass, "nodes": tree_map(lambda own: _divided(own, mass), sums)}
+
+
+def _divided(nodes: Tensor, mass: Tensor) -> Tensor:
+    return nodes / mass.to(nodes.dtype).view(-1, *[1] * (nodes.dim() - 1))

@@ -1,0 +1,65 @@
+"""Checkpoints without frozen parameters, which may be nearly all of a large model and never change."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from lightning_fl.federation.rank_verification import digest
+from lightning_fl.federation.server import some
+from lightning_fl.types import Tree
+
+KEY = "lightning_fl_frozen"
+
+
+class FrozenWeights:
+    """Leaves frozen parameters out of a module's checkpoints; their digests stand in for them."""
+
+    def __init__(self) -> None:
+        # Computed once: to hash a large model at every checkpoint would take longer than to write the rest.
+        self._digests: dict[str, str] = {}
+
+    def leave_out(self, checkpoint: dict[str, Any], module: nn.Module, moving: Collection[str]) -> None:
+        """Takes the frozen parameters out of a checkpoint's ``state_dict``.
+
+        Args:
+            checkpoint: The checkpoint, which is changed.
+            module: The module.
+            moving: Frozen parameters that training writes to; they stay.
+        """
+        own = frozen(module)
+        names = [name for name in checkpoint["state_dict"] if name in own and name not in moving]
+        for name in names:
+            if name not in self._digests:
+                self._digests[name] = digest(own[name]).hex()
+        checkpoint["state_dict"] = {
+            name: value for name, value in checkpoint["state_dict"].items() if name not in names
+        }
+        checkpoint[KEY] = {name: self._digests[name] for name in names}
+
+
+def put_in(checkpoint: Mapping[str, Any], module: nn.Module) -> Mapping[str, Any]:
+    """The checkpoint with the module's own frozen parameters where it left them out.
+
+    Raises:
+        MisconfigurationException: If the module holds others than those that the checkpoint was trained with.
+    """
+    names = checkpoint.get(KEY) or {}
+    own = dict(module.state_dict())
+    different = [name for name, expected in names.items() if name not in own or digest(own[name]).hex() != expected]
+    if different:
+        raise MisconfigurationException(
+            f"The checkpoint was written without frozen parameters (checkpoint_frozen=False), and the module's own are "
+            f"others than those that it was trained with: {some(different)}. Load the same base model first."
+        )
+    return {**checkpoint, "state_dict": {**checkpoint["state_dict"], **{name: own[name] for name in names}}}
+
+
+def frozen(module: nn.Module) -> Tree:
+    """The parameters that aren't trained, by each of their names."""
+    return {
+        name: own.detach() for name, own in module.named_parameters(remove_duplicate=False) if not own.requires_grad
+    }

@@ -1,0 +1,73 @@
+"""Graphs that change from round to round."""
+
+# No `from __future__ import annotations`: jsonargparse would resolve the strings in the modules of the subclasses.
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import combinations
+
+from torch import Tensor
+
+from lightning_fl.seeding import round_rng
+from lightning_fl.topologies.topology import Edge, Topology
+
+
+@dataclass(frozen=True)
+class Random(Topology):
+    """Each pair of nodes is linked with probability ``p``, anew in every round, from (seed, round).
+
+    A round's graph may fall apart; over the rounds news of each node reaches all others.
+
+    Args:
+        p: The probability, in (0, 1].
+        seed: Seed of the draws. Default 0.
+
+    Raises:
+        ValueError: If ``p`` is out of range.
+    """
+
+    p: float
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.p <= 1:
+            raise ValueError(f"Random got p={self.p}; expected a probability in (0, 1].")
+
+    def edges(self, num_nodes: int, round: int = 0) -> Iterable[Edge]:
+        drawn = round_rng(self.seed, round, "topology").random(num_nodes * (num_nodes - 1) // 2) < self.p
+        return (pair for pair, is_linked in zip(combinations(range(num_nodes), 2), drawn, strict=True) if is_linked)
+
+    def check(self, num_nodes: int) -> None:
+        """See :meth:`Topology.check`; over the rounds every pair is linked some time."""
+
+
+@dataclass(frozen=True)
+class Exponential(Topology):
+    r"""Each node receives from those 1, 2, 4, ... places before it: all are near after few rounds.
+
+    Args:
+        one_peer: Whether each round has one of these distances, in turns: one message a node and round, and the exact
+            mean after :math:`\log_2 n` rounds if the number of clients is a power of 2. Default False: all at once.
+    """
+
+    one_peer: bool = False
+
+    @property
+    def is_directed(self) -> bool:
+        return True
+
+    def period(self, num_nodes: int) -> int:
+        return max(1, len(_distances(num_nodes))) if self.one_peer else 1
+
+    def edges(self, num_nodes: int, round: int = 0) -> Iterable[Edge]:
+        distances = _distances(num_nodes)
+        if self.one_peer and distances:
+            distances = [distances[round % len(distances)]]
+        return ((node, (node + distance) % num_nodes) for node in range(num_nodes) for distance in distances)
+
+    def matrix(self, num_nodes: int, round: int = 0, weights: Tensor | None = None) -> Tensor:
+        # All nodes have as many that send as that receive, so equal parts make a doubly stochastic matrix.
+        return self.push_matrix(num_nodes, round)
+
+
+def _distances(num_nodes: int) -> list[int]:
+    return [1 << power for power in range((num_nodes - 1).bit_length())]
