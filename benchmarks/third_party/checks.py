@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import os
 import sys
 import tempfile
 import traceback
@@ -149,6 +150,7 @@ def main(name: str) -> None:
         result["version"] = ", ".join(f"{own} {version(own)}" for own in package.DISTRIBUTIONS)
         result["what"] = package.WHAT
         with tempfile.TemporaryDirectory() as folder:
+            os.chdir(folder)  # some packages write to the current folder
             for precision in getattr(package, "PRECISIONS", ("64-true",)):
                 result["precision"] = precision
                 result |= Check(package.make, getattr(package, "DRAWS", False), precision, Path(folder)).run()
