@@ -2,14 +2,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import FrozenInstanceError, dataclass
+from dataclasses import FrozenInstanceError, dataclass, replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from lightning_fl.algorithms import Algorithm, FedAvg, get_algorithm, registered
-from lightning_fl.types import Aggregate, LocalRun, State, Tree
+from lightning_fl.types import Aggregate, Context, LocalRun, State, Tree
 from tests.helpers.federation import Simulation, quadratics
 
 PARAMS = {"x": torch.tensor([10.0], dtype=torch.float64)}
@@ -80,18 +80,37 @@ class InPlace(FedAvg):
         return server
 
 
+class Quadratic:
+    """The gradients of a batch whose loss is half the squared norm."""
+
+    def __call__(self, params: Tree) -> Tree:
+        return {name: tensor.clone() for name, tensor in params.items()}
+
+    def hessian_product(self, params: Tree, direction: Tree) -> Tree:
+        return {name: tensor.clone() for name, tensor in direction.items()}
+
+
+def start(algorithm: Algorithm, server: State, grad: Tree) -> Context:
+    """The context of the second client, with what a round gives it."""
+    measured = {"loss": torch.tensor(2.0, dtype=torch.float64), "grad": grad}
+    server = {**server, "index": 1} if algorithm.knows_index else server
+    return algorithm.client_init(server, None, measured.get(algorithm.probe))
+
+
 def run_once(algorithm: Algorithm, params: Tree) -> None:
     """Calls every method once; fails if one changes what it was given or returns anything but trees."""
     trained = {"x": params["x"] - 1}
     server = algorithm.server_init(params, population=4)
     inputs = copy.deepcopy([server, params, trained])
-    measured = {"loss": torch.tensor(2.0, dtype=torch.float64), "grad": trained}
-    ctx = algorithm.client_init(server, None, measured.get(algorithm.probe))
-    algorithm.grad_transform(trained, params, ctx)
+    ctx = start(algorithm, server, trained)
+    algorithm.grad_transform(trained, params, {**ctx, "gradient_at": Quadratic()})
     update, client = algorithm.client_finish(trained, ctx, None, RUN)
-    for state in (server, client or {}, algorithm.server_update(server, total(8.0, 4.0, update.aux))):
+    aggregate = total(8.0, 4.0, update.aux)
+    if algorithm.keeps_nodes:
+        aggregate = replace(aggregate, nodes={"x": torch.ones(4, 1).double()}, node_weights=torch.full((4,), 0.25))
+    for state in (server, client or {}, algorithm.server_update(server, aggregate)):
         assert_trees_of_tensors(state)
-    assert update.aux.keys() == algorithm.aux_like(params).keys()
+    assert update.aux.keys() == {*algorithm.aux_like(params), *algorithm.aux_of_clients(population=4)}
     assert algorithm.keeps_client_state == (client is not None)
     torch.testing.assert_close([server, params, trained], inputs, rtol=0, atol=0)
 
@@ -112,7 +131,8 @@ class TestEveryAlgorithm:
         algorithm = get_algorithm(name)
         server = algorithm.server_init(PARAMS, population=4)
         assert server["params"] is PARAMS
-        assert algorithm.client_init(server, None)["params"] is PARAMS
+        params = start(algorithm, server, PARAMS)["params"]
+        assert params is PARAMS or (algorithm.keeps_nodes and torch.equal(params["x"], PARAMS["x"]))
 
 
 def test_an_algorithm_that_changes_its_input_is_caught() -> None:
