@@ -223,7 +223,7 @@ def test_every_registered_algorithm_is_under_contract() -> None:
     assert builtin <= set(StrategyRegistry.available_strategies())
 
 
-@every_algorithm
+@every_kind
 def test_it_settles_at_its_fixed_point(name: str) -> None:
     entry = ENTRIES[name]
     assert entry.minimise(entry.rounds, local_steps=5) == pytest.approx(entry.fixed_point, rel=1e-8)

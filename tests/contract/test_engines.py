@@ -252,7 +252,9 @@ RESUMED = {
 @pytest.mark.parametrize(
     ("entry", "first", "second"),
     [
-        pytest.param(entry, first, second, id=f"{name}-{first}-{second}")
+        pytest.param(
+            entry, first, second, id=f"{name}-{first}-{second}", marks=[pytest.mark.slow] if first == "tight" else []
+        )
         for name, entry in RESUMED.items()
         for first, second in [("hooked", "tight"), ("tight", "hooked"), ("tight", "group"), ("group", "tight")]
         if entry.groups or not (FORMS[first].is_group or FORMS[second].is_group)

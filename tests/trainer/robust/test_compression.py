@@ -84,8 +84,8 @@ def test_what_was_decoded_is_decoded_again_without_loss(compressor: Compressor) 
 def test_the_mean_of_many_is_the_vector(compressor: Compressor) -> None:
     """Within 5 standard errors; EDEN's rotation by signs alone is good enough in many dimensions only."""
     vector = torch.randn(512, generator=generator(9)) if isinstance(compressor, EDEN) else V
-    drawn = torch.stack([through(compressor, vector, seed) for seed in range(2000)]).double()
-    assert ((drawn.mean(0) - vector).abs() <= 5 * drawn.std(0) / math.sqrt(2000) + 1e-9).all()
+    drawn = torch.stack([through(compressor, vector, seed) for seed in range(500)]).double()
+    assert ((drawn.mean(0) - vector).abs() <= 5 * drawn.std(0) / math.sqrt(500) + 1e-9).all()
 
 
 def test_known_answers_of_single_vectors() -> None:
@@ -93,12 +93,12 @@ def test_known_answers_of_single_vectors() -> None:
     assert sign.tolist() == [1.75, -1.75, 1.75, 1.75, -1.75, 1.75]
     # How much of the vector is kept: 1 - |v - C(v)|^2 / |v|^2.
     assert 1 - float((V - sign).square().sum() / V.square().sum()) == pytest.approx(0.60743802, abs=1e-7)
-    levels = torch.stack([through(QSGD(4), V, seed) for seed in range(4000)]).double().abs() / V.norm() * 4
+    drawn = torch.stack([through(QSGD(4), V, seed) for seed in range(4000)]).double()
+    levels = drawn.abs() / V.norm() * 4
     up = (levels - torch.tensor([2, 2, 0, 0, 0, 1])).mean(0)
     expected = torch.tensor([0.18181818, 0.90909091, 0, 0.72727273, 0.36363636, 0.45454545], dtype=torch.float64)
     assert (up - expected).abs().max() < 0.04
-    variance = torch.stack([through(QSGD(4), V, seed) for seed in range(4000)]).double().var(0).sum()
-    assert float(variance) == pytest.approx(1.71875, rel=0.05)
+    assert float(drawn.var(0).sum()) == pytest.approx(1.71875, rel=0.05)
     assert through(TopK(0.3), V).tolist() == [3.0, -4.0, 0.0, 0.0, 0.0, 0.0]
     assert through(Cast("float16"), torch.tensor([1e9, -1e9])).tolist() == [65504.0, -65504.0]
 

@@ -163,7 +163,7 @@ def answers_on_ranks(engine: str) -> dict[str, list[float]]:
 
 
 @pytest.mark.parametrize("engine", ["sequential", "vectorized"])
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_give_the_known_answers(run_ranks: Any, world_size: int, engine: str) -> None:
     ranks = run_ranks(world_size, answers_on_ranks, engine)
     for found in ranks:
