@@ -35,6 +35,7 @@ def check_network(strategy: Any, address: str | None, kit: str | Path | None) ->
         "silo_name (the certificate has the name)": strategy.silo_name is not None,
         "stragglers": strategy.stragglers is not None,
         "schedule and durations": strategy.schedule is not None,
+        "the aggregator's keys (they are in the kit)": getattr(strategy.aggregator, "keys", None) is not None,
         "cohort": not isinstance(strategy.cohort, Uniform),
     }
     given = [name for name, is_given in ignored.items() if is_given]

@@ -113,6 +113,7 @@ def test_three_silos_under_secure_aggregation_give_what_one_process_gives(run_ra
     [
         ({"aggregator": fl.privacy.SecureAggregation()}, "silos may vanish at any moment"),
         ({"aggregator": fl.privacy.SecureAggregation("bonawitz", dropout=0.1)}, "without dropout"),
+        ({"aggregator": fl.privacy.SecureAggregation("bonawitz", keys="keys")}, "they are in the kit"),
         (
             {
                 "aggregator": fl.privacy.SecureAggregation("bonawitz"),
