@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 # What test-fast leaves out: tests of the Trainer, and of the helpers that start processes.
-NOT_FAST := audit callbacks cli contract examples helpers trainer test_benchmarks.py test_contributing.py test_docs.py test_recipes.py test_tutorials.py
+NOT_FAST := adapters audit callbacks cli contract examples helpers serving trainer vertical test_benchmarks.py test_contributing.py test_docs.py test_recipes.py test_tutorials.py
 
 .PHONY: help demo test test-fast test-all audit experiments soak fuzz third-party lint docs clean
 help:
@@ -20,7 +20,7 @@ help:
 	@echo "make audit     attacks on the shipped privacy, with what they prove beside what is claimed"
 	@echo "make soak      silos and a coordinator that are killed at random for 200 rounds: half an hour or more"
 	@echo "make fuzz      random and damaged calls to a coordinator for ten minutes"
-	@echo "make third-party  modules of fifteen other packages in a federation, in environments of their own: 3 GB"
+	@echo "make third-party  modules of other packages in a federation, in environments of their own: 3 GB"
 	@echo "make lint      ruff and mypy"
 	@echo "make docs      builds the documentation into site/"
 	@echo "make clean     removes what the others made, $(VENV) included"

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         strategies,
         topologies,
         tracking,
+        vertical,
     )
     from lightning_fl.strategies import FederatedStrategy
     from lightning_fl.strategies.checkpoint import load_client
@@ -63,6 +64,7 @@ __all__ = [
     "strategies",
     "topologies",
     "tracking",
+    "vertical",
 ]
 
 _IN_YAML = (
@@ -80,8 +82,6 @@ _IN_YAML = (
 )
 """Rooms whose classes YAML may write without their module, which jsonargparse allows for imported classes."""
 
-_LAZY = ("analytics", "cli", "communication", "data", "federation", "models", "strategies", "tracking", "vertical")
-"""Rooms that are imported when they are first used."""
 __getattr__, __dir__ = lazy_names(__name__)
 
 

@@ -35,6 +35,7 @@ def check_network(strategy: Any, address: str | None, kit: str | Path | None) ->
         "silo_name (the certificate has the name)": strategy.silo_name is not None,
         "stragglers": strategy.stragglers is not None,
         "schedule and durations": strategy.schedule is not None,
+        "the aggregator's keys (they are in the kit)": getattr(strategy.aggregator, "keys", None) is not None,
         "cohort": not isinstance(strategy.cohort, Uniform),
     }
     given = [name for name, is_given in ignored.items() if is_given]
@@ -44,6 +45,11 @@ def check_network(strategy: Any, address: str | None, kit: str | Path | None) ->
             f"{', '.join(given)} would be ignored. Leave it out."
         )
     aggregator = strategy.aggregator
+    if aggregator.needs_server:
+        raise ValueError(
+            f"{aggregator!r} looks at updates with data of the server, but a coordinator holds no model to "
+            "try them on. Let one silo hold the data, as FLTrust(root='hospital-a'), or use another rule."
+        )
     if not aggregator.hides_reports:
         return
     if secure_of(strategy) is None or aggregator.protocol != "bonawitz" or aggregator.dropout:
@@ -56,11 +62,6 @@ def check_network(strategy: Any, address: str | None, kit: str | Path | None) ->
         raise ValueError(
             f"{', '.join(hiding)} does not run in secure sums over a coordinator yet. Leave federation out and start "
             "the silos with torchrun, or leave one of them out."
-        )
-    if strategy.aggregator.needs_server:
-        raise ValueError(
-            f"{strategy.aggregator!r} looks at updates with data of the server, but a coordinator holds no model to "
-            "try them on. Let one silo hold the data, as FLTrust(root='hospital-a'), or use another rule."
         )
 
 

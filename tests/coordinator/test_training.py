@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import ConcatDataset, DataLoader
+from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
 
 import lightning_fl as fl
 from lightning_fl import FederatedStrategy
@@ -113,6 +113,7 @@ def test_three_silos_under_secure_aggregation_give_what_one_process_gives(run_ra
     [
         ({"aggregator": fl.privacy.SecureAggregation()}, "silos may vanish at any moment"),
         ({"aggregator": fl.privacy.SecureAggregation("bonawitz", dropout=0.1)}, "without dropout"),
+        ({"aggregator": fl.privacy.SecureAggregation("bonawitz", keys="keys")}, "they are in the kit"),
         (
             {
                 "aggregator": fl.privacy.SecureAggregation("bonawitz"),
@@ -121,8 +122,12 @@ def test_three_silos_under_secure_aggregation_give_what_one_process_gives(run_ra
             },
             "does not run in secure sums over a coordinator yet",
         ),
+        (
+            {"aggregator": fl.aggregation.FLTrust(root=TensorDataset(torch.zeros(1, 1), torch.zeros(1)))},
+            "a coordinator holds no model",
+        ),
     ],
 )
-def test_what_does_not_run_in_secure_sums_is_refused(options: dict[str, Any], reason: str) -> None:
+def test_what_does_not_run_over_a_coordinator_is_refused(options: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         FederatedStrategy("fedavg", federation="https://localhost", kit="kit", **options)
