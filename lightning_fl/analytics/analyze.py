@@ -144,7 +144,8 @@ def analyze(
             noisy = [place for place in going if not questions[place].is_private_by_itself]
             for place in noisy:
                 questions[place].sensitivity(states[place])
-            privacy.book(ledger, len(noisy), silos)
+            beside = sum(question.own_epsilon for question in questions)
+            privacy.book(ledger, len(noisy), silos, beside)
         ctx = RoundContext(num_steps, cohort, len(cohort), group=group, silos=silos)
         shares = 1 if privacy is None or not silos else aggregator.min_clients_of(len(cohort))
         sums = _locals(questions, states, going, tables, group)

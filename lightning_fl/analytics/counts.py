@@ -66,7 +66,8 @@ class Quantile(Question):
     r"""The smallest value :math:`x` with :math:`F(x) \ge q`, by a search over counts.
 
     Each step counts the values in equal parts of the interval that is left. Without a range the parts are those of the
-    numbers that float64 can hold, and 8 steps of 256 parts end at the exact value. With a range they divide the range,
+    numbers that float64 can hold, and 8 steps of 256 parts end at the exact value, which is withheld if fewer than
+    ``min_count`` rows are as small, or as large. With a range they divide the range,
     and the answer is the middle of a part of width :math:`(high - low) / 16^{steps}`.
 
     Args:
@@ -127,7 +128,12 @@ class Quantile(Question):
             left.append(rank - (float(below[digit - 1]) if digit else 0.0))
         if state["step"] + 1 < steps:
             return {"step": state["step"] + 1, "found": found, "rank": left, "n": n}
-        return Answer(n, {f"{q:g}": self._value(key) for q, key in zip(self.q, found, strict=True)})
+        values = {f"{q:g}": self._value(key) for q, key in zip(self.q, found, strict=True)}
+        if self.range is not None:
+            return Answer(n, values)
+        # The exact value is as good as the smallest or largest row's own, if few are beyond it.
+        ranks = [max(1.0, math.ceil(q * n - 1e-9)) for q in self.q]
+        return Answer(n, values, counts={"rows from a quantile to the end": min(min(r, n - r + 1) for r in ranks)})
 
     def _keys(self, values: np.ndarray) -> np.ndarray:
         """The values as integers of the same order."""

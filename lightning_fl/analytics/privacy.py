@@ -71,30 +71,32 @@ class RowLevelDP:
                 "aggregator=fl.privacy.SecureAggregation(), under which each silo adds a share of it (--secure)."
             )
 
-    def book(self, ledger: Ledger, count: int, silos: bool) -> None:
+    def book(self, ledger: Ledger, count: int, silos: bool, beside: float = 0.0) -> None:
         """Records the releases of a step, before they are made.
 
         Args:
             ledger: The ledger.
             count: How many there are.
             silos: Whether silos add the noise, which then hides rows from everybody.
+            beside: The epsilon of questions that are private by themselves and are no releases of the ledger.
 
         Raises:
             PrivacyBudgetExceeded: If they would exceed ``max_epsilon``; the ledger is then unchanged.
         """
-        if not count:
-            return
         noise = 0.0 if self.insecure_test_seed is not None else self.noise_multiplier
         event = Gaussian(noise, adversary="server" if silos else "model")
         if self.max_epsilon is not None:
             planned = ledger + Ledger()
-            planned.record(Gaussian(self.noise_multiplier), count)
-            if planned.epsilon(self.delta) > self.max_epsilon:
+            if count:
+                planned.record(Gaussian(self.noise_multiplier), count)
+            epsilon = beside + (float(planned.epsilon(self.delta)) if list(planned) else 0.0)
+            if epsilon > self.max_epsilon:
                 raise PrivacyBudgetExceeded(
-                    f"The next step would make epsilon {planned.epsilon(self.delta):.4g}, more than max_epsilon="
-                    f"{self.max_epsilon:g}. Ask fewer questions, or with more noise."
+                    f"The next step would make epsilon {epsilon:.4g}, more than max_epsilon={self.max_epsilon:g}. Ask "
+                    "fewer questions, or with more noise."
                 )
-        ledger.record(event, count)
+        if count:
+            ledger.record(event, count)
 
     def add(self, total: Tree, questions: Sequence[Question], states: Sequence[Any], step: int, group: Group) -> Tree:
         """The sums with noise, the same on all ranks."""

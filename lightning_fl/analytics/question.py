@@ -57,6 +57,11 @@ class Question(ABC):
     """Whether the answer is differentially private without noise on its sums."""
 
     @property
+    def own_epsilon(self) -> float:
+        """What the answer costs beside the ledger's releases."""
+        return 0.0
+
+    @property
     def undeclared(self) -> Mapping[str, str]:
         """Fields of the question that have to be learned from the data, each with its column."""
         return {}

@@ -77,6 +77,10 @@ class HeavyHitters(Question):
         if END in self.alphabet or len(set(self.alphabet)) != len(self.alphabet):
             raise ValueError(f"The alphabet {self.alphabet!r} names a letter twice, or {END!r}, which ends words.")
 
+    @property
+    def own_epsilon(self) -> float:
+        return self.epsilon
+
     def start(self) -> Any:
         return {"n": None, "prefixes": [""], "found": {}}
 

@@ -114,8 +114,8 @@ class SecureSums:
             names: The scalars that it adds.
         """
         client = BonawitzClient(number, self.identity, params, self.trusted, self.journal)
-        signature = self.identity.sign(signed_names(params, number, names))
-        return client, Advert(client.advertise(), names, signature)
+        keys = client.advertise()
+        return client, Advert(keys, names, self.identity.sign(signed_names(keys, names)))
 
     def take_part(
         self,
@@ -187,7 +187,7 @@ def _checked_names(roster: Roster, listed: Mapping[str, Any], params: SessionPar
     found = {}
     for number, keys in roster.advertisements.items():
         advert = Advert.read(listed[str(number)])
-        what = signed_names(params, number, advert.names)
+        what = signed_names(keys.encode(), advert.names)
         verify(keys.identity, advert.signature, what, f"participant {number} over the names of its metrics")
         found[number] = advert.names
     return summed_names(list(found.values()), params.threshold)

@@ -49,7 +49,7 @@ class Advert:
     Args:
         keys: Its key advertisement.
         names: The scalars that it adds.
-        signature: Over the names, by the identity in the advertisement.
+        signature: Over both, by the identity in the advertisement.
     """
 
     keys: bytes
@@ -83,9 +83,12 @@ def in_order(update: Update) -> Update:
     return replace(update, delta=delta, buffers=buffers, aux=aux)
 
 
-def signed_names(params: SessionParams, number: int, names: Sequence[str]) -> bytes:
-    """What a silo signs, so that nobody can make it add a scalar that others do not list."""
-    return b"lightning_fl secagg names" + params.encode() + number.to_bytes(4, "little") + json.dumps(names).encode()
+def signed_names(keys: bytes, names: Sequence[str]) -> bytes:
+    """What a silo signs, so that nobody can make it add a scalar that others do not list.
+
+    With its key advertisement, which is new in each sum: names of an earlier run of the same round would fit otherwise.
+    """
+    return b"lightning_fl secagg names" + keys + json.dumps(names).encode()
 
 
 def summed_names(listed: Collection[Sequence[str]], threshold: int) -> list[str]:
@@ -171,13 +174,23 @@ class SecureSum:
                 if not is_whole:
                     raise BadFile("it has not sealed a share for each of the others")
             elif self.step == "agree":
-                number = next(iter(Signatures.decode(message).by_number), 0)
+                # What it says of others would take the place of their own signatures, and stop all silos.
+                number, *others = [*Signatures.decode(message).by_number] or [0]
+                if others:
+                    raise BadFile("it has signed for others")
             else:
-                number = Unmasking.decode(message).number
+                answer, (shared, sent) = Unmasking.decode(message), map(self._numbers_of, self.messages[:2])
+                number = answer.number
+                # The sum ends with the first answers; one that lacks shares would end it without a result.
+                if answer.self_masks.keys() != sent or answer.mask_keys.keys() != shared - sent:
+                    raise BadFile("it lacks shares, or has some that nobody has asked for")
         except ProtocolError as error:
             raise BadFile(str(error).rstrip(".")) from error
         if number != self.numbers[silo]:
             raise BadFile(f"it speaks for participant {number}, but is {self.numbers[silo]}")
+
+    def _numbers_of(self, silos: Iterable[str]) -> set[int]:
+        return {self.numbers[silo] for silo in silos}
 
     def progressed(self, silo: str, now: float) -> None:
         """A piece of a silo's message has come: the step waits for the rest."""

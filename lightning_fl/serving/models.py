@@ -55,8 +55,11 @@ class Version:
         if client is None:
             return self.state
         if client not in self._of_clients:
-            found = client_state(self.checkpoint, client)
-            self._of_clients[client] = _checked(found, self.state, self.checkpoint)
+            found = _checked(client_state(self.checkpoint, client), self.state, self.checkpoint)
+            # What is not personal is held once, or the models of 64 clients would need the memory of 64 models.
+            self._of_clients[client] = {
+                name: own if torch.equal(own := self.state[name], value) else value for name, value in found.items()
+            }
         self._of_clients.move_to_end(client)
         if len(self._of_clients) > NUM_CLIENTS_KEPT:
             self._of_clients.popitem(last=False)

@@ -3,6 +3,7 @@
 # Without `from __future__ import annotations`: LitServe looks at the annotations of `decode_request`.
 
 import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -23,6 +24,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from lightning_fl.serving.export import Outputs
 from lightning_fl.serving.loading import Inputs, example_inputs, load_module
 from lightning_fl.serving.models import ServedModels, Version, decode
+
+logger = logging.getLogger(__name__)
 
 MAX_BYTES = 16 * 2**20
 """Largest body of a request."""
@@ -135,12 +138,22 @@ class ModelAPI(litserve.LitAPI):
             same = [request for place in places if isinstance(request := requests[place], PendingRequest)]
             first = same[0]
             joined = tuple(torch.cat(parts) for parts in zip(*(request.inputs for request in same), strict=True))
-            outputs = self.models.compute(first.version.tensors(first.client), joined)
+            try:
+                outputs = self.models.compute(first.version.tensors(first.client), joined)
+            # A module may raise anything, such as for a token that it does not know.
+            except Exception as error:
+                for place in places:  # each by itself, so that only the request at fault gets the error
+                    answers[place] = self._failed(error) if len(same) == 1 else self.predict([requests[place]])[0]
+                continue
             sizes = [len(request.inputs[0]) for request in same]
             parts = [output.split(sizes) for output in outputs]
             for index, place in enumerate(places):
                 answers[place] = (tuple(part[index] for part in parts), first.version)
         return answers
+
+    def _failed(self, error: Exception) -> JSONResponse:
+        logger.warning("The model can't compute a request: %s: %s", type(error).__name__, error)
+        return _refusal(422, "The model can't compute these inputs; the server's log says why.")
 
     def unbatch(self, output: list[Any]) -> list[Any]:
         """The answers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
@@ -94,7 +95,7 @@ class Channel:
             raise ValueError(f"{who} is at its exchange {other}, this party at {step}: their batches differ in number.")
         found, expected = sizes[:dim], list(shape)
         fits = len(found) == len(expected) and all(b is None or a == b for a, b in zip(found, expected, strict=True))
-        if not fits or min(found, default=1) < 0 or torch.Size(found).numel() > MAX_ELEMENTS:
+        if not fits or min(found, default=1) < 0 or math.prod(found) > MAX_ELEMENTS:
             raise ValueError(f"{who} sent a tensor of shape {found}, expected {expected}, where None is any size.")
         if dtype is not None and DTYPES[code] != dtype:
             raise ValueError(f"{who} sent {DTYPES[code]}, expected {dtype}. Train with the same precision.")

@@ -68,7 +68,9 @@ def psi(ids: Sequence[str], group: Group, cardinality_only: bool = False) -> Sha
     problem = f"party {group.rank} has {twice} ids more than once; keep each once" if twice else ""
     hello = {"size": len(ids), "key": own.public.hex(), "problem": problem, "only": cardinality_only}
     hellos = [message.fields for message in group.all_gather(Message(hello), "psi: hello")]
-    problems = [told["problem"] for told in hellos if told["problem"]]
+    if any(told.keys() != hello.keys() for told in hellos):
+        raise ProtocolError(f"A party's greeting is not made of {', '.join(hello)}.")
+    problems = [str(told["problem"])[:200] for told in hellos if told["problem"]]
     if problems:
         raise ValueError("The ids can't be aligned: " + "; ".join(problems) + ".")
     if len({told["only"] for told in hellos}) > 1:
@@ -142,7 +144,9 @@ def _follow(
     answers = [secret.multiply(point) for point in hidden]
     if cardinality_only:
         if group.rank != 1:
-            seed = _xor(_key(messages[1].fields["orders"].get(str(group.rank))), _sealing(pairs[1]))
+            orders = messages[1].fields.get("orders")
+            found = orders.get(str(group.rank)) if isinstance(orders, dict) else None
+            seed = _xor(_key(found), _sealing(pairs[1]))
         answers = [answers[place] for place in _order(seed, leader_size)]
     keys = [secret.multiply(point_of(x.encode(), tag)) for x in ids]
     shares = {
@@ -153,6 +157,8 @@ def _follow(
     group.all_gather(Message(tensors=tensors), "psi: stores")
     result = group.all_gather(Message(), "psi: result")[0]
     size = _size(result.fields.get("size"))
+    if size > min(len(ids), leader_size):
+        raise ProtocolError(f"Party 0 says that all share {size} ids, but one has only {min(len(ids), leader_size)}.")
     if cardinality_only:
         return SharedIds(size, None)
     rows = {_label(key): row for row, key in enumerate(keys)}

@@ -282,7 +282,9 @@ class Party(L.LightningModule):
         Returns:
             What the middle makes of them, ``[rows, other width]``; gradients come back through it.
         """
-        found: Tensor = _Remote.apply(h, self.vertical.channel, server)
+        strategy = self.vertical
+        protection = strategy.protection if strategy.has_labels else None
+        found: Tensor = _Remote.apply(h, strategy.channel, server, protection)
         return found
 
     def serve(self, middle: Callable[[Tensor], Tensor], client: int) -> Tensor:
@@ -317,12 +319,13 @@ class _Remote(torch.autograd.Function):
     """The middle of a network at another party, as one operation."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, channel: Channel, server: int) -> Tensor:
+    def forward(ctx: Any, h: Tensor, channel: Channel, server: int, protection: GradientNoise | None) -> Tensor:
+        ctx.protection = protection
         ctx.channel, ctx.server, ctx.shape, ctx.dtype = channel, server, tuple(h.shape), h.dtype
         channel.send(h, server)
         return channel.receive(server, (len(h), None)).to(h.device)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        ctx.channel.send(gradient, ctx.server)
-        return ctx.channel.receive(ctx.server, ctx.shape, ctx.dtype).to(gradient.device), None, None
+        ctx.channel.send(gradient if ctx.protection is None else ctx.protection(gradient), ctx.server)
+        return ctx.channel.receive(ctx.server, ctx.shape, ctx.dtype).to(gradient.device), None, None, None

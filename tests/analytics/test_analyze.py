@@ -328,6 +328,16 @@ def test_minimum_and_maximum_need_a_range() -> None:
         Quantile("age", (0.0,))
 
 
+def test_a_quantile_that_is_nearly_the_minimum_or_maximum_is_withheld() -> None:
+    x = sites(x=np.arange(100.0))
+    shown = analyze([Quantile("x", (0.05, 0.5, 0.95))], x).answers[0]
+    assert shown.values == {"0.05": 4.0, "0.5": 49.0, "0.95": 94.0}
+    for q in (0.01, 0.04, 0.97, 0.999):
+        answer = analyze([Quantile("x", (0.5, q))], x).answers[0]
+        assert "fewer than 5" in answer.withheld
+        assert not answer.values
+
+
 def test_a_silo_that_lacks_a_column_stops_all() -> None:
     def check(group: Group) -> str:
         with pytest.raises(ValueError, match="Rank 1: There is no column 'age'") as error:
@@ -423,6 +433,16 @@ def test_a_budget_ends_the_questions_before_a_release() -> None:
         analyze([Count()] * 3, LUNG, privacy=RowLevelDP(4.0, max_epsilon=1.0), ledger=ledger)
     assert list(ledger) == []
     analyze([Count()], LUNG, privacy=RowLevelDP(8.0, max_epsilon=1.0))
+
+
+def test_words_that_are_private_by_themselves_count_against_the_budget() -> None:
+    data = {site: pd.DataFrame({"word": ["flu"] * 5000}) for site in range(2)}
+    words = HeavyHitters("word", epsilon=4, delta=1e-6, length=3)
+    with pytest.raises(PrivacyBudgetExceeded, match="epsilon 8, more than max_epsilon=5"):
+        analyze([words] * 2, data, privacy=RowLevelDP(4.0, max_epsilon=5.0))
+    with pytest.raises(PrivacyBudgetExceeded):
+        analyze([words, Count()], data, privacy=RowLevelDP(4.0, max_epsilon=4.1))
+    assert analyze([words], data, privacy=RowLevelDP(4.0, max_epsilon=5.0)).answers[0].values["words"] == ["flu"]
 
 
 def test_noise_of_a_test_seed_is_no_privacy() -> None:

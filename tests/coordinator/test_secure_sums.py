@@ -18,10 +18,14 @@ from lightning_fl.coordinator.audit import AuditLog
 from lightning_fl.coordinator.client import CallRefused
 from lightning_fl.coordinator.policy import PolicyBroken
 from lightning_fl.coordinator.secure_service import SecureCoordinator
+from lightning_fl.coordinator.secure_sum import SecureSum
 from lightning_fl.coordinator.store import Store
+from lightning_fl.coordinator.wire import BadFile
 from lightning_fl.federation.server import update_template
 from lightning_fl.privacy.secagg import ProtocolError, RetryRefused, SecureAggregation, SecureAggregationError
 from lightning_fl.privacy.secagg.keys import KeyFolder
+from lightning_fl.privacy.secagg.messages import Signatures, Unmasking
+from lightning_fl.privacy.secagg.packing import with_report
 from lightning_fl.types import Update
 from tests.helpers.distributed import PATIENCE
 from tests.helpers.network import (
@@ -376,3 +380,71 @@ def test_a_bad_advertisement_is_refused(live: LiveCoordinator, change: Any, reas
     openings: list[Any] = []
     in_threads(tell, *(lambda own=own: openings.append(own.open()) for own in others))
     assert "east" in live.coordinator.machine.refused
+
+
+def adverts_of(live: LiveCoordinator, names: tuple[str, ...]) -> tuple[Any, list[Any], dict[str, Any], dict[str, Any]]:
+    """The parameters of a sum of a scalar, the silos' secure sums, their clients and their key advertisements."""
+    secures = [silo(live, name).federation.secure for name in names]
+    assert secures[0] is not None
+    params = secures[0].params_of_messages(0, "evaluation.0", names)
+    made = [secure.advertise(params, number, ["loss"]) for number, secure in enumerate(secures, 1) if secure]
+    clients, adverts = ([pair[index] for pair in made] for index in (0, 1))
+    return params, secures, dict(zip(names, clients, strict=True)), dict(zip(names, adverts, strict=True))
+
+
+def test_names_of_an_earlier_sum_of_the_same_round_are_refused(live: LiveCoordinator) -> None:
+    names = NAMES[:3]
+    params, secures, clients, adverts = adverts_of(live, names)
+    own = SecureSum(adverts, 0, torch.int64, 60.0, 60.0, 0.0)
+    honest = own.roster()
+    _, old = secures[1].advertise(params, 2, ["loss", "one silo's own"])
+    forged = {**adverts["north"].fields(), "names": old.names, "signature": old.signature.hex()}
+    replayed = {**honest, "names": {**honest["names"], "2": forged}}  # type: ignore[dict-item]
+
+    def take_part(name: str, roster: Any) -> list[str]:
+        sent: list[str] = []
+
+        def post(topic: str, tensors: Any, fields: Any) -> bool:
+            sent.append(topic)
+            return False
+
+        secure, client = secures[names.index(name)], clients[name]
+        own = secure.empty_vector(), {"loss": 1.0}, b"", post, lambda topic: roster
+        secure.take_part(name, "evaluation.0", params, client, *own)
+        return sent
+
+    with pytest.raises(ProtocolError, match="over the names"):
+        take_part("east", replayed)
+    assert take_part("south", honest) == ["evaluation.0.share"]
+
+
+def test_a_silo_that_signs_for_others_or_holds_back_shares_is_refused(live: LiveCoordinator) -> None:
+    names = NAMES[:3]
+    _, secures, clients, adverts = adverts_of(live, names)
+    own = SecureSum(adverts, 0, torch.int64, 60.0, 60.0, 0.0)
+    roster = bytes.fromhex(str(own.roster()["roster"]))
+
+    def step(messages: dict[str, bytes]) -> Any:
+        for name, message in messages.items():
+            if own.step != "send":
+                own.check(name, message)
+            own.exchange.accept(name, name, 0.0)
+        return own.finish_step(lambda name, digest: messages[name], 0.0)
+
+    bundles = step({name: client.share(roster) for name, client in clients.items()})["bundles"]
+    for number, (name, client) in enumerate(clients.items()):
+        vector = with_report(secures[0].empty_vector(), ["loss"], {"loss": 1.0}, 1)
+        client.send(bytes.fromhex(bundles[name]), vector, b"vector %d" % number)
+    survivors = bytes.fromhex(step(dict.fromkeys(names, b""))["survivors"])
+    agreed = {name: client.agree(survivors) for name, client in clients.items()}
+    by_number = {n: sign for message in agreed.values() for n, sign in Signatures.decode(message).by_number.items()}
+    with pytest.raises(BadFile, match="signed for others"):
+        own.check("east", Signatures({1: by_number[1], 3: bytes(64)}).encode())
+    with pytest.raises(BadFile, match="speaks for participant 0"):
+        own.check("east", Signatures({}).encode())
+    signatures = bytes.fromhex(step(agreed)["signatures"])
+    answers = {name: client.unmask(signatures) for name, client in clients.items()}
+    whole = Unmasking.decode(answers["east"])
+    with pytest.raises(BadFile, match="lacks shares"):
+        own.check("east", Unmasking(1, {1: whole.self_masks[1]}, {}).encode())
+    own.check("east", answers["east"])

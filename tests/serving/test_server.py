@@ -73,6 +73,34 @@ def test_requests_that_are_computed_together_get_their_own_answers(checkpoint: P
     assert found[0]["round"] == 2
 
 
+def test_a_request_that_the_model_cannot_compute_fails_alone(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    api = start(checkpoint)
+    compute = api.models.compute
+
+    def of_known_words(tensors: Any, inputs: Any) -> Any:
+        if float(inputs[0].max()) > 100:
+            raise IndexError("index out of range in self")
+        return compute(tensors, inputs)
+
+    monkeypatch.setattr(api.models, "compute", of_known_words)
+    x = torch.rand(2, 1, 8, 8)
+    first, bad, last = ask(api, *({"inputs": one.tolist(), "client": None} for one in (x, x + 1000, x)))
+    expected = outputs_of(state_of(checkpoint), x)
+    torch.testing.assert_close(torch.tensor(first["outputs"]), expected)
+    torch.testing.assert_close(torch.tensor(last["outputs"]), expected)
+    assert bad[0] == 422
+    assert "index" not in bad[1]["detail"]
+
+
+def test_what_clients_share_is_in_memory_once(checkpoint: Path) -> None:
+    version = start(checkpoint, serves_clients=True).models.current
+    first, second = version.tensors("1"), version.tensors("2")
+    held = {name: value.data_ptr() for name, value in version.state.items()}
+    for name in held:
+        is_shared = not name.startswith("net.3.")
+        assert (first[name].data_ptr() == second[name].data_ptr() == held[name]) is is_shared, name
+
+
 def test_clients_are_not_served_unless_asked_for(checkpoint: Path) -> None:
     ((status, answer),) = ask(start(checkpoint), {"inputs": torch.rand(1, 1, 8, 8).tolist(), "client": "2"})
     assert status == 400

@@ -235,3 +235,35 @@ def test_a_party_that_cheats_is_refused(kind: type[TorchGroup], message: str) ->
 
     ids = run_threads(2, check, timeout=5, kind=kind)
     assert message in ids[0]
+
+
+class GreetingBadly(TorchGroup):
+    """The second party leaves out its number of ids."""
+
+    def all_gather(self, message: Message, topic: str = "") -> list[Message]:
+        if self.rank == 1 and topic == "psi: hello":
+            message = Message({name: value for name, value in message.fields.items() if name != "size"})
+        return super().all_gather(message, topic)
+
+
+class Boasting(TorchGroup):
+    """The first party names a size that cannot be."""
+
+    def all_gather(self, message: Message, topic: str = "") -> list[Message]:
+        if self.rank == 0 and topic == "psi: result":
+            message = Message({"size": 2})
+        return super().all_gather(message, topic)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"), [(GreetingBadly, "greeting is not made of"), (Boasting, "all share 2 ids")]
+)
+def test_fields_that_cannot_be_are_refused(kind: type[TorchGroup], message: str) -> None:
+    def check(group: Group) -> str:
+        try:
+            psi(["a"], group, cardinality_only=True)
+        except ProtocolError as error:
+            return str(error)
+        return ""
+
+    assert any(message in told for told in run_threads(2, check, timeout=5, kind=kind))

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -19,7 +20,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fl.communication import Group, Message
-from lightning_fl.vertical import Party, PartyLost, SharedOrder, VerticalStrategy, aligned_loader
+from lightning_fl.vertical import GradientNoise, Party, PartyLost, SharedOrder, VerticalStrategy, aligned_loader
 from lightning_fl.vertical.channel import Channel
 from tests.contract.helpers import run_threads
 
@@ -281,6 +282,17 @@ def test_other_tensors_are_refused(sent: Tensor, shape: tuple[int, ...], message
     run_threads(2, check)
 
 
+def test_a_size_that_overflows_is_refused() -> None:
+    def check(group: Group) -> None:
+        if group.rank:
+            group.send(torch.tensor([0, 1, 2, 2, 32, 1 << 59, 0, 0, 0, 0]), 0)  # 2^64 elements
+        else:
+            with pytest.raises(ValueError, match="sent a tensor of shape"):
+                Channel(group, ["", ""]).receive(1, (32, None))
+
+    run_threads(2, check)
+
+
 def holds(received: Tensor, secret: Tensor) -> bool:
     """Whether a column of what was received is one of the secret columns."""
     return any(torch.allclose(a, b) for a in received.T for b in secret.T)
@@ -384,3 +396,30 @@ def test_a_u_shaped_split_trains_what_one_owner_would(run_ranks: Any, accumulate
     found = {**ends, **middle}
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-12)
+
+
+class Spy:
+    """A channel that notes what is sent, and answers with ones."""
+
+    def __init__(self) -> None:
+        self.sent: list[Tensor] = []
+
+    def send(self, tensor: Tensor, to: int) -> None:
+        self.sent.append(tensor.clone())
+
+    def receive(self, source: int, shape: tuple[int | None, ...], dtype: torch.dtype | None = None) -> Tensor:
+        return torch.ones(6, 3)
+
+
+@pytest.mark.parametrize("protection", [None, GradientNoise()])
+def test_the_middle_gets_gradients_with_noise_too(protection: GradientNoise | None) -> None:
+    spy = Spy()
+
+    class Spied(Ends):
+        vertical = SimpleNamespace(has_labels=True, protection=protection, channel=spy)
+
+    h = torch.ones(6, 3, requires_grad=True)
+    (2 * Spied().remote(h, server=1)).sum().backward()
+    activations, gradient = spy.sent
+    assert torch.equal(activations, torch.ones(6, 3))
+    assert torch.equal(gradient, torch.full((6, 3), 2.0)) is (protection is None)
