@@ -7,6 +7,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import lightning as L
@@ -16,7 +17,7 @@ from torch.func import functional_call
 
 from lightning_fl.serving.export import Forward, Outputs
 from lightning_fl.serving.loading import Inputs, client_state, read
-from lightning_fl.strategies.checkpoint import KEY
+from lightning_fl.strategies.checkpoint import KEY, state_files
 from lightning_fl.types import Tree
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,13 @@ class Version:
         self.digest = _digest(self.state)
         history = content.get(KEY, {}).get("history") or []
         self.round = len(history) if history else int(content.get("epoch", 0)) + 1
+        self._manifests = content.get(KEY, {}).get("manifests") or []
         self._of_clients: OrderedDict[str, Tree] = OrderedDict()
+
+    @cached_property
+    def _clients(self) -> set[str]:
+        files = state_files(self.checkpoint)
+        return {str(client) for name in self._manifests for client in files.read_manifest(name) or {}}
 
     def tensors(self, client: str | None) -> Tree:
         """The tensors of the global model, or of a client's.
@@ -55,6 +62,9 @@ class Version:
         if client is None:
             return self.state
         if client not in self._of_clients:
+            # The file is read for clients that it has only: anybody may name others, as often as they like.
+            if client not in self._clients and not (client.isdecimal() and str(int(client)) in self._clients):
+                raise ValueError(f"{self.checkpoint} holds no state of client {client!r}.")
             found = _checked(client_state(self.checkpoint, client), self.state, self.checkpoint)
             # What is not personal is held once, or the models of 64 clients would need the memory of 64 models.
             self._of_clients[client] = {

@@ -119,7 +119,7 @@ class ModelAPI(litserve.LitAPI):
         version = self.models.choose(body.get("request_id"))
         try:
             version.tensors(client)
-        except ValueError:
+        except (ValueError, OSError):  # there is none, or its file has gone with an older round
             return _refusal(404, f"There is no model of client {client!r}.")
         return PendingRequest(inputs, version, client)
 

@@ -101,6 +101,21 @@ def test_what_clients_share_is_in_memory_once(checkpoint: Path) -> None:
         assert (first[name].data_ptr() == second[name].data_ptr() == held[name]) is is_shared, name
 
 
+def test_no_file_is_read_for_a_client_that_does_not_exist(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    api = start(checkpoint, serves_clients=True)
+    read: list[Any] = []
+
+    def lost(path: Path, client: str) -> Any:
+        read.append(client)
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr("lightning_fl.serving.models.client_state", lost)
+    x = torch.rand(1, 1, 8, 8).tolist()
+    found = ask(api, *({"inputs": x, "client": client} for client in ("nobody", "3", "9" * 5000, "02", "1")))
+    assert [status for status, _ in found] == [404] * 5
+    assert read == ["02", "1"]
+
+
 def test_clients_are_not_served_unless_asked_for(checkpoint: Path) -> None:
     ((status, answer),) = ask(start(checkpoint), {"inputs": torch.rand(1, 1, 8, 8).tolist(), "client": "2"})
     assert status == 400
