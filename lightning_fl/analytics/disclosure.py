@@ -38,6 +38,9 @@ def withhold(answer: Answer, min_count: int) -> Answer:
         return answer
     if answer.n < min_count:
         return replace(answer, values={}, parts={}, withheld=f"it would rest on fewer than {min_count} rows")
+    if 0 < answer.fewest < min_count:
+        few = f"its values tell apart a set of fewer than {min_count} rows"
+        return replace(answer, values={}, parts={}, withheld=few)
     hidden = too_small(answer.counts, min_count)
     if hidden and not answer.parts:
         few = f"a set of rows that it tells apart ({min(hidden)}) has fewer than {min_count}"

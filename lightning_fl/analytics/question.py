@@ -27,6 +27,7 @@ class Answer:
         values: The answer, as plain data.
         parts: Answers about parts of the rows, such as one group.
         counts: The rows behind each part, or behind each set of rows that the answer tells apart.
+        fewest: The rows of the smallest set that the values tell apart; 0 if they tell none apart.
         withheld: Why there is no answer; empty if there is one.
         epsilon: What the answer has cost beside the ledger's releases, with its delta.
     """
@@ -35,6 +36,7 @@ class Answer:
     values: Mapping[str, Any] = field(default_factory=dict)
     parts: Mapping[str, Any] = field(default_factory=dict)
     counts: Mapping[str, float] = field(default_factory=dict)
+    fewest: float = 0.0
     withheld: str = ""
     epsilon: tuple[float, float] = (0.0, 0.0)
 

@@ -54,7 +54,7 @@ class KaplanMeier(Question):
         grid: Increasing times at which endings are counted; a time in between counts at the next one. Empty: all times
             that the clients name, which secure aggregation and privacy do not allow. The curve is in the answer only
             if a grid was declared and no step of it is a few people.
-        at: Times at which the share is wanted.
+        at: Times at which the share is wanted. The answer is withheld if few people leave between two of them.
 
     Reference:
         Kaplan and Meier, "Nonparametric Estimation from Incomplete Observations", JASA 1958.
@@ -78,6 +78,10 @@ class KaplanMeier(Question):
     def undeclared(self) -> Mapping[str, str]:
         return {} if len(self._grid) else {"learned_grid": self.time}
 
+    @property
+    def cuts(self) -> Mapping[str, tuple[Any, ...]]:
+        return {self.time: tuple(map(float, self.at))} if self.at else {}
+
     def local(self, table: Any, state: Any) -> Tree:
         places, events, _ = _times(table, self.time, self.status, self.event, self._grid)
         return tree(counts=_counted(places, events, len(self._grid)), later=(places == len(self._grid)).sum())
@@ -91,11 +95,16 @@ class KaplanMeier(Question):
             place = int(np.searchsorted(grid, time, side="right")) - 1
             share, se = (1.0, 0.0) if place < 0 else (float(survival[place]), float(error[place]))
             values[f"S({time:g})"] = {"share": share, "se": se}
-        if not self.grid:
-            return Answer(n, values)
-        curve = {"time": grid.tolist(), "share": survival.tolist(), "se": error.tolist()}
         leaving = events + censored
-        return Answer(n, values, {"curve": curve}, {"curve": float(leaving[leaving > 0].min(initial=n))})
+        # Shares at two times tell how many had an event between them.
+        between = np.zeros(len(self.at) + 1)
+        np.add.at(between, np.searchsorted(np.sort(self.at), grid, side="left"), leaving)
+        between[-1] += later
+        fewest = float(between[between > 0].min(initial=n)) if self.at else 0.0
+        if not self.grid:
+            return Answer(n, values, fewest=fewest)
+        curve = {"time": grid.tolist(), "share": survival.tolist(), "se": error.tolist()}
+        return Answer(n, values, {"curve": curve}, {"curve": float(leaving[leaving > 0].min(initial=n))}, fewest)
 
     def sensitivity(self, state: Any) -> float:
         return 1.0

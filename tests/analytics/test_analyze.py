@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -282,6 +283,18 @@ def test_missing_values_within_a_group_count() -> None:
     (means,) = analyze([By(Mean("x"), "group")], sites(group=["a"] * 20 + ["b"] * 10, x=x)).answers
     assert means.parts["a"].withheld
     assert means.parts["b"].withheld
+
+
+def test_shares_at_many_times_are_no_way_around_a_curve_that_is_withheld() -> None:
+    times = sites(time=np.arange(1.0, 41.0), status=[1] * 40)
+    for grid in ((), tuple(range(1, 41))):
+        few, many = (KaplanMeier("time", "status", grid=grid, at=at) for at in ((10, 20, 30), (10, 12, 30)))
+        (shown,), (hidden,) = (analyze([question], times).answers for question in (few, many))
+        assert shown.values["S(20)"]["share"] == pytest.approx(0.5)
+        assert "fewer than 5" in hidden.withheld
+        assert not hidden.values
+        with pytest.raises(ValueError, match="divide the column 'time' in different ways"):
+            analyze([few, replace(few, at=(12,))], times)
 
 
 def test_two_ways_of_dividing_a_column_are_refused() -> None:
