@@ -28,6 +28,7 @@ from lightning_fl.types import State, Tree, as_client_id
 
 KEY = "lightning_fl"
 FORMAT = 1
+MAX_RECEIVED_BYTES = 1 << 40
 
 
 def state_files(checkpoint_path: str | Path) -> StateFiles:
@@ -232,12 +233,23 @@ def bytes_of_first_rank(path: str | Path, group: Group) -> bytes | None:
 
     Returns:
         None if this rank has the file, or none has.
+
+    Raises:
+        ValueError: On every rank, if one names a size that cannot be.
     """
     if group.size == 1 or "://" in str(path):
         return None
     file = Path(path)
     size = file.stat().st_size if file.is_file() else -1
-    sizes = [message.fields["size"] for message in group.all_gather(Message({"size": size}), "checkpoint file")]
+    sizes: list[Any] = [
+        message.fields.get("size") for message in group.all_gather(Message({"size": size}), "checkpoint file")
+    ]
+    # Memory is taken for what another organisation says.
+    if not all(type(one) is int and -1 <= one <= MAX_RECEIVED_BYTES for one in sizes):
+        raise ValueError(
+            f"The ranks say that their checkpoint files have {str(sizes)[:200]} bytes; expected whole numbers up to "
+            f"{MAX_RECEIVED_BYTES:.3g}. Copy the checkpoint to {path} on this machine."
+        )
     if -1 not in sizes or sizes[0] == -1:
         return None
     content = torch.zeros(sizes[0], dtype=torch.uint8)
