@@ -379,6 +379,7 @@ def test_silos_need_a_secure_sum_for_noise() -> None:
 # ---- differential privacy
 
 
+@pytest.mark.slow
 def test_noise_has_the_deviation_that_is_recorded() -> None:
     with pytest.warns(InsecureNoiseWarning):
         privacy = RowLevelDP(2.0, insecure_test_seed=1)

@@ -252,7 +252,7 @@ def test_epsilon_under_sampling_is_monotone(rate: float, delta: float, **setting
     assert ledger(sigma, Poisson(rate / factor), steps).epsilon(delta, "rdp") <= at + 1e-9
 
 
-@pytest.mark.parametrize("cohort", [1, 20])
+@pytest.mark.parametrize("cohort", [1, pytest.param(20, marks=pytest.mark.slow)])
 def test_epsilon_without_replacement_is_monotone(cohort: int) -> None:
     assert_monotone(FixedSize(cohort, 100), "rdp", sigma=3.0, steps=10, delta=1e-5, factor=1.5)
     larger, smaller = (ledger(3.0, FixedSize(size, 100), 10).epsilon(1e-5) for size in (cohort + 10, cohort))
@@ -375,6 +375,7 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         ledger(1.2345).epsilon(1e-5)
 
 
+@pytest.mark.slow
 def test_a_group_costs_what_a_mixture_of_its_draws_does() -> None:
     from dp_accounting.pld import privacy_loss_distribution as pld
 

@@ -185,6 +185,7 @@ def test_scaffold_option_1_reaches_the_optimum() -> None:
     assert control == pytest.approx(0.5 * (8 / 7 - 4.0), abs=1e-8)
 
 
+@pytest.mark.slow
 def test_qfedavg_evens_out_the_clients_losses() -> None:
     """Tends to the point where the largest loss is smallest, as q grows: h (x - e)^2 / 2 equal for clients 1 and 2."""
     largest = []

@@ -84,7 +84,7 @@ def sent_on_ranks() -> dict[str, list[float]]:
     return {name: sent(attack).tolist() for name, (attack, _) in CRAFTED.items()}
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_craft_the_same(run_ranks: Any, world_size: int) -> None:
     for found in run_ranks(world_size, sent_on_ranks):
         for name, (_, expected) in CRAFTED.items():
