@@ -214,6 +214,10 @@ class Gate:
             if message["type"] == "http.disconnect":
                 return
             body += message.get("body", b"")
+            if len(body) > MAX_BYTES:
+                detail = b'{"detail": "The body has more than %d bytes."}' % MAX_BYTES
+                await _answer(counted, 413, detail, b"application/json")
+                return
             if not message.get("more_body"):
                 break
         try:
@@ -228,10 +232,11 @@ class Gate:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         chosen = {"client": headers.get("x-client"), "request_id": headers.get("x-request-id")}
         replaced = json.dumps({"inputs": (given or {}).get("inputs"), **chosen}).encode()
-        scope = {
-            **scope,
-            "headers": [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(replaced))],
-        }
+        of_body = {b"content-type": b"application/json", b"content-length": b"%d" % len(replaced)}
+        kept = [
+            (name, value) for name, value in scope["headers"] if name.lower() not in (*of_body, b"transfer-encoding")
+        ]
+        scope = {**scope, "headers": [*kept, *of_body.items()]}
         parts = iter([{"type": "http.request", "body": replaced, "more_body": False}])
 
         async def replay() -> MutableMapping[str, Any]:
@@ -275,9 +280,7 @@ def serve(api: ModelAPI, host: str = "127.0.0.1", port: int = 8000, num_workers:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
-    server = litserve.LitServer(
-        api, accelerator="auto", workers_per_device=num_workers, middlewares=[Gate], max_payload_size=MAX_BYTES
-    )
+    server = litserve.LitServer(api, accelerator="auto", workers_per_device=num_workers, middlewares=[Gate])
     try:
         server.run(host=host, port=port, num_api_servers=1, generate_client_file=False, log_level="warning")
     except KeyboardInterrupt:  # before LitServe itself waits for it

@@ -23,7 +23,7 @@ import lightning_fl as fl
 from lightning_fl.cli.main import main
 from lightning_fl.models import MLPClassifier
 from lightning_fl.serving.models import ServedModels, decode
-from lightning_fl.serving.server import ModelAPI
+from lightning_fl.serving.server import MAX_BYTES, ModelAPI
 from tests.helpers.distributed import PATIENCE
 
 MODULE = "lightning_fl.models.MLPClassifier"
@@ -269,6 +269,7 @@ def test_five_hundred_requests_while_five_rounds_replace_the_model(checkpoint: P
         assert post(url, body, {"X-Client": "1"})[0] == 200
         assert post(url, body, {"X-Client": "nobody"})[0] == 404
         assert post(url, b"{no json")[0] == 400
+        assert post(url, b" " * (MAX_BYTES + 1))[0] == 413
         assert post(url, b'{"inputs": [[1]]}')[0] == 400
         with urllib.request.urlopen(url + "/metrics", timeout=PATIENCE) as metrics:
             assert b'lightning_fl_requests_total{status="404"} 1.0' in metrics.read()
