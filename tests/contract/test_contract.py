@@ -212,7 +212,7 @@ def fit(
 def states(run: L.Trainer) -> list[Mapping[str, Any]]:
     """The server's state, and what each client keeps: the algorithm's state, personal tensors."""
     rounds = run.strategy.active_driver
-    kept = [state for client in range(3) for state in (rounds.store.get(client) or {}).values()]
+    kept = [state for client in range(3) for _, state in sorted((rounds.store.get(client) or {}).items())]
     return [rounds.state.server, *kept]
 
 
