@@ -285,8 +285,8 @@ class TorchGroup(Group):
             if other.fields["topic"] != topic:
                 raise RuntimeError(
                     f"The ranks are out of sync: {self.who(rank)} is at {other.fields['topic']!r}, "
-                    f"{self.who(self.rank)} at {topic!r}. Do all ranks have the same callbacks, and do these behave the "
-                    "same on each rank?"
+                    f"{self.who(self.rank)} at {topic!r}. Do all ranks have the same callbacks, and do these behave "
+                    "the same on each rank?"
                 )
         return [Message(other.fields["fields"], other.tensors) for other in messages]
 
