@@ -120,18 +120,18 @@ class Processes:
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         path = self.folder / "federation" / "audit.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         return [event for event in map(json.loads, lines) if event["event"] == kind]
 
     def wait_for(self, kind: str, count: int) -> None:
         while len(self.events(kind)) < count:
             if self.running["coordinator"].poll() is not None:
-                raise SystemExit((self.folder / "log").read_text()[-2000:])
+                raise SystemExit((self.folder / "log").read_text(encoding="utf-8")[-2000:])
             time.sleep(0.05)
 
     def peak(self) -> float:
         """The most memory that the coordinator has ever had, in MB; pages of files that it has read are part of it."""
-        lines = Path(f"/proc/{self.running['coordinator'].pid}/status").read_text().splitlines()
+        lines = Path(f"/proc/{self.running['coordinator'].pid}/status").read_text(encoding="utf-8").splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1000
 
     def end(self) -> None:
