@@ -137,7 +137,7 @@ def test_the_federation() -> None:
     assert view.participation.clients_per_round == 0.5
     assert (view.group.rank, view.group.size) == (0, 1)
     assert view.expected_cohort_size == 2
-    assert view.history is run.strategy.history
+    assert view.history == run.strategy.history
     assert view.server_state.keys() == {"params"}
     assert view.max_work.epochs == 1
     assert not view.trains_groups
