@@ -72,7 +72,7 @@ def synchronize_module(group: Group, module: nn.Module, broadcast_frozen: bool =
     Raises:
         ValueError: On every rank, if a frozen parameter differs.
     """
-    frozen = {name: own for name, own in module.named_parameters(remove_duplicate=False) if not own.requires_grad}
+    frozen = frozen_parameters(module)
     if not broadcast_frozen:
         digests = {name: digest(own).hex() for name, own in frozen.items()}
         first, *others = [message.fields for message in group.all_gather(Message(digests), "frozen parameters")]
@@ -94,6 +94,11 @@ def synchronize_module(group: Group, module: nn.Module, broadcast_frozen: bool =
                 tensor.copy_(group.broadcast(tensor))
                 num_sent += num_bytes([tensor]) if name in frozen else 0
     return num_sent
+
+
+def frozen_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are not trained, by each of their names."""
+    return {name: own for name, own in module.named_parameters(remove_duplicate=False) if not own.requires_grad}
 
 
 def digest(batch: Any) -> bytes:

@@ -53,7 +53,8 @@ def load_module(
             the client.
     """
     checkpoint = Path(checkpoint)
-    hyper_parameters = read(checkpoint).get("hyper_parameters", {})
+    content = read(checkpoint)
+    hyper_parameters = content.get("hyper_parameters", {})
     config = run_config(checkpoint)
     saved = hyper_parameters.get("_class_path")
     configured = (config.get("model") or {}).get("class_path")
@@ -69,7 +70,7 @@ def load_module(
     if saved is None and not hyper_parameters and configured == chosen:
         # The module did not call `save_hyperparameters`; the configuration says how it was made.
         module = instantiate(config, "model", L.LightningModule)
-        module.load_state_dict(read(checkpoint)["state_dict"])
+        module.load_state_dict(content["state_dict"])
     else:
         try:
             module = module_class.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)

@@ -8,9 +8,8 @@ from typing import Any
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_fl.federation.rank_verification import digest
+from lightning_fl.federation.rank_verification import digest, frozen_parameters
 from lightning_fl.federation.server import some
-from lightning_fl.types import Tree
 
 KEY = "lightning_fl_frozen"
 
@@ -30,7 +29,7 @@ class FrozenWeights:
             module: The module.
             moving: Frozen parameters that training writes to; they stay.
         """
-        own = frozen(module)
+        own = frozen_parameters(module)
         names = [name for name in checkpoint["state_dict"] if name in own and name not in moving]
         for name in names:
             if name not in self._digests:
@@ -56,10 +55,3 @@ def put_in(checkpoint: Mapping[str, Any], module: nn.Module) -> Mapping[str, Any
             f"others than those that it was trained with: {some(different)}. Load the same base model first."
         )
     return {**checkpoint, "state_dict": {**checkpoint["state_dict"], **{name: own[name] for name in names}}}
-
-
-def frozen(module: nn.Module) -> Tree:
-    """The parameters that aren't trained, by each of their names."""
-    return {
-        name: own.detach() for name, own in module.named_parameters(remove_duplicate=False) if not own.requires_grad
-    }
