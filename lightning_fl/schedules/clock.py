@@ -14,7 +14,7 @@ from lightning_fl.types import ClientId
 class Visit(NamedTuple):
     """One training of a client that goes into a round.
 
-    Args:
+    Attributes:
         client: The client.
         version: The round with whose first model the client starts; smaller than the round's number if it is stale.
         number: How many other visits of the same client in the same round come before.
@@ -30,7 +30,7 @@ class Visit(NamedTuple):
 class Job(NamedTuple):
     """A client that has got a model and has not been taken in.
 
-    Args:
+    Attributes:
         client: The client.
         version: The round with whose first model it has started.
         arrival: The instant at which it returns.
