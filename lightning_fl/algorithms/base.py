@@ -37,6 +37,10 @@ class Algorithm(ABC):
     keeps_nodes: ClassVar[bool] = False
     """Whether each client has a model of its own: ``server_update`` then gets each client's change by itself, as
     :class:`~lightning_fl.aggregation.Nodes` hands it on."""
+    is_elementwise: ClassVar[bool] = False
+    """Whether each element of the next state depends on the same element of the parameters and updates only, so that
+    processes which hold a part of each can compute theirs. No norms, no means over a tensor, no side channels of
+    another shape."""
     client_keys: ClassVar[tuple[str, ...]] = ("params",)
     """The entries of the server's state that ``client_init`` reads: only these are sent to silos on other machines."""
     server_lr: float = 1.0

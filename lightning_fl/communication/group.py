@@ -58,6 +58,26 @@ class Group(ABC):
         self.names: Sequence[str] = ()
         """The names of the ranks, if each is a silo that has one."""
 
+    @property
+    def inner(self) -> Group:
+        """The processes of this rank, where a rank is a silo of several; all of them make the same calls."""
+        return LocalGroup()
+
+    @property
+    def shards(self) -> Group:
+        """The processes over which the silo's parameters are spread; one where each process holds them whole."""
+        return LocalGroup()
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether parameters are spread over :attr:`shards`."""
+        return False
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is no other process, neither in the federation nor in this silo."""
+        return self.size == 1 and self.inner.size == 1
+
     def who(self, rank: int) -> str:
         """A rank for people to read: by the name of its silo, if it has one."""
         return f"silo {self.names[rank]}" if self.names else f"rank {rank}"

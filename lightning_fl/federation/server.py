@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_fl.aggregation import RoundContext
@@ -170,7 +171,15 @@ def close_server(opened: ServerRound, acc: Any, joined: RankReport) -> Closing:
     # Algorithms do not see buffers, so their mean is taken here.
     buffers = moved(opened.buffers, scale(aggregate.buffers, 1 / weight))
     reason = stop_reason(settings, state, ctx)
-    return Closing(state, buffers, aggregate, norm(aggregate.delta) / weight, facts, reason)
+    return Closing(state, buffers, aggregate, _norm(aggregate.delta, ctx) / weight, facts, reason)
+
+
+def _norm(delta: Tree, ctx: RoundContext) -> float:
+    shards = ctx.group.shards
+    if shards.size == 1:
+        return norm(delta)
+    # Where parameters are spread over processes, each has the norm of its part.
+    return float(shards.all_reduce(torch.tensor(norm(delta) ** 2, dtype=torch.float64)) ** 0.5)
 
 
 def nothing(opened: ServerRound) -> Aggregate:
