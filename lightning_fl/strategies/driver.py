@@ -309,7 +309,7 @@ class RoundDriver:
         self.opening = opening
         if opening.state is not None:
             self.state = opening.state
-            catch_up(trainer, opening, self.personal)
+            catch_up(trainer, opening, self.personal, self.group.is_spread)
             if internals.is_after_last(trainer):
                 raise StopIteration
 

@@ -104,6 +104,7 @@ from lightning_fl.strategies.validation import (
 from lightning_fl.topologies import Topology
 
 if TYPE_CHECKING:
+    from lightning_fl.coordinator.shared_silo import SharedSilo
     from lightning_fl.coordinator.silo import NetworkFederation
 
 
@@ -267,7 +268,7 @@ class FederatedStrategy(internals.ReusableStrategy):
         self.silo_name = silo_name if silo_name is None else check_silo_name(silo_name)
         check_network(self, federation, kit)
         self.address, self.kit = federation, kit
-        self.network: NetworkFederation | None = None
+        self.network: NetworkFederation | SharedSilo | None = None
         self.num_nodes = 1
         self.federation: Group = LocalGroup()
         self.driver: RoundDriver | None = None
@@ -365,20 +366,23 @@ class FederatedStrategy(internals.ReusableStrategy):
             return
         environment = self.cluster_environment
         where = environment.main_address, environment.main_port, self.root_device, self.timeout, self._own_name
-        self.federation = connect_processes(self.silo, self.global_rank, super().world_size, self.num_processes, where)
+        # In a federation over a network all processes of the launch are one silo.
+        on_machine = int(os.environ.get("LOCAL_WORLD_SIZE", self.num_processes))
+        together = on_machine if self.address is None else super().world_size
+        self.federation = connect_processes(self.silo, self.global_rank, super().world_size, together, where)
         self._connection = connection
         self._give_mesh()
         if self.federation.is_alone:
             check_launcher()
-        if self.address is not None:
-            assert self.kit is not None
-            self.network = open_network(self.address, self.kit)
-        if self.network is not None and self.federation.size > 1:
+        if self.address is None:
+            return
+        if self.federation.size > 1:
             raise MisconfigurationException(
-                f"With federation={self.network.client.address!r} a launch is one silo, but there are "
-                f"{self.federation.size} ranks that are one each. Start one process, or set silo=fl.silos.DDP() if "
-                "they train one silo together."
+                f"With federation={self.address!r} a launch is one silo, but there are {self.federation.size} ranks "
+                "that are one each. Start one process, or set silo=fl.silos.DDP() if they train one silo together."
             )
+        assert self.kit is not None
+        self.network = open_network(self.address, self.kit, self.federation, self._module)
 
     def _give_mesh(self) -> None:
         if self.federation.is_spread:
@@ -461,7 +465,7 @@ class FederatedStrategy(internals.ReusableStrategy):
                 rank_zero_info(f"Rank 0 has sent {sent:,} bytes of frozen parameters to each of the others.")
         if self.network is not None and trainer.state.fn == TrainerFn.FITTING:
             common = {**settings_of_training(trainer), **columns}
-            tensors = FederatedTensors(self.lightning_module, self.personal)
+            tensors = FederatedTensors(self.lightning_module, self.personal, may_be_spread=self.federation.is_spread)
             protections = protections_of(self, self._protects_examples)
             own = settings_of_silo(self)
             self.network.join(tensors, own, common, versions(), protections, secure_of(self), self.weighting)
@@ -576,8 +580,13 @@ class FederatedStrategy(internals.ReusableStrategy):
             optimizers.close()
             raise
         if self.network is not None:
-            self.network.store = self.active_driver.store
-            self.network.folder.restore(self.active_driver.store)
+            if self.federation.is_spread and self._clients_keep_state:
+                raise MisconfigurationException(
+                    "With federation='https://...' and silo=fl.silos.FSDP2() a silo can't keep state between rounds, "
+                    "because only its first process has a folder for it. Use silo=fl.silos.DDP(), or an algorithm "
+                    "without client state and client_optimizer='reset'."
+                )
+            self.network.restore(self.active_driver.store)
 
     @property
     def _clients_keep_state(self) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -49,14 +48,14 @@ def check_silo(strategy: Any) -> None:
     silo.check(strategy.algorithm, strategy.aggregator, strategy.transforms)
 
 
-def connect_processes(silo: Silo | None, rank: int, size: int, num_local: int, where: Sequence[Any]) -> Group:
+def connect_processes(silo: Silo | None, rank: int, size: int, together: int, where: Sequence[Any]) -> Group:
     """Joins this process to its silo and the federation.
 
     Args:
         silo: How several processes share a silo. None: each process is a rank.
         rank: Index of this process.
         size: Number of all processes.
-        num_local: Number of processes on this machine, where no launcher says so.
+        together: Number of processes of a silo that does not say how many it has.
         where: The further arguments of :func:`~lightning_fl.communication.connect`.
 
     Raises:
@@ -64,9 +63,8 @@ def connect_processes(silo: Silo | None, rank: int, size: int, num_local: int, w
     """
     if silo is None:
         return connect(rank, size, *where)
-    ranks = silo.ranks or int(os.environ.get("LOCAL_WORLD_SIZE", num_local))
     try:
-        return connect_silos(rank, size, ranks, silo.spreads_parameters, *where)
+        return connect_silos(rank, size, silo.ranks or together, silo.spreads_parameters, *where)
     except ValueError as error:
         raise MisconfigurationException(str(error)) from error
 
