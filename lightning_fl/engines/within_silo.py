@@ -95,6 +95,10 @@ class WithinSilo:
             return squares
         return shards.all_reduce(torch.tensor(squares, dtype=torch.float64)).tolist()  # type: ignore[no-any-return]
 
+    def joint_norm(self, own: float) -> float:
+        """The norm of whole tensors, from that of the parts that this process holds."""
+        return own if self.group.shards.size == 1 else float(self.joint_squares([own**2])[0] ** 0.5)
+
     def all_agree(self, own: list[bool]) -> list[bool]:
         """What holds on every process of the silo."""
         if self.is_alone:

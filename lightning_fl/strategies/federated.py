@@ -447,7 +447,7 @@ class FederatedStrategy(internals.ReusableStrategy):
         super().setup(trainer)
         assert self.lightning_module is not None
         if self.silo is not None:
-            check_module(self.silo, self.lightning_module)
+            check_module(self.silo, self.lightning_module, self._protects_examples)
         if trainer.state.fn == TrainerFn.FITTING or self.federation.size > 1:
             check_tensors(self.lightning_module, self.federation.is_spread)
         self.personal = tuple(self.algorithm.personal(self.lightning_module, self.named_personal))
@@ -765,7 +765,7 @@ class FederatedStrategy(internals.ReusableStrategy):
         # Lightning converts the module to the Trainer's precision after it has loaded the weights: with
         # precision="64-true" these would be rounded to single precision.
         self.precision_plugin.convert_module(self._module)
-        checkpoint = put_in(checkpoint, self._module)
+        checkpoint = put_in(checkpoint, self.lightning_module_state_dict)
         if self.federation.is_spread:
             checkpoint = {**checkpoint, "state_dict": spread_state_dict(self._module, checkpoint["state_dict"])}
         super().load_model_state_dict(checkpoint, strict)

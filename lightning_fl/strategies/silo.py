@@ -74,12 +74,17 @@ def mesh_of(group: Group, device: torch.device) -> DeviceMesh:
     return init_device_mesh(device.type, (group.inner.size, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
 
 
-def check_module(silo: Silo, module: nn.Module) -> None:
+def check_module(silo: Silo, module: nn.Module, protects_examples: bool) -> None:
     """Refuses a module that the processes of a silo can't train together.
 
     Raises:
-        MisconfigurationException: If it is sharded in another way than the silo.
+        MisconfigurationException: If it is sharded in another way than the silo, or its examples are protected.
     """
+    if protects_examples:
+        raise MisconfigurationException(
+            f"With silo={silo} each process would add noise of its own, and they would train different models. Leave "
+            "SampleLevelDP out, or let a silo be one process."
+        )
     try:
         silo.check_module(module)
     except ValueError as error:
