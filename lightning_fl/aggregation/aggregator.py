@@ -81,6 +81,15 @@ class Aggregator(ABC):
         """
         return
 
+    def moves(self, names: Sequence[str], trained: Mapping[str, torch.Tensor]) -> Sequence[str]:
+        """The frozen parameters that :meth:`result` moves; they count as buffers, to which clients add nothing.
+
+        Args:
+            names: The module's frozen parameters.
+            trained: The shared parameters.
+        """
+        return ()
+
     def check_cohort(self, num_clients: int) -> None:
         """Checks that rounds with so many clients can be aggregated; called when the strategy is built, if it is known.
 

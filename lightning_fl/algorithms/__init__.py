@@ -21,6 +21,7 @@ from lightning_fl.algorithms.fedrep import FedRep
 from lightning_fl.algorithms.fedsam import FedSAM
 from lightning_fl.algorithms.fedsgd import FedSGD
 from lightning_fl.algorithms.gradienttracking import GradientTracking
+from lightning_fl.algorithms.lora import FedSBLoRA, FFALoRA, HetLoRA, square_adapters
 from lightning_fl.algorithms.mimelite import MimeLite
 from lightning_fl.algorithms.perfedavg import PerFedAvg
 from lightning_fl.algorithms.pfedme import PFedMe
@@ -40,6 +41,7 @@ __all__ = [
     "Decentralized",
     "DiLoCo",
     "Ditto",
+    "FFALoRA",
     "FedAdagrad",
     "FedAdam",
     "FedAvg",
@@ -53,9 +55,11 @@ __all__ = [
     "FedProx",
     "FedRep",
     "FedSAM",
+    "FedSBLoRA",
     "FedSGD",
     "FedYogi",
     "GradientTracking",
+    "HetLoRA",
     "LGFedAvg",
     "MimeLite",
     "PFedMe",
@@ -69,4 +73,5 @@ __all__ = [
     "load_entry_points",
     "register",
     "registered",
+    "square_adapters",
 ]

@@ -45,6 +45,10 @@ class Algorithm(ABC):
     """The entries of the server's state that ``client_init`` reads: only these are sent to silos on other machines."""
     server_lr: float = 1.0
 
+    def prepare(self, module: nn.Module) -> None:
+        """Prepares the user's module before its optimizers are made, such as by freezing some of it."""
+        return
+
     def check_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
         """Warns about, or refuses, client optimizers for which the algorithm is not derived."""
         return

@@ -14,7 +14,7 @@ from lightning_fl.communication import Group, Message
 from lightning_fl.communication.objects import decode_object, encode_object
 from lightning_fl.coordinator.silo import NetworkFederation, WholeTensors
 from lightning_fl.engines.spread import gather_state, local, part_of, scatter_state, whole
-from lightning_fl.engines.tensors import FederatedTensors
+from lightning_fl.engines.tensors import FederatedTensors, load
 from lightning_fl.federation import (
     Closing,
     Federation,
@@ -76,9 +76,8 @@ class SharedSilo(Federation):
         if self.talker is not None:
             self.talker.join(WholeTensors(*full), settings, common, versions, protections, aggregator, weighting)
         for own, start in zip(roles, full, strict=True):
-            for name, tensor in own.items():
-                received = self.group.inner.broadcast(start[name])
-                local(tensor).copy_(part_of(received, held[name]) if name in held else received)
+            received = {name: self.group.inner.broadcast(tensor) for name, tensor in start.items()}
+            load(own, {name: part_of(tensor, held.get(name, tensor)) for name, tensor in received.items()})
         self.place, self.size = self._tell(lambda own: [own.place, own.size])
 
     @staticmethod

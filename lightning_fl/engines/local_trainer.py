@@ -163,6 +163,7 @@ class LocalTrainer(ABC):
         is_alone: bool = False,
         is_shared: bool = True,
         is_private: bool = False,
+        moves: Callable[[Sequence[str], Mapping[str, Tensor]], Sequence[str]] | None = None,
     ) -> Tree:
         """Takes the module's tensors as the round's start.
 
@@ -177,6 +178,7 @@ class LocalTrainer(ABC):
             is_alone: Whether the federation has one client only, whose state can reach no other.
             is_shared: Whether several clients train on this module, one after the other. A silo has it for itself.
             is_private: Whether differential privacy protects the data, so that frozen parameters may not move.
+            moves: Names frozen parameters that the server moves.
 
         Returns:
             The global parameters, in the dtype in which they are summed.
@@ -184,7 +186,7 @@ class LocalTrainer(ABC):
         # Sorted anew in each round, because callbacks freeze and unfreeze layers between rounds.
         if self.within.group.is_spread:
             self.within.free_gathered(self.module)
-        tensors = FederatedTensors(self.module, self.personal, moving, self.within.group.is_spread)
+        tensors = FederatedTensors(self.module, self.personal, moving, self.within.group.is_spread, moves)
         self.is_alone, self.is_shared, self.is_private = is_alone, is_shared, is_private
         self.moved = set()
         self.isolation.begin_round()
@@ -401,6 +403,11 @@ class LocalTrainer(ABC):
     def tensors(self) -> FederatedTensors:
         """The module's tensors, by their role in the federation."""
         return self.round_start.tensors
+
+    @property
+    def moving(self) -> Collection[str]:
+        """Names of the frozen parameters that the current round may move; none before the first."""
+        return () if self._round_start is None else self.tensors.moving.keys()
 
     @property
     def device(self) -> torch.device:

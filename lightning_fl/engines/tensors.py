@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -30,6 +30,7 @@ class FederatedTensors:
             exponential moving average; they count as shared buffers. None: not known yet, so those that may be such a
             teacher do.
         may_be_spread: Whether parameters may be spread over the processes of a silo.
+        moves: Names frozen parameters that the server moves, from the names of all and the shared parameters.
 
     Raises:
         ValueError: If a glob matches nothing, or nothing trainable is left to share.
@@ -41,6 +42,7 @@ class FederatedTensors:
         personal: Sequence[str] = (),
         moving: Collection[str] | None = (),
         may_be_spread: bool = False,
+        moves: Callable[[Sequence[str], Mapping[str, Tensor]], Sequence[str]] | None = None,
     ) -> None:
         check_tensors(module, may_be_spread)
         # Buffers that are not persistent, such as caches and the states of metrics, belong to no model and never
@@ -68,6 +70,7 @@ class FederatedTensors:
         self._personal_buffers = {name: place for name, place in buffers.items() if name in own}
         frozen = {name: param for name, param in module.named_parameters() if not param.requires_grad}
         found = _may_follow(params, frozen) if moving is None else frozen.keys() & set(moving)
+        found = found.union(() if moves is None else moves(list(frozen), self.params))
         self.moving = {name: param for name, param in frozen.items() if name in found}
         trained_bytes = num_bytes(list(params.values()))
         still = {name: param for name, param in frozen.items() if name not in found}

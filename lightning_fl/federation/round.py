@@ -264,6 +264,7 @@ class Round:
             is_alone=is_alone,
             is_shared=not is_alone and not settings.silos,
             is_private=settings.is_differentially_private,
+            moves=settings.aggregator.moves,
         )
         templates = update_templates(settings, params, trainer.tensors.buffers)
         ctx = RoundContext(

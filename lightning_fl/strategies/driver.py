@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, Literal
@@ -227,6 +227,12 @@ class RoundDriver:
     def module(self) -> L.LightningModule:
         """The user's module."""
         return self.trainer.lightning_module
+
+    @property
+    def moving(self) -> Collection[str]:
+        """Names of the frozen parameters that rounds move."""
+        of_server = () if self.local_trainer is None else self.local_trainer.moving
+        return {*(self.state.moving or ()), *of_server}
 
     @property
     def in_local_phase(self) -> bool:

@@ -444,6 +444,8 @@ class FederatedStrategy(internals.ReusableStrategy):
             check_trainer(trainer)
         check_same_on_ranks(self.federation, "validation data", trainer.enable_validation)
         self._frozen_weights = FrozenWeights()
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.algorithm.prepare(self._module)
         super().setup(trainer)
         assert self.lightning_module is not None
         if self.silo is not None:
@@ -711,7 +713,7 @@ class FederatedStrategy(internals.ReusableStrategy):
 
     def _write_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any) -> None:
         if not self.checkpoint_frozen:
-            moving = () if self.driver is None else self.driver.state.moving or ()
+            moving = () if self.driver is None else self.driver.moving
             self._frozen_weights.leave_out(checkpoint, self._module, moving)
         super().save_checkpoint(checkpoint, filepath, storage_options)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,7 @@ def test_fsdp2_in_silos_is_one_process_with_the_joint_batch(run_ranks: Any, case
 
 def plain_ddp() -> Tensor:
     module = Net(sgd, norm=True)
-    run = trainer(DDPStrategy(process_group_backend="gloo"), max_epochs=2, devices=2)
+    run = trainer(DDPStrategy(process_group_backend="gloo"), max_epochs=2, devices=2, limit_val_batches=0)
     run.fit(module, DataLoader(images(32, 0), 4, shuffle=True), VALIDATION)
     return weights(module)
 
@@ -181,7 +182,9 @@ def fit_with_nan(silo: Any) -> tuple[list[Any], bool]:
     module.bad = 1
     strategy = fl.FederatedStrategy("fedavg", silo=silo)
     run = trainer(strategy, max_epochs=2)
-    run.fit(module, DataLoader(images(16, run.global_rank // 2), 4), VALIDATION)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*hold NaN or Inf")
+        run.fit(module, DataLoader(images(16, run.global_rank // 2), 4), VALIDATION)
     return [entry["refused"] for entry in strategy.history], bool(weights(module).isfinite().all())
 
 
@@ -251,14 +254,16 @@ def save_and_resume(folder: Path, silo: Any, rows_of: int, max_epochs: int, path
 def test_a_sharded_checkpoint_loads_plainly_and_goes_on_in_one_process_a_silo(run_ranks: Any, tmp_path: Path) -> None:
     spread, alone = fl.silos.FSDP2(ranks=2), fl.silos.DDP(ranks=1)
     expected = run_ranks(2, save_and_resume, tmp_path / "whole", alone, 1, 2, None)[0]
-    after_one = run_ranks(4, save_and_resume, tmp_path, spread, 2, 1, None)[0]
+    after_one = run_ranks(4, save_and_resume, tmp_path / "spread", spread, 2, 1, None)[0]
     module = Net(adamw)
     module.configure_model()
-    state = torch.load(tmp_path / "saved.ckpt", weights_only=True)
+    state = torch.load(tmp_path / "spread" / "saved.ckpt", weights_only=True)
     module.load_state_dict(state["state_dict"])
     torch.testing.assert_close(weights(module), after_one, rtol=0, atol=0)
     for silo, ranks, rows_of in ((alone, 2, 1), (spread, 4, 2)):
-        resumed = run_ranks(ranks, save_and_resume, tmp_path / "r", silo, rows_of, 2, tmp_path / "saved.ckpt")
+        resumed = run_ranks(
+            ranks, save_and_resume, tmp_path / f"after {ranks}", silo, rows_of, 2, tmp_path / "spread" / "saved.ckpt"
+        )
         for found in resumed:
             torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
