@@ -63,8 +63,8 @@ class LoRAProduct(Aggregator):
     that the largest entry of each column of U is positive. All other tensors are averaged.
 
     With ``method="stack"`` nothing is cut off: the mean of the products is added to the base,
-    :math:`W \leftarrow W + s \sum_i p_i B_i A_i`, and the adapters start afresh, B at 0 and A drawn as peft draws it. It is
-    what the stacked factors of all clients amount to. The base then moves in every round, so that checkpoints hold it.
+    :math:`W \leftarrow W + s \sum_i p_i B_i A_i`, and the adapters start afresh, B at 0 and A drawn as in peft. It
+    is what the stacked factors of all clients amount to. The base moves in every round, so that checkpoints hold it.
 
     A pair has names that differ in ``lora_A`` and ``lora_B`` only, as peft's; A is of shape ``[r, in]``, B of
     ``[out, r]``. Between ranks a product of ``out x in`` numbers travels for each pair, as much as the layer has.
@@ -76,8 +76,13 @@ class LoRAProduct(Aggregator):
         rslora: Whether the scale is that of rsLoRA, alpha / sqrt(r).
 
     Raises:
-        ValueError: If ``"stack"`` is not told ``alpha``, or ``"svd"`` is; beside an algorithm whose server does more than average, or that sends side channels; in the first
-            round, if the trained tensors hold no pair, or half of one.
+        ValueError: If ``"stack"`` is not told ``alpha``, or ``"svd"`` is; beside an algorithm whose server does more
+            than average, or that sends side channels; in the first round, if the trained tensors hold no pair, or half
+            of one.
+
+    References:
+        Wang et al., "FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank Adaptations",
+        NeurIPS 2024, for ``"stack"``.
 
     Example:
         >>> from lightning_fl.strategies import FederatedStrategy
@@ -155,9 +160,12 @@ def _drawn(like: Tensor, ctx: RoundContext, name: str) -> Tensor:
 
 
 def factorize(product: Tensor, rank: int, size: int | None = None) -> tuple[Tensor, Tensor]:
-    """The factors ``[out, size]`` and ``[size, in]`` whose product is the best approximation of a rank of ``[out, in]``.
+    """The factors whose product is the best approximation of a rank; beyond the rank columns and rows are 0.
 
-    A product of a smaller rank leaves columns and rows of zeros.
+    Args:
+        product: The matrix ``[out, in]``.
+        rank: The rank.
+        size: Columns of the first factor and rows of the second. None: ``rank``.
     """
     left, values, right = torch.linalg.svd(product.double(), full_matrices=False)
     rows = left.abs().argmax(dim=0)

@@ -50,6 +50,9 @@ class SiloGroup(Group):
     def is_spread(self) -> bool:
         return self._mates is not None
 
+    def who(self, rank: int) -> str:
+        return f"silo {self.names[rank] if self.names else rank}"
+
     def leave(self, reason: str) -> None:
         for group in (self._outer, self._inner):
             if group is not None:

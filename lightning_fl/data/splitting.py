@@ -199,9 +199,15 @@ def share_among(loader: Any, rank: int, size: int, seed: int = 0) -> DataLoader:
     Raises:
         ValueError: If the loader can't be shared.
     """
-    dataset = _check_dataset(loader)
+    dataset = getattr(loader, "dataset", None)
+    if not isinstance(loader, DataLoader) or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        what = f"reads {type(dataset).__name__}, a stream," if isinstance(loader, DataLoader) else type(loader).__name__
+        raise ValueError(
+            f"The training loader {what} which processes can't share. Give one DataLoader over a map-style data set "
+            "with the silo's data."
+        )
     if isinstance(loader.sampler, DistributedSampler):
-        return loader  # type: ignore[no-any-return]
+        return loader
     check_plain(loader)
     shuffle = isinstance(loader.sampler, RandomSampler)
     sampler: Any = DistributedSampler(dataset, size, rank, shuffle=shuffle, seed=seed)

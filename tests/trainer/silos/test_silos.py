@@ -260,11 +260,9 @@ def test_a_sharded_checkpoint_loads_plainly_and_goes_on_in_one_process_a_silo(ru
     state = torch.load(tmp_path / "spread" / "saved.ckpt", weights_only=True)
     module.load_state_dict(state["state_dict"])
     torch.testing.assert_close(weights(module), after_one, rtol=0, atol=0)
+    path = tmp_path / "spread" / "saved.ckpt"
     for silo, ranks, rows_of in ((alone, 2, 1), (spread, 4, 2)):
-        resumed = run_ranks(
-            ranks, save_and_resume, tmp_path / f"after {ranks}", silo, rows_of, 2, tmp_path / "spread" / "saved.ckpt"
-        )
-        for found in resumed:
+        for found in run_ranks(ranks, save_and_resume, tmp_path / f"after {ranks}", silo, rows_of, 2, path):
             torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
@@ -331,7 +329,7 @@ def test_what_does_not_fit_is_refused(settings: dict[str, Any], words: str) -> N
 def refused(silo: Any, module: Any, loaders: Any = None) -> str:
     try:
         run = trainer(fl.FederatedStrategy("fedavg", silo=silo))
-        run.fit(module, loaders or DataLoader(images(8), 4), VALIDATION)
+        run.fit(module, DataLoader(images(8), 4) if loaders is None else loaders, VALIDATION)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "not refused"
@@ -367,6 +365,6 @@ def test_what_does_not_fit_is_refused_on_ranks(run_ranks: Any) -> None:
     for whole, clients, stream, sizes, skips in run_ranks(2, refusals_on_ranks):
         assert "'net.1.weight' is not spread over the silo" in whole
         assert "names 1 clients" in clients
-        assert "a stream; only a map-style data set" in stream
+        assert "a stream, which processes can't share" in stream
         assert "their silos have [1, 2] processes" in sizes
         assert "returned None to skip a batch" in skips
