@@ -18,6 +18,7 @@ from lightning_fl.datamodules.datasets.mnist1d import MNIST1DDataModule
 from lightning_fl.datamodules.datasets.shakespeare import LEAFShakespeareDataModule, ShakespeareDataModule
 from lightning_fl.datamodules.datasets.synthetic import SyntheticDataModule
 from lightning_fl.datamodules.image_folders import ImageFolderDataModule
+from lightning_fl.datamodules.instructions import InstructionDataModule, train_tokenizer
 from lightning_fl.datamodules.map_style import HuggingFaceDataModule, TorchDataModule
 from lightning_fl.datamodules.natural import ClientData, NaturalDataModule
 from lightning_fl.datamodules.partitioned import PartitionedDataModule
@@ -42,6 +43,7 @@ __all__ = [
     "FeatureNoise",
     "HuggingFaceDataModule",
     "ImageFolderDataModule",
+    "InstructionDataModule",
     "LEAFDataModule",
     "LEAFShakespeareDataModule",
     "LabelsPerClient",
@@ -60,4 +62,5 @@ __all__ = [
     "TabularDataModule",
     "TorchDataModule",
     "save_mapping",
+    "train_tokenizer",
 ]

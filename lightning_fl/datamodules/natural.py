@@ -44,7 +44,7 @@ class NaturalDataModule(OptionalLoaders):
     one shuffled loader over all training data, which is the centralised baseline. Each client holds out a part of its
     samples for validation and test. The global model is validated and tested on the union of these parts;
     ``client_val_dataloaders()`` and ``client_test_dataloaders()`` return them by client. Subclasses override
-    :meth:`read`.
+    :meth:`read`; a method ``collate``, if there is one, makes a batch of a list of examples.
 
     Args:
         batch_size: Examples per training batch.
@@ -183,7 +183,8 @@ class NaturalDataModule(OptionalLoaders):
         # `RandomSampler` refuses an empty data set, which a client may have.
         shuffle = train and len(dataset) > 0  # type: ignore[arg-type]
         size = self.batch_size if train else self.eval_batch_size
-        return DataLoader(dataset, batch_size=size, shuffle=shuffle, num_workers=self.num_workers)
+        collate = getattr(self, "collate", None)
+        return DataLoader(dataset, batch_size=size, shuffle=shuffle, num_workers=self.num_workers, collate_fn=collate)
 
 
 class _Pooled(Dataset):

@@ -147,8 +147,10 @@ def test_fsdp2_in_silos_is_one_process_with_the_joint_batch(run_ranks: Any, case
 
 def plain_ddp() -> Tensor:
     module = Net(sgd, norm=True)
-    run = trainer(DDPStrategy(process_group_backend="gloo"), max_epochs=2, devices=2, limit_val_batches=0)
-    run.fit(module, DataLoader(images(32, 0), 4, shuffle=True), VALIDATION)
+    run = trainer(DDPStrategy(process_group_backend="gloo"), max_epochs=2, devices=2)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="It is recommended to use `self.log")
+        run.fit(module, DataLoader(images(32, 0), 4, shuffle=True), VALIDATION)
     return weights(module)
 
 
@@ -230,7 +232,7 @@ def test_a_killed_process_is_named_as_its_silo(run_ranks: Any) -> None:
     with pytest.raises(RuntimeError) as caught:
         run_ranks(4, fit_killed)
     reports = str(caught.value).split("--- rank ")
-    assert "process died" in reports[4]
+    assert "process died" in reports[4], caught.value
     assert "Silo south has lost one of its processes. Rank 1 has left" in reports[3]
     for other in (1, 2):
         assert "Silo south has failed" in reports[other]
@@ -246,7 +248,9 @@ def save_and_resume(folder: Path, silo: Any, rows_of: int, max_epochs: int, path
         **{**QUIET, "enable_checkpointing": True},
     )
     place = run.global_rank // (silo.ranks or 1)
-    run.fit(module, DataLoader(images(SIZES[place], place), BATCH // rows_of), VALIDATION, ckpt_path=path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The dirpath has changed")
+        run.fit(module, DataLoader(images(SIZES[place], place), BATCH // rows_of), VALIDATION, ckpt_path=path)
     return whole_weights(module)
 
 
