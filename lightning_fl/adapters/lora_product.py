@@ -106,8 +106,12 @@ class LoRAProduct(Aggregator):
         if self.rank is not None and (stacks or self.rank < 1):
             raise ValueError(f"{self!r}: rank is a positive number for method='svd' only.")
 
+    @property
+    def moves_frozen(self) -> bool:
+        return self.method == "stack"
+
     def moves(self, names: Sequence[str], trained: Mapping[str, Tensor]) -> Sequence[str]:
-        return [base_of(down, names) for down in pairs_of(trained)] if self.method == "stack" else []
+        return [base_of(down, names) for down in pairs_of(trained)] if self.moves_frozen else []
 
     def check(self, algorithm: Algorithm) -> None:
         averages = type(algorithm).server_update is Algorithm.server_update and algorithm.server_lr == 1

@@ -57,6 +57,11 @@ class Aggregator(ABC):
     """Whether :meth:`merge` and :meth:`gather` reveal only the sums over ranks of a report's field ``"sums"``, a dict
     of numbers by name. The first report they return then holds those sums."""
 
+    @property
+    def moves_frozen(self) -> bool:
+        """Whether :meth:`moves` names any frozen parameters."""
+        return False
+
     weighting: ClassVar[Literal["examples", "uniform"] | None] = None
     """The weighting that the aggregator requires; None: any."""
 

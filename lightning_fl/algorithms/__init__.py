@@ -29,6 +29,7 @@ from lightning_fl.algorithms.pushsum import PushSum
 from lightning_fl.algorithms.qfedavg import QFedAvg
 from lightning_fl.algorithms.registry import get_algorithm, load_entry_points, register, registered
 from lightning_fl.algorithms.scaffold import Scaffold
+from lightning_fl.algorithms.streaming_diloco import StreamingDiLoCo
 from lightning_fl.algorithms.term import TERM
 
 __all__ = [
@@ -68,6 +69,7 @@ __all__ = [
     "PushSum",
     "QFedAvg",
     "Scaffold",
+    "StreamingDiLoCo",
     "Weighting",
     "get_algorithm",
     "load_entry_points",

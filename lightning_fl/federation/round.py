@@ -266,7 +266,7 @@ class Round:
             is_private=settings.is_differentially_private,
             moves=settings.aggregator.moves,
         )
-        templates = update_templates(settings, params, trainer.tensors.buffers)
+        templates = update_templates(settings, params, trainer.tensors.buffers, state.server)
         ctx = RoundContext(
             index,
             cohort,

@@ -85,13 +85,15 @@ def update_template(settings: FederationSettings, params: Tree, buffers: Mapping
     return update_templates(settings, params, buffers)[-1]
 
 
-def update_templates(settings: FederationSettings, params: Tree, buffers: Mapping[str, Tensor]) -> list[Update]:
+def update_templates(
+    settings: FederationSettings, params: Tree, buffers: Mapping[str, Tensor], server: State | None = None
+) -> list[Update]:
     """For each transform, an update like those that its client half is given, and one like those that are sent."""
     # Noise would turn what no client knows into a value.
     like = contributions_like(buffers, counts_known=not settings.hides_clients)
     algorithm = settings.algorithm
     aux = {**algorithm.aux_like(params), **algorithm.aux_of_clients(settings.population)}
-    templates = [Update(params, like, aux=aux)]
+    templates = [Update(algorithm.delta_like(params, server or {}), like, aux=aux)]
     # What the client halves send may have other shapes than the model.
     for transform in settings.transforms:
         templates.append(transform.like(templates[-1]))

@@ -41,6 +41,12 @@ def check_network(strategy: Any, address: str | None, kit: str | Path | None) ->
         "the aggregator's keys (they are in the kit)": getattr(strategy.aggregator, "keys", None) is not None,
         "cohort": not isinstance(strategy.cohort, Uniform),
     }
+    parts = strategy.algorithm.sends_parts or strategy.aggregator.moves_frozen
+    if parts:
+        raise ValueError(
+            f"A coordinator takes whole updates and leaves frozen parameters alone, so {strategy.algorithm!r} with "
+            f"{strategy.aggregator!r} does not run over it yet. Start the silos with torchrun."
+        )
     given = [name for name, is_given in ignored.items() if is_given]
     if given:
         raise ValueError(
