@@ -84,7 +84,7 @@ OF_FRAGMENT = {
 @pytest.mark.parametrize("mix", [0.0, 0.5])
 def test_a_fragment_is_joined_at_its_turn(mix: float) -> None:
     """Fragment p after (p + 1) H local steps and then every P H; in between it is each replica's own."""
-    found, history, _ = fit(StreamingDiLoCo(fragments=2, mix=mix))
+    found, _, _ = fit(StreamingDiLoCo(fragments=2, mix=mix))
     before = values(Blocks())
     for turn, model in enumerate(found.models):
         for fragment, names in OF_FRAGMENT.items():

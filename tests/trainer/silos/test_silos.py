@@ -133,24 +133,25 @@ def assert_same(found: list[dict[str, Any]], expected: dict[str, Any]) -> None:
         assert one["steps"] == expected["steps"]
 
 
-def assert_sent(found: list[dict[str, Any]], expected: dict[str, Any], shares: list[float]) -> None:
-    """What each process has sent in the last round, as a share of the model, beside messages of a few kB."""
-    model = 8 * len(expected["weights"])
-    for one, share in zip(found, shares, strict=True):
-        rest = one["bytes"] - share * model
-        assert (one["bytes"] == 0) if share == 0 else (0 <= rest < 6000)
-
-
 @pytest.mark.parametrize("case", ["scaffold", *(pytest.param(n, marks=pytest.mark.slow) for n in CASES)])
 def test_ddp_in_silos_is_one_process_with_the_joint_batch(run_ranks: Any, case: str) -> None:
     alone = run_ranks(2, fit, case, fl.silos.DDP(ranks=1), 1)
-    assert_same(run_ranks(4, fit, case, fl.silos.DDP(ranks=2), 2), alone[0])
+    found = run_ranks(4, fit, case, fl.silos.DDP(ranks=2), 2)
+    assert_same(found, alone[0])
+    # The first process of each silo sends what a silo of one process does, and the others nothing.
+    assert [one["bytes"] for one in found[1::2]] == [0, 0]
+    assert found[0]["bytes"] == pytest.approx(alone[0]["bytes"], rel=0.05)
 
 
 @pytest.mark.parametrize("case", ["diloco", *(pytest.param(n, marks=pytest.mark.slow) for n in CASES)])
 def test_fsdp2_in_silos_is_one_process_with_the_joint_batch(run_ranks: Any, case: str) -> None:
     alone = run_ranks(2, fit, case, fl.silos.DDP(ranks=1), 1)
-    assert_same(run_ranks(4, fit, case, fl.silos.FSDP2(ranks=2), 2), alone[0])
+    found = run_ranks(4, fit, case, fl.silos.FSDP2(ranks=2), 2)
+    assert_same(found, alone[0])
+    # Each process sends its part; beside it the first one sends the messages.
+    model = 8 * len(alone[0]["weights"])
+    assert sum(one["bytes"] for one in found[:2]) == pytest.approx(alone[0]["bytes"], rel=0.05)
+    assert 0.3 * model < found[1]["bytes"] < 0.7 * model
 
 
 def plain_ddp() -> Tensor:
