@@ -22,6 +22,7 @@ from lightning_fl.datamodules.instructions import InstructionDataModule, train_t
 from lightning_fl.datamodules.map_style import HuggingFaceDataModule, TorchDataModule
 from lightning_fl.datamodules.natural import ClientData, NaturalDataModule
 from lightning_fl.datamodules.partitioned import PartitionedDataModule
+from lightning_fl.datamodules.silo_clients import SiloClients
 from lightning_fl.datamodules.table_schema import TableSchema
 from lightning_fl.datamodules.tabular import TabularDataModule
 
@@ -57,6 +58,7 @@ __all__ = [
     "Partitioner",
     "ShakespeareDataModule",
     "Shards",
+    "SiloClients",
     "SyntheticDataModule",
     "TableSchema",
     "TabularDataModule",

@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn import functional
 from torchmetrics import MeanMetric
 from torchmetrics.text import Perplexity
@@ -89,6 +90,16 @@ class CausalLM(L.LightningModule):
                 self.model.enable_input_require_grads()
         self.val_perplexity = Perplexity(ignore_index=IGNORED)
         self.val_exact_match = MeanMetric()
+
+    def configure_model(self) -> None:
+        """Spreads the model over ``device_mesh["data_parallel"]``, where the strategy has one, block by block."""
+        mesh = self.device_mesh
+        if mesh is None or isinstance(self.model, FSDPModule):
+            return
+        for part in list(self.model.modules()):
+            if type(part).__name__.endswith("DecoderLayer"):
+                fully_shard(part, mesh=mesh["data_parallel"])
+        fully_shard(self.model, mesh=mesh["data_parallel"])
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Scores of the tokens that follow, ``[batch, length, vocabulary]``."""
