@@ -13,7 +13,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -154,26 +154,32 @@ def test_fsdp2_in_silos_is_one_process_with_the_joint_batch(run_ranks: Any, case
     assert 0.3 * model < found[1]["bytes"] < 0.7 * model
 
 
-def plain_ddp() -> Tensor:
-    module = Net(sgd, norm=True)
-    run = trainer(DDPStrategy(process_group_backend="gloo"), max_epochs=2, devices=2)
+def in_lightning(kind: type[Net]) -> Tensor:
+    """Lightning's own strategy for two processes."""
+    plain: Any = DDPStrategy(process_group_backend="gloo")
+    if kind is Sharded:
+        plain = ModelParallelStrategy(2, 1, process_group_backend="gloo")
+    module = kind(sgd, norm=kind is Net)
+    run = trainer(plain, max_epochs=2, devices=2)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="It is recommended to use `self.log")
         run.fit(module, DataLoader(images(32, 0), 4, shuffle=True), VALIDATION)
-    return weights(module)
+    return whole_weights(module)
 
 
-def one_silo() -> tuple[Tensor, dict[str, float]]:
-    module = Net(sgd, norm=True)
-    run = trainer(fl.FederatedStrategy("fedavg", silo=fl.silos.DDP(), client_optimizer="keep"), max_epochs=2)
+def in_one_silo(kind: type[Net]) -> tuple[Tensor, dict[str, float]]:
+    module = kind(sgd, norm=kind is Net)
+    silo = fl.silos.DDP() if kind is Net else fl.silos.FSDP2()
+    run = trainer(fl.FederatedStrategy("fedavg", silo=silo, client_optimizer="keep"), max_epochs=2)
     run.fit(module, DataLoader(images(32, 0), 4, shuffle=True), VALIDATION)
-    return weights(module), measured(run)
+    return whole_weights(module), measured(run)
 
 
-def test_one_silo_is_plain_ddp(run_ranks: Any) -> None:
-    """With BatchNorm, whose statistics are those of the first process, and a shuffled loader."""
-    plain = run_ranks(2, plain_ddp)
-    for found, metrics in run_ranks(2, one_silo):
+@pytest.mark.parametrize("kind", [Net, pytest.param(Sharded, marks=pytest.mark.slow)])
+def test_one_silo_is_lightnings_own_strategy(run_ranks: Any, kind: type[Net]) -> None:
+    """DDP with BatchNorm, whose statistics are those of the first process, or FSDP2; and a shuffled loader."""
+    plain = run_ranks(2, in_lightning, kind)
+    for found, metrics in run_ranks(2, in_one_silo, kind):
         torch.testing.assert_close(found, plain[0], rtol=1e-10, atol=1e-10)
         assert metrics["count"] == 32
 
