@@ -66,6 +66,7 @@ QUICK = [recipe.name for recipe in RECIPES if "torchrun" not in header(recipe) a
 
 
 @pytest.mark.parametrize("name", QUICK)
+@pytest.mark.spread(5)
 def test_every_recipe_runs_for_a_round_on_data_of_its_kind(tmp_path: Path, name: str) -> None:
     write_small_data(tmp_path)
     brief = ("max_epochs=1", "limit_train_batches=1", "limit_val_batches=1", "check_val_every_n_epoch=1")
@@ -88,6 +89,7 @@ def test_digits_fedavg_gives_the_expected_numbers() -> None:
     assert accuracy == pytest.approx(centralised, abs=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_digits_silos_gives_the_expected_number(run_ranks: Callable[..., list[float]]) -> None:
     federated, centralised = expected_accuracies("digits_silos.yaml")
     accuracies = run_ranks(3, final_accuracy, "digits_silos.yaml")
