@@ -165,3 +165,12 @@ def test_several_processes_in_a_notebook_are_refused_with_a_sentence(monkeypatch
     with pytest.raises(MisconfigurationException, match=r"a notebook is no script\. Use devices=1"):
         L.Trainer(strategy="fedavg", devices=2, accelerator="cpu", logger=False, enable_checkpointing=False)
     L.Trainer(strategy="fedavg", devices=1, accelerator="cpu", logger=False, enable_checkpointing=False)
+
+
+def test_compare_writes_the_page_of_the_runs_that_it_is_given(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in "abc":
+        write_run(Path(name), [0.5], algorithm=name)
+    main(["compare", "a", "b", "--out", "compare.html"])
+    assert "page: compare.html" in capsys.readouterr().out
+    (runs,) = contents(Path("compare.html").read_text(), "runs")
+    assert sorted(run["name"] for run in runs) == ["a", "b"]
