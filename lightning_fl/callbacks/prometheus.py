@@ -94,14 +94,14 @@ class Prometheus(L.Callback):
         if not isinstance(strategy, FederatedStrategy):
             return
         entry, hides_clients = strategy.history[-1], strategy.view.settings.hides_clients
-        for name, value in figures(entry, hides_clients).items():
+        for name, figure in figures(entry, hides_clients).items():
             short = name.removeprefix("fl/")
             if short.startswith("seconds_"):
-                self._phase.labels(short.removeprefix("seconds_")).set(value)
+                self._phase.labels(short.removeprefix("seconds_")).set(figure)
             elif short == "num_bytes":
-                self._sent.inc(value)
+                self._sent.inc(figure)
             elif short != "round":
-                self._figure.labels(short).set(value)
+                self._figure.labels(short).set(figure)
         if not hides_clients:
             for reason, count in left_out(entry).items():
                 self._left_out.labels(reason).inc(count)
