@@ -1,10 +1,7 @@
 """Callbacks for a Trainer with a federated strategy."""
 
-<<<<<<< HEAD
 from lightning_fl.callbacks.adapter_checkpoint import AdapterCheckpoint
-=======
 from lightning_fl.callbacks.alerts import Alert, Alerts
->>>>>>> main
 from lightning_fl.callbacks.client_metrics import ClientMetrics
 from lightning_fl.callbacks.contribution import Contribution
 from lightning_fl.callbacks.dry_run import DryRun
@@ -19,12 +16,9 @@ from lightning_fl.callbacks.sample_level_dp.audit import audit
 from lightning_fl.callbacks.sample_level_dp.callback import SampleLevelDP
 
 __all__ = [
-<<<<<<< HEAD
     "AdapterCheckpoint",
-=======
     "Alert",
     "Alerts",
->>>>>>> main
     "ClientMetrics",
     "Contribution",
     "DryRun",
