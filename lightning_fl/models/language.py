@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,9 @@ class CausalLM(L.LightningModule):
             self.model.load_state_dict(_weights(Path(base)))
         if lora is not None:
             peft = library("peft")
-            self.model = peft.get_peft_model(self.model, peft.LoraConfig(task_type="CAUSAL_LM", **lora))
+            with warnings.catch_warnings():  # peft 0.21 asks transformers 5.24 by an old name
+                warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+                self.model = peft.get_peft_model(self.model, peft.LoraConfig(task_type="CAUSAL_LM", **lora))
         if gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
             if lora is not None:  # else nothing before the first adapter needs a gradient, and so nothing gets one

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_fl as fl
 from lightning_fl.communication import TorchGroup
@@ -116,7 +117,7 @@ def test_perplexity_and_exact_match_by_hand() -> None:
     wrong = {"input_ids": torch.tensor([[0, 1, 3]]), "labels": torch.tensor([[-100, 1, 3]])}
     batches = [{**own, "attention_mask": torch.ones(1, 3, dtype=torch.int64)} for own in (right, wrong)]
     fit = trainer("auto")
-    (found,) = fit.validate(model, batches, verbose=False)
+    (found,) = fit.validate(model, DataLoader(batches, batch_size=None), verbose=False)
     mean = -(3 * math.log(3 / 4) + math.log(1 / 12)) / 4
     assert found["val_loss"] == pytest.approx(mean, rel=1e-5)
     assert found["val_perplexity"] == pytest.approx(math.exp(mean), rel=1e-5)
@@ -194,7 +195,7 @@ def what_travels() -> dict[str, Any]:
         tokens = torch.arange(8)[None].repeat(4, 1)
         strategy = fl.FederatedStrategy("fedavg", num_clients=2)
         fit = trainer(strategy, max_epochs=2, limit_val_batches=0)
-        fit.fit(model, torch.utils.data.DataLoader(torch.utils.data.TensorDataset(tokens, tokens + 1), 2), [])
+        fit.fit(model, DataLoader(TensorDataset(tokens, tokens + 1), 2), [])
     trained = sum(param.numel() for param in model.parameters() if param.requires_grad)
     return {**seen, "trained": trained, "bytes": [entry["num_bytes"] for entry in strategy.history]}
 
