@@ -199,7 +199,7 @@ def share_among(loader: Any, rank: int, size: int, seed: int = 0) -> DataLoader:
     Raises:
         ValueError: If the loader can't be shared.
     """
-    dataset = getattr(loader, "dataset", None)
+    dataset: Any = getattr(loader, "dataset", None)
     if not isinstance(loader, DataLoader) or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         what = f"reads {type(dataset).__name__}, a stream," if isinstance(loader, DataLoader) else type(loader).__name__
         raise ValueError(

@@ -22,7 +22,7 @@ def local(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return tensor
     with torch.no_grad():
-        return tensor.detach().to_local()
+        return tensor.to_local().detach()
 
 
 def locals_of(tensors: Mapping[str, Tensor]) -> Tree:
