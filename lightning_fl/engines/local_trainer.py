@@ -184,9 +184,9 @@ class LocalTrainer(ABC):
             The global parameters, in the dtype in which they are summed.
         """
         # Sorted anew in each round, because callbacks freeze and unfreeze layers between rounds.
-        if self.within.group.is_spread:
+        if self.within.is_spread:
             self.within.free_gathered(self.module)
-        tensors = FederatedTensors(self.module, self.personal, moving, self.within.group.is_spread, moves)
+        tensors = FederatedTensors(self.module, self.personal, moving, self.within.is_spread, moves)
         self.is_alone, self.is_shared, self.is_private = is_alone, is_shared, is_private
         self.moved = set()
         self.isolation.begin_round()

@@ -24,7 +24,7 @@ class WithinSilo:
 
     def __init__(self, group: Group | None = None) -> None:
         self.group = group or LocalGroup()
-        self.inner = self.group.inner
+        self.inner, self.shards, self.is_spread = self.group.inner, self.group.shards, self.group.is_spread
 
     @property
     def is_alone(self) -> bool:
@@ -58,7 +58,7 @@ class WithinSilo:
         Args:
             params: The trainable parameters, in the same order on each process.
         """
-        if self.is_alone or self.group.is_spread:
+        if self.is_alone or self.is_spread:
             return
         params = list(params)
         has = torch.tensor([param.grad is not None for param in params], dtype=torch.uint8)
@@ -81,7 +81,7 @@ class WithinSilo:
             return
         joined = {}
         for name, buffer in buffers.items():
-            if self.group.is_spread and buffer.is_floating_point():
+            if self.is_spread and buffer.is_floating_point():
                 mean = self.inner.all_reduce(buffer.to(sum_dtype(buffer.dtype))) / self.inner.size
                 joined[name] = mean.to(buffer.dtype)
             else:
@@ -90,14 +90,13 @@ class WithinSilo:
 
     def joint_squares(self, squares: list[float]) -> list[float]:
         """Squared norms of whole tensors, from those of the parts that the processes hold."""
-        shards = self.group.shards
-        if shards.size == 1:
+        if self.shards.size == 1:
             return squares
-        return shards.all_reduce(torch.tensor(squares, dtype=torch.float64)).tolist()  # type: ignore[no-any-return]
+        return self.shards.all_reduce(torch.tensor(squares, dtype=torch.float64)).tolist()  # type: ignore[no-any-return]
 
     def joint_norm(self, own: float) -> float:
         """The norm of whole tensors, from that of the parts that this process holds."""
-        return own if self.group.shards.size == 1 else float(self.joint_squares([own**2])[0] ** 0.5)
+        return own if self.shards.size == 1 else float(self.joint_squares([own**2])[0] ** 0.5)
 
     def all_agree(self, own: list[bool]) -> list[bool]:
         """What holds on every process of the silo."""
