@@ -113,7 +113,7 @@ def batch_norm(name: str, rule: RowAggregator) -> None:
     """Buffers get the coefficients of the parameters; where these add up to more than 1, divided by their sum."""
     module = SendsStatistics(3, torch.float64)
     fit = trainer(fl.FederatedStrategy("fedavg", aggregator=rule, engine="sequential", seed=0))
-    fit.fit(module, loaders(A11, torch.float64))
+    fit.fit(module, loaders((np.array(A11) + 2).tolist(), torch.float64))
     w, mean = module.w.detach(), module.norm.running_mean
     factor = float(w @ mean / (mean @ mean))
     torch.testing.assert_close(w, factor * mean, rtol=1e-9, atol=1e-12)
