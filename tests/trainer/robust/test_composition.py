@@ -61,6 +61,7 @@ def fit_on_ranks(name: str, algorithm: str) -> list[float]:
     ("name", "algorithm"),
     [("`Krum`", "fedexp"), ("`TrimmedMean` before `NearestNeighborMixing`", "fedavg"), ("`Bulyan`", "fedavg")],
 )
+@pytest.mark.spread(1)
 def test_ranks_give_the_same_model(run_ranks: Any, name: str, algorithm: str) -> None:
     alone = fit_on_ranks(name, algorithm)
     ranks = run_ranks(2, fit_on_ranks, name, algorithm)

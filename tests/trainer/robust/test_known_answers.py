@@ -147,6 +147,7 @@ def test_one_round_has_the_known_answer(name: str, engine: str) -> None:
 
 @pytest.mark.parametrize("matmul_precision", ["highest", "medium"])
 @pytest.mark.parametrize("name", ANSWERS)
+@pytest.mark.spread(10)
 def test_neither_float32_nor_an_offset_changes_the_choice(name: str, matmul_precision: str) -> None:
     rule, rows, expected = ANSWERS[name]
     before = torch.get_float32_matmul_precision()

@@ -69,7 +69,7 @@ def cells() -> list[Any]:
     lines = text.split("## What goes with what\n")[1].split("\n\n")[1].splitlines()
     (_, *columns), _, *rows = ([word.strip() for word in line.strip("|").split("|")] for line in lines)
     return [
-        pytest.param(rule, column, cell, id=f"{rule} x {column}")
+        pytest.param(rule, column, cell, id=f"{rule} x {column}", marks=[pytest.mark.slow] * (column == "silos"))
         for rule, *row in rows
         for column, cell in zip(columns, row, strict=True)
     ]
@@ -198,6 +198,7 @@ def test_every_rule_stands_in_the_table() -> None:
 
 
 @pytest.mark.parametrize(("rule", "column", "cell"), TABLE)
+@pytest.mark.spread(25)
 def test_a_cell_is_true(rule: str, column: str, cell: str, request: pytest.FixtureRequest) -> None:
     check, arguments = CHECKS[column], [rule, RULES[rule]]
     if check is silos:
