@@ -73,6 +73,18 @@ class Sends(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=1.0)
 
 
+class SendsMatrix(Sends):
+    """Sends the same 3 x 2 matrix, and a vector of one number, in each round."""
+
+    def __init__(self) -> None:
+        super().__init__(1, torch.float64)
+        self.m = nn.Parameter(torch.zeros(3, 2, dtype=torch.float64))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        row = batch[0]
+        return -(self.m * row[:6].view(3, 2)).sum() - (self.w * row[6:]).sum()
+
+
 def loaders(rows: Table, dtype: torch.dtype, order: Sequence[int] | None = None) -> fl.datamodules.ClientLoaders:
     own = {i: torch.tensor(row, dtype=torch.float64).to(dtype) for i, row in enumerate(rows)}
     return fl.datamodules.ClientLoaders({i: DataLoader(Rows(own[i])) for i in order or own})

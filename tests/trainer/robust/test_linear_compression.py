@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import lightning_fl as fl
 from lightning_fl.aggregation import FLTrust, Median, MultiKrum
@@ -15,21 +15,9 @@ from lightning_fl.communication.group import TorchGroup
 from lightning_fl.compression import Compress, CompressedMean, LowRank, RandomK, TopK
 from lightning_fl.privacy import SecureAggregation
 from tests.helpers.training import Plain, image_clients, images, trainer, weights
-from tests.trainer.robust.test_known_answers import Sends, loaders
+from tests.trainer.robust.test_known_answers import SendsMatrix, loaders
 
 M = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 7.0]], dtype=torch.float64)
-
-
-class SendsMatrix(Sends):
-    """Sends the same 3 x 2 matrix, and a vector of one number, in each round."""
-
-    def __init__(self) -> None:
-        super().__init__(1, torch.float64)
-        self.m = nn.Parameter(torch.zeros(3, 2, dtype=torch.float64))
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        row = batch[0]
-        return -(self.m * row[:6].view(3, 2)).sum() - (self.w * row[6:]).sum()
 
 
 ROWS = [[*(share * M).flatten().tolist(), share] for share in (0.5, 1.0, 1.5)]
