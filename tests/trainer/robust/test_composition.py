@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
+from torch.utils.data import DataLoader
 
 import lightning_fl as fl
 from lightning_fl.aggregation import (
@@ -32,7 +33,7 @@ from lightning_fl.aggregation import (
 from lightning_fl.cli import FederatedCLI
 from lightning_fl.tracking import Run
 from lightning_fl.tracking.report import render
-from tests.helpers.training import Ordinary, image_clients, minimise, quadratic_clients, trainer, weights
+from tests.helpers.training import Ordinary, image_clients, images, minimise, quadratic_clients, trainer, weights
 from tests.trainer.robust.test_table import RULES
 
 every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
@@ -201,6 +202,26 @@ def with_own_setting() -> None:
     import os
 
     fit(Krum(int(os.environ["RANK"])))
+
+
+class TwoFaced(fl.callbacks.FederatedCallback):
+    """The first silo sends other rows to the others than it keeps."""
+
+    def on_round_start(self, trainer: Any, module: Any, round: int, cohort: Any, view: Any) -> None:
+        group, honest = view.group, view.group.all_to_all
+        if group.rank == 0:
+            group.all_to_all = lambda parts, sizes: honest([parts[0], *[part + 1 for part in parts[1:]]], sizes)
+
+
+def among_silos_of_whom_one_cheats() -> None:
+    strategy = fl.FederatedStrategy("fedavg", aggregator=Median(0))
+    data = DataLoader(images(4), batch_size=4)
+    trainer(strategy, callbacks=[TwoFaced()]).fit(Ordinary(), data, data)
+
+
+def test_a_silo_that_sends_different_updates_is_found(run_ranks: Any) -> None:
+    with pytest.raises(Exception, match=r"has received other updates than rank . in round 0"):
+        run_ranks(2, among_silos_of_whom_one_cheats)
 
 
 def test_complex_and_frozen_parameters() -> None:
