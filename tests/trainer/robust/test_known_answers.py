@@ -34,6 +34,7 @@ from lightning_fl.aggregation import (
     Screened,
     TrimmedMean,
 )
+from lightning_fl.aggregation.robust.geometric_median import geometric_median
 from lightning_fl.aggregation.robust.gram import Gram
 from lightning_fl.aggregation.robust.krum import krum_scores
 from tests.helpers.training import trainer
@@ -213,6 +214,23 @@ def test_krum_follows_the_paper() -> None:
     assert scores.tolist() == pytest.approx([81, 85, 78, 251, 363, 189, 77], abs=1e-9)
     assert krum_winner(Krum(1), CONVENTIONS) == 6
     assert krum_winner(Krum(2), A11) == 7
+
+
+def test_the_geometry_behind_the_rules() -> None:
+    """Weights that no rule takes from clients, the median norm, and distances beside a common offset of 100."""
+    rows = torch.tensor(U7, dtype=torch.float64)
+    gram = Gram.of([rows], range(7))
+    found = geometric_median(gram, torch.arange(1.0, 8.0, dtype=torch.float64)) @ rows
+    np.testing.assert_allclose(found, (1.31445804, 1.01755663), **EXACT)
+    assert float(gram.norms.median()) == pytest.approx(1.70293864, abs=6e-8)
+    close = 1e-3 * torch.randn(20, 1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    moved = close.float() + 100
+    exact = torch.cdist(moved.double(), moved.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
+    error = (Gram.of([moved], range(20)).squared_distances - exact).abs().max() / exact.max()
+    assert float(error) < 3e-14
+    naive = moved @ moved.t()
+    wrong = naive.diagonal()[:, None] + naive.diagonal() - 2 * naive
+    assert float((wrong - exact).abs().max() / exact.max()) > 10
 
 
 def test_three_steps_are_not_the_geometric_median() -> None:
