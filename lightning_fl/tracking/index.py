@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from lightning_fl.tracking.markup import number, page
 from lightning_fl.tracking.metrics import best_metric, is_higher_better
-from lightning_fl.tracking.report import duration, number, page, started
+from lightning_fl.tracking.report import duration, started
 from lightning_fl.tracking.run import Run, write_file
 
 REPORT = "report.html"
