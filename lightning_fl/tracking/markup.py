@@ -8,15 +8,12 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterable, Sequence
 from html import escape
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from lightning_fl.tracking import plots
+from lightning_fl.tracking import interactive, plots
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-MAX_STRIPS = 250
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2430; --soft: #5f6b7a; --line: #e3e7ec; --accent: #1f5fbf;
@@ -40,9 +37,6 @@ section { margin-bottom: 18px; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr));
   gap: 14px; }
 figure { margin: 0; min-width: 0; }
-.plot { position: relative; width: fit-content; max-width: 100%; }
-.plot i { position: absolute; top: 0; bottom: 0; }
-.plot i:hover { background: rgb(128 128 128 / 18%); }
 a { color: var(--accent); }
 figcaption { color: var(--soft); font-size: 13px; }
 img { max-width: 100%; height: auto; display: block; background: #fff; border-radius: 6px; }
@@ -69,8 +63,9 @@ def page(title: str, content: str) -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        f"{content}</main>\n</body>\n</html>\n"
+        f'<meta http-equiv="Content-Security-Policy" content="{interactive.POLICY}">\n'
+        f"<title>{escape(title)}</title>\n<style>{STYLE}{interactive.STYLE}</style>\n</head>\n<body>\n<main>\n"
+        f"{content}</main>\n<script>{interactive.SCRIPT.read_text(encoding='utf-8')}</script>\n</body>\n</html>\n"
     )
 
 
@@ -84,33 +79,14 @@ def figures(images: Iterable[str]) -> str:
     return f'<div class="figures">{"".join(images)}</div>'
 
 
-def image(figure: Figure, caption: str, curves: plots.Curves | None = None) -> str:
-    """A picture with its caption, and for curves their values where the mouse is."""
+def image(figure: Figure, caption: str, curves: plots.Curves | None = None, ylabel: str = "") -> str:
+    """A picture with its caption; of curves the page's script makes a chart to zoom into."""
     # An image and not inline SVG, in which the ids and styles of several figures would clash.
     data = base64.b64encode(plots.as_svg(figure)).decode()
     text = escape(caption)
-    return (
-        f'<figure><div class="plot"><img alt="{text}" src="data:image/svg+xml;base64,{data}">'
-        f"{_strips(figure, curves) if curves else ''}</div><figcaption>{text}</figcaption></figure>\n"
-    )
-
-
-def _strips(figure: Figure, curves: plots.Curves) -> str:
-    """A transparent strip over each round of a figure that has been drawn; its title is what the curves are there."""
-    rounds = sorted({round for drawn, _ in curves.values() for round in drawn})
-    if len(rounds) > MAX_STRIPS:
-        rounds = rounds[:: len(rounds) // MAX_STRIPS + 1]
-    axes = figure.axes[0]
-    box, (first, last) = axes.get_position(), axes.get_xlim()
-    places = [100 * (box.x0 + box.width * (round - first) / (last - first)) for round in rounds]
-    edges = [100 * box.x0, *((one + other) / 2 for one, other in pairwise(places)), 100 * box.x1]
-    values = {name: dict(zip(*drawn, strict=True)) for name, drawn in curves.items()}
-    strips = []
-    for round, (left, right) in zip(rounds, pairwise(edges), strict=True):
-        known = [f"{name} {number(drawn[round])}" for name, drawn in values.items() if round in drawn]
-        title = escape("\n".join([f"round {round:g}", *known]))
-        strips.append(f'<i style="left: {left:.2f}%; width: {right - left:.2f}%" title="{title}"></i>')
-    return "".join(strips)
+    image = f'<img alt="{text}" src="data:image/svg+xml;base64,{data}">'
+    shown = interactive.curves(curves, "round", ylabel, image) if curves else image
+    return f"<figure>{shown}<figcaption>{text}</figcaption></figure>\n"
 
 
 def table(columns: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:

@@ -8,7 +8,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from lightning_fl.tracking import markup, plots
+from lightning_fl.tracking import interactive, markup, plots
 from lightning_fl.tracking.answers import ANSWERS_FILE, content_of, read_answers
 from lightning_fl.tracking.metrics import best_metric, is_higher_better
 from lightning_fl.tracking.run import Run, write_file
@@ -120,7 +120,7 @@ def _curves(run: Run, names: Sequence[str]) -> str:
         kinds.setdefault(kind, {})[name] = run.metric(name)
     shown = list(kinds.items())[:MAX_PANELS]
     figures = [
-        markup.image(plots.curves_figure(curves, kind), f"{', '.join(curves)} by round", curves)
+        markup.image(plots.curves_figure(curves, kind), f"{', '.join(curves)} by round", curves, kind)
         for kind, curves in shown
     ]
     more = len(kinds) - len(shown)
@@ -163,7 +163,8 @@ def _clients(run: Run) -> str:
         for name, caption in captions.items()
         if any(row.get(name) is not None for row in run.clients)
     ]
-    return markup.figures(figures) + _worst_clients(run)
+    explorer = interactive.clients(run.clients, _worst_clients(run))
+    return f"{markup.figures(figures)}<h3>One by one</h3>{explorer}"
 
 
 def _worst_clients(run: Run) -> str:
@@ -176,7 +177,7 @@ def _worst_clients(run: Run) -> str:
     columns = [name for name in worst[0] if name not in hidden]
     rows = [[row["round"] + 1 if name == "round" else row.get(name) for name in columns] for row in worst]
     names = [name.removeprefix("num_") for name in columns]
-    return "<h3>Highest loss in a client's last round</h3>" + markup.table(names, rows)
+    return "<p>Highest loss in a client's last round:</p>" + markup.table(names, rows)
 
 
 def _contributions(run: Run) -> str:
@@ -195,7 +196,10 @@ def _contributions(run: Run) -> str:
     }
     more = f", of the {len(curves)} clients with the largest" if len(curves) < len(order) else ""
     image = markup.image(
-        plots.curves_figure(curves, "sum of contributions"), f"contributions up to each round{more}", curves
+        plots.curves_figure(curves, "sum of contributions"),
+        f"contributions up to each round{more}",
+        curves,
+        "sum of contributions",
     )
     table = markup.table(
         ["client", "contribution", "rounds measured"],
@@ -247,7 +251,8 @@ def _costs(run: Run) -> str:
         (spread, "0: all clients pull in the same direction; near 1: they cancel out"),
     ):
         drawn = {name: (rounds, [float("nan") if v is None else v for v in values]) for name, values in curves.items()}
-        figures.append(markup.image(plots.curves_figure(drawn, next(iter(drawn)), height=2.8), caption))
+        name = next(iter(drawn))
+        figures.append(markup.image(plots.curves_figure(drawn, name, height=2.8), caption, drawn, name))
     phases = {label: [row["seconds"].get(name) or 0.0 for row in rows] for name, label in PHASES.items()}
     figures.append(
         markup.image(plots.phases_figure(rounds, phases), "where the time of each round went, without validation")

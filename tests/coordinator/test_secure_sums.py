@@ -96,6 +96,7 @@ DROPOUTS = {"share": False, "send": False, "agree": True, "unmask": True}
 
 
 @pytest.mark.parametrize("message", DROPOUTS)
+@pytest.mark.spread(2)
 def test_a_silo_that_dies_between_two_messages_is_left_out_unless_its_vector_has_come(
     live: LiveCoordinator, message: str
 ) -> None:
@@ -220,6 +221,7 @@ def test_what_was_sent_for_a_sum_that_was_dropped_is_not_sent_again(live: LiveCo
 
 
 @pytest.mark.parametrize("step", ["roster", "share", "send", "agree"])
+@pytest.mark.spread(2)
 def test_the_coordinator_that_is_started_again_goes_on_with_the_sum(folder: Path, step: str) -> None:
     died = threading.Event()
     topics: list[str] = []
