@@ -99,7 +99,7 @@ def _images(answer: Mapping[str, Any]) -> Iterator[str]:
         time = question.partition("(")[2].partition(",")[0]
         caption = f"{question}: share without an event, and its 95% interval"
         yield markup.image(answer_plots.survival_figure(curves, time), caption)
-    elif any(map(is_number, parts.values())):
+    elif any(map(is_number, parts.values())) and parts.keys() != {"events"}:
         counts = {name: part if is_number(part) else None for name, part in parts.items()}
         yield markup.image(answer_plots.bars_figure(counts, "rows"), question)
     means = {
