@@ -33,6 +33,7 @@ _NAMES = (
         "serve",
         "report",
         "compare",
+        "sweep",
         "recipes",
         "algorithms",
         "privacy",
