@@ -73,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     guards.add_argument(
         "--min-count", type=int, default=5, help="the fewest rows behind an answer (default: %(default)s)"
     )
+    guards.add_argument("--ledger", metavar="FILE", help="what was asked before of the same rows; it is added to")
     schema = parser.add_argument_group("a schema for training")
     schema.add_argument("--schema", type=Path, metavar="FILE", help="agree on a schema for TabularDataModule")
     schema.add_argument("--target", metavar="COLUMN", help="the column to predict")
@@ -96,6 +97,8 @@ def run(args: argparse.Namespace) -> None:
         check_output(args.schema)
     if not questions and args.schema is None:
         raise ValueError(f"Nothing is asked. Add --count, or one of --{', --'.join(ASKED)}.")
+    if is_silo and args.ledger is not None and "{rank}" not in args.ledger:
+        raise ValueError("Each silo keeps a ledger of its own: --ledger ledger{rank}.json.")
     group = launched_group()
     if group.size > 1 and not is_silo and args.client is None:
         raise ValueError("The ranks would all read the same rows. Name a file for each, silo{rank}.csv, or --client.")
@@ -116,7 +119,8 @@ def run(args: argparse.Namespace) -> None:
     if not questions:
         return
     try:
-        analysis = ask.analyze(questions, table, args.client, group, aggregator, privacy, args.min_count)
+        ledger = None if args.ledger is None else args.ledger.replace("{rank}", str(group.rank))
+        analysis = ask.analyze(questions, table, args.client, group, aggregator, privacy, args.min_count, ledger)
     except PrivacyError as error:
         raise ValueError(str(error)) from error
     if group.rank:
