@@ -34,6 +34,7 @@ _NAMES = (
         "report",
         "compare",
         "sweep",
+        "launch",
         "recipes",
         "algorithms",
         "privacy",
