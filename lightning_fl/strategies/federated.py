@@ -64,7 +64,7 @@ from lightning_fl.strategies.network import check_network, open_network, protect
 from lightning_fl.strategies.one_package import refuse_apart
 from lightning_fl.strategies.round_loaders import RoundLoader
 from lightning_fl.strategies.round_view import RoundView
-from lightning_fl.strategies.scheduling import check_clients, check_schedule, choose_schedule
+from lightning_fl.strategies.scheduling import check_clients, check_learning_rates, check_schedule, choose_schedule
 from lightning_fl.strategies.topology import Placed, check_nodes, place
 from lightning_fl.strategies.user_warnings import UserWarnings
 from lightning_fl.strategies.validation import (
@@ -126,7 +126,8 @@ class FederatedStrategy(internals.ReusableStrategy):
             into a module that has the same base.
         adversary: Lets some simulated clients attack, as ``fl.attacks.Adversary(fl.attacks.ALIE())``. None: nobody.
         schedule: When a round closes, and whom it waits for, on a simulated clock, as
-            ``fl.schedules.Buffered(size=10, concurrency=30)``. None: a round waits for all its clients.
+            ``fl.schedules.Buffered(size=10, concurrency=30)``; with ``federation``, in real time. None: a round waits
+            for all its clients.
         durations: How long clients take on that clock: seconds by client, a distribution such as
             ``fl.clients.Lognormal(median=20)``, or ``"measured"``. None: there is no clock.
         topology: Who mixes its model with whom, as ``fl.topologies.Ring()``, instead of a server for all; with
@@ -192,7 +193,7 @@ class FederatedStrategy(internals.ReusableStrategy):
         self.cohort = cohort or Uniform()
         self.stragglers = stragglers
         check_types(partition, aggregator, transforms, personal)
-        self.schedule, self.durations = choose_schedule(schedule, durations)
+        self.schedule, self.durations = choose_schedule(schedule, durations, federation is not None)
         if self.schedule is not None:
             clients_per_round = self.schedule.clients_per_round(clients_per_round)
         secure = any(transform.needs_secure_sampling for transform in transforms)
@@ -218,10 +219,19 @@ class FederatedStrategy(internals.ReusableStrategy):
         self.aggregator = check_nodes(self.algorithm, aggregator, transforms, adversary, self.schedule, federation)
         if self.schedule is not None:
             check_schedule(
-                self.schedule, num_clients, local_steps, self.cohort, stragglers, transforms, self.aggregator
+                self.schedule,
+                num_clients,
+                local_steps,
+                local_epochs,
+                self.cohort,
+                stragglers,
+                transforms,
+                self.aggregator,
             )
-            # First, because the others may give updates a form that can't be scaled.
-            transforms = (*self.schedule.transforms, *transforms)
+            # First, because the others may give updates a form that can't be scaled. Over a network the coordinator
+            # weighs updates, which alone knows how old they are when they come.
+            if federation is None:
+                transforms = (*self.schedule.transforms, *transforms)
         self.weighting: Weighting = choose_weighting(weighting, self.aggregator, transforms, self.algorithm)
         self.client_optimizer: ClientOptimizer = client_optimizer
         self.transforms = tuple(transforms)
@@ -442,7 +452,8 @@ class FederatedStrategy(internals.ReusableStrategy):
             tensors = FederatedTensors(self.lightning_module, self.personal)
             protections = protections_of(self, self._protects_examples)
             own = settings_of_silo(self)
-            self.network.join(tensors, own, common, versions(), protections, secure_of(self), self.weighting)
+            secure, is_asynchronous = secure_of(self), self.schedule is not None
+            self.network.join(tensors, own, common, versions(), protections, secure, self.weighting, is_asynchronous)
         self._evaluation_metrics = EvaluationMetrics(self._parties, self.lightning_module, self.aggregator)
 
     def setup_optimizers(self, trainer: L.Trainer) -> None:
@@ -480,7 +491,7 @@ class FederatedStrategy(internals.ReusableStrategy):
             callbacks=trainer.callbacks,  # type: ignore[attr-defined]
             silo=None if self.network is None else self.network.name,
         )
-        if self.schedule is not None and self.durations is not None:
+        if self.schedule is not None and self.network is None:
             check_clients(self.schedule, self.durations, population)
         if self.adversary is not None:
             population = population.with_loaders(self.adversary.wrap_loaders(population.loaders, self._seed))
@@ -511,7 +522,7 @@ class FederatedStrategy(internals.ReusableStrategy):
             sampling=sampling,
             silos=population.silos is not None,
             protects_examples=self._protects_examples,
-            schedule=self.schedule,
+            schedule=self.schedule if self.network is None else None,
             durations=self.durations,
             clients=population.ids if self.algorithm.knows_index else (),
         )
@@ -540,6 +551,7 @@ class FederatedStrategy(internals.ReusableStrategy):
                 "`training_step(dataloader_iter)` fetches its batches itself, but in a federation each batch belongs "
                 "to a client. Write `training_step(batch, batch_idx)`."
             )
+        check_learning_rates(self.schedule, trainer)
         self.active_driver.personal, self.active_driver.sticky = self.personal, self._clients_keep_state
         self._resume()
         # It hooks into the user's optimizers, and the hooks must not outlive a start that fails.
