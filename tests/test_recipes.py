@@ -65,8 +65,17 @@ def write_small_data(folder: Path) -> None:
 QUICK = [recipe.name for recipe in RECIPES if "torchrun" not in header(recipe) and recipe.name != "digits_fedavg.yaml"]
 
 
-@pytest.mark.parametrize("name", QUICK)
-def test_every_recipe_runs_for_a_round_on_data_of_its_kind(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name",
+    # MLflow takes 10 seconds to make its database.
+    [pytest.param(name, marks=pytest.mark.slow) if name == "digits_mlflow.yaml" else name for name in QUICK],
+)
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
+def test_every_recipe_runs_for_a_round_on_data_of_its_kind(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # MLflow sets it
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
     write_small_data(tmp_path)
     brief = ("max_epochs=1", "limit_train_batches=1", "limit_val_batches=1", "check_val_every_n_epoch=1")
     options = [f"--trainer.{option}" for option in brief]

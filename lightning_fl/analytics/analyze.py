@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from lightning_fl.aggregation import Aggregator, FederationFacts, RoundContext, WeightedMean
-from lightning_fl.analytics.disclosure import check_cuts, withhold
+from lightning_fl.analytics.disclosure import withhold
 from lightning_fl.analytics.privacy import RowLevelDP
 from lightning_fl.analytics.question import Answer, Question, by_question, by_value, labels
+from lightning_fl.analytics.spent import Spent
 from lightning_fl.communication import Group, LocalGroup, Message
-from lightning_fl.privacy.accounting.ledger import Ledger
+from lightning_fl.privacy.accounting.ledger import Gaussian, Ledger
+from lightning_fl.privacy.client_level.mechanism import PrivacyBudgetExceeded
 from lightning_fl.types import ClientId, Tree, Update, as_client_id
 
 WITHOUT_CLIENT = "(none)"
@@ -35,6 +40,7 @@ class Analysis:
         num_steps: How many sums were made.
         ledger: The releases of all questions, with those that it held before.
         delta: The delta of :attr:`epsilon`; 0 if nothing was protected by noise.
+        own: Epsilon and delta of each question that is private by itself, with those of earlier calls.
     """
 
     questions: Sequence[Question]
@@ -43,15 +49,15 @@ class Analysis:
     num_steps: int
     ledger: Ledger = field(default_factory=Ledger)
     delta: float = 0.0
+    own: Sequence[tuple[float, float]] = ()
 
     @property
     def epsilon(self) -> tuple[float, float] | None:
         """Epsilon and delta of all releases together; None if a question was answered without privacy."""
-        own = [answer.epsilon for answer in self.answers]
-        if any(spent == (0.0, 0.0) for spent in own) and not self.delta:
+        is_private = all(question.is_private_by_itself for question in self.questions) and not list(self.ledger)
+        if not self.delta and not is_private:
             return None
-        noise = float(self.ledger.epsilon(self.delta)) if self.delta and list(self.ledger) else 0.0
-        return noise + sum(e for e, _ in own), self.delta + sum(d for _, d in own)
+        return Spent(self.ledger, list(self.own)).epsilon(self.delta)
 
     def to_dict(self) -> dict[str, Any]:
         """The answers as JSON has them."""
@@ -96,7 +102,7 @@ def analyze(
     aggregator: Aggregator | None = None,
     privacy: RowLevelDP | None = None,
     min_count: int = MIN_COUNT,
-    ledger: Ledger | None = None,
+    ledger: Ledger | str | Path | None = None,
 ) -> Analysis:
     """Asks questions of all clients; each learns the answers, and nothing else of the others under secure aggregation.
 
@@ -112,12 +118,14 @@ def analyze(
         aggregator: How sums are made: the weighted mean, or ``fl.privacy.SecureAggregation()``, which shows nobody more
             than the sum of all. Default the first.
         privacy: Noise on every sum. None: none.
-        min_count: The fewest rows that an answer, or a part of it, may rest on.
-        ledger: Releases that were made before of the same rows; they count against ``privacy.max_epsilon``.
+        min_count: The fewest rows that an answer, or a part of it, may rest on. 1: no such rule.
+        ledger: Releases that were made before of the same rows; they count against ``privacy.max_epsilon``. As the name
+            of a file it is read, and written before each release; it also remembers how columns were divided, so that
+            no two calls divide one in different ways. Sums that are shown without noise are in it with no noise.
 
     Raises:
         ValueError: On every rank, if a column is missing, or a question can't be asked in this way.
-        PrivacyBudgetExceeded: Before a release that would exceed the budget.
+        PrivacyBudgetExceeded: On every rank, before a release that would exceed the budget of one.
 
     Example:
         >>> import pandas as pd
@@ -133,25 +141,40 @@ def analyze(
         privacy.check_silos(aggregator)
     facts = FederationFacts(silos, len(cohort), is_training=True, max_weight=lambda: 1.0, clients=cohort)
     session = aggregator.open(group, facts)
-    questions = [_declared(question, tables, group) for question in questions]
-    if min_count > 1:
-        check_cuts(questions)
-    ledger = (ledger or Ledger()) + Ledger()
+    is_clear = silos and aggregator.integer_bits is None
+    with _told_to_all(group, "start"):
+        spent = Spent.of(ledger)
+        if is_clear:
+            _check_rows(tables, min_count)
+    questions = [_declared(question, tables, group, silos, min_count) for question in questions]
+    with _told_to_all(group, "cuts"):
+        if min_count > 1:
+            for question in questions:
+                spent.divide(question.cuts)
     states: list[Any] = [question.start() for question in questions]
     num_steps = 0
     while going := [place for place, state in enumerate(states) if not isinstance(state, Answer)]:
-        if privacy is not None:
-            noisy = [place for place in going if not questions[place].is_private_by_itself]
-            for place in noisy:
-                questions[place].sensitivity(states[place])
-            beside = sum(question.own_epsilon for question in questions)
-            privacy.book(ledger, len(noisy), silos, beside)
         ctx = RoundContext(num_steps, cohort, len(cohort), group=group, silos=silos)
-        shares = 1 if privacy is None or not silos else aggregator.min_clients_of(len(cohort))
-        sums = _locals(questions, states, going, tables, group)
+        noisy = [place for place in going if not questions[place].is_private_by_itself]
+        own = [] if num_steps else [question.own_epsilon for question in questions if question.is_private_by_itself]
+        # Told to all before anything is summed, so that no rank waits for one that has stopped.
+        with _told_to_all(group, "asked"):
+            sums = {name: _prefixed(questions, states, going, table) for name, table in tables.items()}
+            if privacy is not None:
+                for place in noisy:
+                    questions[place].sensitivity(states[place])
+                privacy.check_budget(spent, len(noisy), own)
+        # Written down before anybody sees the sums.
+        with _told_to_all(group, "written down"):
+            spent.own += own
+            event = Gaussian(0.0, adversary="server") if privacy is None else privacy.event(silos)
+            if privacy is not None or ledger is not None:
+                spent.record(event, len(noisy), writes=silos or group.rank == 0)
         if privacy is not None and silos:
+            shares = aggregator.min_clients_of(len(cohort))
             sums = {
-                name: privacy.share(own, questions, states, num_steps, group.rank, shares) for name, own in sums.items()
+                name: privacy.share(own_sums, questions, states, num_steps, group.rank, shares)
+                for name, own_sums in sums.items()
             }
         # Of no rows, so that a rank without clients knows the shapes too.
         shapes = _prefixed(questions, states, going, no_rows)
@@ -162,7 +185,8 @@ def analyze(
             states[place] = questions[place].step(own_sums, states[place])
         num_steps += 1
     answers = [withhold(answer, min_count) for answer in states]
-    return Analysis(questions, answers, len(cohort), num_steps, ledger, 0.0 if privacy is None else privacy.delta)
+    delta = 0.0 if privacy is None else privacy.delta
+    return Analysis(questions, answers, len(cohort), num_steps, spent.releases, delta, spent.own)
 
 
 def clients_of(data: Any, client: str | None, group: Group) -> tuple[dict[ClientId, Any], list[ClientId], bool, Any]:
@@ -175,7 +199,8 @@ def clients_of(data: Any, client: str | None, group: Group) -> tuple[dict[Client
         owner = np.array([WITHOUT_CLIENT if name is None else name for name in labels(data, client)], dtype=object)
         everybody = {name: data[owner == name] for name in by_value(list(owner))}
     else:
-        return {group.rank: data}, list(range(group.size)), group.size > 1, data[:0]
+        names: list[ClientId] = list(group.names) or list(range(group.size))
+        return {names[group.rank]: data}, names, group.size > 1, data[:0]
     cohort = list(everybody)
     if not cohort:
         raise ValueError("There are no rows, so nobody to ask.")
@@ -217,38 +242,58 @@ def _check_same(
             )
 
 
-def _declared(question: Question, tables: Mapping[ClientId, Any], group: Group) -> Question:
-    """The question with what the clients name for its undeclared fields."""
+def _check_rows(tables: Mapping[ClientId, Any], min_count: int) -> None:
+    """Keeps a silo with so few rows that its sums would be theirs from sending them where they are seen."""
+    for table in tables.values():
+        if 0 < len(table) < min_count:
+            raise ValueError(
+                f"This silo has {len(table)} rows, fewer than {min_count}, and others would see its sums. Ask by "
+                "SecureAggregation() (--secure), which shows only those over all."
+            )
+
+
+def _declared(
+    question: Question, tables: Mapping[ClientId, Any], group: Group, silos: bool, min_count: int
+) -> Question:
+    """The question with what the clients name for its undeclared fields: no value that few of a client's rows have."""
     for name, column in question.undeclared.items():
-        found, problem = [], ""
-        try:
-            found = by_value([x for table in tables.values() for x in labels(table, column) if x is not None])
-        except ValueError as error:
-            problem = str(error)
-        messages = group.all_gather(Message({"found": found, "problem": problem}), f"values of {column}")
-        _raise_problem([message.fields["problem"] for message in messages])
+        if name in question.individual and silos and min_count > 1:
+            raise ValueError(
+                f"{describe(question)} declares no {name.rpartition('.')[2].replace('learned_', '')}, so each silo "
+                f"would have to name the {column!r} of each of its rows to the others. Declare it from public "
+                "knowledge, or, if the others may see it, allow min_count=1 (--min-count 1). To compare ids use "
+                "fl.vertical.psi."
+            )
+        own: dict[str, int] = {}
+        with _told_to_all(group, f"rows of {column}"):
+            fewest = 1 if name in question.individual else min_count
+            for table in tables.values():
+                counts = Counter(label for label in labels(table, column) if label is not None)
+                own.update({label: count for label, count in counts.items() if count >= fewest})
+        messages = group.all_gather(Message({"found": by_value(list(own))}), f"values of {column}")
         union = by_value([str(value) for message in messages for value in message.fields["found"]])
         if not union:
-            raise ValueError(f"The column {column!r} has no values at any client.")
-        values: Sequence[Any] = union
-        if name.rpartition(".")[2] in ("grid", "learned_grid"):
-            values = sorted({float(value) for value in union})
-        question = question.declare(name, values)
+            raise ValueError(
+                f"The column {column!r} has no value that {fewest} rows of a client have. Declare its values from "
+                "public knowledge: values=, or --values COLUMN=A,B."
+            )
+        question = question.declare(name, union)
     return question
 
 
-def _locals(
-    questions: Sequence[Question], states: Sequence[Any], going: Sequence[int], tables: Mapping[Any, Any], group: Group
-) -> dict[ClientId, Tree]:
-    sums: dict[ClientId, Tree] = {}
-    problem = ""
+@contextmanager
+def _told_to_all(group: Group, topic: str) -> Iterator[None]:
+    """Raises on every rank what is raised on one."""
+    problem, is_budget = "", False
     try:
-        sums = {name: _prefixed(questions, states, going, table) for name, table in tables.items()}
-    except ValueError as error:
-        problem = str(error)
-    # Told to all before anything is summed, so that no rank waits for one that has stopped.
-    _raise_problem([message.fields["problem"] for message in group.all_gather(Message({"problem": problem}), "asked")])
-    return sums
+        yield
+    except (ValueError, OSError, PrivacyBudgetExceeded) as error:
+        problem, is_budget = str(error), isinstance(error, PrivacyBudgetExceeded)
+    told = [message.fields for message in group.all_gather(Message({"problem": problem, "budget": is_budget}), topic)]
+    for rank, fields in enumerate(told):
+        if fields["problem"]:
+            kind = PrivacyBudgetExceeded if fields["budget"] else ValueError
+            raise kind(fields["problem"] if len(told) == 1 else f"{group.who(rank).capitalize()}: {fields['problem']}")
 
 
 def _prefixed(questions: Sequence[Question], states: Sequence[Any], going: Sequence[int], table: Any) -> Tree:
@@ -263,12 +308,6 @@ def _prefixed(questions: Sequence[Question], states: Sequence[Any], going: Seque
                 )
             sums[f"{place}/{key}"] = value
     return sums
-
-
-def _raise_problem(problems: Sequence[str]) -> None:
-    for rank, problem in enumerate(problems):
-        if problem:
-            raise ValueError(problem if len(problems) == 1 else f"Rank {rank}: {problem}")
 
 
 def _summed(

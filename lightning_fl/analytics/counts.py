@@ -96,6 +96,10 @@ class Quantile(Question):
             )
 
     @property
+    def cuts(self) -> Mapping[str, tuple[Any, ...]]:
+        return {} if self.range is not None else {f"quantiles of {self.column}": self.q}
+
+    @property
     def _digits(self) -> tuple[int, int]:
         """Bits of a step, and number of steps."""
         return (8, 8) if self.range is None else (4, self.steps)
@@ -131,9 +135,11 @@ class Quantile(Question):
         values = {f"{q:g}": self._value(key) for q, key in zip(self.q, found, strict=True)}
         if self.range is not None:
             return Answer(n, values)
-        # The exact value is as good as the smallest or largest row's own, if few are beyond it.
-        ranks = [max(1.0, math.ceil(q * n - 1e-9)) for q in self.q]
-        return Answer(n, values, counts={"rows from a quantile to the end": min(min(r, n - r + 1) for r in ranks)})
+        # The exact value is as good as the smallest or largest row's own, if few are beyond it; and quantiles that are
+        # close list all rows.
+        ranks = sorted({max(1.0, math.ceil(q * n - 1e-9)) for q in self.q})
+        gaps = [b - a for a, b in pairwise(ranks)]
+        return Answer(n, values, fewest=min([ranks[0], n - ranks[-1] + 1, *gaps]))
 
     def _keys(self, values: np.ndarray) -> np.ndarray:
         """The values as integers of the same order."""
@@ -244,7 +250,9 @@ class ChiSquare(Question):
             **{f"{self.y}={value}": count for value, count in zip(self.y_values, columns.tolist(), strict=True)},
         }
         p = chi2_p(statistic, df) if df else math.nan
-        return Answer(n, {"chi2": statistic, "df": df, "p": p}, counts=margins)
+        # With one degree of freedom the statistic and the margins tell every cell.
+        fewest = float(counts[counts > 0].min()) if df <= 1 else 0.0
+        return Answer(n, {"chi2": statistic, "df": df, "p": p}, counts=margins, fewest=fewest)
 
     def sensitivity(self, state: Any) -> float:
         return 1.0

@@ -2,59 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any
 
 from lightning_fl.analytics.counts import OTHER
-from lightning_fl.analytics.question import Answer, Question
-
-
-def check_cuts(questions: Sequence[Question]) -> None:
-    """Refuses questions that cut a column in different ways, of which the difference may be a few rows.
-
-    Raises:
-        ValueError: If two do.
-    """
-    seen: dict[str, tuple[Any, ...]] = {}
-    for question in questions:
-        for column, values in question.cuts.items():
-            before = seen.setdefault(column, tuple(values))
-            if set(map(str, before)) != set(map(str, values)):
-                raise ValueError(
-                    f"Two questions divide the column {column!r} in different ways, {before[:5]} and "
-                    f"{tuple(values)[:5]}; subtracting their answers could tell of a few rows. Divide it in one way."
-                )
+from lightning_fl.analytics.question import Answer
 
 
 def withhold(answer: Answer, min_count: int) -> Answer:
     """The answer without what rests on too few rows, and without what would let it be subtracted.
 
+    What is left holds no counts but those that are shown.
+
     Args:
         answer: The answer.
         min_count: The fewest rows.
     """
-    if answer.withheld or min_count <= 1:
+    if min_count <= 1:
         return answer
+    reason = answer.withheld or _reason(answer, min_count)
+    if reason:
+        return Answer(0.0, withheld=reason)
+    hidden = too_small(answer.counts, min_count)
+    few = f"it, or what is left without it, is fewer than {min_count} rows"
+    parts: dict[str, Any] = {
+        name: Answer(0.0, withheld=few)
+        if name in hidden
+        else withhold(part, min_count)
+        if isinstance(part, Answer)
+        else part
+        for name, part in answer.parts.items()
+    }
+    return Answer(answer.n, answer.values, parts)
+
+
+def _reason(answer: Answer, min_count: int) -> str:
+    """Why nothing of an answer may be shown; empty if something may."""
     if answer.n < min_count:
-        return replace(answer, values={}, parts={}, withheld=f"it would rest on fewer than {min_count} rows")
+        return f"it would rest on fewer than {min_count} rows"
     if 0 < answer.fewest < min_count:
-        few = f"its values tell apart a set of fewer than {min_count} rows"
-        return replace(answer, values={}, parts={}, withheld=few)
+        return f"its values tell apart a set of fewer than {min_count} rows"
     hidden = too_small(answer.counts, min_count)
     if hidden and not answer.parts:
-        few = f"a set of rows that it tells apart ({min(hidden)}) has fewer than {min_count}"
-        return replace(answer, values={}, withheld=few)
-    nested = [part for name, part in answer.parts.items() if isinstance(part, Answer) and name not in hidden]
-    if any(len(part.counts) > 1 and too_small(part.counts, min_count) for part in nested):
-        few = f"one of its parts tells apart a set of fewer than {min_count} rows"
-        return replace(answer, values={}, parts={}, withheld=few)
-    reason = f"it, or what is left without it, is fewer than {min_count} rows"
-    parts: dict[str, Any] = {}
+        return f"a set of rows that it tells apart ({min(hidden)}) has fewer than {min_count}"
+    # What is left of the others could be subtracted from an answer about all rows.
     for name, part in answer.parts.items():
-        shown = withhold(part, min_count) if isinstance(part, Answer) else part
-        parts[name] = Answer(0.0, withheld=reason) if name in hidden else shown
-    return replace(answer, parts=parts)
+        if not isinstance(part, Answer) or name in hidden:
+            continue
+        if (len(part.counts) > 1 and too_small(part.counts, min_count)) or 0 < part.fewest < min_count:
+            return f"one of its parts tells apart a set of fewer than {min_count} rows"
+    return ""
 
 
 def too_small(counts: Mapping[str, float], min_count: int) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -83,16 +84,18 @@ class _Moments(Question):
     """Means in the first step, sums of products of the distances from them in the second, which loses no digits."""
 
     @property
+    @abstractmethod
     def _columns(self) -> Sequence[str]:
-        raise NotImplementedError
+        """The columns whose moments are summed."""
 
     @property
+    @abstractmethod
     def _ranges(self) -> Sequence[Range | None]:
-        raise NotImplementedError
+        """The range of each; None where none is declared."""
 
+    @abstractmethod
     def _finish(self, n: float, mean: np.ndarray, products: np.ndarray) -> Answer:
         """The answer from the number of rows, the means, and the sums of products of distances from the means."""
-        raise NotImplementedError
 
     def local(self, table: Any, state: Any) -> Tree:
         values = units(complete(numbers(table, *self._columns)), self._ranges)

@@ -11,6 +11,7 @@ import torch
 
 from lightning_fl.aggregation import Aggregator
 from lightning_fl.analytics.question import Question, by_question
+from lightning_fl.analytics.spent import Spent
 from lightning_fl.communication import Group
 from lightning_fl.privacy.accounting.ledger import Gaussian, Ledger
 from lightning_fl.privacy.client_level.mechanism import PrivacyBudgetExceeded
@@ -71,32 +72,37 @@ class RowLevelDP:
                 "aggregator=fl.privacy.SecureAggregation(), under which each silo adds a share of it (--secure)."
             )
 
-    def book(self, ledger: Ledger, count: int, silos: bool, beside: float = 0.0) -> None:
-        """Records the releases of a step, before they are made.
+    def event(self, silos: bool) -> Gaussian:
+        """A release as the ledger has it.
 
         Args:
-            ledger: The ledger.
-            count: How many there are.
             silos: Whether silos add the noise, which then hides rows from everybody.
-            beside: The epsilon of questions that are private by themselves and are no releases of the ledger.
-
-        Raises:
-            PrivacyBudgetExceeded: If they would exceed ``max_epsilon``; the ledger is then unchanged.
         """
         noise = 0.0 if self.insecure_test_seed is not None else self.noise_multiplier
-        event = Gaussian(noise, adversary="server" if silos else "model")
-        if self.max_epsilon is not None:
-            planned = ledger + Ledger()
-            if count:
-                planned.record(Gaussian(self.noise_multiplier), count)
-            epsilon = beside + (float(planned.epsilon(self.delta)) if list(planned) else 0.0)
-            if epsilon > self.max_epsilon:
-                raise PrivacyBudgetExceeded(
-                    f"The next step would make epsilon {epsilon:.4g}, more than max_epsilon={self.max_epsilon:g}. Ask "
-                    "fewer questions, or with more noise."
-                )
+        return Gaussian(noise, adversary="server" if silos else "model")
+
+    def check_budget(self, spent: Spent, count: int, own: Sequence[tuple[float, float]]) -> None:
+        """Makes sure that the releases of a step may be made.
+
+        Args:
+            spent: What was spent before.
+            count: How many releases there are.
+            own: Epsilon and delta of questions that are private by themselves.
+
+        Raises:
+            PrivacyBudgetExceeded: If they would exceed ``max_epsilon``.
+        """
+        if self.max_epsilon is None:
+            return
+        planned = Spent(spent.releases + Ledger(), [*spent.own, *own])
         if count:
-            ledger.record(event, count)
+            planned.releases.record(Gaussian(self.noise_multiplier), count)
+        epsilon, _ = planned.epsilon(self.delta)
+        if epsilon > self.max_epsilon:
+            raise PrivacyBudgetExceeded(
+                f"The next step would make epsilon {epsilon:.4g}, more than max_epsilon={self.max_epsilon:g}. Ask "
+                "fewer questions, or with more noise."
+            )
 
     def add(self, total: Tree, questions: Sequence[Question], states: Sequence[Any], step: int, group: Group) -> Tree:
         """The sums with noise, the same on all ranks."""

@@ -29,7 +29,6 @@ class Answer:
         counts: The rows behind each part, or behind each set of rows that the answer tells apart.
         fewest: The rows of the smallest set that the values tell apart; 0 if they tell none apart.
         withheld: Why there is no answer; empty if there is one.
-        epsilon: What the answer has cost beside the ledger's releases, with its delta.
     """
 
     n: float
@@ -38,7 +37,6 @@ class Answer:
     counts: Mapping[str, float] = field(default_factory=dict)
     fewest: float = 0.0
     withheld: str = ""
-    epsilon: tuple[float, float] = (0.0, 0.0)
 
     def to_dict(self) -> dict[str, Any]:
         """The answer as JSON has it."""
@@ -59,14 +57,19 @@ class Question(ABC):
     """Whether the answer is differentially private without noise on its sums."""
 
     @property
-    def own_epsilon(self) -> float:
-        """What the answer costs beside the ledger's releases."""
-        return 0.0
+    def own_epsilon(self) -> tuple[float, float]:
+        """Epsilon and delta of an answer that is private by itself."""
+        return 0.0, 0.0
 
     @property
     def undeclared(self) -> Mapping[str, str]:
         """Fields of the question that have to be learned from the data, each with its column."""
         return {}
+
+    @property
+    def individual(self) -> frozenset[str]:
+        """Those fields of :attr:`undeclared` that list what single rows have, such as times or ids."""
+        return frozenset()
 
     def declare(self, name: str, values: Sequence[Any]) -> Question:
         """The question with a field of :attr:`undeclared` filled in."""

@@ -62,7 +62,7 @@ def federated_schema(
         drop: Columns to leave out.
         task: As for ``TabularDataModule``.
         categories: The values of text columns and of the target's classes, if they are public. A secure sum needs them.
-        min_count: Categories with fewer rows are left out, and quartiles of fewer rows are not told.
+        min_count: A client names no category that fewer of its rows have, and no quartiles of fewer rows.
 
     Raises:
         ValueError: On every rank, if clients lack a column, have it misspelt or as text instead of numbers. The message
@@ -94,9 +94,9 @@ def federated_schema(
     listed = {}
     for column, answer in zip(text, answers[len(numeric) :], strict=True):
         listed[column] = [value for value, count in answer.parts.items() if not getattr(count, "withheld", "")]
-        if rare := len(answer.parts) - len(listed[column]):
-            notes.append(f"{rare} values of {column!r} are left out, because too few rows have them")
-    notes += _missing_categories(found, listed) + _units(found, numeric)
+        if len(answer.parts) > len(listed[column]) or any(client[column].get("rare") for client in found.values()):
+            notes.append(f"values of {column!r} that too few rows of every client have are left out, if there are any")
+    notes += _missing_categories(found, listed, min_count) + _units(found, numeric)
     schema = TableSchema(target, scaling, listed, _classes(values[target], kinds[target], target, task), origin="data")
     return FederatedSchema(schema, notes)
 
@@ -118,10 +118,12 @@ def _describe(
         if hidden or column in declared or is_empty:
             continue
         if kind == "text" or column == target:
-            different = by_value([label for label in labels(table, column) if label is not None])
+            counts = Counter(label for label in labels(table, column) if label is not None)
+            different = by_value([label for label, count in counts.items() if count >= min_count])
             limit = MAX_CATEGORIES if kind == "text" else MAX_CLASSES
             # The values of a number to predict are each a person's own.
-            told[str(column)]["values"] = different if len(different) <= limit else None
+            told[str(column)]["values"] = different if len(counts) <= limit else None
+            told[str(column)]["rare"] = len(different) < len(counts)
         elif kind == "number":
             present = complete(numbers(table, column))[:, 0]
             if len(present) >= min_count:
@@ -196,9 +198,11 @@ def _classes(values: Sequence[str], kind: str, target: str, task: Task) -> list[
     return sorted(values)
 
 
-def _missing_categories(found: Mapping[str, Mapping[str, Any]], listed: Mapping[str, Sequence[str]]) -> list[str]:
+def _missing_categories(
+    found: Mapping[str, Mapping[str, Any]], listed: Mapping[str, Sequence[str]], min_count: int
+) -> list[str]:
     return [
-        f"{client} has no row with {column} = {', '.join(map(repr, lacking[:5]))}"
+        f"{client} has fewer than {min_count} rows with {column} = {', '.join(map(repr, lacking[:5]))}"
         for client, told in found.items()
         for column, values in listed.items()
         if "values" in told[column] and (lacking := [value for value in values if value not in told[column]["values"]])

@@ -78,8 +78,8 @@ class HeavyHitters(Question):
             raise ValueError(f"The alphabet {self.alphabet!r} names a letter twice, or {END!r}, which ends words.")
 
     @property
-    def own_epsilon(self) -> float:
-        return self.epsilon
+    def own_epsilon(self) -> tuple[float, float]:
+        return (self.epsilon if self.insecure_test_seed is None else math.inf), self.delta
 
     def start(self) -> Any:
         return {"n": None, "prefixes": [""], "found": {}}
@@ -118,9 +118,7 @@ class HeavyHitters(Question):
                         prefixes.append(prefix + letter)
         if prefixes and len(prefixes[0]) < self.length:
             return {**state, "prefixes": prefixes, "found": found}
-        words = sorted([*found, *prefixes])
-        spent = math.inf if self.insecure_test_seed is not None else self.epsilon
-        return Answer(state["n"], {"words": words}, epsilon=(spent, self.delta))
+        return Answer(state["n"], {"words": sorted([*found, *prefixes])})
 
     def _clean(self, word: str) -> str:
         return "".join(letter for letter in word if letter in self.alphabet)[: self.length] + END
@@ -197,6 +195,10 @@ class Intersection(Question):
     @property
     def undeclared(self) -> Mapping[str, str]:
         return {} if self.values else {"values": self.column}
+
+    @property
+    def individual(self) -> frozenset[str]:
+        return frozenset({"values"})
 
     def local(self, table: Any, state: Any) -> Tree:
         has = np.bincount(codes(table, self.column, self.values), minlength=len(self.values) + 1) > 0

@@ -32,6 +32,10 @@ class By(Question):
         own = {} if self.values else {"values": self.column}
         return {**own, **{f"question.{name}": column for name, column in self.question.undeclared.items()}}
 
+    @property
+    def individual(self) -> frozenset[str]:
+        return frozenset(f"question.{name}" for name in self.question.individual)
+
     def declare(self, name: str, values: Sequence[Any]) -> Question:
         if name.startswith("question."):
             return replace(self, question=self.question.declare(name.removeprefix("question."), values))
@@ -133,7 +137,7 @@ class TTest(Question):
         if not isinstance(found, Answer):
             return found
         first, second = found.parts.values()
-        counts = {name: part.n for name, part in found.parts.items()}
+        counts = found.counts  # with the rows of neither group, of which the mean of all rows would tell
         n = first.n + second.n
         variances = first.values["variance"], second.values["variance"]
         if min(first.n, second.n) < 2 or not sum(variances) > 0:

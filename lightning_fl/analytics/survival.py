@@ -34,13 +34,29 @@ def _times(
     return places, values[known, 1] == event, known
 
 
+class _OnGrid(Question):
+    """A question whose times are those of a grid; the clients name their own if none was declared."""
+
+    @property
+    def individual(self) -> frozenset[str]:
+        return frozenset({"grid", "learned_grid"})
+
+    def declare(self, name: str, values: Sequence[Any]) -> Question:
+        return super().declare(name, sorted(map(float, values)) if name in self.individual else values)
+
+
+def _fewest(events: float, n: float) -> float:
+    """The smaller of the rows with an event and those without, of which an answer tells both."""
+    return min((count for count in (events, n - events) if count > 0), default=0.0)
+
+
 def _counted(places: np.ndarray, events: np.ndarray, size: int) -> np.ndarray:
     """Events and other endings at each time, ``[2, size]``; what is after the last time is neither, but at risk."""
     return np.stack([np.bincount(places[chosen], minlength=size)[:size] for chosen in (events, ~events)])
 
 
 @dataclass(frozen=True)
-class KaplanMeier(Question):
+class KaplanMeier(_OnGrid):
     r"""The share of rows without an event until each time, with Greenwood's standard error.
 
     .. math::
@@ -100,7 +116,7 @@ class KaplanMeier(Question):
         between = np.zeros(len(self.at) + 1)
         np.add.at(between, np.searchsorted(np.sort(self.at), grid, side="left"), leaving)
         between[-1] += later
-        fewest = float(between[between > 0].min(initial=n)) if self.at else 0.0
+        fewest = min(float(between[between > 0].min(initial=n)), _fewest(float(events.sum()), n))
         if not self.grid:
             return Answer(n, values, fewest=fewest)
         curve = {"time": grid.tolist(), "share": survival.tolist(), "se": error.tolist()}
@@ -126,7 +142,7 @@ def _first_below(grid: np.ndarray, survival: np.ndarray, share: float) -> float:
 
 
 @dataclass(frozen=True)
-class LogRank(Question):
+class LogRank(_OnGrid):
     r"""The log-rank test of equal survival in groups.
 
     :math:`\chi^2 = (O - E)^T V^{-1} (O - E)` over all groups but one, with the hypergeometric variance.
@@ -195,14 +211,15 @@ class LogRank(Question):
             "observed": dict(zip(named, observed.tolist(), strict=True)),
             "expected": dict(zip(named, expected.tolist(), strict=True)),
         }
-        return Answer(float(rows.sum()), values, counts=named)
+        fewest = min(_fewest(own, n) or n for own, n in zip(observed.tolist(), rows.tolist(), strict=True))
+        return Answer(float(rows.sum()), values, counts=named, fewest=fewest)
 
     def sensitivity(self, state: Any) -> float:
         return 1.0
 
 
 @dataclass(frozen=True)
-class Cox(Question):
+class Cox(_OnGrid):
     r"""Cox's proportional hazards: the coefficients that maximise the partial likelihood, by Newton's method.
 
     Each step sums :math:`\sum e^{x \beta}`, its first two derivatives over the rows at risk at each time and over the
@@ -300,4 +317,4 @@ class Cox(Question):
         for column, coefficient, error in zip(self.covariates, beta.tolist(), errors.tolist(), strict=True):
             p = chi2_p((coefficient / error) ** 2, 1)
             values[column] = {"coef": coefficient, "se": error, "hazard ratio": math.exp(coefficient), "p": p}
-        return Answer(n, values)
+        return Answer(n, values, fewest=_fewest(state["events"], n))

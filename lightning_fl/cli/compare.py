@@ -11,6 +11,7 @@ Examples:
   lightning-fl compare logs/*/version_0 --metric val_loss --target 0.3 --out losses.png
   lightning-fl compare logs/fedavg_* logs/fedprox_* --group-by algorithm --baseline "FedAvg(server_lr=1.0)"
   lightning-fl compare logs/* --group-by algorithm --format latex
+  lightning-fl compare logs/fedavg logs/fedprox --out compare.html
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from rich.table import Table
 
 from lightning_fl.cli.command import check_output
 from lightning_fl.tracking import Run, plots
+from lightning_fl.tracking.index import write_index
 from lightning_fl.tracking.metrics import best_metric, is_higher_better
 from lightning_fl.tracking.tables import markdown_table
 
@@ -60,7 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--group-by", metavar="SETTING", help="one row for the runs that share this setting")
     parser.add_argument("--baseline", metavar="NAME", help="a row's name: the others show their difference from it")
     parser.add_argument("--format", choices=FORMATS, default="table", help="how to print (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("compare.png"), help="the picture (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("compare.png"), help="picture, or *.html (default: %(default)s)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -78,6 +82,10 @@ def run(args: argparse.Namespace) -> None:
     if differing["setting"]:
         print("\nSettings in which they differ:\n" if args.format in ("table", "md") else "")
         show(differing, args.format)
+    if args.out.suffix == ".html":
+        write_index(runs, args.out)
+        print(f"page: {args.out}")
+        return
     if not plots.is_available():
         print('There is no picture without matplotlib: pip install "lightning-fl[tracking]"')
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -238,10 +238,11 @@ class TorchGroup(Group):
                 "ranks' output."
             ) from error
 
-    def _wait_for_one(self, work: Any, rank: int) -> None:
-        # No collective, so it does not count as one: the ranks make different numbers of these.
+    def _wait_for_one(self, begin: Callable[[], Any], rank: int) -> None:
+        # No collective, so it does not count as one: the ranks make different numbers of these. If the other end is
+        # known to be gone, Gloo raises where the operation begins.
         try:
-            work.wait()
+            begin().wait()
         except RuntimeError as error:
             raise RankLost(
                 f"Rank {rank} has left, or has not answered within {self.timeout.total_seconds():g} s "
@@ -320,12 +321,12 @@ class TorchGroup(Group):
 
     def send(self, tensor: Tensor, rank: int) -> None:
         own = tensor.detach().cpu().contiguous()
-        self._wait_for_one(self._backends["cpu"].send([own], rank, 0), rank)
+        self._wait_for_one(lambda: self._backends["cpu"].send([own], rank, 0), rank)
         self.traffic.num_bytes += num_bytes([own])
 
     def receive(self, like: Tensor, rank: int) -> Tensor:
         received = torch.empty(like.shape, dtype=like.dtype)
-        self._wait_for_one(self._backends["cpu"].recv([received], rank, 0), rank)
+        self._wait_for_one(lambda: self._backends["cpu"].recv([received], rank, 0), rank)
         return received
 
     def barrier(self) -> None:

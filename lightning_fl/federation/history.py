@@ -91,6 +91,11 @@ def figures(entry: Mapping[str, Any], hides_clients: bool = False) -> dict[str, 
     return {**{f"fl/{name}": value for name, value in numbers.items()}, **left_out, **seconds}
 
 
+def left_out(entry: Mapping[str, Any]) -> dict[str, int]:
+    """How many clients of a round's cohort do not count, by reason."""
+    return {reason: len(entry[reason]) for reason in ("refused", "failed", "empty", "dropped", "lost")}
+
+
 def words(entry: Mapping[str, Any]) -> dict[str, str]:
     """The text values of a round's entry, which the loggers get once."""
     return {f"fl/{name}": value for name, value in entry.items() if isinstance(value, str)}

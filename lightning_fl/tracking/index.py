@@ -1,4 +1,4 @@
-"""A self-contained HTML page with a row for each run of a folder."""
+"""A self-contained HTML page with a row for each of several runs, and chosen ones side by side."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from lightning_fl.tracking.interactive import side_by_side
 from lightning_fl.tracking.metrics import best_metric, is_higher_better
 from lightning_fl.tracking.report import duration, number, page, started
 from lightning_fl.tracking.run import Run, write_file
@@ -23,22 +24,27 @@ def write_index(runs: Sequence[Run], path: Path) -> None:
         path: The page, in a folder above theirs.
     """
     newest_first = sorted(runs, key=lambda run: str(run.facts.get("started", "")), reverse=True)
-    rows = "\n".join(f"<tr>{_cells(run, path.parent)}</tr>" for run in newest_first)
+    names = [os.path.relpath(run.path, path.parent) for run in newest_first]
+    rows = "\n".join(f"<tr>{_cells(run, name)}</tr>" for run, name in zip(newest_first, names, strict=True))
     head = "".join(f"<th>{name}</th>" for name in COLUMNS)
     table = f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{rows}\n</tbody></table></div>'
     title = f"{len(runs)} runs in {path.parent.resolve().name}"
     hint = "<p>A name leads to a run's page, once <code>lightning-fl report RUN</code> has written it.</p>"
-    write_file(path, page(title, f"<h1>{escape(title)}</h1>\n<section>{table}{hint}</section>\n"))
+    measured = [run for run in newest_first if run.metric_names]
+    metric = best_metric(measured[:1]) if measured else None
+    compared = f"<section><h2>Side by side</h2>{side_by_side(newest_first, names, metric)}</section>\n"
+    write_file(path, page(title, f"<h1>{escape(title)}</h1>\n<section>{table}{hint}</section>\n{compared}"))
 
 
-def _cells(run: Run, folder: Path) -> str:
-    name = escape(os.path.relpath(run.path, folder))
+def _cells(run: Run, name: str) -> str:
+    name = escape(name)
+    box = f'<input type="checkbox" checked data-run aria-label="{name}"> '
     if (run.path / REPORT).is_file():
         name = f'<a href="{name}/{REPORT}">{name}</a>'
     facts = [started(run), str(run.facts.get("status", "?")), run.algorithm]
     facts += [run.settings.get("num_clients", "-"), f"{len(run.rounds):,}", *_metric(run)]
     facts.append("-" if run.seconds is None else duration(run.seconds))
-    return f"<td>{name}</td>" + "".join(f"<td>{escape(fact)}</td>" for fact in facts)
+    return f"<td>{box}{name}</td>" + "".join(f"<td>{escape(fact)}</td>" for fact in facts)
 
 
 def _metric(run: Run) -> list[str]:

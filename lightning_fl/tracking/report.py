@@ -5,11 +5,10 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterable, Sequence
 from html import escape
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_fl.tracking import plots
+from lightning_fl.tracking import interactive, plots
 from lightning_fl.tracking.metrics import best_metric, is_higher_better
 from lightning_fl.tracking.run import Run, write_file
 
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_PANELS = 8
-MAX_STRIPS = 250
 PHASES = {
     "read": "waiting for data",
     "train": "local training",
@@ -48,9 +46,6 @@ section { margin-bottom: 18px; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr));
   gap: 14px; }
 figure { margin: 0; min-width: 0; }
-.plot { position: relative; width: fit-content; max-width: 100%; }
-.plot i { position: absolute; top: 0; bottom: 0; }
-.plot i:hover { background: rgb(128 128 128 / 18%); }
 a { color: var(--accent); }
 figcaption { color: var(--soft); font-size: 13px; }
 img { max-width: 100%; height: auto; display: block; background: #fff; border-radius: 6px; }
@@ -107,8 +102,9 @@ def page(title: str, content: str) -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        f"{content}</main>\n</body>\n</html>\n"
+        f'<meta http-equiv="Content-Security-Policy" content="{interactive.POLICY}">\n'
+        f"<title>{escape(title)}</title>\n<style>{STYLE}{interactive.STYLE}</style>\n</head>\n<body>\n<main>\n"
+        f"{content}</main>\n<script>{interactive.SCRIPT.read_text(encoding='utf-8')}</script>\n</body>\n</html>\n"
     )
 
 
@@ -180,7 +176,8 @@ def _curves(run: Run, names: Sequence[str]) -> str:
         kinds.setdefault(kind, {})[name] = run.metric(name)
     shown = list(kinds.items())[:MAX_PANELS]
     figures = [
-        _image(plots.curves_figure(curves, kind), f"{', '.join(curves)} by round", curves) for kind, curves in shown
+        _image(plots.curves_figure(curves, kind), f"{', '.join(curves)} by round", curves, kind)
+        for kind, curves in shown
     ]
     more = len(kinds) - len(shown)
     note = f"<p>{more} more metrics are in rounds.jsonl.</p>" if more else ""
@@ -222,7 +219,8 @@ def _clients(run: Run) -> str:
         for name, caption in captions.items()
         if any(row.get(name) is not None for row in run.clients)
     ]
-    return _figures(figures) + _worst_clients(run)
+    explorer = interactive.clients(run.clients, _worst_clients(run))
+    return f"{_figures(figures)}<h3>One by one</h3>{explorer}"
 
 
 def _worst_clients(run: Run) -> str:
@@ -235,7 +233,7 @@ def _worst_clients(run: Run) -> str:
     columns = [name for name in worst[0] if name not in hidden]
     rows = [[row["round"] + 1 if name == "round" else row.get(name) for name in columns] for row in worst]
     names = [name.removeprefix("num_") for name in columns]
-    return "<h3>Highest loss in a client's last round</h3>" + _table(names, rows)
+    return "<p>Highest loss in a client's last round:</p>" + _table(names, rows)
 
 
 def _partition(run: Run) -> str:
@@ -273,7 +271,8 @@ def _costs(run: Run) -> str:
         (spread, "0: all clients pull in the same direction; near 1: they cancel out"),
     ):
         drawn = {name: (rounds, [float("nan") if v is None else v for v in values]) for name, values in curves.items()}
-        figures.append(_image(plots.curves_figure(drawn, next(iter(drawn)), height=2.8), caption))
+        name = next(iter(drawn))
+        figures.append(_image(plots.curves_figure(drawn, name, height=2.8), caption, drawn, name))
     phases = {label: [row["seconds"].get(name) or 0.0 for row in rows] for name, label in PHASES.items()}
     figures.append(_image(plots.phases_figure(rounds, phases), "where the time of each round went, without validation"))
     totals = {label: sum(values) for label, values in phases.items()}
@@ -344,33 +343,14 @@ def _figures(figures: Iterable[str]) -> str:
     return f'<div class="figures">{"".join(figures)}</div>'
 
 
-def _image(figure: Figure, caption: str, curves: plots.Curves | None = None) -> str:
-    """A picture with its caption, and for curves their values where the mouse is."""
+def _image(figure: Figure, caption: str, curves: plots.Curves | None = None, ylabel: str = "") -> str:
+    """A picture with its caption; of curves the page's script makes a chart to zoom into."""
     # An image and not inline SVG, in which the ids and styles of several figures would clash.
     data = base64.b64encode(plots.as_svg(figure)).decode()
     text = escape(caption)
-    return (
-        f'<figure><div class="plot"><img alt="{text}" src="data:image/svg+xml;base64,{data}">'
-        f"{_strips(figure, curves) if curves else ''}</div><figcaption>{text}</figcaption></figure>\n"
-    )
-
-
-def _strips(figure: Figure, curves: plots.Curves) -> str:
-    """A transparent strip over each round of a figure that has been drawn; its title is what the curves are there."""
-    rounds = sorted({round for drawn, _ in curves.values() for round in drawn})
-    if len(rounds) > MAX_STRIPS:
-        rounds = rounds[:: len(rounds) // MAX_STRIPS + 1]
-    axes = figure.axes[0]
-    box, (first, last) = axes.get_position(), axes.get_xlim()
-    places = [100 * (box.x0 + box.width * (round - first) / (last - first)) for round in rounds]
-    edges = [100 * box.x0, *((one + other) / 2 for one, other in pairwise(places)), 100 * box.x1]
-    values = {name: dict(zip(*drawn, strict=True)) for name, drawn in curves.items()}
-    strips = []
-    for round, (left, right) in zip(rounds, pairwise(edges), strict=True):
-        known = [f"{name} {number(drawn[round])}" for name, drawn in values.items() if round in drawn]
-        title = escape("\n".join([f"round {round:g}", *known]))
-        strips.append(f'<i style="left: {left:.2f}%; width: {right - left:.2f}%" title="{title}"></i>')
-    return "".join(strips)
+    image = f'<img alt="{text}" src="data:image/svg+xml;base64,{data}">'
+    shown = interactive.curves(curves, "round", ylabel, image) if curves else image
+    return f"<figure>{shown}<figcaption>{text}</figcaption></figure>\n"
 
 
 def _table(columns: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import threading
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +19,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_DIMS = 6
 MAX_ELEMENTS = 1 << 28
 TENSOR, LOST = 0, 1
+GRACE_S = 10.0
+"""How long a party that ends waits for the others to hear why."""
 
 
 class PartyLost(RankLost):
@@ -115,10 +120,32 @@ class Channel:
     def _lost(self, rank: int, error: RankLost) -> None:
         """Tells the others who is gone; they wait for this party and would blame it."""
         header = torch.tensor([LOST, rank, 0, 0, *[0] * MAX_DIMS])
-        for other in range(self.group.size):
-            if other not in (rank, self.group.rank):
-                with suppress(Exception):
-                    self.group.send(header, other)
+        others = [other for other in range(self.group.size) if other not in (rank, self.group.rank)]
+        telling = [_in_thread(self.group.send, header, other) for other in others]
+        # One that is sending does not listen: its tensor is taken first, and thrown away.
+        for other in others:
+            _in_thread(self._drain, other)
+        end = time.monotonic() + GRACE_S
+        for thread in telling:
+            thread.join(max(0.0, end - time.monotonic()))
         raise PartyLost(
             f"{self.name(rank).capitalize()} has left the training, or did not answer in time. Look at its output."
         ) from error
+
+    def _drain(self, source: int) -> None:
+        while True:
+            kind, _, code, dim, *sizes = self.group.receive(
+                torch.empty(4 + MAX_DIMS, dtype=torch.int64), source
+            ).tolist()
+            if kind == TENSOR and min(sizes, default=0) >= 0 and 0 < math.prod(sizes[:dim]) <= MAX_ELEMENTS:
+                self.group.receive(torch.empty(sizes[:dim], dtype=DTYPES[code]), source)
+
+
+def _in_thread(function: Callable[..., None], *args: Any) -> threading.Thread:
+    def run() -> None:
+        with suppress(Exception):
+            function(*args)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    return thread

@@ -31,7 +31,8 @@ class VerticalStrategy(SingleDeviceStrategy):
     Args:
         labels: Rank of the party with the labels, which shows the progress and logs.
         name: This party's name, by which the others are told if it is lost.
-        protection: What the party with the labels does to the gradients that it sends. None: nothing.
+        protection: What the party with the labels does to the gradients that it sends. None: nothing. With it there is
+            no clipping by norm, for which parties tell each other the length of their gradients.
         timeout: Seconds that a party waits for another one.
         device: Device of this party's part.
 
@@ -104,6 +105,21 @@ class VerticalStrategy(SingleDeviceStrategy):
             "num_sanity_val_steps": trainer.num_sanity_val_steps,
         }
         self._check_same(settings, "settings")
+        told = {"problem": self._tells_of_labels(trainer)}
+        for message in self.group.all_gather(Message(told), "protection"):
+            if message.fields["problem"]:
+                raise ValueError(str(message.fields["problem"])[:500])
+
+    def _tells_of_labels(self, trainer: L.Trainer) -> str:
+        """What the party with the labels would tell of them beside protected gradients; empty if nothing."""
+        by_norm = trainer.gradient_clip_val and trainer.gradient_clip_algorithm != "value"
+        if self.protection is None or not self.has_labels or not by_norm:
+            return ""
+        return (
+            f"gradient_clip_val={trainer.gradient_clip_val} clips by the norm over all parties, so the party with the "
+            f"labels would tell the others the length of its gradients, which {type(self.protection).__name__} hides. "
+            "Clip by gradient_clip_algorithm='value', which each party does by itself, or train without clipping."
+        )
 
     def on_train_start(self) -> None:
         trainer = self.lightning_module.trainer  # type: ignore[union-attr]

@@ -41,7 +41,7 @@ from lightning_fl.analytics import (
     trie_parameters,
 )
 from lightning_fl.analytics.disclosure import too_small
-from lightning_fl.communication import Group
+from lightning_fl.communication import Group, LocalGroup, Message
 from lightning_fl.privacy import Gaussian, InsecureNoiseWarning, Ledger, PrivacyBudgetExceeded, SecureAggregation
 from tests.contract.helpers import run_threads
 from tests.helpers.federation import join_ranks
@@ -186,7 +186,7 @@ def test_what_clients_name_is_found_by_itself() -> None:
     assert km.values["median"] == 310
     assert "curve" not in km.parts
     assert sites.parts["1"] == 36
-    assert sites.parts["33"].withheld
+    assert "33" not in sites.parts  # two rows
 
 
 def test_principal_components_of_breast_cancer() -> None:
@@ -268,19 +268,23 @@ def test_what_could_be_subtracted_is_hidden_too() -> None:
 
 
 def test_no_few_rows_are_left_after_subtraction() -> None:
-    data = sites(group=["a"] * 20 + ["b"] * 10 + ["c"] * 3, x=range(33))
-    total, means, counts = analyze([Mean("x"), By(Mean("x"), "group"), Frequency("group")], data).answers
+    data, groups = sites(group=["a"] * 20 + ["b"] * 10 + ["c"] * 3, x=range(33)), ("a", "b", "c")
+    total, means, counts = analyze(
+        [Mean("x"), By(Mean("x"), "group", groups), Frequency("group", groups)], data
+    ).answers
     for answer in (means, counts):
         shown = [name for name, part in answer.parts.items() if not getattr(part, "withheld", "")]
         assert shown == ["a"]
     assert total.values["mean"] == 16
+    assert not means.counts
+    assert "3" not in repr(means.parts["c"]).replace("fewer than 5", "")
     unprotected = analyze([By(Mean("x"), "group")], data, min_count=1).answers[0]
     assert unprotected.parts["c"].values["mean"] == 31  # the negative control
 
 
 def test_missing_values_within_a_group_count() -> None:
     x = [1.0] * 20 + [np.nan] * 8 + [5.0, 7.0]  # b has ten rows, of which two have a value
-    (means,) = analyze([By(Mean("x"), "group")], sites(group=["a"] * 20 + ["b"] * 10, x=x)).answers
+    (means,) = analyze([By(Mean("x"), "group", ("a", "b"))], sites(group=["a"] * 20 + ["b"] * 10, x=x)).answers
     assert means.parts["a"].withheld
     assert means.parts["b"].withheld
 
@@ -295,6 +299,100 @@ def test_shares_at_many_times_are_no_way_around_a_curve_that_is_withheld() -> No
         assert not hidden.values
         with pytest.raises(ValueError, match="divide the column 'time' in different ways"):
             analyze([few, replace(few, at=(12,))], times)
+
+
+def test_answers_hold_no_small_count_in_any_place() -> None:
+    """Whatever was withheld must not be found in an answer's other fields."""
+    data, groups = sites(group=["a"] * 33 + ["b"] * 30 + ["c"] * 3, x=np.arange(66.0)), ("a", "b", "c")
+    questions = [Frequency("group", groups), By(Variance("x"), "group", groups)]
+    for answer in analyze(questions, data).answers:
+        assert not answer.counts
+        assert not answer.fewest
+        assert all(not part.n for part in answer.parts.values() if getattr(part, "withheld", ""))
+    assert analyze(questions, data, min_count=1).answers[0].counts["c"] == 3  # the negative control
+
+
+def test_a_test_of_two_groups_is_withheld_if_few_rows_are_in_neither() -> None:
+    data = sites(group=["a"] * 20 + ["b"] * 20 + [None] * 3, x=np.arange(43.0))
+    hidden = analyze([TTest("x", "group", ("a", "b"))], data).answers[0]
+    assert "has fewer than 5" in hidden.withheld
+    more = sites(group=["a"] * 20 + ["b"] * 20 + [None] * 6, x=np.arange(46.0))
+    assert analyze([TTest("x", "group", ("a", "b"))], more).answers[0].values["means"] == {"a": 9.5, "b": 29.5}
+
+
+def test_a_small_cell_that_margins_and_statistic_tell_is_withheld() -> None:
+    def answer(cell: int) -> fl.analytics.Answer:
+        x, y = ["a"] * 30 + ["b"] * 30, ["c"] * (30 - cell) + ["d"] * cell + ["d"] * 30
+        return analyze([ChiSquare("x", "y", ("a", "b"), ("c", "d"))], sites(x=x, y=y)).answers[0]
+
+    assert "fewer than 5" in answer(3).withheld
+    assert answer(5).values["df"] == 1
+
+
+@pytest.mark.parametrize("events", [3, 37])
+def test_few_events_or_few_without_are_withheld(events: int) -> None:
+    status = [1] * events + [0] * (40 - events)
+    data = sites(time=np.arange(1.0, 41.0), status=status, by=["a", "b"] * 20, x=[0.0, 1.0, 2.0, 4.0] * 10)
+    questions: list[Question] = [KaplanMeier("time", "status"), LogRank("time", "status", "by")]
+    for answer in analyze([*questions, Cox("time", "status", ("x",))], data).answers:
+        assert answer.withheld
+        assert not answer.values
+
+
+def test_quantiles_that_are_close_would_list_the_rows() -> None:
+    data = sites(x=np.arange(100.0))
+    many = analyze([Quantile("x", tuple(q / 100 for q in range(6, 95)))], data).answers[0]
+    assert "fewer than 5" in many.withheld
+    assert analyze([Quantile("x", (0.25, 0.5, 0.75))], data).answers[0].values["0.5"] == 49
+    with pytest.raises(ValueError, match="divide the column 'quantiles of x' in different ways"):
+        analyze([Quantile("x", (0.5,)), Quantile("x", (0.51,))], data)
+
+
+def test_clients_name_no_value_that_few_of_their_rows_have() -> None:
+    told: list[Any] = []
+
+    class Spy(LocalGroup):
+        def all_gather(self, message: Message, topic: str = "") -> list[Message]:
+            told.append(message.fields)
+            return super().all_gather(message, topic)
+
+    data = {site: pd.DataFrame({"x": ["common"] * 9 + ["rare", "other"]}) for site in range(6)}
+    (answer,) = analyze([Frequency("x")], data, group=Spy()).answers
+    assert answer.parts == {"common": 54}  # "rare" is not, though six rows have it: declare it
+    assert "rare" not in repr(told)
+    assert analyze([Frequency("x", ("common", "rare"))], data).answers[0].parts["rare"] == 6
+    analyze([Frequency("x")], data, group=Spy(), min_count=1)
+    assert "rare" in repr(told)  # the negative control
+
+
+def test_silos_name_no_single_row() -> None:
+    def check(group: Group) -> None:
+        own = LUNG[LUNG.index % group.size == group.rank]
+        for question in (
+            KaplanMeier("time", "status"),
+            By(LogRank("time", "status", "sex"), "sex"),
+            Intersection("time"),
+        ):
+            with pytest.raises(ValueError, match="would have to name the 'time' of each of its rows"):
+                analyze([question], own, group=group)
+        (km,) = analyze([KaplanMeier("time", "status")], own, group=group, min_count=1).answers
+        assert km.values["median"] == 310
+
+    run_threads(2, check)
+
+
+def test_a_silo_with_few_rows_answers_by_secure_sums_only(tmp_path: Path) -> None:
+    make_keys(tmp_path, 3)
+
+    def check(group: Group) -> float:
+        own = LUNG[:100] if group.rank == 0 else LUNG[100:101] if group.rank == 1 else LUNG[101:]
+        with pytest.raises(ValueError, match="Rank 1: This silo has 1 rows, fewer than 5"):
+            analyze([Mean("age")], own, group=group)
+        aggregator = SecureAggregation(keys=str(tmp_path / "silo{rank}"))
+        mean: float = analyze([Mean("age")], own, group=group, aggregator=aggregator).answers[0].values["mean"]
+        return mean
+
+    assert run_threads(3, check) == [pytest.approx(62.44736842105263, rel=1e-12)] * 3
 
 
 def test_two_ways_of_dividing_a_column_are_refused() -> None:
@@ -447,6 +545,66 @@ def test_a_budget_ends_the_questions_before_a_release() -> None:
         analyze([Count()] * 3, LUNG, privacy=RowLevelDP(4.0, max_epsilon=1.0), ledger=ledger)
     assert list(ledger) == []
     analyze([Count()], LUNG, privacy=RowLevelDP(8.0, max_epsilon=1.0))
+
+
+def test_a_ledger_file_adds_up_over_calls() -> None:
+    words = {site: pd.DataFrame({"word": ["flu"] * 5000, "age": 50}) for site in range(2)}
+    privacy = RowLevelDP(4.0, max_epsilon=12.0)
+    analyze([Mean("age", (0, 120))], words, privacy=privacy, ledger="ledger.json")
+    analyze([HeavyHitters("word", epsilon=2, delta=1e-6, length=3)], words, ledger="ledger.json")
+    last = analyze([Variance("age", (0, 120))], words, privacy=privacy, ledger="ledger.json")
+    expected = Ledger()
+    expected.record(Gaussian(4.0, adversary="model"), 1 + 2)
+    assert last.ledger == expected
+    assert last.epsilon == (pytest.approx(float(expected.epsilon(1e-5)) + 2), pytest.approx(1e-5 + 1e-6))
+    with pytest.raises(PrivacyBudgetExceeded):
+        analyze([HeavyHitters("word", epsilon=9, length=3)], words, privacy=privacy, ledger="ledger.json")
+    # An answer without noise tells everything, and the ledger says so.
+    analyze([Count()], words, ledger="ledger.json")
+    with pytest.raises(PrivacyBudgetExceeded, match="epsilon inf"):
+        analyze([Count()], words, privacy=privacy, ledger="ledger.json")
+
+
+def test_a_ledger_file_remembers_how_columns_were_divided() -> None:
+    analyze([By(Mean("age"), "sex", SEX)], LUNG, ledger="ledger.json")
+    analyze([Frequency("sex", SEX)], LUNG, ledger="ledger.json")
+    with pytest.raises(ValueError, match="divide the column 'sex' in different ways"):
+        analyze([Frequency("sex", ("1",))], LUNG, ledger="ledger.json")
+    assert analyze([Frequency("sex", ("1",))], LUNG).answers[0].n == 138  # the negative control: nothing is remembered
+
+
+def test_a_ledger_file_is_written_before_a_sum_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    def dies(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lightning_fl.aggregation.WeightedMean.result", dies)
+    with pytest.raises(KeyboardInterrupt):
+        analyze([Count()], LUNG, privacy=RowLevelDP(4.0), ledger="ledger.json")
+    monkeypatch.undo()
+    assert [count for _, count in analyze([Count()], LUNG, privacy=RowLevelDP(4.0), ledger="ledger.json").ledger] == [2]
+
+
+@pytest.mark.parametrize("content", ["{}", "[1]", '{"format": 2}', "no json"])
+def test_another_file_is_no_ledger(content: str) -> None:
+    Path("ledger.json").write_text(content)
+    with pytest.raises(ValueError, match=r"ledger\.json is no ledger of questions"):
+        analyze([Count()], LUNG, ledger="ledger.json")
+    assert Path("ledger.json").read_text() == content
+
+
+def test_the_budget_of_one_silo_stops_all(tmp_path: Path) -> None:
+    make_keys(tmp_path, 3)
+
+    def check(group: Group) -> None:
+        privacy = RowLevelDP(4.0, max_epsilon=1.5)
+        before = Ledger()
+        if group.rank == 1:
+            before.record(Gaussian(4.0), 3)
+        aggregator = SecureAggregation(keys=str(tmp_path / "silo{rank}"))
+        with pytest.raises(PrivacyBudgetExceeded, match="Rank 1: The next step would make epsilon"):
+            analyze([Count()], LUNG, group=group, aggregator=aggregator, privacy=privacy, ledger=before)
+
+    run_threads(3, check)
 
 
 def test_words_that_are_private_by_themselves_count_against_the_budget() -> None:

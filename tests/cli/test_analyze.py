@@ -45,6 +45,15 @@ def test_noise_shows_its_epsilon(capsys: pytest.CaptureFixture[str]) -> None:
     assert "epsilon at most 0.9" in capsys.readouterr().out
 
 
+def test_the_ledger_adds_up_over_calls(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "--mean age --range age=0,120 --noise 4 --max-epsilon 1.5 --ledger ledger.json"
+    answers(words)
+    answers(words)
+    with pytest.raises(SystemExit):
+        answers(words)
+    assert "more than max_epsilon=1.5" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import os
+from typing import Any
+
+import lightning as L
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
-from lightning_fl.vertical import GradientNoise
+from lightning_fl.vertical import GradientNoise, Party, VerticalStrategy, aligned_loader
+
+
+def rare(positives: float = 0.1, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Rows, and a label that few of them have."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(2000, 10, generator=generator)
+    score = x[:, 0] + 0.5 * torch.randn(2000, generator=generator)
+    return x, (score >= score.quantile(1 - positives)).float()
 
 
 def gradients(positives: float = 0.1, steps: int = 20, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Gradients of the activations that a party without labels receives, and the labels, in a training like theirs."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(2000, 10, generator=generator)
-    score = x[:, 0] + 0.5 * torch.randn(2000, generator=generator)
-    y = (score >= score.quantile(1 - positives)).float()
+    x, y = rare(positives, seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         bottom, top = nn.Sequential(nn.Linear(10, 8), nn.Tanh()), nn.Linear(8, 1)
@@ -44,6 +54,52 @@ def test_noise_hides_them() -> None:
     assert norm_attack(GradientNoise()(gradient), y) < 0.6
     # The negative control: too little noise hides nothing.
     assert norm_attack(GradientNoise(0.01)(gradient), y) > 0.9
+
+
+class Half(Party):
+    """One half of the columns; the labels, of which few are 1, are with party 0."""
+
+    def __init__(self, has_labels: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.bottom = nn.Sequential(nn.Linear(5, 8), nn.Tanh())
+        self.top = nn.Linear(16, 1) if has_labels else None
+        self.received: list[Tensor] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        h = self.bottom(batch[0])
+        if not self.has_labels:
+            h.register_hook(self.received.append)  # what comes back for the activations that it has sent
+        parts = self.exchange(h)
+        if not self.has_labels:
+            return parts
+        return nn.functional.binary_cross_entropy_with_logits(self.top(torch.cat(parts, 1))[:, 0], batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.5)
+
+
+def attacked(protection: GradientNoise | None) -> float:
+    """How well party 1 tells the labels by the lengths of the gradients that it receives in training."""
+    rank, (x, y) = int(os.environ["RANK"]), rare()
+    part = Half(rank == 0)
+    tensors = [x[:, rank * 5 : rank * 5 + 5], *([] if rank else [y])]
+    trainer = L.Trainer(
+        strategy=VerticalStrategy(protection=protection),
+        max_epochs=10,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(part, aligned_loader(TensorDataset(*tensors), range(2000), 2000))
+    return norm_attack(part.received[-1], y) if rank else 0.0
+
+
+@pytest.mark.parametrize(("protection", "low", "high"), [(None, 0.9, 1.0), (GradientNoise(), 0.4, 0.6)])
+def test_a_party_in_training(run_ranks: Any, protection: GradientNoise | None, low: float, high: float) -> None:
+    assert low < run_ranks(2, attacked, protection)[1] <= high
 
 
 def test_noise_leaves_the_gradient_right_on_average() -> None:

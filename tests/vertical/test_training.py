@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
+import sys
+import time
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
@@ -23,6 +27,7 @@ from lightning_fl.communication import Group, Message
 from lightning_fl.vertical import GradientNoise, Party, PartyLost, SharedOrder, VerticalStrategy, aligned_loader
 from lightning_fl.vertical.channel import Channel
 from tests.contract.helpers import run_threads
+from tests.helpers.distributed import PATIENCE
 
 WIDTH, EPOCHS, BATCH, ROWS = 8, 3, 64, 569
 
@@ -207,13 +212,18 @@ def test_stopping_and_going_on_changes_no_bit(run_ranks: Any, tmp_path: Path) ->
 def mismatched(what: str) -> str:
     rank, (x, y) = int(os.environ["RANK"]), data()
     tensors, ids, options = [x[:, columns(2)[rank]], *([] if rank else [y])], list(range(ROWS)), {}
+    protection = None
+    if what.startswith("protected"):
+        protection = None if rank else GradientNoise()
+        options = {"gradient_clip_val": 1.0, "gradient_clip_algorithm": what.rpartition(" ")[2]}
     if rank and what == "order":
         ids[0], ids[1] = ids[1], ids[0]
     elif rank and what == "row":
         tensors, ids = [tensors[0][:-1]], ids[:-1]
     elif rank and what == "clip":
         options = {"gradient_clip_val": 1.0}
-    trainer = L.Trainer(strategy=VerticalStrategy(), max_epochs=1, enable_checkpointing=False, **QUIET, **options)
+    strategy = VerticalStrategy(protection=protection)
+    trainer = L.Trainer(strategy=strategy, max_epochs=1, enable_checkpointing=False, **QUIET, **options)
     train = DataLoader(TensorDataset(*tensors), BATCH, shuffle=True) if what == "loader" else loader(tensors, True, ids)
     try:
         trainer.fit(Part(rank, 2, rank == 0, "sgd"), train, loader(tensors, False, ids))
@@ -229,10 +239,13 @@ def mismatched(what: str) -> str:
         ("row", "has rows="),
         ("clip", "has gradient_clip_val="),
         ("loader", "aligned_loader"),
+        ("protected clipping by norm", "tell the others the length of its gradients"),
+        ("protected clipping by value", ""),
     ],
 )
 def test_parties_that_do_not_fit_are_refused(run_ranks: Any, what: str, message: str) -> None:
-    assert all(message in told for told in run_ranks(2, mismatched, what))
+    found = run_ranks(2, mismatched, what)
+    assert all(message in told if message else not told for told in found), found
 
 
 def test_one_party_is_refused() -> None:
@@ -259,6 +272,58 @@ def test_a_party_that_is_lost_is_named_to_all() -> None:
 
     found = run_threads(3, check, timeout=3)
     assert all("Party 2 (insurer) has left" in told for told in found[:2])
+
+
+TRAINS = """
+import sys, time
+from pathlib import Path
+from tests.vertical.test_training import trained
+import tests.vertical.test_training as own
+
+def slow(self, batch, batch_idx, step=own.Part.training_step):
+    if batch_idx == 3:
+        Path(f"party{sys.argv[1]}").touch()
+        time.sleep(0.2)
+    return step(self, batch, batch_idx)
+
+own.Part.training_step = slow
+trained(3, "sgd", {"max_epochs": 1000})
+"""
+
+
+@pytest.mark.slow
+def test_a_party_that_is_killed_ends_the_others_with_its_name(tmp_path: Path) -> None:
+    (tmp_path / "trains.py").write_text(TRAINS)
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    root = str(Path(__file__).parents[2])
+    shared = {**os.environ, "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": root}
+    parties = [
+        subprocess.Popen(
+            [sys.executable, "trains.py", str(rank)],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=tmp_path,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(3)
+    ]
+    try:
+        end = time.monotonic() + PATIENCE
+        while not all((tmp_path / f"party{rank}").exists() for rank in range(3)):
+            assert time.monotonic() < end
+            assert all(party.poll() is None for party in parties)
+            time.sleep(0.1)
+        parties[1].kill()
+        for rank in (0, 2):
+            _, told = parties[rank].communicate(timeout=PATIENCE)
+            assert "Party 1 (clinic 1) has left" in told, f"{rank}: {told[-5000:]}"
+            assert parties[rank].returncode
+    finally:
+        for party in parties:
+            party.kill()
+            party.communicate()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,117 @@
+"""What answers about some rows have cost so far, over questions and over calls."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lightning_fl.privacy.accounting.ledger import Gaussian, Ledger
+
+FORMAT = 1
+
+
+@dataclass
+class Spent:
+    """What earlier questions about the same rows have cost, and how they have divided them.
+
+    Args:
+        releases: The sums that were shown; those without noise have a noise multiplier of 0.
+        own: Epsilon and delta of each question that is private by itself.
+        cuts: How each column was divided.
+        path: The file that holds all of it. None: it is not kept.
+    """
+
+    releases: Ledger = field(default_factory=Ledger)
+    own: list[tuple[float, float]] = field(default_factory=list)
+    cuts: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    path: Path | None = None
+    _content: str | None = None
+
+    @classmethod
+    def of(cls, ledger: Ledger | str | Path | None) -> Spent:
+        """What a ledger holds, or a file, which need not exist yet.
+
+        Raises:
+            ValueError: If the file holds something else.
+        """
+        if isinstance(ledger, Ledger) or ledger is None:
+            return cls((ledger or Ledger()) + Ledger())
+        path, found = Path(ledger), cls(path=Path(ledger))
+        if path.exists():
+            try:
+                found._content = path.read_text(encoding="utf-8")
+                content = json.loads(found._content)
+                if content["format"] != FORMAT:
+                    raise ValueError(f"its format is {content['format']!r}, expected {FORMAT}")
+                found.releases.load_state_dict(content["releases"])
+                found.own = [(float(epsilon), float(delta)) for epsilon, delta in content["own"]]
+                found.cuts = {str(name): tuple(map(str, values)) for name, values in content["cuts"].items()}
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise ValueError(f"{path} is no ledger of questions: {error}. Name another file.") from error
+        return found
+
+    def save(self) -> None:
+        """Writes the file, whole or not at all.
+
+        Raises:
+            ValueError: If another analysis has written it meanwhile, whose releases would be lost.
+        """
+        if self.path is None:
+            return
+        if (self.path.read_text(encoding="utf-8") if self.path.exists() else None) != self._content:
+            raise ValueError(f"{self.path} was written by another analysis meanwhile. Ask again.")
+        content = {
+            "format": FORMAT,
+            "releases": self.releases.state_dict(),
+            "own": self.own,
+            "cuts": {name: list(values) for name, values in self.cuts.items()},
+        }
+        self._content = json.dumps(content, indent=1)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self.path.with_name(f"{self.path.name}.unfinished")
+        with unfinished.open("w", encoding="utf-8") as file:
+            file.write(self._content)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(self.path)
+
+    def divide(self, cuts: Mapping[str, tuple[Any, ...]]) -> None:
+        """Notes how a question divides columns.
+
+        Raises:
+            ValueError: If a column was divided in another way before: the difference may be a few rows.
+        """
+        for column, values in cuts.items():
+            found = tuple(map(str, values))
+            before = self.cuts.setdefault(column, found)
+            if set(before) != set(found):
+                raise ValueError(
+                    f"Two questions divide the column {column!r} in different ways, {before[:5]} and {found[:5]}; "
+                    "subtracting their answers could tell of a few rows. Divide it in one way."
+                )
+
+    def record(self, event: Gaussian, count: int, writes: bool = True) -> None:
+        """Records releases, before they are made.
+
+        Args:
+            event: The release.
+            count: How many there are.
+            writes: Whether this process writes the file.
+        """
+        if count:
+            self.releases.record(event, count)
+        if writes:
+            self.save()
+
+    def epsilon(self, delta: float) -> tuple[float, float]:
+        """Epsilon and delta of everything; infinite if a sum was shown without noise.
+
+        Args:
+            delta: The delta at which to answer for the releases.
+        """
+        noise = float(self.releases.epsilon(delta)) if list(self.releases) else 0.0
+        return noise + sum(epsilon for epsilon, _ in self.own), delta + sum(own for _, own in self.own)

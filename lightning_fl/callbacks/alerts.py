@@ -1,0 +1,245 @@
+"""Tells somebody when a run needs attention."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import operator
+import queue
+import re
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_fl.federation.history import figures, left_out
+from lightning_fl.strategies import FederatedStrategy
+
+logger = logging.getLogger(__name__)
+
+FAILED = "failed"
+COMPARISONS: dict[str, Callable[[float, float], bool]] = {
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+    "==": operator.eq,
+}
+RULE = re.compile(
+    r"(?P<name>\S+)\s+(?:is\s+(?P<nan>nan)|(?P<sign>[<>]=?|==)\s*(?P<value>\S+?))(?:\s+for\s+(?P<rounds>\d+)\s+rounds?)?"
+)
+TIMEOUT = 10.0  # seconds for one call of a webhook
+PATIENCE = 5.0  # seconds to wait at the end for calls that are still on their way
+MAX_WAITING = 100
+
+
+@dataclass(frozen=True)
+class Alert:
+    """What is told.
+
+    Args:
+        rule: The rule that holds, as the user wrote it.
+        round: The round, from 1.
+        value: The figure; None where it is not finite, and for a run that has failed.
+        text: The alert as a sentence.
+    """
+
+    rule: str
+    round: int
+    value: float | None
+    text: str
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A condition on a figure.
+
+    Args:
+        text: The condition as the user wrote it.
+        name: The figure.
+        sign: The comparison; ``nan`` for a figure that is not finite.
+        value: What it is compared with.
+        rounds: For how many rounds in a row it has to hold.
+    """
+
+    text: str
+    name: str
+    sign: str
+    value: float
+    rounds: int
+
+    @classmethod
+    def parse(cls, text: str) -> Rule:
+        """The rule of a text such as ``val_acc < 0.8 for 3 rounds``.
+
+        Raises:
+            ValueError: If it is none.
+        """
+        if text == FAILED:
+            return cls(text, FAILED, FAILED, 0.0, 1)
+        found = RULE.fullmatch(text.strip())
+        try:
+            if found is None:
+                raise ValueError
+            value, rounds = float(found["value"] or 0.0), int(found["rounds"] or 1)
+            if rounds < 1:
+                raise ValueError
+        except ValueError:
+            raise ValueError(
+                f"{text!r} is no rule; write such as 'val_acc < 0.8', 'val_loss is nan', 'fl/update_norm > 10 for 3 "
+                f"rounds', or {FAILED!r} for a run that ends with an error."
+            ) from None
+        return cls(text, found["name"], found["nan"] or found["sign"], value, rounds)
+
+    def holds(self, figure: float) -> bool:
+        """Whether the figure is such."""
+        return not math.isfinite(figure) if self.sign == "nan" else COMPARISONS[self.sign](figure, self.value)
+
+
+class Alerts(L.Callback):
+    """Tells a function or a webhook when a figure of a round is not as it should be, or the run fails.
+
+    A rule is ``NAME < VALUE`` (or ``<=``, ``>``, ``>=``, ``==``), ``NAME is nan`` for a figure that is not finite, both
+    with ``for N rounds`` if it has to hold N times in a row, or ``failed``. Names are those that the loggers get: what
+    the module logs, and the round's own figures below ``fl/``, so never figures of a single client that privacy
+    protects; ``fl/num_left_out`` is the number of clients whose update did not count. An alert comes once when its rule
+    begins to hold, and again only after it did not. After a resume none comes twice.
+
+    A webhook gets a ``POST`` with JSON: ``text``, which Slack and others show, and ``rule``, ``round``, ``value``. It
+    is called in a thread of its own: one that does not answer slows no round, and is only warned of.
+
+    Args:
+        rules: The rules.
+        to: A function of an :class:`Alert`, or the webhook's address.
+
+    Raises:
+        ValueError: If a text is no rule, or an address no ``http(s)://``.
+
+    Example:
+        >>> import lightning as L
+        >>> alerts = Alerts(["val_loss is nan", "fl/num_left_out > 2 for 3 rounds", "failed"], to=print)
+        >>> trainer = L.Trainer(strategy="fedavg", callbacks=[alerts], accelerator="cpu")
+    """
+
+    def __init__(self, rules: Sequence[str], to: Callable[[Alert], Any] | str) -> None:
+        self.rules = [Rule.parse(text) for text in rules]
+        if not self.rules:
+            raise ValueError("Alerts need at least one rule, such as 'val_loss is nan'.")
+        if isinstance(to, str) and not to.startswith(("https://", "http://")):
+            raise ValueError(f"{to!r} is no webhook: its address begins with https:// or http://.")
+        self.to = Webhook(to) if isinstance(to, str) else to
+        self._held: dict[str, int] = {}
+        """By rule for how many rounds it has held in a row."""
+        self._seen: set[str] = set()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Looks at the figures of the round, after the global model's validation."""
+        if not trainer.is_global_zero:
+            return
+        found = {name: float(value) for name, value in trainer.callback_metrics.items()} | _of_round(trainer)
+        self._seen.update(found)
+        round = trainer.current_epoch + 1
+        for rule in self.rules:
+            if rule.name not in found:
+                continue
+            value = found[rule.name]
+            self._held[rule.text] = self._held.get(rule.text, 0) + 1 if rule.holds(value) else 0
+            if self._held[rule.text] == rule.rounds:
+                text = f"Round {round}: {rule.name} is {value:.6g} ({rule.text})."
+                self._tell(Alert(rule.text, round, value if math.isfinite(value) else None, text))
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Tells of a run that has failed, and of its error's kind only: the message may hold data."""
+        is_failure = not isinstance(exception, KeyboardInterrupt)
+        if is_failure and trainer.is_global_zero and any(rule.name == FAILED for rule in self.rules):
+            round = trainer.current_epoch + 1
+            self._tell(Alert(FAILED, round, None, f"Round {round}: the run has failed ({type(exception).__name__})."))
+        self._finish()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Warns of rules about figures that never came."""
+        unknown = [rule.text for rule in self.rules if rule.name not in {*self._seen, FAILED}]
+        if unknown and self._seen:
+            rank_zero_warn(
+                f"No figure of that name ever came for the alerts {', '.join(map(repr, unknown))}; there were "
+                f"{', '.join(sorted(self._seen))}."
+            )
+        self._finish()
+
+    def _tell(self, alert: Alert) -> None:
+        try:
+            self.to(alert)
+        # Whatever a user's function raises, the run is worth more than the message about it.
+        except Exception as error:
+            rank_zero_warn(f"An alert was not told: {type(error).__name__}: {error}. It was: {alert.text}")
+
+    def _finish(self) -> None:
+        if isinstance(self.to, Webhook):
+            self.to.finish()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has held so far, so that a run that goes on tells nothing twice."""
+        return {"held": dict(self._held), "seen": sorted(self._seen)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what has held."""
+        self._held, self._seen = dict(state_dict["held"]), set(state_dict["seen"])
+
+
+def _of_round(trainer: L.Trainer) -> dict[str, float]:
+    strategy = trainer.strategy
+    if not isinstance(strategy, FederatedStrategy):
+        return {}
+    entry, hides_clients = strategy.history[-1], strategy.view.settings.hides_clients
+    found = figures(entry, hides_clients)
+    return found if hides_clients else {**found, "fl/num_left_out": float(sum(left_out(entry).values()))}
+
+
+class Webhook:
+    """Calls an address with alerts, in a thread of its own.
+
+    Args:
+        address: The address.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._waiting: queue.Queue[Alert] = queue.Queue(MAX_WAITING)
+        self._thread: threading.Thread | None = None
+
+    def __call__(self, alert: Alert) -> None:
+        """Sends an alert soon; returns at once.
+
+        Raises:
+            queue.Full: If too many wait already.
+        """
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="alerts", daemon=True)
+            self._thread.start()
+        self._waiting.put_nowait(alert)
+
+    def _run(self) -> None:
+        while True:
+            alert = self._waiting.get()
+            try:
+                body = json.dumps(asdict(alert)).encode()
+                request = urllib.request.Request(self.address, body, {"Content-Type": "application/json"})
+                with urllib.request.urlopen(request, timeout=TIMEOUT):
+                    pass
+            # Without the address, which often holds a secret.
+            except Exception as error:
+                logger.warning("The webhook was not told: %s: %s. It was: %s", type(error).__name__, error, alert.text)
+            finally:
+                self._waiting.task_done()
+
+    def finish(self) -> None:
+        """Waits a little for the calls on their way."""
+        deadline = time.monotonic() + PATIENCE
+        while self._waiting.unfinished_tasks and time.monotonic() < deadline:
+            time.sleep(0.02)
