@@ -71,6 +71,7 @@ QUICK = [recipe.name for recipe in RECIPES if "torchrun" not in header(recipe) a
     [pytest.param(name, marks=pytest.mark.slow) if name == "digits_mlflow.yaml" else name for name in QUICK],
 )
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
+@pytest.mark.spread(5)
 def test_every_recipe_runs_for_a_round_on_data_of_its_kind(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,6 +98,7 @@ def test_digits_fedavg_gives_the_expected_numbers() -> None:
     assert accuracy == pytest.approx(centralised, abs=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_digits_silos_gives_the_expected_number(run_ranks: Callable[..., list[float]]) -> None:
     federated, centralised = expected_accuracies("digits_silos.yaml")
     accuracies = run_ranks(3, final_accuracy, "digits_silos.yaml")

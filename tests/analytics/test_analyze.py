@@ -151,6 +151,7 @@ def on_ranks(by_site: bool, secure: bool) -> dict[str, Any]:
 
 @pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("by_site", "secure"), [(True, False), (True, True), (False, False)])
+@pytest.mark.spread(1)
 def test_any_number_of_ranks_answers_the_same(run_ranks: Any, world_size: int, by_site: bool, secure: bool) -> None:
     first, *others = run_ranks(world_size, on_ranks, by_site, secure)
     assert all(other == first for other in others)

@@ -261,6 +261,7 @@ def test_connected_processes_keep_the_contract(run_ranks: Any, world_size: int) 
 @pytest.mark.parametrize(
     "collective", ["all_reduce", "all_gather", "broadcast", "barrier", "gather_tensor", "all_to_all"]
 )
+@pytest.mark.spread(2)
 def test_a_rank_that_stays_away_is_an_error_in_time(entry: Entry, collective: str) -> None:
     """Rank 1 is there and does not come; rank 0 keeps its tensor."""
     done = threading.Event()

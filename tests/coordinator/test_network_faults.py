@@ -80,6 +80,7 @@ class Space:
 
 
 @pytest.mark.parametrize("when", ["start", "opening", "training"])
+@pytest.mark.spread(1)
 def test_disk_full(folder: Path, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Disk full: the coordinator answers 507 and lives, silos retry, nothing is committed before there is space."""
     monkeypatch.setattr(http_server, "DISK_S", 0.1)
