@@ -53,7 +53,7 @@ done
 lightning-fl network status --address "http://127.0.0.1:$((port + 1))" --once
 lightning-fl report runs/north/lightning_logs/version_0 --out report.html
 lightning-fl network export federation model.ckpt
-lightning-fl export model.ckpt --module lightning_fl.models.TabularMLP --shape 30 --to onnx --out model.onnx
+lightning-fl export runs/north/lightning_logs/version_0 --shape 30 --to onnx --out model.onnx
 lightning-fl network audit verify federation/audit.jsonl
 lightning-fl network audit verify north/state/audit.jsonl
 lightning-fl network audit show north/state/audit.jsonl

@@ -197,10 +197,11 @@ class Relay:
 
     Args:
         port: The coordinator's port.
+        rate: Bytes a second that each connection passes, each way. None: any.
     """
 
-    def __init__(self, port: int) -> None:
-        self.target = port
+    def __init__(self, port: int, rate: float | None = None) -> None:
+        self.target, self.rate = port, rate
         self.num_bytes = 0
         self._sockets: list[socket.socket] = []
         self._left: dict[socket.socket, int] = {}
@@ -236,6 +237,8 @@ class Relay:
                     self._left[source] -= len(data)
                 self.num_bytes += len(data)
                 target.sendall(data)
+                if self.rate is not None:
+                    time.sleep(len(data) / self.rate)
         for end in (source, target):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
