@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -118,8 +118,18 @@ class SiloFolder:
             store.restore(self.files, {self.name: state["version"]})
 
 
+@dataclass(frozen=True)
+class WholeTensors:
+    """A module's tensors by the roles that :class:`~lightning_fl.engines.tensors.FederatedTensors` names."""
+
+    params: Tree
+    buffers: Tree
+    frozen: Tree
+    personal: Tree
+
+
 class NetworkFederation(Federation):
-    """A silo of a federation over a network; its launch is one process.
+    """A silo of a federation over a network; one process of it, which alone talks to the coordinator.
 
     Args:
         address: The coordinator's address, ``https://host`` or ``https://host:port``.
@@ -139,6 +149,8 @@ class NetworkFederation(Federation):
         self.policy = read_policy(own.folder / "policy.yaml")
         self.silos: Sequence[str] = (self.name,)
         self.store: ClientStore | None = None
+        self.update_counts = False
+        """Whether this silo's update counts in the last round."""
         self._loaded: tuple[str, FederationState, Tree] | None = None
         self._last = -1
         self._num_gathered = 0
@@ -154,7 +166,7 @@ class NetworkFederation(Federation):
 
     def join(
         self,
-        tensors: FederatedTensors,
+        tensors: FederatedTensors | WholeTensors,
         settings: Mapping[str, str],
         common: Mapping[str, str],
         versions: Mapping[str, str],
@@ -248,6 +260,11 @@ class NetworkFederation(Federation):
             return False
         return self.folder.settle(told["accepted"])
 
+    def restore(self, store: ClientStore) -> None:
+        """Gives the client's state of the last round that counted to a store, which is then the client's."""
+        self.store = store
+        self.folder.restore(store)
+
     def leave(self, reason: str) -> None:
         """Tells the coordinator, if it can be reached, that this silo does not go on."""
         if self._alive is not None:
@@ -321,6 +338,7 @@ class NetworkFederation(Federation):
         traffic.seconds_waiting += time.perf_counter() - start
         outcome = self._outcome
         assert self.store is not None
+        self.update_counts = counts
         if not counts:
             log.warning("Round %d was closed without this silo's update.", round)
             self.store.roll_back()

@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
 
 from lightning_fl.clients import Uniform
+from lightning_fl.communication import Group
 from lightning_fl.privacy import SecureAggregation
 from lightning_fl.schedules import Buffered, FedAsync
 from lightning_fl.strategies.validation import settings_of_strategy
 
 if TYPE_CHECKING:
+    from lightning_fl.coordinator.shared_silo import SharedSilo
     from lightning_fl.coordinator.silo import NetworkFederation
 
 
@@ -40,6 +43,12 @@ def check_network(strategy: Any, address: str | None, kit: str | Path | None) ->
         "the aggregator's keys (they are in the kit)": getattr(strategy.aggregator, "keys", None) is not None,
         "cohort": not isinstance(strategy.cohort, Uniform),
     }
+    parts = strategy.algorithm.sends_parts or strategy.aggregator.moves_frozen
+    if parts:
+        raise ValueError(
+            f"A coordinator takes whole updates and leaves frozen parameters alone, so {strategy.algorithm!r} with "
+            f"{strategy.aggregator!r} does not run over it yet. Start the silos with torchrun."
+        )
     given = [name for name, is_given in ignored.items() if is_given]
     if given:
         raise ValueError(
@@ -88,17 +97,25 @@ def check_asynchronous(strategy: Any) -> None:
         )
 
 
-def open_network(address: str, kit: str | Path) -> NetworkFederation:
+def open_network(address: str, kit: str | Path, group: Group, module: nn.Module) -> NetworkFederation | SharedSilo:
     """The federation at an address, not joined yet.
+
+    Args:
+        address: The coordinator's address.
+        kit: The folder with the silo's key and certificate, which its first process reads.
+        group: The processes of this silo.
+        module: The module.
 
     Raises:
         MisconfigurationException: If address or kit can't be used, or a library is missing.
     """
     try:
         # Here, because `cryptography` comes with the extra "network".
+        from lightning_fl.coordinator.shared_silo import SharedSilo
         from lightning_fl.coordinator.silo import NetworkFederation
 
-        return NetworkFederation(address, kit)
+        talker = NetworkFederation(address, kit) if group.inner.rank == 0 else None
+        return talker if talker is not None and group.inner.size == 1 else SharedSilo(group, module, talker)
     except ModuleNotFoundError as error:
         raise MisconfigurationException(
             f"A federation over a network needs {error.name}: pip install 'lightning-fl[network]'."

@@ -143,19 +143,36 @@ def label_colours(count: int) -> list[Any]:
     return [colormaps["turbo"](value) for value in np.linspace(0.03, 0.97, count)]
 
 
-def curves_figure(curves: Curves, ylabel: str, width: float = 6.4, height: float = 3.4) -> Figure:
-    """Lines over the rounds; also with markers if there are fewer than three rounds."""
+def curves_figure(
+    curves: Curves,
+    ylabel: str,
+    width: float = 6.4,
+    height: float = 3.4,
+    bands: Mapping[str, Sequence[float]] | None = None,
+) -> Figure:
+    """Lines over the rounds; also with markers if there are fewer than three rounds.
+
+    Args:
+        curves: The lines.
+        ylabel: What they show.
+        width: In inches.
+        height: In inches.
+        bands: By label how far a band around the line reaches to both sides.
+    """
     figure = new_figure(width, height)
-    draw_curves(_axes(figure), curves, ylabel)
+    draw_curves(_axes(figure), curves, ylabel, bands)
     return figure
 
 
-def draw_curves(axes: Axes, curves: Curves, ylabel: str) -> None:
+def draw_curves(axes: Axes, curves: Curves, ylabel: str, bands: Mapping[str, Sequence[float]] | None = None) -> None:
     """Draws lines over the rounds."""
     colours = label_colours(len(curves))
     for (label, (rounds, values)), colour in zip(curves.items(), colours, strict=True):
         marker = "o" if len(rounds) < 3 else None
         axes.plot(rounds, values, label=as_text(label), linewidth=1.8, marker=marker, color=colour)
+        if bands and label in bands:
+            middle, around = np.asarray(values), np.asarray(bands[label])
+            axes.fill_between(rounds, middle - around, middle + around, color=colour, alpha=0.15, linewidth=0)
     axes.set_xlabel("round", fontsize=9)
     axes.set_ylabel(as_text(ylabel), fontsize=9)
     axes.grid(visible=True, color="#e3e7ec", linewidth=0.8)
