@@ -310,8 +310,9 @@ class FederatedStrategy(internals.ReusableStrategy):
 
     @property
     def started_by_launcher(self) -> bool:
-        """Whether torchrun, SLURM or MPI started the ranks, rather than Lightning."""
-        return not isinstance(self.cluster_environment, LightningEnvironment)
+        """Whether torchrun, SLURM, MPI or Ray started the ranks, rather than Lightning."""
+        # Ray's environment derives from Lightning's own.
+        return type(self.cluster_environment) is not LightningEnvironment
 
     @property
     def is_distributed(self) -> bool:
