@@ -18,9 +18,11 @@ from lightning_fl.datamodules.datasets.mnist1d import MNIST1DDataModule
 from lightning_fl.datamodules.datasets.shakespeare import LEAFShakespeareDataModule, ShakespeareDataModule
 from lightning_fl.datamodules.datasets.synthetic import SyntheticDataModule
 from lightning_fl.datamodules.image_folders import ImageFolderDataModule
+from lightning_fl.datamodules.instructions import InstructionDataModule, train_tokenizer
 from lightning_fl.datamodules.map_style import HuggingFaceDataModule, TorchDataModule
 from lightning_fl.datamodules.natural import ClientData, NaturalDataModule
 from lightning_fl.datamodules.partitioned import PartitionedDataModule
+from lightning_fl.datamodules.silo_clients import SiloClients
 from lightning_fl.datamodules.table_schema import TableSchema
 from lightning_fl.datamodules.tabular import TabularDataModule
 
@@ -42,6 +44,7 @@ __all__ = [
     "FeatureNoise",
     "HuggingFaceDataModule",
     "ImageFolderDataModule",
+    "InstructionDataModule",
     "LEAFDataModule",
     "LEAFShakespeareDataModule",
     "LabelsPerClient",
@@ -55,9 +58,11 @@ __all__ = [
     "Partitioner",
     "ShakespeareDataModule",
     "Shards",
+    "SiloClients",
     "SyntheticDataModule",
     "TableSchema",
     "TabularDataModule",
     "TorchDataModule",
     "save_mapping",
+    "train_tokenizer",
 ]
