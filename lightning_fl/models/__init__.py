@@ -4,6 +4,8 @@ from lightning_fl.models.classifier import Classifier, MLPClassifier
 from lightning_fl.models.images import FedAvgCNN, LeNet, LogisticRegression, TwoNN
 from lightning_fl.models.libraries import TimmClassifier, TorchvisionClassifier, TransformersClassifier
 from lightning_fl.models.resnet import ResNet18GN, ResNet20GN
+from lightning_fl.models.segmentation import SmallUNet
+from lightning_fl.models.survival import DeepSurv
 from lightning_fl.models.tabular import TabularMLP, TabularRegressor
 from lightning_fl.models.text import CharLSTM, CharTransformer
 
@@ -11,12 +13,14 @@ __all__ = [
     "CharLSTM",
     "CharTransformer",
     "Classifier",
+    "DeepSurv",
     "FedAvgCNN",
     "LeNet",
     "LogisticRegression",
     "MLPClassifier",
     "ResNet18GN",
     "ResNet20GN",
+    "SmallUNet",
     "TabularMLP",
     "TabularRegressor",
     "TimmClassifier",
