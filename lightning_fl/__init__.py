@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         privacy,
         schedules,
         serving,
+        silos,
         strategies,
         topologies,
         tracking,
@@ -61,6 +62,7 @@ __all__ = [
     "privacy",
     "schedules",
     "serving",
+    "silos",
     "strategies",
     "topologies",
     "tracking",
@@ -78,6 +80,7 @@ _IN_YAML = (
     "engines",
     "privacy",
     "schedules",
+    "silos",
     "topologies",
 )
 """Rooms whose classes YAML may write without their module, which jsonargparse allows for imported classes."""

@@ -60,6 +60,20 @@ def run_ranks(worker_pool: WorkerPool) -> Callable[..., list[Any]]:
     return run
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest takes out what is slow
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    cases: dict[tuple[pytest.Item | pytest.Collector | None, str], list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("spread") and not item.get_closest_marker("slow"):
+            cases.setdefault((item.parent, item.name.split("[")[0]), []).append(item)
+    for own in cases.values():
+        (num_kept,) = own[0].get_closest_marker("spread").args
+        kept = {index * len(own) // num_kept for index in range(num_kept)}
+        for index, item in enumerate(own):
+            if index not in kept:
+                item.add_marker("slow")
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     """Count what a process of pytest-xdist has started, which is about to end."""

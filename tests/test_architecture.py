@@ -25,7 +25,7 @@ LAYERS = (
     ("algorithms", "clients", "data", "communication", "topologies"),
     ("aggregation", "engines"),
     ("privacy", "compression", "schedules"),
-    ("federation",),
+    ("federation", "silos"),
     ("coordinator",),
     ("strategies",),
     (

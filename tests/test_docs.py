@@ -72,6 +72,7 @@ def test_python_runs(page: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("page", with_blocks("yaml"), ids=name_of)
+@pytest.mark.spread(4)
 def test_yaml_is_a_configuration(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["lightning-fl"])
     for text in blocks(page, "yaml"):

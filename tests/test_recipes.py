@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import math
 import re
 import shutil
 import sys
@@ -7,16 +9,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from lightning_fl.cli import FederatedCLI, recipes_directory
+from lightning_fl.models import CausalLM
 from lightning_fl.privacy.secagg.keys import KeyFolder
 from tests.helpers.data_files import write_mnist
 from tests.helpers.distributed import run_script
 
 RECIPES = sorted(recipes_directory().glob("*.yaml"))
 QUIET = ("--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false")
-METRICS = ("val_acc", "val_cindex", "val_dice")
 TOLERANCE = 0.015  # 5 of the 360 test digits: processors round differently
 
 
@@ -35,7 +38,14 @@ def expected_accuracies(name: str) -> tuple[float, float]:
 def final_accuracy(name: str, *options: str) -> float:
     sys.argv = ["lightning-fl"]
     trainer = FederatedCLI(["fit", "--config", str(recipes_directory() / name), *QUIET, *options]).trainer
-    return next(trainer.callback_metrics[one].item() for one in METRICS if one in trainer.callback_metrics)
+    return trainer.callback_metrics[metric_of(name)].item()
+
+
+def metric_of(name: str) -> str:
+    """The metric that a recipe's header names."""
+    found = re.search(r"^expected: (?:personalized/)?(\w+) ", header(recipes_directory() / name), re.MULTILINE)
+    assert found, f"{name} has no line 'expected: METRIC ...'"
+    return found[1]
 
 
 @pytest.fixture(autouse=True)
@@ -62,10 +72,32 @@ def write_small_data(folder: Path) -> None:
     )
     (folder / "data" / "shakespeare").mkdir()
     lines = "\n\n".join(f"ROLE {'ABCDEFGHIJ'[i % 10]}.\n{'To be, or not to be. ' * 50}" for i in range(20))
-    (folder / "data" / "shakespeare" / "play.txt").write_text(lines)
+    for play in ("a_play", "play"):
+        (folder / "data" / "shakespeare" / f"{play}.txt").write_text(lines)
+    asked = [{"client": str(i % 3), "instruction": f"next {i}", "response": str(i + 1)} for i in range(60)]
+    (folder / "data" / "instructions").mkdir()
+    for file in ("base", "clients"):
+        (folder / "data" / "instructions" / f"{file}.jsonl").write_text("\n".join(map(json.dumps, asked)))
 
 
-QUICK = [recipe.name for recipe in RECIPES if "torchrun" not in header(recipe) and recipe.name != "digits_fedavg.yaml"]
+def write_base(folder: Path, recipe: str) -> None:
+    """The base that a recipe of adapters expects, with random weights."""
+    model = yaml.safe_load((recipes_directory() / recipe).read_text())["model"]["init_args"]
+    if "base" in model:
+        path = folder / model["base"]
+        path.parent.mkdir(parents=True)
+        torch.save({"state_dict": CausalLM(config=model["config"]).state_dict()}, path)
+
+
+def is_language(recipe: Path) -> bool:
+    return "CausalLM" in recipe.read_text()
+
+
+QUICK = [
+    pytest.param(recipe.name, marks=[pytest.mark.slow] if is_language(recipe) else [])
+    for recipe in RECIPES
+    if "torchrun" not in header(recipe) and recipe.name != "digits_fedavg.yaml"
+]
 
 
 @pytest.mark.parametrize(
@@ -74,15 +106,31 @@ QUICK = [recipe.name for recipe in RECIPES if "torchrun" not in header(recipe) a
     [pytest.param(name, marks=pytest.mark.slow) if name == "digits_mlflow.yaml" else name for name in QUICK],
 )
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
+@pytest.mark.spread(5)
 def test_every_recipe_runs_for_a_round_on_data_of_its_kind(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # MLflow sets it
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
     write_small_data(tmp_path)
+    write_base(tmp_path, name)
     brief = ("max_epochs=1", "limit_train_batches=1", "limit_val_batches=1", "check_val_every_n_epoch=1")
     options = [f"--trainer.{option}" for option in brief]
-    assert 0 <= final_accuracy(name, *options) <= 1
+    top = math.inf if metric_of(name) == "val_perplexity" else 1
+    assert 0 <= final_accuracy(name, *options) <= top
+
+
+def perplexity_of_silos() -> float:
+    brief = ("max_epochs=1", "limit_val_batches=1", "check_val_every_n_epoch=1", "strategy.local_steps=1")
+    write_small_data(Path.cwd())
+    return final_accuracy("diloco_transformer.yaml", *(f"--trainer.{option}" for option in brief))
+
+
+@pytest.mark.slow
+def test_diloco_transformer_runs_for_a_round(run_ranks: Callable[..., list[float]]) -> None:
+    perplexities = run_ranks(4, perplexity_of_silos)
+    assert len(set(perplexities)) == 1
+    assert 50 < perplexities[0] < 120  # nothing is learnt yet: 81 characters
 
 
 def test_digits_central_is_the_baseline_of_the_federation() -> None:
@@ -100,6 +148,7 @@ def test_digits_fedavg_gives_the_expected_numbers() -> None:
     assert accuracy == pytest.approx(centralised, abs=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_digits_silos_gives_the_expected_number(run_ranks: Callable[..., list[float]]) -> None:
     federated, centralised = expected_accuracies("digits_silos.yaml")
     accuracies = run_ranks(3, final_accuracy, "digits_silos.yaml")

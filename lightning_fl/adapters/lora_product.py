@@ -2,18 +2,19 @@
 
 # No `from __future__ import annotations`: jsonargparse would resolve the strings in the modules of the subclasses.
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lightning_fl.aggregation import Aggregator, RoundContext, WeightedMean
 from lightning_fl.algorithms import Algorithm
+from lightning_fl.algorithms.lora import base_of, pairs_of
 from lightning_fl.communication import Group, Message
+from lightning_fl.seeding import derive_seed
 from lightning_fl.types import Aggregate, Tree, Update
 
-DOWN, UP = "lora_A", "lora_B"
 Pairs = Mapping[str, str]
 """The name of each ``lora_A``, and that of its ``lora_B``."""
 
@@ -26,15 +27,31 @@ class Products:
         mean: That of the weighted mean, with a product in place of each pair.
         pairs: The pairs.
         factors: Their values at the round's start.
+        bases: By the name of each ``lora_A`` that of the layer's weight, if products are merged into it.
+        weights: These weights at the round's start.
     """
 
     mean: Any
     pairs: Pairs
     factors: Tree
+    bases: Pairs = field(default_factory=dict)
+    weights: Tree = field(default_factory=dict)
+
+    def with_products(self, update: Update, factors: Tree | None = None) -> Update:
+        """The update with ``B_i A_i`` in place of the changes of the two factors; of a client or a group's, stacked."""
+        factors = self.factors if factors is None else factors
+        replaced = {*self.pairs, *self.pairs.values()}
+        delta = {name: tensor for name, tensor in update.delta.items() if name not in replaced}
+        for down, up in self.pairs.items():
+            delta[down] = (factors[up] + update.delta[up]) @ (factors[down] + update.delta[down])
+        # No client changes the base, so it need not travel.
+        buffers = {name: tensor for name, tensor in update.buffers.items() if name not in self.weights}
+        return replace(update, delta=delta, buffers=buffers)
 
 
+@dataclass(frozen=True)
 class LoRAProduct(Aggregator):
-    r"""The weighted mean of the clients' products :math:`B_i A_i`, as factors of the adapters' rank.
+    r"""The weighted mean of the clients' products :math:`B_i A_i`, as factors of the adapters' rank or in the base.
 
     A layer with a low-rank adapter computes :math:`W x + s B A x`. Means of the factors are not those of the products:
     :math:`\sum_i p_i B_i A_i - \bar B \bar A = \sum_i p_i (B_i - \bar B)(A_i - \bar A)`. Here
@@ -45,17 +62,56 @@ class LoRAProduct(Aggregator):
     with the best approximation of rank r by the singular value decomposition :math:`U \Sigma V^T`. The signs are such
     that the largest entry of each column of U is positive. All other tensors are averaged.
 
+    With ``method="stack"`` nothing is cut off: the mean of the products is added to the base,
+    :math:`W \leftarrow W + s \sum_i p_i B_i A_i`, and the adapters start afresh, B at 0 and A drawn as in peft. It
+    is what the stacked factors of all clients amount to. The base moves in every round, so that checkpoints hold it.
+
     A pair has names that differ in ``lora_A`` and ``lora_B`` only, as peft's; A is of shape ``[r, in]``, B of
     ``[out, r]``. Between ranks a product of ``out x in`` numbers travels for each pair, as much as the layer has.
 
+    Args:
+        method: ``"svd"`` or ``"stack"``.
+        rank: The rank r of ``"svd"``; further rows and columns are 0. None: that of the adapters.
+        alpha: peft's ``lora_alpha``, which gives the scale s = alpha / r of ``"stack"``.
+        rslora: Whether the scale is that of rsLoRA, alpha / sqrt(r).
+
     Raises:
-        ValueError: Beside an algorithm whose server does more than average, or that sends side channels; in the first
-            round, if the trained tensors hold no pair, or half of one.
+        ValueError: If ``"stack"`` is not told ``alpha``, or ``"svd"`` is; beside an algorithm whose server does more
+            than average, or that sends side channels; in the first round, if the trained tensors hold no pair, or half
+            of one.
+
+    References:
+        Wang et al., "FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank Adaptations",
+        NeurIPS 2024, for ``"stack"``.
 
     Example:
         >>> from lightning_fl.strategies import FederatedStrategy
         >>> strategy = FederatedStrategy("fedavg", aggregator=LoRAProduct())
     """
+
+    method: Literal["svd", "stack"] = "svd"
+    rank: int | None = None
+    alpha: float | None = None
+    rslora: bool = False
+
+    def __post_init__(self) -> None:
+        stacks = self.method == "stack"
+        if self.method not in ("svd", "stack"):
+            raise ValueError(f"method={self.method!r} is not known; expected 'svd' or 'stack'.")
+        if stacks != (self.alpha is not None) or (self.rslora and not stacks):
+            raise ValueError(
+                f"{self!r}: method='stack' merges adapters into the base with the scale alpha / r, so it needs "
+                "alpha=lora_alpha; method='svd' does not."
+            )
+        if self.rank is not None and (stacks or self.rank < 1):
+            raise ValueError(f"{self!r}: rank is a positive number for method='svd' only.")
+
+    @property
+    def moves_frozen(self) -> bool:
+        return self.method == "stack"
+
+    def moves(self, names: Sequence[str], trained: Mapping[str, Tensor]) -> Sequence[str]:
+        return [base_of(down, names) for down in pairs_of(trained)] if self.moves_frozen else []
 
     def check(self, algorithm: Algorithm) -> None:
         averages = type(algorithm).server_update is Algorithm.server_update and algorithm.server_lr == 1
@@ -66,18 +122,19 @@ class LoRAProduct(Aggregator):
             )
 
     def init(self, template: Update, device: torch.device, session: Any = None) -> Products:
-        pairs = _pairs(template.delta)
+        pairs = pairs_of(template.delta)
+        bases = {down: base_of(down, list(template.buffers)) for down in pairs} if self.method == "stack" else {}
         factors = {name: template.delta[name] for pair in pairs.items() for name in pair}
-        start = _with_products(template, pairs, {name: torch.zeros_like(one) for name, one in factors.items()})
-        return Products(WeightedMean().init(start, device, session), pairs, factors)
+        zeros = {name: torch.zeros_like(one) for name, one in factors.items()}
+        acc = Products(None, pairs, factors, bases, {name: template.buffers[name] for name in bases.values()})
+        start = acc.with_products(template, zeros)
+        return replace(acc, mean=WeightedMean().init(start, device, session))
 
     def add(self, acc: Products, update: Update, ctx: RoundContext) -> Products:
-        own = _with_products(update, acc.pairs, acc.factors)
-        return replace(acc, mean=WeightedMean().add(acc.mean, own, ctx))
+        return replace(acc, mean=WeightedMean().add(acc.mean, acc.with_products(update), ctx))
 
     def add_group(self, acc: Products, updates: Update, weights: Sequence[float], ctx: RoundContext) -> Products:
-        own = _with_products(updates, acc.pairs, acc.factors)
-        return replace(acc, mean=WeightedMean().add_group(acc.mean, own, weights, ctx))
+        return replace(acc, mean=WeightedMean().add_group(acc.mean, acc.with_products(updates), weights, ctx))
 
     def merge(self, acc: Products, group: Group, report: Message, ctx: RoundContext) -> tuple[Products, list[Message]]:
         mean, messages = WeightedMean().merge(acc.mean, group, report, ctx)
@@ -85,19 +142,34 @@ class LoRAProduct(Aggregator):
 
     def result(self, acc: Products, ctx: RoundContext) -> Aggregate:
         aggregate = WeightedMean().result(acc.mean, ctx)
-        delta = dict(aggregate.delta)
+        delta, buffers, weight = dict(aggregate.delta), dict(aggregate.buffers), aggregate.weight
         for down, up in acc.pairs.items():
             before_up, before_down = acc.factors[up], acc.factors[down]
-            after_up, after_down = factorize(delta.pop(down) / aggregate.weight, len(before_down))
-            delta[up] = (after_up - before_up) * aggregate.weight
-            delta[down] = (after_down - before_down) * aggregate.weight
-        return replace(aggregate, delta=delta)
+            product, rank = delta.pop(down), len(before_down)
+            if self.alpha is None:
+                after_up, after_down = factorize(product / weight, min(self.rank or rank, rank), rank)
+            else:
+                buffers[acc.bases[down]] = self.alpha / (rank**0.5 if self.rslora else rank) * product
+                after_up, after_down = torch.zeros_like(before_up), _drawn(before_down, ctx, down)
+            delta[up] = (after_up - before_up) * weight
+            delta[down] = (after_down - before_down) * weight
+        return replace(aggregate, delta=delta, buffers=buffers)
 
 
-def factorize(product: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The factors ``[out, rank]`` and ``[rank, in]`` whose product is the best approximation of ``[out, in]``.
+def _drawn(like: Tensor, ctx: RoundContext, name: str) -> Tensor:
+    """A fresh factor A, as peft draws it: uniform in +-1 / sqrt(in), the same on all ranks."""
+    generator = torch.Generator().manual_seed(derive_seed(ctx.seed, ctx.round, "adapter", name))
+    drawn = torch.rand(like.shape, generator=generator, dtype=torch.float64)
+    return ((2 * drawn - 1) / like.shape[1] ** 0.5).to(like)
 
-    A product of a smaller rank leaves columns and rows of zeros.
+
+def factorize(product: Tensor, rank: int, size: int | None = None) -> tuple[Tensor, Tensor]:
+    """The factors whose product is the best approximation of a rank; beyond the rank columns and rows are 0.
+
+    Args:
+        product: The matrix ``[out, in]``.
+        rank: The rank.
+        size: Columns of the first factor and rows of the second. None: ``rank``.
     """
     left, values, right = torch.linalg.svd(product.double(), full_matrices=False)
     rows = left.abs().argmax(dim=0)
@@ -105,34 +177,7 @@ def factorize(product: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     roots = values[:rank].sqrt()
     up = (left * signs)[:, :rank] * roots
     down = roots[:, None] * (signs[:, None] * right)[:rank]
-    missing = rank - len(roots)
+    missing = (size or rank) - len(roots)
     up = torch.nn.functional.pad(up, (0, missing))
     down = torch.nn.functional.pad(down, (0, 0, 0, missing))
     return up.to(product.dtype), down.to(product.dtype)
-
-
-def _pairs(tensors: Mapping[str, Tensor]) -> Pairs:
-    pairs = {name: name.replace(DOWN, UP) for name in tensors if DOWN in name}
-    ups = {name for name in tensors if UP in name}
-    alone = sorted({*ups.symmetric_difference(pairs.values())})
-    if alone or not pairs:
-        found = f"of the pair of {alone[0]} all train one half only" if alone else "the trained tensors hold no pair"
-        raise ValueError(
-            f"LoRAProduct needs tensors lora_A and lora_B in pairs, but {found}. Train both factors, leave them out of "
-            "`personal`, or use the default aggregator."
-        )
-    for down, up in pairs.items():
-        if not (tensors[down].ndim == tensors[up].ndim == 2 and len(tensors[down]) == tensors[up].shape[1]):
-            raise ValueError(
-                f"LoRAProduct expected {down} of shape [r, in] and {up} of [out, r], found "
-                f"{list(tensors[down].shape)} and {list(tensors[up].shape)}."
-            )
-    return pairs
-
-
-def _with_products(update: Update, pairs: Pairs, factors: Tree) -> Update:
-    """The update with ``B_i A_i`` in place of the changes of the two factors; of a client or a group's, stacked."""
-    delta = {name: tensor for name, tensor in update.delta.items() if name not in {*pairs, *pairs.values()}}
-    for down, up in pairs.items():
-        delta[down] = (factors[up] + update.delta[up]) @ (factors[down] + update.delta[down])
-    return replace(update, delta=delta)

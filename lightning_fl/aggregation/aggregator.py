@@ -57,6 +57,11 @@ class Aggregator(ABC):
     """Whether :meth:`merge` and :meth:`gather` reveal only the sums over ranks of a report's field ``"sums"``, a dict
     of numbers by name. The first report they return then holds those sums."""
 
+    @property
+    def moves_frozen(self) -> bool:
+        """Whether :meth:`moves` names any frozen parameters."""
+        return False
+
     weighting: ClassVar[Literal["examples", "uniform"] | None] = None
     """The weighting that the aggregator requires; None: any."""
 
@@ -80,6 +85,15 @@ class Aggregator(ABC):
             ValueError: If it is not.
         """
         return
+
+    def moves(self, names: Sequence[str], trained: Mapping[str, torch.Tensor]) -> Sequence[str]:
+        """The frozen parameters that :meth:`result` moves; they count as buffers, to which clients add nothing.
+
+        Args:
+            names: The module's frozen parameters.
+            trained: The shared parameters.
+        """
+        return ()
 
     def check_cohort(self, num_clients: int) -> None:
         """Checks that rounds with so many clients can be aggregated; called when the strategy is built, if it is known.

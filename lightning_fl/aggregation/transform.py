@@ -24,11 +24,16 @@ class Transform(ABC):
     client_keys: ClassVar[tuple[str, ...]] = ()
     """The entries of the server half's state that the client half reads as ``ctx.server``: only these are sent to silos
     on other machines, which must not learn the rest, such as the noise of a server."""
+    needs_start: ClassVar[bool] = False
+    """Whether the client half reads ``ctx.start``, the model from which the client has started."""
     weighting: ClassVar[Literal["examples", "uniform"] | None] = None
     """The weighting that the transform requires; None: any."""
     # False unless declared: after a clip that privacy rests on, a transform that makes no such claim is refused.
     keeps_norm_bound: ClassVar[bool] = False
     """Whether the client half never increases an update's norm and the server half leaves the sum unchanged."""
+    is_elementwise: ClassVar[bool] = False
+    """Whether each element of what it returns depends on the same element of what it gets only, so that processes which
+    hold a part of an update can each change theirs."""
     hides_clients: bool = False
     """Whether exact facts about the clients of a round, such as their number, must not reach the loggers."""
 

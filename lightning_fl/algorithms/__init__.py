@@ -21,6 +21,7 @@ from lightning_fl.algorithms.fedrep import FedRep
 from lightning_fl.algorithms.fedsam import FedSAM
 from lightning_fl.algorithms.fedsgd import FedSGD
 from lightning_fl.algorithms.gradienttracking import GradientTracking
+from lightning_fl.algorithms.lora import FedSBLoRA, FFALoRA, HetLoRA, square_adapters
 from lightning_fl.algorithms.mimelite import MimeLite
 from lightning_fl.algorithms.perfedavg import PerFedAvg
 from lightning_fl.algorithms.pfedme import PFedMe
@@ -28,6 +29,7 @@ from lightning_fl.algorithms.pushsum import PushSum
 from lightning_fl.algorithms.qfedavg import QFedAvg
 from lightning_fl.algorithms.registry import get_algorithm, load_entry_points, register, registered
 from lightning_fl.algorithms.scaffold import Scaffold
+from lightning_fl.algorithms.streaming_diloco import StreamingDiLoCo
 from lightning_fl.algorithms.term import TERM
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "Decentralized",
     "DiLoCo",
     "Ditto",
+    "FFALoRA",
     "FedAdagrad",
     "FedAdam",
     "FedAvg",
@@ -53,9 +56,11 @@ __all__ = [
     "FedProx",
     "FedRep",
     "FedSAM",
+    "FedSBLoRA",
     "FedSGD",
     "FedYogi",
     "GradientTracking",
+    "HetLoRA",
     "LGFedAvg",
     "MimeLite",
     "PFedMe",
@@ -64,9 +69,11 @@ __all__ = [
     "PushSum",
     "QFedAvg",
     "Scaffold",
+    "StreamingDiLoCo",
     "Weighting",
     "get_algorithm",
     "load_entry_points",
     "register",
     "registered",
+    "square_adapters",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ class AdaptiveServer(Algorithm):
     beta1: float = 0.9
     beta2: float = 0.99
     tau: float = 1e-3
+
+    is_elementwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_hyperparameter(self, "beta1", 0 <= self.beta1 < 1, "a number in [0, 1)")

@@ -37,9 +37,19 @@ class Algorithm(ABC):
     keeps_nodes: ClassVar[bool] = False
     """Whether each client has a model of its own: ``server_update`` then gets each client's change by itself, as
     :class:`~lightning_fl.aggregation.Nodes` hands it on."""
+    sends_parts: ClassVar[bool] = False
+    """Whether :meth:`delta_like` returns some of the parameters only."""
+    is_elementwise: ClassVar[bool] = False
+    """Whether each element of the next state depends on the same element of the parameters and updates only, so that
+    processes which hold a part of each can compute theirs. No norms, no means over a tensor, no side channels of
+    another shape."""
     client_keys: ClassVar[tuple[str, ...]] = ("params",)
     """The entries of the server's state that ``client_init`` reads: only these are sent to silos on other machines."""
     server_lr: float = 1.0
+
+    def prepare(self, module: nn.Module) -> None:
+        """Prepares the user's module before its optimizers are made, such as by freezing some of it."""
+        return
 
     def check_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
         """Warns about, or refuses, client optimizers for which the algorithm is not derived."""
@@ -56,6 +66,15 @@ class Algorithm(ABC):
     def aux_of_clients(self, population: int) -> Mapping[str, Tree]:
         """As :meth:`aux_like`, for side channels whose shape depends on the number of clients."""
         return {}
+
+    def delta_like(self, params: Tree, server: State) -> Tree:
+        """A template of the ``delta`` that clients send in a round: all of ``params``, or some of them.
+
+        Args:
+            params: The global parameters.
+            server: The server's state before the round; empty before the first.
+        """
+        return params
 
     def client_init(self, server: State, client: State | None, probe: Any = None) -> Context:
         """What a client needs during its local training; the entry ``"params"`` is its starting point.

@@ -1,6 +1,7 @@
 """Federated averaging."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from lightning_fl.algorithms.base import Algorithm
 from lightning_fl.algorithms.registry import register
@@ -21,3 +22,5 @@ class FedAvg(Algorithm):
     """
 
     server_lr: float = 1.0
+
+    is_elementwise: ClassVar[bool] = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from lightning_fl.algorithms.base import Algorithm, check_hyperparameter
 from lightning_fl.algorithms.registry import register
@@ -40,6 +41,8 @@ class FedAvgM(Algorithm):
     server_lr: float = 1.0
     momentum: float = 0.9
     nesterov: bool = False
+
+    is_elementwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_hyperparameter(self, "momentum", 0 <= self.momentum < 1, "a number in [0, 1)")

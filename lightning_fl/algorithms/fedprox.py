@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from lightning_fl.algorithms.base import Algorithm, check_hyperparameter
 from lightning_fl.algorithms.registry import register
@@ -50,6 +51,8 @@ class FedProx(Algorithm):
 
     mu: float = 0.01
     server_lr: float = 1.0
+
+    is_elementwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_hyperparameter(self, "mu", self.mu >= 0, "a number that is not negative")

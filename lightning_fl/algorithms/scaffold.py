@@ -55,6 +55,11 @@ class Scaffold(Algorithm):
         check_hyperparameter(self, "option", self.option in (1, 2), "1 or 2")
 
     @property
+    def is_elementwise(self) -> bool:  # type: ignore[override]
+        """Option I measures a gradient outside the training step."""
+        return self.option == 2
+
+    @property
     def probe(self) -> ProbeKind | None:  # type: ignore[override]
         """Option I needs the gradient at the global model."""
         return "grad" if self.option == 1 else None

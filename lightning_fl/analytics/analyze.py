@@ -199,7 +199,8 @@ def clients_of(data: Any, client: str | None, group: Group) -> tuple[dict[Client
         owner = np.array([WITHOUT_CLIENT if name is None else name for name in labels(data, client)], dtype=object)
         everybody = {name: data[owner == name] for name in by_value(list(owner))}
     else:
-        return {group.rank: data}, list(range(group.size)), group.size > 1, data[:0]
+        names: list[ClientId] = list(group.names) or list(range(group.size))
+        return {names[group.rank]: data}, names, group.size > 1, data[:0]
     cohort = list(everybody)
     if not cohort:
         raise ValueError("There are no rows, so nobody to ask.")

@@ -112,7 +112,7 @@ class ClientMetrics(FederatedCallback):
             "weight": run.weight,
             "seconds": time.perf_counter() - self._start_time,
             "loss": run.loss,
-            "drift": joint_norm([subtract(clones(view.params), self._start)]),
+            "drift": view.trainer.within.joint_norm(joint_norm([subtract(clones(view.params), self._start)])),
             "refused": update is None,
         }
         # A value that the module logs as `loss`, or under another name of a column, does not replace that column.

@@ -129,8 +129,12 @@ class RunRecord(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Records that the run has finished."""
-        if self._own is not None and not trainer.is_global_zero:
-            torch.save(global_model(trainer), self._own / MODEL_FILE)
+        is_spread = isinstance(trainer.strategy, FederatedStrategy) and trainer.strategy.federation.is_spread
+        keeps_model = self._own is not None and not trainer.is_global_zero
+        if keeps_model or is_spread:  # the parts of all processes of a silo make the whole
+            model = global_model(trainer)
+            if self._own is not None and keeps_model:
+                torch.save(model, self._own / MODEL_FILE)
         self._close(trainer, "finished")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -183,6 +187,8 @@ def silo_record(strategy: Any) -> Path | None:
     if not isinstance(strategy, FederatedStrategy) or strategy.view.population.silos is None:
         return None
     group = strategy.federation
+    if group.inner.rank:  # its first process keeps the record of a silo
+        return None
     name = group.names[group.rank] if group.names else f"silo{group.rank}"
     return Path(strategy.lightning_module.trainer.default_root_dir, "silos", name)  # type: ignore[union-attr]
 
@@ -190,8 +196,9 @@ def silo_record(strategy: Any) -> Path | None:
 def global_model(trainer: L.Trainer) -> dict[str, Any]:
     """The global model as a checkpoint from which ``load_from_checkpoint`` makes the module."""
     module = trainer.lightning_module
+    state = trainer.strategy.lightning_module_state_dict()
     return {
-        "state_dict": {name: value.cpu() for name, value in module.state_dict().items()},
+        "state_dict": {name: value.cpu() for name, value in state.items()},
         "epoch": trainer.current_epoch,
         "global_step": trainer.global_step,
         "pytorch-lightning_version": L.__version__,

@@ -1,31 +1,39 @@
 """Asks statistical questions of rows that stay with their clients: means, quantiles, survival curves, tests.
 
 Of one file with a column that names the client of each row, or under torchrun of one file a silo: {rank} in the file's
-name stands for the silo's rank. Options that ask may be given again. With --secure nobody learns more than the sums
-over all. Then, and with --noise, the values of columns that divide rows, and the times of survival, are to be declared.
+name stands for the silo's rank. Or each silo starts it with its own file and the coordinator's address. Options that
+ask may be given again. With --secure nobody learns more than the sums over all. Then, and with --noise, the values of
+columns that divide rows, and the times of survival, are to be declared.
 
 Examples:
   lightning-fl analyze lung.csv --client inst --mean age --quantile wt.loss=0.5,0.9 --km time,status --by sex
   lightning-fl analyze lung.csv --client inst --mean age --range age=0,120 --noise 4 --max-epsilon 2
   lightning-fl analyze lung.csv --client inst --schema schema.json --target status
   torchrun --standalone --nproc_per_node 3 -m lightning_fl analyze silo{rank}.csv --secure --mean age --by sex=1,2
+  lightning-fl analyze own.csv --federation https://fl.example.org:8443 --kit kit --secure --mean age
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from lightning_fl import analytics as ask
+from lightning_fl.analytics.analyze import describe
 from lightning_fl.analytics.show import as_table
 from lightning_fl.cli.command import check_output
 from lightning_fl.communication import Group, launched_group
 from lightning_fl.datamodules.tabular import read_tables
 from lightning_fl.privacy import PrivacyError, SecureAggregation
+from lightning_fl.privacy.secagg import SecureAggregationError
+from lightning_fl.privacy.secagg.session import KEYS_VARIABLE
+from lightning_fl.tracking.answers import write_page
 
 ASKED = {
     "variance": ("COLUMN", "mean, variance and deviation"),
@@ -52,6 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's own options."""
     parser.add_argument("table", help="a .csv, .csv.gz or .parquet file, or a folder of them")
     parser.add_argument("--client", metavar="COLUMN", help="the column that names the client of a row")
+    parser.add_argument("--federation", metavar="ADDRESS", help="ask with the other silos, by their coordinator")
+    parser.add_argument("--kit", type=Path, metavar="FOLDER", help="this silo's key and certificate, for --federation")
     questions = parser.add_argument_group("questions")
     questions.add_argument("--count", action="store_true", help="the number of rows")
     for name, (metavar, text) in ASKED.items():
@@ -79,12 +89,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     schema.add_argument("--target", metavar="COLUMN", help="the column to predict")
     schema.add_argument("--drop", metavar="COLUMN,COLUMN", default="", help="columns to leave out")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the answers as JSON")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write a page with tables and plots, as HTML")
 
 
 def run(args: argparse.Namespace) -> None:
     """Asks, and prints the answers."""
-    if args.json is not None:
-        check_output(args.json)
+    for path in (args.json, args.report):
+        if path is not None:
+            check_output(path)
     if args.noise is None and (args.delta is not None or args.max_epsilon is not None):
         raise ValueError("--delta and --max-epsilon are of the noise; add --noise Z.")
     is_silo = "{rank}" in args.table
@@ -99,31 +111,81 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"Nothing is asked. Add --count, or one of --{', --'.join(ASKED)}.")
     if is_silo and args.ledger is not None and "{rank}" not in args.ledger:
         raise ValueError("Each silo keeps a ledger of its own: --ledger ledger{rank}.json.")
-    group = launched_group()
-    if group.size > 1 and not is_silo and args.client is None:
-        raise ValueError("The ranks would all read the same rows. Name a file for each, silo{rank}.csv, or --client.")
-    if is_silo and group.size == 1:
-        raise ValueError("{rank} in the file's name needs several silos: start them with torchrun.")
     privacy = None
     if args.noise is not None:
         delta = 1e-5 if args.delta is None else args.delta
         privacy = ask.RowLevelDP(args.noise, delta, args.max_epsilon)
-    table = read_tables(args.table.replace("{rank}", str(group.rank)))
-    aggregator = SecureAggregation() if args.secure else None
-    if args.schema is not None:
-        if privacy is not None:
+    if args.schema is not None and privacy is not None:
+        raise ValueError("A schema learned by --schema holds exact figures. Use TableSchema.from_ranges, and scaling=.")
+    aggregator = SecureAggregation(keys=_keys(args)) if args.secure else None
+    with _joined(args, questions, is_silo) as group:
+        try:
+            _ask(args, questions, group, aggregator, privacy)
+        except (PrivacyError, SecureAggregationError) as error:
+            raise ValueError(str(error)) from error
+
+
+def _keys(args: argparse.Namespace) -> str | None:
+    if args.kit is None or KEYS_VARIABLE in os.environ:
+        return None
+    return str(args.kit / "keys")
+
+
+@contextmanager
+def _joined(args: argparse.Namespace, questions: Sequence[ask.Question], is_silo: bool) -> Iterator[Group]:
+    """The group of those who ask: the silos of a federation over a network, the ranks of torchrun, or this process."""
+    if (args.federation is None) != (args.kit is None):
+        raise ValueError("--federation ADDRESS and --kit FOLDER go together: a silo shows its certificate.")
+    if args.federation is None:
+        group = launched_group()
+        if group.size > 1 and not is_silo and args.client is None:
             raise ValueError(
-                "A schema learned by --schema holds exact figures. Use TableSchema.from_ranges, and scaling=."
+                "The ranks would all read the same rows. Name a file for each, silo{rank}.csv, or --client."
             )
+        if is_silo and group.size == 1:
+            raise ValueError("{rank} in the file's name needs several silos: start them with torchrun.")
+        yield group
+        return
+    if is_silo or args.client is not None:
+        raise ValueError("With --federation this process is one silo, which is a client: give its own file alone.")
+    try:
+        from lightning_fl.coordinator.client import CallRefused, NotAdmitted
+        from lightning_fl.coordinator.network_group import MeetingOver, NetworkGroup
+        from lightning_fl.coordinator.policy import PolicyBroken, read_policy
+    except ModuleNotFoundError as error:
+        raise ImportError(f"--federation needs {error.name}: pip install 'lightning-fl[network]'.") from error
+    protections = {"secure aggregation": args.secure, "differential privacy": args.noise is not None}
+    names = [name for question in questions for name in _names(question)] + ["schema"] * (args.schema is not None)
+    try:
+        own = [name for name, holds in protections.items() if holds]
+        read_policy(args.kit / "policy.yaml").check_questions(names, args.min_count, own)
+        with NetworkGroup(args.federation, args.kit) as network:
+            network.audit.append("asked", questions=[describe(question) for question in questions], protections=own)
+            yield network
+    except (CallRefused, NotAdmitted, MeetingOver, PolicyBroken) as error:
+        raise ValueError(str(error)) from error
+
+
+def _names(question: ask.Question) -> list[str]:
+    inner = getattr(question, "question", None)
+    return [type(question).__name__, *([] if inner is None else _names(inner))]
+
+
+def _ask(
+    args: argparse.Namespace,
+    questions: Sequence[ask.Question],
+    group: Group,
+    aggregator: SecureAggregation | None,
+    privacy: ask.RowLevelDP | None,
+) -> None:
+    table = read_tables(args.table.replace("{rank}", str(group.rank)))
+    if args.schema is not None:
         _agree(args, table, group, aggregator)
     if not questions:
         return
-    try:
-        ledger = None if args.ledger is None else args.ledger.replace("{rank}", str(group.rank))
-        analysis = ask.analyze(questions, table, args.client, group, aggregator, privacy, args.min_count, ledger)
-    except PrivacyError as error:
-        raise ValueError(str(error)) from error
-    if group.rank:
+    ledger = None if args.ledger is None else args.ledger.replace("{rank}", str(group.rank))
+    analysis = ask.analyze(questions, table, args.client, group, aggregator, privacy, args.min_count, ledger)
+    if group.rank and args.federation is None:
         return
     Console().print(as_table(analysis))
     if analysis.epsilon is not None:
@@ -131,6 +193,9 @@ def run(args: argparse.Namespace) -> None:
     if args.json is not None:
         analysis.save(args.json)
         print(f"answers: {args.json}")
+    if args.report is not None:
+        write_page(analysis.to_dict(), args.report)
+        print(f"report: {args.report}")
 
 
 def _agree(args: argparse.Namespace, table: Any, group: Group, aggregator: SecureAggregation | None) -> None:
@@ -139,7 +204,7 @@ def _agree(args: argparse.Namespace, table: Any, group: Group, aggregator: Secur
     found = ask.federated_schema(
         table, args.target, args.client, group, aggregator, drop, categories=categories, min_count=args.min_count
     )
-    if group.rank == 0:
+    if group.rank == 0 or args.federation is not None:
         found.schema.save(args.schema)
         for note in found.notes:
             print(f"note: {note}")

@@ -30,22 +30,25 @@ class Population:
         self._positions = None if isinstance(ids, range) else {client: i for i, client in enumerate(ids)}
 
     @classmethod
-    def of_ranks(cls, loader: Loader, rank: int, ids: Sequence[ClientId]) -> Population:
+    def of_ranks(
+        cls, loader: Loader, rank: int, ids: Sequence[ClientId], num_examples: int | None = None
+    ) -> Population:
         """Silos of which each is a rank; this rank holds the data of its own.
 
         Args:
             loader: The data of this rank's silo.
             rank: This rank.
             ids: The silos in the order of the ranks.
+            num_examples: Examples of the silo, if the loader reads a part of them. None: those of the loader.
         """
-        population = cls(ClientLoaders({ids[rank]: loader}), silos=len(ids))
+        population = cls(_alone(ids[rank], loader, num_examples), silos=len(ids))
         population._number(ids)
         return population
 
     @classmethod
-    def of_silo(cls, name: str, loader: Loader) -> Population:
+    def of_silo(cls, name: str, loader: Loader, num_examples: int | None = None) -> Population:
         """The only client of a launch that is one silo of a federation over a network."""
-        population = cls(ClientLoaders({name: loader}))
+        population = cls(_alone(name, loader, num_examples))
         population.silos = 1
         return population
 
@@ -122,6 +125,11 @@ class Population:
             return declared
         loader = self.loaders[client]  # making a loader can be expensive, so only if nothing was declared
         return count_examples(loader) or count_batches(loader) or 1
+
+
+def _alone(client: ClientId, loader: Loader, num_examples: int | None) -> ClientLoaders:
+    declared = None if num_examples is None else {client: num_examples}.__getitem__
+    return ClientLoaders({client: loader}, num_examples=declared)
 
 
 def _sorted(ids: Iterable[ClientId]) -> Sequence[ClientId]:

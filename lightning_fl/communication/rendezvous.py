@@ -8,14 +8,19 @@ import time
 from collections import Counter
 from contextlib import suppress
 from datetime import timedelta
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
 
-from lightning_fl.communication.attendance import FIRST_NOTICE, LONGEST_NOTICE, log
+from lightning_fl.communication.attendance import FIRST_NOTICE, LONGEST_NOTICE, Attendance, log
 from lightning_fl.communication.group import Group, LocalGroup, TorchGroup
+from lightning_fl.communication.message import Message
+from lightning_fl.communication.silo import SiloGroup
 
 _federations: Counter[str] = Counter()
+_default_groups: list[dist.Store] = []
+"""The stores of the default groups that this module has made, which it may replace."""
 
 
 def connect(
@@ -40,6 +45,95 @@ def connect(
     """
     if size == 1:
         return LocalGroup()
+    store, own = _meet(rank, size, address, port, timeout)
+    return TorchGroup(store, rank, size, device, timeout, own, name)
+
+
+def connect_silos(
+    rank: int,
+    size: int,
+    ranks: int,
+    is_spread: bool,
+    address: str,
+    port: int,
+    device: torch.device,
+    timeout: timedelta = timedelta(minutes=30),
+    name: str = "",
+) -> SiloGroup:
+    """Joins processes to silos of several, and the silos to a federation; each process must call it.
+
+    Torch's default process group becomes that of the silo.
+
+    Args:
+        rank: Index of this process among all, from 0; those of a silo follow one another.
+        size: Number of processes of all silos.
+        ranks: Number of processes of this silo.
+        is_spread: Whether parameters are spread over the processes of a silo.
+        address: Host of the store.
+        port: Port of the store.
+        device: Device of the model.
+        timeout: How long a collective waits for the other processes.
+        name: The name of this silo; empty if silos have none.
+
+    Raises:
+        ValueError: On every process, if the silos' sizes don't add up, or differ where parameters are spread.
+    """
+    if size == 1:
+        _own_default_group(dist.HashStore(), 0, 1, device, timeout)
+        return SiloGroup(LocalGroup(), LocalGroup(), LocalGroup() if is_spread else None, 0, 1)
+    store, own = _meet(rank, size, address, port, timeout)
+    Attendance(dist.PrefixStore("processes", store), rank, size).arrive("", timeout)
+    store.set(f"ranks/{rank}", str(ranks))
+    sizes = [int(store.get(f"ranks/{other}")) for other in range(size)]
+    firsts = [0]
+    while firsts[-1] < size:
+        firsts.append(firsts[-1] + max(sizes[firsts[-1]], 1))
+    of_silos = [sizes[first:end] for first, end in pairwise(firsts)]
+    if firsts[-1] != size or any(min(each) != max(each) for each in of_silos):
+        raise ValueError(
+            f"The processes say that their silos have {sizes} processes, in the order of the ranks. Those of a silo "
+            "follow one another; start as many as silo=fl.silos.DDP(ranks=...) says, or leave ranks out if each silo "
+            "is one machine."
+        )
+    if is_spread and len({len(each) for each in of_silos}) > 1:
+        raise ValueError(
+            f"The silos have {[len(each) for each in of_silos]} processes. Where the parameters are spread over them, "
+            "all silos need the same number, so that each part has its counterparts. Use fl.silos.DDP(), or start as "
+            "many in each."
+        )
+    silo = next(place for place, first in enumerate(firsts[1:]) if rank < first)
+    place, num_silos = rank - firsts[silo], len(of_silos)
+
+    def group(prefix: str, index: int, number: int, name: str) -> Group:
+        if number == 1:
+            return LocalGroup()
+        return TorchGroup(dist.PrefixStore(prefix, store), index, number, device, timeout, own, name)
+
+    inner = group(f"silo {silo}", place, ranks, "")
+    outer = group(f"process {place} of silos", silo, num_silos, name) if is_spread or place == 0 else None
+    default = dist.PrefixStore(f"default {silo}", store)
+    _own_default_group(default, place, ranks, device, timeout)
+    said = Message({"names": list(outer.names) if outer is not None else []})
+    names = inner.broadcast_message(said).fields["names"]
+    return SiloGroup(inner, outer if place == 0 else None, outer if is_spread else None, silo, num_silos, names)
+
+
+def _own_default_group(store: dist.Store, rank: int, size: int, device: torch.device, timeout: timedelta) -> None:
+    """Makes torch's default group that of the silo, for what a model does inside it: FSDP, SyncBatchNorm."""
+    if dist.is_initialized():
+        if not _default_groups:
+            raise ValueError(
+                "torch.distributed is initialised already, but its default group has to be that of this silo. Leave "
+                "init_process_group out; the strategy calls it."
+            )
+        dist.destroy_process_group()
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    _default_groups.append(store)
+
+
+def _meet(rank: int, size: int, address: str, port: int, timeout: timedelta) -> tuple[dist.Store, str | None]:
+    """The store of the ranks, under a prefix of this federation, and the address at which they reach this one."""
     # Under torchrun the agent already serves a store at this address; elsewhere rank 0 has to.
     agent_keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "") == "True"
     # The agent's store outlives a restart of its workers. The keys carry the attempt, and the number of the federation
@@ -49,7 +143,7 @@ def connect(
     prefix = f"lightning_fl/{attempt}/{_federations[attempt]}"
     _federations[attempt] += 1
     own = None if "GLOO_SOCKET_IFNAME" in os.environ else own_address(address, port, size)
-    return TorchGroup(dist.PrefixStore(prefix, store), rank, size, device, timeout, own, name)
+    return dist.PrefixStore(prefix, store), own
 
 
 def _open_store(address: str, port: int, size: int, keeps_it: bool, timeout: timedelta) -> dist.Store:

@@ -7,6 +7,7 @@ import json
 import logging
 import ssl
 import time
+from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +18,9 @@ from aiohttp import web
 
 from lightning_fl.coordinator import identity
 from lightning_fl.coordinator.identity import IdentityError, Kit
-from lightning_fl.coordinator.service import START, Coordinator, Refused
+from lightning_fl.coordinator.meetings import Meetings
+from lightning_fl.coordinator.service import PROTOCOL, START, Coordinator, Refused
+from lightning_fl.coordinator.store import Upload
 
 HOLD_S = 20.0
 """How long a call is held that waits for something to happen."""
@@ -44,11 +47,14 @@ class HttpServer:
     def __init__(self, coordinator: Coordinator, kit: Kit) -> None:
         self.coordinator = coordinator
         self.kit = kit
+        rules = coordinator.rules
+        self.meetings = Meetings(rules.silos, rules.evaluation_s, coordinator.audit)
         self._context: ssl.SSLContext | None = None
         self._kit_version = kit.version()
         self._revoked = kit.revoked()
         self._has_failed = False
         self._writers: dict[Path, object] = {}
+        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._runners: list[web.AppRunner] = []
         # One thread for all that reads whole updates, so that no two of them are in memory at once.
         self._worker = ThreadPoolExecutor(1)
@@ -71,6 +77,10 @@ class HttpServer:
         for path in ("/v1/rounds/{round}/{topic}/{digest}", "/v1/start/{digest}"):
             app.router.add_head(path, self._offset)
             app.router.add_put(path, self._put)
+        app.router.add_post("/v1/meeting", self._come)
+        app.router.add_post("/v1/meeting/leave", self._leave_meeting)
+        app.router.add_put("/v1/meeting/{meeting}/{step}", self._tell)
+        app.router.add_get("/v1/meeting/{meeting}/{step}", self._told)
         app.router.add_post("/v1/alive", self._alive)
         app.router.add_post("/v1/leave", self._leave)
         self._context = identity.server_context(self.kit, self._handshake_failed)
@@ -101,6 +111,7 @@ class HttpServer:
                     self.coordinator.begin_close()
                     # In a thread: to add up large updates takes seconds, in which silos must still get answers.
                     await self._in_thread(self.coordinator.close)
+                self.meetings.step(time.monotonic())
                 self._read_kit_again()
             except OSError as error:  # the disk is full, say: silos try on meanwhile
                 self._can_not_write(error)
@@ -206,7 +217,7 @@ class HttpServer:
         round, topic = _integer(request.match_info["round"]), request.match_info["topic"]
         until = time.monotonic() + HOLD_S
         while time.monotonic() < until:
-            path = self.coordinator.outcome(round, topic)
+            path = self.coordinator.outcome(round, topic, request[SILO])
             if path is not None:
                 return web.FileResponse(path, chunk_size=PIECE)
             await asyncio.sleep(TICK_S)
@@ -240,6 +251,15 @@ class HttpServer:
                 coordinator.progressed(silo, time.monotonic())
         if upload.size < length:
             return web.json_response({"complete": False, "offset": upload.size})
+        # A call that its silo has given up may still be here when the silo repeats it.
+        async with self._locks[silo]:
+            upload = coordinator.target(silo, round, topic, digest, length)
+            if not upload.ok.exists():
+                await self._take_in(upload, round, topic)
+        return web.json_response({"complete": True})
+
+    async def _take_in(self, upload: Upload, round: int | None, topic: str) -> None:
+        coordinator = self.coordinator
         try:
             await self._in_thread(coordinator.check, upload, topic)
         except Refused as refused:
@@ -247,14 +267,49 @@ class HttpServer:
             raise
         finally:
             self._writers.pop(upload.part, None)
+        while coordinator.is_busy(topic):
+            await asyncio.sleep(TICK_S)
         coordinator.accept(upload, round, topic, time.monotonic())
-        return web.json_response({"complete": True})
 
     async def _alive(self, request: web.Request) -> web.StreamResponse:
         return web.json_response({"round": self.coordinator.alive(request[SILO], time.monotonic())})
 
     async def _leave(self, request: web.Request) -> web.StreamResponse:
         self.coordinator.leave(request[SILO], str((await _json(request)).get("reason", "")))
+        return web.json_response({})
+
+    # ---- meetings
+
+    async def _come(self, request: web.Request) -> web.StreamResponse:
+        silo, content = request[SILO], await _json(request)
+        if content.get("protocol") != PROTOCOL:
+            raise Refused(422, f"Silo {silo!r} speaks another protocol: install the same version of lightning_fl.")
+        until = time.monotonic() + HOLD_S
+        while True:
+            found = self.meetings.come(silo, content.get("token"), time.monotonic())
+            if found["meeting"] is not None or time.monotonic() >= until:
+                return web.json_response(found)
+            await asyncio.sleep(TICK_S)
+
+    async def _tell(self, request: web.Request) -> web.StreamResponse:
+        place = request[SILO], request.match_info["meeting"], _integer(request.match_info["step"])
+        data = await asyncio.wait_for(request.read(), IDLE_S)
+        self.meetings.put(*place, request.query.get("kind", ""), data, time.monotonic())
+        return web.json_response({})
+
+    async def _told(self, request: web.Request) -> web.StreamResponse:
+        place = request[SILO], request.match_info["meeting"], _integer(request.match_info["step"])
+        until = time.monotonic() + HOLD_S
+        while time.monotonic() < until:
+            outcome = self.meetings.get(*place)
+            if outcome is not None:
+                return web.Response(body=outcome, content_type="application/octet-stream")
+            await asyncio.sleep(TICK_S)
+        return web.Response(status=204)
+
+    async def _leave_meeting(self, request: web.Request) -> web.StreamResponse:
+        content = await _json(request)
+        self.meetings.leave(request[SILO], content.get("token"), content.get("reason", ""), time.monotonic())
         return web.json_response({})
 
     # ---- for the people who run it

@@ -27,6 +27,8 @@ class Policy:
         max_rounds: The rounds in which it takes part at most.
         require: ``"differential privacy"``, ``"secure aggregation"`` or a list of both: only in runs that have it.
         silos: The silos with which it trains.
+        questions: The names of the questions that it answers, such as ``Mean``.
+        min_count: The fewest rows that an answer must rest on.
     """
 
     algorithms: Sequence[str] | None = None
@@ -35,6 +37,8 @@ class Policy:
     max_rounds: int | None = None
     require: str | Sequence[str] | None = None
     silos: Sequence[str] | None = None
+    questions: Sequence[str] | None = None
+    min_count: int | None = None
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.required if name not in PROTECTIONS]
@@ -62,6 +66,26 @@ class Policy:
         for name in self.required:
             if name not in protections:
                 raise PolicyBroken(f"policy.yaml requires {name}, but this run trains without it.")
+
+    def check_questions(self, questions: Sequence[str], min_count: int, protections: Collection[str]) -> None:
+        """Makes sure that the silo answers what it may.
+
+        Args:
+            questions: The names of the questions.
+            min_count: The fewest rows that an answer rests on.
+            protections: What protects the silo, of :data:`PROTECTIONS`.
+
+        Raises:
+            PolicyBroken: If it does not.
+        """
+        for name in questions:
+            if self.questions is not None and name not in self.questions:
+                raise PolicyBroken(f"The question is {name}; policy.yaml allows {', '.join(self.questions)}.")
+        if self.min_count is not None and min_count < self.min_count:
+            raise PolicyBroken(f"Answers may rest on {min_count} rows; policy.yaml has min_count: {self.min_count}.")
+        for name in self.required:
+            if name not in protections:
+                raise PolicyBroken(f"policy.yaml requires {name}, but these questions are asked without it.")
 
     def check_silos(self, silos: Sequence[str]) -> None:
         """Makes sure that the policy names all silos of the federation.
@@ -94,14 +118,19 @@ class Policy:
         if self.max_rounds is not None and num_done >= self.max_rounds:
             raise PolicyBroken(f"This silo has taken part in {num_done} rounds, all that policy.yaml allows.")
 
-    def check_cohort(self, cohort: Sequence[str]) -> None:
+    def check_cohort(self, cohort: Sequence[str], fewest: int | None = None) -> None:
         """Makes sure that a round has enough silos.
+
+        Args:
+            cohort: Those that train.
+            fewest: With how many updates the round may close, if not with those of the whole cohort.
 
         Raises:
             PolicyBroken: If it has not.
         """
-        if len(cohort) < self.min_cohort:
-            raise PolicyBroken(f"A round has {len(cohort)} silos; policy.yaml has min_cohort: {self.min_cohort}.")
+        size = len(cohort) if fewest is None else min(len(cohort), fewest)
+        if size < self.min_cohort:
+            raise PolicyBroken(f"A round has {size} silos; policy.yaml has min_cohort: {self.min_cohort}.")
 
 
 def read_policy(path: Path) -> Policy:
@@ -116,11 +145,11 @@ def read_policy(path: Path) -> Policy:
     known = {field.name for field in fields(Policy)}
     if not isinstance(content, Mapping) or not content.keys() <= known:
         raise ValueError(f"{path} holds something else than the entries {', '.join(sorted(known))}.")
-    for name in ("min_cohort", "max_rounds"):
+    for name in ("min_cohort", "max_rounds", "min_count"):
         value = content.get(name, 1)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{path} has {name}={value!r}; expected a whole number, at least 1.")
-    for name in ("algorithms", "silos"):
+    for name in ("algorithms", "silos", "questions"):
         names: Any = content.get(name, [])
         if not isinstance(names, list) or not all(isinstance(item, str) for item in names):
             raise ValueError(f"{path} has {name}={names!r}; expected a list of names.")

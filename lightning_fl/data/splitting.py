@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, Subset
+from torch.utils.data.distributed import DistributedSampler
 
 from lightning_fl.data.client_loaders import ClientLoaders
 from lightning_fl.data.collation import with_fast_collation
@@ -182,6 +183,35 @@ def shard(loader: Any, rank: int, size: int) -> DataLoader:
         )
     # Not a `DistributedSampler`, which repeats samples to make the ranks equal and so changes the metrics.
     return _rebuild(loader, Subset(loader.dataset, range(rank, len(loader.dataset), size)))
+
+
+def share_among(loader: Any, rank: int, size: int, seed: int = 0) -> DataLoader:
+    """The part of a training loader that one process of a silo reads, as Lightning's ``DDPStrategy`` would cut it.
+
+    All parts are of the same length, so that the processes step together; the last ones may repeat an example.
+
+    Args:
+        loader: A plain ``DataLoader`` over a map-style data set, or one with a ``DistributedSampler``.
+        rank: The process, ``0 .. size-1``.
+        size: Number of processes.
+        seed: Seed of the order, if the loader shuffles.
+
+    Raises:
+        ValueError: If the loader can't be shared.
+    """
+    dataset: Any = getattr(loader, "dataset", None)
+    if not isinstance(loader, DataLoader) or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        what = f"reads {type(dataset).__name__}, a stream," if isinstance(loader, DataLoader) else type(loader).__name__
+        raise ValueError(
+            f"The training loader {what} which processes can't share. Give one DataLoader over a map-style data set "
+            "with the silo's data."
+        )
+    if isinstance(loader.sampler, DistributedSampler):
+        return loader
+    check_plain(loader)
+    shuffle = isinstance(loader.sampler, RandomSampler)
+    sampler: Any = DistributedSampler(dataset, size, rank, shuffle=shuffle, seed=seed)
+    return _rebuild(loader, dataset, None, {"sampler": lambda _: sampler, "shuffle": False})
 
 
 def examples_per_pass(num_samples: int, batch_size: int, drop_last: bool) -> int:

@@ -20,9 +20,11 @@ from lightning_fl.datamodules.datasets.shakespeare import LEAFShakespeareDataMod
 from lightning_fl.datamodules.datasets.shapes import ShapesDataModule
 from lightning_fl.datamodules.datasets.synthetic import SyntheticDataModule
 from lightning_fl.datamodules.image_folders import ImageFolderDataModule
+from lightning_fl.datamodules.instructions import InstructionDataModule, train_tokenizer
 from lightning_fl.datamodules.map_style import HuggingFaceDataModule, TorchDataModule
 from lightning_fl.datamodules.natural import ClientData, NaturalDataModule
 from lightning_fl.datamodules.partitioned import PartitionedDataModule
+from lightning_fl.datamodules.silo_clients import SiloClients
 from lightning_fl.datamodules.table_schema import TableSchema
 from lightning_fl.datamodules.tabular import TabularDataModule
 
@@ -44,6 +46,7 @@ __all__ = [
     "FeatureNoise",
     "HuggingFaceDataModule",
     "ImageFolderDataModule",
+    "InstructionDataModule",
     "LEAFDataModule",
     "LEAFShakespeareDataModule",
     "LabelsPerClient",
@@ -59,9 +62,11 @@ __all__ = [
     "ShakespeareDataModule",
     "ShapesDataModule",
     "Shards",
+    "SiloClients",
     "SyntheticDataModule",
     "TableSchema",
     "TabularDataModule",
     "TorchDataModule",
     "save_mapping",
+    "train_tokenizer",
 ]

@@ -44,7 +44,7 @@ class NaturalDataModule(OptionalLoaders):
     one shuffled loader over all training data, which is the centralised baseline. Each client holds out a part of its
     samples for validation and test. The global model is validated and tested on the union of these parts;
     ``client_val_dataloaders()`` and ``client_test_dataloaders()`` return them by client. Subclasses override
-    :meth:`read`.
+    :meth:`read`; a method ``collate``, if there is one, makes a batch of a list of examples.
 
     Args:
         batch_size: Examples per training batch.
@@ -126,7 +126,7 @@ class NaturalDataModule(OptionalLoaders):
     def train_dataloader(self) -> ClientLoaders | DataLoader:
         """The clients' loaders; one loader over all their data if the strategy is not federated."""
         return (
-            self._client_loaders("train") if wants_client_loaders(self.trainer) else self._loader(self.pooled(), True)
+            self._client_loaders("train") if wants_client_loaders(self.trainer) else self.loader_of(self.pooled(), True)
         )
 
     def val_dataloader(self) -> DataLoader | list:
@@ -172,18 +172,20 @@ class NaturalDataModule(OptionalLoaders):
             raise ValueError(f"The clients have no {part} data; set {part}_share.")
         return ClientLoaders(
             self._ids(part),
-            lambda client: self._loader(self.client_dataset(client, part), part == "train"),
+            lambda client: self.loader_of(self.client_dataset(client, part), part == "train"),
             num_examples=lambda client: self.num_samples(client, part),
         )
 
     def _evaluation_loader(self, part: Part) -> DataLoader | list:
-        return self._loader(self.pooled(part)) if self._has(part) else []
+        return self.loader_of(self.pooled(part)) if self._has(part) else []
 
-    def _loader(self, dataset: Dataset, train: bool = False) -> DataLoader:
+    def loader_of(self, dataset: Dataset, train: bool = False) -> DataLoader:
+        """A loader over some of the samples, with the settings of training or of evaluation."""
         # `RandomSampler` refuses an empty data set, which a client may have.
         shuffle = train and len(dataset) > 0  # type: ignore[arg-type]
         size = self.batch_size if train else self.eval_batch_size
-        return DataLoader(dataset, batch_size=size, shuffle=shuffle, num_workers=self.num_workers)
+        collate = getattr(self, "collate", None)
+        return DataLoader(dataset, batch_size=size, shuffle=shuffle, num_workers=self.num_workers, collate_fn=collate)
 
 
 class _Pooled(Dataset):

@@ -185,7 +185,7 @@ class TabularDataModule(NaturalDataModule):
 
     def train_dataloader(self) -> ClientLoaders | DataLoader:
         """The clients' loaders; one loader over all rows if ``client`` is None or the strategy is not federated."""
-        return self._loader(self.pooled(), train=True) if self.client is None else super().train_dataloader()
+        return self.loader_of(self.pooled(), train=True) if self.client is None else super().train_dataloader()
 
     def _make_schema(self, table: Any, name: str, sizes: np.ndarray) -> TableSchema:
         if self.schema_path is not None:

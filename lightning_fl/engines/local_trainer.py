@@ -18,7 +18,9 @@ from lightning_fl.engines.buffers import contributions, where_both_finite
 from lightning_fl.engines.gradient_at import BatchGradient
 from lightning_fl.engines.isolation import Isolation
 from lightning_fl.engines.optimizer_states import OptimizerStates, Schedule, ScheduleEnd
+from lightning_fl.engines.spread import is_spread, local, locals_of
 from lightning_fl.engines.tensors import FederatedTensors, clones, is_same, load
+from lightning_fl.engines.within_silo import WithinSilo
 from lightning_fl.tree import cast_like, to_sum_dtype
 from lightning_fl.types import Context, Phase, Tree
 
@@ -118,6 +120,7 @@ class LocalTrainer(ABC):
         functions: The parts of a step. None: :meth:`step` is not called, because another loop runs the steps and calls
             :meth:`prepare_gradients` in each.
         isolation: Puts the rest of the module's state back before each client. None: all of it.
+        within: What the processes of a silo agree on. None: there is one.
     """
 
     def __init__(
@@ -128,6 +131,7 @@ class LocalTrainer(ABC):
         client_optimizer: ClientOptimizer = "reset",
         functions: StepFunctions | None = None,
         isolation: Isolation | None = None,
+        within: WithinSilo | None = None,
     ) -> None:
         self.module = module
         self.optimizers = optimizers
@@ -139,6 +143,7 @@ class LocalTrainer(ABC):
         self.batch: tuple[Any, int] | None = None
         """The batch of the current step, on the module's device, and its index among the client's batches."""
         self.isolation = Isolation(module) if isolation is None else isolation
+        self.within = within or WithinSilo()
         self.is_alone = self.is_private = False
         self.is_shared = True
         self.moved: set[str] = set()
@@ -158,6 +163,7 @@ class LocalTrainer(ABC):
         is_alone: bool = False,
         is_shared: bool = True,
         is_private: bool = False,
+        moves: Callable[[Sequence[str], Mapping[str, Tensor]], Sequence[str]] | None = None,
     ) -> Tree:
         """Takes the module's tensors as the round's start.
 
@@ -172,20 +178,24 @@ class LocalTrainer(ABC):
             is_alone: Whether the federation has one client only, whose state can reach no other.
             is_shared: Whether several clients train on this module, one after the other. A silo has it for itself.
             is_private: Whether differential privacy protects the data, so that frozen parameters may not move.
+            moves: Names frozen parameters that the server moves.
 
         Returns:
             The global parameters, in the dtype in which they are summed.
         """
         # Sorted anew in each round, because callbacks freeze and unfreeze layers between rounds.
-        tensors = FederatedTensors(self.module, self.personal, moving)
+        if self.within.is_spread:
+            self.within.free_gathered(self.module)
+        tensors = FederatedTensors(self.module, self.personal, moving, self.within.is_spread, moves)
         self.is_alone, self.is_shared, self.is_private = is_alone, is_shared, is_private
         self.moved = set()
         self.isolation.begin_round()
         self._round_start = RoundStart(tensors, clones(tensors.buffers), clones(tensors.personal), counts_known)
         self.start_buffers = self._round_start.buffers
         self.optimizers.begin_round(schedules)
-        params = to_sum_dtype(tensors.params)
-        for name, param in tensors.params.items():
+        shared = locals_of(tensors.params)
+        params = to_sum_dtype(shared)
+        for name, param in shared.items():
             if server_params is not None and name in server_params and params[name].dtype != param.dtype:
                 master = server_params[name].to(param.device)
                 params[name] = torch.where(cast_like(master, param) == param, master, params[name])
@@ -245,6 +255,8 @@ class LocalTrainer(ABC):
         assert functions is not None
         self.batch = batch, position.offset
         loss, losses = self._forward(batch, position)
+        if loss is None:
+            self.within.refuse_skipping()
         # After the forward pass, as in Lightning's closure: a training_step may still read the gradients of the last
         # step.
         if position.starts_window:
@@ -254,6 +266,8 @@ class LocalTrainer(ABC):
         if loss is not None:
             # A last window that is not full is divided by the full window too, as in Lightning.
             functions.backward(loss if position.window == 1 else loss / position.window)
+        if position.ends_window:
+            self.join_gradients()
         # Where gradients are scaled, a batch without loss at the end of a window drops the window, as in Lightning.
         if position.ends_window and (loss is not None or functions.unscale is None):
             if functions.unscale is not None:
@@ -265,6 +279,10 @@ class LocalTrainer(ABC):
                 functions.clip(optimizer)
             functions.optimizer_step(optimizer)
         return None if losses is None else losses.detach()
+
+    def join_gradients(self) -> None:
+        """Averages the gradients over the processes of the silo, before they are unscaled."""
+        self.within.average_gradients(self.tensors.trainable.values())
 
     @abstractmethod
     def prepare_gradients(self, optimizer: Optimizer) -> None:
@@ -387,6 +405,11 @@ class LocalTrainer(ABC):
         return self.round_start.tensors
 
     @property
+    def moving(self) -> Collection[str]:
+        """Names of the frozen parameters that the current round may move; none before the first."""
+        return () if self._round_start is None else self.tensors.moving.keys()
+
+    @property
     def device(self) -> torch.device:
         """The device of the module's shared parameters."""
         return next(iter(self.tensors.params.values())).device
@@ -397,7 +420,7 @@ class LocalTrainer(ABC):
         self.moved |= {
             name
             for name, param in tensors.moving.items()
-            if name not in self.moved and not is_same(param.detach(), start[name])
+            if name not in self.moved and not is_same(local(param).detach(), start[name])
         }
         if self.is_alone and not self.is_private:
             return
@@ -459,10 +482,13 @@ def transform_gradients(transform: GradTransform, params: Mapping[str, Tensor], 
     # With several optimizers, gradients of the others must not be corrected once for each of them.
     stepped = {id(param) for group in optimizer.param_groups for param in group["params"]}
     grads = {name: param.grad for name, param in params.items() if id(param) in stepped and param.grad is not None}
-    grads = {name: grad.to_dense() if grad.is_sparse else grad for name, grad in grads.items()}
-    for name, grad in transform(grads, {name: params[name].detach() for name in grads}).items():
+    grads = {name: grad.to_dense() if grad.is_sparse else local(grad) for name, grad in grads.items()}
+    for name, grad in transform(grads, {name: local(params[name]).detach() for name in grads}).items():
         # A correction in float32 promotes gradients in half precision, and torch refuses a gradient of another dtype.
-        params[name].grad = grad.to(params[name].dtype)
+        if is_spread(params[name]):
+            local(params[name].grad).copy_(grad)  # type: ignore[arg-type]
+        else:
+            params[name].grad = grad.to(params[name].dtype)
 
 
 def trained_value(param: Tensor, start: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
+from lightning_fl.engines.spread import local, spread_like
 from lightning_fl.optimizer_tree import pack_param_state, unpack_param_state
 from lightning_fl.types import Tree
 
@@ -197,7 +198,7 @@ class OptimizerStates:
     def keep(self) -> Tree:
         """The optimizers' states as a tree, to be passed to :meth:`restart` in the client's next round."""
         return {
-            f"{index}.{position}.{entry}": value.clone()
+            f"{index}.{position}.{entry}": local(value).clone()
             for index, optimizer in enumerate(self.optimizers)
             for position, param in enumerate(_params(optimizer))
             for entry, value in pack_param_state(optimizer, param, _KEEP_REMEDY).items()
@@ -399,4 +400,12 @@ def _unpack(kept: Tree, index: int, optimizer: Optimizer) -> dict[Tensor, dict[s
         optimizer_index, position, entry = name.split(".", 2)
         if int(optimizer_index) == index:
             packed.setdefault(params[int(position)], {})[entry] = value
-    return {param: unpack_param_state(tree) for param, tree in packed.items()}
+    return {
+        param: {
+            entry: spread_like(value, param)
+            if isinstance(value, Tensor) and value.shape == local(param).shape
+            else value
+            for entry, value in unpack_param_state(tree).items()
+        }
+        for param, tree in packed.items()
+    }

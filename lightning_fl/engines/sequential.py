@@ -17,6 +17,7 @@ from lightning_fl.engines.local_trainer import (
     transform_gradients,
 )
 from lightning_fl.engines.phases import LocalPhases
+from lightning_fl.engines.spread import locals_of
 from lightning_fl.engines.tensors import clones, load
 from lightning_fl.types import Context, Phase, Tree
 
@@ -82,6 +83,7 @@ class SequentialEngine(LocalTrainer):
 
     def finish(self, num_steps: Sequence[int] | None = None) -> LocalResult:
         tensors, phases = self.tensors, self.phases
+        self.within.join_buffers({**tensors.buffers, **tensors.personal_buffers})
         # Before anything is read: a result of parameters that must not have changed would be wrong.
         self._note_moved()
         self._end_phase()
@@ -96,7 +98,9 @@ class SequentialEngine(LocalTrainer):
         )
         # Indexing with None gives a client dimension without the copy that stacking would make.
         result = LocalResult(
-            params={n: trained_value(p.detach(), phases.start_params[n])[None] for n, p in tensors.params.items()},
+            params={
+                n: trained_value(p.detach(), phases.start_params[n])[None] for n, p in locals_of(tensors.params).items()
+            },
             buffers=self._contributions({name: buffer[None] for name, buffer in tensors.buffers.items()}),
             client_state={key: {n: t[None] for n, t in tree.items()} for key, tree in client_state.items()},
             facts=[facts],

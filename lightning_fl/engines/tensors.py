@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
+from lightning_fl.engines.spread import is_spread, local, locals_of
 from lightning_fl.torch_internals import version_counter
 from lightning_fl.tree import cast_like, num_bytes
 from lightning_fl.types import Tree
@@ -28,13 +29,22 @@ class FederatedTensors:
         moving: Names of frozen parameters that local training writes to, such as a teacher that follows by an
             exponential moving average; they count as shared buffers. None: not known yet, so those that may be such a
             teacher do.
+        may_be_spread: Whether parameters may be spread over the processes of a silo.
+        moves: Names frozen parameters that the server moves, from the names of all and the shared parameters.
 
     Raises:
         ValueError: If a glob matches nothing, or nothing trainable is left to share.
     """
 
-    def __init__(self, module: nn.Module, personal: Sequence[str] = (), moving: Collection[str] | None = ()) -> None:
-        check_tensors(module)
+    def __init__(
+        self,
+        module: nn.Module,
+        personal: Sequence[str] = (),
+        moving: Collection[str] | None = (),
+        may_be_spread: bool = False,
+        moves: Callable[[Sequence[str], Mapping[str, Tensor]], Sequence[str]] | None = None,
+    ) -> None:
+        check_tensors(module, may_be_spread)
         # Buffers that are not persistent, such as caches and the states of metrics, belong to no model and never
         # travel.
         persistent = set(module.state_dict())
@@ -60,6 +70,7 @@ class FederatedTensors:
         self._personal_buffers = {name: place for name, place in buffers.items() if name in own}
         frozen = {name: param for name, param in module.named_parameters() if not param.requires_grad}
         found = _may_follow(params, frozen) if moving is None else frozen.keys() & set(moving)
+        found = found.union(() if moves is None else moves(list(frozen), self.params))
         self.moving = {name: param for name, param in frozen.items() if name in found}
         trained_bytes = num_bytes(list(params.values()))
         still = {name: param for name, param in frozen.items() if name not in found}
@@ -73,7 +84,7 @@ class FederatedTensors:
     @property
     def buffers(self) -> dict[str, Tensor]:
         """What is averaged beside trainable parameters: shared persistent buffers, and frozen parameters that move."""
-        return {**self.moving, **{name: getattr(owner, key) for name, (owner, key) in self._buffers.items()}}
+        return {**locals_of(self.moving), **{name: getattr(owner, key) for name, (owner, key) in self._buffers.items()}}
 
     @property
     def all(self) -> dict[str, Tensor]:
@@ -111,12 +122,20 @@ class FederatedTensors:
     @property
     def personal(self) -> dict[str, Tensor]:
         """Trainable parameters and persistent buffers that stay with their client."""
-        buffers = {name: getattr(owner, key) for name, (owner, key) in self._personal_buffers.items()}
-        return {**self.personal_params, **buffers}
+        return {**self.personal_params, **self.personal_buffers}
+
+    @property
+    def personal_buffers(self) -> dict[str, Tensor]:
+        """Persistent buffers that stay with their client."""
+        return {name: getattr(owner, key) for name, (owner, key) in self._personal_buffers.items()}
 
 
-def check_tensors(module: nn.Module) -> None:
+def check_tensors(module: nn.Module, may_be_spread: bool = False) -> None:
     """Makes sure that the module's tensors can be averaged and sent.
+
+    Args:
+        module: The module.
+        may_be_spread: Whether parameters may be spread over the processes of a silo.
 
     Raises:
         ValueError: If one is of a kind that can't; the message names it and the remedy.
@@ -124,7 +143,7 @@ def check_tensors(module: nn.Module) -> None:
     persistent = set(module.state_dict())
     buffers = [(name, own) for name, own in module.named_buffers() if name in persistent]
     for name, tensor in [*module.named_parameters(), *buffers]:
-        reason = _why_not(tensor)
+        reason = None if may_be_spread and is_spread(tensor) else _why_not(tensor)
         if reason is not None:
             raise ValueError(f"The tensor {name!r} {reason}")
 
@@ -135,10 +154,11 @@ def _why_not(tensor: Tensor) -> str | None:
             "is lazy and has no shape yet. Run one batch through the module before training, as in __init__ or "
             "configure_model."
         )
-    if hasattr(tensor, "device_mesh"):  # told without importing torch's distributed tensors
+    if is_spread(tensor):
         return (
-            "is a DTensor, which is spread over processes, but a federation's rank trains a whole model. Leave out "
-            "fully_shard and parallelize_module."
+            "is a DTensor, which is spread over processes, but a federation's rank trains a whole model. Set "
+            "silo=fl.silos.FSDP2() if those are the processes of a silo, or leave out fully_shard and "
+            "parallelize_module."
         )
     if tensor.is_nested:
         return (
@@ -152,7 +172,7 @@ def _why_not(tensor: Tensor) -> str | None:
 
 def load(tensors: Mapping[str, Tensor], values: Tree) -> None:
     """Copies values into the tensors of the same names."""
-    for name, tensor in tensors.items():
+    for name, tensor in locals_of(tensors).items():
         value = cast_like(values[name], tensor)
         # In place, because optimizers, tied modules and the user's own references hold these tensors.
         if tensor.shape == value.shape:
@@ -163,7 +183,7 @@ def load(tensors: Mapping[str, Tensor], values: Tree) -> None:
 
 def clones(tensors: Mapping[str, Tensor]) -> Tree:
     """Copies of the tensors."""
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    return {name: local(tensor).detach().clone() for name, tensor in tensors.items()}
 
 
 class WatchedTensors:
@@ -179,7 +199,7 @@ class WatchedTensors:
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], max_bytes: float) -> None:
-        self.tensors = tensors
+        self.tensors = tensors = locals_of(tensors)
         self._copies: Tree = {}
         self._marks: dict[str, tuple[int, Tensor]] = {}
         for name in sorted(tensors, key=lambda name: num_bytes([tensors[name]])):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_fl.communication import Group, Message
+from lightning_fl.engines.spread import local
 from lightning_fl.torch_internals import pytree
 from lightning_fl.tree import num_bytes
 
@@ -75,6 +76,9 @@ def synchronize_module(group: Group, module: nn.Module, broadcast_frozen: bool =
     frozen = frozen_parameters(module)
     if not broadcast_frozen:
         digests = {name: digest(own).hex() for name, own in frozen.items()}
+        if group.shards.size > 1:  # of all parts of each
+            parts = [message.fields for message in group.shards.all_gather(Message(digests), "frozen parts")]
+            digests = {name: "".join(part[name] for part in parts) for name in digests}
         first, *others = [message.fields for message in group.all_gather(Message(digests), "frozen parameters")]
         for rank, other in enumerate(others, start=1):
             different = next((name for name in first if other.get(name) != first[name]), None)
@@ -91,7 +95,10 @@ def synchronize_module(group: Group, module: nn.Module, broadcast_frozen: bool =
         # step would make them equal.
         for name, tensor in module.state_dict().items():
             if isinstance(tensor, Tensor) and (broadcast_frozen or name not in frozen):
-                tensor.copy_(group.broadcast(tensor))
+                own = local(tensor)
+                if group.is_spread and own is tensor:  # otherwise it would come from the same process of each silo only
+                    own.copy_(group.inner.broadcast(own))
+                own.copy_(group.broadcast(own))
                 num_sent += num_bytes([tensor]) if name in frozen else 0
     return num_sent
 
@@ -111,7 +118,7 @@ def digest(batch: Any) -> bytes:
         if isinstance(leaf, Tensor):
             # Bytes instead of NumPy values, since NumPy has no bfloat16. Flat first, because a tensor without
             # dimensions can't be viewed in a dtype of another size.
-            content.update(leaf.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+            content.update(local(leaf).detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         else:
             content.update(repr(leaf).encode())
     return content.digest()

@@ -133,6 +133,18 @@ class RankReport:
             **{name.name: name.metadata["join"]([getattr(own, name.name) for own in reports]) for name in fields(cls)}
         )
 
+    @classmethod
+    def of_silo(cls, reports: Sequence[RankReport]) -> RankReport:
+        """The report of a silo from those of its processes, which have trained one client together."""
+        joined = cls.join(reports)
+        return replace(
+            reports[0],
+            metrics=joined.metrics,
+            moved=joined.moved,
+            has_late_values=joined.has_late_values,
+            should_stop=joined.should_stop,
+        )
+
     def without_steps(self) -> RankReport:
         """The report without the number of optimizer steps, if no schedule has stepped and so nobody needs it."""
         # The largest number of optimizer steps on a rank tells the size of its largest client.

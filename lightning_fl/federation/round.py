@@ -264,8 +264,9 @@ class Round:
             is_alone=is_alone,
             is_shared=not is_alone and not settings.silos,
             is_private=settings.is_differentially_private,
+            moves=settings.aggregator.moves,
         )
-        templates = update_templates(settings, params, trainer.tensors.buffers)
+        templates = update_templates(settings, params, trainer.tensors.buffers, state.server)
         ctx = RoundContext(
             index,
             cohort,
@@ -305,16 +306,18 @@ class Round:
         """
         client = data.clients[0]
         # Seeded before anything of the client runs, so that nothing it draws depends on who was trained before it.
-        self._seed(client, data.loader, number)
+        seeds_by_version = self.settings.schedule is not None and self.settings.schedule.seeds_by_version
+        index = version if seeds_by_version and version is not None else self.ctx.round
+        self._seed(index, client, data.loader, number)
         server = self._server_of(version)
         self.trainer.start_from(self.versions[self.ctx.round if version is None else version].buffers)
         states = [move(self.store.get(own) or {}, self.trainer.device) for own in data.clients]
         kind, measured = self.settings.algorithm.probe, None
         if kind is not None and probe is not None:
             self.trainer.start([server["params"]], states)
-            self._seed(client, data.loader, number, "probe")
-            measured = probe(kind, data.read_once(), self.trainer.tensors.params)
-            self._seed(client, data.loader, number)  # training draws the same random numbers as without a probe
+            self._seed(index, client, data.loader, number, "probe")
+            measured = self.trainer.within.mean_of(probe(kind, data.read_once(), self.trainer.tensors.params))
+            self._seed(index, client, data.loader, number)  # training draws the same random numbers as without a probe
         group = ClientGroup(self.settings, server, data.clients, states, measured, version, number)
         phases = self.settings.algorithm.phases()
         # Task and batches need each other: a change of phase while reading acts on the task.
@@ -322,7 +325,7 @@ class Round:
         self.trainer.start(group.starts, states, phases[0], self._transform_of(group, phases[0]))
         if self.trainer.is_shared:
             seed = visit_seed(self.settings.seed, number)
-            self.trainer.seed(derive_seed(seed, self.ctx.round, "module", client))
+            self.trainer.seed(derive_seed(seed, index, "module", client))
         task.batches = data.read(lambda: self._next_phase(task))
         return task
 
@@ -337,9 +340,10 @@ class Round:
     def _transform_of(self, group: ClientGroup, phase: Phase) -> GradTransform | None:
         return group.grad_transform(phase, self.trainer.gradient_at)
 
-    def _seed(self, client: ClientId, loader: Loader | None, number: int, purpose: str = "client") -> None:
-        seed, index = visit_seed(self.settings.seed, number), self.ctx.round
-        self._randomness.enter(seed, index, client, purpose)
+    def _seed(self, index: int, client: ClientId, loader: Loader | None, number: int, purpose: str = "client") -> None:
+        seed, place = visit_seed(self.settings.seed, number), self.trainer.within.inner.rank
+        # The processes of a silo read different examples of one order, with different dropout.
+        self._randomness.enter(seed, index, client, f"{purpose} {place}" if place else purpose)
         if loader is not None:
             self._randomness.seed_loader(loader, seed, index, client)
 
@@ -364,7 +368,9 @@ class Round:
             # Clients that train side by side share the time.
             seconds = (time.perf_counter() - task.started) / len(task.clients)
             self.totals.client_seconds += [(client, seconds) for client in task.clients]
-        runs = task.runs(result.facts)
+        within = self.trainer.within
+        # Algorithms may look at the loss, and all processes of a silo must compute the same.
+        runs = [replace(run, loss=within.mean(run.loss)) for run in task.runs(result.facts)]
         group_update = task.group.finish(result, runs)
         totals = self.totals
         # Steps count for refused clients too, because they were taken and the schedules have advanced with them;
@@ -387,12 +393,13 @@ class Round:
     def _add_group(self, group: ClientGroup, own: GroupUpdate) -> list[bool]:
         """Adds the updates of a group at once; returns which were accepted."""
         totals, size = self.totals, len(group.clients)
-        squares = squared_norms(own.updates.delta, size)
+        squares = self.trainer.within.joint_squares(squared_norms(own.updates.delta, size))
         rest = self._must_be_finite(own.updates, own.client_states)
         # A norm that is not finite proves nothing, since finite elements may overflow it; the elements then decide.
         if all(map(math.isfinite, squares)):
             del rest["delta"]  # finite norms imply finite elements
         accepted = [is_finite(leaves(rest))] if size == 1 else are_finite(rest, size).tolist()
+        accepted = self.trainer.within.all_agree(accepted)
         totals.refused += [
             client for client, is_accepted in zip(group.clients, accepted, strict=True) if not is_accepted
         ]
@@ -415,16 +422,18 @@ class Round:
         client, update, totals = group.clients[index], own.update_of(index), self.totals
         # Copied for the same reason as in `_add_group`.
         client_state = clone(own.state_of(index))
-        is_sound = is_finite(leaves(self._must_be_finite(update, client_state)))
+        within = self.trainer.within
+        (is_sound,) = within.all_agree([is_finite(leaves(self._must_be_finite(update, client_state)))])
         is_sendable = is_sound
         transform_states: dict[str, State] = {}
         if self.settings.transforms:
             update, transform_states = self._transform(group, index, update)
-            is_sound = is_sound and is_finite(leaves(transform_states))
-            # Where clients are hidden, a refused one still sends zeros: to leave it out would show that it was there.
-            is_sendable = is_finite(leaves(self._must_be_finite(update, {}))) and (
-                is_sound or self.settings.hides_clients
+            is_kept, is_sendable = within.all_agree(
+                [is_finite(leaves(transform_states)), is_finite(leaves(self._must_be_finite(update, {})))]
             )
+            is_sound = is_sound and is_kept
+            # Where clients are hidden, a refused one still sends zeros: to leave it out would show that it was there.
+            is_sendable = is_sendable and (is_sound or self.settings.hides_clients)
         if not is_sound:
             totals.refused.append(client)
         if not is_sendable:
@@ -438,7 +447,8 @@ class Round:
         # The norm of an update in integers is in other units than the model's; and as long as each has a share of the
         # noise only, it would be a release of its own.
         if all(tensor.is_floating_point() for tensor in update.delta.values()):
-            totals.squared_norm += update.weight * norm(update.delta) ** 2
+            (square,) = within.joint_squares([norm(update.delta) ** 2])
+            totals.squared_norm += update.weight * square
         if is_sound and (client_state or transform_states):
             self.store.stage(client, move({**client_state, **transform_states}, "cpu"))
         return update if is_sound else None
@@ -567,7 +577,11 @@ class Round:
         # Taken before the collective, in which a rank waits for slower ones.
         self._trained = time.perf_counter()
         opened = replace(self.opened, ctx=replace(self.opened.ctx, model_of=self.model_of))
-        self.totals.acc, reports = self.federation.merge(opened, self.totals.acc, self.report(report))
+        own, inner = self.report(report), self.trainer.within.inner
+        if inner.size > 1:
+            messages = inner.all_gather(own.to_message(), f"end of round {self.ctx.round} in the silo")
+            own = RankReport.of_silo([RankReport.from_message(message) for message in messages])
+        self.totals.acc, reports = self.federation.merge(opened, self.totals.acc, own)
         return reports
 
     def close(self, reports: Sequence[RankReport], seconds_reading: float = 0.0) -> RoundResult:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_fl.aggregation import RoundContext
@@ -84,13 +85,15 @@ def update_template(settings: FederationSettings, params: Tree, buffers: Mapping
     return update_templates(settings, params, buffers)[-1]
 
 
-def update_templates(settings: FederationSettings, params: Tree, buffers: Mapping[str, Tensor]) -> list[Update]:
+def update_templates(
+    settings: FederationSettings, params: Tree, buffers: Mapping[str, Tensor], server: State | None = None
+) -> list[Update]:
     """For each transform, an update like those that its client half is given, and one like those that are sent."""
     # Noise would turn what no client knows into a value.
     like = contributions_like(buffers, counts_known=not settings.hides_clients)
     algorithm = settings.algorithm
     aux = {**algorithm.aux_like(params), **algorithm.aux_of_clients(settings.population)}
-    templates = [Update(params, like, aux=aux)]
+    templates = [Update(algorithm.delta_like(params, server or {}), like, aux=aux)]
     # What the client halves send may have other shapes than the model.
     for transform in settings.transforms:
         templates.append(transform.like(templates[-1]))
@@ -170,7 +173,15 @@ def close_server(opened: ServerRound, acc: Any, joined: RankReport) -> Closing:
     # Algorithms do not see buffers, so their mean is taken here.
     buffers = moved(opened.buffers, scale(aggregate.buffers, 1 / weight))
     reason = stop_reason(settings, state, ctx)
-    return Closing(state, buffers, aggregate, norm(aggregate.delta) / weight, facts, reason)
+    return Closing(state, buffers, aggregate, _norm(aggregate.delta, ctx) / weight, facts, reason)
+
+
+def _norm(delta: Tree, ctx: RoundContext) -> float:
+    shards = ctx.group.shards
+    if shards.size == 1:
+        return norm(delta)
+    # Where parameters are spread over processes, each has the norm of its part.
+    return float(shards.all_reduce(torch.tensor(norm(delta) ** 2, dtype=torch.float64)) ** 0.5)
 
 
 def nothing(opened: ServerRound) -> Aggregate:

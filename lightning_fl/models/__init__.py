@@ -2,6 +2,7 @@
 
 from lightning_fl.models.classifier import Classifier, MLPClassifier
 from lightning_fl.models.images import FedAvgCNN, LeNet, LogisticRegression, TwoNN
+from lightning_fl.models.language import DPO, CausalLM
 from lightning_fl.models.libraries import TimmClassifier, TorchvisionClassifier, TransformersClassifier
 from lightning_fl.models.resnet import ResNet18GN, ResNet20GN
 from lightning_fl.models.segmentation import SmallUNet
@@ -10,6 +11,8 @@ from lightning_fl.models.tabular import TabularMLP, TabularRegressor
 from lightning_fl.models.text import CharLSTM, CharTransformer
 
 __all__ = [
+    "DPO",
+    "CausalLM",
     "CharLSTM",
     "CharTransformer",
     "Classifier",

@@ -34,7 +34,7 @@ class TorchvisionClassifier(Classifier):
         lr: float = 0.01,
         momentum: float = 0.9,
     ) -> None:
-        net = _library("torchvision.models").get_model(name, weights=weights, **_head(num_classes, weights))
+        net = library("torchvision.models").get_model(name, weights=weights, **_head(num_classes, weights))
         if weights is not None:
             _replace_head(net, num_classes)
         super().__init__(replace_batch_norm(net) if group_norm else net, num_classes, lr, momentum)
@@ -64,7 +64,7 @@ class TimmClassifier(Classifier):
         lr: float = 0.01,
         momentum: float = 0.9,
     ) -> None:
-        net = _library("timm").create_model(name, pretrained=pretrained, num_classes=num_classes)
+        net = library("timm").create_model(name, pretrained=pretrained, num_classes=num_classes)
         super().__init__(replace_batch_norm(net) if group_norm else net, num_classes, lr, momentum)
 
 
@@ -96,13 +96,13 @@ class TransformersClassifier(Classifier):
         lr: float = 0.01,
         momentum: float = 0.0,
     ) -> None:
-        library = _library("transformers")
+        transformers = library("transformers")
         options = {"num_labels": num_classes, "local_files_only": local_files_only}
-        auto = library.AutoModelForSequenceClassification
+        auto = transformers.AutoModelForSequenceClassification
         if pretrained:
             net = auto.from_pretrained(name, ignore_mismatched_sizes=True, **options)
         else:
-            net = auto.from_config(library.AutoConfig.from_pretrained(name, **options))
+            net = auto.from_config(transformers.AutoConfig.from_pretrained(name, **options))
         super().__init__(net, num_classes, lr, momentum)
 
     def unpack(self, batch: Any) -> tuple[Any, Tensor]:
@@ -137,7 +137,12 @@ def replace_batch_norm(net: nn.Module, num_groups: int = 2) -> nn.Module:
     return net
 
 
-def _library(name: str) -> Any:
+def library(name: str) -> Any:
+    """Imports a library that is an optional extra.
+
+    Raises:
+        ImportError: If it can't be, with what to install.
+    """
     try:
         return import_module(name)
     except (ImportError, RuntimeError) as error:

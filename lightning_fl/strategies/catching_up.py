@@ -7,21 +7,25 @@ from collections.abc import Sequence
 import lightning as L
 
 from lightning_fl.engines.tensors import FederatedTensors, load
+from lightning_fl.engines.within_silo import WithinSilo
 from lightning_fl.federation import Opening
 from lightning_fl.strategies import internals
 from lightning_fl.strategies.loops import RoundEpochLoop
 
 
-def catch_up(trainer: L.Trainer, opening: Opening, personal: Sequence[str]) -> None:
+def catch_up(trainer: L.Trainer, opening: Opening, personal: Sequence[str], is_spread: bool = False) -> None:
     """Loads the model with which a round starts, and sets Lightning's counters and schedules to the round.
 
     Args:
         trainer: The Trainer.
         opening: The round.
         personal: ``fnmatch`` globs of tensors that stay with their client.
+        is_spread: Whether parameters are spread over the processes of a silo.
     """
     assert opening.state is not None
-    tensors = FederatedTensors(trainer.lightning_module, personal)
+    if is_spread:
+        WithinSilo.free_gathered(trainer.lightning_module)
+    tensors = FederatedTensors(trainer.lightning_module, personal, may_be_spread=is_spread)
     load(tensors.params, opening.state.server["params"])
     load(tensors.buffers, opening.buffers)
     loop = trainer.fit_loop.epoch_loop

@@ -19,6 +19,7 @@ from lightning_fl.algorithms import Algorithm
 from lightning_fl.clients import ClientStore, Population
 from lightning_fl.clients.state_files import StateFiles
 from lightning_fl.communication import Group, Message
+from lightning_fl.engines.spread import gather_state, locals_of, scatter_state
 from lightning_fl.federation import FederationState
 from lightning_fl.federation.server import some
 from lightning_fl.federation.settings import Version
@@ -42,15 +43,16 @@ def pack(algorithm: Algorithm, state: FederationState, module: nn.Module) -> dic
     The global parameters are left out where the module's own ``state_dict`` holds the same values.
     """
     server = dict(state.server)
-    params: Tree = server.pop("params", {})
     held = dict(module.named_parameters())
+    params: Tree = server.pop("params", {})
     return {
         "format": FORMAT,
         "algorithm": repr(algorithm),
         "params": list(params),
         # A parameter in half precision is rounded in the module's state_dict; a resume from it would not be exact.
-        "master": {name: value for name, value in params.items() if value.dtype != held[name].dtype},
-        "server": server,
+        "master": gather_state({n: value for n, value in params.items() if value.dtype != held[n].dtype}, held),
+        # Whole tensors: a checkpoint is the same however many processes a silo has.
+        "server": gather_state(server, held),
         "transforms": list(state.transforms),
         "moving": None if state.moving is None else list(state.moving),
         "clock": None if state.clock is None else state.clock.to_state(),
@@ -79,8 +81,9 @@ def unpack(packed: Mapping[str, Any], algorithm: Algorithm, module: nn.Module) -
         )
     held = dict(module.named_parameters())
     device = next(iter(held.values())).device
-    params = {**to_sum_dtype({name: held[name] for name in packed["params"]}), **move(packed["master"], device)}
-    server: State = {"params": params, **move(packed["server"], device)} if params else {}
+    master, rest = (scatter_state(move(packed[key], device), held) for key in ("master", "server"))
+    params = {**to_sum_dtype(locals_of({name: held[name] for name in packed["params"]})), **master}
+    server: State = {"params": params, **rest} if params else {}
     clock = packed.get("clock")
     # Checkpoints of older versions do not say what moves, and hold no memory and no clock.
     return FederationState(
@@ -119,9 +122,9 @@ class WholeCheckpointIO(TorchCheckpointIO):
             unfinished.unlink(missing_ok=True)
 
 
-def silo_folder(root: str | Path, rank: int) -> Path:
-    """The folder of a silo's client states, in its own Trainer's ``default_root_dir``."""
-    return Path(root, "client_states", f"silo{rank}")
+def silo_folder(root: str | Path, rank: int, process: int = 0) -> Path:
+    """The folder of a silo's client states, one a process, in its own Trainer's ``default_root_dir``."""
+    return Path(root, "client_states", f"silo{rank}-{process}" if process else f"silo{rank}")
 
 
 class ClientStateFiles:
@@ -165,9 +168,10 @@ class ClientStateFiles:
             self.files.name(self.name, manifests, also_old=True)
             return manifests
         own = self.files.write_manifest(store.save(self.files))
-        manifests = [
-            message.fields["manifest"] for message in self.group.all_gather(Message({"manifest": own}), "checkpoint")
-        ]
+        in_silo = self.group.inner.all_gather(Message({"manifest": own}), "checkpoint in the silo")
+        sent = Message({"manifests": [message.fields["manifest"] for message in in_silo]})
+        of_silos = [message.fields["manifests"] for message in self.group.all_gather(sent, "checkpoint")]
+        manifests = [name for names in of_silos for name in names]
         # The checkpoint that is still under this name needs its own manifests until it is replaced.
         self.files.name(self.name, manifests, also_old=True)
         return manifests

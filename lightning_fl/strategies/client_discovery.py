@@ -10,9 +10,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_fl.clients import Population
 from lightning_fl.communication import Group
-from lightning_fl.data.client_loaders import ClientLoaders
+from lightning_fl.data.client_loaders import ClientLoaders, count_examples
 from lightning_fl.data.partitioners.partitioner import DEFAULT_NUM_CLIENTS, IID, Partitioner
-from lightning_fl.data.splitting import partition_loader
+from lightning_fl.data.splitting import partition_loader, share_among
 
 
 def build_population(
@@ -24,6 +24,7 @@ def build_population(
     seed: int,
     callbacks: Sequence[Any] = (),
     silo: str | None = None,
+    is_of_several: bool = False,
 ) -> Population:
     """Finds the clients behind a training loader.
 
@@ -36,11 +37,14 @@ def build_population(
         seed: Seed of the split.
         callbacks: The Trainer's callbacks; those with a method ``wrap_loaders`` may replace the clients' loaders.
         silo: The name of this launch in a federation over a network. None: there is no network.
+        is_of_several: Whether a silo is of several processes, which share its training data.
 
     Raises:
         MisconfigurationException: If the loader does not fit the settings or can't be split.
     """
-    if silo is None:
+    if is_of_several:
+        population = _of_several(loader, group, num_clients, partition, seed, silo)
+    elif silo is None:
         population = _find(loader, group, started_by_launcher, num_clients, partition, seed)
     elif isinstance(loader, ClientLoaders):
         raise MisconfigurationException(
@@ -53,6 +57,28 @@ def build_population(
         if hasattr(callback, "wrap_loaders"):
             population = population.with_loaders(callback.wrap_loaders(population.loaders))
     return population
+
+
+def _of_several(
+    loader: Any, group: Group, num_clients: int | None, partition: Partitioner | None, seed: int, silo: str | None
+) -> Population:
+    """This rank's silo, of whose examples each of its processes reads an equal part."""
+    if isinstance(loader, ClientLoaders) or num_clients is not None or partition is not None:
+        found = f"the training loader names {len(loader)} clients" if isinstance(loader, ClientLoaders) else ""
+        raise MisconfigurationException(
+            "With FederatedStrategy(silo=...) the processes of a silo train one client together, but "
+            f"{found or f'num_clients={num_clients} and partition={partition} ask for several'}. Give one plain "
+            "DataLoader with the silo's data, or leave silo out."
+        )
+    try:
+        own = share_among(loader, group.inner.rank, group.inner.size, seed)
+    except ValueError as error:
+        raise MisconfigurationException(str(error)) from error
+    # A part may be padded by examples that another one has too.
+    num_examples = min(len(loader.dataset), group.inner.size * (count_examples(own) or 0))
+    if silo is not None:
+        return Population.of_silo(silo, own, num_examples)
+    return Population.of_ranks(own, group.rank, group.names or range(group.size), num_examples)
 
 
 def _find(

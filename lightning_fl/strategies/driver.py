@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, Literal
@@ -17,9 +17,10 @@ from torch.optim import Optimizer
 
 from lightning_fl.aggregation import FederationFacts
 from lightning_fl.clients import ClientStore, LocalWork, Participation, Population
-from lightning_fl.communication import Message, all_hold_the_same
+from lightning_fl.communication import Group, Message, all_hold_the_same
 from lightning_fl.engines import LocalTrainer, Schedule
 from lightning_fl.engines.phases import optimizer_entry
+from lightning_fl.engines.spread import locals_of
 from lightning_fl.engines.vectorized.grouping_memory import GroupingMemory, joined_memory
 from lightning_fl.engines.vectorized.stacking import NotStackable, NotVectorizable
 from lightning_fl.federation import (
@@ -146,7 +147,7 @@ class RoundDriver:
         self.deferred_checkpoints: dict[str, bool] = {}
         self.local_trainer: LocalTrainer | None = None
         self.module_trained: L.LightningModule | None = None
-        self.metric_states = MetricStates(trainer.lightning_module, federation.place)
+        self.metric_states = MetricStates(trainer.lightning_module, federation.place or federation.group.inner.rank)
         self.schedules: list[tuple[Any, Schedule]] = []
         self.warnings = UserWarnings()
         self.rank_sync = RankSync(trainer, federation.group)
@@ -228,6 +229,12 @@ class RoundDriver:
         return self.trainer.lightning_module
 
     @property
+    def moving(self) -> Collection[str]:
+        """Names of the frozen parameters that rounds move."""
+        of_server = () if self.local_trainer is None else self.local_trainer.moving
+        return {*(self.state.moving or ()), *of_server}
+
+    @property
     def in_local_phase(self) -> bool:
         """Whether this rank trains its clients, which it does on its own."""
         return self.open_round is not None
@@ -260,7 +267,7 @@ class RoundDriver:
         if self.settings.aggregator.server_data is not None:
             check_root(self.trainer)
         self.settings.algorithm.check_optimizers(local_trainer.optimizers.optimizers)
-        self.metric_states = MetricStates(self.module, self.federation.place)
+        self.metric_states = MetricStates(self.module, self.federation.place or self.group.inner.rank)
         self.has_started = True
         # The first plan: only now are the loops restored, and is it known which clients keep state and how they train.
         self.plan_round()
@@ -308,7 +315,7 @@ class RoundDriver:
         self.opening = opening
         if opening.state is not None:
             self.state = opening.state
-            catch_up(trainer, opening, self.personal)
+            catch_up(trainer, opening, self.personal, self.group.is_spread)
             if internals.is_after_last(trainer):
                 raise StopIteration
 
@@ -431,7 +438,7 @@ class RoundDriver:
         self.metric_states.mark()
         values = LoggedValues()
         # A silo's hooks run for its own client, those of a simulation's ranks for all.
-        values.before_clients(results, 1 if self.population.silos else self.group.size)
+        values.before_clients(results, self.group.inner.size if self.population.silos else self.group.size)
         opened = OpenRound(
             round=round,
             loaders=RoundLoaders(
@@ -657,6 +664,8 @@ class RoundDriver:
         # What batches look like is a client's own affair where clients are private, and a silo trains alone.
         tells = not self.settings.is_private and not self.settings.silos
         news = found.since(self.grouping) if tells else GroupingMemory()
+        if self.group.inner.size > 1:
+            self._join_metrics(self.group.inner)
         report = rank_report(trainer, opened, self.plan, self.metric_states, self.deferred_checkpoints, news)
         with naming_round(f"Round {index}", "The round is dropped. "), misconfiguration():
             reports = round.merge(report)
@@ -707,6 +716,12 @@ class RoundDriver:
         self.deferred_checkpoints = dict(reports[0].deferred_checkpoints)
         self._last_steps = opened.first_step, last_step
 
+    def _join_metrics(self, inner: Group) -> None:
+        """Joins the torchmetrics of the processes of a silo, which report as one."""
+        own = Message(*self.metric_states.report())
+        messages = inner.all_gather(own, f"metrics of round {self.plan.round} in the silo")
+        self.metric_states.merge([(message.fields, message.tensors) for message in messages], self.module.device)
+
     def _on_clock(self, result: RoundResult, round: Round) -> FederationState:
         """The state with the clock after the round, and the versions from which clients are still training."""
         clock = self.plan.clock
@@ -725,7 +740,8 @@ class RoundDriver:
         is_new, self._is_unsettled = self._is_unsettled, False
         if is_new:
             assert self.local_trainer is not None
-            self.rank_sync.settle(self.plan.round, self.local_trainer.tensors.all, self._trained_last_round)
+            tensors = locals_of(self.local_trainer.tensors.all)
+            self.rank_sync.settle(self.plan.round, tensors, self._trained_last_round)
         self.is_closing = False
         if self.once_closed is not None:
             waiting, self.once_closed = self.once_closed, None
@@ -901,6 +917,14 @@ class RoundDriver:
             return self.planner.largest_num_batches(self.max_work)
 
     # ---- hooks
+
+    def join_gradients(self) -> None:
+        """Called after a backward pass that Lightning runs: averages the gradients over the processes of the silo."""
+        if self.open_round is None or self.local_trainer is None:
+            return
+        # By hand the module may step after any of its backward passes.
+        if self.open_round.steps.loop.position.ends_window or not self.module.automatic_optimization:
+            self.local_trainer.join_gradients()
 
     def prepare_gradients(self, optimizer: Optimizer) -> None:
         """Called in a step that Lightning runs, when the gradients are unscaled and not yet clipped."""

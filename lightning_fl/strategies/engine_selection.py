@@ -8,6 +8,7 @@ import lightning as L
 
 from lightning_fl.engines import LocalTrainer, OptimizerStates, SequentialEngine, Vectorized, VectorizedEngine
 from lightning_fl.engines.isolation import Isolation
+from lightning_fl.engines.within_silo import WithinSilo
 from lightning_fl.strategies import internals
 from lightning_fl.strategies.batch_steps import step_functions
 from lightning_fl.strategies.hooks import batch_hook
@@ -26,8 +27,9 @@ def select_engine(
     """
     module, arguments = trainer.lightning_module, (optimizers, strategy.personal, strategy.client_optimizer)
     isolation = Isolation(module, OUTSIDE, internals.bookkeeping)
-    if strategy.engine == "sequential":
-        return SequentialEngine(module, *arguments, step_functions(trainer), isolation), None
+    if strategy.engine == "sequential" or strategy.silo is not None:
+        within = WithinSilo(strategy.federation)
+        return SequentialEngine(module, *arguments, step_functions(trainer), isolation, within), None
     settings = strategy.engine if isinstance(strategy.engine, Vectorized) else Vectorized()
     is_asked_for, is_secure = strategy.engine != "auto", strategy.participation.secure
     engine = VectorizedEngine(module, *arguments, isolation=isolation)

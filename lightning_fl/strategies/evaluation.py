@@ -71,7 +71,7 @@ class EvaluationMetrics:
     @contextmanager
     def merged(self, results: ResultCollection) -> Iterator[None]:
         """Inside the block, the values of the current loader are those of all ranks."""
-        if self.federation.size == 1:
+        if self._is_alone:
             yield
             return
         # The union is for Lightning to read only. A metric that spans several loaders goes on with this rank's own
@@ -86,8 +86,13 @@ class EvaluationMetrics:
 
     def end(self) -> None:
         """Called after the last loader: joins the torchmetrics, for users who compute them in ``..._epoch_end``."""
-        if self.federation.size > 1:
+        if not self._is_alone:
             self.states.merge(_states(self._gather({})), self.module.device)
+
+    @property
+    def _is_alone(self) -> bool:
+        # Not only because of the others' values: Lightning would warn that a silo's processes do not share theirs.
+        return self.federation.size == 1 and self.group.is_alone
 
     def _gather(self, entries: Entries) -> list[Message]:
         fields, tensors = self.states.report() if self.per_rank else ({}, {})

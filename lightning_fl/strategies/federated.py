@@ -21,12 +21,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_fl.aggregation import Aggregator, Corruption, Transform
 from lightning_fl.algorithms import Algorithm, Weighting, get_algorithm
 from lightning_fl.clients import Amount, Cohort, Durations, Participation, Population, Stragglers, Uniform
 from lightning_fl.clients.cohorts import describe_sampling
-from lightning_fl.communication import Group, LocalGroup, Message, RankLost, connect
+from lightning_fl.communication import Group, LocalGroup, Message, RankLost
 from lightning_fl.communication.attendance import NAME_VARIABLE, check_silo_name
 from lightning_fl.communication.objects import decode_object, encode_object
 from lightning_fl.data.partitioners.partitioner import Partitioner
@@ -40,6 +41,7 @@ from lightning_fl.federation.rank_verification import digest, synchronize_module
 from lightning_fl.federation.settings import is_private
 from lightning_fl.federation.single_update import single_update
 from lightning_fl.schedules import RoundSchedule
+from lightning_fl.silos import Silo
 from lightning_fl.strategies import internals
 from lightning_fl.strategies.callback import RoundCallback
 from lightning_fl.strategies.checkpoint import (
@@ -64,7 +66,19 @@ from lightning_fl.strategies.network import check_network, open_network, protect
 from lightning_fl.strategies.one_package import refuse_apart
 from lightning_fl.strategies.round_loaders import RoundLoader
 from lightning_fl.strategies.round_view import RoundView
-from lightning_fl.strategies.scheduling import check_clients, check_schedule, choose_schedule
+from lightning_fl.strategies.scheduling import check_clients, check_learning_rates, check_schedule, choose_schedule
+from lightning_fl.strategies.silo import (
+    check_module,
+    check_silo,
+    connect_processes,
+    keep_metrics_apart,
+    let_metrics_sync,
+    mesh_of,
+    spread_optimizer_states,
+    spread_state_dict,
+    whole_optimizer_state,
+    whole_state_dict,
+)
 from lightning_fl.strategies.topology import Placed, check_nodes, place
 from lightning_fl.strategies.user_warnings import UserWarnings
 from lightning_fl.strategies.validation import (
@@ -90,6 +104,7 @@ from lightning_fl.strategies.validation import (
 from lightning_fl.topologies import Topology
 
 if TYPE_CHECKING:
+    from lightning_fl.coordinator.shared_silo import SharedSilo
     from lightning_fl.coordinator.silo import NetworkFederation
 
 
@@ -126,7 +141,8 @@ class FederatedStrategy(internals.ReusableStrategy):
             into a module that has the same base.
         adversary: Lets some simulated clients attack, as ``fl.attacks.Adversary(fl.attacks.ALIE())``. None: nobody.
         schedule: When a round closes, and whom it waits for, on a simulated clock, as
-            ``fl.schedules.Buffered(size=10, concurrency=30)``. None: a round waits for all its clients.
+            ``fl.schedules.Buffered(size=10, concurrency=30)``; with ``federation``, in real time. None: a round waits
+            for all its clients.
         durations: How long clients take on that clock: seconds by client, a distribution such as
             ``fl.clients.Lognormal(median=20)``, or ``"measured"``. None: there is no clock.
         topology: Who mixes its model with whom, as ``fl.topologies.Ring()``, instead of a server for all; with
@@ -136,6 +152,8 @@ class FederatedStrategy(internals.ReusableStrategy):
         kit: The folder with the silo's key and certificate, for ``federation``.
         silo_name: The name of this silo, where each rank is one: in messages, history and records it stands in place
             of the rank. None: the environment variable ``LIGHTNING_FL_SILO_NAME``, if it is set.
+        silo: How several processes train one silo together, as ``fl.silos.DDP(ranks=2)`` or ``fl.silos.FSDP2()``. None:
+            a silo is one process.
 
     Raises:
         ValueError: If an argument is out of range, or two contradict each other.
@@ -180,6 +198,7 @@ class FederatedStrategy(internals.ReusableStrategy):
         federation: str | None = None,
         kit: str | Path | None = None,
         silo_name: str | None = None,
+        silo: Silo | None = None,
     ) -> None:
         super().__init__()
         found = get_algorithm(algorithm) if isinstance(algorithm, str) else algorithm
@@ -192,7 +211,7 @@ class FederatedStrategy(internals.ReusableStrategy):
         self.cohort = cohort or Uniform()
         self.stragglers = stragglers
         check_types(partition, aggregator, transforms, personal)
-        self.schedule, self.durations = choose_schedule(schedule, durations)
+        self.schedule, self.durations = choose_schedule(schedule, durations, federation is not None)
         if self.schedule is not None:
             clients_per_round = self.schedule.clients_per_round(clients_per_round)
         secure = any(transform.needs_secure_sampling for transform in transforms)
@@ -218,10 +237,19 @@ class FederatedStrategy(internals.ReusableStrategy):
         self.aggregator = check_nodes(self.algorithm, aggregator, transforms, adversary, self.schedule, federation)
         if self.schedule is not None:
             check_schedule(
-                self.schedule, num_clients, local_steps, self.cohort, stragglers, transforms, self.aggregator
+                self.schedule,
+                num_clients,
+                local_steps,
+                local_epochs,
+                self.cohort,
+                stragglers,
+                transforms,
+                self.aggregator,
             )
-            # First, because the others may give updates a form that can't be scaled.
-            transforms = (*self.schedule.transforms, *transforms)
+            # First, because the others may give updates a form that can't be scaled. Over a network the coordinator
+            # weighs updates, which alone knows how old they are when they come.
+            if federation is None:
+                transforms = (*self.schedule.transforms, *transforms)
         self.weighting: Weighting = choose_weighting(weighting, self.aggregator, transforms, self.algorithm)
         self.client_optimizer: ClientOptimizer = client_optimizer
         self.transforms = tuple(transforms)
@@ -245,10 +273,12 @@ class FederatedStrategy(internals.ReusableStrategy):
         if not timeout > 0:
             raise ValueError(f"timeout={timeout} must be a positive number of seconds.")
         self.timeout = timedelta(seconds=timeout)
+        self.silo = silo
+        check_silo(self)
         self.silo_name = silo_name if silo_name is None else check_silo_name(silo_name)
         check_network(self, federation, kit)
         self.address, self.kit = federation, kit
-        self.network: NetworkFederation | None = None
+        self.network: NetworkFederation | SharedSilo | None = None
         self.num_nodes = 1
         self.federation: Group = LocalGroup()
         self.driver: RoundDriver | None = None
@@ -280,8 +310,9 @@ class FederatedStrategy(internals.ReusableStrategy):
 
     @property
     def started_by_launcher(self) -> bool:
-        """Whether torchrun, SLURM or MPI started the ranks, rather than Lightning."""
-        return not isinstance(self.cluster_environment, LightningEnvironment)
+        """Whether torchrun, SLURM, MPI or Ray started the ranks, rather than Lightning."""
+        # Ray's environment derives from Lightning's own.
+        return type(self.cluster_environment) is not LightningEnvironment
 
     @property
     def is_distributed(self) -> bool:
@@ -342,28 +373,31 @@ class FederatedStrategy(internals.ReusableStrategy):
         # Each fit, validate and test comes here; the ranks stay connected between them, also from Trainer to Trainer.
         connection = self.global_rank, super().world_size, self.root_device.type
         if self._connection == connection:
+            self._give_mesh()
             return
         environment = self.cluster_environment
-        self.federation = connect(
-            self.global_rank,
-            super().world_size,
-            environment.main_address,
-            environment.main_port,
-            self.root_device,
-            self.timeout,
-            self._own_name,
-        )
+        where = environment.main_address, environment.main_port, self.root_device, self.timeout, self._own_name
+        # In a federation over a network all processes of the launch are one silo.
+        on_machine = int(os.environ.get("LOCAL_WORLD_SIZE", self.num_processes))
+        together = on_machine if self.address is None else super().world_size
+        self.federation = connect_processes(self.silo, self.global_rank, super().world_size, together, where)
         self._connection = connection
-        if self.federation.size == 1:
+        self._give_mesh()
+        if self.federation.is_alone:
             check_launcher()
-        if self.address is not None:
-            assert self.kit is not None
-            self.network = open_network(self.address, self.kit)
-        if self.network is not None and self.federation.size > 1:
+        if self.address is None:
+            return
+        if self.federation.size > 1:
             raise MisconfigurationException(
-                f"With federation={self.network.client.address!r} a launch is one silo of one process, but there are "
-                f"{self.federation.size}. Start one process; a silo of several is not supported yet."
+                f"With federation={self.address!r} a launch is one silo, but there are {self.federation.size} ranks "
+                "that are one each. Start one process, or set silo=fl.silos.DDP() if they train one silo together."
             )
+        assert self.kit is not None
+        self.network = open_network(self.address, self.kit, self.federation, self._module)
+
+    def _give_mesh(self) -> None:
+        if self.federation.is_spread:
+            internals.give_mesh(self._module, mesh_of(self.federation, self.root_device))
 
     def model_to_device(self) -> None:
         assert self.model is not None
@@ -372,7 +406,7 @@ class FederatedStrategy(internals.ReusableStrategy):
     # ---- collectives: real between the local phases, the identity within them
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        if self.in_local_phase or self.federation.size == 1 or not isinstance(tensor, Tensor):
+        if self.in_local_phase or self.federation.is_alone or not isinstance(tensor, Tensor):
             return tensor
         # Callers give a name or torch's `ReduceOp`, whose text has the class in front.
         name = str(reduce_op).lower().rpartition(".")[2]
@@ -385,13 +419,13 @@ class FederatedStrategy(internals.ReusableStrategy):
             self.federation.barrier()
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        if self.in_local_phase or self.federation.size == 1:
+        if self.in_local_phase or self.federation.is_alone:
             return obj
         # Not torch's `broadcast_object_list`, which unpickles what a peer has sent and so would run its code.
         return decode_object(self.federation.broadcast_message(encode_object(obj), src))
 
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        if self.in_local_phase or self.federation.size == 1:
+        if self.in_local_phase or self.federation.is_alone:
             return tensor
         parts = self.federation.all_gather(Message(tensors={"value": tensor}))
         return torch.stack([part.tensors["value"] for part in parts]).to(tensor.device)
@@ -421,16 +455,21 @@ class FederatedStrategy(internals.ReusableStrategy):
             check_trainer(trainer)
         check_same_on_ranks(self.federation, "validation data", trainer.enable_validation)
         self._frozen_weights = FrozenWeights()
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.algorithm.prepare(self._module)
         super().setup(trainer)
         assert self.lightning_module is not None
+        if self.silo is not None:
+            check_module(self.silo, self.lightning_module, self._protects_examples)
         if trainer.state.fn == TrainerFn.FITTING or self.federation.size > 1:
-            check_tensors(self.lightning_module)
+            check_tensors(self.lightning_module, self.federation.is_spread)
         self.personal = tuple(self.algorithm.personal(self.lightning_module, self.named_personal))
         is_hidden = is_private(self.aggregator, self.transforms, self._protects_examples)
         columns = described_columns(getattr(trainer, "datamodule", None), is_hidden)
-        if self.federation.size > 1:
+        if not self.federation.is_alone:
             settings = {**settings_of_ranks(self, trainer), **settings_of_training(trainer)}
-            verify_ranks(self.federation, self.lightning_module, settings, versions(), columns)
+            for group in (self.federation.inner, self.federation):
+                verify_ranks(group, self.lightning_module, settings, versions(), columns)
             # Without `seed_everything` the ranks have initialised their modules differently. Only after the check: with
             # modules whose tensors differ, the broadcasts would pair up different ones.
             sent = synchronize_module(self.federation, self.lightning_module, self.frozen == "broadcast")
@@ -439,10 +478,13 @@ class FederatedStrategy(internals.ReusableStrategy):
                 rank_zero_info(f"Rank 0 has sent {sent:,} bytes of frozen parameters to each of the others.")
         if self.network is not None and trainer.state.fn == TrainerFn.FITTING:
             common = {**settings_of_training(trainer), **columns}
-            tensors = FederatedTensors(self.lightning_module, self.personal)
+            tensors = FederatedTensors(self.lightning_module, self.personal, may_be_spread=self.federation.is_spread)
             protections = protections_of(self, self._protects_examples)
             own = settings_of_silo(self)
-            self.network.join(tensors, own, common, versions(), protections, secure_of(self), self.weighting)
+            secure, is_asynchronous = secure_of(self), self.schedule is not None
+            self.network.join(tensors, own, common, versions(), protections, secure, self.weighting, is_asynchronous)
+        if self.federation.inner.size > 1:
+            keep_metrics_apart(self.lightning_module)
         self._evaluation_metrics = EvaluationMetrics(self._parties, self.lightning_module, self.aggregator)
 
     def setup_optimizers(self, trainer: L.Trainer) -> None:
@@ -479,8 +521,9 @@ class FederatedStrategy(internals.ReusableStrategy):
             seed=self._seed,
             callbacks=trainer.callbacks,  # type: ignore[attr-defined]
             silo=None if self.network is None else self.network.name,
+            is_of_several=self.silo is not None,
         )
-        if self.schedule is not None and self.durations is not None:
+        if self.schedule is not None and self.network is None:
             check_clients(self.schedule, self.durations, population)
         if self.adversary is not None:
             population = population.with_loaders(self.adversary.wrap_loaders(population.loaders, self._seed))
@@ -511,7 +554,7 @@ class FederatedStrategy(internals.ReusableStrategy):
             sampling=sampling,
             silos=population.silos is not None,
             protects_examples=self._protects_examples,
-            schedule=self.schedule,
+            schedule=self.schedule if self.network is None else None,
             durations=self.durations,
             clients=population.ids if self.algorithm.knows_index else (),
         )
@@ -540,6 +583,7 @@ class FederatedStrategy(internals.ReusableStrategy):
                 "`training_step(dataloader_iter)` fetches its batches itself, but in a federation each batch belongs "
                 "to a client. Write `training_step(batch, batch_idx)`."
             )
+        check_learning_rates(self.schedule, trainer)
         self.active_driver.personal, self.active_driver.sticky = self.personal, self._clients_keep_state
         self._resume()
         # It hooks into the user's optimizers, and the hooks must not outlive a start that fails.
@@ -551,8 +595,13 @@ class FederatedStrategy(internals.ReusableStrategy):
             optimizers.close()
             raise
         if self.network is not None:
-            self.network.store = self.active_driver.store
-            self.network.folder.restore(self.active_driver.store)
+            if self.federation.is_spread and self._clients_keep_state:
+                raise MisconfigurationException(
+                    "With federation='https://...' and silo=fl.silos.FSDP2() a silo can't keep state between rounds, "
+                    "because only its first process has a folder for it. Use silo=fl.silos.DDP(), or an algorithm "
+                    "without client state and client_optimizer='reset'."
+                )
+            self.network.restore(self.active_driver.store)
 
     @property
     def _clients_keep_state(self) -> bool:
@@ -567,7 +616,10 @@ class FederatedStrategy(internals.ReusableStrategy):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(args[0], StackedBatch):
-            return run_training_step(self._trainer, super().training_step, *args, **kwargs)
+            output = run_training_step(self._trainer, super().training_step, *args, **kwargs)
+            if output is None and self.driver is not None and self.driver.local_trainer is not None:
+                self.driver.local_trainer.within.refuse_skipping()
+            return output
         vectorized = self.active_driver.vectorized
         assert vectorized is not None
         with self.precision_plugin.train_step_context():
@@ -575,6 +627,11 @@ class FederatedStrategy(internals.ReusableStrategy):
         # Lightning's closure passes only the sum on; the hooked steps find each client's loss here.
         self.group_losses = losses.detach()
         return loss
+
+    def post_backward(self, closure_loss: Tensor) -> None:
+        super().post_backward(closure_loss)
+        if self.driver is not None:
+            self.driver.join_gradients()
 
     def _resume(self) -> None:
         if self._loaded_checkpoint is None:
@@ -617,7 +674,7 @@ class FederatedStrategy(internals.ReusableStrategy):
 
     def on_exception(self, exception: BaseException) -> None:
         """Leaves word for the other ranks, which would only see that this one is gone."""
-        if self.federation.size > 1 and not isinstance(exception, RankLost):
+        if not self.federation.is_alone and (self.silo is not None or not isinstance(exception, RankLost)):
             hides = is_private(self.aggregator, self.transforms, self._protects_examples)
             self.federation.leave(describe_failure(exception, hides))
         super().on_exception(exception)
@@ -640,6 +697,8 @@ class FederatedStrategy(internals.ReusableStrategy):
         if driver is not None and driver.defers_checkpoints and not self._is_requeued:
             driver.defer_checkpoint(str(filepath), weights_only)
             return
+        if self._is_requeued and self.federation.is_spread:
+            return  # the parts are on processes that get the signal at other places; there is the last round's
         if driver is None or weights_only:
             self._write_checkpoint(checkpoint, filepath, storage_options)
             return
@@ -667,7 +726,7 @@ class FederatedStrategy(internals.ReusableStrategy):
 
     def _write_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any) -> None:
         if not self.checkpoint_frozen:
-            moving = () if self.driver is None else self.driver.state.moving or ()
+            moving = () if self.driver is None else self.driver.moving
             self._frozen_weights.leave_out(checkpoint, self._module, moving)
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
@@ -704,11 +763,27 @@ class FederatedStrategy(internals.ReusableStrategy):
         if own is not None or (self.is_global_zero and "://" not in str(filepath)):
             ClientStateFiles(self.federation, filepath, own).forget()
 
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        state = super().lightning_module_state_dict()
+        return whole_state_dict(self._module, state) if self.federation.is_spread else state
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        state = super().optimizer_state(optimizer)
+        return whole_optimizer_state(optimizer, state) if self.federation.is_spread else state
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        super().load_optimizer_state_dict(checkpoint)
+        if self.federation.is_spread:
+            spread_optimizer_states(self.optimizers)
+
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         # Lightning converts the module to the Trainer's precision after it has loaded the weights: with
         # precision="64-true" these would be rounded to single precision.
         self.precision_plugin.convert_module(self._module)
-        super().load_model_state_dict(put_in(checkpoint, self._module), strict)
+        checkpoint = put_in(checkpoint, self.lightning_module_state_dict)
+        if self.federation.is_spread:
+            checkpoint = {**checkpoint, "state_dict": spread_state_dict(self._module, checkpoint["state_dict"])}
+        super().load_model_state_dict(checkpoint, strict)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         received = bytes_of_first_rank(checkpoint_path, self.federation)
@@ -727,6 +802,8 @@ class FederatedStrategy(internals.ReusableStrategy):
         if self.network is not None:
             self.network.leave("its run has ended")
         internals.clip_norms_as_before(self.precision_plugin)
+        if self.lightning_module is not None:
+            let_metrics_sync(self.lightning_module)
         super().teardown()  # this waits for checkpoints that are written in the background
         self._finish_client_states()
 
@@ -799,7 +876,7 @@ class FederatedStrategy(internals.ReusableStrategy):
     def _own_name(self) -> str:
         """The name of this launch as a silo, empty if it has none or may be a part of a simulation."""
         name = self.silo_name if self.silo_name is not None else os.environ.get(NAME_VARIABLE, "")
-        return check_silo_name(name) if name and self.started_by_launcher else ""
+        return check_silo_name(name) if name and (self.started_by_launcher or self.silo is not None) else ""
 
     @property
     def _silo_folder(self) -> Path | None:
@@ -807,7 +884,7 @@ class FederatedStrategy(internals.ReusableStrategy):
         is_silo = self.driver is not None and self.driver.population.silos is not None
         if not is_silo or self.is_global_zero:
             return None
-        return silo_folder(self._trainer.default_root_dir, self.federation.rank)
+        return silo_folder(self._trainer.default_root_dir, self.federation.rank, self.federation.inner.rank)
 
     @property
     def _protects_examples(self) -> bool:
@@ -828,4 +905,5 @@ class FederatedStrategy(internals.ReusableStrategy):
             return True
         # Without a fit there is no driver to ask, so this decides as `build_population` would.
         simulated = getattr(getattr(self._trainer, "datamodule", None), "gives_clients", False)
-        return self.started_by_launcher and self.num_clients is None and self.partition is None and not simulated
+        is_launched = self.started_by_launcher or self.silo is not None
+        return is_launched and self.num_clients is None and self.partition is None and not simulated

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -33,21 +33,25 @@ class FrozenWeights:
         names = [name for name in checkpoint["state_dict"] if name in own and name not in moving]
         for name in names:
             if name not in self._digests:
-                self._digests[name] = digest(own[name]).hex()
+                self._digests[name] = digest(checkpoint["state_dict"][name]).hex()
         checkpoint["state_dict"] = {
             name: value for name, value in checkpoint["state_dict"].items() if name not in names
         }
         checkpoint[KEY] = {name: self._digests[name] for name in names}
 
 
-def put_in(checkpoint: Mapping[str, Any], module: nn.Module) -> Mapping[str, Any]:
+def put_in(checkpoint: Mapping[str, Any], whole: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
     """The checkpoint with the module's own frozen parameters where it left them out.
+
+    Args:
+        checkpoint: The checkpoint.
+        whole: Returns the module's ``state_dict``.
 
     Raises:
         MisconfigurationException: If the module holds others than those that the checkpoint was trained with.
     """
     names = checkpoint.get(KEY) or {}
-    own = dict(module.state_dict())
+    own = whole() if names else {}
     different = [name for name, expected in names.items() if name not in own or digest(own[name]).hex() != expected]
     if different:
         raise MisconfigurationException(

@@ -124,6 +124,11 @@ def adopt_signals(trainer: Trainer) -> None:
     trainer._signal_connector.__class__ = RequeueConnector
 
 
+def give_mesh(module: LightningModule, mesh: Any) -> None:
+    """Lets ``module.device_mesh`` return the mesh, as Lightning's ``ModelParallelStrategy`` does."""
+    module._device_mesh = mesh
+
+
 def set_round_length(trainer: Trainer, num_batches: int | None, fetch_limit: int) -> None:
     """Sets the round's number of batches in the loops; Lightning asks the loader only once.
 

@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
 
 from lightning_fl.clients import Uniform
+from lightning_fl.communication import Group
 from lightning_fl.privacy import SecureAggregation
+from lightning_fl.schedules import Buffered, FedAsync
 from lightning_fl.strategies.validation import settings_of_strategy
 
 if TYPE_CHECKING:
+    from lightning_fl.coordinator.shared_silo import SharedSilo
     from lightning_fl.coordinator.silo import NetworkFederation
 
 
@@ -34,16 +38,25 @@ def check_network(strategy: Any, address: str | None, kit: str | Path | None) ->
         "split_validation": strategy.split_validation,
         "silo_name (the certificate has the name)": strategy.silo_name is not None,
         "stragglers": strategy.stragglers is not None,
-        "schedule and durations": strategy.schedule is not None,
+        "durations (silos arrive when they arrive)": strategy.durations is not None,
+        "the schedule's concurrency (all silos train)": getattr(strategy.schedule, "concurrency", None) is not None,
         "the aggregator's keys (they are in the kit)": getattr(strategy.aggregator, "keys", None) is not None,
         "cohort": not isinstance(strategy.cohort, Uniform),
     }
+    parts = strategy.algorithm.sends_parts or strategy.aggregator.moves_frozen
+    if parts:
+        raise ValueError(
+            f"A coordinator takes whole updates and leaves frozen parameters alone, so {strategy.algorithm!r} with "
+            f"{strategy.aggregator!r} does not run over it yet. Start the silos with torchrun."
+        )
     given = [name for name, is_given in ignored.items() if is_given]
     if given:
         raise ValueError(
             f"With federation={address!r} this launch is one silo, and the coordinator decides who takes part, so "
             f"{', '.join(given)} would be ignored. Leave it out."
         )
+    if strategy.schedule is not None:
+        check_asynchronous(strategy)
     aggregator = strategy.aggregator
     if aggregator.needs_server:
         raise ValueError(
@@ -65,17 +78,44 @@ def check_network(strategy: Any, address: str | None, kit: str | Path | None) ->
         )
 
 
-def open_network(address: str, kit: str | Path) -> NetworkFederation:
+def check_asynchronous(strategy: Any) -> None:
+    """Makes sure that rounds that nobody waits for can be those of a coordinator.
+
+    Raises:
+        ValueError: If they can't.
+    """
+    if not isinstance(strategy.schedule, Buffered | FedAsync):
+        raise ValueError(
+            f"{strategy.schedule!r} plans by a simulated clock. Over a network give fl.schedules.Buffered or FedAsync, "
+            "or leave it out and set deadline_s in federation.yaml."
+        )
+    if strategy.transforms:
+        names = ", ".join(type(transform).__name__ for transform in strategy.transforms)
+        raise ValueError(
+            f"The coordinator weighs each update by its age, and can't do so with what {names} makes of it at the "
+            "silo. Leave transforms or schedule out."
+        )
+
+
+def open_network(address: str, kit: str | Path, group: Group, module: nn.Module) -> NetworkFederation | SharedSilo:
     """The federation at an address, not joined yet.
+
+    Args:
+        address: The coordinator's address.
+        kit: The folder with the silo's key and certificate, which its first process reads.
+        group: The processes of this silo.
+        module: The module.
 
     Raises:
         MisconfigurationException: If address or kit can't be used, or a library is missing.
     """
     try:
         # Here, because `cryptography` comes with the extra "network".
+        from lightning_fl.coordinator.shared_silo import SharedSilo
         from lightning_fl.coordinator.silo import NetworkFederation
 
-        return NetworkFederation(address, kit)
+        talker = NetworkFederation(address, kit) if group.inner.rank == 0 else None
+        return talker if talker is not None and group.inner.size == 1 else SharedSilo(group, module, talker)
     except ModuleNotFoundError as error:
         raise MisconfigurationException(
             f"A federation over a network needs {error.name}: pip install 'lightning-fl[network]'."
@@ -86,7 +126,8 @@ def open_network(address: str, kit: str | Path) -> NetworkFederation:
 
 def settings_of_silo(strategy: Any) -> dict[str, str]:
     """The settings that silos and coordinator must share; the personal tensors as the user has named them."""
-    return {**settings_of_strategy(strategy), "personal": repr(strategy.named_personal)}
+    own = {"personal": repr(strategy.named_personal), "schedule": repr(strategy.schedule)}
+    return {**settings_of_strategy(strategy), **own}
 
 
 def secure_of(strategy: Any) -> SecureAggregation | None:

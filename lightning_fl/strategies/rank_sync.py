@@ -51,7 +51,7 @@ class RankSync:
 
         These hooks do not run on a rank without clients, which has no batch.
         """
-        if self.group.size == 1 or not has_hooks(self.trainer, "on_train_batch_end"):
+        if self.group.is_alone or not has_hooks(self.trainer, "on_train_batch_end"):
             return
         # Fingerprints first: as a rule nothing has changed, and then no tensor travels.
         own = {name: fingerprint(tensor) for name, tensor in tensors.items()}
@@ -65,7 +65,7 @@ class RankSync:
 
     def stop(self, round: int) -> None:
         """Stops all ranks if the hooks of one have set ``trainer.should_stop`` since the round's end."""
-        if self.group.size == 1 or not has_hooks(self.trainer, *HOOKS_AFTER_THE_ROUND):
+        if self.group.is_alone or not has_hooks(self.trainer, *HOOKS_AFTER_THE_ROUND):
             return
         ranks = self.gather(round, Message({"should_stop": self.trainer.should_stop}), "after the hooks")
         self.trainer.should_stop = any(fields["should_stop"] for fields in ranks)

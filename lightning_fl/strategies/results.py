@@ -124,6 +124,18 @@ def step_arguments(module: LightningModule, batch_idx: int) -> tuple[Any, ...]:
     return (batch_idx,) if takes_batch_idx(module) else ()
 
 
+class _StayingMetric(_ResultMetric):
+    """A logged value that is moved only to another device.
+
+    Lightning moves it each time that the value is logged, and a move walks through all of its attributes and copies its
+    settings: most of the cost of ``self.log``.
+    """
+
+    def to(self, *args: Any, **kwargs: Any) -> _ResultMetric:  # type: ignore[override]
+        is_there = args == (getattr(vars(self).get("value"), "device", None),) and not kwargs
+        return self if is_there else super().to(*args, **kwargs)
+
+
 class ClientResults(_ResultCollection):
     """Lightning's collection of logged values, which notes the batch sizes that the module gives."""
 
@@ -132,6 +144,11 @@ class ClientResults(_ResultCollection):
         if batch_size is not None:
             self.given_sizes.add(batch_size)
         super().log(*args, batch_size=batch_size, **kwargs)
+
+    def __setitem__(self, key: str, result: _ResultMetric) -> None:
+        if type(result) is _ResultMetric:
+            result.__class__ = _StayingMetric
+        super().__setitem__(key, result)
 
     @property
     def given_sizes(self) -> set[int]:

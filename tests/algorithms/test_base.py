@@ -33,6 +33,7 @@ def assert_trees_of_tensors(state: object) -> None:
 @pytest.mark.parametrize(
     ("num_steps", "expected"), [(1, 1.0909090909), (2, 1.1017369727), (5, 1.1359075905), (20, 1.2991578746)]
 )
+@pytest.mark.spread(1)
 def test_fedavg_settles_where_the_closed_form_says(num_steps: int, expected: float) -> None:
     federation = Simulation(FedAvg(), quadratics(CENTERS, STEEPNESS), PARAMS, num_steps, weights=WEIGHTS)
     for _ in range(500 // num_steps + 20):

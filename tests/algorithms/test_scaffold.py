@@ -50,6 +50,7 @@ def test_the_first_rounds_are_the_known_ones() -> None:
 
 
 @pytest.mark.parametrize(("num_steps", "num_rounds"), [(1, 204), (5, 37), (20, 52)])
+@pytest.mark.spread(1)
 def test_it_reaches_the_optimum_whatever_the_number_of_local_steps(num_steps: int, num_rounds: int) -> None:
     federation = simulate(Scaffold(), num_steps)
     for _ in range(num_rounds - 1):
@@ -147,6 +148,7 @@ def test_every_client_weighs_the_same_and_keeps_state() -> None:
 
 
 @pytest.mark.parametrize("num_steps", [1, 5, 20])
+@pytest.mark.spread(1)
 def test_option_1_renews_the_control_by_the_gradient_at_the_global_model(num_steps: int) -> None:
     federation = simulate(Scaffold(option=1), num_steps)
     x, control, own = 10.0, 0.0, [0.0] * 3

@@ -111,6 +111,7 @@ class Noisy(Ordinary):
 
 
 @pytest.mark.parametrize("client_optimizer", ["reset", "keep"])
+@pytest.mark.spread(1)
 def test_it_changes_no_training_and_no_other_metric(client_optimizer: Any) -> None:
     def train(*callbacks: Any) -> tuple[Tensor, dict[str, float], Tensor, int]:
         torch.manual_seed(1)

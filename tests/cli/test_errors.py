@@ -72,6 +72,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.spread(6)
 def test_a_mistake_is_one_line(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     words, expected = CASES[name]
     with pytest.raises(SystemExit) as error:

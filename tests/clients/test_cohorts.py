@@ -183,6 +183,7 @@ def z_of_variance(sizes: np.ndarray, expected: float) -> float:
 
 @pytest.mark.parametrize("secure", [False, True])
 @pytest.mark.parametrize(("population", "rate"), [(20, 0.3), (40, 0.05), (5, 0.9)])
+@pytest.mark.spread(2)
 def test_poisson_takes_each_client_on_its_own(population: int, rate: float, secure: bool) -> None:
     took_part = taken(Poisson(rate, secure=secure), population)
     sizes, mean, limit = took_part.sum(axis=1), population * rate, 5.5 if secure else 4.0
@@ -253,6 +254,7 @@ def probabilities(weights: Sequence[float], size: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.spread(2)
 def test_weighted_clients_take_part_in_proportion_to_their_weights(name: str) -> None:
     weights, size = WEIGHTS[name]
     cohort = Weighted(dict(enumerate(weights)))

@@ -218,6 +218,7 @@ def test_clients_added_as_a_group_are_those_added_one_by_one(entry: Entry, weigh
 
 @every_aggregator_and_size
 @pytest.mark.parametrize("num_clients", [7, 3])
+@pytest.mark.spread(30)
 def test_ranks_add_up_what_one_rank_does(entry: Entry, size: int, num_clients: int) -> None:
     """Clients are dealt to the ranks in turn; with more ranks than clients some have none."""
     updates = random_updates(num_clients)

@@ -224,6 +224,7 @@ def test_every_registered_algorithm_is_under_contract() -> None:
 
 
 @every_kind
+@pytest.mark.spread(5)
 def test_it_settles_at_its_fixed_point(name: str) -> None:
     entry = ENTRIES[name]
     assert entry.minimise(entry.rounds, local_steps=5) == pytest.approx(entry.fixed_point, rel=1e-8)
@@ -324,6 +325,7 @@ def test_yaml_with_a_wrong_type_is_refused(name: str) -> None:
 
 @every_kind
 @pytest.mark.parametrize("sizes", [(23, 23, 23), (2, 4, 6, 8, 10, 12, 14, 16, 18) * 2], ids=["equal", "unequal"])
+@pytest.mark.spread(10)
 def test_clients_train_together_as_they_do_alone(name: str, sizes: tuple[int, ...]) -> None:
     algorithm = ENTRIES[name].algorithm
     _, alone = fit(algorithm, sizes=sizes, engine="sequential")

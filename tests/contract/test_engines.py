@@ -192,6 +192,7 @@ def reference() -> Any:
         if form != REFERENCE and (entry.groups or not how.is_group)
     ],
 )
+@pytest.mark.spread(30)
 def test_every_form_gives_what_the_reference_gives(entry: Entry, form: str, reference: Any) -> None:
     assert_same_as_reference(entry.fit(form), entry, form, reference(entry))
 
@@ -204,6 +205,7 @@ def assert_same_as_reference(found: Fit, entry: Entry, form: str, reference: Fit
 
 
 @pytest.mark.parametrize("name", [*HOOKED_GROUPS, "logging every third step", "logging by step only"])
+@pytest.mark.spread(2)
 def test_both_forms_of_a_groups_step_tell_the_loggers_the_same(name: str) -> None:
     tight, hooked = (ENTRIES[name].fit(form) for form in ("group", "hooked group"))
     assert_same(tight, hooked, (*OF_GROUPS, "rows", "progress"))
@@ -213,6 +215,7 @@ def test_both_forms_of_a_groups_step_tell_the_loggers_the_same(name: str) -> Non
     ("entry", "form"),
     [param(name, form) for name, entry in ENTRIES.items() if entry.plain for form in ("hooked", "tight")],
 )
+@pytest.mark.spread(11)
 def test_one_client_that_keeps_its_optimizer_is_a_plain_trainer(entry: Entry, form: str) -> None:
     alone = replace(entry, strategy={"client_optimizer": "keep"}, data=lambda: fl.datamodules.ClientLoaders([loader()]))
     assert_plain(alone.fit(form), entry.fit_plain(loader()), entry.rounds, entry.rtol)
@@ -226,6 +229,7 @@ def fit_on_rank(name: str, form: str) -> Fit:
 
 
 @pytest.mark.parametrize("name", ["logging", "cohorts", "an ordinary module", "schedule by step"])
+@pytest.mark.spread(1)
 def test_the_forms_agree_on_two_ranks(name: str, run_ranks: Any, reference: Any) -> None:
     """With cohorts of three clients, a rank has sometimes one and sometimes two."""
     entry = ENTRIES[name]
@@ -260,6 +264,7 @@ RESUMED = {
         if entry.groups or not (FORMS[first].is_group or FORMS[second].is_group)
     ],
 )
+@pytest.mark.spread(3)
 def test_a_checkpoint_of_one_form_goes_on_in_another(entry: Entry, first: str, second: str) -> None:
     entry = replace(entry, rounds=3)
     whole = entry.fit(REFERENCE)
@@ -303,6 +308,7 @@ class Nothing(L.Callback):
 
 
 @pytest.mark.parametrize("name", CALLBACKS)
+@pytest.mark.spread(2)
 def test_callbacks_act_alike_in_both_forms(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     make, options = CALLBACKS[name]
     entry = ENTRIES["an ordinary module"] if "rates" in name else ENTRIES["logging"]
@@ -379,6 +385,7 @@ class AtTheEnd(L.Callback):
     ids=["KeyboardInterrupt", "an error", "SIGTERM", "SIGINT"],
 )
 @pytest.mark.parametrize("form", ["hooked", "tight"])
+@pytest.mark.spread(3)
 def test_an_interrupted_round_is_dropped(form: str, cause: Any, expected: type[BaseException]) -> None:
     one_round = Entry(rounds=1).fit(REFERENCE)
     watch = AtTheEnd()
@@ -548,6 +555,7 @@ def break_losses(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     indirect=["breach"],
 )
+@pytest.mark.spread(7)
 def test_a_breach_is_found(breach: None, name: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     entry = ENTRIES[name]
     broken = entry.fit(form)

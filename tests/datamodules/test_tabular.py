@@ -212,6 +212,7 @@ def test_files_that_are_not_there_or_differ_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("strategy", ["fedavg", "auto"])
 @pytest.mark.parametrize("target", ["buys", "income"])
+@pytest.mark.spread(2)
 def test_the_same_module_trains_federated_and_centralised(strategy: str, target: str) -> None:
     torch.manual_seed(0)
     data = table(rows(200), target=target, batch_size=16)

@@ -64,6 +64,7 @@ def test_datamodules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str)
 @pytest.mark.parametrize(
     "name", [name for name in concrete(datamodules, L.LightningDataModule) if name != "PartitionedDataModule"]
 )
+@pytest.mark.spread(6)
 def test_arguments_that_a_datamodule_passes_to_its_base_class_are_accepted_and_documented(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:

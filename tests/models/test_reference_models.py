@@ -107,6 +107,7 @@ def test_text_models_do_not_see_what_comes_after(make: type) -> None:
 
 @pytest.mark.parametrize(("make", "lr"), [(CharLSTM, 0.5), (CharTransformer, 0.02)])
 @pytest.mark.parametrize("every_place", [True, False])
+@pytest.mark.spread(1)
 def test_text_models_learn_a_cycle_of_characters(make: type, lr: float, every_place: bool) -> None:
     L.seed_everything(0, verbose=False)
     text = (torch.arange(9) + torch.arange(5).unsqueeze(1)) % 5
@@ -122,6 +123,7 @@ def test_a_sequence_that_is_too_long_is_refused() -> None:
         CharTransformer(5, max_length=8)(torch.zeros(1, 9, dtype=torch.int64))
 
 
+@pytest.mark.slow
 def test_the_regressor_works_in_the_unit_of_the_target() -> None:
     L.seed_everything(0, verbose=False)
     x = torch.randn(256, 3)

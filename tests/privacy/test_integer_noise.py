@@ -36,6 +36,7 @@ def p_value(samples: Any, mechanism: str, variance: int) -> float:
 
 @pytest.mark.parametrize("mechanism", MECHANISMS)
 @pytest.mark.parametrize("variance", [1, 2, 19, 21, 300])
+@pytest.mark.spread(3)
 def test_the_distribution_is_that_of_the_mechanism(mechanism: Any, variance: int) -> None:
     samples = IntegerNoise(variance, "distribution").sample(mechanism, NUM_SAMPLES, variance).numpy()
     assert p_value(samples, mechanism, variance) > 1e-4

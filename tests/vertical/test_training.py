@@ -243,6 +243,7 @@ def mismatched(what: str) -> str:
         ("protected clipping by value", ""),
     ],
 )
+@pytest.mark.spread(2)
 def test_parties_that_do_not_fit_are_refused(run_ranks: Any, what: str, message: str) -> None:
     found = run_ranks(2, mismatched, what)
     assert all(message in told if message else not told for told in found), found

@@ -144,6 +144,7 @@ def test_the_algorithm_sees_the_private_gradient_and_is_not_clipped() -> None:
 
 @pytest.mark.filterwarnings("ignore::lightning_fl.privacy.InsecureNoiseWarning")
 @pytest.mark.parametrize("algorithm", ["scaffold", "fedadam", "fednova", "fedrep", "ditto"])
+@pytest.mark.spread(2)
 def test_other_algorithms_train_under_it(algorithm: str) -> None:
     options = {"personal": ("net.3.*",)} if algorithm == "fedrep" else {}
     run, found = fit(private(insecure_test_seed=0), 2, algorithm=algorithm, **options)
@@ -221,6 +222,7 @@ def test_a_client_pays_for_the_rounds_in_which_it_takes_part() -> None:
 
 @pytest.mark.filterwarnings("ignore::lightning_fl.privacy.InsecureNoiseWarning")
 @pytest.mark.parametrize("algorithm", ["fedavg", "scaffold"])
+@pytest.mark.spread(1)
 def test_resuming_is_not_stopping(tmp_path: Path, algorithm: str) -> None:
     def run(callback: SampleLevelDP, rounds: int, **options: Any) -> tuple[Tensor, dict[Any, Ledger]]:
         done, found = fit(callback, rounds, algorithm=algorithm, **options)

@@ -26,6 +26,7 @@ def train(case: Case, rounds: int = 2, **options: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", UNSOUND)
+@pytest.mark.spread(6)
 def test_examples_that_touch_others_stop_the_run(kind: str) -> None:
     with pytest.raises(PrivacyError) as error:
         train(UNSOUND[kind])
@@ -33,6 +34,7 @@ def test_examples_that_touch_others_stop_the_run(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", SOUND)
+@pytest.mark.spread(5)
 def test_sound_modules_train(kind: str) -> None:
     train(SOUND[kind])
 

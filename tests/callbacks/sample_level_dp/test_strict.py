@@ -62,6 +62,7 @@ FITS = [
 
 
 @pytest.mark.parametrize("kind", FITS)
+@pytest.mark.spread(4)
 def test_sound_modules_train(kind: str) -> None:
     train(SOUND[kind], strict=True)
 

@@ -32,6 +32,7 @@ def test_iid_sizes_differ_by_at_most_one(num_samples: int, num_clients: int) -> 
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.5, 1.0, 10.0, 100.0])
+@pytest.mark.spread(1)
 def test_dirichlet_per_class_concentrates_as_the_mathematics_says(alpha: float) -> None:
     dataset, num_clients = labelled(2000), 10
     concentration = []
@@ -43,6 +44,7 @@ def test_dirichlet_per_class_concentrates_as_the_mathematics_says(alpha: float) 
 
 
 @pytest.mark.parametrize("alpha", [0.1, 1.0, 10.0, 100.0])
+@pytest.mark.spread(1)
 def test_dirichlet_per_client_concentrates_as_the_mathematics_says(alpha: float) -> None:
     dataset = labelled(2000)
     concentration = []

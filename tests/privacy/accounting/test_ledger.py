@@ -83,6 +83,7 @@ def test_releases_by_everybody_are_exact_and_never_below(mu: float, delta: float
 
 
 @pytest.mark.parametrize(("sigma", "rate", "delta"), [(1.0, 0.1, 1e-5), (0.6, 0.01, 1e-6), (2.0, 0.5, 1e-3)])
+@pytest.mark.spread(1)
 def test_one_sampled_release_is_never_below_its_closed_form(sigma: float, rate: float, delta: float) -> None:
     inner = exact_gaussian(1 / sigma, delta / rate)
     exact = math.log1p(rate * math.expm1(inner))
@@ -129,6 +130,7 @@ FIXED = [  # noise multiplier, cohort, population, rounds, epsilon at delta 1e-5
     ("sigma", "cohort", "population", "rounds", "expected"),
     [pytest.param(*case, marks=[] if case in FIXED[1::4] else [pytest.mark.slow]) for case in FIXED],
 )
+@pytest.mark.spread(1)
 def test_sampling_without_replacement_is_tight(
     sigma: float, cohort: int, population: int, rounds: int, expected: float
 ) -> None:
@@ -168,6 +170,7 @@ def test_hardly_any_noise_costs_no_more_time_or_memory(sampling: Sampling) -> No
         assert about <= found < 1.2 * about
 
 
+@pytest.mark.slow
 def test_draws_of_a_fixed_size_have_no_bound_for_removing_one() -> None:
     """One of x and -x is drawn: if x is removed, -x is drawn for sure, 2 away; noise as if it were 1 claims 4.377."""
     nested = LocalSteps(Full(), FixedSize(10, 100), 1)
@@ -220,6 +223,7 @@ def test_sampling_of_any_mechanism_is_that_of_the_gaussian() -> None:
     assert direct - 1e-4 <= found <= direct + 1e-3
 
 
+@pytest.mark.slow
 def test_batches_amplify_inside_a_round() -> None:
     both = ledger(2.0, LocalSteps(Poisson(0.3), Poisson(0.1), 10, "hidden"), 10).epsilon(1e-4)
     product = ledger(2.0, Poisson(0.03), 100).epsilon(1e-4)
@@ -245,6 +249,7 @@ def test_epsilon_is_monotone(method: Any, **setting: Any) -> None:
 
 @settings(max_examples=5)
 @given(delta=st.floats(1e-9, 1e-2), rate=st.floats(0.001, 0.9), **SETTING)
+@pytest.mark.slow
 def test_epsilon_under_sampling_is_monotone(rate: float, delta: float, **setting: Any) -> None:
     assert_monotone(Poisson(rate), "rdp", delta=delta, **setting)
     sigma, steps, factor = setting["sigma"], setting["steps"], setting["factor"]
@@ -260,6 +265,7 @@ def test_epsilon_without_replacement_is_monotone(cohort: int) -> None:
 
 
 @pytest.mark.parametrize("changed", [{"sigma": 1.2}, {"rate": 0.04}, {"steps": 15}, {"delta": 1e-3}])
+@pytest.mark.spread(1)
 def test_epsilon_by_privacy_loss_is_monotone(changed: dict[str, float]) -> None:
     setting: dict[str, Any] = {"sigma": 1.0, "rate": 0.05, "steps": 20, "delta": 1e-4}
 

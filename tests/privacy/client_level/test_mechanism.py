@@ -76,6 +76,7 @@ TINY_CLIP = ClientLevelDP(clip=0.5, noise_multiplier=0.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.spread(1)
 def test_no_client_moves_the_sum_by_more_than_the_clip(dtype: torch.dtype) -> None:
     pool = [*HUGE, *(update(10.0**exponent, seed, dtype) for seed, exponent in enumerate(range(-3, 4)))]
     for size in (1, 2, 3):
@@ -165,6 +166,7 @@ def test_noise_on_the_model_makes_room_for_that_on_the_bits(z: float, bit_noise:
         pytest.param(0.01, "local", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.spread(1)
 def test_the_adaptive_clip_finds_the_median(start: float, mode: Any) -> None:
     norms = torch.logspace(-1, 1, 51).tolist()  # median 1
     clip = AdaptiveClip(initial=start, learning_rate=0.6, bit_noise=2.0 if mode == "central" else 0.6)

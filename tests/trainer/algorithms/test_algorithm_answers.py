@@ -36,6 +36,7 @@ def uneven_clients(steepness: tuple[float, ...]) -> fl.datamodules.ClientLoaders
         ("fednova", STEEPNESS, 1.0707211776),
     ],
 )
+@pytest.mark.spread(1)
 def test_fednova_takes_back_most_of_the_bias_of_uneven_work(
     algorithm: str, steepness: tuple[float, ...], fixed_point: float
 ) -> None:
@@ -87,6 +88,7 @@ def test_fednova_refuses_what_it_cannot_measure() -> None:
         )
 
 
+@pytest.mark.slow
 def test_fednova_is_right_with_even_weights() -> None:
     found = minimise(FederatedStrategy("fednova", weighting="uniform"), 110, uneven_clients((1.0, 1.0, 1.0)))
     pull = [(1 - 0.9**num_steps) / num_steps for num_steps in (1, 2, 5)]
@@ -99,6 +101,7 @@ def test_fednova_with_equal_steps_is_federated_averaging() -> None:
 
 
 @pytest.mark.parametrize(("mu", "fixed_point"), [(0.1, 1.1358449779), (1.0, 1.1349830924)])
+@pytest.mark.spread(1)
 def test_fedprox_converges_to_its_fixed_point(mu: float, fixed_point: float) -> None:
     assert minimise(FederatedStrategy(FedProx(mu), local_steps=5), 60) == pytest.approx(fixed_point, rel=1e-8)
 
@@ -123,6 +126,7 @@ def test_feddyn_takes_the_known_first_rounds() -> None:
         assert minimise(strategy, rounds, lr=0.5) == pytest.approx(x, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_feddyn_ends_with_the_clients_gradients() -> None:
     strategy = FederatedStrategy(FedDyn(alpha=1.0), local_steps=20)
     assert minimise(strategy, 36, lr=0.5) == pytest.approx(8 / 7, rel=1e-9)
@@ -178,6 +182,7 @@ def test_a_learning_rate_of_zero_moves_nothing(algorithm: Algorithm) -> None:
     assert minimise(FederatedStrategy(algorithm), 2, lr=0.0) == 10.0
 
 
+@pytest.mark.slow
 def test_scaffold_option_1_reaches_the_optimum() -> None:
     strategy = FederatedStrategy(fl.algorithms.Scaffold(option=1), local_steps=5)
     assert minimise(strategy, 80) == pytest.approx(8 / 7, rel=1e-9)

@@ -100,6 +100,7 @@ ON_A_GRAPH: list[tuple[Decentralized, int, Sequence[int]]] = [
 
 @pytest.mark.parametrize(("algorithm", "local_steps", "sizes"), ON_A_GRAPH, ids=str)
 @pytest.mark.parametrize("engine", ["sequential", "vectorized"])
+@pytest.mark.spread(5)
 def test_the_trainer_does_what_the_recursion_says(
     algorithm: Decentralized, local_steps: int, sizes: Sequence[int], engine: str
 ) -> None:

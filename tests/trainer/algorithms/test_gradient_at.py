@@ -55,6 +55,7 @@ def test_the_own_models_of_apfl_settle_where_the_quadratics_say() -> None:
 
 
 @every_looker
+@pytest.mark.spread(1)
 def test_clients_side_by_side_hooked_and_alone_are_the_same(algorithm: Algorithm) -> None:
     found = []
     for engine, callbacks in (("sequential", []), ("sequential", [Watching()]), ("vectorized", [])):

@@ -16,11 +16,13 @@ CENTERS, STEEPNESS, LR = torch.tensor([0.0, 1.0, 4.0]).double(), torch.tensor([1
     ("local_steps", "rounds", "fixed_point"),
     [(1, 200, 1.0909090909), (2, 100, 1.1017369727), (5, 45, 1.1359075905), (20, 20, 1.2991578746)],
 )
+@pytest.mark.spread(1)
 def test_fedavg_converges_to_its_biased_fixed_point(local_steps: int, rounds: int, fixed_point: float) -> None:
     strategy = FederatedStrategy("fedavg", local_steps=local_steps)
     assert minimise(strategy, rounds) == pytest.approx(fixed_point, rel=1e-8)
 
 
+@pytest.mark.slow
 def test_fedavg_with_uneven_local_work_has_the_bias_that_fednova_removes() -> None:
     shares = torch.tensor([1.0, 2.0, 5.0]).double()
     fixed_point = minimise(
@@ -49,6 +51,7 @@ def test_scaffold_takes_the_known_first_rounds(rounds_and_x: tuple[int, float]) 
 
 
 @pytest.mark.parametrize(("local_steps", "rounds"), [(1, 204), (5, 37), (20, 52)])
+@pytest.mark.spread(1)
 def test_scaffold_reaches_the_optimum_in_the_known_number_of_rounds(local_steps: int, rounds: int) -> None:
     distances = [
         abs(minimise(FederatedStrategy("scaffold", local_steps=local_steps), last) - 8 / 7)
@@ -57,6 +60,7 @@ def test_scaffold_reaches_the_optimum_in_the_known_number_of_rounds(local_steps:
     assert distances[0] > 1e-10 > distances[1]
 
 
+@pytest.mark.slow
 def test_scaffold_ends_with_the_clients_gradients_as_controls() -> None:
     strategy = FederatedStrategy("scaffold", local_steps=5)
     minimise(strategy, rounds=60)

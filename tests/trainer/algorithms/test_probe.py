@@ -105,6 +105,7 @@ class Records(DummyLogger):
 
 @pytest.mark.parametrize("kind", ["loss", "grad"])
 @pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}, {"limit_train_batches": 2}], ids=str)
+@pytest.mark.spread(2)
 def test_training_is_what_it_is_without_a_probe(kind: ProbeKind, options: dict[str, Any]) -> None:
     probed, plain = train(Measures(kind=kind), **options), train(FedAvg(), **options)
     assert torch.equal(probed[0], plain[0])

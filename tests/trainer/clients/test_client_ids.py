@@ -63,6 +63,7 @@ def _train(folder: Path, client: Any, rounds: int, checkpoint: Any = None) -> to
 
 
 @pytest.mark.parametrize(("given", "plain"), ACCEPTED, ids=[repr(plain)[:20] for _, plain in ACCEPTED])
+@pytest.mark.spread(4)
 def test_resume_and_load_client_know_every_id_that_is_accepted(tmp_path: Path, given: Any, plain: int | str) -> None:
     expected = _train(tmp_path, plain, 2)
     _train(tmp_path, given, 1)

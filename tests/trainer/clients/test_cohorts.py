@@ -236,6 +236,7 @@ class Asks(Transform):
         ({"clients_per_round": 6, "transforms": [Asks()]}, True),
     ],
 )
+@pytest.mark.spread(2)
 def test_a_cohort_is_secure_if_it_or_a_transform_says_so(options: dict[str, Any], is_secure: bool) -> None:
     runs = []
     for _ in range(2):

@@ -106,6 +106,7 @@ QUICK = ("partial work", "late clients dropped")
 @pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in LIMITS]
 )
+@pytest.mark.spread(1)
 def test_where_training_ends(name: str) -> None:
     schedule, durations, algorithm, limit = LIMITS[name]
     assert minimise(strategy(schedule, durations, algorithm), 52) == pytest.approx(limit, abs=1e-8)
@@ -210,6 +211,7 @@ EQUAL = dict.fromkeys(range(5), 3.0)
 
 @pytest.mark.parametrize("engine", ["sequential", "auto"])
 @pytest.mark.parametrize("size", [5, 2])
+@pytest.mark.spread(2)
 def test_equal_speeds_are_fedavg_bit_for_bit(engine: str, size: int) -> None:
     _, found = fit_images(Buffered(size, concurrency=size), EQUAL, Ordinary(), engine=engine)
     _, expected = fit_images(None, None, Ordinary(), engine=engine, clients_per_round=size)
@@ -231,6 +233,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     "name", [*list(STRATEGIES)[:2], *(pytest.param(n, marks=pytest.mark.slow) for n in list(STRATEGIES)[2:])]
 )
+@pytest.mark.spread(1)
 def test_resumed_after_any_round_is_the_same_bit_for_bit(name: str, tmp_path: Path) -> None:
     module = (lambda: Plain(torch.float32)) if name == "scaffold" else (lambda: Ordinary())
     saving = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
@@ -267,6 +270,7 @@ def outcome(name: str, dtype: torch.dtype) -> tuple[Tensor, dict[str, float]]:
 
 
 @pytest.mark.parametrize("name", ["fedbuff", "repeats"])
+@pytest.mark.spread(1)
 def test_ranks_agree(run_ranks: Any, name: str) -> None:
     alone, metrics = outcome(name, torch.float64)
     for found, own in run_ranks(2, outcome, name, torch.float64):
@@ -296,6 +300,7 @@ def test_buffers_are_as_old_as_the_model_they_belong_to() -> None:
 
 
 @pytest.mark.parametrize("name", ["fedbuff", "fedasync", "repeats"])
+@pytest.mark.spread(1)
 def test_clients_side_by_side_give_what_each_alone_gives(name: str) -> None:
     options: dict[str, Any] = {"durations": HEAVY, **STRATEGIES[name]}
     _, together = fit_images(**options, module=Ordinary(torch.float64), rounds=4, engine="vectorized")

@@ -50,11 +50,13 @@ def fixed_point(pulls: Sequence[float], shares: Sequence[float] = SHARES) -> flo
         ("fednova", 1.0707211776),
     ],
 )
+@pytest.mark.spread(1)
 def test_fedavg_is_biased_by_uneven_steps_and_fednova_is_not(algorithm: str, expected: float) -> None:
     assert minimise(FederatedStrategy(algorithm, local_steps=UNEVEN), 90) == pytest.approx(expected, rel=1e-8)
 
 
 @pytest.mark.parametrize(("algorithm", "optimum"), [("fedavg", 2.0), ("fednova", 1.5)])
+@pytest.mark.spread(1)
 def test_with_small_steps_fednova_is_exact_and_fedavg_goes_elsewhere(algorithm: str, optimum: float) -> None:
     """Work of 1, 2 and 5 passes pulls FedAvg to ``sum p tau e / sum p tau``; with FedNova only the weights count."""
     lr, passes = 0.001, {0: 1, 1: 2, 2: 3}
@@ -72,6 +74,7 @@ def test_with_small_steps_fednova_is_exact_and_fedavg_goes_elsewhere(algorithm: 
 
 
 @pytest.mark.parametrize("mu", [0.1, 1.0])
+@pytest.mark.spread(1)
 def test_fedprox_settles_at_its_fixed_point_under_uneven_work(mu: float) -> None:
     found = minimise(FederatedStrategy(FedProx(mu), local_steps=UNEVEN), 90)
     expected = fixed_point([pull(h, n, mu) for h, n in zip(STEEPNESS, (1, 2, 5), strict=True)])
@@ -91,6 +94,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("algorithm", [FedProx(0.0), FedProx(0.7), FedNova(), FedNova(mu=0.7)], ids=repr)
 @pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.spread(5)
 def test_random_work_takes_the_steps_of_the_recursion(algorithm: Any, options: str) -> None:
     """Twelve rounds with the numbers of steps that were drawn, worked out by hand."""
     runs = Runs()

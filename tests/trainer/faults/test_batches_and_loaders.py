@@ -45,6 +45,7 @@ def clients(sizes: tuple[int, ...]) -> fl.datamodules.ClientDatasets:
 @pytest.mark.parametrize("callbacks", [[], [LooksAtBatches()]], ids=["tight", "hooked"])
 @pytest.mark.parametrize("engine", ["sequential", "auto"])
 @pytest.mark.parametrize("sizes", [(4, 3, 4), (3, 4), (4, 1, 6)], ids=str)
+@pytest.mark.spread(4)
 def test_a_batch_of_one_under_batch_norm_names_its_client_or_leaves_it_out(
     sizes: tuple[int, ...], engine: str, callbacks: list[Callback]
 ) -> None:

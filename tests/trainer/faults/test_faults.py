@@ -195,6 +195,7 @@ def uninterrupted() -> torch.Tensor:
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.parametrize("where", ["training", "aggregating", "saving"])
+@pytest.mark.spread(1)
 def test_killed_anywhere_the_last_complete_round_is_there(tmp_path: Path, where: str) -> None:
     ended = run_until_killed(tmp_path, where, signal.SIGKILL)
     assert ended.returncode == -signal.SIGKILL
@@ -203,6 +204,7 @@ def test_killed_anywhere_the_last_complete_round_is_there(tmp_path: Path, where:
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+@pytest.mark.spread(1)
 def test_a_signal_drops_the_round_and_the_checkpoint_on_exception_resumes(tmp_path: Path, number: int) -> None:
     ended = run_until_killed(tmp_path, "training", number)
     assert "not killed" not in ended.stdout
@@ -288,6 +290,7 @@ def fit_scaffold(directory: Path, max_epochs: int, **kwargs: Any) -> torch.Tenso
 
 @pytest.mark.parametrize("room", [2 << 12, 6 << 12, 8 << 12], ids=["client state", "checkpoint", "second checkpoint"])
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`", "ignore:.*exists and is not empty")
+@pytest.mark.spread(1)
 def test_a_full_disk_leaves_the_last_checkpoint_whole(small_disk: SmallDisk, tmp_path: Path, room: int) -> None:
     expected = fit_scaffold(tmp_path / "elsewhere", 3)
     fit_scaffold(small_disk.path, 1)

@@ -163,6 +163,7 @@ def test_one_client_is_a_plain_training(kind: type[Plain]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.spread(1)
 def test_the_order_of_clients_and_the_number_of_ranks_do_not_matter(kind: type[Plain], run_ranks: Any) -> None:
     expected = fit(kind)
     for order in [("c", "b", "a"), ("b", "c", "a")]:
@@ -193,6 +194,7 @@ class Reading(Plain):
 
 @pytest.mark.parametrize("order", [NAMES, ("b", "a", "c")])
 @pytest.mark.parametrize("local_epochs", [1, 2, fl.clients.Between(1, 2)])
+@pytest.mark.spread(2)
 def test_clients_side_by_side_are_those_one_after_the_other(order: Sequence[str], local_epochs: Any) -> None:
     alone = fit(Reading, engine="sequential", local_epochs=local_epochs)
     together = fit(Reading, order, engine="auto", local_epochs=local_epochs)

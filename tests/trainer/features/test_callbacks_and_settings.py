@@ -109,6 +109,7 @@ CALLBACKS: dict[str, tuple[Callable[[], L.LightningModule], Callable[[], L.Callb
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step", "ignore:The.*does not have any trainable")
 @pytest.mark.parametrize("name", CALLBACKS)
+@pytest.mark.spread(3)
 def test_callbacks(name: str) -> None:
     make, callback = CALLBACKS[name]
     _, plain = assert_equals_plain(make, lambda: {"callbacks": [callback()]}, rounds=4)
@@ -118,6 +119,7 @@ def test_callbacks(name: str) -> None:
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step", "ignore:The.*does not have any trainable")
 @pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:The dirpath has changed")
 @pytest.mark.parametrize("name", CALLBACKS)
+@pytest.mark.spread(3)
 def test_callbacks_go_on_from_a_checkpoint(name: str) -> None:
     make, callback = CALLBACKS[name]
 
@@ -154,6 +156,7 @@ def test_callbacks_go_on_from_a_checkpoint(name: str) -> None:
     ],
     ids=str,
 )
+@pytest.mark.spread(4)
 def test_trainer_settings(options: dict[str, Any]) -> None:
     federated, plain = assert_equals_plain(partial(Ordinary, torch.float64), lambda: dict(options))
     assert federated.callback_metrics["val_loss"] == pytest.approx(plain.callback_metrics["val_loss"].item(), rel=1e-6)

@@ -56,6 +56,7 @@ def one_client(**kwargs: Any) -> FederatedStrategy:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.spread(7)
 def test_equals_a_plain_trainer(name: str, dtype: torch.dtype, rtol: float) -> None:
     federated = fit(
         one_client(), fl.datamodules.ClientLoaders([loader()]), Plain(dtype, make_optimizer=OPTIMIZERS[name])

@@ -95,6 +95,7 @@ def test_the_callbacks_of_another_trainer_do_not_drive_the_rounds_twice() -> Non
     "dump", [copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))], ids=["copy", "pickle"]
 )
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.spread(3)
 def test_copies_of_a_strategy_and_of_a_trainer_train_as_the_original(settings: dict[str, Any], dump: Any) -> None:
     strategy = FederatedStrategy(**settings)
     before = dump(strategy)
@@ -132,6 +133,7 @@ class CountingIO(TorchCheckpointIO):
 
 @pytest.mark.parametrize("make", [CountingIO, AsyncCheckpointIO, lambda: AsyncCheckpointIO(CountingIO())])
 @pytest.mark.parametrize("algorithm", ["fedavg", "scaffold"])
+@pytest.mark.spread(2)
 def test_any_checkpoint_plugin_saves_what_resumes_exactly(make: Any, algorithm: str) -> None:
     def run(folder: str, ckpt_path: Any = None) -> tuple[CheckpointIO, Tensor]:
         saver = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)

@@ -146,11 +146,13 @@ class Described(fl.clients.Uniform):
         ({"clients_per_round": 3, "cohort": fl.clients.RoundRobin()}, Full()),
     ],
 )
+@pytest.mark.spread(2)
 def test_other_cohorts_are_recorded_as_what_they_are(options: dict[str, Any], sampling: Any) -> None:
     strategy, _ = fit(private(), 2, **options)
     assert ledger_of(strategy) == recorded((Gaussian(1.0, sampling), 2))
 
 
+@pytest.mark.slow
 def test_cohorts_do_not_depend_on_the_seed() -> None:
     drawn = []
     for _ in range(2):
@@ -391,6 +393,7 @@ class Monitored(Plain):
 
 @pytest.mark.parametrize("monitor", ["own_loss", "own_loss_epoch"])
 @pytest.mark.parametrize("protected", ["nobody", "clients", "examples"])
+@pytest.mark.spread(2)
 def test_who_decides_by_exact_figures_is_warned_of(monitor: str, protected: str, tmp_path: Path) -> None:
     transforms = [private()] if protected == "clients" else []
     callbacks = [EarlyStopping(monitor), ModelCheckpoint(tmp_path, monitor=monitor)]

@@ -66,6 +66,7 @@ def check_noise(found: Tensor, num_honest: int, num_survivors: int) -> None:
 
 
 @pytest.mark.parametrize("noise", ["discrete_gaussian", pytest.param("skellam", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_the_survivors_noise_for_every_dropout_pattern(noise: Any) -> None:
     """Five clients, of which four must stay: the noise of three is secret, and enough."""
     sums = 0

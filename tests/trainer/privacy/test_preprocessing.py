@@ -148,6 +148,7 @@ def test_a_scaling_that_protects_examples_does_not_protect_clients() -> None:
     fit("examples", data)
 
 
+@pytest.mark.slow
 def test_a_target_epsilon_does_not_cover_a_scaling() -> None:
     SCHEMA.save("public.json")
     callback = fl.callbacks.SampleLevelDP(target_epsilon=3.0)

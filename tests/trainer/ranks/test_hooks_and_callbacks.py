@@ -107,6 +107,7 @@ def train_with_callback(name: str) -> tuple[Tensor, int, float]:
 
 
 @pytest.mark.parametrize("name", CALLBACKS)
+@pytest.mark.spread(2)
 def test_callbacks_do_the_same_on_any_number_of_ranks(run_ranks: Any, name: str) -> None:
     expected = train_with_callback(name)
     for found in run_ranks(2, train_with_callback, name):
@@ -150,6 +151,7 @@ def test_silos_with_different_numbers_of_validation_loaders_are_refused(run_rank
 
 
 @pytest.mark.parametrize("name", ["max_epochs", "check_val_every_n_epoch", "max_steps"])
+@pytest.mark.spread(1)
 def test_ranks_with_different_trainers_are_refused(run_ranks: Any, name: str) -> None:
     messages = run_ranks(2, different_settings, name)
     assert messages[0] == messages[1]
@@ -267,6 +269,7 @@ def checkpoint_by_step(directory: str, every: int) -> list[Tensor]:
 
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize(("every", "steps"), [(1, [7, 14, 21]), (10, [14, 21])])
+@pytest.mark.spread(1)
 def test_checkpoints_by_step_hold_global_models_only(
     run_ranks: Any, tmp_path: Path, world_size: int, every: int, steps: list[int]
 ) -> None:

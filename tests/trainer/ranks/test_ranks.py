@@ -50,6 +50,7 @@ def assert_same(outcomes: list[Outcome], expected: Outcome, rtol: float) -> None
 
 
 @pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.spread(2)
 def test_any_number_of_ranks_gives_the_same(run_ranks: Any, options: str) -> None:
     alone = train_ordinary("fedavg", torch.float64, OPTIONS[options])
     for world_size in (2, 4):
@@ -69,6 +70,7 @@ def train_plain(
 
 @pytest.mark.parametrize("options", [{}, {"clients_per_round": 3}], ids=str)
 @pytest.mark.parametrize("algorithm", ["fedavg", "scaffold"])
+@pytest.mark.spread(1)
 def test_ten_rounds_of_seven_clients_over_uneven_ranks(run_ranks: Any, algorithm: str, options: dict[str, Any]) -> None:
     alone = train_plain(algorithm, 7, options)
     alone32 = train_plain(algorithm, 7, options, torch.float32)
@@ -77,6 +79,7 @@ def test_ten_rounds_of_seven_clients_over_uneven_ranks(run_ranks: Any, algorithm
         assert_same(run_ranks(world_size, train_plain, algorithm, 7, options, torch.float32), alone32, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_same_ranks_give_the_same_bits(run_ranks: Any) -> None:
     first, again = (run_ranks(4, train_plain, "scaffold", 7, {}) for _ in range(2))
     assert torch.equal(first[0][0], again[0][0])
@@ -135,6 +138,7 @@ def simulate_silos(num_silos: int) -> Outcome:
 
 
 @pytest.mark.parametrize("num_silos", [2, 4])
+@pytest.mark.spread(1)
 def test_silos_are_their_simulation_and_validate_on_their_union(run_ranks: Any, num_silos: int) -> None:
     simulated = simulate_silos(num_silos)
     outcomes = run_ranks(num_silos, train_silo)
@@ -178,6 +182,7 @@ def one_rank_differs(what: str) -> str:
 @pytest.mark.parametrize(
     ("what", "named"), [("tensor", "'net.3.weight'"), ("setting", "'algorithm'"), ("clients", "'num_clients'")]
 )
+@pytest.mark.spread(1)
 def test_ranks_that_differ_are_told_on_every_rank(run_ranks: Any, what: str, named: str) -> None:
     messages = run_ranks(2, one_rank_differs, what)
     assert messages[0] == messages[1]
@@ -259,6 +264,7 @@ def train_on_table(what: str) -> str:
     ("what", "named"),
     [("order", "data 'features'"), ("classes", "data 'classes'"), ("sex", "sex=s0"), ("category", "data 'features'")],
 )
+@pytest.mark.spread(2)
 def test_tables_of_silos_that_differ_are_told_before_training(run_ranks: Any, what: str, named: str) -> None:
     messages = run_ranks(2, train_on_table, what)
     assert messages[0] == messages[1]

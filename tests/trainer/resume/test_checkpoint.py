@@ -65,6 +65,7 @@ class WorseAndWorse(Ordinary):
 
 
 @pytest.mark.parametrize("save_last", [True, "link"])
+@pytest.mark.spread(1)
 def test_the_last_checkpoint_is_the_last_round_and_not_the_last_improvement(
     save_last: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -98,6 +99,7 @@ def every_round(**options: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("make_optimizer", [by_step, by_epoch])
 @pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.spread(2)
 def test_resuming_after_any_round_is_exact(strategy: str, make_optimizer: Any) -> None:
     run, whole = fit(strategy, ROUNDS, make_optimizer=make_optimizer, **every_round())
     for last in range(ROUNDS - 1):
@@ -144,6 +146,7 @@ def test_without_the_server_state_the_continuation_differs(monkeypatch: pytest.M
     ],
     ids=str,
 )
+@pytest.mark.spread(3)
 def test_every_form_of_model_checkpoint_resumes(options: dict[str, Any]) -> None:
     def run(ckpt_path: Any = None, **more: Any) -> Tensor:
         module = Ordinary(torch.float64)
@@ -306,6 +309,7 @@ def fit_on_rank(strategy: str, max_epochs: int, directory: str, ckpt_path: Any =
 
 
 @pytest.mark.parametrize("strategy", ["fedavg", "scaffold", "personal"])
+@pytest.mark.spread(1)
 def test_resuming_on_the_same_ranks_is_exact_and_on_others_to_rounding(
     run_ranks: Any, tmp_path: Path, strategy: str
 ) -> None:

@@ -146,6 +146,7 @@ def test_the_smaller_product_has_every_pair() -> None:
 
 
 @pytest.mark.parametrize("cell", COVERING, ids="-".join)
+@pytest.mark.spread(8)
 def test_resuming_is_exact(cell: tuple[str, ...]) -> None:
     check(cell, 1)
 
@@ -157,6 +158,7 @@ def test_resuming_is_exact_in_every_combination(cell: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("saved", SAVED)
+@pytest.mark.spread(1)
 def test_without_the_metrics_a_plateau_schedule_resumes_with_another_rate(
     monkeypatch: pytest.MonkeyPatch, saved: str
 ) -> None:
@@ -172,6 +174,7 @@ def test_without_the_metrics_a_plateau_schedule_resumes_with_another_rate(
         assert facts(fit(*cell, "again", path)[0])[1] == 2 * facts(run)[1]
 
 
+@pytest.mark.slow
 def test_a_schedule_that_monitors_a_metric_keeps_its_frequency(monkeypatch: pytest.MonkeyPatch) -> None:
     every_other = lambda optimizer, module: {**plateau("loss")(optimizer, module), "frequency": 2}  # noqa: E731
     monkeypatch.setitem(SCHEDULES, "every other", every_other)

@@ -74,6 +74,7 @@ CRAFTED: dict[str, tuple[Attack, np.ndarray]] = {
 
 @pytest.mark.parametrize("engine", ["sequential", "vectorized"])
 @pytest.mark.parametrize("name", CRAFTED)
+@pytest.mark.spread(9)
 def test_attackers_send_what_the_paper_says(name: str, engine: str) -> None:
     attack, expected = CRAFTED[name]
     np.testing.assert_allclose(sent(attack, engine=engine), expected, rtol=1e-8, atol=1e-9)
@@ -174,6 +175,7 @@ def run(rounds: int = 3, aggregator: Aggregator | None = None, **strategy: Any) 
 
 
 @pytest.mark.parametrize("aggregator", [None, GeometricMedian(1)])
+@pytest.mark.spread(1)
 def test_before_they_start_and_where_there_are_none_nothing_changes(aggregator: Aggregator | None) -> None:
     plain = run(aggregator=aggregator)
     for adversary in (Adversary(SignFlip(), clients=0), Adversary(SignFlip(), clients=2, start=3)):

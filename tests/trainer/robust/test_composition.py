@@ -76,6 +76,7 @@ def fit(
 
 
 @every_rule
+@pytest.mark.spread(4)
 def test_both_engines_give_the_same_model(rule: Aggregator) -> None:
     """With BatchNorm, whose buffers take the same coefficients as the parameters."""
     alone, strategy = fit(rule, engine="sequential")
@@ -91,6 +92,7 @@ def fit_on_ranks(name: str, algorithm: str) -> list[float]:
 
 
 @pytest.mark.parametrize(("name", "algorithm"), [("krum", "fedexp"), ("mixing", "fedavg"), ("bulyan", "fedavg")])
+@pytest.mark.spread(1)
 def test_ranks_give_the_same_model(run_ranks: Any, name: str, algorithm: str) -> None:
     alone = fit_on_ranks(name, algorithm)
     ranks = run_ranks(2, fit_on_ranks, name, algorithm)

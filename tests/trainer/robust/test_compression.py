@@ -81,6 +81,7 @@ def test_what_was_decoded_is_decoded_again_without_loss(compressor: Compressor) 
 
 
 @pytest.mark.parametrize("compressor", [Quantize(4), RandomK(0.5, scale=True), QSGD(4), EDEN(1), EDEN(2)], ids=str)
+@pytest.mark.spread(2)
 def test_the_mean_of_many_is_the_vector(compressor: Compressor) -> None:
     """Within 5 standard errors; EDEN's rotation by signs alone is good enough in many dimensions only."""
     vector = torch.randn(512, generator=generator(9)) if isinstance(compressor, EDEN) else V

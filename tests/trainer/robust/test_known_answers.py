@@ -145,6 +145,7 @@ def test_one_round_has_the_known_answer(name: str, engine: str) -> None:
 
 @pytest.mark.parametrize("matmul_precision", ["highest", "medium"])
 @pytest.mark.parametrize("name", ANSWERS)
+@pytest.mark.spread(10)
 def test_neither_float32_nor_an_offset_changes_the_choice(name: str, matmul_precision: str) -> None:
     rule, rows, expected = ANSWERS[name]
     before = torch.get_float32_matmul_precision()
@@ -331,6 +332,7 @@ def silos(rule: RowAggregator, rows: Table) -> tuple[list[float], dict[str, Any]
     return module.w.tolist(), fit.strategy.history[-1]
 
 
+@pytest.mark.slow
 def test_silos_give_the_known_answers(run_ranks: Any) -> None:
     """Each receives all rows, and all compute the same."""
     for rule, expected in ((Median(1), (0.6, 0.55)), (GeometricMedian(1), None)):

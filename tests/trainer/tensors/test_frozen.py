@@ -94,6 +94,7 @@ SIZES = (3, 9, 5)
 @pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("first_round", [0, 1])
 @pytest.mark.parametrize("engine", ["sequential", "auto"])
+@pytest.mark.spread(4)
 def test_one_client_with_a_teacher_is_a_plain_training(update: str, first_round: int, engine: str) -> None:
     federated, plain = Momentum(update, first_round), Momentum(update, first_round)
     strategy = FederatedStrategy(client_optimizer="keep", engine=engine)
@@ -142,6 +143,7 @@ def test_teachers_are_averaged_like_their_students(update: str, order: Sequence[
 
 
 @pytest.mark.parametrize("clients_per_round", [1, 3])
+@pytest.mark.spread(1)
 def test_teachers_are_the_same_on_any_number_of_ranks(run_ranks: Any, clients_per_round: int) -> None:
     alone = momentum(clients_per_round=clients_per_round)
     for size in (2, 4):

@@ -208,6 +208,7 @@ class AsPairs(Base):
     ],
     ids=str,
 )
+@pytest.mark.spread(4)
 def test_complex_parameters_are_pairs_of_real_ones(algorithm: Any) -> None:
     small = {"make_optimizer": lambda params: torch.optim.SGD(params, lr=0.002)}
     found, expected = fit(AsComplex(**small), algorithm), fit(AsPairs(**small), algorithm)
@@ -237,6 +238,7 @@ def sentences(size: int, generator: torch.Generator) -> Tensor:
 @pytest.mark.parametrize(
     "algorithm", ["fedavg", "fedprox", "scaffold", "feddyn", "mimelite", "ditto", "fednova", "qfedavg"]
 )
+@pytest.mark.spread(3)
 def test_sparse_gradients_train_as_dense_ones(algorithm: str) -> None:
     found, expected = (fit(Words(sparse), algorithm, data=clients(sentences)) for sparse in (True, False))
     torch.testing.assert_close(found.words.weight, expected.words.weight)
@@ -343,6 +345,7 @@ class Positions(Words):
     ],
     ids=["padding", "circular", "bag", "positions"],
 )
+@pytest.mark.spread(2)
 def test_layers_without_per_sample_gradients_name_the_remedy(make: Any, inputs: Any, message: str, works: bool) -> None:
     pytest.importorskip("opacus")
 

@@ -277,6 +277,7 @@ def fit(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.spread(5)
 def test_the_order_of_clients_does_not_matter(kind: type[Plain]) -> None:
     expected = fit(kind)
     for order in [(2, 1, 0), (1, 0, 2)]:
@@ -284,6 +285,7 @@ def test_the_order_of_clients_does_not_matter(kind: type[Plain]) -> None:
 
 
 @pytest.mark.parametrize("kind", [BufferOutsideState, Number, Coin, Bank])
+@pytest.mark.spread(1)
 def test_the_number_of_ranks_does_not_matter(kind: type[Plain], run_ranks: Any) -> None:
     expected = fit(kind)
     for size in (2, 4):
@@ -292,6 +294,7 @@ def test_the_number_of_ranks_does_not_matter(kind: type[Plain], run_ranks: Any) 
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.spread(5)
 def test_one_client_keeps_its_state_as_in_a_plain_training(kind: type[Plain]) -> None:
     federated, plain = kind(), kind()
     trainer(FederatedStrategy(client_optimizer="keep"), 3).fit(federated, ClientLoaders([loader(12)]))

@@ -121,6 +121,7 @@ def assert_exact(make_module: Any, data: Any = None, **options: Any) -> Outcome:
 
 @WARNINGS
 @pytest.mark.parametrize("name", QUIRKS)
+@pytest.mark.spread(18)
 def test_each_quirk(name: str) -> None:
     auto = assert_exact(lambda: Quirky([name]))
     if name in EXACT_TOGETHER:
@@ -197,6 +198,7 @@ def drawn_module(seed: int) -> tuple[Any, Any, dict[str, Any]]:
 @pytest.mark.parametrize(
     "seed", [pytest.param(seed, marks=[pytest.mark.slow] if seed >= 20 else []) for seed in range(500)]
 )
+@pytest.mark.spread(6)
 def test_drawn_modules(seed: int) -> None:
     make_module, data, options = drawn_module(seed)
     assert_exact(make_module, data, **options)
@@ -400,6 +402,7 @@ REFERENCE_MODELS = {
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
 @pytest.mark.parametrize("name", REFERENCE_MODELS)
+@pytest.mark.spread(2)
 def test_our_models_train_side_by_side(name: str) -> None:
     make_module, data = REFERENCE_MODELS[name]
 

@@ -39,6 +39,7 @@ def make(kind: Any = torch.optim.SGD, **options: Any) -> Any:
         make(torch.optim.RMSprop, momentum=0.9),
     ],
 )
+@pytest.mark.spread(2)
 def test_optimizers(make_module: Any) -> None:
     is_sgd = isinstance(make_module().configure_optimizers(), torch.optim.SGD)
     alone, together = both(make_module, clients(), algorithm="fednova" if is_sgd else "fedavg")
@@ -88,6 +89,7 @@ def test_a_client_that_trained_on_with_the_others_would_show(monkeypatch: pytest
     ],
     ids=str,
 )
+@pytest.mark.spread(3)
 def test_settings(options: dict[str, Any]) -> None:
     both(make(), clients(), **options)
 
@@ -157,6 +159,7 @@ class ByStep(Plain):
 
 
 @pytest.mark.parametrize("kind", [ByIndex, ByStep])
+@pytest.mark.spread(1)
 def test_a_step_that_looks_at_its_number_sees_that_of_its_clients(kind: type[Plain]) -> None:
     both(kind, clients(), rounds=3)
 
@@ -190,6 +193,7 @@ class HeadOfShort(Plain):
         lambda: HeadOfShort(lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9)),
     ],
 )
+@pytest.mark.spread(1)
 def test_a_step_that_depends_on_the_shape_of_its_batch(make_module: Any) -> None:
     both(make_module, clients(), local_epochs=2)
 
@@ -219,6 +223,7 @@ class Failing(TensorDataset):
 
 @pytest.mark.filterwarnings("ignore:Round .* so it was left out")
 @pytest.mark.parametrize("failing", [(0,), (1,), (2, 3), (17,)])
+@pytest.mark.spread(2)
 def test_clients_whose_data_fails_are_left_out(failing: tuple[int, ...]) -> None:
     sets = [images(size, seed) for seed, size in enumerate(SIZES)]
     some = [Failing(*own.tensors) if index in failing else own for index, own in enumerate(sets)]

@@ -45,6 +45,7 @@ def test_the_same_in_float32() -> None:
     ],
     ids=str,
 )
+@pytest.mark.spread(4)
 def test_settings(options: dict[str, Any]) -> None:
     both(Plain, rounds=3, **options)
 
@@ -58,6 +59,7 @@ def test_clipping_by_the_norm_of_all_clients_would_show() -> None:
 
 
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "RMSprop"])
+@pytest.mark.spread(3)
 def test_optimizers(name: str) -> None:
     kind = getattr(torch.optim, name)
     both(lambda: Plain(make_optimizer=lambda params: kind(params, lr=0.05)), rtol=1e-8)
@@ -134,6 +136,7 @@ class LoggingCollection(Logging):
     ],
     ids=["log", "metric", "f1", "result", "mean", "correlation", "collection"],
 )
+@pytest.mark.spread(3)
 def test_logged_values_and_metrics(make_module: Any) -> None:
     _, together = both(make_module)
     assert {"epoch", "both_epoch", "sum", "min", "max", "sized"} <= together.callback_metrics.keys()
@@ -303,6 +306,7 @@ class Stepping(Plain):
         (Momentum, "LBFGS"),
     ],
 )
+@pytest.mark.spread(4)
 def test_what_cannot_train_together_trains_alone_and_says_why(
     kind: type[Plain], reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,0 +1,104 @@
+"""Writes adapters alone, in peft's format."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from lightning_fl.callbacks.run_record import run_folder
+
+
+class AdapterCheckpoint(L.Callback):
+    """Writes the adapters of the global model as a folder that ``PeftModel.from_pretrained(base, folder)`` loads.
+
+    The folder holds ``adapter_config.json`` and ``adapter_model.safetensors``, without the base, and appears under its
+    name when it is complete. It is written after the last round, and after every ``every_n_rounds``. Adapters that stay
+    with their clients are written as the federation's start values.
+
+    Args:
+        folder: Where to write. None: ``adapter`` in the folder of the first logger.
+        every_n_rounds: Write after every so many rounds too. None: at the end only.
+
+    Raises:
+        ValueError: If ``every_n_rounds`` is not positive.
+        MisconfigurationException: When training starts, if the module holds no peft model, or if there is no folder.
+
+    Example:
+        >>> import lightning as L
+        >>> callbacks = [AdapterCheckpoint("runs/adapter")]
+        >>> trainer = L.Trainer(strategy="fedavg", callbacks=callbacks, logger=False, accelerator="cpu")
+    """
+
+    def __init__(self, folder: str | Path | None = None, every_n_rounds: int | None = None) -> None:
+        if every_n_rounds is not None and every_n_rounds < 1:
+            raise ValueError(f"every_n_rounds={every_n_rounds} must be None, or a whole number, at least 1.")
+        self.folder = None if folder is None else Path(folder)
+        self.every_n_rounds = every_n_rounds
+        self._path: Path | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Finds the folder."""
+        peft_model(pl_module)
+        own = run_folder(trainer, self.folder)
+        self._path = own if own is None or self.folder is not None else own / "adapter"
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Writes if ``every_n_rounds`` says so."""
+        if self.every_n_rounds is not None and (trainer.current_epoch + 1) % self.every_n_rounds == 0:
+            self._write(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Writes the adapters of the last round."""
+        self._write(trainer, pl_module)
+
+    def _write(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if self._path is None:
+            return
+        # On all ranks: where parameters are spread over processes, each has a part.
+        state = trainer.strategy.lightning_module_state_dict()
+        if not trainer.is_global_zero:
+            return
+        prefix, model = peft_model(module)
+        own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        unfinished = self._path.with_name(f".{self._path.name}.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        model.save_pretrained(str(unfinished), state_dict=_without_parametrizations(model, own))
+        (unfinished / "README.md").unlink(missing_ok=True)  # peft's card has nothing filled in
+        old = self._path.with_name(f".{self._path.name}.old")
+        if self._path.exists():
+            self._path.replace(old)
+        unfinished.replace(self._path)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def peft_model(module: nn.Module) -> tuple[str, Any]:
+    """The peft model in a module, and the prefix of its names there.
+
+    Raises:
+        MisconfigurationException: If there is none.
+    """
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise MisconfigurationException("Adapters in peft's format need peft: pip install peft") from error
+    for name, part in module.named_modules():
+        if isinstance(part, PeftModel):
+            return f"{name}." if name else "", part
+    raise MisconfigurationException(
+        f"AdapterCheckpoint writes the adapters of a peft model, but {type(module).__name__} holds none. Make one with "
+        "peft.get_peft_model, as fl.models.CausalLM(lora={...}) does."
+    )
+
+
+def _without_parametrizations(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """The state with the values of parametrized tensors under their plain names, as those of Fed-SB's ``B R``."""
+    found = {name: value for name, value in state.items() if "parametrizations." not in name}
+    for name, part in model.named_modules():
+        for key in getattr(part, "parametrizations", ()):
+            found[f"{name}.{key}"] = getattr(part, key).detach()
+    return found

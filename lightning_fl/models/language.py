@@ -1,0 +1,221 @@
+"""Causal language models of transformers, fine-tuned with peft's adapters: next tokens, and preferences."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn import functional
+from torchmetrics import MeanMetric
+from torchmetrics.text import Perplexity
+
+from lightning_fl.models.libraries import library
+
+IGNORED = -100
+"""The label of a token that is not predicted, such as one of a prompt."""
+
+
+class CausalLM(L.LightningModule):
+    r"""A causal language model of transformers, whole or with low-rank adapters of peft.
+
+    Batches are mappings with ``input_ids``, ``attention_mask`` and ``labels``, int64 of shape ``[batch, length]``,
+    where a label of -100 is not predicted; or pairs of tokens and of the tokens that follow each, as
+    :class:`~lightning_fl.datamodules.ShakespeareDataModule` gives them. Logs ``train_loss``, and in validation
+    ``val_loss``, ``val_perplexity`` :math:`= \exp(\text{mean negative log-likelihood of a token})`, and for prompts
+    with responses ``val_exact_match``, the share of responses that greedy decoding gives word for word: it does if each
+    token is the likeliest one after those before it.
+
+    Args:
+        config: The model with random weights: options of ``AutoConfig.for_model``, with its ``model_type``. None: the
+            one of ``pretrained``.
+        pretrained: A folder with a model, as ``save_pretrained`` writes it; nothing is downloaded. None: ``config``.
+        base: A checkpoint or ``.safetensors`` file of this class without adapters, whose weights are the base. None:
+            as the model is made.
+        lora: Options of ``peft.LoraConfig``, such as ``{"r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}``; the
+            base is then frozen. None: the whole model is trained.
+        lr: Learning rate of AdamW.
+        weight_decay: Its weight decay.
+        gradient_checkpointing: Whether activations are computed again in the backward pass, which saves memory.
+
+    Raises:
+        ImportError: If transformers or peft is not installed.
+        ValueError: If not exactly one of ``config`` and ``pretrained`` is given.
+
+    Example:
+        >>> model = CausalLM(
+        ...     {"model_type": "llama", "vocab_size": 81, "hidden_size": 32, "intermediate_size": 64,
+        ...      "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2},
+        ...     lora={"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
+        ... )
+        >>> sum(param.numel() for param in model.parameters() if param.requires_grad)
+        512
+    """
+
+    def __init__(
+        self,
+        config: dict[str, Any] | None = None,
+        pretrained: str | Path | None = None,
+        base: str | Path | None = None,
+        lora: dict[str, Any] | None = None,
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        if (config is None) == (pretrained is None):
+            found = "none of them" if config is None else "both"
+            raise ValueError(f"CausalLM takes either config (random weights) or pretrained (a folder), found {found}.")
+        self.save_hyperparameters("config", "lora", "lr", "weight_decay")
+        self.lr, self.weight_decay = lr, weight_decay
+        transformers = library("transformers")
+        auto = transformers.AutoModelForCausalLM
+        if config is not None:
+            own = transformers.AutoConfig.for_model(**config)
+            self.model = auto.from_config(own)
+        else:
+            self.model = auto.from_pretrained(str(pretrained), local_files_only=True)
+        if base is not None:
+            self.model.load_state_dict(_weights(Path(base)))
+        if lora is not None:
+            peft = library("peft")
+            with warnings.catch_warnings():  # peft 0.21 asks transformers 5.24 by an old name
+                warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+                self.model = peft.get_peft_model(self.model, peft.LoraConfig(task_type="CAUSAL_LM", **lora))
+        if gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            if lora is not None:  # else nothing before the first adapter needs a gradient, and so nothing gets one
+                self.model.enable_input_require_grads()
+        self.val_perplexity = Perplexity(ignore_index=IGNORED)
+        self.val_exact_match = MeanMetric()
+
+    def configure_model(self) -> None:
+        """Spreads the model over ``device_mesh["data_parallel"]``, where the strategy has one, block by block."""
+        mesh = self.device_mesh
+        if mesh is None or isinstance(self.model, FSDPModule):
+            return
+        for part in list(self.model.modules()):
+            if type(part).__name__.endswith("DecoderLayer"):
+                fully_shard(part, mesh=mesh["data_parallel"])
+        fully_shard(self.model, mesh=mesh["data_parallel"])
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Scores of the tokens that follow, ``[batch, length, vocabulary]``."""
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+
+    def predictions(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Scores and the tokens that they predict, ``[batch, length, vocabulary]`` and ``[batch, length]``."""
+        if isinstance(batch, Mapping):
+            logits = self(batch["input_ids"], batch["attention_mask"])
+            return logits[:, :-1], batch["labels"][:, 1:]
+        tokens, following = batch
+        return self(tokens), following
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The mean negative log-likelihood of the predicted tokens; 0 if there is none."""
+        total = functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
+        return total / (labels != IGNORED).sum().clamp(min=1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        logits, labels = self.predictions(batch)
+        loss = self.loss(logits, labels)
+        self.log("train_loss", loss, batch_size=len(labels))
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self._evaluate(batch, "test")
+
+    def _evaluate(self, batch: Any, name: str) -> None:
+        logits, labels = self.predictions(batch)
+        self.val_perplexity(logits.float(), labels)
+        # Weighted by tokens, so that its exponential is the perplexity.
+        self.log(f"{name}_loss", self.loss(logits, labels), batch_size=int((labels != IGNORED).sum()))
+        self.log(f"{name}_perplexity", self.val_perplexity, on_step=False, on_epoch=True, batch_size=len(labels))
+        if isinstance(batch, Mapping):
+            is_right = ((logits.argmax(-1) == labels) | (labels == IGNORED)).all(-1)
+            self.val_exact_match(is_right.float())
+            self.log(f"{name}_exact_match", self.val_exact_match, on_step=False, on_epoch=True, batch_size=len(labels))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        trained = [param for param in self.parameters() if param.requires_grad]
+        return torch.optim.AdamW(trained, lr=self.lr, weight_decay=self.weight_decay)
+
+
+class DPO(CausalLM):
+    r"""Direct preference optimisation of adapters; the reference is the same model without them.
+
+    .. math::
+        \ell = -\log \sigma \left( \beta \left[ \log \frac{\pi(y^+ | x)}{\pi_0(y^+ | x)}
+        - \log \frac{\pi(y^- | x)}{\pi_0(y^- | x)} \right] \right)
+
+    At the start the adapters do nothing, so that the loss is :math:`\ln 2`. Batches are those of :class:`CausalLM`
+    with the entries ``rejected_input_ids``, ``rejected_attention_mask`` and ``rejected_labels`` of the responses
+    :math:`y^-` beside the chosen ones :math:`y^+`. Logs ``train_loss`` and ``train_preferred``, the share of pairs in
+    which the model has moved towards the chosen response, and both in validation.
+
+    Args:
+        beta: How closely the model stays at its reference, :math:`\beta`.
+        **kwargs: Those of :class:`CausalLM`; ``lora`` must be among them.
+
+    Raises:
+        ValueError: If there are no adapters, or ``beta`` is not positive.
+
+    Reference:
+        Rafailov et al., "Direct Preference Optimization: Your Language Model is Secretly a Reward Model", NeurIPS 2023.
+    """
+
+    def __init__(self, beta: float = 0.1, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if kwargs.get("lora") is None or not beta > 0:
+            raise ValueError(
+                f"DPO needs adapters, without which the model is its own reference, and beta > 0; found lora="
+                f"{kwargs.get('lora')}, beta={beta}."
+            )
+        self.beta = beta
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self._preference(batch, "train")
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self._preference(batch, "val")
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self._preference(batch, "test")
+
+    def _preference(self, batch: Any, name: str) -> Tensor:
+        rejected = {key: batch[f"rejected_{key}"] for key in ("input_ids", "attention_mask", "labels")}
+        gains = []
+        for own in (batch, rejected):
+            with torch.no_grad(), self.model.disable_adapter():
+                reference = self._log_likelihood(own)
+            gains.append(self._log_likelihood(own) - reference)
+        margin = gains[0] - gains[1]
+        loss = -functional.logsigmoid(self.beta * margin).mean()
+        self.log(f"{name}_loss", loss, batch_size=len(margin))
+        self.log(f"{name}_preferred", (margin > 0).float().mean(), batch_size=len(margin))
+        return loss
+
+    def _log_likelihood(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """That of each response, ``[batch]``."""
+        logits, labels = self.predictions(batch)
+        each = functional.cross_entropy(logits.transpose(1, 2).float(), labels, reduction="none")
+        return -each.sum(-1)
+
+
+def _weights(path: Path) -> dict[str, Tensor]:
+    """The weights of a :class:`CausalLM` without adapters, under the names of its transformers model."""
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        found = load_file(path)
+    else:
+        found = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    return {name.removeprefix("model."): value for name, value in found.items() if name.startswith("model.")}
