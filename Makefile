@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 # What test-fast leaves out: tests of the Trainer, and of the helpers that start processes.
-NOT_FAST := adapters audit callbacks cli contract examples helpers serving trainer vertical test_benchmarks.py test_contributing.py test_docs.py test_recipes.py test_tutorials.py
+NOT_FAST := adapters audit callbacks cli contract examples gpu helpers serving trainer vertical test_benchmarks.py test_contributing.py test_docs.py test_recipes.py test_tutorials.py
 
 .PHONY: help demo test test-fast test-all audit experiments soak fuzz third-party lint docs clean
 help:

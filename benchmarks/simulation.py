@@ -5,6 +5,7 @@ W1-unequal: the same with 300 clients of 3 to 200 examples, half of them with 40
 W2: the FedAvg CNN, 100 clients of 300 examples, 10 a round, batches of 32.
 W3: a 784-200-200-10 MLP, 100 clients of 600 examples, 10 a round, batches of 10.
 LSTM: two layers of 128 units on 40 characters of 80, 100 clients of 24 sequences, 20 a round, batches of 8.
+CIFAR: convolutions of 32 and 64 channels on 3x32x32, 1,000 clients of 50 examples, 50 a round, batches of 10.
 transformer: two causal layers of width 64 without dropout, on the data of the LSTM.
 FedAvg, one local epoch, SGD at 0.05. Printed is the median over the rounds but the first of the time of a round, its
 plan and its reduction included, divided by the time of the plain loop's round that was run right beside it. With
@@ -12,7 +13,9 @@ several ranks the figures are those of rank 0.
 
     python benchmarks/simulation.py --workload W1 --engine auto --threads 1
     torchrun --standalone --nproc-per-node=2 benchmarks/simulation.py --workload W1
+    python benchmarks/simulation.py --workload W1 --device cuda
 
+With ``--device cuda`` data, plain loop and ours are on the GPU; `benchmarks/gpu.py` does all workloads there.
 ``--check`` adds the largest difference of the final weights, and fails if it is above 1e-5. ``--stages`` adds where the
 time of a round goes.
 """
@@ -48,7 +51,7 @@ class PlainLoop:
 
     def __init__(self, work: Workload, data: tuple[Tensor, Tensor]) -> None:
         self.work, self.data = work, data
-        self.network = make_network(work)
+        self.network = make_network(work).to(data[0].device)
 
     def round(self, cohort: list[int], dry: bool = False) -> None:
         params = list(self.network.parameters())
@@ -90,6 +93,7 @@ class Clock(L.Callback):
         self.cohorts.append(list(cohort))
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._synchronize()
         self.seconds.append(time.perf_counter() - self._started)
         self.stages.end_round()
         trainer.strategy.barrier()  # no rank works beside the plain loop
@@ -101,12 +105,18 @@ class Clock(L.Callback):
         self._started = time.perf_counter()
         self.stages.begin_round()
 
+    def _synchronize(self) -> None:
+        """Waits for what the GPU still has to do."""
+        if self.plain.data[0].is_cuda:
+            torch.cuda.synchronize()
+
     def _time_plain(self) -> float:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         part = self.cohorts[-1][: max(1, int(len(self.cohorts[-1]) * self.share))]
         start = time.perf_counter()
         self.plain.round(part, dry=True)
+        self._synchronize()
         seconds = (time.perf_counter() - start) * len(self.cohorts[-1]) / len(part)
         torch.set_num_threads(threads)
         return seconds
@@ -129,7 +139,8 @@ def fit(
     callbacks: tuple[L.Callback, ...] = (),
 ) -> fl.FederatedStrategy:
     strategy = fl.FederatedStrategy("fedavg", clients_per_round=work.per_round, engine=engine, seed=0)
-    trainer = L.Trainer(strategy=strategy, max_epochs=rounds, callbacks=list(callbacks), **QUIET)
+    settings = QUIET | {"accelerator": "gpu" if data[0].is_cuda else "cpu"}
+    trainer = L.Trainer(strategy=strategy, max_epochs=rounds, callbacks=list(callbacks), **settings)
     trainer.fit(module, client_loaders(work, data))
     return strategy
 
@@ -139,30 +150,37 @@ def largest_difference(module: Module, plain: PlainLoop, cohorts: list[list[int]
     for cohort in cohorts:
         plain.round(cohort)
     pairs = zip(plain.network.parameters(), module.network.parameters(), strict=True)
-    differences = torch.stack([(theirs - own).detach().abs().max() for theirs, own in pairs])
+    differences = torch.stack([(theirs.cpu() - own.cpu()).detach().abs().max() for theirs, own in pairs])
     return float(differences.max())  # NaN if there is one
 
 
-def peak_bytes() -> int:
+def peak_bytes(device: str = "cpu") -> int:
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace, callbacks: tuple[L.Callback, ...] = ()) -> dict[str, Any]:
     work = WORKLOADS[args.workload]
     work = replace(work, rounds=args.rounds or work.rounds, per_round=args.per_round or work.per_round)
-    data = make_data(work)
+    inputs, labels = make_data(work)
+    data = inputs.to(args.device), labels.to(args.device)
+    if args.double:
+        torch.set_default_dtype(torch.float64)  # of the networks that are made below
+        data = (data[0].double() if data[0].is_floating_point() else data[0]), data[1]
     clock = Clock(PlainLoop(work, data), args.share)
     module = Module(work, args.logs)
     engine = args.engine
     if args.clients_per_step:
         engine = fl.engines.Vectorized(clients_per_step=args.clients_per_step)
-    before = peak_bytes()
+    before = peak_bytes(args.device)
     with clock.stages.measured() if args.stages else nullcontext():
-        strategy = fit(module, work, data, work.rounds, engine, (clock,))
-    growth = peak_bytes() - before
+        strategy = fit(module, work, data, work.rounds, engine, (clock, *callbacks))
+    growth = peak_bytes(args.device) - before
     ratios = sorted(own / plain for own, plain in zip(clock.seconds[1:], clock.plain_seconds[1:], strict=True))
     result = {
         "workload": args.workload,
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
         "engine": args.engine,
         "logs": args.logs,
         "ranks": strategy.federation.size,
@@ -171,6 +189,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "rounds": work.rounds,
         "ratio": round(statistics.median(ratios), 3),
         "quartiles": [round(ratios[len(ratios) // 4], 3), round(ratios[-1 - len(ratios) // 4], 3)],
+        "first_round_ms": round(1000 * clock.seconds[0], 1),
         "round_ms": round(1000 * statistics.median(clock.seconds[1:]), 1),
         "plain_ms": round(1000 * statistics.median(clock.plain_seconds[1:]), 1),
         "communicate_ms": round(1000 * statistics.median(e["seconds"]["communicate"] for e in strategy.history[1:]), 2),
@@ -183,11 +202,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", choices=WORKLOADS, default="W1")
     parser.add_argument("--engine", choices=["auto", "sequential", "vectorized"], default="auto")
     parser.add_argument("--clients-per-step", type=int, help="asks for the vectorized engine")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--double", action="store_true", help="compute in float64")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, help="at least 2: the first is not counted")
     parser.add_argument("--per-round", type=int, help="clients a round")
@@ -195,9 +216,16 @@ def main() -> None:
     parser.add_argument("--logs", action="store_true", help="log the loss and a torchmetric at each step")
     parser.add_argument("--stages", action="store_true", help="tell where the time of a round goes")
     parser.add_argument("--check", action="store_true", help="compare the final weights with the plain loop's")
+    return parser
+
+
+def main() -> None:
+    parser = make_parser()
     args = parser.parse_args()
     if args.rounds is not None and args.rounds < 2:
         parser.error(f"--rounds {args.rounds}: expected at least 2, because the first is not counted.")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU here.")
     if args.engine == "sequential" and args.clients_per_step:
         parser.error("--clients-per-step is for the vectorized engine; leave out --engine sequential.")
     prepare_process(args.threads)

@@ -4,6 +4,7 @@ Each silo's update depends on the model and on how often its updates have counte
 update that is lost, counts twice, or belongs to another round changes the model, and the replay finds it.
 
     python benchmarks/soak.py --silos 6 --rounds 200 --kill-every 3
+    python benchmarks/soak.py --silos 6 --rounds 200 --kill-every 3 --buffered 3
 """
 
 # ruff: noqa: E402
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +42,14 @@ from lightning_fl.coordinator import wire
 from lightning_fl.coordinator.audit import AuditLog, verify
 from lightning_fl.coordinator.http_server import HttpServer
 from lightning_fl.coordinator.identity import Authority, Kit, make_request
+from lightning_fl.coordinator.kinds import kind_of
 from lightning_fl.coordinator.machine import Rules
-from lightning_fl.coordinator.service import Coordinator
 from lightning_fl.coordinator.silo import NetworkFederation
 from lightning_fl.coordinator.store import Store
 from lightning_fl.engines.tensors import FederatedTensors
 from lightning_fl.federation import FederationSettings, FederationState, RankReport, ServerRound
 from lightning_fl.federation.server import close_server, update_template
+from lightning_fl.schedules import Buffered, Polynomial
 from lightning_fl.types import Tree, Update
 
 DEADLINE_S = 20.0
@@ -56,8 +59,9 @@ def names(number: int) -> tuple[str, ...]:
     return tuple(f"silo{index:02d}" for index in range(number))
 
 
-def settings(number: int) -> FederationSettings:
-    return FederationSettings(FedAvg(), WeightedMean(), (), "examples", 0, number)
+def settings(args: argparse.Namespace) -> FederationSettings:
+    schedule = Buffered(args.buffered, staleness=Polynomial(0.5), max_staleness=4) if args.buffered else None
+    return FederationSettings(FedAvg(), WeightedMean(), (), "examples", 0, args.silos, schedule=schedule)
 
 
 def update_of(name: str, params: Tree, count: int, round: int) -> Update:
@@ -72,11 +76,11 @@ def update_of(name: str, params: Tree, count: int, round: int) -> Update:
 
 async def coordinate(folder: Path, args: argparse.Namespace) -> None:
     own = names(args.silos)
-    rules = Rules(own, args.rounds, max(1, args.silos // 2), 2.0, DEADLINE_S, 2 * DEADLINE_S, 10.0)
+    fewest = max(1, (args.buffered or args.silos) // 2)
+    rules = Rules(own, args.rounds, fewest, 2.0, DEADLINE_S, 2 * DEADLINE_S, 10.0)
     store = Store(folder / "federation")
-    coordinator = Coordinator(
-        settings(args.silos), {}, rules, store, AuditLog(store.root / "audit.jsonl"), time.monotonic()
-    )
+    federation, audit = settings(args), AuditLog(store.root / "audit.jsonl")
+    coordinator = kind_of(federation)(federation, {}, rules, store, audit, time.monotonic())
     server = HttpServer(coordinator, Kit(folder / "ca" / "coordinator"))
     await server.start("127.0.0.1", args.port)
     await server.run()
@@ -88,8 +92,8 @@ def take_part(folder: Path, args: argparse.Namespace) -> None:
     module.x = nn.Parameter(torch.zeros(args.size))
     federation = NetworkFederation(f"https://127.0.0.1:{args.port}", folder / name)
     store = federation.store = ClientStore()
-    own = settings(args.silos)
-    federation.join(FederatedTensors(module), {}, {}, {})
+    own = settings(args)
+    federation.join(FederatedTensors(module), {}, {}, {}, is_asynchronous=bool(args.buffered))
     federation.folder.restore(store)
     done = -1
     while (opening := federation.open_round(done)) is not None:
@@ -185,7 +189,9 @@ def replay(folder: Path, args: argparse.Namespace) -> int:
     ]
     # A crash between the commit and its line in the log leaves a round without a line: the history has them all.
     history = read_state(folder)["progress"]["history"]
-    own, counts = settings(args.silos), dict.fromkeys(names(args.silos), 0)
+    own, counts = settings(args), dict.fromkeys(names(args.silos), 0)
+    stale = () if own.schedule is None else own.schedule.transforms
+    models: dict[int, Tree] = {}
     state = FederationState({"params": {"x": torch.zeros(args.size)}})
     states = {event["round"]: event["state"] for event in closed}
     for entry in history:
@@ -193,9 +199,15 @@ def replay(folder: Path, args: argparse.Namespace) -> int:
         ctx = RoundContext(round, entry["members"], args.silos)
         template = update_template(own, state.server["params"], {})
         acc = own.aggregator.init(template, torch.device("cpu"))
+        models[round] = state.server["params"]
         for name in entry["members"]:
-            acc = own.aggregator.add(acc, update_of(name, state.server["params"], counts[name], round), ctx)
+            version = entry.get("versions", {}).get(name, round)
+            update = update_of(name, models[version], counts[name], version)
+            for transform in stale:
+                update, _ = transform.client(update, {}, replace(ctx, staleness=round - version))
+            acc = own.aggregator.add(acc, update, ctx)
             counts[name] += 1
+        models.pop(round - 5, None)
         acc, _ = own.aggregator.merge(acc, LocalGroup(), Message(), ctx)
         joined = RankReport(num_clients=len(entry["members"]))
         state = close_server(ServerRound(own, state, {}, template, ctx), acc, joined).state
@@ -214,6 +226,7 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--silos", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--size", type=int, default=250_000, help="elements of the model")
+    parser.add_argument("--buffered", type=int, default=0, help="updates with which an asynchronous round closes")
     parser.add_argument("--kill-every", type=float, default=5.0, help="seconds between kills, on average")
     parser.add_argument("--spare", type=float, default=10.0, help="seconds for which a new process is spared")
     parser.add_argument("--train", type=float, default=0.2, help="seconds of local training, at most")

@@ -53,6 +53,7 @@ class Workload:
         is_text: Whether the examples are sequences of characters, each to be told from those before; else images.
         lr: Learning rate of SGD.
         is_unequal: Whether clients have different numbers of examples, lognormal.
+        image: Channels, height and width of an image.
     """
 
     network: Callable[[], nn.Module]
@@ -64,6 +65,7 @@ class Workload:
     is_text: bool = False
     lr: float = 0.05
     is_unequal: bool = False
+    image: tuple[int, int, int] = (1, 28, 28)
 
     @cached_property
     def sizes(self) -> list[int]:
@@ -93,6 +95,11 @@ def cnn() -> nn.Module:
     return nn.Sequential(*first, *second, nn.Flatten(), nn.Linear(3136, 512), nn.ReLU(), nn.Linear(512, 10))
 
 
+def cifar_cnn() -> nn.Module:
+    features = [nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*features, nn.Flatten(), nn.Linear(12544, 128), nn.ReLU(), nn.Linear(128, 10))
+
+
 def lstm() -> nn.Module:
     return CharLSTM(VOCABULARY, hidden=128).net
 
@@ -106,6 +113,7 @@ WORKLOADS = {
     "W1-unequal": Workload(logistic, clients=300, examples=200, per_round=100, batch=10, rounds=20, is_unequal=True),
     "W2": Workload(cnn, clients=100, examples=300, per_round=10, batch=32, rounds=5),
     "W3": Workload(mlp, clients=100, examples=600, per_round=10, batch=10, rounds=10),
+    "CIFAR": Workload(cifar_cnn, clients=1000, examples=50, per_round=50, batch=10, rounds=5, image=(3, 32, 32)),
     "LSTM": Workload(lstm, clients=100, examples=24, per_round=20, batch=8, rounds=5, is_text=True),
     "transformer": Workload(transformer, clients=100, examples=24, per_round=20, batch=8, rounds=5, is_text=True),
 }
@@ -126,8 +134,8 @@ def make_data(work: Workload) -> tuple[Tensor, Tensor]:
         text = steps.cumsum(-1) % VOCABULARY
         return text[..., :-1].contiguous(), text[..., 1:].contiguous()
     labels = torch.randint(10, shape, generator=generator)
-    images = torch.randn(*shape, 1, 28, 28, generator=generator).mul_(0.3)
-    patterns = 0.3 * torch.randn(10, 1, 28, 28, generator=generator)
+    images = torch.randn(*shape, *work.image, generator=generator).mul_(0.3)
+    patterns = 0.3 * torch.randn(10, *work.image, generator=generator)
     for own, classes in zip(images, labels, strict=True):  # in place: the peak of memory is to be that of training
         own.add_(patterns[classes]).clamp_(-0.5, 0.5)
     return images, labels

@@ -24,6 +24,8 @@ class Transform(ABC):
     client_keys: ClassVar[tuple[str, ...]] = ()
     """The entries of the server half's state that the client half reads as ``ctx.server``: only these are sent to silos
     on other machines, which must not learn the rest, such as the noise of a server."""
+    needs_start: ClassVar[bool] = False
+    """Whether the client half reads ``ctx.start``, the model from which the client has started."""
     weighting: ClassVar[Literal["examples", "uniform"] | None] = None
     """The weighting that the transform requires; None: any."""
     # False unless declared: after a clip that privacy rests on, a transform that makes no such claim is refused.

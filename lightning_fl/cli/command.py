@@ -36,7 +36,8 @@ def command(name: str) -> Callable[[Sequence[str]], None]:
     The module is imported when the command runs, so that a command which needs no torch does not wait for it.
 
     User errors (``ValueError``, ``OSError``, a missing extra, a wrong configuration) end in one line instead of a
-    traceback. A command with ``SETS_UP_A_RUN`` also accepts the options of ``fit``.
+    traceback. A command with ``SETS_UP_A_RUN`` also accepts the options of ``fit``, and so does one with
+    ``PASSES_OPTIONS_ON``, which hands them to other processes.
     """
 
     def run(words: Sequence[str]) -> None:
@@ -46,7 +47,7 @@ def command(name: str) -> Callable[[Sequence[str]], None]:
         errors = () if sets_up_a_run else (ValueError, OSError, ImportError)
         parser = make_parser(module)
         args, rest = parser.parse_known_args(list(words))
-        if rest and not sets_up_a_run:
+        if rest and not (sets_up_a_run or getattr(module, "PASSES_OPTIONS_ON", False)):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         args.rest = rest
         try:

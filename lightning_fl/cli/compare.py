@@ -89,8 +89,7 @@ def run(args: argparse.Namespace) -> None:
     if not plots.is_available():
         print('There is no picture without matplotlib: pip install "lightning-fl[tracking]"')
         return
-    curves = {group.name: mean_curve(group.runs, metric) for group in groups}
-    args.out.write_bytes(plots.as_png(plots.curves_figure(curves, metric, 7.5, 4.2)))
+    args.out.write_bytes(curves_of(groups, metric))
     if args.format == "table":
         print(f"picture: {args.out}")
 
@@ -172,35 +171,55 @@ def differences(groups: Sequence[Group]) -> Columns:
 
 def show(columns: Columns, kind: str) -> None:
     """Prints a table for people, as Markdown, as CSV or as LaTeX."""
+    if kind != "table":
+        print(as_text(columns, kind), end="")
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for name in columns:
+        is_word = name in ("run", "algorithm", "setting") or "setting" in columns
+        # Words may wrap in a narrow terminal; a number that is cut off would be another number.
+        table.add_column(name, justify="left" if is_word else "right", no_wrap=not is_word, overflow="fold")
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*row)
+    Console(width=max(Console().width, 100)).print(table)
+
+
+def as_text(columns: Columns, kind: str) -> str:
+    """A table as CSV, Markdown or LaTeX."""
     rows = list(zip(*columns.values(), strict=True))
     if kind == "csv":
         text = io.StringIO(newline="")
         csv.writer(text).writerows([list(columns), *rows])
-        print(text.getvalue(), end="")
-    elif kind == "md":
-        print(markdown_table(list(columns), rows))
-    elif kind == "latex":
-        lines = [" & ".join(map(_latex, row)) + r" \\" for row in [list(columns), *rows]]
-        print(f"\\begin{{tabular}}{{{'l' * len(columns)}}}\n\\hline\n{lines[0]}\n\\hline")
-        print("\n".join([*lines[1:], r"\hline", r"\end{tabular}"]))
-    else:
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-        for name in columns:
-            is_word = name in ("run", "algorithm", "setting") or "setting" in columns
-            # Words may wrap in a narrow terminal; a number that is cut off would be another number.
-            table.add_column(name, justify="left" if is_word else "right", no_wrap=not is_word, overflow="fold")
-        for row in rows:
-            table.add_row(*row)
-        Console(width=max(Console().width, 100)).print(table)
+        return text.getvalue()
+    if kind == "md":
+        return markdown_table(list(columns), rows) + "\n"
+    lines = [" & ".join(map(_latex, row)) + r" \\" for row in [list(columns), *rows]]
+    head = f"\\begin{{tabular}}{{{'l' * len(columns)}}}\n\\hline\n{lines[0]}\n\\hline"
+    return "\n".join([head, *lines[1:], r"\hline", r"\end{tabular}", ""])
+
+
+def curves_of(groups: Sequence[Group], metric: str) -> bytes:
+    """A picture of the groups' means over the rounds, with a band of one standard deviation."""
+    curves = {group.name: mean_curve(group.runs, metric) for group in groups}
+    bands = {group.name: deviations(group.runs, metric) for group in groups if len(group.runs) > 1}
+    return plots.as_png(plots.curves_figure(curves, metric, 7.5, 4.2, bands))
 
 
 def mean_curve(runs: Sequence[Run], metric: str) -> tuple[list[float], list[float]]:
     """The mean of a metric over the runs, in the rounds that all of them have."""
+    rounds, values = _together(runs, metric)
+    return rounds, [statistics.fmean(one) for one in values]
+
+
+def deviations(runs: Sequence[Run], metric: str) -> list[float]:
+    """The standard deviation of a metric over several runs, in the rounds that all of them have."""
+    return [statistics.stdev(one) for one in _together(runs, metric)[1]]
+
+
+def _together(runs: Sequence[Run], metric: str) -> tuple[list[float], list[list[float]]]:
     curves = [dict(zip(*one.metric(metric), strict=True)) for one in runs]
     rounds = [number for number in curves[0] if all(number in curve for curve in curves)]
-    return [float(number) for number in rounds], [
-        statistics.fmean(curve[number] for curve in curves) for number in rounds
-    ]
+    return [float(number) for number in rounds], [[curve[number] for curve in curves] for number in rounds]
 
 
 def _spread(values: Sequence[float | None], form: str, absent: str = "-") -> str:

@@ -75,8 +75,7 @@ async def serve(strategy: FederatedStrategy, config: FederationConfig, kit: Any)
 def make_coordinator(strategy: FederatedStrategy, config: FederationConfig) -> Coordinator:
     """The coordinator of a federation that trains with a strategy."""
     from lightning_fl.coordinator.audit import AuditLog
-    from lightning_fl.coordinator.secure_service import SecureCoordinator
-    from lightning_fl.coordinator.service import Coordinator
+    from lightning_fl.coordinator.kinds import kind_of
     from lightning_fl.coordinator.store import Store
 
     size = len(config.rules.silos)
@@ -88,11 +87,11 @@ def make_coordinator(strategy: FederatedStrategy, config: FederationConfig) -> C
         seed=strategy.seed or 0,
         population=size,
         sampling=describe_sampling(strategy.cohort, size, strategy.clients_per_round),
+        schedule=strategy.schedule,
     )
     store = Store(config.folder)
     audit = AuditLog(config.folder / "audit.jsonl")
-    kind = SecureCoordinator if strategy.aggregator.hides_reports else Coordinator
-    return kind(settings, settings_of_silo(strategy), config.rules, store, audit, time.monotonic())
+    return kind_of(settings)(settings, settings_of_silo(strategy), config.rules, store, audit, time.monotonic())
 
 
 def read_strategy(path: Path, allow: Sequence[str] = ()) -> FederatedStrategy:

@@ -29,6 +29,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options that say which model it is about."""
     parser.add_argument("run", metavar="RUN_OR_CHECKPOINT", type=Path, help="a run's folder, or a .ckpt file")
     parser.add_argument("--module", help="the module's class, package.Class, if the run does not name it")
+    parser.add_argument("--base", type=Path, help="a file with the frozen parameters, where the checkpoint has none")
     parser.add_argument("--shape", type=_shape, help="shape of one input example, such as 3,32,32")
 
 
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
     from lightning_fl.serving.loading import read
 
     checkpoint = serving.find_checkpoint(args.run)
-    module = serving.load_module(checkpoint, args.module, args.client)
+    module = serving.load_module(checkpoint, args.module, args.client, args.base)
     inputs = serving.example_inputs(module, checkpoint, args.shape)
     out = args.out or Path(f"model{serving.FORMATS[args.to].suffix}")
     if args.to == "hub" and out.is_dir() and not (out / "config.json").exists() and any(out.iterdir()):

@@ -33,6 +33,8 @@ _NAMES = (
         "serve",
         "report",
         "compare",
+        "sweep",
+        "launch",
         "recipes",
         "algorithms",
         "privacy",

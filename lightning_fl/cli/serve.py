@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", choices=("127.0.0.1", "0.0.0.0", "::"), help="(%(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="processes that compute (default: %(default)s)")
+    parser.add_argument("--max-requests", type=int, help="that wait at once; others get status 503 (default: 256)")
     parser.add_argument("--clients", action="store_true", help="answer with a client's model where X-Client names one")
     parser.add_argument("--watch", action="store_true", help="take each new checkpoint that replaces the file")
     parser.add_argument("--canary", type=Path, help="another checkpoint of the same module, for a share of requests")
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Serves until it is stopped."""
     try:
-        from lightning_fl.serving.server import ModelAPI, serve
+        from lightning_fl.serving.server import MAX_REQUESTS, ModelAPI, serve
     except ImportError as error:
         raise ImportError(f'Serving needs more packages: pip install "lightning-fl[serving]". ({error})') from error
     from lightning_fl import serving
@@ -46,9 +47,11 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--share {share} must be from 0 to 1.")
     if args.workers < 1:
         raise ValueError(f"--workers {args.workers} must be at least 1.")
+    if args.max_requests is not None and args.max_requests < 1:
+        raise ValueError(f"--max-requests {args.max_requests} must be at least 1.")
     checkpoint = serving.find_checkpoint(args.run)
     # Loaded here first, so that what is wrong is told in one line rather than by a worker's traceback.
-    module = serving.load_module(checkpoint, args.module)
+    module = serving.load_module(checkpoint, args.module, base=args.base)
     serving.example_inputs(module, checkpoint, args.shape)
     models = ServedModels(module, checkpoint, args.canary, share)
     print(
@@ -63,5 +66,6 @@ def run(args: argparse.Namespace) -> None:
         args.watch,
         args.canary,
         0.0 if args.canary is None else share,
+        args.base,
     )
-    serve(api, args.host, args.port, args.workers)
+    serve(api, args.host, args.port, args.workers, args.max_requests or MAX_REQUESTS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import weakref
 from abc import ABC, abstractmethod
@@ -19,6 +20,8 @@ from lightning_fl.communication.attendance import Attendance
 from lightning_fl.communication.message import Message
 from lightning_fl.torch_internals import gloo_group, set_timeout
 from lightning_fl.tree import num_bytes
+
+log = logging.getLogger("lightning_fl.communication")
 
 MAX_MESSAGE_BYTES = 1 << 30
 """1 GiB. A rank holds all ranks' messages at once, each padded to the largest, so a mistake could fill its memory."""
@@ -199,7 +202,8 @@ class TorchGroup(Group):
         store: The rendezvous store of the ranks.
         rank: Index of this process, from 0.
         size: Number of processes.
-        device: Device of the tensors; CUDA tensors travel over NCCL, everything else over Gloo.
+        device: Device of the tensors. CUDA tensors travel over NCCL if each rank has a GPU of its own; everything else
+            travels over Gloo, through main memory.
         timeout: How long a collective waits for the other ranks.
         address: Where the other ranks reach this one. None: Gloo finds out.
         name: The name of this rank's silo; empty if it has none.
@@ -227,12 +231,20 @@ class TorchGroup(Group):
         self._num_collectives = 0
         gloo = gloo_group(dist.PrefixStore("gloo", store), rank, size, timeout, address)
         self._backends: dict[str, Any] = {"cpu": gloo}
-        if device.type == "cuda":
+        if device.type == "cuda" and self._each_has_its_own(_identify(device)):
             options = dist.ProcessGroupNCCL.Options()
             set_timeout(options, timeout)
             self._backends["cuda"] = dist.ProcessGroupNCCL(dist.PrefixStore("nccl", store), rank, size, options)
         # Finalizers also run at interpreter exit, where a process with an open Gloo group may abort.
         weakref.finalize(self, _close, self._backends, self.attendance)
+
+    def _each_has_its_own(self, gpu: str) -> bool:
+        gpus = [str(message.fields["gpu"]) for message in self.all_gather(Message({"gpu": gpu}), "gpu")]
+        num_gpus = len(set(gpus))
+        if num_gpus < self.size and self.rank == 0:
+            # NCCL refuses two ranks on one GPU.
+            log.warning(f"{self.size} ranks share {num_gpus} GPU(s): between them tensors travel over Gloo, not NCCL.")
+        return num_gpus == self.size
 
     def leave(self, reason: str) -> None:
         with suppress(RuntimeError):  # the store has gone with the rank that keeps it
@@ -270,17 +282,22 @@ class TorchGroup(Group):
             ) from error
 
     def _backend(self, tensor: Tensor) -> Any:
-        return self._backends.get(tensor.device.type, self._backends["cpu"])
+        return self._backends[tensor.device.type]
+
+    def _sendable(self, tensor: Tensor) -> Tensor:
+        """The tensor, in main memory if no backend takes it from its device."""
+        return tensor.detach() if tensor.device.type in self._backends else tensor.detach().cpu()
 
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
         # The backend reduces in place and sees memory, not strides: reduce a contiguous copy.
-        result = tensor.detach().clone(memory_format=torch.contiguous_format)
+        result = self._sendable(tensor).clone(memory_format=torch.contiguous_format)
         options = dist.AllreduceOptions()
         options.reduceOp = _OPS[op]
         start = time.perf_counter()
         self._wait(self._backend(result).allreduce([result], options), result)
         self.traffic.seconds_reducing += time.perf_counter() - start
         self.traffic.num_bytes += num_bytes([result])
+        result = result.to(tensor.device)
         return result / self.size if op == "mean" else result
 
     def all_gather(self, message: Message, topic: str = "") -> list[Message]:
@@ -317,27 +334,27 @@ class TorchGroup(Group):
         return parts
 
     def gather_tensor(self, tensor: Tensor) -> Tensor:
-        own = tensor.detach().contiguous()
+        own = self._sendable(tensor).contiguous()
         parts = [torch.empty_like(own) for _ in range(self.size)]
         self._wait(self._backend(own).allgather([parts], [own]), own)
         self.traffic.num_bytes += num_bytes([own])
-        return torch.stack(parts)
+        return torch.stack(parts).to(tensor.device)
 
     def all_to_all(self, parts: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
-        own = torch.cat([part.detach() for part in parts])
+        own = self._sendable(torch.cat(list(parts)))
         received = own.new_empty(sum(sizes))
         given = [len(part) for part in parts]
         self._wait(self._backend(own).alltoall_base(received, own, list(sizes), given, dist.AllToAllOptions()), own)
         self.traffic.num_bytes += num_bytes([own])
-        return list(received.split(list(sizes)))
+        return list(received.to(parts[0].device).split(list(sizes)))
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
-        received = tensor.detach().clone(memory_format=torch.contiguous_format)
+        received = self._sendable(tensor).clone(memory_format=torch.contiguous_format)
         options = dist.BroadcastOptions()
         options.rootRank = root
         self._wait(self._backend(received).broadcast([received], options), received)
         self.traffic.num_bytes += received.numel() * received.element_size()
-        return received
+        return received.to(tensor.device)
 
     def send(self, tensor: Tensor, rank: int) -> None:
         own = tensor.detach().cpu().contiguous()
@@ -347,10 +364,15 @@ class TorchGroup(Group):
     def receive(self, like: Tensor, rank: int) -> Tensor:
         received = torch.empty(like.shape, dtype=like.dtype)
         self._wait_for_one(lambda: self._backends["cpu"].recv([received], rank, 0), rank)
-        return received
+        return received.to(like.device)
 
     def barrier(self) -> None:
         self._wait(self._backends["cpu"].barrier(), torch.empty(0))
+
+
+def _identify(gpu: torch.device) -> str:
+    """What no other GPU of any machine is called."""
+    return str(torch.cuda.get_device_properties(gpu).uuid)
 
 
 def _close(backends: dict[str, Any], attendance: Attendance) -> None:

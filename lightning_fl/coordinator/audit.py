@@ -6,6 +6,8 @@ import errno
 import hashlib
 import json
 import os
+import threading
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ class AuditLog:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._last = START
+        # A round is closed in a thread of its own, while silos join and are refused.
+        self._lock = threading.Lock()
         if path.exists():
             data = path.read_bytes()
             # A line without an end was being written when the process died; what it told was never done.
@@ -35,6 +39,10 @@ class AuditLog:
 
     def append(self, event: str, **facts: Any) -> None:
         """Writes a line and waits until it is on the disk."""
+        with self._lock:
+            self._append(event, facts)
+
+    def _append(self, event: str, facts: Mapping[str, Any]) -> None:
         time = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         line = json.dumps({"time": time, "event": event, **facts, "previous": self._last}).encode()
         with self.path.open("ab", buffering=0) as file:

@@ -7,6 +7,7 @@ import json
 import logging
 import ssl
 import time
+from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +20,7 @@ from lightning_fl.coordinator import identity
 from lightning_fl.coordinator.identity import IdentityError, Kit
 from lightning_fl.coordinator.meetings import Meetings
 from lightning_fl.coordinator.service import PROTOCOL, START, Coordinator, Refused
+from lightning_fl.coordinator.store import Upload
 
 HOLD_S = 20.0
 """How long a call is held that waits for something to happen."""
@@ -52,6 +54,7 @@ class HttpServer:
         self._revoked = kit.revoked()
         self._has_failed = False
         self._writers: dict[Path, object] = {}
+        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._runners: list[web.AppRunner] = []
         # One thread for all that reads whole updates, so that no two of them are in memory at once.
         self._worker = ThreadPoolExecutor(1)
@@ -214,7 +217,7 @@ class HttpServer:
         round, topic = _integer(request.match_info["round"]), request.match_info["topic"]
         until = time.monotonic() + HOLD_S
         while time.monotonic() < until:
-            path = self.coordinator.outcome(round, topic)
+            path = self.coordinator.outcome(round, topic, request[SILO])
             if path is not None:
                 return web.FileResponse(path, chunk_size=PIECE)
             await asyncio.sleep(TICK_S)
@@ -248,6 +251,15 @@ class HttpServer:
                 coordinator.progressed(silo, time.monotonic())
         if upload.size < length:
             return web.json_response({"complete": False, "offset": upload.size})
+        # A call that its silo has given up may still be here when the silo repeats it.
+        async with self._locks[silo]:
+            upload = coordinator.target(silo, round, topic, digest, length)
+            if not upload.ok.exists():
+                await self._take_in(upload, round, topic)
+        return web.json_response({"complete": True})
+
+    async def _take_in(self, upload: Upload, round: int | None, topic: str) -> None:
+        coordinator = self.coordinator
         try:
             await self._in_thread(coordinator.check, upload, topic)
         except Refused as refused:
@@ -255,8 +267,9 @@ class HttpServer:
             raise
         finally:
             self._writers.pop(upload.part, None)
+        while coordinator.is_busy(topic):
+            await asyncio.sleep(TICK_S)
         coordinator.accept(upload, round, topic, time.monotonic())
-        return web.json_response({"complete": True})
 
     async def _alive(self, request: web.Request) -> web.StreamResponse:
         return web.json_response({"round": self.coordinator.alive(request[SILO], time.monotonic())})

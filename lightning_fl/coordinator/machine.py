@@ -14,7 +14,7 @@ Silence never excludes a silo: only the round's deadline does, and a silo that s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -222,6 +222,14 @@ class RoundMachine:
         self.round += 1
         self.phase = "over" if is_last or self.round >= self.rules.rounds else "gathering"
         self.cohort, self.done, self.refused, self.asked = set(), {}, {}, set()
+
+    def lost(self, members: Collection[str]) -> list[str]:
+        """Those of whom the round has nothing.
+
+        Args:
+            members: The silos whose update is in it.
+        """
+        return sorted(self.cohort - set(members) - self.refused.keys())
 
     def _set_deadline(self, now: float, age: float = 0.0) -> None:
         self.max_deadline = now + max(0.0, self.rules.max_deadline_s - age)

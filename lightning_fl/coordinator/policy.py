@@ -118,14 +118,19 @@ class Policy:
         if self.max_rounds is not None and num_done >= self.max_rounds:
             raise PolicyBroken(f"This silo has taken part in {num_done} rounds, all that policy.yaml allows.")
 
-    def check_cohort(self, cohort: Sequence[str]) -> None:
+    def check_cohort(self, cohort: Sequence[str], fewest: int | None = None) -> None:
         """Makes sure that a round has enough silos.
+
+        Args:
+            cohort: Those that train.
+            fewest: With how many updates the round may close, if not with those of the whole cohort.
 
         Raises:
             PolicyBroken: If it has not.
         """
-        if len(cohort) < self.min_cohort:
-            raise PolicyBroken(f"A round has {len(cohort)} silos; policy.yaml has min_cohort: {self.min_cohort}.")
+        size = len(cohort) if fewest is None else min(len(cohort), fewest)
+        if size < self.min_cohort:
+            raise PolicyBroken(f"A round has {size} silos; policy.yaml has min_cohort: {self.min_cohort}.")
 
 
 def read_policy(path: Path) -> Policy:

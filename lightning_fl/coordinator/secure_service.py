@@ -135,15 +135,15 @@ class SecureCoordinator(Coordinator):
         else:
             self._check_advert(upload, header, topic)
 
-    def outcome(self, round: int, topic: str) -> Path | None:
+    def outcome(self, round: int, topic: str, silo: str = "") -> Path | None:
         base = topic.rpartition(".")[0]
         if topic.count(".") < 2 or (self.store.folder(round, topic) / OUTCOME).exists():
-            return super().outcome(round, topic)
+            return super().outcome(round, topic, silo)
         if base.startswith(f"{UPDATE}.") and round < self.machine.round:
             raise Refused(410, f"Round {round} is over.", newest=self.machine.round - 1)
         # Of a step that will not come to an end, the outcome is that of the whole sum.
         path = self.store.folder(round, base) / OUTCOME
-        return path if path.exists() else super().outcome(round, topic)
+        return path if path.exists() else super().outcome(round, topic, silo)
 
     def _close_exchange(self, round: int, topic: str, exchange: Exchange, now: float) -> None:
         exchange.is_over = True

@@ -86,6 +86,7 @@ class Progress:
         accepted: For each silo the last round in which it took part, and the digest of what it sent.
         history: One entry for each finished round.
         over: Why no other round follows, before the last one.
+        models: Where rounds are asynchronous, the digests of the models from which silos train, by round.
     """
 
     global_step: int = 0
@@ -94,6 +95,7 @@ class Progress:
     accepted: dict[str, list[Any]] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     over: str | None = None
+    models: dict[str, str] = field(default_factory=dict)
 
 
 class Coordinator:
@@ -188,6 +190,7 @@ class Coordinator:
             "round": self.machine.round,
             "start": self.start,
             "accepted": self.progress.accepted.get(silo),
+            "already_sent": self.machine.done.get(silo),
             "max_report_bytes": MAX_REPORT_BYTES,
             "evaluation_s": self.rules.evaluation_s,
         }
@@ -249,8 +252,7 @@ class Coordinator:
         if self._model is None:
             return None
         if machine.ask(silo, now):
-            self.store.write_cohort(machine.round, machine.cohort)
-            self.audit.append("late join", silo=silo, round=machine.round)
+            self._note_member(silo)
         if machine.phase != "training" or silo not in machine.cohort:
             return None
         states = [
@@ -267,6 +269,11 @@ class Coordinator:
             "facts": {"global_step": self.progress.global_step, "logger_steps": self.progress.logger_steps},
         }
         return Message(fields, wire.flatten({str(index): state for index, state in enumerate(states)}))
+
+    def _note_member(self, silo: str) -> None:
+        """Writes down that a silo has become a member of the open round, before it is told."""
+        self.store.write_cohort(self.machine.round, self.machine.cohort)
+        self.audit.append("late join", silo=silo, round=self.machine.round)
 
     def step(self, now: float) -> bool:
         """Does what is due; returns whether the open round is to be closed."""
@@ -310,7 +317,7 @@ class Coordinator:
         joined = RankReport.join(list(reports.values()))
         progress = self.progress
         members = sorted(reports)
-        lost = sorted(machine.cohort - reports.keys() - machine.refused.keys())
+        lost = machine.lost(members)
         entry = {
             "round": machine.round,
             "members": members,
@@ -321,6 +328,7 @@ class Coordinator:
             "update_norm": closing.norm,
             **closing.facts,
         }
+        shared = self._write(closing.state, closing.buffers)
         self.progress = Progress(
             global_step=progress.global_step + joined.num_steps,
             logger_steps=progress.logger_steps + joined.logger_steps,
@@ -328,12 +336,13 @@ class Coordinator:
             accepted={**progress.accepted, **{silo: [machine.round, digests[silo]] for silo in members}},
             history=[*progress.history, entry],
             over=closing.stop_reason,
+            models=self._models_to_keep(shared[0]),
         )
-        shared = self._write(closing.state, closing.buffers)
         fields = {
             "round": machine.round,
             "members": members,
             "digests": digests,
+            "accepted": self.progress.accepted,
             "lost": lost,
             "refused": machine.refused,
             "state": shared[0],
@@ -352,7 +361,7 @@ class Coordinator:
         )
         machine.closed(is_last=closing.stop_reason is not None)
         self.exchanges = {key: value for key, value in self.exchanges.items() if key[0] >= machine.round - 1}
-        self.store.collect({self.start or "", *shared, model.shared}, machine.round)
+        self.store.collect({self.start or "", *shared, model.shared, *self._models_in_use()}, machine.round)
 
     def _aggregate(self) -> tuple[dict[str, RankReport], dict[str, str], Closing]:
         """The reports and digests of those whose update was accepted, and what the round has become."""
@@ -365,7 +374,7 @@ class Coordinator:
             path = Upload(self.store.folder(round, UPDATE), silo, digest).ok
             update, reports[silo] = self._read_update(silo, path)
             if update is not None:
-                acc = aggregator.add(acc, update, replace(ctx, client=silo))
+                acc = aggregator.add(acc, self._received(update, silo, ctx), replace(ctx, client=silo))
         acc, _ = aggregator.merge(acc, LocalGroup(), Message(), ctx)
         opened = ServerRound(self.settings, self._model.state, self._model.buffers, self._template, ctx)
         joined = RankReport.join(list(reports.values()))
@@ -373,6 +382,18 @@ class Coordinator:
             return reports, digests, close_server(opened, acc, joined)
         # Every silo has refused its own update, and will say so: the model stays.
         return reports, digests, Closing(self._model.state, self._model.buffers, nothing(opened), 0.0, {}, None)
+
+    def _received(self, update: Update, silo: str, ctx: RoundContext) -> Update:
+        """What of an update is added."""
+        return update
+
+    def _models_to_keep(self, newest: str) -> dict[str, str]:
+        """The models of which a round that closes leaves the files, by round, beside the last two."""
+        return {}
+
+    def _models_in_use(self) -> set[str]:
+        """Digests of models beside the last two that silos may still read."""
+        return set()
 
     def _context(self) -> RoundContext:
         cohort = sorted(self.machine.cohort or self.machine.asked)
@@ -404,11 +425,7 @@ class Coordinator:
                 raise Refused(410, "The federation has its start already.", start=self.start)
             limit = 1 << 40
         elif topic == UPDATE:
-            folder = self.store.folder(self.machine.round, topic)
-            if self.machine.done.get(silo) != digest and not self.machine.takes(
-                silo, round if round is not None else -1
-            ):
-                raise Refused(410, f"Round {round} takes no update of {silo!r}.", newest=self.machine.round - 1)
+            folder = self._place_of_update(silo, -1 if round is None else round, digest)
             limit += wire.num_bytes(self._shapes) + wire.MAX_HEADER_BYTES
         else:
             if round != self.machine.round - 1 or silo not in self.rules.silos:
@@ -424,6 +441,20 @@ class Coordinator:
             if other != upload.part:
                 self.store.disk.delete(other)
         return upload
+
+    def _place_of_update(self, silo: str, round: int, digest: str) -> Path:
+        """The folder into which an update comes.
+
+        Raises:
+            Refused: 410 if it comes too late.
+        """
+        if self.machine.done.get(silo) != digest and not self.machine.takes(silo, round):
+            raise Refused(410, f"Round {round} takes no update of {silo!r}.", newest=self.machine.round - 1)
+        return self.store.folder(self.machine.round, UPDATE)
+
+    def is_busy(self, topic: str) -> bool:
+        """Whether a file that has come whole has to wait before it is taken in."""
+        return False
 
     def progressed(self, silo: str, now: float) -> None:
         """A piece of a file has come."""
@@ -536,7 +567,7 @@ class Coordinator:
         self.store.write_outcome(folder, wire.flatten(tensors), {"members": members, "messages": messages})
         exchange.is_over = True
 
-    def outcome(self, round: int, topic: str) -> Path | None:
+    def outcome(self, round: int, topic: str, silo: str = "") -> Path | None:
         """The file with what a round, or an exchange after it, has become; None before it is there.
 
         Raises:
@@ -657,11 +688,15 @@ class Coordinator:
 
     def _has_space(self) -> bool:
         """Whether the updates of a round and the next state fit onto the disk."""
-        needed = wire.num_bytes(self._shapes) * (len(self.machine.asked) + 2)
+        needed = wire.num_bytes(self._shapes) * (self._num_awaited() + 2)
         free = self.store.free_bytes()
         if free < needed:
             self._say(f"Round {self.machine.round} needs {needed} bytes of disk, but {free} are free: it waits.")
         return free >= needed
+
+    def _num_awaited(self) -> int:
+        """How many updates the round that opens may get."""
+        return len(self.machine.asked)
 
     def _say(self, what: str) -> None:
         """Writes down what keeps the federation waiting, once."""

@@ -68,13 +68,17 @@ class SharedSilo(Federation):
         protections: Collection[str] = (),
         aggregator: Any = None,
         weighting: str = "examples",
+        is_asynchronous: bool = False,
     ) -> None:
         """As :meth:`~lightning_fl.coordinator.silo.NetworkFederation.join`, for all processes of the silo."""
-        roles = (tensors.params, tensors.buffers, tensors.frozen, tensors.personal)
+        roles: tuple[Mapping[str, Tensor], ...] = (tensors.params, tensors.buffers, tensors.frozen, tensors.personal)
         held = self._held
         full = [{name: self._whole(name, own, held) for name, own in tree.items()} for tree in roles]
         if self.talker is not None:
-            self.talker.join(WholeTensors(*full), settings, common, versions, protections, aggregator, weighting)
+            whole_tensors = WholeTensors(*full)
+            self.talker.join(
+                whole_tensors, settings, common, versions, protections, aggregator, weighting, is_asynchronous
+            )
         for own, start in zip(roles, full, strict=True):
             received = {name: self.group.inner.broadcast(tensor) for name, tensor in start.items()}
             load(own, {name: part_of(tensor, held.get(name, tensor)) for name, tensor in received.items()})

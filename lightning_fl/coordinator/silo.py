@@ -86,15 +86,16 @@ class SiloFolder:
         """What was noted; None if nothing waits for an outcome."""
         return read_json(self.root / "staged.json")
 
-    def settle(self, round: int, digest: str | None) -> bool:
+    def settle(self, accepted: Sequence[Any] | None) -> bool:
         """Makes the staged state the client's if its update counts, else drops it; returns whether it counts.
 
         Args:
-            round: The round that is closed.
-            digest: The update of this silo that counts in it; None if none does.
+            accepted: The last round in which an update of this silo counts, and its digest; None if none does yet.
         """
+        round, digest = accepted or (-1, None)
         staged = self.staged()
-        counts = staged is not None and staged["round"] == round and staged["digest"] == digest
+        # In asynchronous rounds an update may count in a later round than the one whose model it started from.
+        counts = staged is not None and staged["round"] <= round and staged["digest"] == digest
         if counts and round not in (counted := self.counted()):
             self.disk.write_json(self.root / "counted.json", [*counted, round])
             self.audit.append("counted", round=round, digest=digest)
@@ -157,6 +158,7 @@ class NetworkFederation(Federation):
         self._alive: _Alive | None = None
         self._has_joined = False
         self.secure: SecureSums | None = None
+        self.is_asynchronous = False
         self._opening: dict[str, Any] = {}
         self._told_of_clipping = False
 
@@ -171,6 +173,7 @@ class NetworkFederation(Federation):
         protections: Collection[str] = (),
         aggregator: SecureAggregation | None = None,
         weighting: str = "examples",
+        is_asynchronous: bool = False,
     ) -> None:
         """Introduces this silo, and loads the model from which all begin.
 
@@ -182,6 +185,7 @@ class NetworkFederation(Federation):
             protections: What protects this silo: ``"differential privacy"``, ``"secure aggregation"``.
             aggregator: The settings of secure sums. None: the coordinator sees each update.
             weighting: How the federation weighs its silos.
+            is_asynchronous: Whether rounds close without this silo.
 
         Raises:
             ValueError: If this silo has no keys for secure sums.
@@ -201,6 +205,7 @@ class NetworkFederation(Federation):
             "versions": dict(versions),
             "manifest": wire.shapes_of(wire.flatten(own)),
         }
+        self.is_asynchronous = is_asynchronous
         self._refuse_unless(lambda: self.policy.check_algorithm(settings.get("algorithm", ""), protections))
         if aggregator is not None:  # before the coordinator is told: without keys there is nothing to join
             SecureSums(aggregator, weighting, self.client.kit.folder / "keys", start="")
@@ -234,7 +239,7 @@ class NetworkFederation(Federation):
             self.secure = SecureSums(aggregator, weighting, self.client.kit.folder / "keys", answer["start"])
         self.silos = answer["silos"]
         self.place, self.size = self.silos.index(self.name), len(self.silos)
-        self._settle_staged(answer["round"], answer["accepted"])
+        self._settle_staged(answer)
         self._has_joined = True
 
     def _refuse_unless(self, check: Callable[[], None]) -> None:
@@ -244,13 +249,16 @@ class NetworkFederation(Federation):
             self.folder.audit.append("refused by policy", reason=str(error))
             raise
 
-    def _settle_staged(self, next_round: int, accepted: Sequence[Any] | None) -> bool:
-        """Keeps or drops what was staged before the process died; returns whether it was kept."""
+    def _settle_staged(self, told: Mapping[str, Any]) -> bool:
+        """Keeps or drops what was staged before the process died; returns whether it was kept.
+
+        Args:
+            told: The coordinator's ``round``, what it has ``accepted`` last, and what it has ``already_sent`` to it.
+        """
         staged = self.folder.staged()
-        if staged is None or staged["round"] >= next_round:
+        if staged is None or staged["round"] >= told["round"] or staged["digest"] == told["already_sent"]:
             return False
-        round, digest = accepted or (None, None)
-        return self.folder.settle(staged["round"], digest if round == staged["round"] else None)
+        return self.folder.settle(told["accepted"])
 
     def restore(self, store: ClientStore) -> None:
         """Gives the client's state of the last round that counted to a store, which is then the client's."""
@@ -289,16 +297,22 @@ class NetworkFederation(Federation):
             message = Message.decode(body)
             fields = message.fields
             # A silo that has joined while the round was being added up has not been told what became of its update.
-            if self._settle_staged(fields["round"], fields["accepted"]) and self.store is not None:
+            if self._settle_staged(fields) and self.store is not None:
                 self.folder.restore(self.store)
             if fields["already_sent"] is None:
-                break
+                self._refuse_unless(partial(self.policy.check_cohort, fields["cohort"], fields.get("fewest")))
+                try:
+                    state, buffers = self._load(fields["state"])
+                    break
+                except CallRefused as refused:
+                    if refused.status != 404 or not self.is_asynchronous:
+                        raise
+                    continue  # rounds went on while it was loading: the model is gone, and there is a newer one
             # The process died after its update had been accepted: the update counts, and nothing is trained again.
-            done = self._wait_for_outcome(fields["round"])
+            self._wait_for_outcome(fields["round"])
+            done = self._last
             if self.store is not None:
                 self.folder.restore(self.store)
-        self._refuse_unless(lambda: self.policy.check_cohort(fields["cohort"]))
-        state, buffers = self._load(fields["state"])
         transforms = wire.unflatten(message.tensors)
         own = [transforms.get(str(index), {}) for index in range(len(transforms))]
         if self._alive is None:
@@ -316,16 +330,17 @@ class NetworkFederation(Federation):
 
     def merge(self, opened: ServerRound, acc: Any, report: RankReport) -> tuple[Any, list[RankReport]]:
         round, start = opened.ctx.round, time.perf_counter()
-        digest = (self._send_update if self.secure is None else self._add_up)(opened, acc, report)
+        (self._send_update if self.secure is None else self._add_up)(opened, acc, report)
         traffic = self.group.traffic
         traffic.seconds_reducing += time.perf_counter() - start
         start = time.perf_counter()
-        self._wait_for_outcome(round)
+        counts = self._wait_for_outcome(round)
         traffic.seconds_waiting += time.perf_counter() - start
         outcome = self._outcome
         assert self.store is not None
-        self.update_counts = outcome["digests"].get(self.name) == digest and outcome["round"] == round
-        if not self.update_counts:
+        self.update_counts = counts
+        if not counts:
+            log.warning("Round %d was closed without this silo's update.", round)
             self.store.roll_back()
         # What another silo wishes for itself, or wants to save where, is no concern of this one.
         reports = [
@@ -334,8 +349,8 @@ class NetworkFederation(Federation):
         ]
         return outcome, reports
 
-    def _send_update(self, opened: ServerRound, acc: Any, report: RankReport) -> str:
-        """Sends this silo's update, for the coordinator to add; returns the digest of the file."""
+    def _send_update(self, opened: ServerRound, acc: Any, report: RankReport) -> None:
+        """Sends this silo's update, for the coordinator to add."""
         round = opened.ctx.round
         trees: dict[str, Tree] = {} if acc is None else update_trees(acc)
         tensors = wire.flatten({**{name: _cpu(tree) for name, tree in trees.items()}, "report": report.tensors})
@@ -352,12 +367,10 @@ class NetworkFederation(Federation):
             weight=fields["weight"],
             metrics=sorted({str(entry["name"]) for entry in report.metrics.values()}),
         )
-        if not self._upload(f"/v1/rounds/{round}/update", self.folder.update):
-            log.warning("Round %d was closed without this silo's update.", round)
-        return digest
+        self._upload(f"/v1/rounds/{round}/update", self.folder.update)
 
-    def _add_up(self, opened: ServerRound, acc: Any, report: RankReport) -> str:
-        """Adds this silo's update to those of the others under masks; returns the digest of the file that began it.
+    def _add_up(self, opened: ServerRound, acc: Any, report: RankReport) -> None:
+        """Adds this silo's update to those of the others under masks.
 
         Raises:
             SecureAggregationError: If the federation has ended because the sum could not be made.
@@ -406,7 +419,7 @@ class NetworkFederation(Federation):
                 if self._asks_again(round, dropped):
                     cohort = list(self._opening["cohort"])
                     continue
-            return digest
+            return
 
     def _asks_again(self, round: int, dropped: SumDropped) -> bool:
         """Waits until a round that was given up is open again; returns whether this silo is in it."""
@@ -430,7 +443,7 @@ class NetworkFederation(Federation):
                 f"Round {acc['round']} has no update left: those of all its silos hold NaN or Inf. The global model is "
                 "unchanged. Lower the learning rate, clip gradients, or check the silos' data."
             )
-        state, buffers = self._load(acc["state"])
+        state, buffers = self._load_outcome()
         aggregate = Aggregate({}, {}, acc["weight"], {}, acc["num_clients"], opened.ctx.population)
         state = replace(state, transforms=opened.state.transforms)
         facts = dict(acc["facts"])
@@ -443,7 +456,8 @@ class NetworkFederation(Federation):
         return Closing(state, buffers, aggregate, acc["norm"], facts, acc["stop_reason"])
 
     def gather(self, message: Message, topic: str) -> list[Message]:
-        if self._last < 0 or not self._has_joined:  # outside the rounds there is nothing that all have in common
+        # Outside the rounds, and where each silo has rounds of its own, there is nothing that all have in common.
+        if self._last < 0 or not self._has_joined or self.is_asynchronous:
             return [message]
         place = f"/v1/rounds/{self._last}/{topic}.{self._num_gathered}"
         self._num_gathered += 1
@@ -512,10 +526,10 @@ class NetworkFederation(Federation):
                 raise
             return None
 
-    def _wait_for_outcome(self, round: int) -> int:
-        """Waits until a round is closed and settles this silo's state by it; returns the number of the closed round.
+    def _wait_for_outcome(self, round: int) -> bool:
+        """Waits until a round is closed and settles this silo's state; returns whether its update counts.
 
-        If the round was closed so long ago that its outcome is gone, this is the newest one.
+        If the round was closed so long ago that its outcome is gone, it reads the newest one.
         """
         newest = round
         while True:
@@ -527,9 +541,18 @@ class NetworkFederation(Federation):
                     raise
                 newest = int(refused.facts["newest"])
         self._outcome = {**fields, "reports": messages}
-        self.folder.settle(round, fields["digests"].get(self.name) if newest == round else None)
-        self._last, self._num_gathered = newest, 0
-        return newest
+        self._last, self._num_gathered = fields["round"], 0
+        return self.folder.settle(fields["accepted"].get(self.name))
+
+    def _load_outcome(self) -> tuple[FederationState, Tree]:
+        """The model after the round that is closed; in asynchronous rounds the newest one that there is."""
+        while True:
+            try:
+                return self._load(self._outcome["state"])
+            except CallRefused as refused:
+                if refused.status != 404 or not self.is_asynchronous:
+                    raise
+                self._wait_for_outcome(self._last)
 
     def _outcome_of(self, place: str) -> tuple[dict[str, Any], list[Message]]:
         file = self._read_outcome(place)

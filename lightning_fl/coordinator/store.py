@@ -8,6 +8,7 @@
     rounds/000012/update/<silo>.<sha256>.part    an update that is coming
     rounds/000012/update/<silo>.<sha256>.ok      one that is whole and sound
     rounds/000012/update/outcome.safetensors     what every silo may read of the closed round
+    versions.json  arriving/                     of asynchronous rounds: where each silo has started, what is coming
     audit.jsonl  lock
 """
 
@@ -17,8 +18,8 @@ import fcntl
 import os
 import shutil
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -166,14 +167,29 @@ class Store:
         found = (path.name.split(".") for path in folder.glob("*.ok"))
         return {silo: digest for silo, digest, _ in found}
 
-    def keep(self, upload: Upload) -> None:
-        """Marks a file as whole and sound; parts of other files of the silo are deleted."""
+    def write_versions(self, round: int, versions: Mapping[str, int], too_stale: Sequence[str]) -> None:
+        """Writes down from which round's model each silo trains, and whose update was too old for the open round."""
+        content = {"round": round, "versions": dict(versions), "too_stale": list(too_stale)}
+        self.disk.write_json(self.root / "versions.json", content)
+
+    def read_versions(self) -> dict[str, Any]:
+        """What :meth:`write_versions` wrote."""
+        return read_json(self.root / "versions.json") or {"round": -1, "versions": {}, "too_stale": []}
+
+    def keep(self, upload: Upload, folder: Path | None = None) -> None:
+        """Marks a file as whole and sound; parts of other files of the silo are deleted.
+
+        Args:
+            upload: The file.
+            folder: Where it goes. None: it stays where it is.
+        """
+        ok = upload.ok if folder is None else replace(upload, folder=folder).ok
         with upload.part.open("rb") as file:
             self.disk.before("flush upload")
             os.fsync(file.fileno())
-        self.disk.replace(upload.part, upload.ok)
+        self.disk.replace(upload.part, ok)
         for other in upload.folder.glob(f"{upload.silo}.*"):
-            if other != upload.ok:
+            if other != ok:
                 self.disk.delete(other)
 
     def write_outcome(self, folder: Path, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> None:

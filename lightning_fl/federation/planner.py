@@ -214,7 +214,7 @@ class Planner:
     def _take_in(self, index: int, clock: Clock | None) -> tuple[Flush | None, Clock | None]:
         """What the round takes in on the simulated clock, and the clock after it."""
         schedule, durations = self.settings.schedule, self.settings.durations
-        if schedule is None or durations is None:
+        if schedule is None:
             return None, None
         if clock is None or clock.version != index:
             clock = Clock(version=index, time=0 if clock is None else clock.time)

@@ -306,16 +306,18 @@ class Round:
         """
         client = data.clients[0]
         # Seeded before anything of the client runs, so that nothing it draws depends on who was trained before it.
-        self._seed(client, data.loader, number)
+        seeds_by_version = self.settings.schedule is not None and self.settings.schedule.seeds_by_version
+        index = version if seeds_by_version and version is not None else self.ctx.round
+        self._seed(index, client, data.loader, number)
         server = self._server_of(version)
         self.trainer.start_from(self.versions[self.ctx.round if version is None else version].buffers)
         states = [move(self.store.get(own) or {}, self.trainer.device) for own in data.clients]
         kind, measured = self.settings.algorithm.probe, None
         if kind is not None and probe is not None:
             self.trainer.start([server["params"]], states)
-            self._seed(client, data.loader, number, "probe")
+            self._seed(index, client, data.loader, number, "probe")
             measured = self.trainer.within.mean_of(probe(kind, data.read_once(), self.trainer.tensors.params))
-            self._seed(client, data.loader, number)  # training draws the same random numbers as without a probe
+            self._seed(index, client, data.loader, number)  # training draws the same random numbers as without a probe
         group = ClientGroup(self.settings, server, data.clients, states, measured, version, number)
         phases = self.settings.algorithm.phases()
         # Task and batches need each other: a change of phase while reading acts on the task.
@@ -323,7 +325,7 @@ class Round:
         self.trainer.start(group.starts, states, phases[0], self._transform_of(group, phases[0]))
         if self.trainer.is_shared:
             seed = visit_seed(self.settings.seed, number)
-            self.trainer.seed(derive_seed(seed, self.ctx.round, "module", client))
+            self.trainer.seed(derive_seed(seed, index, "module", client))
         task.batches = data.read(lambda: self._next_phase(task))
         return task
 
@@ -338,8 +340,8 @@ class Round:
     def _transform_of(self, group: ClientGroup, phase: Phase) -> GradTransform | None:
         return group.grad_transform(phase, self.trainer.gradient_at)
 
-    def _seed(self, client: ClientId, loader: Loader | None, number: int, purpose: str = "client") -> None:
-        seed, index, place = visit_seed(self.settings.seed, number), self.ctx.round, self.trainer.within.inner.rank
+    def _seed(self, index: int, client: ClientId, loader: Loader | None, number: int, purpose: str = "client") -> None:
+        seed, place = visit_seed(self.settings.seed, number), self.trainer.within.inner.rank
         # The processes of a silo read different examples of one order, with different dropout.
         self._randomness.enter(seed, index, client, f"{purpose} {place}" if place else purpose)
         if loader is not None:

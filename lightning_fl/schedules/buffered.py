@@ -25,10 +25,14 @@ class Asynchronous(RoundSchedule):
     """Updates that a round takes in."""
     concurrency: int | None
     """Clients that train at the same time; None: all."""
+    max_staleness: int | None = None
+    """The oldest update that a round takes in, in server updates; None: any."""
 
     def __post_init__(self) -> None:
         if self.size < 1 or (self.concurrency is not None and self.concurrency < 1):
             raise ValueError(f"{self!r} needs a size and a concurrency of at least 1.")
+        if self.max_staleness is not None and self.max_staleness < 0:
+            raise ValueError(f"{self!r} needs a max_staleness of at least 0.")
 
     def clients_per_round(self, given: int | float | None) -> int | float | None:
         """See :meth:`RoundSchedule.clients_per_round`."""
@@ -49,15 +53,24 @@ class Asynchronous(RoundSchedule):
 
     def next(self, clock: Clock, clients: Clients) -> tuple[Flush, Clock]:
         """See :meth:`RoundSchedule.next`."""
+        dropped: list[ClientId] = []
         # What is left of an instant is flushed before anybody starts again.
-        while len(clock.waiting) < self.size:
+        while len((clock := self._drop(clock, dropped)).waiting) < self.size:
             clock = self._take_in(self._start(clock, clients), clients)
         taken, waiting = clock.waiting[: self.size], clock.waiting[self.size :]
         visits: list[Visit] = []
         for job in taken:
             number = sum(visit.client == job.client for visit in visits)
             visits.append(Visit(job.client, job.version, number))
-        return Flush(clock.time, visits), replace(clock, version=clock.version + 1, waiting=waiting)
+        return Flush(clock.time, visits, dropped), replace(clock, version=clock.version + 1, waiting=waiting)
+
+    def _drop(self, clock: Clock, dropped: list[ClientId]) -> Clock:
+        """Drops those that have returned with an update that is too old."""
+        if self.max_staleness is None:
+            return clock
+        oldest = clock.version - self.max_staleness
+        dropped += [job.client for job in clock.waiting if job.version < oldest]
+        return replace(clock, waiting=tuple(job for job in clock.waiting if job.version >= oldest))
 
     def _start(self, clock: Clock, clients: Clients) -> Clock:
         """Lets idle clients begin to train from the newest version, as many as may."""
@@ -93,9 +106,10 @@ class Buffered(Asynchronous):
         concurrency: Clients that train at the same time. None: all.
         staleness: The weight :math:`s(\tau)` of an update that is :math:`\tau` server updates old, such as
             ``fl.schedules.Polynomial(0.5)``. None: 1.
+        max_staleness: An update that is older, in server updates, is left out. None: none is.
 
     Raises:
-        ValueError: If a number is below 1.
+        ValueError: If a number is out of range.
 
     Reference:
         Nguyen et al., "Federated Learning with Buffered Asynchronous Aggregation", AISTATS 2022.
@@ -104,6 +118,7 @@ class Buffered(Asynchronous):
     size: int
     concurrency: int | None = None
     staleness: StalenessFunction | None = None
+    max_staleness: int | None = None
 
     @property
     def transforms(self) -> Sequence[Transform]:
@@ -122,6 +137,7 @@ class FedAsync(Asynchronous):
         alpha: The share :math:`\alpha` of a fresh model, in (0, 1]. Default 0.6.
         staleness: :math:`s(\tau)`, as for :class:`Buffered`. None: 1.
         concurrency: Clients that train at the same time. None: all.
+        max_staleness: An update that is older, in server updates, is left out. None: none is.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -133,6 +149,7 @@ class FedAsync(Asynchronous):
     alpha: float = 0.6
     staleness: StalenessFunction | None = None
     concurrency: int | None = None
+    max_staleness: int | None = None
 
     @property
     def size(self) -> int:  # type: ignore[override]

@@ -115,16 +115,17 @@ class Clients:
 
     Args:
         population: All clients.
-        durations: How long they take.
+        durations: How long they take. None: for a schedule that need not know.
         cohort: Draws the cohort of a round, for schedules whose rounds have one.
         seed: Seed of the federation.
     """
 
     population: Population
-    durations: Durations
+    durations: Durations | None
     cohort: Callable[[int], Sequence[ClientId]]
     seed: int = 0
 
     def duration(self, client: ClientId, clock: Clock, offset: int = 0) -> int:
         """The nanoseconds of the visit that begins after ``offset`` others from now on."""
+        assert self.durations is not None
         return self.durations.nanoseconds(client, clock.num_started + offset, self.seed, clock.measured)

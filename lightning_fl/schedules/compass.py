@@ -50,7 +50,7 @@ class Compass(Asynchronous):
         if not 1 <= self.min_steps <= self.max_steps:
             raise ValueError(f"{self!r} needs 1 <= min_steps <= max_steps.")
 
-    def check_work(self, local_steps: object) -> None:
+    def check_work(self, local_steps: object, local_epochs: object = None) -> None:
         """See :meth:`RoundSchedule.check_work`."""
         if local_steps != self.max_steps:
             raise ValueError(

@@ -20,6 +20,11 @@ class RoundSchedule(ABC):
 
     draws_cohorts: ClassVar[bool] = True
     """Whether the clients of a round are a cohort that starts with the round, as ``clients_per_round`` says."""
+    needs_durations: ClassVar[bool] = True
+    """Whether it has to be told how long clients take."""
+    seeds_by_version: ClassVar[bool] = False
+    """Whether a client's random numbers are those of the round from whose model it starts, not of the one that takes
+    it in."""
 
     def clients_per_round(self, given: int | float | None) -> int | float | None:
         """How many clients start in a round.
@@ -40,8 +45,8 @@ class RoundSchedule(ABC):
         """
         return
 
-    def check_work(self, local_steps: object) -> None:
-        """Makes sure that the schedule fits the strategy's ``local_steps``.
+    def check_work(self, local_steps: object, local_epochs: object = None) -> None:
+        """Makes sure that the schedule fits the strategy's ``local_steps`` and ``local_epochs``.
 
         Raises:
             ValueError: If it does not.

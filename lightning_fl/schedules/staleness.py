@@ -92,6 +92,8 @@ class Mixed(Transform):
         staleness: The weight by staleness. None: 1.
     """
 
+    needs_start = True
+
     def __init__(self, alpha: float, staleness: StalenessFunction | None = None) -> None:
         self.alpha = alpha
         self.staleness = staleness

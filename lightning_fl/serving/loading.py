@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,11 @@ import lightning as L
 import torch
 import yaml
 from jsonargparse import ArgumentParser
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from safetensors.torch import load_file
 from torch import Tensor
 
+from lightning_fl.strategies import frozen_weights
 from lightning_fl.strategies.checkpoint import load_client
 from lightning_fl.types import Tree
 
@@ -36,7 +40,10 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def load_module(
-    checkpoint: str | Path, class_path: str | None = None, client: int | str | None = None
+    checkpoint: str | Path,
+    class_path: str | None = None,
+    client: int | str | None = None,
+    base: str | Path | None = None,
 ) -> L.LightningModule:
     """The module of a checkpoint, on the CPU and in evaluation mode.
 
@@ -47,10 +54,12 @@ def load_module(
         checkpoint: The file.
         class_path: The module's class, as ``package.Class``. None: the one that the checkpoint names.
         client: The client whose personal tensors are put in. None: the global model.
+        base: A checkpoint or ``state_dict`` (``.ckpt``, ``.pt``, ``.safetensors``) with the frozen parameters, where
+            the checkpoint was written without them. None: the module's own, as its ``__init__`` makes them.
 
     Raises:
-        ValueError: If the class is unknown or can't be made from the checkpoint, or the checkpoint holds no state of
-            the client.
+        ValueError: If the class is unknown or can't be made from the checkpoint, the checkpoint holds no state of the
+            client, or the frozen parameters are others than those that it was trained with.
     """
     checkpoint = Path(checkpoint)
     content = read(checkpoint)
@@ -67,21 +76,66 @@ def load_module(
             f"checkpoint, give --module {chosen}."
         )
     module_class = import_class(chosen)
+    frozen = frozen_names(content)
+    if base is not None and not frozen:
+        raise ValueError(f"{checkpoint} holds all parameters, so --base would be ignored. Leave it out.")
     if saved is None and not hyper_parameters and configured == chosen:
         # The module did not call `save_hyperparameters`; the configuration says how it was made.
         module = instantiate(config, "model", L.LightningModule)
-        module.load_state_dict(content["state_dict"])
+        module.load_state_dict(content["state_dict"], strict=not frozen)
     else:
         try:
-            module = module_class.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                # The keys that are missing are the frozen ones; whether they are right is checked below.
+                warnings.filterwarnings("ignore", message="Found keys that are in the model state dict")
+                module = module_class.load_from_checkpoint(
+                    checkpoint, map_location="cpu", weights_only=True, strict=not frozen
+                )
         except TypeError as error:
             raise ValueError(
                 f"{module_class.__name__} can't be made from {checkpoint}: {error}. Call "
                 "self.save_hyperparameters() in its __init__ before training."
             ) from error
+    if base is not None:
+        held = _tensors_of(Path(base))
+        module.load_state_dict({name: held[name] for name in frozen if name in held}, strict=False)
+    if frozen:
+        whole_state(content, module, checkpoint)
     if client is not None:
-        module.load_state_dict(client_state(checkpoint, client))
+        module.load_state_dict(client_state(checkpoint, client), strict=not frozen)
     return module.eval()
+
+
+def frozen_names(content: Mapping[str, Any]) -> list[str]:
+    """The parameters that a checkpoint was written without."""
+    return list(content.get(frozen_weights.KEY) or {})
+
+
+def whole_state(content: Mapping[str, Any], module: L.LightningModule, checkpoint: Path) -> Tree:
+    """The checkpoint's ``state_dict``, with the module's own frozen parameters where it was written without them.
+
+    Raises:
+        ValueError: If those are others than the ones that it was trained with.
+    """
+    try:
+        return dict(frozen_weights.put_in(content, module)["state_dict"])
+    except MisconfigurationException as error:
+        raise ValueError(f"{checkpoint}: {error} Give the file that holds them with --base.") from error
+
+
+def _tensors_of(path: Path) -> Tree:
+    """The tensors of a checkpoint, of a ``state_dict`` or of a safetensors file.
+
+    Raises:
+        ValueError: If it is none of them.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path} holds no tensors that can be loaded safely: {error}") from error
+    return found.get("state_dict", found) if isinstance(found, dict) else {}
 
 
 def client_state(checkpoint: Path, client: int | str) -> Tree:

@@ -7,7 +7,6 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 
 import lightning as L
@@ -16,22 +15,25 @@ from torch import Tensor
 from torch.func import functional_call
 
 from lightning_fl.serving.export import Forward, Outputs
-from lightning_fl.serving.loading import Inputs, client_state, read
+from lightning_fl.serving.loading import Inputs, read, whole_state
 from lightning_fl.strategies.checkpoint import KEY, state_files
-from lightning_fl.types import Tree
+from lightning_fl.tree import move
+from lightning_fl.types import ClientId, Tree
 
 logger = logging.getLogger(__name__)
 
 NUM_CLIENTS_KEPT = 64
 """Clients whose tensors stay in memory; those asked for least recently are dropped."""
+MAX_DIGITS = 19
+"""Of a simulated client's number; Python refuses to read thousands of them."""
 
 
 class Version:
-    """One checkpoint's model.
+    """One checkpoint's model, and those of its clients, whose files are read when somebody asks for one.
 
     Args:
         checkpoint: The file.
-        module: A module of the same class, for comparison.
+        module: A module of the same class, for comparison; its frozen parameters stand in for those left out.
 
     Raises:
         ValueError: If the file can't be loaded safely, its tensors have other names, shapes or dtypes than the
@@ -41,35 +43,38 @@ class Version:
     def __init__(self, checkpoint: Path, module: L.LightningModule) -> None:
         content = read(checkpoint)
         self.checkpoint = checkpoint
-        self.state: Tree = _checked(content["state_dict"], module.state_dict(), checkpoint)
-        self.digest = _digest(self.state)
+        state = _checked(whole_state(content, module, checkpoint), module.state_dict(), checkpoint)
+        self.digest = _digest(state)
+        self.device = next(iter(module.state_dict().values()), torch.zeros(())).device
+        self.state: Tree = move(state, self.device)
         history = content.get(KEY, {}).get("history") or []
         self.round = len(history) if history else int(content.get("epoch", 0)) + 1
-        self._manifests = content.get(KEY, {}).get("manifests") or []
+        self._files = state_files(checkpoint)
+        # Read now: once a newer checkpoint has replaced this one, its manifests are deleted.
+        manifests = [self._files.read_manifest(name) or {} for name in content.get(KEY, {}).get("manifests") or []]
+        self._names = {client: name for manifest in manifests for client, name in manifest.items()}
         self._of_clients: OrderedDict[str, Tree] = OrderedDict()
 
-    @cached_property
-    def _clients(self) -> set[str]:
-        files = state_files(self.checkpoint)
-        return {str(client) for name in self._manifests for client in files.read_manifest(name) or {}}
-
     def tensors(self, client: str | None) -> Tree:
-        """The tensors of the global model, or of a client's.
+        """The tensors of the global model, or of a client's as it was in this checkpoint.
 
         Raises:
             ValueError: If the checkpoint holds no state of the client.
+            FileNotFoundError: If the state was deleted, because a newer checkpoint has replaced this one.
         """
         if client is None:
             return self.state
         if client not in self._of_clients:
-            # The file is read for clients that it has only: anybody may name others, as often as they like.
-            if client not in self._clients and not (client.isdecimal() and str(int(client)) in self._clients):
+            # No file is read for clients that it does not have: anybody may name others, as often as they like.
+            known: ClientId = client
+            if client not in self._names and client.isdecimal() and len(client) < MAX_DIGITS:
+                known = int(client)
+            if known not in self._names:
                 raise ValueError(f"{self.checkpoint} holds no state of client {client!r}.")
-            found = _checked(client_state(self.checkpoint, client), self.state, self.checkpoint)
+            personal = self._files.read(known, self._names[known]).get("personal", {})
+            found = _checked({**self.state, **personal}, self.state, self.checkpoint)
             # What is not personal is held once, or the models of 64 clients would need the memory of 64 models.
-            self._of_clients[client] = {
-                name: own if torch.equal(own := self.state[name], value) else value for name, value in found.items()
-            }
+            self._of_clients[client] = move(found, self.device)
         self._of_clients.move_to_end(client)
         if len(self._of_clients) > NUM_CLIENTS_KEPT:
             self._of_clients.popitem(last=False)
@@ -96,6 +101,7 @@ class ServedModels:
         self.canary = None if canary is None else Version(canary, module)
         self._forward = Forward(module)
         self._seen = _identity(checkpoint)
+        self._refreshing = threading.Lock()
 
     def refresh(self) -> bool:
         """Takes a checkpoint that has been replaced since; one that is not sound is left alone with a warning.
@@ -103,16 +109,17 @@ class ServedModels:
         Returns:
             Whether there is a new model.
         """
-        seen = _identity(self.checkpoint)
-        if seen is None or seen == self._seen:
-            return False
-        self._seen = seen
-        try:
-            # Loaded aside: requests in the meantime are answered by the old model.
-            self.current = Version(self.checkpoint, self.module)
-        except ValueError as error:
-            logger.warning(f"The model of round {self.current.round} goes on answering: {error}")
-            return False
+        with self._refreshing:
+            seen = _identity(self.checkpoint)
+            if seen is None or seen == self._seen:
+                return False
+            self._seen = seen
+            try:
+                # Loaded aside: requests in the meantime are answered by the old model.
+                self.current = Version(self.checkpoint, self.module)
+            except ValueError as error:
+                logger.warning(f"The model of round {self.current.round} goes on answering: {error}")
+                return False
         logger.info(f"Now serving round {self.current.round}.")
         return True
 
@@ -135,10 +142,14 @@ class ServedModels:
 
     def compute(self, tensors: Tree, inputs: Inputs) -> Outputs:
         """The outputs of ``forward`` with the given tensors."""
+        device = self.current.device
         with torch.inference_mode():
-            return functional_call(
-                self._forward, {f"module.{name}": value for name, value in tensors.items()}, tuple(inputs)
+            outputs = functional_call(
+                self._forward,
+                {f"module.{name}": value for name, value in tensors.items()},
+                tuple(one.to(device) for one in inputs),
             )
+            return tuple(one.cpu() for one in outputs)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
@@ -166,7 +177,7 @@ def _digest(state: Tree) -> str:
     found = hashlib.blake2b(digest_size=8)
     for name in sorted(state):
         found.update(name.encode())
-        found.update(state[name].detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        found.update(state[name].detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().tobytes())
     return found.hexdigest()
 
 

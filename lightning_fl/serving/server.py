@@ -24,11 +24,16 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from lightning_fl.serving.export import Outputs
 from lightning_fl.serving.loading import Inputs, example_inputs, load_module
 from lightning_fl.serving.models import ServedModels, Version, decode
+from lightning_fl.types import Tree
 
 logger = logging.getLogger(__name__)
 
 MAX_BYTES = 16 * 2**20
 """Largest body of a request."""
+MAX_REQUESTS = 256
+"""Requests that may wait for their answers at once."""
+ATTEMPTS = 3
+"""How often a client's model is looked for while rounds replace it."""
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -42,12 +47,12 @@ class PendingRequest:
     Args:
         inputs: The batch.
         version: The model that answers.
-        client: The client whose model is asked for. None: the global one.
+        tensors: Its tensors, those of the client that was asked for included.
     """
 
     inputs: Inputs
     version: Version
-    client: str | None
+    tensors: Tree
 
 
 Decoded = PendingRequest | JSONResponse
@@ -67,6 +72,7 @@ class ModelAPI(litserve.LitAPI):
         watches: Whether the checkpoint is loaded again when it is replaced.
         canary: Another checkpoint.
         share: The share of the requests which the canary answers.
+        base: A file with the frozen parameters, where the checkpoint was written without them.
         max_batch_size: Requests that are computed together.
         wait: Seconds to wait for more of them.
     """
@@ -80,6 +86,7 @@ class ModelAPI(litserve.LitAPI):
         watches: bool = False,
         canary: Path | None = None,
         share: float = 0.0,
+        base: Path | None = None,
         max_batch_size: int = 8,
         wait: float = 0.005,
     ) -> None:
@@ -91,12 +98,13 @@ class ModelAPI(litserve.LitAPI):
         self.watches = watches
         self.canary_checkpoint = canary
         self.share = share
+        self.base = base
 
     def setup(self, device: Any) -> None:
         """Loads the model in the worker's process."""
         end_with_parent()
         torch.set_num_threads(1)  # one core for each worker
-        module = load_module(self.checkpoint, self.class_path)
+        module = load_module(self.checkpoint, self.class_path, base=self.base)
         examples = example_inputs(module, self.checkpoint, self.shape)
         self.shapes = [tuple(one.shape[1:]) for one in examples]
         self.dtypes = [one.dtype for one in examples]
@@ -116,12 +124,18 @@ class ModelAPI(litserve.LitAPI):
             inputs = decode(body.get("inputs"), self.shapes, self.dtypes)
         except ValueError as error:
             return _refusal(400, str(error))
-        version = self.models.choose(body.get("request_id"))
-        try:
-            version.tensors(client)
-        except (ValueError, OSError):  # there is none, or its file has gone with an older round
-            return _refusal(404, f"There is no model of client {client!r}.")
-        return PendingRequest(inputs, version, client)
+        for _ in range(ATTEMPTS):
+            version = self.models.choose(body.get("request_id"))
+            try:
+                return PendingRequest(inputs, version, version.tensors(client))
+            except ValueError:
+                break
+            except OSError:  # training has gone on, and deleted what no checkpoint needs any more
+                if not self.watches:
+                    detail = f"Round {version.round} was replaced, and its clients' models with it; serve with --watch."
+                    return _refusal(410, detail)
+                self.models.refresh()
+        return _refusal(404, f"There is no model of client {client!r}.")
 
     def batch(self, inputs: list[Decoded]) -> list[Decoded]:
         """Leaves the requests apart; :meth:`predict` joins those for the same model."""
@@ -129,17 +143,17 @@ class ModelAPI(litserve.LitAPI):
 
     def predict(self, requests: list[Decoded]) -> list[Any]:
         """The answers, one a request."""
-        groups: dict[tuple[int, str | None], list[int]] = defaultdict(list)
+        groups: dict[int, list[int]] = defaultdict(list)
         for place, request in enumerate(requests):
             if isinstance(request, PendingRequest):
-                groups[id(request.version), request.client].append(place)
+                groups[id(request.tensors)].append(place)
         answers: list[Any] = list(requests)
         for places in groups.values():
             same = [request for place in places if isinstance(request := requests[place], PendingRequest)]
             first = same[0]
             joined = tuple(torch.cat(parts) for parts in zip(*(request.inputs for request in same), strict=True))
             try:
-                outputs = self.models.compute(first.version.tensors(first.client), joined)
+                outputs = self.models.compute(first.tensors, joined)
             # A module may raise anything, such as for a token that it does not know.
             except Exception as error:
                 for place in places:  # each by itself, so that only the request at fault gets the error
@@ -183,10 +197,15 @@ class Gate:
 
     Args:
         app: The application behind it.
+        max_requests: How many may wait for their answers at once; others are told to come again (503).
     """
 
-    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
+    def __init__(
+        self, app: Callable[[Scope, Receive, Send], Awaitable[None]], max_requests: int = MAX_REQUESTS
+    ) -> None:
         self.app = app
+        self.max_requests = max_requests
+        self.num_waiting = 0
         self.registry = CollectorRegistry()
         self.requests = Counter("lightning_fl_requests", "Answers by status.", ["status"], registry=self.registry)
         self.seconds = Histogram("lightning_fl_request_seconds", "Seconds for an answer.", registry=self.registry)
@@ -208,6 +227,17 @@ class Gate:
                 self.seconds.observe(time.perf_counter() - start)
             await send(message)
 
+        if self.num_waiting >= self.max_requests:
+            detail = b'{"detail": "Too many requests wait already; come again in a second."}'
+            await _answer(counted, 503, detail, b"application/json", (b"retry-after", b"1"))
+            return
+        self.num_waiting += 1
+        try:
+            await self._pass_on(scope, receive, counted)
+        finally:
+            self.num_waiting -= 1
+
+    async def _pass_on(self, scope: Scope, receive: Receive, counted: Send) -> None:
         body = b""
         while True:
             message = await receive()
@@ -245,8 +275,8 @@ class Gate:
         await self.app(scope, replay, counted)
 
 
-async def _answer(send: Send, status: int, body: bytes, content_type: bytes) -> None:
-    headers = [(b"content-type", content_type), (b"content-length", b"%d" % len(body))]
+async def _answer(send: Send, status: int, body: bytes, content_type: bytes, *more: tuple[bytes, bytes]) -> None:
+    headers = [(b"content-type", content_type), (b"content-length", b"%d" % len(body)), *more]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
@@ -263,7 +293,13 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
-def serve(api: ModelAPI, host: str = "127.0.0.1", port: int = 8000, num_workers: int = 1) -> None:
+def serve(
+    api: ModelAPI,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    num_workers: int = 1,
+    max_requests: int = MAX_REQUESTS,
+) -> None:
     """Answers requests until SIGINT or SIGTERM.
 
     Args:
@@ -271,6 +307,7 @@ def serve(api: ModelAPI, host: str = "127.0.0.1", port: int = 8000, num_workers:
         host: The address; 0.0.0.0 for all.
         port: The port, from 1024.
         num_workers: Processes that compute.
+        max_requests: How many may wait for their answers at once.
     """
     server_process = os.getpid()
 
@@ -280,7 +317,9 @@ def serve(api: ModelAPI, host: str = "127.0.0.1", port: int = 8000, num_workers:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
-    server = litserve.LitServer(api, accelerator="auto", workers_per_device=num_workers, middlewares=[Gate])
+    server = litserve.LitServer(
+        api, accelerator="auto", workers_per_device=num_workers, middlewares=[(Gate, {"max_requests": max_requests})]
+    )
     try:
         server.run(host=host, port=port, num_api_servers=1, generate_client_file=False, log_level="warning")
     except KeyboardInterrupt:  # before LitServe itself waits for it

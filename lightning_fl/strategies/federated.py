@@ -66,7 +66,7 @@ from lightning_fl.strategies.network import check_network, open_network, protect
 from lightning_fl.strategies.one_package import refuse_apart
 from lightning_fl.strategies.round_loaders import RoundLoader
 from lightning_fl.strategies.round_view import RoundView
-from lightning_fl.strategies.scheduling import check_clients, check_schedule, choose_schedule
+from lightning_fl.strategies.scheduling import check_clients, check_learning_rates, check_schedule, choose_schedule
 from lightning_fl.strategies.silo import (
     check_module,
     check_silo,
@@ -141,7 +141,8 @@ class FederatedStrategy(internals.ReusableStrategy):
             into a module that has the same base.
         adversary: Lets some simulated clients attack, as ``fl.attacks.Adversary(fl.attacks.ALIE())``. None: nobody.
         schedule: When a round closes, and whom it waits for, on a simulated clock, as
-            ``fl.schedules.Buffered(size=10, concurrency=30)``. None: a round waits for all its clients.
+            ``fl.schedules.Buffered(size=10, concurrency=30)``; with ``federation``, in real time. None: a round waits
+            for all its clients.
         durations: How long clients take on that clock: seconds by client, a distribution such as
             ``fl.clients.Lognormal(median=20)``, or ``"measured"``. None: there is no clock.
         topology: Who mixes its model with whom, as ``fl.topologies.Ring()``, instead of a server for all; with
@@ -210,7 +211,7 @@ class FederatedStrategy(internals.ReusableStrategy):
         self.cohort = cohort or Uniform()
         self.stragglers = stragglers
         check_types(partition, aggregator, transforms, personal)
-        self.schedule, self.durations = choose_schedule(schedule, durations)
+        self.schedule, self.durations = choose_schedule(schedule, durations, federation is not None)
         if self.schedule is not None:
             clients_per_round = self.schedule.clients_per_round(clients_per_round)
         secure = any(transform.needs_secure_sampling for transform in transforms)
@@ -236,10 +237,19 @@ class FederatedStrategy(internals.ReusableStrategy):
         self.aggregator = check_nodes(self.algorithm, aggregator, transforms, adversary, self.schedule, federation)
         if self.schedule is not None:
             check_schedule(
-                self.schedule, num_clients, local_steps, self.cohort, stragglers, transforms, self.aggregator
+                self.schedule,
+                num_clients,
+                local_steps,
+                local_epochs,
+                self.cohort,
+                stragglers,
+                transforms,
+                self.aggregator,
             )
-            # First, because the others may give updates a form that can't be scaled.
-            transforms = (*self.schedule.transforms, *transforms)
+            # First, because the others may give updates a form that can't be scaled. Over a network the coordinator
+            # weighs updates, which alone knows how old they are when they come.
+            if federation is None:
+                transforms = (*self.schedule.transforms, *transforms)
         self.weighting: Weighting = choose_weighting(weighting, self.aggregator, transforms, self.algorithm)
         self.client_optimizer: ClientOptimizer = client_optimizer
         self.transforms = tuple(transforms)
@@ -300,8 +310,9 @@ class FederatedStrategy(internals.ReusableStrategy):
 
     @property
     def started_by_launcher(self) -> bool:
-        """Whether torchrun, SLURM or MPI started the ranks, rather than Lightning."""
-        return not isinstance(self.cluster_environment, LightningEnvironment)
+        """Whether torchrun, SLURM, MPI or Ray started the ranks, rather than Lightning."""
+        # Ray's environment derives from Lightning's own.
+        return type(self.cluster_environment) is not LightningEnvironment
 
     @property
     def is_distributed(self) -> bool:
@@ -470,7 +481,8 @@ class FederatedStrategy(internals.ReusableStrategy):
             tensors = FederatedTensors(self.lightning_module, self.personal, may_be_spread=self.federation.is_spread)
             protections = protections_of(self, self._protects_examples)
             own = settings_of_silo(self)
-            self.network.join(tensors, own, common, versions(), protections, secure_of(self), self.weighting)
+            secure, is_asynchronous = secure_of(self), self.schedule is not None
+            self.network.join(tensors, own, common, versions(), protections, secure, self.weighting, is_asynchronous)
         if self.federation.inner.size > 1:
             keep_metrics_apart(self.lightning_module)
         self._evaluation_metrics = EvaluationMetrics(self._parties, self.lightning_module, self.aggregator)
@@ -511,7 +523,7 @@ class FederatedStrategy(internals.ReusableStrategy):
             silo=None if self.network is None else self.network.name,
             is_of_several=self.silo is not None,
         )
-        if self.schedule is not None and self.durations is not None:
+        if self.schedule is not None and self.network is None:
             check_clients(self.schedule, self.durations, population)
         if self.adversary is not None:
             population = population.with_loaders(self.adversary.wrap_loaders(population.loaders, self._seed))
@@ -542,7 +554,7 @@ class FederatedStrategy(internals.ReusableStrategy):
             sampling=sampling,
             silos=population.silos is not None,
             protects_examples=self._protects_examples,
-            schedule=self.schedule,
+            schedule=self.schedule if self.network is None else None,
             durations=self.durations,
             clients=population.ids if self.algorithm.knows_index else (),
         )
@@ -571,6 +583,7 @@ class FederatedStrategy(internals.ReusableStrategy):
                 "`training_step(dataloader_iter)` fetches its batches itself, but in a federation each batch belongs "
                 "to a client. Write `training_step(batch, batch_idx)`."
             )
+        check_learning_rates(self.schedule, trainer)
         self.active_driver.personal, self.active_driver.sticky = self.personal, self._clients_keep_state
         self._resume()
         # It hooks into the user's optimizers, and the hooks must not outlive a start that fails.

@@ -11,6 +11,7 @@ from torch import nn
 from lightning_fl.clients import Uniform
 from lightning_fl.communication import Group
 from lightning_fl.privacy import SecureAggregation
+from lightning_fl.schedules import Buffered, FedAsync
 from lightning_fl.strategies.validation import settings_of_strategy
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ def check_network(strategy: Any, address: str | None, kit: str | Path | None) ->
         "split_validation": strategy.split_validation,
         "silo_name (the certificate has the name)": strategy.silo_name is not None,
         "stragglers": strategy.stragglers is not None,
-        "schedule and durations": strategy.schedule is not None,
+        "durations (silos arrive when they arrive)": strategy.durations is not None,
+        "the schedule's concurrency (all silos train)": getattr(strategy.schedule, "concurrency", None) is not None,
         "the aggregator's keys (they are in the kit)": getattr(strategy.aggregator, "keys", None) is not None,
         "cohort": not isinstance(strategy.cohort, Uniform),
     }
@@ -53,6 +55,8 @@ def check_network(strategy: Any, address: str | None, kit: str | Path | None) ->
             f"With federation={address!r} this launch is one silo, and the coordinator decides who takes part, so "
             f"{', '.join(given)} would be ignored. Leave it out."
         )
+    if strategy.schedule is not None:
+        check_asynchronous(strategy)
     aggregator = strategy.aggregator
     if aggregator.needs_server:
         raise ValueError(
@@ -71,6 +75,25 @@ def check_network(strategy: Any, address: str | None, kit: str | Path | None) ->
         raise ValueError(
             f"{', '.join(hiding)} does not run in secure sums over a coordinator yet. Leave federation out and start "
             "the silos with torchrun, or leave one of them out."
+        )
+
+
+def check_asynchronous(strategy: Any) -> None:
+    """Makes sure that rounds that nobody waits for can be those of a coordinator.
+
+    Raises:
+        ValueError: If they can't.
+    """
+    if not isinstance(strategy.schedule, Buffered | FedAsync):
+        raise ValueError(
+            f"{strategy.schedule!r} plans by a simulated clock. Over a network give fl.schedules.Buffered or FedAsync, "
+            "or leave it out and set deadline_s in federation.yaml."
+        )
+    if strategy.transforms:
+        names = ", ".join(type(transform).__name__ for transform in strategy.transforms)
+        raise ValueError(
+            f"The coordinator weighs each update by its age, and can't do so with what {names} makes of it at the "
+            "silo. Leave transforms or schedule out."
         )
 
 
@@ -103,7 +126,8 @@ def open_network(address: str, kit: str | Path, group: Group, module: nn.Module)
 
 def settings_of_silo(strategy: Any) -> dict[str, str]:
     """The settings that silos and coordinator must share; the personal tensors as the user has named them."""
-    return {**settings_of_strategy(strategy), "personal": repr(strategy.named_personal)}
+    own = {"personal": repr(strategy.named_personal), "schedule": repr(strategy.schedule)}
+    return {**settings_of_strategy(strategy), **own}
 
 
 def secure_of(strategy: Any) -> SecureAggregation | None:

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import lightning as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_fl.aggregation import Aggregator, Transform
 from lightning_fl.clients import Cohort, Durations, Population, Stragglers, Uniform, as_durations
-from lightning_fl.schedules import RoundSchedule, Synchronous
+from lightning_fl.schedules import Recorded, RoundSchedule, Synchronous
+from lightning_fl.strategies.validation import misconfiguration
 
 
 def choose_schedule(
-    schedule: RoundSchedule | None, durations: Durations | Mapping[int | str, float] | str | None
+    schedule: RoundSchedule | None,
+    durations: Durations | Mapping[int | str, float] | str | None,
+    in_real_time: bool = False,
 ) -> tuple[RoundSchedule | None, Durations | None]:
-    """The schedule and the durations that two settings of the strategy stand for; both or none.
+    """The schedule and the durations that two settings of the strategy stand for.
+
+    Args:
+        schedule: The strategy's ``schedule``.
+        durations: The strategy's ``durations``.
+        in_real_time: Whether silos arrive when they arrive, so that there are no durations.
 
     Raises:
         ValueError: If one is of the wrong kind, or a schedule has no durations.
@@ -25,7 +34,9 @@ def choose_schedule(
             "fl.schedules.Buffered(size=10)."
         )
     chosen = as_durations(durations)
-    if schedule is not None and chosen is None:
+    if schedule is not None and not schedule.needs_durations and chosen is not None:
+        raise ValueError(f"With {schedule!r} durations={durations!r} would be ignored. Leave it out.")
+    if schedule is not None and schedule.needs_durations and chosen is None and not in_real_time:
         raise ValueError(
             f"schedule={schedule!r} needs durations, by which clients arrive: seconds by client such as "
             "{0: 1.5, 1: 20}, "
@@ -38,6 +49,7 @@ def check_schedule(
     schedule: RoundSchedule,
     num_clients: int | None,
     local_steps: object,
+    local_epochs: object,
     cohort: Cohort,
     stragglers: Stragglers | None,
     transforms: Sequence[Transform],
@@ -50,7 +62,7 @@ def check_schedule(
     """
     if num_clients is not None:
         schedule.check(num_clients)
-    schedule.check_work(local_steps)
+    schedule.check_work(local_steps, local_epochs)
     if stragglers is not None:
         raise ValueError(
             f"stragglers={stragglers!r} says who is late, and so do the durations of {schedule!r}. Leave stragglers "
@@ -77,7 +89,18 @@ def check_schedule(
         )
 
 
-def check_clients(schedule: RoundSchedule, durations: Durations, population: Population) -> None:
+def check_learning_rates(schedule: RoundSchedule | None, trainer: L.Trainer) -> None:
+    """Makes sure that learning-rate schedules mean the same in a replay.
+
+    Raises:
+        MisconfigurationException: If they do not.
+    """
+    if isinstance(schedule, Recorded) and trainer.lr_scheduler_configs:
+        with misconfiguration():
+            schedule.check_learning_rates()
+
+
+def check_clients(schedule: RoundSchedule, durations: Durations | None, population: Population) -> None:
     """Makes sure that schedule and durations fit the clients.
 
     Raises:
@@ -87,7 +110,9 @@ def check_clients(schedule: RoundSchedule, durations: Durations, population: Pop
     if population.silos is not None:
         raise MisconfigurationException(
             f"{schedule!r} is a simulated clock, but the clients are silos that train in real time. Leave schedule and "
-            "durations out, or simulate: set num_clients, or give ClientLoaders."
+            "durations out, give the coordinator's address with federation='https://...', or simulate: set "
+            "num_clients, or give ClientLoaders."
         )
     schedule.check(len(population))
-    durations.check(population)
+    if durations is not None:
+        durations.check(population)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from lightning_fl.communication import Group, LocalGroup, Message, RankLost, Tor
 from lightning_fl.communication import group as group_module
 from tests.contract.helpers import run_threads, shipped
 from tests.helpers.federation import join_ranks
+from tests.helpers.second_device import DEVICE, SecondDevice
 
 Check = Callable[[Group], Any]
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -223,6 +225,24 @@ def check_traffic_is_counted(group: Group) -> None:
         assert group.traffic.seconds_waiting > slow / 10
 
 
+def check_tensors_come_back_to_the_device_they_are_on(group: Group) -> None:
+    with SecondDevice():
+        own = torch.tensor([1.0, 2.0]).to(DEVICE) * (group.rank + 1)
+        there = [group.all_reduce(own, op) for op in ("sum", "mean", "min", "max")]
+        there += [
+            group.broadcast(own),
+            group.gather_tensor(own),
+            *group.all_to_all([own] * group.size, [2] * group.size),
+        ]
+        assert {tensor.device for tensor in there} == {DEVICE}
+        joined, mean, least, most, first, all_ranks, *_ = [tensor.cpu() for tensor in there]
+    size = group.size
+    assert joined.tolist() == [size * (size + 1) / 2, size * (size + 1)]
+    assert mean.tolist() == [(size + 1) / 2, size + 1]
+    assert (least.tolist(), most.tolist(), first.tolist()) == ([1.0, 2.0], [size, 2 * size], [1.0, 2.0])
+    assert all_ranks.tolist() == [[rank + 1, 2 * rank + 2] for rank in range(size)]
+
+
 CHECKS: list[Check] = [value for name, value in globals().items() if name.startswith("check_")]
 
 
@@ -241,6 +261,37 @@ def test_it_keeps_the_contract(entry: Entry, size: int, check: Check) -> None:
 )
 def test_a_transport_of_messages_has_the_collectives_of_tensors(check: Check) -> None:
     run_threads(2, check, kind=Messenger)
+
+
+@pytest.mark.parametrize(("gpus", "sentence"), [("AA", "2 ranks share 1 GPU"), ("AABB", "4 ranks share 2 GPU")])
+def test_ranks_that_share_a_gpu_send_over_gloo(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, gpus: str, sentence: str
+) -> None:
+    class OnGpus(TorchGroup):
+        def __init__(self, store: Any, rank: int, size: int, device: Any, limit: Any) -> None:
+            monkeypatch.setattr(group_module, "_identify", lambda gpu: gpus[gpu.index])
+            super().__init__(store, rank, size, torch.device("cuda", rank), limit)
+
+    run_threads(len(gpus), check_all_reduce_joins_tensors, kind=OnGpus)
+    assert sentence in caplog.text
+    assert len(caplog.records) == 1
+
+
+def test_ranks_with_a_gpu_each_ask_for_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnGpus(TorchGroup):
+        def __init__(self, store: Any, rank: int, size: int, device: Any, limit: Any) -> None:
+            monkeypatch.setattr(group_module, "_identify", lambda gpu: str(gpu.index))
+            monkeypatch.setattr(torch.distributed, "ProcessGroupNCCL", Nccl, raising=False)
+            super().__init__(store, rank, size, torch.device("cuda", rank), limit)
+
+    class Nccl:
+        Options = SimpleNamespace
+
+        def __init__(self, *args: Any) -> None:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_threads(2, check_its_place, kind=OnGpus)
 
 
 def check_all() -> None:

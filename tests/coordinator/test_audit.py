@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,16 @@ def test_a_whole_log_is_verified_and_goes_on_after_a_restart(tmp_path: Path) -> 
     make(path, 2)
     number, last = verify(path)
     assert (number, len(last)) == (7, 64)
+
+
+def test_lines_of_several_threads_follow_from_each_other(tmp_path: Path) -> None:
+    log = AuditLog(tmp_path / "audit.jsonl")
+    threads = [threading.Thread(target=lambda: [log.append("join") for _ in range(20)]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert verify(tmp_path / "audit.jsonl")[0] == 80
 
 
 @pytest.mark.parametrize("change", ["changed", "taken out", "put in", "swapped"])

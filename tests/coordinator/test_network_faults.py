@@ -6,6 +6,7 @@ import errno
 import glob
 import logging
 import os
+import re
 import shutil
 import socket
 import ssl
@@ -14,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,8 +28,9 @@ from lightning_fl.coordinator.audit import AuditLog, verify
 from lightning_fl.coordinator.client import CallRefused, Client
 from lightning_fl.coordinator.disk import Disk
 from lightning_fl.coordinator.identity import Authority, Kit, make_request
+from lightning_fl.coordinator.machine import Rules
 from lightning_fl.coordinator.store import Store
-from tests.helpers.distributed import PATIENCE, REPOSITORY
+from tests.helpers.distributed import PATIENCE, REPOSITORY, run_script
 from tests.helpers.network import (
     HOST,
     NAMES,
@@ -287,6 +290,60 @@ def test_socket_cut_in_training(live: LiveCoordinator) -> None:
         sent = in_threads(*(lambda s=s, o=o: s.send(o) for s, o in zip(silos, openings, strict=True)))
         assert sent == [3.0] * 3
         assert [silo.counted for silo in silos] == [1] * 3
+
+
+MEGABYTE = 250_000
+"""Elements of a model of one megabyte."""
+
+
+@pytest.mark.parametrize("megabytes", [1, pytest.param(40, marks=pytest.mark.slow)])
+def test_a_slow_link_holds_the_round_while_it_sends(folder: Path, megabytes: int) -> None:
+    """Transfer starves heartbeats; a slow link times out: the deadline is put off while bytes come, all are counted."""
+    with live_coordinator(folder, rules(deadline_s=0.2, rounds=2), settings()) as live:
+        with Relay(live.port, rate=2e6 * megabytes) as link:
+            silos = [TinySilo(folder, link.address, name, size=megabytes * MEGABYTE).join() for name in NAMES]
+            assert in_threads(*(silo.round for silo in silos)) == [1.0] * 3
+        assert [event["lost"] for event in live.events("round closed")] == [[]]
+
+
+def test_a_link_that_is_too_slow_delays_nobody_beyond_the_limit(folder: Path) -> None:
+    """One slow and five fast: the round closes without the slow one, the next one runs, and nobody meets an error."""
+    names = (*NAMES, "west", "centre", "slow")
+    make_kits(folder, names[3:])
+    limits = {"deadline_s": 0.5, "max_deadline_s": 2.0, "min_silos": 5}
+    with live_coordinator(folder, rules(silos=names, **limits), settings()) as live, Relay(live.port) as link:
+        addresses = [live.address] * 5 + [link.address]
+        silos = [
+            TinySilo(folder, where, name, size=MEGABYTE).join() for where, name in zip(addresses, names, strict=True)
+        ]
+        openings = in_threads(*(silo.open for silo in silos))
+        link.rate = 2e4  # 50 seconds for its update
+        fast, slow, late = silos[:5], silos[5], []
+        sending = threading.Thread(target=lambda: late.append(slow.send(openings[5])), daemon=True)
+        sending.start()
+        wait_until(lambda: "slow" in live.coordinator.machine.sending, "the first bytes")
+        sends = [lambda silo=silo, own=own: silo.send(own) for silo, own in zip(fast, openings, strict=False)]
+        assert in_threads(*sends) == [1.0] * 5
+        assert in_threads(*(silo.round for silo in fast)) == [2.0] * 5
+        assert [event["lost"] for event in live.events("round closed")] == [["slow"], []]
+        link.rate = None
+        sending.join(PATIENCE)
+        assert late == [2.0]
+
+
+def test_there_are_four_times_to_set() -> None:
+    """Over 100 timeout settings: the times that `federation.yaml` has."""
+    times = [field.name for field in fields(Rules) if field.name.endswith("_s")]
+    assert times == ["gather_s", "deadline_s", "max_deadline_s", "evaluation_s"]
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_silos() -> None:
+    """Memory of (clients + 2) models: the coordinator holds one and a half, and 200 MB, beside what it starts with."""
+    words = ["--megabytes", "25", "--silos", "8", "--rounds", "2", "--port", "28643"]
+    done = run_script(["python", str(REPOSITORY / "benchmarks" / "network.py"), *words], num_processes=9)
+    peak, bound = re.findall(r"(\d+) MB \(bound (\d+)\)", done.stdout)[0]
+    assert int(peak) <= int(bound), done.stdout
 
 
 def test_connection_that_falls_silent_in_the_middle_of_an_update(live: LiveCoordinator) -> None:

@@ -38,6 +38,7 @@ from tests.helpers.network import (
     make_kits,
     rules,
     settings,
+    wait_until,
 )
 
 NAMES = ("east", "north", "south", "west")
@@ -218,6 +219,47 @@ def test_what_was_sent_for_a_sum_that_was_dropped_is_not_sent_again(live: LiveCo
     ctx = RoundContext(0, list(NAMES), 4, templates=[template])
     with pytest.raises(RetryRefused):
         again.federation.start(again.settings, state, state.server["params"], ctx)
+
+
+@pytest.mark.parametrize("message", ["send", pytest.param("agree", marks=pytest.mark.slow)])
+def test_of_three_silos_one_may_die_after_vectors_were_sent_and_come_back(folder: Path, message: str) -> None:
+    """All three are needed, so a vector whose sender has not helped to open the sum is as good as never sent."""
+    with coordinator(folder, silos=NAMES[:3]) as live:
+        silos = silos_of(live, NAMES[:3])
+        openings = in_threads(*(own.open for own in silos))
+        silos[0].die_before(message)
+
+        def die_and_come_back() -> float:
+            with pytest.raises(Died):
+                silos[0].send(openings[0])
+            if message == "send":  # the others have sent theirs
+                done = partial(live.folder.glob, "federation/rounds/*/update.0.send/*.ok")
+                wait_until(lambda: len(list(done())) == 2, "two vectors")
+            return silo(live, NAMES[0]).round()
+
+        sends = [partial(own.send, opening) for own, opening in zip(silos[1:], openings[1:], strict=True)]
+        assert in_threads(die_and_come_back, *sends) == [pytest.approx(3.0, abs=2 * BOUND)] * 3
+        (dropped,) = live.events("sum dropped")
+        assert dropped["topic"] == "update.0"
+        assert [event["round"] for event in live.events("round closed")] == [0]
+
+
+def test_of_three_silos_those_that_have_helped_to_open_a_sum_do_not_send_again(folder: Path) -> None:
+    with coordinator(folder, silos=NAMES[:3]) as live:
+        silos = silos_of(live, NAMES[:3])
+        openings = in_threads(*(own.open for own in silos))
+        silos[0].die_before("unmask")
+
+        def send(own: TinySilo, opening: Any) -> None:
+            with pytest.raises((Died, RetryRefused)):
+                own.send(opening)
+            if own is silos[0]:
+                answers = partial(live.folder.glob, "federation/rounds/*/update.0.unmask/*.ok")
+                wait_until(lambda: len(list(answers())) == 2, "two answers")
+                silo(live, own.name)
+
+        in_threads(*(partial(send, own, opening) for own, opening in zip(silos, openings, strict=True)))
+        assert not live.events("round closed")
 
 
 @pytest.mark.parametrize("step", ["roster", "share", "send", "agree"])

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import os
+import re
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -9,6 +12,9 @@ from types import ModuleType
 
 import pandas
 import pytest
+import torch
+
+from tests.helpers.distributed import PATIENCE, run_script
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -39,6 +45,31 @@ def test_a_table_by_client_takes_less_than_forty_lines_and_learns() -> None:
     federated, centralised = example.train("fedavg"), example.train("auto")
     assert centralised > 0.88
     assert federated > centralised - 0.02
+
+
+@pytest.mark.slow
+def test_three_hospitals_from_nothing_to_the_audit(tmp_path: Path) -> None:
+    """A report, a checkpoint, a model that runs without torch, and logs whose chains are whole."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name, words in (("python", ""), ("lightning-fl", "-m lightning_fl")):
+        (commands / name).write_text(f'#!/bin/sh\nexec {sys.executable} {words} "$@"\n')
+        (commands / name).chmod(0o755)
+    environment = {"PATH": f"{commands}:{os.environ['PATH']}", "PORT": "28743", "ROUNDS": "3"}
+    script = ["bash", str(ROOT / "examples/hospitals/run.sh"), "demo"]
+    done = run_script(script, env=environment, timeout=3 * PATIENCE, num_processes=5)
+    for file in ("report.html", "model.ckpt", "model.onnx", "north/state/audit.jsonl"):
+        assert (Path("demo") / file).stat().st_size > 0
+    assert torch.load("demo/model.ckpt", weights_only=True)["epoch"] == 3
+    assert done.stdout.count("each follows from the one before") >= 2
+
+
+def test_the_script_runs_the_commands_that_the_page_explains() -> None:
+    page, script = ((ROOT / path).read_text() for path in ("docs/howto/network.md", "examples/hospitals/run.sh"))
+    section = page[page.index("## A coordinator and three hospitals") : page.index("## What happens when")]
+    commands = set(re.findall(r"^lightning-fl (?:network )?(?:audit |ca )?\w+", section, re.MULTILINE))
+    assert len(commands) == 9
+    assert not [command for command in commands if command not in script]
 
 
 def test_flights_are_prepared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,9 +26,8 @@ from lightning_fl.coordinator.client import Client
 from lightning_fl.coordinator.disk import Disk
 from lightning_fl.coordinator.http_server import HttpServer
 from lightning_fl.coordinator.identity import Authority, Kit, make_request
+from lightning_fl.coordinator.kinds import kind_of
 from lightning_fl.coordinator.machine import Rules
-from lightning_fl.coordinator.secure_service import SecureCoordinator
-from lightning_fl.coordinator.service import Coordinator
 from lightning_fl.coordinator.silo import NetworkFederation
 from lightning_fl.coordinator.store import Store
 from lightning_fl.engines.tensors import FederatedTensors, load
@@ -126,7 +125,7 @@ class LiveCoordinator:
             return
         try:
             audit = AuditLog(self.store.root / "audit.jsonl")
-            kind = SecureCoordinator if self.settings.aggregator.hides_reports else Coordinator
+            kind = kind_of(self.settings)
             self.coordinator = kind(self.settings, self.expected, self.rules, self.store, audit, time.monotonic())
             self.server = HttpServer(self.coordinator, Kit(self.folder / "ca" / "coordinator"))
             self.port = await self.server.start(self.host, self.port)
@@ -198,10 +197,11 @@ class Relay:
 
     Args:
         port: The coordinator's port.
+        rate: Bytes a second that each connection passes, each way. None: any.
     """
 
-    def __init__(self, port: int) -> None:
-        self.target = port
+    def __init__(self, port: int, rate: float | None = None) -> None:
+        self.target, self.rate = port, rate
         self.num_bytes = 0
         self._sockets: list[socket.socket] = []
         self._left: dict[socket.socket, int] = {}
@@ -237,6 +237,8 @@ class Relay:
                     self._left[source] -= len(data)
                 self.num_bytes += len(data)
                 target.sendall(data)
+                if self.rate is not None:
+                    time.sleep(len(data) / self.rate)
         for end in (source, target):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
@@ -332,6 +334,7 @@ class TinySilo:
         step: What it adds to the model.
         size: Elements of the model.
         aggregator: Secure aggregation. None: the coordinator sees its update.
+        is_asynchronous: Whether rounds close without it.
     """
 
     def __init__(
@@ -342,8 +345,10 @@ class TinySilo:
         step: float = 1.0,
         size: int = 3,
         aggregator: SecureAggregation | None = None,
+        is_asynchronous: bool = False,
     ) -> None:
         self.name, self.step, self.aggregator = name, step, aggregator
+        self.is_asynchronous = is_asynchronous
         self.module = nn.Module()
         self.module.x = nn.Parameter(torch.zeros(size))
         self.settings = settings()
@@ -357,7 +362,15 @@ class TinySilo:
     def join(self, expected: dict[str, str] | None = None, common: dict[str, str] | None = None) -> TinySilo:
         protections = [] if self.aggregator is None else ["secure aggregation"]
         tensors = FederatedTensors(self.module)
-        self.federation.join(tensors, expected or {}, common or {}, {}, protections, self.aggregator)
+        self.federation.join(
+            tensors,
+            expected or {},
+            common or {},
+            {},
+            protections,
+            self.aggregator,
+            is_asynchronous=self.is_asynchronous,
+        )
         self.federation.folder.restore(self.store)
         return self
 

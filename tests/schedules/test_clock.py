@@ -200,3 +200,16 @@ class Wrong(Lognormal):
 def test_impossible_settings_are_refused(wrong: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         wrong()
+
+
+def test_a_visit_that_is_too_old_is_left_out() -> None:
+    """Client 2 takes ten times as long: its first visit is nine versions old when it is back."""
+    durations = {0: 1, 1: 1, 2: 10}
+    limited, _ = run(Buffered(2, max_staleness=3), clients(durations), 20)
+    anyhow, _ = run(Buffered(2), clients(durations), 20)
+    assert max(index - visit.version for index, flush in enumerate(anyhow) for visit in flush.visits) > 3
+    assert max(index - visit.version for index, flush in enumerate(limited) for visit in flush.visits) <= 3
+    assert {client for flush in limited for client in flush.dropped} == {2}
+    assert not any(flush.dropped for flush in anyhow)
+    with pytest.raises(ValueError, match="max_staleness of at least 0"):
+        Buffered(2, max_staleness=-1)

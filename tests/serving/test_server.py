@@ -1,5 +1,6 @@
 """What a server answers; its parts in this process, and the whole over HTTP (slow)."""
 
+import asyncio
 import json
 import os
 import shutil
@@ -17,14 +18,20 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 import lightning_fl as fl
 from lightning_fl.cli.main import main
+from lightning_fl.clients.state_files import StateFiles
+from lightning_fl.datamodules import DigitsDataModule
 from lightning_fl.models import MLPClassifier
+from lightning_fl.serving import load_module
 from lightning_fl.serving.models import ServedModels, decode
-from lightning_fl.serving.server import MAX_BYTES, ModelAPI
+from lightning_fl.serving.server import MAX_BYTES, Gate, ModelAPI
+from lightning_fl.strategies.checkpoint import state_files
 from tests.helpers.distributed import PATIENCE
+from tests.helpers.training import trainer
 
 MODULE = "lightning_fl.models.MLPClassifier"
 
@@ -105,15 +112,107 @@ def test_no_file_is_read_for_a_client_that_does_not_exist(checkpoint: Path, monk
     api = start(checkpoint, serves_clients=True)
     read: list[Any] = []
 
-    def lost(path: Path, client: str) -> Any:
+    def lost(self: StateFiles, client: Any, name: str) -> Any:
         read.append(client)
-        raise FileNotFoundError(path)
+        raise FileNotFoundError(name)
 
-    monkeypatch.setattr("lightning_fl.serving.models.client_state", lost)
+    monkeypatch.setattr(StateFiles, "read", lost)
     x = torch.rand(1, 1, 8, 8).tolist()
     found = ask(api, *({"inputs": x, "client": client} for client in ("nobody", "3", "9" * 5000, "02", "1")))
-    assert [status for status, _ in found] == [404] * 5
-    assert read == ["02", "1"]
+    assert [status for status, _ in found] == [404, 404, 404, 410, 410]
+    assert read == [2, 1]
+
+
+def test_a_clients_model_is_that_of_the_round_that_is_named(checkpoint: Path) -> None:
+    """Training goes on while a server answers: it deletes what the newest checkpoint does not need."""
+    old, served = checkpoint.parent, Path("run", "last.ckpt")
+    shutil.copytree(old, served.parent)
+    x = torch.rand(2, 1, 8, 8)
+    body = {"inputs": x.tolist(), "client": "1"}
+    first, watching = start(served, serves_clients=True), start(served, serves_clients=True)
+    watching.watches = True  # as with --watch, but for its thread
+    before = outputs_of(fl.load_client(served, 1), x)
+    files = state_files(served)
+    content = torch.load(served, weights_only=True)
+    personal = {name: torch.zeros_like(value) for name, value in content["state_dict"].items() if "net.3" in name}
+    manifest = files.write_manifest({1: files.write(1, {"personal": personal})})
+    files.name(served.name, [manifest], also_old=True)  # as training does it: the states before the checkpoint
+    content["lightning_fl"]["manifests"] = [manifest]
+    torch.save(content, served)
+    (found,) = ask(first, body)
+    torch.testing.assert_close(torch.tensor(found["outputs"]), before)  # the round that it names, not the file's
+    for path in [*files.root.glob("manifests/*"), *files.root.glob("checkpoints/*")]:
+        if manifest not in path.name:
+            path.unlink()
+    files.name(served.name, [manifest], also_old=False)
+    files.collect()
+    (found,) = ask(first, body)
+    torch.testing.assert_close(torch.tensor(found["outputs"]), before)  # it is in memory
+    assert ask(first, {**body, "client": "2"})[0][0] == 410
+    (found,) = ask(watching, body)
+    torch.testing.assert_close(torch.tensor(found["outputs"]), torch.zeros(2, 10))
+    assert ask(watching, {**body, "client": "2"})[0][0] == 404  # the new round has none of it
+
+
+class Frozen(MLPClassifier):
+    """Its first layer is frozen, as the base of a fine-tuned model."""
+
+    def __init__(self) -> None:
+        super().__init__(hidden=[16])
+        self.net[1].requires_grad_(False)
+
+
+def test_a_checkpoint_without_its_frozen_base_needs_the_base(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    module = Frozen()
+    fit = trainer(fl.FederatedStrategy("fedavg", num_clients=2, checkpoint_frozen=False), limit_train_batches=1)
+    fit.fit(module, DigitsDataModule())
+    fit.save_checkpoint("last.ckpt")
+    words = ["export", "last.ckpt", "--to", "safetensors", "--module", f"{__name__}.Frozen", "--shape", "1,8,8"]
+    with pytest.raises(SystemExit):
+        main(words)  # a new module draws other weights
+    assert "without frozen parameters (checkpoint_frozen=False)" in capsys.readouterr().err
+    torch.save(module.state_dict(), "base.pt")
+    main([*words, "--base", "base.pt"])
+    exported = load_file("model.safetensors")
+    for name, value in module.state_dict().items():
+        torch.testing.assert_close(exported[name], value, rtol=0, atol=0)
+    torch.save({name: value + 1 for name, value in module.state_dict().items()}, "other.pt")
+    with pytest.raises(ValueError, match=r"are others than those .* Give the file that holds them with --base"):
+        load_module("last.ckpt", f"{__name__}.Frozen", base="other.pt")
+    api = ModelAPI(Path("last.ckpt"), f"{__name__}.Frozen", (1, 8, 8), base=Path("base.pt"))
+    api.setup("cpu")
+    x = torch.rand(2, 1, 8, 8)
+    (found,) = ask(api, {"inputs": x.tolist(), "client": None})
+    torch.testing.assert_close(torch.tensor(found["outputs"]), outputs_of(module.state_dict(), x))
+
+
+def test_more_requests_than_may_wait_are_told_to_come_again() -> None:
+    released = asyncio.Event()
+    sent: list[Any] = []
+
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        await released.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b'{"inputs": [1]}', "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append((message.get("status"), dict(message.get("headers", []))))
+
+    async def many() -> None:
+        gate = Gate(slow, max_requests=2)
+        scope = {"type": "http", "path": "/predict", "method": "POST", "headers": []}
+        calls = [asyncio.create_task(gate(dict(scope), receive, send)) for _ in range(3)]
+        await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
+        assert [(status, headers[b"retry-after"]) for status, headers in sent if status] == [(503, b"1")]
+        released.set()
+        await asyncio.gather(*calls)
+        await gate(dict(scope), receive, send)  # there is room again
+
+    asyncio.run(many())
+    assert [status for status, _ in sent if status] == [503, 200, 200, 200]
 
 
 def test_clients_are_not_served_unless_asked_for(checkpoint: Path) -> None:
@@ -193,6 +292,8 @@ def test_a_request_id_is_always_answered_by_the_same_model(checkpoint: Path) -> 
     [
         (["--share", "0.5"], "name its checkpoint with --canary"),
         (["--workers", "0"], "must be at least 1"),
+        (["--max-requests", "0"], "must be at least 1"),
+        (["--base", "base.pt"], "would be ignored"),
         (["--shape", "8,x"], "is not a shape"),
     ],
 )

@@ -37,6 +37,9 @@ from lightning_fl.torch_internals import flat_vmap, pytree
 from lightning_fl.tree import cast_like, num_bytes
 from lightning_fl.types import Phase, Tree
 
+BYTES_ON_CPU = 16 * 2**20
+"""Of the stacked parameters: what a CPU's cache holds."""
+
 Step = Callable[..., tuple[Any, Any]]
 """Calls the user's step; returns the loss and other tensors to return with it."""
 
@@ -47,8 +50,8 @@ class Vectorized:
 
     Args:
         clients_per_step: The most clients that train in one step. None: as many as fit in ``stacked_bytes``.
-        stacked_bytes: The most bytes of the clients' stacked parameters. Default 16 MiB, for a CPU's cache; use more on
-            a GPU.
+        stacked_bytes: The most bytes of the clients' stacked parameters. None: 16 MiB on a CPU, for its cache, and a
+            sixteenth of a GPU's memory.
         batch_bytes: The most bytes of their batches in memory at once. Default 1 GiB.
 
     Raises:
@@ -60,7 +63,7 @@ class Vectorized:
     """
 
     clients_per_step: int | None = None
-    stacked_bytes: int = 16 * 2**20
+    stacked_bytes: int | None = None
     batch_bytes: int = 2**30
 
     def __post_init__(self) -> None:
@@ -275,8 +278,13 @@ class VectorizedEngine(SequentialEngine):
         """Bytes of the parameters that a client trains."""
         return num_bytes([param for param in self.module.parameters() if param.requires_grad])
 
-    def max_clients(self, stacked_bytes: int) -> int:
-        """How many clients' parameters take no more than ``stacked_bytes``; at least 1."""
+    def max_clients(self, stacked_bytes: int | None) -> int:
+        """How many clients' parameters take no more than ``stacked_bytes``, or the device's default; at least 1."""
+        gpu = next((param.device for param in self.module.parameters() if param.is_cuda), None)
+        if stacked_bytes is None and gpu is not None:
+            # Of all memory, not of what is free: groups must be the same when a run is resumed.
+            stacked_bytes = torch.cuda.get_device_properties(gpu).total_memory // 16
+        stacked_bytes = stacked_bytes or BYTES_ON_CPU
         return max(1, stacked_bytes // max(1, self.bytes_of_one))
 
     @property

@@ -78,7 +78,8 @@ class BonawitzClient(Secret):
         terms: The parameters it agrees to. The threshold must be at least floor(2n/3) + 1 for n clients.
         trusted: The identities it accepts; None in simulations.
         journal: Records which vectors were sent. Here a vector is sent only once, because the set of survivors is known
-            only afterwards.
+            only afterwards. Where the shares of all are needed, it is the shares that are given once: without this
+            client's own ones nobody opens its vector, which may then be sent again.
 
     Raises:
         SecureAggregationError: If the parameters would let the coordinator isolate an update.
@@ -102,6 +103,7 @@ class BonawitzClient(Secret):
         self._num_steps = 0
         self._roster = Roster({})
         self._context = b""
+        self._vector_id = b""
         self._survivors = Survivors(())
 
     @property
@@ -177,9 +179,11 @@ class BonawitzClient(Secret):
         key, session = participant.mask_key, self._params.session
         advertisements = [self._roster.advertisements[other] for other in bundle.sealed]
         masks = [mask_of(key, me, advertisement, session, self._context) for advertisement in advertisements]
-        # A random roster never equals an earlier one, so the journal refuses to send the same vector twice, whoever
-        # takes part: the coordinator could otherwise ask for two sums whose survivors differ by one client.
-        self._journal.claim(vector_id, os.urandom(32))
+        self._vector_id = vector_id
+        if self._needs_all:
+            self._journal.check(vector_id)
+        else:
+            self._claim()
         apply_masks(vector, [(secrets.self_mask, 1), *masks])
         return MaskedVector(me, vector.numpy().tobytes()).encode()
 
@@ -213,6 +217,8 @@ class BonawitzClient(Secret):
         for number, signature in signed.items():
             identity = self._roster.advertisements[number].identity
             verify(identity, signature, self._survivors.signed(self._context), f"participant {number}")
+        if self._needs_all:
+            self._claim()
         shares = self._live.shares
         answer = Unmasking(
             self._live.participant.number,
@@ -222,6 +228,16 @@ class BonawitzClient(Secret):
         # Asked again with another list, it would give away the other share of a client.
         self.end()
         return answer.encode()
+
+    @property
+    def _needs_all(self) -> bool:
+        """Whether the sum can't be opened without the shares that this client keeps of its own secrets."""
+        return len(self._roster.advertisements) == self._params.threshold
+
+    def _claim(self) -> None:
+        # A random roster never equals an earlier one, so the journal refuses the same vector a second time, whoever
+        # takes part: the coordinator could otherwise ask for two sums whose survivors differ by one client.
+        self._journal.claim(self._vector_id, os.urandom(32))
 
     def _check_survivors(self, numbers: Sequence[int]) -> None:
         survivors = set(numbers)

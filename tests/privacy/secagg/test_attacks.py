@@ -373,6 +373,34 @@ def test_a_vector_leaves_once_even_if_the_round_is_said_to_have_failed() -> None
         assert torch.equal(vector, federation.inputs[1])
 
 
+def test_a_vector_may_leave_again_only_if_its_sum_can_never_be_opened() -> None:
+    """Of three clients all must give their shares; one that has given none can send its vector for another sum."""
+    first = Federation(3)
+    signatures = first.signatures()
+    answers = [first.clients[number].unmask(signatures) for number in (1, 2)]
+    with pytest.raises(SecureAggregationError):
+        first.server.finish(answers)
+    # Only the third has kept its shares, and with them the other two's own vectors closed to everybody.
+    second = Federation(3)
+    second.keys, second.journals = first.keys, first.journals
+    trusted = [key.public for key in second.keys.values()]
+    second.clients = {
+        number: BonawitzClient(number, key, second.agreed, trusted, second.journals[number])
+        for number, key in second.keys.items()
+    }
+    bundles = second.bundles()
+    for number in (1, 2):
+        with pytest.raises(RetryRefused):
+            second.clients[number].send(bundles[number], second.inputs[number].clone(), VECTOR_ID)
+    first.clients[3].end()
+    assert second.clients[3].send(bundles[3], second.inputs[3].clone(), VECTOR_ID)
+    # With four, three of which suffice, one that has sent its vector has nothing left to hold it back with.
+    third = Federation(4)
+    third.send()
+    with pytest.raises(RetryRefused):
+        third.journals[1].check(VECTOR_ID)
+
+
 def test_the_terms_are_compared_field_by_field() -> None:
     assert {field for field in SessionParams.__dataclass_fields__ if field != "SIZE"} == {
         "session",

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
+import socket
+import sys
+import types
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from lightning.fabric.plugins.environments import LightningEnvironment, mpi
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.imports import RequirementCache
 from torch import Tensor, nn
 
 import lightning_fl as fl
 from lightning_fl.strategies import internals
-from tests.helpers.training import QUIET, Plain, image_clients, trainer
+from tests.helpers.training import QUIET, Plain, image_clients, loader, trainer, weights
 
 
 @pytest.mark.parametrize("variable", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_NTASKS"])
@@ -81,3 +86,81 @@ def test_equal_bases_do_not_travel_and_broadcast_ones_are_counted(run_ranks: Any
 def test_the_setting_is_checked() -> None:
     with pytest.raises(ValueError, match="frozen='hash' is not known"):
         fl.FederatedStrategy(frozen="hash")
+
+
+class RayEnvironment(LightningEnvironment):
+    """What ``ray.train.lightning.RayLightningEnvironment`` overrides: Ray knows the ranks, and sets the address."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        super().__init__()
+        self.rank, self.size = rank, size
+
+    def world_size(self) -> int:
+        return self.size
+
+    def set_world_size(self, size: int) -> None:
+        pass
+
+    def global_rank(self) -> int:
+        return self.rank
+
+    def set_global_rank(self, rank: int) -> None:
+        pass
+
+    def local_rank(self) -> int:
+        return self.rank
+
+    def node_rank(self) -> int:
+        return 0
+
+    def teardown(self) -> None:
+        pass
+
+
+class Communicator:
+    """What Lightning's ``MPIEnvironment`` asks of MPI, for ranks that know each other's address already."""
+
+    def __init__(self, rank: int, size: int, address: str, port: int) -> None:
+        self.rank, self.size, self.answers = rank, size, {str: address, int: port}
+
+    def Get_size(self) -> int:
+        return self.size
+
+    def Get_rank(self) -> int:
+        return self.rank
+
+    def bcast(self, value: Any, root: int) -> Any:
+        return self.answers.get(type(value), [socket.gethostname()])
+
+    def gather(self, value: str, root: int) -> list[str] | None:
+        return [value] * self.size if self.rank == root else None
+
+    def Split(self, color: int, key: int = 0) -> Communicator:
+        return self
+
+
+def silos_of(launcher: str) -> tuple[int, list[Any], Tensor]:
+    rank, size = int(os.environ.pop("RANK")), int(os.environ.pop("WORLD_SIZE"))
+    options: dict[str, Any] = {}
+    if launcher == "ray":
+        options["plugins"] = [RayEnvironment(rank, size)]
+    else:
+        world = Communicator(rank, size, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+        sys.modules["mpi4py"] = types.SimpleNamespace(MPI=types.SimpleNamespace(COMM_WORLD=world))  # type: ignore[assignment]
+        mpi._MPI4PY_AVAILABLE = True
+        options["plugins"] = [mpi.MPIEnvironment()]
+        os.environ.pop("LOCAL_RANK", None)
+    try:
+        module, own = Plain(), trainer(fl.FederatedStrategy(), **options)
+        own.fit(module, loader(seed=rank))
+        return own.strategy.federation.size, own.strategy.history[0]["num_examples"], weights(module)
+    finally:
+        sys.modules.pop("mpi4py", None)
+        mpi._MPI4PY_AVAILABLE = RequirementCache("mpi4py")
+
+
+@pytest.mark.parametrize("launcher", ["ray", "mpi"])
+def test_each_rank_of_another_launcher_is_a_silo(run_ranks: Any, launcher: str) -> None:
+    found = run_ranks(2, silos_of, launcher)
+    assert [(size, examples) for size, examples, _ in found] == [(2, 48)] * 2
+    assert torch.equal(found[0][2], found[1][2])

@@ -1,0 +1,100 @@
+"""Every workload of benchmarks/simulation.py on a GPU: rounds, their first, how busy the GPU is, and memory.
+
+    python benchmarks/gpu.py
+    torchrun --standalone --nproc-per-node=2 benchmarks/gpu.py
+
+One line a workload and engine, as a Markdown table: milliseconds of a round beside those of the plain loop on the same
+GPU, of the first round, the share of a round's time in which a kernel ran, and the peak of the GPU's memory. It fails
+if the final weights differ from the plain loop's by more than 1e-5; those of W2, where a rounding grows within a round,
+are compared in float64. ``--device cpu`` tries the script where no GPU is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from typing import Any
+
+import lightning as L
+import torch
+from simulation import TOLERANCE, make_parser, run
+from torch.profiler import ProfilerActivity, profile
+from workloads import WORKLOADS, prepare_process
+
+ENGINES = ("auto", "sequential")
+COLUMNS = (
+    "workload",
+    "engine",
+    "round_ms",
+    "plain_ms",
+    "first_round_ms",
+    "busy",
+    "peak_growth_mb",
+    "largest_difference",
+)
+
+
+class Busy(L.Callback):
+    """The share of one round's time in which the GPU computes; that round, the last, is slowed by the profiler."""
+
+    share = 0.0
+
+    def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        assert trainer.max_epochs is not None
+        if trainer.current_epoch == trainer.max_epochs - 1 and torch.cuda.is_available():
+            self._profile = profile(activities=[ProfilerActivity.CUDA])
+            self._profile.__enter__()
+            self._started = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        assert trainer.max_epochs is not None
+        if trainer.current_epoch == trainer.max_epochs - 1 and torch.cuda.is_available():
+            torch.cuda.synchronize()
+            seconds = time.perf_counter() - self._started
+            self._profile.__exit__(None, None, None)
+            microseconds = sum(event.self_device_time_total for event in self._profile.key_averages())
+            self.share = microseconds / 1e6 / seconds
+
+
+def measure(workload: str, engine: str, options: argparse.Namespace) -> dict[str, Any]:
+    """The figures of one workload."""
+    is_chaotic = workload == "W2"
+    own = {**vars(options), "workload": workload, "engine": engine}
+    busy = Busy()
+    result = run(argparse.Namespace(**{**own, "check": not is_chaotic}), (busy,))
+    if is_chaotic:
+        before = torch.get_default_dtype()
+        exact = run(argparse.Namespace(**{**own, "rounds": 2, "check": True, "double": True}))
+        torch.set_default_dtype(before)
+        result["largest_difference"] = exact.get("largest_difference")
+    return {**result, "busy": f"{busy.share:.0%}"}
+
+
+def main() -> None:
+    parser = make_parser()
+    parser.description = __doc__
+    parser.set_defaults(device="cuda")
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("torch finds no GPU here; --device cpu tries the script without one.")
+    prepare_process(options.threads)
+    is_first = int(os.environ.get("RANK", 0)) == 0
+    differing = []
+    if is_first:
+        print(torch.cuda.get_device_name() if options.device == "cuda" else "CPU", f"torch {torch.__version__}")
+        print("|", " | ".join(COLUMNS), "|\n|", " | ".join("---" for _ in COLUMNS), "|")
+    for workload in WORKLOADS:
+        for engine in ENGINES:
+            result = measure(workload, engine, options)
+            if is_first:
+                print("|", " | ".join(str(result[column]) for column in COLUMNS), "|", flush=True)
+                if not result["largest_difference"] <= TOLERANCE:
+                    differing.append(f"{workload} ({engine})")
+    if differing:
+        sys.exit(f"The final weights differ from the plain loop's by more than {TOLERANCE}: {', '.join(differing)}.")
+
+
+if __name__ == "__main__":
+    main()

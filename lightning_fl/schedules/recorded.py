@@ -1,0 +1,109 @@
+"""The rounds of a federation over a network once more, in one process."""
+
+# No `from __future__ import annotations`: jsonargparse would resolve the strings in the modules of the subclasses.
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lightning_fl.aggregation import Transform
+from lightning_fl.clients.durations import NANOSECONDS
+from lightning_fl.schedules.clock import Clients, Clock, Flush, Job, Visit
+from lightning_fl.schedules.schedule import RoundSchedule
+
+
+@dataclass(frozen=True)
+class Recorded(RoundSchedule):
+    """Takes in what a coordinator has written down: who was in each round, and from which version each has started.
+
+    With the silos' data in one place, as ``ClientLoaders`` with the silos' names, the model is that of the federation.
+    The clock counts a second a round.
+
+    Args:
+        folder: The coordinator's folder.
+        schedule: The schedule of the federation, for the weights of stale updates. None: it had none.
+
+    """
+
+    folder: str
+    schedule: RoundSchedule | None = None
+
+    draws_cohorts = False
+    needs_durations = False
+    seeds_by_version = True
+
+    @cached_property
+    def rounds(self) -> list[list[Visit]]:
+        """By round the visits that it has taken in.
+
+        Raises:
+            ValueError: If the folder is not that of a coordinator.
+        """
+        path = Path(self.folder) / "state.json"
+        try:
+            history = json.loads(path.read_text(encoding="utf-8"))["progress"]["history"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} can't be read: {error}. Expected the folder of a coordinator.") from error
+        return [_visits(entry) for entry in history]
+
+    def check(self, num_clients: int) -> None:
+        """See :meth:`RoundSchedule.check`."""
+        _ = self.rounds
+
+    def check_learning_rates(self) -> None:
+        """Makes sure that learning rates that go by rounds have gone by those of this replay.
+
+        Raises:
+            ValueError: If they have not.
+        """
+        if any(visit.version != index for index, visits in enumerate(self.rounds) for visit in visits):
+            raise ValueError(
+                "At a silo a learning-rate schedule went by the version from which it trained; here it would go by the "
+                "round that takes the update in. A federation with stale updates can be replayed without one only."
+            )
+
+    def check_work(self, local_steps: object, local_epochs: object = None) -> None:
+        """See :meth:`RoundSchedule.check_work`."""
+        for name, work in (("local_steps", local_steps), ("local_epochs", local_epochs)):
+            if not (work is None or isinstance(work, int)):
+                raise ValueError(
+                    f"{self!r} can't tell how much {name}={work!r} was at a silo, which drew it by itself."
+                )
+
+    @property
+    def transforms(self) -> Sequence[Transform]:
+        """See :attr:`RoundSchedule.transforms`."""
+        return () if self.schedule is None else self.schedule.transforms
+
+    def clients_per_round(self, given: int | float | None) -> int | float | None:
+        """See :meth:`RoundSchedule.clients_per_round`."""
+        if given is not None:
+            raise ValueError(f"Who took part is recorded, so clients_per_round={given} would be ignored. Leave it out.")
+        return None
+
+    def next(self, clock: Clock, clients: Clients) -> tuple[Flush, Clock]:
+        """See :meth:`RoundSchedule.next`."""
+        index = clock.version
+        if index >= len(self.rounds):
+            raise ValueError(
+                f"{self.folder} records {len(self.rounds)} rounds, but round {index} was asked for. Set "
+                f"max_epochs={len(self.rounds)}."
+            )
+        strangers = {visit.client for visit in self.rounds[index]} - set(clients.population.ids)
+        if strangers:
+            raise ValueError(
+                f"Round {index} of {self.folder} has the silos {sorted(map(str, strangers))}, which have no loader "
+                f"here; there are {list(clients.population.ids)}. Give ClientLoaders with the silos' names."
+            )
+        time = clock.time + NANOSECONDS
+        # Those that have started by now and are taken in later: their versions must be kept.
+        later = [visit for visits in self.rounds[index + 1 :] for visit in visits if visit.version <= index]
+        training = tuple(Job(visit.client, visit.version, time) for visit in later)
+        return Flush(time, self.rounds[index]), replace(clock, time=time, version=index + 1, training=training)
+
+
+def _visits(entry: dict[str, Any]) -> list[Visit]:
+    versions = entry.get("versions", {})
+    return [Visit(silo, versions.get(silo, entry["round"])) for silo in entry["members"]]
