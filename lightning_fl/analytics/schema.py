@@ -96,6 +96,11 @@ def federated_schema(
         listed[column] = [value for value, count in answer.parts.items() if not getattr(count, "withheld", "")]
         if len(answer.parts) > len(listed[column]) or any(client[column].get("rare") for client in found.values()):
             notes.append(f"values of {column!r} that too few rows of every client have are left out, if there are any")
+    if values[target] and any(client[target].get("rare") for client in found.values()):
+        notes.append(
+            f"classes of {target!r} that too few rows of every client have are left out, if there are any: name "
+            "them in categories"
+        )
     notes += _missing_categories(found, listed, min_count) + _units(found, numeric)
     schema = TableSchema(target, scaling, listed, _classes(values[target], kinds[target], target, task), origin="data")
     return FederatedSchema(schema, notes)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from lightning_fl.analytics.counts import OTHER
 from lightning_fl.analytics.moments import chi2_p
 from lightning_fl.analytics.question import Answer, Question, array, codes, numbers, tree
 from lightning_fl.types import Tree
@@ -185,7 +186,8 @@ class LogRank(_OnGrid):
         chosen = [group == index for index in range(len(self.groups))]
         counts = [_counted(places[rows], events[rows], size) for rows in chosen]
         later = [(places[rows] == size).sum() for rows in chosen]
-        return tree(counts=np.array(counts).reshape(len(chosen), 2, size), later=later)
+        other = (group == len(self.groups)).sum()
+        return tree(counts=np.array(counts).reshape(len(chosen), 2, size), later=later, other=other)
 
     def step(self, total: Tree, state: Any) -> Answer:
         counts, later = array(total["counts"]), array(total["later"])
@@ -200,9 +202,11 @@ class LogRank(_OnGrid):
         )
         variance = np.diag((share * spread).sum(1)) - (share * spread) @ share.T
         difference, named = (observed - expected)[:-1], dict(zip(map(str, self.groups), rows.tolist(), strict=True))
+        # Events of all rows less those of the groups would be those of the rows in none.
+        named_and_others = {**named, OTHER: float(total["other"])}
         df = len(self.groups) - 1
         if df < 1 or np.linalg.matrix_rank(variance[:-1, :-1]) < df:
-            return Answer(float(rows.sum()), withheld="there are no events to compare, or an empty group", counts=named)
+            return Answer(float(rows.sum()), withheld="there are no events to compare, or an empty group")
         statistic = float(difference @ np.linalg.solve(variance[:-1, :-1], difference))
         values = {
             "chi2": statistic,
@@ -212,7 +216,7 @@ class LogRank(_OnGrid):
             "expected": dict(zip(named, expected.tolist(), strict=True)),
         }
         fewest = min(_fewest(own, n) or n for own, n in zip(observed.tolist(), rows.tolist(), strict=True))
-        return Answer(float(rows.sum()), values, counts=named, fewest=fewest)
+        return Answer(float(rows.sum()), values, counts=named_and_others, fewest=fewest)
 
     def sensitivity(self, state: Any) -> float:
         return 1.0
@@ -265,7 +269,7 @@ class Cox(_OnGrid):
         full = ~np.isnan(x).any(1)
         x, places, events = x[full], places[full], events[full]
         if state["centre"] is None:
-            return tree(n=len(x), sum=x.sum(0), events=events.sum())
+            return tree(n=len(x), sum=x.sum(0), events=events.sum(), other=len(full) - len(x))
         # Around the mean, so that the exponents are small; the coefficients do not depend on it.
         x = x - np.asarray(state["centre"])
         size, width = len(self.grid) + 1, len(self.covariates)
@@ -284,7 +288,13 @@ class Cox(_OnGrid):
             n, events = float(total["n"]), float(total["events"])
             if not events:
                 return Answer(n, withheld="there are no events, so no hazard")
-            return {**state, "n": n, "events": events, "centre": (array(total["sum"]) / n).tolist()}
+            return {
+                **state,
+                "n": n,
+                "events": events,
+                "other": float(total["other"]),
+                "centre": (array(total["sum"]) / n).tolist(),
+            }
         beta, width = np.asarray(state["beta"]), len(self.covariates)
         gradient, information = np.zeros(width), np.zeros((width, width))
         at_risk = array(total["sums"])[::-1].cumsum(0)[::-1]
@@ -313,8 +323,11 @@ class Cox(_OnGrid):
 
     def _answer(self, n: float, state: Any, beta: np.ndarray, information: np.ndarray) -> Answer:
         errors = np.sqrt(np.diag(np.linalg.inv(information)))
-        values: dict[str, Any] = {"events": state["events"]}
+        values: dict[str, Any] = {}
         for column, coefficient, error in zip(self.covariates, beta.tolist(), errors.tolist(), strict=True):
             p = chi2_p((coefficient / error) ** 2, 1)
             values[column] = {"coef": coefficient, "se": error, "hazard ratio": math.exp(coefficient), "p": p}
-        return Answer(n, values, fewest=_fewest(state["events"], n))
+        # Events of all rows less these would be those of the rows that lack a covariate.
+        events = state["events"]
+        counts = {"events": events, OTHER: state["other"]}
+        return Answer(n, values, {"events": events}, counts, _fewest(events, n))

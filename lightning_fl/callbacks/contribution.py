@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning as L
 import numpy as np
+import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -27,7 +28,7 @@ from lightning_fl.types import Aggregate, ClientId, LocalRun, Tree, Update
 
 Value = Callable[[frozenset[int]], float]
 """What the clients at these places are worth together."""
-Method = Literal["shapley", "leave_one_out", "gtg"]
+Method = Literal["shapley", "leave_one_out", "gtg", "fedce"]
 MOST_CLIENTS = 10
 """The most clients of a round whose ``2 ** n`` coalitions are all tried."""
 
@@ -43,6 +44,10 @@ class Contribution(FederatedCallback):
     - ``"gtg"``: the same estimated from random orders of the clients, each cut off when little is left to gain, and
       none tried in rounds that gain little (GTG-Shapley).
     - ``"leave_one_out"``: :math:`v(N) - v(N \setminus i)`, with n models.
+    - ``"fedce"``: the mean of two shares, each normalised to add up to 1, with n models: how far a client's update
+      points away from that of the others, :math:`1 - \cos(u_i, \sum_{j \ne i} p_j u_j)`, and the error on the root data
+      of the model without it, the metric itself if less of it is better, else 1 - metric (FedCE, which measures that
+      error on each client's own data, and weighs the clients by the result).
 
     The models are those of federated averaging, whatever the algorithm does with the updates. Contributions disclose
     facts about single clients; they are in ``strategy.history``, in the loggers under ``contribution/``, and at the end
@@ -66,6 +71,7 @@ class Contribution(FederatedCallback):
     Reference:
         Liu et al., "GTG-Shapley: Efficient and Accurate Participant Contribution Evaluation in Federated Learning", ACM
         TIST 2022.
+        Jiang et al., "Fair Federated Medical Image Segmentation via Client Contribution Estimation", CVPR 2023.
     """
 
     def __init__(
@@ -77,8 +83,8 @@ class Contribution(FederatedCallback):
         tolerance: float = 0.01,
         orders: int = 20,
     ) -> None:
-        if method not in ("shapley", "leave_one_out", "gtg"):
-            raise ValueError(f"method={method!r} is not known; expected 'shapley', 'leave_one_out' or 'gtg'.")
+        if method not in get_args(Method):
+            raise ValueError(f"method={method!r} is not known; expected {', '.join(map(repr, get_args(Method)))}.")
         if every_n_rounds < 1 or orders < 1 or tolerance < 0:
             raise ValueError(
                 f"Contribution got every_n_rounds={every_n_rounds}, orders={orders}, tolerance={tolerance}; expected "
@@ -150,7 +156,7 @@ class Contribution(FederatedCallback):
             with strategy.local_phase(), isolated_randomness(view.settings.seed, view.round, "root", "contribution"):
                 value = self._value(trainer, view, [own[1:] for own in updates])
                 rng = round_rng(view.settings.seed, view.round, "contribution")
-                found = self._contributions(len(updates), value, rng)
+                found = self._contributions([own[1:] for own in updates], value, rng)
         finally:
             load(view.params, before)
         own = {client: share for (client, *_), share in zip(updates, found, strict=True)}
@@ -211,12 +217,42 @@ class Contribution(FederatedCallback):
 
         return value
 
-    def _contributions(self, size: int, value: Value, rng: np.random.Generator) -> list[float]:
+    def _contributions(
+        self, updates: Sequence[tuple[float, Tree]], value: Value, rng: np.random.Generator
+    ) -> list[float]:
+        size = len(updates)
         if self.method == "shapley":
             return shapley(size, value)
         if self.method == "leave_one_out":
             return leave_one_out(size, value)
+        if self.method == "fedce":
+            everybody = frozenset(range(size))
+            best = 1.0 if is_higher_better(self.metric) else 0.0  # the value of no error
+            return fedce(updates, [best - value(everybody - {place}) for place in range(size)])
         return gtg_shapley(size, value, rng, self.tolerance, self.orders)
+
+
+def fedce(updates: Sequence[tuple[float, Tree]], errors: Sequence[float]) -> list[float]:
+    """Shares that add up to 1, by the directions of updates and the errors of the models without each, ``[n]``.
+
+    Args:
+        updates: Weight and update of each client.
+        errors: The error of the model of all others, for each client; negative ones count as 0.
+    """
+    vectors = [torch.cat([tensor.double().reshape(-1) for tensor in delta.values()]) for _, delta in updates]
+    total = sum((weight * vector for (weight, _), vector in zip(updates, vectors, strict=True)), torch.zeros(()))
+    angles = [
+        1.0 - float(torch.cosine_similarity(vector, total - weight * vector, dim=0))
+        for (weight, _), vector in zip(updates, vectors, strict=True)
+    ]
+    halves = zip(_normalised(angles), _normalised(errors), strict=True)
+    return [(one + other) / 2 for one, other in halves]
+
+
+def _normalised(values: Sequence[float]) -> list[float]:
+    positive = [max(value, 0.0) for value in values]
+    total = sum(positive)
+    return [value / total if total else 1 / len(positive) for value in positive]
 
 
 def leave_one_out(size: int, value: Value) -> list[float]:

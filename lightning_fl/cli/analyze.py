@@ -33,6 +33,7 @@ from lightning_fl.datamodules.tabular import read_tables
 from lightning_fl.privacy import PrivacyError, SecureAggregation
 from lightning_fl.privacy.secagg import SecureAggregationError
 from lightning_fl.privacy.secagg.session import KEYS_VARIABLE
+from lightning_fl.tracking.answers import write_page
 
 ASKED = {
     "variance": ("COLUMN", "mean, variance and deviation"),
@@ -88,12 +89,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     schema.add_argument("--target", metavar="COLUMN", help="the column to predict")
     schema.add_argument("--drop", metavar="COLUMN,COLUMN", default="", help="columns to leave out")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the answers as JSON")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write a page with tables and plots, as HTML")
 
 
 def run(args: argparse.Namespace) -> None:
     """Asks, and prints the answers."""
-    if args.json is not None:
-        check_output(args.json)
+    for path in (args.json, args.report):
+        if path is not None:
+            check_output(path)
     if args.noise is None and (args.delta is not None or args.max_epsilon is not None):
         raise ValueError("--delta and --max-epsilon are of the noise; add --noise Z.")
     is_silo = "{rank}" in args.table
@@ -190,6 +193,9 @@ def _ask(
     if args.json is not None:
         analysis.save(args.json)
         print(f"answers: {args.json}")
+    if args.report is not None:
+        write_page(analysis.to_dict(), args.report)
+        print(f"report: {args.report}")
 
 
 def _agree(args: argparse.Namespace, table: Any, group: Group, aggregator: SecureAggregation | None) -> None:

@@ -13,9 +13,11 @@ from lightning_fl.datamodules.datasets.cifar import CIFAR10DataModule, CIFAR100D
 from lightning_fl.datamodules.datasets.digits import DigitsDataModule
 from lightning_fl.datamodules.datasets.digits_silos import DigitsSiloDataModule
 from lightning_fl.datamodules.datasets.leaf import FEMNISTDataModule, LEAFDataModule
+from lightning_fl.datamodules.datasets.lung import LungDataModule
 from lightning_fl.datamodules.datasets.mnist import FashionMNISTDataModule, MNISTDataModule
 from lightning_fl.datamodules.datasets.mnist1d import MNIST1DDataModule
 from lightning_fl.datamodules.datasets.shakespeare import LEAFShakespeareDataModule, ShakespeareDataModule
+from lightning_fl.datamodules.datasets.shapes import ShapesDataModule
 from lightning_fl.datamodules.datasets.synthetic import SyntheticDataModule
 from lightning_fl.datamodules.image_folders import ImageFolderDataModule
 from lightning_fl.datamodules.instructions import InstructionDataModule, train_tokenizer
@@ -49,6 +51,7 @@ __all__ = [
     "LEAFShakespeareDataModule",
     "LabelsPerClient",
     "LognormalSizes",
+    "LungDataModule",
     "MNIST1DDataModule",
     "MNISTDataModule",
     "MappingFile",
@@ -57,6 +60,7 @@ __all__ = [
     "PartitionedDataModule",
     "Partitioner",
     "ShakespeareDataModule",
+    "ShapesDataModule",
     "Shards",
     "SiloClients",
     "SyntheticDataModule",

@@ -5,6 +5,8 @@ from lightning_fl.models.images import FedAvgCNN, LeNet, LogisticRegression, Two
 from lightning_fl.models.language import DPO, CausalLM
 from lightning_fl.models.libraries import TimmClassifier, TorchvisionClassifier, TransformersClassifier
 from lightning_fl.models.resnet import ResNet18GN, ResNet20GN
+from lightning_fl.models.segmentation import SmallUNet
+from lightning_fl.models.survival import DeepSurv
 from lightning_fl.models.tabular import TabularMLP, TabularRegressor
 from lightning_fl.models.text import CharLSTM, CharTransformer
 
@@ -14,12 +16,14 @@ __all__ = [
     "CharLSTM",
     "CharTransformer",
     "Classifier",
+    "DeepSurv",
     "FedAvgCNN",
     "LeNet",
     "LogisticRegression",
     "MLPClassifier",
     "ResNet18GN",
     "ResNet20GN",
+    "SmallUNet",
     "TabularMLP",
     "TabularRegressor",
     "TimmClassifier",

@@ -8,8 +8,9 @@ from html import escape
 from pathlib import Path
 
 from lightning_fl.tracking.interactive import side_by_side
+from lightning_fl.tracking.markup import number, page
 from lightning_fl.tracking.metrics import best_metric, is_higher_better
-from lightning_fl.tracking.report import duration, number, page, started
+from lightning_fl.tracking.report import duration, started
 from lightning_fl.tracking.run import Run, write_file
 
 REPORT = "report.html"

@@ -74,7 +74,7 @@ def partition_figure(summary: PartitionSummary) -> Figure:
     num_shown = len(summary.ids)
     with_labels = len(summary.counts) > 0
     figure = new_figure(8, min(2.2 + 0.26 * num_shown, 9) if num_shown <= MAX_LABELLED_CLIENTS else 4.5)
-    axes = _axes(figure)
+    axes = axes_of(figure)
     if num_shown > MAX_LABELLED_CLIENTS:
         _many_clients(axes, summary)
     else:
@@ -160,7 +160,7 @@ def curves_figure(
         bands: By label how far a band around the line reaches to both sides.
     """
     figure = new_figure(width, height)
-    draw_curves(_axes(figure), curves, ylabel, bands)
+    draw_curves(axes_of(figure), curves, ylabel, bands)
     return figure
 
 
@@ -186,7 +186,7 @@ def draw_curves(axes: Axes, curves: Curves, ylabel: str, bands: Mapping[str, Seq
 def clock_figure(seconds: Sequence[float], values: Sequence[float], ylabel: str) -> Figure:
     """A line over the seconds of a simulated clock."""
     figure = new_figure(6.4, 3.4)
-    axes = _axes(figure)
+    axes = axes_of(figure)
     axes.plot(seconds, values, linewidth=1.8, color="#4c78a8", marker="o" if len(seconds) < 3 else None)
     axes.set_xlabel("simulated seconds", fontsize=9)
     axes.set_ylabel(as_text(ylabel), fontsize=9)
@@ -197,7 +197,7 @@ def clock_figure(seconds: Sequence[float], values: Sequence[float], ylabel: str)
 def counts_figure(counts: Sequence[int], xlabel: str, ylabel: str) -> Figure:
     """A bar for each of 0, 1, 2, ..."""
     figure = new_figure(6.4, 2.8)
-    axes = _axes(figure)
+    axes = axes_of(figure)
     axes.bar(range(len(counts)), counts, color="#4c78a8")
     axes.set_xlabel(xlabel, fontsize=9)
     axes.set_ylabel(ylabel, fontsize=9)
@@ -210,14 +210,14 @@ def panels_figure(panels: Mapping[str, Curves], columns: int = 2) -> Figure:
     rows = math.ceil(len(panels) / columns)
     figure = new_figure(5.2 * min(columns, len(panels)), 3.1 * rows)
     for index, (ylabel, curves) in enumerate(panels.items()):
-        draw_curves(_axes(figure, rows, min(columns, len(panels)), index + 1), curves, ylabel)
+        draw_curves(axes_of(figure, rows, min(columns, len(panels)), index + 1), curves, ylabel)
     return figure
 
 
 def phases_figure(rounds: Sequence[float], seconds: Mapping[str, Sequence[float]]) -> Figure:
     """How each round's time divides into phases, stacked."""
     figure = new_figure(6.4, 3.0)
-    axes = _axes(figure)
+    axes = axes_of(figure)
     axes.stackplot(rounds, list(seconds.values()), labels=list(seconds), alpha=0.9, step="mid")
     axes.set_xlim(min(rounds) - 0.5, max(rounds) + 0.5)
     axes.set_xlabel("round", fontsize=9)
@@ -239,7 +239,7 @@ def heat_map_figure(rows: Iterable[Mapping[str, Any]], value: str, label: str) -
         found = row.get(value)
         grid[line[row["client"]], column[row["round"]]] = math.nan if found is None else found
     figure = new_figure(6.4, min(1.6 + 0.22 * len(clients), 7))
-    axes = _axes(figure)
+    axes = axes_of(figure)
     extent = (0.5, len(rounds) + 0.5, len(clients) - 0.5, -0.5)
     finite = grid[np.isfinite(grid)]
     top = np.quantile(finite, 0.99) if finite.size else 1.0  # so that one diverging client does not darken all others
@@ -267,7 +267,8 @@ def _count_rounds(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _axes(figure: Figure, rows: int = 1, columns: int = 1, index: int = 1) -> Axes:
+def axes_of(figure: Figure, rows: int = 1, columns: int = 1, index: int = 1) -> Axes:
+    """Axes without a frame, of one panel of a figure."""
     axes = figure.add_subplot(rows, columns, index)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
+from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lightning_fl.tracking import interactive, plots
+from lightning_fl.tracking import interactive, markup, plots
+from lightning_fl.tracking.answers import ANSWERS_FILE, content_of, read_answers
 from lightning_fl.tracking.metrics import best_metric, is_higher_better
 from lightning_fl.tracking.run import Run, write_file
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 MAX_PANELS = 8
+CONTRIBUTION = "contribution/"
 PHASES = {
     "read": "waiting for data",
     "train": "local training",
@@ -23,44 +22,6 @@ PHASES = {
     "communicate": "summing",
     "server": "server update",
 }
-
-STYLE = """
-:root { color-scheme: light dark; --ink: #1c2430; --soft: #5f6b7a; --line: #e3e7ec; --accent: #1f5fbf;
-  --page: #f5f7f9; --box: #fff; --bad: #b3261e; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e8ee; --soft: #9aa6b5; --line: #313a46; --accent: #7fb0ff; --page: #12161c; --box: #1b212a;
-    --bad: #ff8a80; }
-}
-* { box-sizing: border-box; }
-body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: var(--ink);
-  background: var(--page); margin: 0; }
-main { max-width: 1120px; margin: 0 auto; padding: 28px 20px 60px; }
-h1 { font-size: 26px; margin: 0 0 6px; overflow-wrap: anywhere; }
-h2 { font-size: 18px; margin: 0 0 10px; }
-.lead { color: var(--soft); margin: 0 0 20px; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin-bottom: 18px; }
-.card, section { background: var(--box); border: 1px solid var(--line); border-radius: 8px; padding: 14px 16px; }
-.card b { display: block; font-size: 22px; font-weight: 600; overflow-wrap: anywhere; }
-.card span { color: var(--soft); font-size: 13px; }
-section { margin-bottom: 18px; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr));
-  gap: 14px; }
-figure { margin: 0; min-width: 0; }
-a { color: var(--accent); }
-figcaption { color: var(--soft); font-size: 13px; }
-img { max-width: 100%; height: auto; display: block; background: #fff; border-radius: 6px; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 13.5px; width: 100%; }
-th, td { text-align: left; padding: 4px 12px 4px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { color: var(--soft); font-weight: 500; }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
-pre { background: var(--page); border: 1px solid var(--line); border-radius: 6px; padding: 10px 12px; overflow-x: auto;
-  font-size: 13px; margin: 0 0 10px; }
-summary { cursor: pointer; color: var(--accent); }
-.bad { color: var(--bad); }
-@media (max-width: 520px) { .figures { grid-template-columns: 1fr; } }
-@media print { body { background: #fff; } section { break-inside: avoid; } }
-"""
 
 
 def write_report(run: Run, path: Path) -> None:
@@ -78,38 +39,21 @@ def render(run: Run) -> str:
     if not run.rounds:
         raise ValueError(f"{run.path} has no finished round to report on. Its status: {run.facts.get('status', '?')}.")
     sections = [
-        _section("Metrics of the global model", _curves(run, [n for n in run.metric_names if _is_global(n)])),
-        _section("Local training and personalized models", _curves(run, _of_clients(run))),
-        _section("On the simulated clock", _clock(run)),
-        _section("Privacy", _privacy(run)),
-        _section("Clients, round by round", _clients(run)),
-        _section("Who has what", _partition(run)),
-        _section("Updates, time and traffic", _costs(run)),
-        _section("Left out", _left_out(run)),
-        _section("Evaluated afterwards", _evaluations(run)),
-        _section("Settings", _settings(run)),
-        _section("Do it again", _again(run)),
+        markup.section("Metrics of the global model", _curves(run, [n for n in run.metric_names if _is_global(n)])),
+        markup.section("Local training and personalized models", _curves(run, _of_clients(run))),
+        markup.section("On the simulated clock", _clock(run)),
+        markup.section("Privacy", _privacy(run)),
+        markup.section("Clients, round by round", _clients(run)),
+        markup.section("Who contributes what", _contributions(run)),
+        markup.section("Who has what", _partition(run)),
+        markup.section("Questions about the data", _answers(run)),
+        markup.section("Updates, time and traffic", _costs(run)),
+        markup.section("Left out", _left_out(run)),
+        markup.section("Evaluated afterwards", _evaluations(run)),
+        markup.section("Settings", _settings(run)),
+        markup.section("Do it again", _again(run)),
     ]
-    return page(run.name, f"{_head(run)}\n{''.join(sections)}")
-
-
-def page(title: str, content: str) -> str:
-    """A whole page around its content.
-
-    Everything in it that comes from a run has to be escaped: names of metrics and clients could otherwise put scripts
-    into the page.
-    """
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{interactive.POLICY}">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}{interactive.STYLE}</style>\n</head>\n<body>\n<main>\n"
-        f"{content}</main>\n<script>{interactive.SCRIPT.read_text(encoding='utf-8')}</script>\n</body>\n</html>\n"
-    )
-
-
-def _section(title: str, content: str) -> str:
-    return f"<section>\n<h2>{title}</h2>\n{content}\n</section>\n" if content else ""
+    return markup.page(run.name, f"{_head(run)}\n{''.join(sections)}")
 
 
 def _head(run: Run) -> str:
@@ -125,14 +69,14 @@ def _head(run: Run) -> str:
         rounds, values = run.metric(name)
         choose = max if is_higher_better(name) else min
         finite = [(value, at) for at, value in zip(rounds, values, strict=True) if value == value]
-        cards.append((number(values[-1]), f"{name} in the last round"))
+        cards.append((markup.number(values[-1]), f"{name} in the last round"))
         if finite:
             best, at = choose(finite, key=lambda pair: pair[0])
-            cards.append((number(best), f"{'highest' if choose is max else 'lowest'} {name}, round {at}"))
+            cards.append((markup.number(best), f"{'highest' if choose is max else 'lowest'} {name}, round {at}"))
     for prefix in ("dp", "dp_example"):
         if f"{prefix}_unit" in run.rounds[-1]:
             epsilon = run.rounds[-1][f"{prefix}_epsilon"]
-            shown = "infinite" if epsilon is None else number(epsilon)
+            shown = "infinite" if epsilon is None else markup.number(epsilon)
             cards.append((shown, f"epsilon, for one {run.rounds[-1][f'{prefix}_unit']}"))
     if run.seconds is not None:
         cards.append((duration(run.seconds), "training and validation"))
@@ -165,7 +109,7 @@ def _privacy(run: Run) -> str:
     """What was guaranteed after the last round."""
     facts = {name: value for name, value in run.rounds[-1].items() if name.startswith("dp_")}
     rows = [[name.removeprefix("dp_").replace("_", " "), value] for name, value in facts.items()]
-    return _table(["what", "value"], rows) if rows else ""
+    return markup.table(["what", "value"], rows) if rows else ""
 
 
 def _curves(run: Run, names: Sequence[str]) -> str:
@@ -176,12 +120,12 @@ def _curves(run: Run, names: Sequence[str]) -> str:
         kinds.setdefault(kind, {})[name] = run.metric(name)
     shown = list(kinds.items())[:MAX_PANELS]
     figures = [
-        _image(plots.curves_figure(curves, kind), f"{', '.join(curves)} by round", curves, kind)
+        markup.image(plots.curves_figure(curves, kind), f"{', '.join(curves)} by round", curves, kind)
         for kind, curves in shown
     ]
     more = len(kinds) - len(shown)
     note = f"<p>{more} more metrics are in rounds.jsonl.</p>" if more else ""
-    return _figures(figures) + note if figures else ""
+    return markup.figures(figures) + note if figures else ""
 
 
 def _clock(run: Run) -> str:
@@ -194,14 +138,14 @@ def _clock(run: Run) -> str:
         name = best_metric([run])
         measured = [row for row in rows if row.get("metrics", {}).get(name) is not None]
         seconds, values = [row["clock"] for row in measured], [row["metrics"][name] for row in measured]
-        figures.append(_image(plots.clock_figure(seconds, values, name), f"{name} by the simulated time"))
+        figures.append(markup.image(plots.clock_figure(seconds, values, name), f"{name} by the simulated time"))
     ages = [row.get("staleness", []) for row in rows]
     counts = [sum(own[age] for own in ages if age < len(own)) for age in range(max(map(len, ages)))]
     if len(counts) > 1:
         caption = "how many server updates old the updates of all rounds were"
-        figures.append(_image(plots.counts_figure(counts, "staleness", "updates"), caption))
+        figures.append(markup.image(plots.counts_figure(counts, "staleness", "updates"), caption))
     words = f"{len(rows)} rounds in {rows[-1]['clock']:,.1f} simulated seconds."
-    return f"<p>{words}</p>{_figures(figures)}"
+    return f"<p>{words}</p>{markup.figures(figures)}"
 
 
 def _clients(run: Run) -> str:
@@ -215,12 +159,12 @@ def _clients(run: Run) -> str:
         "drift": "how far local training moved the model: clients with much brighter rows pull it towards themselves",
     }
     figures = [
-        _image(plots.heat_map_figure(run.clients, name, name), caption)
+        markup.image(plots.heat_map_figure(run.clients, name, name), caption)
         for name, caption in captions.items()
         if any(row.get(name) is not None for row in run.clients)
     ]
     explorer = interactive.clients(run.clients, _worst_clients(run))
-    return f"{_figures(figures)}<h3>One by one</h3>{explorer}"
+    return f"{markup.figures(figures)}<h3>One by one</h3>{explorer}"
 
 
 def _worst_clients(run: Run) -> str:
@@ -233,7 +177,43 @@ def _worst_clients(run: Run) -> str:
     columns = [name for name in worst[0] if name not in hidden]
     rows = [[row["round"] + 1 if name == "round" else row.get(name) for name in columns] for row in worst]
     names = [name.removeprefix("num_") for name in columns]
-    return "<p>Highest loss in a client's last round:</p>" + _table(names, rows)
+    return "<p>Highest loss in a client's last round:</p>" + markup.table(names, rows)
+
+
+def _contributions(run: Run) -> str:
+    """The shares that :class:`~lightning_fl.callbacks.Contribution` has measured, added up over the rounds."""
+    rows = [row for row in run.rounds if any(name.startswith(CONTRIBUTION) for name in row)]
+    if not rows:
+        return ""
+    clients = dict.fromkeys(name for row in rows for name in row if name.startswith(CONTRIBUTION))
+    rounds = [row["round"] + 1 for row in rows]
+    shares = {name: [row.get(name) for row in rows] for name in clients}
+    totals = {name: sum(value for value in own if value is not None) for name, own in shares.items()}
+    order = sorted(totals, key=lambda name: -totals[name])
+    curves = {
+        name.removeprefix(CONTRIBUTION): (rounds, list(accumulate(value or 0.0 for value in shares[name])))
+        for name in order[: plots.MAX_LEGEND]
+    }
+    more = f", of the {len(curves)} clients with the largest" if len(curves) < len(order) else ""
+    image = markup.image(
+        plots.curves_figure(curves, "sum of contributions"),
+        f"contributions up to each round{more}",
+        curves,
+        "sum of contributions",
+    )
+    table = markup.table(
+        ["client", "contribution", "rounds measured"],
+        [
+            [name.removeprefix(CONTRIBUTION), totals[name], sum(value is not None for value in shares[name])]
+            for name in order
+        ],
+    )
+    return markup.figures([image]) + table
+
+
+def _answers(run: Run) -> str:
+    path = run.path / ANSWERS_FILE
+    return content_of(read_answers(path)) if path.is_file() else ""
 
 
 def _partition(run: Run) -> str:
@@ -254,8 +234,8 @@ def _partition(run: Run) -> str:
         [client, summary.sizes[row], *(summary.counts[row] if len(summary.counts) else ())]
         for row, client in enumerate(summary.ids)
     ]
-    table = f"<details><summary>as a table</summary>{_table(columns, rows)}</details>"
-    return f"<p>{words}.</p>{_image(plots.partition_figure(summary), 'examples by client and label')}{table}"
+    table = f"<details><summary>as a table</summary>{markup.table(columns, rows)}</details>"
+    return f"<p>{words}.</p>{markup.image(plots.partition_figure(summary), 'examples by client and label')}{table}"
 
 
 def _costs(run: Run) -> str:
@@ -272,13 +252,15 @@ def _costs(run: Run) -> str:
     ):
         drawn = {name: (rounds, [float("nan") if v is None else v for v in values]) for name, values in curves.items()}
         name = next(iter(drawn))
-        figures.append(_image(plots.curves_figure(drawn, name, height=2.8), caption, drawn, name))
+        figures.append(markup.image(plots.curves_figure(drawn, name, height=2.8), caption, drawn, name))
     phases = {label: [row["seconds"].get(name) or 0.0 for row in rows] for name, label in PHASES.items()}
-    figures.append(_image(plots.phases_figure(rounds, phases), "where the time of each round went, without validation"))
+    figures.append(
+        markup.image(plots.phases_figure(rounds, phases), "where the time of each round went, without validation")
+    )
     totals = {label: sum(values) for label, values in phases.items()}
     everything = run.seconds or sum(totals.values())
     totals["validation, saving, logging"] = max(0.0, everything - sum(totals.values()))
-    table = _table(
+    table = markup.table(
         ["phase", "seconds", "share"],
         [[label, f"{value:.2f}", f"{value / everything:.0%}"] for label, value in totals.items()],
     )
@@ -288,7 +270,7 @@ def _costs(run: Run) -> str:
         if sent
         else "One process simulated all clients, so nothing was sent."
     )
-    return f"{_figures(figures)}<p>{words}</p>{table}"
+    return f"{markup.figures(figures)}<p>{words}</p>{table}"
 
 
 def _left_out(run: Run) -> str:
@@ -306,7 +288,7 @@ def _left_out(run: Run) -> str:
         rows += [[row["round"] + 1, reason, ", ".join(clients[:20])] for reason, clients in by_reason.items()]
     rows.sort(key=lambda cells: int(cells[0]))
     more = f"<p>and {len(rows) - 50} more</p>" if len(rows) > 50 else ""
-    return _table(["round", "why", "clients"], rows[:50]) + more if rows else ""
+    return markup.table(["round", "why", "clients"], rows[:50]) + more if rows else ""
 
 
 def _evaluations(run: Run) -> str:
@@ -315,7 +297,7 @@ def _evaluations(run: Run) -> str:
         for row in run.evaluations
         for name, value in row["metrics"].items()
     ]
-    return _table(["command", "metric", "value", "model"], rows) if rows else ""
+    return markup.table(["command", "metric", "value", "model"], rows) if rows else ""
 
 
 def _settings(run: Run) -> str:
@@ -326,7 +308,7 @@ def _settings(run: Run) -> str:
     config = run.path / "config.yaml"
     text = config.read_text(encoding="utf-8") if config.is_file() else ""
     details = f"<details><summary>config.yaml</summary><pre>{escape(text)}</pre></details>" if text else ""
-    return _table(["setting", "value"], rows) + details
+    return markup.table(["setting", "value"], rows) + details
 
 
 def _again(run: Run) -> str:
@@ -337,45 +319,6 @@ def _again(run: Run) -> str:
     checkpoint = run.facts.get("checkpoint")
     kept = f"<p>Best checkpoint: <code>{escape(str(checkpoint))}</code></p>" if checkpoint else ""
     return f"<pre>{escape(commands)}</pre>{words}{kept}"
-
-
-def _figures(figures: Iterable[str]) -> str:
-    return f'<div class="figures">{"".join(figures)}</div>'
-
-
-def _image(figure: Figure, caption: str, curves: plots.Curves | None = None, ylabel: str = "") -> str:
-    """A picture with its caption; of curves the page's script makes a chart to zoom into."""
-    # An image and not inline SVG, in which the ids and styles of several figures would clash.
-    data = base64.b64encode(plots.as_svg(figure)).decode()
-    text = escape(caption)
-    image = f'<img alt="{text}" src="data:image/svg+xml;base64,{data}">'
-    shown = interactive.curves(curves, "round", ylabel, image) if curves else image
-    return f"<figure>{shown}<figcaption>{text}</figcaption></figure>\n"
-
-
-def _table(columns: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
-    by_column = [[row[index] for row in rows] for index in range(len(columns))]
-    numeric = [all(cell is None or isinstance(cell, int | float) for cell in cells) for cells in by_column]
-    head = _line("th", map(str, columns), numeric)
-    body = "\n".join(_line("td", map(_cell, row), numeric) for row in rows)
-    return f'<div class="wide"><table><thead>{head}</thead><tbody>\n{body}\n</tbody></table></div>'
-
-
-def _line(tag: str, cells: Iterable[str], numeric: Sequence[bool]) -> str:
-    kinds = (' class="number"' if is_number else "" for is_number in numeric)
-    joined = "".join(f"<{tag}{kind}>{escape(cell)}</{tag}>" for cell, kind in zip(cells, kinds, strict=True))
-    return f"<tr>{joined}</tr>"
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    return number(value) if isinstance(value, float) else str(value)
-
-
-def number(value: float) -> str:
-    """A number with the digits that matter."""
-    return f"{value:.4g}"
 
 
 def started(run: Run) -> str:

@@ -157,17 +157,26 @@ def test_any_number_of_ranks_answers_the_same(run_ranks: Any, world_size: int, b
     assert all(other == first for other in others)
 
 
-def test_silos_under_secure_aggregation(tmp_path: Path) -> None:
-    make_keys(tmp_path, 3)
+@pytest.mark.parametrize("size", [3, pytest.param(4, marks=pytest.mark.slow)])
+def test_silos_under_secure_aggregation(tmp_path: Path, size: int) -> None:
+    make_keys(tmp_path, size)
+    pooled = counts_of(analyze(QUESTIONS, LUNG))
 
-    def check(group: Group) -> Any:
+    def check(group: Group) -> None:
         aggregator = SecureAggregation(keys=str(tmp_path / "silo{rank}"))
-        silo = LUNG[LUNG.index % 3 == group.rank]
-        found = analyze(QUESTIONS[:7], silo, group=group, aggregator=aggregator)
-        assert found.num_clients == 3
-        return found.to_dict()["answers"][1]["mean"]
+        found = analyze(QUESTIONS, LUNG[LUNG.index % size == group.rank], group=group, aggregator=aggregator)
+        assert found.num_clients == size
+        check_lung(found)
+        assert counts_of(found) == pooled  # bit for bit
 
-    assert run_threads(3, check) == [pytest.approx(62.44736842105263, rel=1e-12)] * 3
+    run_threads(size, check)
+
+
+def counts_of(found: Analysis) -> list[Any]:
+    """Numbers of rows, and what follows from counts alone: quantiles, survival, frequencies."""
+    answers = found.to_dict()["answers"]
+    kinds = ("Count", "Quantile", "KaplanMeier", "LogRank", "ChiSquare", "Frequency", "Histogram")
+    return [answer if answer["question"].startswith(kinds) else answer["n"] for answer in answers]
 
 
 def make_keys(folder: Path, size: int) -> None:
@@ -190,11 +199,21 @@ def test_what_clients_name_is_found_by_itself() -> None:
     assert "33" not in sites.parts  # two rows
 
 
-def test_principal_components_of_breast_cancer() -> None:
+def components(secure: bool = False) -> list[float]:
     data = load_breast_cancer(as_frame=True)
     table = data.data.assign(site=np.arange(569) % 5)
-    (answer,) = analyze([PCA(tuple(data.data.columns))], table, client="site").answers
-    assert answer.values["explained"] == pytest.approx([0.44272026, 0.18971182, 0.09393163], abs=1e-8)
+    aggregator = SecureAggregation() if secure else None
+    (answer,) = analyze([PCA(tuple(data.data.columns))], table, "site", join_ranks(), aggregator).answers
+    explained: list[float] = answer.values["explained"]
+    return explained
+
+
+@pytest.mark.parametrize(
+    ("world_size", "secure"), [(1, False), (1, True), (2, False), pytest.param(4, True, marks=pytest.mark.slow)]
+)
+def test_principal_components_of_breast_cancer(run_ranks: Any, world_size: int, secure: bool) -> None:
+    for explained in run_ranks(world_size, components, secure):
+        assert explained == pytest.approx([0.44272026, 0.18971182, 0.09393163], abs=1e-8)
 
 
 # ---- edge cases
@@ -338,6 +357,19 @@ def test_few_events_or_few_without_are_withheld(events: int) -> None:
     for answer in analyze([*questions, Cox("time", "status", ("x",))], data).answers:
         assert answer.withheld
         assert not answer.values
+
+
+@pytest.mark.parametrize("few", [0, 3, 6])
+def test_events_of_few_rows_that_are_left_out_do_not_follow(few: int) -> None:
+    """All events less those of the groups, or of the rows with covariates, would be those of the few."""
+    time, status = np.arange(1.0, 61.0), [1, 1, 0] * 20
+    by = [None] * few + ["a", "b"] * ((60 - few) // 2) + ["a"] * (few % 2)
+    x = [np.nan] * few + [0.0, 1.0, 2.0] * ((60 - few) // 3)
+    questions: list[Question] = [LogRank("time", "status", "by", groups=("a", "b")), Cox("time", "status", ("x",))]
+    logrank, cox = analyze(questions, sites(time=time, status=status, by=by, x=x)).answers
+    assert bool(logrank.withheld) is (few == 3)
+    assert isinstance(cox.parts["events"], fl.analytics.Answer) is (few == 3)
+    assert "coef" in cox.values["x"]
 
 
 def test_quantiles_that_are_close_would_list_the_rows() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+from html import unescape
 from typing import Any
 
 import lightning as L
@@ -14,7 +17,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_fl as fl
 from lightning_fl import FederatedStrategy
-from lightning_fl.callbacks.contribution import gtg_shapley, leave_one_out, shapley
+from lightning_fl.callbacks.contribution import fedce, gtg_shapley, leave_one_out, shapley
+from lightning_fl.tracking import Run
+from lightning_fl.tracking.report import render
 from tests.helpers.training import Quadratic, trainer
 
 SHAPLEY = [10.3020830515, 19.6419089387, -1.1548812764]
@@ -42,6 +47,20 @@ def test_gtg_tries_nothing_in_a_round_without_gain() -> None:
 
     assert gtg_shapley(4, value, np.random.default_rng(0)) == [0.0] * 4
     assert len(asked) == 2
+
+
+def test_fedce_by_hand() -> None:
+    updates = [(1.0, {"x": torch.tensor([1.0, 0.0])}), (2.0, {"x": torch.tensor([0.0, 1.0])})]
+    updates.append((1.0, {"x": torch.tensor([0.0, -1.0])}))
+    # The others' sums are (0, 1), (1, -1) and (1, 2).
+    angles = [1.0, 1 + 1 / 2**0.5, 1 + 2 / 5**0.5]
+    found = fedce(updates, [3.0, 1.0, -2.0])
+    errors = [0.75, 0.25, 0.0]
+    expected = [(angle / sum(angles) + error) / 2 for angle, error in zip(angles, errors, strict=True)]
+    assert found == pytest.approx(expected, rel=1e-9)
+    assert sum(found) == pytest.approx(1.0)
+    same = [(1.0, {"x": torch.ones(2)})] * 4
+    assert fedce(same, [0.0] * 4) == pytest.approx([0.25] * 4)
 
 
 class Rooted(Quadratic):
@@ -95,6 +114,38 @@ def test_gtg_is_near_the_exact_shares() -> None:
 def test_only_every_other_round_is_measured() -> None:
     _, fit, _ = measure("leave_one_out", rounds=3, every_n_rounds=2)
     assert ["contribution/0" in entry for entry in fit.strategy.history] == [False, True, False]
+
+
+def test_fedce_favours_who_points_elsewhere_and_is_missed() -> None:
+    callback, fit, _ = measure("fedce", rounds=2)
+    history = fit.strategy.history
+    assert [sum(entry[f"contribution/{client}"] for client in range(3)) for entry in history] == [
+        pytest.approx(1.0),
+        pytest.approx(1.0),
+    ]
+    assert sum(callback.totals.values()) == pytest.approx(2.0)
+    # Without client 1, whose optimum is that of the root data, the model is furthest from it.
+    assert max(callback.totals, key=lambda client: callback.totals[client]) == 1
+
+
+def test_the_report_shows_who_contributes_what() -> None:
+    record, callback = fl.callbacks.RunRecord("run"), fl.callbacks.Contribution()
+    strategy = FederatedStrategy("fedavg", local_steps=5)
+    trainer(strategy, 3, callbacks=[callback, record]).fit(Rooted(), clients_of(E, H, (10, 30, 20)))
+    page = render(Run.read("run"))
+    assert "Who contributes what" in page
+    for client, share in callback.totals.items():
+        row = f'<tr><td>{client}</td><td class="number">{share:.4g}</td><td class="number">3</td></tr>'
+        assert row in page
+    (content,) = re.findall(
+        'data-part="curves" data-x="round" data-y="sum of contributions" data-content="([^"]+)"', page
+    )
+    for line in json.loads(unescape(content)):
+        shares = [entry[f"contribution/{line['name']}"] for entry in strategy.history]
+        assert line["y"] == pytest.approx(np.cumsum(shares).tolist())
+    plain = fl.callbacks.RunRecord("plain")
+    trainer("fedavg", 1, callbacks=[plain]).fit(Rooted(), clients_of(E, H, (10, 30, 20)))
+    assert "Who contributes what" not in render(Run.read("plain"))
 
 
 def totals() -> Tensor:

@@ -77,7 +77,7 @@ QUESTIONS = [
 ]
 
 
-@pytest.mark.parametrize("secure", [False, True])
+@pytest.mark.parametrize("secure", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_silos_answer_as_the_pooled_table(live: LiveCoordinator, secure: bool) -> None:
     def check(group: NetworkGroup) -> dict[str, Any]:
         keys = SecureAggregation(keys=str(live.folder / group.names[group.rank] / "keys"))
