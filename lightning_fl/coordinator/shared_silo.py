@@ -71,7 +71,7 @@ class SharedSilo(Federation):
         is_asynchronous: bool = False,
     ) -> None:
         """As :meth:`~lightning_fl.coordinator.silo.NetworkFederation.join`, for all processes of the silo."""
-        roles = (tensors.params, tensors.buffers, tensors.frozen, tensors.personal)
+        roles: tuple[Mapping[str, Tensor], ...] = (tensors.params, tensors.buffers, tensors.frozen, tensors.personal)
         held = self._held
         full = [{name: self._whole(name, own, held) for name, own in tree.items()} for tree in roles]
         if self.talker is not None:

@@ -65,7 +65,7 @@ class TorchDataModule(NaturalDataModule):
 
     def train_dataloader(self) -> ClientLoaders | DataLoader:
         """The clients' loaders; one loader over all data if ``client`` is None or the strategy is not federated."""
-        return self._loader(self.pooled(), train=True) if self.client is None else super().train_dataloader()
+        return self.loader_of(self.pooled(), train=True) if self.client is None else super().train_dataloader()
 
     def pooled(self, part: Part = "train") -> Dataset:
         """All samples for training, validation or test."""

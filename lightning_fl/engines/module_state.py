@@ -46,6 +46,7 @@ _LIBRARIES = {
     *sys.stdlib_module_names,
     *("lightning", "lightning_fabric", "lightning_fl", "lightning_utilities", "pytorch_lightning", "torchmetrics"),
     *("numpy", "scipy", "torch", "torchaudio", "torchvision"),
+    *("accelerate", "huggingface_hub", "peft", "tokenizers", "transformers"),
 }
 """Packages whose own functions, classes and globals do not change what a step computes; their objects may."""
 _STATELESS = (

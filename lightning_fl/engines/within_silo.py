@@ -92,7 +92,7 @@ class WithinSilo:
         """Squared norms of whole tensors, from those of the parts that the processes hold."""
         if self.shards.size == 1:
             return squares
-        return self.shards.all_reduce(torch.tensor(squares, dtype=torch.float64)).tolist()  # type: ignore[no-any-return]
+        return self.shards.all_reduce(torch.tensor(squares, dtype=torch.float64)).tolist()
 
     def joint_norm(self, own: float) -> float:
         """The norm of whole tensors, from that of the parts that this process holds."""

@@ -131,7 +131,7 @@ class _StayingMetric(_ResultMetric):
     settings: most of the cost of ``self.log``.
     """
 
-    def to(self, *args: Any, **kwargs: Any) -> _ResultMetric:  # type: ignore[override]
+    def to(self, *args: Any, **kwargs: Any) -> _ResultMetric:  # type: ignore[override]  # as in Lightning  # type: ignore[override]
         is_there = args == (getattr(vars(self).get("value"), "device", None),) and not kwargs
         return self if is_there else super().to(*args, **kwargs)
 

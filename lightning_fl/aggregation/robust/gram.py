@@ -49,7 +49,7 @@ class Gram:
         for block in blocks:
             if block.numel():
                 middle = block.median(dim=0).values.double()
-                rows = block.double() - middle
+                rows = block.to(torch.float64, copy=True).sub_(middle)
                 relative += (rows @ rows.t()).cpu()
                 along += (rows @ middle).cpu()
                 square += float(middle @ middle)

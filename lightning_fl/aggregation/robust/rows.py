@@ -17,8 +17,8 @@ from lightning_fl.types import Tree, Update
 
 LARGEST = 1e100
 """Coordinates are cut here, so that the square of what an attacker sends stays finite. Nobody trains that far."""
-WINDOW = 1 << 23
-"""Elements of a window of columns over all rows: 64 MiB in float64."""
+WINDOW = 1 << 21
+"""Elements of a window of columns over all rows. With all copies that are made of it a window takes 64 MiB at most."""
 
 
 class Window(NamedTuple):
@@ -118,14 +118,24 @@ class Rows:
             for first in range(0, width, width_of_window):
                 last = min(width, first + width_of_window)
                 bounds = [first + (last - first) * rank // group.size for rank in range(group.size + 1)]
+                start, stop = bounds[group.rank], bounds[group.rank + 1]
                 own = self.columns(dtype, first, last)
                 parts = [own[:, a - first : b - first].reshape(-1) for a, b in pairwise(bounds)]
-                start, stop = bounds[group.rank], bounds[group.rank + 1]
+                del own  # a window is there as few times as possible
                 received = group.all_to_all(parts, [count * (stop - start) for count in counts])
+                del parts
                 block = torch.cat(
                     [part.view(count, stop - start) for part, count in zip(received, counts, strict=True)]
                 )
-                yield Window(dtype, bounds, start, block[index])
+                del received
+                block = block[index]
+                yield Window(dtype, bounds, start, block)
+
+    def own_windows(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """The rows of this rank by windows of columns, ``[rows, columns]``."""
+        width, step = self.width(dtype), max(1, WINDOW // max(1, len(self)))
+        for start in range(0, width, step):
+            yield self.columns(dtype, start, min(width, start + step))
 
     def gather(self, group: Group, counts: Sequence[int], round: int) -> Rows:
         """The rows of all ranks on each of them, in the order of ranks.
@@ -135,14 +145,16 @@ class Rows:
         """
         gathered, hashed = {}, hashlib.blake2b()
         for dtype in self.layout.dtypes:
-            width, pieces = self.width(dtype), []
-            for first in range(0, width, max(1, WINDOW // sum(counts))):
-                last = min(width, first + max(1, WINDOW // sum(counts)))
+            width, step = self.width(dtype), max(1, WINDOW // sum(counts))
+            found = torch.empty(sum(counts), width, dtype=real_dtype(dtype), device=self.device)
+            for first in range(0, width, step):
+                last = min(width, first + step)
                 own = self.columns(dtype, first, last).reshape(-1)
                 received = group.all_to_all([own] * group.size, [count * (last - first) for count in counts])
-                pieces.append(torch.cat([p.view(c, last - first) for p, c in zip(received, counts, strict=True)]))
-                hashed.update(pieces[-1].cpu().contiguous().view(torch.uint8).numpy().tobytes())
-            gathered[dtype] = torch.cat(pieces, dim=1)
+                block = torch.cat([p.view(c, last - first) for p, c in zip(received, counts, strict=True)])
+                hashed.update(block.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+                found[:, first:last] = block
+            gathered[dtype] = found
         digests = group.all_gather(Message({"digest": hashed.hexdigest()}), f"rows of round {round}")
         others = [rank for rank, message in enumerate(digests) if message.fields["digest"] != hashed.hexdigest()]
         if others:

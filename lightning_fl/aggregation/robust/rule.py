@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_fl.aggregation.aggregator import Aggregator, FederationFacts
 from lightning_fl.aggregation.context import RoundContext
 from lightning_fl.aggregation.robust.gram import Gram
-from lightning_fl.aggregation.robust.rows import WINDOW, RoundRows, Rows, complete
+from lightning_fl.aggregation.robust.rows import RoundRows, Rows, complete
 from lightning_fl.aggregation.weighted_mean import aggregate_of
 from lightning_fl.algorithms import Algorithm
 from lightning_fl.communication import Group, LocalGroup, Message
@@ -321,11 +321,7 @@ class GramRule(RowAggregator):
         rows, totals = found.rows, {}
         own, beside = matrix[0, found.own].to(rows.device), matrix[0, len(found) :].to(rows.device)
         for dtype in rows.layout.dtypes:
-            parts, width = [], rows.width(dtype)
-            step = max(1, WINDOW // max(1, len(own)))
-            for start in range(0, width, step):
-                block = rows.columns(dtype, start, min(width, start + step))
-                parts.append((own @ block.double()).to(block.dtype))
+            parts = [(own @ block.double()).to(block.dtype) for block in rows.own_windows(dtype)]
             totals[dtype] = found.group.all_reduce(torch.cat(parts))
             if found.beside and beside.any():
                 totals[dtype] += (beside @ found.beside[dtype].double()).to(totals[dtype].dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,16 +33,16 @@ from lightning_fl.attacks import (
 from lightning_fl.attacks.collusion import alie_z
 from lightning_fl.privacy import SecureAggregation
 from tests.helpers.training import Ordinary, Plain, image_clients, trainer, weights
-from tests.trainer.robust.test_known_answers import A11, HONEST, U7, aggregate
+from tests.trainer.robust.test_known_answers import A11, HONEST, U7, Sends, aggregate, loaders
 
 ATTACKERS = (9, 10)
 MU, SIGMA = HONEST.mean(0), HONEST.std(0)
 
 
-def sent(attack: Attack, dtype: torch.dtype = torch.float64, **strategy: Any) -> np.ndarray:
-    """What each of the two attackers sends while the nine others send the first rows of A11."""
+def sent(attack: Attack, dtype: torch.dtype = torch.float64, offset: float = 0.0, **strategy: Any) -> np.ndarray:
+    """What each of the two attackers sends while the nine others send the first rows of A11, both less the offset."""
     adversary = Adversary(attack, clients=ATTACKERS)
-    mean, _ = aggregate(WeightedMean(), A11, dtype, adversary=adversary, **strategy)
+    mean, _ = aggregate(WeightedMean(), A11, dtype, offset, adversary=adversary, **strategy)
     return (11 * np.array(mean) - HONEST.sum(0)) / 2
 
 
@@ -81,15 +82,56 @@ def test_attackers_send_what_the_paper_says(name: str, engine: str) -> None:
     np.testing.assert_allclose(sent(attack, torch.float32, engine=engine), expected, rtol=1e-4, atol=1e-4)
 
 
-def sent_on_ranks() -> dict[str, list[float]]:
-    return {name: sent(attack).tolist() for name, (attack, _) in CRAFTED.items()}
+MOVING = ("alie", "alie z", "MinMax std", "MinSum std")
+"""Attacks that move with the updates, so that a common offset of all must not matter."""
 
 
+@pytest.mark.parametrize("name", MOVING)
+@pytest.mark.parametrize("engine", ["sequential", "vectorized"])
+@pytest.mark.spread(3)
+def test_neither_float32_nor_an_offset_changes_what_they_send(name: str, engine: str) -> None:
+    attack, expected = CRAFTED[name]
+    np.testing.assert_allclose(sent(attack, offset=100.0, engine=engine), expected, rtol=1e-8, atol=1e-9)
+    np.testing.assert_allclose(sent(attack, torch.float32, 100.0, engine=engine), expected, rtol=0, atol=1e-3)
+
+
+def sent_on_ranks(engine: str = "sequential") -> dict[str, list[list[float]]]:
+    return {
+        name: [sent(attack, dtype, engine=engine).tolist() for dtype in (torch.float64, torch.float32)]
+        for name, (attack, _) in CRAFTED.items()
+    }
+
+
+@pytest.mark.parametrize("engine", ["sequential", pytest.param("vectorized", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_ranks_craft_the_same(run_ranks: Any, world_size: int) -> None:
-    for found in run_ranks(world_size, sent_on_ranks):
+def test_ranks_craft_the_same(run_ranks: Any, world_size: int, engine: str) -> None:
+    for found in run_ranks(world_size, sent_on_ranks, engine):
         for name, (_, expected) in CRAFTED.items():
-            np.testing.assert_allclose(found[name], expected, rtol=1e-8, atol=1e-9)
+            exact, rounded = found[name]
+            np.testing.assert_allclose(exact, expected, rtol=1e-8, atol=1e-9)
+            np.testing.assert_allclose(rounded, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [*CRAFTED, "noise", "mimic"])
+@pytest.mark.spread(3)
+def test_a_resumed_attack_is_the_same(name: str, tmp_path: Path) -> None:
+    attack = CRAFTED[name][0] if name in CRAFTED else {"noise": GaussianNoise(), "mimic": Mimic()}[name]
+    found = []
+    for stops in ((3,), (1, 3)):
+        path = None
+        for stop in stops:
+            module = Sends(3, torch.float64)
+            strategy = fl.FederatedStrategy("fedavg", adversary=Adversary(attack, clients=ATTACKERS), seed=0)
+            fit = trainer(strategy, stop)
+            fit.fit(module, loaders(A11, torch.float64), ckpt_path=path)
+            path = str(tmp_path / f"{stop}.ckpt")
+            fit.save_checkpoint(path)
+        found.append(module.w.tolist())
+    assert found[0] == found[1]
+    if name in CRAFTED:
+        np.testing.assert_allclose(
+            (11 * np.array(found[0]) / 3 - HONEST.sum(0)) / 2, CRAFTED[name][1], rtol=1e-8, atol=1e-8
+        )
 
 
 def test_the_numbers_behind_alie() -> None:

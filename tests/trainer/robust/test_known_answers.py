@@ -34,6 +34,9 @@ from lightning_fl.aggregation import (
     Screened,
     TrimmedMean,
 )
+from lightning_fl.aggregation.robust.geometric_median import geometric_median
+from lightning_fl.aggregation.robust.gram import Gram
+from lightning_fl.aggregation.robust.krum import krum_scores
 from tests.helpers.training import trainer
 
 Table = Sequence[Sequence[float]]
@@ -69,6 +72,18 @@ class Sends(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=1.0)
+
+
+class SendsMatrix(Sends):
+    """Sends the same 3 x 2 matrix, and a vector of one number, in each round."""
+
+    def __init__(self) -> None:
+        super().__init__(1, torch.float64)
+        self.m = nn.Parameter(torch.zeros(3, 2, dtype=torch.float64))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        row = batch[0]
+        return -(self.m * row[:6].view(3, 2)).sum() - (self.w * row[6:]).sum()
 
 
 def loaders(rows: Table, dtype: torch.dtype, order: Sequence[int] | None = None) -> fl.datamodules.ClientLoaders:
@@ -157,26 +172,65 @@ def test_neither_float32_nor_an_offset_changes_the_choice(name: str, matmul_prec
         torch.set_float32_matmul_precision(before)
 
 
-def answers_on_ranks(engine: str) -> dict[str, list[float]]:
-    return {
-        name: aggregate(rule, rows, engine=engine)[0] for name, (rule, rows, _) in {**ANSWERS, **NOT_MOVING}.items()
-    }
+def answers_on_ranks(engine: str, offsets: Sequence[tuple[torch.dtype, float]]) -> list[dict[str, list[float]]]:
+    """The answers of all rules with each dtype and offset; with an offset only of those that move with the updates."""
+    return [
+        {
+            name: aggregate(rule, rows, dtype, offset, engine)[0]
+            for name, (rule, rows, _) in {**ANSWERS, **({} if offset else NOT_MOVING)}.items()
+        }
+        for dtype, offset in offsets
+    ]
 
 
-@pytest.mark.parametrize("engine", ["sequential", "vectorized"])
-@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_ranks_give_the_known_answers(run_ranks: Any, world_size: int, engine: str) -> None:
-    ranks = run_ranks(world_size, answers_on_ranks, engine)
+def slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "engine", "offsets"),
+    [
+        (2, "sequential", OFFSETS[::3]),
+        slow(1, "vectorized", OFFSETS),
+        slow(2, "sequential", OFFSETS[1:3]),
+        slow(2, "vectorized", OFFSETS),
+        slow(4, "sequential", OFFSETS),
+        slow(4, "vectorized", OFFSETS),
+    ],
+)
+def test_ranks_and_engines_give_the_known_answers(run_ranks: Any, world_size: int, engine: str, offsets: Any) -> None:
+    ranks = run_ranks(world_size, answers_on_ranks, engine, offsets)
     for found in ranks:
         assert found == ranks[0]
-        for name, (_, _, expected) in {**ANSWERS, **NOT_MOVING}.items():
-            assert_near(found[name], expected, torch.float64, 0.0)
+        for (dtype, offset), answers in zip(offsets, found, strict=True):
+            for name, own in answers.items():
+                assert_near(own, {**ANSWERS, **NOT_MOVING}[name][2], dtype, offset)
 
 
 def test_krum_follows_the_paper() -> None:
     """Other conventions pick other rows: n - f - 1 neighbours #1, distances squared twice #2, not squared #0."""
+    gram = Gram.of([torch.tensor(CONVENTIONS, dtype=torch.float64)], range(7))
+    scores = krum_scores(gram.squared_distances, 1)
+    assert scores.tolist() == pytest.approx([81, 85, 78, 251, 363, 189, 77], abs=1e-9)
     assert krum_winner(Krum(1), CONVENTIONS) == 6
     assert krum_winner(Krum(2), A11) == 7
+
+
+def test_the_geometry_behind_the_rules() -> None:
+    """Weights that no rule takes from clients, the median norm, and distances beside a common offset of 100."""
+    rows = torch.tensor(U7, dtype=torch.float64)
+    gram = Gram.of([rows], range(7))
+    found = geometric_median(gram, torch.arange(1.0, 8.0, dtype=torch.float64)) @ rows
+    np.testing.assert_allclose(found, (1.31445804, 1.01755663), **EXACT)
+    assert float(gram.norms.median()) == pytest.approx(1.70293864, abs=6e-8)
+    close = 1e-3 * torch.randn(20, 1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    moved = close.float() + 100
+    exact = torch.cdist(moved.double(), moved.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
+    error = (Gram.of([moved], range(20)).squared_distances - exact).abs().max() / exact.max()
+    assert float(error) < 3e-14
+    naive = moved @ moved.t()
+    wrong = naive.diagonal()[:, None] + naive.diagonal() - 2 * naive
+    assert float((wrong - exact).abs().max() / exact.max()) > 10
 
 
 def test_three_steps_are_not_the_geometric_median() -> None:
@@ -305,38 +359,48 @@ def test_foolsgold_counts_sybils_less() -> None:
     assert np.linalg.norm(found) < 1
 
 
-def resumed(rule: RowAggregator, max_epochs: Sequence[int], folder: str) -> list[float]:
-    module = Sends(2, torch.float64)
+def resumed(rule: RowAggregator, rows: Table, stops: Sequence[int], folder: str, engine: str) -> list[float]:
+    """The model after the last of ``stops`` rounds, with a new Trainer and module after each of the others."""
     path = None
-    for epochs in max_epochs:
-        fit = trainer(fl.FederatedStrategy("fedavg", aggregator=rule, engine="sequential"), epochs)
-        fit.fit(module, loaders(U7, torch.float64), ckpt_path=path)
-        path = f"{folder}/{epochs}.ckpt"
+    for stop in stops:
+        module = Sends(len(rows[0]), torch.float64)
+        fit = trainer(fl.FederatedStrategy("fedavg", aggregator=rule, engine=engine, seed=0), stop)
+        fit.fit(module, loaders(rows, torch.float64), ckpt_path=path)
+        path = f"{folder}/{stop}.ckpt"
         fit.save_checkpoint(path)
-        module = module if epochs == max_epochs[-1] else Sends(2, torch.float64)
     return module.w.tolist()
 
 
-@pytest.mark.parametrize("rule", [Krum(1), CenteredClipping(1.0, 1, 1), Median(0, [Bucketing(2)])])
-def test_resuming_is_exact(rule: RowAggregator, tmp_path: Any) -> None:
-    assert resumed(rule, [1, 3], str(tmp_path)) == resumed(rule, [3], str(tmp_path))
+def resumed_and_not(names: Sequence[str], folder: str, engine: str) -> dict[str, tuple[list[float], list[float]]]:
+    cases = {**ANSWERS, **NOT_MOVING, "bucketing": (Median(0, [Bucketing(2)]), U7, ())}
+    return {
+        name: (
+            resumed(cases[name][0], cases[name][1], [1, 2], folder, engine),
+            resumed(cases[name][0], cases[name][1], [2], folder, engine),
+        )
+        for name in names
+    }
 
 
-def silos(rule: RowAggregator, rows: Table) -> tuple[list[float], dict[str, Any]]:
-    import os
-
-    own = torch.tensor(rows[int(os.environ.get("RANK", 0))], dtype=torch.float64)
-    module = Sends(len(rows[0]), torch.float64)
-    fit = trainer(fl.FederatedStrategy("fedavg", aggregator=rule))
-    fit.fit(module, DataLoader(Rows(own)))
-    return module.w.tolist(), fit.strategy.history[-1]
+REMEMBERS = ("clipping once", "clipping three times", "bucketing")  # or draws anew: their rounds differ
+EVERY_ANSWER = [*ANSWERS, *NOT_MOVING, "bucketing"]
 
 
-@pytest.mark.slow
-def test_silos_give_the_known_answers(run_ranks: Any) -> None:
-    """Each receives all rows, and all compute the same."""
-    for rule, expected in ((Median(1), (0.6, 0.55)), (GeometricMedian(1), None)):
-        ranks = run_ranks(4, silos, rule, U7[:4])
-        assert all(found == ranks[0][0] for found, _ in ranks)
-        expected = expected or aggregate(rule, U7[:4])[0]
-        assert_near(ranks[0][0], expected, torch.float64, 0.0)
+@pytest.mark.parametrize(
+    ("world_size", "engine", "names"),
+    [
+        (1, "sequential", ["krum", "median", *REMEMBERS]),
+        slow(1, "vectorized", EVERY_ANSWER),
+        slow(2, "sequential", EVERY_ANSWER),
+        slow(4, "vectorized", EVERY_ANSWER),
+    ],
+)
+def test_a_resumed_run_has_the_known_answers(
+    run_ranks: Any, world_size: int, engine: str, names: Sequence[str], tmp_path: Any
+) -> None:
+    for answers in run_ranks(world_size, resumed_and_not, names, str(tmp_path), engine):
+        for name, (stopped, whole) in answers.items():
+            assert stopped == whole, name
+            if name not in REMEMBERS:
+                expected = {**ANSWERS, **NOT_MOVING}[name][2]
+                np.testing.assert_allclose(stopped, 2 * np.array(expected), rtol=1e-7, atol=1.2e-7, err_msg=name)

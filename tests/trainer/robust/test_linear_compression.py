@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import lightning_fl as fl
 from lightning_fl.aggregation import FLTrust, Median, MultiKrum
@@ -15,21 +15,9 @@ from lightning_fl.communication.group import TorchGroup
 from lightning_fl.compression import Compress, CompressedMean, LowRank, RandomK, TopK
 from lightning_fl.privacy import SecureAggregation
 from tests.helpers.training import Plain, image_clients, images, trainer, weights
-from tests.trainer.robust.test_known_answers import Sends, loaders
+from tests.trainer.robust.test_known_answers import SendsMatrix, loaders
 
 M = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 7.0]], dtype=torch.float64)
-
-
-class SendsMatrix(Sends):
-    """Sends the same 3 x 2 matrix, and a vector of one number, in each round."""
-
-    def __init__(self) -> None:
-        super().__init__(1, torch.float64)
-        self.m = nn.Parameter(torch.zeros(3, 2, dtype=torch.float64))
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        row = batch[0]
-        return -(self.m * row[:6].view(3, 2)).sum() - (self.w * row[6:]).sum()
 
 
 ROWS = [[*(share * M).flatten().tolist(), share] for share in (0.5, 1.0, 1.5)]
@@ -177,28 +165,3 @@ def test_what_can_not_be_right_is_refused() -> None:
     with pytest.raises(ValueError, match="rank=0"):
         LowRank(0)
     fl.FederatedStrategy("fedavg", transforms=[Compress(TopK())], aggregator=FLTrust(images(4)))
-
-
-@pytest.mark.slow
-def test_error_feedback_on_digits() -> None:
-    """10 Dirichlet(.3) clients, an MLP, 80 rounds: rank 1 learns with error feedback, and falls behind without."""
-
-    def accuracy(*transforms: Any) -> float:
-        import lightning as L
-
-        L.seed_everything(0, verbose=False)
-        data = fl.datamodules.PartitionedDataModule(
-            fl.datamodules.DigitsDataModule(batch_size=32), fl.datamodules.Dirichlet(0.3), num_clients=10
-        )
-        run = trainer(
-            fl.FederatedStrategy("fedavg", transforms=transforms, local_steps=5, seed=0),
-            80,
-            check_val_every_n_epoch=80,
-            num_sanity_val_steps=0,
-        )
-        run.fit(fl.models.MLPClassifier(hidden=(64,), lr=0.3), data)
-        return run.callback_metrics["val_acc"].item()
-
-    dense, with_feedback, without = accuracy(), accuracy(LowRank(1)), accuracy(LowRank(1, error_feedback=False))
-    assert with_feedback > dense - 0.02
-    assert without < dense - 0.02
