@@ -108,7 +108,9 @@ class Cost:
 
 def memory(name: str) -> int:
     """Bytes of this process in the kernel's books: ``VmHWM`` is the most it had."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    line = next(
+        line for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if line.startswith(name)
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -116,7 +118,7 @@ def fresh_peak() -> int:
     """Gives memory that is free back to the kernel, lets ``VmHWM`` start anew, and returns it."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     return memory("VmHWM")
 
 
