@@ -59,7 +59,7 @@ def write(path: Path, kinds: Mapping[str, Kind], number: int) -> None:
         for _ in range(number):
             instruction, response = kind(numbers)
             rows.append(json.dumps({"client": client, "instruction": instruction, "response": response}))
-    path.write_text("\n".join(rows) + "\n")
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -159,7 +159,7 @@ def test_digits_silos_gives_the_expected_number(run_ranks: Callable[..., list[fl
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["lung_survival.yaml", "shapes_segmentation.yaml"])
+@pytest.mark.parametrize("name", ["lung_survival.yaml", "shapes_segmentation.yaml", "movements_timeseries.yaml"])
 def test_recipes_of_other_domains_give_the_expected_numbers(tmp_path: Path, name: str) -> None:
     write_small_data(tmp_path)
     federated, centralised = expected_accuracies(name)

@@ -95,7 +95,8 @@ class RegisterModel(L.Callback):
             if callback.monitor == self.if_better and callback.best_model_score is not None:
                 best = torch.load(callback.best_model_path, map_location="cpu", weights_only=True)
                 own = {name: best[name] for name in model if name in best}
-                return {**model, **own}, float(callback.best_model_score)
+                # A checkpoint holds the number of its last round, from 0; `global_model` how many there were.
+                return {**model, **own, "epoch": best["epoch"] + 1}, float(callback.best_model_score)
         value = trainer.callback_metrics.get(self.if_better or "")
         if value is None and self.if_better is not None:
             known = ", ".join(name for name in trainer.callback_metrics if not name.startswith("fl/"))

@@ -16,6 +16,7 @@ from lightning_fl.datamodules.datasets.leaf import FEMNISTDataModule, LEAFDataMo
 from lightning_fl.datamodules.datasets.lung import LungDataModule
 from lightning_fl.datamodules.datasets.mnist import FashionMNISTDataModule, MNISTDataModule
 from lightning_fl.datamodules.datasets.mnist1d import MNIST1DDataModule
+from lightning_fl.datamodules.datasets.movements import MovementsDataModule
 from lightning_fl.datamodules.datasets.shakespeare import LEAFShakespeareDataModule, ShakespeareDataModule
 from lightning_fl.datamodules.datasets.shapes import ShapesDataModule
 from lightning_fl.datamodules.datasets.synthetic import SyntheticDataModule
@@ -55,6 +56,7 @@ __all__ = [
     "MNIST1DDataModule",
     "MNISTDataModule",
     "MappingFile",
+    "MovementsDataModule",
     "NaturalColumn",
     "NaturalDataModule",
     "PartitionedDataModule",

@@ -6,6 +6,7 @@ from lightning_fl.models.language import DPO, CausalLM
 from lightning_fl.models.libraries import TimmClassifier, TorchvisionClassifier, TransformersClassifier
 from lightning_fl.models.resnet import ResNet18GN, ResNet20GN
 from lightning_fl.models.segmentation import SmallUNet
+from lightning_fl.models.signals import SignalCNN
 from lightning_fl.models.survival import DeepSurv
 from lightning_fl.models.tabular import TabularMLP, TabularRegressor
 from lightning_fl.models.text import CharLSTM, CharTransformer
@@ -23,6 +24,7 @@ __all__ = [
     "MLPClassifier",
     "ResNet18GN",
     "ResNet20GN",
+    "SignalCNN",
     "SmallUNet",
     "TabularMLP",
     "TabularRegressor",

@@ -57,7 +57,7 @@ def test_the_alias_moves_to_a_better_model_only(monkeypatch: pytest.MonkeyPatch)
     client, module = register([0.25, 0.5])
     champion = client.get_model_version_by_alias("digits", "champion")
     expected = {"val_acc": "0.5", "rounds": "2", "algorithm": "FedProx(mu=0.01, server_lr=1.0)"}
-    assert (champion.version, champion.tags) == ("1", expected)
+    assert (str(champion.version), champion.tags) == ("1", expected)
     assert client.get_metric_history(champion.run_id, "val_acc")[-1].value == 0.5
     (path,) = Path("artifacts").rglob("model.ckpt")
     assert champion.source.endswith("model")
@@ -68,11 +68,11 @@ def test_the_alias_moves_to_a_better_model_only(monkeypatch: pytest.MonkeyPatch)
         torch.testing.assert_close(loaded.state_dict()[name], value, rtol=0, atol=0)
     register([0.5])  # as good is not better
     register([float("nan")])
-    assert client.get_model_version_by_alias("digits", "champion").version == "1"
+    assert str(client.get_model_version_by_alias("digits", "champion").version) == "1"
     best = ModelCheckpoint("best", monitor="val_acc", mode="max")
     register([0.75, 0.1], best)  # the best round's model, not the last one's
     champion = client.get_model_version_by_alias("digits", "champion")
-    assert (champion.version, champion.tags["val_acc"], champion.tags["rounds"]) == ("4", "0.75", "1")
+    assert (str(champion.version), champion.tags["val_acc"], champion.tags["rounds"]) == ("4", "0.75", "1")
     assert len(client.search_model_versions("name = 'digits'")) == 4
 
 

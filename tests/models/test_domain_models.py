@@ -11,7 +11,7 @@ import torch
 
 import lightning_fl as fl
 from lightning_fl.datamodules import LungDataModule, ShapesDataModule
-from lightning_fl.models import SmallUNet
+from lightning_fl.models import SignalCNN, SmallUNet
 from lightning_fl.models.survival import concordance, cox_loss
 
 LUNG = Path(__file__).parents[2] / "examples" / "lung.csv"
@@ -71,5 +71,11 @@ def test_the_data_are_what_they_say() -> None:
     assert (first[0].shape, first[1].shape) == ((5, 1, 32, 32), (5, 32, 32))
     assert 0.02 < float(first[1].mean()) < 0.4
     assert not torch.equal(first[0], shapes.data.open(0).tensors[0])
+    x, labels = fl.datamodules.MovementsDataModule(num_clients=2, windows=50).data.open(1).tensors
+    assert (x.shape, x.dtype, labels.dtype) == ((50, 3, 64), torch.float32, torch.int64)
+    assert sorted(labels.unique().tolist()) == [0, 1, 2, 3]
+    assert SignalCNN()(x).shape == (50, 4)
+    with pytest.raises(ValueError, match="expected at least 1, 2 and 16"):
+        fl.datamodules.MovementsDataModule(length=8)
     with pytest.raises(ValueError, match="even number from 16"):
         fl.datamodules.ShapesDataModule(size=15)
