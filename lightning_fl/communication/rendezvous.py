@@ -110,6 +110,8 @@ def connect_silos(
         return TorchGroup(dist.PrefixStore(prefix, store), index, number, device, timeout, own, name)
 
     inner = group(f"silo {silo}", place, ranks, "")
+    if isinstance(inner, TorchGroup):  # so that a lost process is named by its silo
+        inner.attendance.names = [f"{name or silo}, process {index}" for index in range(ranks)]
     outer = group(f"process {place} of silos", silo, num_silos, name) if is_spread or place == 0 else None
     default = dist.PrefixStore(f"default {silo}", store)
     _own_default_group(default, place, ranks, device, timeout)

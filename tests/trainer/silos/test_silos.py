@@ -254,7 +254,7 @@ def test_a_killed_process_is_named_as_its_silo(run_ranks: Any) -> None:
         run_ranks(4, fit_killed)
     reports = str(caught.value).split("--- rank ")
     assert "process died" in reports[4]
-    assert "Silo south has lost one of its processes. Rank 1 has left" in reports[3]
+    assert "Silo south, process 1 has left" in reports[3]
     for other in (1, 2):
         assert "Silo south has failed" in reports[other]
 
