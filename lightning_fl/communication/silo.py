@@ -11,6 +11,8 @@ from torch import Tensor
 from lightning_fl.communication.group import Group, LocalGroup, RankLost
 from lightning_fl.communication.message import Message
 
+_ERRORS: dict[str, type[Exception]] = {"RankLost": RankLost, "ValueError": ValueError}
+
 
 class SiloGroup(Group):
     """Silos as the ranks of a federation: all processes of a silo make the same calls and get the same answers.
@@ -59,9 +61,19 @@ class SiloGroup(Group):
                 group.leave(reason)
 
     def all_gather(self, message: Message, topic: str = "") -> list[Message]:
-        answer = Message() if self._outer is None else _pack(self._outer.all_gather(message, topic))
+        answer, error = Message(), None
+        if self._outer is not None:
+            try:
+                answer = _pack(self._outer.all_gather(message, topic))
+            except (RuntimeError, ValueError) as raised:  # the rest of the silo is told, instead of waiting for it
+                error, answer = raised, Message({"error": type(raised).__name__, "text": str(raised)})
         with self._within():
-            return _unpack(self._inner.broadcast_message(answer))
+            answer = self._inner.broadcast_message(answer)
+        if error is not None:
+            raise error
+        if "error" in answer.fields:
+            raise _ERRORS.get(str(answer.fields["error"]), RuntimeError)(str(answer.fields["text"]))
+        return _unpack(answer)
 
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
         # The mean of integers is a float.

@@ -84,7 +84,7 @@ class BufferedMachine(RoundMachine):
     def resume(self, cohort: Iterable[str], done: dict[str, str], now: float, age: float = 0.0) -> None:
         sending = self.sending  # a transfer outlasts the round in which it has begun
         super().resume(self.versions, done, now, age)
-        self.sending, self.too_stale = sending, []
+        self.sending = sending
 
     def closed(self, is_last: bool = False) -> None:
         if len(self.done) < self.size:  # who had not come by the deadline is waited for again once it comes
@@ -94,6 +94,7 @@ class BufferedMachine(RoundMachine):
         self.round += 1
         self.phase = "over" if is_last or self.round >= self.rules.rounds else "gathering"
         self.cohort, self.done, self.refused, self.asked = set(self.versions), {}, {}, set()
+        self.too_stale = []  # here and not in `resume`: one may be refused before the next round is open
 
     def lost(self, members: Collection[str]) -> list[str]:
         """Nobody: who has not come trains on, for a later round."""

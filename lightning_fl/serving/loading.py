@@ -118,7 +118,7 @@ def whole_state(content: Mapping[str, Any], module: L.LightningModule, checkpoin
         ValueError: If those are others than the ones that it was trained with.
     """
     try:
-        return dict(frozen_weights.put_in(content, module)["state_dict"])
+        return dict(frozen_weights.put_in(content, module.state_dict)["state_dict"])
     except MisconfigurationException as error:
         raise ValueError(f"{checkpoint}: {error} Give the file that holds them with --base.") from error
 

@@ -14,6 +14,10 @@ from torch.utils.data import TensorDataset
 from lightning_fl import datamodules, models
 from tests.helpers.data_files import write_mnist
 
+LANGUAGE = (
+    "config: {model_type: llama, vocab_size: 300, hidden_size: 4, intermediate_size: 4, num_hidden_layers: 1, "
+    "num_attention_heads: 1}"
+)
 ARGUMENTS: dict[str, str] = {
     "ClientDatasets": "",
     "PartitionedDataModule": "data: DigitsDataModule\npartitioner: IID",
@@ -25,10 +29,16 @@ ARGUMENTS: dict[str, str] = {
     "ImageFolderDataModule": "root: data\nclasses: [cat, dog]",
     "HuggingFaceDataModule": "path: some/set\nfeatures: [a, b]",
     "TorchDataModule": "train: {class_path: tests.datamodules.test_yaml.Numbers, init_args: {size: 6}}",
+    "SiloClients": "data: {class_path: lightning_fl.datamodules.ShapesDataModule}",
+    "InstructionDataModule": "path: instructions.jsonl",
     "MLPClassifier": "",
     "TabularMLP": "in_features: 3",
     "TabularRegressor": "in_features: 3",
+    "DeepSurv": "in_features: 3",
+    "CausalLM": LANGUAGE,
+    "DPO": LANGUAGE + "\nlora: {r: 1, target_modules: [q_proj]}",
 }
+AROUND_ANOTHER = {"PartitionedDataModule", "SiloClients"}
 ABSTRACT = {"CentralDataModule", "NaturalDataModule", "ClientDatasets", "Classifier"}
 
 
@@ -62,7 +72,7 @@ def test_datamodules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str)
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in concrete(datamodules, L.LightningDataModule) if name != "PartitionedDataModule"]
+    "name", [name for name in concrete(datamodules, L.LightningDataModule) if name not in AROUND_ANOTHER]
 )
 @pytest.mark.spread(6)
 def test_arguments_that_a_datamodule_passes_to_its_base_class_are_accepted_and_documented(

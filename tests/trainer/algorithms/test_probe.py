@@ -132,9 +132,9 @@ def test_a_probe_that_draws_from_the_trainings_randomness_is_seen(monkeypatch: p
     plain = train(FedAvg())
     seed = Round._seed
 
-    def careless(self: Round, client: Any, loader: Any, number: int, purpose: str = "client") -> None:
+    def careless(self: Round, index: int, client: Any, loader: Any, number: int, purpose: str = "client") -> None:
         if purpose == "client" and not self._randomness._saved:  # not again after the probe
-            seed(self, client, loader, number, purpose)
+            seed(self, index, client, loader, number, purpose)
 
     monkeypatch.setattr(Round, "_seed", careless)
     assert not torch.equal(train(Measures())[0], plain[0])

@@ -352,7 +352,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a coordinator": (
         {"durations": Q3, "federation": "https://a:1", "kit": "kit"},
-        "schedule and durations would be ignored",
+        "durations .silos arrive when they arrive. would be ignored",
     ),
 }
 
