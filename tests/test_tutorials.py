@@ -53,6 +53,7 @@ def cases_of(suite: ModuleType, name: str) -> Iterator[tuple[Callable[..., None]
 
 
 @pytest.mark.parametrize("tutorial", TUTORIALS)
+@pytest.mark.spread(2)
 def test_the_example_works_and_keeps_the_contract(
     tutorial: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

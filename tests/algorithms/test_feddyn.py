@@ -31,6 +31,7 @@ def test_the_first_round_goes_twice_as_far_as_fedprox() -> None:
 
 
 @pytest.mark.parametrize(("alpha", "num_rounds"), [(0.1, 288), (1.0, 34), (10.0, 227)])
+@pytest.mark.spread(1)
 def test_it_reaches_the_optimum_in_the_known_number_of_rounds(alpha: float, num_rounds: int) -> None:
     federation = exact(FedDyn(alpha), alpha)
     distances = [abs(federation.rounds(1) - OPTIMUM) for _ in range(num_rounds)]
@@ -56,6 +57,7 @@ def test_the_servers_gradient_is_the_mean_over_all_clients_also_with_sampling() 
         assert federation.server["gradient"]["x"].item() == pytest.approx(own, abs=1e-12)
 
 
+@pytest.mark.slow
 def test_local_problems_that_are_not_solved_have_the_same_optimum() -> None:
     federation = Simulation(FedDyn(alpha=0.5), quadratics(CENTERS, STEEPNESS), PARAMS, num_steps=5)
     assert federation.rounds(300) == pytest.approx(OPTIMUM, abs=1e-9)

@@ -26,6 +26,7 @@ EVEN, UNEVEN = (1.0, 1.0, 1.0), (1.0, 2.0, 0.5)
     ],
     ids=str,
 )
+@pytest.mark.spread(1)
 def test_clients_with_more_steps_pull_no_harder(
     algorithm: FedAvg | FedNova, steepness: tuple[float, ...], expected: float
 ) -> None:
@@ -62,6 +63,7 @@ def test_the_server_goes_as_far_as_the_mean_work() -> None:
 
 
 @pytest.mark.parametrize("mu", [0.5, 2.0])
+@pytest.mark.spread(1)
 def test_the_proximal_term_is_part_of_the_work(mu: float) -> None:
     gradients = quadratics(CENTERS, UNEVEN)
     found = Simulation(FedNova(mu=mu), gradients, PARAMS, NUM_STEPS, weights=WEIGHTS).rounds(300)

@@ -15,6 +15,7 @@ def simulate(algorithm: FedAvg | FedProx, num_steps: int = 5, lr: float | list[f
 
 
 @pytest.mark.parametrize(("mu", "expected"), [(0.1, 1.4362017804), (1.0, 1.2307692308), (10.0, 1.1100917431)])
+@pytest.mark.spread(1)
 def test_solved_exactly_it_settles_where_the_closed_form_says(mu: float, expected: float) -> None:
     newton = [1 / (h + mu) for h in STEEPNESS]  # one such step from the start minimises the proximal quadratic
     assert simulate(FedProx(mu), num_steps=1, lr=newton).rounds(300) == pytest.approx(expected, abs=1e-9)

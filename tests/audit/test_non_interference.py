@@ -249,6 +249,7 @@ def neighbouring(run_ranks: RunRanks, scenario: str, keys: str, folder: Path, ne
         pytest.param("secure sum", "moved", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.spread(1)
 def test_one_example_changes_nothing_but_the_update_and_the_metrics(
     run_ranks: RunRanks, keys: str, tmp_path: Path, scenario: str, neighbour: str
 ) -> None:

@@ -38,6 +38,7 @@ def test_a_file_gets_a_line_a_round() -> None:
     assert re.search(r"val_acc \S+  val_loss \S+$", text.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_a_long_run_gets_some_twenty_lines() -> None:
     text, _ = show(False, rounds=45)
     lines = text.splitlines()

@@ -182,6 +182,7 @@ def fit_silo(directory: str, per_silo: bool) -> None:
         os.environ.pop(name, None)
 
 
+@pytest.mark.slow
 def test_the_federation_has_one_wandb_run_or_each_silo_one_in_a_group(run_ranks: Any, tmp_path: Path) -> None:
     for name, per_silo in (("one", False), ("many", True)):
         (tmp_path / name).mkdir()

@@ -77,6 +77,7 @@ def test_a_saved_configuration_runs_again_to_the_same_weights() -> None:
 
 
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])
+@pytest.mark.spread(1)
 def test_a_checkpoint_is_evaluated(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     config = write_config(strategy="fedavg", logger=False)
     trainer = FederatedCLI(["fit", "--config", config]).trainer

@@ -38,7 +38,8 @@ class Page(HTMLParser):
         self.in_heading = False
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert tag not in ("script", "link", "iframe", "object")
+        assert tag not in ("link", "iframe", "object")
+        assert tag != "script" or not attrs  # its own, and nothing that is loaded
         self.in_heading = tag == "h2"
         self.loaded += [value or "" for name, value in attrs if name in ("src", "href", "srcset")]
 

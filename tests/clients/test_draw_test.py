@@ -87,6 +87,7 @@ def verdict(cohort: Cohort, num_clients: int, per_round: Any = None) -> str | No
 
 
 @pytest.mark.parametrize("num_clients", [8, 100, 5000])
+@pytest.mark.spread(1)
 def test_honest_cohorts_are_believed(num_clients: int) -> None:
     for _ in range(3):
         assert verdict(Honest(), num_clients, 0.3) is None

@@ -32,6 +32,7 @@ def compare(contents: list[bytes]) -> tuple[bool, list[str]]:
     [[b"x", b"x"], [b"x", b"y"], [b"x"] * 4, [b"x", b"x", b"x", b"y"], [b"y", b"x", b"x", b"x"], [b"", b"x"]],
     ids=str,
 )
+@pytest.mark.spread(2)
 def test_ranks_learn_whether_all_hold_the_same(run_ranks: Any, contents: list[bytes]) -> None:
     expected = len(set(contents)) == 1
     assert [same for same, _ in run_ranks(len(contents), compare, contents)] == [expected] * len(contents)

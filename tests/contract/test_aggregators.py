@@ -323,6 +323,7 @@ def test_an_update_of_another_form_is_refused(entry: Entry, wrong: Update, messa
 
 
 @every_aggregator_and_size
+@pytest.mark.spread(20)
 def test_reports_of_all_ranks_come_back(entry: Entry, size: int) -> None:
     """In the order of ranks, with fields and tensors; of ``sums`` the whole only, where reports are hidden."""
     updates = random_updates(NUM_CLIENTS)

@@ -231,6 +231,7 @@ def test_it_settles_at_its_fixed_point(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, entry in ENTRIES.items() if entry.neutral is not None])
+@pytest.mark.spread(7)
 def test_the_neutral_setting_is_federated_averaging(name: str) -> None:
     neutral = ENTRIES[name].neutral
     assert neutral is not None
@@ -241,6 +242,7 @@ def test_the_neutral_setting_is_federated_averaging(name: str) -> None:
 
 @every_algorithm
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.spread(20)
 def test_states_are_trees_of_tensors_and_keep_shapes_and_dtypes(name: str, dtype: torch.dtype) -> None:
     module, algorithm = ENTRIES[name].module(dtype), ENTRIES[name].algorithm
     before, hyperparameters = {key: value.clone() for key, value in module.state_dict().items()}, repr(algorithm)
@@ -275,6 +277,7 @@ def test_frozen_parameters_stay(name: str) -> None:
 
 @every_kind
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.spread(6)
 def test_a_run_with_sampling_resumes_exactly(name: str) -> None:
     algorithm = ENTRIES[name].algorithm
     options = {} if algorithm.keeps_nodes else {"clients_per_round": 2}
@@ -287,6 +290,7 @@ def test_a_run_with_sampling_resumes_exactly(name: str) -> None:
 
 
 @every_algorithm
+@pytest.mark.spread(10)
 def test_permuting_clients_changes_nothing(name: str) -> None:
     e, h, sizes = (0.0, 1.0, 4.0), (1.0, 2.0, 0.5), (1, 2, 1)
     x, permuted = (
@@ -338,12 +342,16 @@ def test_clients_train_together_as_they_do_alone(name: str, sizes: tuple[int, ..
     torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-11)
 
 
-def train_all() -> dict[str, Tensor]:
-    return {name: fit(entry.algorithm)[1] for name, entry in ENTRIES.items()}
+def train_each(names: list[str]) -> dict[str, Tensor]:
+    return {name: fit(ENTRIES[name].algorithm)[1] for name in names}
 
 
-def test_two_ranks_train_what_one_does(run_ranks: Any) -> None:
-    alone = train_all()
-    for found in run_ranks(2, train_all):
+KINDS = [str(case.values[0]) for case in one_of_each_kind() if not case.marks]
+
+
+@pytest.mark.parametrize("names", [KINDS, pytest.param(list(ENTRIES), marks=pytest.mark.slow)], ids=["kinds", "all"])
+def test_two_ranks_train_what_one_does(run_ranks: Any, names: list[str]) -> None:
+    alone = train_each(names)
+    for found in run_ranks(2, train_each, names):
         for name, expected in alone.items():
             torch.testing.assert_close(found[name], expected, rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")

@@ -328,6 +328,7 @@ def check_all() -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])  # threads have shown it for 4: a process takes 5 s to start
+@pytest.mark.spread(1)
 def test_connected_processes_keep_the_contract(run_ranks: Any, world_size: int) -> None:
     run_ranks(world_size, check_all)
 

@@ -298,6 +298,7 @@ def test_it_goes_on_from_its_states_exactly(entry: Entry) -> None:
 
 @every_transform
 @pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.spread(8)
 def test_ranks_do_what_one_rank_does(entry: Entry, size: int) -> None:
     alone = Federation(entry.make(), entry.updates())
     expected = [alone.round() for _ in range(3)]

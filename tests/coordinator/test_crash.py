@@ -139,6 +139,7 @@ def test_a_crash_before_any_operation_loses_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("num", [1, 3])
+@pytest.mark.spread(1)
 def test_a_disk_that_is_full_at_any_operation_changes_nothing(tmp_path: Path, num: int) -> None:
     """Disk full: nothing half done is kept, and the same process goes on once there is space."""
     power = Power()

@@ -145,6 +145,7 @@ def test_a_silo_that_has_missed_whole_rounds_goes_on_with_the_newest_model(folde
 
 
 @pytest.mark.parametrize("when", ["gathering", "training", "sent"])
+@pytest.mark.spread(1)
 def test_the_run_goes_on_when_the_coordinator_is_started_again(live: LiveCoordinator, when: str) -> None:
     east, north, south = silos_of(live)
     if when == "gathering":

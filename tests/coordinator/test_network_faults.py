@@ -306,6 +306,7 @@ def test_a_slow_link_holds_the_round_while_it_sends(folder: Path, megabytes: int
         assert [event["lost"] for event in live.events("round closed")] == [[]]
 
 
+@pytest.mark.slow
 def test_a_link_that_is_too_slow_delays_nobody_beyond_the_limit(folder: Path) -> None:
     """One slow and five fast: the round closes without the slow one, the next one runs, and nobody meets an error."""
     names = (*NAMES, "west", "centre", "slow")

@@ -263,7 +263,7 @@ def test_of_three_silos_those_that_have_helped_to_open_a_sum_do_not_send_again(f
 
 
 @pytest.mark.parametrize("step", ["roster", "share", "send", "agree"])
-@pytest.mark.spread(2)
+@pytest.mark.spread(1)
 def test_the_coordinator_that_is_started_again_goes_on_with_the_sum(folder: Path, step: str) -> None:
     died = threading.Event()
     topics: list[str] = []

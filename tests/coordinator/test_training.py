@@ -73,7 +73,7 @@ CASES = {
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.spread(2)
+@pytest.mark.spread(1)
 def test_three_silos_give_what_one_process_gives(run_ranks: Any, tmp_path: Path, case: str, dtype: torch.dtype) -> None:
     algorithm, options = CASES[case]
     alone = train_alone(algorithm, dtype, options)

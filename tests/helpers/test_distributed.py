@@ -111,6 +111,7 @@ def small_pool() -> Iterator[WorkerPool]:
     pool.close()
 
 
+@pytest.mark.slow
 def test_hung_and_dead_workers_are_reported_and_replaced(small_pool: WorkerPool) -> None:
     small_pool.run(report_rank, 5)  # has the worker import this file, so that the timeout finds it in hang()
     with pytest.raises(RuntimeError, match="still at work after") as error:

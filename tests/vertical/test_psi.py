@@ -225,6 +225,7 @@ class SendingFloats(Cheating):
 @pytest.mark.parametrize(
     ("kind", "message"), [(Cheating, "low order"), (SendingTooMuch, r"Party 1 sent"), (SendingFloats, "Party 1 sent")]
 )
+@pytest.mark.spread(1)
 def test_a_party_that_cheats_is_refused(kind: type[TorchGroup], message: str) -> None:
     def check(group: Group) -> str:
         try:

@@ -159,6 +159,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         pytest.param(2, "sgd", "accumulated", 0, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.spread(1)
 def test_it_trains_what_one_owner_would(run_ranks: Any, parties: int, name: str, option: str, labels: int) -> None:
     found = run_ranks(parties, trained, parties, name, OPTIONS[option], labels)
     whole = Whole(parties, name)

@@ -292,6 +292,7 @@ def test_rounds_without_it_make_epsilon_infinite() -> None:
     assert (entry["dp_epsilon"], entry["dp_is_private"], entry["dp_guarantee"]) == (math.inf, 0.0, "NOT PRIVATE")
 
 
+@pytest.mark.slow
 def test_target_epsilon_takes_the_least_noise_that_is_enough() -> None:
     callback = private(target_epsilon=4.0, method="rdp")
     run, _ = fit(callback, 3, data=image_clients((20, 50), 8))
@@ -395,6 +396,7 @@ class Convolutions(Plain):
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.spread(1)
 def test_what_users_write(precision: Any) -> None:
     run, found = fit(
         private(noise_multiplier=0.5, max_physical_batch_size=6, method="rdp"),

@@ -34,7 +34,7 @@ def test_examples_that_touch_others_stop_the_run(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", SOUND)
-@pytest.mark.spread(5)
+@pytest.mark.spread(2)
 def test_sound_modules_train(kind: str) -> None:
     train(SOUND[kind])
 

@@ -23,6 +23,7 @@ def loaders(*datasets: object) -> fl.datamodules.ClientLoaders:
     return fl.datamodules.ClientLoaders([DataLoader(own, 8) for own in datasets])  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_the_same_examples_under_several_clients_are_found_and_counted() -> None:
     data = images(50)
     callback = private()
@@ -113,6 +114,7 @@ def on_ranks() -> tuple[list[str], list[float], float]:
     return told, [entry["dp_epsilon"] for entry in history], max(callback.epsilons(run).values(), default=0.0)
 
 
+@pytest.mark.slow
 def test_examples_that_clients_of_other_ranks_hold_are_found(run_ranks: Any) -> None:
     ((told, alone, _),) = run_ranks(1, on_ranks)
     ranks = run_ranks(2, on_ranks)

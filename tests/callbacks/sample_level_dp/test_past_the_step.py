@@ -156,6 +156,7 @@ def test_a_timer_may_end_training() -> None:
 
 
 @pytest.mark.parametrize("algorithm", ["ditto", "fedrep", "scaffold"])
+@pytest.mark.spread(1)
 def test_algorithms_that_load_other_models_may(algorithm: str) -> None:
     options = {"personal": ("net.2.*",)} if algorithm == "fedrep" else {}
     train(Net(), strategy=fl.FederatedStrategy(algorithm, **options))

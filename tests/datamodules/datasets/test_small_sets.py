@@ -33,6 +33,7 @@ def test_breast_cancer_is_standardised_and_learned() -> None:
     assert fit(LogisticRegression(30, 2, lr=0.1), data, 5) > 0.95
 
 
+@pytest.mark.slow
 def test_mnist1d_has_the_difficulty_of_the_paper() -> None:
     data = MNIST1DDataModule(seed=1, batch_size=128)
     data.setup("fit")

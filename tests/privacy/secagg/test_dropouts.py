@@ -35,6 +35,7 @@ def assert_exact_or_none(num_clients: int, outcome: Mapping[int, str]) -> bool:
 
 
 @pytest.mark.parametrize("num_clients", [3, 4])
+@pytest.mark.spread(1)
 def test_every_pattern(num_clients: int) -> None:
     results = [
         assert_exact_or_none(num_clients, dict(enumerate(stages, start=1)))

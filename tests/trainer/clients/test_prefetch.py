@@ -77,6 +77,7 @@ def fit(num_workers: int, module: Dropping | None = None, strategy: dict[str, An
 
 
 @pytest.mark.parametrize("strategy", [{}, {"local_steps": 4}, {"clients_per_round": 2}], ids=str)
+@pytest.mark.spread(1)
 def test_the_result_is_that_of_loaders_without_workers(strategy: dict[str, Any]) -> None:
     torch.manual_seed(0)
     start = Dropping().state_dict()
@@ -104,6 +105,7 @@ def test_a_loader_that_is_made_from_random_numbers_is_the_same() -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.spread(1)
 def test_workers_read_while_the_client_before_trains(tmp_path: Path, num_workers: int) -> None:
     module = Dropping()
     module.journal = tmp_path / "journal"
@@ -118,6 +120,7 @@ def test_the_client_whose_data_is_broken_is_named() -> None:
         fit(1, broken=1)
 
 
+@pytest.mark.slow
 def test_a_client_whose_data_is_broken_is_left_out() -> None:
     with pytest.warns(UserWarning, match="client 1 raised RuntimeError"):
         _, strategy = fit(1, None, {"on_client_error": "skip"}, broken=1)
@@ -144,6 +147,7 @@ def test_the_workers_of_a_client_that_is_left_out_end(engine: str) -> None:
     assert children == [0] * len(children)
 
 
+@pytest.mark.slow
 def test_no_worker_is_left_when_a_step_fails() -> None:
     module = Dropping()
     module.fails = True

@@ -229,6 +229,7 @@ with open(f"rank{fit.global_rank}", "w") as file:
 """
 
 
+@pytest.mark.slow
 def test_devices_n_simulates_with_processes_that_lightning_starts(tmp_path: Any) -> None:
     (tmp_path / "train.py").write_text(SCRIPT)
     run_script([sys.executable, "train.py"], cwd=tmp_path, num_processes=2)

@@ -228,6 +228,7 @@ fit.fit(Plain(), loader(8, seed=fit.global_rank))
 """
 
 
+@pytest.mark.slow
 def test_when_a_silo_dies_the_others_end_and_say_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(SILO_SCRIPT)
     with socket.socket() as free:

@@ -199,6 +199,7 @@ MODULES: dict[str, Callable[[], L.LightningModule]] = {
 
 @pytest.mark.filterwarnings(f"ignore:{SKIPPED}")
 @pytest.mark.parametrize("name", MODULES)
+@pytest.mark.spread(4)
 def test_one_client_is_a_plain_trainer(name: str) -> None:
     assert_equals_plain(MODULES[name])
 
@@ -215,6 +216,7 @@ def train_all() -> dict[str, tuple[Tensor, int]]:
     return {name: train(name) for name in MODULES if name != "compiled"}
 
 
+@pytest.mark.slow
 def test_two_ranks_are_one(run_ranks: Any) -> None:
     alone = train_all()
     for found in run_ranks(2, train_all):

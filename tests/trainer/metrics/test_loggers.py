@@ -83,6 +83,7 @@ def test_tensorboard() -> None:
         assert event.value == pytest.approx(run.callback_metrics[name].item(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_weights_and_biases_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     import wandb
 

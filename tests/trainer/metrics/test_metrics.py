@@ -76,6 +76,7 @@ def datasets() -> list[Any]:
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.spread(1)
 def test_all_ranks_log_the_same(run_ranks: Any, world_size: int) -> None:
     alone = logged()
     for metrics in run_ranks(world_size, logged):
@@ -158,6 +159,7 @@ def figures_on_rank(strategy: str, ckpt_path: Any = None) -> tuple[dict[str, flo
 
 
 @pytest.mark.parametrize("strategy", ["plain", "private"])
+@pytest.mark.spread(1)
 def test_the_federations_figures_are_metrics_that_callbacks_find(run_ranks: Any, strategy: str) -> None:
     found, history = figures_on_rank(strategy)
     for name, value in found.items():

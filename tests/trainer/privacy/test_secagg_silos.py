@@ -100,6 +100,7 @@ def both(algorithm: str, keys: str, rounds: int, options: dict[str, Any]) -> Any
 
 
 @pytest.mark.parametrize("algorithm", ["fedavg", "scaffold"])
+@pytest.mark.spread(1)
 def test_three_silos_train_the_model_of_the_plain_run(run_ranks: RunRanks, keys: str, algorithm: str) -> None:
     # With and without names in place of the ranks.
     options = {"weighting": "uniform"} if algorithm == "fedavg" else {"silo_name": "{rank}"}
@@ -179,6 +180,7 @@ def without_keys(keys: str) -> None:
     trainer("secagg").fit(Plain(), loader(8, seed=rank()))
 
 
+@pytest.mark.slow
 def test_without_keys_it_stops_and_says_how_to_make_them(run_ranks: RunRanks) -> None:
     for message in run_ranks(3, expect_error, ValueError, "without_keys", ""):
         for number in range(3):
@@ -197,6 +199,7 @@ def test_a_silo_that_one_does_not_trust(run_ranks: RunRanks, keys: str) -> None:
         assert re.search(r"Rank 2 does not trust rank 0 \([0-9a-f]{32}\), rank 1.*lightning-fl keys trust", told)
 
 
+@pytest.mark.slow
 def test_one_identity_for_two_silos(run_ranks: RunRanks, keys: str) -> None:
     one = keys.replace("{rank}", "1")
     for told in run_ranks(3, expect_error, ValueError, "with_keys", one):
@@ -256,6 +259,7 @@ def with_client_metrics(keys: str) -> None:
         ("with_step_schedule", "steps of the largest silo"),
     ],
 )
+@pytest.mark.spread(1)
 def test_what_a_sum_can_not_give_is_refused(run_ranks: RunRanks, keys: str, arrange: str, message: str) -> None:
     for told in run_ranks(3, expect_error, MisconfigurationException, arrange, keys):
         assert message in told
@@ -270,6 +274,7 @@ def restart(keys: str) -> str:
     return "trained"
 
 
+@pytest.mark.slow
 def test_a_restart_with_fewer_silos_is_refused(run_ranks: RunRanks, keys: str, tmp_path: Path) -> None:
     assert run_ranks(4, restart, keys) == ["trained"] * 4
     assert run_ranks(4, restart, keys) == ["trained"] * 4

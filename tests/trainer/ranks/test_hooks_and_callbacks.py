@@ -144,6 +144,7 @@ def broadcasts_on_one_rank() -> str:
 
 
 @pytest.mark.parametrize("sanity", [0, 2])
+@pytest.mark.spread(1)
 def test_silos_with_different_numbers_of_validation_loaders_are_refused(run_ranks: Any, sanity: int) -> None:
     messages = run_ranks(2, different_loaders, sanity)
     assert messages[0] == messages[1]

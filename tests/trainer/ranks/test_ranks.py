@@ -50,7 +50,7 @@ def assert_same(outcomes: list[Outcome], expected: Outcome, rtol: float) -> None
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.spread(2)
+@pytest.mark.spread(1)
 def test_any_number_of_ranks_gives_the_same(run_ranks: Any, options: str) -> None:
     alone = train_ordinary("fedavg", torch.float64, OPTIONS[options])
     for world_size in (2, 4):
@@ -264,7 +264,7 @@ def train_on_table(what: str) -> str:
     ("what", "named"),
     [("order", "data 'features'"), ("classes", "data 'classes'"), ("sex", "sex=s0"), ("category", "data 'features'")],
 )
-@pytest.mark.spread(2)
+@pytest.mark.spread(1)
 def test_tables_of_silos_that_differ_are_told_before_training(run_ranks: Any, what: str, named: str) -> None:
     messages = run_ranks(2, train_on_table, what)
     assert messages[0] == messages[1]

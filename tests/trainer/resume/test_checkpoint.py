@@ -146,7 +146,7 @@ def test_without_the_server_state_the_continuation_differs(monkeypatch: pytest.M
     ],
     ids=str,
 )
-@pytest.mark.spread(3)
+@pytest.mark.spread(2)
 def test_every_form_of_model_checkpoint_resumes(options: dict[str, Any]) -> None:
     def run(ckpt_path: Any = None, **more: Any) -> Tensor:
         module = Ordinary(torch.float64)

@@ -146,7 +146,7 @@ def test_the_smaller_product_has_every_pair() -> None:
 
 
 @pytest.mark.parametrize("cell", COVERING, ids="-".join)
-@pytest.mark.spread(8)
+@pytest.mark.spread(5)
 def test_resuming_is_exact(cell: tuple[str, ...]) -> None:
     check(cell, 1)
 

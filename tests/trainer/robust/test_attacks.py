@@ -104,6 +104,7 @@ def sent_on_ranks(engine: str = "sequential") -> dict[str, list[list[float]]]:
 
 @pytest.mark.parametrize("engine", ["sequential", pytest.param("vectorized", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_ranks_craft_the_same(run_ranks: Any, world_size: int, engine: str) -> None:
     for found in run_ranks(world_size, sent_on_ranks, engine):
         for name, (_, expected) in CRAFTED.items():

@@ -198,6 +198,7 @@ def slow(*values: Any) -> Any:
         slow(4, "vectorized", OFFSETS),
     ],
 )
+@pytest.mark.slow
 def test_ranks_and_engines_give_the_known_answers(run_ranks: Any, world_size: int, engine: str, offsets: Any) -> None:
     ranks = run_ranks(world_size, answers_on_ranks, engine, offsets)
     for found in ranks:

@@ -62,6 +62,7 @@ def test_the_rounds_converge_to_the_best_rank() -> None:
     torch.testing.assert_close(sent(LowRank(1, error_feedback=False), 8)[-1], best, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_what_was_not_sent_is_sent_later() -> None:
     """What has been sent after t rounds is t M less what the clients still keep, which stays bounded."""
     open_ = [(t * M - sum(changes[:t])).norm() / M.norm() for changes in [sent(LowRank(1), 60)] for t in (20, 40, 60)]
@@ -140,6 +141,7 @@ def test_it_adds_up_under_masks_and_beside_robust_rules(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["random", "low rank"])
+@pytest.mark.spread(1)
 def test_resuming_is_exact(name: str, tmp_path: Any) -> None:
     found = []
     for stops in ([4], [1, 3, 4]):

@@ -198,7 +198,7 @@ def test_every_rule_stands_in_the_table() -> None:
 
 
 @pytest.mark.parametrize(("rule", "column", "cell"), TABLE)
-@pytest.mark.spread(25)
+@pytest.mark.spread(12)
 def test_a_cell_is_true(rule: str, column: str, cell: str, request: pytest.FixtureRequest) -> None:
     check, arguments = CHECKS[column], [rule, RULES[rule]]
     if check is silos:

@@ -386,6 +386,7 @@ def iter_dataset() -> Any:
     return Stream()
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused_on_ranks(run_ranks: Any) -> None:
     for whole, clients, stream, sizes, skips in run_ranks(2, refusals_on_ranks):
         assert "'net.1.weight' is not spread over the silo" in whole

@@ -143,7 +143,7 @@ def test_teachers_are_averaged_like_their_students(update: str, order: Sequence[
 
 
 @pytest.mark.parametrize("clients_per_round", [1, 3])
-@pytest.mark.spread(1)
+@pytest.mark.slow
 def test_teachers_are_the_same_on_any_number_of_ranks(run_ranks: Any, clients_per_round: int) -> None:
     alone = momentum(clients_per_round=clients_per_round)
     for size in (2, 4):

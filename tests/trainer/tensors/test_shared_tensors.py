@@ -168,6 +168,7 @@ def test_validation_sees_the_aggregated_model() -> None:
     torch.testing.assert_close(module.net[4].weight.double(), recorder.mean("net.4.weight"), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_clients() -> None:
     class Peak(fl.callbacks.FederatedCallback):
         def __init__(self) -> None:

@@ -105,6 +105,7 @@ def fit(kind: Any, engine: Any, rounds: int = 4, callbacks: Any = (), **of_train
         LoggingNumber,
     ],
 )
+@pytest.mark.spread(3)
 def test_a_step_that_looks_at_what_changes(kind: type[Counting]) -> None:
     together, alone = fit(kind, "vectorized"), fit(kind, "sequential")
     torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-11)
