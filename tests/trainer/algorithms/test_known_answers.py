@@ -51,7 +51,7 @@ def test_scaffold_takes_the_known_first_rounds(rounds_and_x: tuple[int, float]) 
 
 
 @pytest.mark.parametrize(("local_steps", "rounds"), [(1, 204), (5, 37), (20, 52)])
-@pytest.mark.slow
+@pytest.mark.spread(1)
 def test_scaffold_reaches_the_optimum_in_the_known_number_of_rounds(local_steps: int, rounds: int) -> None:
     distances = [
         abs(minimise(FederatedStrategy("scaffold", local_steps=local_steps), last) - 8 / 7)

@@ -79,7 +79,6 @@ def test_ten_rounds_of_seven_clients_over_uneven_ranks(run_ranks: Any, algorithm
         assert_same(run_ranks(world_size, train_plain, algorithm, 7, options, torch.float32), alone32, rtol=1e-5)
 
 
-@pytest.mark.slow
 def test_the_same_ranks_give_the_same_bits(run_ranks: Any) -> None:
     first, again = (run_ranks(4, train_plain, "scaffold", 7, {}) for _ in range(2))
     assert torch.equal(first[0][0], again[0][0])
