@@ -141,6 +141,7 @@ def test_digits_central_is_the_baseline_of_the_federation() -> None:
     assert central["trainer"]["max_epochs"] == federated["trainer"]["max_epochs"]
 
 
+@pytest.mark.slow
 def test_digits_fedavg_gives_the_expected_numbers() -> None:
     federated, centralised = expected_accuracies("digits_fedavg.yaml")
     assert final_accuracy("digits_fedavg.yaml") == pytest.approx(federated, abs=TOLERANCE)

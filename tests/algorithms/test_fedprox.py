@@ -22,6 +22,7 @@ def test_solved_exactly_it_settles_where_the_closed_form_says(mu: float, expecte
 
 
 @pytest.mark.parametrize(("mu", "expected"), [(0.1, 1.1358449779), (1.0, 1.1349830924)])
+@pytest.mark.spread(1)
 def test_with_five_steps_it_settles_where_the_closed_form_says(mu: float, expected: float) -> None:
     assert simulate(FedProx(mu)).rounds(100) == pytest.approx(expected, abs=1e-9)
 

@@ -128,6 +128,7 @@ def trained(epochs: int) -> float:
     )
 
 
+@pytest.mark.slow
 def test_overfitting_shows_who_was_in_the_training_data() -> None:
     assert 0.57 < trained(5) < 0.65
     assert 0.70 < trained(400) < 0.78

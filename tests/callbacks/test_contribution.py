@@ -128,6 +128,7 @@ def test_fedce_favours_who_points_elsewhere_and_is_missed() -> None:
     assert max(callback.totals, key=lambda client: callback.totals[client]) == 1
 
 
+@pytest.mark.slow
 def test_the_report_shows_who_contributes_what() -> None:
     record, callback = fl.callbacks.RunRecord("run"), fl.callbacks.Contribution()
     strategy = FederatedStrategy("fedavg", local_steps=5)

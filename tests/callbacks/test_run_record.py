@@ -144,6 +144,7 @@ def quiet_wandb(monkeypatch: pytest.MonkeyPatch) -> Any:
     return wandb
 
 
+@pytest.mark.slow
 def test_an_offline_wandb_run_shows_the_same(quiet_wandb: Any) -> None:
     logger = WandbLogger(offline=True, save_dir=".")
     run, found = record(fl.FederatedStrategy(fl.algorithms.FedProx(mu=0.5)), logger=logger)

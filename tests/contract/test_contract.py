@@ -224,7 +224,7 @@ def test_every_registered_algorithm_is_under_contract() -> None:
 
 
 @every_kind
-@pytest.mark.spread(5)
+@pytest.mark.spread(3)
 def test_it_settles_at_its_fixed_point(name: str) -> None:
     entry = ENTRIES[name]
     assert entry.minimise(entry.rounds, local_steps=5) == pytest.approx(entry.fixed_point, rel=1e-8)

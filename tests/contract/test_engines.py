@@ -192,7 +192,7 @@ def reference() -> Any:
         if form != REFERENCE and (entry.groups or not how.is_group)
     ],
 )
-@pytest.mark.spread(12)
+@pytest.mark.spread(8)
 def test_every_form_gives_what_the_reference_gives(entry: Entry, form: str, reference: Any) -> None:
     assert_same_as_reference(entry.fit(form), entry, form, reference(entry))
 

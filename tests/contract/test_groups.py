@@ -279,6 +279,7 @@ def test_every_shipped_group_is_under_contract() -> None:
 
 @every_group_and_size
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
+@pytest.mark.spread(42)
 def test_it_keeps_the_contract(entry: Entry, size: int, check: Check) -> None:
     entry.run(size, check)
 
@@ -340,7 +341,7 @@ def test_connected_processes_keep_the_contract(run_ranks: Any, world_size: int) 
 @pytest.mark.parametrize(
     "collective", ["all_reduce", "all_gather", "broadcast", "barrier", "gather_tensor", "all_to_all"]
 )
-@pytest.mark.spread(2)
+@pytest.mark.spread(1)
 def test_a_rank_that_stays_away_is_an_error_in_time(entry: Entry, collective: str) -> None:
     """Rank 1 is there and does not come; rank 0 keeps its tensor."""
     done = threading.Event()
@@ -364,6 +365,7 @@ def test_a_rank_that_stays_away_is_an_error_in_time(entry: Entry, collective: st
 
 
 @every_group_of_two
+@pytest.mark.spread(1)
 def test_a_rank_that_has_left_is_an_error_at_once(entry: Entry) -> None:
     def wait_for_it(group: Group) -> None:
         if group.rank == 0:

@@ -178,6 +178,7 @@ def test_clock_set_back_between_restarts_renews_the_deadline_and_no_more(folder:
     store.close()
 
 
+@pytest.mark.slow
 def test_coordinator_that_restarts_again_and_again_closes_its_round(folder: Path) -> None:
     """Cut-off set, waits for the dead anyway: restarts do not put off ``max_deadline_s``."""
     with live_coordinator(folder, rules(), settings()) as live:
@@ -197,6 +198,7 @@ def test_coordinator_that_restarts_again_and_again_closes_its_round(folder: Path
         assert live.events("round closed")[0]["lost"] == ["north", "south"]
 
 
+@pytest.mark.slow
 def test_each_response_is_dropped_once(live: LiveCoordinator, monkeypatch: pytest.MonkeyPatch) -> None:
     """A retry of a call that had worked: done twice. The answer to each call is lost once: the same bits come out."""
     original, lost, lock = Client._try, set(), threading.Lock()
@@ -297,6 +299,7 @@ MEGABYTE = 250_000
 
 
 @pytest.mark.parametrize("megabytes", [1, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_slow_link_holds_the_round_while_it_sends(folder: Path, megabytes: int) -> None:
     """Transfer starves heartbeats; a slow link times out: the deadline is put off while bytes come, all are counted."""
     with live_coordinator(folder, rules(deadline_s=0.2, rounds=2), settings()) as live:
@@ -347,6 +350,7 @@ def test_memory_does_not_grow_with_the_silos() -> None:
     assert int(peak) <= int(bound), done.stdout
 
 
+@pytest.mark.slow
 def test_connection_that_falls_silent_in_the_middle_of_an_update(live: LiveCoordinator) -> None:
     """Partition, half-open socket: the silo dials again, the new connection takes over, the transfer goes on."""
     size = 1 << 20  # 4 MiB
@@ -389,6 +393,7 @@ def test_sigterm_of_the_coordinator_while_it_adds_up(folder: Path) -> None:
         assert live.coordinator.progress.global_step == 9
 
 
+@pytest.mark.slow
 def test_sigterm_of_the_coordinator_while_evaluations_come_in(live: LiveCoordinator) -> None:
     """Shutdown in the exchange after a round: what had come is kept, and all get the same answer."""
     east, north, south = silos_at(live)

@@ -66,6 +66,7 @@ def section(key: str, name: str) -> str:
 
 
 @pytest.mark.parametrize("name", concrete(datamodules, L.LightningDataModule))
+@pytest.mark.spread(10)
 def test_datamodules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     cli = build(tmp_path, monkeypatch, section("data", name) + section("model", "LogisticRegression"))
     assert type(cli.datamodule) is getattr(datamodules, name)

@@ -39,6 +39,7 @@ def test_the_same_examples_under_several_clients_are_found_and_counted() -> None
     assert together <= logged + 1e-6
 
 
+@pytest.mark.slow
 def test_clients_of_their_own_are_not_warned_of() -> None:
     data = images(60)
     fit(private(method="rdp"), 2, Plain(), loaders(Subset(data, range(30)), Subset(data, range(30, 60))))
@@ -85,6 +86,7 @@ def test_counts_by_brute_force() -> None:
         assert largest == max((int((everything == number).sum()) for number in seen[-1]), default=0)
 
 
+@pytest.mark.slow
 def test_the_time_grows_with_the_clients_and_not_with_their_square() -> None:
     data = images(4)
 
@@ -140,6 +142,7 @@ def test_a_second_fit_with_a_new_callback_is_warned_of() -> None:
     fit(private(method="rdp"), 1, Plain())
 
 
+@pytest.mark.slow
 def test_the_budget_counts_the_copies() -> None:
     data = images(50)
     callback = private(max_epsilon=7.0)

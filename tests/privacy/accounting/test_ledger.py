@@ -107,6 +107,7 @@ def test_by_hand_dp_accounting_disagrees_with_itself_and_the_ledger_does_not() -
         assert found.relation == "replace_one"
 
 
+@pytest.mark.slow
 def test_sampling_without_replacement_has_noise_relative_to_twice_the_clip() -> None:
     drawn = ledger(1.0, FixedSize(100, 10000), 1000)
     for method, expected in (("pld", 14.821), ("rdp", 20.987)):

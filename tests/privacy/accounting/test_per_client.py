@@ -32,6 +32,7 @@ def test_the_quick_bound_is_one(settings: list[tuple[float, float, int]]) -> Non
     assert own.epsilon(DELTA, "rdp") - 1e-9 <= rough_epsilon(own.entries, DELTA) <= 1.25 * own.epsilon(DELTA, "rdp")
 
 
+@pytest.mark.slow
 def test_the_largest_of_all_is_found() -> None:
     ledgers = [ledger(setting) for setting in SETTINGS] + [ledger(*SETTINGS[:2]), Ledger()]
     every = [float(own.epsilon(DELTA)) for own in ledgers]
@@ -42,6 +43,7 @@ def test_the_largest_of_all_is_found() -> None:
     assert largest_epsilon([*ledgers, ledger((0.0, 0.1, 1))], DELTA)[0] == float("inf")
 
 
+@pytest.mark.slow
 def test_the_least_noise_for_all() -> None:
     counts = {Poisson(0.4): 9, Poisson(0.1): 120, Full(): 2}
     sigma = noise_multiplier_for_all(4.0, DELTA, counts, "rdp")

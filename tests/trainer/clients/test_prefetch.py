@@ -129,12 +129,14 @@ def test_a_client_whose_data_is_broken_is_left_out() -> None:
 
 @pytest.mark.filterwarnings("ignore:Round .* the loader of client 1 raised")
 @pytest.mark.parametrize("engine", ["sequential", "vectorized"])
+@pytest.mark.spread(1)
 def test_the_workers_of_a_client_that_is_left_out_end(engine: str) -> None:
     class Watching(FederatedCallback):
         def on_group_end(self, trainer: L.Trainer, module: L.LightningModule, *args: Any) -> None:
-            children.append(len(multiprocessing.active_children()))
+            children.append(len(set(multiprocessing.active_children()) - before))
 
     children: list[int] = []
+    before = set(multiprocessing.active_children())
     loaders = [DataLoader(Examples(n, broken=n == 1), batch_size=4, num_workers=int(n == 1)) for n in range(3)]
     clients = fl.datamodules.ClientLoaders(range(3), loaders.__getitem__)
     gc.disable()

@@ -213,6 +213,7 @@ def some_ranks_validate() -> str:
     return str(error.value)
 
 
+@pytest.mark.slow
 def test_silos_validate_all_or_none(run_ranks: Any) -> None:
     assert run_ranks(2, some_ranks_validate)[0].startswith("Rank 1 has no validation data")
 

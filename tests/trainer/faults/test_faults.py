@@ -122,6 +122,7 @@ def lose_rank_1(gave_up: Path) -> tuple[str, float]:
     return "no error", 0.0
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_ends_the_others_within_the_timeout(run_ranks: Any, tmp_path: Path) -> None:
     message, seconds = run_ranks(2, lose_rank_1, tmp_path / "gave_up")[0]
     assert message.startswith("RankLost: Round 1: Rank 1 has left the federation, or has not come")

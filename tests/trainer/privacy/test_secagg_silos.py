@@ -206,6 +206,7 @@ def test_one_identity_for_two_silos(run_ranks: RunRanks, keys: str) -> None:
         assert "two ranks with the same identity" in told
 
 
+@pytest.mark.slow
 def test_two_silos_are_refused(run_ranks: RunRanks, keys: str) -> None:
     for message in run_ranks(2, expect_error, ValueError, "with_keys", keys):
         assert "no sum over fewer than 3" in message

@@ -107,7 +107,7 @@ def train_with_callback(name: str) -> tuple[Tensor, int, float]:
 
 
 @pytest.mark.parametrize("name", CALLBACKS)
-@pytest.mark.spread(2)
+@pytest.mark.spread(1)
 def test_callbacks_do_the_same_on_any_number_of_ranks(run_ranks: Any, name: str) -> None:
     expected = train_with_callback(name)
     for found in run_ranks(2, train_with_callback, name):
@@ -144,7 +144,7 @@ def broadcasts_on_one_rank() -> str:
 
 
 @pytest.mark.parametrize("sanity", [0, 2])
-@pytest.mark.spread(1)
+@pytest.mark.slow
 def test_silos_with_different_numbers_of_validation_loaders_are_refused(run_ranks: Any, sanity: int) -> None:
     messages = run_ranks(2, different_loaders, sanity)
     assert messages[0] == messages[1]

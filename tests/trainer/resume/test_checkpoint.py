@@ -309,7 +309,7 @@ def fit_on_rank(strategy: str, max_epochs: int, directory: str, ckpt_path: Any =
 
 
 @pytest.mark.parametrize("strategy", ["fedavg", "scaffold", "personal"])
-@pytest.mark.spread(1)
+@pytest.mark.slow
 def test_resuming_on_the_same_ranks_is_exact_and_on_others_to_rounding(
     run_ranks: Any, tmp_path: Path, strategy: str
 ) -> None:

@@ -158,5 +158,6 @@ def test_these_tests_would_show(run: Any, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("run", [split_apart, strange])
+@pytest.mark.spread(1)
 def test_on_two_ranks(run: Any, run_ranks: Any, tmp_path: Path) -> None:
     assert len(run_ranks(2, run, tmp_path)) == 2

@@ -193,6 +193,7 @@ data: {class_path: DigitsDataModule}
     )
 
 
+@pytest.mark.slow
 def test_other_settings_on_another_rank_are_found(run_ranks: Any) -> None:
     with pytest.raises(Exception, match="aggregator"):
         run_ranks(2, with_own_setting)

@@ -346,6 +346,7 @@ bytes_a_parameter = pytest.mark.parametrize(("compressor", "most"), MOST, ids=st
 
 
 @bytes_a_parameter
+@pytest.mark.spread(2)
 def test_silos_send_the_bytes_they_say(run_ranks: Any, compressor: Any, most: float) -> None:
     """Spied at the collectives."""
     (model, sent), (other, _) = run_ranks(2, silo, compressor)

@@ -78,6 +78,7 @@ def test_the_root_leaves_no_trace_in_metrics_and_counts() -> None:
         assert with_root.callback_metrics[name].item() == without.callback_metrics[name].item()
 
 
+@pytest.mark.slow
 def test_engines_and_ranks_train_the_same_root(run_ranks: Any) -> None:
     alone, logged = fltrust(engine="sequential")
     together, _ = fltrust(engine="vectorized")

@@ -285,7 +285,7 @@ def test_the_order_of_clients_does_not_matter(kind: type[Plain]) -> None:
 
 
 @pytest.mark.parametrize("kind", [BufferOutsideState, Number, Coin, Bank])
-@pytest.mark.spread(1)
+@pytest.mark.slow
 def test_the_number_of_ranks_does_not_matter(kind: type[Plain], run_ranks: Any) -> None:
     expected = fit(kind)
     for size in (2, 4):

@@ -121,7 +121,7 @@ def assert_exact(make_module: Any, data: Any = None, **options: Any) -> Outcome:
 
 @WARNINGS
 @pytest.mark.parametrize("name", QUIRKS)
-@pytest.mark.spread(18)
+@pytest.mark.spread(9)
 def test_each_quirk(name: str) -> None:
     auto = assert_exact(lambda: Quirky([name]))
     if name in EXACT_TOGETHER:
