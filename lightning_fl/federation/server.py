@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_fl.aggregation import RoundContext
 from lightning_fl.engines.buffers import contributions_like, moved
+from lightning_fl.engines.within_silo import WithinSilo
 from lightning_fl.federation.report import RankReport
 from lightning_fl.federation.settings import FederationSettings, FederationState
 from lightning_fl.tree import norm, scale, zeros_like
@@ -173,15 +173,8 @@ def close_server(opened: ServerRound, acc: Any, joined: RankReport) -> Closing:
     # Algorithms do not see buffers, so their mean is taken here.
     buffers = moved(opened.buffers, scale(aggregate.buffers, 1 / weight))
     reason = stop_reason(settings, state, ctx)
-    return Closing(state, buffers, aggregate, _norm(aggregate.delta, ctx) / weight, facts, reason)
-
-
-def _norm(delta: Tree, ctx: RoundContext) -> float:
-    shards = ctx.group.shards
-    if shards.size == 1:
-        return norm(delta)
-    # Where parameters are spread over processes, each has the norm of its part.
-    return float(shards.all_reduce(torch.tensor(norm(delta) ** 2, dtype=torch.float64)) ** 0.5)
+    total = WithinSilo(ctx.group).joint_norm(norm(aggregate.delta))
+    return Closing(state, buffers, aggregate, total / weight, facts, reason)
 
 
 def nothing(opened: ServerRound) -> Aggregate:

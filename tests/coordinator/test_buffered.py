@@ -14,20 +14,20 @@ import torch
 import lightning_fl as fl
 from lightning_fl import FederatedStrategy
 from lightning_fl.coordinator import wire
-from lightning_fl.coordinator.audit import AuditLog, verify
+from lightning_fl.coordinator.audit import verify
 from lightning_fl.coordinator.buffered_machine import BufferedMachine
 from lightning_fl.coordinator.buffered_service import BufferedCoordinator
 from lightning_fl.coordinator.client import CallRefused
-from lightning_fl.coordinator.disk import Disk
 from lightning_fl.coordinator.export import read_model
 from lightning_fl.coordinator.machine import GRACE, Rules
 from lightning_fl.coordinator.policy import PolicyBroken
-from lightning_fl.coordinator.service import START, UPDATE
+from lightning_fl.coordinator.service import UPDATE
 from lightning_fl.coordinator.store import Store
 from lightning_fl.federation import RankReport
 from lightning_fl.schedules import Buffered, FedAsync, Polynomial, Recorded
 from lightning_fl.strategies.network import settings_of_silo
-from tests.coordinator.test_crash import Power, send
+from tests.coordinator import test_crash
+from tests.coordinator.test_crash import Power, join_all, send
 from tests.coordinator.test_training import loader_of, validation_of
 from tests.helpers.network import (
     NAMES,
@@ -300,24 +300,15 @@ def test_a_size_that_rounds_do_not_reach_is_refused(tmp_path: Path, size: int, m
 
 
 def begin(root: Path, power: Power, schedule: Any, **options: Any) -> tuple[BufferedCoordinator, Store]:
-    store = Store(root, Disk(power))
-    try:
-        audit = AuditLog(root / "audit.jsonl")
-        own = BufferedCoordinator(replace(settings(), schedule=schedule), {}, rules(**options), store, audit)
-        return own, store
-    except BaseException:
-        store.close()
-        raise
+    own = replace(settings(), schedule=schedule)
+    return test_crash.begin(
+        root, power, lambda store, audit: BufferedCoordinator(own, {}, rules(**options), store, audit)
+    )
 
 
 def drive(own: BufferedCoordinator, tmp: Path) -> None:
     """East and north make the first round, east and the stale south the second, whatever has been done already."""
-    tensors = {"params": {"x": torch.zeros(3)}, "buffers": {}, "rest": {}}
-    manifest = wire.shapes_of(wire.flatten(tensors))
-    for name in NAMES:
-        own.join(name, {"protocol": 1, "settings": {}, "common": {}, "manifest": manifest}, 0.0)
-    if own.start is None:
-        send(own, "east", None, START, wire.flatten(tensors), {"common": {}}, tmp)
+    join_all(own, tmp)
     while own.machine.phase != "over":
         round = own.machine.round
         if own.machine.phase == "gathering":

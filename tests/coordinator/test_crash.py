@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,17 @@ class FullDisk(Power):
             raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def begin(root: Path, power: Power) -> tuple[Coordinator, Store]:
+Make = Callable[[Store, AuditLog], Any]
+
+
+def synchronous(store: Store, audit: AuditLog) -> Coordinator:
+    return Coordinator(settings(FedAvgM(momentum=0.5)), {}, rules(rounds=1), store, audit)
+
+
+def begin(root: Path, power: Power, make: Make = synchronous) -> tuple[Any, Store]:
     store = Store(root, Disk(power))
     try:
-        audit = AuditLog(root / "audit.jsonl")
-        return Coordinator(settings(FedAvgM(momentum=0.5)), {}, rules(rounds=1), store, audit), store
+        return make(store, AuditLog(root / "audit.jsonl")), store
     except BaseException:
         store.close()
         raise
@@ -80,14 +87,19 @@ def send(
     own.accept(upload, round, topic, 0.0)
 
 
-def drive(own: Coordinator, tmp: Path) -> None:
-    """Does what silos and server do until the federation is over, whatever has been done already."""
+def join_all(own: Coordinator, tmp: Path) -> None:
+    """Joins every silo and sends the start, whatever has been done already."""
     tensors = {"params": {"x": torch.zeros(3)}, "buffers": {}, "rest": {}}
     manifest = wire.shapes_of(wire.flatten(tensors))
     for silo in NAMES:
         own.join(silo, {"protocol": 1, "settings": {}, "common": {}, "manifest": manifest}, 0.0)
     if own.start is None:
         send(own, "east", None, START, wire.flatten(tensors), {"common": {}}, tmp)
+
+
+def drive(own: Coordinator, tmp: Path) -> None:
+    """Does what silos and server do until the federation is over, whatever has been done already."""
+    join_all(own, tmp)
     while own.machine.phase != "over":
         round = own.machine.round
         if own.machine.phase == "gathering":
