@@ -142,7 +142,8 @@ def test_the_noise_has_its_deviation_on_every_part(mode: Any, num_clients: int) 
             assert float(values.std()) == pytest.approx(expected, rel=0.05)
     again, _ = transform.server(total, state, context)
     if mode == "central":
-        assert not (flat(again) == flat(total)).any()
+        # Two draws that are rounded to float32 are now and then equal by chance.
+        assert float((flat(again) == flat(total)).double().mean()) < 1e-3
 
 
 @pytest.mark.parametrize(("z", "bit_noise", "expected"), [(1.0, 5.0, 1.00504), (1.0, 0.6, 1.80907), (0.0, 0.0, 0.0)])
