@@ -1,7 +1,8 @@
 """Checks on several ranks: one group of live worker processes for the whole test session, and real scripts.
 
-A process that imports Lightning takes 5 s to start, so workers are forked from one that has imported it and serve many
-checks; the first n workers are the ranks of a federation of n. The parent hosts the TCP store, as torchrun's agent does.
+A process that imports Lightning takes 5 s to start, so workers are forked from one that has imported it and serve
+many checks; the first n workers are the ranks of a federation of n. The parent hosts the TCP store, as torchrun's
+agent does.
 """
 
 from __future__ import annotations
