@@ -104,16 +104,29 @@ def read_strategy(path: Path, allow: Sequence[str] = ()) -> FederatedStrategy:
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     trainer = content.get("trainer") if isinstance(content, Mapping) else None
     strategy = trainer.get("strategy") if isinstance(trainer, Mapping) else None
+    if not isinstance(strategy, str | Mapping):
+        raise ValueError(f"{path} has no trainer.strategy, which says how the silos train.")
+    return make_strategy(strategy, allow)
+
+
+def make_strategy(strategy: str | Mapping[str, Any], allow: Sequence[str] = ()) -> FederatedStrategy:
+    """The strategy that a configuration describes.
+
+    Args:
+        strategy: A name, or ``class_path`` with ``init_args``.
+        allow: Packages besides lightning_fl and torch whose classes it may name.
+
+    Raises:
+        ValueError: If it names a class of another package.
+    """
     if isinstance(strategy, str):
         strategy = {"class_path": "FederatedStrategy", "init_args": {"algorithm": strategy}}
-    if not isinstance(strategy, Mapping):
-        raise ValueError(f"{path} has no trainer.strategy, which says how the silos train.")
     for class_path in _class_paths(strategy):
         package = class_path.partition(".")[0]
         if "." in class_path and package not in ("lightning_fl", *allow):
             raise ValueError(
-                f"{path} names the class {class_path}: the coordinator runs no code of others. If you trust it, start "
-                f"with --allow {package}."
+                f"The strategy names the class {class_path}: this process runs no code of others. If you trust it, "
+                f"start with --allow {package}."
             )
     from jsonargparse import ArgumentParser
 
