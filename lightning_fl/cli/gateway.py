@@ -59,14 +59,16 @@ def make_gateway(config: GatewayConfig, allow: Sequence[str] = ()) -> Gateway:
     Raises:
         ValueError: If a setting of its strategy would be ignored.
     """
-    from lightning_fl.cli.coordinator import make_strategy
+    from lightning_fl.cli.coordinator import make_object, make_strategy
     from lightning_fl.coordinator.audit import AuditLog
     from lightning_fl.coordinator.store import Store
     from lightning_fl.devices.gateway import Gateway, LocalPlan
     from lightning_fl.devices.registry import Registry
     from lightning_fl.federation import FederationSettings
+    from lightning_fl.schedules import Asynchronous
 
     strategy = make_strategy(config.strategy, allow)
+    schedule = make_object(Asynchronous, config.schedule, allow)
     epochs, steps = strategy.local_epochs, strategy.local_steps
     if not all(isinstance(own, int | None) for own in (epochs, steps)):
         raise ValueError("Devices train for whole epochs or steps: give local_epochs or local_steps as a number.")
@@ -74,7 +76,7 @@ def make_gateway(config: GatewayConfig, allow: Sequence[str] = ()) -> Gateway:
         "num_clients": strategy.num_clients is not None,
         "clients_per_round": strategy.clients_per_round is not None,
         "partition": strategy.partition is not None,
-        "durations": strategy.durations is not None,
+        "schedule (it is an entry of its own)": strategy.schedule is not None,
         "stragglers": strategy.stragglers is not None,
         "personal": bool(strategy.personal),
         "client_optimizer": strategy.client_optimizer != "reset",
@@ -90,7 +92,7 @@ def make_gateway(config: GatewayConfig, allow: Sequence[str] = ()) -> Gateway:
         strategy.weighting,
         seed=seed,
         population=1,
-        schedule=strategy.schedule,
+        schedule=schedule,
     )
     plan = LocalPlan(config.step, config.lr, config.batch_size, epochs or 1, steps, config.shuffle, seed)
     store = Store(config.folder)

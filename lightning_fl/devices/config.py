@@ -20,6 +20,7 @@ class GatewayConfig:
 
     Args:
         strategy: As ``trainer.strategy`` of a training configuration: a name, or ``class_path`` and ``init_args``.
+        schedule: ``class_path`` and ``init_args`` of ``Buffered`` or ``FedAsync``.
         step: The file of the training step.
         folder: Where the federation's files go.
         rounds: How many rounds there are.
@@ -37,6 +38,7 @@ class GatewayConfig:
     """
 
     strategy: Any
+    schedule: Any
     step: Path
     folder: Path
     rounds: int
@@ -69,8 +71,9 @@ _KINDS: dict[str, Any] = {
     **dict.fromkeys(("step", "folder", "devices", "pages", "host", "certificate", "key"), str),
     **dict.fromkeys(("rounds", "batch_size", "port", "admin_port", "updates_per_day", "requests_per_minute"), int),
     **{"max_examples": int, "lr": (int, float), "task_s": (int, float), "shuffle": bool, "conditions": list},
-    "strategy": (str, Mapping),
+    **{"strategy": (str, Mapping), "schedule": Mapping},
 }
+_NEEDED = ("strategy", "schedule", "step", "folder", "rounds", "lr", "batch_size")
 _PATHS = ("step", "folder", "devices", "pages", "certificate", "key")
 
 
@@ -86,7 +89,7 @@ def read_config(path: Path) -> GatewayConfig:
     unknown = [name for name in content if name not in _KINDS]
     if unknown:
         raise ValueError(f"{path} has unknown entries {', '.join(map(repr, unknown))}; known are {', '.join(_KINDS)}.")
-    missing = [name for name in ("strategy", "step", "folder", "rounds", "lr", "batch_size") if name not in content]
+    missing = [name for name in _NEEDED if name not in content]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}.")
     for name, value in content.items():

@@ -485,8 +485,8 @@ def check_settings(settings: FederationSettings) -> None:
 
     if not isinstance(settings.schedule, Asynchronous):
         raise ValueError(
-            f"The strategy has schedule={settings.schedule!r}, but a gateway waits for no single device. Set "
-            "schedule=Buffered(size), as {class_path: Buffered, init_args: {size: 10}} in YAML."
+            f"The schedule is {settings.schedule!r}, but a gateway waits for no single device. Set it to "
+            "Buffered(size), as {class_path: Buffered, init_args: {size: 10}} in YAML."
         )
     if any(transform.needs_start for transform in settings.schedule.transforms) and (
         settings.schedule.max_staleness is None

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +21,21 @@ import lightning_fl_device as device
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_fl as fl
 from lightning_fl.cli.main import main
+from lightning_fl.coordinator import wire
+from lightning_fl.coordinator.audit import verify
 from lightning_fl.coordinator.export import read_model
 from lightning_fl.devices.admission import AdmissionRules
 from lightning_fl.models import MLPClassifier
 from lightning_fl.schedules import Buffered
 from tests.helpers.devices import NAMES, LiveGateway, gateway
-from tests.helpers.distributed import PATIENCE
+from tests.helpers.distributed import PATIENCE, REPOSITORY
+from tests.helpers.training import trainer
 
 SIZES = {"a": 40, "b": 25, "c": 60}
 
@@ -45,9 +57,8 @@ def in_one_process(step: Path, rounds: int, **settings: Any) -> dict[str, Tensor
     module = MLPClassifier(hidden=[16], lr=0.1)
     module.load_state_dict(load_file(step.with_suffix(".safetensors")))
     loaders = {name: DataLoader(TensorDataset(*own), batch_size=10) for name, own in shards().items()}
-    trainer(fl.FederatedStrategy("fedavg", **settings), max_epochs=rounds, limit_val_batches=0).fit(
-        module, train_dataloaders=fl.datamodules.ClientLoaders(loaders)
-    )
+    own = trainer(fl.FederatedStrategy("fedavg", **settings), max_epochs=rounds, limit_val_batches=0)
+    own.fit(module, fl.datamodules.ClientLoaders(loaders), loaders["a"])
     return module.state_dict()
 
 
@@ -144,12 +155,8 @@ def test_an_order_of_examples_is_the_same_in_every_language() -> None:
 
 
 CONFIG = """
-strategy:
-  class_path: FederatedStrategy
-  init_args:
-    algorithm: fedavg
-    local_epochs: 1
-    schedule: {{class_path: Buffered, init_args: {{size: 3}}}}
+strategy: {{class_path: FederatedStrategy, init_args: {{algorithm: fedavg, local_epochs: 1}}}}
+schedule: {{class_path: Buffered, init_args: {{size: 3}}}}
 step: {step}
 folder: federation
 rounds: {rounds}
@@ -180,3 +187,148 @@ def test_a_configuration_that_is_wrong_is_named(tmp_path: Path, digits_step: Pat
     main(["gateway", "--config", str(write_config(tmp_path, digits_step, 0, 1)), "--enrol", "a", "b"])
     tokens = capsys.readouterr().out.split()
     assert [token.partition(".")[0] for token in tokens] == ["a", "b"]
+
+
+# ---- processes (slow)
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+@contextmanager
+def process(*words: str) -> Iterator[subprocess.Popen[str]]:
+    """A command that is ended with the block."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    own = subprocess.Popen([sys.executable, *words], env=env, stdout=subprocess.PIPE, text=True)
+    try:
+        yield own
+    finally:
+        own.kill()
+        own.communicate()
+
+
+def enrol(config: Path, names: tuple[str, ...], capsys: Any) -> dict[str, str]:
+    capsys.readouterr()
+    main(["gateway", "--config", str(config), "--enrol", *names])
+    return dict(zip(names, capsys.readouterr().out.split(), strict=True))
+
+
+WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; import lightning_fl_device; lightning_fl_device.main()"
+
+
+@contextmanager
+def device_process(folder: Path, port: int, name: str, token: str) -> Iterator[subprocess.Popen[str]]:
+    """The command of a device, in a process that can't import torch."""
+    save_file(
+        {str(index): own.contiguous() for index, own in enumerate(shards()[name])}, folder / f"{name}.safetensors"
+    )
+    (folder / f"{name}.token").write_text(token)
+    files = ("--token-file", str(folder / f"{name}.token"), "--data", str(folder / f"{name}.safetensors"))
+    code = f"import sys; sys.path.insert(0, {str(REPOSITORY / 'devices' / 'python')!r}); {WITHOUT_TORCH}"
+    with process("-c", code, f"http://127.0.0.1:{port}", *files) as own:
+        yield own
+
+
+@pytest.mark.slow
+def test_a_gateway_that_is_killed_again_and_again(tmp_path: Path, digits_step: Path, capsys: Any) -> None:
+    rounds, port = 12, free_port()
+    config = write_config(tmp_path, digits_step, port, rounds)
+    tokens = enrol(config, NAMES, capsys)
+    command = ("-m", "lightning_fl", "gateway", "--config", str(config))
+    log, folder = tmp_path / "federation" / "audit.jsonl", tmp_path / "federation"
+
+    def finished() -> int:
+        return sum(json.loads(line)["event"] == "round closed" for line in log.read_text().splitlines())
+
+    with (
+        device_process(tmp_path, port, "a", tokens["a"]) as a,
+        device_process(tmp_path, port, "b", tokens["b"]) as b,
+        device_process(tmp_path, port, "c", tokens["c"]) as c,
+    ):
+        for kill_after in (3, 8, None):
+            with process(*command) as server:
+                assert server.stdout is not None
+                assert server.stdout.readline().startswith("Serving 12 rounds")
+                if kill_after is None:
+                    printed = [own.communicate(timeout=PATIENCE)[0] for own in (a, b, c)]
+                else:
+                    until = time.monotonic() + PATIENCE
+                    while finished() < kill_after and time.monotonic() < until:
+                        time.sleep(0.01)
+                    server.send_signal(signal.SIGKILL)
+    assert printed == [f"{rounds} updates were taken.\n"] * 3
+    found, facts = read_model(folder)
+    assert facts["round"] == rounds
+    assert difference(found, in_one_process(digits_step, rounds)) < 1e-5
+    history = json.loads((folder / "state.json").read_text())["progress"]["history"]
+    assert [entry["members"] for entry in history] == [list(NAMES)] * rounds
+    verify(log)
+
+
+WEB = REPOSITORY / "devices" / "web"
+
+
+def built_pages() -> Path:
+    """The web page, built from its source by npm."""
+    if not (WEB / "node_modules").is_dir():
+        subprocess.run(["npm", "ci", "--no-audit", "--no-fund"], cwd=WEB, check=True, timeout=PATIENCE)
+    subprocess.run(["npm", "run", "build"], cwd=WEB, check=True, timeout=PATIENCE)
+    return WEB / "dist"
+
+
+@contextmanager
+def browser(folder: Path, address: str) -> Iterator[None]:
+    """Chromium without a window, at a page."""
+    words = (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        f"--user-data-dir={folder / 'profile'}",
+    )
+    own = subprocess.Popen([CHROMIUM, *words, address], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        own.terminate()  # ends its other processes, too
+        own.wait(PATIENCE)
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
+needs_browser = pytest.mark.skipif(not (CHROMIUM and shutil.which("npm")), reason="needs npm and Chromium")
+
+
+@pytest.mark.slow
+@needs_browser
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_browser_and_two_python_devices(tmp_path: Path, digits_step: Path, shuffle: bool) -> None:
+    rounds = 5
+    own = gateway(tmp_path, Buffered(3), step=digits_step, rounds=rounds, shuffle=shuffle)
+    tokens = {name: (tmp_path / f"{name}.token").read_text() for name in NAMES}
+    pages = shutil.copytree(built_pages(), tmp_path / "pages")
+    save_file({str(index): part.contiguous() for index, part in enumerate(shards()["c"])}, pages / "c.safetensors")
+    with LiveGateway(own, pages) as live:
+        threads = [start(live.address, tokens[name], name) for name in ("a", "b")]
+        with browser(tmp_path, f"{live.address}/#token={tokens['c']}&data=c.safetensors"):
+            for thread in threads:
+                thread.join(PATIENCE)
+        assert [entry["members"] for entry in own.progress.history] == [list(NAMES)] * rounds
+        # Another Python device with the browser's name and examples does what the browser did in the last round.
+        last = own.store.folder(rounds - 1, "update")
+        (sent,) = last.glob("c.*.ok")
+        fields, found = wire.read_header(sent).fields, wire.read(sent)
+        twin = device.Device(live.address, tokens["a"], {str(i): part.numpy() for i, part in enumerate(shards()["c"])})
+        task = {**own.plan.to_json(), "version": rounds - 1, "device": "c", "step_digest": wire.sha256(digits_step)}
+        update, said = twin.train(task)
+    assert {name: fields[name] for name in ("num_examples", "num_steps", "version")} == {
+        name: said[name] for name in ("num_examples", "num_steps", "version")
+    }
+    assert fields["loss"] == pytest.approx(said["loss"], abs=1e-5)
+    for name, delta in update.items():
+        np.testing.assert_allclose(found[device.DELTA + name].numpy(), delta, atol=1e-5)
+        assert np.abs(delta).max() > 1e-3
+    if not shuffle:
+        assert difference(read_model(own.store.root)[0], in_one_process(digits_step, rounds)) < 1e-5
