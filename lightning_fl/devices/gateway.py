@@ -10,6 +10,7 @@ import math
 import os
 import re
 import secrets
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -149,12 +150,14 @@ class Gateway:
         self.refusals = Refusals()
         self.accepted = 0
         self._training: dict[str, float] = {}
+        self._lock = threading.Lock()  # updates are taken in by another thread than check-ins
         self.load()
 
     def load(self) -> None:
         """Reads from the folder how far the federation is: at the start, and when a change could not be written."""
         self.arrived: dict[str, Arrived] = {}
         self.downloads: dict[int, bytes] = {}
+        self.store.disk.delete(self.store.root / "arriving")  # devices send those again
         commit = self.store.load()
         if not commit:
             self._begin()
@@ -212,10 +215,9 @@ class Gateway:
         wall = self.clock()
         self.admission.check_device(conditions, self.progress.updates.get(device, ()), wall)
         # Its next update is of a model that holds its last one.
-        if device in self.arrived or not self._may_start(device, wall):
+        if device in self.arrived or not self._starts(device, wall):
             return None
         version = self.round
-        self._training[device] = wall + self.admission.rules.task_s
         return {
             "task": self.admission.sign(device, version, wall),
             "device": device,
@@ -225,10 +227,14 @@ class Gateway:
             **self.plan.to_json(),
         }
 
-    def _may_start(self, device: str, wall: float) -> bool:
-        self._training = {name: until for name, until in self._training.items() if until > wall}
+    def _starts(self, device: str, wall: float) -> bool:
         limit = self.schedule.concurrency
-        return limit is None or device in self._training or len(self._training) < limit
+        with self._lock:
+            self._training = {name: until for name, until in self._training.items() if until > wall}
+            may_start = limit is None or device in self._training or len(self._training) < limit
+            if may_start:
+                self._training[device] = wall + self.admission.rules.task_s
+        return may_start
 
     def max_bytes(self) -> int:
         """The largest update that is taken."""
@@ -256,15 +262,15 @@ class Gateway:
         except wire.BadFile as error:
             kind = "not finite" if "NaN" in str(error) else "malformed"
             raise Refused(422, f"The update is refused: {error}.", kind=kind) from error
-        self._training.pop(device, None)
+        with self._lock:
+            self._training.pop(device, None)
         self.store.disk.make_folder(self._folder)
-        upload = Upload(self._folder, device, digest)
-        self.store.disk.replace(path, upload.part)
-        self.store.keep(upload)
+        upload = Upload(path.parent, device, digest)
+        path.rename(upload.part)
+        self.store.keep(upload, self._folder)
         round = self.round
         self.arrived[device] = Arrived(version, digest)
         self.accepted += 1
-        self.audit.append("update accepted", device=device, round=round, version=version, digest=digest)
         self._close_full_rounds()
         return {"round": round, "version": version, "digest": digest}
 
@@ -357,9 +363,11 @@ class Gateway:
         old = self._shared
         self.round += 1
         self._save(shared, private)
+        # One line for all members, since a line for each would be one more wait for the disk with each update.
+        members = {device: [own.version, own.digest] for device, own in sorted(self.arrived.items())}
+        self.audit.append("round closed", round=entry["round"], members=members, state=shared)
         self.arrived = {}
         self.refusals.new_round()
-        self.audit.append("round closed", round=entry["round"], members=entry["members"], state=shared)
         self.store.collect({self.start, shared, private, old, *self.progress.models.values()}, self.round)
 
     def _context(self) -> RoundContext:
@@ -455,18 +463,22 @@ class Gateway:
 
     def refuse(self, device: str | None, refused: Refused) -> None:
         """Counts a refusal, and writes it down if it is the first of its kind by this device in the round."""
+        if refused.facts.get("kind") == "over":  # an answer like any other
+            return
         if self.refusals.note(device, refused.facts):
             self.audit.append("refused", device=device, kind=refused.facts.get("kind"), reason=str(refused)[:500])
 
     def status(self) -> dict[str, Any]:
         """What people want to see."""
         wall = self.clock()
+        with self._lock:
+            training = sum(until > wall for until in self._training.values())
         return {
             "round": self.round,
             "rounds": self.rounds,
             "is_over": self.is_over,
             "devices": len(self.registry.names),
-            "training": sum(until > wall for until in list(self._training.values())),
+            "training": training,
             "arrived": len(self.arrived),
             "wanted": self.schedule.size,
             "accepted": self.accepted,

@@ -168,7 +168,7 @@ class HttpGateway:
             await self._save(request, path, gateway.max_bytes())
             before = gateway.round
             answer = await self._in_thread(gateway.receive, device, request.query.get("task", ""), path)
-            if gateway.round != before:
+            if gateway.round != before or gateway.schedule.concurrency is not None:  # there may be a task now
                 self._changed.set()
                 self._changed = asyncio.Event()
         finally:

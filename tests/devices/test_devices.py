@@ -26,15 +26,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_fl as fl
+from lightning_fl.cli.coordinator import make_object
 from lightning_fl.cli.main import main
 from lightning_fl.coordinator import wire
 from lightning_fl.coordinator.audit import verify
 from lightning_fl.coordinator.export import read_model
 from lightning_fl.devices.admission import AdmissionRules
+from lightning_fl.devices.config import read_config
 from lightning_fl.models import MLPClassifier
-from lightning_fl.schedules import Buffered
+from lightning_fl.schedules import Asynchronous, Buffered, Polynomial
 from tests.helpers.devices import NAMES, LiveGateway, gateway
 from tests.helpers.distributed import PATIENCE, REPOSITORY
+from tests.helpers.documents import blocks
 from tests.helpers.training import trainer
 
 SIZES = {"a": 40, "b": 25, "c": 60}
@@ -184,6 +187,9 @@ def test_a_configuration_that_is_wrong_is_named(tmp_path: Path, digits_step: Pat
         with pytest.raises(SystemExit):
             main(["gateway", "--config", str(write_config(tmp_path, digits_step, 0, 1, more))])
         assert message in capsys.readouterr().err
+    (path := tmp_path / "documented.yaml").write_text(blocks(REPOSITORY / "docs" / "howto" / "devices.md", "text")[0])
+    assert read_config(path).rules == AdmissionRules(("charging", "unmetered"), updates_per_day=4)
+    assert make_object(Asynchronous, read_config(path).schedule) == Buffered(100, None, Polynomial(0.5), 10)
     main(["gateway", "--config", str(write_config(tmp_path, digits_step, 0, 1)), "--enrol", "a", "b"])
     tokens = capsys.readouterr().out.split()
     assert [token.partition(".")[0] for token in tokens] == ["a", "b"]

@@ -28,10 +28,10 @@ function showDigits(content: Uint8Array): number {
   return count;
 }
 
-function showLosses(): void {
+function showLosses(rounds: number): void {
   const top = Math.max(...losses);
-  const step = 600 / Math.max(losses.length - 1, 1);
-  const points = losses.map((loss, index) => `${(index * step).toFixed(1)},${(150 - (140 * loss) / top).toFixed(1)}`);
+  const step = 550 / Math.max(rounds - 1, 1);
+  const points = losses.map((loss, index) => `${(40 + index * step).toFixed(1)},${(150 - (140 * loss) / top).toFixed(1)}`);
   find("#curve").setAttribute("points", points.join(" "));
   find("#top").textContent = top.toFixed(2);
 }
@@ -45,7 +45,7 @@ function show(said: Said): void {
     status.textContent = `The update for round ${said.version + 1} was taken; waiting for the others.`;
     find<HTMLProgressElement>("#rounds").value = (said.version + 1) / said.rounds;
     find("#loss").textContent = said.loss.toFixed(3);
-    showLosses();
+    showLosses(said.rounds);
   } else if (said.kind === "over") {
     status.textContent = `The federation is over. ${said.taken} updates of this device are in its model.`;
     document.body.dataset["state"] = "over";
