@@ -129,7 +129,15 @@ class Coordinator:
         self._templates: list[Update] = []
         self._shapes: wire.Shapes = {}
         self._said: set[str] = set()
+        self.prepare()
         self.load(now)
+
+    def prepare(self) -> None:
+        """Looks at settings and rules before anything is read or written.
+
+        Raises:
+            ValueError: If they don't go together.
+        """
 
     def load(self, now: float) -> None:
         """Reads from its folder how far the federation is: at the start, and when a change could not be written."""
@@ -247,10 +255,12 @@ class Coordinator:
                 f"Silo {silo!r} has finished round {after}, but the coordinator is at round {machine.round}. Has its "
                 "folder been lost? Give it back, or start the silo without its checkpoint and state folder.",
             )
-        if machine.phase == "over":
-            raise Refused(410, self.progress.over or f"All {self.rules.rounds} rounds are done.", over=True)
         if self._model is None:
             return None
+        facts = {"global_step": self.progress.global_step, "logger_steps": self.progress.logger_steps}
+        if machine.phase == "over":
+            reason = self.progress.over or f"All {self.rules.rounds} rounds are done."
+            raise Refused(410, reason, over=True, round=machine.round, state=self._model.shared, facts=facts)
         if machine.ask(silo, now):
             self._note_member(silo)
         if machine.phase != "training" or silo not in machine.cohort:
@@ -266,7 +276,7 @@ class Coordinator:
             "state": self._model.shared,
             "already_sent": machine.done.get(silo),
             "accepted": self.progress.accepted.get(silo),
-            "facts": {"global_step": self.progress.global_step, "logger_steps": self.progress.logger_steps},
+            "facts": facts,
         }
         return Message(fields, wire.flatten({str(index): state for index, state in enumerate(states)}))
 

@@ -39,6 +39,8 @@ class SharedSilo(Federation):
         talker: The way to the coordinator; None on all processes but the first.
     """
 
+    knows_all_clients = False
+
     def __init__(self, group: Group, module: nn.Module, talker: NetworkFederation | None) -> None:
         super().__init__(group, 0, 1)
         self.talker = talker
@@ -115,6 +117,12 @@ class SharedSilo(Federation):
     def open_round(self, done: int) -> Opening | None:
         found = self._tell(lambda own: _opening_as_plain(own.open_round(done)))
         self._share_state()
+        return self._own_part(found)
+
+    def ending(self, done: int) -> Opening | None:
+        return self._own_part(self._tell(lambda own: _opening_as_plain(own.ending(done))))
+
+    def _own_part(self, found: Any) -> Opening | None:
         if found is None:
             return None
         state = found.pop("state")

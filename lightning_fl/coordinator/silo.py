@@ -140,6 +140,8 @@ class NetworkFederation(Federation):
         ValueError: If address or kit can't be used.
     """
 
+    knows_all_clients = False
+
     def __init__(self, address: str, kit: str | Path, folder: str | Path | None = None) -> None:
         super().__init__(LocalGroup(), 0, 1)
         own = Kit(kit)
@@ -160,6 +162,7 @@ class NetworkFederation(Federation):
         self.secure: SecureSums | None = None
         self.is_asynchronous = False
         self._opening: dict[str, Any] = {}
+        self._over: Mapping[str, Any] = {}
         self._told_of_clipping = False
 
     # ---- joining
@@ -290,6 +293,7 @@ class NetworkFederation(Federation):
             except CallRefused as refused:
                 if refused.status == 410:
                     log.info("The federation is over: %s", refused)
+                    self._over = refused.facts
                     return None
                 raise
             if status == 204:
@@ -319,6 +323,13 @@ class NetworkFederation(Federation):
             self._alive = _Alive(self.client)
         self._opening = fields
         return Opening(fields["round"], fields["cohort"], replace(state, transforms=own), buffers, fields["facts"])
+
+    def ending(self, done: int) -> Opening | None:
+        over = self._over
+        if over["round"] - 1 <= done:
+            return None
+        state, buffers = self._load(over["state"])
+        return Opening(over["round"], None, state, buffers, over["facts"])
 
     def start(
         self, settings: FederationSettings, state: FederationState, params: Tree, ctx: RoundContext

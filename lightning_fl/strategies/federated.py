@@ -483,6 +483,9 @@ class FederatedStrategy(internals.ReusableStrategy):
             own = settings_of_silo(self)
             secure, is_asynchronous = secure_of(self), self.schedule is not None
             self.network.join(tensors, own, common, versions(), protections, secure, self.weighting, is_asynchronous)
+            if self.driver is not None:  # `configure_optimizers` has needed the loaders; now it is known who takes part
+                self.driver.settings = self._settings_of(self.driver.population)
+                self.driver.renew(self.driver.population)
         if self.federation.inner.size > 1:
             keep_metrics_apart(self.lightning_module)
         self._evaluation_metrics = EvaluationMetrics(self._parties, self.lightning_module, self.aggregator)
@@ -540,11 +543,25 @@ class FederatedStrategy(internals.ReusableStrategy):
                 f"silo_name={self.silo_name!r} is for a launch with data of its own, but the clients here are "
                 "simulated. Leave it out, or start the silos with torchrun."
             )
+        return RoundDriver(
+            trainer,
+            population,
+            self._parties,
+            self._settings_of(population),
+            self.participation,
+            limit=self.limit_train_batches,
+            personal=self.personal,
+            strategy_type=FederatedStrategy,
+            on_client_error=self.on_client_error,
+            last=self._last_fit,
+        )
+
+    def _settings_of(self, population: Population) -> FederationSettings:
         size = len(population) if self.network is None else self.network.size
         sampling = describe_sampling(self.cohort, size, self.clients_per_round)
         if self.schedule is not None and not self.schedule.draws_cohorts:
             sampling = replace(sampling, kind="other")  # speed decides
-        settings = FederationSettings(
+        return FederationSettings(
             self.algorithm,
             self.aggregator if self.network is None else single_update(self.aggregator),
             self.transforms,
@@ -557,18 +574,6 @@ class FederatedStrategy(internals.ReusableStrategy):
             schedule=self.schedule if self.network is None else None,
             durations=self.durations,
             clients=population.ids if self.algorithm.knows_index else (),
-        )
-        return RoundDriver(
-            trainer,
-            population,
-            self._parties,
-            settings,
-            self.participation,
-            limit=self.limit_train_batches,
-            personal=self.personal,
-            strategy_type=FederatedStrategy,
-            on_client_error=self.on_client_error,
-            last=self._last_fit,
         )
 
     # ---- hooks
