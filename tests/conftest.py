@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ MAX_RANKS = 4
 MAX_LAUNCHES = 16  # of commands and replaced workers in `make test`, beside a pool's workers: each costs 5 s
 
 torch.set_num_threads(1)
+gc.disable()  # until the tests are collected: nothing is garbage before
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 settings.load_profile("repeatable")
 
@@ -72,6 +74,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for index, item in enumerate(own):
             if index not in kept:
                 item.add_marker("slow")
+
+
+def pytest_collection_finish() -> None:
+    gc.enable()
+    gc.freeze()  # collections during the tests leave out all that was imported and collected
 
 
 @pytest.hookimpl(optionalhook=True)

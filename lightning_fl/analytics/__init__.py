@@ -1,14 +1,19 @@
 """Federated analytics: questions about data that stays where it is."""
 
-from lightning_fl.analytics.analyze import Analysis, analyze
-from lightning_fl.analytics.counts import ChiSquare, Frequency, Histogram, Quantile
-from lightning_fl.analytics.moments import PCA, Correlation, Count, Mean, Variance
-from lightning_fl.analytics.privacy import RowLevelDP
-from lightning_fl.analytics.question import Answer, Question
-from lightning_fl.analytics.schema import FederatedSchema, federated_schema
-from lightning_fl.analytics.sketches import Cardinality, HeavyHitters, Intersection, trie_parameters
-from lightning_fl.analytics.strata import By, TTest
-from lightning_fl.analytics.survival import Cox, KaplanMeier, LogRank
+from typing import TYPE_CHECKING
+
+from lightning_fl.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from lightning_fl.analytics.analysis import Analysis, analyze
+    from lightning_fl.analytics.counts import ChiSquare, Frequency, Histogram, Quantile
+    from lightning_fl.analytics.moments import PCA, Correlation, Count, Mean, Variance
+    from lightning_fl.analytics.privacy import RowLevelDP
+    from lightning_fl.analytics.question import Answer, Question
+    from lightning_fl.analytics.schema import FederatedSchema, federated_schema
+    from lightning_fl.analytics.sketches import Cardinality, HeavyHitters, Intersection, trie_parameters
+    from lightning_fl.analytics.strata import By, TTest
+    from lightning_fl.analytics.survival import Cox, KaplanMeier, LogRank
 
 __all__ = [
     "PCA",
@@ -37,3 +42,5 @@ __all__ = [
     "federated_schema",
     "trie_parameters",
 ]
+
+__getattr__, __dir__ = lazy_names(__name__)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lightning_fl.aggregation import Aggregator
-from lightning_fl.analytics.analyze import MIN_COUNT, analyze, clients_of
+from lightning_fl.analytics.analysis import MIN_COUNT, analyze, clients_of
 from lightning_fl.analytics.counts import Frequency
 from lightning_fl.analytics.moments import Variance
 from lightning_fl.analytics.question import by_value, complete, labels, numbers

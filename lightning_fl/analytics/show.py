@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from lightning_fl.analytics.analyze import Analysis, describe
+from lightning_fl.analytics.analysis import Analysis, describe
 from lightning_fl.analytics.question import Answer
 
 MAX_NUMBERS = 8

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lightning_fl.algorithms import Algorithm, get_algorithm, registered
+from lightning_fl.cli.algorithm_page import page
 
 EXAMPLE = {"weight": torch.zeros(10, 10)}
 
@@ -37,22 +38,9 @@ def one_in_full(name: str) -> str:
     """An algorithm's documentation, and how to choose it."""
     algorithm = get_algorithm(name)
     # What is an object of its own, such as a topology, has its own page.
-    fields = [
-        field
-        for field in dataclasses.fields(algorithm)  # type: ignore[arg-type]
-        if field.init and not dataclasses.is_dataclass(getattr(algorithm, field.name))
-    ]
-    lines = [
-        f"{inspect.getdoc(type(algorithm))}\n",
-        f"On the command line: lightning-fl fit --config config.yaml --trainer.strategy {name.lower()}\n",
-        "In YAML:\n\ntrainer:\n  strategy:\n    class_path: lightning_fl.FederatedStrategy\n    init_args:",
-        f"      algorithm:\n        class_path: {type(algorithm).__name__}",
-        *(["        init_args:"] if fields else []),
-    ]
-    for field in fields:
-        value = getattr(algorithm, field.name)
-        lines.append(f"          {field.name}: {'null' if value is None else value}")
-    return "\n".join(lines) + "\n"
+    values = {field.name: getattr(algorithm, field.name) for field in dataclasses.fields(algorithm) if field.init}  # type: ignore[arg-type]
+    plain = {key: value for key, value in values.items() if not dataclasses.is_dataclass(value)}
+    return page(name, type(algorithm).__name__, inspect.getdoc(type(algorithm)) or "", plain)
 
 
 def what(algorithm: Algorithm) -> str:

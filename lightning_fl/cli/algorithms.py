@@ -14,6 +14,9 @@ import argparse
 from importlib.metadata import entry_points
 from pathlib import Path
 
+from lightning_fl.cli import algorithm_source
+from lightning_fl.cli.algorithm_page import page
+
 BUILT_IN = Path(__file__).with_name("builtin_algorithms.txt")
 """What is printed where no other package brings algorithms: importing them all would take seconds. A test compares."""
 
@@ -27,6 +30,10 @@ def run(args: argparse.Namespace) -> None:
     """Prints all algorithms, or one in full."""
     if args.name is None and not entry_points(group="lightning_fl.algorithms"):
         print(BUILT_IN.read_text(encoding="utf-8"), end="")
+        return
+    if args.name is not None and (node := algorithm_source.names().get(args.name.lower())) is not None:
+        documentation, settings = algorithm_source.documentation(node), algorithm_source.settings(node)
+        print(page(args.name, node.name, documentation, settings), end="")
         return
     from lightning_fl.algorithms import load_entry_points
     from lightning_fl.cli import algorithm_facts

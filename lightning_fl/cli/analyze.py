@@ -20,20 +20,14 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
-from lightning_fl import analytics as ask
-from lightning_fl.analytics.analyze import describe
-from lightning_fl.analytics.show import as_table
+from lightning_fl import analytics as ask  # lazy: the help and wrong options don't wait for torch
 from lightning_fl.cli.command import check_output
-from lightning_fl.communication import Group, launched_group
-from lightning_fl.datamodules.tabular import read_tables
-from lightning_fl.privacy import PrivacyError, SecureAggregation
-from lightning_fl.privacy.secagg import SecureAggregationError
-from lightning_fl.privacy.secagg.session import KEYS_VARIABLE
-from lightning_fl.tracking.answers import write_page
+
+if TYPE_CHECKING:
+    from lightning_fl.communication import Group
+    from lightning_fl.privacy import SecureAggregation
 
 ASKED = {
     "variance": ("COLUMN", "mean, variance and deviation"),
@@ -111,6 +105,9 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"Nothing is asked. Add --count, or one of --{', --'.join(ASKED)}.")
     if is_silo and args.ledger is not None and "{rank}" not in args.ledger:
         raise ValueError("Each silo keeps a ledger of its own: --ledger ledger{rank}.json.")
+    from lightning_fl.privacy import PrivacyError, SecureAggregation
+    from lightning_fl.privacy.secagg import SecureAggregationError
+
     privacy = None
     if args.noise is not None:
         delta = 1e-5 if args.delta is None else args.delta
@@ -126,6 +123,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _keys(args: argparse.Namespace) -> str | None:
+    from lightning_fl.privacy.secagg.session import KEYS_VARIABLE
+
     if args.kit is None or KEYS_VARIABLE in os.environ:
         return None
     return str(args.kit / "keys")
@@ -137,6 +136,8 @@ def _joined(args: argparse.Namespace, questions: Sequence[ask.Question], is_silo
     if (args.federation is None) != (args.kit is None):
         raise ValueError("--federation ADDRESS and --kit FOLDER go together: a silo shows its certificate.")
     if args.federation is None:
+        from lightning_fl.communication import launched_group
+
         group = launched_group()
         if group.size > 1 and not is_silo and args.client is None:
             raise ValueError(
@@ -148,6 +149,8 @@ def _joined(args: argparse.Namespace, questions: Sequence[ask.Question], is_silo
         return
     if is_silo or args.client is not None:
         raise ValueError("With --federation this process is one silo, which is a client: give its own file alone.")
+    from lightning_fl.analytics.analysis import describe
+
     try:
         from lightning_fl.coordinator.client import CallRefused, NotAdmitted
         from lightning_fl.coordinator.network_group import MeetingOver, NetworkGroup
@@ -178,6 +181,12 @@ def _ask(
     aggregator: SecureAggregation | None,
     privacy: ask.RowLevelDP | None,
 ) -> None:
+    from rich.console import Console
+
+    from lightning_fl.analytics.show import as_table
+    from lightning_fl.datamodules.tabular import read_tables
+    from lightning_fl.tracking.answers import write_page
+
     table = read_tables(args.table.replace("{rank}", str(group.rank)))
     if args.schema is not None:
         _agree(args, table, group, aggregator)

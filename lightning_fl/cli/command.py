@@ -14,8 +14,19 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 PROGRAM = "lightning-fl"
+_STYLES = {
+    r"(?m)^[\w ]+:$|^usage:": "bold",
+    r"(?<![\w-])--?[a-zA-Z][\w.-]*": "cyan",
+    r"(?m)^  [a-z]+(?=  +\S)": "cyan",
+    rf"(?m)^  ({PROGRAM}|torchrun) .*$": "green",
+}
+"""By pattern the colour in a help: headings, options, commands, examples."""
 
 
 def is_misconfiguration(error: Exception) -> bool:
@@ -76,7 +87,7 @@ def summary(name: str) -> str:
 def make_parser(module: ModuleType) -> argparse.ArgumentParser:
     """The parser of a command's module."""
     description, _, epilog = inspect.cleandoc(module.__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=f"{PROGRAM} {module.__name__.rpartition('.')[2]}",
         description=description,
         epilog=epilog,
@@ -84,6 +95,33 @@ def make_parser(module: ModuleType) -> argparse.ArgumentParser:
     )
     module.add_arguments(parser)
     return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """Shows its help in colours, where the terminal has them."""
+
+    def print_help(self, file: SupportsWrite[str] | None = None) -> None:
+        print_coloured(self.format_help(), file)
+
+
+def print_coloured(text: str, file: SupportsWrite[str] | None = None) -> None:
+    """Prints a help with its options, commands and headings in colours; plain, byte by byte, if it is no terminal.
+
+    Args:
+        text: The help.
+        file: Where to; None for the standard output.
+    """
+    out = sys.stdout if file is None else file
+    if not (hasattr(out, "isatty") and out.isatty()):
+        print(text.rstrip("\n"), file=out)
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    shown = Text(text.rstrip("\n"))
+    for pattern, style in _STYLES.items():
+        shown.highlight_regex(pattern, style)
+    Console(file=out).print(shown, soft_wrap=True)  # type: ignore[arg-type]
 
 
 def check_output(path: Path) -> None:

@@ -19,15 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from jsonargparse import ArgumentParser
-
-import lightning_fl
-from lightning_fl.clients.cohorts import describe_sampling
-from lightning_fl.federation import FederationSettings
-from lightning_fl.strategies import FederatedStrategy
-from lightning_fl.strategies.network import settings_of_silo
 
 if TYPE_CHECKING:
+    from lightning_fl import FederatedStrategy
     from lightning_fl.coordinator.config import FederationConfig
     from lightning_fl.coordinator.service import Coordinator
 
@@ -74,9 +68,12 @@ async def serve(strategy: FederatedStrategy, config: FederationConfig, kit: Any)
 
 def make_coordinator(strategy: FederatedStrategy, config: FederationConfig) -> Coordinator:
     """The coordinator of a federation that trains with a strategy."""
+    from lightning_fl.clients.cohorts import describe_sampling
     from lightning_fl.coordinator.audit import AuditLog
     from lightning_fl.coordinator.kinds import kind_of
     from lightning_fl.coordinator.store import Store
+    from lightning_fl.federation import FederationSettings
+    from lightning_fl.strategies.network import settings_of_silo
 
     size = len(config.rules.silos)
     settings = FederationSettings(
@@ -118,6 +115,11 @@ def read_strategy(path: Path, allow: Sequence[str] = ()) -> FederatedStrategy:
                 f"{path} names the class {class_path}: the coordinator runs no code of others. If you trust it, start "
                 f"with --allow {package}."
             )
+    from jsonargparse import ArgumentParser
+
+    import lightning_fl
+    from lightning_fl import FederatedStrategy
+
     lightning_fl.register()  # the classes and algorithms that it may name
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(FederatedStrategy, "strategy")

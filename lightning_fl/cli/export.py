@@ -14,13 +14,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+FORMATS = ("safetensors", "torch", "onnx", "executorch", "hub")
+"""Those of :data:`lightning_fl.serving.FORMATS`, which imports torch. A test compares."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options."""
-    from lightning_fl.serving import FORMATS
-
     add_model_arguments(parser)
-    parser.add_argument("--to", choices=tuple(FORMATS), required=True, help="the format")
+    parser.add_argument("--to", choices=FORMATS, required=True, help="the format")
     parser.add_argument("--client", help="export the personalised model of this client")
     parser.add_argument("--out", type=Path, help="the file, or for hub the folder (default: model.* in this folder)")
 

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 import lightning_fl
-from lightning_fl.cli.command import PROGRAM, command, fail, is_misconfiguration, summary
+from lightning_fl.cli.command import PROGRAM, command, fail, is_misconfiguration, print_coloured, summary
 from lightning_fl.cli.errors import ConfigurationError
 
 TRACEBACK = "--traceback"
@@ -67,7 +67,7 @@ def main(args: Sequence[str] | None = None) -> None:
         print(f"{PROGRAM} {lightning_fl.__version__}")
         return
     if words in (["--help"], ["-h"]):
-        print(overview())
+        print_coloured(overview())
         return
     known = [*RUNS, *COMMANDS]
     if not words or (words[0] not in known and not words[0].startswith("-")):

@@ -14,12 +14,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lightning_fl.analytics.question import labels
 from lightning_fl.cli.command import check_output
-from lightning_fl.communication import launched_group
-from lightning_fl.datamodules.tabular import read_tables
-from lightning_fl.privacy.secagg.errors import ProtocolError
-from lightning_fl.vertical import psi
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +29,12 @@ def run(args: argparse.Namespace) -> None:
     """Aligns the tables."""
     if (args.out is None) != args.cardinality:
         raise ValueError("Give either --out FILE, for the shared rows, or --cardinality, for their number.")
+    from lightning_fl.analytics.question import labels
+    from lightning_fl.communication import launched_group
+    from lightning_fl.datamodules.tabular import read_tables
+    from lightning_fl.privacy.secagg.errors import ProtocolError
+    from lightning_fl.vertical import psi
+
     group = launched_group()
     table = read_tables(args.table.replace("{rank}", str(group.rank)))
     out = None if args.out is None else Path(args.out.replace("{rank}", str(group.rank)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -29,6 +30,11 @@ def _refused(round: int, clients: Sequence[ClientId]) -> str:
     )
 
 
+def _spawns(loader: Any) -> bool:
+    context = getattr(loader, "multiprocessing_context", None) or multiprocessing.get_context()
+    return context.get_start_method() != "fork"
+
+
 class UserWarnings:
     """Warnings about clients and their data, each given once unless it is about a single round."""
 
@@ -50,11 +56,19 @@ class UserWarnings:
             )
 
     def loader(self, loader: Any) -> None:
-        """Warns of a client's loader whose random numbers are not those of the round."""
+        """Warns of a loader whose random numbers are not those of the round, or whose workers start too slowly."""
         if getattr(loader, "persistent_workers", False) and self._is_new("persistent workers"):
             rank_zero_warn(
                 "A client's loader has persistent_workers=True: their random numbers are not those of the round and "
                 "client, so runs may not repeat. Leave it out."
+            )
+
+        if getattr(loader, "num_workers", 0) and _spawns(loader) and self._is_new("spawned workers"):
+            rank_zero_warn(
+                f"The client loaders have num_workers={loader.num_workers}. Workers start anew for each client, and "
+                "here as new Python processes (start method 'spawn' or 'forkserver'), each of which first imports "
+                "torch: seconds per client. Set num_workers=0, which is faster unless reading is slow, or where no "
+                "threads are about multiprocessing_context='fork'."
             )
 
     def data(self, round: int, reports: Sequence[RankReport]) -> None:

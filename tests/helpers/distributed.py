@@ -1,11 +1,14 @@
 """Checks on several ranks: one group of live worker processes for the whole test session, and real scripts.
 
-A process that imports Lightning takes 5 s to start, so workers are started once and serve many checks; the first n
-workers are the ranks of a federation of n. The parent hosts the TCP store, as torchrun's agent does.
+A process that imports Lightning takes 5 s to start, so workers are forked from one that has imported it and serve
+many checks; the first n workers are the ranks of a federation of n. The parent hosts the TCP store, as torchrun's
+agent does.
 """
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import os
 import pickle
 import signal
@@ -14,12 +17,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 from torch.distributed import TCPStore
+
+from tests.helpers.worker import serve
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PATIENCE = 400.0
@@ -30,6 +34,9 @@ pytest's own ``timeout`` in pyproject.toml is longer, so that a hung rank is rep
 """
 GRACE_AFTER_FAILURE = 20.0  # seconds that the other ranks may go on once one has failed
 MAX_LOG_CHARACTERS = 8000
+
+_fork = multiprocessing.get_context("forkserver")
+_fork.set_forkserver_preload(["lightning.pytorch", "lightning_fl.strategies", "tests.helpers.worker"])
 
 launches: list[str] = []
 """Every process that this test session has started."""
@@ -46,18 +53,10 @@ class Worker:
         self.log = log
         self._log_start = 0
         self.connection: Connection
-        self.connection, child_end = Pipe()
-        environ = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "PL_"))}
-        with log.open("w") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "tests.helpers.worker", str(child_end.fileno())],
-                cwd=REPOSITORY,
-                env={**environ, "OMP_NUM_THREADS": "1"},
-                pass_fds=[child_end.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
+        self.connection, child_end = _fork.Pipe()
+        log.touch()
+        self.process = _fork.Process(target=serve, args=(child_end, log, REPOSITORY))
+        self.process.start()
         child_end.close()
         self.is_ready = False
         launches.append(f"worker {log.stem}")
@@ -81,7 +80,7 @@ class Worker:
         reply = self._receive()
         if reply is None:
             self.stop()
-            return "error", f"the process died with exit code {self.process.returncode}"
+            return "error", f"the process died with exit code {self.process.exitcode}"
         return reply
 
     def _receive(self) -> Any:
@@ -92,6 +91,7 @@ class Worker:
 
     def dump_stacks(self) -> None:
         """Let the worker write the stacks of all its threads into its output."""
+        assert self.process.pid is not None
         os.kill(self.process.pid, signal.SIGUSR1)
 
     def output(self) -> str:
@@ -101,7 +101,7 @@ class Worker:
     def stop(self) -> None:
         """Kill the process."""
         self.process.kill()
-        self.process.wait()
+        self.process.join()
         self.connection.close()
 
 
@@ -122,6 +122,7 @@ class WorkerPool:
         self._directory = tempfile.TemporaryDirectory(prefix="worker_pool_")
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._num_checks = 0
+        atexit.register(self.close)  # before multiprocessing, which waits for its processes to end
 
     def run(
         self,
@@ -180,7 +181,7 @@ class WorkerPool:
 
     def _start(self, world_size: int) -> list[Worker]:
         for rank in range(world_size):
-            if rank not in self._workers or self._workers[rank].process.poll() is not None:
+            if rank not in self._workers or not self._workers[rank].process.is_alive():
                 self._workers[rank] = Worker(Path(self._directory.name, f"rank{rank}_{len(launches)}.log"))
         workers = [self._workers[rank] for rank in range(world_size)]
         for worker in workers:

@@ -15,6 +15,7 @@ import traceback
 import warnings
 from collections.abc import Iterable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 
@@ -58,17 +59,30 @@ def exit_with_parent(parent: int) -> None:
     os._exit(1)
 
 
-def main() -> None:
-    """Serve checks over the connection whose file descriptor is the first argument."""
-    connection: Connection = Connection(int(sys.argv[1]))
+def serve(connection: Connection, log: Path, directory: Path) -> None:
+    """Serve checks until the parent closes its end.
+
+    Args:
+        connection: Takes requests and gives replies, the first of which is ``"ready"``.
+        log: The file that takes this process's output.
+        directory: The working directory between checks.
+    """
+    with log.open("w") as output:
+        os.dup2(output.fileno(), sys.stdout.fileno())
+        os.dup2(output.fileno(), sys.stderr.fileno())
+    os.chdir(directory)
+    for name in [name for name in os.environ if name.startswith(("PYTEST_", "PL_"))]:
+        del os.environ[name]
+    os.environ["OMP_NUM_THREADS"] = "1"
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     threading.Thread(target=exit_with_parent, args=(os.getppid(),), daemon=True).start()
 
-    import lightning.pytorch  # noqa: F401  (the slow part of starting a worker: done once)
+    import lightning.pytorch  # noqa: F401  (loaded before this process was forked)
     import torch
 
     torch.set_num_threads(1)
+    gc.freeze()  # collections leave out what was imported
     connection.send("ready")
     while True:
         try:
@@ -78,7 +92,3 @@ def main() -> None:
         reply = run_check(request)
         gc.collect()  # closes what a failed check holds, so that ranks that wait for this one fail at once
         connection.send(reply)
-
-
-if __name__ == "__main__":
-    main()

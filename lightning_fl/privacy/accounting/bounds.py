@@ -201,15 +201,25 @@ def _analytic(entries: Sequence[Entry], delta: float, relation: Relation) -> flo
 
 
 def _rdp(entries: Sequence[Entry], delta: float, relation: Relation) -> float:
-    dpa = dp_accounting()
     from dp_accounting import rdp
 
     has_skellam = any(isinstance(sampling, Distributed) and sampling.noise == "skellam" for _, sampling, _ in entries)
-    accountant = rdp.RdpAccountant(INTEGER_ORDERS if has_skellam else None, dpa.NeighboringRelation[relation.upper()])
+    orders = tuple(INTEGER_ORDERS if has_skellam else rdp.RdpAccountant().orders)
+    total = sum(count * _divergences(sigma, sampling, relation, orders) for sigma, sampling, count in entries)
     with quiet_accountant():
-        for sigma, sampling, count in entries:
-            accountant.compose(*_rdp_event(dpa, sigma / _scale(relation), sampling, count, relation))
-        return float(accountant.get_epsilon(delta))
+        return float(rdp.compute_epsilon(orders, total, delta)[0])
+
+
+@lru_cache(maxsize=64)
+def _divergences(sigma: float, sampling: Sampling, relation: Relation, orders: tuple[float, ...]) -> np.ndarray:
+    """Returns the Rényi divergences of one release at each order; with sampling they take tenths of a second."""
+    dpa = dp_accounting()
+    from dp_accounting import rdp
+
+    accountant = rdp.RdpAccountant(orders, dpa.NeighboringRelation[relation.upper()])
+    with quiet_accountant():
+        accountant.compose(*_rdp_event(dpa, sigma / _scale(relation), sampling, 1, relation))
+    return np.asarray(accountant.rdp)
 
 
 @contextmanager
