@@ -6,7 +6,7 @@ when what it relies on has changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any
@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from torch._C import _functorch as functorch
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch._functorch.vmap import lazy_load_decompositions, vmap_increment_nesting
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
 BatchNorm = _BatchNorm
@@ -150,3 +152,80 @@ def num_references(storage: torch.UntypedStorage) -> int:
     """How many tensors and storage objects refer to the memory; autograd's are not visible to Python's counts."""
     count: int = torch._C._storage_Use_Count(storage._cdata)
     return count
+
+
+def decompositions(operators: Sequence[Any]) -> dict[Any, Callable[..., Any]]:
+    """How torch computes operators from others; the public table of ``torch.export`` has no choice of operators."""
+    from torch._decomp import get_decompositions  # here, because it imports sympy, which takes long
+
+    return dict(get_decompositions(operators))
+
+
+class _PlainLength(TorchFunctionMode):
+    """``len(tensor)`` is the example's: Python wants a plain number, and torch would fix the batch's size for it.
+
+    ``self.log(..., batch_size=len(y))`` is common. A loss that rests on ``len`` computes something else at other sizes.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__len__:
+            size = args[0].shape[0]
+            return size if isinstance(size, int) else size.node.hint
+        return func(*args, **(kwargs or {}))
+
+
+def export_with_any_batch(
+    step: Callable[..., list[Tensor]],
+    inputs: tuple[list[Tensor], list[Tensor], list[Tensor], Tensor],
+    constants: list[Tensor],
+    decompositions: Mapping[Any, Callable[..., Any]],
+) -> torch.export.ExportedProgram:
+    """A function with gradients inside as a program; ``torch.export`` alone does not look into ``torch.func.grad``.
+
+    Args:
+        step: Maps parameters, state, a batch, a number and the constants to tensors.
+        inputs: An example of all but the constants; the first dimension of the batch's tensors may be any.
+        constants: What is put into the program.
+        decompositions: How operators are computed from others.
+    """
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental import _config
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+    params, state, batch, scalar = inputs
+    # Not plain tensors: with symbols for the shapes of parameters, too, it takes ten times as long.
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+
+    def static(tensor: Tensor) -> Tensor:
+        return mode.from_tensor(tensor, static_shapes=True)
+
+    def any_batch(tensor: Tensor) -> Tensor:
+        sizes = [DimDynamic.DYNAMIC, *[DimDynamic.STATIC] * (tensor.dim() - 1)]
+        return mode.from_tensor(tensor, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
+
+    def traced(*given: Any) -> Any:
+        with _PlainLength():
+            return step(*given)
+
+    fake = ([*map(static, params)], [*map(static, state)], [*map(any_batch, batch)], static(scalar))
+    # Fused attention and oneDNN have backward operators of their own, which no other runtime has. Without duck shapes a
+    # batch that is as long as another dimension is wide is still a batch.
+    plain, any_size = torch.backends.mkldnn.flags(enabled=False), _config.patch(use_duck_shape=False)
+    with sdpa_kernel(SDPBackend.MATH), plain, any_size:
+        trace = make_fx(traced, decomposition_table=dict(decompositions), tracing_mode="symbolic")
+        graph = trace(*fake, [*map(static, constants)])
+
+    class Program(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.graph = graph
+            for index, constant in enumerate(constants):
+                self.register_buffer(f"constant{index}", constant)
+
+        def forward(self, params: list[Tensor], state: list[Tensor], batch: list[Tensor], scalar: Tensor) -> Any:
+            return self.graph(params, state, batch, scalar, list(self.buffers()))
+
+    size = torch.export.Dim("batch", min=1)
+    shapes = ([{}] * len(params), [{}] * len(state), [{0: size}] * len(batch), {})
+    return torch.export.export(Program(), inputs, dynamic_shapes=shapes)

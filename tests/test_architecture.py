@@ -38,6 +38,7 @@ LAYERS = (
         "vertical",
         "audit",
         "serving",
+        "devices",
         "adapters",
     ),
     ("cli",),
