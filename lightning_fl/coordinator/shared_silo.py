@@ -107,10 +107,10 @@ class SharedSilo(Federation):
             store.stage(self.name, scatter_state(state, held))
             store.commit()
 
-    def leave(self, reason: str) -> None:
+    def leave(self, reason: str, error: BaseException | None = None) -> None:
         """Tells the coordinator, if it can be reached, that this silo does not go on."""
         if self.talker is not None:
-            self.talker.leave(reason)
+            self.talker.leave(reason, error)
 
     # ---- rounds
 

@@ -23,7 +23,8 @@ from lightning_fl.coordinator.audit import AuditLog
 from lightning_fl.coordinator.client import CLOCK_S, CallRefused, Client
 from lightning_fl.coordinator.disk import Disk, read_json
 from lightning_fl.coordinator.identity import Kit
-from lightning_fl.coordinator.policy import PolicyBroken, read_policy
+from lightning_fl.coordinator.line_client import LineClient
+from lightning_fl.coordinator.policy import Policy, PolicyBroken, read_policy
 from lightning_fl.coordinator.secure_silo import SecureSums, SumDropped
 from lightning_fl.coordinator.service import PROTOCOL
 from lightning_fl.engines.tensors import FederatedTensors, load
@@ -143,12 +144,18 @@ class NetworkFederation(Federation):
     knows_all_clients = False
 
     def __init__(self, address: str, kit: str | Path, folder: str | Path | None = None) -> None:
-        super().__init__(LocalGroup(), 0, 1)
         own = Kit(kit)
-        self.name = own.name
-        self.client = Client(address, own)
-        self.folder = SiloFolder(Path(folder) if folder else own.folder / "state", self.name)
-        self.policy = read_policy(own.folder / "policy.yaml")
+        root = Path(folder) if folder else own.folder / "state"
+        self._begin(Client(address, own), own.name, root, read_policy(own.folder / "policy.yaml"))
+        self._keys = own.folder / "keys"
+
+    def _begin(self, client: Client | LineClient, name: str, folder: Path, policy: Policy) -> None:
+        super().__init__(LocalGroup(), 0, 1)
+        self.client = client
+        self.name = name
+        self.folder = SiloFolder(folder, name)
+        self.policy = policy
+        self._keys = folder / "keys"
         self.silos: Sequence[str] = (self.name,)
         self.store: ClientStore | None = None
         self.update_counts = False
@@ -211,7 +218,7 @@ class NetworkFederation(Federation):
         self.is_asynchronous = is_asynchronous
         self._refuse_unless(lambda: self.policy.check_algorithm(settings.get("algorithm", ""), protections))
         if aggregator is not None:  # before the coordinator is told: without keys there is nothing to join
-            SecureSums(aggregator, weighting, self.client.kit.folder / "keys", start="")
+            SecureSums(aggregator, weighting, self._keys, start="")
         answer = self.client.ask("POST", "/v1/join", request)
         self._refuse_unless(lambda: self.policy.check_silos(answer["silos"]))
         while answer["start"] is None:
@@ -239,7 +246,7 @@ class NetworkFederation(Federation):
             load(found, start_tensors.get(kind, {}))
         load({**tensors.frozen, **tensors.personal}, start_tensors.get("rest", {}))
         if aggregator is not None:
-            self.secure = SecureSums(aggregator, weighting, self.client.kit.folder / "keys", answer["start"])
+            self.secure = SecureSums(aggregator, weighting, self._keys, answer["start"])
         self.silos = answer["silos"]
         self.place, self.size = self.silos.index(self.name), len(self.silos)
         self._settle_staged(answer)
@@ -268,14 +275,19 @@ class NetworkFederation(Federation):
         self.store = store
         self.folder.restore(store)
 
-    def leave(self, reason: str) -> None:
-        """Tells the coordinator, if it can be reached, that this silo does not go on."""
+    def leave(self, reason: str, error: BaseException | None = None) -> None:
+        """Tells the coordinator, if it can be reached, that this silo does not go on.
+
+        Args:
+            reason: Why, in words for the others.
+            error: The error by which it ends, if it does.
+        """
         if self._alive is not None:
             self._alive.stop()
             self._alive = None
         if self._has_joined:
             self._has_joined = False
-            client = Client(self.client.address, self.client.kit, gives_up_after=0)
+            client = self.client.impatient()
             try:
                 client.ask("POST", "/v1/leave", {"reason": reason})
             except (OSError, RuntimeError, ValueError) as error:
@@ -599,8 +611,8 @@ class NetworkFederation(Federation):
 class _Alive:
     """Says every half minute that the silo is there, also while it trains."""
 
-    def __init__(self, client: Client) -> None:
-        self._client = Client(client.address, client.kit, gives_up_after=0)
+    def __init__(self, client: Client | LineClient) -> None:
+        self._client = client.impatient()
         self._ends = threading.Event()
         self._thread = threading.Thread(target=self._run, name="alive", daemon=True)
         self._thread.start()
