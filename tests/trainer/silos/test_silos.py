@@ -24,7 +24,7 @@ from torchmetrics.classification import MulticlassAccuracy
 import lightning_fl as fl
 from lightning_fl.privacy.secagg.keys import KeyFolder
 from lightning_fl.strategies.network import settings_of_silo
-from tests.helpers.network import live_coordinator, make_kits, rules, settings
+from tests.helpers.network import NAMES, live_coordinator, make_keys, make_kits, rules, settings
 from tests.helpers.training import QUIET, images, measured, trainer, weights
 
 SIZES = (32, 24)
@@ -365,38 +365,97 @@ def test_a_sharded_checkpoint_loads_plainly_and_goes_on_in_one_process_a_silo(ru
             torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
-def fit_over_network(address: str, folder: Path, case: str, silo: Any) -> dict[str, Any]:
-    """The first two of four processes are the silo east, the others north; each silo is a launch of its own."""
-    rank = int(os.environ["RANK"])
-    own = {"RANK": rank % 2, "LOCAL_RANK": rank % 2, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+def coordinator_of(case: str, folder: Path) -> Any:
+    """A coordinator for two rounds of the silos east and north."""
+    make_kits(folder, ("east", "north"))
+    own = {name: value for name, value in CASES[case].items() if name in ("local_steps", "client_optimizer")}
+    strategy = fl.FederatedStrategy(CASES[case]["algorithm"], **own)
+    rules_of_two = rules(silos=("east", "north"), rounds=2)
+    return live_coordinator(folder, rules_of_two, settings(strategy.algorithm), settings_of_silo(strategy))
+
+
+def fit_over_network(
+    address: str, folder: Path, case: str, silo: Any, num_processes: int = 2, rounds: int = 2
+) -> dict[str, Any]:
+    """The first half of the processes is the silo east, the others north; each silo is a launch of its own."""
+    place, process = divmod(int(os.environ["RANK"]), num_processes)
+    own = {"RANK": process, "LOCAL_RANK": process, "WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes}
     os.environ.update({name: str(value) for name, value in own.items()})
-    os.environ["TORCHELASTIC_RUN_ID"] += f" {rank // 2}"
-    name = ("east", "north")[rank // 2]
+    os.environ["TORCHELASTIC_RUN_ID"] += f" {place}"
+    name = ("east", "north")[place]
     settings = {**CASES[case], "federation": address, "kit": folder / name, "silo": silo}
     module = (Sharded if isinstance(silo, fl.silos.FSDP2) else Net)(settings.pop("make_optimizer", sgd))
     strategy = fl.FederatedStrategy(settings.pop("algorithm", "fedavg"), **settings)
-    run = trainer(strategy, max_epochs=2)
-    place = rank // 2
-    run.fit(module, DataLoader(images(SIZES[place], place), BATCH // 2), VALIDATION)
+    run = trainer(strategy, max_epochs=rounds)
+    run.fit(module, DataLoader(images(SIZES[place], place), BATCH // num_processes), VALIDATION)
     return {"weights": whole_weights(module), "clients": [entry["num_clients"] for entry in strategy.history]}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "silo"),
-    [("scaffold", fl.silos.DDP()), ("diloco", fl.silos.DDP()), ("fedadam", fl.silos.FSDP2())],
-    ids=["scaffold-ddp", "diloco-ddp", "fedadam-fsdp2"],
+    [
+        ("scaffold", fl.silos.DDP()),
+        ("diloco", fl.silos.DDP()),
+        ("fedadam", fl.silos.FSDP2()),
+        ("scaffold", fl.silos.FSDP2()),
+        ("diloco", fl.silos.FSDP2()),
+    ],
+    ids=["scaffold-ddp", "diloco-ddp", "fedadam-fsdp2", "scaffold-fsdp2", "diloco-fsdp2"],
 )
 def test_silos_over_a_network_too(run_ranks: Any, tmp_path: Path, case: str, silo: Any) -> None:
     alone = run_ranks(2, fit, case, fl.silos.DDP(ranks=1), 1)[0]
-    make_kits(tmp_path, ("east", "north"))
-    own = {name: value for name, value in CASES[case].items() if name in ("local_steps", "client_optimizer")}
-    strategy = fl.FederatedStrategy(CASES[case]["algorithm"], **own)
-    rules_of_two = rules(silos=("east", "north"), rounds=2)
-    with live_coordinator(tmp_path, rules_of_two, settings(strategy.algorithm), settings_of_silo(strategy)) as live:
+    with coordinator_of(case, tmp_path) as live:
         for found in run_ranks(4, fit_over_network, live.address, tmp_path, case, silo):
             torch.testing.assert_close(found["weights"], alone["weights"], rtol=1e-9, atol=1e-9)
             assert found["clients"] == [2, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["scaffold", "diloco"])
+def test_a_silo_that_comes_back_with_another_number_of_processes_has_its_state(
+    run_ranks: Any, tmp_path: Path, case: str
+) -> None:
+    alone = run_ranks(2, fit, case, fl.silos.DDP(ranks=1), 1)[0]
+    with coordinator_of(case, tmp_path) as live:
+        run_ranks(4, fit_over_network, live.address, tmp_path, case, fl.silos.FSDP2(), 2, 1)
+        for found in run_ranks(2, fit_over_network, live.address, tmp_path, case, fl.silos.DDP(), 1):
+            torch.testing.assert_close(found["weights"], alone["weights"], rtol=1e-9, atol=1e-9)
+
+
+def fit_three_over_network(address: str, folder: Path) -> dict[str, Any]:
+    """The silo east has the first two of four processes, north and south one each."""
+    rank = int(os.environ["RANK"])
+    place, process, size = max(rank - 1, 0), int(rank == 1), 2 if rank < 2 else 1
+    own = {"RANK": process, "LOCAL_RANK": process, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    os.environ.update({name: str(value) for name, value in own.items()})
+    os.environ["TORCHELASTIC_RUN_ID"] += f" {place}"
+    secure = fl.privacy.SecureAggregation("bonawitz", max_weight=32.0)
+    strategy = fl.FederatedStrategy(
+        "scaffold", aggregator=secure, federation=address, kit=folder / NAMES[place], silo=fl.silos.DDP()
+    )
+    module = Net(sgd)
+    run = trainer(strategy, max_epochs=2)
+    run.fit(module, DataLoader(images(16 + place, place), BATCH // size), VALIDATION)
+    clients = [entry["num_clients"] for entry in strategy.history]
+    return {"weights": whole_weights(module), "metrics": measured(run), "clients": clients}
+
+
+@pytest.mark.slow
+def test_secure_sums_over_a_network_with_a_silo_of_two_processes(run_ranks: Any, tmp_path: Path) -> None:
+    plain = run_ranks(3, fit_three, "", False, False)[0]
+    make_kits(tmp_path)
+    make_keys(tmp_path)
+    secure = fl.privacy.SecureAggregation("bonawitz", max_weight=32.0)
+    strategy = fl.FederatedStrategy("scaffold", aggregator=secure)
+    own = settings(strategy.algorithm, aggregator=secure)
+    with live_coordinator(tmp_path, rules(rounds=2), own, settings_of_silo(strategy)) as live:
+        found = run_ranks(4, fit_three_over_network, live.address, tmp_path)
+    for one in found:
+        assert torch.equal(one["weights"], found[0]["weights"])
+        torch.testing.assert_close(one["weights"], plain["weights"], rtol=0, atol=1e-5)
+        assert one["metrics"] == pytest.approx(plain["metrics"], rel=1e-4)
+        assert one["clients"] == [3, 3]
 
 
 # ---- refused
