@@ -630,13 +630,7 @@ class FederatedStrategy(internals.ReusableStrategy):
             optimizers.close()
             raise
         if self.network is not None:
-            if self.federation.is_spread and self._clients_keep_state:
-                raise MisconfigurationException(
-                    "With federation='https://...' and silo=fl.silos.FSDP2() a silo can't keep state between rounds, "
-                    "because only its first process has a folder for it. Use silo=fl.silos.DDP(), or an algorithm "
-                    "without client state and client_optimizer='reset'."
-                )
-            self.network.restore(self.active_driver.store)
+            self.network.restore(self.active_driver.store, self.optimizers)
 
     @property
     def _clients_keep_state(self) -> bool:
