@@ -18,7 +18,7 @@ help:
 	@echo "make test-all  all tests"
 	@echo "make experiments  compares the recipes with their headers, then the published experiments: hours"
 	@echo "make audit     attacks on the shipped privacy, with what they prove beside what is claimed"
-	@echo "make soak      silos and a coordinator that are killed at random for 200 rounds: half an hour or more"
+	@echo "make soak      silos and a coordinator that are killed at random for 200 rounds: ten minutes or more"
 	@echo "make fuzz      random and damaged calls to a coordinator for ten minutes"
 	@echo "make third-party  modules of other packages in a federation, in environments of their own: 3 GB"
 	@echo "make lint      ruff and mypy"

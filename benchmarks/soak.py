@@ -13,11 +13,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import multiprocessing
+import os
 import random
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -53,6 +54,7 @@ from lightning_fl.schedules import Buffered, Polynomial
 from lightning_fl.types import Tree, Update
 
 DEADLINE_S = 20.0
+QUARTERS = 4
 
 
 def names(number: int) -> tuple[str, ...]:
@@ -86,8 +88,7 @@ async def coordinate(folder: Path, args: argparse.Namespace) -> None:
     await server.run()
 
 
-def take_part(folder: Path, args: argparse.Namespace) -> None:
-    name = args.role
+def take_part(folder: Path, args: argparse.Namespace, name: str) -> None:
     module = nn.Module()
     module.x = nn.Parameter(torch.zeros(args.size))
     federation = NetworkFederation(f"https://127.0.0.1:{args.port}", folder / name)
@@ -120,44 +121,61 @@ def soak(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         for file in ("cert.pem", "ca.pem"):
             shutil.copy(issued / file, folder / name / file)
     roles = ["coordinator", *names(args.silos)]
-    running: dict[str, subprocess.Popen[bytes]] = {}
-    since: dict[str, float] = {}
-    log = (folder / "log").open("ab")
+    running: dict[str, Any] = {}
+    since: dict[str, int] = {}
+    fork = multiprocessing.get_context("fork")  # with torch imported, so that a process comes back at once
 
-    def start(role: str) -> None:
-        words = [f"--{key.replace('_', '-')}={value}" for key, value in vars(args).items() if key != "role" and value]
-        command = [sys.executable, __file__, f"--role={role}", f"--folder={folder}", *words]
-        running[role], since[role] = subprocess.Popen(command, stdout=log, stderr=log), time.monotonic()
+    def start(role: str, round: int = 0) -> None:
+        running[role], since[role] = fork.Process(target=play, args=(role, folder, args)), round
+        running[role].start()
 
-    kills, started, peak, rng = dict.fromkeys(roles, 0), time.monotonic(), 0, random.Random(args.seed)
+    kills, started, rng = dict.fromkeys(roles, 0), time.monotonic(), random.Random(args.seed)
+    peaks = [0] * QUARTERS
     next_kill = started
     try:
         for role in roles:
             start(role)
-        while (state := read_state(folder)).get("round", 0) < args.rounds:
+        while (round := (state := read_state(folder)).get("round", 0)) < args.rounds:
             if time.monotonic() - started > args.patience:
-                raise SystemExit(f"stuck in round {state.get('round')}; see {folder / 'log'}")
+                raise SystemExit(f"stuck in round {round}; see {folder / 'log'}")
             for role, process in list(running.items()):
-                if process.poll() is not None and process.returncode != 0:
-                    if process.returncode != -signal.SIGKILL:
-                        raise SystemExit(f"{role} ended with code {process.returncode}; see {folder / 'log'}")
-                    start(role)
-            # Those that have had time to start, or on a busy machine nobody would ever come to work.
-            ready = [role for role in roles if time.monotonic() - since[role] > args.spare]
+                if process.exitcode == -signal.SIGKILL:
+                    start(role, round)
+                elif process.exitcode:
+                    raise SystemExit(f"{role} ended with code {process.exitcode}; see {folder / 'log'}")
+            # Once a round: on a busy machine nobody would ever come to work.
+            ready = [role for role in roles if since[role] < round]
             if state and ready and time.monotonic() > next_kill:
                 role = rng.choice(ready)
                 running[role].kill()
                 kills[role] += 1
                 next_kill = time.monotonic() + rng.expovariate(1 / args.kill_every)
-            peak = max(peak, rss(running["coordinator"].pid))
+            quarter = QUARTERS * round // args.rounds
+            peaks[quarter] = max(peaks[quarter], rss(running["coordinator"].pid))
             time.sleep(0.05)
     finally:
         for process in running.values():
             process.kill()
-            process.wait()
-        log.close()
+            process.join()
     seconds = time.monotonic() - started
-    return {"kills": sum(kills.values()), "of the coordinator": kills["coordinator"], "seconds": seconds, "peak": peak}
+    return {
+        "kills": sum(kills.values()),
+        "of the coordinator": kills["coordinator"],
+        "seconds": seconds,
+        "peaks": peaks,
+    }
+
+
+def play(role: str, folder: Path, args: argparse.Namespace) -> None:
+    """Is one of the processes."""
+    log = os.open(folder / "log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    random.seed()  # from the operating system: they shall not all train for the same time
+    if role == "coordinator":
+        asyncio.run(coordinate(folder, args))
+    else:
+        take_part(folder, args, role)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -221,38 +239,30 @@ def replay(folder: Path, args: argparse.Namespace) -> int:
 
 def main(words: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--role", default="")
-    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--folder", type=Path, help="where all files go, else a temporary folder")
     parser.add_argument("--silos", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--size", type=int, default=250_000, help="elements of the model")
     parser.add_argument("--buffered", type=int, default=0, help="updates with which an asynchronous round closes")
     parser.add_argument("--kill-every", type=float, default=5.0, help="seconds between kills, on average")
-    parser.add_argument("--spare", type=float, default=10.0, help="seconds for which a new process is spared")
     parser.add_argument("--train", type=float, default=0.2, help="seconds of local training, at most")
     parser.add_argument("--patience", type=float, default=7200.0)
     parser.add_argument("--port", type=int, default=28443)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(words)
     torch.set_num_threads(1)
-    if args.role == "coordinator":
-        asyncio.run(coordinate(args.folder, args))
-    elif args.role:
-        take_part(args.folder, args)
-    else:
-        with tempfile.TemporaryDirectory(prefix="soak") as folder:
-            place = args.folder or Path(folder)
-            args.folder = None
-            seen = soak(place, args)
-            rounds = replay(place, args)
-        mib = seen["peak"] / 2**20
-        print(
-            f"{rounds} rounds of {args.silos} silos in {seen['seconds']:.0f} s, {seen['kills']} kills -9, "
-            f"{seen['of the coordinator']} of them of the coordinator: the model equals the replay bit for bit. "
-            f"Peak memory of the coordinator {mib:.0f} MiB."
-        )
-        return seen
-    return {}
+    with tempfile.TemporaryDirectory(prefix="soak") as folder:
+        place = args.folder or Path(folder)
+        place.mkdir(exist_ok=True)
+        seen = soak(place, args)
+        rounds = replay(place, args)
+    mib = ", ".join(f"{peak / 2**20:.0f}" for peak in seen["peaks"])
+    print(
+        f"{rounds} rounds of {args.silos} silos in {seen['seconds']:.0f} s, {seen['kills']} kills -9, "
+        f"{seen['of the coordinator']} of them of the coordinator: the model equals the replay bit for bit. "
+        f"Peak memory of the coordinator in each quarter of the rounds: {mib} MiB."
+    )
+    return seen
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import asyncio
 import signal
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -60,7 +61,8 @@ async def serve(strategy: FederatedStrategy, config: FederationConfig, kit: Any)
     )
     task = asyncio.create_task(server.run())
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+        with suppress(NotImplementedError):  # on Windows, where Ctrl-C ends the process at once
+            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     try:
         await task
     except asyncio.CancelledError:

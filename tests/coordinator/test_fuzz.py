@@ -22,6 +22,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from lightning_fl.coordinator import identity, wire
 from lightning_fl.coordinator.audit import verify
 from lightning_fl.coordinator.identity import Kit
+from tests.helpers.distributed import PATIENCE
 from tests.helpers.network import (
     HOST,
     LiveCoordinator,
@@ -144,7 +145,8 @@ def test_random_calls_meet_no_undeclared_error(tmp_path: Path, caplog: pytest.Lo
     names = ("east", "north", "south", "zero")
     make_kits(tmp_path, names)
     # The one that fuzzes is a silo of the federation, but no other speaks for it.
-    with live_coordinator(tmp_path, rules(rounds=3, deadline_s=SECONDS + 60), settings()) as live:
+    times = {"deadline_s": SECONDS + PATIENCE, "max_deadline_s": SECONDS + PATIENCE}
+    with live_coordinator(tmp_path, rules(rounds=3, **times), settings()) as live:
         object.__setattr__(live.coordinator.rules, "silos", names)
         silos = [
             TinySilo(tmp_path, live.address, name, step).join() for name, step in zip(names, (1, 2, 6), strict=False)

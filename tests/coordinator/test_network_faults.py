@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import fields
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -341,13 +342,100 @@ def test_there_are_four_times_to_set() -> None:
     assert times == ["gather_s", "deadline_s", "max_deadline_s", "evaluation_s"]
 
 
+def run_benchmark(megabytes: int, silos: int, *words: str) -> str:
+    """The line that ``benchmarks/network.py`` prints of two rounds."""
+    options = ["--megabytes", str(megabytes), "--silos", str(silos), "--rounds", "2", "--port", "28643", *words]
+    script = str(REPOSITORY / "benchmarks" / "network.py")
+    done = run_script(["python", script, *options], num_processes=silos + 1, timeout=5 * PATIENCE)
+    return str(done.stdout.splitlines()[-1])
+
+
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_silos() -> None:
     """Memory of (clients + 2) models: the coordinator holds one and a half, and 200 MB, beside what it starts with."""
-    words = ["--megabytes", "25", "--silos", "8", "--rounds", "2", "--port", "28643"]
-    done = run_script(["python", str(REPOSITORY / "benchmarks" / "network.py"), *words], num_processes=9)
-    peak, bound = re.findall(r"(\d+) MB \(bound (\d+)\)", done.stdout)[0]
-    assert int(peak) <= int(bound), done.stdout
+    line = run_benchmark(25, 20)
+    peak, bound = re.findall(r"(\d+) MB \(bound (\d+)\)", line)[0]
+    assert int(peak) <= int(bound), line
+
+
+@pytest.mark.slow
+def test_a_big_model_goes_round() -> None:
+    """Big model freezes: 2 GB go up and down with the default settings."""
+    assert "| 2000 MB x 1 |" in run_benchmark(2000, 1)
+
+
+@pytest.mark.slow
+def test_a_round_is_closed_at_its_deadline_to_the_second(folder: Path) -> None:
+    """Cut-off set, waits for the dead anyway: with one silo dead the round takes its deadline, and a second at most."""
+    with live_coordinator(folder, rules(deadline_s=3.0), settings()) as live:
+        silos = silos_at(live)
+        openings = in_threads(*(silo.open for silo in silos))
+        in_threads(*(lambda s=s, o=o: s.send(o) for s, o in zip(silos[:2], openings, strict=False)))
+        (opened,), (closed,) = live.events("round opened"), live.events("round closed")
+    assert closed["lost"] == ["south"]
+    times = [datetime.fromisoformat(event["time"]) for event in (opened, closed)]
+    assert (times[1] - times[0]).total_seconds() == pytest.approx(3.0, abs=1.0)
+
+
+@pytest.mark.slow
+def test_twenty_starts_of_a_silo(folder: Path) -> None:
+    """Stopped node can't reconnect: stopped or killed after each round, it is in the next."""
+    with live_coordinator(folder, rules(rounds=20), settings()) as live:
+        east, north, south = silos_at(live)
+        for round in range(20):
+            assert in_threads(east.round, north.round, south.round) == [3.0 * (round + 1)] * 3
+            if round % 2:
+                south.federation.leave("stopped")
+            south = TinySilo(folder, live.address, "south", STEPS["south"]).join()
+        assert [len(event["members"]) for event in live.events("round closed")] == [3] * 20
+        assert south.counted == 20
+
+
+def test_what_came_of_another_update_is_not_used(live: LiveCoordinator) -> None:
+    """A silo dies in sending: only the same bytes go on where they stopped; a new update starts over."""
+    east, north, south = silos_at(live)
+    openings = in_threads(east.open, north.open, south.open)
+    path = f"/v1/rounds/0/update/{'0' * 64}"
+    headers = {"Upload-Offset": "0", "Upload-Length": "5000"}
+    status, _, _ = south.federation.client.call("PUT", path, lambda: b"x" * 1000, headers)
+    assert status == 200
+    parts = live.store.folder(0, "update")
+    assert [path.stat().st_size for path in parts.glob("south.*.part")] == [1000]
+    again = TinySilo(live.folder, live.address, "south", 6.0).join()  # the process that comes after it
+    sent = in_threads(*(lambda s=s, o=o: s.send(o) for s, o in zip((east, north), openings, strict=False)), again.round)
+    assert sent == [3.0] * 3
+    assert list(parts.glob("*.part")) == []
+
+
+@pytest.mark.parametrize("phase", ["gathering", "training", "closed"])
+@pytest.mark.spread(1)
+def test_stop_of_a_silo(live: LiveCoordinator, phase: str) -> None:
+    """Shutdown in mid-round, of a silo: nobody waits for it, and what it has sent counts."""
+    east, north, south = silos_at(live)
+    if phase == "gathering":
+        south.federation.leave("stopped")
+        assert in_threads(east.round, north.round) == [1.5] * 2
+    elif phase == "training":
+        openings = in_threads(east.open, north.open, south.open)
+        south.federation.leave("stopped")
+        assert in_threads(lambda: east.send(openings[0]), lambda: north.send(openings[1])) == [1.5] * 2
+    else:
+        assert in_threads(east.round, north.round, south.round) == [3.0] * 3
+        south.federation.leave("stopped")
+    again = TinySilo(live.folder, live.address, "south", 6.0).join()
+    first = 3.0 if phase == "closed" else 1.5
+    assert in_threads(east.round, north.round, again.round) == [first + 3.0] * 3
+
+
+def test_when_all_silos_have_left_the_run_waits_for_the_first_that_comes_back(live: LiveCoordinator) -> None:
+    """A silo wants to stop: it leaves, and when all do, nothing is lost."""
+    silos = silos_at(live)
+    assert in_threads(*(silo.round for silo in silos)) == [3.0] * 3
+    for silo in silos:
+        silo.federation.leave("enough")
+    again = silos_at(live)
+    assert models_of(again) == [[6.0, 9.0]] * 3
+    assert len(live.events("leave")) == 6
 
 
 @pytest.mark.slow

@@ -133,14 +133,13 @@ class Grid:
     def decode(self, total: Tensor, template: Update) -> dict[str, Tree]:
         """Returns the trees that a sum of encoded updates stands for, in the template's shapes and dtypes."""
         values = total.cpu().double() * self.step
-        trees: dict[str, Tree] = {}
+        own = update_trees(template)
+        trees: dict[str, Tree] = {name: {} for name in own}
         start = 0
-        for name, tree in update_trees(template).items():
-            trees[name] = {}
-            for key, tensor in tree.items():
-                part = values[start : start + tensor.numel()]
-                trees[name][key] = part.view(tensor.shape).to(tensor.device, _sum_dtype(tensor))
-                start += tensor.numel()
+        for name, key, tensor in _entries(own):
+            part = values[start : start + tensor.numel()]
+            trees[name][key] = part.view(tensor.shape).to(tensor.device, _sum_dtype(tensor))
+            start += tensor.numel()
         return trees
 
 
@@ -232,8 +231,12 @@ def num_coordinates(update: Update) -> int:
 
 
 def _vector(trees: Mapping[str, Tree]) -> Tensor:
-    parts = [tensor.detach().cpu().double().reshape(-1) for tree in trees.values() for tensor in tree.values()]
-    return torch.cat(parts)
+    return torch.cat([tensor.detach().cpu().double().reshape(-1) for _, _, tensor in _entries(trees)])
+
+
+def _entries(trees: Mapping[str, Tree]) -> list[tuple[str, str, Tensor]]:
+    """The tensors by name: a coordinator, which decodes the sum, does not know the module's own order."""
+    return [(name, key, trees[name][key]) for name in sorted(trees) for key in sorted(trees[name])]
 
 
 def _sum_dtype(tensor: Tensor) -> torch.dtype:
