@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -142,8 +143,17 @@ def test_over_http_what_is_no_update_is_refused_and_counted(tmp_path: Path) -> N
             "late": 1,
         }
         assert own.refusals.counts == expected
+        metrics = live.metrics()
     assert list((own.store.root / "arriving").iterdir()) == []
     assert list(own.arrived) == ["a"]
+    assert 'lightning_fl_refused_total{reason="not finite"} 1' in metrics.splitlines()
+    # What the last row of the dashboard shows.
+    dashboard = json.loads((REPOSITORY / "deploy" / "grafana.json").read_text())
+    shown = {name for panel in dashboard["panels"][-3:] for name in re.findall(r"lightning_fl_\w+", json.dumps(panel))}
+    assert shown == {*re.findall(r"^lightning_fl_\w+", metrics, re.MULTILINE)} - {
+        "lightning_fl_round",
+        "lightning_fl_devices",
+    }
 
 
 def test_an_order_of_examples_is_the_same_in_every_language() -> None:
