@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -50,7 +51,7 @@ def with_adapters_of(path: Path, module: L.LightningModule) -> L.LightningModule
     return own
 
 
-def _found(module: L.LightningModule) -> tuple[str, torch.nn.Module]:
+def _found(module: L.LightningModule) -> tuple[str, Any]:
     try:
         return peft_model(module)
     except MisconfigurationException as error:

@@ -93,6 +93,16 @@ class Recurrent(nn.Module):
         return self.head(self.cell(x[:, 0])[0][:, -1])
 
 
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(x[:, 0]).flatten(1))
+
+
 def convolutions() -> nn.Module:
     return nn.Sequential(
         *(nn.Conv2d(1, 4, 3, stride=2, padding=1), nn.GroupNorm(2, 4), nn.ReLU(), nn.Conv2d(4, 6, 2, dilation=2)),
@@ -114,7 +124,7 @@ def pools() -> nn.Module:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("network", [convolutions, depthwise, pools, Recurrent])
+@pytest.mark.parametrize("network", [convolutions, depthwise, pools, Recurrent, Attention])
 def test_layers(network: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
     module = Classifier(network(), lr=0.05)
