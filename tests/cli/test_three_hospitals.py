@@ -22,7 +22,7 @@ from tests.helpers.wheel import environment, run
 pytestmark = pytest.mark.slow
 PORT = 28763
 HOSPITALS = ("north", "east", "south")
-ROUNDS = 40
+ROUNDS = 12
 TRAIN = f"""
 seed_everything: 0
 trainer:
@@ -152,7 +152,7 @@ def test_three_hospitals(site: Path) -> None:
             # What is agreed on by then is trained, although hospital south dies in the middle of a round or after it.
             with started(site, *fit, cwd=east, log="fit.log") as second:
                 with started(site, *fit, cwd=south, log="fit.log") as third:
-                    wait_for(lambda: (here / "federation" / "rounds" / "000005").is_dir(), logs)
+                    wait_for(lambda: (here / "federation" / "rounds" / "000003").is_dir(), logs)
                     assert third.poll() is None
                 with started(site, *fit, cwd=south, log="fit.log") as third:
                     for process in (first, second, third):
@@ -187,7 +187,7 @@ def refused(site: Path, folders: dict[str, Path], fit: tuple[str, ...]) -> dict[
 
 def check_what_is_left(site: Path, folders: dict[str, Path]) -> None:
     models = []
-    for name, folder in folders.items():
+    for folder in folders.values():
         # The model,
         checkpoint = max(folder.glob("logs/study/*/checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime)
         models.append(torch.load(checkpoint, weights_only=True)["state_dict"])
@@ -198,7 +198,7 @@ def check_what_is_left(site: Path, folders: dict[str, Path]) -> None:
         assert "test_acc" in tested
         # and a list of what has left the building.
         left = run(site, "network", "audit", "show", "kit/state/audit.jsonl", cwd=folder).stdout
-        assert "update" in left, name
+        assert left.count("change of 4 tensors") >= ROUNDS - 1, left
         run(site, "network", "audit", "verify", "kit/state/audit.jsonl", cwd=folder)
     for model in models[1:]:
         for key, value in model.items():
