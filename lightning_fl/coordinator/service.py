@@ -224,7 +224,7 @@ class Coordinator:
         if not isinstance(found, Mapping) or not isinstance(common, Mapping):
             raise Refused(422, f"Silo {silo!r} sent no settings.")
         who, versions = f"silo {silo}", request.get("versions")
-        release = versions.get("lightning_fl", __version__) if isinstance(versions, Mapping) else None
+        release = versions.get("lightning_fl", __version__) if isinstance(versions, Mapping) else __version__
         unlike = differences({"lightning_fl": __version__}, {"lightning_fl": release}, who, "the coordinator")
         known = {name: found.get(name) for name in self.expected}
         unlike += differences(self.expected, known, who, "the coordinator")
