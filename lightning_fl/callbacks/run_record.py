@@ -241,6 +241,8 @@ def silo_record(strategy: Any) -> Path | None:
     if group.inner.rank:  # its first process keeps the record of a silo
         return None
     name = group.names[group.rank] if group.names else f"silo{group.rank}"
+    if strategy.network is not None:
+        name = strategy.network.name
     return Path(strategy.lightning_module.trainer.default_root_dir, "silos", name)  # type: ignore[union-attr]
 
 
