@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from lightning_fl import __version__
+import lightning_fl
 from lightning_fl.aggregation import RoundContext
 from lightning_fl.communication import LocalGroup, Message
 from lightning_fl.coordinator import wire
@@ -223,9 +223,9 @@ class Coordinator:
         found, common = request.get("settings"), request.get("common")
         if not isinstance(found, Mapping) or not isinstance(common, Mapping):
             raise Refused(422, f"Silo {silo!r} sent no settings.")
-        who, versions = f"silo {silo}", request.get("versions")
-        release = versions.get("lightning_fl", __version__) if isinstance(versions, Mapping) else __version__
-        unlike = differences({"lightning_fl": __version__}, {"lightning_fl": release}, who, "the coordinator")
+        who, versions, present = f"silo {silo}", request.get("versions"), lightning_fl.__version__
+        release = versions.get("lightning_fl", present) if isinstance(versions, Mapping) else present
+        unlike = differences({"lightning_fl": present}, {"lightning_fl": release}, who, "the coordinator")
         known = {name: found.get(name) for name in self.expected}
         unlike += differences(self.expected, known, who, "the coordinator")
         if self.start is not None:
