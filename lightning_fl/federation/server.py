@@ -139,6 +139,8 @@ def server_step(
         aggregate, states[index] = transform.server(aggregate, states[index], contexts[index])
     if seconds is not None:
         seconds["transform"] = time.perf_counter() - start
+    if aggregate.neighbours is not None and not settings.algorithm.mixes_neighbours:
+        aggregate = replace(aggregate, nodes=aggregate.neighbours.gather(aggregate.nodes), neighbours=None)
     # Asked after the transforms, since one that adds noise gives weight to a round that had no client.
     server = settings.algorithm.server_update(state.server, aggregate) if aggregate.weight else state.server
     facts: dict[str, Any] = {}
