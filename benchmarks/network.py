@@ -1,10 +1,11 @@
 """Rounds over the coordinator beside raw TLS on loopback: seconds, megabytes a second, memory, and what a kill costs.
 
 Every silo and the coordinator is a process of its own; the model is one tensor, and nothing is trained. The raw figure
-what the same bytes take through as many TLS connections at once, up and down, in the same run.
+is what the same bytes take through as many TLS connections at once, up and down, in the same run.
 
     python benchmarks/network.py --megabytes 1 25 --silos 2 4 --rounds 3
     python benchmarks/network.py --megabytes 1 --silos 4 --kill
+    python benchmarks/network.py --megabytes 400 --silos 1 --link 2 --rounds 2
 """
 
 # ruff: noqa: E402
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import shutil
 import socket
@@ -80,7 +82,7 @@ async def coordinate(folder: Path, args: argparse.Namespace) -> None:
 def take_part(folder: Path, args: argparse.Namespace) -> None:
     module = nn.Module()
     module.x = nn.Parameter(torch.zeros(args.size))
-    federation = NetworkFederation(f"https://{HOST}:{args.port}", folder / args.role)
+    federation = NetworkFederation(f"https://{HOST}:{args.link_port or args.port}", folder / args.role)
     federation.store = ClientStore()
     federation.join(FederatedTensors(module), {}, {}, {})
     own, done = settings(args.silos), -1
@@ -93,6 +95,36 @@ def take_part(folder: Path, args: argparse.Namespace) -> None:
         outcome, _ = federation.merge(opened, Update({"x": torch.ones_like(params["x"])}), RankReport(num_steps=1))
         done = outcome["round"]
     federation.leave("the federation is over")
+
+
+class Link:
+    """What stands between silos and the coordinator, and passes each connection so many bytes a second, each way.
+
+    Args:
+        port: The coordinator's port.
+    """
+
+    def __init__(self, port: int) -> None:
+        self.target = port
+        self.rate: float | None = None
+        self._listener = socket.create_server((HOST, 0))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            near, _ = self._listener.accept()
+            far = socket.create_connection((HOST, self.target))
+            for ends in ((near, far), (far, near)):
+                threading.Thread(target=self._pass_on, args=ends, daemon=True).start()
+
+    def _pass_on(self, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                target.sendall(data)
+                if self.rate is not None:
+                    time.sleep(len(data) / self.rate)
+            target.shutdown(socket.SHUT_WR)
 
 
 # ---- measuring
@@ -112,9 +144,8 @@ class Processes:
                 shutil.copy(issued / file, folder / name / file)
 
     def start(self, role: str) -> None:
-        words = [
-            f"--{key}={getattr(self.args, key)}" for key in ("silos", "rounds", "size", "port", "deadline", "dies")
-        ]
+        options = ("silos", "rounds", "size", "port", "link_port", "deadline", "dies")
+        words = [f"--{key.replace('_', '-')}={getattr(self.args, key)}" for key in options]
         command = [sys.executable, __file__, f"--role={role}", f"--folder={self.folder}", *words]
         self.running[role] = subprocess.Popen(command, stdout=self.log, stderr=self.log)
 
@@ -156,6 +187,8 @@ def measure(args: argparse.Namespace, megabytes: float) -> None:
             while not (Path(place) / "federation" / "ready").exists():
                 time.sleep(0.05)
             start = processes.peak()
+            link = Link(args.port) if args.link else None
+            args.link_port = 0 if link is None else link.port
             for role in names(args.silos):
                 processes.start(role)
             # The first round waits for the processes to start.
@@ -171,6 +204,8 @@ def measure(args: argparse.Namespace, megabytes: float) -> None:
                     "a kill -9 in training to the next finished round"
                 )
                 return
+            if link is not None:
+                link.rate = 1e6 * args.link
             processes.wait_for("round closed", args.rounds)
             peak = processes.peak() - start
             rounds = seconds_between(processes.events("round closed"))
@@ -178,6 +213,13 @@ def measure(args: argparse.Namespace, megabytes: float) -> None:
         finally:
             processes.end()
     best, moved = min(rounds), 2 * args.silos * megabytes
+    if args.link:
+        print(
+            f"{args.silos} silos, {megabytes:g} MB over links of {args.link:g} MB/s: {best:.0f} s for a round, of which the "
+            f"link takes {2 * megabytes / args.link:.0f} s; peak {peak:.0f} MB",
+            flush=True,
+        )
+        return
     bound = 1.5 * megabytes + 200  # beside the interpreter and torch
     print(
         f"| {megabytes:g} MB x {args.silos} | {best:.2f} s | {moved / best:.0f} MB/s "
@@ -238,6 +280,10 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--dies", default="", help=argparse.SUPPRESS)
     parser.add_argument("--kill", action="store_true", help="measure how long a kill -9 holds the federation up")
+    parser.add_argument(
+        "--link", type=float, default=0.0, help="megabytes a second of each silo's link, from round 1 on"
+    )
+    parser.add_argument("--link-port", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--deadline", type=float, default=10.0, help="deadline_s of a round")
     parser.add_argument("--port", type=int, default=28544)
     args = parser.parse_args(words)
@@ -251,6 +297,7 @@ def main(words: list[str] | None = None) -> None:
         return
     if not args.kill:
         args.deadline = 3600.0
+    if not args.kill and not args.link:
         print("| model x silos | round | | raw TLS | | coordinator's peak, beside what it has at its start |")
         print("|---|---|---|---|---|---|", flush=True)
     for megabytes in args.megabytes:
