@@ -215,8 +215,8 @@ def measure(args: argparse.Namespace, megabytes: float) -> None:
     best, moved = min(rounds), 2 * args.silos * megabytes
     if args.link:
         print(
-            f"{args.silos} silos, {megabytes:g} MB over links of {args.link:g} MB/s: {best:.0f} s for a round, of which the "
-            f"link takes {2 * megabytes / args.link:.0f} s; peak {peak:.0f} MB",
+            f"{args.silos} silos, {megabytes:g} MB over links of {args.link:g} MB/s: {best:.0f} s for a round "
+            f"({2 * megabytes / args.link:.0f} s are the link's); peak {peak:.0f} MB",
             flush=True,
         )
         return
