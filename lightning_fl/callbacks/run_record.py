@@ -17,15 +17,27 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_fl.callbacks.personalized_evaluation import PersonalizedEvaluation
 from lightning_fl.strategies import FederatedStrategy
+from lightning_fl.strategies.internals import own_hyperparameters
 from lightning_fl.tracking import loggers
 from lightning_fl.tracking.partition_reading import summarise
-from lightning_fl.tracking.run import EVALUATIONS_FILE, ROUNDS_FILE, RUN_FILE, Row, append_rows, to_json, write_file
+from lightning_fl.tracking.run import (
+    CLIENT_EVALUATIONS_FILE,
+    EVALUATIONS_FILE,
+    ROUNDS_FILE,
+    RUN_FILE,
+    Row,
+    append_rows,
+    to_json,
+    write_file,
+)
 
 MAX_CLIENTS = 200
 MODEL_FILE = "model.ckpt"
@@ -43,6 +55,9 @@ class RunRecord(L.Callback):
 
     A silo on another rank than the first, whose machine sees none of that, writes a record of its own to the folder
     ``silos/NAME`` of its Trainer's ``default_root_dir``, and at the end the global model, ``model.ckpt``.
+
+    ``client_evaluations.jsonl`` holds what a callback :class:`~lightning_fl.callbacks.PersonalizedEvaluation` has found
+    for each client.
 
     TensorBoard and W&B get the strategy's settings, the partition as a table and as a picture, and all metrics once
     more by round, under ``round/``. Silos share their number of examples only if clients are weighted by it, and never
@@ -71,9 +86,18 @@ class RunRecord(L.Callback):
         """Where this rank writes: the run's folder, that of its own silo, or nowhere."""
         self._start = 0.0
         self._last_step = 0
+        self._autologs = False
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keeps Lightning from logging the hyper-parameters, which :meth:`on_train_start` logs with the settings."""
+        self._autologs = trainer.enable_autolog_hparams
+        trainer.enable_autolog_hparams = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Writes what is known before the first round."""
+        own = own_hyperparameters(trainer) if self._autologs else {}
+        trainer.enable_autolog_hparams = self._autologs
+        _move_behind_others(trainer, self)
         self.path = run_folder(trainer, self.folder)
         if self.path is None:
             return
@@ -106,7 +130,7 @@ class RunRecord(L.Callback):
         if self._own is not None:
             write_file(self._own / RUN_FILE, to_json(self._facts) + "\n")
             write_file(self._own / ROUNDS_FILE, "".join(to_json(row) + "\n" for row in self._rows))
-        loggers.log_settings(trainer, settings)
+        loggers.log_settings(trainer, settings, own)
         if summary is not None:
             loggers.log_partition(trainer, summary)
 
@@ -128,7 +152,8 @@ class RunRecord(L.Callback):
         loggers.log_by_round(trainer, row["round"], metrics)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Records that the run has finished."""
+        """Records that the run has finished, and what other callbacks have measured at its end."""
+        self._record_clients(trainer)
         is_spread = isinstance(trainer.strategy, FederatedStrategy) and trainer.strategy.federation.is_spread
         keeps_model = self._own is not None and not trainer.is_global_zero
         if keeps_model or is_spread:  # the parts of all processes of a silo make the whole
@@ -137,8 +162,26 @@ class RunRecord(L.Callback):
                 torch.save(model, self._own / MODEL_FILE)
         self._close(trainer, "finished")
 
+    def _record_clients(self, trainer: L.Trainer) -> None:
+        """Adds what was evaluated after the last round to its row, and writes what was found for each client."""
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        found = [own for own in callbacks if isinstance(own, PersonalizedEvaluation) and own.metrics]
+        if self._own is None or not self._rows or not found:
+            return
+        last = found[-1]
+        self._rows[-1]["metrics"] = {**self._rows[-1]["metrics"], **last.means()}
+        write_file(self._own / ROUNDS_FILE, "".join(to_json(row) + "\n" for row in self._rows))
+        rows = [
+            {"client": client, "num_examples": last.num_examples[client], "model": model, "metrics": metrics}
+            for client, models in last.metrics.items()
+            for model, metrics in models.items()
+        ]
+        write_file(self._own / CLIENT_EVALUATIONS_FILE, "".join(to_json(row) + "\n" for row in rows))
+
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Records the exception that ended the run."""
+        if self._autologs:
+            trainer.enable_autolog_hparams = True
         stopped = "stopped by the user" if isinstance(exception, KeyboardInterrupt) else f"failed: {exception!r}"
         self._close(trainer, stopped)
 
@@ -177,6 +220,14 @@ class RunRecord(L.Callback):
         self._rows = json.loads(state_dict["rows"])["rows"]
 
 
+def _move_behind_others(trainer: L.Trainer, record: RunRecord) -> None:
+    """Lets a record see what the other callbacks log in a round, and checkpoints see the record's rows."""
+    others = [callback for callback in trainer.callbacks if callback is not record]  # type: ignore[attr-defined]
+    savers = [callback for callback in others if isinstance(callback, Checkpoint)]
+    # A new list: Lightning goes through the old one at the moment.
+    trainer.callbacks = [*(other for other in others if other not in savers), record, *savers]  # type: ignore[attr-defined]
+
+
 def run_of_checkpoint(checkpoint: Path) -> Path | None:
     """The folder of the run that wrote a checkpoint: the nearest one above it with a record."""
     return next((folder for folder in checkpoint.resolve().parents if (folder / RUN_FILE).is_file()), None)
@@ -190,6 +241,8 @@ def silo_record(strategy: Any) -> Path | None:
     if group.inner.rank:  # its first process keeps the record of a silo
         return None
     name = group.names[group.rank] if group.names else f"silo{group.rank}"
+    if strategy.network is not None:
+        name = strategy.network.name
     return Path(strategy.lightning_module.trainer.default_root_dir, "silos", name)  # type: ignore[union-attr]
 
 

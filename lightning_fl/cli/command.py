@@ -14,10 +14,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from _typeshed import SupportsWrite
+from typing import Any
 
 PROGRAM = "lightning-fl"
 _STYLES = {
@@ -100,11 +97,11 @@ def make_parser(module: ModuleType) -> argparse.ArgumentParser:
 class _Parser(argparse.ArgumentParser):
     """Shows its help in colours, where the terminal has them."""
 
-    def print_help(self, file: SupportsWrite[str] | None = None) -> None:
+    def print_help(self, file: Any = None) -> None:
         print_coloured(self.format_help(), file)
 
 
-def print_coloured(text: str, file: SupportsWrite[str] | None = None) -> None:
+def print_coloured(text: str, file: Any = None) -> None:
     """Prints a help with its options, commands and headings in colours; plain, byte by byte, if it is no terminal.
 
     Args:
@@ -121,7 +118,7 @@ def print_coloured(text: str, file: SupportsWrite[str] | None = None) -> None:
     shown = Text(text.rstrip("\n"))
     for pattern, style in _STYLES.items():
         shown.highlight_regex(pattern, style)
-    Console(file=out).print(shown, soft_wrap=True)  # type: ignore[arg-type]
+    Console(file=out).print(shown, soft_wrap=True)
 
 
 def check_output(path: Path) -> None:

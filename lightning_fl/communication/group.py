@@ -67,6 +67,11 @@ class Group(ABC):
         return LocalGroup()
 
     @property
+    def talks(self) -> bool:
+        """Whether this process speaks for its rank; the other processes of a silo are told what it hears."""
+        return True
+
+    @property
     def shards(self) -> Group:
         """The processes over which the silo's parameters are spread; one where each process holds them whole."""
         return LocalGroup()

@@ -19,6 +19,7 @@ from lightning_fl.communication.message import Message
 from lightning_fl.communication.silo import SiloGroup
 
 _federations: Counter[str] = Counter()
+_meetings: Counter[str] = Counter()
 _default_groups: list[dist.Store] = []
 """The stores of the default groups that this module has made, which it may replace."""
 
@@ -144,6 +145,17 @@ def _meet(rank: int, size: int, address: str, port: int, timeout: timedelta) -> 
     store = _open_store(address, port, size, rank == 0 and not agent_keeps_store, timeout)
     prefix = f"lightning_fl/{attempt}/{_federations[attempt]}"
     _federations[attempt] += 1
+    own = None if "GLOO_SOCKET_IFNAME" in os.environ else own_address(address, port, size)
+    return dist.PrefixStore(prefix, store), own
+
+
+def meet_again(rank: int, size: int, address: str, port: int, timeout: timedelta) -> tuple[dist.Store, str | None]:
+    """As :func:`_meet`, but a process that torchrun has restarted meets those that have gone on without it."""
+    run = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    keeps_it = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "") != "True"
+    store = _open_store(address, port, size, keeps_it, timeout)
+    prefix = f"lightning_fl/lines/{run}/{_meetings[run]}"
+    _meetings[run] += 1
     own = None if "GLOO_SOCKET_IFNAME" in os.environ else own_address(address, port, size)
     return dist.PrefixStore(prefix, store), own
 

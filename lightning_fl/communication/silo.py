@@ -45,6 +45,10 @@ class SiloGroup(Group):
         return self._inner
 
     @property
+    def talks(self) -> bool:
+        return self._outer is not None
+
+    @property
     def shards(self) -> Group:
         return LocalGroup() if self._mates is None else self._inner
 

@@ -76,6 +76,10 @@ class Client:
             self._connection.close()
             self._connection = None
 
+    def impatient(self) -> Client:
+        """A client for calls that need not reach the coordinator."""
+        return Client(self.address, self.kit, gives_up_after=0)
+
     # ---- one call
 
     def call(

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lightning_fl.os_differences import flush_folder
+
 
 class Disk:
     """Every change that the coordinator, or a silo, makes to its folder.
@@ -32,11 +34,7 @@ class Disk:
         self.before(f"rename {target.name}")
         source.replace(target)
         self.before(f"flush {target.parent.name}")
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        flush_folder(target.parent)
 
     def write_json(self, path: Path, value: Any) -> None:
         """Replaces a file."""

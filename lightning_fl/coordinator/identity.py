@@ -21,6 +21,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from lightning_fl.os_differences import rights
+
 DAYS = 90
 CA_DAYS = 3650
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
@@ -86,7 +88,7 @@ class Kit:
                     f"{path} is missing. A kit has key.pem, cert.pem and ca.pem: `lightning-fl network request` makes "
                     "the key, `lightning-fl network approve` the other two."
                 )
-        if self.key.stat().st_mode & 0o077:
+        if rights(self.key.stat()) & 0o077:
             raise IdentityError(f"Others can read {self.key}. Run: chmod 600 {self.key}")
         return x509.load_pem_x509_certificate(self.cert.read_bytes())
 

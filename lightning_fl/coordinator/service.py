@@ -420,6 +420,11 @@ class Coordinator:
 
     # ---- uploads
 
+    @property
+    def max_update_bytes(self) -> int:
+        """The most bytes that an update may have."""
+        return wire.num_bytes(self._shapes) + wire.MAX_HEADER_BYTES + MAX_REPORT_BYTES
+
     def target(self, silo: str, round: int | None, topic: str, digest: str, length: int) -> Upload:
         """Where a file that a silo sends goes.
 
@@ -436,7 +441,7 @@ class Coordinator:
             limit = 1 << 40
         elif topic == UPDATE:
             folder = self._place_of_update(silo, -1 if round is None else round, digest)
-            limit += wire.num_bytes(self._shapes) + wire.MAX_HEADER_BYTES
+            limit = self.max_update_bytes
         else:
             if round != self.machine.round - 1 or silo not in self.rules.silos:
                 raise Refused(410, f"Round {round} takes no {topic} any more.", newest=self.machine.round - 1)
@@ -679,6 +684,11 @@ class Coordinator:
         """A silo says that it is there; returns the round."""
         self.seen[silo] = now
         return self.machine.round
+
+    def last(self) -> dict[str, Any]:
+        """How far the federation is, and the digest of its model."""
+        facts = {"global_step": self.progress.global_step, "logger_steps": self.progress.logger_steps}
+        return {"round": self.machine.round, "state": self._model and self._model.shared, "facts": facts}
 
     def status(self, now: float) -> dict[str, Any]:
         """What people want to see."""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_fl.aggregation import Aggregator, RoundContext
 from lightning_fl.clients import ClientStore
 from lightning_fl.communication import Group, Message
 from lightning_fl.communication.objects import decode_object, encode_object
 from lightning_fl.coordinator.silo import NetworkFederation, WholeTensors
+from lightning_fl.engines.optimizer_states import params_of_kept
 from lightning_fl.engines.spread import gather_state, local, part_of, scatter_state, whole
 from lightning_fl.engines.tensors import FederatedTensors, load
 from lightning_fl.federation import (
@@ -24,7 +26,7 @@ from lightning_fl.federation import (
     RankReport,
     ServerRound,
 )
-from lightning_fl.types import Aggregate, Tree, Update
+from lightning_fl.types import Aggregate, State, Tree, Update
 
 
 class SharedSilo(Federation):
@@ -45,6 +47,7 @@ class SharedSilo(Federation):
         super().__init__(group, 0, 1)
         self.talker = talker
         self.store: ClientStore | None = None
+        self._optimizers: Sequence[Optimizer] = ()
         self._module = module
         if talker is not None:
             talker.group = group
@@ -90,27 +93,32 @@ class SharedSilo(Federation):
     def _whole(name: str, tensor: Tensor, held: Mapping[str, Tensor]) -> Tensor:
         return whole(local(tensor), held[name]).detach() if name in held else tensor
 
-    def restore(self, store: ClientStore) -> None:
-        """Gives the client's state to the stores of all processes."""
-        self.store = store
+    def restore(self, store: ClientStore, optimizers: Sequence[Optimizer] = ()) -> None:
+        """Gives the client's state, or the part that a process holds, to the stores of all processes."""
+        self.store, self._optimizers = store, optimizers
         if self.talker is not None:
             self.talker.restore(store)
         self._share_state()
 
     def _share_state(self) -> None:
-        """Gives all processes the state that the first one has, which may have fallen back to an earlier one."""
-        store, held = self.store, self._held
-        if store is None or self.group.is_spread:  # each process keeps its part
+        """Gives all processes what the first one has found in its folder, if it has looked."""
+        store = self.store
+        if store is None or not self._tell(lambda own: own.went_back):
             return
         state = self._tell(lambda own: store.get(self.name))
-        if state and self.talker is None:
-            store.stage(self.name, scatter_state(state, held))
-            store.commit()
+        if state:
+            store.put(self.name, scatter_state(state, self._params_of(state)))
+        if self.talker is not None:
+            self.talker.went_back = False
 
-    def leave(self, reason: str) -> None:
+    def _params_of(self, client_state: State) -> Mapping[str, Tensor]:
+        """The parameters by the names that tensors of a client's state have."""
+        return {**self._held, **params_of_kept(client_state.get("optimizer", {}), self._optimizers)}
+
+    def leave(self, reason: str, error: BaseException | None = None) -> None:
         """Tells the coordinator, if it can be reached, that this silo does not go on."""
         if self.talker is not None:
-            self.talker.leave(reason)
+            self.talker.leave(reason, error)
 
     # ---- rounds
 
@@ -142,13 +150,15 @@ class SharedSilo(Federation):
             acc = replace(acc, delta=gather_state(acc.delta, held), aux=gather_state(acc.aux, held))
         outcome: Any = None
         packed: Any = None
+        assert self.store is not None
+        state = self.store.staged(self.name) or {}
+        state = gather_state(state, self._params_of(state))
         if self.talker is not None:
-            outcome, reports = self.talker.merge(opened, acc, report)
+            outcome, reports = self.talker.merge(opened, acc, report, state)
             messages = [own.to_message() for own in reports]
             packed = [[encoded.fields, encoded.tensors] for encoded in messages], self.talker.update_counts
         packed, counts = decode_object(self.group.inner.broadcast_message(encode_object(packed)))
         if not counts and self.talker is None:
-            assert self.store is not None
             self.store.roll_back()
         return outcome, [RankReport.from_message(Message(fields, tensors)) for fields, tensors in packed]
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_fl.aggregation import Aggregator, RoundContext
 from lightning_fl.clients import ClientStore
@@ -23,7 +24,8 @@ from lightning_fl.coordinator.audit import AuditLog
 from lightning_fl.coordinator.client import CLOCK_S, CallRefused, Client
 from lightning_fl.coordinator.disk import Disk, read_json
 from lightning_fl.coordinator.identity import Kit
-from lightning_fl.coordinator.policy import PolicyBroken, read_policy
+from lightning_fl.coordinator.line_client import LineClient
+from lightning_fl.coordinator.policy import Policy, PolicyBroken, read_policy
 from lightning_fl.coordinator.secure_silo import SecureSums, SumDropped
 from lightning_fl.coordinator.service import PROTOCOL
 from lightning_fl.engines.tensors import FederatedTensors, load
@@ -41,7 +43,7 @@ from lightning_fl.privacy.secagg import RetryRefused, SecureAggregation, SecureA
 from lightning_fl.privacy.secagg.participant import MIN_CLIENTS
 from lightning_fl.privacy.secagg.primitives import digest as hash_of
 from lightning_fl.tree import to_sum_dtype, update_trees
-from lightning_fl.types import Aggregate, Tree
+from lightning_fl.types import Aggregate, State, Tree
 
 ALIVE_S = 30.0
 log = logging.getLogger("lightning_fl.network")
@@ -143,14 +145,23 @@ class NetworkFederation(Federation):
     knows_all_clients = False
 
     def __init__(self, address: str, kit: str | Path, folder: str | Path | None = None) -> None:
-        super().__init__(LocalGroup(), 0, 1)
         own = Kit(kit)
-        self.name = own.name
-        self.client = Client(address, own)
-        self.folder = SiloFolder(Path(folder) if folder else own.folder / "state", self.name)
-        self.policy = read_policy(own.folder / "policy.yaml")
+        root = Path(folder) if folder else own.folder / "state"
+        self._begin(Client(address, own), own.name, root, read_policy(own.folder / "policy.yaml"))
+        self._keys = own.folder / "keys"
+
+    def _begin(self, client: Client | LineClient, name: str, folder: Path, policy: Policy) -> None:
+        super().__init__(LocalGroup(), 0, 1)
+        self.client = client
+        self.name = name
+        self.folder = SiloFolder(folder, name)
+        self.policy = policy
+        self._keys = folder / "keys"
         self.silos: Sequence[str] = (self.name,)
         self.store: ClientStore | None = None
+        self.went_back = False
+        """Whether the store has been given the state that the folder holds, since somebody last set this to False."""
+        self._next_state: State | None = None
         self.update_counts = False
         """Whether this silo's update counts in the last round."""
         self._loaded: tuple[str, FederationState, Tree] | None = None
@@ -211,7 +222,7 @@ class NetworkFederation(Federation):
         self.is_asynchronous = is_asynchronous
         self._refuse_unless(lambda: self.policy.check_algorithm(settings.get("algorithm", ""), protections))
         if aggregator is not None:  # before the coordinator is told: without keys there is nothing to join
-            SecureSums(aggregator, weighting, self.client.kit.folder / "keys", start="")
+            SecureSums(aggregator, weighting, self._keys, start="")
         answer = self.client.ask("POST", "/v1/join", request)
         self._refuse_unless(lambda: self.policy.check_silos(answer["silos"]))
         while answer["start"] is None:
@@ -239,7 +250,7 @@ class NetworkFederation(Federation):
             load(found, start_tensors.get(kind, {}))
         load({**tensors.frozen, **tensors.personal}, start_tensors.get("rest", {}))
         if aggregator is not None:
-            self.secure = SecureSums(aggregator, weighting, self.client.kit.folder / "keys", answer["start"])
+            self.secure = SecureSums(aggregator, weighting, self._keys, answer["start"])
         self.silos = answer["silos"]
         self.place, self.size = self.silos.index(self.name), len(self.silos)
         self._settle_staged(answer)
@@ -263,19 +274,35 @@ class NetworkFederation(Federation):
             return False
         return self.folder.settle(told["accepted"])
 
-    def restore(self, store: ClientStore) -> None:
-        """Gives the client's state of the last round that counted to a store, which is then the client's."""
-        self.store = store
-        self.folder.restore(store)
+    def restore(self, store: ClientStore, optimizers: Sequence[Optimizer] = ()) -> None:
+        """Gives the client's state of the last round that counted to a store, which is then the client's.
 
-    def leave(self, reason: str) -> None:
-        """Tells the coordinator, if it can be reached, that this silo does not go on."""
+        Args:
+            store: The store.
+            optimizers: The module's optimizers; parts of their states are put together where a silo's parameters are
+                spread over its processes.
+        """
+        self.store = store
+        self._go_back()
+
+    def _go_back(self) -> None:
+        if self.store is not None:
+            self.folder.restore(self.store)
+            self.went_back = True
+
+    def leave(self, reason: str, error: BaseException | None = None) -> None:
+        """Tells the coordinator, if it can be reached, that this silo does not go on.
+
+        Args:
+            reason: Why, in words for the others.
+            error: The error by which it ends, if it does.
+        """
         if self._alive is not None:
             self._alive.stop()
             self._alive = None
         if self._has_joined:
             self._has_joined = False
-            client = Client(self.client.address, self.client.kit, gives_up_after=0)
+            client = self.client.impatient()
             try:
                 client.ask("POST", "/v1/leave", {"reason": reason})
             except (OSError, RuntimeError, ValueError) as error:
@@ -301,8 +328,8 @@ class NetworkFederation(Federation):
             message = Message.decode(body)
             fields = message.fields
             # A silo that has joined while the round was being added up has not been told what became of its update.
-            if self._settle_staged(fields) and self.store is not None:
-                self.folder.restore(self.store)
+            if self._settle_staged(fields):
+                self._go_back()
             if fields["already_sent"] is None:
                 self._refuse_unless(partial(self.policy.check_cohort, fields["cohort"], fields.get("fewest")))
                 try:
@@ -315,8 +342,7 @@ class NetworkFederation(Federation):
             # The process died after its update had been accepted: the update counts, and nothing is trained again.
             self._wait_for_outcome(fields["round"])
             done = self._last
-            if self.store is not None:
-                self.folder.restore(self.store)
+            self._go_back()
         transforms = wire.unflatten(message.tensors)
         own = [transforms.get(str(index), {}) for index in range(len(transforms))]
         if self._alive is None:
@@ -339,7 +365,19 @@ class NetworkFederation(Federation):
         missing = len(settings.transforms) - len(state.transforms)
         return replace(state, transforms=[*state.transforms, *({} for _ in range(missing))])
 
-    def merge(self, opened: ServerRound, acc: Any, report: RankReport) -> tuple[Any, list[RankReport]]:
+    def merge(
+        self, opened: ServerRound, acc: Any, report: RankReport, client_state: State | None = None
+    ) -> tuple[Any, list[RankReport]]:
+        """As :meth:`Federation.merge`.
+
+        Args:
+            opened: The round.
+            acc: What the silo has accumulated.
+            report: The silo's report.
+            client_state: The client's next state. None: what is staged in the store.
+        """
+        assert self.store is not None
+        self._next_state = client_state or self.store.staged(self.name)
         round, start = opened.ctx.round, time.perf_counter()
         (self._send_update if self.secure is None else self._add_up)(opened, acc, report)
         traffic = self.group.traffic
@@ -367,8 +405,7 @@ class NetworkFederation(Federation):
         tensors = wire.flatten({**{name: _cpu(tree) for name, tree in trees.items()}, "report": report.tensors})
         fields = {"report": report.to_message().fields, "weight": None if acc is None else acc.weight}
         digest = wire.write(self.folder.update, tensors, fields)
-        assert self.store is not None
-        self.folder.stage(round, digest, self.store.staged(self.name))
+        self.folder.stage(round, digest, self._next_state)
         self.folder.audit.append(
             "sending",
             round=round,
@@ -389,7 +426,6 @@ class NetworkFederation(Federation):
         """
         secure, round, cohort = self.secure, opened.ctx.round, list(self._opening["cohort"])
         assert secure is not None
-        assert self.store is not None
         message = mask(report.without_steps().to_message())
         public = {name: value for name, value in message.fields.items() if name != "sums"}
         scalars: dict[str, float] = message.fields["sums"]
@@ -402,7 +438,7 @@ class NetworkFederation(Federation):
                 client, advert = secure.advertise(params, cohort.index(self.name) + 1, sorted(scalars))
                 fields["advert"] = advert.fields()
             digest = wire.write(self.folder.update, {}, fields)
-            self.folder.stage(round, digest, self.store.staged(self.name))
+            self.folder.stage(round, digest, self._next_state)
             size = self.folder.update.stat().st_size
             names = sorted({str(entry["name"]) for entry in report.metrics.values()})
             self.folder.audit.append("sending", round=round, topic="keys", digest=digest, bytes=size, metrics=names)
@@ -599,8 +635,8 @@ class NetworkFederation(Federation):
 class _Alive:
     """Says every half minute that the silo is there, also while it trains."""
 
-    def __init__(self, client: Client) -> None:
-        self._client = Client(client.address, client.kit, gives_up_after=0)
+    def __init__(self, client: Client | LineClient) -> None:
+        self._client = client.impatient()
         self._ends = threading.Event()
         self._thread = threading.Thread(target=self._run, name="alive", daemon=True)
         self._thread.start()

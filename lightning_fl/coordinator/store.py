@@ -14,7 +14,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import time
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from lightning_fl.coordinator import wire
 from lightning_fl.coordinator.disk import Disk, read_json
+from lightning_fl.os_differences import lock_file
 from lightning_fl.types import Tree
 
 OUTCOME = "outcome.safetensors"
@@ -82,7 +82,7 @@ class Store:
         self.disk.make_folder(root / "rounds")
         self._lock = os.open(root / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(self._lock, wait=False)
         except OSError as error:
             os.close(self._lock)
             raise ValueError(f"Another coordinator is running in {root}. Give each federation a folder.") from error

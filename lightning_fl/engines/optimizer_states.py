@@ -393,13 +393,24 @@ def _params(optimizer: Optimizer) -> list[nn.Parameter]:
 _KEEP_REMEDY = "Use client_optimizer='reset' or another optimizer."
 
 
+def _place(name: str) -> tuple[int, int, str]:
+    index, position, entry = name.split(".", 2)
+    return int(index), int(position), entry
+
+
+def params_of_kept(kept: Tree, optimizers: Sequence[Optimizer]) -> Tree:
+    """The parameter to which each entry of :meth:`OptimizerStates.keep` belongs."""
+    params = [_params(optimizer) for optimizer in optimizers]
+    return {name: params[index][position] for name in kept for index, position, _ in [_place(name)]}
+
+
 def _unpack(kept: Tree, index: int, optimizer: Optimizer) -> dict[Tensor, dict[str, Any]]:
     packed: dict[Tensor, Tree] = {}
     params = _params(optimizer)
     for name, value in kept.items():
-        optimizer_index, position, entry = name.split(".", 2)
-        if int(optimizer_index) == index:
-            packed.setdefault(params[int(position)], {})[entry] = value
+        optimizer_index, position, entry = _place(name)
+        if optimizer_index == index:
+            packed.setdefault(params[position], {})[entry] = value
     return {
         param: {
             entry: spread_like(value, param)

@@ -130,7 +130,7 @@ class RoundResult:
         closing: What the round has become.
         report: The joined report of all ranks.
         seconds: This rank's seconds of ``read`` (waiting for the clients' data), ``train``, ``wait`` (for other ranks),
-            ``communicate`` and ``server``.
+            ``communicate``, ``server``, and ``transform`` (clip, noise, compression; not part of the others).
         num_bytes: Bytes that this rank has sent to the others.
         hides_clients: Whether exact facts about the clients must not reach the loggers.
         unsent: Frozen parameters that clients have moved for the first time, and so without sending their movement.
@@ -218,6 +218,7 @@ class Round:
         """The models from which clients of this round start, and that of the round itself, by round."""
         self._randomness = ClientRandomness()
         self._opened = self._trained = time.perf_counter()
+        self._transforming = 0.0
         # A copy, because the group goes on counting in the same object; a round's figures are differences.
         self._traffic = replace(federation.group.traffic)
 
@@ -427,7 +428,9 @@ class Round:
         is_sendable = is_sound
         transform_states: dict[str, State] = {}
         if self.settings.transforms:
+            start = time.perf_counter()
             update, transform_states = self._transform(group, index, update)
+            self._transforming += time.perf_counter() - start
             is_kept, is_sendable = within.all_agree(
                 [is_finite(leaves(transform_states)), is_finite(leaves(self._must_be_finite(update, {})))]
             )
@@ -603,10 +606,11 @@ class Round:
         traffic, before = self.federation.group.traffic, self._traffic
         seconds = {
             "read": seconds_reading,
-            "train": self._trained - self._opened - seconds_reading,
+            "train": self._trained - self._opened - seconds_reading - self._transforming,
             "wait": traffic.seconds_waiting - before.seconds_waiting,
             "communicate": traffic.seconds_reducing - before.seconds_reducing,
-            "server": time.perf_counter() - merged,
+            "server": time.perf_counter() - merged - closing.seconds_transforming,
+            "transform": self._transforming + closing.seconds_transforming,
         }
         unsent = [name for name in joined.moved if name not in self.opened.buffers]
         num_bytes = traffic.num_bytes - before.num_bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -47,6 +48,7 @@ class Closing:
         norm: Euclidean norm of the mean update.
         facts: What the transforms report.
         stop_reason: Why no other round may follow; None if one may.
+        seconds_transforming: Seconds that the server halves of the transforms have taken in this process.
     """
 
     state: FederationState
@@ -55,6 +57,7 @@ class Closing:
     norm: float
     facts: Mapping[str, Any]
     stop_reason: str | None
+    seconds_transforming: float = 0.0
 
 
 def open_server(
@@ -107,7 +110,11 @@ def contexts_of(settings: FederationSettings, ctx: RoundContext) -> list[RoundCo
 
 
 def server_step(
-    settings: FederationSettings, state: FederationState, aggregate: Aggregate, ctx: RoundContext
+    settings: FederationSettings,
+    state: FederationState,
+    aggregate: Aggregate,
+    ctx: RoundContext,
+    seconds: dict[str, float] | None = None,
 ) -> tuple[FederationState, Aggregate, dict[str, Any]]:
     """Moves the global model by the aggregate of a round.
 
@@ -119,15 +126,19 @@ def server_step(
         state: What :func:`open_server` returned.
         aggregate: The sums of the round's updates, not yet divided.
         ctx: Facts of the round.
+        seconds: Where to note how long the transforms take, as ``"transform"``.
 
     Returns:
         The next state, the aggregate after the transforms, and the facts that the transforms report.
     """
     # The caller's state is not changed: it is the one to go back to if the round can't be closed.
     states, contexts = list(state.transforms), contexts_of(settings, ctx)
+    start = time.perf_counter()
     # What the last client half did to an update has to be undone first.
     for index, transform in reversed(list(enumerate(settings.transforms))):
         aggregate, states[index] = transform.server(aggregate, states[index], contexts[index])
+    if seconds is not None:
+        seconds["transform"] = time.perf_counter() - start
     # Asked after the transforms, since one that adds noise gives weight to a round that had no client.
     server = settings.algorithm.server_update(state.server, aggregate) if aggregate.weight else state.server
     facts: dict[str, Any] = {}
@@ -162,7 +173,8 @@ def close_server(opened: ServerRound, acc: Any, joined: RankReport) -> Closing:
     may_be_empty = settings.hides_clients or len(ctx.cohort) < ctx.population
     is_empty = may_be_empty and not joined.num_clients
     aggregate = nothing(opened) if is_empty else settings.aggregator.result(acc, ctx)
-    state, aggregate, facts = server_step(settings, opened.state, aggregate, ctx)
+    seconds: dict[str, float] = {}
+    state, aggregate, facts = server_step(settings, opened.state, aggregate, ctx, seconds)
     if not is_empty:
         facts.update(settings.aggregator.report(acc, ctx))
         facts.update(settings.algorithm.report(state.server))
@@ -174,7 +186,7 @@ def close_server(opened: ServerRound, acc: Any, joined: RankReport) -> Closing:
     buffers = moved(opened.buffers, scale(aggregate.buffers, 1 / weight))
     reason = stop_reason(settings, state, ctx)
     total = WithinSilo(ctx.group).joint_norm(norm(aggregate.delta))
-    return Closing(state, buffers, aggregate, total / weight, facts, reason)
+    return Closing(state, buffers, aggregate, total / weight, facts, reason, seconds["transform"])
 
 
 def nothing(opened: ServerRound) -> Aggregate:

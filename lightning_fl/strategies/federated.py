@@ -29,6 +29,7 @@ from lightning_fl.clients import Amount, Cohort, Durations, Participation, Popul
 from lightning_fl.clients.cohorts import describe_sampling
 from lightning_fl.communication import Group, LocalGroup, Message, RankLost
 from lightning_fl.communication.attendance import NAME_VARIABLE, check_silo_name
+from lightning_fl.communication.line import Transport
 from lightning_fl.communication.objects import decode_object, encode_object
 from lightning_fl.data.partitioners.partitioner import Partitioner
 from lightning_fl.data.splitting import shard
@@ -43,6 +44,7 @@ from lightning_fl.federation.single_update import single_update
 from lightning_fl.schedules import RoundSchedule
 from lightning_fl.silos import Silo
 from lightning_fl.strategies import internals
+from lightning_fl.strategies.asynchronous import check_transport, open_launch
 from lightning_fl.strategies.callback import RoundCallback
 from lightning_fl.strategies.checkpoint import (
     KEY,
@@ -141,8 +143,8 @@ class FederatedStrategy(internals.ReusableStrategy):
             into a module that has the same base.
         adversary: Lets some simulated clients attack, as ``fl.attacks.Adversary(fl.attacks.ALIE())``. None: nobody.
         schedule: When a round closes, and whom it waits for, on a simulated clock, as
-            ``fl.schedules.Buffered(size=10, concurrency=30)``; with ``federation``, in real time. None: a round waits
-            for all its clients.
+            ``fl.schedules.Buffered(size=10, concurrency=30)``; with ``federation`` or ``transport``, in real time.
+            None: a round waits for all its clients.
         durations: How long clients take on that clock: seconds by client, a distribution such as
             ``fl.clients.Lognormal(median=20)``, or ``"measured"``. None: there is no clock.
         topology: Who mixes its model with whom, as ``fl.topologies.Ring()``, instead of a server for all; with
@@ -152,6 +154,9 @@ class FederatedStrategy(internals.ReusableStrategy):
         kit: The folder with the silo's key and certificate, for ``federation``.
         silo_name: The name of this silo, where each rank is one: in messages, history and records it stands in place
             of the rank. None: the environment variable ``LIGHTNING_FL_SILO_NAME``, if it is set.
+        transport: How ranks that are silos reach the first one, which keeps the model, in rounds that wait for none of
+            them: ``"gloo"``, or ``"rpc"`` for ``torch.distributed.rpc``, which pickles and has no authentication: for
+            one's own cluster only. Needs a ``schedule``. None: the ranks meet in collectives.
         silo: How several processes train one silo together, as ``fl.silos.DDP(ranks=2)`` or ``fl.silos.FSDP2()``. None:
             a silo is one process.
 
@@ -199,6 +204,7 @@ class FederatedStrategy(internals.ReusableStrategy):
         kit: str | Path | None = None,
         silo_name: str | None = None,
         silo: Silo | None = None,
+        transport: Transport | None = None,
     ) -> None:
         super().__init__()
         found = get_algorithm(algorithm) if isinstance(algorithm, str) else algorithm
@@ -211,7 +217,8 @@ class FederatedStrategy(internals.ReusableStrategy):
         self.cohort = cohort or Uniform()
         self.stragglers = stragglers
         check_types(partition, aggregator, transforms, personal)
-        self.schedule, self.durations = choose_schedule(schedule, durations, federation is not None)
+        is_in_real_time = federation is not None or transport is not None
+        self.schedule, self.durations = choose_schedule(schedule, durations, is_in_real_time)
         if self.schedule is not None:
             clients_per_round = self.schedule.clients_per_round(clients_per_round)
         secure = any(transform.needs_secure_sampling for transform in transforms)
@@ -246,9 +253,9 @@ class FederatedStrategy(internals.ReusableStrategy):
                 transforms,
                 self.aggregator,
             )
-            # First, because the others may give updates a form that can't be scaled. Over a network the coordinator
+            # First, because the others may give updates a form that can't be scaled. In real time the coordinator
             # weighs updates, which alone knows how old they are when they come.
-            if federation is None:
+            if not is_in_real_time:
                 transforms = (*self.schedule.transforms, *transforms)
         self.weighting: Weighting = choose_weighting(weighting, self.aggregator, transforms, self.algorithm)
         self.client_optimizer: ClientOptimizer = client_optimizer
@@ -277,6 +284,8 @@ class FederatedStrategy(internals.ReusableStrategy):
         check_silo(self)
         self.silo_name = silo_name if silo_name is None else check_silo_name(silo_name)
         check_network(self, federation, kit)
+        check_transport(self, transport, federation)
+        self.transport = transport
         self.address, self.kit = federation, kit
         self.network: NetworkFederation | SharedSilo | None = None
         self.num_nodes = 1
@@ -290,6 +299,7 @@ class FederatedStrategy(internals.ReusableStrategy):
         self.group_losses: Tensor | None = None
         """The losses of the clients that train side by side, in their last step."""
         self._works_alone = False
+        self._error: BaseException | None = None
         self._is_requeued = False
         self._warnings = UserWarnings()
         self._evaluation_metrics: EvaluationMetrics | None = None
@@ -370,6 +380,9 @@ class FederatedStrategy(internals.ReusableStrategy):
     def setup_environment(self) -> None:
         super().setup_environment()
         assert self.cluster_environment is not None
+        if self.transport is not None:
+            self._open_launch()
+            return
         # Each fit, validate and test comes here; the ranks stay connected between them, also from Trainer to Trainer.
         connection = self.global_rank, super().world_size, self.root_device.type
         if self._connection == connection:
@@ -394,6 +407,23 @@ class FederatedStrategy(internals.ReusableStrategy):
             )
         assert self.kit is not None
         self.network = open_network(self.address, self.kit, self.federation, self._module)
+
+    def _open_launch(self) -> None:
+        """Joins ranks that no round waits for: each is alone but for its line to the first one."""
+        environment, trainer = self.cluster_environment, self._trainer
+        assert environment is not None
+        self.network, self._error = None, None
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.network = open_launch(
+                self,
+                trainer,
+                rank=self.global_rank,
+                size=super().world_size,
+                address=environment.main_address,
+                port=environment.main_port,
+                name=self._own_name,
+                seed=self._seed,
+            )
 
     def _give_mesh(self) -> None:
         if self.federation.is_spread:
@@ -600,13 +630,7 @@ class FederatedStrategy(internals.ReusableStrategy):
             optimizers.close()
             raise
         if self.network is not None:
-            if self.federation.is_spread and self._clients_keep_state:
-                raise MisconfigurationException(
-                    "With federation='https://...' and silo=fl.silos.FSDP2() a silo can't keep state between rounds, "
-                    "because only its first process has a folder for it. Use silo=fl.silos.DDP(), or an algorithm "
-                    "without client state and client_optimizer='reset'."
-                )
-            self.network.restore(self.active_driver.store)
+            self.network.restore(self.active_driver.store, self.optimizers)
 
     @property
     def _clients_keep_state(self) -> bool:
@@ -679,6 +703,7 @@ class FederatedStrategy(internals.ReusableStrategy):
 
     def on_exception(self, exception: BaseException) -> None:
         """Leaves word for the other ranks, which would only see that this one is gone."""
+        self._error = exception
         if not self.federation.is_alone and (self.silo is not None or not isinstance(exception, RankLost)):
             hides = is_private(self.aggregator, self.transforms, self._protects_examples)
             self.federation.leave(describe_failure(exception, hides))
@@ -805,7 +830,7 @@ class FederatedStrategy(internals.ReusableStrategy):
         if self.driver is not None:
             self.driver.stop()
         if self.network is not None:
-            self.network.leave("its run has ended")
+            self.network.leave("its run has ended", self._error)
         internals.clip_norms_as_before(self.precision_plugin)
         if self.lightning_module is not None:
             let_metrics_sync(self.lightning_module)
@@ -823,6 +848,7 @@ class FederatedStrategy(internals.ReusableStrategy):
             "federation": LocalGroup(),
             "_connection": None,
             "_evaluation_metrics": None,
+            "_error": None,
             "_launcher": None,
             "network": None,
         }
@@ -889,7 +915,8 @@ class FederatedStrategy(internals.ReusableStrategy):
         is_silo = self.driver is not None and self.driver.population.silos is not None
         if not is_silo or self.is_global_zero:
             return None
-        return silo_folder(self._trainer.default_root_dir, self.federation.rank, self.federation.inner.rank)
+        rank = self.federation.rank if self.transport is None else self.global_rank
+        return silo_folder(self._trainer.default_root_dir, rank, self.federation.inner.rank)
 
     @property
     def _protects_examples(self) -> bool:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.core.optimizer import _MockOptimizer
+from lightning.pytorch.loggers.utilities import _log_hyperparams
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 from lightning.pytorch.loops.optimization.automatic import Closure
 from lightning.pytorch.plugins import Precision
@@ -350,6 +352,18 @@ def hook_out_of_loop(trainer: Trainer, hook: str) -> None:
 def logged_out_of_loop(results: _ResultCollection) -> dict[str, float]:
     """What was logged by epoch since :func:`logging_out_of_loop` began, under the names that the user gave."""
     return {name: float(value) for name, value in results.metrics(on_step=False)["callback"].items()}
+
+
+def own_hyperparameters(trainer: Trainer) -> dict[str, Any]:
+    """The hyper-parameters of module and datamodule that Lightning gives to the loggers when a fit starts.
+
+    Taken by Lightning's own function with a stand-in for the loggers, because only it knows which are to be logged.
+    """
+    found: dict[str, Any] = {}
+    logger = SimpleNamespace(log_hyperparams=found.update, log_graph=lambda module: None, save=lambda: None)
+    module, data = trainer.lightning_module, getattr(trainer, "datamodule", None)
+    _log_hyperparams(SimpleNamespace(loggers=[logger], lightning_module=module, datamodule=data))  # type: ignore[arg-type]
+    return found
 
 
 def log_figures(trainer: Trainer, figures: dict[str, float], of_rank: tuple[str, ...] = ()) -> None:

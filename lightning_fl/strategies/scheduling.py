@@ -40,7 +40,8 @@ def choose_schedule(
         raise ValueError(
             f"schedule={schedule!r} needs durations, by which clients arrive: seconds by client such as "
             "{0: 1.5, 1: 20}, "
-            'fl.clients.Lognormal(median=20), or "measured".'
+            'fl.clients.Lognormal(median=20), or "measured". Where each rank is a silo that trains in real time, give '
+            'transport="gloo" instead.'
         )
     return (Synchronous() if chosen is not None and schedule is None else schedule), chosen
 
@@ -109,9 +110,9 @@ def check_clients(schedule: RoundSchedule, durations: Durations | None, populati
     """
     if population.silos is not None:
         raise MisconfigurationException(
-            f"{schedule!r} is a simulated clock, but the clients are silos that train in real time. Leave schedule and "
-            "durations out, give the coordinator's address with federation='https://...', or simulate: set "
-            "num_clients, or give ClientLoaders."
+            f"{schedule!r} is a simulated clock, but the clients are silos that train in real time. Leave durations "
+            "out and set transport='gloo', give the coordinator's address with federation='https://...', or "
+            "simulate: set num_clients, or give ClientLoaders."
         )
     schedule.check(len(population))
     if durations is not None:

@@ -14,6 +14,7 @@ from lightning_fl.tracking.report import duration, started
 from lightning_fl.tracking.run import Run, write_file
 
 REPORT = "report.html"
+MAX_CHARACTERS = 100
 COLUMNS = ("run", "started", "status", "algorithm", "clients", "rounds", "metric", "last", "best", "time")
 
 
@@ -32,7 +33,10 @@ def write_index(runs: Sequence[Run], path: Path) -> None:
     title = f"{len(runs)} runs in {path.parent.resolve().name}"
     hint = "<p>A name leads to a run's page, once <code>lightning-fl report RUN</code> has written it.</p>"
     measured = [run for run in newest_first if run.metric_names]
-    metric = best_metric(measured[:1]) if measured else None
+    try:
+        metric = best_metric(measured) if measured else None
+    except ValueError:  # no metric is in all of them
+        metric = best_metric(measured[:1])
     compared = f"<section><h2>Side by side</h2>{side_by_side(newest_first, names, metric)}</section>\n"
     write_file(path, page(title, f"<h1>{escape(title)}</h1>\n<section>{table}{hint}</section>\n{compared}"))
 
@@ -45,7 +49,13 @@ def _cells(run: Run, name: str) -> str:
     facts = [started(run), str(run.facts.get("status", "?")), run.algorithm]
     facts += [run.settings.get("num_clients", "-"), f"{len(run.rounds):,}", *_metric(run)]
     facts.append("-" if run.seconds is None else duration(run.seconds))
-    return f"<td>{box}{name}</td>" + "".join(f"<td>{escape(fact)}</td>" for fact in facts)
+    facts = [fact if len(fact) <= MAX_CHARACTERS else f"{fact[: MAX_CHARACTERS - 1]}\u2026" for fact in facts]
+    whole = {"started", "time"}
+    cells = (
+        f"<td{' class=whole' * (column in whole)}>{escape(fact)}</td>"
+        for column, fact in zip(COLUMNS[1:], facts, strict=True)
+    )
+    return f"<td class=whole>{box}{name}</td>{''.join(cells)}"
 
 
 def _metric(run: Run) -> list[str]:

@@ -23,10 +23,20 @@ def _writing(trainer: L.Trainer) -> list[Any]:
     return [logger for logger in trainer.loggers if trainer.is_global_zero or isinstance(logger, SiloWandbLogger)]
 
 
-def log_settings(trainer: L.Trainer, settings: Mapping[str, str]) -> None:
-    """Logs the strategy's settings as hyper-parameters, under ``fl/``."""
+def log_settings(trainer: L.Trainer, settings: Mapping[str, str], own: Mapping[str, Any]) -> None:
+    """Logs the strategy's settings as hyper-parameters, under ``fl/``, together with those of module and datamodule.
+
+    At once, because TensorBoard shows the first hyper-parameters that a run logs, and none that it logs later.
+
+    Args:
+        trainer: The Trainer.
+        settings: The settings.
+        own: The hyper-parameters of module and datamodule, unless Lightning logs them by itself.
+    """
     for logger in _writing(trainer):
-        logger.log_hyperparams({f"fl/{name}": as_number(value) for name, value in settings.items()})
+        logger.log_hyperparams({**own, **{f"fl/{name}": as_number(value) for name, value in settings.items()}})
+        logger.log_graph(trainer.lightning_module)
+        logger.save()
         if isinstance(logger, TensorBoardLogger):
             rows = [[name, str(value)] for name, value in settings.items()]
             logger.experiment.add_text("fl/settings", markdown_table(["setting", "value"], rows))

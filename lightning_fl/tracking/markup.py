@@ -44,6 +44,7 @@ img { max-width: 100%; height: auto; display: block; background: #fff; border-ra
 table { border-collapse: collapse; font-size: 13.5px; width: 100%; }
 th, td { text-align: left; padding: 4px 12px 4px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { color: var(--soft); font-weight: 500; }
+td.whole { white-space: nowrap; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 pre { background: var(--page); border: 1px solid var(--line); border-radius: 6px; padding: 10px 12px; overflow-x: auto;
   font-size: 13px; margin: 0 0 10px; }
@@ -79,13 +80,15 @@ def figures(images: Iterable[str]) -> str:
     return f'<div class="figures">{"".join(images)}</div>'
 
 
-def image(figure: Figure, caption: str, curves: plots.Curves | None = None, ylabel: str = "") -> str:
+def image(
+    figure: Figure, caption: str, curves: plots.Curves | None = None, ylabel: str = "", xlabel: str = "round"
+) -> str:
     """A picture with its caption; of curves the page's script makes a chart to zoom into."""
     # An image and not inline SVG, in which the ids and styles of several figures would clash.
     data = base64.b64encode(plots.as_svg(figure)).decode()
     text = escape(caption)
     image = f'<img alt="{text}" src="data:image/svg+xml;base64,{data}">'
-    shown = interactive.curves(curves, "round", ylabel, image) if curves else image
+    shown = interactive.curves(curves, xlabel, ylabel, image) if curves else image
     return f"<figure>{shown}<figcaption>{text}</figcaption></figure>\n"
 
 

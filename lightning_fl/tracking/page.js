@@ -38,7 +38,7 @@
   function chart(place, lines, xLabel, yLabel) {
     place.replaceChildren();
     place.classList.add("drawn");
-    const hidden = new Set(), colour = (index) => COLOURS[index % COLOURS.length];
+    const hidden = new Set(), colour = (index) => COLOURS[index] || `hsl(${(index * 137.5) % 360} 60% 50%)`;
     const svg = make("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": `${yLabel} by ${xLabel}`, tabindex: "0" });
     const told = make("div", { class: "told" }, "Drag to zoom, double click to see all.");
     const legend = make("div", { class: "legend" });

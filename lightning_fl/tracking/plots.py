@@ -149,6 +149,7 @@ def curves_figure(
     width: float = 6.4,
     height: float = 3.4,
     bands: Mapping[str, Sequence[float]] | None = None,
+    xlabel: str = "round",
 ) -> Figure:
     """Lines over the rounds; also with markers if there are fewer than three rounds.
 
@@ -158,9 +159,12 @@ def curves_figure(
         width: In inches.
         height: In inches.
         bands: By label how far a band around the line reaches to both sides.
+        xlabel: What they go over, if not rounds.
     """
     figure = new_figure(width, height)
-    draw_curves(axes_of(figure), curves, ylabel, bands)
+    axes = axes_of(figure)
+    draw_curves(axes, curves, ylabel, bands)
+    axes.set_xlabel(xlabel, fontsize=9)
     return figure
 
 
@@ -219,11 +223,12 @@ def phases_figure(rounds: Sequence[float], seconds: Mapping[str, Sequence[float]
     figure = new_figure(6.4, 3.0)
     axes = axes_of(figure)
     axes.stackplot(rounds, list(seconds.values()), labels=list(seconds), alpha=0.9, step="mid")
+    axes.set_ylim(0, 1.25 * max(map(sum, zip(*seconds.values(), strict=True))) or 1)  # room for the legend
     axes.set_xlim(min(rounds) - 0.5, max(rounds) + 0.5)
     axes.set_xlabel("round", fontsize=9)
     axes.set_ylabel("seconds", fontsize=9)
     _count_rounds(axes)
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(fontsize=8, frameon=False, loc="upper left", ncols=3)
     return figure
 
 

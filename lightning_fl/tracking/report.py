@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from itertools import accumulate
 from pathlib import Path
@@ -14,6 +14,8 @@ from lightning_fl.tracking.metrics import best_metric, is_higher_better
 from lightning_fl.tracking.run import Run, write_file
 
 MAX_PANELS = 8
+EVALUATED = ("personalized/", "global/", "local/")
+"""What begins the names of figures of :class:`~lightning_fl.callbacks.PersonalizedEvaluation`."""
 CONTRIBUTION = "contribution/"
 PHASES = {
     "read": "waiting for data",
@@ -21,6 +23,7 @@ PHASES = {
     "wait": "waiting for ranks",
     "communicate": "summing",
     "server": "server update",
+    "transform": "clip, noise, compression",
 }
 
 
@@ -40,7 +43,8 @@ def render(run: Run) -> str:
         raise ValueError(f"{run.path} has no finished round to report on. Its status: {run.facts.get('status', '?')}.")
     sections = [
         markup.section("Metrics of the global model", _curves(run, [n for n in run.metric_names if _is_global(n)])),
-        markup.section("Local training and personalized models", _curves(run, _of_clients(run))),
+        markup.section("Local training", _curves(run, [n for n in run.metric_names if n.startswith("train")])),
+        markup.section("On each client's validation data", _client_evaluations(run)),
         markup.section("On the simulated clock", _clock(run)),
         markup.section("Privacy", _privacy(run)),
         markup.section("Clients, round by round", _clients(run)),
@@ -98,18 +102,80 @@ def _clients_in_words(run: Run) -> str:
 
 def _is_global(name: str) -> bool:
     """Whether a metric is of the global model: those of training are of the clients' models while they train."""
-    return not name.startswith(("train", "personalized/", "fl/", "clients/"))
-
-
-def _of_clients(run: Run) -> list[str]:
-    return [name for name in run.metric_names if name.startswith(("train", "personalized/"))]
+    return not name.startswith(("train", "fl/", "clients/", *EVALUATED))
 
 
 def _privacy(run: Run) -> str:
-    """What was guaranteed after the last round."""
+    """What was guaranteed after the last round, to whom and against whom, and how epsilon has grown."""
     facts = {name: value for name, value in run.rounds[-1].items() if name.startswith("dp_")}
-    rows = [[name.removeprefix("dp_").replace("_", " "), value] for name, value in facts.items()]
-    return markup.table(["what", "value"], rows) if rows else ""
+    if not facts:
+        return ""
+    rows = [[_words_of(name), _fact(name, facts[name])] for name in sorted(facts, key=_place_of)]
+    places = [row["round"] + 1 for row in run.rounds]
+    spent = {name: (places, [_or_nan(row.get(name)) for row in run.rounds]) for name in facts if "epsilon" in name}
+    curves = {_words_of(name): curve for name, curve in spent.items()}
+    drawn = plots.curves_figure(curves, "epsilon", height=2.8)
+    figure = markup.image(drawn, "spent up to each round", curves, "epsilon")
+    return markup.table(["what", "after the last round"], rows) + markup.figures([figure])
+
+
+def _words_of(name: str) -> str:
+    return name.removeprefix("dp_").replace("_", " ")
+
+
+def _place_of(name: str) -> int:
+    """The unit, the adversary and the two numbers are what a guarantee is; the rest is how it is reached."""
+    order = ("epsilon", "delta", "unit", "adversary")
+    return next((place for place, word in enumerate(order) if name.endswith(word)), len(order))
+
+
+def _fact(name: str, value: Any) -> Any:
+    if name.endswith("is_private"):
+        return "yes" if value else "NO"
+    return "infinite" if value is None else value
+
+
+def _or_nan(value: float | None) -> float:
+    return float("nan") if value is None else value
+
+
+def _client_evaluations(run: Run) -> str:
+    """How well the models serve each client: by round, from the worst to the best served one, and one by one."""
+    by_round: dict[str, dict[str, Any]] = {}
+    for name in run.metric_names:
+        if name.startswith(EVALUATED) and len(run.metric(name)[0]) > 1:
+            by_round.setdefault(name.partition("/")[2], {})[name] = run.metric(name)
+    return _by_round(by_round) + _after_the_last_round(run)
+
+
+def _after_the_last_round(run: Run) -> str:
+    rows = [row for row in run.client_evaluations if row["metrics"]]
+    names = dict.fromkeys(name for row in rows for name in row["metrics"])
+    if not names:
+        return ""
+    name = min(names, key=lambda own: (not is_higher_better(own), list(names).index(own)))
+    by_model: dict[str, dict[Any, float]] = {}
+    for row in rows:
+        if row["metrics"].get(name) is not None:
+            by_model.setdefault(row["model"], {})[row["client"]] = row["metrics"][name]
+    ordered = {model: sorted(values.values(), reverse=not is_higher_better(name)) for model, values in by_model.items()}
+    curves = {model: (list(range(1, len(values) + 1)), values) for model, values in ordered.items()}
+    label = f"{name} of a client"
+    figure = markup.image(
+        plots.curves_figure(curves, label, xlabel="clients, the worst served first"),
+        f"{name} on each client's own validation data, the worst served client first",
+        curves,
+        label,
+        "clients, the worst served first",
+    )
+    summary = markup.table(
+        ["model", f"mean {name}", "worst client", "median client", "best client"],
+        [[model, sum(own) / len(own), own[0], own[len(own) // 2], own[-1]] for model, own in ordered.items()],
+    )
+    sizes = {row["client"]: row["num_examples"] for row in rows}
+    clients = [[client, size, *(own.get(client) for own in by_model.values())] for client, size in sizes.items()]
+    table = markup.table(["client", "examples", *by_model], clients)
+    return f"{markup.figures([figure])}{summary}<details><summary>client by client</summary>{table}</details>"
 
 
 def _curves(run: Run, names: Sequence[str]) -> str:
@@ -118,6 +184,11 @@ def _curves(run: Run, names: Sequence[str]) -> str:
     for name in names:
         kind = name.split("_", 1)[1] if name.startswith(("train_", "val_", "test_")) else name
         kinds.setdefault(kind, {})[name] = run.metric(name)
+    return _by_round(kinds)
+
+
+def _by_round(kinds: Mapping[str, Mapping[str, Any]]) -> str:
+    """A panel for each of the first kinds of metrics."""
     shown = list(kinds.items())[:MAX_PANELS]
     figures = [
         markup.image(plots.curves_figure(curves, kind), f"{', '.join(curves)} by round", curves, kind)
@@ -246,14 +317,15 @@ def _costs(run: Run) -> str:
     figures = []
     norms = {"norm of the mean update": [row.get("update_norm") for row in rows]}
     spread = {"spread of the updates": [row.get("update_spread") for row in rows]}
-    for curves, caption in (
-        (norms, "how far the global model moved; it should fall as training converges"),
-        (spread, "0: all clients pull in the same direction; near 1: they cancel out"),
-    ):
+    shown = [(norms, "how far the global model moved; it should fall as training converges")]
+    if not any(value is not None and value < 0 for value in spread["spread of the updates"]):  # so where noise is added
+        shown.append((spread, "0: all clients pull in the same direction; near 1: they cancel out"))
+    for curves, caption in shown:
         drawn = {name: (rounds, [float("nan") if v is None else v for v in values]) for name, values in curves.items()}
         name = next(iter(drawn))
         figures.append(markup.image(plots.curves_figure(drawn, name, height=2.8), caption, drawn, name))
     phases = {label: [row["seconds"].get(name) or 0.0 for row in rows] for name, label in PHASES.items()}
+    phases = {label: values for label, values in phases.items() if any(values)}
     figures.append(
         markup.image(plots.phases_figure(rounds, phases), "where the time of each round went, without validation")
     )
@@ -270,6 +342,8 @@ def _costs(run: Run) -> str:
         if sent
         else "One process simulated all clients, so nothing was sent."
     )
+    if rows[-1].get("dp_unit") == "example":
+        words += " Gradients of single examples, their clipping and noise are part of local training."
     return f"{markup.figures(figures)}<p>{words}</p>{table}"
 
 

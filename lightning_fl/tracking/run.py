@@ -17,6 +17,7 @@ from lightning_fl.tracking.partition import PartitionSummary
 RUN_FILE = "run.json"
 ROUNDS_FILE = "rounds.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
+CLIENT_EVALUATIONS_FILE = "client_evaluations.jsonl"
 CLIENTS_STEM = "clients"
 """``clients.parquet``, or ``clients.csv`` without pyarrow; ``clients.jsonl`` while the run is in progress."""
 
@@ -84,6 +85,8 @@ class Run:
         rounds: One row per round, with its global metrics under ``"metrics"``.
         clients: One row per client and round, if the run had :class:`~lightning_fl.callbacks.ClientMetrics`.
         evaluations: One row for each ``test`` and ``validate`` of its model: what, checkpoint, metrics.
+        client_evaluations: One row for each client and model that
+            :class:`~lightning_fl.callbacks.PersonalizedEvaluation` has evaluated.
     """
 
     path: Path
@@ -91,6 +94,7 @@ class Run:
     rounds: list[Row]
     clients: list[Row] = field(default_factory=list)
     evaluations: list[Row] = field(default_factory=list)
+    client_evaluations: list[Row] = field(default_factory=list)
 
     @classmethod
     def read(cls, path: str | Path) -> Run:
@@ -106,10 +110,9 @@ class Run:
                 raise ValueError(f"found a {type(facts).__name__}, expected an object")
         except ValueError as error:
             raise ValueError(f"{folder / RUN_FILE} is damaged: {error}") from error
-        rounds, evaluations = (
-            read_rows(folder / name) if (folder / name).exists() else [] for name in (ROUNDS_FILE, EVALUATIONS_FILE)
-        )
-        return cls(folder, facts, rounds, read_clients(folder), evaluations)
+        files = (ROUNDS_FILE, EVALUATIONS_FILE, CLIENT_EVALUATIONS_FILE)
+        rounds, *evaluations = (read_rows(folder / name) if (folder / name).exists() else [] for name in files)
+        return cls(folder, facts, rounds, read_clients(folder), *evaluations)
 
     @property
     def name(self) -> str:

@@ -24,7 +24,7 @@ def test_history_tells_what_each_round_was() -> None:
         assert entry["num_examples"] in (12, 16, 20)
         assert entry["num_steps"] == entry["num_examples"] / 4
         assert (entry["refused"], entry["empty"], entry["failed"]) == ([], [], [])
-        assert set(entry["seconds"]) == {"read", "train", "wait", "communicate", "server"}
+        assert set(entry["seconds"]) == {"read", "train", "wait", "communicate", "server", "transform"}
 
 
 def test_norm_and_spread_of_the_updates_have_their_closed_form() -> None:

@@ -79,7 +79,7 @@ def test_a_round_in_closed_form() -> None:
     assert facts(result)[:4] == [3, 4.0, 3, 4]
     norms = [squares, abs(mean), 1 - mean**2 * 4 / squares]  # measured in float32
     assert facts(result)[4:] == pytest.approx(norms, rel=1e-6)
-    assert set(result.seconds) == {"read", "train", "wait", "communicate", "server"}
+    assert set(result.seconds) == {"read", "train", "wait", "communicate", "server", "transform"}
     assert (result.num_bytes, result.hides_clients) == (0, False)
     assert (result.closing.stop_reason, result.closing.facts) == (None, {})
 

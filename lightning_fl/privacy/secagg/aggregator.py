@@ -245,14 +245,17 @@ class SecureAggregation(Aggregator):
         attempt = session.next_attempt(topic)
         params = SessionParams(session.id, digest(topic.encode()), settings, 0, attempt, group.size, self.fewest(0))
         scalars = report.fields.get("sums", {})
-        number, identity = group.rank + 1, session.identity(group.rank)
-        client = PairwiseClient(number, identity, params, session.trusted, session.journal, bool(scalars))
+        clients = [
+            PairwiseClient(rank + 1, session.identity(rank), params, session.trusted, session.journal, bool(scalars))
+            for rank in ([group.rank] if group.talks else [])
+        ]
         messages, advertisements, names = _exchange(
-            group, report, scalars, [client], self._min_reporting_ranks(session), topic
+            group, report, scalars, clients, self._min_reporting_ranks(session), topic
         )
         scalars = {name: value for name, value in scalars.items() if name in names}
         vector = with_report(torch.empty(0, dtype=DTYPES[self.ranges.modulus_bits]), names, scalars, 1)
-        client.mask(vector, advertisements, digest(topic.encode(), repr(sorted(scalars.items())).encode()))
+        for client in clients:
+            client.mask(vector, advertisements, digest(topic.encode(), repr(sorted(scalars.items())).encode()))
         _, sums = split_report(group.all_reduce(vector), names, group.size)
         return _with_sums(messages, sums)
 
@@ -314,7 +317,7 @@ class SecureAggregation(Aggregator):
             parties = list(dict.fromkeys([*acc.clients, *report.fields.get("refused", [])]))
         else:
             own = group.names[group.rank] if group.names else group.rank
-            parties = [client for client in ctx.cohort if client == own]
+            parties = [client for client in ctx.cohort if client == own and group.talks]
         fewest = self.fewest(len(ctx.cohort))
         params = self._session_params(acc, ctx, fewest)
         clients = [

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import BinaryIO
 
+from lightning_fl.os_differences import lock_file
 from lightning_fl.privacy.secagg.errors import RetryRefused
 
 _LINE = re.compile(r"([0-9a-f]+) ([0-9a-f]{64})")
@@ -50,11 +51,8 @@ class Journal:
         if self.path is None:
             self._check_and_note(vector_id.hex(), roster.hex())
             return
-        # Imported here, because Windows has no such module and simulations, which keep no file, need no lock.
-        import fcntl
-
         with os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed: another process may run for the same silo
+            lock_file(file.fileno(), wait=True)  # until the file is closed: another process may run for the same silo
             self._claim_in(file, vector_id.hex(), roster.hex())
 
     def check(self, vector_id: bytes) -> None:

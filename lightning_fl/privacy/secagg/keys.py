@@ -5,11 +5,11 @@ from __future__ import annotations
 import base64
 import binascii
 import os
-import stat
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from lightning_fl.os_differences import is_of_another, rights
 from lightning_fl.privacy.secagg.participant import fingerprint
 from lightning_fl.privacy.secagg.primitives import KEY_BYTES, SigningKey
 
@@ -152,7 +152,7 @@ def _write(path: Path, text: str, mode: int = 0o600, is_new: bool = False) -> No
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            os.fchmod(descriptor, mode)
+            Path(temporary).chmod(mode)
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -172,22 +172,22 @@ def _printable(name: str) -> str:
 
 def _check_folder(path: Path) -> None:
     status = path.stat()
-    mode = stat.S_IMODE(status.st_mode)
+    mode = rights(status)
     if mode & 0o022:
         raise ValueError(f"{path} has mode {mode:04o}: others on this machine can put files into it. chmod 700 {path}")
-    _check_owner(path, status.st_uid)
+    _check_owner(path, status)
 
 
-def _check_owner(path: Path, owner: int) -> None:
-    if owner not in (os.geteuid(), 0):
-        raise ValueError(f"{path} belongs to user {owner}, who can change it. Use a folder of your own.")
+def _check_owner(path: Path, status: os.stat_result) -> None:
+    if is_of_another(status):
+        raise ValueError(f"{path} belongs to user {status.st_uid}, who can change it. Use a folder of your own.")
 
 
 def _check_mode(path: Path) -> None:
     # Whoever may write into the folder may replace the file, whatever its own mode.
     _check_folder(path.parent)
     status = path.stat()
-    _check_owner(path, status.st_uid)
-    mode = stat.S_IMODE(status.st_mode)
+    _check_owner(path, status)
+    mode = rights(status)
     if mode & 0o077:
         raise ValueError(f"{path} has mode {mode:04o}: others on this machine can read or change it. chmod 600 {path}")

@@ -25,27 +25,30 @@ class Session(Secret):
 
     Args:
         session_id: 32 bytes to which every rank has contributed.
-        identity: The silo's identity; None in simulations, where each client's is made on first use.
+        is_simulated: Whether the clients are simulated; each client's identity is then made on first use.
+        identity: The silo's identity, on the process that talks for it.
         trusted: The identities that may take part; None in simulations.
         journal: Records with which clients each vector was summed.
         ranges: The value ranges of an update, the same on all ranks.
     """
 
     def __init__(
-        self, session_id: bytes, identity: SigningKey | None, trusted: Trusted, journal: Journal, ranges: Ranges
+        self,
+        session_id: bytes,
+        is_simulated: bool,
+        identity: SigningKey | None,
+        trusted: Trusted,
+        journal: Journal,
+        ranges: Ranges,
     ) -> None:
         self.id = session_id
+        self.is_simulated = is_simulated
         self.trusted = trusted
         self.journal = journal
         self.ranges = ranges
         self._identity = identity
         self._simulated: dict[ClientId, SigningKey] = {}
         self._attempts: Counter[object] = Counter()
-
-    @property
-    def is_simulated(self) -> bool:
-        """Whether the clients are simulated."""
-        return self._identity is None
 
     def identity(self, client: ClientId) -> SigningKey:
         """Returns the signing key of a client of this rank.
@@ -94,7 +97,7 @@ def open_session(group: Group, silos: bool, keys: str | None, ranges: Ranges) ->
     place = (keys or os.environ.get(KEYS_VARIABLE) or DEFAULT_KEYS).replace("{rank}", str(group.rank))
     folder = KeyFolder(place)
     journal = Journal()
-    if silos:
+    if silos and group.talks:
         try:
             identity = folder.identity()
             trusted = frozenset([identity.public, *(other.key for other in folder.trusted())])
@@ -113,7 +116,7 @@ def open_session(group: Group, silos: bool, keys: str | None, ranges: Ranges) ->
             raise ValueError("\n".join(filter(None, problems)))
     # Every rank contributes a nonce, so none can bring back the session, and with it the messages, of an earlier run.
     session_id = digest(*(bytes.fromhex(fields["nonce"]) for fields in gathered))
-    return Session(session_id, identity, trusted, journal, ranges)
+    return Session(session_id, not silos, identity, trusted, journal, ranges)
 
 
 def _untrusted_peers(gathered: list[dict[str, str]], group: Group, trusted: Trusted, place: str) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import shutil
 import socket
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -18,6 +21,7 @@ from torch import Tensor, nn
 
 import lightning_fl as fl
 from lightning_fl.strategies import internals
+from tests.helpers.distributed import REPOSITORY, run_script
 from tests.helpers.training import QUIET, Plain, image_clients, loader, trainer, weights
 
 
@@ -88,6 +92,10 @@ def test_the_setting_is_checked() -> None:
         fl.FederatedStrategy(frozen="hash")
 
 
+AGENT = "TORCHELASTIC_USE_AGENT_STORE"
+"""The test's own process keeps the store, whatever starts the ranks."""
+
+
 class RayEnvironment(LightningEnvironment):
     """What ``ray.train.lightning.RayLightningEnvironment`` overrides: Ray knows the ranks, and sets the address."""
 
@@ -144,6 +152,20 @@ def silos_of(launcher: str) -> tuple[int, list[Any], Tensor]:
     options: dict[str, Any] = {}
     if launcher == "ray":
         options["plugins"] = [RayEnvironment(rank, size)]
+    elif launcher == "slurm":  # finds its ranks by what srun sets; MASTER_ADDR and MASTER_PORT are those of the job
+        options["devices"] = size
+        own = {
+            "NTASKS": size,
+            "NTASKS_PER_NODE": size,
+            "PROCID": rank,
+            "LOCALID": rank,
+            "NODEID": 0,
+            "JOB_NAME": "fit",
+            "JOB_ID": 7,
+        }
+        os.environ.update({f"SLURM_{name}": str(value) for name, value in own.items()})
+        for name in [name for name in os.environ if name.startswith("TORCHELASTIC_") and name != AGENT]:
+            del os.environ[name]  # so that Lightning does not find torchrun first
     else:
         world = Communicator(rank, size, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
         sys.modules["mpi4py"] = types.SimpleNamespace(MPI=types.SimpleNamespace(COMM_WORLD=world))  # type: ignore[assignment]
@@ -151,16 +173,42 @@ def silos_of(launcher: str) -> tuple[int, list[Any], Tensor]:
         options["plugins"] = [mpi.MPIEnvironment()]
         os.environ.pop("LOCAL_RANK", None)
     try:
-        module, own = Plain(), trainer(fl.FederatedStrategy(), **options)
-        own.fit(module, loader(seed=rank))
-        return own.strategy.federation.size, own.strategy.history[0]["num_examples"], weights(module)
+        module, run = Plain(), trainer(fl.FederatedStrategy(), **options)
+        run.fit(module, loader(seed=rank))
+        return run.strategy.federation.size, run.strategy.history[0]["num_examples"], weights(module)
     finally:
         sys.modules.pop("mpi4py", None)
         mpi._MPI4PY_AVAILABLE = RequirementCache("mpi4py")
 
 
-@pytest.mark.parametrize("launcher", ["ray", "mpi"])
+@pytest.mark.parametrize("launcher", ["ray", "mpi", "slurm"])
 def test_each_rank_of_another_launcher_is_a_silo(run_ranks: Any, launcher: str) -> None:
     found = run_ranks(2, silos_of, launcher)
     assert [(size, examples) for size, examples, _ in found] == [(2, 48)] * 2
     assert torch.equal(found[0][2], found[1][2])
+
+
+def has_mpi() -> bool:
+    return shutil.which("mpirun") is not None and importlib.util.find_spec("mpi4py") is not None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_mpi(), reason="needs mpirun (Debian: openmpi-bin) and mpi4py")
+def test_mpirun_trains_the_model_of_torchrun(tmp_path: Path) -> None:
+    found = importlib.util.find_spec("mpi4py")
+    assert found is not None
+    assert found.origin is not None
+    path = os.pathsep.join([str(REPOSITORY), str(Path(found.origin).parents[1])])
+    options = ["--config", str(REPOSITORY / "recipes" / "digits_silos.yaml"), "--data.init_args.shares=[1,1,1,3]"]
+    fit = ["-m", "lightning_fl", "fit", *options, "--trainer.max_epochs", "2"]
+    mpirun = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "4", "python", *fit]
+    torchrun = ["python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4", *fit]
+    models = []
+    for name, command, num_processes in (("mpirun", mpirun, 5), ("torchrun", torchrun, 5)):
+        (tmp_path / name).mkdir()
+        run_script(command, env={"PYTHONPATH": path}, cwd=tmp_path / name, num_processes=num_processes)
+        (checkpoint,) = (tmp_path / name).glob("logs/digits_silos/*/checkpoints/last.ckpt")
+        content = torch.load(checkpoint, weights_only=True)
+        assert content["epoch"] == 1
+        models.append(content["state_dict"])
+    assert all(torch.equal(value, models[1][key]) for key, value in models[0].items())

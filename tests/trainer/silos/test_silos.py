@@ -22,8 +22,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 import lightning_fl as fl
+from lightning_fl.privacy.secagg.keys import KeyFolder
 from lightning_fl.strategies.network import settings_of_silo
-from tests.helpers.network import live_coordinator, make_kits, rules, settings
+from tests.helpers.network import NAMES, live_coordinator, make_keys, make_kits, rules, settings
 from tests.helpers.training import QUIET, images, measured, trainer, weights
 
 SIZES = (32, 24)
@@ -34,10 +35,11 @@ VALIDATION = DataLoader(images(5, 9), 2)
 class Net(L.LightningModule):
     """A network without random numbers, which logs, with the optimizer that a test asks for."""
 
-    def __init__(self, make_optimizer: Callable[..., Any], norm: bool = False) -> None:
+    def __init__(self, make_optimizer: Callable[..., Any], norm: bool = False, dtype: Any = torch.float64) -> None:
         super().__init__()
         self.make_optimizer = make_optimizer
         self.norm = norm
+        self.own_dtype = dtype
         self.accuracy = MulticlassAccuracy(4, average="micro")
         self.net: Any = None
 
@@ -47,11 +49,13 @@ class Net(L.LightningModule):
         with torch.random.fork_rng():
             torch.manual_seed(0)
             layers = [nn.Flatten(), nn.Linear(16, 7), nn.Tanh(), nn.Linear(7, 4)]
-            self.net = nn.Sequential(*layers[:2], *([nn.BatchNorm1d(7)] if self.norm else []), *layers[2:]).double()
+            self.net = nn.Sequential(*layers[:2], *([nn.BatchNorm1d(7)] if self.norm else []), *layers[2:]).to(
+                self.own_dtype
+            )
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y = batch
-        logits = self.net(x.double())
+        logits = self.net(x.to(self.own_dtype))
         loss = nn.functional.cross_entropy(logits, y)
         self.accuracy(logits, y)
         self.log("loss", loss, on_step=False, on_epoch=True)
@@ -61,7 +65,7 @@ class Net(L.LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         x, y = batch
-        self.log("val_loss", nn.functional.cross_entropy(self.net(x.double()), y))
+        self.log("val_loss", nn.functional.cross_entropy(self.net(x.to(self.own_dtype)), y))
 
     def configure_optimizers(self) -> Any:
         return self.make_optimizer(self.parameters())
@@ -155,38 +159,108 @@ def test_fsdp2_in_silos_is_one_process_with_the_joint_batch(run_ranks: Any, case
     assert 0.3 * model < found[1]["bytes"] < 0.7 * model
 
 
-def in_lightning(kind: type[Net], port: int) -> Tensor:
+def fit_with_whole_updates(what: str, silo: Any, rows_of: int) -> dict[str, Any]:
+    """With what needs whole updates, which each process of a silo has under DDP."""
+    if what == "median":
+        return fit("fedavg", silo, rows_of, aggregator=fl.aggregation.Median())
+    if what == "compression":
+        return fit("fedavg", silo, rows_of, transforms=[fl.compression.Compress(fl.compression.TopK(0.3))])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", fl.privacy.InsecureNoiseWarning)
+        seed = 1 if what == "noise of a seed" else None
+        private = fl.privacy.ClientLevelDP(clip=0.5, noise_multiplier=0.5, mode="local", insecure_test_seed=seed)
+        return fit("fedavg", silo, rows_of, transforms=[private])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["median", "compression", "noise of a seed"])
+def test_ddp_in_silos_leaves_updates_whole(run_ranks: Any, what: str) -> None:
+    alone = run_ranks(2, fit_with_whole_updates, what, fl.silos.DDP(ranks=1), 1)
+    assert_same(run_ranks(4, fit_with_whole_updates, what, fl.silos.DDP(ranks=2), 2), alone[0])
+
+
+@pytest.mark.slow
+def test_the_noise_of_a_silo_is_that_of_its_first_process(run_ranks: Any) -> None:
+    for _ in range(2):
+        found = [one["weights"] for one in run_ranks(4, fit_with_whole_updates, "noise", fl.silos.DDP(ranks=2), 2)]
+        assert all(torch.equal(own, found[0]) for own in found)
+
+
+def fit_three(keys: str, with_two: bool, secure: bool) -> dict[str, Any]:
+    """Three silos, the first of which may be of two processes."""
+    rank = int(os.environ["RANK"])
+    place, ranks = (max(rank - 1, 0), 2 if rank < 2 else 1) if with_two else (rank, 1)
+    module = Net(sgd)
+    aggregator = fl.privacy.SecureAggregation(keys=keys, clip=4.0, aux_clip=64.0) if secure else None
+    strategy = fl.FederatedStrategy("scaffold", aggregator=aggregator, silo=fl.silos.DDP(ranks=ranks))
+    run = trainer(strategy, max_epochs=2)
+    run.fit(module, DataLoader(images(16 + place, place), BATCH // ranks), VALIDATION)
+    clients = [entry["num_clients"] for entry in strategy.history]
+    return {"weights": whole_weights(module), "metrics": measured(run), "clients": clients}
+
+
+def test_secure_sums_between_silos_of_which_one_has_two_processes(run_ranks: Any, tmp_path: Path) -> None:
+    """Only the process that talks has a key; the other one is told the sum."""
+    folders = [KeyFolder(tmp_path / f"silo{place}") for place in range(3)]
+    public = [folder.create() for folder in folders]
+    for folder in folders:
+        folder.trust(public)
+    plain = run_ranks(3, fit_three, "", False, False)[0]
+    found = run_ranks(4, fit_three, str(tmp_path / "silo{rank}"), True, True)
+    for one in found:
+        assert torch.equal(one["weights"], found[0]["weights"])
+        # A mean of three is rounded to multiples of 4 / (2^29 - 1).
+        torch.testing.assert_close(one["weights"], plain["weights"], rtol=0, atol=1.5e-8 * 10)
+        assert one["metrics"] == pytest.approx(plain["metrics"], rel=1e-6)
+        assert one["clients"] == [3, 3]
+
+
+DTYPES = {"32-true": torch.float64, "bf16-mixed": torch.float32, "bf16-true": torch.bfloat16}
+
+
+def in_lightning(kind: type[Net], port: int, precision: Any) -> Tensor:
     """Lightning's own strategy for two processes, which meet at a port of their own."""
     # In the store of the workers Lightning's keys are the same in each check.
     os.environ.update(MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="False")
     plain: Any = DDPStrategy(process_group_backend="gloo")
     if kind is Sharded:
         plain = ModelParallelStrategy(2, 1, process_group_backend="gloo")
-    module = kind(sgd, norm=kind is Net)
-    run = trainer(plain, max_epochs=2, devices=2)
+    module = kind(sgd, kind is Net, DTYPES[precision])
+    run = trainer(plain, max_epochs=2, devices=2, precision=precision)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="It is recommended to use `self.log")
         run.fit(module, DataLoader(images(32, 0), 4, shuffle=True), VALIDATION)
     return whole_weights(module)
 
 
-def in_one_silo(kind: type[Net]) -> tuple[Tensor, dict[str, float]]:
-    module = kind(sgd, norm=kind is Net)
+def in_one_silo(kind: type[Net], precision: Any) -> tuple[Tensor, dict[str, float]]:
+    module = kind(sgd, kind is Net, DTYPES[precision])
     silo = fl.silos.DDP() if kind is Net else fl.silos.FSDP2()
-    run = trainer(fl.FederatedStrategy("fedavg", silo=silo, client_optimizer="keep"), max_epochs=2)
+    strategy = fl.FederatedStrategy("fedavg", silo=silo, client_optimizer="keep")
+    run = trainer(strategy, max_epochs=2, precision=precision)
     run.fit(module, DataLoader(images(32, 0), 4, shuffle=True), VALIDATION)
     return whole_weights(module), measured(run)
 
 
-@pytest.mark.parametrize("kind", [Net, pytest.param(Sharded, marks=pytest.mark.slow)])
-def test_one_silo_is_lightnings_own_strategy(run_ranks: Any, kind: type[Net]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "precision"),
+    [
+        (Net, "32-true"),
+        pytest.param(Net, "bf16-mixed", marks=pytest.mark.slow),
+        pytest.param(Sharded, "32-true", marks=pytest.mark.slow),
+        pytest.param(Sharded, "bf16-mixed", marks=pytest.mark.slow),
+        pytest.param(Sharded, "bf16-true", marks=pytest.mark.slow),
+    ],
+)
+def test_one_silo_is_lightnings_own_strategy(run_ranks: Any, kind: type[Net], precision: Any) -> None:
     """DDP with BatchNorm, whose statistics are those of the first process, or FSDP2; and a shuffled loader."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    plain = run_ranks(2, in_lightning, kind, port)
-    for found, metrics in run_ranks(2, in_one_silo, kind):
-        torch.testing.assert_close(found, plain[0], rtol=1e-10, atol=1e-10)
+    plain = run_ranks(2, in_lightning, kind, port, precision)
+    tolerance = 1e-10 if precision == "32-true" else 1e-6
+    for found, metrics in run_ranks(2, in_one_silo, kind, precision):
+        torch.testing.assert_close(found, plain[0], rtol=tolerance, atol=tolerance)
         assert metrics["count"] == 32
 
 
@@ -291,38 +365,97 @@ def test_a_sharded_checkpoint_loads_plainly_and_goes_on_in_one_process_a_silo(ru
             torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
-def fit_over_network(address: str, folder: Path, case: str, silo: Any) -> dict[str, Any]:
-    """The first two of four processes are the silo east, the others north; each silo is a launch of its own."""
-    rank = int(os.environ["RANK"])
-    own = {"RANK": rank % 2, "LOCAL_RANK": rank % 2, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+def coordinator_of(case: str, folder: Path) -> Any:
+    """A coordinator for two rounds of the silos east and north."""
+    make_kits(folder, ("east", "north"))
+    own = {name: value for name, value in CASES[case].items() if name in ("local_steps", "client_optimizer")}
+    strategy = fl.FederatedStrategy(CASES[case]["algorithm"], **own)
+    rules_of_two = rules(silos=("east", "north"), rounds=2)
+    return live_coordinator(folder, rules_of_two, settings(strategy.algorithm), settings_of_silo(strategy))
+
+
+def fit_over_network(
+    address: str, folder: Path, case: str, silo: Any, num_processes: int = 2, rounds: int = 2
+) -> dict[str, Any]:
+    """The first half of the processes is the silo east, the others north; each silo is a launch of its own."""
+    place, process = divmod(int(os.environ["RANK"]), num_processes)
+    own = {"RANK": process, "LOCAL_RANK": process, "WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes}
     os.environ.update({name: str(value) for name, value in own.items()})
-    os.environ["TORCHELASTIC_RUN_ID"] += f" {rank // 2}"
-    name = ("east", "north")[rank // 2]
+    os.environ["TORCHELASTIC_RUN_ID"] += f" {place}"
+    name = ("east", "north")[place]
     settings = {**CASES[case], "federation": address, "kit": folder / name, "silo": silo}
     module = (Sharded if isinstance(silo, fl.silos.FSDP2) else Net)(settings.pop("make_optimizer", sgd))
     strategy = fl.FederatedStrategy(settings.pop("algorithm", "fedavg"), **settings)
-    run = trainer(strategy, max_epochs=2)
-    place = rank // 2
-    run.fit(module, DataLoader(images(SIZES[place], place), BATCH // 2), VALIDATION)
+    run = trainer(strategy, max_epochs=rounds)
+    run.fit(module, DataLoader(images(SIZES[place], place), BATCH // num_processes), VALIDATION)
     return {"weights": whole_weights(module), "clients": [entry["num_clients"] for entry in strategy.history]}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "silo"),
-    [("scaffold", fl.silos.DDP()), ("diloco", fl.silos.DDP()), ("fedadam", fl.silos.FSDP2())],
-    ids=["scaffold-ddp", "diloco-ddp", "fedadam-fsdp2"],
+    [
+        ("scaffold", fl.silos.DDP()),
+        ("diloco", fl.silos.DDP()),
+        ("fedadam", fl.silos.FSDP2()),
+        ("scaffold", fl.silos.FSDP2()),
+        ("diloco", fl.silos.FSDP2()),
+    ],
+    ids=["scaffold-ddp", "diloco-ddp", "fedadam-fsdp2", "scaffold-fsdp2", "diloco-fsdp2"],
 )
 def test_silos_over_a_network_too(run_ranks: Any, tmp_path: Path, case: str, silo: Any) -> None:
     alone = run_ranks(2, fit, case, fl.silos.DDP(ranks=1), 1)[0]
-    make_kits(tmp_path, ("east", "north"))
-    own = {name: value for name, value in CASES[case].items() if name in ("local_steps", "client_optimizer")}
-    strategy = fl.FederatedStrategy(CASES[case]["algorithm"], **own)
-    rules_of_two = rules(silos=("east", "north"), rounds=2)
-    with live_coordinator(tmp_path, rules_of_two, settings(strategy.algorithm), settings_of_silo(strategy)) as live:
+    with coordinator_of(case, tmp_path) as live:
         for found in run_ranks(4, fit_over_network, live.address, tmp_path, case, silo):
             torch.testing.assert_close(found["weights"], alone["weights"], rtol=1e-9, atol=1e-9)
             assert found["clients"] == [2, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["scaffold", "diloco"])
+def test_a_silo_that_comes_back_with_another_number_of_processes_has_its_state(
+    run_ranks: Any, tmp_path: Path, case: str
+) -> None:
+    alone = run_ranks(2, fit, case, fl.silos.DDP(ranks=1), 1)[0]
+    with coordinator_of(case, tmp_path) as live:
+        run_ranks(4, fit_over_network, live.address, tmp_path, case, fl.silos.FSDP2(), 2, 1)
+        for found in run_ranks(2, fit_over_network, live.address, tmp_path, case, fl.silos.DDP(), 1):
+            torch.testing.assert_close(found["weights"], alone["weights"], rtol=1e-9, atol=1e-9)
+
+
+def fit_three_over_network(address: str, folder: Path) -> dict[str, Any]:
+    """The silo east has the first two of four processes, north and south one each."""
+    rank = int(os.environ["RANK"])
+    place, process, size = max(rank - 1, 0), int(rank == 1), 2 if rank < 2 else 1
+    own = {"RANK": process, "LOCAL_RANK": process, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    os.environ.update({name: str(value) for name, value in own.items()})
+    os.environ["TORCHELASTIC_RUN_ID"] += f" {place}"
+    secure = fl.privacy.SecureAggregation("bonawitz", max_weight=32.0)
+    strategy = fl.FederatedStrategy(
+        "scaffold", aggregator=secure, federation=address, kit=folder / NAMES[place], silo=fl.silos.DDP()
+    )
+    module = Net(sgd)
+    run = trainer(strategy, max_epochs=2)
+    run.fit(module, DataLoader(images(16 + place, place), BATCH // size), VALIDATION)
+    clients = [entry["num_clients"] for entry in strategy.history]
+    return {"weights": whole_weights(module), "metrics": measured(run), "clients": clients}
+
+
+@pytest.mark.slow
+def test_secure_sums_over_a_network_with_a_silo_of_two_processes(run_ranks: Any, tmp_path: Path) -> None:
+    plain = run_ranks(3, fit_three, "", False, False)[0]
+    make_kits(tmp_path)
+    make_keys(tmp_path)
+    secure = fl.privacy.SecureAggregation("bonawitz", max_weight=32.0)
+    strategy = fl.FederatedStrategy("scaffold", aggregator=secure)
+    own = settings(strategy.algorithm, aggregator=secure)
+    with live_coordinator(tmp_path, rules(rounds=2), own, settings_of_silo(strategy)) as live:
+        found = run_ranks(4, fit_three_over_network, live.address, tmp_path)
+    for one in found:
+        assert torch.equal(one["weights"], found[0]["weights"])
+        torch.testing.assert_close(one["weights"], plain["weights"], rtol=0, atol=1e-5)
+        assert one["metrics"] == pytest.approx(plain["metrics"], rel=1e-4)
+        assert one["clients"] == [3, 3]
 
 
 # ---- refused

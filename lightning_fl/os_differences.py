@@ -1,0 +1,56 @@
+"""What Windows does in another way than POSIX, in one place. Written by its documentation; the tests run on Linux."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+IS_WINDOWS = os.name == "nt"
+_FAR = 0x7FFF0000
+"""Where a file is locked on Windows: beyond its content, because a lock there keeps others from reading."""
+
+
+def lock_file(descriptor: int, wait: bool) -> None:
+    """Locks an open file until it is closed, for this process alone.
+
+    Args:
+        descriptor: The file.
+        wait: Whether to wait for another process that has it; on Windows for at most 10 seconds.
+
+    Raises:
+        OSError: If another process has it.
+    """
+    if IS_WINDOWS:
+        import msvcrt
+
+        place = os.lseek(descriptor, 0, os.SEEK_CUR)
+        os.lseek(descriptor, _FAR, os.SEEK_SET)
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        finally:
+            os.lseek(descriptor, place, os.SEEK_SET)
+        return
+    import fcntl
+
+    fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def flush_folder(path: Path) -> None:
+    """Puts the names in a folder onto the disk; Windows does so by itself, and opens no folders."""
+    if IS_WINDOWS:
+        return
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def rights(status: os.stat_result) -> int:
+    """The rights of a file's owner, group and others; on Windows none, because its lists of rights aren't looked at."""
+    return 0 if IS_WINDOWS else status.st_mode & 0o777
+
+
+def is_of_another(status: os.stat_result) -> bool:
+    """Whether a file belongs to another user than this one and root."""
+    return not IS_WINDOWS and status.st_uid not in (os.geteuid(), 0)
