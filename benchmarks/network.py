@@ -137,6 +137,7 @@ class Processes:
         self.folder, self.args = folder, args
         self.log = (folder / "log").open("ab")
         self.running: dict[str, subprocess.Popen[bytes]] = {}
+        self.peak = 0.0
         authority = Authority.create(folder / "ca", "benchmark", [HOST])
         for name in names(args.silos):
             _, _, issued = authority.approve(make_request(folder / name, name))
@@ -158,12 +159,13 @@ class Processes:
         while len(self.events(kind)) < count:
             if self.running["coordinator"].poll() is not None:
                 raise SystemExit((self.folder / "log").read_text(encoding="utf-8")[-2000:])
-            time.sleep(0.05)
+            self.peak = max(self.peak, self.memory())
+            time.sleep(0.02)
 
-    def peak(self) -> float:
-        """The most memory that the coordinator has ever had, in MB; pages of files that it has read are part of it."""
+    def memory(self) -> float:
+        """The coordinator's own memory in MB, without pages of files, which the system may take."""
         lines = Path(f"/proc/{self.running['coordinator'].pid}/status").read_text(encoding="utf-8").splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1000
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1000
 
     def end(self) -> None:
         for process in self.running.values():
@@ -186,7 +188,7 @@ def measure(args: argparse.Namespace, megabytes: float) -> None:
             processes.start("coordinator")
             while not (Path(place) / "federation" / "ready").exists():
                 time.sleep(0.05)
-            start = processes.peak()
+            start = processes.memory()
             link = Link(args.port) if args.link else None
             args.link_port = 0 if link is None else link.port
             for role in names(args.silos):
@@ -207,7 +209,7 @@ def measure(args: argparse.Namespace, megabytes: float) -> None:
             if link is not None:
                 link.rate = 1e6 * args.link
             processes.wait_for("round closed", args.rounds)
-            peak = processes.peak() - start
+            peak = processes.peak - start
             rounds = seconds_between(processes.events("round closed"))
             raw = raw_tls(Path(place), args.silos, args.size * 4)
         finally:
@@ -220,7 +222,7 @@ def measure(args: argparse.Namespace, megabytes: float) -> None:
             flush=True,
         )
         return
-    bound = 1.5 * megabytes + 200  # beside the interpreter and torch
+    bound = 1.5 * megabytes + 200
     print(
         f"| {megabytes:g} MB x {args.silos} | {best:.2f} s | {moved / best:.0f} MB/s "
         f"| {raw:.2f} s | {moved / raw:.0f} MB/s | {peak:.0f} MB (bound {bound:.0f}) |",
