@@ -211,7 +211,8 @@ def export_with_any_batch(
     fake = ([*map(static, params)], [*map(static, state)], [*map(any_batch, batch)], static(scalar))
     # Fused attention and oneDNN have backward operators of their own, which no other runtime has. Without duck shapes a
     # batch that is as long as another dimension is wide is still a batch.
-    plain, any_size = torch.backends.mkldnn.flags(enabled=False), _config.patch(use_duck_shape=False)
+    plain = torch.backends.mkldnn.flags(enabled=False)
+    any_size = _config.patch(use_duck_shape=False)  # type: ignore[attr-defined]
     with sdpa_kernel(SDPBackend.MATH), plain, any_size:
         trace = make_fx(traced, decomposition_table=dict(decompositions), tracing_mode="symbolic")
         graph = trace(*fake, [*map(static, constants)])
@@ -227,5 +228,5 @@ def export_with_any_batch(
             return self.graph(params, state, batch, scalar, list(self.buffers()))
 
     size = torch.export.Dim("batch", min=1)
-    shapes = ([{}] * len(params), [{}] * len(state), [{0: size}] * len(batch), {})
+    shapes: Any = ([{}] * len(params), [{}] * len(state), [{0: size}] * len(batch), {})
     return torch.export.export(Program(), inputs, dynamic_shapes=shapes)

@@ -236,7 +236,10 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, help="end after so many tasks")
     args = parser.parse_args()
     token, data = args.token_file.read_text().strip(), decode(args.data.read_bytes())
-    taken = Device(args.address, token, data, tuple(args.conditions)).run(args.tasks)
+    try:
+        taken = Device(args.address, token, data, tuple(args.conditions)).run(args.tasks)
+    except Refused as refused:
+        raise SystemExit(f"The gateway refuses this device: {refused}") from None
     print(f"{taken} updates were taken.")
 
 

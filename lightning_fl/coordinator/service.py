@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import lightning_fl
 from lightning_fl.aggregation import RoundContext
 from lightning_fl.aggregation.weighted_mean import WeightedSum
 from lightning_fl.communication import LocalGroup, Message
@@ -32,6 +33,7 @@ from lightning_fl.federation import (
     close_server,
     open_server,
 )
+from lightning_fl.federation.agreement import differences, several
 from lightning_fl.federation.server import nothing, update_templates
 from lightning_fl.tree import to_sum_dtype, update_trees
 from lightning_fl.types import Tree, Update
@@ -127,6 +129,8 @@ class Coordinator:
         self.store = store
         self.audit = audit
         self.seen: dict[str, float] = {}
+        self._joined: dict[str, int] = {}
+        """By silo the round in which it has joined last: it knows nothing of those before."""
         self._template: Update | None = None
         self._templates: list[Update] = []
         self._shapes: wire.Shapes = {}
@@ -193,6 +197,10 @@ class Coordinator:
             raise
         self.seen[silo] = now
         self.machine.join(silo)
+        self._joined[silo] = self.machine.round
+        for (round, _), exchange in self.exchanges.items():
+            if round < self.machine.round:
+                exchange.expected.discard(silo)
         self.audit.append("join", silo=silo, round=self.machine.round, versions=request.get("versions"))
         return {
             "silos": sorted(self.rules.silos),
@@ -217,25 +225,20 @@ class Coordinator:
         found, common = request.get("settings"), request.get("common")
         if not isinstance(found, Mapping) or not isinstance(common, Mapping):
             raise Refused(422, f"Silo {silo!r} sent no settings.")
-        for name, value in self.expected.items():
-            if found.get(name) != value:
-                raise Refused(
-                    422,
-                    f"Silo {silo!r} has {name}={found.get(name, 'nothing')}, the coordinator has {name}={value}. "
-                    "Use the same configuration.",
-                )
+        who, versions, present = f"silo {silo}", request.get("versions"), lightning_fl.__version__
+        release = versions.get("lightning_fl", present) if isinstance(versions, Mapping) else present
+        unlike = differences({"lightning_fl": present}, {"lightning_fl": release}, who, "the coordinator")
+        known = {name: found.get(name) for name in self.expected}
+        unlike += differences(self.expected, known, who, "the coordinator")
+        if self.start is not None:
+            unlike += differences(self.common, common, who, "the silo that came first")
+        if unlike:
+            raise Refused(422, f"{who.capitalize()} is not to train the same thing: {several(unlike)}.")
         try:
             manifest = {n: (str(dtype), tuple(shape)) for n, (dtype, shape) in request["manifest"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise Refused(422, f"Silo {silo!r} sent no manifest of its model.") from error
         if self.start is not None:
-            for name in [*self.common, *common]:
-                if self.common.get(name) != common.get(name):
-                    raise Refused(
-                        422,
-                        f"Silo {silo!r} has {name}={common.get(name, 'nothing')}, the first silo has "
-                        f"{self.common.get(name, 'nothing')}. All silos must train the same thing.",
-                    )
             try:
                 wire.check_shapes(self.manifest, manifest)
             except wire.BadFile as error:
@@ -578,7 +581,8 @@ class Coordinator:
     def _exchange(self, round: int, topic: str) -> Exchange:
         key = round, topic
         if key not in self.exchanges:
-            self.exchanges[key] = Exchange(set(self.progress.members), self.rules.evaluation_s)
+            expected = {silo for silo in self.progress.members if self._joined.get(silo, 0) <= round}
+            self.exchanges[key] = Exchange(expected, self.rules.evaluation_s)
         return self.exchanges[key]
 
     def _close_exchange(self, round: int, topic: str, exchange: Exchange, now: float) -> None:

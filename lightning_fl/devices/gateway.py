@@ -316,8 +316,14 @@ class Gateway:
     # ---- rounds
 
     def _close_full_rounds(self) -> None:
-        if len(self.arrived) >= self.schedule.size and not self.is_over:
+        if len(self.arrived) < self.schedule.size or self.is_over:
+            return
+        try:
             self._close()
+        except ValueError as error:  # a rule that can't make one of these updates never will
+            self.progress = replace(self.progress, over=f"Round {self.round} can't be closed: {error}")
+            self._save(self._shared, self._private)
+            self.audit.append("over", round=self.round, reason=self.progress.over)
 
     def _close(self) -> None:
         ctx, folder, aggregator = self._context(), self._folder, self.settings.aggregator
@@ -442,7 +448,7 @@ class Gateway:
         self.state = FederationState(server, [{} for _ in self.settings.transforms], memory=rest.get("memory", {}))
         self._templates = update_templates(self.settings, params, {})
         self._shapes = wire.shapes_of(wire.flatten(update_trees(self._templates[-1])))
-        self._shared = shared
+        self._shared, self._private = shared, private
         newest = {**self.downloads, self.round: save({name: own.contiguous() for name, own in params.items()})}
         self.downloads = dict(sorted(newest.items())[-KEPT_MODELS:])
 
@@ -518,7 +524,7 @@ def check_settings(settings: FederationSettings) -> None:
         )
         if getattr(own, name) is not getattr(Algorithm, name)
     ]
-    if on_clients or own.probe or own.keeps_client_state:
+    if on_clients or own.probe or own.keeps_client_state or own.keeps_nodes:
         raise ValueError(
             f"Clients of {own.__name__} do more than training steps ({', '.join(on_clients) or 'a probe'}), which "
             "devices can't. Use an algorithm of the server, such as FedAvg, FedAvgM or FedAdam."
@@ -526,5 +532,12 @@ def check_settings(settings: FederationSettings) -> None:
     if settings.transforms:
         names = ", ".join(type(transform).__name__ for transform in settings.transforms)
         raise ValueError(f"{names} would have to run on the devices, which can't. Leave transforms out.")
-    if settings.aggregator.hides_reports:
+    aggregator = settings.aggregator
+    if aggregator.hides_reports:
         raise ValueError("Secure aggregation needs devices that mask their updates, which there are not yet.")
+    if aggregator.needs_server or aggregator.moves_frozen:
+        raise ValueError(
+            f"{aggregator!r} needs the module, which the gateway has not. Use the mean or a rule on updates."
+        )
+    aggregator.check(settings.algorithm)
+    aggregator.check_cohort(settings.schedule.size)

@@ -194,7 +194,8 @@ class HttpGateway:
     async def _status(self, request: web.Request) -> web.StreamResponse:
         return web.json_response(self.gateway.status())
 
-    async def _metrics(self, request: web.Request) -> web.StreamResponse:
+    def metrics(self) -> str:
+        """What Prometheus reads."""
         status = self.gateway.status()
         gauges = ("round", "devices", "training", "arrived", "wanted")
         lines = [f"# TYPE lightning_fl_{name} gauge\nlightning_fl_{name} {status[name]}" for name in gauges]
@@ -202,7 +203,10 @@ class HttpGateway:
         lines += [f"# TYPE {accepted} counter\n{accepted} {status['accepted']}"]
         lines += ["# TYPE lightning_fl_refused_total counter"]
         lines += [f'lightning_fl_refused_total{{reason="{k}"}} {n}' for k, n in sorted(status["refused"].items())]
-        return web.Response(text="\n".join(lines) + "\n", headers={"Content-Type": "text/plain; version=0.0.4"})
+        return "\n".join(lines) + "\n"
+
+    async def _metrics(self, request: web.Request) -> web.StreamResponse:
+        return web.Response(text=self.metrics(), headers={"Content-Type": "text/plain; version=0.0.4"})
 
 
 BIG = {"kind": "oversized"}

@@ -115,7 +115,8 @@ def export_training_step(
         if not difference <= TOLERANCE:
             raise ValueError(
                 f"The file trains otherwise than {type(module).__name__}: its parameters differ by {difference:.2g} of "
-                f"the largest, more than {TOLERANCE:g}. Nothing was written."
+                f"the largest, more than {TOLERANCE:g}. Nothing was written. Does the loss divide by len(y)? Write "
+                "y.shape[0], which is that of each batch."
             )
         start = unfinished.with_suffix(START)
         save_file({name: own.contiguous() for name, own in step.params.items()}, start)

@@ -139,6 +139,8 @@ def server_step(
         aggregate, states[index] = transform.server(aggregate, states[index], contexts[index])
     if seconds is not None:
         seconds["transform"] = time.perf_counter() - start
+    if aggregate.neighbours is not None and not settings.algorithm.mixes_neighbours:
+        aggregate = replace(aggregate, nodes=aggregate.neighbours.gather(aggregate.nodes), neighbours=None)
     # Asked after the transforms, since one that adds noise gives weight to a round that had no client.
     server = settings.algorithm.server_update(state.server, aggregate) if aggregate.weight else state.server
     facts: dict[str, Any] = {}
@@ -177,7 +179,8 @@ def close_server(opened: ServerRound, acc: Any, joined: RankReport) -> Closing:
     state, aggregate, facts = server_step(settings, opened.state, aggregate, ctx, seconds)
     if not is_empty:
         facts.update(settings.aggregator.report(acc, ctx))
-        facts.update(settings.algorithm.report(state.server))
+        if aggregate.neighbours is None:
+            facts.update(settings.algorithm.report(state.server))
         state = replace(state, memory=settings.aggregator.remember(acc, ctx))
     if joined.num_clients:
         state = replace(state, moving=sorted({*(state.moving or ()), *joined.moved}))

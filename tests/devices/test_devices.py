@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -38,6 +39,7 @@ from lightning_fl.schedules import Asynchronous, Buffered, Polynomial
 from tests.helpers.devices import NAMES, LiveGateway, gateway
 from tests.helpers.distributed import PATIENCE, REPOSITORY
 from tests.helpers.documents import blocks
+from tests.helpers.network import make_kits
 from tests.helpers.training import trainer
 
 SIZES = {"a": 40, "b": 25, "c": 60}
@@ -141,8 +143,17 @@ def test_over_http_what_is_no_update_is_refused_and_counted(tmp_path: Path) -> N
             "late": 1,
         }
         assert own.refusals.counts == expected
+        metrics = live.metrics()
     assert list((own.store.root / "arriving").iterdir()) == []
     assert list(own.arrived) == ["a"]
+    assert 'lightning_fl_refused_total{reason="not finite"} 1' in metrics.splitlines()
+    # What the last row of the dashboard shows.
+    dashboard = json.loads((REPOSITORY / "deploy" / "grafana.json").read_text())
+    shown = {name for panel in dashboard["panels"][-3:] for name in re.findall(r"lightning_fl_\w+", json.dumps(panel))}
+    assert shown == {*re.findall(r"^lightning_fl_\w+", metrics, re.MULTILINE)} - {
+        "lightning_fl_round",
+        "lightning_fl_devices",
+    }
 
 
 def test_an_order_of_examples_is_the_same_in_every_language() -> None:
@@ -205,9 +216,9 @@ def free_port() -> int:
 
 
 @contextmanager
-def process(*words: str) -> Iterator[subprocess.Popen[str]]:
+def process(*words: str, **variables: str) -> Iterator[subprocess.Popen[str]]:
     """A command that is ended with the block."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), **variables}
     own = subprocess.Popen([sys.executable, *words], env=env, stdout=subprocess.PIPE, text=True)
     try:
         yield own
@@ -226,7 +237,7 @@ WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; import lightning_fl_de
 
 
 @contextmanager
-def device_process(folder: Path, port: int, name: str, token: str) -> Iterator[subprocess.Popen[str]]:
+def device_process(folder: Path, address: str, name: str, token: str) -> Iterator[subprocess.Popen[str]]:
     """The command of a device, in a process that can't import torch."""
     save_file(
         {str(index): own.contiguous() for index, own in enumerate(shards()[name])}, folder / f"{name}.safetensors"
@@ -234,15 +245,17 @@ def device_process(folder: Path, port: int, name: str, token: str) -> Iterator[s
     (folder / f"{name}.token").write_text(token)
     files = ("--token-file", str(folder / f"{name}.token"), "--data", str(folder / f"{name}.safetensors"))
     code = f"import sys; sys.path.insert(0, {str(REPOSITORY / 'devices' / 'python')!r}); {WITHOUT_TORCH}"
-    with process("-c", code, f"http://127.0.0.1:{port}", *files) as own:
+    with process("-c", code, address, *files, SSL_CERT_FILE=str(folder / "ca" / "coordinator" / "ca.pem")) as own:
         yield own
 
 
 @pytest.mark.slow
-def test_a_gateway_that_is_killed_again_and_again(tmp_path: Path, digits_step: Path, capsys: Any) -> None:
+def test_a_gateway_with_tls_that_is_killed_again_and_again(tmp_path: Path, digits_step: Path, capsys: Any) -> None:
     rounds, port = 12, free_port()
-    config = write_config(tmp_path, digits_step, port, rounds)
-    tokens = enrol(config, NAMES, capsys)
+    make_kits(tmp_path, ())
+    certificate = "certificate: ca/coordinator/cert.pem\nkey: ca/coordinator/key.pem\nhost: 0.0.0.0\n"
+    config = write_config(tmp_path, digits_step, port, rounds, certificate)
+    tokens, address = enrol(config, NAMES, capsys), f"https://127.0.0.1:{port}"
     command = ("-m", "lightning_fl", "gateway", "--config", str(config))
     log, folder = tmp_path / "federation" / "audit.jsonl", tmp_path / "federation"
 
@@ -250,14 +263,14 @@ def test_a_gateway_that_is_killed_again_and_again(tmp_path: Path, digits_step: P
         return sum(json.loads(line)["event"] == "round closed" for line in log.read_text().splitlines())
 
     with (
-        device_process(tmp_path, port, "a", tokens["a"]) as a,
-        device_process(tmp_path, port, "b", tokens["b"]) as b,
-        device_process(tmp_path, port, "c", tokens["c"]) as c,
+        device_process(tmp_path, address, "a", tokens["a"]) as a,
+        device_process(tmp_path, address, "b", tokens["b"]) as b,
+        device_process(tmp_path, address, "c", tokens["c"]) as c,
     ):
         for kill_after in (3, 8, None):
             with process(*command) as server:
                 assert server.stdout is not None
-                assert server.stdout.readline().startswith("Serving 12 rounds")
+                assert server.stdout.readline().startswith("Serving 12 rounds on https://")
                 if kill_after is None:
                     printed = [own.communicate(timeout=PATIENCE)[0] for own in (a, b, c)]
                 else:

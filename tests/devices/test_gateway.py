@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import TensorDataset
 
-from lightning_fl.aggregation.robust import Median
+from lightning_fl.aggregation.robust import FLTrust, Median, MultiKrum
 from lightning_fl.algorithms import FedAdam, FedAvgM, Scaffold
 from lightning_fl.coordinator import wire
 from lightning_fl.coordinator.audit import verify
@@ -83,6 +84,18 @@ def test_robust_rules_work_as_ever(tmp_path: Path) -> None:
     for name, delta in (("a", 1.0), ("b", 2.0), ("c", 1e6)):
         send(own, name, check_in(own, name) or {}, delta)
     assert model(own) == [2.0] * 3
+
+
+def test_a_round_that_cant_be_closed_ends_the_federation_with_the_reason(tmp_path: Path) -> None:
+    own = gateway(tmp_path, Buffered(2), aggregator=FLTrust("c"), weighting="uniform")
+    for name in ("a", "b"):
+        send(own, name, check_in(own, name) or {}, 1.0)
+    assert "root" in (own.progress.over or "")
+    refused("over", check_in, own, "c")
+    own.store.close()
+    own = gateway(tmp_path, Buffered(2), aggregator=FLTrust("c"), weighting="uniform")
+    assert own.is_over
+    assert model(own) == [0.0] * 3
 
 
 # ---- what is refused
@@ -200,6 +213,8 @@ def test_the_federation_ends(tmp_path: Path) -> None:
         ("waits for no single device", Deadline(1.0), {}),
         ("set max_staleness", FedAsync(), {}),
         ("Clients of Scaffold do more than training steps", Buffered(2), {"algorithm": Scaffold()}),
+        ("needs the module", Buffered(2), {"aggregator": FLTrust(TensorDataset(torch.zeros(1)))}),
+        ("MultiKrum", Buffered(2), {"aggregator": MultiKrum(num_attackers=1)}),
     ],
 )
 def test_what_devices_cant_do(tmp_path: Path, message: str, schedule: Any, options: dict[str, Any]) -> None:

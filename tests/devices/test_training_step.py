@@ -100,6 +100,13 @@ def convolutions() -> nn.Module:
     )
 
 
+def depthwise() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Conv2d(6, 12, 3, padding=1, groups=6), nn.Conv2d(12, 4, 1), nn.ReLU()),
+        *(nn.Conv2d(4, 4, 3, stride=2, groups=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)),
+    )
+
+
 def pools() -> nn.Module:
     return nn.Sequential(
         *(nn.Conv2d(1, 3, 3), nn.MaxPool2d(2), nn.GELU(), nn.Flatten(), nn.LayerNorm(27), nn.Linear(27, 10)),
@@ -107,7 +114,7 @@ def pools() -> nn.Module:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("network", [convolutions, pools, Recurrent])
+@pytest.mark.parametrize("network", [convolutions, depthwise, pools, Recurrent])
 def test_layers(network: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
     module = Classifier(network(), lr=0.05)
@@ -132,6 +139,19 @@ def test_frozen_parameters_are_constants_and_batches_may_have_names() -> None:
 
 
 # ---- what is refused
+
+
+@pytest.mark.slow
+def test_a_loss_that_rests_on_the_length_of_the_example() -> None:
+    module = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+    def loss(module: nn.Module, batch: Any, size: Callable[[Tensor], int] = len) -> Tensor:
+        return cross_entropy(module(batch[0]), batch[1], reduction="sum") / size(batch[1])
+
+    with pytest.raises(ValueError, match=r"trains otherwise than Sequential.* Write y.shape\[0\]"):
+        fl.devices.export_training_step(module, (X, Y), "step.onnx", "sgd", loss)
+    assert list(Path().iterdir()) == []
+    fl.devices.export_training_step(module, (X, Y), "step.onnx", "sgd", lambda *own: loss(*own, lambda y: y.shape[0]))
 
 
 def refused(message: str, network: nn.Module, **options: Any) -> None:
