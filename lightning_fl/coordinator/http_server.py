@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import ssl
 import time
 from collections import defaultdict
@@ -211,7 +212,7 @@ class HttpServer:
         digest = request.match_info["digest"]
         if not self.coordinator.may_read(digest):
             raise Refused(404, "There is no such state.")
-        return web.FileResponse(self.coordinator.store.state_path(digest), chunk_size=PIECE)
+        return await _send(request, self.coordinator.store.state_path(digest))
 
     async def _outcome(self, request: web.Request) -> web.StreamResponse:
         round, topic = _integer(request.match_info["round"]), request.match_info["topic"]
@@ -219,7 +220,7 @@ class HttpServer:
         while time.monotonic() < until:
             path = self.coordinator.outcome(round, topic, request[SILO])
             if path is not None:
-                return web.FileResponse(path, chunk_size=PIECE)
+                return await _send(request, path)
             await asyncio.sleep(TICK_S)
         return web.Response(status=204)
 
@@ -336,6 +337,35 @@ class HttpServer:
             ),
         ]
         return web.Response(text="\n".join(lines) + "\n", headers={"Content-Type": "text/plain; version=0.0.4"})
+
+
+async def _send(request: web.Request, path: Path) -> web.StreamResponse:
+    """Sends a file, or what of it follows on what the silo has.
+
+    aiohttp's own ``FileResponse`` sends pieces of 32 KiB over TLS, which takes three times as long.
+    """
+    try:
+        file = path.open("rb")
+    except FileNotFoundError as error:
+        raise Refused(404, "There is no such file any more.") from error
+    with file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            start = request.http_range.start or 0
+        except ValueError as error:
+            raise Refused(400, "The range can't be read.") from error
+        if start and not 0 <= start < size:
+            raise Refused(416, f"The file has {size} bytes.")
+        response = web.StreamResponse(status=206 if start else 200)
+        response.content_type, response.content_length = "application/octet-stream", size - start
+        if start:
+            response.headers["Content-Range"] = f"bytes {start}-{size - 1}/{size}"
+        await response.prepare(request)
+        file.seek(start)
+        while piece := await asyncio.to_thread(file.read, PIECE):
+            await response.write(piece)
+        await response.write_eof()
+    return response
 
 
 def _place(request: web.Request) -> tuple[int | None, str, str]:

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import lightning_fl
 from lightning_fl.aggregation import RoundContext
+from lightning_fl.aggregation.weighted_mean import WeightedSum
 from lightning_fl.communication import LocalGroup, Message
 from lightning_fl.coordinator import wire
 from lightning_fl.coordinator.audit import AuditLog
@@ -382,19 +384,26 @@ class Coordinator:
         assert self._template is not None
         aggregator, ctx, round = self.settings.aggregator, self._context(), self.machine.round
         digests = dict(sorted(self.machine.done.items()))
-        acc, reports = aggregator.init(self._template, torch.device("cpu")), {}
+        acc, reports = self._in_file(aggregator.init(self._template, torch.device("cpu"))), {}
         for silo, digest in digests.items():  # in the order of their names, as one process trains them
             path = Upload(self.store.folder(round, UPDATE), silo, digest).ok
             update, reports[silo] = self._read_update(silo, path)
             if update is not None:
                 acc = aggregator.add(acc, self._received(update, silo, ctx), replace(ctx, client=silo))
-        acc, _ = aggregator.merge(acc, LocalGroup(), Message(), ctx)
+        acc, _ = aggregator.merge(acc, _Alone(), Message(), ctx)
         opened = ServerRound(self.settings, self._model.state, self._model.buffers, self._template, ctx)
         joined = RankReport.join(list(reports.values()))
         if joined.num_clients or self.settings.hides_clients:
             return reports, digests, close_server(opened, acc, joined)
         # Every silo has refused its own update, and will say so: the model stays.
         return reports, digests, Closing(self._model.state, self._model.buffers, nothing(opened), 0.0, {}, None)
+
+    def _in_file(self, acc: Any) -> Any:
+        """The accumulator with its sums in a file, so that of a large model less has to be in memory."""
+        if not isinstance(acc, WeightedSum):
+            return acc
+        sums = {dtype: self.store.zeros_like(flat) for dtype, flat in acc.sums.items()}
+        return replace(acc, sums=sums, views=acc.layout.unflatten(sums))
 
     def _received(self, update: Update, silo: str, ctx: RoundContext) -> Update:
         """What of an update is added."""
@@ -734,6 +743,13 @@ class Coordinator:
         if self._model is not None:
             self._save(self._model.shared, self._model.private, self.machine.round)
         self.audit.append("over", round=self.machine.round, reason=reason)
+
+
+class _Alone(LocalGroup):
+    """Merges what one process has, without a copy: there is no other attempt."""
+
+    def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
+        return tensor if op == "sum" else super().all_reduce(tensor, op)
 
 
 def is_exchange(topic: str) -> bool:
