@@ -325,7 +325,7 @@ class Gateway:
             raise wire.BadFile(f"it has num_examples {examples!r}, expected 1 to {limit}")
         if type(steps) is not int or not 0 < steps < 1 << 31:
             raise wire.BadFile(f"it has num_steps {steps!r}, expected a positive number")
-        if type(loss) not in (int, float) or not abs(loss) < MAX_LOSS:
+        if isinstance(loss, bool) or not isinstance(loss, int | float) or not abs(loss) < MAX_LOSS:
             raise wire.BadFile(f"its loss is {loss!r}; is that NaN?")
         trees = wire.unflatten(wire.read(path))
         bad = wire.finite_error(wire.flatten(trees))

@@ -238,7 +238,7 @@ def test_a_configuration_that_is_wrong_is_named(tmp_path: Path, digits_step: Pat
             main(["gateway", "--config", str(write_config(tmp_path, digits_step, 0, 1, more))])
         assert message in capsys.readouterr().err
     (path := tmp_path / "documented.yaml").write_text(blocks(REPOSITORY / "docs" / "howto" / "devices.md", "text")[0])
-    assert read_config(path).rules == AdmissionRules(("charging", "unmetered"), updates_per_day=4)
+    assert read_config(path).rules == AdmissionRules(("charging", "unmetered"), updates_per_day=4, max_norm=1000)
     assert make_object(Asynchronous, read_config(path).schedule) == Buffered(100, None, Polynomial(0.5), 10)
     main(["gateway", "--config", str(write_config(tmp_path, digits_step, 0, 1)), "--enrol", "a", "b"])
     tokens = capsys.readouterr().out.split()
