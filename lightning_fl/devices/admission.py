@@ -25,6 +25,7 @@ class AdmissionRules:
         requests_per_minute: Requests that a device may make in a minute.
         task_s: How long a task is good for, in seconds.
         max_examples: The most examples that a device may claim, which is its weight. Default 10,000.
+        max_norm: The largest L2 norm of an update's change. Default 1e9, which only keeps sums finite.
 
     Raises:
         ValueError: If a number is not positive.
@@ -35,9 +36,10 @@ class AdmissionRules:
     requests_per_minute: int = 120
     task_s: float = 600.0
     max_examples: int = 10_000
+    max_norm: float = 1e9
 
     def __post_init__(self) -> None:
-        for name in ("updates_per_day", "requests_per_minute", "task_s", "max_examples"):
+        for name in ("updates_per_day", "requests_per_minute", "task_s", "max_examples", "max_norm"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} is {value!r}; expected a positive number.")
@@ -102,9 +104,9 @@ class Admission:
         version, _, rest = task.partition(".")
         expires = rest.partition(".")[0]
         is_number = all(part.isascii() and part.isdigit() and len(part) < 16 for part in (version, expires))
-        # Not `compare_digest` of the text: it refuses what is not ASCII.
-        if not is_number or not hmac.compare_digest(
-            self._signed(device, int(version), int(expires)).encode(), task.encode()
+        # First whether it is ASCII: `compare_digest` takes no other text.
+        if not (is_number and task.isascii()) or not hmac.compare_digest(
+            self._signed(device, int(version), int(expires)), task
         ):
             raise Refused(403, "This device was not given this task.", kind="task")
         if int(expires) < time:

@@ -45,6 +45,8 @@ from lightning_fl.types import Tree, Update
 PROTOCOL = 1
 ROOM_FOR_FIELDS = 1 << 16
 """Bytes of an update beside its tensors and their names."""
+MAX_LOSS = 1e30
+"""Far from where a mean of losses overflows."""
 KEPT_MODELS = 3
 """Newest models that a device may load, since a round may close between a task and the download."""
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -88,7 +90,7 @@ class Progress:
         updates: For each device when its updates were taken, in the last 24 hours, by the wall clock.
         history: One entry for each finished round.
         models: Digests of the models from which devices may still train, by round, if the schedule needs them.
-        over: Why no other round follows, before the last one.
+        over: Why the algorithm has ended before the last round.
     """
 
     global_step: int = 0
@@ -149,15 +151,16 @@ class Gateway:
         self.admission = Admission(rules, self._secret())
         self.refusals = Refusals()
         self.accepted = 0
+        self.arrived: dict[str, Arrived] = {}
+        self.downloads: dict[int, bytes] = {}
         self._training: dict[str, float] = {}
         self._lock = threading.Lock()  # updates are taken in by another thread than check-ins
+        self.store.disk.delete(self.store.root / "arriving")  # devices send those again
         self.load()
 
     def load(self) -> None:
         """Reads from the folder how far the federation is: at the start, and when a change could not be written."""
-        self.arrived: dict[str, Arrived] = {}
-        self.downloads: dict[int, bytes] = {}
-        self.store.disk.delete(self.store.root / "arriving")  # devices send those again
+        self._fault: str | None = None
         commit = self.store.load()
         if not commit:
             self._begin()
@@ -165,16 +168,33 @@ class Gateway:
         self.start, self.round = commit["start"], commit["round"]
         self.progress = Progress(**commit["progress"])
         self._set_model(commit["shared"], commit["private"])
-        for device, digest in self.store.whole(self._folder).items():
-            header = wire.read_header(Upload(self._folder, device, digest).ok)
-            self.arrived[device] = Arrived(header.fields["version"], digest)
+        whole = self.store.whole(self._folder).items()
+        # Assigned at once: check-ins go on while a folder is read again.
+        self.arrived = {name: self._arrived(Upload(self._folder, name, digest)) for name, digest in whole}
         self.audit.append("restart", round=self.round, arrived=len(self.arrived))
         self._close_full_rounds()
+
+    def _arrived(self, upload: Upload) -> Arrived:
+        try:
+            version = wire.read_header(upload.ok).fields.get("version")
+        except wire.BadFile:
+            version = None
+        # One that can't be used is dropped when its round closes.
+        return Arrived(version if type(version) is int else -1, upload.digest)
+
+    @property
+    def over(self) -> str | None:
+        """Why no other round follows; None if one does.
+
+        A round that can't be closed is tried again after a restart, by which time the settings may be others.
+        """
+        done = f"All {self.rounds} rounds are done." if self.round >= self.rounds else None
+        return self.progress.over or self._fault or done
 
     @property
     def is_over(self) -> bool:
         """Whether no other round follows."""
-        return self.progress.over is not None or self.round >= self.rounds
+        return self.over is not None
 
     @property
     def _folder(self) -> Path:
@@ -210,8 +230,8 @@ class Gateway:
         conditions = request.get("conditions", [])
         if not isinstance(conditions, list) or not all(isinstance(own, str) for own in conditions):
             raise Refused(400, "conditions is no list of words.")
-        if self.is_over:
-            raise Refused(410, self.progress.over or f"All {self.rounds} rounds are done.", kind="over")
+        if self.over is not None:
+            raise Refused(410, self.over, kind="over")
         wall = self.clock()
         self.admission.check_device(conditions, self.progress.updates.get(device, ()), wall)
         # Its next update is of a model that holds its last one.
@@ -286,6 +306,8 @@ class Gateway:
             raise Refused(409, reason, kind="replay", digest=last[1])
         if self.is_over:
             raise Refused(410, "The federation is over.", kind="over")
+        if version > self.round:  # a model that could not be written
+            raise Refused(410, f"There is no version {version}, the newest is {self.round}.", kind="stale")
         limit = self.schedule.max_staleness
         if limit is not None and self.round - version > limit:
             reason = f"The update has started from version {version}, the newest is {self.round}; {limit} is the limit."
@@ -295,7 +317,7 @@ class Gateway:
         header = wire.read_header(path)
         fields = header.fields
         wire.check_shapes(self._shapes, header.shapes)
-        if fields.get("version") != version:
+        if type(fields.get("version")) is not int or fields["version"] != version:
             raise wire.BadFile(f"it is of version {fields.get('version')!r}, its task of {version}")
         examples, steps, loss = (fields.get(name) for name in ("num_examples", "num_steps", "loss"))
         limit = self.admission.rules.max_examples
@@ -303,12 +325,15 @@ class Gateway:
             raise wire.BadFile(f"it has num_examples {examples!r}, expected 1 to {limit}")
         if type(steps) is not int or not 0 < steps < 1 << 31:
             raise wire.BadFile(f"it has num_steps {steps!r}, expected a positive number")
-        if not isinstance(loss, int | float) or not math.isfinite(loss):
+        if isinstance(loss, bool) or not isinstance(loss, int | float) or not abs(loss) < MAX_LOSS:
             raise wire.BadFile(f"its loss is {loss!r}; is that NaN?")
         trees = wire.unflatten(wire.read(path))
         bad = wire.finite_error(wire.flatten(trees))
         if bad is not None:
             raise wire.BadFile(f"{wire.readable(bad)!r} holds NaN or Inf")
+        norm = math.hypot(*(float(own.double().norm()) for own in trees["delta"].values()))
+        if norm > (most := self.admission.rules.max_norm):
+            raise wire.BadFile(f"its change has norm {norm:g}, expected at most {most:g}")
         weight = self.settings.weight_of(examples)
         report = RankReport(num_clients=1, weight=weight, num_steps=steps, num_examples=examples, logger_steps=1)
         return Update(trees["delta"], {}, weight), report
@@ -316,32 +341,54 @@ class Gateway:
     # ---- rounds
 
     def _close_full_rounds(self) -> None:
-        if len(self.arrived) < self.schedule.size or self.is_over:
-            return
         try:
-            self._close()
-        except ValueError as error:  # a rule that can't make one of these updates never will
-            self.progress = replace(self.progress, over=f"Round {self.round} can't be closed: {error}")
-            self._save(self._shared, self._private)
-            self.audit.append("over", round=self.round, reason=self.progress.over)
+            while len(self.arrived) >= self.schedule.size and not self.is_over:
+                self._close()
+        except (ValueError, RuntimeError, ArithmeticError) as error:  # of the rule or the algorithm
+            self._fault = (
+                f"Round {self.round} can't be closed: {error} Change the strategy, or delete {self._folder}/*.ok, and "
+                "start the gateway again."
+            )
+            self.audit.append("stopped", round=self.round, reason=self._fault)
+
+    def _drop(self, reasons: Mapping[str, str]) -> None:
+        """Forgets updates of the open round; their devices may send others."""
+        self.audit.append("dropped", round=self.round, reasons=dict(reasons))
+        for device in reasons:
+            self.store.disk.delete(Upload(self._folder, device, self.arrived[device].digest).ok)
+        self.arrived = {device: own for device, own in self.arrived.items() if device not in reasons}
 
     def _close(self) -> None:
+        """Closes the round, or drops what can't be in it."""
         ctx, folder, aggregator = self._context(), self._folder, self.settings.aggregator
         state = open_server(self.settings, self.state, self.state.server["params"], ctx)
         acc, reports, losses = aggregator.init(self._templates[-1], torch.device("cpu")), [], []
-        for device in ctx.cohort:
-            own = self.arrived[str(device)]
-            path = Upload(folder, str(device), own.digest).ok
-            update, report = self._read(path, own.version)
+        unusable: dict[str, str] = {}
+        for device in map(str, ctx.cohort):
+            own = self.arrived[device]
+            path = Upload(folder, device, own.digest).ok
+            try:
+                # Again, since the rules may be others than when it came.
+                update, report = self._read(path, own.version)
+            except wire.BadFile as error:
+                unusable[device] = str(error)
+                continue
             losses.append((report.num_examples, float(wire.read_header(path).fields["loss"])))
             aged = replace(ctx, client=device, staleness=ctx.round - own.version, start=self._start_of(own.version))
             for transform in self.schedule.transforms:
                 update, _ = transform.client(update, {}, replace(aged, template=self._present()))
             acc = aggregator.add(acc, update, replace(ctx, client=device))
             reports.append(report)
+        if unusable:
+            self._drop(unusable)
+            return
         acc, _ = aggregator.merge(acc, LocalGroup(), Message(), ctx)
         joined = RankReport.join(reports)
         closing = close_server(ServerRound(self.settings, state, {}, self._templates[-1], ctx), acc, joined)
+        bad = wire.finite_error(wire.flatten({"server": closing.state.server, "memory": closing.state.memory}))
+        if bad is not None:
+            self._drop(dict.fromkeys(self.arrived, f"{wire.readable(bad)!r} would hold NaN or Inf"))
+            return
         ages = [self.round - own.version for own in self.arrived.values()]
         entry = {
             "round": self.round,

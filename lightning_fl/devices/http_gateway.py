@@ -104,19 +104,20 @@ class HttpGateway:
             return await handler(request)
         except Refused as refused:
             return self._refuse(request, refused)
-        except (TimeoutError, asyncio.TimeoutError):
-            return self._refuse(request, Refused(408, f"The body did not go on for {IDLE_S:g} s.", kind="late"))
         except web.HTTPException as error:  # no such path or method
             if error.status < 400:
                 raise
             kind = "oversized" if error.status == 413 else "malformed"
             return self._refuse(request, Refused(error.status, error.reason, kind=kind))
-        except ConnectionError:  # the device has gone, and nobody reads the answer
+        except web.RequestPayloadError as error:
+            return self._refuse(request, Refused(400, f"The body can't be read: {error}", kind="malformed"))
+        except Gone:  # nobody reads the answer
             return web.Response(status=408)
         except OSError as error:
-            log.error("The gateway can't write: %s; devices try again.", error)
-            await self._in_thread(self._read_folder_again)
-            return web.json_response({"error": f"The gateway can't write: {error.strerror}."}, status=507)
+            if request.path.startswith("/v1/"):  # devices try again
+                return web.json_response({"error": f"The gateway can't read: {error.strerror}."}, status=503)
+            # A page's name that no file can have.
+            return self._refuse(request, Refused(404, "Not Found", kind="malformed"))
 
     def _refuse(self, request: web.Request, refused: Refused) -> web.Response:
         self.gateway.refuse(request.get(DEVICE), refused)
@@ -153,7 +154,7 @@ class HttpGateway:
 
     async def _get_model(self, request: web.Request) -> web.StreamResponse:
         version = request.match_info["version"]
-        body = self.gateway.downloads.get(int(version)) if version.isdigit() and len(version) < 10 else None
+        body = self.gateway.downloads.get(int(version)) if _is_number(version) else None
         if body is None:
             raise Refused(410, f"There is no model {version[:20]!r} any more.", kind="late")
         return web.Response(body=body, content_type="application/octet-stream")
@@ -163,16 +164,22 @@ class HttpGateway:
         if device in self._uploading:
             raise Refused(429, "Another update of this device is coming.", kind="quota")
         self._uploading.add(device)
-        path = gateway.arriving(device)
+        path: Path | None = None
         try:
+            path = gateway.arriving(device)
             await self._save(request, path, gateway.max_bytes())
             before = gateway.round
             answer = await self._in_thread(gateway.receive, device, request.query.get("task", ""), path)
             if gateway.round != before or gateway.schedule.concurrency is not None:  # there may be a task now
                 self._changed.set()
                 self._changed = asyncio.Event()
+        except OSError as error:  # of the disk; what the network raises is `Gone` or `Refused`
+            log.error("The gateway can't write: %s; devices try again.", error)
+            await self._in_thread(self._read_folder_again)
+            return web.json_response({"error": f"The gateway can't write: {error.strerror}."}, status=507)
         finally:
-            path.unlink(missing_ok=True)
+            if path is not None:
+                path.unlink(missing_ok=True)
             self._uploading.discard(device)
         return web.json_response(answer)
 
@@ -180,7 +187,7 @@ class HttpGateway:
         with path.open("wb") as file:
             if (request.content_length or 0) > limit:
                 raise Refused(413, f"The update has {request.content_length} bytes, at most {limit} are taken.", **BIG)
-            while piece := await asyncio.wait_for(request.content.read(PIECE), IDLE_S):
+            while piece := await _in_time(request.content.read(PIECE)):
                 if file.tell() + len(piece) > limit:
                     raise Refused(413, f"The update has more than {limit} bytes.", **BIG)
                 file.write(piece)
@@ -212,10 +219,27 @@ class HttpGateway:
 BIG = {"kind": "oversized"}
 
 
+class Gone(Exception):
+    """The connection of a device has broken."""
+
+
+async def _in_time(reading: Awaitable[T]) -> T:
+    try:
+        return await asyncio.wait_for(reading, IDLE_S)
+    except (TimeoutError, asyncio.TimeoutError) as error:
+        raise Refused(408, f"The body did not go on for {IDLE_S:g} s.", kind="late") from error
+    except OSError as error:  # among them `ssl.SSLError`
+        raise Gone from error
+
+
+def _is_number(word: str) -> bool:
+    return word.isascii() and word.isdigit() and len(word) < 10
+
+
 async def _json(request: web.Request) -> dict[str, Any]:
     try:
-        value = json.loads(await asyncio.wait_for(request.read(), IDLE_S))
-    except (ValueError, RecursionError) as error:
+        value = json.loads(await _in_time(request.read()))
+    except (ValueError, RecursionError, LookupError) as error:
         raise Refused(400, "The body is no JSON.", kind="malformed") from error
     if not isinstance(value, dict):
         raise Refused(400, "The body is no JSON object.", kind="malformed")

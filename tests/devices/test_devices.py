@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -156,6 +157,44 @@ def test_over_http_what_is_no_update_is_refused_and_counted(tmp_path: Path) -> N
     }
 
 
+def test_no_request_stops_what_others_send(tmp_path: Path, monkeypatch: Any) -> None:
+    own = gateway(tmp_path, Buffered(3))
+    (pages := tmp_path / "pages").mkdir()
+    token, log = (tmp_path / "a.token").read_text(), own.store.root / "audit.jsonl"
+    body = device.encode(
+        {device.DELTA + "x": np.ones(3)}, {"version": 0, "num_examples": 1, "num_steps": 1, "loss": 1.0}
+    )
+    with LiveGateway(own, pages) as live, socket.create_connection(("127.0.0.1", live.port), PATIENCE) as slow:
+
+        def call(method: str, path: str, body: bytes | None = None, **headers: str) -> int:
+            connection = http.client.HTTPConnection("127.0.0.1", live.port, timeout=PATIENCE)
+            try:
+                connection.request(method, path, body, {"Authorization": f"Bearer {token}", **headers})
+                return connection.getresponse().status
+            finally:
+                connection.close()
+
+        task = (own.check_in("a", {"protocol": 1}) or {})["task"]
+        head = f"PUT /v1/updates?task={task} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n"
+        slow.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body[:50])
+        assert call("GET", "/" + "a" * 300, Authorization="") == 404
+        assert call("GET", "/v1/step", Authorization="Bearer a.\xff") == 401
+        assert call("GET", "/v1/models/%C2%B2") == 410
+        assert call("POST", "/v1/checkin", b"garbage", **{"Content-Encoding": "gzip"}) == 400
+        assert call("POST", "/v1/checkin", b"{}", **{"Content-Type": "application/json; charset=none"}) == 422
+        other = (tmp_path / "b.token").read_text()
+        with monkeypatch.context() as patch:  # what a broken line of TLS raises
+
+            async def read(*_: Any) -> bytes:
+                raise ssl.SSLError(1, "bad record")
+
+            patch.setattr("aiohttp.StreamReader.read", read)
+            assert call("PUT", "/v1/updates?task=0", b"x", Authorization=f"Bearer {other}") == 408
+        slow.sendall(body[50:])
+        assert slow.recv(100).startswith(b"HTTP/1.1 200")
+    assert '"restart"' not in log.read_text()
+
+
 def test_an_order_of_examples_is_the_same_in_every_language() -> None:
     # The numbers are those of the JavaScript of devices/web, which the test with a browser runs.
     assert device.shuffled(10, "0/3/a/0").tolist() == [5, 1, 3, 7, 9, 8, 0, 6, 2, 4]
@@ -199,7 +238,7 @@ def test_a_configuration_that_is_wrong_is_named(tmp_path: Path, digits_step: Pat
             main(["gateway", "--config", str(write_config(tmp_path, digits_step, 0, 1, more))])
         assert message in capsys.readouterr().err
     (path := tmp_path / "documented.yaml").write_text(blocks(REPOSITORY / "docs" / "howto" / "devices.md", "text")[0])
-    assert read_config(path).rules == AdmissionRules(("charging", "unmetered"), updates_per_day=4)
+    assert read_config(path).rules == AdmissionRules(("charging", "unmetered"), updates_per_day=4, max_norm=1000)
     assert make_object(Asynchronous, read_config(path).schedule) == Buffered(100, None, Polynomial(0.5), 10)
     main(["gateway", "--config", str(write_config(tmp_path, digits_step, 0, 1)), "--enrol", "a", "b"])
     tokens = capsys.readouterr().out.split()
