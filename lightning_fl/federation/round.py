@@ -130,7 +130,7 @@ class RoundResult:
         closing: What the round has become.
         report: The joined report of all ranks.
         seconds: This rank's seconds of ``read`` (waiting for the clients' data), ``train``, ``wait`` (for other ranks),
-            ``communicate``, ``server``, and ``transform`` (clip, noise, compression; not part of the others).
+            ``communicate``, ``server``, and ``transform`` (clip, noise, accounting, compression), none part of another.
         num_bytes: Bytes that this rank has sent to the others.
         hides_clients: Whether exact facts about the clients must not reach the loggers.
         unsent: Frozen parameters that clients have moved for the first time, and so without sending their movement.
