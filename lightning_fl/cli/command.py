@@ -27,7 +27,7 @@ _STYLES = {
 
 
 TOLD_IN_ONE_LINE = {
-    *("MisconfigurationException", "Disagreement", "RankLost"),
+    *("ConfigurationError", "MisconfigurationException", "Disagreement", "RankLost"),
     *("CallRefused", "NotAdmitted", "PolicyBroken"),
 }
 """Errors that say all that their reader needs, by name because no light command imports them."""
