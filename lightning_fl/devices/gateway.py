@@ -222,9 +222,10 @@ class Gateway:
         """A device wants to train; returns its task, or None if it is to ask again later.
 
         Raises:
-            Refused: 410 if the federation is over, 400 or 422 for a request that is none, and as
-                :meth:`~lightning_fl.devices.admission.Admission.check_device`.
+            Refused: 410 if the federation is over, 400 or 422 for a request that is none, 401 if the device was revoked
+                meanwhile, and as :class:`~lightning_fl.devices.admission.Admission` says.
         """
+        self._check_known(device)
         if request.get("protocol") != PROTOCOL:
             raise Refused(422, f"The device speaks protocol {request.get('protocol')!r}, the gateway {PROTOCOL}.")
         conditions = request.get("conditions", [])
@@ -233,7 +234,8 @@ class Gateway:
         if self.over is not None:
             raise Refused(410, self.over, kind="over")
         wall = self.clock()
-        self.admission.check_device(conditions, self.progress.updates.get(device, ()), wall)
+        self.admission.check_conditions(conditions)
+        self.admission.check_quota(self.progress.updates.get(device, ()), wall)
         # Its next update is of a model that holds its last one.
         if device in self.arrived or not self._starts(device, wall):
             return None
@@ -272,11 +274,14 @@ class Gateway:
             The round into which it has gone.
 
         Raises:
-            Refused: 403, 409, 410 or 422 if it is not taken; then it counts nowhere.
+            Refused: 401, 403, 409, 410, 422 or 429 if it is not taken; then it counts nowhere.
         """
+        self._check_known(device)
         version = self.admission.read(device, task, self.clock())
         digest = wire.sha256(path)
         self._check_version(device, version, digest)
+        # Here, too: a device may have kept many tasks.
+        self.admission.check_quota(self.progress.updates.get(device, ()), self.clock())
         try:
             self._read(path, version)
         except wire.BadFile as error:
@@ -293,6 +298,10 @@ class Gateway:
         self.accepted += 1
         self._close_full_rounds()
         return {"round": round, "version": version, "digest": digest}
+
+    def _check_known(self, device: str) -> None:
+        if device not in self.registry:
+            raise Refused(401, "This device was revoked.", kind="token")
 
     def _check_version(self, device: str, version: int, digest: str) -> None:
         own = self.arrived.get(device)
@@ -360,6 +369,10 @@ class Gateway:
 
     def _close(self) -> None:
         """Closes the round, or drops what can't be in it."""
+        revoked = [device for device in self.arrived if device not in self.registry]
+        if revoked:
+            self._drop(dict.fromkeys(revoked, "revoked"))
+            return
         ctx, folder, aggregator = self._context(), self._folder, self.settings.aggregator
         state = open_server(self.settings, self.state, self.state.server["params"], ctx)
         acc, reports, losses = aggregator.init(self._templates[-1], torch.device("cpu")), [], []

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
+import io
 import json
 import os
 import re
@@ -14,6 +16,8 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,7 +41,7 @@ from lightning_fl.devices.admission import AdmissionRules
 from lightning_fl.devices.config import read_config
 from lightning_fl.models import MLPClassifier
 from lightning_fl.schedules import Asynchronous, Buffered, Polynomial
-from tests.helpers.devices import NAMES, LiveGateway, gateway
+from tests.helpers.devices import NAMES, LiveGateway, check_in, gateway, send, write_step
 from tests.helpers.distributed import PATIENCE, REPOSITORY
 from tests.helpers.documents import blocks
 from tests.helpers.network import make_kits
@@ -175,8 +179,7 @@ def test_no_request_stops_what_others_send(tmp_path: Path, monkeypatch: Any) -> 
                 connection.close()
 
         task = (own.check_in("a", {"protocol": 1}) or {})["task"]
-        head = f"PUT /v1/updates?task={task} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n"
-        slow.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body[:50])
+        slow.sendall(put(token, task, len(body)) + body[:50])
         assert call("GET", "/" + "a" * 300, Authorization="") == 404
         assert call("GET", "/v1/step", Authorization="Bearer a.\xff") == 401
         assert call("GET", "/v1/models/%C2%B2") == 410
@@ -193,6 +196,99 @@ def test_no_request_stops_what_others_send(tmp_path: Path, monkeypatch: Any) -> 
         slow.sendall(body[50:])
         assert slow.recv(100).startswith(b"HTTP/1.1 200")
     assert '"restart"' not in log.read_text()
+
+
+def put(token: str, task: str, length: int) -> bytes:
+    """The head of an upload."""
+    head = f"PUT /v1/updates?task={task} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n"
+    return f"{head}Content-Length: {length}\r\n\r\n".encode()
+
+
+def test_an_upload_whose_connection_has_broken_does_not_hold_the_next_one_up(tmp_path: Path) -> None:
+    own = gateway(tmp_path, Buffered(2))
+    token, task = (tmp_path / "a.token").read_text(), (check_in(own, "a") or {})["task"]
+    update = {"x": np.ones(3)}
+    with LiveGateway(own) as live, socket.create_connection(("127.0.0.1", live.port), PATIENCE) as broken:
+        broken.sendall(put(token, task, 500) + b"x" * 50)
+        until = time.monotonic() + PATIENCE
+        while not list((own.store.root / "arriving").glob("*")) and time.monotonic() < until:
+            time.sleep(0.01)
+        fields = {"version": 0, "num_examples": 1, "num_steps": 1, "loss": 1.0}
+        device.Device(live.address, token, {"0": np.ones(1)}, patience=0).send({"task": task}, update, fields)
+        assert list(own.arrived) == ["a"]
+        broken.sendall(b"x" * 450)
+        assert broken.recv(100).startswith(b"HTTP/1.1 429")
+    assert list((own.store.root / "arriving").iterdir()) == []
+
+
+def test_slow_and_silent_connections_are_closed(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("lightning_fl.devices.http_gateway.HEADER_S", 0.3)
+    own = gateway(tmp_path, Buffered(3), rules=AdmissionRules(task_s=0.5))
+    token, task = (tmp_path / "a.token").read_text(), (check_in(own, "a") or {})["task"]
+    with LiveGateway(own) as live:
+        silent, half, slow = (socket.create_connection(("127.0.0.1", live.port), PATIENCE) for _ in range(3))
+        half.sendall(b"GET / HTTP/1.1\r\nHost")
+        slow.sendall(put(token, task, 500))
+        assert silent.recv(1) == half.recv(1) == b""
+        slow.settimeout(0.05)
+        answer = b""
+        for _ in range(100):  # each byte comes in time, all of them don't
+            slow.sendall(b"x")
+            try:
+                answer = slow.recv(100)
+                break
+            except TimeoutError:
+                continue
+        assert answer.startswith(b"HTTP/1.1 408")
+        for own_socket in (silent, half, slow):
+            own_socket.close()
+
+
+def test_a_device_has_a_few_requests_at_a_time(tmp_path: Path) -> None:
+    own = gateway(tmp_path, Buffered(3))
+    send(own, "a", check_in(own, "a") or {}, 1.0)  # so that its check-ins are held
+    token = (tmp_path / "a.token").read_text()
+    with LiveGateway(own) as live:
+        held = [http.client.HTTPConnection("127.0.0.1", live.port, timeout=PATIENCE) for _ in range(5)]
+        for connection in held:
+            connection.request("POST", "/v1/checkin", b'{"protocol": 1}', {"Authorization": f"Bearer {token}"})
+            time.sleep(0.05)
+        answer = held[-1].getresponse()
+        assert (answer.status, answer.headers["Retry-After"]) == (429, "1")
+        for connection in held:
+            connection.close()
+
+
+@pytest.mark.slow
+def test_a_device_that_does_not_read_is_given_up(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("lightning_fl.devices.http_gateway.IDLE_S", 0.3)
+    step = write_step(tmp_path)
+    save_file({"x": torch.zeros(10_000_000)}, step.with_suffix(".safetensors"))
+    own = gateway(tmp_path, Buffered(3), step=step)
+    token = (tmp_path / "a.token").read_text()
+    with LiveGateway(own) as live, socket.create_connection(("127.0.0.1", live.port), PATIENCE) as lazy:
+        lazy.sendall(f"GET /v1/models/0 HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n\r\n".encode())
+        time.sleep(2.0)
+        read = 0
+        with contextlib.suppress(ConnectionError):
+            while piece := lazy.recv(1 << 20):
+                read += len(piece)
+        assert read < 40_000_000
+        request = urllib.request.Request(f"{live.address}/v1/models/0", headers={"Authorization": f"Bearer {token}"})
+        assert len(urllib.request.urlopen(request).read()) > 40_000_000
+
+
+def test_a_device_waits_as_long_as_it_is_told_to(monkeypatch: Any) -> None:
+    asked, slept = iter(["2", "86400"]), []
+
+    def urlopen(request: Any, timeout: float) -> Any:
+        raise urllib.error.HTTPError(request.full_url, 429, "", {"Retry-After": next(asked)}, io.BytesIO(b"{}"))
+
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    monkeypatch.setattr("time.sleep", slept.append)
+    with pytest.raises(device.Refused):  # not for a day
+        device.Device("http://x", "a.b", {"0": np.ones(1)}).check_in()
+    assert [2 <= seconds <= 3 for seconds in slept] == [True]
 
 
 def test_an_order_of_examples_is_the_same_in_every_language() -> None:

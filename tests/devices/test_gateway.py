@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lightning_fl.coordinator.disk import Disk
 from lightning_fl.coordinator.export import read_model
 from lightning_fl.coordinator.service import Refused
 from lightning_fl.devices.admission import AdmissionRules
+from lightning_fl.devices.registry import Registry
 from lightning_fl.schedules import Buffered, Deadline, FedAsync, Polynomial
 from tests.helpers.devices import NAMES, Clock, check_in, gateway, model, send
 from tests.helpers.network import Died
@@ -206,6 +208,42 @@ def test_who_may_train(tmp_path: Path) -> None:
     assert [own.who(f"Bearer {token}", now) for now in (0.0, 1.0, 2.0)] == ["b"] * 3
     refused("quota", own.who, f"Bearer {token}", 3.0)
     assert own.who(f"Bearer {token}", 61.0) == "b"
+
+
+def test_tasks_that_were_kept_do_not_get_around_the_quota(tmp_path: Path) -> None:
+    own = gateway(tmp_path, Buffered(1), rules=AdmissionRules(updates_per_day=1))
+    kept = []
+    for other in ("b", "c"):
+        kept.append(check_in(own, "a") or {})
+        send(own, other, check_in(own, other) or {}, 0.0)
+    send(own, "a", kept[0], 1.0)
+    with pytest.raises(Refused, match="1 updates") as found:
+        send(own, "a", kept[1], 1.0)
+    assert (found.value.status, found.value.facts["retry_after"]) == (429, 86_400)
+
+
+def test_a_revoked_device_is_out_at_once(tmp_path: Path) -> None:
+    own = gateway(tmp_path, Buffered(2), names=("a", "b", "c", "d"))
+    tasks = {name: check_in(own, name) or {} for name in "abcd"}
+    send(own, "a", tasks["a"], 100.0)
+    for name in ("a", "b"):
+        own.registry.revoke(name)
+    refused("token", send, own, "b", tasks["b"], 100.0)
+    refused("token", check_in, own, "b")  # also where it was held while it was known
+    for name in ("c", "d"):
+        assert own.round == 0
+        send(own, name, tasks[name], 1.0)
+    assert (own.progress.history[0]["members"], model(own)) == (["c", "d"], [1.0] * 3)
+
+
+def test_devices_that_are_enrolled_at_the_same_time(tmp_path: Path) -> None:
+    def enrol(start: int) -> None:
+        for index in range(8):
+            Registry(tmp_path / "devices.json").enrol(f"d{start + index}")
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(enrol, (0, 8, 16)))
+    assert len(Registry(tmp_path / "devices.json").names) == 24
 
 
 def test_tokens(tmp_path: Path) -> None:
