@@ -311,6 +311,7 @@ folder: federation
 rounds: {rounds}
 lr: 0.1
 batch_size: 10
+max_examples: 100
 shuffle: false
 port: {port}
 admin_port: null
@@ -329,10 +330,16 @@ def test_a_configuration_that_is_wrong_is_named(tmp_path: Path, digits_step: Pat
         ("condition: [charging]\n", "unknown entries 'condition'"),
         ("task_s: soon\n", "that is no int or float"),
         ("rounds: 0\n", "expected a positive number"),
+        ("pages: .\n", "which nobody may read"),
+        ("pages: federation/pages\ndevices: federation/pages/devices.json\n", "which nobody may read"),
     ):
         with pytest.raises(SystemExit):
             main(["gateway", "--config", str(write_config(tmp_path, digits_step, 0, 1, more))])
         assert message in capsys.readouterr().err
+    path = write_config(tmp_path, digits_step, 0, 1)
+    path.write_text(path.read_text().replace("max_examples: 100\n", ""))
+    with pytest.raises(ValueError, match=r"lacks max_examples\. The more examples"):
+        read_config(path)
     (path := tmp_path / "documented.yaml").write_text(blocks(REPOSITORY / "docs" / "howto" / "devices.md", "text")[0])
     assert read_config(path).rules == AdmissionRules(("charging", "unmetered"), updates_per_day=4, max_norm=1000)
     assert make_object(Asynchronous, read_config(path).schedule) == Buffered(100, None, Polynomial(0.5), 10)
