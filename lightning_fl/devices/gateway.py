@@ -450,6 +450,8 @@ class Gateway:
 
     def _is_noted(self) -> bool:
         # The process may have died between the commit and the line about it.
+        if not self.audit.path.exists():
+            return False
         rounds = (line for line in reversed(self.audit.path.read_bytes().splitlines()) if b'"round closed"' in line)
         found = (json.loads(line) for line in rounds)
         return next((line["round"] for line in found if line["event"] == "round closed"), -1) == self.round - 1

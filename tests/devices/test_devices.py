@@ -164,6 +164,7 @@ def test_over_http_what_is_no_update_is_refused_and_counted(tmp_path: Path) -> N
 def test_no_request_stops_what_others_send(tmp_path: Path, monkeypatch: Any) -> None:
     own = gateway(tmp_path, Buffered(3))
     (pages := tmp_path / "pages").mkdir()
+    (pages / "index.html").write_text("<p>")
     token, log = (tmp_path / "a.token").read_text(), own.store.root / "audit.jsonl"
     body = device.encode(
         {device.DELTA + "x": np.ones(3)}, {"version": 0, "num_examples": 1, "num_steps": 1, "loss": 1.0}
@@ -181,6 +182,8 @@ def test_no_request_stops_what_others_send(tmp_path: Path, monkeypatch: Any) -> 
         task = (own.check_in("a", {"protocol": 1}) or {})["task"]
         slow.sendall(put(token, task, len(body)) + body[:50])
         assert call("GET", "/" + "a" * 300, Authorization="") == 404
+        with urllib.request.urlopen(live.address) as answer:
+            assert "default-src 'self'" in answer.headers["Content-Security-Policy"]
         assert call("GET", "/v1/step", Authorization="Bearer a.\xff") == 401
         assert call("GET", "/v1/models/%C2%B2") == 410
         assert call("POST", "/v1/checkin", b"garbage", **{"Content-Encoding": "gzip"}) == 400
