@@ -104,6 +104,8 @@ class Aggregate:
         nodes: For algorithms that ``keep_nodes`` the clients' own ``y_i - x_i``, in the order of their ids: each tensor
             ``[population, ...]``, zeros for a client that has sent nothing.
         node_weights: Their weights, which add up to 1: float64 ``[population]``.
+        neighbours: Where each rank knows the row of its own node only: the way to those of others. None: each rank
+            knows all rows.
     """
 
     delta: Tree
@@ -114,10 +116,30 @@ class Aggregate:
     population: int
     nodes: Tree = field(default_factory=dict)
     node_weights: Tensor | None = None
+    neighbours: Neighbours | None = None
 
     def mean(self) -> Tree:
         """The weighted mean of the clients' changes, ``delta / weight``; zero if no client took part."""
         return {name: total / (self.weight or 1.0) for name, total in self.delta.items()}
+
+
+class Neighbours(Protocol):
+    """The way between nodes of which each is on a rank of its own."""
+
+    @property
+    def place(self) -> int:
+        """The node of this rank."""
+
+    def mix(self, matrix: Tensor, nodes: Tree) -> Tree:
+        """``matrix @ nodes``, of which only this rank's rows are right; nodes send to their neighbours only.
+
+        Args:
+            matrix: A mixing matrix ``[n, n]``.
+            nodes: Tensors ``[n, ...]`` of which this rank's row is right.
+        """
+
+    def gather(self, nodes: Tree) -> Tree:
+        """The same with all rows; all ranks send to all."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Keeps the updates of a round apart, for federations in which each client has a model of its own."""
 
 # No `from __future__ import annotations`: jsonargparse would resolve the strings in the modules of the subclasses.
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
@@ -14,8 +14,8 @@ from lightning_fl.aggregation.context import RoundContext
 from lightning_fl.aggregation.robust.rows import RoundRows, Rows, complete
 from lightning_fl.aggregation.weighted_mean import aggregate_of
 from lightning_fl.algorithms import Algorithm
-from lightning_fl.communication import Group, LocalGroup, Message
-from lightning_fl.tree import Layout, update_trees
+from lightning_fl.communication import Group, Message
+from lightning_fl.tree import Layout, as_real, update_trees
 from lightning_fl.types import Aggregate, ClientId, Tree, Update
 
 
@@ -27,18 +27,76 @@ class NodeRows:
         rows: This rank's rows; after the merge those of all ranks, in the order of the nodes.
         weights: The weight of each row.
         nodes: All clients of the federation, in order; the position of a row is a place among them.
+        all_weights: Between silos, which keep their rows to themselves: the weight of each silo's update, by place.
+        shared: Between silos the sums of the trees that all have in common, such as the buffers.
+        neighbours: Between silos the way from one to the others.
     """
 
     rows: Rows
     weights: tuple[float, ...]
     nodes: Sequence[ClientId]
+    all_weights: Mapping[int, float] = field(default_factory=dict)
+    shared: Mapping[str, Tree] = field(default_factory=dict)
+    neighbours: "SiloNeighbours | None" = None
+
+
+class SiloNeighbours:
+    """Silos of which each is a node: see :class:`~lightning_fl.types.Neighbours`.
+
+    Args:
+        group: The silos, in the order of the nodes.
+    """
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+
+    @property
+    def place(self) -> int:
+        """The node of this silo."""
+        return self.group.rank
+
+    def mix(self, matrix: Tensor, nodes: Tree) -> Tree:
+        """Sends this node's rows to those that mix them, and returns the mixture of those that have come."""
+        place, ranks = self.place, range(self.group.size)
+        row, column = matrix[place].tolist(), matrix[:, place].tolist()
+        found = {}
+        for dtype in dict.fromkeys(own.dtype for own in nodes.values()):
+            names = [name for name, own in nodes.items() if own.dtype == dtype]
+            flat = torch.cat([as_real(nodes[name][place]).reshape(-1) for name in names])
+            parts = [flat if column[rank] and rank != place else flat[:0] for rank in ranks]
+            sizes = [len(flat) if row[rank] and rank != place else 0 for rank in ranks]
+            received = self.group.all_to_all(parts, sizes)
+            total = row[place] * flat
+            for share, part in zip(row, received, strict=True):
+                if len(part):
+                    total = total + share * part
+            found.update(self._placed(names, nodes, total))
+        return {name: found[name] for name in nodes}
+
+    def _placed(self, names: Sequence[str], nodes: Tree, flat: Tensor) -> Tree:
+        """Tensors like those of ``nodes`` with a new row of this node; the others are zero."""
+        placed = {name: torch.zeros_like(nodes[name]) for name in names}
+        pieces = flat.split([as_real(nodes[name][self.place]).numel() for name in names])
+        for name, piece in zip(names, pieces, strict=True):
+            row = as_real(placed[name][self.place])
+            row.copy_(piece.view_as(row))
+        return placed
+
+    def gather(self, nodes: Tree) -> Tree:
+        """The rows of all silos."""
+        found = {}
+        for name, own in nodes.items():
+            rows = self.group.gather_tensor(as_real(own[self.place]).contiguous())
+            found[name] = torch.view_as_complex(rows) if own.is_complex() else rows
+        return found
 
 
 class Nodes(Aggregator):
     r"""Hands the updates of all clients on, each by itself, beside their weighted mean.
 
     For algorithms that ``keep_nodes``, in which each client has a model of its own: they are the aggregate's ``nodes``
-    and ``node_weights``. Each rank holds all of them: the memory is that of the clients' models.
+    and ``node_weights``. Each rank of a simulation holds all of them: the memory is that of the clients' models. A silo
+    keeps its own to itself; ``neighbours`` of the aggregate send what the algorithm mixes to the silos that mix it.
     """
 
     def check(self, algorithm: Algorithm) -> None:
@@ -77,14 +135,27 @@ class Nodes(Aggregator):
         weights = list(chain.from_iterable(message.fields["weights"] for message in messages))
         order = sorted(range(len(positions)), key=positions.__getitem__)
         rows = acc.rows
-        # Silos would have to trust each other with their coordinates; there each receives all rows.
-        if ctx.silos and group.size > 1 and positions:
-            rows, group, counts = rows.gather(group, counts, ctx.round), LocalGroup(), [len(positions)]
+        if ctx.silos and group.size > 1:
+            return self._between_silos(acc, group, dict(zip(positions, weights, strict=True))), messages
         found = RoundRows(rows, group, counts, order).everywhere() if positions else {}
         whole = Rows(rows.layout, rows.device, (found,), tuple(positions[row] for row in order))
         return NodeRows(whole, tuple(weights[row] for row in order), acc.nodes), messages
 
+    def _between_silos(self, acc: NodeRows, group: Group, weights: Mapping[int, float]) -> NodeRows:
+        """The silo's own row, and the sums of what is not a node's: buffers and side channels."""
+        shared: dict[str, Tree] = {}
+        if any(tree != "delta" for tree, *_ in acc.rows.layout.entries):
+            own = next(acc.rows.trees(), {})
+            for tree, name, shape, dtype in acc.rows.layout.entries:
+                if tree != "delta":
+                    share = 1.0 if tree.startswith("aux/") else sum(acc.weights)
+                    part = own[tree][name] * share if own else torch.zeros(shape, dtype=dtype, device=acc.rows.device)
+                    shared.setdefault(tree, {})[name] = group.all_reduce(part)
+        return replace(acc, all_weights=weights, shared=shared, neighbours=SiloNeighbours(group))
+
     def result(self, acc: NodeRows, ctx: RoundContext) -> Aggregate:
+        if acc.neighbours is not None:
+            return self._own_result(acc, acc.neighbours, ctx)
         rows, places = acc.rows, list(acc.rows.positions)
         size, total = len(acc.nodes) or len(ctx.cohort), sum(acc.weights)
         weights = torch.zeros(size, dtype=torch.float64, device=rows.device)
@@ -104,6 +175,24 @@ class Nodes(Aggregator):
             trees.setdefault(tree, {})[name] = _weighted_sum(own, shares)
         aggregate = aggregate_of(trees, total, len(places), ctx)
         return replace(aggregate, nodes=stacked.get("delta", {}), node_weights=weights / total)
+
+    def _own_result(self, acc: NodeRows, neighbours: SiloNeighbours, ctx: RoundContext) -> Aggregate:
+        """What a silo knows: its own change, and the weights of all."""
+        total, rows = sum(acc.all_weights.values()), acc.rows
+        weights = torch.zeros(len(acc.nodes), dtype=torch.float64, device=rows.device)
+        for place, weight in acc.all_weights.items():
+            weights[place] = weight
+        own = next(acc.rows.trees(), {"delta": {}})["delta"]
+        nodes: Tree = {}
+        for tree, name, shape, dtype in rows.layout.entries:
+            if tree == "delta":
+                nodes[name] = torch.zeros(len(acc.nodes), *shape, dtype=dtype, device=rows.device)
+                if name in own:
+                    nodes[name][neighbours.place] = own[name]
+        # As if all had changed as this one has: the norm in the history is that of its own change.
+        delta = {name: total * rows_of[neighbours.place] for name, rows_of in nodes.items()}
+        aggregate = aggregate_of({"delta": delta, **acc.shared}, total, len(acc.all_weights), ctx)
+        return replace(aggregate, nodes=nodes, node_weights=weights / total, neighbours=neighbours)
 
 
 def _place(acc: NodeRows, client: ClientId, ctx: RoundContext) -> int:

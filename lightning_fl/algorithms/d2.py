@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from lightning_fl.algorithms.decentralized import Decentralized, mixed
+from lightning_fl.algorithms.decentralized import Decentralized, Mixing
 from lightning_fl.algorithms.registry import register
 from lightning_fl.tree import add, subtract, zeros_like
 from lightning_fl.types import State, Tree
@@ -55,7 +54,7 @@ class D2(Decentralized):
         # With the start as the model before it, and nothing trained, the first round is W (x + delta).
         return {"last_nodes": {name: own.clone() for name, own in nodes.items()}, "last_deltas": zeros_like(nodes)}
 
-    def mix(self, state: State, deltas: Tree, matrix: Tensor) -> dict[str, Any]:
+    def mix(self, state: State, deltas: Tree, mixing: Mixing) -> dict[str, Any]:
         nodes = state["nodes"]
         moved = add(subtract(nodes, state["last_nodes"]), subtract(deltas, state["last_deltas"]))
-        return {"nodes": mixed(matrix, add(nodes, moved)), "last_nodes": nodes, "last_deltas": deltas}
+        return {"nodes": mixing.of(add(nodes, moved)), "last_nodes": nodes, "last_deltas": deltas}

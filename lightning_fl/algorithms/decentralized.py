@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,25 @@ from torch import Tensor
 from lightning_fl.algorithms.base import Algorithm, Weighting
 from lightning_fl.topologies import Complete, Topology
 from lightning_fl.tree import tree_map
-from lightning_fl.types import Aggregate, Context, State, Tree
+from lightning_fl.types import Aggregate, Context, Neighbours, State, Tree
+
+
+class Mixing(NamedTuple):
+    """A round of mixing.
+
+    Attributes:
+        matrix: The mixing matrix ``[n, n]``, float64.
+        neighbours: Where each rank has the row of its own node only, the way to the others.
+    """
+
+    matrix: Tensor
+    neighbours: Neighbours | None = None
+
+    def of(self, nodes: Tree) -> Tree:
+        """``matrix @ nodes``, for each tensor ``[n, ...]``."""
+        if self.neighbours is not None:
+            return self.neighbours.mix(self.matrix, nodes)
+        return tree_map(lambda own: torch.tensordot(self.matrix.to(own.dtype), own, dims=1), nodes)
 
 
 @dataclass(frozen=True)
@@ -23,6 +41,9 @@ class Decentralized(Algorithm):
     All nodes start from the same model. Their models, each tensor stacked over the clients in the order of their ids,
     are the entry ``"nodes"`` of the state; ``"params"`` is their weighted mean, which validation and checkpoints see.
     All clients take part in each round; one whose update was refused or lost mixes the model it has.
+
+    Between silos each knows the rows of its own node, which it sends to its neighbours and to nobody else, and
+    ``"params"`` is its own model, until :meth:`join` brings all together.
     """
 
     topology: Topology = field(default_factory=Complete)
@@ -51,13 +72,13 @@ class Decentralized(Algorithm):
         return {}
 
     @abstractmethod
-    def mix(self, state: State, deltas: Tree, matrix: Tensor) -> dict[str, Any]:
+    def mix(self, state: State, deltas: Tree, mixing: Mixing) -> dict[str, Any]:
         """The next entries of the state, ``"nodes"`` among them.
 
         Args:
             state: The state before the round.
             deltas: How local training has changed the nodes' models, each tensor ``[n, ...]``.
-            matrix: The round's mixing matrix ``[n, n]``, float64.
+            mixing: The round's mixing; the only way from one node's rows to those of another.
         """
 
     def matrix_of(self, population: int, round: int, weights: Tensor) -> Tensor:
@@ -71,23 +92,34 @@ class Decentralized(Algorithm):
         weights = aggregate.node_weights
         assert weights is not None, "only an aggregator that hands on each client's update serves it"
         matrix = self.matrix_of(len(weights), int(server["round"]), weights.cpu()).to(weights.device)
-        state = {**server, **self.mix(server, aggregate.nodes, matrix), "round": server["round"] + 1}
+        mixing, neighbours = Mixing(matrix, aggregate.neighbours), aggregate.neighbours
+        state = {**server, **self.mix(server, aggregate.nodes, mixing), "round": server["round"] + 1}
+        if neighbours is not None:
+            return {**state, "params": {name: own[neighbours.place] for name, own in state["nodes"].items()}}
+        return {**state, "params": tree_map(lambda own: _weighted_sum(weights, own), state["nodes"])}
+
+    def join(self, server: State, aggregate: Aggregate) -> State:
+        """The state that all ranks would have if each knew all rows, from that of ranks which know their own."""
+        neighbours, weights = aggregate.neighbours, aggregate.node_weights
+        assert neighbours is not None
+        assert weights is not None
+        trees = {key: own for key, own in server.items() if isinstance(own, Mapping) and key != "params"}
+        state = {**server, **{key: neighbours.gather(own) for key, own in trees.items()}}
         return {**state, "params": tree_map(lambda own: _weighted_sum(weights, own), state["nodes"])}
 
     def report(self, server: State) -> Mapping[str, float]:
         r"""How far the nodes are apart, :math:`\sqrt{\mathrm{mean}_i \lVert x_i - \bar x \rVert^2}`."""
-        apart = [(own - own.mean(0)).double().square().sum() for own in server["nodes"].values()]
-        size = len(next(iter(server["nodes"].values())))
-        return {"consensus": float(torch.stack(apart).sum() / size) ** 0.5, "rho": self.rho(size)}
+        return {"consensus": consensus(server["nodes"]), "rho": self.rho(len(next(iter(server["nodes"].values()))))}
 
     def rho(self, population: int) -> float:
         """How much of the nodes' disagreement is left after a round of mixing."""
         return self.topology.rho(population)
 
 
-def mixed(matrix: Tensor, nodes: Tree) -> Tree:
-    """``matrix @ nodes``, for each tensor ``[n, ...]``."""
-    return tree_map(lambda own: torch.tensordot(matrix.to(own.dtype), own, dims=1), nodes)
+def consensus(nodes: Tree) -> float:
+    """The root mean square distance of the nodes from their mean."""
+    apart = [(own - own.mean(0)).double().square().sum() for own in nodes.values()]
+    return float(torch.stack(apart).sum() / len(next(iter(nodes.values())))) ** 0.5
 
 
 def _repeat(tensor: Tensor, times: int) -> Tensor:

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
-from lightning_fl.algorithms.decentralized import Decentralized, mixed
+from lightning_fl.algorithms.decentralized import Decentralized, Mixing
 from lightning_fl.algorithms.registry import register
 from lightning_fl.tree import add
 from lightning_fl.types import State, Tree
@@ -35,5 +33,5 @@ class DSGD(Decentralized):
         Parallel Stochastic Gradient Descent", NeurIPS 2017.
     """
 
-    def mix(self, state: State, deltas: Tree, matrix: Tensor) -> dict[str, Any]:
-        return {"nodes": mixed(matrix, add(state["nodes"], deltas))}
+    def mix(self, state: State, deltas: Tree, mixing: Mixing) -> dict[str, Any]:
+        return {"nodes": mixing.of(add(state["nodes"], deltas))}

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
-from lightning_fl.algorithms.decentralized import Decentralized, mixed
+from lightning_fl.algorithms.decentralized import Decentralized, Mixing
 from lightning_fl.algorithms.registry import register
 from lightning_fl.tree import add, subtract, zeros_like
 from lightning_fl.types import State, Tree
@@ -40,6 +38,6 @@ class GradientTracking(Decentralized):
     def init_more(self, nodes: Tree) -> dict[str, Any]:
         return {"tracker": zeros_like(nodes), "last_deltas": zeros_like(nodes)}
 
-    def mix(self, state: State, deltas: Tree, matrix: Tensor) -> dict[str, Any]:
-        tracker = add(mixed(matrix, state["tracker"]), subtract(deltas, state["last_deltas"]))
-        return {"nodes": mixed(matrix, add(state["nodes"], tracker)), "tracker": tracker, "last_deltas": deltas}
+    def mix(self, state: State, deltas: Tree, mixing: Mixing) -> dict[str, Any]:
+        tracker = add(mixing.of(state["tracker"]), subtract(deltas, state["last_deltas"]))
+        return {"nodes": mixing.of(add(state["nodes"], tracker)), "tracker": tracker, "last_deltas": deltas}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_fl.algorithms.decentralized import Decentralized, mixed
+from lightning_fl.algorithms.decentralized import Decentralized, Mixing
 from lightning_fl.algorithms.registry import register
 from lightning_fl.tree import add, tree_map
 from lightning_fl.types import State, Tree
@@ -49,8 +49,8 @@ class PushSum(Decentralized):
     def rho(self, population: int) -> float:
         return float(torch.linalg.eigvals(self.topology.push_matrix(population)).abs().sort().values[-2:][0])
 
-    def mix(self, state: State, deltas: Tree, matrix: Tensor) -> dict[str, Any]:
-        sums, mass = mixed(matrix, add(state["sums"], deltas)), matrix @ state["mass"]
+    def mix(self, state: State, deltas: Tree, mixing: Mixing) -> dict[str, Any]:
+        sums, mass = mixing.of(add(state["sums"], deltas)), mixing.matrix @ state["mass"]
         return {"sums": sums, "mass": mass, "nodes": tree_map(lambda own: _divided(own, mass), sums)}
 
 

@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from lightning_fl import FederatedStrategy
     from lightning_fl.coordinator.config import FederationConfig
     from lightning_fl.coordinator.service import Coordinator
+
+
+T = TypeVar("T")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -106,28 +109,51 @@ def read_strategy(path: Path, allow: Sequence[str] = ()) -> FederatedStrategy:
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     trainer = content.get("trainer") if isinstance(content, Mapping) else None
     strategy = trainer.get("strategy") if isinstance(trainer, Mapping) else None
+    if not isinstance(strategy, str | Mapping):
+        raise ValueError(f"{path} has no trainer.strategy, which says how the silos train.")
+    return make_strategy(strategy, allow)
+
+
+def make_strategy(strategy: str | Mapping[str, Any], allow: Sequence[str] = ()) -> FederatedStrategy:
+    """The strategy that a configuration describes: the name of an algorithm, or ``class_path`` with ``init_args``.
+
+    Raises:
+        ValueError: If it names a class of a package that is not allowed.
+    """
+    from lightning_fl import FederatedStrategy
+
     if isinstance(strategy, str):
         strategy = {"class_path": "FederatedStrategy", "init_args": {"algorithm": strategy}}
-    if not isinstance(strategy, Mapping):
-        raise ValueError(f"{path} has no trainer.strategy, which says how the silos train.")
-    for class_path in _class_paths(strategy):
+    return make_object(FederatedStrategy, strategy, allow)
+
+
+def make_object(kind: type[T], content: Mapping[str, Any], allow: Sequence[str] = ()) -> T:
+    """The object that a configuration describes.
+
+    Args:
+        kind: Its class, or one above it.
+        content: ``class_path`` and ``init_args``.
+        allow: Packages besides lightning_fl whose classes it may name.
+
+    Raises:
+        ValueError: If it names a class of another package, or of another kind.
+    """
+    for class_path in _class_paths(content):
         package = class_path.partition(".")[0]
         if "." in class_path and package not in ("lightning_fl", *allow):
             raise ValueError(
-                f"{path} names the class {class_path}: the coordinator runs no code of others. If you trust it, start "
-                f"with --allow {package}."
+                f"The configuration names the class {class_path}: this process runs no code of others. If you trust "
+                f"it, start with --allow {package}."
             )
     from jsonargparse import ArgumentParser
 
     import lightning_fl
-    from lightning_fl import FederatedStrategy
 
     lightning_fl.register()  # the classes and algorithms that it may name
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(FederatedStrategy, "strategy")
-    config = parser.parse_object({"strategy": strategy})
-    found = parser.instantiate_classes(config).strategy
-    assert isinstance(found, FederatedStrategy)
+    parser.add_subclass_arguments(kind, "object")
+    found = parser.instantiate_classes(parser.parse_object({"object": content})).object
+    assert isinstance(found, kind)
     return found
 
 

@@ -41,7 +41,7 @@ _NAMES = (
         "audit",
         "keys",
     ),
-    *("coordinator", "network", "completion"),
+    *("coordinator", "network", "gateway", "completion"),
 )
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {name: command(name) for name in _NAMES}
 """The commands besides LightningCLI's, each called with the arguments after its name."""

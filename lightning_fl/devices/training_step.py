@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 
@@ -28,6 +29,8 @@ PARAMETER, STATE, BATCH, LR = "parameter.", "optimizer.", "batch.", "lr"
 """How the names of inputs begin."""
 LOSS, NEXT = "loss", "next."
 """The names of outputs: ``next.X`` is what the input ``X`` is in the next step."""
+START = ".safetensors"
+"""The ending of the file with the parameters."""
 METADATA = "lightning_fl"
 """The entry of the file's metadata."""
 _ROWS = 13  # of the batch that is traced; any number may come later
@@ -43,7 +46,7 @@ class TrainingStep:
     """What was written.
 
     Args:
-        path: The file.
+        path: The file; the parameters are in the one beside it that ends with ``.safetensors``.
         parameters: Names of the trained parameters.
         state: Names of the optimizer's tensors.
         batch: Names of the batch's tensors.
@@ -72,7 +75,8 @@ def export_training_step(
     Inputs are the trained parameters, as ``parameter.NAME``, the optimizer's state, as ``optimizer.NAME``, zeros before
     the first step, the batch, as ``batch.0``, ``batch.1`` or ``batch.KEY``, and the learning rate ``lr``. Outputs are
     ``loss`` and for each parameter and state ``next.`` and the input's name. The batch may have any number of examples.
-    Frozen parameters and buffers are constants in the file.
+    Frozen parameters and buffers are constants in the file. The parameters that the module has now, with which a
+    federation of devices begins, are written beside it, as ``step.safetensors``.
 
     Args:
         module: A LightningModule, or any module with ``loss``; it is not changed.
@@ -113,6 +117,9 @@ def export_training_step(
                 f"The file trains otherwise than {type(module).__name__}: its parameters differ by {difference:.2g} of "
                 f"the largest, more than {TOLERANCE:g}. Nothing was written."
             )
+        start = unfinished.with_suffix(START)
+        save_file({name: own.contiguous() for name, own in step.params.items()}, start)
+        start.replace(path.with_suffix(START))
         unfinished.replace(path)
     return TrainingStep(path, tuple(step.params), tuple(step.state), names, difference)
 

@@ -177,7 +177,8 @@ def close_server(opened: ServerRound, acc: Any, joined: RankReport) -> Closing:
     state, aggregate, facts = server_step(settings, opened.state, aggregate, ctx, seconds)
     if not is_empty:
         facts.update(settings.aggregator.report(acc, ctx))
-        facts.update(settings.algorithm.report(state.server))
+        if aggregate.neighbours is None:
+            facts.update(settings.algorithm.report(state.server))
         state = replace(state, memory=settings.aggregator.remember(acc, ctx))
     if joined.num_clients:
         state = replace(state, moving=sorted({*(state.moving or ()), *joined.moved}))

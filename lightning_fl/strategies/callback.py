@@ -19,6 +19,9 @@ class _Strategy(Protocol):
     def start_training(self) -> None:
         """Called when training starts."""
 
+    def join_nodes(self) -> None:
+        """Called before the global model is looked at."""
+
     def interrupt(self) -> None:
         """Called when an exception ends the run."""
 
@@ -45,6 +48,12 @@ class RoundCallback(L.Callback):
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         self.strategy.active_driver.prepare_gradients(optimizer)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.strategy.join_nodes()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.strategy.join_nodes()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.strategy.active_driver.after_round()

@@ -16,11 +16,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_debug
 from torch.optim import Optimizer
 
 from lightning_fl.aggregation import FederationFacts
+from lightning_fl.algorithms import Decentralized
 from lightning_fl.clients import ClientStore, LocalWork, Participation, Population
 from lightning_fl.communication import Group, Message, all_hold_the_same
 from lightning_fl.engines import LocalTrainer, Schedule
 from lightning_fl.engines.phases import optimizer_entry
 from lightning_fl.engines.spread import locals_of
+from lightning_fl.engines.tensors import load
 from lightning_fl.engines.vectorized.grouping_memory import GroupingMemory, joined_memory
 from lightning_fl.engines.vectorized.stacking import NotStackable, NotVectorizable
 from lightning_fl.federation import (
@@ -46,7 +48,7 @@ from lightning_fl.strategies import internals
 from lightning_fl.strategies.batch_steps import BatchOfOne, BatchSteps, HookedSteps, TightSteps, naming_batches_of_one
 from lightning_fl.strategies.catching_up import catch_up
 from lightning_fl.strategies.client_session import ClientSession
-from lightning_fl.strategies.hooks import batch_hook
+from lightning_fl.strategies.hooks import batch_hook, has_hooks
 from lightning_fl.strategies.logged_values import LoggedValues, late_entries, monitor_names, publish
 from lightning_fl.strategies.loops import OUTSIDE_CLIENTS, RoundEpochLoop
 from lightning_fl.strategies.metric_states import MetricStates
@@ -67,7 +69,7 @@ from lightning_fl.strategies.validation import (
 )
 from lightning_fl.strategies.vectorized.compatibility import reason_of
 from lightning_fl.strategies.vectorized.driver import VectorizedDriver
-from lightning_fl.types import ClientId
+from lightning_fl.types import Aggregate, ClientId
 
 OnClientError = Literal["raise", "skip"]
 
@@ -142,6 +144,8 @@ class RoundDriver:
         """What was known about training side by side when the round began."""
         self.has_started = False
         self.opening: Opening | None = None
+        self.apart: Aggregate | None = None
+        """The last round's aggregate, if each silo knows its own node's model only since then."""
         self.open_round: OpenRound | None = None
         self.interrupted_loops: dict[str, Any] | None = None
         self.deferred_checkpoints: dict[str, bool] = {}
@@ -686,6 +690,7 @@ class RoundDriver:
         # This ends the local phase: from here on the strategy's collectives concern all ranks, which the checkpoints
         # and the logged figures below need.
         self.state, self.open_round = self._on_clock(result, round), None
+        self.apart = None if result.aggregate.neighbours is None else result.aggregate
         self.num_batches_trained = opened.num_batches_done
         self._is_unsettled, self._trained_last_round = True, opened.has_trained
         self.ends_round = True
@@ -704,6 +709,8 @@ class RoundDriver:
         self.warnings.put_back(self.local_trainer.isolation.changed)
         self._take_grouping(joined_memory(self.grouping, result.report.grouping) if tells else found)
         self.history.append(history_entry(index, result, self.plan.dropped, self.plan.flush))
+        if has_hooks(trainer, "on_train_batch_end"):  # which may look at the global model, and change it
+            self.join_nodes()
         internals.log_figures(trainer, figures(self.history[-1], result.hides_clients), RANK_FIGURES)
         self.warnings.words(trainer, words(self.history[-1]))
         trainer.should_stop |= result.closing.stop_reason is not None
@@ -721,6 +728,24 @@ class RoundDriver:
         own = Message(*self.metric_states.report())
         messages = inner.all_gather(own, f"metrics of round {self.plan.round} in the silo")
         self.metric_states.merge([(message.fields, message.tensors) for message in messages], self.module.device)
+
+    def join_nodes(self) -> None:
+        """Brings the models of all nodes to all silos, and their mean into the module; a collective.
+
+        After a round each silo knows its own only, so that it talks to its neighbours and to nobody else.
+        """
+        aggregate, self.apart = self.apart, None
+        if aggregate is None:
+            return
+        algorithm = self.settings.algorithm
+        assert isinstance(algorithm, Decentralized)
+        assert self.local_trainer is not None
+        server = algorithm.join(self.state.server, aggregate)
+        self.state = replace(self.state, server=server)
+        load(self.local_trainer.tensors.params, server["params"])
+        found = algorithm.report(server)
+        self.history[-1].update(found)
+        internals.log_figures(self.trainer, figures({**found, "seconds": {}}), RANK_FIGURES)
 
     def _on_clock(self, result: RoundResult, round: Round) -> FederationState:
         """The state with the clock after the round, and the versions from which clients are still training."""

@@ -19,7 +19,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_z
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -729,6 +729,12 @@ class FederatedStrategy(internals.ReusableStrategy):
             return
         if self._is_requeued and self.federation.is_spread:
             return  # the parts are on processes that get the signal at other places; there is the last round's
+        if driver is not None and driver.apart is not None:  # the others can't be asked
+            rank_zero_warn(
+                f"{filepath} is not written: this silo knows its own model only, and each checkpoint holds those of "
+                "all. The last one before is whole."
+            )
+            return
         if driver is None or weights_only:
             self._write_checkpoint(checkpoint, filepath, storage_options)
             return
@@ -793,7 +799,13 @@ class FederatedStrategy(internals.ReusableStrategy):
         if own is not None or (self.is_global_zero and "://" not in str(filepath)):
             ClientStateFiles(self.federation, filepath, own).forget()
 
+    def join_nodes(self) -> None:
+        """Brings the mean of all nodes' models into the module, where silos without a centre know their own only."""
+        if self.driver is not None and not self.in_local_phase:
+            self.driver.join_nodes()
+
     def lightning_module_state_dict(self) -> dict[str, Any]:
+        self.join_nodes()
         state = super().lightning_module_state_dict()
         return whole_state_dict(self._module, state) if self.federation.is_spread else state
 

@@ -65,12 +65,16 @@ class Rows:
     def __len__(self) -> int:
         return len(self.positions)
 
-    def updates(self) -> Iterator[Update]:
-        """This rank's rows as updates."""
+    def trees(self) -> Iterator[dict[str, Tree]]:
+        """This rank's rows as trees."""
         for block in self.blocks:
             for place in range(len(next(iter(block.values()), ()))):
-                trees = self.layout.unflatten(complete({dtype: own[place] for dtype, own in block.items()}))
-                yield Update(trees.get("delta", {}), trees.get("buffers", {}))
+                yield self.layout.unflatten(complete({dtype: own[place] for dtype, own in block.items()}))
+
+    def updates(self) -> Iterator[Update]:
+        """This rank's rows as updates."""
+        for trees in self.trees():
+            yield Update(trees.get("delta", {}), trees.get("buffers", {}))
 
     def columns(self, dtype: torch.dtype, start: int, stop: int) -> Tensor:
         """Columns of all rows of this rank, ``[rows, stop - start]``."""

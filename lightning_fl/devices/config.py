@@ -1,0 +1,109 @@
+"""``gateway.yaml``: the strategy, what devices do, and who may train when."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_fl.devices.admission import AdmissionRules
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+@dataclass(frozen=True)
+class GatewayConfig:
+    """The gateway's settings.
+
+    Args:
+        strategy: As ``trainer.strategy`` of a training configuration: a name, or ``class_path`` and ``init_args``.
+        schedule: ``class_path`` and ``init_args`` of ``Buffered`` or ``FedAsync``.
+        step: The file of the training step.
+        folder: Where the federation's files go.
+        rounds: How many rounds there are.
+        lr: Learning rate of the devices.
+        batch_size: Examples of a step.
+        shuffle: Whether devices draw the order of their examples.
+        rules: Who may train when.
+        devices: The file with the devices. None: ``devices.json`` in the folder.
+        pages: A folder with a web page. None: none.
+        host: The address to listen on.
+        port: The port; 0 for any.
+        admin_port: A port on 127.0.0.1 for health, status and metrics. None: none.
+        certificate: A file with the certificate chain, for HTTPS. None: HTTP, on this machine only.
+        key: The certificate's key.
+    """
+
+    strategy: Any
+    schedule: Any
+    step: Path
+    folder: Path
+    rounds: int
+    lr: float
+    batch_size: int
+    shuffle: bool = True
+    rules: AdmissionRules = field(default_factory=AdmissionRules)
+    devices: Path | None = None
+    pages: Path | None = None
+    host: str = "127.0.0.1"
+    port: int = 8490
+    admin_port: int | None = 8491
+    certificate: Path | None = None
+    key: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "lr", "batch_size"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected a positive number.")
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError("certificate and key go together; one of them is missing.")
+        if self.certificate is None and self.host not in LOOPBACK:
+            raise ValueError(
+                f"host is {self.host!r}, but there is no certificate: tokens and models would travel in the open. Give "
+                "certificate and key, or let a proxy with TLS listen and keep host: 127.0.0.1."
+            )
+
+
+_KINDS: dict[str, Any] = {
+    **dict.fromkeys(("step", "folder", "devices", "pages", "host", "certificate", "key"), str),
+    **dict.fromkeys(("rounds", "batch_size", "port", "admin_port", "updates_per_day", "requests_per_minute"), int),
+    **{"max_examples": int, "lr": (int, float), "task_s": (int, float), "shuffle": bool, "conditions": list},
+    **{"strategy": (str, Mapping), "schedule": Mapping},
+}
+_NEEDED = ("strategy", "schedule", "step", "folder", "rounds", "lr", "batch_size")
+_PATHS = ("step", "folder", "devices", "pages", "certificate", "key")
+
+
+def read_config(path: Path) -> GatewayConfig:
+    """Reads ``gateway.yaml``; paths in it start from its folder.
+
+    Raises:
+        ValueError: If an entry is missing, unknown or of the wrong kind.
+    """
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds no mapping; expected entries such as `rounds: 20`.")
+    unknown = [name for name in content if name not in _KINDS]
+    if unknown:
+        raise ValueError(f"{path} has unknown entries {', '.join(map(repr, unknown))}; known are {', '.join(_KINDS)}.")
+    missing = [name for name in _NEEDED if name not in content]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}.")
+    for name, value in content.items():
+        if name == "admin_port" and value is None:
+            continue
+        if not isinstance(value, _KINDS[name]) or (isinstance(value, bool) and name != "shuffle"):
+            raise ValueError(f"{path} has {name}: {value!r}; that is no {_shown(_KINDS[name])}.")
+    values: dict[str, Any] = {name: path.parent / value if name in _PATHS else value for name, value in content.items()}
+    if "conditions" in values:
+        values["conditions"] = tuple(map(str, values["conditions"]))
+    of_rules = {rule.name for rule in fields(AdmissionRules)}
+    rules = AdmissionRules(**{name: values.pop(name) for name in list(values) if name in of_rules})
+    return GatewayConfig(**values, rules=rules)
+
+
+def _shown(kind: Any) -> str:
+    return " or ".join(own.__name__.lower() for own in kind) if isinstance(kind, tuple) else str(kind.__name__)

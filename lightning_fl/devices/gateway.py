@@ -1,0 +1,530 @@
+"""What the gateway answers to devices: one method a call, without sockets. The time is passed in.
+
+It keeps nothing of a device that trains: a task is signed, and names the version of the model from which the device has
+started. A device sends one update of a version, so a task counts once, whatever becomes of device or gateway.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+
+from lightning_fl.aggregation import RoundContext
+from lightning_fl.communication import LocalGroup, Message
+from lightning_fl.coordinator import wire
+from lightning_fl.coordinator.audit import AuditLog
+from lightning_fl.coordinator.service import Refused
+from lightning_fl.coordinator.store import Store, Upload
+from lightning_fl.devices.admission import DAY_S, Admission, AdmissionRules, Refusals
+from lightning_fl.devices.registry import Registry
+from lightning_fl.devices.training_step import START
+from lightning_fl.federation import (
+    FederationSettings,
+    FederationState,
+    RankReport,
+    ServerRound,
+    close_server,
+    open_server,
+)
+from lightning_fl.federation.server import update_templates
+from lightning_fl.schedules import Asynchronous
+from lightning_fl.tree import to_sum_dtype, update_trees
+from lightning_fl.types import Tree, Update
+
+PROTOCOL = 1
+ROOM_FOR_FIELDS = 1 << 16
+"""Bytes of an update beside its tensors and their names."""
+KEPT_MODELS = 3
+"""Newest models that a device may load, since a round may close between a task and the download."""
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class LocalPlan:
+    """What a device does with a task.
+
+    Args:
+        step: The file of the training step; the parameters with which all begins are beside it.
+        lr: Learning rate.
+        batch_size: Examples of a step; the last batch of an epoch may be smaller.
+        epochs: Passes over the device's data.
+        steps: Steps instead of passes. None: passes.
+        shuffle: Whether a device draws the order of its examples, from seed, version, its name and the epoch.
+        seed: The seed.
+    """
+
+    step: Path
+    lr: float
+    batch_size: int
+    epochs: int = 1
+    steps: int | None = None
+    shuffle: bool = True
+    seed: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """What a device is told."""
+        names = ("lr", "batch_size", "epochs", "steps", "shuffle", "seed")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass
+class Progress:
+    """How far the federation is; a commit holds it.
+
+    Args:
+        global_step: Optimizer steps of all devices so far.
+        accepted: For each device the newest version of which the model holds its update, and the update's digest.
+        updates: For each device when its updates were taken, in the last 24 hours, by the wall clock.
+        history: One entry for each finished round.
+        models: Digests of the models from which devices may still train, by round, if the schedule needs them.
+        over: Why no other round follows, before the last one.
+    """
+
+    global_step: int = 0
+    accepted: dict[str, list[Any]] = field(default_factory=dict)
+    updates: dict[str, list[float]] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    models: dict[str, str] = field(default_factory=dict)
+    over: str | None = None
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """An update that waits for its round to close.
+
+    Args:
+        version: The version of the model from which its device has started.
+        digest: SHA-256 of the file.
+    """
+
+    version: int
+    digest: str
+
+
+class Gateway:
+    """A federation of devices under :class:`~lightning_fl.schedules.Buffered` or ``FedAsync``.
+
+    Args:
+        settings: The federation's settings.
+        plan: What devices do.
+        rounds: How many rounds there are.
+        rules: Who may train when.
+        store: The federation's folder.
+        audit: Where every round and refusal is written down.
+        registry: The devices.
+        clock: The wall clock, in seconds.
+
+    Raises:
+        ValueError: If devices can't do what the settings ask for.
+    """
+
+    def __init__(
+        self,
+        settings: FederationSettings,
+        plan: LocalPlan,
+        rounds: int,
+        rules: AdmissionRules,
+        store: Store,
+        audit: AuditLog,
+        registry: Registry,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        check_settings(settings)
+        assert isinstance(settings.schedule, Asynchronous)
+        self.schedule = settings.schedule
+        self.plan, self.rounds, self.registry = plan, rounds, registry
+        self.store, self.audit, self.clock = store, audit, clock
+        self.settings = replace(settings, population=max(1, len(registry.names)))
+        self.admission = Admission(rules, self._secret())
+        self.refusals = Refusals()
+        self.accepted = 0
+        self._training: dict[str, float] = {}
+        self._lock = threading.Lock()  # updates are taken in by another thread than check-ins
+        self.load()
+
+    def load(self) -> None:
+        """Reads from the folder how far the federation is: at the start, and when a change could not be written."""
+        self.arrived: dict[str, Arrived] = {}
+        self.downloads: dict[int, bytes] = {}
+        self.store.disk.delete(self.store.root / "arriving")  # devices send those again
+        commit = self.store.load()
+        if not commit:
+            self._begin()
+            return
+        self.start, self.round = commit["start"], commit["round"]
+        self.progress = Progress(**commit["progress"])
+        self._set_model(commit["shared"], commit["private"])
+        for device, digest in self.store.whole(self._folder).items():
+            header = wire.read_header(Upload(self._folder, device, digest).ok)
+            self.arrived[device] = Arrived(header.fields["version"], digest)
+        self.audit.append("restart", round=self.round, arrived=len(self.arrived))
+        self._close_full_rounds()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no other round follows."""
+        return self.progress.over is not None or self.round >= self.rounds
+
+    @property
+    def _folder(self) -> Path:
+        return self.store.folder(self.round, "update")
+
+    # ---- what devices ask
+
+    def who(self, authorization: str, now: float) -> str:
+        """The device that makes a request.
+
+        Args:
+            authorization: The header of that name.
+            now: Seconds of a clock that never goes back.
+
+        Raises:
+            Refused: 401 if no device has this token, 429 if it makes too many requests.
+        """
+        device = self.registry.device_of(authorization.removeprefix("Bearer "))
+        if device is None:
+            raise Refused(401, "No device has this token.", kind="token")
+        self.admission.check_rate(device, now)
+        return device
+
+    def check_in(self, device: str, request: Mapping[str, Any]) -> dict[str, Any] | None:
+        """A device wants to train; returns its task, or None if it is to ask again later.
+
+        Raises:
+            Refused: 410 if the federation is over, 400 or 422 for a request that is none, and as
+                :meth:`~lightning_fl.devices.admission.Admission.check_device`.
+        """
+        if request.get("protocol") != PROTOCOL:
+            raise Refused(422, f"The device speaks protocol {request.get('protocol')!r}, the gateway {PROTOCOL}.")
+        conditions = request.get("conditions", [])
+        if not isinstance(conditions, list) or not all(isinstance(own, str) for own in conditions):
+            raise Refused(400, "conditions is no list of words.")
+        if self.is_over:
+            raise Refused(410, self.progress.over or f"All {self.rounds} rounds are done.", kind="over")
+        wall = self.clock()
+        self.admission.check_device(conditions, self.progress.updates.get(device, ()), wall)
+        # Its next update is of a model that holds its last one.
+        if device in self.arrived or not self._starts(device, wall):
+            return None
+        version = self.round
+        return {
+            "task": self.admission.sign(device, version, wall),
+            "device": device,
+            "version": version,
+            "rounds": self.rounds,
+            "seconds": self.admission.rules.task_s,
+            **self.plan.to_json(),
+        }
+
+    def _starts(self, device: str, wall: float) -> bool:
+        limit = self.schedule.concurrency
+        with self._lock:
+            self._training = {name: until for name, until in self._training.items() if until > wall}
+            may_start = limit is None or device in self._training or len(self._training) < limit
+            if may_start:
+                self._training[device] = wall + self.admission.rules.task_s
+        return may_start
+
+    def max_bytes(self) -> int:
+        """The largest update that is taken."""
+        names = sum(len(name) + 200 for name in self._shapes)
+        return wire.num_bytes(self._shapes) + names + ROOM_FOR_FIELDS
+
+    def arriving(self, device: str) -> Path:
+        """Where the bytes of a device's update go while they come."""
+        return self.store.disk.make_folder(self.store.root / "arriving") / f"{device}.part"
+
+    def receive(self, device: str, task: str, path: Path) -> dict[str, Any]:
+        """Takes an update in, which is in a file, and closes the round if it is the last one that it wants.
+
+        Returns:
+            The round into which it has gone.
+
+        Raises:
+            Refused: 403, 409, 410 or 422 if it is not taken; then it counts nowhere.
+        """
+        version = self.admission.read(device, task, self.clock())
+        digest = wire.sha256(path)
+        self._check_version(device, version, digest)
+        try:
+            self._read(path, version)
+        except wire.BadFile as error:
+            kind = "not finite" if "NaN" in str(error) else "malformed"
+            raise Refused(422, f"The update is refused: {error}.", kind=kind) from error
+        with self._lock:
+            self._training.pop(device, None)
+        self.store.disk.make_folder(self._folder)
+        upload = Upload(path.parent, device, digest)
+        path.rename(upload.part)
+        self.store.keep(upload, self._folder)
+        round = self.round
+        self.arrived[device] = Arrived(version, digest)
+        self.accepted += 1
+        self._close_full_rounds()
+        return {"round": round, "version": version, "digest": digest}
+
+    def _check_version(self, device: str, version: int, digest: str) -> None:
+        own = self.arrived.get(device)
+        last = self.progress.accepted.get(device)
+        # The digest tells a device whose answer was lost that its own update is in.
+        if own is not None:
+            reason = f"An update of {device!r} waits for round {self.round} already."
+            raise Refused(409, reason, kind="replay", digest=own.digest)
+        if last is not None and version <= last[0]:
+            reason = f"The update of {device!r} from version {last[0]} is in the model already."
+            raise Refused(409, reason, kind="replay", digest=last[1])
+        if self.is_over:
+            raise Refused(410, "The federation is over.", kind="over")
+        limit = self.schedule.max_staleness
+        if limit is not None and self.round - version > limit:
+            reason = f"The update has started from version {version}, the newest is {self.round}; {limit} is the limit."
+            raise Refused(410, reason, kind="stale")
+
+    def _read(self, path: Path, version: int) -> tuple[Update, RankReport]:
+        header = wire.read_header(path)
+        fields = header.fields
+        wire.check_shapes(self._shapes, header.shapes)
+        if fields.get("version") != version:
+            raise wire.BadFile(f"it is of version {fields.get('version')!r}, its task of {version}")
+        examples, steps, loss = (fields.get(name) for name in ("num_examples", "num_steps", "loss"))
+        limit = self.admission.rules.max_examples
+        if type(examples) is not int or not 0 < examples <= limit:
+            raise wire.BadFile(f"it has num_examples {examples!r}, expected 1 to {limit}")
+        if type(steps) is not int or not 0 < steps < 1 << 31:
+            raise wire.BadFile(f"it has num_steps {steps!r}, expected a positive number")
+        if not isinstance(loss, int | float) or not math.isfinite(loss):
+            raise wire.BadFile(f"its loss is {loss!r}; is that NaN?")
+        trees = wire.unflatten(wire.read(path))
+        bad = wire.finite_error(wire.flatten(trees))
+        if bad is not None:
+            raise wire.BadFile(f"{wire.readable(bad)!r} holds NaN or Inf")
+        weight = self.settings.weight_of(examples)
+        report = RankReport(num_clients=1, weight=weight, num_steps=steps, num_examples=examples, logger_steps=1)
+        return Update(trees["delta"], {}, weight), report
+
+    # ---- rounds
+
+    def _close_full_rounds(self) -> None:
+        if len(self.arrived) >= self.schedule.size and not self.is_over:
+            self._close()
+
+    def _close(self) -> None:
+        ctx, folder, aggregator = self._context(), self._folder, self.settings.aggregator
+        state = open_server(self.settings, self.state, self.state.server["params"], ctx)
+        acc, reports, losses = aggregator.init(self._templates[-1], torch.device("cpu")), [], []
+        for device in ctx.cohort:
+            own = self.arrived[str(device)]
+            path = Upload(folder, str(device), own.digest).ok
+            update, report = self._read(path, own.version)
+            losses.append((report.num_examples, float(wire.read_header(path).fields["loss"])))
+            aged = replace(ctx, client=device, staleness=ctx.round - own.version, start=self._start_of(own.version))
+            for transform in self.schedule.transforms:
+                update, _ = transform.client(update, {}, replace(aged, template=self._present()))
+            acc = aggregator.add(acc, update, replace(ctx, client=device))
+            reports.append(report)
+        acc, _ = aggregator.merge(acc, LocalGroup(), Message(), ctx)
+        joined = RankReport.join(reports)
+        closing = close_server(ServerRound(self.settings, state, {}, self._templates[-1], ctx), acc, joined)
+        ages = [self.round - own.version for own in self.arrived.values()]
+        entry = {
+            "round": self.round,
+            "members": sorted(self.arrived),
+            "versions": {device: own.version for device, own in sorted(self.arrived.items())},
+            "staleness": [ages.count(age) for age in range(max(ages) + 1)],
+            "num_examples": joined.num_examples,
+            "num_steps": joined.num_steps,
+            "train_loss": sum(count * loss for count, loss in losses) / sum(count for count, _ in losses),
+            "update_norm": closing.norm,
+            **closing.facts,
+        }
+        shared, private = self._write(closing.state)
+        before, wall = self.progress, self.clock()
+        recent = {name: [at for at in times if at > wall - DAY_S] for name, times in before.updates.items()}
+        recent |= {name: [*recent.get(name, []), wall] for name in self.arrived}
+        self.progress = Progress(
+            before.global_step + joined.num_steps,
+            {**before.accepted, **{name: [own.version, own.digest] for name, own in self.arrived.items()}},
+            {name: times for name, times in recent.items() if times},
+            [*before.history, entry],
+            self._models_to_keep(shared),
+            closing.stop_reason,
+        )
+        old = self._shared
+        self.round += 1
+        self._save(shared, private)
+        # One line for all members, since a line for each would be one more wait for the disk with each update.
+        members = {device: [own.version, own.digest] for device, own in sorted(self.arrived.items())}
+        self.audit.append("round closed", round=entry["round"], members=members, state=shared)
+        self.arrived = {}
+        self.refusals.new_round()
+        self.store.collect({self.start, shared, private, old, *self.progress.models.values()}, self.round)
+
+    def _context(self) -> RoundContext:
+        members = sorted(self.arrived)
+        settings = self.settings = replace(self.settings, population=max(len(self.registry.names), len(members), 1))
+        return RoundContext(
+            self.round,
+            members,
+            settings.population,
+            seed=settings.seed,
+            templates=self._templates,
+            memory=self.state.memory,
+        )
+
+    @property
+    def _needs_start(self) -> bool:
+        return any(transform.needs_start for transform in self.schedule.transforms)
+
+    def _start_of(self, version: int) -> Update | None:
+        if version == self.round or not self._needs_start:
+            return None
+        trees = wire.unflatten(self.store.read_state(self.progress.models[str(version)]))
+        return Update(trees["server"]["params"])
+
+    def _present(self) -> Update:
+        return Update(self.state.server["params"])
+
+    def _models_to_keep(self, newest: str) -> dict[str, str]:
+        if not self._needs_start:
+            return {}
+        oldest = self.round + 1 - (self.schedule.max_staleness or 0)
+        kept = {version: digest for version, digest in self.progress.models.items() if int(version) >= oldest}
+        return {**kept, str(self.round + 1): newest}
+
+    # ---- the model
+
+    def _begin(self) -> None:
+        params = load_file(self.plan.step.with_suffix(START))
+        self.start = self.store.write_state(wire.flatten({"params": params, "buffers": {}, "rest": {}}))
+        self.round, self.progress = 0, Progress()
+        server = self.settings.algorithm.server_init(to_sum_dtype(params), self.settings.population)
+        shared, private = self._write(FederationState(server, [{} for _ in self.settings.transforms]))
+        if self._needs_start:
+            self.progress.models["0"] = shared
+        self._save(shared, private)
+        self.audit.append("start", digest=self.start)
+
+    def _write(self, state: FederationState) -> tuple[str, str]:
+        """Writes the files of a state; returns the digests of the model and of the rest."""
+        rest = {key: value for key, value in state.server.items() if key != "params"}
+        shared = self.store.write_state(wire.flatten({"server": {"params": state.server["params"]}}))
+        return shared, self.store.write_state(wire.flatten({"server": rest, "memory": state.memory}))
+
+    def _save(self, shared: str, private: str) -> None:
+        self.store.commit(
+            {
+                "format": PROTOCOL,
+                "round": self.round,
+                "start": self.start,
+                "shared": shared,
+                "private": private,
+                "progress": vars(self.progress),
+            }
+        )
+        self._set_model(shared, private)
+
+    def _set_model(self, shared: str, private: str) -> None:
+        model = wire.unflatten(self.store.read_state(shared))
+        rest = wire.unflatten(self.store.read_state(private))
+        params: Tree = model["server"]["params"]
+        server = {"params": params, **rest.get("server", {})}
+        self.state = FederationState(server, [{} for _ in self.settings.transforms], memory=rest.get("memory", {}))
+        self._templates = update_templates(self.settings, params, {})
+        self._shapes = wire.shapes_of(wire.flatten(update_trees(self._templates[-1])))
+        self._shared = shared
+        newest = {**self.downloads, self.round: save({name: own.contiguous() for name, own in params.items()})}
+        self.downloads = dict(sorted(newest.items())[-KEPT_MODELS:])
+
+    def _secret(self) -> bytes:
+        """The key that signs tasks; it outlives a restart, so that devices which train meanwhile are not refused."""
+        path = self.store.root / "secret"
+        if not path.exists():
+            unfinished = path.with_suffix(".unfinished")
+            unfinished.unlink(missing_ok=True)
+            file = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            os.write(file, secrets.token_bytes(32))
+            os.fsync(file)
+            os.close(file)
+            self.store.disk.replace(unfinished, path)
+        return path.read_bytes()
+
+    # ---- other
+
+    def refuse(self, device: str | None, refused: Refused) -> None:
+        """Counts a refusal, and writes it down if it is the first of its kind by this device in the round."""
+        if refused.facts.get("kind") == "over":  # an answer like any other
+            return
+        if self.refusals.note(device, refused.facts):
+            self.audit.append("refused", device=device, kind=refused.facts.get("kind"), reason=str(refused)[:500])
+
+    def status(self) -> dict[str, Any]:
+        """What people want to see."""
+        wall = self.clock()
+        with self._lock:
+            training = sum(until > wall for until in self._training.values())
+        return {
+            "round": self.round,
+            "rounds": self.rounds,
+            "is_over": self.is_over,
+            "devices": len(self.registry.names),
+            "training": training,
+            "arrived": len(self.arrived),
+            "wanted": self.schedule.size,
+            "accepted": self.accepted,
+            "refused": dict(self.refusals.counts),
+            "last": self.progress.history[-1] if self.progress.history else None,
+        }
+
+
+def check_settings(settings: FederationSettings) -> None:
+    """Makes sure that devices, which can run a training step and no more, can do what the settings ask for.
+
+    Raises:
+        ValueError: If not.
+    """
+    from lightning_fl.algorithms import Algorithm
+
+    if not isinstance(settings.schedule, Asynchronous):
+        raise ValueError(
+            f"The schedule is {settings.schedule!r}, but a gateway waits for no single device. Set it to "
+            "Buffered(size), as {class_path: Buffered, init_args: {size: 10}} in YAML."
+        )
+    if any(transform.needs_start for transform in settings.schedule.transforms) and (
+        settings.schedule.max_staleness is None
+    ):
+        raise ValueError(f"{settings.schedule!r} needs the models from which devices have started: set max_staleness.")
+    own = type(settings.algorithm)
+    on_clients = [
+        name
+        for name in (
+            "client_init",
+            "client_finish",
+            "phases",
+            "grad_transform",
+            "delta_like",
+            "aux_like",
+            "aux_of_clients",
+        )
+        if getattr(own, name) is not getattr(Algorithm, name)
+    ]
+    if on_clients or own.probe or own.keeps_client_state:
+        raise ValueError(
+            f"Clients of {own.__name__} do more than training steps ({', '.join(on_clients) or 'a probe'}), which "
+            "devices can't. Use an algorithm of the server, such as FedAvg, FedAvgM or FedAdam."
+        )
+    if settings.transforms:
+        names = ", ".join(type(transform).__name__ for transform in settings.transforms)
+        raise ValueError(f"{names} would have to run on the devices, which can't. Leave transforms out.")
+    if settings.aggregator.hides_reports:
+        raise ValueError("Secure aggregation needs devices that mask their updates, which there are not yet.")

@@ -1,0 +1,218 @@
+"""The gateway's HTTP server: it knows which device speaks, takes bytes in and leaves the rest to the gateway."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import ssl
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from aiohttp import web
+
+from lightning_fl.coordinator.service import Refused
+from lightning_fl.coordinator.wire import sha256
+from lightning_fl.devices.gateway import Gateway
+
+HOLD_S = 20.0
+"""How long a check-in is held while there is no task."""
+IDLE_S = 30.0
+"""A body that does not go on for so long is given up."""
+MAX_JSON_BYTES = 1 << 16
+PIECE = 1 << 18
+DISK_S = 1.0
+"""How long the gateway waits when it could not write, before it reads its folder again."""
+DEVICE = web.RequestKey("device", str)
+T = TypeVar("T")
+log = logging.getLogger("lightning_fl.devices")
+
+
+class HttpGateway:
+    """Serves a gateway.
+
+    Args:
+        gateway: What is served.
+        pages: A folder with a web page that trains, served at ``/``. None: none.
+    """
+
+    def __init__(self, gateway: Gateway, pages: Path | None = None) -> None:
+        self.gateway, self.pages = gateway, pages
+        self._step = gateway.plan.step.read_bytes()
+        self._step_digest = sha256(gateway.plan.step)
+        self._uploading: set[str] = set()
+        self._runners: list[web.AppRunner] = []
+        self._changed = asyncio.Event()
+        # One thread for all that changes the folder: updates are taken in one after the other.
+        self._worker = ThreadPoolExecutor(1)
+
+    async def start(
+        self, host: str | None, port: int, admin_port: int | None = None, context: ssl.SSLContext | None = None
+    ) -> int:
+        """Begins to serve; returns the port.
+
+        Args:
+            host: The address to listen on. None: all.
+            port: The port; 0 for any.
+            admin_port: A port on 127.0.0.1 for health, status and metrics. None: none.
+            context: Key and certificate. None: without TLS.
+        """
+        app = web.Application(middlewares=[self._answer], client_max_size=MAX_JSON_BYTES)
+        app.router.add_post("/v1/checkin", self._check_in)
+        app.router.add_get("/v1/step", self._get_step)
+        app.router.add_get("/v1/models/{version}", self._get_model)
+        app.router.add_put("/v1/updates", self._put)
+        if self.pages is not None:
+            app.router.add_get("/", self._index)
+            app.router.add_static("/", self.pages)
+        if admin_port is not None:
+            admin = web.Application()
+            admin.router.add_get("/health", self._status)
+            admin.router.add_get("/status", self._status)
+            admin.router.add_get("/metrics", self._metrics)
+            await self._listen(admin, "127.0.0.1", admin_port, None)
+        return await self._listen(app, host, port, context)
+
+    async def _listen(self, app: web.Application, host: Any, port: int, context: ssl.SSLContext | None) -> int:
+        runner = web.AppRunner(app, access_log=None, keepalive_timeout=75.0, shutdown_timeout=1.0)
+        await runner.setup()
+        self._runners.append(runner)
+        await web.TCPSite(runner, host, port, ssl_context=context, backlog=1024).start()
+        return int(runner.addresses[0][1])
+
+    async def stop(self) -> None:
+        """Ends all connections."""
+        for runner in self._runners:
+            await runner.cleanup()
+        self._worker.shutdown(wait=True, cancel_futures=True)
+
+    async def _in_thread(self, function: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._worker, function, *args)
+
+    # ---- who speaks
+
+    @web.middleware
+    async def _answer(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        try:
+            if request.path.startswith("/v1/"):
+                request[DEVICE] = self.gateway.who(request.headers.get("Authorization", ""), time.monotonic())
+            return await handler(request)
+        except Refused as refused:
+            return self._refuse(request, refused)
+        except (TimeoutError, asyncio.TimeoutError):
+            return self._refuse(request, Refused(408, f"The body did not go on for {IDLE_S:g} s.", kind="late"))
+        except web.HTTPException as error:  # no such path or method
+            if error.status < 400:
+                raise
+            kind = "oversized" if error.status == 413 else "malformed"
+            return self._refuse(request, Refused(error.status, error.reason, kind=kind))
+        except ConnectionError:  # the device has gone, and nobody reads the answer
+            return web.Response(status=408)
+        except OSError as error:
+            log.error("The gateway can't write: %s; devices try again.", error)
+            await self._in_thread(self._read_folder_again)
+            return web.json_response({"error": f"The gateway can't write: {error.strerror}."}, status=507)
+
+    def _refuse(self, request: web.Request, refused: Refused) -> web.Response:
+        self.gateway.refuse(request.get(DEVICE), refused)
+        return web.json_response(refused.facts, status=refused.status)
+
+    def _read_folder_again(self) -> None:
+        while True:  # as after a crash: what the folder says counts, and nothing else
+            try:
+                self.gateway.load()
+                return
+            except OSError:
+                time.sleep(DISK_S)
+
+    # ---- calls
+
+    async def _check_in(self, request: web.Request) -> web.StreamResponse:
+        content = await _json(request)
+        until = time.monotonic() + HOLD_S
+        while True:
+            changed = self._changed  # before the look, so that no round that closes meanwhile is missed
+            task = self.gateway.check_in(request[DEVICE], content)
+            if task is not None:
+                return web.json_response({**task, "step_digest": self._step_digest})
+            left = until - time.monotonic()
+            if left <= 0:
+                return web.Response(status=204)
+            try:
+                await asyncio.wait_for(changed.wait(), left)
+            except (TimeoutError, asyncio.TimeoutError):
+                return web.Response(status=204)
+
+    async def _get_step(self, request: web.Request) -> web.StreamResponse:
+        return web.Response(body=self._step, content_type="application/octet-stream")
+
+    async def _get_model(self, request: web.Request) -> web.StreamResponse:
+        version = request.match_info["version"]
+        body = self.gateway.downloads.get(int(version)) if version.isdigit() and len(version) < 10 else None
+        if body is None:
+            raise Refused(410, f"There is no model {version[:20]!r} any more.", kind="late")
+        return web.Response(body=body, content_type="application/octet-stream")
+
+    async def _put(self, request: web.Request) -> web.StreamResponse:
+        device, gateway = request[DEVICE], self.gateway
+        if device in self._uploading:
+            raise Refused(429, "Another update of this device is coming.", kind="quota")
+        self._uploading.add(device)
+        path = gateway.arriving(device)
+        try:
+            await self._save(request, path, gateway.max_bytes())
+            before = gateway.round
+            answer = await self._in_thread(gateway.receive, device, request.query.get("task", ""), path)
+            if gateway.round != before or gateway.schedule.concurrency is not None:  # there may be a task now
+                self._changed.set()
+                self._changed = asyncio.Event()
+        finally:
+            path.unlink(missing_ok=True)
+            self._uploading.discard(device)
+        return web.json_response(answer)
+
+    async def _save(self, request: web.Request, path: Path, limit: int) -> None:
+        with path.open("wb") as file:
+            if (request.content_length or 0) > limit:
+                raise Refused(413, f"The update has {request.content_length} bytes, at most {limit} are taken.", **BIG)
+            while piece := await asyncio.wait_for(request.content.read(PIECE), IDLE_S):
+                if file.tell() + len(piece) > limit:
+                    raise Refused(413, f"The update has more than {limit} bytes.", **BIG)
+                file.write(piece)
+
+    async def _index(self, request: web.Request) -> web.StreamResponse:
+        assert self.pages is not None
+        return web.FileResponse(self.pages / "index.html")
+
+    # ---- for the people who run it
+
+    async def _status(self, request: web.Request) -> web.StreamResponse:
+        return web.json_response(self.gateway.status())
+
+    async def _metrics(self, request: web.Request) -> web.StreamResponse:
+        status = self.gateway.status()
+        gauges = ("round", "devices", "training", "arrived", "wanted")
+        lines = [f"# TYPE lightning_fl_{name} gauge\nlightning_fl_{name} {status[name]}" for name in gauges]
+        accepted = "lightning_fl_updates_accepted_total"
+        lines += [f"# TYPE {accepted} counter\n{accepted} {status['accepted']}"]
+        lines += ["# TYPE lightning_fl_refused_total counter"]
+        lines += [f'lightning_fl_refused_total{{reason="{k}"}} {n}' for k, n in sorted(status["refused"].items())]
+        return web.Response(text="\n".join(lines) + "\n", headers={"Content-Type": "text/plain; version=0.0.4"})
+
+
+BIG = {"kind": "oversized"}
+
+
+async def _json(request: web.Request) -> dict[str, Any]:
+    try:
+        value = json.loads(await asyncio.wait_for(request.read(), IDLE_S))
+    except (ValueError, RecursionError) as error:
+        raise Refused(400, "The body is no JSON.", kind="malformed") from error
+    if not isinstance(value, dict):
+        raise Refused(400, "The body is no JSON object.", kind="malformed")
+    return value

@@ -1,0 +1,283 @@
+"""What the gateway takes in, refuses and counts, without sockets; the time is passed in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_fl.aggregation.robust import Median
+from lightning_fl.algorithms import FedAdam, FedAvgM, Scaffold
+from lightning_fl.coordinator import wire
+from lightning_fl.coordinator.audit import verify
+from lightning_fl.coordinator.disk import Disk
+from lightning_fl.coordinator.export import read_model
+from lightning_fl.coordinator.service import Refused
+from lightning_fl.devices.admission import AdmissionRules
+from lightning_fl.schedules import Buffered, Deadline, FedAsync, Polynomial
+from tests.helpers.devices import NAMES, Clock, check_in, gateway, model, send
+from tests.helpers.network import Died
+
+
+def refused(kind: str, call: Any, *args: Any, **options: Any) -> None:
+    with pytest.raises(Refused) as found:
+        call(*args, **options)
+    assert found.value.facts["kind"] == kind
+
+
+def test_an_update_weighs_by_its_age(tmp_path: Path) -> None:
+    own = gateway(tmp_path, Buffered(1, staleness=Polynomial(0.5)))
+    tasks = {name: check_in(own, name) for name in NAMES}
+    assert all(task is not None and task["version"] == 0 for task in tasks.values())
+    moves = []
+    for name in NAMES:
+        before = model(own)[0]
+        send(own, name, tasks[name] or {}, 1.0)
+        moves.append(model(own)[0] - before)
+    assert moves == pytest.approx([1.0, 0.70710678, 0.57735027], abs=1e-6)
+    assert [entry["staleness"] for entry in own.progress.history] == [[1], [0, 1], [0, 0, 1]]
+
+
+def test_a_round_is_the_mean_by_examples(tmp_path: Path) -> None:
+    own = gateway(tmp_path, Buffered(3))
+    for name, delta, examples in (("a", 1.0, 1), ("b", 2.0, 2), ("c", 6.0, 5)):
+        assert model(own) == [0.0] * 3  # nothing moves before the round is full
+        send(own, name, check_in(own, name) or {}, delta, num_examples=examples)
+    assert model(own) == pytest.approx([35 / 8] * 3)
+    entry = own.progress.history[0]
+    assert (entry["members"], entry["num_examples"], own.round) == (["a", "b", "c"], 8, 1)
+    assert read_model(own.store.root)[0]["x"].tolist() == model(own)
+
+
+def test_fedasync_mixes_whole_models(tmp_path: Path) -> None:
+    own = gateway(tmp_path, FedAsync(alpha=0.5, max_staleness=5), weighting="uniform")
+    first, second = check_in(own, "a") or {}, check_in(own, "b") or {}
+    send(own, "a", first, 4.0)
+    assert model(own) == [2.0] * 3
+    send(own, "b", second, 4.0)  # its model is 4, whatever has come meanwhile: 2 + (4 - 2) / 2
+    assert model(own) == [3.0] * 3
+
+
+@pytest.mark.parametrize(("algorithm", "moves"), [(FedAvgM(momentum=0.5), [1.0, 2.5]), (FedAdam(), None)])
+def test_state_of_the_server_outlives_a_restart(tmp_path: Path, algorithm: Any, moves: Any) -> None:
+    models = []
+    for restarts in (False, True):
+        (folder := tmp_path / str(restarts)).mkdir()
+        own = gateway(folder, Buffered(1), algorithm=algorithm)
+        for _ in range(2):
+            send(own, "a", check_in(own, "a") or {}, 1.0)
+            models.append(model(own))
+            if restarts:
+                own.store.close()
+                own = gateway(folder, Buffered(1), algorithm=algorithm)
+    assert models[:2] == models[2:]
+    if moves:
+        assert [found[0] for found in models[:2]] == moves
+
+
+def test_robust_rules_work_as_ever(tmp_path: Path) -> None:
+    own = gateway(tmp_path, Buffered(3), aggregator=Median(), weighting="uniform")
+    for name, delta in (("a", 1.0), ("b", 2.0), ("c", 1e6)):
+        send(own, name, check_in(own, name) or {}, delta)
+    assert model(own) == [2.0] * 3
+
+
+# ---- what is refused
+
+
+def test_what_a_device_sends_is_checked(tmp_path: Path) -> None:
+    own = gateway(tmp_path, Buffered(3))
+    task = check_in(own, "a") or {}
+    nan = torch.tensor([0.0, float("nan"), 0.0])
+    refused("not finite", send, own, "a", task, nan)
+    refused("not finite", send, own, "a", task, 1.0, loss=float("nan"))
+    refused("malformed", send, own, "a", task, torch.zeros(4))
+    refused("malformed", send, own, "a", task, torch.zeros(3, dtype=torch.float64))
+    for fields in ({"num_examples": 10_001}, {"num_examples": 0}, {"num_examples": True}, {"num_steps": -1}):
+        refused("malformed", send, own, "a", task, 1.0, **fields)
+    refused("malformed", send, own, "a", task, 1.0, version=7)
+    own.arriving("a").write_bytes(b"\x80\x04no tensors")
+    refused("malformed", own.receive, "a", task["task"], own.arriving("a"))
+    assert own.arrived == {}
+    send(own, "a", task, 1.0)  # none of it has used the task up
+    assert list(own.arrived) == ["a"]
+
+
+def test_a_task_counts_once_and_for_its_device(tmp_path: Path) -> None:
+    clock = Clock()
+    own = gateway(tmp_path, Buffered(2), clock=clock, rules=AdmissionRules(task_s=60))
+    first, other = check_in(own, "a") or {}, check_in(own, "c") or {}
+    refused("task", send, own, "b", first, 1.0)
+    refused("task", send, own, "a", {**first, "task": first["task"].replace("0.", "1.", 1)}, 1.0)
+    refused("task", send, own, "a", {**first, "task": "0"}, 1.0)
+    send(own, "a", first, 1.0)
+    refused("replay", send, own, "a", first, 1.0)
+    refused("replay", send, own, "a", first, 2.0)
+    assert check_in(own, "a") is None  # until there is a model that holds its update
+    send(own, "b", check_in(own, "b") or {}, 3.0)
+    assert model(own) == [2.0] * 3
+    refused("replay", send, own, "a", first, 1.0)  # also after the round
+    assert own.progress.history[0]["members"] == ["a", "b"]
+    clock.now += 61
+    refused("late", send, own, "c", other, 1.0)
+
+
+def test_updates_that_are_too_old(tmp_path: Path) -> None:
+    own = gateway(tmp_path, Buffered(1, max_staleness=1))
+    old = check_in(own, "c") or {}
+    for _ in range(2):
+        send(own, "a", check_in(own, "a") or {}, 1.0)
+    refused("stale", send, own, "c", old, 100.0)
+    assert model(own) == [2.0] * 3
+    send(own, "c", check_in(own, "c") or {}, 1.0)
+
+
+def test_who_may_train(tmp_path: Path) -> None:
+    clock = Clock()
+    rules = AdmissionRules(("charging", "unmetered"), updates_per_day=2, requests_per_minute=3)
+    own = gateway(tmp_path, Buffered(1, concurrency=2), rules=rules, clock=clock)
+    refused("condition", check_in, own, "a", ["charging"])
+    both = ["unmetered", "charging"]
+    for _ in range(2):
+        send(own, "a", check_in(own, "a", both) or {}, 1.0)
+    refused("quota", check_in, own, "a", both)
+    own.store.close()
+    own = gateway(tmp_path, Buffered(1, concurrency=2), rules=rules, clock=clock)
+    refused("quota", check_in, own, "a", both)  # a restart forgets no quota
+    clock.now += 86_400
+    task = check_in(own, "a", both) or {}
+    assert check_in(own, "b", both) is not None
+    assert check_in(own, "c", both) is None  # two train
+    send(own, "a", task, 1.0)
+    assert check_in(own, "c", both) is not None
+    token = (tmp_path / "b.token").read_text()
+    assert [own.who(f"Bearer {token}", now) for now in (0.0, 1.0, 2.0)] == ["b"] * 3
+    refused("quota", own.who, f"Bearer {token}", 3.0)
+    assert own.who(f"Bearer {token}", 61.0) == "b"
+
+
+def test_tokens(tmp_path: Path) -> None:
+    own = gateway(tmp_path, Buffered(1))
+    token = (tmp_path / "a.token").read_text()
+    for wrong in ("", "a", "a.", token[:-1], token.replace("a.", "b.", 1), "é.ü"):
+        refused("token", own.who, f"Bearer {wrong}", 0.0)
+    assert token.partition(".")[2] not in (tmp_path / "devices.json").read_text()
+    own.registry.revoke("a")
+    refused("token", own.who, f"Bearer {token}", 0.0)
+    with pytest.raises(ValueError, match="no device 'a'"):
+        own.registry.revoke("a")
+    with pytest.raises(ValueError, match="can't be called"):
+        own.registry.enrol("../a")
+
+
+def test_refusals_are_counted_and_do_not_fill_the_log(tmp_path: Path) -> None:
+    own = gateway(tmp_path, Buffered(1))
+    for _ in range(50):
+        own.refuse("a", Refused(422, "NaN", kind="not finite"))
+        own.refuse(None, Refused(401, "No device has this token.", kind="token"))
+    assert own.status()["refused"] == {"not finite": 50, "token": 50}
+    lines = [json.loads(line) for line in (own.store.root / "audit.jsonl").read_text().splitlines()]
+    assert sum(line["event"] == "refused" for line in lines) == 2
+
+
+def test_the_federation_ends(tmp_path: Path) -> None:
+    own = gateway(tmp_path, Buffered(1), rounds=2)
+    late = check_in(own, "b") or {}
+    for _ in range(2):
+        send(own, "a", check_in(own, "a") or {}, 1.0)
+    refused("over", check_in, own, "a")
+    refused("over", send, own, "b", late, 1.0)
+    assert verify(own.store.root / "audit.jsonl")[0] > 2
+
+
+@pytest.mark.parametrize(
+    ("message", "schedule", "options"),
+    [
+        ("waits for no single device", None, {}),
+        ("waits for no single device", Deadline(1.0), {}),
+        ("set max_staleness", FedAsync(), {}),
+        ("Clients of Scaffold do more than training steps", Buffered(2), {"algorithm": Scaffold()}),
+    ],
+)
+def test_what_devices_cant_do(tmp_path: Path, message: str, schedule: Any, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=message):
+        gateway(tmp_path, schedule, **options)
+
+
+# ---- the process dies
+
+
+class Power:
+    """Goes out before a certain operation."""
+
+    def __init__(self, last: int | None) -> None:
+        self.last, self.operations = last, 0
+
+    def __call__(self, operation: str) -> None:
+        if self.last is not None and self.operations >= self.last:
+            raise Died
+        self.operations += 1
+
+
+def drive(folder: Path, last: int | None, updates: dict[tuple[str, int], dict[str, Any]]) -> int:
+    """Runs a federation of two rounds until the power goes out; returns the number of file operations.
+
+    Devices outlive the gateway: they keep their tasks, and send again what they have had no answer to.
+    """
+    power = Power(last)
+    own = gateway(folder, Buffered(2), algorithm=FedAvgM(momentum=0.5), rounds=2, disk=Disk(power), names=("a", "b"))
+    try:
+        while not own.is_over:
+            version = own.round
+            for name, delta in (("b", 3.0), ("a", 1.0)):
+                key = name, version
+                if key not in updates:
+                    updates[key] = check_in(own, name) or {}
+                try:
+                    send(own, name, updates[key], delta * (version + 1))
+                except Refused as error:
+                    if error.facts["kind"] != "replay":  # the answer to an earlier call was lost
+                        raise
+        return power.operations
+    finally:
+        own.store.close()
+
+
+def outcome(folder: Path) -> tuple[list[float], list[Any]]:
+    own = gateway(folder, Buffered(2), algorithm=FedAvgM(momentum=0.5), rounds=2, names=("a", "b"))
+    try:
+        return model(own), [(entry["members"], entry["versions"]) for entry in own.progress.history]
+    finally:
+        own.store.close()
+
+
+@pytest.mark.parametrize("every", [11, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_death_before_any_operation_loses_nothing_and_counts_nothing_twice(tmp_path: Path, every: int) -> None:
+    (whole := tmp_path / "whole").mkdir()
+    operations = drive(whole, None, {})
+    expected = outcome(whole)
+    assert expected[0] == [2 + (1 + 4)] * 3
+    assert operations > 30
+    for last in range(0, operations, every):
+        (folder := tmp_path / str(last)).mkdir()
+        updates: dict[tuple[str, int], dict[str, Any]] = {}
+        with pytest.raises(Died):
+            drive(folder, last, updates)
+        drive(folder, None, updates)
+        assert outcome(folder) == expected, last
+        verify(folder / "federation" / "audit.jsonl")
+
+
+def test_the_last_update_is_not_lost_between_its_arrival_and_the_end_of_its_round(tmp_path: Path) -> None:
+    own = gateway(tmp_path, Buffered(2))
+    send(own, "a", check_in(own, "a") or {}, 1.0)
+    task = check_in(own, "b") or {}
+    own.schedule = Buffered(3)  # what is written is that of a gateway that dies before it closes the round
+    send(own, "b", task, 3.0)
+    own.store.close()
+    own = gateway(tmp_path, Buffered(2))
+    assert (own.round, model(own)) == (1, [2.0] * 3)
+    assert wire.shapes_of(own.state.server["params"]) == {"x": ("F32", (3,))}
