@@ -1,10 +1,11 @@
 """Rounds over the coordinator beside raw TLS on loopback: seconds, megabytes a second, memory, and what a kill costs.
 
 Every silo and the coordinator is a process of its own; the model is one tensor, and nothing is trained. The raw figure
-what the same bytes take through as many TLS connections at once, up and down, in the same run.
+is what the same bytes take through as many TLS connections at once, up and down, in the same run.
 
     python benchmarks/network.py --megabytes 1 25 --silos 2 4 --rounds 3
     python benchmarks/network.py --megabytes 1 --silos 4 --kill
+    python benchmarks/network.py --megabytes 400 --silos 1 --link 2 --rounds 2
 """
 
 # ruff: noqa: E402
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import shutil
 import socket
@@ -33,6 +35,7 @@ from torch import nn
 # The rooms below the strategy need no Lightning, without which a process starts in half the time.
 package = types.ModuleType("lightning_fl")
 package.__path__ = [str(Path(__file__).parents[1] / "lightning_fl")]
+package.__dict__["__version__"] = "benchmark"
 sys.modules["lightning_fl"] = package
 
 from lightning_fl.aggregation import RoundContext, WeightedMean
@@ -80,7 +83,7 @@ async def coordinate(folder: Path, args: argparse.Namespace) -> None:
 def take_part(folder: Path, args: argparse.Namespace) -> None:
     module = nn.Module()
     module.x = nn.Parameter(torch.zeros(args.size))
-    federation = NetworkFederation(f"https://{HOST}:{args.port}", folder / args.role)
+    federation = NetworkFederation(f"https://{HOST}:{args.link_port or args.port}", folder / args.role)
     federation.store = ClientStore()
     federation.join(FederatedTensors(module), {}, {}, {})
     own, done = settings(args.silos), -1
@@ -95,6 +98,36 @@ def take_part(folder: Path, args: argparse.Namespace) -> None:
     federation.leave("the federation is over")
 
 
+class Link:
+    """What stands between silos and the coordinator, and passes each connection so many bytes a second, each way.
+
+    Args:
+        port: The coordinator's port.
+    """
+
+    def __init__(self, port: int) -> None:
+        self.target = port
+        self.rate: float | None = None
+        self._listener = socket.create_server((HOST, 0))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            near, _ = self._listener.accept()
+            far = socket.create_connection((HOST, self.target))
+            for ends in ((near, far), (far, near)):
+                threading.Thread(target=self._pass_on, args=ends, daemon=True).start()
+
+    def _pass_on(self, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                target.sendall(data)
+                if self.rate is not None:
+                    time.sleep(len(data) / self.rate)
+            target.shutdown(socket.SHUT_WR)
+
+
 # ---- measuring
 
 
@@ -105,6 +138,7 @@ class Processes:
         self.folder, self.args = folder, args
         self.log = (folder / "log").open("ab")
         self.running: dict[str, subprocess.Popen[bytes]] = {}
+        self.peak = 0.0
         authority = Authority.create(folder / "ca", "benchmark", [HOST])
         for name in names(args.silos):
             _, _, issued = authority.approve(make_request(folder / name, name))
@@ -112,9 +146,8 @@ class Processes:
                 shutil.copy(issued / file, folder / name / file)
 
     def start(self, role: str) -> None:
-        words = [
-            f"--{key}={getattr(self.args, key)}" for key in ("silos", "rounds", "size", "port", "deadline", "dies")
-        ]
+        options = ("silos", "rounds", "size", "port", "link_port", "deadline", "dies")
+        words = [f"--{key.replace('_', '-')}={getattr(self.args, key)}" for key in options]
         command = [sys.executable, __file__, f"--role={role}", f"--folder={self.folder}", *words]
         self.running[role] = subprocess.Popen(command, stdout=self.log, stderr=self.log)
 
@@ -127,12 +160,13 @@ class Processes:
         while len(self.events(kind)) < count:
             if self.running["coordinator"].poll() is not None:
                 raise SystemExit((self.folder / "log").read_text(encoding="utf-8")[-2000:])
-            time.sleep(0.05)
+            self.peak = max(self.peak, self.memory())
+            time.sleep(0.02)
 
-    def peak(self) -> float:
-        """The most memory that the coordinator has ever had, in MB; pages of files that it has read are part of it."""
+    def memory(self) -> float:
+        """The coordinator's own memory in MB, without pages of files, which the system may take."""
         lines = Path(f"/proc/{self.running['coordinator'].pid}/status").read_text(encoding="utf-8").splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1000
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1000
 
     def end(self) -> None:
         for process in self.running.values():
@@ -155,7 +189,9 @@ def measure(args: argparse.Namespace, megabytes: float) -> None:
             processes.start("coordinator")
             while not (Path(place) / "federation" / "ready").exists():
                 time.sleep(0.05)
-            start = processes.peak()
+            start = processes.memory()
+            link = Link(args.port) if args.link else None
+            args.link_port = 0 if link is None else link.port
             for role in names(args.silos):
                 processes.start(role)
             # The first round waits for the processes to start.
@@ -171,14 +207,23 @@ def measure(args: argparse.Namespace, megabytes: float) -> None:
                     "a kill -9 in training to the next finished round"
                 )
                 return
+            if link is not None:
+                link.rate = 1e6 * args.link
             processes.wait_for("round closed", args.rounds)
-            peak = processes.peak() - start
+            peak = processes.peak - start
             rounds = seconds_between(processes.events("round closed"))
             raw = raw_tls(Path(place), args.silos, args.size * 4)
         finally:
             processes.end()
     best, moved = min(rounds), 2 * args.silos * megabytes
-    bound = 1.5 * megabytes + 200  # beside the interpreter and torch
+    if args.link:
+        print(
+            f"{args.silos} silos, {megabytes:g} MB over links of {args.link:g} MB/s: {best:.0f} s for a round "
+            f"({2 * megabytes / args.link:.0f} s are the link's); peak {peak:.0f} MB",
+            flush=True,
+        )
+        return
+    bound = 1.5 * megabytes + 200
     print(
         f"| {megabytes:g} MB x {args.silos} | {best:.2f} s | {moved / best:.0f} MB/s "
         f"| {raw:.2f} s | {moved / raw:.0f} MB/s | {peak:.0f} MB (bound {bound:.0f}) |",
@@ -238,6 +283,10 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--dies", default="", help=argparse.SUPPRESS)
     parser.add_argument("--kill", action="store_true", help="measure how long a kill -9 holds the federation up")
+    parser.add_argument(
+        "--link", type=float, default=0.0, help="megabytes a second of each silo's link, from round 1 on"
+    )
+    parser.add_argument("--link-port", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--deadline", type=float, default=10.0, help="deadline_s of a round")
     parser.add_argument("--port", type=int, default=28544)
     args = parser.parse_args(words)
@@ -251,6 +300,7 @@ def main(words: list[str] | None = None) -> None:
         return
     if not args.kill:
         args.deadline = 3600.0
+    if not args.kill and not args.link:
         print("| model x silos | round | | raw TLS | | coordinator's peak, beside what it has at its start |")
         print("|---|---|---|---|---|---|", flush=True)
     for megabytes in args.megabytes:

@@ -161,16 +161,22 @@ def decompositions(operators: Sequence[Any]) -> dict[Any, Callable[..., Any]]:
     return dict(get_decompositions(operators))
 
 
-class _PlainLength(TorchFunctionMode):
-    """``len(tensor)`` is the example's: Python wants a plain number, and torch would fix the batch's size for it.
+class _AnyBatch(TorchFunctionMode):
+    """Keeps two functions from fixing the batch's size.
 
-    ``self.log(..., batch_size=len(y))`` is common. A loss that rests on ``len`` computes something else at other sizes.
+    ``len(tensor)`` is the example's, because Python wants a plain number: ``self.log(..., batch_size=len(y))`` is
+    common. A loss that rests on it computes something else at other sizes. ``linear`` of more than two dimensions is a
+    product, because torch's own way through ``addmm`` reads the sizes as plain numbers.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__len__:
             size = args[0].shape[0]
             return size if isinstance(size, int) else size.node.hint
+        if func is nn.functional.linear and args[0].dim() > 2:
+            x, weight, *rest = args
+            bias = rest[0] if rest else (kwargs or {}).get("bias")
+            return x @ weight.t() if bias is None else x @ weight.t() + bias
         return func(*args, **(kwargs or {}))
 
 
@@ -205,13 +211,14 @@ def export_with_any_batch(
         return mode.from_tensor(tensor, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
 
     def traced(*given: Any) -> Any:
-        with _PlainLength():
+        with _AnyBatch():
             return step(*given)
 
     fake = ([*map(static, params)], [*map(static, state)], [*map(any_batch, batch)], static(scalar))
     # Fused attention and oneDNN have backward operators of their own, which no other runtime has. Without duck shapes a
     # batch that is as long as another dimension is wide is still a batch.
-    plain, any_size = torch.backends.mkldnn.flags(enabled=False), _config.patch(use_duck_shape=False)
+    plain = torch.backends.mkldnn.flags(enabled=False)
+    any_size = _config.patch(use_duck_shape=False)  # type: ignore[attr-defined]
     with sdpa_kernel(SDPBackend.MATH), plain, any_size:
         trace = make_fx(traced, decomposition_table=dict(decompositions), tracing_mode="symbolic")
         graph = trace(*fake, [*map(static, constants)])
@@ -227,5 +234,5 @@ def export_with_any_batch(
             return self.graph(params, state, batch, scalar, list(self.buffers()))
 
     size = torch.export.Dim("batch", min=1)
-    shapes = ([{}] * len(params), [{}] * len(state), [{0: size}] * len(batch), {})
+    shapes: Any = ([{}] * len(params), [{}] * len(state), [{0: size}] * len(batch), {})
     return torch.export.export(Program(), inputs, dynamic_shapes=shapes)

@@ -184,6 +184,7 @@ def test_the_mathematics_of_docstrings_becomes_mathml() -> None:
     assert text.count(r"\[") == text.count(r"\]") == 1
     assert r"\begin{split}g &\leftarrow g - c_i + c \\" in text
     assert "Args:\n        server_lr" in text
+    assert "[SCAFFOLD: Stochastic Controlled Averaging for Federated Learning](https://scholar.google.com/" in text
     html = maths.on_page_content(r'<p>of <span class="arithmatex">\(x &lt; y_i\)</span></p>')
     assert re.search(r"<p>of <math .*<msub><mi>y</mi><mi>i</mi></msub>.*</math></p>", html)
     assert "arithmatex" not in html

@@ -149,12 +149,14 @@ class Device:
                     return answer.read()
             except urllib.error.HTTPError as error:
                 refused = Refused(error.code, _facts(error.read()))
-                if error.code not in (408, 500, 502, 503, 504, 507) or time.monotonic() > until:
+                asked = error.headers.get("Retry-After", "")
+                wait = max(wait, float(asked) if asked.isdigit() else 0.0)
+                if error.code not in (408, 429, 500, 502, 503, 504, 507) or time.monotonic() + wait > until:
                     raise refused from error
             except (OSError, urllib.error.URLError):  # not there, or gone before it had answered
                 if time.monotonic() > until:
                     raise
-            time.sleep(wait * random.uniform(0.5, 1.5))  # not all devices at once
+            time.sleep(wait * random.uniform(1.0, 1.5))  # not all devices at once
             wait = min(2 * wait, 10.0)
 
 
@@ -236,7 +238,10 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, help="end after so many tasks")
     args = parser.parse_args()
     token, data = args.token_file.read_text().strip(), decode(args.data.read_bytes())
-    taken = Device(args.address, token, data, tuple(args.conditions)).run(args.tasks)
+    try:
+        taken = Device(args.address, token, data, tuple(args.conditions)).run(args.tasks)
+    except Refused as refused:
+        raise SystemExit(f"The gateway refuses this device: {refused}") from None
     print(f"{taken} updates were taken.")
 
 

@@ -4,11 +4,13 @@ from lightning_fl.algorithms.adaptive import FedAdagrad, FedAdam, FedYogi
 from lightning_fl.algorithms.afl import AFL
 from lightning_fl.algorithms.apfl import APFL
 from lightning_fl.algorithms.base import Algorithm, ProbeKind, Weighting
+from lightning_fl.algorithms.cfl import CFL
 from lightning_fl.algorithms.d2 import D2
 from lightning_fl.algorithms.decentralized import Decentralized
 from lightning_fl.algorithms.diloco import DiLoCo
 from lightning_fl.algorithms.ditto import Ditto
 from lightning_fl.algorithms.dsgd import DSGD
+from lightning_fl.algorithms.fedamp import FedAMP
 from lightning_fl.algorithms.fedavg import FedAvg
 from lightning_fl.algorithms.fedavgm import FedAvgM
 from lightning_fl.algorithms.feddyn import FedDyn
@@ -21,6 +23,7 @@ from lightning_fl.algorithms.fedrep import FedRep
 from lightning_fl.algorithms.fedsam import FedSAM
 from lightning_fl.algorithms.fedsgd import FedSGD
 from lightning_fl.algorithms.gradienttracking import GradientTracking
+from lightning_fl.algorithms.ifca import IFCA
 from lightning_fl.algorithms.lora import FedSBLoRA, FFALoRA, HetLoRA, square_adapters
 from lightning_fl.algorithms.mimelite import MimeLite
 from lightning_fl.algorithms.perfedavg import PerFedAvg
@@ -28,6 +31,7 @@ from lightning_fl.algorithms.pfedme import PFedMe
 from lightning_fl.algorithms.pushsum import PushSum
 from lightning_fl.algorithms.qfedavg import QFedAvg
 from lightning_fl.algorithms.registry import get_algorithm, load_entry_points, register, registered
+from lightning_fl.algorithms.replicas import Replicas
 from lightning_fl.algorithms.scaffold import Scaffold
 from lightning_fl.algorithms.streaming_diloco import StreamingDiLoCo
 from lightning_fl.algorithms.term import TERM
@@ -35,14 +39,17 @@ from lightning_fl.algorithms.term import TERM
 __all__ = [
     "AFL",
     "APFL",
+    "CFL",
     "D2",
     "DSGD",
+    "IFCA",
     "TERM",
     "Algorithm",
     "Decentralized",
     "DiLoCo",
     "Ditto",
     "FFALoRA",
+    "FedAMP",
     "FedAdagrad",
     "FedAdam",
     "FedAvg",
@@ -68,6 +75,7 @@ __all__ = [
     "ProbeKind",
     "PushSum",
     "QFedAvg",
+    "Replicas",
     "Scaffold",
     "StreamingDiLoCo",
     "Weighting",

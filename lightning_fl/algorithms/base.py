@@ -12,7 +12,7 @@ from lightning_fl.tree import add, subtract
 from lightning_fl.types import Aggregate, Context, LocalRun, Phase, State, Tree, Update
 
 Weighting = Literal["examples", "uniform"]
-ProbeKind = Literal["loss", "grad"]
+ProbeKind = Literal["loss", "grad", "losses"]
 
 
 class Algorithm(ABC):
@@ -28,7 +28,8 @@ class Algorithm(ABC):
     keeps_client_state: ClassVar[bool] = False
     """Whether clients keep state between rounds. Their placement is then sticky: each trains on its home rank."""
     probe: ClassVar[ProbeKind | None] = None
-    """What to measure for ``client_init`` in one pass over a client's data at the global model, before it trains."""
+    """What to measure for ``client_init`` in one pass over a client's data at the global model, before it trains; for
+    ``"losses"``, in one pass for each of several models."""
     needs_gradient_at: ClassVar[bool] = False
     """Whether ``grad_transform`` finds the gradient of the step's batch at any parameters in ``ctx["gradient_at"]``, a
     :class:`~lightning_fl.types.GradientAt`."""
@@ -37,6 +38,9 @@ class Algorithm(ABC):
     keeps_nodes: ClassVar[bool] = False
     """Whether each client has a model of its own: ``server_update`` then gets each client's change by itself, as
     :class:`~lightning_fl.aggregation.Nodes` hands it on."""
+    mixes_neighbours: ClassVar[bool] = False
+    """Whether ``server_update`` does with ``aggregate.neighbours`` where each silo knows its own change only. Otherwise
+    it is given the changes of all."""
     sends_parts: ClassVar[bool] = False
     """Whether :meth:`delta_like` returns some of the parameters only."""
     is_elementwise: ClassVar[bool] = False
@@ -83,9 +87,14 @@ class Algorithm(ABC):
             server: The server's state.
             client: The client's state from its last round; None before its first.
             probe: What ``self.probe`` asks for, averaged over the client's examples at the global model: for ``"loss"``
-                the mean loss, a float64 scalar tensor; for ``"grad"`` the mean gradient, a tree.
+                the mean loss, a float64 scalar tensor; for ``"grad"`` the mean gradient, a tree; for ``"losses"`` the
+                mean loss at each of :meth:`candidates`, a float64 vector.
         """
         return {"params": server["params"]}
+
+    def candidates(self, server: State) -> Sequence[Tree]:
+        """The parameters at which a probe of ``"losses"`` measures; each takes a pass over the client's data."""
+        return [server["params"]]
 
     def phases(self) -> tuple[Phase, ...]:
         """The phases of a client's local training, in order."""

@@ -51,6 +51,7 @@ class Decentralized(Algorithm):
     weighting: ClassVar[Weighting] = "uniform"
     knows_index: ClassVar[bool] = True
     keeps_nodes: ClassVar[bool] = True
+    mixes_neighbours: ClassVar[bool] = True
 
     def server_init(self, params: Tree, population: int) -> State:
         self.topology.check(population)

@@ -63,17 +63,28 @@ class AdapterCheckpoint(L.Callback):
         state = trainer.strategy.lightning_module_state_dict()
         if not trainer.is_global_zero:
             return
-        prefix, model = peft_model(module)
-        own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
         unfinished = self._path.with_name(f".{self._path.name}.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
-        model.save_pretrained(str(unfinished), state_dict=_without_parametrizations(model, own))
-        (unfinished / "README.md").unlink(missing_ok=True)  # peft's card has nothing filled in
+        save_adapters(module, state, unfinished)
         old = self._path.with_name(f".{self._path.name}.old")
         if self._path.exists():
             self._path.replace(old)
         unfinished.replace(self._path)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def save_adapters(module: nn.Module, state: dict[str, Any], folder: Path) -> None:
+    """Writes the adapters of a module's peft model in peft's format.
+
+    Args:
+        module: The module.
+        state: Its ``state_dict``.
+        folder: Where to write.
+    """
+    prefix, model = peft_model(module)
+    own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    model.save_pretrained(str(folder), state_dict=_without_parametrizations(model, own))
+    (folder / "README.md").unlink(missing_ok=True)  # peft's card has nothing filled in
 
 
 def peft_model(module: nn.Module) -> tuple[str, Any]:

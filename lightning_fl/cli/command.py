@@ -26,14 +26,21 @@ _STYLES = {
 """By pattern the colour in a help: headings, options, commands, examples."""
 
 
-def is_misconfiguration(error: Exception) -> bool:
-    """Whether an error is Lightning's MisconfigurationException, told by name because no light command imports it."""
-    return any(kind.__name__ == "MisconfigurationException" for kind in type(error).__mro__)
+TOLD_IN_ONE_LINE = {
+    *("ConfigurationError", "MisconfigurationException", "Disagreement", "RankLost"),
+    *("CallRefused", "NotAdmitted", "PolicyBroken"),
+}
+"""Errors that say all that their reader needs, by name because no light command imports them."""
+
+
+def is_told_in_one_line(error: Exception) -> bool:
+    """Whether an error needs no traceback."""
+    return any(kind.__name__ in TOLD_IN_ONE_LINE for kind in type(error).__mro__)
 
 
 def fail(message: object) -> SystemExit:
-    """Prints a one-line error on rank 0 and returns the exception to raise, which ends the process with code 2."""
-    if os.environ.get("RANK", "0") == "0":
+    """Prints a one-line error, once on each machine, and returns the exception to raise, which ends it with code 2."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"{PROGRAM}: error: {message}", file=sys.stderr)
     return SystemExit(2)
 
@@ -63,7 +70,7 @@ def command(name: str) -> Callable[[Sequence[str]], None]:
         except BrokenPipeError:  # the reader, such as `head`, has seen enough
             sys.stderr.close()
         except Exception as error:
-            if not (isinstance(error, errors) or is_misconfiguration(error)):
+            if not (isinstance(error, errors) or is_told_in_one_line(error)):
                 raise
             raise fail(error) from None
 

@@ -25,6 +25,9 @@ _IGNORED = (
 )
 
 
+_REQUIRED = re.compile(r"the following arguments are required: ([\w., ]+)")
+
+
 class ConfigurationError(ValueError):
     """The configuration is wrong; the message is one line for the user."""
 
@@ -56,6 +59,9 @@ def in_one_line(message: str) -> str:
         message: The text of an error of jsonargparse.
     """
     leaves = list(_leaves(message))
+    if found := _REQUIRED.search(message):
+        names = ", ".join(name.partition(".")[2] or name for name in found[1].split(", "))
+        return f"There is no {names}. Name a file that has it, --config config.yaml; `lightning-fl init` writes one."
     if not leaves:
         return message.partition("\n")[0]
     told = [leaf for leaf in leaves if not _EXPECTED.match(leaf.text) and not leaf.text.startswith("Not a valid")]

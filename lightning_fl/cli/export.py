@@ -1,7 +1,7 @@
 """Exports the model of a run or a checkpoint, and checks the file by running it before it is kept.
 
 Formats: safetensors (weights only), torch (torch.export), onnx, executorch, hub (a folder with weights, config.json and
-a model card).
+a model card), adapter (a folder with the adapters alone, in peft's format).
 
 Examples:
   lightning-fl export lightning_logs/version_0 --to onnx
@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-FORMATS = ("safetensors", "torch", "onnx", "executorch", "hub")
+FORMATS = ("safetensors", "torch", "onnx", "executorch", "hub", "adapter")
 """Those of :data:`lightning_fl.serving.FORMATS`, which imports torch. A test compares."""
 
 
@@ -23,7 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("--to", choices=FORMATS, required=True, help="the format")
     parser.add_argument("--client", help="export the personalised model of this client")
-    parser.add_argument("--out", type=Path, help="the file, or for hub the folder (default: model.* in this folder)")
+    parser.add_argument("--merge-adapters", action="store_true", help="make adapters of peft part of their layers")
+    parser.add_argument(
+        "--out", type=Path, help="the file, or for hub and adapter the folder (default: model.* in this folder)"
+    )
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,15 +45,20 @@ def run(args: argparse.Namespace) -> None:
     checkpoint = serving.find_checkpoint(args.run)
     module = serving.load_module(checkpoint, args.module, args.client, args.base)
     inputs = serving.example_inputs(module, checkpoint, args.shape)
-    out = args.out or Path(f"model{serving.FORMATS[args.to].suffix}")
-    if args.to == "hub" and out.is_dir() and not (out / "config.json").exists() and any(out.iterdir()):
+    if args.merge_adapters and args.to == "adapter":
+        raise ValueError("Adapters are either merged or written alone: leave out --merge-adapters or --to adapter.")
+    out = args.out or Path("adapter" if args.to == "adapter" else f"model{serving.FORMATS[args.to].suffix}")
+    own = {"hub": "config.json", "adapter": "adapter_config.json"}.get(args.to)
+    if own is not None and out.is_dir() and not (out / own).exists() and any(out.iterdir()):
         raise ValueError(f"{out} is a folder with other files. Name a new one with --out.")
 
     def write_card(folder: Path) -> None:
         card = serving.model_card(read(checkpoint), module, is_personal=args.client is not None)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
-    difference = serving.export(module, out, args.to, inputs, write_card if args.to == "hub" else None)
+    difference = serving.export(
+        module, out, args.to, inputs, write_card if args.to == "hub" else None, args.merge_adapters
+    )
     print(f"{out}: {type(module).__name__} of {checkpoint}; its outputs differ by {difference:.1g} of the largest")
 
 

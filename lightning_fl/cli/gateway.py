@@ -70,7 +70,7 @@ def make_gateway(config: GatewayConfig, allow: Sequence[str] = ()) -> Gateway:
     strategy = make_strategy(config.strategy, allow)
     schedule = make_object(Asynchronous, config.schedule, allow)
     epochs, steps = strategy.local_epochs, strategy.local_steps
-    if not all(isinstance(own, int | None) for own in (epochs, steps)):
+    if not (isinstance(epochs, int | None) and isinstance(steps, int | None)):
         raise ValueError("Devices train for whole epochs or steps: give local_epochs or local_steps as a number.")
     ignored = {
         "num_clients": strategy.num_clients is not None,

@@ -12,8 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 import lightning_fl
-from lightning_fl.cli.command import PROGRAM, command, fail, is_misconfiguration, print_coloured, summary
-from lightning_fl.cli.errors import ConfigurationError
+from lightning_fl.cli.command import PROGRAM, command, fail, is_told_in_one_line, print_coloured, summary
 
 TRACEBACK = "--traceback"
 RUNS = {
@@ -80,8 +79,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
         FederatedCLI(words)
     except Exception as error:
-        is_users = isinstance(error, ConfigurationError) or is_misconfiguration(error)
-        if shows_traceback or not is_users:
+        if shows_traceback or not is_told_in_one_line(error):
             raise
         raise fail(error) from None
 

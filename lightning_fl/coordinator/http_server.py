@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import ssl
 import time
 from collections import defaultdict
@@ -58,6 +59,8 @@ class HttpServer:
         self._runners: list[web.AppRunner] = []
         # One thread for all that reads whole updates, so that no two of them are in memory at once.
         self._worker = ThreadPoolExecutor(1)
+        # One for all that is sent, since each thread keeps memory of its own for the pieces.
+        self._reader = ThreadPoolExecutor(1)
         self._transports: WeakSet[asyncio.WriteTransport] = WeakSet()
 
     async def start(self, host: str | list[str] | None, port: int, admin_port: int | None = None) -> int:
@@ -119,7 +122,8 @@ class HttpServer:
 
     async def stop(self) -> None:
         """Ends all connections."""
-        self._worker.shutdown(wait=False, cancel_futures=True)
+        for executor in (self._worker, self._reader):
+            executor.shutdown(wait=False, cancel_futures=True)
         for runner in self._runners:
             await runner.cleanup()
         # TLS would wait for the other sides' farewells.
@@ -211,7 +215,7 @@ class HttpServer:
         digest = request.match_info["digest"]
         if not self.coordinator.may_read(digest):
             raise Refused(404, "There is no such state.")
-        return web.FileResponse(self.coordinator.store.state_path(digest), chunk_size=PIECE)
+        return await self._send(request, self.coordinator.store.state_path(digest))
 
     async def _outcome(self, request: web.Request) -> web.StreamResponse:
         round, topic = _integer(request.match_info["round"]), request.match_info["topic"]
@@ -219,9 +223,38 @@ class HttpServer:
         while time.monotonic() < until:
             path = self.coordinator.outcome(round, topic, request[SILO])
             if path is not None:
-                return web.FileResponse(path, chunk_size=PIECE)
+                return await self._send(request, path)
             await asyncio.sleep(TICK_S)
         return web.Response(status=204)
+
+    async def _send(self, request: web.Request, path: Path) -> web.StreamResponse:
+        """Sends a file, or what of it follows on what the silo has.
+
+        aiohttp's own ``FileResponse`` sends pieces of 32 KiB over TLS, which takes three times as long.
+        """
+        try:
+            file = path.open("rb")
+        except FileNotFoundError as error:
+            raise Refused(404, "There is no such file any more.") from error
+        with file:
+            size = os.fstat(file.fileno()).st_size
+            try:
+                start = request.http_range.start or 0
+            except ValueError as error:
+                raise Refused(400, "The range can't be read.") from error
+            if start and not 0 <= start < size:
+                raise Refused(416, f"The file has {size} bytes.")
+            response = web.StreamResponse(status=206 if start else 200)
+            response.content_type, response.content_length = "application/octet-stream", size - start
+            if start:
+                response.headers["Content-Range"] = f"bytes {start}-{size - 1}/{size}"
+            await response.prepare(request)
+            file.seek(start)
+            loop = asyncio.get_running_loop()
+            while piece := await loop.run_in_executor(self._reader, file.read, PIECE):
+                await response.write(piece)
+            await response.write_eof()
+        return response
 
     async def _offset(self, request: web.Request) -> web.StreamResponse:
         upload = self.coordinator.target(request[SILO], *_place(request), length=1)

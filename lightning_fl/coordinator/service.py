@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+import lightning_fl
 from lightning_fl.aggregation import RoundContext
+from lightning_fl.aggregation.weighted_mean import WeightedSum
 from lightning_fl.communication import LocalGroup, Message
 from lightning_fl.coordinator import wire
 from lightning_fl.coordinator.audit import AuditLog
@@ -30,6 +33,7 @@ from lightning_fl.federation import (
     close_server,
     open_server,
 )
+from lightning_fl.federation.agreement import differences, several
 from lightning_fl.federation.server import nothing, update_templates
 from lightning_fl.tree import to_sum_dtype, update_trees
 from lightning_fl.types import Tree, Update
@@ -125,6 +129,8 @@ class Coordinator:
         self.store = store
         self.audit = audit
         self.seen: dict[str, float] = {}
+        self._joined: dict[str, int] = {}
+        """By silo the round in which it has joined last: it knows nothing of those before."""
         self._template: Update | None = None
         self._templates: list[Update] = []
         self._shapes: wire.Shapes = {}
@@ -191,6 +197,10 @@ class Coordinator:
             raise
         self.seen[silo] = now
         self.machine.join(silo)
+        self._joined[silo] = self.machine.round
+        for (round, _), exchange in self.exchanges.items():
+            if round < self.machine.round:
+                exchange.expected.discard(silo)
         self.audit.append("join", silo=silo, round=self.machine.round, versions=request.get("versions"))
         return {
             "silos": sorted(self.rules.silos),
@@ -215,25 +225,20 @@ class Coordinator:
         found, common = request.get("settings"), request.get("common")
         if not isinstance(found, Mapping) or not isinstance(common, Mapping):
             raise Refused(422, f"Silo {silo!r} sent no settings.")
-        for name, value in self.expected.items():
-            if found.get(name) != value:
-                raise Refused(
-                    422,
-                    f"Silo {silo!r} has {name}={found.get(name, 'nothing')}, the coordinator has {name}={value}. "
-                    "Use the same configuration.",
-                )
+        who, versions, present = f"silo {silo}", request.get("versions"), lightning_fl.__version__
+        release = versions.get("lightning_fl", present) if isinstance(versions, Mapping) else present
+        unlike = differences({"lightning_fl": present}, {"lightning_fl": release}, who, "the coordinator")
+        known = {name: found.get(name) for name in self.expected}
+        unlike += differences(self.expected, known, who, "the coordinator")
+        if self.start is not None:
+            unlike += differences(self.common, common, who, "the silo that came first")
+        if unlike:
+            raise Refused(422, f"{who.capitalize()} is not to train the same thing: {several(unlike)}.")
         try:
             manifest = {n: (str(dtype), tuple(shape)) for n, (dtype, shape) in request["manifest"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise Refused(422, f"Silo {silo!r} sent no manifest of its model.") from error
         if self.start is not None:
-            for name in [*self.common, *common]:
-                if self.common.get(name) != common.get(name):
-                    raise Refused(
-                        422,
-                        f"Silo {silo!r} has {name}={common.get(name, 'nothing')}, the first silo has "
-                        f"{self.common.get(name, 'nothing')}. All silos must train the same thing.",
-                    )
             try:
                 wire.check_shapes(self.manifest, manifest)
             except wire.BadFile as error:
@@ -379,19 +384,26 @@ class Coordinator:
         assert self._template is not None
         aggregator, ctx, round = self.settings.aggregator, self._context(), self.machine.round
         digests = dict(sorted(self.machine.done.items()))
-        acc, reports = aggregator.init(self._template, torch.device("cpu")), {}
+        acc, reports = self._in_file(aggregator.init(self._template, torch.device("cpu"))), {}
         for silo, digest in digests.items():  # in the order of their names, as one process trains them
             path = Upload(self.store.folder(round, UPDATE), silo, digest).ok
             update, reports[silo] = self._read_update(silo, path)
             if update is not None:
                 acc = aggregator.add(acc, self._received(update, silo, ctx), replace(ctx, client=silo))
-        acc, _ = aggregator.merge(acc, LocalGroup(), Message(), ctx)
+        acc, _ = aggregator.merge(acc, _Alone(), Message(), ctx)
         opened = ServerRound(self.settings, self._model.state, self._model.buffers, self._template, ctx)
         joined = RankReport.join(list(reports.values()))
         if joined.num_clients or self.settings.hides_clients:
             return reports, digests, close_server(opened, acc, joined)
         # Every silo has refused its own update, and will say so: the model stays.
         return reports, digests, Closing(self._model.state, self._model.buffers, nothing(opened), 0.0, {}, None)
+
+    def _in_file(self, acc: Any) -> Any:
+        """The accumulator with its sums in a file, so that of a large model less has to be in memory."""
+        if not isinstance(acc, WeightedSum):
+            return acc
+        sums = {dtype: self.store.zeros_like(flat) for dtype, flat in acc.sums.items()}
+        return replace(acc, sums=sums, views=acc.layout.unflatten(sums))
 
     def _received(self, update: Update, silo: str, ctx: RoundContext) -> Update:
         """What of an update is added."""
@@ -569,7 +581,8 @@ class Coordinator:
     def _exchange(self, round: int, topic: str) -> Exchange:
         key = round, topic
         if key not in self.exchanges:
-            self.exchanges[key] = Exchange(set(self.progress.members), self.rules.evaluation_s)
+            expected = {silo for silo in self.progress.members if self._joined.get(silo, 0) <= round}
+            self.exchanges[key] = Exchange(expected, self.rules.evaluation_s)
         return self.exchanges[key]
 
     def _close_exchange(self, round: int, topic: str, exchange: Exchange, now: float) -> None:
@@ -730,6 +743,13 @@ class Coordinator:
         if self._model is not None:
             self._save(self._model.shared, self._model.private, self.machine.round)
         self.audit.append("over", round=self.machine.round, reason=reason)
+
+
+class _Alone(LocalGroup):
+    """Merges what one process has, without a copy: there is no other attempt."""
+
+    def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
+        return tensor if op == "sum" else super().all_reduce(tensor, op)
 
 
 def is_exchange(topic: str) -> bool:

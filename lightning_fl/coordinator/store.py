@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_fl.coordinator import wire
@@ -198,6 +199,21 @@ class Store:
         self.disk.before("write outcome")
         wire.write(unfinished, tensors, fields)
         self.disk.replace(unfinished, folder / OUTCOME)
+
+    def zeros_like(self, tensor: Tensor) -> Tensor:
+        """Zeros in a file that has no name any more: the system may take their pages out of memory.
+
+        Raises:
+            OSError: If the disk has no space for them.
+        """
+        if not tensor.numel() or not hasattr(os, "posix_fallocate"):  # where a full disk would end the process later
+            return tensor
+        path = self.root / "sums"
+        with path.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, tensor.nbytes)
+        zeros = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype)
+        path.unlink()
+        return zeros
 
     def free_bytes(self) -> int:
         """Free space on the folder's file system."""

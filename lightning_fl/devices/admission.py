@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import math
 from collections import deque
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ class AdmissionRules:
         requests_per_minute: Requests that a device may make in a minute.
         task_s: How long a task is good for, in seconds.
         max_examples: The most examples that a device may claim, which is its weight. Default 10,000.
+        max_norm: The largest L2 norm of an update's change. Default 1e9, which only keeps sums finite.
 
     Raises:
         ValueError: If a number is not positive.
@@ -35,9 +37,10 @@ class AdmissionRules:
     requests_per_minute: int = 120
     task_s: float = 600.0
     max_examples: int = 10_000
+    max_norm: float = 1e9
 
     def __post_init__(self) -> None:
-        for name in ("updates_per_day", "requests_per_minute", "task_s", "max_examples"):
+        for name in ("updates_per_day", "requests_per_minute", "task_s", "max_examples", "max_norm"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} is {value!r}; expected a positive number.")
@@ -66,26 +69,36 @@ class Admission:
         while recent and recent[0] <= now - MINUTE_S:
             recent.popleft()
         if len(recent) >= self.rules.requests_per_minute:
-            raise Refused(429, f"More than {self.rules.requests_per_minute} requests in a minute.", kind="quota")
+            wait = math.ceil(recent[0] + MINUTE_S - now)
+            reason = f"More than {self.rules.requests_per_minute} requests in a minute."
+            raise Refused(429, reason, kind="quota", retry_after=wait)
         recent.append(now)
 
-    def check_device(self, conditions: Collection[str], updates: Collection[float], time: float) -> None:
-        """Makes sure that a device may train.
-
-        Args:
-            conditions: What the device says of itself.
-            updates: When its updates were taken, by the wall clock.
-            time: The wall clock.
+    def check_conditions(self, conditions: Collection[str]) -> None:
+        """Makes sure that what a device says of itself is enough.
 
         Raises:
-            Refused: 412 if a condition does not hold, 429 if it has trained enough for today.
+            Refused: 412 if a condition does not hold.
         """
         lacking = [name for name in self.rules.conditions if name not in conditions]
         if lacking:
             raise Refused(412, f"The device is not {' and not '.join(lacking)}.", kind="condition")
-        limit = self.rules.updates_per_day
-        if limit is not None and sum(time - DAY_S < at for at in updates) >= limit:
-            raise Refused(429, f"{limit} updates of this device were taken in the last 24 hours.", kind="quota")
+
+    def check_quota(self, updates: Collection[float], time: float) -> None:
+        """Makes sure that a device has not trained enough for today.
+
+        Args:
+            updates: When its updates were taken, by the wall clock.
+            time: The wall clock.
+
+        Raises:
+            Refused: 429 if it has.
+        """
+        limit, recent = self.rules.updates_per_day, sorted(at for at in updates if time - DAY_S < at)
+        if limit is not None and len(recent) >= limit:
+            wait = math.ceil(recent[-limit] + DAY_S - time)
+            reason = f"{limit} updates of this device were taken in the last 24 hours."
+            raise Refused(429, reason, kind="quota", retry_after=wait)
 
     # ---- tasks
 
@@ -102,9 +115,9 @@ class Admission:
         version, _, rest = task.partition(".")
         expires = rest.partition(".")[0]
         is_number = all(part.isascii() and part.isdigit() and len(part) < 16 for part in (version, expires))
-        # Not `compare_digest` of the text: it refuses what is not ASCII.
-        if not is_number or not hmac.compare_digest(
-            self._signed(device, int(version), int(expires)).encode(), task.encode()
+        # First whether it is ASCII: `compare_digest` takes no other text.
+        if not (is_number and task.isascii()) or not hmac.compare_digest(
+            self._signed(device, int(version), int(expires)), task
         ):
             raise Refused(403, "This device was not given this task.", kind="task")
         if int(expires) < time:

@@ -44,8 +44,8 @@ def _convolution_backward(
     groups: int,
     wanted: Sequence[bool],
 ) -> tuple[_Maybe, _Maybe, _Maybe]:
-    if transposed or groups != 1:
-        raise NotImplementedError("a training step has no transposed and no grouped convolutions")
+    if transposed:
+        raise NotImplementedError("a training step has no transposed convolutions")
     dims = range(len(stride))
     of_x = of_weight = of_bias = None
     if wanted[0]:
@@ -53,12 +53,14 @@ def _convolution_backward(
             _missing(x.shape[2 + i], grad.shape[2 + i], weight.shape[2 + i], stride[i], padding[i], dilation[i])
             for i in dims
         ]
-        of_x = _aten.convolution(grad, weight, None, stride, padding, dilation, True, rest, 1)
+        of_x = _aten.convolution(grad, weight, None, stride, padding, dilation, True, rest, groups)
     if wanted[1]:
-        # The batch takes the place of the channels, and the stride that of the dilation.
+        # The batch takes the place of the channels, group by group, and the stride that of the dilation.
+        batch, channels, *size = x.shape
+        grouped = x.reshape(batch, groups, channels // groups, *size).transpose(0, 2)
+        turned = grouped.reshape(channels // groups, groups * batch, *size), grad.transpose(0, 1)
         nothing = [0] * len(stride)
-        turned = (x.transpose(0, 1), grad.transpose(0, 1))
-        of_weight = _aten.convolution(*turned, None, dilation, padding, stride, False, nothing, 1).transpose(0, 1)
+        of_weight = _aten.convolution(*turned, None, dilation, padding, stride, False, nothing, groups).transpose(0, 1)
         for i in dims:
             of_weight = of_weight.narrow(2 + i, 0, weight.shape[2 + i])
     if wanted[2]:

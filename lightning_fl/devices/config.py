@@ -70,7 +70,14 @@ class GatewayConfig:
 _KINDS: dict[str, Any] = {
     **dict.fromkeys(("step", "folder", "devices", "pages", "host", "certificate", "key"), str),
     **dict.fromkeys(("rounds", "batch_size", "port", "admin_port", "updates_per_day", "requests_per_minute"), int),
-    **{"max_examples": int, "lr": (int, float), "task_s": (int, float), "shuffle": bool, "conditions": list},
+    **{
+        "max_examples": int,
+        "max_norm": (int, float),
+        "lr": (int, float),
+        "task_s": (int, float),
+        "shuffle": bool,
+        "conditions": list,
+    },
     **{"strategy": (str, Mapping), "schedule": Mapping},
 }
 _NEEDED = ("strategy", "schedule", "step", "folder", "rounds", "lr", "batch_size")

@@ -45,6 +45,8 @@ from lightning_fl.types import Tree, Update
 PROTOCOL = 1
 ROOM_FOR_FIELDS = 1 << 16
 """Bytes of an update beside its tensors and their names."""
+MAX_LOSS = 1e30
+"""Far from where a mean of losses overflows."""
 KEPT_MODELS = 3
 """Newest models that a device may load, since a round may close between a task and the download."""
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -88,7 +90,7 @@ class Progress:
         updates: For each device when its updates were taken, in the last 24 hours, by the wall clock.
         history: One entry for each finished round.
         models: Digests of the models from which devices may still train, by round, if the schedule needs them.
-        over: Why no other round follows, before the last one.
+        over: Why the algorithm has ended before the last round.
     """
 
     global_step: int = 0
@@ -149,15 +151,16 @@ class Gateway:
         self.admission = Admission(rules, self._secret())
         self.refusals = Refusals()
         self.accepted = 0
+        self.arrived: dict[str, Arrived] = {}
+        self.downloads: dict[int, bytes] = {}
         self._training: dict[str, float] = {}
         self._lock = threading.Lock()  # updates are taken in by another thread than check-ins
+        self.store.disk.delete(self.store.root / "arriving")  # devices send those again
         self.load()
 
     def load(self) -> None:
         """Reads from the folder how far the federation is: at the start, and when a change could not be written."""
-        self.arrived: dict[str, Arrived] = {}
-        self.downloads: dict[int, bytes] = {}
-        self.store.disk.delete(self.store.root / "arriving")  # devices send those again
+        self._fault: str | None = None
         commit = self.store.load()
         if not commit:
             self._begin()
@@ -165,16 +168,33 @@ class Gateway:
         self.start, self.round = commit["start"], commit["round"]
         self.progress = Progress(**commit["progress"])
         self._set_model(commit["shared"], commit["private"])
-        for device, digest in self.store.whole(self._folder).items():
-            header = wire.read_header(Upload(self._folder, device, digest).ok)
-            self.arrived[device] = Arrived(header.fields["version"], digest)
+        whole = self.store.whole(self._folder).items()
+        # Assigned at once: check-ins go on while a folder is read again.
+        self.arrived = {name: self._arrived(Upload(self._folder, name, digest)) for name, digest in whole}
         self.audit.append("restart", round=self.round, arrived=len(self.arrived))
         self._close_full_rounds()
+
+    def _arrived(self, upload: Upload) -> Arrived:
+        try:
+            version = wire.read_header(upload.ok).fields.get("version")
+        except wire.BadFile:
+            version = None
+        # One that can't be used is dropped when its round closes.
+        return Arrived(version if type(version) is int else -1, upload.digest)
+
+    @property
+    def over(self) -> str | None:
+        """Why no other round follows; None if one does.
+
+        A round that can't be closed is tried again after a restart, by which time the settings may be others.
+        """
+        done = f"All {self.rounds} rounds are done." if self.round >= self.rounds else None
+        return self.progress.over or self._fault or done
 
     @property
     def is_over(self) -> bool:
         """Whether no other round follows."""
-        return self.progress.over is not None or self.round >= self.rounds
+        return self.over is not None
 
     @property
     def _folder(self) -> Path:
@@ -202,18 +222,20 @@ class Gateway:
         """A device wants to train; returns its task, or None if it is to ask again later.
 
         Raises:
-            Refused: 410 if the federation is over, 400 or 422 for a request that is none, and as
-                :meth:`~lightning_fl.devices.admission.Admission.check_device`.
+            Refused: 410 if the federation is over, 400 or 422 for a request that is none, 401 if the device was revoked
+                meanwhile, and as :class:`~lightning_fl.devices.admission.Admission` says.
         """
+        self._check_known(device)
         if request.get("protocol") != PROTOCOL:
             raise Refused(422, f"The device speaks protocol {request.get('protocol')!r}, the gateway {PROTOCOL}.")
         conditions = request.get("conditions", [])
         if not isinstance(conditions, list) or not all(isinstance(own, str) for own in conditions):
             raise Refused(400, "conditions is no list of words.")
-        if self.is_over:
-            raise Refused(410, self.progress.over or f"All {self.rounds} rounds are done.", kind="over")
+        if self.over is not None:
+            raise Refused(410, self.over, kind="over")
         wall = self.clock()
-        self.admission.check_device(conditions, self.progress.updates.get(device, ()), wall)
+        self.admission.check_conditions(conditions)
+        self.admission.check_quota(self.progress.updates.get(device, ()), wall)
         # Its next update is of a model that holds its last one.
         if device in self.arrived or not self._starts(device, wall):
             return None
@@ -252,11 +274,14 @@ class Gateway:
             The round into which it has gone.
 
         Raises:
-            Refused: 403, 409, 410 or 422 if it is not taken; then it counts nowhere.
+            Refused: 401, 403, 409, 410, 422 or 429 if it is not taken; then it counts nowhere.
         """
+        self._check_known(device)
         version = self.admission.read(device, task, self.clock())
         digest = wire.sha256(path)
         self._check_version(device, version, digest)
+        # Here, too: a device may have kept many tasks.
+        self.admission.check_quota(self.progress.updates.get(device, ()), self.clock())
         try:
             self._read(path, version)
         except wire.BadFile as error:
@@ -274,6 +299,10 @@ class Gateway:
         self._close_full_rounds()
         return {"round": round, "version": version, "digest": digest}
 
+    def _check_known(self, device: str) -> None:
+        if device not in self.registry:
+            raise Refused(401, "This device was revoked.", kind="token")
+
     def _check_version(self, device: str, version: int, digest: str) -> None:
         own = self.arrived.get(device)
         last = self.progress.accepted.get(device)
@@ -286,6 +315,8 @@ class Gateway:
             raise Refused(409, reason, kind="replay", digest=last[1])
         if self.is_over:
             raise Refused(410, "The federation is over.", kind="over")
+        if version > self.round:  # a model that could not be written
+            raise Refused(410, f"There is no version {version}, the newest is {self.round}.", kind="stale")
         limit = self.schedule.max_staleness
         if limit is not None and self.round - version > limit:
             reason = f"The update has started from version {version}, the newest is {self.round}; {limit} is the limit."
@@ -295,7 +326,7 @@ class Gateway:
         header = wire.read_header(path)
         fields = header.fields
         wire.check_shapes(self._shapes, header.shapes)
-        if fields.get("version") != version:
+        if type(fields.get("version")) is not int or fields["version"] != version:
             raise wire.BadFile(f"it is of version {fields.get('version')!r}, its task of {version}")
         examples, steps, loss = (fields.get(name) for name in ("num_examples", "num_steps", "loss"))
         limit = self.admission.rules.max_examples
@@ -303,12 +334,15 @@ class Gateway:
             raise wire.BadFile(f"it has num_examples {examples!r}, expected 1 to {limit}")
         if type(steps) is not int or not 0 < steps < 1 << 31:
             raise wire.BadFile(f"it has num_steps {steps!r}, expected a positive number")
-        if not isinstance(loss, int | float) or not math.isfinite(loss):
+        if isinstance(loss, bool) or not isinstance(loss, int | float) or not abs(loss) < MAX_LOSS:
             raise wire.BadFile(f"its loss is {loss!r}; is that NaN?")
         trees = wire.unflatten(wire.read(path))
         bad = wire.finite_error(wire.flatten(trees))
         if bad is not None:
             raise wire.BadFile(f"{wire.readable(bad)!r} holds NaN or Inf")
+        norm = math.hypot(*(float(own.double().norm()) for own in trees["delta"].values()))
+        if norm > (most := self.admission.rules.max_norm):
+            raise wire.BadFile(f"its change has norm {norm:g}, expected at most {most:g}")
         weight = self.settings.weight_of(examples)
         report = RankReport(num_clients=1, weight=weight, num_steps=steps, num_examples=examples, logger_steps=1)
         return Update(trees["delta"], {}, weight), report
@@ -316,26 +350,58 @@ class Gateway:
     # ---- rounds
 
     def _close_full_rounds(self) -> None:
-        if len(self.arrived) >= self.schedule.size and not self.is_over:
-            self._close()
+        try:
+            while len(self.arrived) >= self.schedule.size and not self.is_over:
+                self._close()
+        except (ValueError, RuntimeError, ArithmeticError) as error:  # of the rule or the algorithm
+            self._fault = (
+                f"Round {self.round} can't be closed: {error} Change the strategy, or delete {self._folder}/*.ok, and "
+                "start the gateway again."
+            )
+            self.audit.append("stopped", round=self.round, reason=self._fault)
+
+    def _drop(self, reasons: Mapping[str, str]) -> None:
+        """Forgets updates of the open round; their devices may send others."""
+        self.audit.append("dropped", round=self.round, reasons=dict(reasons))
+        for device in reasons:
+            self.store.disk.delete(Upload(self._folder, device, self.arrived[device].digest).ok)
+        self.arrived = {device: own for device, own in self.arrived.items() if device not in reasons}
 
     def _close(self) -> None:
+        """Closes the round, or drops what can't be in it."""
+        revoked = [device for device in self.arrived if device not in self.registry]
+        if revoked:
+            self._drop(dict.fromkeys(revoked, "revoked"))
+            return
         ctx, folder, aggregator = self._context(), self._folder, self.settings.aggregator
         state = open_server(self.settings, self.state, self.state.server["params"], ctx)
         acc, reports, losses = aggregator.init(self._templates[-1], torch.device("cpu")), [], []
-        for device in ctx.cohort:
-            own = self.arrived[str(device)]
-            path = Upload(folder, str(device), own.digest).ok
-            update, report = self._read(path, own.version)
+        unusable: dict[str, str] = {}
+        for device in map(str, ctx.cohort):
+            own = self.arrived[device]
+            path = Upload(folder, device, own.digest).ok
+            try:
+                # Again, since the rules may be others than when it came.
+                update, report = self._read(path, own.version)
+            except wire.BadFile as error:
+                unusable[device] = str(error)
+                continue
             losses.append((report.num_examples, float(wire.read_header(path).fields["loss"])))
             aged = replace(ctx, client=device, staleness=ctx.round - own.version, start=self._start_of(own.version))
             for transform in self.schedule.transforms:
                 update, _ = transform.client(update, {}, replace(aged, template=self._present()))
             acc = aggregator.add(acc, update, replace(ctx, client=device))
             reports.append(report)
+        if unusable:
+            self._drop(unusable)
+            return
         acc, _ = aggregator.merge(acc, LocalGroup(), Message(), ctx)
         joined = RankReport.join(reports)
         closing = close_server(ServerRound(self.settings, state, {}, self._templates[-1], ctx), acc, joined)
+        bad = wire.finite_error(wire.flatten({"server": closing.state.server, "memory": closing.state.memory}))
+        if bad is not None:
+            self._drop(dict.fromkeys(self.arrived, f"{wire.readable(bad)!r} would hold NaN or Inf"))
+            return
         ages = [self.round - own.version for own in self.arrived.values()]
         entry = {
             "round": self.round,
@@ -442,7 +508,7 @@ class Gateway:
         self.state = FederationState(server, [{} for _ in self.settings.transforms], memory=rest.get("memory", {}))
         self._templates = update_templates(self.settings, params, {})
         self._shapes = wire.shapes_of(wire.flatten(update_trees(self._templates[-1])))
-        self._shared = shared
+        self._shared, self._private = shared, private
         newest = {**self.downloads, self.round: save({name: own.contiguous() for name, own in params.items()})}
         self.downloads = dict(sorted(newest.items())[-KEPT_MODELS:])
 
@@ -518,7 +584,7 @@ def check_settings(settings: FederationSettings) -> None:
         )
         if getattr(own, name) is not getattr(Algorithm, name)
     ]
-    if on_clients or own.probe or own.keeps_client_state:
+    if on_clients or own.probe or own.keeps_client_state or own.keeps_nodes:
         raise ValueError(
             f"Clients of {own.__name__} do more than training steps ({', '.join(on_clients) or 'a probe'}), which "
             "devices can't. Use an algorithm of the server, such as FedAvg, FedAvgM or FedAdam."
@@ -526,5 +592,12 @@ def check_settings(settings: FederationSettings) -> None:
     if settings.transforms:
         names = ", ".join(type(transform).__name__ for transform in settings.transforms)
         raise ValueError(f"{names} would have to run on the devices, which can't. Leave transforms out.")
-    if settings.aggregator.hides_reports:
+    aggregator = settings.aggregator
+    if aggregator.hides_reports:
         raise ValueError("Secure aggregation needs devices that mask their updates, which there are not yet.")
+    if aggregator.needs_server or aggregator.moves_frozen:
+        raise ValueError(
+            f"{aggregator!r} needs the module, which the gateway has not. Use the mean or a rule on updates."
+        )
+    aggregator.check(settings.algorithm)
+    aggregator.check_cohort(settings.schedule.size)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import logging
 import ssl
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,12 +18,17 @@ from aiohttp import web
 
 from lightning_fl.coordinator.service import Refused
 from lightning_fl.coordinator.wire import sha256
+from lightning_fl.devices.config import LOOPBACK
 from lightning_fl.devices.gateway import Gateway
 
 HOLD_S = 20.0
 """How long a check-in is held while there is no task."""
 IDLE_S = 30.0
-"""A body that does not go on for so long is given up."""
+"""A body, or an answer, that does not go on for so long is given up."""
+HEADER_S = 10.0
+"""A connection on which no whole request has come by then is closed."""
+REQUESTS = 4
+"""Requests of a device at the same time; each may keep a piece of a file in memory."""
 MAX_JSON_BYTES = 1 << 16
 PIECE = 1 << 18
 DISK_S = 1.0
@@ -43,7 +50,11 @@ class HttpGateway:
         self.gateway, self.pages = gateway, pages
         self._step = gateway.plan.step.read_bytes()
         self._step_digest = sha256(gateway.plan.step)
-        self._uploading: set[str] = set()
+        self._requests: Counter[str] = Counter()
+        self._numbers = itertools.count()
+        self._uploading: dict[str, int] = {}
+        self._spoken: set[Any] = set()
+        self._watchers: list[asyncio.Task[None]] = []
         self._runners: list[web.AppRunner] = []
         self._changed = asyncio.Event()
         # One thread for all that changes the folder: updates are taken in one after the other.
@@ -59,7 +70,12 @@ class HttpGateway:
             port: The port; 0 for any.
             admin_port: A port on 127.0.0.1 for health, status and metrics. None: none.
             context: Key and certificate. None: without TLS.
+
+        Raises:
+            ValueError: If others could listen to what travels.
         """
+        if context is None and host not in LOOPBACK:
+            raise ValueError(f"host is {host!r}, but without a certificate a gateway is served on this machine only.")
         app = web.Application(middlewares=[self._answer], client_max_size=MAX_JSON_BYTES)
         app.router.add_post("/v1/checkin", self._check_in)
         app.router.add_get("/v1/step", self._get_step)
@@ -80,11 +96,25 @@ class HttpGateway:
         runner = web.AppRunner(app, access_log=None, keepalive_timeout=75.0, shutdown_timeout=1.0)
         await runner.setup()
         self._runners.append(runner)
-        await web.TCPSite(runner, host, port, ssl_context=context, backlog=1024).start()
+        await web.TCPSite(runner, host, port, ssl_context=context).start()
+        self._watchers.append(asyncio.create_task(self._close_silent(runner)))
         return int(runner.addresses[0][1])
+
+    async def _close_silent(self, runner: web.AppRunner) -> None:
+        since: dict[Any, float] = {}
+        while runner.server is not None:
+            now, connections = time.monotonic(), set(runner.server.connections)
+            self._spoken &= connections
+            since = {own: since.get(own, now) for own in connections - self._spoken}
+            for own, at in since.items():
+                if now - at >= HEADER_S:
+                    own.force_close()
+            await asyncio.sleep(HEADER_S / 10)
 
     async def stop(self) -> None:
         """Ends all connections."""
+        for watcher in self._watchers:
+            watcher.cancel()
         for runner in self._runners:
             await runner.cleanup()
         self._worker.shutdown(wait=True, cancel_futures=True)
@@ -98,29 +128,39 @@ class HttpGateway:
     async def _answer(
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
+        self._spoken.add(request.protocol)
         try:
-            if request.path.startswith("/v1/"):
-                request[DEVICE] = self.gateway.who(request.headers.get("Authorization", ""), time.monotonic())
-            return await handler(request)
+            if not request.path.startswith("/v1/"):
+                return await handler(request)
+            device = request[DEVICE] = self.gateway.who(request.headers.get("Authorization", ""), time.monotonic())
+            if self._requests[device] >= REQUESTS:
+                raise Refused(429, f"More than {REQUESTS} requests at a time.", kind="quota", retry_after=1)
+            self._requests[device] += 1
+            try:
+                return await handler(request)
+            finally:
+                self._requests[device] -= 1
         except Refused as refused:
             return self._refuse(request, refused)
-        except (TimeoutError, asyncio.TimeoutError):
-            return self._refuse(request, Refused(408, f"The body did not go on for {IDLE_S:g} s.", kind="late"))
         except web.HTTPException as error:  # no such path or method
             if error.status < 400:
                 raise
             kind = "oversized" if error.status == 413 else "malformed"
             return self._refuse(request, Refused(error.status, error.reason, kind=kind))
-        except ConnectionError:  # the device has gone, and nobody reads the answer
+        except web.RequestPayloadError as error:
+            return self._refuse(request, Refused(400, f"The body can't be read: {error}", kind="malformed"))
+        except Gone:  # nobody reads the answer
             return web.Response(status=408)
         except OSError as error:
-            log.error("The gateway can't write: %s; devices try again.", error)
-            await self._in_thread(self._read_folder_again)
-            return web.json_response({"error": f"The gateway can't write: {error.strerror}."}, status=507)
+            if request.path.startswith("/v1/"):  # devices try again
+                return web.json_response({"error": f"The gateway can't read: {error.strerror}."}, status=503)
+            # A page's name that no file can have.
+            return self._refuse(request, Refused(404, "Not Found", kind="malformed"))
 
     def _refuse(self, request: web.Request, refused: Refused) -> web.Response:
         self.gateway.refuse(request.get(DEVICE), refused)
-        return web.json_response(refused.facts, status=refused.status)
+        headers = {"Retry-After": str(refused.facts["retry_after"])} if "retry_after" in refused.facts else None
+        return web.json_response(refused.facts, status=refused.status, headers=headers)
 
     def _read_folder_again(self) -> None:
         while True:  # as after a crash: what the folder says counts, and nothing else
@@ -149,38 +189,47 @@ class HttpGateway:
                 return web.Response(status=204)
 
     async def _get_step(self, request: web.Request) -> web.StreamResponse:
-        return web.Response(body=self._step, content_type="application/octet-stream")
+        return await _send(request, self._step)
 
     async def _get_model(self, request: web.Request) -> web.StreamResponse:
         version = request.match_info["version"]
-        body = self.gateway.downloads.get(int(version)) if version.isdigit() and len(version) < 10 else None
+        body = self.gateway.downloads.get(int(version)) if _is_number(version) else None
         if body is None:
             raise Refused(410, f"There is no model {version[:20]!r} any more.", kind="late")
-        return web.Response(body=body, content_type="application/octet-stream")
+        return await _send(request, body)
 
     async def _put(self, request: web.Request) -> web.StreamResponse:
         device, gateway = request[DEVICE], self.gateway
-        if device in self._uploading:
-            raise Refused(429, "Another update of this device is coming.", kind="quota")
-        self._uploading.add(device)
-        path = gateway.arriving(device)
+        # A device whose connection has broken sends again before the gateway knows: what comes later counts.
+        number = self._uploading[device] = next(self._numbers)
+        path: Path | None = None
         try:
-            await self._save(request, path, gateway.max_bytes())
+            path = gateway.arriving(device).with_name(str(number))
+            await self._save(request, path, number)
             before = gateway.round
             answer = await self._in_thread(gateway.receive, device, request.query.get("task", ""), path)
             if gateway.round != before or gateway.schedule.concurrency is not None:  # there may be a task now
                 self._changed.set()
                 self._changed = asyncio.Event()
+        except OSError as error:  # of the disk; what the network raises is `Gone` or `Refused`
+            log.error("The gateway can't write: %s; devices try again.", error)
+            await self._in_thread(self._read_folder_again)
+            return web.json_response({"error": f"The gateway can't write: {error.strerror}."}, status=507)
         finally:
-            path.unlink(missing_ok=True)
-            self._uploading.discard(device)
+            if path is not None:
+                path.unlink(missing_ok=True)
+            if self._uploading.get(device) == number:
+                del self._uploading[device]
         return web.json_response(answer)
 
-    async def _save(self, request: web.Request, path: Path, limit: int) -> None:
+    async def _save(self, request: web.Request, path: Path, number: int) -> None:
+        limit, until = self.gateway.max_bytes(), time.monotonic() + self.gateway.admission.rules.task_s
         with path.open("wb") as file:
             if (request.content_length or 0) > limit:
                 raise Refused(413, f"The update has {request.content_length} bytes, at most {limit} are taken.", **BIG)
-            while piece := await asyncio.wait_for(request.content.read(PIECE), IDLE_S):
+            while piece := await _in_time(request.content.read(PIECE), min(IDLE_S, until - time.monotonic())):
+                if self._uploading.get(request[DEVICE]) != number:
+                    raise Refused(429, "Another update of this device is coming.", kind="quota", retry_after=1)
                 if file.tell() + len(piece) > limit:
                     raise Refused(413, f"The update has more than {limit} bytes.", **BIG)
                 file.write(piece)
@@ -194,7 +243,8 @@ class HttpGateway:
     async def _status(self, request: web.Request) -> web.StreamResponse:
         return web.json_response(self.gateway.status())
 
-    async def _metrics(self, request: web.Request) -> web.StreamResponse:
+    def metrics(self) -> str:
+        """What Prometheus reads."""
         status = self.gateway.status()
         gauges = ("round", "devices", "training", "arrived", "wanted")
         lines = [f"# TYPE lightning_fl_{name} gauge\nlightning_fl_{name} {status[name]}" for name in gauges]
@@ -202,16 +252,51 @@ class HttpGateway:
         lines += [f"# TYPE {accepted} counter\n{accepted} {status['accepted']}"]
         lines += ["# TYPE lightning_fl_refused_total counter"]
         lines += [f'lightning_fl_refused_total{{reason="{k}"}} {n}' for k, n in sorted(status["refused"].items())]
-        return web.Response(text="\n".join(lines) + "\n", headers={"Content-Type": "text/plain; version=0.0.4"})
+        return "\n".join(lines) + "\n"
+
+    async def _metrics(self, request: web.Request) -> web.StreamResponse:
+        return web.Response(text=self.metrics(), headers={"Content-Type": "text/plain; version=0.0.4"})
 
 
 BIG = {"kind": "oversized"}
 
 
+class Gone(Exception):
+    """The connection of a device has broken."""
+
+
+async def _in_time(awaited: Awaitable[T], seconds: float | None = None) -> T:
+    try:
+        return await asyncio.wait_for(awaited, IDLE_S if seconds is None else seconds)
+    except (TimeoutError, asyncio.TimeoutError) as error:
+        raise Refused(408, "The device was too slow.", kind="late") from error
+    except OSError as error:  # among them `ssl.SSLError`
+        raise Gone from error
+
+
+async def _send(request: web.Request, body: bytes) -> web.StreamResponse:
+    """Answers piece by piece, so that a device which reads slowly keeps no copy of the file in memory."""
+    response = web.StreamResponse(headers={"Content-Type": "application/octet-stream"})
+    response.content_length = len(body)
+    await response.prepare(request)
+    try:
+        for start in range(0, len(body), PIECE):
+            await _in_time(response.write(memoryview(body)[start : start + PIECE]))
+    except Refused as error:
+        assert request.transport is not None
+        request.transport.abort()  # half an answer can't be taken back
+        raise Gone from error
+    return response
+
+
+def _is_number(word: str) -> bool:
+    return word.isascii() and word.isdigit() and len(word) < 10
+
+
 async def _json(request: web.Request) -> dict[str, Any]:
     try:
-        value = json.loads(await asyncio.wait_for(request.read(), IDLE_S))
-    except (ValueError, RecursionError) as error:
+        value = json.loads(await _in_time(request.read()))
+    except (ValueError, RecursionError, LookupError) as error:
         raise Refused(400, "The body is no JSON.", kind="malformed") from error
     if not isinstance(value, dict):
         raise Refused(400, "The body is no JSON object.", kind="malformed")

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import os
 import re
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from lightning_fl.coordinator.disk import Disk, read_json
+from lightning_fl.os_differences import lock_file
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 
@@ -30,6 +34,9 @@ class Registry:
         """The devices, sorted."""
         return sorted(self._read())
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._read()
+
     def enrol(self, name: str) -> str:
         """Takes a device in, or gives one a new token; returns the token.
 
@@ -39,7 +46,8 @@ class Registry:
         if not NAME.fullmatch(name):
             raise ValueError(f"A device can't be called {name!r}; expected up to 63 of a-z, 0-9, - and _.")
         secret = secrets.token_urlsafe(32)
-        self._write({**self._read(), name: _digest(secret)})
+        with self._alone():
+            self._write({**self._read(), name: _digest(secret)})
         return f"{name}.{secret}"
 
     def revoke(self, name: str) -> None:
@@ -48,10 +56,11 @@ class Registry:
         Raises:
             ValueError: If there is none of this name.
         """
-        known = self._read()
-        if name not in known:
-            raise ValueError(f"There is no device {name!r} in {self.path}.")
-        self._write({other: digest for other, digest in known.items() if other != name})
+        with self._alone():
+            known = self._read()
+            if name not in known:
+                raise ValueError(f"There is no device {name!r} in {self.path}.")
+            self._write({other: digest for other, digest in known.items() if other != name})
 
     def device_of(self, token: str) -> str | None:
         """The name of the device with a token; None if there is none."""
@@ -69,11 +78,20 @@ class Registry:
             self._digests, self._version = read_json(self.path), version
         return self._digests
 
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other process changes the file meanwhile."""
+        Disk().make_folder(self.path.parent)
+        file = os.open(self.path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            lock_file(file, wait=True)
+            yield
+        finally:
+            os.close(file)
+
     def _write(self, digests: dict[str, str]) -> None:
-        disk = Disk()
-        disk.make_folder(self.path.parent)
-        disk.write_json(self.path, digests)
+        Disk().write_json(self.path, digests)
 
 
 def _digest(secret: str) -> str:
-    return hashlib.sha256(secret.encode()).hexdigest()
+    return hashlib.sha256(secret.encode(errors="surrogatepass")).hexdigest()  # a header may hold any byte

@@ -115,7 +115,8 @@ def export_training_step(
         if not difference <= TOLERANCE:
             raise ValueError(
                 f"The file trains otherwise than {type(module).__name__}: its parameters differ by {difference:.2g} of "
-                f"the largest, more than {TOLERANCE:g}. Nothing was written."
+                f"the largest, more than {TOLERANCE:g}. Nothing was written. Does the loss divide by len(y)? Write "
+                "y.shape[0], which is that of each batch."
             )
         start = unfinished.with_suffix(START)
         save_file({name: own.contiguous() for name, own in step.params.items()}, start)
@@ -271,7 +272,9 @@ def _difference(path: Path, step: _Step, names: Sequence[str], tensors: Sequence
     """How far the file and torch's own autograd and rule are apart after steps of several batch sizes."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # not what it can't simplify
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     outputs = [given.name for given in session.get_outputs()]
     feeds = {PARAMETER + name: own.numpy() for name, own in step.params.items()}
     feeds |= {STATE + name: own.numpy() for name, own in step.state.items()}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_fl.communication import Group, Message
 from lightning_fl.engines.spread import local
+from lightning_fl.federation.agreement import Disagreement, differences, several
 from lightning_fl.torch_internals import pytree
 from lightning_fl.tree import num_bytes
 
@@ -41,7 +42,7 @@ def verify_ranks(
         columns: What the positions of features and classes mean on this rank, for data that says so.
 
     Raises:
-        ValueError: If two ranks differ; the message names the first difference and the rank.
+        ValueError: If two ranks differ; the message names the differences and the rank.
     """
     # Every rank compares all descriptions with the first, so that all of them raise: if only the rank that differs did,
     # the others would wait for it in the next collective.
@@ -54,8 +55,17 @@ def verify_ranks(
     }
     first, *others = [message.fields for message in group.all_gather(Message(own), "handshake")]
     for rank, other in enumerate(others, start=1):
-        for kind, expected in first.items():
-            _compare(kind, expected, other.get(kind, {}), group, rank)
+        who, reference = group.who(rank), group.who(0)
+        found = [
+            f"{kind} {phrase}"
+            for kind, expected in first.items()
+            for phrase in differences(expected, other.get(kind, {}), who, reference)
+        ]
+        if found:
+            raise Disagreement(
+                f"{who.capitalize()} and {reference} do not train the same thing: {several(found)}. Start all ranks "
+                "with the same module, settings and versions."
+            )
 
 
 def synchronize_module(group: Group, module: nn.Module, broadcast_frozen: bool = False) -> int:
@@ -122,14 +132,3 @@ def digest(batch: Any) -> bytes:
         else:
             content.update(repr(leaf).encode())
     return content.digest()
-
-
-def _compare(kind: str, expected: Mapping[str, Any], found: Mapping[str, Any], group: Group, rank: int) -> None:
-    who, reference = group.who(rank), group.who(0)
-    for name in [*expected, *found]:
-        if expected.get(name) != found.get(name):
-            raise ValueError(
-                f"{who.capitalize()} and {reference} do not train the same thing: {kind} {name!r} is "
-                f"{found.get(name, 'missing')} on {who} and {expected.get(name, 'missing')} on {reference}. Start "
-                "all ranks with the same module, settings and versions."
-            )

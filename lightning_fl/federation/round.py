@@ -130,7 +130,7 @@ class RoundResult:
         closing: What the round has become.
         report: The joined report of all ranks.
         seconds: This rank's seconds of ``read`` (waiting for the clients' data), ``train``, ``wait`` (for other ranks),
-            ``communicate``, ``server``, and ``transform`` (clip, noise, compression; not part of the others).
+            ``communicate``, ``server``, and ``transform`` (clip, noise, accounting, compression), none part of another.
         num_bytes: Bytes that this rank has sent to the others.
         hides_clients: Whether exact facts about the clients must not reach the loggers.
         unsent: Frozen parameters that clients have moved for the first time, and so without sending their movement.
@@ -315,9 +315,13 @@ class Round:
         states = [move(self.store.get(own) or {}, self.trainer.device) for own in data.clients]
         kind, measured = self.settings.algorithm.probe, None
         if kind is not None and probe is not None:
-            self.trainer.start([server["params"]], states)
-            self._seed(index, client, data.loader, number, "probe")
-            measured = self.trainer.within.mean_of(probe(kind, data.read_once(), self.trainer.tensors.params))
+            found = []
+            for params in self.settings.algorithm.candidates(server):
+                self.trainer.start([params], states)
+                self._seed(index, client, data.loader, number, "probe")
+                own: ProbeKind = "loss" if kind == "losses" else kind
+                found.append(self.trainer.within.mean_of(probe(own, data.read_once(), self.trainer.tensors.params)))
+            measured = torch.stack(found) if kind == "losses" else found[0]
             self._seed(index, client, data.loader, number)  # training draws the same random numbers as without a probe
         group = ClientGroup(self.settings, server, data.clients, states, measured, version, number)
         phases = self.settings.algorithm.phases()

@@ -139,11 +139,16 @@ def server_step(
         aggregate, states[index] = transform.server(aggregate, states[index], contexts[index])
     if seconds is not None:
         seconds["transform"] = time.perf_counter() - start
+    if aggregate.neighbours is not None and not settings.algorithm.mixes_neighbours:
+        aggregate = replace(aggregate, nodes=aggregate.neighbours.gather(aggregate.nodes), neighbours=None)
     # Asked after the transforms, since one that adds noise gives weight to a round that had no client.
     server = settings.algorithm.server_update(state.server, aggregate) if aggregate.weight else state.server
     facts: dict[str, Any] = {}
+    start = time.perf_counter()
     for transform, own, context in zip(settings.transforms, states, contexts, strict=True):
         facts.update(transform.report(own, context))
+    if seconds is not None:  # to account for privacy may take longer than the noise
+        seconds["transform"] += time.perf_counter() - start
     return replace(state, server=server, transforms=states), aggregate, facts
 
 
@@ -185,7 +190,9 @@ def close_server(opened: ServerRound, acc: Any, joined: RankReport) -> Closing:
     weight = aggregate.weight or 1.0
     # Algorithms do not see buffers, so their mean is taken here.
     buffers = moved(opened.buffers, scale(aggregate.buffers, 1 / weight))
+    start = time.perf_counter()
     reason = stop_reason(settings, state, ctx)
+    seconds["transform"] += time.perf_counter() - start
     total = WithinSilo(ctx.group).joint_norm(norm(aggregate.delta))
     return Closing(state, buffers, aggregate, total / weight, facts, reason, seconds["transform"])
 

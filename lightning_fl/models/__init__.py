@@ -5,6 +5,7 @@ from lightning_fl.models.images import FedAvgCNN, LeNet, LogisticRegression, Two
 from lightning_fl.models.language import DPO, CausalLM
 from lightning_fl.models.libraries import TimmClassifier, TorchvisionClassifier, TransformersClassifier
 from lightning_fl.models.resnet import ResNet18GN, ResNet20GN
+from lightning_fl.models.search import ArchitectureSearch
 from lightning_fl.models.segmentation import SmallUNet
 from lightning_fl.models.signals import SignalCNN
 from lightning_fl.models.survival import DeepSurv
@@ -13,6 +14,7 @@ from lightning_fl.models.text import CharLSTM, CharTransformer
 
 __all__ = [
     "DPO",
+    "ArchitectureSearch",
     "CausalLM",
     "CharLSTM",
     "CharTransformer",

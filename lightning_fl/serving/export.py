@@ -16,6 +16,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from lightning_fl.serving import adapters
 from lightning_fl.serving.loading import Inputs
 
 TOLERANCE = 1e-4
@@ -86,15 +87,17 @@ def export(
     to: str,
     inputs: Inputs,
     write_beside: Callable[[Path], None] | None = None,
+    merge_adapters: bool = False,
 ) -> float:
     """Exports a module and compares what the file computes with the module, for one, two and three examples.
 
     Args:
         module: The module; it is not changed.
-        path: The file; a folder for ``hub``.
+        path: The file; a folder for ``hub`` and ``adapter``.
         to: One of :data:`FORMATS`.
         inputs: Two examples of what ``forward`` takes.
         write_beside: Writes more into a folder of ``hub``.
+        merge_adapters: Whether adapters of peft become part of the layers that they adapt.
 
     Returns:
         The largest difference of the outputs, relative to the largest output.
@@ -106,7 +109,8 @@ def export(
     if to not in FORMATS:
         raise ValueError(f"There is no format {to!r}; the formats are {', '.join(FORMATS)}.")
     path, chosen = Path(path), FORMATS[to]
-    own = copy.deepcopy(module).cpu().eval()
+    whole = copy.deepcopy(module).cpu().eval()
+    own = adapters.merged(whole) if merge_adapters else whole
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
         unfinished = Path(folder, f"model{chosen.suffix}")
@@ -114,7 +118,7 @@ def export(
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about the exporters' own code
                 chosen.write(own, unfinished, inputs)
-                difference = _difference(chosen.load(unfinished, own), own, inputs)
+                difference = _difference(chosen.load(unfinished, own), whole, inputs)
         except ImportError as error:
             raise ImportError(f"Export to {to} needs more packages: {chosen.needs}. ({error})") from error
         # An exporter may raise anything for a model that it does not know.
@@ -226,11 +230,21 @@ def _load_hub(path: Path, module: L.LightningModule) -> Runner:
     return _load_safetensors(path / "model.safetensors", module)
 
 
+def _write_adapter(module: L.LightningModule, path: Path, inputs: Inputs) -> None:
+    adapters.write_adapters(module, path)
+
+
+def _load_adapter(path: Path, module: L.LightningModule) -> Runner:
+    loaded = adapters.with_adapters_of(path, module)
+    return lambda inputs: run(loaded, inputs)
+
+
 FORMATS = {
     "safetensors": Format(".safetensors", _write_safetensors, _load_safetensors),
     "torch": Format(".pt2", _write_torch, _load_torch),
     "onnx": Format(".onnx", _write_onnx, _load_onnx, 'pip install "lightning-fl[export]"'),
     "executorch": Format(".pte", _write_executorch, _load_executorch, "pip install executorch"),
     "hub": Format("", _write_hub, _load_hub),
+    "adapter": Format("", _write_adapter, _load_adapter, 'pip install "lightning-fl[language]"'),
 }
 """The formats by name."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -218,7 +219,7 @@ def example_inputs(module: L.LightningModule, checkpoint: str | Path, shape: tup
                 "module.example_input_array, or keep the checkpoint in its run's folder, whose config.yaml names the "
                 "data."
             )
-        given = _first_batch(config)
+        given = _first_batch(config, module)
     if isinstance(given, Tensor):
         given = (given,)
     if not (isinstance(given, tuple | list) and all(isinstance(one, Tensor) and one.ndim for one in given)):
@@ -226,11 +227,13 @@ def example_inputs(module: L.LightningModule, checkpoint: str | Path, shape: tup
     return tuple(torch.cat([one, one])[:2].clone() for one in given)
 
 
-def _first_batch(config: Mapping[str, Any]) -> Any:
+def _first_batch(config: Mapping[str, Any], module: L.LightningModule) -> Any:
     data = instantiate(config, "data", L.LightningDataModule)
     data.prepare_data()
     data.setup("validate")
     batch = next(iter(data.val_dataloader()))
+    if isinstance(batch, Mapping):  # such as that of a language model, whose forward names what it takes
+        return tuple(batch[name] for name in inspect.signature(module.forward).parameters if name in batch)
     return batch[0] if isinstance(batch, tuple | list) else batch
 
 

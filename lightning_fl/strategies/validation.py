@@ -29,7 +29,7 @@ SEVERAL_LOADERS = (
     "ClientLoaders with one loader for each client. Join the data sets into one loader."
 )
 
-_MEASURED = {"loss": "mean loss", "grad": "mean gradient"}
+_MEASURED = {"loss": "mean loss", "grad": "mean gradient", "losses": "mean losses"}
 
 
 @contextmanager

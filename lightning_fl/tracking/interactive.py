@@ -18,7 +18,7 @@ MAX_CLIENT_ROWS = 50_000
 STYLE = """
 .chart svg { width: 100%; max-width: 760px; height: auto; display: block; background: var(--box); touch-action: none;
   cursor: crosshair; }
-.chart text { font: 12px system-ui, sans-serif; fill: var(--soft); }
+.chart text { font: 14px system-ui, sans-serif; fill: var(--soft); }
 .chart .grid { stroke: var(--line); }
 .chart .line { fill: none; stroke-width: 1.8; }
 .chart .cursor { stroke: var(--soft); stroke-dasharray: 3 3; pointer-events: none; }
@@ -29,6 +29,7 @@ STYLE = """
   cursor: pointer; overflow-wrap: anywhere; text-align: left; }
 .legend button.off { opacity: .35; }
 .legend i { display: inline-block; width: 12px; height: 3px; margin: 0 5px 3px 0; }
+@media (max-width: 520px) { .chart text { font-size: 19px; } }
 .controls { display: flex; flex-wrap: wrap; gap: 8px 18px; margin-bottom: 8px; color: var(--soft); font-size: 13.5px; }
 .controls select, .controls input { font: inherit; color: var(--ink); background: var(--page);
   border: 1px solid var(--line); border-radius: 5px; padding: 3px 6px; }

@@ -23,7 +23,7 @@ PHASES = {
     "wait": "waiting for ranks",
     "communicate": "summing",
     "server": "server update",
-    "transform": "clip, noise, compression",
+    "transform": "clip, noise, epsilon, compression",
 }
 
 

@@ -58,12 +58,34 @@ def test_each_round_is_what_history_and_loggers_say() -> None:
     names = {name for name, *_ in last}
     wanted = set(re.findall(r"lightning_fl_\w+", json.dumps([panel["targets"] for panel in panels()])))
     served = {"lightning_fl_requests_total", "lightning_fl_request_seconds_bucket"}  # of `lightning-fl serve`
-    assert wanted <= names | served
+    of_gateway = {name for name in wanted if re.search("updates_accepted|refused|training|arrived|wanted", name)}
+    assert wanted <= names | served | of_gateway  # those of the gateway are compared in tests/devices
     assert {name for name in names if not name.endswith("_created")} <= wanted
 
 
 def panels() -> list[dict[str, Any]]:
     return [panel for panel in json.loads(DASHBOARD.read_text())["panels"] if panel["type"] != "row"]
+
+
+def test_the_dashboard_is_one_that_grafana_takes() -> None:
+    dashboard = json.loads(DASHBOARD.read_text())
+    assert {"title", "uid", "schemaVersion", "panels", "templating"} <= dashboard.keys()
+    every, taken = dashboard["panels"], set()
+    assert len({panel["id"] for panel in every}) == len(every)
+    for panel in every:
+        x, y, w, h = (panel["gridPos"][name] for name in "xywh")
+        cells = {(column, row) for column in range(x, x + w) for row in range(y, y + h)}
+        assert x + w <= 24
+        assert not cells & taken, panel["title"]
+        taken |= cells
+    variables = {variable["name"] for variable in dashboard["templating"]["list"]}
+    for panel in panels():
+        refs = [target["refId"] for target in panel["targets"]]
+        assert len(set(refs)) == len(refs) > 0
+        used = set(re.findall(r"\$\{?(\w+)", json.dumps(panel)))
+        assert used <= variables | {"__rate_interval"}, panel["title"]
+        for target in panel["targets"]:
+            assert all(target["expr"].count(left) == target["expr"].count(right) for left, right in ("()", "[]", "{}"))
 
 
 def test_exact_figures_of_clients_are_left_out_where_privacy_hides_them() -> None:

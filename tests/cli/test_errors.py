@@ -84,6 +84,17 @@ def test_a_mistake_is_one_line(name: str, capsys: pytest.CaptureFixture[str]) ->
     assert lines[0].endswith(expected)
 
 
+@pytest.mark.parametrize("command", ["fit", "partition"])
+def test_a_command_without_a_configuration_says_how_to_get_one(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        main([command])
+    assert error.value.code == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("lightning-fl: error: There is no model. Name a file that has it, --config config.yaml")
+
+
 def test_traceback_shows_where_it_comes_from() -> None:
     with pytest.raises(ConfigurationError, match="found 'many'"):
         main(["fit", "--config", write_config(strategy=STRATEGY), "--trainer.max_epochs", "many", "--traceback"])

@@ -14,28 +14,10 @@ import pytest
 import torch
 
 from tests.helpers.distributed import run_script
+from tests.helpers.wheel import run
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
 DISAGREE = "do not train the same thing"
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the wheel is installed, beside the libraries of this environment."""
-    folder = tmp_path_factory.mktemp("wheel")
-    run_script([sys.executable, "-m", "build", "--wheel", "--outdir", str(folder / "dist"), str(ROOT)])
-    (wheel,) = (folder / "dist").glob("*.whl")
-    run_script(
-        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder / "site"), str(wheel)]
-    )
-    return folder / "site"
-
-
-def run(site: Path, *words: str, cwd: Path | None = None, check: bool = True, **env: str) -> CompletedProcess[str]:
-    """``lightning-fl`` of the wheel."""
-    env = {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1", **env}
-    return run_script([sys.executable, "-m", "lightning_fl", *words], cwd=cwd, check=check, env=env)
 
 
 def test_an_engineer(site: Path) -> None:

@@ -22,14 +22,17 @@ from lightning_fl import FederatedStrategy
 from lightning_fl.algorithms import (
     AFL,
     APFL,
+    CFL,
     D2,
     DSGD,
+    IFCA,
     TERM,
     Algorithm,
     DiLoCo,
     Ditto,
     FedAdagrad,
     FedAdam,
+    FedAMP,
     FedAvg,
     FedAvgM,
     FedBN,
@@ -156,6 +159,9 @@ ENTRIES: dict[str, Entry] = {
     "d2": Entry(D2(), UNIFORM, neutral=D2()),
     "gradienttracking": Entry(GradientTracking(), UNIFORM, neutral=GradientTracking()),
     "pushsum": Entry(PushSum(), UNIFORM, neutral=PushSum()),
+    "fedamp": Entry(FedAMP(), 1.575982257561719, {"sigma": 5.0}, rounds=150),
+    "cfl": Entry(CFL(), UNIFORM, {"eps2": 0.5}, CFL(eps1=0.0)),
+    "ifca": Entry(IFCA(spread=0.0), UNIFORM, {"num_models": 3}, IFCA(num_models=1)),
     "apfl": Entry(APFL(), UNIFORM, {"alpha": 0.25}, APFL()),
     "diloco": Entry(DiLoCo(momentum=0.5), UNIFORM, {"momentum": 0.5}, DiLoCo(server_lr=1.0, momentum=0.0)),
 }
@@ -261,7 +267,8 @@ def test_states_are_trees_of_tensors_and_keep_shapes_and_dtypes(name: str, dtype
             for key, value in tree.items():
                 expected = dtype if tree is state else sum_dtype(dtype)  # a client's own model is that of the module
                 assert value.dtype == expected
-                assert value.shape in (before[key].shape, (3, *before[key].shape))  # of one, or of each node
+                stacked = getattr(algorithm, "num_models", 3)  # several global models, or one of each node
+                assert value.shape in (before[key].shape, (stacked, *before[key].shape))
     assert repr(algorithm) == hyperparameters
 
 

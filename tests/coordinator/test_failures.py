@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from lightning_fl.communication import Message
 from lightning_fl.coordinator.client import CallRefused
 from lightning_fl.coordinator.store import Store
 from lightning_fl.types import Update
@@ -22,6 +24,7 @@ from tests.helpers.network import (
     make_kits,
     rules,
     settings,
+    wait_until,
 )
 
 Make = Callable[..., TinySilo]
@@ -206,13 +209,36 @@ def test_a_wrong_update_is_refused_by_name_and_the_round_goes_on(live: LiveCoord
 def test_settings_and_models_that_differ_are_refused_at_join(live: LiveCoordinator) -> None:
     live.coordinator.expected = {"algorithm": "FedAvg()"}
     TinySilo(live.folder, live.address, "east").join({"algorithm": "FedAvg()"}, {"feature 0": "age"})
-    with pytest.raises(CallRefused, match=r"'north' has algorithm=FedProx\(\), the coordinator has"):
+    with pytest.raises(CallRefused, match=r"'algorithm' is FedProx\(\) on silo north and FedAvg\(\) on the coord"):
         TinySilo(live.folder, live.address, "north").join({"algorithm": "FedProx()"})
     with pytest.raises(CallRefused, match=r"'south' is another one: 'params x' is F32 \[4\], expected F32 \[3\]"):
         TinySilo(live.folder, live.address, "south", size=4).join({"algorithm": "FedAvg()"}, {"feature 0": "age"})
-    with pytest.raises(CallRefused, match=r"'south' has feature 0=nothing, the first silo has age"):
+    with pytest.raises(CallRefused, match=r"'feature 0' is missing on silo south and age on the silo that came first"):
         TinySilo(live.folder, live.address, "south").join({"algorithm": "FedAvg()"})
     assert len(live.events("join refused")) == 3
+
+
+@pytest.mark.parametrize("when", ["before the others have evaluated", "after"])
+def test_the_evaluation_of_a_silo_that_has_started_again_is_not_waited_for(live: LiveCoordinator, when: str) -> None:
+    east, north, south = silos = silos_of(live)
+    openings = in_threads(east.open, north.open, south.open)
+    in_threads(*(partial(silo.send, opening) for silo, opening in zip(silos, openings, strict=True)))
+
+    def evaluate(silo: TinySilo) -> int:
+        return len(silo.federation.gather(Message({"acc": 0.5}), "evaluation"))
+
+    def start_again() -> int:  # south has forgotten that it was to evaluate
+        if when == "after":
+            evaluations = live.folder / "federation" / "rounds" / "000000" / "evaluation.0"
+            wait_until(lambda: len(list(evaluations.glob("*.ok"))) == 2, "two evaluations")
+        TinySilo(live.folder, live.address, "south").join()
+        return 0
+
+    if when != "after":
+        start_again()
+        assert in_threads(partial(evaluate, east), partial(evaluate, north)) == [2, 2]
+    else:
+        assert in_threads(partial(evaluate, east), partial(evaluate, north), start_again) == [2, 2, 0]
 
 
 def test_a_silo_that_leaves_is_not_waited_for(live: LiveCoordinator) -> None:

@@ -353,15 +353,21 @@ def run_benchmark(megabytes: int, silos: int, *words: str) -> str:
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_silos() -> None:
     """Memory of (clients + 2) models: the coordinator holds one and a half, and 200 MB, beside what it starts with."""
-    line = run_benchmark(25, 20)
+    assert_memory_is_bounded(run_benchmark(25, 20))
+
+
+def assert_memory_is_bounded(line: str) -> None:
     peak, bound = re.findall(r"(\d+) MB \(bound (\d+)\)", line)[0]
     assert int(peak) <= int(bound), line
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(6 * PATIENCE)
 def test_a_big_model_goes_round() -> None:
-    """Big model freezes: 2 GB go up and down with the default settings."""
-    assert "| 2000 MB x 1 |" in run_benchmark(2000, 1)
+    """Big model freezes: 2 GB go up and down with the default settings, and the memory stays within its bound."""
+    line = run_benchmark(2000, 1)
+    assert "| 2000 MB x 1 |" in line
+    assert_memory_is_bounded(line)
 
 
 @pytest.mark.slow

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
+import io
 import json
 import os
+import re
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,9 +41,10 @@ from lightning_fl.devices.admission import AdmissionRules
 from lightning_fl.devices.config import read_config
 from lightning_fl.models import MLPClassifier
 from lightning_fl.schedules import Asynchronous, Buffered, Polynomial
-from tests.helpers.devices import NAMES, LiveGateway, gateway
+from tests.helpers.devices import NAMES, LiveGateway, check_in, gateway, send, write_step
 from tests.helpers.distributed import PATIENCE, REPOSITORY
 from tests.helpers.documents import blocks
+from tests.helpers.network import make_kits
 from tests.helpers.training import trainer
 
 SIZES = {"a": 40, "b": 25, "c": 60}
@@ -141,8 +148,147 @@ def test_over_http_what_is_no_update_is_refused_and_counted(tmp_path: Path) -> N
             "late": 1,
         }
         assert own.refusals.counts == expected
+        metrics = live.metrics()
     assert list((own.store.root / "arriving").iterdir()) == []
     assert list(own.arrived) == ["a"]
+    assert 'lightning_fl_refused_total{reason="not finite"} 1' in metrics.splitlines()
+    # What the last row of the dashboard shows.
+    dashboard = json.loads((REPOSITORY / "deploy" / "grafana.json").read_text())
+    shown = {name for panel in dashboard["panels"][-3:] for name in re.findall(r"lightning_fl_\w+", json.dumps(panel))}
+    assert shown == {*re.findall(r"^lightning_fl_\w+", metrics, re.MULTILINE)} - {
+        "lightning_fl_round",
+        "lightning_fl_devices",
+    }
+
+
+def test_no_request_stops_what_others_send(tmp_path: Path, monkeypatch: Any) -> None:
+    own = gateway(tmp_path, Buffered(3))
+    (pages := tmp_path / "pages").mkdir()
+    token, log = (tmp_path / "a.token").read_text(), own.store.root / "audit.jsonl"
+    body = device.encode(
+        {device.DELTA + "x": np.ones(3)}, {"version": 0, "num_examples": 1, "num_steps": 1, "loss": 1.0}
+    )
+    with LiveGateway(own, pages) as live, socket.create_connection(("127.0.0.1", live.port), PATIENCE) as slow:
+
+        def call(method: str, path: str, body: bytes | None = None, **headers: str) -> int:
+            connection = http.client.HTTPConnection("127.0.0.1", live.port, timeout=PATIENCE)
+            try:
+                connection.request(method, path, body, {"Authorization": f"Bearer {token}", **headers})
+                return connection.getresponse().status
+            finally:
+                connection.close()
+
+        task = (own.check_in("a", {"protocol": 1}) or {})["task"]
+        slow.sendall(put(token, task, len(body)) + body[:50])
+        assert call("GET", "/" + "a" * 300, Authorization="") == 404
+        assert call("GET", "/v1/step", Authorization="Bearer a.\xff") == 401
+        assert call("GET", "/v1/models/%C2%B2") == 410
+        assert call("POST", "/v1/checkin", b"garbage", **{"Content-Encoding": "gzip"}) == 400
+        assert call("POST", "/v1/checkin", b"{}", **{"Content-Type": "application/json; charset=none"}) == 422
+        other = (tmp_path / "b.token").read_text()
+        with monkeypatch.context() as patch:  # what a broken line of TLS raises
+
+            async def read(*_: Any) -> bytes:
+                raise ssl.SSLError(1, "bad record")
+
+            patch.setattr("aiohttp.StreamReader.read", read)
+            assert call("PUT", "/v1/updates?task=0", b"x", Authorization=f"Bearer {other}") == 408
+        slow.sendall(body[50:])
+        assert slow.recv(100).startswith(b"HTTP/1.1 200")
+    assert '"restart"' not in log.read_text()
+
+
+def put(token: str, task: str, length: int) -> bytes:
+    """The head of an upload."""
+    head = f"PUT /v1/updates?task={task} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n"
+    return f"{head}Content-Length: {length}\r\n\r\n".encode()
+
+
+def test_an_upload_whose_connection_has_broken_does_not_hold_the_next_one_up(tmp_path: Path) -> None:
+    own = gateway(tmp_path, Buffered(2))
+    token, task = (tmp_path / "a.token").read_text(), (check_in(own, "a") or {})["task"]
+    update = {"x": np.ones(3)}
+    with LiveGateway(own) as live, socket.create_connection(("127.0.0.1", live.port), PATIENCE) as broken:
+        broken.sendall(put(token, task, 500) + b"x" * 50)
+        until = time.monotonic() + PATIENCE
+        while not list((own.store.root / "arriving").glob("*")) and time.monotonic() < until:
+            time.sleep(0.01)
+        fields = {"version": 0, "num_examples": 1, "num_steps": 1, "loss": 1.0}
+        device.Device(live.address, token, {"0": np.ones(1)}, patience=0).send({"task": task}, update, fields)
+        assert list(own.arrived) == ["a"]
+        broken.sendall(b"x" * 450)
+        assert broken.recv(100).startswith(b"HTTP/1.1 429")
+    assert list((own.store.root / "arriving").iterdir()) == []
+
+
+def test_slow_and_silent_connections_are_closed(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("lightning_fl.devices.http_gateway.HEADER_S", 0.3)
+    own = gateway(tmp_path, Buffered(3), rules=AdmissionRules(task_s=0.5))
+    token, task = (tmp_path / "a.token").read_text(), (check_in(own, "a") or {})["task"]
+    with LiveGateway(own) as live:
+        silent, half, slow = (socket.create_connection(("127.0.0.1", live.port), PATIENCE) for _ in range(3))
+        half.sendall(b"GET / HTTP/1.1\r\nHost")
+        slow.sendall(put(token, task, 500))
+        assert silent.recv(1) == half.recv(1) == b""
+        slow.settimeout(0.05)
+        answer = b""
+        for _ in range(100):  # each byte comes in time, all of them don't
+            slow.sendall(b"x")
+            try:
+                answer = slow.recv(100)
+                break
+            except TimeoutError:
+                continue
+        assert answer.startswith(b"HTTP/1.1 408")
+        for own_socket in (silent, half, slow):
+            own_socket.close()
+
+
+def test_a_device_has_a_few_requests_at_a_time(tmp_path: Path) -> None:
+    own = gateway(tmp_path, Buffered(3))
+    send(own, "a", check_in(own, "a") or {}, 1.0)  # so that its check-ins are held
+    token = (tmp_path / "a.token").read_text()
+    with LiveGateway(own) as live:
+        held = [http.client.HTTPConnection("127.0.0.1", live.port, timeout=PATIENCE) for _ in range(5)]
+        for connection in held:
+            connection.request("POST", "/v1/checkin", b'{"protocol": 1}', {"Authorization": f"Bearer {token}"})
+            time.sleep(0.05)
+        answer = held[-1].getresponse()
+        assert (answer.status, answer.headers["Retry-After"]) == (429, "1")
+        for connection in held:
+            connection.close()
+
+
+@pytest.mark.slow
+def test_a_device_that_does_not_read_is_given_up(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("lightning_fl.devices.http_gateway.IDLE_S", 0.3)
+    step = write_step(tmp_path)
+    save_file({"x": torch.zeros(10_000_000)}, step.with_suffix(".safetensors"))
+    own = gateway(tmp_path, Buffered(3), step=step)
+    token = (tmp_path / "a.token").read_text()
+    with LiveGateway(own) as live, socket.create_connection(("127.0.0.1", live.port), PATIENCE) as lazy:
+        lazy.sendall(f"GET /v1/models/0 HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n\r\n".encode())
+        time.sleep(2.0)
+        read = 0
+        with contextlib.suppress(ConnectionError):
+            while piece := lazy.recv(1 << 20):
+                read += len(piece)
+        assert read < 40_000_000
+        request = urllib.request.Request(f"{live.address}/v1/models/0", headers={"Authorization": f"Bearer {token}"})
+        assert len(urllib.request.urlopen(request).read()) > 40_000_000
+
+
+def test_a_device_waits_as_long_as_it_is_told_to(monkeypatch: Any) -> None:
+    asked, slept = iter(["2", "86400"]), []
+
+    def urlopen(request: Any, timeout: float) -> Any:
+        raise urllib.error.HTTPError(request.full_url, 429, "", {"Retry-After": next(asked)}, io.BytesIO(b"{}"))
+
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    monkeypatch.setattr("time.sleep", slept.append)
+    with pytest.raises(device.Refused):  # not for a day
+        device.Device("http://x", "a.b", {"0": np.ones(1)}).check_in()
+    assert [2 <= seconds <= 3 for seconds in slept] == [True]
 
 
 def test_an_order_of_examples_is_the_same_in_every_language() -> None:
@@ -188,7 +334,7 @@ def test_a_configuration_that_is_wrong_is_named(tmp_path: Path, digits_step: Pat
             main(["gateway", "--config", str(write_config(tmp_path, digits_step, 0, 1, more))])
         assert message in capsys.readouterr().err
     (path := tmp_path / "documented.yaml").write_text(blocks(REPOSITORY / "docs" / "howto" / "devices.md", "text")[0])
-    assert read_config(path).rules == AdmissionRules(("charging", "unmetered"), updates_per_day=4)
+    assert read_config(path).rules == AdmissionRules(("charging", "unmetered"), updates_per_day=4, max_norm=1000)
     assert make_object(Asynchronous, read_config(path).schedule) == Buffered(100, None, Polynomial(0.5), 10)
     main(["gateway", "--config", str(write_config(tmp_path, digits_step, 0, 1)), "--enrol", "a", "b"])
     tokens = capsys.readouterr().out.split()
@@ -205,9 +351,9 @@ def free_port() -> int:
 
 
 @contextmanager
-def process(*words: str) -> Iterator[subprocess.Popen[str]]:
+def process(*words: str, **variables: str) -> Iterator[subprocess.Popen[str]]:
     """A command that is ended with the block."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), **variables}
     own = subprocess.Popen([sys.executable, *words], env=env, stdout=subprocess.PIPE, text=True)
     try:
         yield own
@@ -226,7 +372,7 @@ WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; import lightning_fl_de
 
 
 @contextmanager
-def device_process(folder: Path, port: int, name: str, token: str) -> Iterator[subprocess.Popen[str]]:
+def device_process(folder: Path, address: str, name: str, token: str) -> Iterator[subprocess.Popen[str]]:
     """The command of a device, in a process that can't import torch."""
     save_file(
         {str(index): own.contiguous() for index, own in enumerate(shards()[name])}, folder / f"{name}.safetensors"
@@ -234,15 +380,17 @@ def device_process(folder: Path, port: int, name: str, token: str) -> Iterator[s
     (folder / f"{name}.token").write_text(token)
     files = ("--token-file", str(folder / f"{name}.token"), "--data", str(folder / f"{name}.safetensors"))
     code = f"import sys; sys.path.insert(0, {str(REPOSITORY / 'devices' / 'python')!r}); {WITHOUT_TORCH}"
-    with process("-c", code, f"http://127.0.0.1:{port}", *files) as own:
+    with process("-c", code, address, *files, SSL_CERT_FILE=str(folder / "ca" / "coordinator" / "ca.pem")) as own:
         yield own
 
 
 @pytest.mark.slow
-def test_a_gateway_that_is_killed_again_and_again(tmp_path: Path, digits_step: Path, capsys: Any) -> None:
+def test_a_gateway_with_tls_that_is_killed_again_and_again(tmp_path: Path, digits_step: Path, capsys: Any) -> None:
     rounds, port = 12, free_port()
-    config = write_config(tmp_path, digits_step, port, rounds)
-    tokens = enrol(config, NAMES, capsys)
+    make_kits(tmp_path, ())
+    certificate = "certificate: ca/coordinator/cert.pem\nkey: ca/coordinator/key.pem\nhost: 0.0.0.0\n"
+    config = write_config(tmp_path, digits_step, port, rounds, certificate)
+    tokens, address = enrol(config, NAMES, capsys), f"https://127.0.0.1:{port}"
     command = ("-m", "lightning_fl", "gateway", "--config", str(config))
     log, folder = tmp_path / "federation" / "audit.jsonl", tmp_path / "federation"
 
@@ -250,14 +398,14 @@ def test_a_gateway_that_is_killed_again_and_again(tmp_path: Path, digits_step: P
         return sum(json.loads(line)["event"] == "round closed" for line in log.read_text().splitlines())
 
     with (
-        device_process(tmp_path, port, "a", tokens["a"]) as a,
-        device_process(tmp_path, port, "b", tokens["b"]) as b,
-        device_process(tmp_path, port, "c", tokens["c"]) as c,
+        device_process(tmp_path, address, "a", tokens["a"]) as a,
+        device_process(tmp_path, address, "b", tokens["b"]) as b,
+        device_process(tmp_path, address, "c", tokens["c"]) as c,
     ):
         for kill_after in (3, 8, None):
             with process(*command) as server:
                 assert server.stdout is not None
-                assert server.stdout.readline().startswith("Serving 12 rounds")
+                assert server.stdout.readline().startswith("Serving 12 rounds on https://")
                 if kill_after is None:
                     printed = [own.communicate(timeout=PATIENCE)[0] for own in (a, b, c)]
                 else:

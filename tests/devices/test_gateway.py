@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import TensorDataset
 
-from lightning_fl.aggregation.robust import Median
+from lightning_fl.aggregation.robust import FLTrust, Median, MultiKrum
 from lightning_fl.algorithms import FedAdam, FedAvgM, Scaffold
 from lightning_fl.coordinator import wire
 from lightning_fl.coordinator.audit import verify
@@ -17,6 +19,7 @@ from lightning_fl.coordinator.disk import Disk
 from lightning_fl.coordinator.export import read_model
 from lightning_fl.coordinator.service import Refused
 from lightning_fl.devices.admission import AdmissionRules
+from lightning_fl.devices.registry import Registry
 from lightning_fl.schedules import Buffered, Deadline, FedAsync, Polynomial
 from tests.helpers.devices import NAMES, Clock, check_in, gateway, model, send
 from tests.helpers.network import Died
@@ -85,6 +88,49 @@ def test_robust_rules_work_as_ever(tmp_path: Path) -> None:
     assert model(own) == [2.0] * 3
 
 
+def test_a_round_that_cant_be_closed_ends_the_federation_with_the_reason(tmp_path: Path) -> None:
+    own = gateway(tmp_path, Buffered(2), aggregator=FLTrust("c"), weighting="uniform")
+    for name in ("a", "b"):
+        send(own, name, check_in(own, name) or {}, 1.0)
+    assert "root" in (own.over or "")
+    refused("over", check_in, own, "c")
+    own.store.close()
+    own = gateway(tmp_path, Buffered(2), aggregator=FLTrust("c"), weighting="uniform")
+    assert own.is_over
+    assert model(own) == [0.0] * 3
+    own.store.close()
+    own = gateway(tmp_path, Buffered(2), aggregator=Median(), weighting="uniform")  # the operator has changed the rule
+    assert (own.is_over, own.round, model(own)) == (False, 1, [1.0] * 3)
+
+
+def test_a_round_whose_sum_overflows_is_dropped_and_the_federation_goes_on(tmp_path: Path) -> None:
+    own = gateway(tmp_path, Buffered(2), rules=AdmissionRules(max_norm=float("inf")))
+    send(own, "a", check_in(own, "a") or {}, 3e38, num_examples=10_000)
+    send(own, "b", check_in(own, "b") or {}, 1.0)
+    assert (own.is_over, own.round, own.arrived, model(own)) == (False, 0, {}, [0.0] * 3)
+    assert "dropped" in (own.store.root / "audit.jsonl").read_text()
+    for name in ("b", "c"):  # none of it counts as taken
+        send(own, name, check_in(own, name) or {}, 2.0)
+    assert (own.round, model(own)) == (1, [2.0] * 3)
+
+
+def test_updates_that_newer_rules_refuse_are_dropped_and_the_federation_goes_on(tmp_path: Path) -> None:
+    own = gateway(tmp_path, Buffered(2))
+    send(own, "a", check_in(own, "a") or {}, 100.0, num_examples=500)
+    folder = own.store.folder(0, "update")
+    for name, content in (("b", b"damaged"), ("c", None)):  # c: from before versions had to be whole numbers
+        path = folder / f"{name}.{'0' * 64}.ok"
+        said = {"version": 0.0, "num_examples": 1, "num_steps": 1, "loss": 0.5}
+        wire.write(path, wire.flatten({"delta": {"x": torch.ones(3)}}), said)
+        path.write_bytes(content or path.read_bytes())
+    own.store.close()
+    own = gateway(tmp_path, Buffered(2), rules=AdmissionRules(max_examples=100))
+    assert (own.is_over, own.round, own.arrived, list(folder.glob("*.ok"))) == (False, 0, {}, [])
+    for name in ("b", "c"):
+        send(own, name, check_in(own, name) or {}, 2.0)
+    assert (own.round, model(own)) == (1, [2.0] * 3)
+
+
 # ---- what is refused
 
 
@@ -98,7 +144,11 @@ def test_what_a_device_sends_is_checked(tmp_path: Path) -> None:
     refused("malformed", send, own, "a", task, torch.zeros(3, dtype=torch.float64))
     for fields in ({"num_examples": 10_001}, {"num_examples": 0}, {"num_examples": True}, {"num_steps": -1}):
         refused("malformed", send, own, "a", task, 1.0, **fields)
-    refused("malformed", send, own, "a", task, 1.0, version=7)
+    for version in (7, 0.0, False):  # the last two equal 0, but index nothing
+        refused("malformed", send, own, "a", task, 1.0, version=version)
+    for loss in (10**400, 1.7e308, True, "1", None):
+        refused("not finite", send, own, "a", task, 1.0, loss=loss)
+    refused("malformed", send, own, "a", task, 3e38)  # finite, but 10,000 times that is not
     own.arriving("a").write_bytes(b"\x80\x04no tensors")
     refused("malformed", own.receive, "a", task["task"], own.arriving("a"))
     assert own.arrived == {}
@@ -112,7 +162,8 @@ def test_a_task_counts_once_and_for_its_device(tmp_path: Path) -> None:
     first, other = check_in(own, "a") or {}, check_in(own, "c") or {}
     refused("task", send, own, "b", first, 1.0)
     refused("task", send, own, "a", {**first, "task": first["task"].replace("0.", "1.", 1)}, 1.0)
-    refused("task", send, own, "a", {**first, "task": "0"}, 1.0)
+    for invented in ("0", "0.1.\udcff", "0.1.\ud800", "²", "²".join("000")):
+        refused("task", send, own, "a", {**first, "task": invented}, 1.0)
     send(own, "a", first, 1.0)
     refused("replay", send, own, "a", first, 1.0)
     refused("replay", send, own, "a", first, 2.0)
@@ -159,10 +210,46 @@ def test_who_may_train(tmp_path: Path) -> None:
     assert own.who(f"Bearer {token}", 61.0) == "b"
 
 
+def test_tasks_that_were_kept_do_not_get_around_the_quota(tmp_path: Path) -> None:
+    own = gateway(tmp_path, Buffered(1), rules=AdmissionRules(updates_per_day=1))
+    kept = []
+    for other in ("b", "c"):
+        kept.append(check_in(own, "a") or {})
+        send(own, other, check_in(own, other) or {}, 0.0)
+    send(own, "a", kept[0], 1.0)
+    with pytest.raises(Refused, match="1 updates") as found:
+        send(own, "a", kept[1], 1.0)
+    assert (found.value.status, found.value.facts["retry_after"]) == (429, 86_400)
+
+
+def test_a_revoked_device_is_out_at_once(tmp_path: Path) -> None:
+    own = gateway(tmp_path, Buffered(2), names=("a", "b", "c", "d"))
+    tasks = {name: check_in(own, name) or {} for name in "abcd"}
+    send(own, "a", tasks["a"], 100.0)
+    for name in ("a", "b"):
+        own.registry.revoke(name)
+    refused("token", send, own, "b", tasks["b"], 100.0)
+    refused("token", check_in, own, "b")  # also where it was held while it was known
+    for name in ("c", "d"):
+        assert own.round == 0
+        send(own, name, tasks[name], 1.0)
+    assert (own.progress.history[0]["members"], model(own)) == (["c", "d"], [1.0] * 3)
+
+
+def test_devices_that_are_enrolled_at_the_same_time(tmp_path: Path) -> None:
+    def enrol(start: int) -> None:
+        for index in range(8):
+            Registry(tmp_path / "devices.json").enrol(f"d{start + index}")
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(enrol, (0, 8, 16)))
+    assert len(Registry(tmp_path / "devices.json").names) == 24
+
+
 def test_tokens(tmp_path: Path) -> None:
     own = gateway(tmp_path, Buffered(1))
     token = (tmp_path / "a.token").read_text()
-    for wrong in ("", "a", "a.", token[:-1], token.replace("a.", "b.", 1), "é.ü"):
+    for wrong in ("", "a", "a.", token[:-1], token.replace("a.", "b.", 1), "é.ü", "a.\udcff", "\ud800.\ud800"):
         refused("token", own.who, f"Bearer {wrong}", 0.0)
     assert token.partition(".")[2] not in (tmp_path / "devices.json").read_text()
     own.registry.revoke("a")
@@ -200,6 +287,8 @@ def test_the_federation_ends(tmp_path: Path) -> None:
         ("waits for no single device", Deadline(1.0), {}),
         ("set max_staleness", FedAsync(), {}),
         ("Clients of Scaffold do more than training steps", Buffered(2), {"algorithm": Scaffold()}),
+        ("needs the module", Buffered(2), {"aggregator": FLTrust(TensorDataset(torch.zeros(1)))}),
+        ("MultiKrum", Buffered(2), {"aggregator": MultiKrum(num_attackers=1)}),
     ],
 )
 def test_what_devices_cant_do(tmp_path: Path, message: str, schedule: Any, options: dict[str, Any]) -> None:

@@ -93,10 +93,27 @@ class Recurrent(nn.Module):
         return self.head(self.cell(x[:, 0])[0][:, -1])
 
 
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(x[:, 0]).flatten(1))
+
+
 def convolutions() -> nn.Module:
     return nn.Sequential(
         *(nn.Conv2d(1, 4, 3, stride=2, padding=1), nn.GroupNorm(2, 4), nn.ReLU(), nn.Conv2d(4, 6, 2, dilation=2)),
         *(nn.AvgPool2d(2), nn.Flatten(), nn.Linear(6, 10)),
+    )
+
+
+def depthwise() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Conv2d(6, 12, 3, padding=1, groups=6), nn.Conv2d(12, 4, 1), nn.ReLU()),
+        *(nn.Conv2d(4, 4, 3, stride=2, groups=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)),
     )
 
 
@@ -107,7 +124,7 @@ def pools() -> nn.Module:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("network", [convolutions, pools, Recurrent])
+@pytest.mark.parametrize("network", [convolutions, depthwise, pools, Recurrent, Attention])
 def test_layers(network: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
     module = Classifier(network(), lr=0.05)
@@ -132,6 +149,19 @@ def test_frozen_parameters_are_constants_and_batches_may_have_names() -> None:
 
 
 # ---- what is refused
+
+
+@pytest.mark.slow
+def test_a_loss_that_rests_on_the_length_of_the_example() -> None:
+    module = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+    def loss(module: nn.Module, batch: Any, size: Callable[[Tensor], int] = len) -> Tensor:
+        return cross_entropy(module(batch[0]), batch[1], reduction="sum") / size(batch[1])
+
+    with pytest.raises(ValueError, match=r"trains otherwise than Sequential.* Write y.shape\[0\]"):
+        fl.devices.export_training_step(module, (X, Y), "step.onnx", "sgd", loss)
+    assert list(Path().iterdir()) == []
+    fl.devices.export_training_step(module, (X, Y), "step.onnx", "sgd", lambda *own: loss(*own, lambda y: y.shape[0]))
 
 
 def refused(message: str, network: nn.Module, **options: Any) -> None:

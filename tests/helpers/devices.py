@@ -110,6 +110,7 @@ class LiveGateway:
         self._loop, self._ended = asyncio.get_running_loop(), asyncio.Event()
         server = HttpGateway(self.gateway, self.pages)
         self.port = await server.start("127.0.0.1", 0)
+        self._server = server
         self._started.set()
         await self._ended.wait()
         await server.stop()
@@ -118,6 +119,9 @@ class LiveGateway:
     @property
     def address(self) -> str:
         return f"http://127.0.0.1:{self.port}"
+
+    def metrics(self) -> str:
+        return self._server.metrics()
 
     def __enter__(self) -> LiveGateway:
         return self

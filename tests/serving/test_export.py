@@ -5,8 +5,10 @@ import sys
 from pathlib import Path
 
 import lightning as L
+import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lightning_fl as fl
@@ -161,3 +163,66 @@ def test_a_run_of_the_command_line_needs_no_options() -> None:
     main([*fit, "--trainer.logger.save_dir", "logs", "--trainer.limit_val_batches", "1"])
     main(["export", "logs", "--to", "safetensors"])
     assert Path("model.safetensors").exists()
+
+
+class Adapted(L.LightningModule):
+    """A perceptron whose first layer is adapted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            base = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        self.net = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+        self.example_input_array = torch.rand(2, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+def test_adapters_merged_and_apart() -> None:
+    module, x = Adapted().eval(), torch.rand(5, 4)
+    with torch.no_grad():
+        expected = module(x)
+    assert serving.export(module, "merged.safetensors", "safetensors", (x[:2],), merge_adapters=True) < 1e-6
+    plain = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))  # peft is not needed any more
+    merged = load_file("merged.safetensors")
+    plain.load_state_dict({name.removeprefix("net."): own for name, own in merged.items()})
+    torch.testing.assert_close(plain(x), expected)
+    assert serving.export(module, "adapter", "adapter", (x[:2],)) == 0
+    held = load_file("adapter/adapter_model.safetensors")
+    assert sum(own.numel() for own in held.values()) == 2 * 4 + 8 * 2
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        base = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    torch.testing.assert_close(peft.PeftModel.from_pretrained(base, "adapter")(x), expected)
+    assert isinstance(module.net, peft.PeftModel)  # the module is not changed
+
+
+def test_a_model_without_adapters_has_none_to_write_or_merge() -> None:
+    module, x = MLPClassifier(hidden=[4]), torch.rand(2, 64)
+    with pytest.raises(ValueError, match="holds no adapters of peft"):
+        serving.export(module, "adapter", "adapter", (x,))
+    with pytest.raises(ValueError, match="holds no adapters of peft"):
+        serving.export(module, "merged.pt2", "torch", (x,), merge_adapters=True)
+    assert list(Path().iterdir()) == []
+
+
+@pytest.mark.slow
+def test_adapters_of_a_language_model() -> None:
+    tiny = {"model_type": "llama", "vocab_size": 50, "hidden_size": 16, "intermediate_size": 32}
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    module = fl.models.CausalLM(config={**tiny, **sizes}, lora={"r": 2, "target_modules": ["q_proj"]}).eval()
+    with torch.no_grad():
+        for name, param in module.named_parameters():
+            if "lora_B" in name:
+                param.normal_()
+    own = L.Trainer(logger=False, accelerator="cpu", max_epochs=0, enable_progress_bar=False)
+    own.strategy.connect(module)
+    own.save_checkpoint("model.ckpt")
+    tokens = torch.randint(0, 50, (2, 7))
+    loaded = serving.load_module("model.ckpt", "lightning_fl.models.CausalLM")
+    assert serving.export(loaded, "merged.safetensors", "safetensors", (tokens,), merge_adapters=True) < 1e-5
+    assert not any("lora" in name for name in load_file("merged.safetensors"))
+    assert serving.export(loaded, "adapter", "adapter", (tokens,)) == 0

@@ -76,7 +76,7 @@ def test_the_page_of_a_private_run_says_where_its_time_went() -> None:
     strategy = FederatedStrategy("fedavg", num_clients=4, transforms=[privacy])
     trainer(strategy, 2, callbacks=[RunRecord("run")]).fit(Plain(), loader(32, 8))
     page = render(Run.read("run"))
-    for shown in ("clip, noise, compression", "adversary", "delta", "spent up to each round", "<td>yes</td>"):
+    for shown in ("clip, noise, epsilon, compression", "adversary", "delta", "spent up to each round", "<td>yes</td>"):
         assert shown in page
     assert "spread of the updates" not in page  # noise makes it a number without a meaning
     assert strategy.history[-1]["seconds"]["transform"] > 0

@@ -6,6 +6,7 @@ import { batches, type Order } from "./batches";
 import { decode, encode, SIZE, type Dtype, type Stored } from "./safetensors";
 
 const PROTOCOL = 1;
+const PATIENCE = 300_000; // milliseconds that the gateway may ask to wait
 const DELTA = "delta\x1f"; // before the name of each tensor of an update
 const KINDS: Record<Dtype, ort.Tensor.Type> = {
   F32: "float32",
@@ -161,11 +162,15 @@ export class Device {
         const answer = await fetch(this.address + path, { method, headers, body });
         if (answer.ok) return new Uint8Array(await answer.arrayBuffer());
         const facts = await answer.json().catch(() => ({}));
-        if (![408, 500, 502, 503, 504, 507].includes(answer.status)) throw new Refused(answer.status, facts);
+        const asked = 1000 * Number(answer.headers.get("Retry-After") ?? 0);
+        if (![408, 429, 500, 502, 503, 504, 507].includes(answer.status) || asked > PATIENCE) {
+          throw new Refused(answer.status, facts);
+        }
+        wait = Math.max(wait, asked || 0);
       } catch (error) {
         if (error instanceof Refused) throw error; // else it is not there, or was gone before it had answered
       }
-      await new Promise((resolve) => setTimeout(resolve, wait * (0.5 + Math.random())));
+      await new Promise((resolve) => setTimeout(resolve, wait * (1 + Math.random() / 2)));
     }
   }
 }

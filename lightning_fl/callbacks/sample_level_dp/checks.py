@@ -64,7 +64,7 @@ def check_settings(trainer: L.Trainer, module: L.LightningModule, strict: bool =
     probe, name = trainer.strategy.algorithm.probe, type(trainer.strategy.algorithm).__name__
     if probe is not None:
         raise refuse(
-            f"{name} measures the mean {'loss' if probe == 'loss' else 'gradient'} of each client's data, without "
+            f"{name} measures the mean {'gradient' if probe == 'grad' else 'loss'} of each client's data, without "
             "noise. Use another algorithm, or an option of it without that measurement"
         )
     if trainer.strategy.algorithm.needs_gradient_at:
