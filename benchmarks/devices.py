@@ -39,6 +39,7 @@ folder: federation
 rounds: {rounds}
 lr: 0.1
 batch_size: 16
+max_examples: 1
 port: {port}
 admin_port: null
 """

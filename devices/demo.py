@@ -28,6 +28,7 @@ rounds: 20
 lr: 0.1
 batch_size: 16
 conditions: [charging]
+max_examples: 1000
 pages: pages
 """
 

@@ -221,7 +221,7 @@ class GlooLines(Lines):
             while True:
                 fields, body = _receive(pair, 1, self._called.limit)
                 _send(pair, 1, *self._called.answer(rank, fields, body))
-        except (RuntimeError, ValueError) as error:
+        except Exception as error:  # whoever has called: what it sends may be anything
             log.debug("The line of rank %d has ended: %s", rank, error)
             if store.add(f"came/{rank}", 0) == number:  # no other process has taken its place meanwhile
                 self._called.lost(rank)

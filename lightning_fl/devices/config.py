@@ -60,6 +60,13 @@ class GatewayConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected a positive number.")
         if (self.certificate is None) != (self.key is None):
             raise ValueError("certificate and key go together; one of them is missing.")
+        secrets = [self.folder, *(own for own in (self.devices, self.key) if own is not None)]
+        pages = self.pages.resolve() if self.pages is not None else None
+        for own in secrets:
+            if pages is not None and pages in (own.resolve(), *own.resolve().parents):
+                raise ValueError(
+                    f"pages is {self.pages}, with {own} in it, which nobody may read. Give it another folder."
+                )
         if self.certificate is None and self.host not in LOOPBACK:
             raise ValueError(
                 f"host is {self.host!r}, but there is no certificate: tokens and models would travel in the open. Give "
@@ -80,7 +87,7 @@ _KINDS: dict[str, Any] = {
     },
     **{"strategy": (str, Mapping), "schedule": Mapping},
 }
-_NEEDED = ("strategy", "schedule", "step", "folder", "rounds", "lr", "batch_size")
+_NEEDED = ("strategy", "schedule", "step", "folder", "rounds", "lr", "batch_size", "max_examples")
 _PATHS = ("step", "folder", "devices", "pages", "certificate", "key")
 
 
@@ -98,7 +105,8 @@ def read_config(path: Path) -> GatewayConfig:
         raise ValueError(f"{path} has unknown entries {', '.join(map(repr, unknown))}; known are {', '.join(_KINDS)}.")
     missing = [name for name in _NEEDED if name not in content]
     if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}.")
+        more = " The more examples a device says it has, the more it weighs." if "max_examples" in missing else ""
+        raise ValueError(f"{path} lacks {', '.join(missing)}.{more}")
     for name, value in content.items():
         if name == "admin_port" and value is None:
             continue

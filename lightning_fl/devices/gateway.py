@@ -6,6 +6,7 @@ started. A device sends one update of a version, so a task counts once, whatever
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -47,6 +48,8 @@ ROOM_FOR_FIELDS = 1 << 16
 """Bytes of an update beside its tensors and their names."""
 MAX_LOSS = 1e30
 """Far from where a mean of losses overflows."""
+KEPT_ROUNDS = 100
+"""Newest rounds in the commit, which is written anew with each."""
 KEPT_MODELS = 3
 """Newest models that a device may load, since a round may close between a task and the download."""
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -88,7 +91,7 @@ class Progress:
         global_step: Optimizer steps of all devices so far.
         accepted: For each device the newest version of which the model holds its update, and the update's digest.
         updates: For each device when its updates were taken, in the last 24 hours, by the wall clock.
-        history: One entry for each finished round.
+        history: One entry for each of the newest finished rounds; the audit log has all.
         models: Digests of the models from which devices may still train, by round, if the schedule needs them.
         over: Why the algorithm has ended before the last round.
     """
@@ -171,6 +174,8 @@ class Gateway:
         whole = self.store.whole(self._folder).items()
         # Assigned at once: check-ins go on while a folder is read again.
         self.arrived = {name: self._arrived(Upload(self._folder, name, digest)) for name, digest in whole}
+        if self.progress.history and not self._is_noted():
+            self._note_round()
         self.audit.append("restart", round=self.round, arrived=len(self.arrived))
         self._close_full_rounds()
 
@@ -422,19 +427,34 @@ class Gateway:
             before.global_step + joined.num_steps,
             {**before.accepted, **{name: [own.version, own.digest] for name, own in self.arrived.items()}},
             {name: times for name, times in recent.items() if times},
-            [*before.history, entry],
+            [*before.history, entry][-KEPT_ROUNDS:],
             self._models_to_keep(shared),
             closing.stop_reason,
         )
         old = self._shared
         self.round += 1
         self._save(shared, private)
-        # One line for all members, since a line for each would be one more wait for the disk with each update.
-        members = {device: [own.version, own.digest] for device, own in sorted(self.arrived.items())}
-        self.audit.append("round closed", round=entry["round"], members=members, state=shared)
+        self._note_round()
         self.arrived = {}
         self.refusals.new_round()
         self.store.collect({self.start, shared, private, old, *self.progress.models.values()}, self.round)
+
+    def _note_round(self) -> None:
+        """Writes the last round into the audit log."""
+        figures = dict(self.progress.history[-1])
+        del figures["versions"]
+        # One line for all members, since a line for each would be one more wait for the disk with each update.
+        members = {device: self.progress.accepted[device] for device in figures.pop("members")}
+        number = figures.pop("round")
+        self.audit.append("round closed", round=number, members=members, state=self._shared, figures=figures)
+
+    def _is_noted(self) -> bool:
+        # The process may have died between the commit and the line about it.
+        if not self.audit.path.exists():
+            return False
+        rounds = (line for line in reversed(self.audit.path.read_bytes().splitlines()) if b'"round closed"' in line)
+        found = (json.loads(line) for line in rounds)
+        return next((line["round"] for line in found if line["event"] == "round closed"), -1) == self.round - 1
 
     def _context(self) -> RoundContext:
         members = sorted(self.arrived)

@@ -82,6 +82,7 @@ class HttpGateway:
         app.router.add_get("/v1/models/{version}", self._get_model)
         app.router.add_put("/v1/updates", self._put)
         if self.pages is not None:
+            app.on_response_prepare.append(_protect)
             app.router.add_get("/", self._index)
             app.router.add_static("/", self.pages)
         if admin_port is not None:
@@ -256,6 +257,19 @@ class HttpGateway:
 
     async def _metrics(self, request: web.Request) -> web.StreamResponse:
         return web.Response(text=self.metrics(), headers={"Content-Type": "text/plain; version=0.0.4"})
+
+
+# The page holds a token: nothing from elsewhere runs in it, and no other page shows it.
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; script-src 'self' 'wasm-unsafe-eval'; style-src 'unsafe-inline'; "
+    "frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+
+
+async def _protect(request: web.Request, response: web.StreamResponse) -> None:
+    response.headers.update(PAGE_HEADERS)
 
 
 BIG = {"kind": "oversized"}

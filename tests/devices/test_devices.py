@@ -164,6 +164,7 @@ def test_over_http_what_is_no_update_is_refused_and_counted(tmp_path: Path) -> N
 def test_no_request_stops_what_others_send(tmp_path: Path, monkeypatch: Any) -> None:
     own = gateway(tmp_path, Buffered(3))
     (pages := tmp_path / "pages").mkdir()
+    (pages / "index.html").write_text("<p>")
     token, log = (tmp_path / "a.token").read_text(), own.store.root / "audit.jsonl"
     body = device.encode(
         {device.DELTA + "x": np.ones(3)}, {"version": 0, "num_examples": 1, "num_steps": 1, "loss": 1.0}
@@ -181,6 +182,8 @@ def test_no_request_stops_what_others_send(tmp_path: Path, monkeypatch: Any) -> 
         task = (own.check_in("a", {"protocol": 1}) or {})["task"]
         slow.sendall(put(token, task, len(body)) + body[:50])
         assert call("GET", "/" + "a" * 300, Authorization="") == 404
+        with urllib.request.urlopen(live.address) as answer:
+            assert "default-src 'self'" in answer.headers["Content-Security-Policy"]
         assert call("GET", "/v1/step", Authorization="Bearer a.\xff") == 401
         assert call("GET", "/v1/models/%C2%B2") == 410
         assert call("POST", "/v1/checkin", b"garbage", **{"Content-Encoding": "gzip"}) == 400
@@ -311,6 +314,7 @@ folder: federation
 rounds: {rounds}
 lr: 0.1
 batch_size: 10
+max_examples: 100
 shuffle: false
 port: {port}
 admin_port: null
@@ -329,10 +333,16 @@ def test_a_configuration_that_is_wrong_is_named(tmp_path: Path, digits_step: Pat
         ("condition: [charging]\n", "unknown entries 'condition'"),
         ("task_s: soon\n", "that is no int or float"),
         ("rounds: 0\n", "expected a positive number"),
+        ("pages: .\n", "which nobody may read"),
+        ("pages: federation/pages\ndevices: federation/pages/devices.json\n", "which nobody may read"),
     ):
         with pytest.raises(SystemExit):
             main(["gateway", "--config", str(write_config(tmp_path, digits_step, 0, 1, more))])
         assert message in capsys.readouterr().err
+    path = write_config(tmp_path, digits_step, 0, 1)
+    path.write_text(path.read_text().replace("max_examples: 100\n", ""))
+    with pytest.raises(ValueError, match=r"lacks max_examples\. The more examples"):
+        read_config(path)
     (path := tmp_path / "documented.yaml").write_text(blocks(REPOSITORY / "docs" / "howto" / "devices.md", "text")[0])
     assert read_config(path).rules == AdmissionRules(("charging", "unmetered"), updates_per_day=4, max_norm=1000)
     assert make_object(Asynchronous, read_config(path).schedule) == Buffered(100, None, Polynomial(0.5), 10)

@@ -343,6 +343,29 @@ def outcome(folder: Path) -> tuple[list[float], list[Any]]:
         own.store.close()
 
 
+def test_the_commit_does_not_grow_with_the_rounds_and_the_log_has_all(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("lightning_fl.devices.gateway.KEPT_ROUNDS", 2)
+    own = gateway(tmp_path, Buffered(1))
+    log = own.store.root / "audit.jsonl"
+    for _ in range(4):
+        send(own, "a", check_in(own, "a") or {}, 1.0)
+
+    def lines() -> list[dict[str, Any]]:
+        return [line for line in map(json.loads, log.read_text().splitlines()) if line["event"] == "round closed"]
+
+    assert [entry["round"] for entry in own.progress.history] == [2, 3]
+    before = lines()
+    assert [(line["round"], line["figures"]["train_loss"]) for line in before] == [(n, 0.5) for n in range(4)]
+    own.store.close()
+    log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:-1]))  # it died before the last line
+    for _ in range(2):  # the second start has nothing to add
+        gateway(tmp_path, Buffered(1)).store.close()
+        assert [{**line, "time": 0, "previous": 0} for line in lines()] == [
+            {**line, "time": 0, "previous": 0} for line in before
+        ]
+    verify(log)
+
+
 @pytest.mark.parametrize("every", [11, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_death_before_any_operation_loses_nothing_and_counts_nothing_twice(tmp_path: Path, every: int) -> None:
     (whole := tmp_path / "whole").mkdir()

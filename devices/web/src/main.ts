@@ -5,6 +5,7 @@ import type { Said, Start } from "./worker";
 
 const find = <T extends Element>(selector: string): T => document.querySelector<T>(selector)!;
 const given = new URLSearchParams(location.hash.slice(1)); // not sent to any server
+history.replaceState(null, "", location.pathname); // nor kept in the address bar, where people see and copy it
 const losses: number[] = [];
 
 function showDigits(content: Uint8Array): number {
