@@ -27,6 +27,7 @@ import lightning_fl as fl
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "docs" / "experiments"
@@ -47,6 +48,7 @@ class Experiment:
         last: Rounds at the end whose mean is the result of a run.
         target: Accuracy of which the table gives the first round that reaches it. None: the table gives the end.
         needs: Tells whether the data is there.
+        by_default: Tells whether it runs without being asked for by name.
     """
 
     title: str
@@ -57,6 +59,7 @@ class Experiment:
     last: int = 10
     target: float | None = None
     needs: Callable[[], bool] = lambda: True
+    by_default: Callable[[], bool] = lambda: True
 
 
 def variant(algorithm: Any, stragglers: dict[str, Any] | None, **data: Any) -> dict[str, Any]:
@@ -118,6 +121,36 @@ EXPERIMENTS["fashion"] = Experiment(
         for name, algorithm in SIDE_BY_SIDE.items()
     },
     last=1,
+)
+
+
+NIID_TEXT = """\
+NIID-Bench's own setting (Li et al., ICDE 2022): 10 clients with all of Fashion-MNIST between them, all of them in each
+round, 10 local epochs of SGD at 0.01 with momentum 0.9 in batches of 64, LeNet, 50 rounds. Labels are spread by
+Dirichlet(0.5), or each client has two of them. A run takes minutes on a GPU and hours on a CPU."""
+EXPERIMENTS["niid"] = Experiment(
+    "NIID-Bench on Fashion-MNIST",
+    NIID_TEXT,
+    "fashion_lenet.yaml",
+    range(3),
+    {
+        f"{name}, {skew}": {
+            "trainer": {
+                "strategy": {
+                    "class_path": "lightning_fl.FederatedStrategy",
+                    "init_args": {"algorithm": SIDE_BY_SIDE[name], "local_epochs": 10},
+                },
+                "max_epochs": 50,
+                "accelerator": "auto",
+            },
+            "model": {"init_args": {"lr": 0.01, "momentum": 0.9}},
+            "data": {"init_args": {"partitioner": partitioner}},
+        }
+        for skew, partitioner in SKEWS.items()
+        for name in ("FedAvg", "FedProx, mu 0.01", "SCAFFOLD", "FedNova")
+    },
+    last=1,
+    by_default=torch.cuda.is_available,
 )
 
 
@@ -270,6 +303,9 @@ def main() -> None:
         experiment, path = EXPERIMENTS[name], RESULTS / f"{name}.csv"
         if not experiment.needs():
             print(f"{name}: its data is not there. MNIST: the four IDX files in $LIGHTNING_FL_DATA/mnist.")
+            continue
+        if not words.names and not experiment.by_default():
+            print(f"{name}: takes days without a GPU, so only by name: python benchmarks/experiments.py {name}")
             continue
         for seed in words.seeds or experiment.seeds:
             for kind in words.only or experiment.variants:
