@@ -104,7 +104,7 @@ class Decentralized(Algorithm):
         neighbours, weights = aggregate.neighbours, aggregate.node_weights
         assert neighbours is not None
         assert weights is not None
-        trees = {key: own for key, own in server.items() if isinstance(own, Mapping) and key != "params"}
+        trees = {key: dict(own) for key, own in server.items() if isinstance(own, Mapping) and key != "params"}
         state = {**server, **{key: neighbours.gather(own) for key, own in trees.items()}}
         return {**state, "params": tree_map(lambda own: _weighted_sum(weights, own), state["nodes"])}
 
