@@ -107,7 +107,7 @@ def main() -> None:
         rounds = args.updates // args.size
         (folder / "step.onnx").write_bytes(b"nobody runs it")
         save_file({"x": torch.zeros(args.parameters)}, folder / "step.safetensors")
-        (folder / "gateway.yaml").write_text(CONFIG.format(size=args.size, rounds=rounds, port=port))
+        (folder / "gateway.yaml").write_text(CONFIG.format(size=args.size, rounds=rounds, port=port), encoding="utf-8")
         registry = Registry(folder / "federation" / "devices.json")
         tokens = [registry.enrol(f"device-{index}") for index in range(args.devices)]
         command = [sys.executable, "-m", "lightning_fl", "gateway", "--config", str(folder / "gateway.yaml")]

@@ -122,10 +122,10 @@ class HttpServer:
 
     async def stop(self) -> None:
         """Ends all connections."""
-        for executor in (self._worker, self._reader):
-            executor.shutdown(wait=False, cancel_futures=True)
+        self._worker.shutdown(wait=False, cancel_futures=True)
         for runner in self._runners:
             await runner.cleanup()
+        self._reader.shutdown(wait=False, cancel_futures=True)  # last, because what is being answered needs it
         # TLS would wait for the other sides' farewells.
         for transport in list(self._transports):
             transport.abort()

@@ -98,10 +98,10 @@ def test_an_unknown_strategy_ends_in_one_line(capsys: pytest.CaptureFixture[str]
     assert line.endswith("Did you mean 'fedavg'?")
 
 
-def test_only_the_first_rank_tells_of_an_unknown_strategy(
+def test_only_the_first_process_of_a_machine_tells_of_an_unknown_strategy(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(SystemExit):
         main(["fit", "--config", write_config(), "--trainer.strategy", "fedvag"])
     assert "Unknown strategy" not in capsys.readouterr().err

@@ -82,7 +82,7 @@ def test_from_an_empty_folder_to_a_report(project: Path, capsys: pytest.CaptureF
     assert len(page.loaded) == 10  # loss and accuracy, twice; two heat maps, partition, norm, spread, phases
     assert page.headings == [
         "Metrics of the global model",
-        "Local training and personalized models",
+        "Local training",
         "Clients, round by round",
         "Who has what",
         "Updates, time and traffic",

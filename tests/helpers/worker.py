@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import gc
+import multiprocessing
 import os
 import pickle
 import pydoc
@@ -74,6 +75,7 @@ def serve(connection: Connection, log: Path, directory: Path) -> None:
     for name in [name for name in os.environ if name.startswith(("PYTEST_", "PL_"))]:
         del os.environ[name]
     os.environ["OMP_NUM_THREADS"] = "1"
+    multiprocessing.set_start_method(None, force=True)  # the platform's own, for the processes that a check starts
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     threading.Thread(target=exit_with_parent, args=(os.getppid(),), daemon=True).start()
