@@ -28,6 +28,8 @@ HOLD_S = 20.0
 IDLE_S = 30.0
 """A body that does not go on for so long is ended; the silo resumes it."""
 TICK_S = 0.05
+ENDING_S = 1.0
+"""How long calls that are being answered may go on when the server ends."""
 DISK_S = 1.0
 """How long the coordinator waits when it could not write, before it tries again."""
 MAX_JSON_BYTES = 1 << 24
@@ -62,6 +64,8 @@ class HttpServer:
         # One for all that is sent, since each thread keeps memory of its own for the pieces.
         self._reader = ThreadPoolExecutor(1)
         self._transports: WeakSet[asyncio.WriteTransport] = WeakSet()
+        self._num_answering = 0
+        self._is_ending = False
 
     async def start(self, host: str | list[str] | None, port: int, admin_port: int | None = None) -> int:
         """Begins to serve; returns the port.
@@ -122,17 +126,27 @@ class HttpServer:
 
     async def stop(self) -> None:
         """Ends all connections."""
+        self._is_ending = True
         self._worker.shutdown(wait=False, cancel_futures=True)
-        for runner in self._runners:
-            await runner.cleanup()
-        self._reader.shutdown(wait=False, cancel_futures=True)  # last, because what is being answered needs it
-        # TLS would wait for the other sides' farewells.
+        for site in [site for runner in self._runners for site in runner.sites]:
+            await site.stop()
+        until = time.monotonic() + ENDING_S
+        while self._num_answering and time.monotonic() < until:
+            await asyncio.sleep(TICK_S)
+        # TLS would wait for the other sides' farewells. Before aiohttp closes the connections: one that has been closed
+        # twice can't be aborted.
         for transport in list(self._transports):
             transport.abort()
         await asyncio.sleep(0.01)
+        for runner in self._runners:
+            await runner.cleanup()
+        self._reader.shutdown(wait=False, cancel_futures=True)  # last, because what is being answered needs it
 
     async def _in_thread(self, function: Callable[..., None], *args: Any) -> None:
         await asyncio.get_running_loop().run_in_executor(self._worker, function, *args)
+
+    def _may_hold(self, until: float) -> bool:
+        return time.monotonic() < until and not self._is_ending
 
     def _can_not_write(self, error: OSError) -> None:
         log.error("The coordinator can't write: %s; it tries again.", error)
@@ -168,6 +182,7 @@ class HttpServer:
         if name not in self.coordinator.rules.silos:
             return self._refuse(request, Refused(403, f"{name!r} is not among the silos of federation.yaml."))
         request[SILO] = name
+        self._num_answering += 1
         try:
             return await handler(request)
         except Refused as refused:
@@ -181,6 +196,8 @@ class HttpServer:
         except OSError as error:
             self._can_not_write(error)
             return web.json_response({"error": f"The coordinator can't write: {error.strerror}."}, status=507)
+        finally:
+            self._num_answering -= 1
 
     def _refuse(self, request: web.Request, refused: Refused) -> web.Response:
         quiet = refused.status in (409, 410)  # what a silo meets that comes late or resumes
@@ -204,7 +221,7 @@ class HttpServer:
     async def _rounds(self, request: web.Request) -> web.StreamResponse:
         after = _integer(request.query.get("after", ""), minimum=-1)
         until = time.monotonic() + HOLD_S
-        while time.monotonic() < until:
+        while self._may_hold(until):
             opening = self.coordinator.next_round(request[SILO], after, time.monotonic())
             if opening is not None:
                 return web.Response(body=opening.encode(), content_type="application/octet-stream")
@@ -220,7 +237,7 @@ class HttpServer:
     async def _outcome(self, request: web.Request) -> web.StreamResponse:
         round, topic = _integer(request.match_info["round"]), request.match_info["topic"]
         until = time.monotonic() + HOLD_S
-        while time.monotonic() < until:
+        while self._may_hold(until):
             path = self.coordinator.outcome(round, topic, request[SILO])
             if path is not None:
                 return await self._send(request, path)
@@ -320,7 +337,7 @@ class HttpServer:
         until = time.monotonic() + HOLD_S
         while True:
             found = self.meetings.come(silo, content.get("token"), time.monotonic())
-            if found["meeting"] is not None or time.monotonic() >= until:
+            if found["meeting"] is not None or not self._may_hold(until):
                 return web.json_response(found)
             await asyncio.sleep(TICK_S)
 
@@ -333,7 +350,7 @@ class HttpServer:
     async def _told(self, request: web.Request) -> web.StreamResponse:
         place = request[SILO], request.match_info["meeting"], _integer(request.match_info["step"])
         until = time.monotonic() + HOLD_S
-        while time.monotonic() < until:
+        while self._may_hold(until):
             outcome = self.meetings.get(*place)
             if outcome is not None:
                 return web.Response(body=outcome, content_type="application/octet-stream")
