@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -43,23 +43,40 @@ def read_config(path: Path) -> FederationConfig:
     Raises:
         ValueError: If an entry is missing, unknown or of the wrong kind.
     """
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds no mapping; expected entries such as `rounds: 20`.")
     of_rules = {field.name: str(field.type) for field in fields(Rules)}
-    unknown = [name for name in content if name not in (*of_rules, *_PLACES)]
-    if unknown:
-        raise ValueError(
-            f"{path} has unknown entries {', '.join(map(repr, unknown))}; known are {', '.join([*of_rules, *_PLACES])}."
-        )
-    missing = [name for name in ("silos", "rounds", "kit", "folder") if name not in content]
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}.")
+    content = read_entries(path, [*of_rules, *_PLACES], ("silos", "rounds", "kit", "folder"))
     rules = {name: _read(path, name, kind, content[name]) for name, kind in of_rules.items() if name in content}
     places: dict[str, Any] = {name: content[name] for name in _PLACES if name in content}
     for name in ("kit", "folder"):
         places[name] = path.parent / str(places[name])
     return FederationConfig(Rules(**rules), **places)
+
+
+def read_entries(
+    path: Path, known: Collection[str], needed: Collection[str], hints: Mapping[str, str] | None = None
+) -> Mapping[str, Any]:
+    """The entries of a YAML file.
+
+    Args:
+        path: The file.
+        known: The names that it may hold.
+        needed: Those that it must hold.
+        hints: What the error adds where one of them is missing.
+
+    Raises:
+        ValueError: If it holds no mapping, an unknown entry, or not all that are needed.
+    """
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds no mapping; expected entries such as `rounds: 20`.")
+    unknown = [name for name in content if name not in known]
+    if unknown:
+        raise ValueError(f"{path} has unknown entries {', '.join(map(repr, unknown))}; known are {', '.join(known)}.")
+    missing = [name for name in needed if name not in content]
+    if missing:
+        more = [hint for name, hint in (hints or {}).items() if name in missing]
+        raise ValueError(" ".join([f"{path} lacks {', '.join(missing)}.", *more]))
+    return content
 
 
 def _read(path: Path, name: str, kind: str, value: Any) -> Any:

@@ -128,8 +128,6 @@ class Desk:
             self._take_in(silo, place, found["topic"], found["digest"], body)
             return 200, {}, NOTHING
         with self._lock:
-            if (method, path) == ("GET", "/v1/last"):
-                return 200, coordinator.last(), NOTHING
             if (method, path) == ("POST", "/v1/join"):
                 answer = coordinator.join(silo, content, time.monotonic())
                 self.present.add(silo)

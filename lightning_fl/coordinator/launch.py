@@ -15,7 +15,6 @@ from lightning_fl.coordinator.machine import Rules
 from lightning_fl.coordinator.policy import Policy
 from lightning_fl.coordinator.silo import NetworkFederation
 from lightning_fl.coordinator.store import Store
-from lightning_fl.federation import Opening
 
 FOLDER = "asynchronous"
 YEAR_S = 365 * 24 * 3600.0
@@ -47,7 +46,6 @@ class LaunchFederation(NetworkFederation):
         rounds: int,
         make: MakeCoordinator,
     ) -> None:
-        self._rounds = rounds
         self._lines: Lines | None = None
         self._desk: Desk | None = None
         if meeting.rank == 0:
@@ -69,17 +67,6 @@ class LaunchFederation(NetworkFederation):
         """The coordinator's folder, on the first rank's machine."""
         name = meeting.names[meeting.rank]
         self._begin(LineClient(line), name, self.journal / "silos" / name, Policy())
-
-    def open_round(self, done: int) -> Opening | None:
-        opening = super().open_round(done)
-        if opening is not None:
-            return opening
-        # The last rounds may have closed without this rank. As under torchrun, all ranks end with the last model.
-        last = self.client.ask("GET", "/v1/last")
-        if last["round"] < self._rounds:
-            return None
-        state, buffers = self._load(last["state"])
-        return Opening(last["round"], [], state, buffers, last["facts"])
 
     def leave(self, reason: str, error: BaseException | None = None) -> None:
         super().leave(reason)

@@ -698,11 +698,6 @@ class Coordinator:
         self.seen[silo] = now
         return self.machine.round
 
-    def last(self) -> dict[str, Any]:
-        """How far the federation is, and the digest of its model."""
-        facts = {"global_step": self.progress.global_step, "logger_steps": self.progress.logger_steps}
-        return {"round": self.machine.round, "state": self._model and self._model.shared, "facts": facts}
-
     def status(self, now: float) -> dict[str, Any]:
         """What people want to see."""
         machine = self.machine

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from lightning_fl.coordinator.config import read_entries
 from lightning_fl.devices.admission import AdmissionRules
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -97,16 +96,8 @@ def read_config(path: Path) -> GatewayConfig:
     Raises:
         ValueError: If an entry is missing, unknown or of the wrong kind.
     """
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds no mapping; expected entries such as `rounds: 20`.")
-    unknown = [name for name in content if name not in _KINDS]
-    if unknown:
-        raise ValueError(f"{path} has unknown entries {', '.join(map(repr, unknown))}; known are {', '.join(_KINDS)}.")
-    missing = [name for name in _NEEDED if name not in content]
-    if missing:
-        more = " The more examples a device says it has, the more it weighs." if "max_examples" in missing else ""
-        raise ValueError(f"{path} lacks {', '.join(missing)}.{more}")
+    hints = {"max_examples": "The more examples a device says it has, the more it weighs."}
+    content = read_entries(path, _KINDS, _NEEDED, hints)
     for name, value in content.items():
         if name == "admin_port" and value is None:
             continue

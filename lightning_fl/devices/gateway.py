@@ -327,7 +327,7 @@ class Gateway:
             reason = f"The update has started from version {version}, the newest is {self.round}; {limit} is the limit."
             raise Refused(410, reason, kind="stale")
 
-    def _read(self, path: Path, version: int) -> tuple[Update, RankReport]:
+    def _read(self, path: Path, version: int) -> tuple[Update, RankReport, float]:
         header = wire.read_header(path)
         fields = header.fields
         wire.check_shapes(self._shapes, header.shapes)
@@ -350,7 +350,7 @@ class Gateway:
             raise wire.BadFile(f"its change has norm {norm:g}, expected at most {most:g}")
         weight = self.settings.weight_of(examples)
         report = RankReport(num_clients=1, weight=weight, num_steps=steps, num_examples=examples, logger_steps=1)
-        return Update(trees["delta"], {}, weight), report
+        return Update(trees["delta"], {}, weight), report, float(loss)
 
     # ---- rounds
 
@@ -387,11 +387,11 @@ class Gateway:
             path = Upload(folder, device, own.digest).ok
             try:
                 # Again, since the rules may be others than when it came.
-                update, report = self._read(path, own.version)
+                update, report, loss = self._read(path, own.version)
             except wire.BadFile as error:
                 unusable[device] = str(error)
                 continue
-            losses.append((report.num_examples, float(wire.read_header(path).fields["loss"])))
+            losses.append((report.num_examples, loss))
             aged = replace(ctx, client=device, staleness=ctx.round - own.version, start=self._start_of(own.version))
             for transform in self.schedule.transforms:
                 update, _ = transform.client(update, {}, replace(aged, template=self._present()))

@@ -374,14 +374,19 @@ def coordinator_of(case: str, folder: Path) -> Any:
     return live_coordinator(folder, rules_of_two, settings(strategy.algorithm), settings_of_silo(strategy))
 
 
+def become_launch(place: int, process: int, num_processes: int) -> None:
+    """Makes this process one of a silo's own launch."""
+    own = {"RANK": process, "LOCAL_RANK": process, "WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes}
+    os.environ.update({name: str(value) for name, value in own.items()})
+    os.environ["TORCHELASTIC_RUN_ID"] += f" {place}"
+
+
 def fit_over_network(
     address: str, folder: Path, case: str, silo: Any, num_processes: int = 2, rounds: int = 2
 ) -> dict[str, Any]:
     """The first half of the processes is the silo east, the others north; each silo is a launch of its own."""
     place, process = divmod(int(os.environ["RANK"]), num_processes)
-    own = {"RANK": process, "LOCAL_RANK": process, "WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes}
-    os.environ.update({name: str(value) for name, value in own.items()})
-    os.environ["TORCHELASTIC_RUN_ID"] += f" {place}"
+    become_launch(place, process, num_processes)
     name = ("east", "north")[place]
     settings = {**CASES[case], "federation": address, "kit": folder / name, "silo": silo}
     module = (Sharded if isinstance(silo, fl.silos.FSDP2) else Net)(settings.pop("make_optimizer", sgd))
@@ -427,9 +432,7 @@ def fit_three_over_network(address: str, folder: Path) -> dict[str, Any]:
     """The silo east has the first two of four processes, north and south one each."""
     rank = int(os.environ["RANK"])
     place, process, size = max(rank - 1, 0), int(rank == 1), 2 if rank < 2 else 1
-    own = {"RANK": process, "LOCAL_RANK": process, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-    os.environ.update({name: str(value) for name, value in own.items()})
-    os.environ["TORCHELASTIC_RUN_ID"] += f" {place}"
+    become_launch(place, process, size)
     secure = fl.privacy.SecureAggregation("bonawitz", max_weight=32.0)
     strategy = fl.FederatedStrategy(
         "scaffold", aggregator=secure, federation=address, kit=folder / NAMES[place], silo=fl.silos.DDP()
