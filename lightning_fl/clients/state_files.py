@@ -101,7 +101,7 @@ class StateFiles:
         """
         # It comes from a checkpoint, which another party may have written.
         if not re.fullmatch(r"\w[\w.-]*", name):
-            raise ValueError(f"A checkpoint names {name!r} as a manifest of client states, which is no plain name.")
+            raise ValueError(f"A checkpoint names {name!r} as a manifest of client states, which is not a plain name.")
         path = self.root / "manifests" / f"{name}.json"
         return dict(map(tuple, json.loads(path.read_text(encoding="utf-8")))) if path.exists() else None
 

@@ -229,7 +229,7 @@ def read_tables(path: str | Path | Sequence[str]) -> Any:
     tables = []
     for file in files:
         if not file.exists():
-            raise FileNotFoundError(f"{file} does not exist; it was looked for in {file.parent.resolve()}.")
+            raise FileNotFoundError(f"{file} does not exist; it was searched for in {file.parent.resolve()}.")
         if not _kind(file):
             raise ValueError(f"{file} is not a .csv, .csv.gz or .parquet file.")
         try:

@@ -277,7 +277,7 @@ def check_not_in_notebook(num_processes: int) -> None:
     """
     if hasattr(sys, "ps1"):
         raise MisconfigurationException(
-            f"devices={num_processes} starts the script once for each process, and a notebook is no script. Use "
+            f"devices={num_processes} starts the script once for each process, and a notebook is not a script. Use "
             "devices=1, in which one process simulates any number of clients, or run "
             f"`!lightning-fl fit --config config.yaml --trainer.devices {num_processes}`."
         )

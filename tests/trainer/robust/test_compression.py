@@ -275,7 +275,7 @@ def test_what_can_not_be_right_is_refused() -> None:
         with pytest.raises(ValueError, match="would compress again"):
             strategy("fedavg", transforms=[Compress(compressor)], aggregator=aggregator)
     strategy("fedavg", transforms=[Compress(top)], aggregator=CompressedMean(TopK(0.1)))
-    with pytest.raises(ValueError, match="is no sum"):
+    with pytest.raises(ValueError, match="is not a sum"):
         strategy("fedavg", transforms=[private], aggregator=CompressedMean(top))
     for make in (
         lambda: TopK(0.0),
