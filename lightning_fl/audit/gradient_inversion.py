@@ -62,7 +62,7 @@ def label_of(bias_gradient: Tensor) -> int:
     negative = (bias_gradient < 0).nonzero()[:, 0].tolist()
     if len(negative) != 1:
         raise ValueError(
-            f"{len(negative)} entries of the gradient are negative; the cross-entropy of one example has exactly one. Give "
+            f"{len(negative)} entries of the gradient are negative; one example's cross-entropy has just one. Give "
             "the gradient of the last layer's bias for a single example."
         )
     return int(negative[0])

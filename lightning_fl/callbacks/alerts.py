@@ -41,7 +41,7 @@ MAX_WAITING = 100
 
 @dataclass(frozen=True)
 class Alert:
-    """What is told.
+    """What is reported.
 
     Args:
         rule: The rule that holds, as the user wrote it.

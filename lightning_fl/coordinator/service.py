@@ -753,7 +753,7 @@ def is_exchange(topic: str) -> bool:
 
 
 def check_report(report: RankReport, silo: str) -> None:
-    """Makes sure that a report speaks of nobody but its silo.
+    """Makes sure that a report is about its own silo only.
 
     Raises:
         ValueError: If it does.

@@ -42,7 +42,7 @@ class TabularDataModule(NaturalDataModule):
             same one. None: learned from the training rows.
         scaling: Replaces the schema's means and standard deviations by those of the training rows, released under
             differential privacy; the ledger of the training counts the release. It needs a ``schema``. Save
-            ``schema`` after ``setup()``, and give it to a run that resumes, which would otherwise release anew.
+            ``schema`` after ``setup()``, and give it to a run that resumes, which would otherwise release again.
         **kwargs: ``batch_size``, ``val_share``, ``test_share``, ``seed``, ``num_workers`` and ``eval_batch_size``; see
             :class:`NaturalDataModule`.
 

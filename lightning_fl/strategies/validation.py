@@ -373,7 +373,7 @@ def check_same_on_ranks(group: Group, what: str, own: int) -> None:
 
 
 def describe_failure(exception: BaseException, hides: bool) -> str:
-    """What the other parties are told of an exception that ends this one's run.
+    """What the other parties are told about an exception that ends this party's run.
 
     Args:
         exception: The exception.
