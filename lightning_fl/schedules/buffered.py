@@ -17,7 +17,7 @@ class Asynchronous(RoundSchedule):
     """Rounds that nobody waits for.
 
     Each client that returns is replaced by one that trains from the newest version: one drawn from those that are not
-    training. All updates that return at the same instant are applied, in the order of clients, before anybody starts again.
+    training. Updates that return at one instant are all applied, in the order of clients, before anybody starts again.
     """
 
     draws_cohorts = False
