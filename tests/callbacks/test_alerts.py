@@ -56,7 +56,7 @@ def test_where_privacy_hides_clients_no_rule_can_count_them() -> None:
     dp = fl.privacy.ClientLevelDP(clip=0.1, noise_multiplier=1.0)
     alerts = Alerts(["fl/num_left_out >= 0", "fl/num_examples > 0"], to=print)
     fit = trainer(fl.FederatedStrategy("fedavg", transforms=[dp]), callbacks=[alerts])
-    with pytest.warns(UserWarning, match=r"num_left_out.* watch figures that were never logged; .*num_examples"):
+    with pytest.warns(UserWarning, match=r"num_left_out.*num_examples.* watch figures that were never logged"):
         fit.fit(Plain(), image_clients())
 
 
@@ -96,7 +96,7 @@ def test_what_is_no_rule_is_refused(text: str) -> None:
 def test_other_wrong_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="at least one rule"):
         Alerts([], print)
-    with pytest.raises(ValueError, match="no webhook"):
+    with pytest.raises(ValueError, match="not a webhook"):
         Alerts(["failed"], "ftp://example.org")
 
 
