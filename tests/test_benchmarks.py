@@ -57,7 +57,7 @@ def test_a_billion_parameters_have_nine_megabytes_of_adapters(
     assert sum(param.numel() for param in module.parameters()) == 1_102_301_184
     assert sum(param.numel() * param.element_size() for param in trained) == 9_011_200
     monkeypatch.setattr(language, "prepare_process", lambda num_threads: None)
-    language.main("--tiny --device cpu --steps 1 --rounds 1 --length 8 --batch 1".split())
+    language.main(["--tiny", "--device", "cpu", "--steps", "1", "--rounds", "1", "--length", "8", "--batch", "1"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[:2] for line in lines[3:]] == [
         ["| without", "3 x 28,672"],
