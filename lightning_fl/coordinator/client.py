@@ -122,7 +122,7 @@ class Client:
                     raise
                 if failures % 10 == 3:
                     log.warning(
-                        "%s does not answer (%s: %s); trying on. `lightning-fl network check %s --kit %s` names the cause.",
+                        "%s does not answer (%s: %s); trying on. `lightning-fl network check %s --kit %s` says why.",
                         *(self.address, type(error).__name__, error, self.address, self.kit.folder),
                     )
                 # At random, so that silos do not all come back at the same moment.
