@@ -479,7 +479,7 @@ class RoundDriver:
             self.vectorized.refuse(f"{hook} would see several clients at once", self.plan.round)
             self.vectorized = None
         if self.vectorized is not None:
-            self.vectorized.logs_may_wait = hook is None
+            self.vectorized.choose_steps(hook)
         return (TightSteps if hook is None else HookedSteps)(loop, self.local_trainer, values)
 
     @property

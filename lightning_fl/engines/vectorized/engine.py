@@ -32,6 +32,7 @@ from lightning_fl.engines.vectorized.batching_rules import BatchingRules
 from lightning_fl.engines.vectorized.buffer_pool import BufferPool
 from lightning_fl.engines.vectorized.row_subset import RowSubset
 from lightning_fl.engines.vectorized.stacking import NotStackable, NotVectorizable, stack
+from lightning_fl.engines.vectorized.step_replay import StepReplays
 from lightning_fl.engines.vectorized.tensor_slots import TensorSlots
 from lightning_fl.torch_internals import flat_vmap, pytree
 from lightning_fl.tree import cast_like, num_bytes
@@ -53,6 +54,9 @@ class Vectorized:
         stacked_bytes: The most bytes of the clients' stacked parameters. None: 16 MiB on a CPU, for its cache, and a
             sixteenth of a GPU's memory.
         batch_bytes: The most bytes of their batches in memory at once. Default 1 GiB.
+        capture_steps: Whether a GPU captures each shape of step once, as a CUDA graph, and replays it. Default False:
+            it has not been measured on a GPU. On a CPU the recorded operations are repeated one after the other, which
+            is no faster and only a way of testing it.
 
     Raises:
         ValueError: If a number is below 1.
@@ -65,6 +69,7 @@ class Vectorized:
     clients_per_step: int | None = None
     stacked_bytes: int | None = None
     batch_bytes: int = 2**30
+    capture_steps: bool = False
 
     def __post_init__(self) -> None:
         for name in ("clients_per_step", "stacked_bytes", "batch_bytes"):
@@ -105,6 +110,8 @@ class VectorizedEngine(SequentialEngine):
         self._stacked: Tree = {}
         self._stacked_buffers: Tree = {}
         self.pool = BufferPool()
+        self.replays: StepReplays | None = None
+        """Captures the steps of groups and replays them; None: each step runs by itself."""
         self._subset: RowSubset | None = None
         self._slots = TensorSlots(module, {})
 
@@ -162,6 +169,10 @@ class VectorizedEngine(SequentialEngine):
     def num_clients(self) -> int:
         """How many clients the next step trains."""
         return len(next(iter(self._stacked.values()))) if self._stacked else 1
+
+    def step(self, batch: Any, position: BatchPosition) -> Tensor | None:
+        losses = self.replays.step(batch, position) if self.replays is not None and self._stacked else None
+        return super().step(batch, position) if losses is None else losses
 
     def _forward(self, batch: Any, position: BatchPosition) -> tuple[Tensor | None, Tensor | None]:
         if not self._stacked:
@@ -268,10 +279,28 @@ class VectorizedEngine(SequentialEngine):
         """Restores what :meth:`copy_buffers` copied."""
         self._stacked_buffers = clones(buffers)
 
+    @contextmanager
+    def buffers_kept(self) -> Iterator[None]:
+        """A block at whose end the clients' buffers are the tensors that they were."""
+        before, self._stacked_buffers = self._stacked_buffers, dict(self._stacked_buffers)
+        try:
+            yield
+        finally:
+            self._stacked_buffers = before
+
     @property
     def stacked_params(self) -> Tree:
         """The clients' parameters, stacked."""
         return self._stacked
+
+    @property
+    def stacked_buffers(self) -> Tree:
+        """The clients' buffers, stacked."""
+        return self._stacked_buffers
+
+    @stacked_buffers.setter
+    def stacked_buffers(self, buffers: Tree) -> None:
+        self._stacked_buffers = buffers
 
     @property
     def bytes_of_one(self) -> int:
