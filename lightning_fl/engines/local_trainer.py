@@ -417,8 +417,8 @@ class LocalTrainer(ABC):
 
     @property
     def device(self) -> torch.device:
-        """The device of the module's shared parameters."""
-        return next(iter(self.tensors.params.values())).device
+        """The device of the module's parameters."""
+        return next(self.module.parameters()).device
 
     def _note_moved(self) -> None:
         """Notes which frozen parameters the client has written to, and puts back those that are not averaged."""

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
 from lightning_fl.clients.local_work import BatchPosition
+from lightning_fl.engines.device_memory import device_memory
 from lightning_fl.engines.isolation import Isolation
 from lightning_fl.engines.local_trainer import (
     ONE_PHASE,
@@ -51,8 +52,8 @@ class Vectorized:
 
     Args:
         clients_per_step: The most clients that train in one step. None: as many as fit in ``stacked_bytes``.
-        stacked_bytes: The most bytes of the clients' stacked parameters. None: 16 MiB on a CPU, for its cache, and a
-            sixteenth of a GPU's memory.
+        stacked_bytes: The most bytes of the clients' stacked parameters. None: 16 MiB on a CPU, for its cache; on a GPU
+            a sixteenth of its memory, or an eighth of what is free if that is less.
         batch_bytes: The most bytes of their batches in memory at once. Default 1 GiB.
         capture_steps: Whether a GPU captures each shape of step once, as a CUDA graph, and replays it. Default False:
             it has not been measured on a GPU. On a CPU the recorded operations are repeated one after the other, which
@@ -307,14 +308,21 @@ class VectorizedEngine(SequentialEngine):
         """Bytes of the parameters that a client trains."""
         return num_bytes([param for param in self.module.parameters() if param.requires_grad])
 
-    def max_clients(self, stacked_bytes: int | None) -> int:
-        """How many clients' parameters take no more than ``stacked_bytes``, or the device's default; at least 1."""
-        gpu = next((param.device for param in self.module.parameters() if param.is_cuda), None)
-        if stacked_bytes is None and gpu is not None:
-            # Of all memory, not of what is free: groups must be the same when a run is resumed.
-            stacked_bytes = torch.cuda.get_device_properties(gpu).total_memory // 16
-        stacked_bytes = stacked_bytes or BYTES_ON_CPU
-        return max(1, stacked_bytes // max(1, self.bytes_of_one))
+    def max_clients(self, stacked_bytes: int | None, looks_at_free: bool = True) -> int:
+        """How many clients' parameters take no more than ``stacked_bytes``, or the device's default; at least 1.
+
+        Args:
+            stacked_bytes: The most bytes. None: the default.
+            looks_at_free: Whether the default counts what is free on a GPU.
+        """
+        memory = device_memory(self.device)
+        if stacked_bytes is None and memory is not None:
+            # The first bound is the same in each run, and with it the groups and so the last bits of the result. The
+            # second one counts only where others use the GPU too.
+            stacked_bytes = memory.total // 16
+            if looks_at_free:
+                stacked_bytes = min(stacked_bytes, memory.free // 8)
+        return max(1, (stacked_bytes or BYTES_ON_CPU) // max(1, self.bytes_of_one))
 
     @property
     def shared_params(self) -> Mapping[str, Tensor]:

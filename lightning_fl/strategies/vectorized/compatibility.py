@@ -137,6 +137,7 @@ def check_equivalence(
         that is allowed.
 
     Raises:
+        OutOfMemoryError: If a GPU's memory does not hold the step.
         NotVectorizable: If the step can't run under ``vmap``, gives different losses or gradients, has side effects,
             or takes so long that training together would gain nothing.
     """
@@ -208,7 +209,7 @@ def _try_step(
             with torch.enable_grad():
                 found = _Outcome(losses.detach(), grads, after, logged, made)
                 _compare(engine, capture, batch, args, found, max_flops)
-    except NotVectorizable:
+    except (NotVectorizable, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise NotVectorizable(reason_of(error)) from error

@@ -35,6 +35,7 @@ from lightning_fl.strategies.vectorized.compatibility import (
 from lightning_fl.strategies.vectorized.log_capture import LogCalls, LogCapture
 from lightning_fl.strategies.vectorized.step_watch import OpaqueProxy, StepWatch
 from lightning_fl.torch_internals import pytree, version_counter
+from lightning_fl.types import ClientId
 
 
 class VectorizedDriver:
@@ -195,6 +196,16 @@ class VectorizedDriver:
         content = strategy.batch_to_device(batch).content
         with strategy.precision_plugin.train_step_context():
             yield content, logged.step_arguments(self.trainer.lightning_module, 0)
+
+    def halve(self, clients: Sequence[ClientId]) -> list[list[ClientId]]:
+        """Divides a group whose step does not fit in a GPU's memory, and says so."""
+        parts = self.grouping.halve(clients)
+        rank_zero_info(
+            f"A step of {len(clients)} clients does not fit in the GPU's memory; from here on at most {len(parts[0])} "
+            "train side by side. Vectorized(clients_per_step=...) says so from the start."
+        )
+        torch.cuda.empty_cache()  # what the step has used is in blocks of sizes that the next ones do not ask for
+        return parts
 
     def leave(self) -> None:
         """Forgets the group, which has been trained or will not be trained together."""
