@@ -81,7 +81,7 @@ from lightning_fl.strategies.silo import (
     whole_optimizer_state,
     whole_state_dict,
 )
-from lightning_fl.strategies.topology import Placed, check_nodes, place
+from lightning_fl.strategies.topology import Placed, check_nodes, elect, place
 from lightning_fl.strategies.user_warnings import UserWarnings
 from lightning_fl.strategies.validation import (
     SEVERAL_LOADERS,
@@ -148,7 +148,7 @@ class FederatedStrategy(internals.ReusableStrategy):
         durations: How long clients take on that clock: seconds by client, a distribution such as
             ``fl.clients.Lognormal(median=20)``, or ``"measured"``. None: there is no clock.
         topology: Who mixes its model with whom, as ``fl.topologies.Ring()``, instead of a server for all; with
-            ``"fedavg"``, ``"dsgd"``, ``"d2"``, ``"gradienttracking"`` or ``"pushsum"``.
+            ``"fedavg"``, ``"dsgd"``, ``"d2"``, ``"gradienttracking"`` or ``"pushsum"``; ``Swarm()`` with any.
         federation: The coordinator's address, ``"https://host:port"``: this launch is then one silo of a federation
             over a network, and its training loader that silo's data.
         kit: The folder with the silo's key and certificate, for ``federation``.
@@ -241,6 +241,7 @@ class FederatedStrategy(internals.ReusableStrategy):
         self.local_epochs = local_epochs
         self.local_steps = local_steps
         self.partition = partition
+        aggregator = elect(topology, aggregator, is_in_real_time)
         self.aggregator = check_nodes(self.algorithm, aggregator, transforms, adversary, self.schedule, federation)
         if self.schedule is not None:
             check_schedule(
@@ -380,8 +381,8 @@ class FederatedStrategy(internals.ReusableStrategy):
     def setup_environment(self) -> None:
         super().setup_environment()
         assert self.cluster_environment is not None
-        if self.transport is not None:
-            self._open_launch()
+        if self.transport is not None:  # in `setup` there will be a line to the first rank
+            self.network, self._error = None, None
             return
         # Each fit, validate and test comes here; the ranks stay connected between them, also from Trainer to Trainer.
         connection = self.global_rank, super().world_size, self.root_device.type
@@ -410,20 +411,18 @@ class FederatedStrategy(internals.ReusableStrategy):
 
     def _open_launch(self) -> None:
         """Joins ranks that no round waits for: each is alone but for its line to the first one."""
-        environment, trainer = self.cluster_environment, self._trainer
+        environment = self.cluster_environment
         assert environment is not None
-        self.network, self._error = None, None
-        if trainer.state.fn == TrainerFn.FITTING:
-            self.network = open_launch(
-                self,
-                trainer,
-                rank=self.global_rank,
-                size=super().world_size,
-                address=environment.main_address,
-                port=environment.main_port,
-                name=self._own_name,
-                seed=self._seed,
-            )
+        self.network = open_launch(
+            self,
+            self._trainer,
+            rank=self.global_rank,
+            size=super().world_size,
+            address=environment.main_address,
+            port=environment.main_port,
+            name=self._own_name,
+            seed=self._seed,
+        )
 
     def _give_mesh(self) -> None:
         if self.federation.is_spread:
@@ -483,6 +482,8 @@ class FederatedStrategy(internals.ReusableStrategy):
     def setup(self, trainer: L.Trainer) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
             check_trainer(trainer)
+            if self.transport is not None:  # not earlier: Lightning tells only now whether a checkpoint was loaded
+                self._open_launch()
         check_same_on_ranks(self.federation, "validation data", trainer.enable_validation)
         self._frozen_weights = FrozenWeights()
         if trainer.state.fn == TrainerFn.FITTING:

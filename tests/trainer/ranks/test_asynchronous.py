@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.distributed import TCPStore
 
@@ -33,14 +34,18 @@ SCHEDULES: dict[str, Any] = {
 }
 
 
-def train_rank(transport: str, case: str, root: str, rounds: int, callbacks: Any, options: Any = None) -> Any:
+def train_rank(
+    transport: str, case: str, root: str, rounds: int, callbacks: Any, options: Any = None, **of_trainer: Any
+) -> Any:
     rank = int(os.environ["RANK"])
     module = Constant(torch.float64)
     strategy = FederatedStrategy(
         schedule=SCHEDULES[case], transport=transport, silo_name=NAMES[rank], timeout=PATIENCE, **(options or {})
     )
-    fit = trainer(strategy, max_epochs=rounds, limit_val_batches=0, callbacks=callbacks, default_root_dir=root)
-    fit.fit(module, loader_of(NAMES[rank]), validation_of(NAMES[rank]))
+    ckpt_path = of_trainer.pop("ckpt_path", None)
+    given = {"limit_val_batches": 0, "callbacks": callbacks, "default_root_dir": root, **of_trainer}
+    fit = trainer(strategy, max_epochs=rounds, **given)
+    fit.fit(module, loader_of(NAMES[rank]), validation_of(NAMES[rank]), ckpt_path=ckpt_path, weights_only=True)
     return module.state_dict(), fit.current_epoch, strategy.history
 
 
@@ -128,12 +133,13 @@ def wait_for(path: Path) -> None:
 
 def scene(root: str) -> None:
     """One rank, in a process of its own."""
-    state, epoch, _ = train_rank("gloo", "fedbuff", root, ROUNDS, [Scene(Path(root))])
+    transport = "rpc" if "rpc" in sys.argv else "gloo"
+    state, epoch, _ = train_rank(transport, "fedbuff", root, ROUNDS, [Scene(Path(root))])
     torch.save((state, epoch), Path(root, f"{os.environ['RANK']}.pt"))
 
 
-def start(root: Path, port: int, rank: int, *words: str) -> subprocess.Popen[bytes]:
-    code = "import sys; from tests.trainer.ranks.test_asynchronous import scene; scene(sys.argv[1])"
+def start(root: Path, port: int, rank: int, *words: str, scene: str = "scene") -> subprocess.Popen[bytes]:
+    code = f"import sys; from tests.trainer.ranks.test_asynchronous import {scene}; {scene}(sys.argv[1])"
     launches.append(f"rank {rank}")
     variables = {"RANK": rank, "WORLD_SIZE": 3, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     launcher = {"TORCHELASTIC_RUN_ID": "kill", "TORCHELASTIC_USE_AGENT_STORE": "True", "GROUP_RANK": 0}
@@ -174,6 +180,91 @@ def test_a_killed_rank_comes_back_and_the_journal_is_replayed(tmp_path: Path) ->
         state, epoch = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
         assert_same(replayed, state)
         assert epoch == ROUNDS
+
+
+@pytest.mark.slow
+def test_over_rpc_a_killed_rank_is_refused_and_the_others_train_on(tmp_path: Path) -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    ranks = [start(tmp_path, store.port, rank, "rpc") for rank in range(3)]
+    try:
+        wait_for(tmp_path / "stuck")
+        ranks[2].send_signal(signal.SIGKILL)
+        assert ranks[2].wait(PATIENCE) == -signal.SIGKILL
+        ranks[2] = start(tmp_path, store.port, 2, "rpc", "again")
+        assert ranks[2].wait(PATIENCE) == 1
+        assert "Rank 2 has come back, but the agents of torch.distributed.rpc" in (tmp_path / "2.log").read_text()
+        (tmp_path / "back").touch()  # east waits for it
+        assert [process.wait(PATIENCE) for process in ranks[:2]] == [0, 0], (tmp_path / "0.log").read_text()
+    finally:
+        for process in ranks:
+            process.kill()
+    journal = tmp_path / "asynchronous" / "0"
+    recorded = Recorded(str(journal), SCHEDULES["fedbuff"])
+    assert len(recorded.rounds) == ROUNDS
+    assert_same(replay(recorded), read_model(journal)[0])
+
+
+def scene_of_restart(root: str) -> None:
+    """One rank, which goes on from the last checkpoint if there is one."""
+    folder = Path(root, "checkpoints")
+    keep = ModelCheckpoint(folder, save_last=True, every_n_epochs=3)
+    last = folder / "last.ckpt"
+    rank = int(os.environ["RANK"])
+    ckpt_path = str(last) if "again" in sys.argv and rank < 2 else None  # only the first rank needs it
+    own = train_rank(
+        "gloo",
+        "fedbuff",
+        root,
+        ROUNDS,
+        [Slowly(0.05 * (1 + rank)), keep],
+        {"algorithm": "scaffold"},
+        ckpt_path=ckpt_path,
+        enable_checkpointing=True,
+    )
+    torch.save(own[:2], Path(root, f"{rank}.pt"))
+
+
+def rounds_done(journal: Path) -> int:
+    try:
+        return len(json.loads((journal / "state.json").read_text())["progress"]["history"])
+    except FileNotFoundError:
+        return 0
+
+
+@pytest.mark.slow
+def test_a_run_whose_first_rank_was_killed_goes_on_with_its_journal(tmp_path: Path) -> None:
+    journal, killed_at = tmp_path / "asynchronous" / "0", 5
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    ranks = [start(tmp_path, store.port, rank, scene="scene_of_restart") for rank in range(3)]
+    try:
+        end = time.monotonic() + PATIENCE
+        while rounds_done(journal) < killed_at:
+            assert time.monotonic() < end, (tmp_path / "0.log").read_text()
+            time.sleep(0.01)
+        ranks[0].send_signal(signal.SIGKILL)
+        assert ranks[0].wait(PATIENCE) == -signal.SIGKILL
+        assert all(process.wait(PATIENCE) == 1 for process in ranks[1:])
+        assert all(
+            "Rank 0, which keeps the model, has left" in (tmp_path / f"{rank}.log").read_text() for rank in (1, 2)
+        )
+        done = rounds_done(journal)
+        again = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        ranks = [start(tmp_path, again.port, rank, "again", scene="scene_of_restart") for rank in range(3)]
+        codes = [process.wait(PATIENCE) for process in ranks]
+        assert codes == [0, 0, 0], (tmp_path / "0.log").read_text() + (tmp_path / "2.log").read_text()
+    finally:
+        for process in ranks:
+            process.kill()
+    recorded = Recorded(str(journal), SCHEDULES["fedbuff"])
+    assert done < len(recorded.rounds) == ROUNDS
+    assert not (tmp_path / "asynchronous" / "1").exists()
+    replayed = replay(recorded, {"algorithm": "scaffold"})
+    assert_same(replayed, read_model(journal)[0])
+    for rank in range(3):
+        state, epoch = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+        assert_same(replayed, state)
+        assert epoch == ROUNDS
+    verify(journal / "audit.jsonl")
 
 
 # ---- errors and settings
