@@ -11,6 +11,7 @@ from functools import lru_cache, partial
 from typing import Any, Literal
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_debug
 from torch.optim import Optimizer
@@ -371,6 +372,8 @@ class RoundDriver:
             if not position.is_last:
                 self._end_phase(opened, task, position.ends_phase)
                 steps.end_batch()
+            if position.ends_phase and not is_group:
+                self.call_hook("on_phase_end", *task.clients)
         if is_group:
             assert self.vectorized is not None
             self.vectorized.check()
@@ -385,14 +388,18 @@ class RoundDriver:
         vectorized = self.vectorized
         assert vectorized is not None
         assert opened.session is not None
-        if vectorized.is_asked_for:
+        is_too_large = isinstance(error, torch.OutOfMemoryError)
+        if vectorized.is_asked_for and not is_too_large:
             raise vectorized.error_of(error) from error
         opened.round.leave()
         opened.steps.undo()
         opened.session.drop()
         opened.num_batches_done = opened.num_batches_before
         vectorized.undo()
-        self._train_alone(opened, reason_of(error))
+        if is_too_large:
+            self._split(opened, opened.current, vectorized.halve(task.clients))
+        else:
+            self._train_alone(opened, reason_of(error))
 
     def _train_alone(self, opened: OpenRound, reason: str) -> None:
         """Lets the clients of the current group, and all later ones, train one after the other."""
@@ -479,7 +486,7 @@ class RoundDriver:
             self.vectorized.refuse(f"{hook} would see several clients at once", self.plan.round)
             self.vectorized = None
         if self.vectorized is not None:
-            self.vectorized.logs_may_wait = hook is None
+            self.vectorized.choose_steps(hook)
         return (TightSteps if hook is None else HookedSteps)(loop, self.local_trainer, values)
 
     @property
@@ -494,10 +501,14 @@ class RoundDriver:
                 yield self._start(opened, group)
             except GroupSplit as split:
                 opened.round.leave()
-                opened.pending.extendleft(group.of(part) for part in reversed(split.parts))
-                self.set_length()
+                self._split(opened, group, split.parts)
             except LoaderFailed as failed:
                 self._leave_out(opened, failed)
+
+    def _split(self, opened: OpenRound, group: PlannedGroup, parts: Sequence[Sequence[ClientId]]) -> None:
+        """Lets the parts of a group train in its place."""
+        opened.pending.extendleft(group.of(part) for part in reversed(parts))
+        self.set_length()
 
     def _start(self, opened: OpenRound, group: PlannedGroup) -> ClientTask:
         opened.session = ClientSession(internals.train_results(self.trainer), opened.values, self.metric_states)
@@ -510,7 +521,13 @@ class RoundDriver:
         (client,) = group.clients
         works = self.planner.phases(self.plan.works[client])
         data = ClientData(opened.loaders.open(client, works, group.number), self.plan.sizes[client])
-        task = opened.round.start(data, partial(probe, self.trainer), group.version, group.number)
+        task = opened.round.start(
+            data,
+            partial(probe, self.trainer),
+            group.version,
+            group.number,
+            on_next_phase=lambda: self.call_hook("on_next_phase", client),
+        )
         self.call_hook("on_client_start", client)
         return task
 
@@ -531,6 +548,11 @@ class RoundDriver:
                 task = opened.round.start(data, version=group.version, number=group.number)
                 vectorized.start(task, data)
             changes_groups = data.masks is not None and vectorized.try_new_shapes(data)
+        except torch.OutOfMemoryError as error:
+            opened.round.leave()
+            vectorized.undo_reading()
+            vectorized.leave()
+            raise GroupSplit(vectorized.halve(group.clients)) from error
         except (NotStackable, NotVectorizable) as error:
             opened.round.leave()
             vectorized.undo_reading()
@@ -960,13 +982,21 @@ class RoundDriver:
 
     def call_hook(self, hook: str, *args: Any) -> None:
         """Calls a hook of :class:`~lightning_fl.callbacks.FederatedCallback`, with ``view`` if it is a parameter."""
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        # What guards the clients' examples brackets local training, so that it sees what other callbacks write.
+        if hook in ("on_client_start", "on_next_phase", "on_phase_end"):
+            callbacks = sorted(callbacks, key=_protects_examples, reverse=hook != "on_phase_end")
+        for callback in callbacks:
             # By name, because `callbacks` stands above this room and its base class can't be imported here.
             method: Callable[..., None] | None = getattr(callback, hook, None)
             if method is not None:
                 # The cache gets the plain function: a bound method in it would keep the callback alive.
                 view = {"view": self.view} if _takes_view(getattr(method, "__func__", method)) else {}
                 method(self.trainer, self.module, *args, **view)
+
+
+def _protects_examples(callback: Any) -> bool:
+    return getattr(callback, "protects_examples", False)
 
 
 @lru_cache(maxsize=256)
