@@ -154,6 +154,28 @@ def num_references(storage: torch.UntypedStorage) -> int:
     return count
 
 
+def copy_tensors(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Copies each value into its target: on a GPU by few kernels, where ``copy_`` launches one for each tensor."""
+    with torch.no_grad():
+        torch._foreach_copy_(list(targets), list(values))
+
+
+def record_operations(function: Callable[[], list[Tensor]], tensors: Sequence[Tensor]) -> Callable[..., Any]:
+    """What a function does with tensors; ``torch.fx`` alone can't see into autograd, ``vmap`` and optimizers.
+
+    Args:
+        function: Reads and writes ``tensors`` by itself.
+        tensors: Are replaced by what the result is called with; other tensors are read from where they are.
+
+    Raises:
+        RuntimeError: If the function turns one of the tensors into a number.
+    """
+    from torch.fx.experimental.proxy_tensor import make_fx  # here, because it imports sympy, which takes long
+
+    # The arguments reach the function as the objects that they are, which the function knows.
+    return make_fx(lambda *own: function())(*tensors)
+
+
 def decompositions(operators: Sequence[Any]) -> dict[Any, Callable[..., Any]]:
     """How torch computes operators from others; the public table of ``torch.export`` has no choice of operators."""
     from torch._decomp import get_decompositions  # here, because it imports sympy, which takes long

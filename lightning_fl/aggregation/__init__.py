@@ -17,6 +17,7 @@ from lightning_fl.aggregation.compression import (
 )
 from lightning_fl.aggregation.context import RoundContext
 from lightning_fl.aggregation.corruption import Corruption
+from lightning_fl.aggregation.elected_mean import ElectedMean
 from lightning_fl.aggregation.nodes import Nodes
 from lightning_fl.aggregation.robust import (
     FLAME,
@@ -67,6 +68,7 @@ __all__ = [
     "Corruption",
     "CosineCheck",
     "DnC",
+    "ElectedMean",
     "FLTrust",
     "FedMGDA",
     "FederationFacts",

@@ -82,11 +82,15 @@ class WeightedMean(Aggregator):
         # tensors are exchanged.
         messages = group.all_gather(Message({**report.fields, **counts}, report.tensors), f"end of round {ctx.round}")
         # `all_reduce` returns a new tensor, so that the accumulator stays valid for another attempt.
-        sums = {dtype: group.all_reduce(flat) for dtype, flat in acc.sums.items()}
+        sums = {dtype: self.total(flat, group, ctx) for dtype, flat in acc.sums.items()}
         # Added in the order of the ranks on each of them, so that all get the same float.
         weight = sum(message.fields["weight"] for message in messages)
         num_clients = sum(message.fields["num_clients"] for message in messages)
         return WeightedSum(acc.layout, sums, acc.layout.unflatten(sums), weight, num_clients), messages
+
+    def total(self, flat: Tensor, group: Group, ctx: RoundContext) -> Tensor:
+        """The sum of the ranks' flat buffers, as a new tensor."""
+        return group.all_reduce(flat)
 
     def result(self, acc: WeightedSum, ctx: RoundContext) -> Aggregate:
         return aggregate_of(acc.views, acc.weight, acc.num_clients, ctx)

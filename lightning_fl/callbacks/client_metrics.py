@@ -177,19 +177,31 @@ def _summary(name: str, values: Sequence[float]) -> dict[str, float]:
     }
 
 
+_ARROW_TYPES = {frozenset({kind}): alias for kind, alias in ((bool, "bool"), (int, "int64"), (str, "string"))}
+_ARROW_TYPES |= {frozenset({float}): "double", frozenset({int, float}): "double"}
+"""By the types of a column's values its type in the table."""
+
+
 def write_table(folder: Path) -> Path:
     """Turns ``clients.jsonl`` into ``clients.parquet``, or ``clients.csv`` without pyarrow, and removes it."""
     lines = folder / f"{CLIENTS_STEM}.jsonl"
     rows = read_clients(folder)
     try:
         import pyarrow
+        import pyarrow.json
         import pyarrow.parquet
     except ImportError:
         return _write_csv(lines, rows)
     path = lines.with_suffix(".parquet")
     unfinished = path.with_name(f".{path.name}")
+    # `pyarrow.table` would make it of the rows, but it imports pandas, which takes a second.
     names = dict.fromkeys(name for row in rows for name in row)
-    table = pyarrow.table({name: [row.get(name) for row in rows] for name in names})
+    kinds = {name: {type(row[name]) for row in rows if row.get(name) is not None} for name in names}
+    types = [(name, _ARROW_TYPES.get(frozenset(kinds[name]), "null")) for name in names]
+    schema = pyarrow.schema([(name, pyarrow.type_for_alias(alias)) for name, alias in types])
+    options = pyarrow.json.ParseOptions(explicit_schema=schema)
+    text = "".join(to_json(row) + "\n" for row in rows)
+    table = pyarrow.json.read_json(pyarrow.BufferReader(text.encode()), parse_options=options)
     pyarrow.parquet.write_table(table, unfinished)
     # Only a whole table takes the name, and the lines are removed only after that: a run that is killed loses neither.
     unfinished.replace(path)

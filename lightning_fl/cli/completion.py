@@ -49,9 +49,9 @@ def run(args: argparse.Namespace) -> None:
 
 def options(name: str) -> list[str]:
     """The options of a command, as its help names them."""
-    from lightning_fl.cli.main import main
+    from lightning_fl.cli.main import HELP_ALL, RUNS, main
 
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
-        main([name, "--help"])
+        main([name, HELP_ALL if name in RUNS else "--help"])
     return sorted(set(re.findall(r"(?<![\w-])--[a-z][\w.-]*\w", printed.getvalue())))

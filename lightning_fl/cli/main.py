@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 import lightning_fl
 from lightning_fl.cli.command import PROGRAM, command, fail, is_told_in_one_line, print_coloured, summary
+from lightning_fl.cli.run_help import HELP_ALL, short_help
 
 TRACEBACK = "--traceback"
 RUNS = {
@@ -74,6 +75,10 @@ def main(args: Sequence[str] | None = None) -> None:
         hint = f" Did you mean {close[0]!r}?" if close else " New here? `lightning-fl init DIR` writes a first project."
         found = f"There is no command {words[0]!r}" if words else "No command was given"
         raise fail(f"{found}; the commands are {', '.join(known)}.{hint}")
+    if words[0] in RUNS and not {"--help", "-h"}.isdisjoint(words):
+        print_coloured(short_help(words[0], RUNS[words[0]]))
+        return
+    words = ["--help" if word == HELP_ALL else word for word in words]
     try:
         from lightning_fl.cli.lightning_cli import FederatedCLI
 

@@ -121,7 +121,10 @@ class Client:
                 if self.gives_up_after is not None and time.monotonic() - started > self.gives_up_after:
                     raise
                 if failures % 10 == 3:
-                    log.warning("%s does not answer (%s: %s); trying on.", self.address, type(error).__name__, error)
+                    log.warning(
+                        "%s does not answer (%s: %s); trying on. `lightning-fl network check %s --kit %s` says why.",
+                        *(self.address, type(error).__name__, error, self.address, self.kit.folder),
+                    )
                 # At random, so that silos do not all come back at the same moment.
                 time.sleep(min(MAX_WAIT_S, 0.1 * 2 ** min(failures, 7)) * random.uniform(0.5, 1.0))
                 before_retry()

@@ -270,15 +270,21 @@ class LocalTrainer(ABC):
             self.join_gradients()
         # Where gradients are scaled, a batch without loss at the end of a window drops the window, as in Lightning.
         if position.ends_window and (loss is not None or functions.unscale is None):
-            if functions.unscale is not None:
-                # An algorithm's correction has the scale of true gradients, and clipping bounds what is stepped:
-                # unscale, correct, clip.
-                functions.unscale(optimizer)
-            self.prepare_gradients(optimizer)
-            if functions.clip is not None:
-                functions.clip(optimizer)
-            functions.optimizer_step(optimizer)
+            self.apply_gradients(optimizer)
         return None if losses is None else losses.detach()
+
+    def apply_gradients(self, optimizer: Optimizer) -> None:
+        """Takes the optimizer's step with the gradients that the backward pass has left."""
+        functions = self.functions
+        assert functions is not None
+        if functions.unscale is not None:
+            # An algorithm's correction has the scale of true gradients, and clipping bounds what is stepped: unscale,
+            # correct, clip.
+            functions.unscale(optimizer)
+        self.prepare_gradients(optimizer)
+        if functions.clip is not None:
+            functions.clip(optimizer)
+        functions.optimizer_step(optimizer)
 
     def join_gradients(self) -> None:
         """Averages the gradients over the processes of the silo, before they are unscaled."""
@@ -411,8 +417,8 @@ class LocalTrainer(ABC):
 
     @property
     def device(self) -> torch.device:
-        """The device of the module's shared parameters."""
-        return next(iter(self.tensors.params.values())).device
+        """The device of the module's parameters."""
+        return next(self.module.parameters()).device
 
     def _note_moved(self) -> None:
         """Notes which frozen parameters the client has written to, and puts back those that are not averaged."""

@@ -97,6 +97,7 @@ class OptimizerStates:
         self.num_steps = 0
         self.lr_sums: list[list[float]] = []
         self._normalizers: list[list[FedNovaNormalizer]] | None = None
+        self._is_counting = True
         self._own_params: list[list[list[nn.Parameter]]] = []
         self._options: list[list[dict[str, Any]]] = []
         self._schedule_states: list[dict[str, Any]] = []
@@ -105,7 +106,7 @@ class OptimizerStates:
         self._fresh = [_copy_state(optimizer.state) for optimizer in self.optimizers]
         # Counted by hooks, so that steps of manual optimization count and those that a gradient scaler skips do not.
         self._hooks = [
-            optimizer.register_step_post_hook(lambda optimizer, *_, index=index: self._count(index, optimizer))
+            optimizer.register_step_post_hook(lambda optimizer, *_, index=index: self.count(index, optimizer))
             for index, optimizer in enumerate(self.optimizers)
         ]
 
@@ -117,7 +118,7 @@ class OptimizerStates:
     def begin_round(self, schedules: Sequence[Schedule] = ()) -> None:
         """Saves the options and schedules from which every client of the round starts."""
         self.schedules = list(schedules)
-        self._options = [_options(optimizer) for optimizer in self.optimizers]
+        self._options = [options_of(optimizer) for optimizer in self.optimizers]
         self._first_epochs = [getattr(schedule.scheduler, "last_epoch", 0) for schedule in self.schedules]
         # `state_dict` holds the scheduler's own containers, which its steps may change.
         self._schedule_states = [copy.deepcopy(schedule.scheduler.state_dict()) for schedule in self.schedules]
@@ -193,7 +194,7 @@ class OptimizerStates:
         # whose steps need no recount.
         for _ in range(num_steps):
             for index, optimizer in enumerate(self.optimizers):
-                self._count(index, optimizer)
+                self.count(index, optimizer)
 
     def keep(self) -> Tree:
         """The optimizers' states as a tree, to be passed to :meth:`restart` in the client's next round."""
@@ -210,7 +211,7 @@ class OptimizerStates:
             schedule.scheduler.last_epoch - first if schedule.by_user else schedule.num_steps
             for schedule, first in zip(self.schedules, self._first_epochs, strict=True)
         ]
-        return ScheduleEnd(steps, [_options(optimizer) for optimizer in self.optimizers], self.num_steps)
+        return ScheduleEnd(steps, [options_of(optimizer) for optimizer in self.optimizers], self.num_steps)
 
     def end_round(self, end: ScheduleEnd | None) -> None:
         """Sets schedules and options for the next round.
@@ -269,7 +270,7 @@ class OptimizerStates:
             The optimizer. Afterwards its options and the schedules are restored.
         """
         (optimizer,) = self.optimizers
-        options = [_options(optimizer) for optimizer in self.optimizers]
+        options = [options_of(optimizer) for optimizer in self.optimizers]
         states = [copy.deepcopy(schedule.scheduler.state_dict()) for schedule in self.schedules]
         try:
             self.restart(None)
@@ -317,7 +318,10 @@ class OptimizerStates:
         self.lr_sums = [[0.0] * len(group) for group in groups]
         self._normalizers = [[FedNovaNormalizer() for _ in group] for group in groups] if is_measured else None
 
-    def _count(self, index: int, optimizer: Optimizer) -> None:
+    def count(self, index: int, optimizer: Optimizer) -> None:
+        """Counts a step of the optimizer at ``index`` with its current options."""
+        if not self._is_counting:
+            return
         self.num_steps += 1
         if self._normalizers is not None:
             for run, group in zip(self._normalizers[index], optimizer.param_groups, strict=False):
@@ -326,6 +330,15 @@ class OptimizerStates:
         sums = self.lr_sums[index] if self.lr_sums else []
         for position, group in enumerate(optimizer.param_groups[: len(sums)]):
             sums[position] += float(group["lr"])
+
+    @contextmanager
+    def not_counting(self) -> Iterator[None]:
+        """A block in which steps are only tried, and do not count."""
+        self._is_counting = False
+        try:
+            yield
+        finally:
+            self._is_counting = True
 
     def _restore(self) -> None:
         for optimizer, options in zip(self.optimizers, self._options, strict=True):
@@ -356,7 +369,8 @@ def _copied(value: Any) -> Any:
     return value if type(value) in _IMMUTABLE else copy.deepcopy(value)
 
 
-def _options(optimizer: Optimizer) -> list[dict[str, Any]]:
+def options_of(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """A copy of the optimizer's options (learning rate, momentum, ...), one mapping per parameter group."""
     return [
         {key: _copied(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups
     ]

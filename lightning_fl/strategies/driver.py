@@ -11,6 +11,7 @@ from functools import lru_cache, partial
 from typing import Any, Literal
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_debug
 from torch.optim import Optimizer
@@ -385,14 +386,18 @@ class RoundDriver:
         vectorized = self.vectorized
         assert vectorized is not None
         assert opened.session is not None
-        if vectorized.is_asked_for:
+        is_too_large = isinstance(error, torch.OutOfMemoryError)
+        if vectorized.is_asked_for and not is_too_large:
             raise vectorized.error_of(error) from error
         opened.round.leave()
         opened.steps.undo()
         opened.session.drop()
         opened.num_batches_done = opened.num_batches_before
         vectorized.undo()
-        self._train_alone(opened, reason_of(error))
+        if is_too_large:
+            self._split(opened, opened.current, vectorized.halve(task.clients))
+        else:
+            self._train_alone(opened, reason_of(error))
 
     def _train_alone(self, opened: OpenRound, reason: str) -> None:
         """Lets the clients of the current group, and all later ones, train one after the other."""
@@ -479,7 +484,7 @@ class RoundDriver:
             self.vectorized.refuse(f"{hook} would see several clients at once", self.plan.round)
             self.vectorized = None
         if self.vectorized is not None:
-            self.vectorized.logs_may_wait = hook is None
+            self.vectorized.choose_steps(hook)
         return (TightSteps if hook is None else HookedSteps)(loop, self.local_trainer, values)
 
     @property
@@ -494,10 +499,14 @@ class RoundDriver:
                 yield self._start(opened, group)
             except GroupSplit as split:
                 opened.round.leave()
-                opened.pending.extendleft(group.of(part) for part in reversed(split.parts))
-                self.set_length()
+                self._split(opened, group, split.parts)
             except LoaderFailed as failed:
                 self._leave_out(opened, failed)
+
+    def _split(self, opened: OpenRound, group: PlannedGroup, parts: Sequence[Sequence[ClientId]]) -> None:
+        """Lets the parts of a group train in its place."""
+        opened.pending.extendleft(group.of(part) for part in reversed(parts))
+        self.set_length()
 
     def _start(self, opened: OpenRound, group: PlannedGroup) -> ClientTask:
         opened.session = ClientSession(internals.train_results(self.trainer), opened.values, self.metric_states)
@@ -531,6 +540,11 @@ class RoundDriver:
                 task = opened.round.start(data, version=group.version, number=group.number)
                 vectorized.start(task, data)
             changes_groups = data.masks is not None and vectorized.try_new_shapes(data)
+        except torch.OutOfMemoryError as error:
+            opened.round.leave()
+            vectorized.undo_reading()
+            vectorized.leave()
+            raise GroupSplit(vectorized.halve(group.clients)) from error
         except (NotStackable, NotVectorizable) as error:
             opened.round.leave()
             vectorized.undo_reading()

@@ -8,6 +8,7 @@ import lightning as L
 
 from lightning_fl.engines import LocalTrainer, OptimizerStates, SequentialEngine, Vectorized, VectorizedEngine
 from lightning_fl.engines.isolation import Isolation
+from lightning_fl.engines.vectorized.step_replay import StepReplays
 from lightning_fl.engines.within_silo import WithinSilo
 from lightning_fl.strategies import internals
 from lightning_fl.strategies.batch_steps import step_functions
@@ -45,5 +46,7 @@ def select_engine(
     if reason is not None:
         vectorized.refuse(reason)
         return engine, None
+    if settings.capture_steps:
+        engine.replays = StepReplays(engine, vectorized)
     internals.clip_norms_with(strategy.precision_plugin, vectorized.clip_norms)
     return engine, vectorized

@@ -81,7 +81,7 @@ from lightning_fl.strategies.silo import (
     whole_optimizer_state,
     whole_state_dict,
 )
-from lightning_fl.strategies.topology import Placed, check_nodes, place
+from lightning_fl.strategies.topology import Placed, check_nodes, elect, place
 from lightning_fl.strategies.user_warnings import UserWarnings
 from lightning_fl.strategies.validation import (
     SEVERAL_LOADERS,
@@ -148,7 +148,7 @@ class FederatedStrategy(internals.ReusableStrategy):
         durations: How long clients take on that clock: seconds by client, a distribution such as
             ``fl.clients.Lognormal(median=20)``, or ``"measured"``. None: there is no clock.
         topology: Who mixes its model with whom, as ``fl.topologies.Ring()``, instead of a server for all; with
-            ``"fedavg"``, ``"dsgd"``, ``"d2"``, ``"gradienttracking"`` or ``"pushsum"``.
+            ``"fedavg"``, ``"dsgd"``, ``"d2"``, ``"gradienttracking"`` or ``"pushsum"``; ``Swarm()`` with any.
         federation: The coordinator's address, ``"https://host:port"``: this launch is then one silo of a federation
             over a network, and its training loader that silo's data.
         kit: The folder with the silo's key and certificate, for ``federation``.
@@ -241,6 +241,7 @@ class FederatedStrategy(internals.ReusableStrategy):
         self.local_epochs = local_epochs
         self.local_steps = local_steps
         self.partition = partition
+        aggregator = elect(topology, aggregator, is_in_real_time)
         self.aggregator = check_nodes(self.algorithm, aggregator, transforms, adversary, self.schedule, federation)
         if self.schedule is not None:
             check_schedule(

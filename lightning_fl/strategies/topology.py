@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from lightning_fl.aggregation import Aggregator, Corruption, Nodes, Transform, WeightedMean
+from lightning_fl.aggregation import Aggregator, Corruption, ElectedMean, Nodes, Transform, WeightedMean
 from lightning_fl.algorithms import DSGD, Algorithm, Decentralized, FedAvg, Weighting
 from lightning_fl.clients import Cohort, RoundRobin, Uniform
-from lightning_fl.topologies import Cyclic, Topology
+from lightning_fl.topologies import Cyclic, Swarm, Topology
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,15 @@ def place(settings: Placed, topology: Topology | None) -> Placed:
         ValueError: If it is not one for topologies, or takes part in rounds in a way that the topology does not allow.
     """
     algorithm = settings.algorithm
+    if isinstance(topology, Swarm):
+        _check_has_one_model(algorithm, topology)
+        return settings
     if isinstance(topology, Cyclic):
         if settings.cohort is not None or settings.clients_per_round is not None:
             raise ValueError(
                 f"topology={topology!r} says who takes part in a round. Leave cohort and clients_per_round out."
             )
-        if algorithm.keeps_nodes:
-            raise ValueError(
-                f"topology={topology!r} has one model that goes round, and {type(algorithm).__name__} one per client. "
-                "Use algorithm='fedavg'."
-            )
+        _check_has_one_model(algorithm, topology)
         return replace(settings, cohort=RoundRobin(reverse=topology.reverse), clients_per_round=1)
     if topology is not None and algorithm == FedAvg():
         # Federated averaging over a graph: its weights stay those of federated averaging.
@@ -57,6 +56,35 @@ def place(settings: Placed, topology: Topology | None) -> Placed:
     if topology is not None and isinstance(algorithm, Decentralized):
         settings = replace(settings, algorithm=replace(algorithm, topology=topology))
     return _whole(settings)
+
+
+def _check_has_one_model(algorithm: Algorithm, topology: Topology) -> None:
+    if algorithm.keeps_nodes:
+        raise ValueError(
+            f"topology={topology!r} has one model for all, and {type(algorithm).__name__} one per client. Use "
+            "algorithm='fedavg'."
+        )
+
+
+def elect(topology: Topology | None, aggregator: Aggregator | None, is_in_real_time: bool) -> Aggregator | None:
+    """The aggregator of a swarm, or what the user gives.
+
+    Raises:
+        ValueError: If updates do not go to the elected client.
+    """
+    if not isinstance(topology, Swarm):
+        return aggregator
+    if is_in_real_time:
+        raise ValueError(
+            f"topology={topology!r} elects who averages, but with federation or transport one party does for good. "
+            "Leave one of them out."
+        )
+    if aggregator is not None:
+        raise ValueError(
+            f"topology={topology!r} averages on the elected client, so aggregator={aggregator!r} would be ignored. "
+            "Leave one of them out."
+        )
+    return ElectedMean(topology)
 
 
 def _whole(settings: Placed) -> Placed:

@@ -159,8 +159,13 @@ def check_types(partition: Any, aggregator: Any, transforms: Any, personal: Any)
     """
     check_type("partition", partition, Partitioner, "fl.datamodules.Dirichlet(0.3)")
     check_type("aggregator", aggregator, Aggregator, "fl.aggregation.WeightedMean()")
-    check_type("transforms", transforms, Sequence, "a list of fl.aggregation.Transform")
-    check_type("personal", personal, Sequence, "a list of globs such as ['head.*']")
+    for name, value, example in (
+        ("transforms", transforms, "a list of fl.aggregation.Transform"),
+        ("personal", personal, "a list of globs such as ['head.*']"),
+    ):
+        check_type(name, value, Sequence, example)
+        if value is None:
+            raise ValueError(f"{name}=None is no list; expected {example}. For none, leave it out or give [].")
     for transform in transforms:
         check_type("transforms", transform, Transform, "fl.aggregation.Transform objects")
 

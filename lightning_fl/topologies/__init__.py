@@ -1,6 +1,6 @@
 """Topologies: who mixes its model with whom, as mixing matrices."""
 
-from lightning_fl.topologies.hierarchy import Cyclic, Edges
+from lightning_fl.topologies.hierarchy import Cyclic, Edges, Swarm
 from lightning_fl.topologies.static import Complete, Graph, Grid, Hypercube, Path, Ring, Star, Torus
 from lightning_fl.topologies.time_varying import Exponential, Random
 from lightning_fl.topologies.topology import Lazy, Topology
@@ -18,6 +18,7 @@ __all__ = [
     "Random",
     "Ring",
     "Star",
+    "Swarm",
     "Topology",
     "Torus",
 ]

@@ -1,4 +1,4 @@
-"""Federations with servers between the clients and the centre, or with none and one model that goes round."""
+"""Federations with servers between the clients and the centre, or with one model and a server that is not fixed."""
 
 # No `from __future__ import annotations`: jsonargparse would resolve the strings in the modules of the subclasses.
 from collections.abc import Iterable, Sequence
@@ -8,6 +8,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from lightning_fl.seeding import round_rng
 from lightning_fl.topologies.topology import Edge, Topology
 
 
@@ -99,3 +100,30 @@ class Cyclic(Topology):
     def edges(self, num_nodes: int, round: int = 0) -> Iterable[Edge]:
         place = -(round + 1) % num_nodes if self.reverse else round % num_nodes
         return [(place, (place - 1 if self.reverse else place + 1) % num_nodes)]
+
+
+@dataclass(frozen=True)
+class Swarm(Topology):
+    """Swarm learning: there is one model, and in each round another client is elected to average.
+
+    All send their updates to the elected one and get the mean back, which is that of a server. No party is the server
+    for good; one of ``n`` sees the others' updates in one of ``n`` rounds, and nobody needs a machine that is in no
+    silo. The draw is from (seed, round), so that all know who is elected without a vote.
+
+    Args:
+        seed: Seed of the draws. Default 0.
+
+    Reference:
+        Warnat-Herresthal et al., "Swarm Learning for decentralized and confidential clinical machine learning", Nature
+        2021.
+    """
+
+    seed: int = 0
+
+    def elected(self, num_nodes: int, round: int) -> int:
+        """The node that averages in a round."""
+        return int(round_rng(self.seed, round, "swarm").integers(num_nodes))
+
+    def edges(self, num_nodes: int, round: int = 0) -> Iterable[Edge]:
+        place = self.elected(num_nodes, round)
+        return [(node, place) for node in range(num_nodes) if node != place]

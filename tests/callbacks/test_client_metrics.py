@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -143,3 +145,21 @@ def test_names_of_clients_are_texts_when_one_is() -> None:
     found = rows("fedavg", Plain(), data)
     assert sorted(row["client"] for row in found) == ["7", "north"]
     json.dumps(found)
+
+
+@pytest.mark.slow
+def test_the_table_keeps_what_the_rows_say_and_needs_no_pandas() -> None:
+    rows = [
+        {"client": "2026-01-01", "round": 0, "loss": 1, "refused": True, "note": None},
+        {"client": "2026-01-02T10:00:00", "round": 1, "loss": 0.1, "refused": False, "norm": 1e-30},
+    ]
+    program = (
+        "import sys; from pathlib import Path; from lightning_fl.callbacks import client_metrics as table; "
+        "from lightning_fl.tracking.run import append_rows, read_clients; "
+        f"append_rows(Path('clients.jsonl'), {rows!r}); table.write_table(Path()); read = read_clients(Path()); "
+        "assert not Path('clients.jsonl').exists(); print(read); assert 'pandas' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    whole = {"client": None, "round": None, "loss": None, "refused": None, "note": None, "norm": None}
+    assert ast.literal_eval(done.stdout) == [whole | row for row in rows]

@@ -29,7 +29,7 @@ LIGHT = [
     ["keys", "create", "keys/north"],
     ["algorithms"],
     ["algorithms", "Scaffold"],
-    *([name, "--help"] for name in COMMANDS),
+    *([name, "--help"] for name in (*RUNS, *COMMANDS)),
     ["compare", "a", "a"],
     ["report", "a"],
     ["network", "--help"],

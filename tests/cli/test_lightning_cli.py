@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import inspect
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_fl import FederatedStrategy
 from lightning_fl.algorithms import FedAvg, Scaffold
 from lightning_fl.cli import FederatedCLI, check_strategy_name, federated_strategy_names, main, recipes_directory
+from lightning_fl.cli.main import RUNS
+from lightning_fl.cli.run_help import HELP_ALL
 from tests.helpers.distributed import run_script
 
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "max_epochs": 1}
@@ -121,6 +125,25 @@ def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_package_runs_as_a_module() -> None:
     assert "\n  validate " in run_script(["python", "-m", "lightning_fl", "--help"]).stdout
+
+
+def test_the_short_help_names_options_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in RUNS:
+        main([name, "--config", "run.yaml", "--help"])
+        short = capsys.readouterr().out
+        with pytest.raises(SystemExit):
+            main([name, HELP_ALL])
+        whole = capsys.readouterr().out
+        assert len(whole) > 3 * len(short)
+        named = set(re.findall(r"--[a-z][\w.-]*\w", short)) - {HELP_ALL, "--standalone", "--nproc_per_node"}
+        assert {"--config", "--ckpt_path", "--trainer.accelerator"} <= named
+        for option in named:
+            start = "--trainer.strategy."
+            if option.startswith(start) and not option.endswith(".help"):
+                setting = option.removeprefix(start).partition(".")[0]
+                assert setting in inspect.signature(FederatedStrategy).parameters
+            elif option not in ("--model.lr", "--model.NAME", "--data.NAME"):
+                assert option in whole, option
 
 
 def test_a_dry_run_shows_clients_and_cost_and_trains_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -109,6 +109,7 @@ class LiveCoordinator:
         before: Called before each change of its folder.
         host: The address on which it listens. None: all.
         port: Its port; 0 for any.
+        admin_port: The port on 127.0.0.1 for those who run it. None: none.
     """
 
     def __init__(
@@ -120,9 +121,10 @@ class LiveCoordinator:
         before: Callable[[str], None] = lambda operation: None,
         host: str | None = "127.0.0.1",
         port: int = 0,
+        admin_port: int | None = None,
     ) -> None:
         self.folder, self.rules, self.settings, self.expected = folder, rules, settings, expected or {}
-        self.before, self.host, self.port = before, host, port
+        self.before, self.host, self.port, self.admin_port = before, host, port, admin_port
         self.error: BaseException | None = None
         self.start()
 
@@ -147,7 +149,7 @@ class LiveCoordinator:
             kind = kind_of(self.settings)
             self.coordinator = kind(self.settings, self.expected, self.rules, self.store, audit, time.monotonic())
             self.server = HttpServer(self.coordinator, Kit(self.folder / "ca" / "coordinator"))
-            self.port = await self.server.start(self.host, self.port)
+            self.port = await self.server.start(self.host, self.port, self.admin_port)
             self._task = asyncio.create_task(self.server.run())
             self._started.set()
             await self._task

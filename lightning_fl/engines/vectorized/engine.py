@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
 from lightning_fl.clients.local_work import BatchPosition
+from lightning_fl.engines.device_memory import device_memory
 from lightning_fl.engines.isolation import Isolation
 from lightning_fl.engines.local_trainer import (
     ONE_PHASE,
@@ -32,6 +33,7 @@ from lightning_fl.engines.vectorized.batching_rules import BatchingRules
 from lightning_fl.engines.vectorized.buffer_pool import BufferPool
 from lightning_fl.engines.vectorized.row_subset import RowSubset
 from lightning_fl.engines.vectorized.stacking import NotStackable, NotVectorizable, stack
+from lightning_fl.engines.vectorized.step_replay import StepReplays
 from lightning_fl.engines.vectorized.tensor_slots import TensorSlots
 from lightning_fl.torch_internals import flat_vmap, pytree
 from lightning_fl.tree import cast_like, num_bytes
@@ -50,9 +52,12 @@ class Vectorized:
 
     Args:
         clients_per_step: The most clients that train in one step. None: as many as fit in ``stacked_bytes``.
-        stacked_bytes: The most bytes of the clients' stacked parameters. None: 16 MiB on a CPU, for its cache, and a
-            sixteenth of a GPU's memory.
+        stacked_bytes: The most bytes of the clients' stacked parameters. None: 16 MiB on a CPU, for its cache; on a GPU
+            a sixteenth of its memory, or an eighth of what is free if that is less.
         batch_bytes: The most bytes of their batches in memory at once. Default 1 GiB.
+        capture_steps: Whether a GPU captures each shape of step once, as a CUDA graph, and replays it. Default False:
+            it has not been measured on a GPU. On a CPU the recorded operations are repeated one after the other, which
+            is no faster and only a way of testing it.
 
     Raises:
         ValueError: If a number is below 1.
@@ -65,6 +70,7 @@ class Vectorized:
     clients_per_step: int | None = None
     stacked_bytes: int | None = None
     batch_bytes: int = 2**30
+    capture_steps: bool = False
 
     def __post_init__(self) -> None:
         for name in ("clients_per_step", "stacked_bytes", "batch_bytes"):
@@ -105,6 +111,8 @@ class VectorizedEngine(SequentialEngine):
         self._stacked: Tree = {}
         self._stacked_buffers: Tree = {}
         self.pool = BufferPool()
+        self.replays: StepReplays | None = None
+        """Captures the steps of groups and replays them; None: each step runs by itself."""
         self._subset: RowSubset | None = None
         self._slots = TensorSlots(module, {})
 
@@ -162,6 +170,10 @@ class VectorizedEngine(SequentialEngine):
     def num_clients(self) -> int:
         """How many clients the next step trains."""
         return len(next(iter(self._stacked.values()))) if self._stacked else 1
+
+    def step(self, batch: Any, position: BatchPosition) -> Tensor | None:
+        losses = self.replays.step(batch, position) if self.replays is not None and self._stacked else None
+        return super().step(batch, position) if losses is None else losses
 
     def _forward(self, batch: Any, position: BatchPosition) -> tuple[Tensor | None, Tensor | None]:
         if not self._stacked:
@@ -268,24 +280,49 @@ class VectorizedEngine(SequentialEngine):
         """Restores what :meth:`copy_buffers` copied."""
         self._stacked_buffers = clones(buffers)
 
+    @contextmanager
+    def buffers_kept(self) -> Iterator[None]:
+        """A block at whose end the clients' buffers are the tensors that they were."""
+        before, self._stacked_buffers = self._stacked_buffers, dict(self._stacked_buffers)
+        try:
+            yield
+        finally:
+            self._stacked_buffers = before
+
     @property
     def stacked_params(self) -> Tree:
         """The clients' parameters, stacked."""
         return self._stacked
 
     @property
+    def stacked_buffers(self) -> Tree:
+        """The clients' buffers, stacked."""
+        return self._stacked_buffers
+
+    @stacked_buffers.setter
+    def stacked_buffers(self, buffers: Tree) -> None:
+        self._stacked_buffers = buffers
+
+    @property
     def bytes_of_one(self) -> int:
         """Bytes of the parameters that a client trains."""
         return num_bytes([param for param in self.module.parameters() if param.requires_grad])
 
-    def max_clients(self, stacked_bytes: int | None) -> int:
-        """How many clients' parameters take no more than ``stacked_bytes``, or the device's default; at least 1."""
-        gpu = next((param.device for param in self.module.parameters() if param.is_cuda), None)
-        if stacked_bytes is None and gpu is not None:
-            # Of all memory, not of what is free: groups must be the same when a run is resumed.
-            stacked_bytes = torch.cuda.get_device_properties(gpu).total_memory // 16
-        stacked_bytes = stacked_bytes or BYTES_ON_CPU
-        return max(1, stacked_bytes // max(1, self.bytes_of_one))
+    def max_clients(self, stacked_bytes: int | None, looks_at_free: bool = True) -> int:
+        """How many clients' parameters take no more than ``stacked_bytes``, or the device's default; at least 1.
+
+        Args:
+            stacked_bytes: The most bytes. None: the default.
+            looks_at_free: Whether the default counts what is free on a GPU.
+        """
+        memory = device_memory(self.device)
+        if stacked_bytes is None and memory is not None:
+            # The first bound is the same in each run, and with it the groups and so the last bits of the result. The
+            # second one counts only where others use the GPU too.
+            stacked_bytes = memory.total // 16
+            if looks_at_free:
+                stacked_bytes = min(stacked_bytes, memory.free // 8)
+        return max(1, (stacked_bytes or BYTES_ON_CPU) // max(1, self.bytes_of_one))
 
     @property
     def shared_params(self) -> Mapping[str, Tensor]:

@@ -12,13 +12,18 @@ from lightning_fl.engines.vectorized.engine import Vectorized, VectorizedEngine
 from lightning_fl.engines.vectorized.forecast import BatchForecast
 from lightning_fl.engines.vectorized.grouping_memory import GroupingMemory, digest
 from lightning_fl.engines.vectorized.stacking import StackedBatch, signature, stack
-from lightning_fl.engines.vectorized.step_schedule import StepMask, are_equal, group_clients, step_masks
+from lightning_fl.engines.vectorized.step_schedule import (
+    StepMask,
+    are_equal,
+    group_clients,
+    step_masks,
+)
 from lightning_fl.torch_internals import pytree
 from lightning_fl.tree import num_bytes
 from lightning_fl.types import ClientId
 
 COMPUTE_BOUND_BYTES = 2**20
-"""Parameter bytes above which a single-client step counts as compute-bound."""
+"""Parameter bytes above which a single-client step on a CPU counts as compute-bound."""
 
 
 class Grouping:
@@ -49,7 +54,14 @@ class Grouping:
     @property
     def max_clients(self) -> int:
         """The most clients that train together."""
-        return self.settings.clients_per_step or self.engine.max_clients(self.settings.stacked_bytes)
+        if self.settings.clients_per_step is not None:
+            most = self.settings.clients_per_step
+        else:
+            usual, most = (self.engine.max_clients(self.settings.stacked_bytes, looks) for looks in (False, True))
+            if most < usual:  # a resumed run may find more free, and must form the same groups
+                self.learn(max_clients=most)
+        known = self.memory.max_clients
+        return most if known is None else min(most, known)
 
     def group(self, forecasts: Mapping[ClientId, BatchForecast | None]) -> list[list[ClientId]]:
         """Forms groups of clients that may train side by side.
@@ -90,10 +102,18 @@ class Grouping:
             works: For each client, the signatures of its batches.
         """
         clients = list(works)
-        compute_bound = min(1.0, self.engine.bytes_of_one / COMPUTE_BOUND_BYTES)
+        on_gpu = self.engine.device.type != "cpu"
+        # A GPU that one client does not fill computes for several in the same time.
+        compute_bound = 0.0 if on_gpu else min(1.0, self.engine.bytes_of_one / COMPUTE_BOUND_BYTES)
         apart = self.engine.optimizers.num_steps_apart
-        groups = group_clients(list(works.values()), apart, self.equal_work_only(), compute_bound)
+        groups = group_clients(list(works.values()), apart, self.equal_work_only(), compute_bound, on_gpu)
         return [[clients[place] for place in group] for group in groups]
+
+    def halve(self, clients: Sequence[ClientId]) -> list[list[ClientId]]:
+        """Divides a group whose step does not fit in memory; no later group is larger than its parts."""
+        size = (len(clients) + 1) // 2
+        self.learn(max_clients=size)
+        return [list(clients[start : start + size]) for start in range(0, len(clients), size)]
 
     def remember(self, works: Mapping[ClientId, Sequence[Any]], parts: Sequence[Sequence[ClientId]]) -> None:
         """Notes that clients could not train as planned, so that their data is not read twice in the next rounds.

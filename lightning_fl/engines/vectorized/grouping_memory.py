@@ -24,12 +24,15 @@ class GroupingMemory:
             may do something else the next time.
         is_tried: Whether a step of several clients has been found to pay off.
         is_alone: Whether a group has failed, so that all clients train alone.
+        max_clients: The most clients whose step has fitted in a GPU's memory, or is expected to; None if that is not
+            known.
     """
 
     kinds: Mapping[ClientId, str] = field(default_factory=dict)
     gradients: Mapping[str, str | None] = field(default_factory=dict)
     is_tried: bool = False
     is_alone: bool = False
+    max_clients: int | None = None
 
     def with_(self, other: GroupingMemory) -> GroupingMemory:
         """This and what ``other`` adds; where both know of a client, ``other`` holds."""
@@ -38,6 +41,7 @@ class GroupingMemory:
             {**self.gradients, **other.gradients},
             self.is_tried or other.is_tried,
             self.is_alone or other.is_alone,
+            min((own for own in (self.max_clients, other.max_clients) if own is not None), default=None),
         )
 
     def since(self, before: GroupingMemory) -> GroupingMemory:
@@ -47,6 +51,7 @@ class GroupingMemory:
             {shape: names for shape, names in self.gradients.items() if shape not in before.gradients},
             self.is_tried and not before.is_tried,
             self.is_alone and not before.is_alone,
+            self.max_clients if self.max_clients != before.max_clients else None,
         )
 
     def pack(self) -> dict[str, Any]:
@@ -56,6 +61,7 @@ class GroupingMemory:
             "gradients": dict(self.gradients),
             "is_tried": self.is_tried,
             "is_alone": self.is_alone,
+            "max_clients": self.max_clients,
         }
 
     @classmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 
 ALL_COST, SUBSET_COST = 2, 4
-"""Cost of one grouped step in single-client steps: 2 if all clients take part, 4 if rows must be gathered."""
+"""Cost of one grouped step on a CPU in single-client steps: 2 if all clients take part, 4 if rows must be gathered."""
 
 
 StepMask = tuple[int, ...]
@@ -59,6 +59,7 @@ def group_clients(
     num_steps_apart: float = 0,
     wants_equal: bool = False,
     compute_bound: float = 0.0,
+    on_gpu: bool = False,
 ) -> list[list[int]]:
     """Groups clients so that training takes the least time: all together, or only those with equal work.
 
@@ -67,7 +68,9 @@ def group_clients(
         num_steps_apart: Initial steps for which clients must share a step index to train together.
         wants_equal: Whether only clients with equal work may train together.
         compute_bound: Share of a single-client step that is arithmetic, which grouping does not make faster.
+        on_gpu: Whether rows are gathered in almost no time.
     """
+    subset_cost = ALL_COST if on_gpu else SUBSET_COST
     equal: dict[Hashable, list[int]] = {}
     for row, work in enumerate(works):
         equal.setdefault(tuple(work), []).append(row)
@@ -76,8 +79,8 @@ def group_clients(
         return groups
     apart = sum(len(works[rows[0]]) * (ALL_COST + compute_bound * len(rows) if rows[1:] else 1) for rows in groups)
     # A bound that needs no schedule: together, there are at least as many steps as the longest client has.
-    lower_bound = SUBSET_COST * max(map(len, works)) + compute_bound * sum(map(len, works))
+    lower_bound = subset_cost * max(map(len, works)) + compute_bound * sum(map(len, works))
     if lower_bound >= apart:
         return groups
-    together = sum(SUBSET_COST + compute_bound * len(mask) for mask in step_masks(works, num_steps_apart))
+    together = sum(subset_cost + compute_bound * len(mask) for mask in step_masks(works, num_steps_apart))
     return [list(range(len(works)))] if together < apart else groups

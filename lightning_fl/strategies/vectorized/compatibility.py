@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_fl.engines import VectorizedEngine
+from lightning_fl.engines.capture import tolerances
 from lightning_fl.engines.vectorized.stacking import NotVectorizable, part
 from lightning_fl.seeding import isolated_randomness
 from lightning_fl.strategies.hooks import BATCH_HOOKS, TRANSFER_HOOKS, has_hooks, hooks_of
@@ -136,6 +137,7 @@ def check_equivalence(
         that is allowed.
 
     Raises:
+        OutOfMemoryError: If a GPU's memory does not hold the step.
         NotVectorizable: If the step can't run under ``vmap``, gives different losses or gradients, has side effects,
             or takes so long that training together would gain nothing.
     """
@@ -207,7 +209,7 @@ def _try_step(
             with torch.enable_grad():
                 found = _Outcome(losses.detach(), grads, after, logged, made)
                 _compare(engine, capture, batch, args, found, max_flops)
-    except NotVectorizable:
+    except (NotVectorizable, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise NotVectorizable(reason_of(error)) from error
@@ -248,8 +250,6 @@ def _compare(
         if counter.get_total_flops() > max_flops:
             raise NotVectorizable("the arithmetic of a step takes longer than what a step of several would save")
         loss, own = alone.loss, alone.grads
-        # A GPU adds in another order, and cuDNN may transform convolutions: errors of more than the last digits.
-        slack = 1 if loss.device.type == "cpu" else 10
         rtol = max(1e-3, 4 * torch.finfo(loss.dtype).eps)
         if not torch.allclose(losses[client], loss, rtol=rtol, atol=1e-5, equal_nan=True):
             raise NotVectorizable(f"the loss of a client together is {losses[client]:g}, alone {loss:g}")
@@ -259,10 +259,7 @@ def _compare(
         # With a NaN the tolerance would be NaN, and gradients that agree, NaN for NaN, would count as different.
         largest = max(float(grad.nan_to_num(0, 0, 0).abs().max()) for grad in own.values())
         for name, grad in own.items():
-            eps = torch.finfo(grad.dtype).eps
-            # Relative to the largest gradient: an element near 0 carries the rounding errors of the large terms that
-            # have cancelled in it.
-            rtol, atol = 1e3 * slack * eps, 100 * slack * eps * largest
+            rtol, atol = tolerances(grad, largest)
             if not torch.allclose(grads[name][client], grad, rtol=rtol, atol=atol, equal_nan=True):
                 raise NotVectorizable(f"the gradient of {name} together differs from that of a client alone")
         for name, buffer in alone.buffers.items():

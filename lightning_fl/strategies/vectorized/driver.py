@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -24,15 +25,17 @@ from lightning_fl.federation.group_data import StackedData
 from lightning_fl.seeding import loader_generators
 from lightning_fl.strategies import internals
 from lightning_fl.strategies import results as logged
+from lightning_fl.strategies.internals import trainer_replaced
 from lightning_fl.strategies.vectorized.compatibility import (
     MAX_FLOPS_ON_CPU,
     check_equivalence,
     params_with_gradients,
     reason_of,
 )
-from lightning_fl.strategies.vectorized.log_capture import LogCapture
+from lightning_fl.strategies.vectorized.log_capture import LogCalls, LogCapture
 from lightning_fl.strategies.vectorized.step_watch import OpaqueProxy, StepWatch
 from lightning_fl.torch_internals import pytree, version_counter
+from lightning_fl.types import ClientId
 
 
 class VectorizedDriver:
@@ -86,6 +89,16 @@ class VectorizedDriver:
         self.watch.begin()
         self._loaders = []
 
+    def choose_steps(self, hook: str | None) -> None:
+        """Called when a round has chosen the form of its steps.
+
+        Args:
+            hook: The hook because of which batches pass Lightning's hooks; None if they do not.
+        """
+        self.logs_may_wait = hook is None
+        if hook is not None and self.engine.replays is not None:
+            self.engine.replays.stop(f"batches pass Lightning's hooks because of {hook}", logging.WARNING)
+
     def note_loader(self, loader: Any) -> None:
         """Notes the state of a loader that is about to be read, for the case that it has to be read again."""
         # Data sets that augment with a generator of their own, or count. Whether this one does is known once the first
@@ -131,7 +144,7 @@ class VectorizedDriver:
             raise NotVectorizable(obstacle)
         # A copy of its own: a training_step may change its batch in place.
         first = next(self.grouping.stacked(list(data.passes.values()), data.masks))
-        self._select(first.mask)
+        self.select(first.mask)
         self._check(first)
         self._is_checked = True
         self.grouping.learn(is_tried=True)
@@ -164,14 +177,15 @@ class VectorizedDriver:
                 self._seen_shapes.add(key)
                 shape = digest([key])
                 if shape not in self.grouping.memory.gradients:
-                    self._select((place,))
+                    self.select((place,))
                     with self._in_step(self.grouping.stack([batch], (place,))) as (content, args):
                         names = params_with_gradients(self.engine, self.capture, content, args, self._randomness)
                     self.grouping.learn(gradients={shape: None if names is None else digest(names)})
         self.watch.end_trial()
         return self.equal_work_only != before
 
-    def _select(self, mask: Sequence[int]) -> None:
+    def select(self, mask: Sequence[int]) -> None:
+        """Lets the clients at the positions ``mask`` train in the next step."""
         assert self.task is not None
         self.engine.choose(mask)
         self.task.group.select(mask)
@@ -183,6 +197,16 @@ class VectorizedDriver:
         with strategy.precision_plugin.train_step_context():
             yield content, logged.step_arguments(self.trainer.lightning_module, 0)
 
+    def halve(self, clients: Sequence[ClientId]) -> list[list[ClientId]]:
+        """Divides a group whose step does not fit in a GPU's memory, and says so."""
+        parts = self.grouping.halve(clients)
+        rank_zero_info(
+            f"A step of {len(clients)} clients does not fit in the GPU's memory; from here on at most {len(parts[0])} "
+            "train side by side. Vectorized(clients_per_step=...) says so from the start."
+        )
+        torch.cuda.empty_cache()  # what the step has used is in blocks of sizes that the next ones do not ask for
+        return parts
+
     def leave(self) -> None:
         """Forgets the group, which has been trained or will not be trained together."""
         self.task, self._loaders = None, []
@@ -192,6 +216,8 @@ class VectorizedDriver:
         self.leave()
         self.watch.close()
         self.capture.clear()
+        if self.engine.replays is not None:
+            self.engine.replays.close()
 
     def undo(self) -> None:
         """Puts back what the steps of the group, which is trained again client by client, have changed.
@@ -229,18 +255,42 @@ class VectorizedDriver:
         Returns:
             The sum of their losses, whose gradient is each client's own, and the losses, ``[num_clients]``.
         """
-        self._select(batch.mask)
+        self.select(batch.mask)
         content = batch.content
         losses, tensors = self._run(content, args)
-        if self.capture.has_calls:
-            places, size = torch.tensor(batch.mask), logged.count_examples(part(content, 0))
-            self.capture.emit(tensors, places, size, self.logs_may_wait)
+        self._emit(batch, tensors)
         return losses.sum(), losses
+
+    def _emit(self, batch: StackedBatch, tensors: list[Tensor], calls: LogCalls | None = None) -> None:
+        size = logged.count_examples(part(batch.content, 0))
+        self.capture.emit(tensors, torch.tensor(batch.mask), size, self.logs_may_wait, calls)
 
     def silent_step(self, batch: StackedBatch, *args: Any) -> tuple[Tensor, Tensor]:
         """As :meth:`step`, for the clients of the current step and without logging."""
         losses, _ = self._run(batch.content, args)
         return losses.sum(), losses
+
+    # ---- steps that are replayed: :class:`~lightning_fl.engines.vectorized.step_replay.GroupStep`
+
+    @property
+    def version(self) -> Any:
+        return self.watch.version, self.trainer.gradient_clip_val, self.trainer.gradient_clip_algorithm
+
+    @property
+    def obstacle(self) -> str | None:
+        return self.watch.obstacle()
+
+    def run_captured(self, content: Any) -> tuple[Tensor, list[Tensor], LogCalls]:
+        module, hidden = self.capture.module, OpaqueProxy()
+        args = [hidden for _ in logged.step_arguments(module, 0)]
+        with trainer_replaced(module, hidden):
+            losses, tensors = self.engine.forward_stacked(self.capture, content, *args, randomness=self._randomness)
+        if hidden.is_seen:  # the step may have caught the error
+            raise NotVectorizable("training_step looks at the Trainer or at batch_idx")
+        return losses, tensors, self.capture.calls
+
+    def emit_captured(self, batch: StackedBatch, tensors: list[Tensor], calls: LogCalls) -> None:
+        self._emit(batch, tensors, calls)
 
     def flush_logs(self) -> None:
         """Passes the group's logged values that were held back on to Lightning."""

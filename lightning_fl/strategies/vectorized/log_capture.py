@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NoReturn
 
@@ -48,6 +48,23 @@ class _Call:
     spec: Any
     leaves: list[Any]
     result: _MetricResult
+
+    def without_tensors(self) -> _Call:
+        """The same call with empty tensors, so that it keeps none alive."""
+        return replace(self, leaves=[torch.empty(0) if isinstance(own, Tensor) else own for own in self.leaves])
+
+
+@dataclass(frozen=True)
+class LogCalls:
+    """The calls of a step; equal for steps that log in the same way.
+
+    Args:
+        calls: The calls.
+        made: What is compared of them.
+    """
+
+    calls: list[_Call] = field(compare=False)
+    made: list[tuple[Any, ...]]
 
 
 @dataclass
@@ -132,11 +149,19 @@ class LogCapture:
         ]
 
     @property
-    def has_calls(self) -> bool:
-        """Whether the last step has logged anything or updated a torchmetric."""
-        return bool(self._calls)
+    def calls(self) -> LogCalls:
+        """The calls of the last step, to be made again with other tensors.
 
-    def emit(self, tensors: Sequence[Tensor], rows: Tensor, batch_size: int, may_wait: bool = False) -> None:
+        Raises:
+            NotVectorizable: If one of them shows what a torchmetric has returned, which each step needs for itself.
+        """
+        if any(call.result.is_used for call in self._calls):
+            raise NotVectorizable("training_step logs what a torchmetric has returned")
+        return LogCalls([call.without_tensors() for call in self._calls], self.made)
+
+    def emit(
+        self, tensors: Sequence[Tensor], rows: Tensor, batch_size: int, may_wait: bool, calls: LogCalls | None
+    ) -> None:
         """Makes the calls of the step that has just run, once for all its clients.
 
         Args:
@@ -144,8 +169,12 @@ class LogCapture:
             rows: Their places in the group, shape ``[num_clients]``.
             batch_size: Examples in the batch of one client.
             may_wait: Whether the calls may be held back until :meth:`flush`, because nothing reads the values earlier.
+            calls: The calls, if the step was replayed. None: those of the step that has just run.
         """
-        step = _Step(self._calls, list(tensors), len(rows), batch_size, rows)
+        own = self._calls if calls is None else calls.calls
+        if not own:
+            return
+        step = _Step(own, list(tensors), len(rows), batch_size, rows)
         self.steps.append(step)
         joins = bool(self._waiting) and step.form == self._waiting[0].form
         if not joins:

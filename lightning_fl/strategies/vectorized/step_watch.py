@@ -97,6 +97,8 @@ class StepWatch:
         self.engine = engine
         self.module = capture.module
         self.metrics = capture.metrics
+        self.version = 0
+        """Counts how often the state has been found changed by others than steps."""
         self._snapshot: Snapshot | None = None
         self._trial = Snapshot()
         self._managed: set[int] = set()
@@ -110,6 +112,7 @@ class StepWatch:
         # Hooks between two groups or rounds may have changed it, which is their right.
         if self._snapshot is None or ids != self._managed or any(self._snapshot.differences()):
             self._managed, self._snapshot = ids, self._capture(managed.values())
+            self.version += 1
         # Not copied: a frozen backbone would take its memory twice.
         frozen = self.engine.tensors.frozen
         self._frozen = [(name, own, version_counter(own)) for name, own in frozen.items() if not own.is_inference()]

@@ -26,6 +26,7 @@ from lightning_fl.topologies import (
     Path,
     Random,
     Ring,
+    Swarm,
     Topology,
 )
 from lightning_fl.types import Aggregate
@@ -154,6 +155,39 @@ def test_a_model_that_goes_round_settles_where_it_is_known_to(topology: Topology
     assert found == pytest.approx(limit, rel=1e-7)
 
 
+def test_the_elected_are_not_always_the_same() -> None:
+    chosen = [Swarm().elected(5, round) for round in range(50)]
+    assert set(chosen) == set(range(5))
+    assert chosen != [Swarm(seed=1).elected(5, round) for round in range(50)]
+    assert set(Swarm().edges(5, 3)) == {(node, chosen[3]) for node in range(5) if node != chosen[3]}
+
+
+def swarm(algorithm: str, topology: Topology | None) -> tuple[Tensor, list[Any]]:
+    module, strategy = Plain(), FederatedStrategy(algorithm, topology=topology)
+    trainer(strategy, 3).fit(module, image_clients((1, 7, 23, 5)))
+    return weights(module), [entry.get("elected") for entry in strategy.history]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "world_size"),
+    [
+        ("fedavg", 1),
+        ("fedavg", 2),
+        pytest.param("scaffold", 1, marks=pytest.mark.slow),
+        pytest.param("scaffold", 2, marks=pytest.mark.slow),
+        pytest.param("fedavg", 4, marks=pytest.mark.slow),
+    ],
+)
+def test_a_swarm_trains_what_a_server_does(run_ranks: Any, algorithm: str, world_size: int) -> None:
+    expected, _ = swarm(algorithm, None)
+    elected = [Swarm().elected(4, round) for round in range(3)]
+    found = run_ranks(world_size, swarm, algorithm, Swarm())
+    for own, chosen in found:
+        assert chosen == elected
+        torch.testing.assert_close(own, expected, rtol=1e-10, atol=1e-12)
+        assert torch.equal(own, found[0][0])
+
+
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.parametrize(
     "algorithm", [DSGD(Random(0.5)), D2(Lazy(Ring())), GradientTracking(Ring()), PushSum()], ids=repr
@@ -202,6 +236,9 @@ def test_what_would_be_ignored_or_diverge_is_refused() -> None:
         ({"algorithm": "fedavg", "aggregator": fl.aggregation.Nodes()}, "Leave aggregator out"),
         ({"algorithm": "dsgd", "topology": Cyclic()}, "one per client"),
         ({"topology": Cyclic(), "clients_per_round": 2}, "says who takes part"),
+        ({"algorithm": "dsgd", "topology": Swarm()}, "one model for all"),
+        ({"topology": Swarm(), "aggregator": fl.aggregation.Median()}, "would be ignored"),
+        ({"topology": Swarm(), "federation": "https://localhost", "kit": "kit"}, "one party does for good"),
         ({"topology": "ring"}, "fl.topologies.Ring"),
     ]:
         with pytest.raises(ValueError, match=match):

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_fl as fl
 from lightning_fl import FederatedStrategy
-from lightning_fl.topologies import Complete, Edges, Exponential, Graph, Lazy, Random, Ring
+from lightning_fl.topologies import Complete, Edges, Exponential, Graph, Lazy, Random, Ring, Swarm
 from lightning_fl.topologies import Path as Line
 from lightning_fl.types import Aggregate
 from tests.helpers.distributed import run_script
@@ -135,14 +135,14 @@ class Large(Quadratic):
 
 
 def large(case: str, rounds: int) -> None:
-    name, topology = CASES[case]
+    name, topology = CASES[case] if case in CASES else ("fedavg", Swarm())
     strategy = FederatedStrategy(name, topology=topology, local_steps=1)
     trainer(strategy, rounds).fit(Large(), quadratic(int(os.environ["RANK"])))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("unshare"), reason="needs network namespaces")
-@pytest.mark.parametrize(("case", "models"), [("ring", 4 * 2), ("complete", 4 * 3)])
+@pytest.mark.parametrize(("case", "models"), [("ring", 4 * 2), ("complete", 4 * 3), ("swarm", 2 * 3)])
 def test_the_kernel_counts_degree_times_model(tmp_path: Path, case: str, models: int) -> None:
     """Four silos alone in a network namespace: what its interface has carried in all, handshakes and headers included,
     in 6 rounds less that in 2, of which both end with one gathering of all models."""
