@@ -317,6 +317,10 @@ class HttpServer:
             await self._in_thread(coordinator.check, upload, topic)
             while coordinator.is_busy(topic):
                 await asyncio.sleep(TICK_S)
+        except Refused as refused:
+            coordinator.refuse(upload, topic, str(refused))
+            raise
+        else:
             coordinator.accept(upload, round, topic, time.monotonic())
         finally:
             self._writers.pop(upload.part, None)
