@@ -54,6 +54,12 @@ class FederatedCallback(L.Callback):
     def on_client_start(self, trainer: L.Trainer, module: L.LightningModule, client: ClientId, view: RoundView) -> None:
         """Called when a client begins its local training; the module holds the model from which it starts."""
 
+    def on_phase_end(self, trainer: L.Trainer, module: L.LightningModule, client: ClientId, view: RoundView) -> None:
+        """Called when a client ends a phase of its local training; the module still holds the model of that phase."""
+
+    def on_next_phase(self, trainer: L.Trainer, module: L.LightningModule, client: ClientId, view: RoundView) -> None:
+        """Called when a client begins a phase other than its first; the module holds the model of that phase."""
+
     def on_client_end(
         self,
         trainer: L.Trainer,

@@ -34,6 +34,7 @@ from lightning_fl.communication.objects import decode_object, encode_object
 from lightning_fl.data.partitioners.partitioner import Partitioner
 from lightning_fl.data.splitting import shard
 from lightning_fl.engines import ClientOptimizer, OptimizerStates, Vectorized
+from lightning_fl.engines.optimizer_states import AsMade
 from lightning_fl.engines.tensors import FederatedTensors, check_tensors
 from lightning_fl.engines.vectorized.stacking import StackedBatch
 from lightning_fl.federation import Federation, FederationSettings, GroupFederation
@@ -297,6 +298,7 @@ class FederatedStrategy(internals.ReusableStrategy):
         self._unfinished: dict[str, tuple[ClientStateFiles, list[str]]] = {}
         self._loaded_checkpoint: tuple[Any, dict[str, Any] | None] | None = None
         self.limit_train_batches: int | float = 1.0
+        self._as_made: list[AsMade] = []
         self.group_losses: Tensor | None = None
         """The losses of the clients that train side by side, in their last step."""
         self._works_alone = False
@@ -489,6 +491,8 @@ class FederatedStrategy(internals.ReusableStrategy):
         if trainer.state.fn == TrainerFn.FITTING:
             self.algorithm.prepare(self._module)
         super().setup(trainer)
+        # Now, because the checkpoint of a plain Trainer, which Lightning loads later, has the state of all its steps.
+        self._as_made = [AsMade(optimizer) for optimizer in self.optimizers]
         assert self.lightning_module is not None
         if self.silo is not None:
             check_module(self.silo, self.lightning_module, self._protects_examples)
@@ -671,6 +675,9 @@ class FederatedStrategy(internals.ReusableStrategy):
         driver.forget_last_fit()
         if packed is None:
             warn_of_plain_checkpoint(path)
+            if self.client_optimizer == "reset":
+                for made in self._as_made:
+                    made.put_back()
             return
         driver.resume(unpack(packed, self.algorithm, self._module), packed)
         if driver.sticky and packed["history"]:

@@ -78,7 +78,7 @@ def unsupported_reason(trainer: L.Trainer, module: L.LightningModule, strategy: 
 
 
 def _client_hooks(trainer: L.Trainer) -> list[str]:
-    names = ("on_client_start", "on_client_end", "run_training_step")
+    names = ("on_client_start", "on_phase_end", "on_next_phase", "on_client_end", "run_training_step")
     found = [getattr(c, name, None) for c in trainer.callbacks for name in names]  # type: ignore[attr-defined]
     own = [getattr(hook, "__qualname__", "a hook") for hook in found if hook is not None]
     return [name for name in own if not name.startswith("FederatedCallback.")]
