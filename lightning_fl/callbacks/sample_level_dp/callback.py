@@ -213,6 +213,11 @@ class SampleLevelDP(FederatedCallback):
         """Noise multipliers of the releases, by id, that preprocessing has made of the clients' data."""
 
     @property
+    def is_private(self) -> bool:  # type: ignore[override]
+        """Whether there is noise, and nobody can compute it."""
+        return self.noise_multiplier != 0 and self.insecure_test_seed is None
+
+    @property
     def _sigma(self) -> float:
         """The noise multiplier of the current fit."""
         assert self._chosen_sigma is not None, "training has not started"
