@@ -7,6 +7,9 @@
 
 FreeSolv: how strongly water binds each of 642 molecules, in kcal/mol. Each laboratory knows another kind: chains, those
 built on benzene, and other rings. The root mean squared error is over a fifth of the molecules of all laboratories.
+
+expected: federated 1.44 within 0.3, centralised 0.96; the laboratories alone 1.65, 2.87 and 2.45
+time: 1 to 3 min on 2 cores
 """
 
 import csv
