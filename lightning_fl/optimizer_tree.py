@@ -26,15 +26,20 @@ def pack_param_state(optimizer: Optimizer, param: Tensor, remedy: str) -> Tree:
     Raises:
         ValueError: If an entry is neither a tensor, a number nor None.
     """
+    return pack_values(type(optimizer), optimizer.state.get(param, {}), remedy)
+
+
+def pack_values(kind: type[Optimizer], values: Mapping[str, Any], remedy: str) -> Tree:
+    """Values of an optimizer of this kind as a tree, as :func:`pack_param_state` does it."""
     packed: Tree = {}
-    for entry, value in optimizer.state.get(param, {}).items():
+    for entry, value in values.items():
         if isinstance(value, Tensor):
             packed[entry] = value.detach()
         elif isinstance(value, bool | int | float):
             packed[entry + _NUMBER] = torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
         elif value is not None:  # torch's optimizers recreate an entry that is None
             raise ValueError(
-                f"Only tensors and numbers can be kept from round to round, but {type(optimizer).__name__} holds a "
+                f"Only tensors and numbers can be kept from round to round, but {kind.__name__} holds a "
                 f"{type(value).__name__} as {entry!r}. {remedy}"
             )
     return packed

@@ -50,6 +50,7 @@ class APFL(Algorithm):
 
     weighting: ClassVar[Weighting] = "uniform"
     keeps_client_state: ClassVar[bool] = True
+    adds_to_gradients: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_hyperparameter(self, "alpha", 0 < self.alpha <= 1, "a number above 0 and at most 1")

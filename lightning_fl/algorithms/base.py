@@ -33,6 +33,9 @@ class Algorithm(ABC):
     needs_gradient_at: ClassVar[bool] = False
     """Whether ``grad_transform`` finds the gradient of the step's batch at any parameters in ``ctx["gradient_at"]``, a
     :class:`~lightning_fl.types.GradientAt`."""
+    adds_to_gradients: ClassVar[bool] = True
+    """Whether ``grad_transform`` adds a term of its own to each gradient: a parameter that a step gives no gradient is
+    then trained as if it were 0. Otherwise the optimizer leaves it alone, as it does without an algorithm."""
     knows_index: ClassVar[bool] = False
     """Whether ``client_init`` finds in ``server["index"]`` the client's place in the order of all clients' ids."""
     keeps_nodes: ClassVar[bool] = False

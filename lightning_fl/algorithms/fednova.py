@@ -53,6 +53,11 @@ class FedNova(Algorithm):
     def __post_init__(self) -> None:
         check_hyperparameter(self, "mu", self.mu >= 0, "a number that is not negative")
 
+    @property
+    def adds_to_gradients(self) -> bool:  # type: ignore[override]
+        """Without the proximal term gradients stay as they are."""
+        return self.mu > 0
+
     def check_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
         names = [type(optimizer).__name__ for optimizer in optimizers if type(optimizer) is not SGD]
         if names:

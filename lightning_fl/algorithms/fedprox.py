@@ -57,5 +57,10 @@ class FedProx(Algorithm):
     def __post_init__(self) -> None:
         check_hyperparameter(self, "mu", self.mu >= 0, "a number that is not negative")
 
+    @property
+    def adds_to_gradients(self) -> bool:  # type: ignore[override]
+        """Without its term it is plain averaging."""
+        return self.mu > 0
+
     def grad_transform(self, grads: Tree, params: Tree, ctx: Context) -> Tree:
         return add_proximal(grads, params, ctx["params"], self.mu)

@@ -38,6 +38,7 @@ class FedSAM(Algorithm):
 
     weighting: ClassVar[Weighting] = "uniform"
     needs_gradient_at: ClassVar[bool] = True
+    adds_to_gradients: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_hyperparameter(self, "rho", self.rho >= 0, "a number that is not negative")

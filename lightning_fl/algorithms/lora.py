@@ -103,6 +103,7 @@ class HetLoRA(Algorithm):
     ranks: tuple[int, ...] = ()
     server_lr: float = 1.0
     knows_index: ClassVar[bool] = True
+    adds_to_gradients: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ranks", tuple(self.ranks))

@@ -62,6 +62,11 @@ class MimeLite(Algorithm):
         check_hyperparameter(self, "beta2", self.beta2 is None or 0 <= self.beta2 < 1, "None or a number in [0, 1)")
         check_hyperparameter(self, "tau", self.tau > 0, "a positive number")
 
+    @property
+    def adds_to_gradients(self) -> bool:  # type: ignore[override]
+        """Without momentum a gradient is at most scaled."""
+        return self.beta1 > 0
+
     def check_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
         plain = all(type(o) is SGD and all(group["momentum"] == 0 for group in o.param_groups) for o in optimizers)
         if not plain:

@@ -49,6 +49,7 @@ class PerFedAvg(Algorithm):
 
     weighting: ClassVar[Weighting] = "uniform"
     needs_gradient_at: ClassVar[bool] = True
+    adds_to_gradients: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_hyperparameter(self, "alpha", self.alpha >= 0, "a number that is not negative")

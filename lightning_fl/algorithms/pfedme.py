@@ -50,6 +50,7 @@ class PFedMe(Algorithm):
 
     weighting: ClassVar[Weighting] = "uniform"
     needs_gradient_at: ClassVar[bool] = True
+    adds_to_gradients: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_hyperparameter(self, "lam", self.lam > 0, "a positive number")

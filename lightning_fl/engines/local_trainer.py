@@ -475,26 +475,42 @@ def loss_of(output: Any) -> Tensor | None:
     )
 
 
-def transform_gradients(transform: GradTransform, params: Mapping[str, Tensor], optimizer: Optimizer) -> None:
-    """Replaces the gradients of those of ``params`` that ``optimizer`` steps by ``transform(grads, params)``."""
-    # SparseAdam refuses dense gradients, which a correction of every element gives.
-    sparse = next((name for name, param in params.items() if param.grad is not None and param.grad.is_sparse), None)
-    if sparse is not None and type(optimizer) is torch.optim.SparseAdam:
+def transform_gradients(
+    transform: GradTransform, params: Mapping[str, Tensor], optimizer: Optimizer, frozen: Collection[int] = ()
+) -> None:
+    """Replaces the gradients of those of ``params`` that ``optimizer`` steps by ``transform(grads, params)``.
+
+    Args:
+        transform: The transform. Its ``grads`` have an entry for each parameter with a gradient, ``params`` one for
+            each that is trained; a parameter without a gradient gets one if the transform returns it.
+        params: The shared parameters.
+        optimizer: The optimizer that is about to step.
+        frozen: ``id`` of the parameters that the current phase does not train.
+    """
+    # With several optimizers, gradients of the others must not be corrected once for each of them.
+    stepped = {id(param) for group in optimizer.param_groups for param in group["params"]}.difference(frozen)
+    trained = {
+        name: param
+        for name, param in params.items()
+        if id(param) in stepped and (param.grad is not None or param.requires_grad)
+    }
+    # It refuses dense gradients, which a correction of every element gives.
+    if trained and type(optimizer) is torch.optim.SparseAdam:
         raise ValueError(
-            f"The algorithm adds a correction to the sparse gradient of {sparse!r}, which makes it dense, and "
-            "torch.optim.SparseAdam takes sparse gradients only. Use torch.optim.SGD or Adagrad, an embedding with "
+            f"The algorithm adds a correction to the sparse gradient of {next(iter(trained))!r}, which makes it dense, "
+            "and torch.optim.SparseAdam takes sparse gradients only. Use torch.optim.SGD or Adagrad, an embedding with "
             "sparse=False, or fedavg."
         )
-    # With several optimizers, gradients of the others must not be corrected once for each of them.
-    stepped = {id(param) for group in optimizer.param_groups for param in group["params"]}
-    grads = {name: param.grad for name, param in params.items() if id(param) in stepped and param.grad is not None}
-    grads = {name: grad.to_dense() if grad.is_sparse else local(grad) for name, grad in grads.items()}
-    for name, grad in transform(grads, {name: local(params[name]).detach() for name in grads}).items():
+    found = {name: param.grad for name, param in trained.items() if param.grad is not None}
+    grads = {name: grad.to_dense() if grad.is_sparse else local(grad) for name, grad in found.items()}
+    for name, grad in transform(grads, {name: local(param).detach() for name, param in trained.items()}).items():
+        param = params[name]
         # A correction in float32 promotes gradients in half precision, and torch refuses a gradient of another dtype.
-        if is_spread(params[name]):
-            local(params[name].grad).copy_(grad)  # type: ignore[arg-type]
+        if is_spread(param):
+            param.grad = torch.zeros_like(param) if param.grad is None else param.grad
+            local(param.grad).copy_(grad)
         else:
-            params[name].grad = grad.to(params[name].dtype)
+            param.grad = grad.to(param.dtype)
 
 
 def trained_value(param: Tensor, start: Tensor) -> Tensor:

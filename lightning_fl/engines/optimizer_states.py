@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from lightning_fl.engines.spread import local, spread_like
-from lightning_fl.optimizer_tree import pack_param_state, unpack_param_state
+from lightning_fl.optimizer_tree import pack_param_state, pack_values, unpack_param_state
+from lightning_fl.torch_internals import version_counter
 from lightning_fl.types import Tree
 
 
@@ -87,12 +88,14 @@ class OptimizerStates:
     A round begins with the options (learning rate, momentum, ...) that the schedules have reached. Each client starts
     from these; the next round starts after the steps of the client that took the most.
 
+    What an optimizer's own step changes in its options, as Prodigy's estimate of the step size, is a part of its state:
+    it goes neither from client to client nor into the next round.
+
     Args:
-        optimizers: The user's optimizers; they stay the same objects throughout.
+        optimizers: The user's optimizers. Clients start with the states that they have now.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
-        self.optimizers = list(optimizers)
         self.schedules: list[Schedule] = []
         self.num_steps = 0
         self.lr_sums: list[list[float]] = []
@@ -102,13 +105,41 @@ class OptimizerStates:
         self._options: list[list[dict[str, Any]]] = []
         self._schedule_states: list[dict[str, Any]] = []
         self._first_epochs: list[int] = []
+        self._hooks: list[Any] = []
+        self.take(optimizers)
+
+    def take(self, optimizers: Sequence[Optimizer]) -> None:
+        """Goes on with other optimizers from the next round on."""
+        self.close()
+        self.optimizers = list(optimizers)
         # Not always empty: Adagrad, for one, makes its accumulators when it is constructed.
         self._fresh = [_copy_state(optimizer.state) for optimizer in self.optimizers]
+        self._own_options: list[set[str]] = [set() for _ in self.optimizers]
+        self._depth = 0
+        self._hooks = []
         # Counted by hooks, so that steps of manual optimization count and those that a gradient scaler skips do not.
-        self._hooks = [
-            optimizer.register_step_post_hook(lambda optimizer, *_, index=index: self.count(index, optimizer))
-            for index, optimizer in enumerate(self.optimizers)
-        ]
+        for index, optimizer in enumerate(self.optimizers):
+            is_watched = not _is_of_torch(optimizer)
+            count = self._count_watched if is_watched else self.count
+            self._hooks.append(
+                optimizer.register_step_post_hook(lambda optimizer, *_, n=index, count=count: count(n, optimizer))
+            )
+            if is_watched:
+                self._hooks.append(optimizer.register_step_pre_hook(self._begin_watched))
+
+    def _begin_watched(self, optimizer: Optimizer, *_: Any) -> None:
+        self._depth += 1
+        if self._depth == 1:
+            self._before = [_marks(group) for group in optimizer.param_groups]
+
+    def _count_watched(self, index: int, optimizer: Optimizer) -> None:
+        """Counts a step of an optimizer that is not torch's, and notes which options it has changed."""
+        self._depth -= 1
+        if self._depth > 0:  # a subclass whose step calls that of its base, for which torch calls the hooks too
+            return
+        for group, before in zip(optimizer.param_groups, self._before, strict=False):
+            self._own_options[index].update(name for name, mark in _marks(group).items() if before.get(name) != mark)
+        self.count(index, optimizer)
 
     def close(self) -> None:
         """Removes the hooks from the optimizers."""
@@ -127,6 +158,8 @@ class OptimizerStates:
         """Restores the round's options and schedules, with a fresh optimizer state or the client's last one."""
         self._restore()
         for index, optimizer in enumerate(self.optimizers):
+            for position, group in enumerate(optimizer.param_groups if kept else ()):
+                group.update(unpack_param_state(_options_of_kept(kept or {}, index, position)))
             # The optimizers are restarted instead of made anew: Lightning's wrappers and the schedulers refer to them.
             optimizer.state.clear()
             if kept is None:
@@ -198,12 +231,21 @@ class OptimizerStates:
 
     def keep(self) -> Tree:
         """The optimizers' states as a tree, to be passed to :meth:`restart` in the client's next round."""
-        return {
+        states = {
             f"{index}.{position}.{entry}": local(value).clone()
             for index, optimizer in enumerate(self.optimizers)
             for position, param in enumerate(_params(optimizer))
             for entry, value in pack_param_state(optimizer, param, _KEEP_REMEDY).items()
         }
+        options = {
+            f"{index}.{_GROUP}{position}.{entry}": value.clone()
+            for index, (optimizer, own) in enumerate(zip(self.optimizers, self._own_options, strict=True))
+            for position, group in enumerate(optimizer.param_groups if own else ())
+            for entry, value in pack_values(
+                type(optimizer), {name: group[name] for name in sorted(own & group.keys())}, _KEEP_REMEDY
+            ).items()
+        }
+        return {**states, **options}
 
     def schedule_end(self) -> ScheduleEnd:
         """The progress of the schedules in the current client's local training."""
@@ -211,7 +253,12 @@ class OptimizerStates:
             schedule.scheduler.last_epoch - first if schedule.by_user else schedule.num_steps
             for schedule, first in zip(self.schedules, self._first_epochs, strict=True)
         ]
-        return ScheduleEnd(steps, [options_of(optimizer) for optimizer in self.optimizers], self.num_steps)
+        # What steps change is left out: the rank that goes on from here may not have seen one.
+        options = [
+            [{name: value for name, value in group.items() if name not in own} for group in options_of(optimizer)]
+            for optimizer, own in zip(self.optimizers, self._own_options, strict=True)
+        ]
+        return ScheduleEnd(steps, options, self.num_steps)
 
     def end_round(self, end: ScheduleEnd | None) -> None:
         """Sets schedules and options for the next round.
@@ -313,7 +360,7 @@ class OptimizerStates:
         return longest if all(math.isclose(length, longest, rel_tol=1e-9) for length in lengths) else None
 
     def _start_counting(self, is_measured: bool) -> None:
-        self.num_steps = 0
+        self.num_steps = self._depth = 0  # a step that has raised has not been counted
         groups = [optimizer.param_groups for optimizer in self.optimizers]
         self.lr_sums = [[0.0] * len(group) for group in groups]
         self._normalizers = [[FedNovaNormalizer() for _ in group] for group in groups] if is_measured else None
@@ -359,6 +406,44 @@ def schedules_ahead_of_optimizers() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
         yield
+
+
+_OF_SCHEDULES = ("params", "lr", "initial_lr", "momentum", "betas", "weight_decay")
+"""What schedules, callbacks and modules change in a group, perhaps in the closure that an optimizer's step calls."""
+
+
+def _marks(group: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells whether an option has changed: a number itself, and the version of what is changed in place."""
+    return {
+        name: (id(value), version_counter(value)) if isinstance(value, Tensor) else value
+        for name, value in group.items()
+        if name not in _OF_SCHEDULES and isinstance(value, int | float | Tensor)
+    }
+
+
+def _is_of_torch(optimizer: Optimizer) -> bool:
+    return type(optimizer).__module__.startswith("torch.optim.")  # whose steps change no options
+
+
+class AsMade:
+    """What an optimizer is when it has just been made.
+
+    Args:
+        optimizer: The optimizer.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self._state, self._options = _copy_state(optimizer.state), options_of(optimizer)
+
+    def put_back(self) -> None:
+        """Undoes all steps; what schedules change, such as the learning rate, stays."""
+        self.optimizer.state.clear()
+        self.optimizer.state.update(_copy_state(self._state))
+        if _is_of_torch(self.optimizer):
+            return
+        for group, made in zip(self.optimizer.param_groups, self._options, strict=True):
+            group.update({name: _copied(made[name]) for name in _marks(group).keys() & made.keys()})
 
 
 _IMMUTABLE = (int, float, bool, str, type(None))
@@ -407,6 +492,19 @@ def _params(optimizer: Optimizer) -> list[nn.Parameter]:
 _KEEP_REMEDY = "Use client_optimizer='reset' or another optimizer."
 
 
+_GROUP = "group"
+"""Before the number of a parameter group whose options are kept, where otherwise a parameter has its number."""
+
+
+def _options_of_kept(kept: Tree, index: int, position: int) -> Tree:
+    start = f"{index}.{_GROUP}{position}."
+    return {name.removeprefix(start): value for name, value in kept.items() if name.startswith(start)}
+
+
+def _of_params(kept: Tree) -> Tree:
+    return {name: value for name, value in kept.items() if not name.split(".", 2)[1].startswith(_GROUP)}
+
+
 def _place(name: str) -> tuple[int, int, str]:
     index, position, entry = name.split(".", 2)
     return int(index), int(position), entry
@@ -415,13 +513,13 @@ def _place(name: str) -> tuple[int, int, str]:
 def params_of_kept(kept: Tree, optimizers: Sequence[Optimizer]) -> Tree:
     """The parameter to which each entry of :meth:`OptimizerStates.keep` belongs."""
     params = [_params(optimizer) for optimizer in optimizers]
-    return {name: params[index][position] for name in kept for index, position, _ in [_place(name)]}
+    return {name: params[index][position] for name in _of_params(kept) for index, position, _ in [_place(name)]}
 
 
 def _unpack(kept: Tree, index: int, optimizer: Optimizer) -> dict[Tensor, dict[str, Any]]:
     packed: dict[Tensor, Tree] = {}
     params = _params(optimizer)
-    for name, value in kept.items():
+    for name, value in _of_params(kept).items():
         optimizer_index, position, entry = _place(name)
         if optimizer_index == index:
             packed.setdefault(params[position], {})[entry] = value

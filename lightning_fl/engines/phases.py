@@ -36,7 +36,8 @@ class LocalPhases:
         self._end: ScheduleEnd | None = None
         self._phase = Phase()
         self._trained: set[str] = set()
-        self._frozen: set[int] = set()
+        self.frozen: set[int] = set()
+        """``id`` of the parameters that the current phase does not train."""
         self._own_model = own_model
         self._global_model: Tree = {}
         self._index = -1
@@ -51,9 +52,9 @@ class LocalPhases:
         trainable = self.tensors.trainable
         # An empty set spares `mask_frozen_grads`, which runs in every step, the way through all parameters.
         if len(self._trained) == len(trainable):
-            self._frozen = set()
+            self.frozen = set()
         else:
-            self._frozen = {id(param) for name, param in trainable.items() if name not in self._trained}
+            self.frozen = {id(param) for name, param in trainable.items() if name not in self._trained}
         if phase.model == "own" and self._model == "global":
             self._global_model = clones(self._all)
             load(self._all, self._own_model)
@@ -68,10 +69,10 @@ class LocalPhases:
 
     def mask_frozen_grads(self, optimizer: Optimizer) -> None:
         """Sets the gradients of parameters that the phase does not train to None, so that they are not stepped."""
-        if self._frozen:
+        if self.frozen:
             for group in optimizer.param_groups:
                 for param in group["params"]:
-                    if id(param) in self._frozen:
+                    if id(param) in self.frozen:
                         # None and not zero: momentum and weight decay would move a parameter whose gradient is zero.
                         param.grad = None
 

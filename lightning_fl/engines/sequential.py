@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -76,10 +76,12 @@ class SequentialEngine(LocalTrainer):
 
     def prepare_gradients(self, optimizer: Optimizer) -> None:
         # None while several clients are trained side by side by the subclass, which knows no phases.
+        frozen: Collection[int] = ()
         if self._phases is not None:
             self._phases.mask_frozen_grads(optimizer)
+            frozen = self._phases.frozen
         if self.grad_transform is not None:
-            transform_gradients(self.grad_transform, self.shared_params, optimizer)
+            transform_gradients(self.grad_transform, self.shared_params, optimizer, frozen)
 
     def finish(self, num_steps: Sequence[int] | None = None) -> LocalResult:
         tensors, phases = self.tensors, self.phases

@@ -132,11 +132,11 @@ class ClientGroup:
             return None
         if self.algorithm.needs_gradient_at:
             transform = _with_entry(transform, "gradient_at", gradient_at)
-        # The lambdas read `_selected` when they are called, because `select` replaces it from step to step.
-        if len(self.clients) == 1:
-            return lambda grads, params: transform(grads, params, self._selected)
-        run = vmap(transform, in_dims=(0, 0, self._dims))
-        return lambda grads, params: run(grads, params, self._selected)
+        several = len(self.clients) > 1
+        run = vmap(transform, in_dims=(0, 0, self._dims)) if several else transform
+        fits = _with_zeros if self.algorithm.adds_to_gradients else _with_gradients
+        # The lambda reads `_selected` when it is called, because `select` replaces it from step to step.
+        return lambda grads, params: run(*fits(grads, params), self._selected)
 
     def finish(self, result: LocalResult, runs: Sequence[LocalRun]) -> GroupUpdate:
         """Calls the algorithm's ``client_finish`` for each client.
@@ -200,6 +200,20 @@ class ClientGroup:
         update, state = self.algorithm.client_finish(own_params, self._contexts[0], self._algorithm_states[0], run)
         aux = {name: _as_stack(tree) for name, tree in update.aux.items()}
         return Update(delta=_as_stack(update.delta), aux=aux), None if state is None else _as_stack(state)
+
+
+def _with_zeros(grads: Tree, params: Tree) -> tuple[Tree, Tree]:
+    """The same with a gradient of 0 for each parameter that has none."""
+    if len(grads) == len(params):
+        return grads, params
+    # Without it a correction that all clients share would be left out where a client does not use a parameter, and the
+    # algorithm would take what it has left out for a gradient.
+    return {n: grads[n] if n in grads else torch.zeros_like(param) for n, param in params.items()}, params
+
+
+def _with_gradients(grads: Tree, params: Tree) -> tuple[Tree, Tree]:
+    """The same with the parameters that have a gradient only."""
+    return grads, params if len(grads) == len(params) else {name: params[name] for name in grads}
 
 
 def _with_entry(transform: Transform, name: str, value: Any) -> Transform:

@@ -34,6 +34,7 @@ from lightning_fl.communication.objects import decode_object, encode_object
 from lightning_fl.data.partitioners.partitioner import Partitioner
 from lightning_fl.data.splitting import shard
 from lightning_fl.engines import ClientOptimizer, OptimizerStates, Vectorized
+from lightning_fl.engines.optimizer_states import AsMade
 from lightning_fl.engines.tensors import FederatedTensors, check_tensors
 from lightning_fl.engines.vectorized.stacking import StackedBatch
 from lightning_fl.federation import Federation, FederationSettings, GroupFederation
@@ -297,6 +298,7 @@ class FederatedStrategy(internals.ReusableStrategy):
         self._unfinished: dict[str, tuple[ClientStateFiles, list[str]]] = {}
         self._loaded_checkpoint: tuple[Any, dict[str, Any] | None] | None = None
         self.limit_train_batches: int | float = 1.0
+        self._as_made: list[AsMade] = []
         self.group_losses: Tensor | None = None
         """The losses of the clients that train side by side, in their last step."""
         self._works_alone = False
@@ -489,6 +491,8 @@ class FederatedStrategy(internals.ReusableStrategy):
         if trainer.state.fn == TrainerFn.FITTING:
             self.algorithm.prepare(self._module)
         super().setup(trainer)
+        # Now, because the checkpoint of a plain Trainer, which Lightning loads later, has the state of all its steps.
+        self._as_made = [AsMade(optimizer) for optimizer in self.optimizers]
         assert self.lightning_module is not None
         if self.silo is not None:
             check_module(self.silo, self.lightning_module, self._protects_examples)
@@ -510,7 +514,7 @@ class FederatedStrategy(internals.ReusableStrategy):
         if self.network is not None and trainer.state.fn == TrainerFn.FITTING:
             common = {**settings_of_training(trainer), **columns}
             tensors = FederatedTensors(self.lightning_module, self.personal, may_be_spread=self.federation.is_spread)
-            protections = protections_of(self, self._protects_examples)
+            protections = protections_of(self, trainer.callbacks)
             own = settings_of_silo(self)
             secure, is_asynchronous = secure_of(self), self.schedule is not None
             self.network.join(tensors, own, common, versions(), protections, secure, self.weighting, is_asynchronous)
@@ -671,6 +675,9 @@ class FederatedStrategy(internals.ReusableStrategy):
         driver.forget_last_fit()
         if packed is None:
             warn_of_plain_checkpoint(path)
+            if self.client_optimizer == "reset":
+                for made in self._as_made:
+                    made.put_back()
             return
         driver.resume(unpack(packed, self.algorithm, self._module), packed)
         if driver.sticky and packed["history"]:
@@ -732,8 +739,8 @@ class FederatedStrategy(internals.ReusableStrategy):
             return  # the parts are on processes that get the signal at other places; there is the last round's
         if driver is not None and driver.apart is not None:  # the others can't be asked
             rank_zero_warn(
-                f"{filepath} is not written: this silo knows its own model only, and each checkpoint holds those of "
-                "all. The last one before is whole."
+                f"{filepath} was not written: this silo knows only its own model, and a checkpoint holds those of all. "
+                "The previous one is complete."
             )
             return
         if driver is None or weights_only:

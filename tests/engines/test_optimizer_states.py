@@ -24,6 +24,27 @@ from torch.optim.lr_scheduler import (
 )
 
 from lightning_fl.engines import OptimizerStates, Schedule, ScheduleEnd
+from lightning_fl.engines.optimizer_states import AsMade
+
+
+class Growing(SGD):
+    """Steps farther each time, as its options tell: what Prodigy and schedule-free optimizers keep there."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, lr=lr)
+        for group in self.param_groups:
+            group.update(num_steps=0, scale=1.0, total=torch.zeros(()))
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["num_steps"] += 1
+            group["scale"] *= 1.5
+            group["total"].add_(1)
+            for param in group["params"]:
+                if param.grad is not None:
+                    param.grad.mul_(group["scale"] + group["num_steps"] + float(group["total"]))
+        return super().step()
+
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "SGD": partial(SGD, lr=0.1),
@@ -32,6 +53,7 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "AdamW amsgrad": partial(AdamW, lr=0.1, amsgrad=True),
     "Adagrad": partial(Adagrad, lr=0.5, initial_accumulator_value=0.3),
     "RMSprop": partial(RMSprop, lr=0.05, momentum=0.5),
+    "options": partial(Growing, lr=0.01),
     "LBFGS": partial(LBFGS, lr=0.5, max_iter=2),
 }
 STATEFUL = [name for name in OPTIMIZERS if name != "SGD"]
@@ -55,6 +77,8 @@ class Rank:
     def train(self, client: int, num_steps: int = 3) -> Tensor:
         """Trains from wherever the parameter is, and returns where it ends."""
         for _ in range(num_steps):
+            if isinstance(self.optimizer, Growing):
+                self._closure(client)
             self.optimizer.step(partial(self._closure, client))
         return self.param.detach().clone()
 
@@ -84,6 +108,33 @@ def test_without_reset_the_last_clients_state_would_show() -> None:
         leaky.train(0)
         leaky.param.data.copy_(START)
         assert not torch.equal(leaky.train(1), Rank(OPTIMIZERS[name]).train(1)), name
+
+
+def test_what_steps_change_in_the_options_does_not_reach_the_next_round() -> None:
+    first, second = Rank(OPTIMIZERS["options"]), Rank(OPTIMIZERS["options"])
+    expected = Rank(OPTIMIZERS["options"]).train(0)
+    for client in (1, 0):
+        first.turn(client, None)
+    end = first.states.schedule_end()
+    assert end.num_optimizer_steps == 3  # and not one for the base class's step as well
+    assert first.states.lr_sum({"x": first.param}) == pytest.approx({"x": 0.03})
+    for rank in (first, second):  # the second has not trained in the round
+        rank.states.end_round(end)
+        rank.states.begin_round()
+        assert torch.equal(rank.turn(0, None), expected)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_is_put_back_to_when_it_was_made(name: str) -> None:
+    trained = Rank(OPTIMIZERS[name])
+    made = AsMade(trained.optimizer)
+    trained.train(1)
+    trained.optimizer.param_groups[0]["lr"] = 0.003  # of a schedule
+    made.put_back()
+    expected = Rank(OPTIMIZERS[name])
+    expected.optimizer.param_groups[0]["lr"] = 0.003
+    trained.param.data.copy_(START)
+    assert torch.equal(trained.train(0), expected.train(0))
 
 
 @pytest.mark.parametrize("name", KEEPABLE)

@@ -57,14 +57,7 @@ def test_onnx_takes_any_batch_size(checkpoint: Path) -> None:
         torch.testing.assert_close(torch.from_numpy(found), global_model(checkpoint)(x), rtol=1e-5, atol=1e-5)
 
 
-EXECUTORCH = (
-    "executorch==1.5.1",
-    "torchao==0.18.0",
-    "pytorch_tokenizers==1.5.0",
-    "flatbuffers",
-    "ruamel.yaml",
-    "tabulate",
-)
+EXECUTORCH = "executorch==1.5.1 torchao==0.18.0 pytorch_tokenizers==1.5.0 flatbuffers ruamel.yaml tabulate".split()
 IN_EXECUTORCH = """
 import sys, torch
 from executorch.runtime import Runtime

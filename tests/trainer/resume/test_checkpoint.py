@@ -89,7 +89,7 @@ def test_the_last_checkpoint_is_the_last_round_and_not_the_last_improvement(
     assert torch.load(last, weights_only=True)["epoch"] == 2
     with caplog.at_level("INFO"):
         assert torch.equal(fit_rounds(str(last)), expected)
-    assert "Going on with round 4 after kept/last.ckpt." in caplog.text
+    assert "Resuming with round 4 after kept/last.ckpt." in caplog.text
 
 
 def every_round(**options: Any) -> dict[str, Any]:
@@ -182,6 +182,28 @@ def test_a_federation_goes_on_from_a_plain_checkpoint() -> None:
     with pytest.warns(UserWarning, match="was not written by a federation"):
         run, _ = fit("fedavg", 2, "ckpt/epoch=0.ckpt", make_optimizer=lambda params: SGD(params, lr=0.1))
     assert len(run.strategy.history) == 1
+
+
+class StateAtStart(fl.callbacks.FederatedCallback):
+    """How many steps the optimizer has behind it when each client starts."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_client_start(self, trainer: L.Trainer, module: L.LightningModule, client: int | str) -> None:
+        states = list(trainer.optimizers[0].state.values())
+        self.seen.append(float(states[0]["step"]) if states else 0.0)
+
+
+@pytest.mark.filterwarnings("ignore:.*was not written by a federation")
+def test_clients_do_not_start_with_the_moments_of_a_plain_checkpoint() -> None:
+    fit_plain = trainer("auto", 2, **every_round())
+    fit_plain.fit(Plain(make_optimizer=Adam), loader(12))
+    for client_optimizer, expected in (("reset", [0.0] * 4), ("keep", [6.0, 6.0, 7.0, 8.0])):
+        seen = StateAtStart()
+        run = trainer(FederatedStrategy(client_optimizer=client_optimizer), 4, callbacks=[seen])
+        run.fit(Plain(make_optimizer=Adam), image_clients((4, 8)), ckpt_path="ckpt/epoch=1.ckpt", weights_only=True)
+        assert seen.seen == expected
 
 
 def test_another_algorithm_does_not_go_on() -> None:
