@@ -57,7 +57,8 @@ def test_onnx_takes_any_batch_size(checkpoint: Path) -> None:
         torch.testing.assert_close(torch.from_numpy(found), global_model(checkpoint)(x), rtol=1e-5, atol=1e-5)
 
 
-EXECUTORCH = "executorch==1.5.1 torchao==0.18.0 pytorch_tokenizers==1.5.0 flatbuffers ruamel.yaml tabulate".split()
+EXECUTORCH = ["executorch==1.5.1", "torchao==0.18.0", "pytorch_tokenizers==1.5.0"]
+ITS_NEEDS = ["flatbuffers", "ruamel.yaml", "tabulate"]
 IN_EXECUTORCH = """
 import sys, torch
 from executorch.runtime import Runtime
@@ -76,7 +77,7 @@ def with_executorch(tmp_path: Path) -> Path:
     subprocess.run([sys.executable, "-m", "venv", own], check=True, timeout=PATIENCE)
     (packages,) = own.glob("lib/*/site-packages")
     (packages / "others.pth").write_text(sysconfig.get_path("purelib"))
-    install = [own / "bin" / "python", "-m", "pip", "install", "-q", "--no-deps", *EXECUTORCH]
+    install = [own / "bin" / "python", "-m", "pip", "install", "-q", "--no-deps", *EXECUTORCH, *ITS_NEEDS]
     subprocess.run(install, check=True, timeout=2 * PATIENCE)
     return own / "bin" / "python"
 
