@@ -1,4 +1,4 @@
-"""Between two rounds under differential privacy the model is what the server has made of noisy updates, and stays so."""
+"""Between two rounds under differential privacy the model stays what the server has made of noisy updates."""
 
 from __future__ import annotations
 
