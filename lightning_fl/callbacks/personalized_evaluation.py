@@ -33,8 +33,8 @@ class PersonalizedEvaluation(L.Callback):
 
     These models are trained without the algorithm, schedules, callbacks and logging, with a fresh optimizer at the
     learning rates of the last round's start. Federated training is not affected. Each client is evaluated on its home
-    rank, also if it has not taken part yet. ``limit_train_batches``, ``limit_val_batches`` and ``fast_dev_run`` apply to
-    each of these passes; ``limit_val_batches=0`` turns off the validation of the global model alone.
+    rank, also if it has not taken part yet. ``limit_train_batches``, ``limit_val_batches`` and ``fast_dev_run`` apply
+    to each of these passes; ``limit_val_batches=0`` turns off the validation of the global model alone.
 
     Args:
         val: For each client the loader of its validation data, or a function that makes it. None: those of the

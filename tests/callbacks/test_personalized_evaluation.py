@@ -100,7 +100,7 @@ def test_the_trainers_limits_apply(limits: dict[str, Any]) -> None:
 
 def test_a_share_that_leaves_nothing_to_validate_is_refused() -> None:
     run = trainer("fedavg", callbacks=[PersonalizedEvaluation()], limit_val_batches=0.4)
-    with pytest.raises(MisconfigurationException, match="limit_val_batches=0.4 leaves none of 2 batches"):
+    with pytest.raises(MisconfigurationException, match=r"limit_val_batches=0\.4 leaves none of 2 batches"):
         run.fit(Validated(), clients())
 
 
