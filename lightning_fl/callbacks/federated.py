@@ -31,6 +31,8 @@ class FederatedCallback(L.Callback):
     """Whether the callback's batch hooks need not run where training goes without them."""
     protects_examples: ClassVar[bool] = False
     """Whether the callback makes local training differentially private, so that nothing else may reveal the data."""
+    is_private: bool = False
+    """Whether :attr:`protects_examples` holds for this callback's settings, as a silo's policy may require."""
     evaluates_clients: ClassVar[bool] = False
     """Whether the callback evaluates each client's own model, so that a warning about personal tensors is not due."""
 

@@ -159,7 +159,7 @@ def test_a_silo_speaks_for_itself_only(live: LiveCoordinator) -> None:
     for field in ("refused", "lost", "empty"):
         report = replace(RankReport(), **{field: ["north"]}).to_message().fields
         wire.write(east.folder.update, tensors, {"report": report, "weight": 1.0})
-        with pytest.raises(CallRefused, match=r"it names \['north'\]"):
+        with pytest.raises(CallRefused, match="its report names 'north'"):
             client.upload(f"/v1/rounds/{openings[0].round}/update", east.folder.update)
     client.close()
 

@@ -40,6 +40,25 @@ from tests.helpers.distributed import PATIENCE
 
 HOST = "localhost"
 NAMES = ("east", "north", "south")
+ENTRY = {
+    "fx": "validation_step",
+    "name": "loss",
+    "prog_bar": False,
+    "logger": True,
+    "on_step": False,
+    "on_epoch": True,
+    "reduction": "mean",
+    "add_dataloader_idx": True,
+    "dataloader_idx": None,
+    "metric_attribute": None,
+    "is_tensor": True,
+    "dtype": "float32",
+    "value": float("nan"),
+    "weight": 8.0,
+}
+"""A logged value as silos report it."""
+EVALUATION: dict[str, Any] = {"metrics": {}, "metric_states": {}}
+"""What a silo reports of an evaluation in which nothing was logged."""
 _connections: list[Client] = []
 """Of silos that a test has left behind."""
 

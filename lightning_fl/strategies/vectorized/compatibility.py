@@ -294,7 +294,7 @@ _REASONS = {
 
 
 def reason_of(error: Exception) -> str:
-    """What stands against a step of several clients, in a sentence for users."""
+    """What prevents a step of several clients, in a sentence for users."""
     if isinstance(error, NotVectorizable):
         return str(error)
     # What `vmap` can't do shows as errors of many types, raised deep inside torch; its text asks to file an issue.
