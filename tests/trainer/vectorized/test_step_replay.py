@@ -54,6 +54,8 @@ def both(make: Callable[[], L.LightningModule], **options: Any) -> Fit:
 class Logging(Plain):
     """Has buffers, and logs a mean and a torchmetric."""
 
+    num_seen: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.BatchNorm2d(1, dtype=torch.float64)
