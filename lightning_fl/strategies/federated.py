@@ -128,7 +128,8 @@ class FederatedStrategy(internals.ReusableStrategy):
             state of its last round.
         aggregator: Combines the updates of a round. None: :class:`~lightning_fl.aggregation.WeightedMean`.
         transforms: Change each update between client and server, in order.
-        personal: ``fnmatch`` globs on ``state_dict`` names: tensors that never leave their client.
+        personal: ``fnmatch`` globs on ``state_dict`` names: tensors that never leave their client, also while they are
+            frozen.
         engine: How a rank trains its clients: ``"sequential"``, one after the other; ``"vectorized"`` (or an
             ``fl.engines.Vectorized(...)``), many in one step; ``"auto"`` for the faster one where it is exact.
         seed: Seed of cohorts, partition and local training. None: the one of ``seed_everything``, else 0.
@@ -685,6 +686,10 @@ class FederatedStrategy(internals.ReusableStrategy):
                 path, packed["manifests"], driver.store, driver.population, self.federation, self._silo_folder
             )
 
+    def on_train_end(self) -> None:
+        self.active_driver.check_released("in on_train_end")
+        super().on_train_end()
+
     def on_validation_start(self) -> None:
         self._start_evaluation()
         if self.personal:
@@ -743,6 +748,8 @@ class FederatedStrategy(internals.ReusableStrategy):
                 "The previous one is complete."
             )
             return
+        if driver is not None:
+            driver.check_released("before a checkpoint")
         if driver is None or weights_only:
             self._write_checkpoint(checkpoint, filepath, storage_options)
             return
