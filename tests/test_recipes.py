@@ -72,7 +72,9 @@ def write_small_data(folder: Path) -> None:
         "\n".join(["month,hour,origin,distance,dep_delay,carrier,late", *rows])
     )
     (folder / "data" / "shakespeare").mkdir()
-    lines = "\n\n".join(f"ROLE {'ABCDEFGHIJ'[i % 10]}.\n{'To be, or not to be. ' * 50}" for i in range(20))
+    # Two leading roles have much to say.
+    spoken = ["To be, or not to be. " * (700 if i % 10 < 2 else 50) for i in range(20)]
+    lines = "\n\n".join(f"ROLE {'ABCDEFGHIJ'[i % 10]}.\n{text}" for i, text in enumerate(spoken))
     for play in ("a_play", "play"):
         (folder / "data" / "shakespeare" / f"{play}.txt").write_text(lines)
     asked = [{"client": str(i % 3), "instruction": f"next {i}", "response": str(i + 1)} for i in range(60)]
@@ -117,7 +119,7 @@ def test_every_recipe_runs_for_a_round_on_data_of_its_kind(
     write_base(tmp_path, name)
     brief = ("max_epochs=1", "limit_train_batches=1", "limit_val_batches=1", "check_val_every_n_epoch=1")
     options = [f"--trainer.{option}" for option in brief]
-    top = math.inf if metric_of(name) == "val_perplexity" else 1
+    top = math.inf if metric_of(name) in ("val_perplexity", "val_distance") else 1
     assert 0 <= final_accuracy(name, *options) <= top
 
 
@@ -264,7 +266,15 @@ def test_digits_dp_gives_the_expected_numbers_within_its_epsilon() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    ["digits_feddf", "digits_ring", "digits_hierarchical", "digits_perfedavg", "digits_fedbuff", "digits_fednas"],
+    [
+        "digits_feddf",
+        "digits_ring",
+        "digits_hierarchical",
+        "digits_perfedavg",
+        "digits_fedbuff",
+        "digits_fednas",
+        "digits_fedgan",
+    ],
 )
 def test_a_recipe_gives_the_number_of_its_header(name: str) -> None:
     found = re.search(r"expected: \S+ (\d+\.\d+) within (\d\.\d+)", header(recipes_directory() / f"{name}.yaml"))
