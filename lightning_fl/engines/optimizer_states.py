@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -51,11 +51,13 @@ class ScheduleEnd:
         num_steps: Steps of each schedule.
         options: Each optimizer's options (learning rate, momentum, ...), one mapping per parameter group.
         num_optimizer_steps: Steps of the optimizers; the next round continues from the client with the most.
+        scaler: The state of the gradient scaler; empty if there is none, or if it is not told.
     """
 
     num_steps: list[int]
     options: list[list[dict[str, Any]]]
     num_optimizer_steps: int
+    scaler: dict[str, Any] = field(default_factory=dict)
 
 
 class FedNovaNormalizer:
@@ -93,9 +95,13 @@ class OptimizerStates:
 
     Args:
         optimizers: The user's optimizers. Clients start with the states that they have now.
+        scaler: What scales the gradients, such as a ``torch.amp.GradScaler``: it is restarted as schedules are.
     """
 
-    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
+    def __init__(self, optimizers: Sequence[Optimizer], scaler: Any = None) -> None:
+        self._scaler = scaler
+        self.scaler_at_start: dict[str, Any] = {}
+        """The state of the gradient scaler at the round's start; empty if there is none."""
         self.schedules: list[Schedule] = []
         self.num_steps = 0
         self.lr_sums: list[list[float]] = []
@@ -150,6 +156,7 @@ class OptimizerStates:
         """Saves the options and schedules from which every client of the round starts."""
         self.schedules = list(schedules)
         self._options = [options_of(optimizer) for optimizer in self.optimizers]
+        self.scaler_at_start = self._scaler_state()
         self._first_epochs = [getattr(schedule.scheduler, "last_epoch", 0) for schedule in self.schedules]
         # `state_dict` holds the scheduler's own containers, which its steps may change.
         self._schedule_states = [copy.deepcopy(schedule.scheduler.state_dict()) for schedule in self.schedules]
@@ -258,7 +265,15 @@ class OptimizerStates:
             [{name: value for name, value in group.items() if name not in own} for group in options_of(optimizer)]
             for optimizer, own in zip(self.optimizers, self._own_options, strict=True)
         ]
-        return ScheduleEnd(steps, options, self.num_steps)
+        return ScheduleEnd(steps, options, self.num_steps, self._scaler_state())
+
+    def _scaler_state(self) -> dict[str, Any]:
+        return {} if self._scaler is None else self._scaler.state_dict()
+
+    def _set_scaler(self, state: dict[str, Any]) -> None:
+        # A client of another rank may have had no scaler, and one that is not enabled has no state.
+        if self._scaler is not None and state:
+            self._scaler.load_state_dict(state)
 
     def end_round(self, end: ScheduleEnd | None) -> None:
         """Sets schedules and options for the next round.
@@ -279,6 +294,7 @@ class OptimizerStates:
                     # The options as they were reached, because not only schedules change them: callbacks and the module
                     # may, too.
                     group.update({name: _like(value, group.get(name)) for name, value in reached.items()})
+            self._set_scaler(end.scaler)
         # A checkpoint at the round's end must not hold the state of whichever client this rank has trained last.
         for optimizer, fresh in zip(self.optimizers, self._fresh, strict=True):
             optimizer.state.clear()
@@ -317,7 +333,7 @@ class OptimizerStates:
             The optimizer. Afterwards its options and the schedules are restored.
         """
         (optimizer,) = self.optimizers
-        options = [options_of(optimizer) for optimizer in self.optimizers]
+        options, scaler = [options_of(optimizer) for optimizer in self.optimizers], self._scaler_state()
         states = [copy.deepcopy(schedule.scheduler.state_dict()) for schedule in self.schedules]
         try:
             self.restart(None)
@@ -326,9 +342,10 @@ class OptimizerStates:
             # `end_round` goes back to what these attributes hold, so they are those of the entry for the length of the
             # call.
             self._options, before = options, self._options
+            self.scaler_at_start, scaler = scaler, self.scaler_at_start
             self._schedule_states, first = states, self._schedule_states
             self.end_round(None)
-            self._options, self._schedule_states = before, first
+            self._options, self._schedule_states, self.scaler_at_start = before, first, scaler
 
     def lr_sum(self, params: Mapping[str, Tensor]) -> dict[str, float]:
         """For each parameter, the learning rates of the client's steps summed."""
@@ -388,6 +405,7 @@ class OptimizerStates:
             self._is_counting = True
 
     def _restore(self) -> None:
+        self._set_scaler(self.scaler_at_start)
         for optimizer, options in zip(self.optimizers, self._options, strict=True):
             for group, saved in zip(optimizer.param_groups, options, strict=True):
                 group.update({name: _copied(value) for name, value in saved.items()})

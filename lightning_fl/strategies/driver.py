@@ -902,6 +902,9 @@ class RoundDriver:
         held = checkpoint["state_dict"]
         held.update({name: value for name, value in start.items() if name in held})
         checkpoint["optimizer_states"] = trainer.optimizers.state_dicts_of_start()
+        precision = type(self.trainer.precision_plugin).__qualname__
+        if checkpoint.get(precision):
+            checkpoint[precision] = trainer.optimizers.scaler_at_start
         states = iter(trainer.optimizers.schedule_states_of_start)
         inside = {id(config): next(states) for config, _ in self.schedules}
         checkpoint["lr_schedulers"] = [
