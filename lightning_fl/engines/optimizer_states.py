@@ -29,12 +29,15 @@ class Schedule:
         scheduler: Any scheduler that steps without a metric.
         step: Steps it once.
         by_user: Whether the user's own code steps it, so that its steps must be read from ``last_epoch``.
+        by_state: Whether it can't be stepped again by a number of steps, because the user's code steps it with a metric
+            or it does not count, so that its state is taken over instead.
         num_steps: Steps taken in the local training of the current client.
     """
 
     scheduler: Any
     step: Callable[[], Any]
     by_user: bool = False
+    by_state: bool = False
     num_steps: int = 0
 
     def take_step(self) -> None:
@@ -52,12 +55,14 @@ class ScheduleEnd:
         options: Each optimizer's options (learning rate, momentum, ...), one mapping per parameter group.
         num_optimizer_steps: Steps of the optimizers; the next round continues from the client with the most.
         scaler: The state of the gradient scaler; empty if there is none, or if it is not told.
+        states: The state of each schedule that is ``by_state``, by its number.
     """
 
     num_steps: list[int]
     options: list[list[dict[str, Any]]]
     num_optimizer_steps: int
     scaler: dict[str, Any] = field(default_factory=dict)
+    states: dict[int, dict[str, Any]] = field(default_factory=dict)
 
 
 class FedNovaNormalizer:
@@ -146,6 +151,10 @@ class OptimizerStates:
         for group, before in zip(optimizer.param_groups, self._before, strict=False):
             self._own_options[index].update(name for name, mark in _marks(group).items() if before.get(name) != mark)
         self.count(index, optimizer)
+
+    def is_of(self, optimizers: Sequence[Optimizer]) -> bool:
+        """Whether these are the optimizers."""
+        return [*map(id, optimizers)] == [*map(id, self.optimizers)]
 
     def close(self) -> None:
         """Removes the hooks from the optimizers."""
@@ -257,7 +266,7 @@ class OptimizerStates:
     def schedule_end(self) -> ScheduleEnd:
         """The progress of the schedules in the current client's local training."""
         steps = [
-            schedule.scheduler.last_epoch - first if schedule.by_user else schedule.num_steps
+            schedule.scheduler.last_epoch - first if schedule.by_user and not schedule.by_state else schedule.num_steps
             for schedule, first in zip(self.schedules, self._first_epochs, strict=True)
         ]
         # What steps change is left out: the rank that goes on from here may not have seen one.
@@ -265,7 +274,12 @@ class OptimizerStates:
             [{name: value for name, value in group.items() if name not in own} for group in options_of(optimizer)]
             for optimizer, own in zip(self.optimizers, self._own_options, strict=True)
         ]
-        return ScheduleEnd(steps, options, self.num_steps, self._scaler_state())
+        states = {
+            number: copy.deepcopy(schedule.scheduler.state_dict())
+            for number, schedule in enumerate(self.schedules)
+            if schedule.by_state
+        }
+        return ScheduleEnd(steps, options, self.num_steps, self._scaler_state(), states)
 
     def _scaler_state(self) -> dict[str, Any]:
         return {} if self._scaler is None else self._scaler.state_dict()
@@ -289,6 +303,8 @@ class OptimizerStates:
                 for schedule, num_steps in zip(self.schedules, end.num_steps, strict=True):
                     for _ in range(num_steps):
                         schedule.step()
+            for number, state in end.states.items():
+                self.schedules[number].scheduler.load_state_dict(copy.deepcopy(state))
             for optimizer, options in zip(self.optimizers, end.options, strict=True):
                 for group, reached in zip(optimizer.param_groups, options, strict=True):
                     # The options as they were reached, because not only schedules change them: callbacks and the module

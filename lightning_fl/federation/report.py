@@ -150,7 +150,8 @@ class RankReport:
         end = self.schedule_end
         if end is None:
             return self
-        end = replace(end, scaler={})  # it tells whether gradients have overflowed
+        # These tell whether gradients have overflowed, and how small a loss has become.
+        end = replace(end, scaler={}, states={})
         # The largest number of optimizer steps on a rank tells the size of its largest client.
         return replace(self, schedule_end=end if any(end.num_steps) else replace(end, num_optimizer_steps=0))
 

@@ -172,7 +172,7 @@ class RoundDriver:
         self.num_batches_trained = 0
         """Batches, or stacked batches, that this rank has trained in the last round."""
         self.view = RoundView(self)
-        self.loader = RoundLoader(lambda: self.num_batches)
+        self.loader = RoundLoader(self._loader_length)
         self._session: Any = None
         self._found = GroupingMemory()
         self._last = last
@@ -422,6 +422,7 @@ class RoundDriver:
         # `on_train_epoch_start`; the number of batches of an optimizer step depends on it.
         self.plan_round()
         check_gradient_at(self.settings.algorithm, self.trainer)  # for the same reason
+        self._take_optimizers()
         loop.is_round_done = False
         loops_before = internals.loops_before_round(trainer)
         self.schedules = check_schedules(internals.client_schedules(trainer), self.settings, self.max_work)
@@ -476,6 +477,17 @@ class RoundDriver:
         self.call_hook("on_round_start", index, self.cohort)
         return opened
 
+    def _take_optimizers(self) -> None:
+        """Goes on with other optimizers, if a callback has replaced them since the last round."""
+        assert self.local_trainer is not None
+        known, found = self.local_trainer.optimizers, self.trainer.optimizers
+        if known.is_of(found):
+            return
+        self.settings.algorithm.check_optimizers(found)
+        known.take(found)
+        for phase in range(len(self.settings.algorithm.phases())):
+            self.store.drop_entry(optimizer_entry(phase))  # they are those of other optimizers
+
     def _make_steps(self, loop: RoundEpochLoop, values: LoggedValues) -> BatchSteps:
         assert self.local_trainer is not None
         hook = batch_hook(self.trainer, self.strategy_type)
@@ -514,6 +526,12 @@ class RoundDriver:
         # rank has trained before.
         opened.steps.loop.set_global_step(opened.first_step)
         opened.steps.loop.position = OUTSIDE_CLIENTS
+        assert self.local_trainer is not None
+        if not self.local_trainer.optimizers.is_of(self.trainer.optimizers):
+            raise MisconfigurationException(
+                f"The Trainer's optimizers were replaced inside round {self.plan.round}, so that clients would train "
+                "differently. Replace them between rounds, as in on_train_epoch_start."
+            )
         if len(group.clients) > 1:
             return self._start_group(opened, group)
         (client,) = group.clients
@@ -722,6 +740,7 @@ class RoundDriver:
         assert self.local_trainer is not None
         self.warnings.put_back(self.local_trainer.isolation.changed)
         self._take_grouping(joined_memory(self.grouping, result.report.grouping) if tells else found)
+        self.warnings.max_steps(trainer, [config for config, _ in self.schedules], result.report)
         self.history.append(history_entry(index, result, self.plan.dropped, self.plan.flush))
         if has_hooks(trainer, "on_train_batch_end"):  # which may look at the global model, and change it
             self.join_nodes()
@@ -804,6 +823,8 @@ class RoundDriver:
                 os.unlink(path)
         for path, weights_only in {**outdated, **deferred}.items():
             self.trainer.save_checkpoint(path, weights_only)
+        if is_own:
+            internals.renew_named_last_checkpoints(self.trainer)
         internals.save_passed_steps(self.trainer, *self._last_steps)
 
     def may_consult(self, judge: Any, metric: str) -> bool:
@@ -938,6 +959,20 @@ class RoundDriver:
         total = sum(length for length in lengths if length is not None)
         # Lightning ends the whole fit if a rank has 0 batches, and the other ranks would wait for it.
         return max(1, total + (0 if opened is None else opened.num_batches_done))
+
+    def _loader_length(self) -> int | None:
+        """The length of the loader that Lightning gets, None if unknown.
+
+        Raises:
+            TypeError: If it is asked for before training starts, and clients have loaders without a length.
+        """
+        if self.has_started or internals.is_setting_up_data(self.trainer):
+            return self.num_batches
+        # The user's module asks, for a schedule by step, which goes on with the largest client.
+        largest = self.largest_num_batches()
+        if largest == float("inf"):
+            raise TypeError("The training loaders of some clients have no length, and so the largest is unknown.")
+        return int(largest)
 
     def set_length(self) -> None:
         """Sets the round's number of batches in Lightning's loops."""
