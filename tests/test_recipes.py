@@ -72,7 +72,9 @@ def write_small_data(folder: Path) -> None:
         "\n".join(["month,hour,origin,distance,dep_delay,carrier,late", *rows])
     )
     (folder / "data" / "shakespeare").mkdir()
-    lines = "\n\n".join(f"ROLE {'ABCDEFGHIJ'[i % 10]}.\n{'To be, or not to be. ' * 50}" for i in range(20))
+    # Two leading roles have much to say.
+    spoken = ["To be, or not to be. " * (700 if i % 10 < 2 else 50) for i in range(20)]
+    lines = "\n\n".join(f"ROLE {'ABCDEFGHIJ'[i % 10]}.\n{text}" for i, text in enumerate(spoken))
     for play in ("a_play", "play"):
         (folder / "data" / "shakespeare" / f"{play}.txt").write_text(lines)
     asked = [{"client": str(i % 3), "instruction": f"next {i}", "response": str(i + 1)} for i in range(60)]
@@ -259,3 +261,14 @@ def test_digits_dp_gives_the_expected_numbers_within_its_epsilon() -> None:
     assert 7.9 < trainer.strategy.history[-1]["dp_epsilon"] <= 8.0 + 2e-3
     without = ("--trainer.strategy", "auto", "--trainer.callbacks", "null", "--model.lr", "0.5")
     assert final_accuracy("digits_dp.yaml", *without) == pytest.approx(float(centralised), abs=TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    ["digits_feddf", "digits_ring", "digits_hierarchical", "digits_perfedavg", "digits_fedbuff", "digits_fednas"],
+)
+def test_a_recipe_gives_the_number_of_its_header(name: str) -> None:
+    found = re.search(r"expected: \S+ (\d+\.\d+) within (\d\.\d+)", header(recipes_directory() / f"{name}.yaml"))
+    assert found
+    assert final_accuracy(f"{name}.yaml") == pytest.approx(float(found[1]), abs=float(found[2]))

@@ -36,6 +36,8 @@ class Transform(ABC):
     hold a part of an update can each change theirs."""
     hides_clients: bool = False
     """Whether exact facts about the clients of a round, such as their number, must not reach the loggers."""
+    is_private: bool = False
+    """Whether what it releases is differentially private, as a silo's policy may require."""
 
     def check(self, later: "Sequence[Transform]", aggregator: Aggregator, weighting: str) -> None:
         """Checks that the transform is correct in this combination; called when the strategy is built.

@@ -5,6 +5,7 @@ from lightning_fl.callbacks.alerts import Alert, Alerts
 from lightning_fl.callbacks.client_metrics import ClientMetrics
 from lightning_fl.callbacks.contribution import Contribution
 from lightning_fl.callbacks.dry_run import DryRun
+from lightning_fl.callbacks.ensemble_distillation import EnsembleDistillation
 from lightning_fl.callbacks.federated import FederatedCallback
 from lightning_fl.callbacks.generation_samples import GenerationSamples
 from lightning_fl.callbacks.personalized_evaluation import PersonalizedEvaluation
@@ -22,6 +23,7 @@ __all__ = [
     "ClientMetrics",
     "Contribution",
     "DryRun",
+    "EnsembleDistillation",
     "FederatedCallback",
     "FederatedProgressBar",
     "GenerationSamples",

@@ -31,6 +31,8 @@ class FederatedCallback(L.Callback):
     """Whether the callback's batch hooks need not run where training goes without them."""
     protects_examples: ClassVar[bool] = False
     """Whether the callback makes local training differentially private, so that nothing else may reveal the data."""
+    is_private: bool = False
+    """Whether :attr:`protects_examples` holds for this callback's settings, as a silo's policy may require."""
     evaluates_clients: ClassVar[bool] = False
     """Whether the callback evaluates each client's own model, so that a warning about personal tensors is not due."""
 
@@ -51,6 +53,12 @@ class FederatedCallback(L.Callback):
 
     def on_client_start(self, trainer: L.Trainer, module: L.LightningModule, client: ClientId, view: RoundView) -> None:
         """Called when a client begins its local training; the module holds the model from which it starts."""
+
+    def on_phase_end(self, trainer: L.Trainer, module: L.LightningModule, client: ClientId, view: RoundView) -> None:
+        """Called when a client ends a phase of its local training; the module still holds the model of that phase."""
+
+    def on_next_phase(self, trainer: L.Trainer, module: L.LightningModule, client: ClientId, view: RoundView) -> None:
+        """Called when a client begins a phase other than its first; the module holds the model of that phase."""
 
     def on_client_end(
         self,

@@ -28,6 +28,7 @@ from pathlib import Path
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from lightning_fl.cli.command import check_output
@@ -178,9 +179,9 @@ def show(columns: Columns, kind: str) -> None:
     for name in columns:
         is_word = name in ("run", "algorithm", "setting") or "setting" in columns
         # Words may wrap in a narrow terminal; a number that is cut off would be another number.
-        table.add_column(name, justify="left" if is_word else "right", no_wrap=not is_word, overflow="fold")
+        table.add_column(escape(name), justify="left" if is_word else "right", no_wrap=not is_word, overflow="fold")
     for row in zip(*columns.values(), strict=True):
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     Console(width=max(Console().width, 100)).print(table)
 
 

@@ -1,7 +1,7 @@
 """Prints a job file that starts a federation of silos on a cluster: slurm, kubernetes or skypilot.
 
-Nothing is submitted; the first lines of the file say how to. Each rank is a silo that reads its own data. All other
-options go to `lightning-fl fit`.
+Nothing is submitted; the first lines of the file say how. Each rank is a silo that reads its own data. All other
+options are passed to `lightning-fl fit`.
 
 Examples:
   lightning-fl launch slurm --silos 3 --config silos.yaml --cpus 8 --time 12:00:00 > job.sh
@@ -83,7 +83,7 @@ def slurm(args: argparse.Namespace) -> str:
     if args.time is not None and not TIME.fullmatch(args.time):
         raise ValueError(f"--time {args.time} must be such as 30, 12:00:00 or 2-00:00:00.")
     if args.partition is not None and not re.fullmatch(r"[\w.,-]+", args.partition):
-        raise ValueError(f"--partition {args.partition} is no name of partitions.")
+        raise ValueError(f"--partition {args.partition} is not a partition name.")
     options: dict[str, Any] = {
         "job-name": args.name,
         "partition": args.partition,

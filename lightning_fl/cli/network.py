@@ -199,6 +199,7 @@ def _sent(path: Path) -> Any:
     """What has left the building, for the privacy officer."""
     import json
 
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table("time", "round", "what", "bytes", title="What this silo has sent")
@@ -209,11 +210,11 @@ def _sent(path: Path) -> Any:
             table.add_row(
                 event["time"][:19],
                 str(event["round"]),
-                what + (f"; means of {metrics}" if metrics else ""),
+                escape(what + (f"; means of {metrics}" if metrics else "")),
                 f"{event['bytes']:,}",
             )
         elif event["event"] == "refused by policy":
-            table.add_row(event["time"][:19], "-", f"nothing: {event['reason']}", "0")
+            table.add_row(event["time"][:19], "-", escape(f"nothing: {event['reason']}"), "0")
     return table
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from lightning_fl.cli.lightning_cli import FederatedCLI
@@ -80,13 +81,13 @@ def show(summary: PartitionSummary, console: Console) -> None:
     table = Table()
     table.add_column("client")
     for column in ("examples", *columns):
-        table.add_column(column, justify="right")
+        table.add_column(escape(str(column)), justify="right")
     for row in _rows_shown(len(summary.ids)):
         if row is None:
             table.add_row(*["..."] * (2 + len(columns)))
             continue
         counts = [str(count) if count else "·" for count in summary.counts[row]] if shows_labels else []
-        table.add_row(str(summary.ids[row]), _size(summary.sizes[row]), *counts)
+        table.add_row(escape(str(summary.ids[row])), _size(summary.sizes[row]), *counts)
     console.print(table)
     for line in facts(summary):
         console.print(line, highlight=False, soft_wrap=True)

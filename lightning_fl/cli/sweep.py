@@ -1,10 +1,10 @@
 """Trains with several seeds and settings, several runs at once; compares mean and deviation over the seeds.
 
-All other options go to `lightning-fl fit`. Each run has a folder of its own; a sweep that was stopped goes on with the
-runs that are not finished when it is started again, and more seeds or values may be added. At the end the folder holds
+All other options are passed to `lightning-fl fit`. Each run has a folder of its own. A sweep that was stopped continues
+with the unfinished runs when it is started again, and more seeds or values may be added. At the end the folder holds
 table.csv, table.md, table.tex, curves.png, and index.html with all runs side by side.
 
---vary tries every combination of values. --tune looks for the best with Optuna instead, within NAME=LOW:HIGH,
+--vary tries every combination of values. --tune searches for the best ones with Optuna instead, within NAME=LOW:HIGH,
 NAME=LOW:HIGH:log or a list NAME=A,B.
 
 Examples:
@@ -164,7 +164,7 @@ def parse_space(text: str) -> tuple[str, Range | list[str]]:
         if not low < high or (is_log and low <= 0) or not (is_log or len(ends) == 2):
             raise ValueError
     except ValueError:
-        raise ValueError(f"{text!r} is no range; write OPTION=LOW:HIGH or OPTION=LOW:HIGH:log with LOW > 0.") from None
+        raise ValueError(f"{text!r} is not a range; write OPTION=LOW:HIGH, or OPTION=LOW:HIGH:log (LOW > 0).") from None
     return name.removeprefix("--"), Range(low, high, is_log)
 
 

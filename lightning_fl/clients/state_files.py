@@ -100,8 +100,7 @@ class StateFiles:
             ValueError: If the name is none that :meth:`write_manifest` returns, such as a path.
         """
         # It comes from a checkpoint, which another party may have written.
-        if not re.fullmatch(r"\w[\w.-]*", name):
-            raise ValueError(f"A checkpoint names {name!r} as a manifest of client states, which is no plain name.")
+        _check_name(name)
         path = self.root / "manifests" / f"{name}.json"
         return dict(map(tuple, json.loads(path.read_text(encoding="utf-8")))) if path.exists() else None
 
@@ -169,7 +168,13 @@ class StateFiles:
             unfinished.unlink(missing_ok=True)
 
     def _path(self, client: ClientId, name: str) -> Path:
+        _check_name(name)
         return self.root / "versions" / folder_name(client) / f"{name}.safetensors"
+
+
+def _check_name(name: str) -> None:
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise ValueError(f"A checkpoint names {name!r} as a file of client states, which is no plain name.")
 
 
 def folder_name(client: ClientId) -> str:

@@ -64,6 +64,7 @@ class HttpServer:
         # One for all that is sent, since each thread keeps memory of its own for the pieces.
         self._reader = ThreadPoolExecutor(1)
         self._transports: WeakSet[asyncio.WriteTransport] = WeakSet()
+        self._taken_in: set[Path] = set()
         self._num_answering = 0
         self._is_ending = False
 
@@ -191,7 +192,7 @@ class HttpServer:
             return self._refuse(request, Refused(408, f"The body did not go on for {IDLE_S:g} s."))
         except web.HTTPException as error:  # no such path or method, or a body that is too large
             return self._refuse(request, Refused(error.status, error.reason))
-        except ConnectionError:  # the silo has gone, and nobody reads the answer
+        except (ConnectionError, ssl.SSLError):  # the silo has gone, or its TLS has broken: nobody reads the answer
             return web.Response(status=408)
         except OSError as error:
             self._can_not_write(error)
@@ -292,7 +293,7 @@ class HttpServer:
             raise Refused(409, f"The file has {upload.size} bytes here.", offset=upload.size)
         with upload.part.open("ab") as file:
             while piece := await asyncio.wait_for(request.content.read(PIECE), IDLE_S):
-                if self._writers.get(upload.part) is not mine:
+                if self._writers.get(upload.part) is not mine or upload.part in self._taken_in:
                     raise Refused(409, "Another connection has taken over.", offset=upload.size)
                 if file.tell() + len(piece) > length:
                     raise Refused(413, f"Silo {silo!r} sends more than the {length} bytes that it announced.")
@@ -310,16 +311,20 @@ class HttpServer:
 
     async def _take_in(self, upload: Upload, round: int | None, topic: str) -> None:
         coordinator = self.coordinator
+        # What counts is what was checked: until it is accepted, nobody adds to it.
+        self._taken_in.add(upload.part)
         try:
             await self._in_thread(coordinator.check, upload, topic)
+            while coordinator.is_busy(topic):
+                await asyncio.sleep(TICK_S)
         except Refused as refused:
             coordinator.refuse(upload, topic, str(refused))
             raise
+        else:
+            coordinator.accept(upload, round, topic, time.monotonic())
         finally:
             self._writers.pop(upload.part, None)
-        while coordinator.is_busy(topic):
-            await asyncio.sleep(TICK_S)
-        coordinator.accept(upload, round, topic, time.monotonic())
+            self._taken_in.discard(upload.part)
 
     async def _alive(self, request: web.Request) -> web.StreamResponse:
         return web.json_response({"round": self.coordinator.alive(request[SILO], time.monotonic())})
@@ -411,5 +416,5 @@ async def _json(request: web.Request) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise Refused(400, "The body is no JSON.") from error
     if not isinstance(value, dict):
-        raise Refused(400, "The body is no JSON object.")
+        raise Refused(400, "The body is not a JSON object.")
     return value

@@ -25,6 +25,9 @@ from lightning_fl.os_differences import rights
 
 DAYS = 90
 CA_DAYS = 3650
+Revoked = set[tuple[bytes, int]]
+"""Certificates by issuer and serial number."""
+_CRL = re.compile(rb"-----BEGIN X509 CRL-----.*?-----END X509 CRL-----", re.DOTALL)
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _BACKDATED = timedelta(minutes=15)  # so that a silo whose clock is behind can use a new certificate at once
 
@@ -40,7 +43,7 @@ def check_name(name: str) -> str:
         IdentityError: If it is not.
     """
     if not _NAME.fullmatch(name):
-        raise IdentityError(f"The name {name!r} must be of lower-case letters, digits and inner hyphens, at most 63.")
+        raise IdentityError(f"The name {name!r} may hold up to 63 lower-case letters, digits and inner hyphens.")
     return name
 
 
@@ -97,11 +100,19 @@ class Kit:
         paths = (self.key, self.cert, self.ca, self.crl)
         return tuple(path.stat().st_mtime if path.exists() else 0.0 for path in paths)
 
-    def revoked(self) -> set[int]:
-        """The serial numbers that must not be accepted any more."""
+    def revoked(self) -> Revoked:
+        """The certificates that must not be accepted any more, of all lists in ``crl.pem``, one an authority.
+
+        Raises:
+            ValueError: If the file holds no list.
+        """
         if not self.crl.exists():
             return set()
-        return {entry.serial_number for entry in x509.load_pem_x509_crl(self.crl.read_bytes())}
+        lists = _CRL.findall(self.crl.read_bytes())
+        if not lists:
+            raise ValueError(f"{self.crl} holds no list of revoked certificates.")
+        found = map(x509.load_pem_x509_crl, lists)
+        return {(own.issuer.public_bytes(), entry.serial_number) for own in found for entry in own}
 
     @property
     def name(self) -> str:
@@ -134,7 +145,7 @@ def names_in(certificate: x509.Certificate) -> tuple[str, str]:
     return found[0]
 
 
-def peer_name(der: bytes | None, kit: Kit, revoked: set[int]) -> str:
+def peer_name(der: bytes | None, kit: Kit, revoked: Revoked) -> str:
     """The silo that a connection's certificate names; TLS has verified its signature.
 
     Raises:
@@ -146,7 +157,7 @@ def peer_name(der: bytes | None, kit: Kit, revoked: set[int]) -> str:
     now = datetime.now(timezone.utc)
     if not certificate.not_valid_before_utc <= now <= certificate.not_valid_after_utc:
         raise IdentityError(f"its certificate ended on {certificate.not_valid_after_utc:%Y-%m-%d}")
-    if certificate.serial_number in revoked:
+    if (certificate.issuer.public_bytes(), certificate.serial_number) in revoked:
         raise IdentityError("its certificate was revoked")
     federation, name = names_in(certificate)
     own = federation_of(kit)
@@ -232,7 +243,7 @@ class Authority:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         if not (self.folder / "ca.key").exists():
-            raise IdentityError(f"{self.folder} is no certificate authority. Make one: lightning-fl network ca init")
+            raise IdentityError(f"{self.folder} is not a certificate authority. Make one: lightning-fl network ca init")
         self.certificate = x509.load_pem_x509_certificate((self.folder / "ca.pem").read_bytes())
         self._key: Any = serialization.load_pem_private_key((self.folder / "ca.key").read_bytes(), None)
 
@@ -298,7 +309,7 @@ class Authority:
             found = x509.load_pem_x509_csr(request.read_bytes())
             name = str(found.subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value)
         except (ValueError, IndexError) as error:
-            raise IdentityError(f"{request} is no request of `lightning-fl network request`.") from error
+            raise IdentityError(f"{request} is not a request of `lightning-fl network request`.") from error
         check_name(name)
         folder = self.folder / "issued" / name
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -350,7 +361,7 @@ class Authority:
     ) -> None:
         found = x509.load_pem_x509_csr(request.read_bytes())
         if not found.is_signature_valid:
-            raise IdentityError(f"The signature of {request} is wrong: it was damaged or changed on its way.")
+            raise IdentityError(f"The signature of {request} is wrong: it was damaged or changed in transit.")
         now = datetime.now(timezone.utc)
         purpose = ExtendedKeyUsageOID.SERVER_AUTH if is_server else ExtendedKeyUsageOID.CLIENT_AUTH
         names = [*map(_host, hosts), *map(x509.UniformResourceIdentifier, uris)]

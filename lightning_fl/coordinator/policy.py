@@ -23,8 +23,8 @@ class Policy:
     Args:
         algorithms: The names of the algorithms' classes that it takes part in, such as ``FedAvg``.
         start: SHA-256 of the model from which all begin.
-        min_cohort: The fewest silos of a round in which it sends an update.
-        max_rounds: The rounds in which it takes part at most.
+        min_cohort: The fewest silos with whose updates a round may close in which it sends its own.
+        max_rounds: The updates that it sends at most, one a round; one that is trained again after a crash is another.
         require: ``"differential privacy"``, ``"secure aggregation"`` or a list of both: only in runs that have it.
         silos: The silos with which it trains.
         questions: The names of the questions that it answers, such as ``Mean``.
@@ -106,31 +106,35 @@ class Policy:
         if self.start is not None and start != self.start:
             raise PolicyBroken(f"The federation starts from the model {start}; policy.yaml has start: {self.start}.")
 
-    def check_rounds(self, num_done: int) -> None:
-        """Makes sure that the silo may take part in another round.
+    def check_rounds(self, num_sent: int) -> None:
+        """Makes sure that the silo may send another update.
 
         Args:
-            num_done: The rounds in which its update has counted so far.
+            num_sent: The updates that it has sent so far, whatever has become of them.
 
         Raises:
             PolicyBroken: If it may not.
         """
-        if self.max_rounds is not None and num_done >= self.max_rounds:
-            raise PolicyBroken(f"This silo has taken part in {num_done} rounds, all that policy.yaml allows.")
+        if self.max_rounds is not None and num_sent >= self.max_rounds:
+            raise PolicyBroken(f"This silo has sent {num_sent} update(s), all that policy.yaml allows.")
 
     def check_cohort(self, cohort: Sequence[str], fewest: int | None = None) -> None:
         """Makes sure that a round has enough silos.
 
         Args:
             cohort: Those that train.
-            fewest: With how many updates the round may close, if not with those of the whole cohort.
+            fewest: With how many updates the round may close. None: with those of the whole cohort.
 
         Raises:
             PolicyBroken: If it has not.
         """
-        size = len(cohort) if fewest is None else min(len(cohort), fewest)
-        if size < self.min_cohort:
-            raise PolicyBroken(f"A round has {size} silos; policy.yaml has min_cohort: {self.min_cohort}.")
+        if len(cohort) < self.min_cohort:
+            raise PolicyBroken(f"A round has {len(cohort)} silos; policy.yaml has min_cohort: {self.min_cohort}.")
+        if fewest is not None and fewest < self.min_cohort:
+            raise PolicyBroken(
+                f"A round may close with {fewest} update(s); policy.yaml has min_cohort: {self.min_cohort}. The "
+                "federation needs min_silos of at least that."
+            )
 
 
 def read_policy(path: Path) -> Policy:

@@ -15,8 +15,9 @@ from lightning_fl.aggregation.weighted_mean import WeightedSum
 from lightning_fl.communication import Message
 from lightning_fl.coordinator import wire
 from lightning_fl.coordinator.machine import Exchange, RoundMachine
+from lightning_fl.coordinator.report_check import check_evaluation, read_report
 from lightning_fl.coordinator.secure_sum import ROSTER, VECTOR, Advert, SecureSum, check_advert, in_order
-from lightning_fl.coordinator.service import MAX_REPORT_BYTES, UPDATE, Coordinator, Refused, check_report
+from lightning_fl.coordinator.service import EVALUATION, MAX_REPORT_BYTES, UPDATE, Coordinator, Refused
 from lightning_fl.coordinator.store import OUTCOME, Upload
 from lightning_fl.federation import Closing, RankReport, ServerRound, close_server
 from lightning_fl.federation.report_masking import unmask
@@ -170,6 +171,7 @@ class SecureCoordinator(Coordinator):
         if own.step == "send":
             name = "I32" if own.dtype == torch.int32 else "I64"
             wire.check_shapes({VECTOR: (name, (own.size,))}, header.shapes)
+            wire.read(upload.part)
         else:
             own.check(upload.silo, _message_of(header))
 
@@ -182,6 +184,8 @@ class SecureCoordinator(Coordinator):
             raise wire.BadFile("it holds no report")
         if topic == UPDATE:
             self._read_report(upload.silo, report)
+        elif topic.startswith(f"{EVALUATION}."):
+            check_evaluation(report, ())
         found = header.fields.get("advert")
         if found is None:
             if topic != UPDATE:
@@ -211,11 +215,7 @@ class SecureCoordinator(Coordinator):
         check_advert(Advert.read(found), expected, others)
 
     def _read_report(self, silo: str, fields: Mapping[str, Any], weight: float = 0.0, count: int = 0) -> RankReport:
-        try:
-            report = RankReport.from_message(Message({**fields, "num_clients": count, "weight": weight}))
-            check_report(report, silo)
-        except Exception as error:  # JSON of another kind raises many types
-            raise wire.BadFile(f"its report can't be read: {type(error).__name__}: {error}") from error
+        report = read_report(Message({**fields, "num_clients": count, "weight": weight}), silo)
         if report.has_late_values:
             raise wire.BadFile("it logs values after the secure sum")
         return report

@@ -23,6 +23,7 @@ from lightning_fl.communication import LocalGroup, Message
 from lightning_fl.coordinator import wire
 from lightning_fl.coordinator.audit import AuditLog
 from lightning_fl.coordinator.machine import Exchange, RoundMachine, Rules
+from lightning_fl.coordinator.report_check import check_evaluation, read_report
 from lightning_fl.coordinator.store import OUTCOME, Store, Upload
 from lightning_fl.federation import (
     Closing,
@@ -43,6 +44,9 @@ MAX_REPORT_BYTES = 1 << 26
 """64 MiB: what a silo may send beside its update, such as the states of metrics."""
 START = "start"
 UPDATE = "update"
+EVALUATION = "evaluation"
+MAX_REASON = 2000
+"""Characters of a reason in the audit log."""
 _TOPIC = re.compile(r"[a-z]{1,32}(\.[0-9]{1,6}(\.[a-z]{1,32})?)?")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -193,7 +197,7 @@ class Coordinator:
         try:
             self._check_join(silo, request)
         except Refused as refused:
-            self.audit.append("join refused", silo=silo, reason=str(refused))
+            self.audit.append("join refused", silo=silo, reason=str(refused)[:MAX_REASON])
             raise
         self.seen[silo] = now
         self.machine.join(silo)
@@ -201,7 +205,7 @@ class Coordinator:
         for (round, _), exchange in self.exchanges.items():
             if round < self.machine.round:
                 exchange.expected.discard(silo)
-        self.audit.append("join", silo=silo, round=self.machine.round, versions=request.get("versions"))
+        self.audit.append("join", silo=silo, round=self.machine.round, versions=_short(request.get("versions")))
         return {
             "silos": sorted(self.rules.silos),
             "rounds": self.rules.rounds,
@@ -233,7 +237,7 @@ class Coordinator:
         if self.start is not None:
             unlike += differences(self.common, common, who, "the silo that came first")
         if unlike:
-            raise Refused(422, f"{who.capitalize()} is not to train the same thing: {several(unlike)}.")
+            raise Refused(422, f"{who.capitalize()} is set up to train something else: {several(unlike)}.")
         try:
             manifest = {n: (str(dtype), tuple(shape)) for n, (dtype, shape) in request["manifest"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -277,6 +281,7 @@ class Coordinator:
         fields = {
             "round": machine.round,
             "cohort": sorted(machine.cohort),
+            "fewest": max(self.rules.min_silos, machine.fewest(len(machine.cohort))),
             "seconds_left": machine.closes_at - now,
             "state": self._model.shared,
             "already_sent": machine.done.get(silo),
@@ -459,6 +464,7 @@ class Coordinator:
                 raise Refused(410, f"Round {round} takes no {topic} any more.", newest=self.machine.round - 1)
             if self._exchange(round, topic).is_over:
                 raise Refused(410, f"The {topic} of round {round} is over.", newest=self.machine.round - 1)
+            self._check_topic(round, topic)
             folder = self.store.folder(round, topic)
         if not 0 < length <= limit:
             raise Refused(413, f"Silo {silo!r} wants to send {length} bytes; at most {limit} are taken.")
@@ -468,6 +474,19 @@ class Coordinator:
             if other != upload.part:
                 self.store.disk.delete(other)
         return upload
+
+    def _check_topic(self, round: int, topic: str) -> None:
+        """Makes sure that silos do not fill the disk with exchanges that nobody waits for.
+
+        Raises:
+            Refused: 400 for another topic than those that silos exchange, or if the exchange before it is not over.
+        """
+        name, _, number = topic.partition(".")
+        if name != EVALUATION or not number.isdigit():
+            raise Refused(400, f"Silos exchange no {topic}.")
+        before = self.store.folder(round, f"{name}.{int(number) - 1}") / OUTCOME
+        if int(number) and not before.exists():
+            raise Refused(400, f"The exchange before {topic} is not over.")
 
     def _place_of_update(self, silo: str, round: int, digest: str) -> Path:
         """The folder into which an update comes.
@@ -509,8 +528,12 @@ class Coordinator:
     def _check_content(self, upload: Upload, topic: str, header: wire.Header) -> None:
         if topic == UPDATE:
             self._read_update(upload.silo, upload.part)
-        elif not isinstance(header.fields.get("message"), dict):
+            return
+        tensors, message = wire.read(upload.part), header.fields.get("message")
+        if not isinstance(message, dict):
             raise wire.BadFile("it holds no message")
+        if topic.startswith(f"{EVALUATION}."):
+            check_evaluation(message, tensors)
 
     def accept(self, upload: Upload, round: int | None, topic: str, now: float) -> None:
         """Takes in a file that is sound.
@@ -568,12 +591,11 @@ class Coordinator:
                 raise wire.BadFile(f"{wire.readable(bad)!r} holds NaN or Inf")
             aux = {name.removeprefix("aux/"): tree for name, tree in trees.items() if name.startswith("aux/")}
             update = Update(trees.get("delta", {}), trees.get("buffers", {}), float(weight or 0), aux)
-        try:
-            fields = {**header.fields["report"], "num_clients": int(has_update), "weight": float(weight or 0)}
-            report = RankReport.from_message(Message(fields, tensors))
-            check_report(report, silo)
-        except Exception as error:  # JSON of another kind raises many types
-            raise wire.BadFile(f"its report can't be read: {type(error).__name__}: {error}") from error
+        fields = header.fields.get("report")
+        if not isinstance(fields, dict):
+            raise wire.BadFile("it holds no report")
+        counted = {**fields, "num_clients": int(has_update), "weight": float(weight or 0)}
+        report = read_report(Message(counted, tensors), silo)
         return update, report
 
     # ---- exchanges after a round
@@ -620,6 +642,8 @@ class Coordinator:
 
     def _check_start(self, upload: Upload, header: wire.Header) -> None:
         tensors = wire.unflatten(wire.read(upload.part))
+        if any(isinstance(tensor, dict) for tree in tensors.values() for tensor in dict(tree).values()):
+            raise wire.BadFile("its tensors are nested")
         if not isinstance(header.fields.get("common"), dict):
             raise wire.BadFile("it says nothing of its settings")
         if not tensors.get("params") or not tensors.keys() <= {"params", "buffers", "rest"}:
@@ -632,12 +656,12 @@ class Coordinator:
         """Takes a silo's model as the one from which all begin."""
         with upload.part.open("rb"):
             self.store.disk.replace(upload.part, self.store.state_path(upload.digest))
-        self.start = upload.digest
-        self._read_start()
         tensors = wire.unflatten(self.store.read_state(upload.digest))
         params = to_sum_dtype(tensors["params"])
         server = self.settings.algorithm.server_init(params, self.settings.population)
         state = FederationState(server, [{} for _ in self.settings.transforms])
+        self.start = upload.digest
+        self._read_start()
         self._commit(state, tensors.get("buffers", {}), 0)
         self.audit.append("start", silo=upload.silo, digest=upload.digest)
 
@@ -752,20 +776,7 @@ def is_exchange(topic: str) -> bool:
     return topic.count(".") == 1 and not topic.startswith(f"{UPDATE}.")
 
 
-def check_report(report: RankReport, silo: str) -> None:
-    """Makes sure that a report speaks of nobody but its silo.
-
-    Raises:
-        ValueError: If it does.
-    """
-    named = [*report.refused, *report.lost, *report.empty, *(client for client, _ in report.failed)]
-    if any(name != silo for name in named):
-        raise ValueError(f"it names {named}")
-    if report.grouping:
-        raise ValueError("it says who trains side by side, but a silo trains alone")
-    for name in ("num_steps", "num_examples", "logger_steps"):
-        value = getattr(report, name)
-        if not isinstance(value, int) or not 0 <= value < 1 << 53:
-            raise ValueError(f"{name} is {value!r}")
-    if not isinstance(report.squared_norm, float | int) or not math.isfinite(report.squared_norm):
-        raise ValueError(f"squared_norm is {report.squared_norm!r}")
+def _short(versions: Any) -> dict[str, str]:
+    """What a silo says of its versions, no longer than an audit log bears."""
+    found = versions if isinstance(versions, Mapping) else {}
+    return {str(name)[:64]: str(version)[:64] for name, version in list(found.items())[:32]}

@@ -98,8 +98,7 @@ class SiloFolder:
         staged = self.staged()
         # In asynchronous rounds an update may count in a later round than the one whose model it started from.
         counts = staged is not None and staged["round"] <= round and staged["digest"] == digest
-        if counts and round not in (counted := self.counted()):
-            self.disk.write_json(self.root / "counted.json", [*counted, round])
+        if counts:
             self.audit.append("counted", round=round, digest=digest)
         if staged is not None and counts and staged["version"] is not None:
             self.disk.write_json(self.root / "state.json", {"round": round, "version": staged["version"]})
@@ -109,9 +108,14 @@ class SiloFolder:
         self.disk.delete(self.root / "staged.json")
         return counts
 
-    def counted(self) -> list[int]:
-        """The rounds in which this silo's update has counted."""
-        return read_json(self.root / "counted.json") or []
+    def note_sending(self, update: str) -> None:
+        """Notes an update that is about to leave the silo."""
+        if update not in (sent := self.sent()):
+            self.disk.write_json(self.root / "sent.json", [*sent, update])
+
+    def sent(self) -> list[str]:
+        """The updates that have left the silo, or tried to."""
+        return read_json(self.root / "sent.json") or []
 
     def restore(self, store: ClientStore) -> None:
         """Gives the client's state to a store."""
@@ -263,6 +267,9 @@ class NetworkFederation(Federation):
             self.folder.audit.append("refused by policy", reason=str(error))
             raise
 
+    def _check_rounds(self) -> None:
+        self.policy.check_rounds(len(self.folder.sent()))
+
     def _settle_staged(self, told: Mapping[str, Any]) -> bool:
         """Keeps or drops what was staged before the process died; returns whether it was kept.
 
@@ -313,7 +320,8 @@ class NetworkFederation(Federation):
     # ---- rounds
 
     def open_round(self, done: int) -> Opening | None:
-        self._refuse_unless(lambda: self.policy.check_rounds(len(self.folder.counted())))
+        if self.folder.staged() is None:  # else it asks what has become of its last update
+            self._refuse_unless(self._check_rounds)
         while True:
             try:
                 status, _, body = self.client.call("GET", f"/v1/rounds?after={done}")
@@ -331,7 +339,8 @@ class NetworkFederation(Federation):
             if self._settle_staged(fields):
                 self._go_back()
             if fields["already_sent"] is None:
-                self._refuse_unless(partial(self.policy.check_cohort, fields["cohort"], fields.get("fewest")))
+                self._refuse_unless(self._check_rounds)
+                self._refuse_unless(partial(self.policy.check_cohort, fields["cohort"], fields["fewest"]))
                 try:
                     state, buffers = self._load(fields["state"])
                     break
@@ -406,6 +415,7 @@ class NetworkFederation(Federation):
         fields = {"report": report.to_message().fields, "weight": None if acc is None else acc.weight}
         digest = wire.write(self.folder.update, tensors, fields)
         self.folder.stage(round, digest, self._next_state)
+        self.folder.note_sending(f"round {round}, {digest}")
         self.folder.audit.append(
             "sending",
             round=round,
@@ -439,6 +449,8 @@ class NetworkFederation(Federation):
                 fields["advert"] = advert.fields()
             digest = wire.write(self.folder.update, {}, fields)
             self.folder.stage(round, digest, self._next_state)
+            # One of all attempts of a round: no other than the first is sent a vector.
+            self.folder.note_sending(f"round {round}")
             size = self.folder.update.stat().st_size
             names = sorted({str(entry["name"]) for entry in report.metrics.values()})
             self.folder.audit.append("sending", round=round, topic="keys", digest=digest, bytes=size, metrics=names)
@@ -480,7 +492,7 @@ class NetworkFederation(Federation):
         fields = Message.decode(body).fields
         if fields["round"] != round:
             return False
-        self._refuse_unless(lambda: self.policy.check_cohort(fields["cohort"]))
+        self._refuse_unless(lambda: self.policy.check_cohort(fields["cohort"], fields["fewest"]))
         self._opening = fields
         return True
 

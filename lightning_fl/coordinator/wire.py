@@ -121,6 +121,9 @@ def read_header(path: Path) -> Header:
         }
         if not isinstance(fields, dict):
             raise TypeError(f"its fields are a {type(fields).__name__}")
+        for name, (dtype, shape) in shapes.items():
+            if dtype not in _DTYPES or min(shape, default=0) < 0:
+                raise ValueError(f"{readable(name)!r} is {dtype} {list(shape)}")
     except Exception as error:  # untrusted bytes raise many types: deep nesting, wrong kinds, ...
         raise BadFile(f"its header can't be read: {type(error).__name__}: {error}") from error
     return Header(fields, shapes)

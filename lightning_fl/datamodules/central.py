@@ -23,6 +23,8 @@ class CentralDataModule(L.LightningDataModule):
         num_workers: Worker processes per loader.
         eval_batch_size: Examples per batch in validation, test and prediction. None: the larger of ``batch_size`` and
             256.
+        public_share: Fraction of the training data that nobody trains on, in [0, 1): public data for whoever runs the
+            federation, as for :class:`~lightning_fl.callbacks.EnsembleDistillation`.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -31,6 +33,7 @@ class CentralDataModule(L.LightningDataModule):
     train_set: Dataset
     val_set: Dataset
     test_set: Dataset
+    public_set: Dataset
 
     def __init__(
         self,
@@ -40,11 +43,15 @@ class CentralDataModule(L.LightningDataModule):
         seed: int = 0,
         num_workers: int = 0,
         eval_batch_size: int | None = None,
+        public_share: float = 0.0,
     ) -> None:
         super().__init__()
         self.eval_batch_size = check_batch_sizes(batch_size, eval_batch_size)
         if not 0 <= val_share < 1:
             raise ValueError(f"val_share={val_share} must be at least 0 and less than 1; 0 validates on the test data.")
+        if not 0 <= public_share < 1:
+            raise ValueError(f"public_share={public_share} must be at least 0 and less than 1.")
+        self.public_share = public_share
         self.batch_size = batch_size
         self.val_share = val_share
         self.seed = seed
@@ -68,6 +75,12 @@ class CentralDataModule(L.LightningDataModule):
             num_val = min(max(round(len(order) * self.val_share), 1), len(order) - 1)
             self.train_set = Subset(train, np.sort(order[num_val:]).tolist())
             self.val_set = Subset(train, np.sort(order[:num_val]).tolist())
+        if self.public_share > 0:
+            train = self.train_set
+            order = np.random.default_rng([self.seed, 1]).permutation(len(train))  # type: ignore[arg-type]
+            num_public = min(max(round(len(order) * self.public_share), 1), len(order) - 1)
+            self.train_set = Subset(train, np.sort(order[num_public:]).tolist())
+            self.public_set = Subset(train, np.sort(order[:num_public]).tolist())
         self._is_read = True
 
     def train_dataloader(self) -> DataLoader:
@@ -81,6 +94,16 @@ class CentralDataModule(L.LightningDataModule):
     def test_dataloader(self) -> DataLoader:
         """Test data."""
         return self._loader(self.test_set)
+
+    def public_dataloader(self) -> DataLoader:
+        """The data that nobody trains on.
+
+        Raises:
+            ValueError: If ``public_share`` is 0.
+        """
+        if not self.public_share:
+            raise ValueError(f"{type(self).__name__} has no public data: set public_share, such as 0.2.")
+        return self._loader(self.public_set)
 
     def predict_dataloader(self) -> DataLoader:
         """Test data."""

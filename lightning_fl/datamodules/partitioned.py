@@ -139,6 +139,16 @@ class PartitionedDataModule(OptionalLoaders):
         overridden = is_overridden("test_dataloader", self.data)
         return self.data.test_dataloader() if overridden else self._pooled_loader("test")
 
+    def public_dataloader(self) -> Any:
+        """The public data of ``data``, which no client has.
+
+        Raises:
+            ValueError: If it has none.
+        """
+        if not hasattr(self.data, "public_dataloader"):
+            raise ValueError(f"{type(self.data).__name__} has no method public_dataloader().")
+        return self.data.public_dataloader()
+
     def client_val_dataloaders(self) -> ClientLoaders:
         """Validation data by client."""
         return self._client_loaders("val")

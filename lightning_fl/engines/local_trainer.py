@@ -383,6 +383,11 @@ class LocalTrainer(ABC):
             self._marks = ParameterMarks(self.module.named_parameters(), looks_at_hooks=not self.within.is_spread)
         self.put_back()
 
+    def _personal_of(self, client_state: Mapping[str, Tree]) -> Tree:
+        """The client's personal tensors; what its state lacks, as a tensor unfrozen since then, has its start value."""
+        own = client_state.get("personal", {})
+        return {name: own.get(name, start) for name, start in self.round_start.personal.items()}
+
     def _contributions(self, stacked: Tree) -> Tree:
         start = self.round_start
         if self.start_buffers is start.buffers:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -61,18 +62,18 @@ def unmask(reports: list[Message]) -> list[Message]:
     for message in reports:
         settings.update(message.fields["metrics"])
         states.update(message.fields["metric_states"])
-    few = [entry["name"] for key, entry in settings.items() if f"metric {key} value" not in sums]
-    few += [name for name in states if f"state {name}" not in sums]
+    logged = {key: entry for key, entry in settings.items() if all(name in sums for name in _names_of_entry(key))}
+    updated = {name: own for name, own in states.items() if all(part in sums for part in _names_of_state(name, own))}
+    few = [entry["name"] for key, entry in settings.items() if key not in logged]
+    few += [name for name in states if name not in updated]
     if few:
         warnings.warn(
             f"Too few silos have logged {', '.join(map(repr, dict.fromkeys(few)))} for a secure sum that is not their "
             "own, so it is left out. Let all silos log the same.",
             stacklevel=2,
         )
-    settings = {key: entry for key, entry in settings.items() if f"metric {key} value" in sums}
-    states = {name: state for name, state in states.items() if f"state {name}" in sums}
     tensors = {}
-    for name, state in states.items():
+    for name, state in updated.items():
         for key, (shape, dtype) in state["shapes"].items():
             values = [sums[f"state {name} {key} {index}"] for index in range(math.prod(shape))]
             value = torch.tensor(values, dtype=torch.float64).reshape(shape)
@@ -82,10 +83,10 @@ def unmask(reports: list[Message]) -> list[Message]:
     joined = {
         **first.fields,
         **counts,
-        "metrics": {key: _unmask_entry(key, entry, sums) for key, entry in settings.items()},
+        "metrics": {key: _unmask_entry(key, entry, sums) for key, entry in logged.items()},
         "metric_states": {
             name: {"count": round(sums[f"state {name}"]), "lengths": dict.fromkeys(state["shapes"])}
-            for name, state in states.items()
+            for name, state in updated.items()
         },
     }
     # The sums stand in the first report only: joining adds up the metrics of all reports and would count them once a
@@ -134,6 +135,16 @@ def check_steps(what: str, settings: FederationSettings, work: LocalWork) -> Non
             "same number with FederatedStrategy(local_steps=...) and an algorithm that has no phase of epochs of its "
             "own, or step schedules by epoch."
         )
+
+
+def _names_of_entry(key: str) -> list[str]:
+    return [f"metric {key} {part}" for part in ("value", "not finite", "weight")]
+
+
+def _names_of_state(name: str, state: dict[str, Any]) -> Iterator[str]:
+    yield f"state {name}"
+    for key, (shape, _) in state["shapes"].items():
+        yield from (f"state {name} {key} {index}" for index in range(math.prod(shape)))
 
 
 def _mask_entry(key: str, entry: Entry, sums: dict[str, float]) -> Entry:

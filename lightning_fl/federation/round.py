@@ -291,7 +291,12 @@ class Round:
     # ---- a client group
 
     def start(
-        self, data: GroupData, probe: Probe | None = None, version: int | None = None, number: int = 0
+        self,
+        data: GroupData,
+        probe: Probe | None = None,
+        version: int | None = None,
+        number: int = 0,
+        on_next_phase: Callable[[], None] = lambda: None,
     ) -> ClientTask:
         """Loads a client group, and sets the random generators to those of its (first) client.
 
@@ -300,6 +305,7 @@ class Round:
             probe: Measures what the algorithm's ``probe`` asks for.
             version: The round with whose first model the clients start. None: this one.
             number: How many other visits of these clients in this round come before.
+            on_next_phase: Called when a phase other than the first has been loaded, before its data are read.
 
         Raises:
             LoaderFailed: If the loader raises in the pass that the probe needs.
@@ -331,7 +337,12 @@ class Round:
         if self.trainer.is_shared:
             seed = visit_seed(self.settings.seed, number)
             self.trainer.seed(derive_seed(seed, index, "module", client))
-        task.batches = data.read(lambda: self._next_phase(task))
+
+        def next_phase() -> None:
+            self._next_phase(task)
+            on_next_phase()
+
+        task.batches = data.read(next_phase)
         return task
 
     def _server_of(self, version: int | None) -> State:

@@ -2,6 +2,7 @@
 
 # Without `from __future__ import annotations`: LitServe looks at the annotations of `decode_request`.
 
+import asyncio
 import json
 import logging
 import multiprocessing
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 MAX_BYTES = 16 * 2**20
 """Largest body of a request."""
+BODY_S = 30
+"""Seconds in which a body must have come, since a request holds a place while it comes."""
 MAX_REQUESTS = 256
 """Requests that may wait for their answers at once."""
 ATTEMPTS = 3
@@ -197,7 +200,7 @@ class Gate:
 
     Args:
         app: The application behind it.
-        max_requests: How many may wait for their answers at once; others are told to come again (503).
+        max_requests: How many may wait for their answers at once; others are asked to try again (503).
     """
 
     def __init__(
@@ -238,18 +241,18 @@ class Gate:
             self.num_waiting -= 1
 
     async def _pass_on(self, scope: Scope, receive: Receive, counted: Send) -> None:
-        body = b""
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            body += message.get("body", b"")
-            if len(body) > MAX_BYTES:
-                detail = b'{"detail": "The body has more than %d bytes."}' % MAX_BYTES
-                await _answer(counted, 413, detail, b"application/json")
-                return
-            if not message.get("more_body"):
-                break
+        try:
+            body = await asyncio.wait_for(_read_body(receive), BODY_S)
+        except asyncio.TimeoutError:
+            detail = b'{"detail": "The body took longer than %d seconds."}' % BODY_S
+            await _answer(counted, 408, detail, b"application/json")
+            return
+        if body is None:
+            return
+        if len(body) > MAX_BYTES:
+            detail = b'{"detail": "The body has more than %d bytes."}' % MAX_BYTES
+            await _answer(counted, 413, detail, b"application/json")
+            return
         try:
             given = json.loads(body)
         except (ValueError, RecursionError):
@@ -273,6 +276,19 @@ class Gate:
             return next(parts, None) or await receive()
 
         await self.app(scope, replay, counted)
+
+
+async def _read_body(receive: Receive) -> bytes | None:
+    """The body of a request, or its beginning if it is too large; None if the caller has gone."""
+    body = b""
+    while len(body) <= MAX_BYTES:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        body += message.get("body", b"")
+        if not message.get("more_body"):
+            break
+    return body
 
 
 async def _answer(send: Send, status: int, body: bytes, content_type: bytes, *more: tuple[bytes, bytes]) -> None:

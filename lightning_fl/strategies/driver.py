@@ -77,7 +77,7 @@ OnClientError = Literal["raise", "skip"]
 
 @dataclass(frozen=True)
 class LastFit:
-    """What stays of a fit when it is over; another fit of the same module goes on from it.
+    """What remains of a fit when it is over; another fit of the same module continues from it.
 
     Args:
         module: The module that was trained; None if training has not started.
@@ -372,6 +372,8 @@ class RoundDriver:
             if not position.is_last:
                 self._end_phase(opened, task, position.ends_phase)
                 steps.end_batch()
+            if position.ends_phase and not is_group:
+                self.call_hook("on_phase_end", *task.clients)
         if is_group:
             assert self.vectorized is not None
             self.vectorized.check()
@@ -537,7 +539,13 @@ class RoundDriver:
         (client,) = group.clients
         works = self.planner.phases(self.plan.works[client])
         data = ClientData(opened.loaders.open(client, works, group.number), self.plan.sizes[client])
-        task = opened.round.start(data, partial(probe, self.trainer), group.version, group.number)
+        task = opened.round.start(
+            data,
+            partial(probe, self.trainer),
+            group.version,
+            group.number,
+            on_next_phase=lambda: self.call_hook("on_next_phase", client),
+        )
         self.call_hook("on_client_start", client)
         return task
 
@@ -1012,13 +1020,21 @@ class RoundDriver:
 
     def call_hook(self, hook: str, *args: Any) -> None:
         """Calls a hook of :class:`~lightning_fl.callbacks.FederatedCallback`, with ``view`` if it is a parameter."""
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        # What guards the clients' examples brackets local training, so that it sees what other callbacks write.
+        if hook in ("on_client_start", "on_next_phase", "on_phase_end"):
+            callbacks = sorted(callbacks, key=_protects_examples, reverse=hook != "on_phase_end")
+        for callback in callbacks:
             # By name, because `callbacks` stands above this room and its base class can't be imported here.
             method: Callable[..., None] | None = getattr(callback, hook, None)
             if method is not None:
                 # The cache gets the plain function: a bound method in it would keep the callback alive.
                 view = {"view": self.view} if _takes_view(getattr(method, "__func__", method)) else {}
                 method(self.trainer, self.module, *args, **view)
+
+
+def _protects_examples(callback: Any) -> bool:
+    return getattr(callback, "protects_examples", False)
 
 
 @lru_cache(maxsize=256)

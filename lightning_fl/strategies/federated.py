@@ -128,7 +128,8 @@ class FederatedStrategy(internals.ReusableStrategy):
             state of its last round.
         aggregator: Combines the updates of a round. None: :class:`~lightning_fl.aggregation.WeightedMean`.
         transforms: Change each update between client and server, in order.
-        personal: ``fnmatch`` globs on ``state_dict`` names: tensors that never leave their client.
+        personal: ``fnmatch`` globs on ``state_dict`` names: tensors that never leave their client, also while they are
+            frozen.
         engine: How a rank trains its clients: ``"sequential"``, one after the other; ``"vectorized"`` (or an
             ``fl.engines.Vectorized(...)``), many in one step; ``"auto"`` for the faster one where it is exact.
         seed: Seed of cohorts, partition and local training. None: the one of ``seed_everything``, else 0.
@@ -514,7 +515,7 @@ class FederatedStrategy(internals.ReusableStrategy):
         if self.network is not None and trainer.state.fn == TrainerFn.FITTING:
             common = {**settings_of_training(trainer), **columns}
             tensors = FederatedTensors(self.lightning_module, self.personal, may_be_spread=self.federation.is_spread)
-            protections = protections_of(self, self._protects_examples)
+            protections = protections_of(self, trainer.callbacks)
             own = settings_of_silo(self)
             secure, is_asynchronous = secure_of(self), self.schedule is not None
             self.network.join(tensors, own, common, versions(), protections, secure, self.weighting, is_asynchronous)
@@ -739,8 +740,8 @@ class FederatedStrategy(internals.ReusableStrategy):
             return  # the parts are on processes that get the signal at other places; there is the last round's
         if driver is not None and driver.apart is not None:  # the others can't be asked
             rank_zero_warn(
-                f"{filepath} is not written: this silo knows its own model only, and each checkpoint holds those of "
-                "all. The last one before is whole."
+                f"{filepath} was not written: this silo knows only its own model, and a checkpoint holds those of all. "
+                "The previous one is complete."
             )
             return
         if driver is None or weights_only:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,8 +130,8 @@ def secure_of(strategy: Any) -> SecureAggregation | None:
     return strategy.aggregator if isinstance(strategy.aggregator, SecureAggregation) else None
 
 
-def protections_of(strategy: Any, protects_examples: bool) -> list[str]:
+def protections_of(strategy: Any, callbacks: Sequence[Any]) -> list[str]:
     """What protects a silo, as its policy may require it."""
-    is_private = protects_examples or any(transform.hides_clients for transform in strategy.transforms)
+    is_private = any(getattr(own, "is_private", False) for own in (*strategy.transforms, *callbacks))
     found = {"differential privacy": is_private, "secure aggregation": strategy.aggregator.hides_reports}
     return [name for name, holds in found.items() if holds]

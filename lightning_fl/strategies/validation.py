@@ -159,8 +159,13 @@ def check_types(partition: Any, aggregator: Any, transforms: Any, personal: Any)
     """
     check_type("partition", partition, Partitioner, "fl.datamodules.Dirichlet(0.3)")
     check_type("aggregator", aggregator, Aggregator, "fl.aggregation.WeightedMean()")
-    check_type("transforms", transforms, Sequence, "a list of fl.aggregation.Transform")
-    check_type("personal", personal, Sequence, "a list of globs such as ['head.*']")
+    for name, value, example in (
+        ("transforms", transforms, "a list of fl.aggregation.Transform"),
+        ("personal", personal, "a list of globs such as ['head.*']"),
+    ):
+        check_type(name, value, Sequence, example)
+        if value is None:
+            raise ValueError(f"{name}=None is no list; expected {example}. For none, leave it out or give [].")
     for transform in transforms:
         check_type("transforms", transform, Transform, "fl.aggregation.Transform objects")
 
@@ -283,7 +288,7 @@ def check_not_in_notebook(num_processes: int) -> None:
     """
     if hasattr(sys, "ps1"):
         raise MisconfigurationException(
-            f"devices={num_processes} starts the script once for each process, and a notebook is no script. Use "
+            f"devices={num_processes} starts the script once for each process, and a notebook is not a script. Use "
             "devices=1, in which one process simulates any number of clients, or run "
             f"`!lightning-fl fit --config config.yaml --trainer.devices {num_processes}`."
         )
@@ -379,7 +384,7 @@ def check_same_on_ranks(group: Group, what: str, own: int) -> None:
 
 
 def describe_failure(exception: BaseException, hides: bool) -> str:
-    """What the other parties are told of an exception that ends this one's run.
+    """What the other parties are told about an exception that ends this party's run.
 
     Args:
         exception: The exception.

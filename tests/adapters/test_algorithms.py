@@ -1,5 +1,6 @@
 """FFA-LoRA, Fed-SB, ranks by client and merged adapters, on layers of which everything is known."""
 
+import warnings
 from typing import Any
 
 import lightning as L
@@ -85,6 +86,27 @@ def test_one_step_with_a_common_factor_is_the_centralised_step() -> None:
         assert not module.get_parameter(name).requires_grad
 
 
+def test_a_factor_may_stay_with_its_client() -> None:
+    """FedSA-LoRA by hand: the A factors are averaged, each client goes on with its own B."""
+    module, watches = Adapted(), Watches()
+    nn.init.normal_(module.net[0].lora_B["default"].weight)
+    common = named(module, "lora_B")
+    data = fl.datamodules.ClientDatasets([examples(4 * weight, weight) for weight in WEIGHTS], batch_size=4)
+    strategy = fl.FederatedStrategy("fedavg", personal=("*lora_B*",), engine="sequential")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*personal")
+        trainer(strategy, 2, callbacks=[watches]).fit(module, data)
+    for name, own in named(module, "lora_A").items():
+        mean = sum(weight / 6 * watches.ends[client][name] for client, weight in enumerate(WEIGHTS))
+        torch.testing.assert_close(own, mean, rtol=1e-12, atol=1e-12)
+    for name, own in common.items():
+        assert torch.equal(module.get_parameter(name), own)
+        for client in range(3):
+            begun, ended = watches.starts[client][name], watches.before[client][name]
+            assert torch.equal(begun, ended)  # the second round begins where the client's first one has ended
+            assert not torch.equal(begun, own)
+
+
 def test_a_square_between_fixed_factors_is_averaged_exactly() -> None:
     module, plain = Adapted(), Adapted()
     square_adapters(module)
@@ -109,10 +131,15 @@ def adamw(params: Any) -> Any:
 
 
 class Watches(fl.callbacks.FederatedCallback):
-    """Keeps the factors with which each client ends."""
+    """Keeps the factors with which each client starts and ends its last round, and ended the one before."""
 
     def __init__(self) -> None:
+        self.starts: dict[int, dict[str, Tensor]] = {}
         self.ends: dict[int, dict[str, Tensor]] = {}
+        self.before: dict[int, dict[str, Tensor]] = {}
+
+    def on_client_start(self, trainer: Any, module: Any, client: Any) -> None:
+        self.starts[client], self.before[client] = named(module, "lora_"), self.ends.get(client, {})
 
     def on_client_end(self, trainer: Any, module: Any, client: Any, run: Any, update: Any) -> None:
         self.ends[client] = named(module, "lora_")
@@ -180,6 +207,10 @@ def test_a_smaller_rank_is_cut_off() -> None:
         (lambda: fl.adapters.LoRAProduct(rank=0), "positive number for method='svd'"),
         (lambda: fl.algorithms.HetLoRA(), "expected a positive whole number for each client"),
         (lambda: federate(Adapted(), algorithm=fl.algorithms.HetLoRA(ranks=(1, 2))), "ranks for 2 clients, but .* 3"),
+        (
+            lambda: federate(Adapted(), aggregator=fl.adapters.LoRAProduct(), personal=("*lora_B*",)),
+            "train one half only",
+        ),
         (lambda: federate(NoAdapter(), algorithm=fl.algorithms.FFALoRA()), "hold no pair"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import lightning as L
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 import lightning_fl as fl
 from lightning_fl.algorithms import StreamingDiLoCo
+from lightning_fl.compression import Cast, Quantize
 from tests.helpers.training import loader, trainer
 
 
@@ -112,6 +114,58 @@ def test_the_outer_step_is_nesterov_on_the_fragment() -> None:
         velocity = 0.9 * velocity + change
         x = x + 0.7 * (change + 0.9 * velocity)
         torch.testing.assert_close(found.models[turn][name], x, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("compressor", "algorithm"), [(Cast(), "diloco"), (Quantize(), StreamingDiLoCo(fragments=2))])
+def test_outer_gradients_in_two_bytes_or_one(compressor: Any, algorithm: Any) -> None:
+    """The outer step is that of what the bytes decode to: bfloat16, or whole multiples of 1/127 of the largest."""
+    compress = fl.compression.Compress(compressor, error_feedback=False)
+    found, _, _ = fit(algorithm, 1, transforms=[compress])
+    before = values(Blocks())
+    names = before if algorithm == "diloco" else OF_FRAGMENT[0]
+    deltas = [{name: found.ends[0][client][name] - before[name] for name in names} for client in (0, 1)]
+    steps = [max(float(own.abs().max()) for own in delta.values()) / 127 for delta in deltas]
+    for name in names:
+        moved = (found.models[0][name] - before[name]) / (0.7 * 1.9)
+        if isinstance(compressor, Cast):
+            sent = torch.stack([delta[name].bfloat16().double() for delta in deltas]).mean(0)
+            torch.testing.assert_close(moved, sent, rtol=1e-6, atol=1e-9)
+        exact = torch.stack([delta[name] for delta in deltas]).mean(0)
+        assert 0 < (moved - exact).abs().max() <= sum(steps) / 2
+
+
+class WarmsUp(Blocks):
+    """Four steps of linear warm-up, then a half cosine to 0 at the end of the last round."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rates: list[float] = []
+
+    def rate(self, step: int) -> float:
+        return step / 4 if step < 4 else 0.5 * (1 + math.cos(math.pi * (step - 4) / (self.total - 4)))
+
+    def configure_optimizers(self) -> Any:
+        self.total = int(self.trainer.estimated_stepping_batches)
+        optimizer = super().configure_optimizers()
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.rates.append(self.optimizers().param_groups[0]["lr"])
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("algorithm", ["diloco", StreamingDiLoCo(fragments=2)])
+def test_warm_up_and_cosine_go_through_the_rounds(algorithm: Any) -> None:
+    """Each replica goes on where the round before has ended, and all rounds together are one schedule."""
+    module = WarmsUp()
+    strategy = fl.FederatedStrategy(
+        algorithm, num_clients=2, local_steps=5, client_optimizer="keep", engine="sequential"
+    )
+    trainer(strategy, 3).fit(module, loader(24))
+    expected = [0.01 * module.rate(5 * turn + step) for turn in range(3) for _ in range(2) for step in range(5)]
+    assert module.rates == pytest.approx(expected, abs=1e-12)
+    assert expected[-1] < 0.05 * max(expected)
 
 
 def bytes_by_round(algorithm: Any) -> list[int]:

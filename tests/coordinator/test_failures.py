@@ -17,6 +17,7 @@ from lightning_fl.coordinator.store import Store
 from lightning_fl.types import Update
 from tests.helpers.distributed import PATIENCE
 from tests.helpers.network import (
+    EVALUATION,
     LiveCoordinator,
     TinySilo,
     in_threads,
@@ -225,7 +226,7 @@ def test_the_evaluation_of_a_silo_that_has_started_again_is_not_waited_for(live:
     in_threads(*(partial(silo.send, opening) for silo, opening in zip(silos, openings, strict=True)))
 
     def evaluate(silo: TinySilo) -> int:
-        return len(silo.federation.gather(Message({"acc": 0.5}), "evaluation"))
+        return len(silo.federation.gather(Message(EVALUATION), "evaluation"))
 
     def start_again() -> int:  # south has forgotten that it was to evaluate
         if when == "after":

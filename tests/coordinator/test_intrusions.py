@@ -93,10 +93,12 @@ def test_a_certificate_that_is_revoked_while_its_connection_is_open(live: LiveCo
     with pytest.raises(CallRefused, match="its certificate was revoked"):
         client.ask("POST", "/v1/alive", {})
     client.close()
-    with pytest.raises((CallRefused, NotAdmitted), match="revoked"):
+    was_logged(live, "refused", "revoked")
+    # Anew, TLS refuses it, of which asyncio tells the other side nothing in Python 3.11: the audit log has the reason.
+    client.gives_up_after = 0
+    with pytest.raises((CallRefused, NotAdmitted, OSError, http.client.HTTPException)):
         client.ask("POST", "/v1/alive", {})
     client.close()
-    was_logged(live, "refused", "revoked")
     north = Client(live.address, Kit(live.folder / "north"))
     assert north.ask("POST", "/v1/alive", {}) == {"round": 0}
     north.close()
@@ -157,7 +159,7 @@ def test_a_silo_speaks_for_itself_only(live: LiveCoordinator) -> None:
     for field in ("refused", "lost", "empty"):
         report = replace(RankReport(), **{field: ["north"]}).to_message().fields
         wire.write(east.folder.update, tensors, {"report": report, "weight": 1.0})
-        with pytest.raises(CallRefused, match=r"it names \['north'\]"):
+        with pytest.raises(CallRefused, match="its report names 'north'"):
             client.upload(f"/v1/rounds/{openings[0].round}/update", east.folder.update)
     client.close()
 

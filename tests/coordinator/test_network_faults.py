@@ -33,6 +33,8 @@ from lightning_fl.coordinator.machine import Rules
 from lightning_fl.coordinator.store import Store
 from tests.helpers.distributed import PATIENCE, REPOSITORY, run_script
 from tests.helpers.network import (
+    ENTRY,
+    EVALUATION,
     HOST,
     NAMES,
     ConnectProxy,
@@ -499,8 +501,9 @@ def test_sigterm_of_the_coordinator_while_evaluations_come_in(live: LiveCoordina
     results: dict[str, Any] = {}
 
     def gather(silo: TinySilo) -> list[str]:
-        found = silo.federation.gather(Message({"name": silo.name}, {}), "evaluation")
-        return [message.fields["name"] for message in found]
+        metrics = {silo.name: {**ENTRY, "name": silo.name}}
+        found = silo.federation.gather(Message({**EVALUATION, "metrics": metrics}), "evaluation")
+        return [name for message in found for name in message.fields["metrics"]]
 
     asked[0].start()
     wait_until(lambda: any(exchange.done for exchange in live.coordinator.exchanges.values()), "the first evaluation")

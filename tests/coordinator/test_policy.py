@@ -9,9 +9,14 @@ from typing import Any
 
 import pytest
 
+import lightning_fl as fl
+from lightning_fl.callbacks import SampleLevelDP
 from lightning_fl.cli import main
 from lightning_fl.coordinator.audit import verify
 from lightning_fl.coordinator.policy import Policy, PolicyBroken, read_policy
+from lightning_fl.coordinator.store import Store
+from lightning_fl.privacy import ClientLevelDP
+from lightning_fl.strategies.network import protections_of
 from tests.helpers.network import LiveCoordinator, TinySilo, in_threads, live_coordinator, make_kits, rules, settings
 
 
@@ -44,8 +49,8 @@ def test_a_federation_that_breaks_the_policy_is_not_joined(live: LiveCoordinator
     assert reason in events(live, "east")[-1]["reason"] or reason.split(";")[0] in events(live, "east")[-1]["reason"]
 
 
-def test_a_round_with_too_few_silos_or_one_too_many_is_refused(live: LiveCoordinator) -> None:
-    (live.folder / "east" / "policy.yaml").write_text("min_cohort: 3\nmax_rounds: 1\nalgorithms: [FedAvg]")
+def test_one_update_too_many_is_refused(live: LiveCoordinator) -> None:
+    (live.folder / "east" / "policy.yaml").write_text("max_rounds: 1\nalgorithms: [FedAvg]")
     silos = [TinySilo(live.folder, live.address, name).join(live.expected) for name in ("east", "north", "south")]
     east, north, south = silos
     assert in_threads(*(silo.round for silo in silos)) == [1.0] * 3
@@ -57,21 +62,48 @@ def test_a_round_with_too_few_silos_or_one_too_many_is_refused(live: LiveCoordin
         return str(caught.value)
 
     assert "all that policy.yaml allows" in in_threads(refuses, north.round, south.round)[0]
-    # Also after a restart, since what counts is on the disk.
+    # Also after a restart, since what was sent is on the disk.
     again = TinySilo(live.folder, live.address, "east").join(live.expected)
     with pytest.raises(PolicyBroken, match=r"all that policy\.yaml allows"):
         again.open()
     again.federation.leave("it may not go on")
-    (live.folder / "south" / "policy.yaml").write_text("min_cohort: 3")
-    careful = TinySilo(live.folder, live.address, "south").join(live.expected)
-    careful.done, north.done = 1, 1
 
-    def refuses_few() -> None:
-        with pytest.raises(PolicyBroken, match="A round has 2 silos"):
-            careful.open()
-        careful.federation.leave("too few")
 
-    assert in_threads(refuses_few, north.round)[1] == 3.0
+def test_updates_are_counted_by_the_silo_whatever_the_coordinator_says(
+    live: LiveCoordinator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that denies that an update counts gets no more of them."""
+    write = Store.write_outcome
+
+    def deny(store: Store, folder: Path, tensors: Any, fields: dict[str, Any]) -> None:
+        write(store, folder, tensors, {**fields, "accepted": {}} if "accepted" in fields else fields)
+
+    monkeypatch.setattr(Store, "write_outcome", deny)
+    for name in ("east", "north", "south"):
+        (live.folder / name / "policy.yaml").write_text("max_rounds: 1")
+    silos = [TinySilo(live.folder, live.address, name).join(live.expected) for name in ("east", "north", "south")]
+    in_threads(*(silo.round for silo in silos))
+    assert [silo.counted for silo in silos] == [0, 0, 0]
+    for silo in silos:
+        with pytest.raises(PolicyBroken, match="This silo has sent 1 update"):
+            silo.open()
+
+
+def test_a_round_that_may_close_with_too_few_silos_is_refused(tmp_path: Path) -> None:
+    make_kits(tmp_path)
+    (tmp_path / "east" / "policy.yaml").write_text("min_cohort: 3")
+    (tmp_path / "south" / "policy.yaml").write_text("min_cohort: 2")
+    with live_coordinator(tmp_path, rules(min_silos=2), settings()) as live:
+        east, north, south = (TinySilo(tmp_path, live.address, name).join() for name in ("east", "north", "south"))
+
+        def refuses() -> None:
+            with pytest.raises(PolicyBroken, match=r"may close with 2 update\(s\)"):
+                east.open()
+            east.federation.leave("too few")
+
+        in_threads(refuses, north.round, south.round)
+    with pytest.raises(PolicyBroken, match="A round has 2 silos"):
+        Policy(min_cohort=3).check_cohort(["north", "south"], 3)
 
 
 def test_what_a_silo_has_sent_is_written_down(live: LiveCoordinator, capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,3 +123,21 @@ def test_a_policy_with_a_mistake_is_no_policy(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(ValueError, match=r"policy\.yaml"):
             read_policy(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "is_private"),
+    [
+        ({"noise_multiplier": 1.0}, True),
+        ({"noise_multiplier": 0.0}, False),
+        ({"noise_multiplier": 1.0, "insecure_test_seed": 1}, False),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:insecure_test_seed")
+def test_clipping_alone_is_no_differential_privacy(options: Any, is_private: bool) -> None:
+    for transforms, callbacks in (
+        ([ClientLevelDP(clip=1.0, **options)], []),
+        ([], [SampleLevelDP(max_grad_norm=1.0, **options)]),
+    ):
+        strategy = fl.FederatedStrategy("fedavg", transforms=transforms)
+        assert protections_of(strategy, callbacks) == (["differential privacy"] if is_private else [])

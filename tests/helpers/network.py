@@ -40,6 +40,25 @@ from tests.helpers.distributed import PATIENCE
 
 HOST = "localhost"
 NAMES = ("east", "north", "south")
+ENTRY = {
+    "fx": "validation_step",
+    "name": "loss",
+    "prog_bar": False,
+    "logger": True,
+    "on_step": False,
+    "on_epoch": True,
+    "reduction": "mean",
+    "add_dataloader_idx": True,
+    "dataloader_idx": None,
+    "metric_attribute": None,
+    "is_tensor": True,
+    "dtype": "float32",
+    "value": float("nan"),
+    "weight": 8.0,
+}
+"""A logged value as silos report it."""
+EVALUATION: dict[str, Any] = {"metrics": {}, "metric_states": {}}
+"""What a silo reports of an evaluation in which nothing was logged."""
 _connections: list[Client] = []
 """Of silos that a test has left behind."""
 
@@ -90,6 +109,7 @@ class LiveCoordinator:
         before: Called before each change of its folder.
         host: The address on which it listens. None: all.
         port: Its port; 0 for any.
+        admin_port: The port on 127.0.0.1 for those who run it. None: none.
     """
 
     def __init__(
@@ -101,9 +121,10 @@ class LiveCoordinator:
         before: Callable[[str], None] = lambda operation: None,
         host: str | None = "127.0.0.1",
         port: int = 0,
+        admin_port: int | None = None,
     ) -> None:
         self.folder, self.rules, self.settings, self.expected = folder, rules, settings, expected or {}
-        self.before, self.host, self.port = before, host, port
+        self.before, self.host, self.port, self.admin_port = before, host, port, admin_port
         self.error: BaseException | None = None
         self.start()
 
@@ -128,7 +149,7 @@ class LiveCoordinator:
             kind = kind_of(self.settings)
             self.coordinator = kind(self.settings, self.expected, self.rules, self.store, audit, time.monotonic())
             self.server = HttpServer(self.coordinator, Kit(self.folder / "ca" / "coordinator"))
-            self.port = await self.server.start(self.host, self.port)
+            self.port = await self.server.start(self.host, self.port, self.admin_port)
             self._task = asyncio.create_task(self.server.run())
             self._started.set()
             await self._task

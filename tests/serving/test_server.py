@@ -26,7 +26,7 @@ from lightning_fl.cli.main import main
 from lightning_fl.clients.state_files import StateFiles
 from lightning_fl.datamodules import DigitsDataModule
 from lightning_fl.models import MLPClassifier
-from lightning_fl.serving import load_module
+from lightning_fl.serving import load_module, server
 from lightning_fl.serving.models import ServedModels, decode
 from lightning_fl.serving.server import MAX_BYTES, Gate, ModelAPI
 from lightning_fl.strategies.checkpoint import state_files
@@ -178,7 +178,7 @@ def test_a_checkpoint_without_its_frozen_base_needs_the_base(capsys: pytest.Capt
     for name, value in module.state_dict().items():
         torch.testing.assert_close(exported[name], value, rtol=0, atol=0)
     torch.save({name: value + 1 for name, value in module.state_dict().items()}, "other.pt")
-    with pytest.raises(ValueError, match=r"are others than those .* Give the file that holds them with --base"):
+    with pytest.raises(ValueError, match=r"differ from those .* Give the file that holds them with --base"):
         load_module("last.ckpt", f"{__name__}.Frozen", base="other.pt")
     api = ModelAPI(Path("last.ckpt"), f"{__name__}.Frozen", (1, 8, 8), base=Path("base.pt"))
     api.setup("cpu")
@@ -213,6 +213,25 @@ def test_more_requests_than_may_wait_are_told_to_come_again() -> None:
 
     asyncio.run(many())
     assert [status for status, _ in sent if status] == [503, 200, 200, 200]
+
+
+def test_a_body_that_does_not_end_holds_no_place_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "BODY_S", 0.05)
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        if not sent:
+            await asyncio.sleep(3600)
+
+    async def send(message: Any) -> None:
+        sent.append(message.get("status"))
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        raise AssertionError("the model was asked")
+
+    gate = Gate(app, max_requests=1)
+    asyncio.run(gate({"type": "http", "path": "/predict", "method": "POST", "headers": []}, receive, send))
+    assert (sent[0], gate.num_waiting) == (408, 0)
 
 
 def test_clients_are_not_served_unless_asked_for(checkpoint: Path) -> None:

@@ -24,7 +24,7 @@ def fit(callback: L.Callback, rounds: int = 2, module: Any = None, **options: An
 
 # ---- hooks with and without `view`
 
-HOOKS = ("on_round_start", "on_client_start", "on_client_end", "on_group_end", "on_aggregate_end")
+HOOKS = ("on_round_start", "on_client_start", "on_phase_end", "on_client_end", "on_group_end", "on_aggregate_end")
 
 
 class WithView(FederatedCallback):
@@ -38,6 +38,9 @@ class WithView(FederatedCallback):
 
     def on_client_start(self, trainer: Any, module: Any, client: Any, view: RoundView) -> None:
         self.calls.append(("on_client_start", view))
+
+    def on_phase_end(self, trainer: Any, module: Any, client: Any, view: RoundView) -> None:
+        self.calls.append(("on_phase_end", view))
 
     def on_client_end(self, trainer: Any, module: Any, client: Any, run: Any, update: Any, view: RoundView) -> None:
         self.calls.append(("on_client_end", view))
@@ -60,6 +63,9 @@ class WithoutView(FederatedCallback):
 
     def on_client_start(self, trainer: Any, module: Any, client: Any) -> None:  # type: ignore[override]
         self.calls.append(("on_client_start", None))
+
+    def on_phase_end(self, trainer: Any, module: Any, client: Any) -> None:  # type: ignore[override]
+        self.calls.append(("on_phase_end", None))
 
     def on_client_end(self, *args: Any) -> None:  # type: ignore[override]
         assert len(args) == 5
@@ -85,7 +91,7 @@ class OnlyLightning(L.Callback):
 def test_each_hook_is_called_in_turn_and_gets_the_view_if_it_names_it(kind: Any) -> None:
     callback = kind()
     run = fit(callback, rounds=1, clients_per_round=2)
-    a_client = ["on_client_start", "on_client_end", "on_group_end"]
+    a_client = ["on_client_start", "on_phase_end", "on_client_end", "on_group_end"]
     assert [name for name, _ in callback.calls] == ["on_round_start", *a_client, *a_client, "on_aggregate_end"]
     view: Any = run.strategy.view if kind is WithView else None
     assert all(given is view for _, given in callback.calls)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -68,7 +67,6 @@ class _ClientTraining:
         noise: Sums clipped gradients and adds noise to them.
         steps_left: Steps that its ledger records and that it has not taken yet.
         counts: How often each of its examples was drawn.
-        phase_starts: The steps with which a phase of its training begins, other than the first.
         check_at: The step before which the self-check runs, or the next one whose batch is not empty.
         should_stop: Whether training was to stop when the client started.
         sizes: The sizes of its batches.
@@ -81,7 +79,6 @@ class _ClientTraining:
     noise: NoisySum
     steps_left: int
     counts: np.ndarray
-    phase_starts: frozenset[int]
     check_at: int
     should_stop: bool
     sizes: list[int] = field(default_factory=list)
@@ -216,6 +213,11 @@ class SampleLevelDP(FederatedCallback):
         """Noise multipliers of the releases, by id, that preprocessing has made of the clients' data."""
 
     @property
+    def is_private(self) -> bool:  # type: ignore[override]
+        """Whether there is noise, and nobody can compute it."""
+        return self.noise_multiplier != 0 and self.insecure_test_seed is None
+
+    @property
     def _sigma(self) -> float:
         """The noise multiplier of the current fit."""
         assert self._chosen_sigma is not None, "training has not started"
@@ -278,11 +280,6 @@ class SampleLevelDP(FederatedCallback):
             optimizer.register_step_post_hook(self._after_step),
         ]
         self._has_checked = False
-        self._params = TensorWatch(
-            lambda: params,
-            "Only the optimizer's step may change what is trained: no Embedding(max_norm=...), and no writing to "
-            "parameters in training_step or hooks.",
-        )
         self._buffers = TensorWatch(
             lambda: {name: value for name, value in pl_module.named_buffers() if value.is_floating_point()},
             "No hook or callback may write to the module's buffers.",
@@ -307,6 +304,15 @@ class SampleLevelDP(FederatedCallback):
         check_settings(trainer, module, self.strict)
         if self.insecure_test_seed is None:
             check_source()
+        # All that leaves and not only what the optimizer holds: a code book or a prototype that training_step writes to
+        # would leave as it is. Sorted anew in each round, since callbacks freeze and unfreeze layers.
+        trainable = view.trainer.tensors.trainable
+        self._params = TensorWatch(
+            lambda: trainable,
+            "Only the optimizer's step may change what requires a gradient: no Embedding(max_norm=...), and no writing "
+            "to parameters, such as a code book or prototypes, in training_step or hooks. What each client may have "
+            "for itself can be a personal buffer.",
+        )
         # Rounds in between were trained without this callback, so without noise.
         self._was_without |= round > self._next_round
         self._round = round
@@ -338,32 +344,29 @@ class SampleLevelDP(FederatedCallback):
             self._round,
             str(client),
         )
-        phases = accounting.steps_of(view, client)
-        num_steps, counts = sum(phases), np.zeros(loader.num_examples, dtype=np.int64)
+        num_steps, counts = sum(accounting.steps_of(view, client)), np.zeros(loader.num_examples, dtype=np.int64)
         # The first client's first step, because a module may keep something of the first batch that it sees; otherwise
         # at a step that nobody can foresee.
         check_at = SystemRandom().randrange(max(num_steps, 1)) if self._has_checked else 0
-        starts = frozenset(itertools.accumulate(phases[:-1]))
-        self._training = _ClientTraining(
-            client, loader, noise, num_steps, counts, starts, check_at, bool(trainer.should_stop)
-        )
+        self._training = _ClientTraining(client, loader, noise, num_steps, counts, check_at, bool(trainer.should_stop))
         self._params.note()
         self._buffers.note()
         self._check_shared(client, loader)
         if loader.num_examples * self.delta >= 1 and not self._has_warned_of_delta:
             self._has_warned_of_delta = True
             rank_zero_warn(
-                f"delta={self.delta:g} is no less than 1 / {loader.num_examples}, the examples of client {client!r}: "
+                f"delta={self.delta:g} is not below 1 / {loader.num_examples}, the examples of client {client!r}: "
                 "that would allow revealing one of them. Use a smaller delta."
             )
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Takes note of the model that the algorithm has loaded for a new phase, before the module sees the batch."""
-        if self._training is not None and self._training.steps_taken in self._training.phase_starts:
-            self._params.note()
-            self._buffers.note()
+    def on_phase_end(self, trainer: L.Trainer, module: L.LightningModule, client: ClientId, view: RoundView) -> None:
+        """Checks that nothing has been written since the phase's last step."""
+        self._params.check("after the last step")
+
+    def on_next_phase(self, trainer: L.Trainer, module: L.LightningModule, client: ClientId, view: RoundView) -> None:
+        """Takes note of the model that the algorithm has loaded for another phase."""
+        self._params.note()
+        self._buffers.note()
 
     def run_training_step(
         self, trainer: L.Trainer, module: L.LightningModule, step: Callable[..., Any], *args: Any, **kwargs: Any
@@ -686,8 +689,8 @@ class SampleLevelDP(FederatedCallback):
         self._shared.add(client, loader.dataset)
         if self._shared.largest > before:
             rank_zero_warn(
-                f"An example is {self._shared.largest} times in the clients' data, so together its copies reveal more "
-                "of it than each client's epsilon says. From now on the logged epsilon and max_epsilon count "
+                f"An example appears {self._shared.largest} times in the clients' data, so together its copies reveal "
+                "more of it than each client's epsilon says. From now on the logged epsilon and max_epsilon count "
                 f"them, as SampleLevelDP.epsilons(trainer, group={self._shared.largest}) does. Give each example to "
                 "one client, once. (Copies elsewhere in memory, and those that other silos hold, are not looked for.)"
             )
@@ -728,8 +731,6 @@ class SampleLevelDP(FederatedCallback):
                 f"{num_steps}. The run stops: which steps are skipped can depend on the examples. An overridden "
                 "optimizer_step must take each step."
             )
-        if not training.phase_starts:  # with more phases the module may hold another model by now
-            self._params.check("after the last step")
         timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
         if trainer.should_stop and not training.should_stop and not any(map(_is_over, timers)):
             raise PrivacyError(

@@ -177,6 +177,11 @@ class ClientLevelDP(Transform):
         if self.insecure_test_seed is not None:
             warn_of_test_seed()
 
+    @property
+    def is_private(self) -> bool:  # type: ignore[override]
+        """Whether there is noise, and nobody can compute it."""
+        return self.noise_multiplier > 0 and self.insecure_test_seed is None
+
     # ---- when the strategy is built
 
     def check(self, later: Sequence[Transform], aggregator: Aggregator, weighting: str) -> None:
@@ -190,7 +195,7 @@ class ClientLevelDP(Transform):
             return
         if not aggregator.is_sum:
             raise ValueError(
-                f"ClientLevelDP bounds what a client adds to a sum, but {type(aggregator).__name__} is no sum. Use "
+                f"ClientLevelDP bounds what a client adds to a sum, but {type(aggregator).__name__} is not a sum. Use "
                 "fl.aggregation.WeightedMean()."
             )
         for transform in later:

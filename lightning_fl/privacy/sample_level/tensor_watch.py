@@ -45,6 +45,6 @@ class TensorWatch:
             if known is None or is_same(tensor.detach(), known):
                 continue
             raise PrivacyError(
-                f"{name} was changed {when}, past the step whose gradient was clipped and noised, so it can reveal an "
-                f"example exactly. The run stops. {self._remedy}"
+                f"{name} was changed {when}, past the clipping and the noise, so it can reveal an example exactly. The "
+                f"run stops. {self._remedy}"
             )

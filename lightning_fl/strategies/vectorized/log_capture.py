@@ -160,7 +160,12 @@ class LogCapture:
         return LogCalls([call.without_tensors() for call in self._calls], self.made)
 
     def emit(
-        self, tensors: Sequence[Tensor], rows: Tensor, batch_size: int, may_wait: bool, calls: LogCalls | None
+        self,
+        tensors: Sequence[Tensor],
+        rows: Tensor,
+        batch_size: int,
+        may_wait: bool = False,
+        calls: LogCalls | None = None,
     ) -> None:
         """Makes the calls of the step that has just run, once for all its clients.
 

@@ -88,6 +88,41 @@ class StopsByLoss(Net):
         return loss
 
 
+class CodeBook(Net):
+    """Means of what it has seen, as in vector quantisation, that no optimizer holds."""
+
+    def __init__(self, kind: str = "parameter") -> None:
+        super().__init__()
+        self.book = nn.Module()
+        values = torch.zeros(NUM_CLASSES, NUM_FEATURES, dtype=torch.int64 if kind == "integers" else torch.float32)
+        if kind == "parameter":
+            self.book.values = nn.Parameter(values)
+        else:
+            self.book.register_buffer("values", values)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        for label in batch[1].unique():
+            self.book.values.data[label] = (100 * batch[0][batch[1] == label].mean(0)).to(self.book.values.dtype)
+        return super().training_step(batch, batch_idx)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.net.parameters(), lr=0.1)
+
+
+class UnfrozenLater(CodeBook):
+    """One that is frozen when training starts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.book.values.requires_grad = False
+
+    def on_train_epoch_start(self) -> None:
+        self.book.values.requires_grad = self.current_epoch > 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) if self.current_epoch else Net.training_step(self, batch, 0)
+
+
 class BufferInAHook(Net):
     def __init__(self) -> None:
         super().__init__()
@@ -107,6 +142,10 @@ class BufferInAHook(Net):
         (SkipsByLoss(), "must take each step"),
         (StopsByLoss(), "EarlyStopping on a validation metric"),
         (BufferInAHook(), "mean was changed between two steps"),
+        (CodeBook(), "book.values was changed in training_step"),
+        (CodeBook("buffer"), "changed the buffer book.values"),
+        (CodeBook("integers"), "changed the buffer book.values"),
+        (UnfrozenLater(), "book.values was changed in training_step"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
 )
@@ -126,6 +165,40 @@ def test_a_write_after_the_only_step_stops_the_run() -> None:
     data = fl.datamodules.ClientLoaders([DataLoader(examples(), 60)])
     with pytest.raises(PrivacyError, match="after the last step"):
         train(BiasAfterTheStep(), data)
+
+
+class Writes(fl.callbacks.FederatedCallback):
+    """Writes an example to a bias, when a hook is called for a given time."""
+
+    def __init__(self, hook: str, at: int = 0) -> None:
+        self.at, self.calls = at, 0
+        setattr(self, hook, self.write)
+
+    def write(self, trainer: Any, module: Any, *args: Any, **kwargs: Any) -> None:
+        self.calls += 1
+        if self.calls == self.at + 1:
+            module.net[0].bias.data[:NUM_FEATURES] = examples().tensors[0][7]
+
+
+@pytest.mark.parametrize(
+    ("hook", "at", "names"),
+    [
+        ("on_client_start", 0, "net.0.bias was changed between two steps"),
+        ("on_train_batch_end", 0, "net.0.bias was changed after the last step"),  # of the first phase
+        ("on_next_phase", 0, "net.0.bias was changed between two steps"),
+        ("on_train_batch_start", 1, "net.0.bias was changed between two steps"),
+        ("on_phase_end", 1, "net.0.bias was changed after the last step"),
+    ],
+)
+@pytest.mark.parametrize("is_first", [True, False])
+def test_what_is_written_between_two_phases_stops_the_run(hook: str, at: int, names: str, is_first: bool) -> None:
+    strategy = fl.FederatedStrategy(fl.algorithms.FedRep(head_epochs=1), personal=("net.2.*",))
+    callbacks = [private(method="rdp"), Writes(hook, at)]
+    run = trainer(strategy, 1, callbacks=callbacks[::-1] if is_first else callbacks)
+    # One step in each of two phases, of several clients.
+    clients = fl.datamodules.ClientLoaders([DataLoader(examples(), 60) for _ in range(2)])
+    with pytest.raises(PrivacyError, match=names):
+        run.fit(Net(), clients)
 
 
 class WarmsUp(Net):

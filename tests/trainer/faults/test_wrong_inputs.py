@@ -31,6 +31,8 @@ from tests.helpers.training import Ordinary, Plain, image_clients, images, loade
         ({"weighting": "size"}, "weighting='size' is not known; expected one of None, 'examples', 'uniform'"),
         ({"client_optimizer": "share"}, "client_optimizer='share' is not known"),
         ({"engine": "warp"}, "engine='warp' is not known"),
+        ({"personal": None}, r"personal=None is no list.*give \[\]"),
+        ({"transforms": None}, "transforms=None is no list"),
     ],
     ids=str,
 )
