@@ -152,10 +152,6 @@ class OptimizerStates:
             self._own_options[index].update(name for name, mark in _marks(group).items() if before.get(name) != mark)
         self.count(index, optimizer)
 
-    def is_of(self, optimizers: Sequence[Optimizer]) -> bool:
-        """Whether these are the optimizers."""
-        return [*map(id, optimizers)] == [*map(id, self.optimizers)]
-
     def close(self) -> None:
         """Removes the hooks from the optimizers."""
         for hook in self._hooks:

@@ -479,14 +479,18 @@ class RoundDriver:
         self.call_hook("on_round_start", index, self.cohort)
         return opened
 
+    @property
+    def _has_new_optimizers(self) -> bool:
+        assert self.local_trainer is not None
+        return [*map(id, self.local_trainer.optimizers.optimizers)] != [*map(id, self.trainer.optimizers)]
+
     def _take_optimizers(self) -> None:
         """Goes on with other optimizers, if a callback has replaced them since the last round."""
-        assert self.local_trainer is not None
-        known, found = self.local_trainer.optimizers, self.trainer.optimizers
-        if known.is_of(found):
+        if not self._has_new_optimizers:
             return
-        self.settings.algorithm.check_optimizers(found)
-        known.take(found)
+        assert self.local_trainer is not None
+        self.settings.algorithm.check_optimizers(self.trainer.optimizers)
+        self.local_trainer.optimizers.take(self.trainer.optimizers)
         for phase in range(len(self.settings.algorithm.phases())):
             self.store.drop_entry(optimizer_entry(phase))  # they are those of other optimizers
 
@@ -528,8 +532,7 @@ class RoundDriver:
         # rank has trained before.
         opened.steps.loop.set_global_step(opened.first_step)
         opened.steps.loop.position = OUTSIDE_CLIENTS
-        assert self.local_trainer is not None
-        if not self.local_trainer.optimizers.is_of(self.trainer.optimizers):
+        if self._has_new_optimizers:
             raise MisconfigurationException(
                 f"The Trainer's optimizers were replaced inside round {self.plan.round}, so that clients would train "
                 "differently. Replace them between rounds, as in on_train_epoch_start."
