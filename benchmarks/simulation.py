@@ -171,8 +171,8 @@ def run(args: argparse.Namespace, callbacks: tuple[L.Callback, ...] = ()) -> dic
     clock = Clock(PlainLoop(work, data), args.share)
     module = Module(work, args.logs)
     engine = args.engine
-    if args.clients_per_step:
-        engine = fl.engines.Vectorized(clients_per_step=args.clients_per_step)
+    if args.clients_per_step or args.capture:
+        engine = fl.engines.Vectorized(clients_per_step=args.clients_per_step, capture_steps=args.capture)
     before = peak_bytes(args.device)
     with clock.stages.measured() if args.stages else nullcontext():
         strategy = fit(module, work, data, work.rounds, engine, (clock, *callbacks))
@@ -197,6 +197,10 @@ def run(args: argparse.Namespace, callbacks: tuple[L.Callback, ...] = ()) -> dic
     }
     if args.stages:
         result["stages_ms"] = {name: round(1000 * seconds, 2) for name, seconds in clock.stages.medians().items()}
+    if args.capture:
+        vectorized = strategy.active_driver.vectorized
+        replays = None if vectorized is None else vectorized.engine.replays
+        result["replayed_steps"] = 0 if replays is None else replays.num_replays
     if args.check and strategy.is_global_zero:
         result["largest_difference"] = largest_difference(module, clock.plain, clock.cohorts)
     return result
@@ -207,6 +211,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--workload", choices=WORKLOADS, default="W1")
     parser.add_argument("--engine", choices=["auto", "sequential", "vectorized"], default="auto")
     parser.add_argument("--clients-per-step", type=int, help="asks for the vectorized engine")
+    parser.add_argument("--capture", action="store_true", help="replay captured steps; asks for the vectorized engine")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--double", action="store_true", help="compute in float64")
     parser.add_argument("--threads", type=int, default=1)
@@ -226,8 +231,8 @@ def main() -> None:
         parser.error(f"--rounds {args.rounds}: expected at least 2, because the first is not counted.")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU here.")
-    if args.engine == "sequential" and args.clients_per_step:
-        parser.error("--clients-per-step is for the vectorized engine; leave out --engine sequential.")
+    if args.engine == "sequential" and (args.clients_per_step or args.capture):
+        parser.error("--clients-per-step and --capture are for the vectorized engine; leave out --engine sequential.")
     prepare_process(args.threads)
     result = run(args)
     if int(os.environ.get("RANK", 0)) == 0:

@@ -153,8 +153,7 @@ def measure(work: Workload, repeats: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [name for name in WORKLOADS if name != "LSTM"]  # which torch.func.vmap can't run
-    parser.add_argument("--workload", choices=names, nargs="+", default=["W1", "W1-unequal", "W3"])
+    parser.add_argument("--workload", choices=WORKLOADS, nargs="+", default=["W1", "W1-unequal", "W3"])
     parser.add_argument("--repeats", type=int, default=10, help="rounds that are timed, after one that is not")
     args = parser.parse_args()
     prepare_process()

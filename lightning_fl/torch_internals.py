@@ -83,6 +83,11 @@ def own_modules(module: nn.Module) -> dict[str, nn.Module | None]:
     return module._modules
 
 
+RECURRENT_COPIES = ("_flat_weights", "_flat_weight_refs")
+"""Attributes in which a recurrent layer keeps its weights a second time; its ``forward`` makes them anew when it finds
+other tensors in their places."""
+
+
 def set_timeout(options: Any, timeout: timedelta) -> None:
     """Sets how long collectives wait; ``ProcessGroupNCCL.Options`` takes no timeout as an argument."""
     options._timeout = timeout

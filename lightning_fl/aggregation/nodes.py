@@ -92,7 +92,7 @@ class SiloNeighbours:
 
 
 class Nodes(Aggregator):
-    r"""Hands the updates of all clients on, each by itself, beside their weighted mean.
+    r"""Passes on the update of every client, along with their weighted mean.
 
     For algorithms that ``keep_nodes``, in which each client has a model of its own: they are the aggregate's ``nodes``
     and ``node_weights``. Each rank of a simulation holds all of them: the memory is that of the clients' models. A silo

@@ -44,7 +44,7 @@ def load_entry_points() -> None:
         try:
             algorithm = entry_point.load()
             if not (isinstance(algorithm, type) and issubclass(algorithm, Algorithm)):
-                raise ValueError(f"{entry_point.value} is no subclass of fl.algorithms.Algorithm.")
+                raise ValueError(f"{entry_point.value} is not a subclass of fl.algorithms.Algorithm.")
             if _ALGORITHMS.get(name) is not algorithm:  # it may have registered itself when it was loaded
                 register(name)(algorithm)
         except Exception as error:  # a broken package must not break `import lightning_fl`

@@ -203,7 +203,7 @@ def clients_of(data: Any, client: str | None, group: Group) -> tuple[dict[Client
         return {names[group.rank]: data}, names, group.size > 1, data[:0]
     cohort = list(everybody)
     if not cohort:
-        raise ValueError("There are no rows, so nobody to ask.")
+        raise ValueError("There are no rows to ask about.")
     return {name: everybody[name] for name in cohort[group.rank :: group.size]}, cohort, False, everybody[cohort[0]][:0]
 
 
@@ -211,7 +211,7 @@ def _ready(question: Question, aggregator: Aggregator, privacy: RowLevelDP | Non
     is_secure = aggregator.integer_bits is not None
     if not (aggregator.is_sum or is_secure):
         raise ValueError(
-            f"Answers are sums over all clients, but {type(aggregator).__name__} is no sum. Use WeightedMean() or "
+            f"Answers are sums over all clients, but {type(aggregator).__name__} is not a sum. Use WeightedMean() or "
             "SecureAggregation()."
         )
     if is_secure:
@@ -238,7 +238,7 @@ def _check_same(
         if message.fields != hello:
             raise ValueError(
                 f"Rank {rank} asks other questions, or in another way, than rank {group.rank}: "
-                f"{str(message.fields)[:500]}. Start all with the same."
+                f"{str(message.fields)[:500]}. Ask the same questions everywhere."
             )
 
 

@@ -51,7 +51,7 @@ class Spent:
                 found.own = [(float(epsilon), float(delta)) for epsilon, delta in content["own"]]
                 found.cuts = {str(name): tuple(map(str, values)) for name, values in content["cuts"].items()}
             except (ValueError, TypeError, KeyError, AttributeError) as error:
-                raise ValueError(f"{path} is no ledger of questions: {error}. Name another file.") from error
+                raise ValueError(f"{path} is not a ledger of questions: {error}. Name another file.") from error
         return found
 
     def save(self) -> None:

@@ -61,7 +61,7 @@ class Adversary(Corruption):
         if isinstance(self.clients, Sequence):
             unknown = [client for client in self.clients if client not in clients]
             if unknown:
-                raise ValueError(f"The adversary names {unknown[0]!r}, which is no client of this federation.")
+                raise ValueError(f"The adversary names {unknown[0]!r}, which is not a client of this federation.")
             return frozenset(self.clients)
         number = self.clients if isinstance(self.clients, int) else int(self.clients * len(clients) + 1e-9)
         if not 0 <= number <= len(clients):

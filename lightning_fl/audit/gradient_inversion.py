@@ -62,7 +62,7 @@ def label_of(bias_gradient: Tensor) -> int:
     negative = (bias_gradient < 0).nonzero()[:, 0].tolist()
     if len(negative) != 1:
         raise ValueError(
-            f"{len(negative)} entries of the gradient are negative, but of one example's cross-entropy it is one. Give "
+            f"{len(negative)} entries of the gradient are negative; one example's cross-entropy has just one. Give "
             "the gradient of the last layer's bias for a single example."
         )
     return int(negative[0])
@@ -138,7 +138,7 @@ def invert_gradients(
     params = {name: param for name, param in module.named_parameters() if name in gradients}
     if params.keys() != gradients.keys():
         missing = sorted(gradients.keys() - params.keys())
-        raise ValueError(f"The gradients name {missing[0]!r}, which is no parameter of the module.")
+        raise ValueError(f"The gradients name {missing[0]!r}, which is not a parameter of the module.")
     wanted = [gradients[name].detach() for name in params]
     like = next(iter(params.values()))
     start = torch.rand(tuple(shape), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

@@ -57,7 +57,7 @@ def membership_auc(members: Tensor, others: Tensor) -> float:
     """
     if not len(members) or not len(others) or members.isnan().any() or others.isnan().any():
         raise ValueError(
-            f"Losses of {len(members)} members and {len(others)} others were given; both must be some, without NaN."
+            f"Losses of {len(members)} members and {len(others)} others were given; expected some of both, without NaN."
         )
     # Ranks by sorting, since a table of all pairs would take n x m numbers.
     ordered = others.double().sort().values

@@ -41,7 +41,7 @@ MAX_WAITING = 100
 
 @dataclass(frozen=True)
 class Alert:
-    """What is told.
+    """What is reported.
 
     Args:
         rule: The rule that holds, as the user wrote it.
@@ -92,7 +92,7 @@ class Rule:
                 raise ValueError
         except ValueError:
             raise ValueError(
-                f"{text!r} is no rule; write such as 'val_acc < 0.8', 'val_loss is nan', 'fl/update_norm > 10 for 3 "
+                f"{text!r} is not a rule; write such as 'val_acc < 0.8', 'val_loss is nan', 'fl/update_norm > 10 for 3 "
                 f"rounds', or {FAILED!r} for a run that ends with an error."
             ) from None
         return cls(text, found["name"], found["nan"] or found["sign"], value, rounds)
@@ -132,7 +132,7 @@ class Alerts(L.Callback):
         if not self.rules:
             raise ValueError("Alerts need at least one rule, such as 'val_loss is nan'.")
         if isinstance(to, str) and not to.startswith(("https://", "http://")):
-            raise ValueError(f"{to!r} is no webhook: its address begins with https:// or http://.")
+            raise ValueError(f"{to!r} is not a webhook: its address begins with https:// or http://.")
         self.to = Webhook(to) if isinstance(to, str) else to
         self._held: dict[str, int] = {}
         """By rule for how many rounds it has held in a row."""
@@ -167,7 +167,7 @@ class Alerts(L.Callback):
         unknown = [rule.text for rule in self.rules if rule.name not in {*self._seen, FAILED}]
         if unknown and self._seen:
             rank_zero_warn(
-                f"No figure of that name ever came for the alerts {', '.join(map(repr, unknown))}; there were "
+                f"The alerts {', '.join(map(repr, unknown))} watch figures that were never logged; those that were are "
                 f"{', '.join(sorted(self._seen))}."
             )
         self._finish()
@@ -177,7 +177,7 @@ class Alerts(L.Callback):
             self.to(alert)
         # Whatever a user's function raises, the run is worth more than the message about it.
         except Exception as error:
-            rank_zero_warn(f"An alert was not told: {type(error).__name__}: {error}. It was: {alert.text}")
+            rank_zero_warn(f"An alert could not be delivered: {type(error).__name__}: {error}. It was: {alert.text}")
 
     def _finish(self) -> None:
         if isinstance(self.to, Webhook):
@@ -234,7 +234,8 @@ class Webhook:
                     pass
             # Without the address, which often holds a secret.
             except Exception as error:
-                logger.warning("The webhook was not told: %s: %s. It was: %s", type(error).__name__, error, alert.text)
+                kind = type(error).__name__
+                logger.warning("The webhook could not be reached: %s: %s. It was: %s", kind, error, alert.text)
             finally:
                 self._waiting.task_done()
 

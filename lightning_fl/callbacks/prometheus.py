@@ -18,7 +18,7 @@ class Prometheus(L.Callback):
     | metric | what |
     |---|---|
     | ``lightning_fl_rounds_total`` | finished rounds |
-    | ``lightning_fl_last_round_timestamp_seconds`` | when the last one finished, to notice a run that stands still |
+    | ``lightning_fl_last_round_timestamp_seconds`` | when the last one finished, to notice a run that is stuck |
     | ``lightning_fl_metric{name}`` | what the module logs, as ``val_acc`` |
     | ``lightning_fl_figure{name}`` | the round's own figures, as ``num_clients``, ``update_norm``, ``dp_epsilon`` |
     | ``lightning_fl_phase_seconds{phase}`` | where the time of the round went |

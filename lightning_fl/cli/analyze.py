@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
     if args.schema is not None:
         check_output(args.schema)
     if not questions and args.schema is None:
-        raise ValueError(f"Nothing is asked. Add --count, or one of --{', --'.join(ASKED)}.")
+        raise ValueError(f"No question was given. Add --count, or one of --{', --'.join(ASKED)}.")
     if is_silo and args.ledger is not None and "{rank}" not in args.ledger:
         raise ValueError("Each silo keeps a ledger of its own: --ledger ledger{rank}.json.")
     from lightning_fl.privacy import PrivacyError, SecureAggregation

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Serves until the process is told to end."""
+    """Serves until the process is asked to stop."""
     try:
         from lightning_fl.coordinator.config import read_config
         from lightning_fl.coordinator.identity import Kit

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Serves until the process is told to end, or changes who the devices are."""
+    """Serves until the process is asked to stop, or changes who the devices are."""
     try:
         from lightning_fl.devices.config import read_config
         from lightning_fl.devices.registry import Registry

@@ -83,7 +83,7 @@ def slurm(args: argparse.Namespace) -> str:
     if args.time is not None and not TIME.fullmatch(args.time):
         raise ValueError(f"--time {args.time} must be such as 30, 12:00:00 or 2-00:00:00.")
     if args.partition is not None and not re.fullmatch(r"[\w.,-]+", args.partition):
-        raise ValueError(f"--partition {args.partition} is no name of partitions.")
+        raise ValueError(f"--partition {args.partition} is not a partition name.")
     options: dict[str, Any] = {
         "job-name": args.name,
         "partition": args.partition,

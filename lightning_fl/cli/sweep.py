@@ -164,7 +164,7 @@ def parse_space(text: str) -> tuple[str, Range | list[str]]:
         if not low < high or (is_log and low <= 0) or not (is_log or len(ends) == 2):
             raise ValueError
     except ValueError:
-        raise ValueError(f"{text!r} is no range; write OPTION=LOW:HIGH or OPTION=LOW:HIGH:log with LOW > 0.") from None
+        raise ValueError(f"{text!r} is not a range; write OPTION=LOW:HIGH, or OPTION=LOW:HIGH:log (LOW > 0).") from None
     return name.removeprefix("--"), Range(low, high, is_log)
 
 

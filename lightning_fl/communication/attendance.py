@@ -29,7 +29,7 @@ def check_silo_name(name: str) -> str:
         ValueError: If it is not.
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ValueError(f"silo_name={name!r} must be of lower-case letters, digits and inner hyphens, at most 63.")
+        raise ValueError(f"silo_name={name!r} may hold up to 63 lower-case letters, digits and inner hyphens.")
     return name
 
 

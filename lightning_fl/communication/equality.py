@@ -36,7 +36,7 @@ def all_hold_the_same(group: Group, content: bytes, topic: str) -> bool:
         topic: What the content is; the same on every rank.
 
     Raises:
-        ValueError: If a rank sends something that is no element of the group.
+        ValueError: If a rank sends something that is not an element of the group.
     """
     secret = secrets.randbits(SECRET_BITS - 1) + (1 << (SECRET_BITS - 1))
     own = pow(_to_square(content), secret, PRIME)
@@ -58,5 +58,5 @@ def _element(message: Message) -> int:
     value = int(text, 16) if isinstance(text, str) and len(text) <= 2 * NUM_BYTES else 0
     # 1 and -1 stay what they are under every exponent, so that a rank could pretend to hold what all others hold.
     if not 1 < value < PRIME - 1:
-        raise ValueError(f"A rank sent {str(text)[:20]!r}, which is no element of the group modulo the common prime.")
+        raise ValueError(f"A rank sent {str(text)[:20]!r}, which is not in the group modulo the common prime.")
     return value

@@ -248,7 +248,7 @@ def _init_rpc(meeting: Meeting) -> Any:
     if meeting.rank and meeting.store.add(f"came/{meeting.rank}", 1) > 1:
         raise ValueError(
             f"Rank {meeting.rank} has come back, but the agents of torch.distributed.rpc are those of the start. "
-            "The others train on without it. Use transport='gloo', over which ranks come back."
+            "The others go on without it. Use transport='gloo', over which ranks come back."
         )
     seconds = int(meeting.timeout.total_seconds())
     place = rpc.TensorPipeRpcBackendOptions(rpc_timeout=seconds, init_method=meeting.place)

@@ -49,4 +49,4 @@ class Message:
                 raise TypeError(f"its fields are a {type(fields).__name__}, expected a dict")
             return cls(fields, load(data))
         except Exception as error:  # untrusted bytes raise many types: deep nesting, shapes that overflow, ...
-            raise ValueError(f"A rank sent {len(data)} bytes that are no message of this library: {error}") from error
+            raise ValueError(f"A rank sent {len(data)} bytes that are no message of ours: {error}") from error

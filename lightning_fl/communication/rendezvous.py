@@ -173,7 +173,7 @@ def _open_store(address: str, port: int, size: int, keeps_it: bool, timeout: tim
         except RuntimeError:
             if keeps_it or time.monotonic() > end:
                 raise
-            log.warning(f"Waiting for the rank that keeps the meeting place, {address}:{port}; it does not answer yet.")
+            log.warning(f"Waiting for the rank that hosts the rendezvous, {address}:{port}; it does not answer yet.")
             patience = min(2 * patience, LONGEST_NOTICE)
             continue
         store.set_timeout(timeout)

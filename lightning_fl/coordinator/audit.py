@@ -72,7 +72,7 @@ def verify(path: Path) -> tuple[int, str]:
         try:
             found = json.loads(line)["previous"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"Line {number} of {path} is no line of an audit log.") from error
+            raise ValueError(f"Line {number} of {path} is not a line of an audit log.") from error
         if found != previous:
             raise ValueError(
                 f"The chain of {path} breaks at line {number}: it does not follow from the line before. A line was "

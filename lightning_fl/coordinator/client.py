@@ -62,7 +62,7 @@ class Client:
     def __init__(self, address: str, kit: Kit, gives_up_after: float | None = None) -> None:
         parts = urlsplit(address)
         if parts.scheme != "https" or not parts.hostname or parts.path not in ("", "/") or parts.query:
-            raise ValueError(f"federation={address!r} is no address; expected https://host or https://host:port.")
+            raise ValueError(f"federation={address!r} is not an address; expected https://host or https://host:port.")
         self.address = address
         self.host, self.port = parts.hostname, parts.port or 443
         self.kit = kit
@@ -122,7 +122,7 @@ class Client:
                     raise
                 if failures % 10 == 3:
                     log.warning(
-                        "%s does not answer (%s: %s); trying on. `lightning-fl network check %s --kit %s` says why.",
+                        "%s does not answer (%s: %s); still trying. `lightning-fl network check %s --kit %s` says why.",
                         *(self.address, type(error).__name__, error, self.address, self.kit.folder),
                     )
                 # At random, so that silos do not all come back at the same moment.
@@ -278,7 +278,7 @@ _ALERTS = {
     "CERTIFICATE_REVOKED": "this silo's certificate was revoked",
     "BAD_CERTIFICATE": "it does not accept this silo's certificate",
     "UNSUPPORTED_CERTIFICATE": "this silo's certificate is not one of a silo",
-    "PROTOCOL_VERSION": "it does not speak TLS 1.3: something on the way ends TLS, or it is no coordinator",
+    "PROTOCOL_VERSION": "it does not speak TLS 1.3: something on the way ends TLS, or it is not a coordinator",
 }
 
 

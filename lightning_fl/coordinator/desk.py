@@ -98,7 +98,7 @@ class Desk:
         silo = self.names[rank]
         with self._lock:
             if silo in self.present and not self._ends.is_set():
-                log.warning(f"Silo {silo} is lost; the others train on, and it may come back.")
+                log.warning(f"Silo {silo} is lost; the others go on training, and it may come back.")
                 self._leave(silo, "its process has ended")
 
     def _leave(self, silo: str, reason: str) -> None:

@@ -26,7 +26,7 @@ def diagnose(address: str, folder: str | Path) -> Iterator[str]:
     """
     parts = urlsplit(address)
     if parts.scheme != "https" or not parts.hostname:
-        raise ValueError(f"{address!r} is no address; expected https://host or https://host:port.")
+        raise ValueError(f"{address!r} is not an address; expected https://host or https://host:port.")
     host, port = parts.hostname, parts.port or 443
     kit = Kit(folder)
     certificate = kit.check()
@@ -71,7 +71,7 @@ def _speak(host: str, port: int, kit: Kit, proxy: str | None) -> Iterator[str]:
         raise ValueError(f"The coordinator refuses this silo: {facts.get('error', 'no reason given')}")
     if facts.get("service") != "lightning_fl":
         raise ValueError(
-            f"{host}:{port} answers (status {response.status}), but is no coordinator. Is a load balancer or an "
+            f"{host}:{port} answers (status {response.status}), but is not a coordinator. Is a load balancer or an "
             "inspecting proxy in between? It must pass TLS through unopened."
         )
     yield "coordinator: this silo is admitted"

@@ -411,5 +411,5 @@ async def _json(request: web.Request) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise Refused(400, "The body is no JSON.") from error
     if not isinstance(value, dict):
-        raise Refused(400, "The body is no JSON object.")
+        raise Refused(400, "The body is not a JSON object.")
     return value

@@ -43,7 +43,7 @@ def check_name(name: str) -> str:
         IdentityError: If it is not.
     """
     if not _NAME.fullmatch(name):
-        raise IdentityError(f"The name {name!r} must be of lower-case letters, digits and inner hyphens, at most 63.")
+        raise IdentityError(f"The name {name!r} may hold up to 63 lower-case letters, digits and inner hyphens.")
     return name
 
 
@@ -243,7 +243,7 @@ class Authority:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         if not (self.folder / "ca.key").exists():
-            raise IdentityError(f"{self.folder} is no certificate authority. Make one: lightning-fl network ca init")
+            raise IdentityError(f"{self.folder} is not a certificate authority. Make one: lightning-fl network ca init")
         self.certificate = x509.load_pem_x509_certificate((self.folder / "ca.pem").read_bytes())
         self._key: Any = serialization.load_pem_private_key((self.folder / "ca.key").read_bytes(), None)
 
@@ -309,7 +309,7 @@ class Authority:
             found = x509.load_pem_x509_csr(request.read_bytes())
             name = str(found.subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value)
         except (ValueError, IndexError) as error:
-            raise IdentityError(f"{request} is no request of `lightning-fl network request`.") from error
+            raise IdentityError(f"{request} is not a request of `lightning-fl network request`.") from error
         check_name(name)
         folder = self.folder / "issued" / name
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -361,7 +361,7 @@ class Authority:
     ) -> None:
         found = x509.load_pem_x509_csr(request.read_bytes())
         if not found.is_signature_valid:
-            raise IdentityError(f"The signature of {request} is wrong: it was damaged or changed on its way.")
+            raise IdentityError(f"The signature of {request} is wrong: it was damaged or changed in transit.")
         now = datetime.now(timezone.utc)
         purpose = ExtendedKeyUsageOID.SERVER_AUTH if is_server else ExtendedKeyUsageOID.CLIENT_AUTH
         names = [*map(_host, hosts), *map(x509.UniformResourceIdentifier, uris)]

@@ -237,7 +237,7 @@ class Coordinator:
         if self.start is not None:
             unlike += differences(self.common, common, who, "the silo that came first")
         if unlike:
-            raise Refused(422, f"{who.capitalize()} is not to train the same thing: {several(unlike)}.")
+            raise Refused(422, f"{who.capitalize()} is set up to train something else: {several(unlike)}.")
         try:
             manifest = {n: (str(dtype), tuple(shape)) for n, (dtype, shape) in request["manifest"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:

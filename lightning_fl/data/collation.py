@@ -30,6 +30,10 @@ class IndexedTensors(TensorDataset):
         rows = torch.where(rows < 0, rows + len(self), rows)  # index_select takes half as long, but counts from 0 only
         return [tensor.index_select(0, rows.to(tensor.device)) for tensor in self.tensors]
 
+    def to(self, device: torch.device) -> IndexedTensors:
+        """The same rows on another device."""
+        return IndexedTensors(*(tensor.to(device) for tensor in self.tensors))
+
     @property
     def row_spec(self) -> Any:
         """Shape and dtype of one row of each tensor."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,8 +24,15 @@ class RowSource(Protocol):
     def source_id(self) -> Any:
         """Equal for sources that hold the same rows."""
 
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        """What holds the rows."""
+
+    def to(self, device: torch.device) -> RowSource:
+        """The same rows on another device."""
+
     def gather(self, indices: np.ndarray) -> list[Tensor]:
-        """The collated batch of these rows."""
+        """The collated batch of these rows, where the rows are."""
 
 
 class LazyBatch:
@@ -51,15 +58,22 @@ class LazyBatch:
         return len(self.indices) * sum(shape.numel() * dtype.itemsize for shape, dtype in self.source.row_spec)
 
 
-def stack_lazy(batches: Sequence[LazyBatch]) -> list[Tensor]:
-    """Reads the batches of several clients and stacks them, with a single indexing if they share their source."""
+def stack_lazy(
+    batches: Sequence[LazyBatch], place: Callable[[RowSource], RowSource] = lambda source: source
+) -> list[Tensor]:
+    """Reads the batches of several clients and stacks them, with a single indexing if they share their source.
+
+    Args:
+        batches: One batch of each client.
+        place: Returns from where the rows of a source are read, such as a copy on a GPU.
+    """
     source = batches[0].source
     # Clients with data sets of their own: their rows are not in one tensor.
     if any(batch.source.source_id != source.source_id for batch in batches):
-        read = [batch.source.gather(batch.indices) for batch in batches]
+        read = [place(batch.source).gather(batch.indices) for batch in batches]
         return [torch.stack(tensors) for tensors in zip(*read, strict=True)]
     indices = np.concatenate([batch.indices for batch in batches])
-    return [tensor.unflatten(0, (len(batches), -1)) for tensor in source.gather(indices)]
+    return [tensor.unflatten(0, (len(batches), -1)) for tensor in place(source).gather(indices)]
 
 
 class LazyLoader:

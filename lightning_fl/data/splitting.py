@@ -258,7 +258,7 @@ def check_loader_options(options: Mapping[str, Any]) -> None:
     known = list(inspect.signature(DataLoader).parameters)[1:]
     for name, value in options.items():
         if name not in known:
-            raise ValueError(f"{name!r} is no argument of a DataLoader; it takes {', '.join(known)}.")
+            raise ValueError(f"{name!r} is not an argument of a DataLoader; it takes {', '.join(known)}.")
         if name in _SAMPLERS and value is not None and (isinstance(value, Iterable) or not callable(value)):
             raise ValueError(
                 f"{name} is a {type(value).__name__}, which draws from one data set, but each client has its own. Give "

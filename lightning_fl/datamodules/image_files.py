@@ -152,9 +152,21 @@ class ImageDataset(Dataset):
 
     def gather(self, indices: np.ndarray) -> list[Tensor]:
         """Images and targets as one batch, without the transform."""
+        if self.images.device.type != "cpu":
+            rows = torch.as_tensor(indices, dtype=torch.int64).to(self.images.device)
+            return [(self.images[rows].float() - self.mean) / self.std, self.targets[rows]]
         # NumPy, because torch would start threads, which cost more than the arithmetic of one batch
         pixels = self.images.numpy()[indices].astype(np.float32)
         return [torch.from_numpy((pixels - self.mean.numpy()) / self.std.numpy()), self.targets[indices]]
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What holds the images, with what converts them."""
+        return self.images, self.targets, self.mean, self.std
+
+    def to(self, device: torch.device) -> ImageDataset:
+        """The same images on another device, where they are still bytes."""
+        return ImageDataset(*(tensor.to(device) for tensor in self.tensors), transform=self.transform)
 
     @property
     def row_spec(self) -> Any:

@@ -232,7 +232,7 @@ def _warn_of_unlisted(column: str, unlisted: np.ndarray, values: Sequence[Any], 
         found = ", ".join(map(repr, sorted(set(unlisted.tolist()))[:5]))
         warnings.warn(
             f"Column {column!r} of {name} has {len(unlisted)} values that the schema does not list, such as {found}; "
-            f"they are encoded as zeros. It lists {', '.join(map(repr, values[:20]))}. Is the column coded otherwise?",
+            f"encoded as zeros. It lists {', '.join(map(repr, values[:20]))}. Is the column coded differently?",
             stacklevel=2,
         )
 

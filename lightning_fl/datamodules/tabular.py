@@ -42,7 +42,7 @@ class TabularDataModule(NaturalDataModule):
             same one. None: learned from the training rows.
         scaling: Replaces the schema's means and standard deviations by those of the training rows, released under
             differential privacy; the ledger of the training counts the release. It needs a ``schema``. Save
-            ``schema`` after ``setup()``, and give it to a run that resumes, which would otherwise release anew.
+            ``schema`` after ``setup()``, and give it to a run that resumes, which would otherwise release again.
         **kwargs: ``batch_size``, ``val_share``, ``test_share``, ``seed``, ``num_workers`` and ``eval_batch_size``; see
             :class:`NaturalDataModule`.
 
@@ -229,7 +229,7 @@ def read_tables(path: str | Path | Sequence[str]) -> Any:
     tables = []
     for file in files:
         if not file.exists():
-            raise FileNotFoundError(f"{file} does not exist; it was looked for in {file.parent.resolve()}.")
+            raise FileNotFoundError(f"{file} does not exist; it was searched for in {file.parent.resolve()}.")
         if not _kind(file):
             raise ValueError(f"{file} is not a .csv, .csv.gz or .parquet file.")
         try:

@@ -121,7 +121,7 @@ class Admission:
         ):
             raise Refused(403, "This device was not given this task.", kind="task")
         if int(expires) < time:
-            raise Refused(410, "The time of this task is over.", kind="late")
+            raise Refused(410, "This task has expired.", kind="late")
         return int(version)
 
     def _signed(self, device: str, version: int, expires: int) -> str:

@@ -235,7 +235,7 @@ class Gateway:
             raise Refused(422, f"The device speaks protocol {request.get('protocol')!r}, the gateway {PROTOCOL}.")
         conditions = request.get("conditions", [])
         if not isinstance(conditions, list) or not all(isinstance(own, str) for own in conditions):
-            raise Refused(400, "conditions is no list of words.")
+            raise Refused(400, "conditions is not a list of words.")
         if self.over is not None:
             raise Refused(410, self.over, kind="over")
         wall = self.clock()

@@ -313,5 +313,5 @@ async def _json(request: web.Request) -> dict[str, Any]:
     except (ValueError, RecursionError, LookupError) as error:
         raise Refused(400, "The body is no JSON.", kind="malformed") from error
     if not isinstance(value, dict):
-        raise Refused(400, "The body is no JSON object.", kind="malformed")
+        raise Refused(400, "The body is not a JSON object.", kind="malformed")
     return value

@@ -114,7 +114,7 @@ def export_training_step(
             raise ValueError(f"The training step of {type(module).__name__} can't be written: {reason}") from error
         if not difference <= TOLERANCE:
             raise ValueError(
-                f"The file trains otherwise than {type(module).__name__}: its parameters differ by {difference:.2g} of "
+                f"The file does not train like {type(module).__name__}: its parameters differ by {difference:.2g} of "
                 f"the largest, more than {TOLERANCE:g}. Nothing was written. Does the loss divide by len(y)? Write "
                 "y.shape[0], which is that of each batch."
             )
@@ -162,7 +162,7 @@ class _Step:
         state = torch.get_rng_state()
         loss = self.loss(self.module, batch)
         if not (isinstance(loss, Tensor) and loss.dim() == 0 and loss.requires_grad):
-            raise ValueError(f"training_step returned {loss!r:.80}; expected the loss, a tensor without dimensions.")
+            raise ValueError(f"training_step returned {loss!r:.80}; expected the loss, a scalar tensor.")
         changed = [name for name, own in self.module.named_buffers() if not torch.equal(own, before[name])]
         if changed:
             raise ValueError(
@@ -207,7 +207,7 @@ def _unpack(example: Batch) -> tuple[tuple[str, ...], tuple[Tensor, ...], Pack]:
     names = tuple(map(str, example)) if by_name else tuple(map(str, range(len(example))))
     values = tuple(example.values()) if isinstance(example, Mapping) else tuple(example)
     if not values or not all(isinstance(own, Tensor) and own.dim() for own in values):
-        raise ValueError("The example is no batch; expected tensors [examples, ...], as a tuple or by name.")
+        raise ValueError("The example is not a batch; expected tensors [examples, ...], as a tuple or by name.")
     if len({len(own) for own in values}) != 1 or not len(values[0]):
         raise ValueError(f"The example's tensors have {[len(own) for own in values]} examples; expected as many each.")
 

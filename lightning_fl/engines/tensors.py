@@ -115,7 +115,7 @@ class FederatedTensors:
         if not chosen:
             remedy = " Name some in FederatedStrategy(personal=...)." if names == "personal" else ""
             raise ValueError(
-                f"A phase of local training has nothing to train: {names!r} is no trainable parameter.{remedy}"
+                f"A phase of local training has nothing to train: {names!r} is not a trainable parameter.{remedy}"
             )
         return chosen
 

@@ -261,7 +261,7 @@ def check_visits(index: int, visits: Sequence[Visit]) -> None:
     if repeated is not None:
         raise ConfigurationError(
             f"Round {index} takes in client {repeated.client!r} twice, because it is fast. Where clients keep state "
-            "between rounds, where the aggregator is no weighted mean, or where differential privacy protects "
+            "between rounds, where the aggregator is not a weighted mean, or where differential privacy protects "
             "examples, a client may come once in a round. Lower the schedule's `size`, or use an algorithm without "
             "client state and the mean."
         )

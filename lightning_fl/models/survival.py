@@ -74,7 +74,7 @@ class DeepSurv(L.LightningModule):
 
 
 def cox_loss(risk: Tensor, y: Tensor) -> Tensor:
-    """The mean negative log partial likelihood; 0 where nobody had an event.
+    """The mean negative log partial likelihood; 0 if there was no event.
 
     Args:
         risk: Log hazards ``[batch]``.

@@ -17,7 +17,7 @@ class Asynchronous(RoundSchedule):
     """Rounds that nobody waits for.
 
     Each client that returns is replaced by one that trains from the newest version: one drawn from those that are not
-    training. All that return at one instant are taken in, in the order of clients, before anybody starts again.
+    training. Updates that return at one instant are all applied, in the order of clients, before anybody starts again.
     """
 
     draws_cohorts = False
@@ -102,7 +102,7 @@ class Buffered(Asynchronous):
     are equally fast and ``size`` is their number, it is FedAvg.
 
     Args:
-        size: Updates that a round takes in.
+        size: Number of updates in a round.
         concurrency: Clients that train at the same time. None: all.
         staleness: The weight :math:`s(\tau)` of an update that is :math:`\tau` server updates old, such as
             ``fl.schedules.Polynomial(0.5)``. None: 1.

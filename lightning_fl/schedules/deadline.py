@@ -51,7 +51,7 @@ class Fastest(RoundSchedule):
     Slow clients then never count, so that the model forgets their data.
 
     Args:
-        k: Clients that a round takes in.
+        k: Number of clients whose updates a round applies.
         of: Clients that start, which replaces ``clients_per_round``.
 
     Raises:

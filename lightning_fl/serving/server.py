@@ -200,7 +200,7 @@ class Gate:
 
     Args:
         app: The application behind it.
-        max_requests: How many may wait for their answers at once; others are told to come again (503).
+        max_requests: How many may wait for their answers at once; others are asked to try again (503).
     """
 
     def __init__(

@@ -40,7 +40,7 @@ class RoundCallback(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.current_epoch > 0 and trainer.ckpt_path is not None:
-            rank_zero_info(f"Going on with round {trainer.current_epoch + 1} after {trainer.ckpt_path}.")
+            rank_zero_info(f"Resuming with round {trainer.current_epoch + 1} after {trainer.ckpt_path}.")
         self.strategy.start_training()
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

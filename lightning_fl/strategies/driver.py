@@ -77,7 +77,7 @@ OnClientError = Literal["raise", "skip"]
 
 @dataclass(frozen=True)
 class LastFit:
-    """What stays of a fit when it is over; another fit of the same module goes on from it.
+    """What remains of a fit when it is over; another fit of the same module continues from it.
 
     Args:
         module: The module that was trained; None if training has not started.

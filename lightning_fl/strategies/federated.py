@@ -739,8 +739,8 @@ class FederatedStrategy(internals.ReusableStrategy):
             return  # the parts are on processes that get the signal at other places; there is the last round's
         if driver is not None and driver.apart is not None:  # the others can't be asked
             rank_zero_warn(
-                f"{filepath} is not written: this silo knows its own model only, and each checkpoint holds those of "
-                "all. The last one before is whole."
+                f"{filepath} was not written: this silo knows only its own model, and a checkpoint holds those of all. "
+                "The previous one is complete."
             )
             return
         if driver is None or weights_only:

@@ -55,7 +55,7 @@ def put_in(checkpoint: Mapping[str, Any], whole: Callable[[], Mapping[str, Any]]
     different = [name for name, expected in names.items() if name not in own or digest(own[name]).hex() != expected]
     if different:
         raise MisconfigurationException(
-            f"The checkpoint was written without frozen parameters (checkpoint_frozen=False), and the module's own are "
-            f"others than those that it was trained with: {some(different)}. Load the same base model first."
+            f"The checkpoint was written without frozen parameters (checkpoint_frozen=False), and the module's own "
+            f"differ from those that it was trained with: {some(different)}. Load the same base model first."
         )
     return {**checkpoint, "state_dict": {**checkpoint["state_dict"], **{name: own[name] for name in names}}}

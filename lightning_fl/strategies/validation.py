@@ -282,7 +282,7 @@ def check_not_in_notebook(num_processes: int) -> None:
     """
     if hasattr(sys, "ps1"):
         raise MisconfigurationException(
-            f"devices={num_processes} starts the script once for each process, and a notebook is no script. Use "
+            f"devices={num_processes} starts the script once for each process, and a notebook is not a script. Use "
             "devices=1, in which one process simulates any number of clients, or run "
             f"`!lightning-fl fit --config config.yaml --trainer.devices {num_processes}`."
         )
@@ -378,7 +378,7 @@ def check_same_on_ranks(group: Group, what: str, own: int) -> None:
 
 
 def describe_failure(exception: BaseException, hides: bool) -> str:
-    """What the other parties are told of an exception that ends this one's run.
+    """What the other parties are told about an exception that ends this party's run.
 
     Args:
         exception: The exception.

@@ -27,6 +27,7 @@ body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; 
   background: var(--page); margin: 0; }
 main { max-width: 1120px; margin: 0 auto; padding: 28px 20px 60px; }
 h1 { font-size: 26px; margin: 0 0 6px; overflow-wrap: anywhere; }
+p code { overflow-wrap: anywhere; }
 h2 { font-size: 18px; margin: 0 0 10px; }
 .lead { color: var(--soft); margin: 0 0 20px; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin-bottom: 18px; }

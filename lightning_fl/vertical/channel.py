@@ -95,7 +95,7 @@ class Channel:
             raise PartyLost(f"{self.name(other).capitalize()} has left the training, says {self.name(source)}.")
         who = self.name(source)
         if kind != TENSOR or not 0 <= code < len(DTYPES) or not 0 <= dim <= MAX_DIMS:
-            raise ValueError(f"{who} sent something that is no tensor.")
+            raise ValueError(f"{who} sent something that is not a tensor.")
         if other != step:
             raise ValueError(f"{who} is at its exchange {other}, this party at {step}: their batches differ in number.")
         found, expected = sizes[:dim], list(shape)

@@ -97,5 +97,5 @@ def check_point(point: bytes) -> bytes:
         ProtocolError: If they are not.
     """
     if len(point) != POINT_BYTES or int.from_bytes(point, "little") >= PRIME:
-        raise ProtocolError(f"{point.hex()} is no point: expected {POINT_BYTES} bytes below 2^255 - 19.")
+        raise ProtocolError(f"{point.hex()} is not a point: expected {POINT_BYTES} bytes below 2^255 - 19.")
     return point

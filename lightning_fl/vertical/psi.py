@@ -74,7 +74,7 @@ def psi(ids: Sequence[str], group: Group, cardinality_only: bool = False) -> Sha
     if problems:
         raise ValueError("The ids can't be aligned: " + "; ".join(problems) + ".")
     if len({told["only"] for told in hellos}) > 1:
-        raise ValueError("Some parties ask for the size of the intersection only, others for its ids. Ask alike.")
+        raise ValueError("Some parties ask only for the size of the intersection, others for its ids. Agree on one.")
     sizes = [_size(told["size"]) for told in hellos]
     public = [_key(told["key"]) for told in hellos]
     session = digest(b"psi", *public)

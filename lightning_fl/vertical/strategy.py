@@ -74,7 +74,7 @@ class VerticalStrategy(SingleDeviceStrategy):
             if self.group.size < 2:
                 raise ValueError("Vertical training needs two parties or more, and there is one. Start with torchrun.")
             if not 0 <= self.labels < self.group.size:
-                raise ValueError(f"labels={self.labels} is no rank; there are {self.group.size} parties.")
+                raise ValueError(f"labels={self.labels} is not a rank; there are {self.group.size} parties.")
             hello = {"labels": self.labels, "name": self.name[:100]}
             told = [message.fields for message in self.group.all_gather(Message(hello), "parties")]
             if any(fields["labels"] != self.labels for fields in told):
@@ -133,14 +133,14 @@ class VerticalStrategy(SingleDeviceStrategy):
         if batches is None or not isinstance(order, SharedOrder):
             raise ValueError(
                 f"The parties need the same rows in each batch, which {type(dataloader).__name__} does not ensure. "
-                "Make it by fl.vertical.aligned_loader(dataset, ids, batch_size, shuffle=True)."
+                "Make it with fl.vertical.aligned_loader(dataset, ids, batch_size, shuffle=True)."
             )
         assert self.group is not None
         settings = {"batch_size": batches.batch_size, "drop_last": batches.drop_last, "rows": len(order)}
         self._check_same({**settings, "seed": order.seed, "shuffle": order.shuffle}, "loaders")
         # Without showing a hash of the ids, by which guesses could be tried.
         if not all_hold_the_same(self.group, order.digest, "ids"):
-            raise ValueError("The parties' rows differ, or stand in another order. Align them by lightning-fl psi.")
+            raise ValueError("The parties' rows differ, or are in a different order. Align them with lightning-fl psi.")
         return dataloader
 
     def _check_same(self, settings: dict[str, Any], topic: str) -> None:

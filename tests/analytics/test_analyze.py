@@ -446,7 +446,7 @@ def test_two_ways_of_dividing_a_column_are_refused() -> None:
         (Quantile("age"), {"privacy": 1.0}, "no declared range"),
         (Cox("time", "status", ("age",), grid=GRID), {"privacy": 1.0}, "no bound on what one row adds"),
         (Frequency("sex"), {"privacy": 1.0}, "does not declare values"),
-        (Mean("age"), {"aggregator": Median()}, "Median is no sum"),
+        (Mean("age"), {"aggregator": Median()}, "Median is not a sum"),
         (Mean("agee"), {}, "There is no column 'agee'"),
         (Mean("age"), {"data": LUNG.assign(age="old")}, "is text"),
         (Mean("age"), {"data": LUNG.assign(age=1e300)}, "Measure the column in a larger unit"),
@@ -620,7 +620,7 @@ def test_a_ledger_file_is_written_before_a_sum_is_made(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("content", ["{}", "[1]", '{"format": 2}', "no json"])
 def test_another_file_is_no_ledger(content: str) -> None:
     Path("ledger.json").write_text(content)
-    with pytest.raises(ValueError, match=r"ledger\.json is no ledger of questions"):
+    with pytest.raises(ValueError, match=r"ledger\.json is not a ledger of questions"):
         analyze([Count()], LUNG, ledger="ledger.json")
     assert Path("ledger.json").read_text() == content
 

@@ -57,7 +57,7 @@ def test_the_ledger_adds_up_over_calls(capsys: pytest.CaptureFixture[str]) -> No
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("", "Nothing is asked"),
+        ("", "No question was given"),
         ("--cox time,status --at x", "'x' is no number"),
         ("--t-test age", "--t-test age: expected COLUMN,BY"),
         ("--mean age --delta 1e-6", "add --noise"),

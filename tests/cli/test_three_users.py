@@ -31,7 +31,7 @@ def test_an_engineer(site: Path) -> None:
     run(site, *printed[1].split(), cwd=first)  # the command that was printed works
     assert len(list(first.glob("logs/**/report.html"))) == 1
     again = ("--trainer.max_epochs", "4", "--ckpt_path", "last")
-    assert "Going on with round 4" in "".join(
+    assert "Resuming with round 4" in "".join(
         (done := run(site, "fit", "--config", "config.yaml", *again, cwd=first)).stdout + done.stderr
     )
     wrong = run(site, "fit", "--config", "config.yaml", "--trainer.max_epoch_s", "3", cwd=first, check=False)

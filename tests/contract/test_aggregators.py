@@ -395,7 +395,7 @@ def test_privacy_that_needs_a_sum_stands_beside_a_sum_only(entry: Entry) -> None
     if entry.kind.is_sum:
         assert FederatedStrategy("fedavg", aggregator=entry.make(), transforms=[private]).weighting == "uniform"
         return
-    with pytest.raises(ValueError, match=f"{entry.kind.__name__} is no sum"):
+    with pytest.raises(ValueError, match=f"{entry.kind.__name__} is not a sum"):
         FederatedStrategy("fedavg", aggregator=entry.make(), transforms=[private])
 
 

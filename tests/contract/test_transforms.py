@@ -46,7 +46,7 @@ class KeepsNorm(Transform):
 
 
 class NoSum(WeightedMean):
-    """An aggregator that is no sum."""
+    """An aggregator that is not a sum."""
 
     is_sum = False
 
@@ -120,7 +120,7 @@ OF_PRIVACY: dict[str, Any] = {
         ({"weighting": "examples"}, "weighting='examples' lets one client weigh more.*Leave weighting out"),
         ({"transforms": [Lengthens()]}, r"Lengthens comes after ClientLevelDP and may .*Put ClientLevelDP last"),
         ({"transforms": [ClientLevelDP(1.0, 1.0)]}, "ClientLevelDP comes after ClientLevelDP"),
-        ({"aggregator": NoSum()}, r"NoSum is no sum\. Use fl\.aggregation\.WeightedMean\(\)"),
+        ({"aggregator": NoSum()}, r"NoSum is not a sum\. Use fl\.aggregation\.WeightedMean\(\)"),
     ],
 }
 SECURE = [({"aggregator": SecureAggregation()}, "TopK sends each client's own selection.* Use RandomK")]

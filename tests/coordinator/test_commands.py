@@ -109,7 +109,7 @@ def failure(address: str, kit: Path) -> str:
 def test_the_check_names_the_fault(live: LiveCoordinator, tmp_path: Path) -> None:
     kit = live.folder / "east"
     assert "is not known here" in failure("https://no-such-name.invalid:1", kit)
-    assert "is no address" in failure("http://localhost:1", kit)
+    assert "is not an address" in failure("http://localhost:1", kit)
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         assert "Nothing listens" in failure(f"https://localhost:{unused.getsockname()[1]}", kit)

@@ -262,7 +262,7 @@ def test_a_sampler_that_is_no_permutation_is_named_when_it_draws() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"colate_fn": list}, "'colate_fn' is no argument of a DataLoader"),
+        ({"colate_fn": list}, "'colate_fn' is not an argument of a DataLoader"),
         ({"sampler": Seeded(3)}, "sampler is a Seeded, .* sampler=lambda dataset: Seeded"),
         ({"batch_sampler": [[0]]}, "batch_sampler is a list"),
     ],

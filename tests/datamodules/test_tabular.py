@@ -200,7 +200,7 @@ def test_files_that_are_corrupt_are_refused(name: str, content: bytes, message: 
 
 
 def test_files_that_are_not_there_or_differ_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"none.csv does not exist; it was looked for in"):
+    with pytest.raises(FileNotFoundError, match=r"none.csv does not exist; it was searched for in"):
         TabularDataModule("none.csv", "y").setup()
     with pytest.raises(FileNotFoundError, match=r"has no .csv, .csv.gz or .parquet file"):
         TabularDataModule(tmp_path, "y").setup()

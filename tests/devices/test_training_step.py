@@ -158,7 +158,7 @@ def test_a_loss_that_rests_on_the_length_of_the_example() -> None:
     def loss(module: nn.Module, batch: Any, size: Callable[[Tensor], int] = len) -> Tensor:
         return cross_entropy(module(batch[0]), batch[1], reduction="sum") / size(batch[1])
 
-    with pytest.raises(ValueError, match=r"trains otherwise than Sequential.* Write y.shape\[0\]"):
+    with pytest.raises(ValueError, match=r"does not train like Sequential.* Write y.shape\[0\]"):
         fl.devices.export_training_step(module, (X, Y), "step.onnx", "sgd", loss)
     assert list(Path().iterdir()) == []
     fl.devices.export_training_step(module, (X, Y), "step.onnx", "sgd", lambda *own: loss(*own, lambda y: y.shape[0]))
@@ -195,7 +195,7 @@ def test_a_schedule_would_be_ignored() -> None:
 
 def test_batches_that_are_none() -> None:
     module = MLPClassifier()
-    for example, message in (((X, Y[:3]), r"have \[4, 3\] examples"), ((X, 1), "is no batch")):
+    for example, message in (((X, Y[:3]), r"have \[4, 3\] examples"), ((X, 1), "is not a batch")):
         with pytest.raises(ValueError, match=message):
             fl.devices.export_training_step(module, example, "step.onnx")  # type: ignore[arg-type]
 

@@ -7,6 +7,7 @@ Without a GPU all of it is skipped; ``GPU_TESTS_ON=cpu`` tries the tests themsel
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,8 @@ def fit(strategy: fl.FederatedStrategy, module: Any, accelerator: str, **options
     """The weights after training, on the CPU."""
     rounds = options.pop("max_epochs", ROUNDS)
     checkpoint = options.pop("ckpt_path", None)
+    clients = image_clients(options.pop("sizes", SIZES), validate=isinstance(module, Ordinary))
     fit = trainer(strategy, rounds, accelerator=accelerator, devices=1, **options)
-    clients = image_clients(SIZES, validate=isinstance(module, Ordinary))
     fit.fit(module, clients, ckpt_path=checkpoint, weights_only=False)
     return weights(module).cpu()
 
@@ -50,6 +51,24 @@ def test_every_algorithm(name: str, engine: str) -> None:
         return fit(strategy, entry.module(), accelerator)
 
     torch.testing.assert_close(train(PLACE), train("cpu"), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "make"), [("fedavg", None), ("fedavg", Ordinary), ("fedprox", None), ("scaffold", None)]
+)
+def test_captured_steps(name: str, make: Any, caplog: pytest.LogCaptureFixture) -> None:
+    entry = ENTRIES[name]
+
+    def train(engine: Any, accelerator: str) -> torch.Tensor:
+        strategy = fl.FederatedStrategy(entry.algorithm, engine=engine, seed=0, **entry.options)
+        return fit(strategy, entry.module() if make is None else make(torch.float64), accelerator, sizes=(32,) * 4)
+
+    with caplog.at_level(logging.DEBUG, "lightning_fl.engines"):
+        captured = train(fl.engines.Vectorized(capture_steps=True), PLACE)
+    torch.testing.assert_close(captured, train("sequential", "cpu"), rtol=0, atol=1e-9)
+    # Why a GPU has refused a capture is what this test is for.
+    assert "Captured a step" in caplog.text
+    assert "not replayed" not in caplog.text.replace("so that its steps are not replayed", "")
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])

@@ -178,7 +178,7 @@ def test_a_checkpoint_without_its_frozen_base_needs_the_base(capsys: pytest.Capt
     for name, value in module.state_dict().items():
         torch.testing.assert_close(exported[name], value, rtol=0, atol=0)
     torch.save({name: value + 1 for name, value in module.state_dict().items()}, "other.pt")
-    with pytest.raises(ValueError, match=r"are others than those .* Give the file that holds them with --base"):
+    with pytest.raises(ValueError, match=r"differ from those .* Give the file that holds them with --base"):
         load_module("last.ckpt", f"{__name__}.Frozen", base="other.pt")
     api = ModelAPI(Path("last.ckpt"), f"{__name__}.Frozen", (1, 8, 8), base=Path("base.pt"))
     api.setup("cpu")

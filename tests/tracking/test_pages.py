@@ -162,7 +162,7 @@ def test_a_long_history_shows_its_last_rounds_and_escapes_names() -> None:
 
 def test_several_processes_in_a_notebook_are_refused_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "ps1", "In : ", raising=False)
-    with pytest.raises(MisconfigurationException, match=r"a notebook is no script\. Use devices=1"):
+    with pytest.raises(MisconfigurationException, match=r"a notebook is not a script\. Use devices=1"):
         L.Trainer(strategy="fedavg", devices=2, accelerator="cpu", logger=False, enable_checkpointing=False)
     L.Trainer(strategy="fedavg", devices=1, accelerator="cpu", logger=False, enable_checkpointing=False)
 

@@ -236,7 +236,7 @@ def mismatched(what: str) -> str:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("order", "stand in another order"),
+        ("order", "are in a different order"),
         ("row", "has rows="),
         ("clip", "has gradient_clip_val="),
         ("loader", "aligned_loader"),

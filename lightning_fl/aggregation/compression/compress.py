@@ -117,27 +117,29 @@ class Compress(Transform):
         return client_generator(ctx.seed, ctx.round, client, "compression")
 
     def client(self, update: Update, state: State, ctx: RoundContext) -> tuple[Update, State]:
-        layout = Layout.of({"delta": update.delta})
+        # By name, since callbacks freeze and unfreeze layers between rounds: what is new has no residual yet.
+        kept = state.get("residual", {})
+        own = {name: tensor + kept[name] if name in kept else tensor for name, tensor in update.delta.items()}
+        layout = Layout.of({"delta": own})
         sent: dict[torch.dtype, Tensor] = {}
-        residual: dict[str, Tensor] = {}
+        residual: dict[torch.dtype, Tensor] = {}
         chosen: dict[str, Tensor] = {}
-        for dtype, flat in layout.flatten({"delta": update.delta}).items():
+        for dtype, flat in layout.flatten({"delta": own}).items():
             vector = as_real(flat).reshape(-1)
-            if state:
-                vector = vector + state["residual"][str(dtype)]
             payload = self.compressor.encode(vector, self._generator(ctx, ctx.server))
-            own = self.compressor.decode(payload, len(vector)).to(vector)
-            residual[str(dtype)] = vector - own
+            decoded = self.compressor.decode(payload, len(vector)).to(vector)
+            sent[dtype], residual[dtype] = decoded, vector - decoded
             if isinstance(self.compressor, RandomK):
                 places = self.compressor.places(len(vector), self._generator(ctx, ctx.server))
-                chosen[str(dtype)] = own[places.to(own.device)]
-            sent[dtype] = torch.view_as_complex(own.view(-1, 2)) if dtype.is_complex else own
-        kept: State = {"residual": residual} if self.error_feedback else {}
+                chosen[str(dtype)] = decoded[places.to(decoded.device)]
+        next_state: State = {}
+        if self.error_feedback:
+            next_state = {"residual": layout.unflatten(complete(residual)).get("delta", {})}
         if self._is_linear:
-            return replace(update, delta=chosen), kept
-        changed = layout.unflatten(sent).get("delta", {})
+            return replace(update, delta=chosen), next_state
+        changed = layout.unflatten(complete(sent)).get("delta", {})
         delta = {name: changed[name].to(tensor.dtype) for name, tensor in update.delta.items()}
-        return replace(update, delta=delta), kept
+        return replace(update, delta=delta), next_state
 
     def server(self, aggregate: Aggregate, state: State, ctx: RoundContext) -> tuple[Aggregate, State]:
         whole = aggregate.delta if ctx.template is None else ctx.template.delta

@@ -329,7 +329,7 @@ class GramRule(RowAggregator):
 
 
 class CoordinateRule(RowAggregator):
-    """A rule that works on each coordinate by itself: it tells nobody's update apart from another's."""
+    """A rule that works on each coordinate separately, without telling clients apart."""
 
     def check(self, algorithm: Algorithm) -> None:
         if algorithm.aux_like({"x": torch.zeros(1)}):

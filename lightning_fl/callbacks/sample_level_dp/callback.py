@@ -355,7 +355,7 @@ class SampleLevelDP(FederatedCallback):
         if loader.num_examples * self.delta >= 1 and not self._has_warned_of_delta:
             self._has_warned_of_delta = True
             rank_zero_warn(
-                f"delta={self.delta:g} is no less than 1 / {loader.num_examples}, the examples of client {client!r}: "
+                f"delta={self.delta:g} is not below 1 / {loader.num_examples}, the examples of client {client!r}: "
                 "that would allow revealing one of them. Use a smaller delta."
             )
 
@@ -689,8 +689,8 @@ class SampleLevelDP(FederatedCallback):
         self._shared.add(client, loader.dataset)
         if self._shared.largest > before:
             rank_zero_warn(
-                f"An example is {self._shared.largest} times in the clients' data, so together its copies reveal more "
-                "of it than each client's epsilon says. From now on the logged epsilon and max_epsilon count "
+                f"An example appears {self._shared.largest} times in the clients' data, so together its copies reveal "
+                "more of it than each client's epsilon says. From now on the logged epsilon and max_epsilon count "
                 f"them, as SampleLevelDP.epsilons(trainer, group={self._shared.largest}) does. Give each example to "
                 "one client, once. (Copies elsewhere in memory, and those that other silos hold, are not looked for.)"
             )

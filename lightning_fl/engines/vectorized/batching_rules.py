@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from lightning_fl.engines.vectorized.buffer_pool import BufferPool
+from lightning_fl.engines.vectorized.recurrent import RULES
 from lightning_fl.engines.vectorized.stacking import NotVectorizable
 from lightning_fl.torch_internals import outside_vmap, unwrap, wrap
 
@@ -31,7 +32,7 @@ _OF_OWN_TENSORS: dict[Any, str] = {
 
 
 class BatchingRules(TorchFunctionMode):
-    """Inside the block, linear layers and cross-entropy have their own batching rules.
+    """Inside the block, linear and recurrent layers and cross-entropy have their own batching rules.
 
     A rule applies where ``vmap`` is the only transform and all tensors are batched; elsewhere nothing changes.
 
@@ -47,7 +48,8 @@ class BatchingRules(TorchFunctionMode):
 
     def __init__(self, pool: BufferPool | None = None) -> None:
         super().__init__()
-        self._rules: dict[Any, Callable[..., Tensor | None]] = {
+        self._rules: dict[Any, Callable[..., Any]] = {
+            **RULES,
             functional.linear: partial(_linear, pool=pool),
             functional.cross_entropy: _cross_entropy,
         }

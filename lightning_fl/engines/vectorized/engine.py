@@ -55,12 +55,14 @@ class Vectorized:
         stacked_bytes: The most bytes of the clients' stacked parameters. None: 16 MiB on a CPU, for its cache; on a GPU
             a sixteenth of its memory, or an eighth of what is free if that is less.
         batch_bytes: The most bytes of their batches in memory at once. Default 1 GiB.
+        data_bytes: The most bytes of data sets in memory that stay on a GPU, where their batches are then gathered.
+            None: a quarter of what is free; 0: none.
         capture_steps: Whether a GPU captures each shape of step once, as a CUDA graph, and replays it. Default False:
             it has not been measured on a GPU. On a CPU the recorded operations are repeated one after the other, which
             is no faster and only a way of testing it.
 
     Raises:
-        ValueError: If a number is below 1.
+        ValueError: If a number is below 1, or ``data_bytes`` below 0.
 
     Example:
         >>> import lightning_fl as fl
@@ -70,6 +72,7 @@ class Vectorized:
     clients_per_step: int | None = None
     stacked_bytes: int | None = None
     batch_bytes: int = 2**30
+    data_bytes: int | None = None
     capture_steps: bool = False
 
     def __post_init__(self) -> None:
@@ -77,6 +80,8 @@ class Vectorized:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"Vectorized got {name}={value}; expected at least 1.")
+        if self.data_bytes is not None and self.data_bytes < 0:
+            raise ValueError(f"Vectorized got data_bytes={self.data_bytes}; expected at least 0.")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_fl.data.lazy_batches import LazyBatch, stack_lazy
+from lightning_fl.data.lazy_batches import LazyBatch, RowSource, stack_lazy
+from lightning_fl.data.rows_on_device import RowsOnDevice
+from lightning_fl.engines.device_memory import device_memory
 from lightning_fl.engines.vectorized.engine import Vectorized, VectorizedEngine
 from lightning_fl.engines.vectorized.forecast import BatchForecast
 from lightning_fl.engines.vectorized.grouping_memory import GroupingMemory, digest
@@ -48,6 +50,8 @@ class Grouping:
         self.settings = settings
         self.equal_work_only = equal_work_only
         self.convert = convert
+        self.rows: RowsOnDevice | None = None
+        """Data sets that are read from a GPU; None before the first batch, and on a CPU."""
         self.memory = GroupingMemory()
         """What is known from earlier rounds, and from this one."""
 
@@ -188,8 +192,21 @@ class Grouping:
         """One stacked batch of the clients at the positions ``mask``."""
         is_lazy = isinstance(batches[0], LazyBatch)
         # Not shared even if two clients have the same tensor: the step maps over the first dimension of every tensor.
-        content = stack_lazy(batches) if is_lazy else stack(batches, share=False, pool=self.engine.pool)[0]
+        content = stack_lazy(batches, self._place) if is_lazy else stack(batches, False, self.engine.pool)[0]
         return StackedBatch(self.convert(content), mask)
+
+    def _place(self, source: RowSource) -> RowSource:
+        if self.rows is None and self.engine.device.type != "cpu":
+            self.rows = RowsOnDevice(self.engine.device, self._max_data_bytes)
+        return source if self.rows is None else self.rows.place(source)
+
+    def _max_data_bytes(self) -> int:
+        memory, asked = device_memory(self.engine.device), self.settings.data_bytes
+        return asked if asked is not None else 0 if memory is None else memory.free // 4
+
+    def close(self) -> None:
+        """Lets go of data sets on a GPU."""
+        self.rows = None
 
 
 def batch_signature(batch: Any) -> Any:

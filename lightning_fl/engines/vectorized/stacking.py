@@ -53,7 +53,7 @@ def stack(values: Sequence[Any], share: bool = True, pool: BufferPool | None = N
         for stacked tensors, None for leaves that all clients share.
 
     Raises:
-        NotStackable: If the values differ in structure, shape, dtype, or in a leaf that is no tensor.
+        NotStackable: If the values differ in structure, shape, dtype, or in a leaf that is not a tensor.
     """
     first = values[0]
     if type(first) in (tuple, list, dict):

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_fl.torch_internals import own_buffers, own_parameters
+from lightning_fl.torch_internals import RECURRENT_COPIES, own_buffers, own_parameters
 from lightning_fl.types import Tree
 
 
@@ -24,6 +24,7 @@ class TensorSlots:
         names = {id(tensor): name for name, tensor in tensors.items()}
         # Written to the dicts themselves: `setattr` refuses a tensor that is no `nn.Parameter` in a parameter's place.
         owners: list[dict[str, Any]] = [get(own) for own in module.modules() for get in (own_parameters, own_buffers)]
+        self._recurrent = [own for own in module.modules() if isinstance(own, nn.RNNBase)]
         self._slots = [(owner, key, names[id(t)]) for owner in owners for key, t in owner.items() if id(t) in names]
 
     @contextmanager
@@ -39,6 +40,7 @@ class TensorSlots:
         """
         replaced: Tree = {}
         before = [owner[key] for owner, key, _ in self._slots]
+        copies = [(vars(own), name, vars(own)[name]) for own in self._recurrent for name in RECURRENT_COPIES]
         for owner, key, name in self._slots:
             owner[key] = tensors[name]
         try:
@@ -50,3 +52,5 @@ class TensorSlots:
                 if owner[key] is not tensors[name]:
                     replaced.setdefault(name, owner[key])
                 owner[key] = own
+            for attributes, name, own in copies:
+                attributes[name] = own

@@ -43,8 +43,8 @@ class BandMF:
     The coefficients need no number of rounds; those that are optimal for a given number lower the error a little, by 3
     percent for 10 bands and 100 rounds.
 
-    What breaks the sequence starts a new one, with noise of its own: a round without this mechanism, or another
-    setting. A round that is run again counts once more, since its noise may have been seen twice.
+    What breaks the sequence starts a new one, with noise of its own: a round without this mechanism, other trainable
+    tensors, or another setting. A round that is run again counts once more, since its noise may have been seen twice.
 
     Args:
         bands: The number b of bands: a round's noise depends on those of the ``bands - 1`` rounds before, and no client
@@ -121,7 +121,8 @@ class BandMF:
             "noises": list(map(float, noises)),
             "separation": separation,
             "population": ctx.population,
-            "sizes": {str(dtype): layout.size(dtype) for dtype in layout.dtypes},
+            # By name: freezing one tensor and unfreezing another of the same size must not take back the noise of both.
+            "tensors": blake2b(repr(layout.entries).encode()).hexdigest(),
         }
         turns = unpack(state["turns"]) if "turns" in state else {}
         goes_on = turns.get("setting") == setting and turns["last"] == ctx.round - 1

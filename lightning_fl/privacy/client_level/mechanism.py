@@ -195,7 +195,7 @@ class ClientLevelDP(Transform):
             return
         if not aggregator.is_sum:
             raise ValueError(
-                f"ClientLevelDP bounds what a client adds to a sum, but {type(aggregator).__name__} is no sum. Use "
+                f"ClientLevelDP bounds what a client adds to a sum, but {type(aggregator).__name__} is not a sum. Use "
                 "fl.aggregation.WeightedMean()."
             )
         for transform in later:

@@ -217,7 +217,7 @@ def split_report(vector: Tensor, names: Sequence[str], num_participants: int) ->
     if vector[-NUM_CHECKS:].tolist() != [num_participants] * NUM_CHECKS:
         raise SecureAggregationError(
             "The masks have not cancelled, so the sum is noise and is dropped: a participant's vector was lost or "
-            "altered on its way, or participants were sent different lists. No update was revealed. Run the round "
+            "altered in transit, or participants were sent different lists. No update was revealed. Run the round "
             "again."
         )
     start = len(vector) - NUM_CHECKS - NUM_LIMBS * len(names)

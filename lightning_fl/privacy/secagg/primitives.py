@@ -163,4 +163,4 @@ def unseal(key: bytes, sealed: bytes, header: bytes) -> bytes:
     try:
         return lib.ChaCha20Poly1305(key).decrypt(bytes(12), sealed, header)
     except lib.exceptions.InvalidTag as error:
-        raise ProtocolError("A sealed share has been changed on its way, or was meant for somebody else.") from error
+        raise ProtocolError("A sealed share has been changed in transit, or was meant for somebody else.") from error

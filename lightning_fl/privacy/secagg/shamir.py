@@ -41,7 +41,7 @@ def combine(shares: Mapping[int, bytes]) -> bytes:
     _check_numbers(numbers)
     values = [int.from_bytes(share, "little") for share in shares.values()]
     if any(len(share) != SHARE_BYTES for share in shares.values()) or any(value >= PRIME for value in values):
-        raise ValueError("A share is no number below the prime.")
+        raise ValueError("A share is not a number below the prime.")
     total = 0
     for i, value in zip(numbers, values, strict=True):
         numerator, denominator = 1, 1
@@ -52,7 +52,7 @@ def combine(shares: Mapping[int, bytes]) -> bytes:
         total += value * numerator * pow(denominator, -1, PRIME)
     secret = total % PRIME
     if secret >= 1 << 256:
-        raise ValueError("The shares do not belong together: what they give is no 32-byte secret.")
+        raise ValueError("The shares do not belong together: they do not yield a 32-byte secret.")
     return secret.to_bytes(32, "little")
 
 

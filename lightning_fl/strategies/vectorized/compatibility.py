@@ -105,6 +105,8 @@ def unprofitable_reason(module: nn.Module, max_clients: int) -> str | None:
     slow = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.RNNBase)
     if next(module.parameters()).device.type == "cpu" and any(isinstance(m, slow) for m in module.modules()):
         return "convolutions and recurrent layers of several clients are no faster together on a CPU"
+    if any(isinstance(m, nn.RNNBase) for m in module.modules()):
+        return "recurrent layers of several clients are computed cell by cell, which is not known to be faster"
     if max_clients < 4:
         return "the model is so large that its own arithmetic takes most of the time"
     return None
@@ -292,7 +294,7 @@ _REASONS = {
 
 
 def reason_of(error: Exception) -> str:
-    """What stands against a step of several clients, in a sentence for users."""
+    """What prevents a step of several clients, in a sentence for users."""
     if isinstance(error, NotVectorizable):
         return str(error)
     # What `vmap` can't do shows as errors of many types, raised deep inside torch; its text asks to file an issue.

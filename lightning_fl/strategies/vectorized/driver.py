@@ -216,6 +216,7 @@ class VectorizedDriver:
         self.leave()
         self.watch.close()
         self.capture.clear()
+        self.grouping.close()
         if self.engine.replays is not None:
             self.engine.replays.close()
 

@@ -22,7 +22,7 @@ from lightning_fl.engines.module_state import Snapshot, capture
 from lightning_fl.engines.vectorized.stacking import NotVectorizable
 from lightning_fl.strategies.internals import trainer_replaced
 from lightning_fl.strategies.vectorized.log_capture import LogCapture
-from lightning_fl.torch_internals import has_global_hooks, version_counter
+from lightning_fl.torch_internals import RECURRENT_COPIES, has_global_hooks, version_counter
 
 _OF_LIGHTNING = vars(L.LightningModule()).keys() - vars(nn.Module()).keys()
 """Attributes with which Lightning keeps its own state on a module."""
@@ -214,6 +214,8 @@ class StepWatch:
 def _ignored(owner: Any) -> Collection[str]:
     if isinstance(owner, L.LightningModule):
         return _OF_LIGHTNING
+    if isinstance(owner, nn.RNNBase):
+        return RECURRENT_COPIES  # which the engine puts back
     return _NOT_IN_STEPS if isinstance(owner, type) and issubclass(owner, nn.Module) else ()
 
 

@@ -27,7 +27,7 @@ def loaders(*datasets: object) -> fl.datamodules.ClientLoaders:
 def test_the_same_examples_under_several_clients_are_found_and_counted() -> None:
     data = images(50)
     callback = private()
-    with pytest.warns(UserWarning, match=r"An example is [23] times in the clients' data"):
+    with pytest.warns(UserWarning, match=r"An example appears [23] times in the clients' data"):
         run, _ = fit(callback, 2, Plain(), loaders(data, data, Subset(data, range(40))))
     logged = run.strategy.history[-1]["dp_epsilon"]  # type: ignore[attr-defined]
     apart = Ledger()
@@ -146,7 +146,7 @@ def test_a_second_fit_with_a_new_callback_is_warned_of() -> None:
 def test_the_budget_counts_the_copies() -> None:
     data = images(50)
     callback = private(max_epsilon=7.0)
-    with pytest.warns(UserWarning, match="An example is 2 times"):
+    with pytest.warns(UserWarning, match="An example appears 2 times"):
         run, _ = fit(callback, 20, Plain(), loaders(data, data))
     assert len(run.strategy.history) < 20  # type: ignore[attr-defined]
     assert math.isfinite(run.strategy.history[-1]["dp_epsilon"])  # type: ignore[attr-defined]

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from lightning_fl.data.collation import IndexedTensors
+from lightning_fl.data.lazy_batches import LazyBatch
 from lightning_fl.engines import Vectorized, VectorizedEngine
 from lightning_fl.engines.capture import tolerances
 from lightning_fl.engines.device_memory import device_memory
 from lightning_fl.engines.optimizer_states import OptimizerStates
 from lightning_fl.engines.vectorized import engine as engine_module
+from lightning_fl.engines.vectorized import grouping as grouping_module
 from lightning_fl.engines.vectorized.grouping import Grouping
 from lightning_fl.engines.vectorized.grouping_memory import GroupingMemory
 
@@ -31,8 +35,9 @@ def grouping(features: int = 511, **settings: int) -> Grouping:
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Lets engines take themselves to be on a GPU of 16 GiB; what is free there can be set."""
     memory = SimpleNamespace(total=16 * GIB, free=16 * GIB)
-    monkeypatch.setattr(VectorizedEngine, "device", torch.device("cuda"))
-    monkeypatch.setattr(engine_module, "device_memory", lambda device: memory)
+    monkeypatch.setattr(VectorizedEngine, "device", torch.device("meta"))
+    for module in (engine_module, grouping_module):
+        monkeypatch.setattr(module, "device_memory", lambda device: memory)
     return memory
 
 
@@ -89,3 +94,16 @@ def test_tolerances_are_those_of_dtype_and_device(dtype: torch.dtype, eps: float
     assert tolerances(torch.ones(1, dtype=dtype), 3.0) == pytest.approx((1e3 * eps, 300 * eps))
     on_another = torch.ones(1, dtype=dtype, device="meta")
     assert tolerances(on_another, 3.0) == pytest.approx((1e4 * eps, 3e3 * eps))
+
+
+def test_data_in_memory_stays_on_a_gpu_as_far_as_it_fits(
+    on_gpu: SimpleNamespace,
+) -> None:
+    batches = [LazyBatch(IndexedTensors(torch.ones(4, 8)), np.array([0, 3]))]
+    assert grouping().stack(batches, (0,)).content[0].device.type == "meta"
+    on_gpu.free = 4 * 127  # a quarter of it is less than the data
+    assert grouping().stack(batches, (0,)).content[0].device.type == "cpu"
+    assert grouping(data_bytes=128).stack(batches, (0,)).content[0].device.type == "meta"
+    assert grouping(data_bytes=0).stack(batches, (0,)).content[0].device.type == "cpu"
+    with pytest.raises(ValueError, match="data_bytes=-1; expected at least 0"):
+        Vectorized(data_bytes=-1)

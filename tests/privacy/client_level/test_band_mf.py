@@ -187,23 +187,24 @@ def test_a_client_pays_for_the_rounds_in_which_it_may_take_part(rounds: int) -> 
 
 
 def test_what_breaks_the_sequence_starts_anew() -> None:
-    _, state = run(private(), range(3))
+    of_w, of_v = (Update({name: torch.zeros(4000)}) for name in "wv")
+    _, state = run(private(), range(3), template=of_w)
     assert state["noise"]["torch.float32"].shape == (3, 4000)
-    begun = private().start_round(state, context(3))
+    begun = private().start_round(state, context(3, template=of_w))
     assert "noise" in begun
     assert load_ledger(begun) == recorded(1)
     # The same round again, whose noise may have been seen: once more, and the noise of before stays.
-    again = private().start_round(begun, context(3))
+    again = private().start_round(begun, context(3, template=of_w))
     assert load_ledger(again) == recorded(2)
     assert torch.equal(again["noise"]["torch.float32"], state["noise"]["torch.float32"])
     for transform, ctx in (
-        (private(mechanism=BandMF(3)), context(3)),
-        (private(noise_multiplier=3.0), context(3)),
-        (private(), context(4)),  # a round is missing
-        (private(), context(3, replace(TURNS, separation=6))),
-        (private(), context(3, population=13)),
-        (private(), context(3, template=Update({"v": torch.zeros(7)}))),
-        (private(clip=AdaptiveClip(initial=0.5, bit_noise=2.0)), context(3)),
+        (private(mechanism=BandMF(3)), context(3, template=of_w)),
+        (private(noise_multiplier=3.0), context(3, template=of_w)),
+        (private(), context(4, template=of_w)),  # a round is missing
+        (private(), context(3, replace(TURNS, separation=6), template=of_w)),
+        (private(), context(3, population=13, template=of_w)),
+        (private(), context(3, template=of_v)),  # as many elements, of another tensor
+        (private(clip=AdaptiveClip(initial=0.5, bit_noise=2.0)), context(3, template=of_w)),
     ):
         other = transform.start_round(state, ctx)
         assert "noise" not in other

@@ -394,8 +394,8 @@ def test_a_client_whose_loader_raises_in_a_later_phase_is_left_out() -> None:
 @pytest.mark.parametrize(
     ("phases", "message"),
     [
-        ((Phase("personal"), Phase()), "nothing to train: 'personal' is no trainable parameter. Name some in"),
-        ((Phase(("head.*",)),), r"\('head.\*',\) is no trainable parameter"),
+        ((Phase("personal"), Phase()), "nothing to train: 'personal' is not a trainable parameter. Name some in"),
+        ((Phase(("head.*",)),), r"\('head.\*',\) is not a trainable parameter"),
     ],
     ids=["personal", "glob"],
 )

@@ -46,7 +46,7 @@ def test_a_job_that_is_requeued_goes_on_and_gives_what_torchrun_gives(tmp_path: 
         assert (job / "hpc_ckpt_1.ckpt").exists()
         slurm("scontrol", "update", f"JobId={number}", "StartTime=now")  # it would wait for two minutes
         wait_until(lambda: not slurm.state(number), "the end of the job")
-    (resumed,) = re.findall(r"Going on with round (\d+) after", next(job.glob("*.out")).read_text())
+    (resumed,) = re.findall(r"Resuming with round (\d+) after", next(job.glob("*.out")).read_text())
     assert 3 <= int(resumed) < 29 == rounds_of(job)
     launch = ["python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3", "-m", "lightning_fl"]
     run_script([*launch, "fit", *FIT], cwd=torchrun, num_processes=4)

@@ -89,7 +89,7 @@ def test_the_last_checkpoint_is_the_last_round_and_not_the_last_improvement(
     assert torch.load(last, weights_only=True)["epoch"] == 2
     with caplog.at_level("INFO"):
         assert torch.equal(fit_rounds(str(last)), expected)
-    assert "Going on with round 4 after kept/last.ckpt." in caplog.text
+    assert "Resuming with round 4 after kept/last.ckpt." in caplog.text
 
 
 def every_round(**options: Any) -> dict[str, Any]:

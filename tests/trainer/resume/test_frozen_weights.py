@@ -57,7 +57,7 @@ def test_the_base_is_left_out_and_training_goes_on_exactly() -> None:
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_another_base_is_refused() -> None:
     checkpoint = fit(Based(), 1, checkpoint_frozen=False)
-    with pytest.raises(MisconfigurationException, match=r"others than those that it was trained with: 'base.weight'"):
+    with pytest.raises(MisconfigurationException, match=r"differ from those that it was trained with: 'base.weight'"):
         fit(Based(seed=1), 2, checkpoint)
 
 

@@ -24,6 +24,7 @@ from lightning_fl.compression import (
     Compress,
     CompressedMean,
     Compressor,
+    LowRank,
     PowerSGD,
     Quantize,
     RandomK,
@@ -194,6 +195,58 @@ def test_error_feedback_sends_what_was_left() -> None:
     assert without[-1] == [4.0, 0.0, 0.0, 0.0]
 
 
+class InTurns(SendsMatrix):
+    """Two tensors of which every other round trains one; what the second sends is zero, or its own ``size`` ones."""
+
+    def __init__(self, size: int = 0) -> None:
+        super().__init__()
+        self.b = torch.nn.Parameter(torch.zeros(size or len(self.m), *(() if size else self.m.shape[1:])).double())
+        self.value = float(size > 0)
+        self.w.requires_grad_(False)
+
+    def on_train_epoch_start(self) -> None:
+        for place, tensor in enumerate((self.m, self.b)):
+            tensor.requires_grad_(self.current_epoch % 2 == place)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        of_m = super().training_step(batch, batch_idx) if self.m.requires_grad else self.m.sum() * 0
+        return of_m - self.value * self.b.sum()
+
+
+def in_turns(module: InTurns, rounds: int, **strategy: Any) -> InTurns:
+    row = [float(value) for value in range(module.m.numel() + 1)]
+    trainer(fl.FederatedStrategy(**strategy), rounds).fit(module, loaders([row, row[::-1], row], torch.float64))
+    return module
+
+
+KEEPING: dict[str, dict[str, Any]] = {
+    **{str(kind): {"transforms": [Compress(kind)]} for kind in (TopK(0.3), RandomK(0.3), ScaledSign(), QSGD(4))},
+    "PowerSGD": {"transforms": [PowerSGD(1)]},
+    "LowRank": {"transforms": [LowRank(1)]},
+    "CompressedMean": {"aggregator": CompressedMean(TopK(0.3)), "transforms": [Compress(TopK(0.3))]},
+    "CenteredClipping": {"aggregator": fl.aggregation.CenteredClipping(1.0)},
+    "FoolsGold": {"aggregator": fl.aggregation.FoolsGold()},
+    **{
+        name: {"algorithm": name}
+        for name in ("fedavgm", "fedadam", "fedyogi", "fedadagrad", "diloco", "mimelite", "ditto", "ifca", "cfl")
+    },
+    **{name: {"algorithm": name} for name in ("dsgd", "d2", "gradienttracking", "pushsum", "fedamp")},
+}
+
+
+@pytest.mark.parametrize("kind", KEEPING)
+@pytest.mark.spread(2)
+def test_what_is_kept_of_one_tensor_never_reaches_another(kind: str) -> None:
+    module = in_turns(InTurns(), 4, **KEEPING[kind])
+    assert module.m.abs().max() > 0
+    assert module.b.abs().max() < 1e-9
+
+
+def test_a_residual_starts_at_zero_where_a_tensor_of_another_size_is_unfrozen() -> None:
+    module = in_turns(InTurns(size=3), 2, transforms=[Compress(TopK(1 / 3))])
+    assert module.b.tolist() == [1.0, 0.0, 0.0]
+
+
 GIVEN = ((1.0, -0.6, 0.25, -0.1), (0.5, 0.5, -0.5, 0.5), (-1.0, 0.2, 0.9, 0.0))
 SENT = (0.4875, 0.75625, 0.490625)
 
@@ -275,7 +328,7 @@ def test_what_can_not_be_right_is_refused() -> None:
         with pytest.raises(ValueError, match="would compress again"):
             strategy("fedavg", transforms=[Compress(compressor)], aggregator=aggregator)
     strategy("fedavg", transforms=[Compress(top)], aggregator=CompressedMean(TopK(0.1)))
-    with pytest.raises(ValueError, match="is no sum"):
+    with pytest.raises(ValueError, match="is not a sum"):
         strategy("fedavg", transforms=[private], aggregator=CompressedMean(top))
     for make in (
         lambda: TopK(0.0),

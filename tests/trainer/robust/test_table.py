@@ -184,7 +184,7 @@ CHECKS: dict[str, Callable[..., None]] = {
     "silos": silos,
 }
 REASONS = {
-    "no sum": "is no sum",
+    "no sum": "is not a sum",
     "hides updates": "has to see each client's update",
     "side channels": "picks each coordinate from other clients",
 }

@@ -77,6 +77,16 @@ class Dropping(Plain):
         self.net.insert(3, nn.Dropout(0.5))
 
 
+class Recurrent(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.LSTM(4, 4, batch_first=True, dtype=torch.float64)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        rows = self.layer(batch[0][:, 0].double())[0].unsqueeze(1)
+        return super().training_step((rows, batch[1]), batch_idx)
+
+
 def optimizer(kind: Any, interval: str | None = None, **options: Any) -> Callable[[], Plain]:
     def make(params: Any) -> Any:
         own = kind(params, **{"lr": 0.1, **options})
@@ -100,6 +110,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "scaffold": (Plain, {"algorithm": "scaffold"}),
     "perfedavg": (Plain, {"algorithm": fl.algorithms.PerFedAvg(0.1)}),
     "clipping by value": (Plain, {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}),
+    "a recurrent layer": (Recurrent, {}),
     "float32": (lambda: Plain(torch.float32), {}),
 }
 
