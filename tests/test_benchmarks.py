@@ -45,6 +45,8 @@ def test_the_final_weights_are_those_of_the_plain_loop(simulation: ModuleType, n
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # of peft 0.21 in transformers 5.24
 def test_a_billion_parameters_have_nine_megabytes_of_adapters(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -72,7 +72,9 @@ def write_small_data(folder: Path) -> None:
         "\n".join(["month,hour,origin,distance,dep_delay,carrier,late", *rows])
     )
     (folder / "data" / "shakespeare").mkdir()
-    lines = "\n\n".join(f"ROLE {'ABCDEFGHIJ'[i % 10]}.\n{'To be, or not to be. ' * 50}" for i in range(20))
+    # Two leading roles have much to say.
+    spoken = ["To be, or not to be. " * (700 if i % 10 < 2 else 50) for i in range(20)]
+    lines = "\n\n".join(f"ROLE {'ABCDEFGHIJ'[i % 10]}.\n{text}" for i, text in enumerate(spoken))
     for play in ("a_play", "play"):
         (folder / "data" / "shakespeare" / f"{play}.txt").write_text(lines)
     asked = [{"client": str(i % 3), "instruction": f"next {i}", "response": str(i + 1)} for i in range(60)]

@@ -1,9 +1,9 @@
 """Asks statistical questions of rows that stay with their clients: means, quantiles, survival curves, tests.
 
-Of one file with a column that names the client of each row, or under torchrun of one file a silo: {rank} in the file's
-name stands for the silo's rank. Or each silo starts it with its own file and the coordinator's address. Options that
-ask may be given again. With --secure nobody learns more than the sums over all. Then, and with --noise, the values of
-columns that divide rows, and the times of survival, are to be declared.
+The data is one file with a column that names the client of each row or, under torchrun, one file per silo: {rank} in
+its name stands for the silo's rank. Or each silo starts the command with its own file and the coordinator's address.
+Options that ask a question may be repeated. With --secure nobody learns more than the sums over all clients. In that
+case, and with --noise, the values of columns that divide rows and the times of survival must be declared.
 
 Examples:
   lightning-fl analyze lung.csv --client inst --mean age --quantile wt.loss=0.5,0.9 --km time,status --by sex

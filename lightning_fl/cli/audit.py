@@ -2,8 +2,8 @@
 
 The configuration is that of `lightning-fl fit`, with SampleLevelDP among its callbacks. One noisy step is attacked in
 many trials, with the checks switched off: an example is there or not, and the attacker has to tell. What it gets right
-proves an epsilon, which must not be larger than the one claimed. Whether the checks stop the module is said too. The
-exit code is 1 if more is proven than claimed, or if the checks stop the module.
+proves an epsilon, which must not be larger than the one claimed. The report also says whether the checks stop the
+module. The exit code is 1 if more is proven than claimed, or if the checks stop the module.
 
 Examples:
   lightning-fl audit --config config.yaml

@@ -1,7 +1,7 @@
 """Prints a job file that starts a federation of silos on a cluster: slurm, kubernetes or skypilot.
 
-Nothing is submitted; the first lines of the file say how to. Each rank is a silo that reads its own data. All other
-options go to `lightning-fl fit`.
+Nothing is submitted; the first lines of the file say how. Each rank is a silo that reads its own data. All other
+options are passed to `lightning-fl fit`.
 
 Examples:
   lightning-fl launch slurm --silos 3 --config silos.yaml --cpus 8 --time 12:00:00 > job.sh

@@ -1,7 +1,7 @@
-"""Finds the ids that all parties have, without showing any others, and writes each party's rows of them in one order.
+"""Finds the ids that all parties share, without revealing any others, and writes each party's rows in the same order.
 
-Each party starts it with its own table; {rank} in the names of files stands for the party's number. The rows at one
-place of all the files that are written belong to the same id.
+Each party starts it with its own table; {rank} in file names stands for the party's number. Rows at the same position
+of the files that are written belong to the same id.
 
 Examples:
   lightning-fl psi party0.csv --id patient --out aligned0.csv   (under torchrun or with its variables)

@@ -1,8 +1,8 @@
 """Serves the model of a run or a checkpoint over HTTP: POST /predict, GET /health, GET /metrics.
 
-The body is {"inputs": [example, ...]}; the answer {"outputs": ..., "round": ..., "model": ...}. What has another shape
-gets status 400, a client without a model 404. With --watch the next round's checkpoint replaces the model while the
-server goes on answering. There is no authentication: put it behind your own proxy.
+The body is {"inputs": [example, ...]}; the answer is {"outputs": ..., "round": ..., "model": ...}. Inputs of another
+shape get status 400, a client without a model 404. With --watch the next round's checkpoint replaces the model while
+the server keeps answering. There is no authentication: put it behind your own proxy.
 
 Examples:
   lightning-fl serve lightning_logs/version_0 --watch

@@ -1,10 +1,10 @@
 """Trains with several seeds and settings, several runs at once; compares mean and deviation over the seeds.
 
-All other options go to `lightning-fl fit`. Each run has a folder of its own; a sweep that was stopped goes on with the
-runs that are not finished when it is started again, and more seeds or values may be added. At the end the folder holds
+All other options are passed to `lightning-fl fit`. Each run has a folder of its own. A sweep that was stopped continues
+with the unfinished runs when it is started again, and more seeds or values may be added. At the end the folder holds
 table.csv, table.md, table.tex, curves.png, and index.html with all runs side by side.
 
---vary tries every combination of values. --tune looks for the best with Optuna instead, within NAME=LOW:HIGH,
+--vary tries every combination of values. --tune searches for the best ones with Optuna instead, within NAME=LOW:HIGH,
 NAME=LOW:HIGH:log or a list NAME=A,B.
 
 Examples:

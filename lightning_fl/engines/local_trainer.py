@@ -376,6 +376,11 @@ class LocalTrainer(ABC):
             self.isolation.start_client(self.tensors.all.values(), [*self.optimizers.optimizers, *schedulers])
         self.put_back()
 
+    def _personal_of(self, client_state: Mapping[str, Tree]) -> Tree:
+        """The client's personal tensors; what its state lacks, as a tensor unfrozen since then, has its start value."""
+        own = client_state.get("personal", {})
+        return {name: own.get(name, start) for name, start in self.round_start.personal.items()}
+
     def _contributions(self, stacked: Tree) -> Tree:
         start = self.round_start
         if self.start_buffers is start.buffers:

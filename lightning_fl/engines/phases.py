@@ -118,7 +118,10 @@ class LocalPhases:
 
     @property
     def _all(self) -> Tree:
-        return {**self.tensors.trainable, **self.tensors.buffers, **self.tensors.personal}
+        tensors, own = self.tensors, self._own_model
+        # What was trained in an earlier round and is frozen in this one goes on being the client's own.
+        frozen = {name: tensor for name, tensor in tensors.frozen.items() if name in own}
+        return {**tensors.trainable, **tensors.buffers, **tensors.personal, **frozen}
 
     def _restore_global_model(self) -> None:
         if self._model == "own":

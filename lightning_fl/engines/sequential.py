@@ -27,6 +27,8 @@ class SequentialEngine(LocalTrainer):
 
     _phases: LocalPhases | None = None
     """The client's training so far; None between clients."""
+    _common: Tree | None = None
+    """The common values of frozen parameters that hold the client's own."""
 
     def start(
         self,
@@ -38,10 +40,11 @@ class SequentialEngine(LocalTrainer):
         (params,), (client_state,) = starts, client_states
         self._enter()
         round_start, tensors = self.round_start, self.tensors
-        personal = client_state.get("personal", round_start.personal)
+        personal = self._personal_of(client_state)
         load(tensors.params, params)
         load(tensors.buffers, self.start_buffers)
         load(tensors.personal, personal)
+        self._lend(tensors.personal_frozen, client_state.get("personal", {}))
         # No copies are needed: the phases copy the values into the module when they load them.
         own_model = {**params, **self.start_buffers, **round_start.personal, **client_state.get("personal", {})}
         self._phases = LocalPhases(tensors, params, client_state, own_model)
@@ -86,15 +89,16 @@ class SequentialEngine(LocalTrainer):
     def finish(self, num_steps: Sequence[int] | None = None) -> LocalResult:
         tensors, phases = self.tensors, self.phases
         self.within.join_buffers({**tensors.buffers, **tensors.personal_buffers})
-        # Before anything is read: a result of parameters that must not have changed would be wrong.
-        self._note_moved()
         self._end_phase()
         own_model = phases.restore_global_model()
+        lent = self._take_back()
+        # Before anything is read: a result of parameters that must not have changed would be wrong.
+        self._note_moved()
         client_state: dict[str, Tree] = dict(phases.next_state)
         if self.personal or own_model:
             # The module's personal tensors are the next client's soon; the own model was copied when it left the
             # module.
-            client_state["personal"] = own_model or clones(tensors.personal)
+            client_state["personal"] = {**lent, **(own_model or clones(tensors.personal))}
         facts = ClientFacts(
             phases.num_steps, phases.lr_sum, phases.normalizer, phases.schedule_end, phases.num_steps_of_all
         )
@@ -110,6 +114,22 @@ class SequentialEngine(LocalTrainer):
         self.leave()
         return result
 
+    def _lend(self, frozen: Tree, own: Tree) -> None:
+        """Puts the client's own values into frozen parameters that were trained in an earlier round."""
+        kept = {name: tensor for name, tensor in frozen.items() if name in own}
+        self._common = clones(kept)
+        load(kept, own)
+
+    def _take_back(self) -> Tree:
+        """Puts the common values back into them; returns the client's."""
+        common, self._common = self._common or {}, None
+        tensors = {name: self.tensors.personal_frozen[name] for name in common}
+        own = clones(tensors)
+        load(tensors, common)
+        return own
+
     def leave(self) -> None:
+        if self._common is not None:
+            self._take_back()
         self._phases = self.batch = None
         self.grad_transform = None

@@ -50,7 +50,9 @@ class FederatedTensors:
         persistent = set(module.state_dict())
         params = {name: param for name, param in module.named_parameters() if param.requires_grad}
         buffers = {name: owner(module, name) for name, _ in module.named_buffers() if name in persistent}
-        names = [*params, *buffers]
+        frozen = {name: param for name, param in module.named_parameters() if not param.requires_grad}
+        # Frozen ones too, since a callback may freeze a personal tensor for some rounds.
+        names = [*params, *buffers, *frozen]
         # With the duplicates, because a tied tensor must be found by each of its names.
         aliases = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
         tensors = dict(aliases)
@@ -61,14 +63,15 @@ class FederatedTensors:
             own |= found
             if not found:
                 raise ValueError(
-                    f"personal={pattern!r} matches none of the module's trainable parameters and persistent buffers; "
+                    f"personal={pattern!r} matches none of the module's parameters and persistent buffers; "
                     f"it has {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}."
                 )
         self.params: dict[str, nn.Parameter] = {name: param for name, param in params.items() if name not in own}
         self.personal_params = {name: param for name, param in params.items() if name in own}
         self._buffers = {name: place for name, place in buffers.items() if name not in own}
         self._personal_buffers = {name: place for name, place in buffers.items() if name in own}
-        frozen = {name: param for name, param in module.named_parameters() if not param.requires_grad}
+        self.personal_frozen: Tree = {name: param for name, param in frozen.items() if name in own}
+        """Frozen parameters that stay with their client, as far as it has a value of its own from rounds before."""
         found = _may_follow(params, frozen) if moving is None else frozen.keys() & set(moving)
         found = found.union(() if moves is None else moves(list(frozen), self.params))
         self.moving = {name: param for name, param in frozen.items() if name in found}
@@ -113,7 +116,11 @@ class FederatedTensors:
         else:
             chosen = {name for name in self.trainable if any(fnmatchcase(name, glob) for glob in names)}
         if not chosen:
-            remedy = " Name some in FederatedStrategy(personal=...)." if names == "personal" else ""
+            remedy = ""
+            if names == "personal":
+                remedy = " Name some in FederatedStrategy(personal=...)."
+                if self.personal_frozen:
+                    remedy = f" All personal ones are frozen ({', '.join(self.personal_frozen)}); unfreeze some."
             raise ValueError(
                 f"A phase of local training has nothing to train: {names!r} is not a trainable parameter.{remedy}"
             )

@@ -88,7 +88,9 @@ class CausalLM(L.LightningModule):
                 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
                 self.model = peft.get_peft_model(self.model, peft.LoraConfig(task_type="CAUSAL_LM", **lora))
         if gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            # transformers 5.24 has given it another name, and warns of the old one.
+            name = "activation" if hasattr(self.model, "activation_checkpointing_enable") else "gradient"
+            getattr(self.model, f"{name}_checkpointing_enable")({"use_reentrant": False})
             if lora is not None:  # else nothing before the first adapter needs a gradient, and so nothing gets one
                 self.model.enable_input_require_grads()
         self.val_perplexity = Perplexity(ignore_index=IGNORED)

@@ -128,7 +128,8 @@ class FederatedStrategy(internals.ReusableStrategy):
             state of its last round.
         aggregator: Combines the updates of a round. None: :class:`~lightning_fl.aggregation.WeightedMean`.
         transforms: Change each update between client and server, in order.
-        personal: ``fnmatch`` globs on ``state_dict`` names: tensors that never leave their client.
+        personal: ``fnmatch`` globs on ``state_dict`` names: tensors that never leave their client, also while they are
+            frozen.
         engine: How a rank trains its clients: ``"sequential"``, one after the other; ``"vectorized"`` (or an
             ``fl.engines.Vectorized(...)``), many in one step; ``"auto"`` for the faster one where it is exact.
         seed: Seed of cohorts, partition and local training. None: the one of ``seed_everything``, else 0.

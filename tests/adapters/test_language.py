@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_fl as fl
@@ -123,6 +123,28 @@ def test_perplexity_and_exact_match_by_hand() -> None:
     assert found["val_loss"] == pytest.approx(mean, rel=1e-5)
     assert found["val_perplexity"] == pytest.approx(math.exp(mean), rel=1e-5)
     assert found["val_exact_match"] == 0.5
+
+
+def test_gradient_checkpointing_keeps_less_and_changes_no_gradient() -> None:
+    tokens = torch.arange(8)[None].repeat(2, 1)
+    found: list[tuple[dict[str, Any], int]] = []
+    for checkpoints in (False, True):
+        model: Any = tiny(gradient_checkpointing=checkpoints)
+        kept: list[int] = []
+        nn.init.ones_(next(own for name, own in model.named_parameters() if "lora_B" in name))
+        model.train()
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda own, kept=kept: kept.append(own.numel()) or own, lambda own: own
+        ):
+            loss = model.loss(model(tokens), tokens + 1)
+        loss.backward()
+        grads = {name: own.grad for name, own in model.named_parameters() if own.requires_grad}
+        found.append((grads, sum(kept)))
+    (plain, all_kept), (again, few_kept) = found
+    assert few_kept < 0.6 * all_kept
+    assert max(grad.abs().max() for grad in plain.values()) > 0
+    for name, grad in plain.items():
+        torch.testing.assert_close(again[name], grad, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.slow

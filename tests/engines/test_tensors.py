@@ -56,8 +56,8 @@ def test_globs_make_tensors_personal_by_any_of_their_names(personal: list[str], 
     assert [*tensors.params, *tensors.buffers] == [name for name in PARAMS + BATCH_NORM if name not in names]
 
 
-@pytest.mark.parametrize("pattern", ["haed.*", "HEAD.*", "frozen.*", "scratch"])
-def test_a_glob_that_matches_nothing_that_trains_is_refused(pattern: str) -> None:
+@pytest.mark.parametrize("pattern", ["haed.*", "HEAD.*", "scratch"])
+def test_a_glob_that_matches_nothing_is_refused(pattern: str) -> None:
     with pytest.raises(ValueError, match=r"personal='.*' matches none .*body\.0\.weight, .*, \.\.\."):
         FederatedTensors(Everything(), ["head.*", pattern])
 

@@ -1,7 +1,9 @@
 """Exported files, each in its own runtime, and what is refused."""
 
 import json
+import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import lightning as L
@@ -15,6 +17,7 @@ import lightning_fl as fl
 from lightning_fl import serving
 from lightning_fl.cli.main import main
 from lightning_fl.models import MLPClassifier
+from tests.helpers.distributed import PATIENCE, run_script
 
 MODULE = "lightning_fl.models.MLPClassifier"
 
@@ -52,6 +55,38 @@ def test_onnx_takes_any_batch_size(checkpoint: Path) -> None:
         x = torch.rand(size, 1, 8, 8)
         (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
         torch.testing.assert_close(torch.from_numpy(found), global_model(checkpoint)(x), rtol=1e-5, atol=1e-5)
+
+
+EXECUTORCH = ["executorch==1.5.1", "torchao==0.18.0", "pytorch_tokenizers==1.5.0"]
+ITS_NEEDS = ["flatbuffers", "ruamel.yaml", "tabulate"]
+IN_EXECUTORCH = """
+import sys, torch
+from executorch.runtime import Runtime
+from lightning_fl.cli.main import main
+main(["export", sys.argv[1], "--to", "executorch", "--module", sys.argv[2], "--shape", "1,8,8", "--out", "model.pte"])
+method = Runtime.get().load_program("model.pte").load_method("forward")
+inputs = [torch.rand(size, 1, 8, 8) for size in (1, 7)]
+torch.save([(one, method.execute([one])[0].clone()) for one in inputs], "answers.pt")
+"""
+
+
+@pytest.fixture
+def with_executorch(tmp_path: Path) -> Path:
+    """An interpreter that has ExecuTorch besides what this one has; without what it asks for beyond running."""
+    own = tmp_path / "executorch"
+    subprocess.run([sys.executable, "-m", "venv", own], check=True, timeout=PATIENCE)
+    (packages,) = own.glob("lib/*/site-packages")
+    (packages / "others.pth").write_text(sysconfig.get_path("purelib"))
+    install = [own / "bin" / "python", "-m", "pip", "install", "-q", "--no-deps", *EXECUTORCH, *ITS_NEEDS]
+    subprocess.run(install, check=True, timeout=2 * PATIENCE)
+    return own / "bin" / "python"
+
+
+@pytest.mark.slow
+def test_executorch_takes_any_batch_size(checkpoint: Path, with_executorch: Path) -> None:
+    run_script([str(with_executorch), "-W", "ignore", "-c", IN_EXECUTORCH, str(checkpoint), MODULE])
+    for x, found in torch.load("answers.pt", weights_only=True):
+        torch.testing.assert_close(found, global_model(checkpoint)(x), rtol=1e-5, atol=1e-5)
 
 
 def test_one_clients_model(checkpoint: Path) -> None:

@@ -1,4 +1,4 @@
-"""The model: an ordinary LightningModule. Nothing in it knows of the federation."""
+"""The model: an ordinary LightningModule. It knows nothing about the federation."""
 
 import lightning as L
 import torch

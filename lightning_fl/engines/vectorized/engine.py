@@ -132,10 +132,12 @@ class VectorizedEngine(SequentialEngine):
             super().start(starts, client_states, phase, grad_transform)
             return
         self._enter()
-        size, tensors, round_start = len(starts), self.tensors, self.round_start
+        size, tensors = len(starts), self.tensors
         load(tensors.moving, self.start_buffers)
         self._start, _ = stack(starts)
-        personal, _ = stack([state.get("personal", round_start.personal) for state in client_states])
+        if any(name in state.get("personal", {}) for state in client_states for name in tensors.personal_frozen):
+            raise NotStackable("each client has its own value of a frozen parameter")
+        personal, _ = stack([self._personal_of(state) for state in client_states])
         values = {**self._start, **self.start_buffers, **personal}
         params = {**tensors.params, **tensors.personal_params}
         every = {**tensors.buffers, **tensors.personal}

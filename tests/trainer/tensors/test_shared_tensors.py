@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
@@ -103,6 +104,65 @@ def test_personal_tensors_never_leave_their_client() -> None:
     for client in (0, 1):
         assert torch.equal(recorder.states[client]["net.3.weight"], first_round_end[client])
         assert not torch.equal(recorder.starts[client]["net.3.weight"], before["net.3.weight"])
+
+
+class FreezesIn(L.Callback):
+    """Freezes some layers in some rounds."""
+
+    def __init__(self, rounds: Sequence[int], *layers: int) -> None:
+        self.rounds, self.layers = rounds, layers
+
+    def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
+        for layer in self.layers:
+            module.net[layer].requires_grad_(trainer.current_epoch not in self.rounds)
+
+
+def freeze_in(rounds: Sequence[int], layers: Sequence[int], num_rounds: int, **strategy: Any) -> list[dict[int, Any]]:
+    """The clients' own values after each round in which ``layers`` are frozen in ``rounds``."""
+    found: list[dict[int, Any]] = []
+    start = weights(Plain())
+
+    class Notes(fl.callbacks.FederatedCallback):
+        def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+            store = trainer.strategy.active_driver.store
+            found.append({client: store.get(client)["personal"] for client in (0, 1)})
+            # `net.3.bias`: the module holds the common value of what is personal.
+            assert torch.equal(weights(module)[-4:], start[-4:]) or "personal" not in strategy
+
+    callbacks = [FreezesIn(rounds, *layers), Notes()]
+    trainer(FederatedStrategy(**strategy), num_rounds, callbacks=callbacks).fit(Plain(), image_clients((8, 8)))
+    return found
+
+
+@pytest.mark.parametrize("engine", ["sequential", "auto"])
+def test_a_personal_tensor_that_is_frozen_stays_personal(engine: Any) -> None:
+    first, second, third = freeze_in([1], [3], 3, personal=["net.3.*"], engine=engine)
+    for client in (0, 1):
+        assert first[client].keys() == second[client].keys() == third[client].keys() == {"net.3.weight", "net.3.bias"}
+        assert torch.equal(first[client]["net.3.weight"], second[client]["net.3.weight"])
+        assert not torch.equal(second[client]["net.3.weight"], third[client]["net.3.weight"])
+    assert not torch.equal(second[0]["net.3.weight"], second[1]["net.3.weight"])
+
+
+@pytest.mark.parametrize("engine", ["sequential", "auto"])
+def test_a_personal_tensor_may_be_unfrozen_later(engine: Any) -> None:
+    found = freeze_in([0, 1], [3], 4, personal=["net.*.bias"], engine=engine)
+    assert [sorted(own[0]) for own in found] == [["net.1.bias"]] * 2 + [["net.1.bias", "net.3.bias"]] * 2
+    # As if it had been trained from its start value in this round for the first time.
+    assert not torch.equal(found[2][0]["net.3.bias"], found[2][1]["net.3.bias"])
+
+
+def test_a_layer_of_dittos_own_model_that_is_frozen_stays_its_clients() -> None:
+    first, second, third = freeze_in([1], [3], 3, algorithm="ditto")
+    for client in (0, 1):
+        assert torch.equal(first[client]["net.3.weight"], second[client]["net.3.weight"])
+        assert not torch.equal(first[client]["net.1.weight"], second[client]["net.1.weight"])
+        assert not torch.equal(second[client]["net.3.weight"], third[client]["net.3.weight"])
+
+
+def test_a_phase_whose_personal_tensors_are_all_frozen_says_so() -> None:
+    with pytest.raises(ValueError, match=r"'personal' is no trainable parameter. All personal ones are frozen \(net.3"):
+        freeze_in([0], [3], 1, algorithm="fedrep", personal=["net.3.*"])
 
 
 def test_a_personal_glob_that_matches_nothing_is_refused() -> None:
