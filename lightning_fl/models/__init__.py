@@ -1,6 +1,7 @@
 """Small reference models that the recipes use."""
 
 from lightning_fl.models.classifier import Classifier, MLPClassifier
+from lightning_fl.models.gan import GAN
 from lightning_fl.models.images import FedAvgCNN, LeNet, LogisticRegression, TwoNN
 from lightning_fl.models.language import DPO, CausalLM
 from lightning_fl.models.libraries import TimmClassifier, TorchvisionClassifier, TransformersClassifier
@@ -14,6 +15,7 @@ from lightning_fl.models.text import CharLSTM, CharTransformer
 
 __all__ = [
     "DPO",
+    "GAN",
     "ArchitectureSearch",
     "CausalLM",
     "CharLSTM",

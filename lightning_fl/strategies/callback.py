@@ -54,6 +54,7 @@ class RoundCallback(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.strategy.join_nodes()
+        self.strategy.active_driver.end_training()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.strategy.active_driver.after_round()

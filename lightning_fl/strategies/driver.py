@@ -56,6 +56,7 @@ from lightning_fl.strategies.metric_states import MetricStates
 from lightning_fl.strategies.open_round import OpenRound
 from lightning_fl.strategies.probe import probe
 from lightning_fl.strategies.rank_sync import RankSync, naming_round
+from lightning_fl.strategies.released_model import ReleasedModel, averages_models
 from lightning_fl.strategies.root import ROOT, check_root, train_root
 from lightning_fl.strategies.round_end import advance_trainer, rank_report
 from lightning_fl.strategies.round_loaders import UNKNOWN_LENGTH, ClientVisit, RoundLoader, RoundLoaders
@@ -156,6 +157,7 @@ class RoundDriver:
         self.schedules: list[tuple[Any, Schedule]] = []
         self.warnings = UserWarnings()
         self.rank_sync = RankSync(trainer, federation.group)
+        self.released = ReleasedModel()
         self.has_late_values = False
         self.num_bytes_before = 0
         """Bytes sent before the first round, which are counted with it."""
@@ -314,12 +316,14 @@ class RoundDriver:
             StopIteration: If no other round follows for this party.
         """
         trainer, done = self.trainer, internals.current_round(self.trainer) - 1
+        self.check_released("in validation or at the epoch's end")
         opening = self.federation.open_round(done)
         is_over = opening is None
         opening = opening or self.federation.ending(done)
         if opening is not None and opening.state is not None:
             self.state = opening.state
             catch_up(trainer, opening, self.personal, self.group.is_spread)
+            self.released.forget()
         if is_over or internals.is_after_last(trainer):
             raise StopIteration
         self.opening = opening
@@ -425,6 +429,9 @@ class RoundDriver:
         self.plan_round()
         check_gradient_at(self.settings.algorithm, self.trainer)  # for the same reason
         loop.is_round_done = False
+        if not averages_models(trainer):  # which may put the mean of the rounds' models in at the epoch's start
+            self.check_released("at the epoch's start")
+        self.released.forget()
         loops_before = internals.loops_before_round(trainer)
         self.schedules = check_schedules(internals.client_schedules(trainer), self.settings, self.max_work)
         round = Round.open(
@@ -707,6 +714,7 @@ class RoundDriver:
             self.warnings.data(index, reports)
             self.is_closing = True
             result = round.close(reports, opened.loaders.seconds_waiting)
+        self._note_released()
         result = replace(result, num_bytes=result.num_bytes + self.num_bytes_before)
         self.num_bytes_before = 0
         # This ends the local phase: from here on the strategy's collectives concern all ranks, which the checkpoints
@@ -762,9 +770,11 @@ class RoundDriver:
         algorithm = self.settings.algorithm
         assert isinstance(algorithm, Decentralized)
         assert self.local_trainer is not None
+        self.check_released("after the round")
         server = algorithm.join(self.state.server, aggregate)
         self.state = replace(self.state, server=server)
         load(self.local_trainer.tensors.params, server["params"])
+        self._note_released()
         found = algorithm.report(server)
         self.history[-1].update(found)
         internals.log_figures(self.trainer, figures({**found, "seconds": {}}), RANK_FIGURES)
@@ -780,8 +790,24 @@ class RoundDriver:
 
     # ---- after a round
 
+    def _note_released(self) -> None:
+        if self.settings.is_differentially_private:
+            assert self.local_trainer is not None
+            self.released.note(self.module, self.local_trainer.tensors)
+
+    def check_released(self, when: str) -> None:
+        """Under differential privacy, makes sure that nothing but the server has changed the model since the round."""
+        self.released.check(f"{when} of round {self.history[-1]['round']}" if self.history else when)
+
+    def end_training(self) -> None:
+        """Called before the hooks of the training's end."""
+        self.check_released("in validation or at the epoch's end")
+        if averages_models(self.trainer):
+            self.released.forget()
+
     def settle(self) -> None:
         """Called after the hooks of the round's last batch: brings what they changed to all ranks."""
+        self.check_released("in on_aggregate_end or on_train_batch_end, after the last batch")
         # Lightning calls this also for a resumed loop that has nothing left to train; a collective may follow a round
         # only.
         is_new, self._is_unsettled = self._is_unsettled, False

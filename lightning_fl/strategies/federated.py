@@ -686,6 +686,10 @@ class FederatedStrategy(internals.ReusableStrategy):
                 path, packed["manifests"], driver.store, driver.population, self.federation, self._silo_folder
             )
 
+    def on_train_end(self) -> None:
+        self.active_driver.check_released("in on_train_end")
+        super().on_train_end()
+
     def on_validation_start(self) -> None:
         self._start_evaluation()
         if self.personal:
@@ -744,6 +748,8 @@ class FederatedStrategy(internals.ReusableStrategy):
                 "The previous one is complete."
             )
             return
+        if driver is not None:
+            driver.check_released("before a checkpoint")
         if driver is None or weights_only:
             self._write_checkpoint(checkpoint, filepath, storage_options)
             return

@@ -356,9 +356,17 @@ def train_each(names: list[str]) -> dict[str, Tensor]:
 KINDS = [str(case.values[0]) for case in one_of_each_kind() if not case.marks]
 
 
-@pytest.mark.parametrize("names", [KINDS, pytest.param(list(ENTRIES), marks=pytest.mark.slow)], ids=["kinds", "all"])
-def test_two_ranks_train_what_one_does(run_ranks: Any, names: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("world_size", "names"),
+    [
+        (2, KINDS),
+        pytest.param(2, list(ENTRIES), marks=pytest.mark.slow),
+        pytest.param(4, list(ENTRIES), marks=pytest.mark.slow),
+    ],
+    ids=["2-kinds", "2-all", "4-all"],
+)
+def test_ranks_train_what_one_does(run_ranks: Any, world_size: int, names: list[str]) -> None:
     alone = train_each(names)
-    for found in run_ranks(2, train_each, names):
+    for found in run_ranks(world_size, train_each, names):
         for name, expected in alone.items():
             torch.testing.assert_close(found[name], expected, rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")

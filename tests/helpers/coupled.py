@@ -49,6 +49,19 @@ class Net(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+class Writes(fl.callbacks.FederatedCallback):
+    """Writes an example to a bias of :class:`Net`, when a hook is called for a given time."""
+
+    def __init__(self, hook: str, at: int = 0) -> None:
+        self.at, self.calls = at, 0
+        setattr(self, hook, self.write)
+
+    def write(self, trainer: Any, module: Any, *args: Any, **kwargs: Any) -> None:
+        self.calls += 1
+        if self.calls == self.at + 1:
+            module.net[0].bias.data[:NUM_FEATURES] = examples().tensors[0][7]
+
+
 # ---- not sound: each must end with an error
 
 

@@ -1,14 +1,17 @@
-"""Finds examples that several clients hold, each of which pays for them once."""
+"""Finds examples that several clients hold, or one of them several times; each time they are paid for once."""
 
 from __future__ import annotations
 
+import sys
 import weakref
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import count
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
-from torch.utils.data import Subset, TensorDataset
+from torch.utils.data import ConcatDataset, StackDataset, Subset, TensorDataset
 
 from lightning_fl.types import ClientId
 
@@ -16,21 +19,30 @@ from lightning_fl.types import ClientId
 class SharedExamples:
     """Counts how often the same example is in the data of the clients that this process knows.
 
-    Two examples are the same if they are the same place in memory: the same row of a tensor, or the same index of the
-    same data set. Copies are not found. Nothing that it knows leaves the process.
+    Two examples are the same if they are the same place in memory: the same row of a tensor, the same index of the same
+    data set, or the same object in a list. Subsets, concatenated and stacked data sets are looked through. What one
+    client holds several times counts as often. Copies are not found. Nothing that it knows leaves the process.
     """
 
     def __init__(self) -> None:
         self._memories: dict[int, _Memory] = {}
         self._num_in_use = 100
+        self._lists = _Lists()
         self.largest = 1
         """The most copies of an example so far."""
 
     def add(self, client: ClientId, dataset: Any) -> None:
         """Adds the data of a client, unless it is known already."""
-        source, rows, base = _places(dataset)
-        if type(source).__weakrefoffset__ == 0:
-            return  # such as a list: nothing would tell when its place in memory is given to another
+        found: dict[int, list[_Part]] = {}
+        for part in _parts(dataset, np.arange(len(dataset), dtype=np.int64)):
+            found.setdefault(part.base, []).append(part)
+        # All that lies in one memory at once, because there a client counts once only.
+        for base, parts in found.items():
+            add = self._lists.add(client, parts) if base == _LISTS else self._add(client, base, parts)
+            self.largest = max(self.largest, add)
+
+    def _add(self, client: ClientId, base: int, parts: Sequence[_Part]) -> int:
+        """Adds a client's examples in one memory; returns the largest count of one."""
         memory = self._memories.get(base)
         # What is freed gives its place in memory to others.
         if memory is None or not memory.sources:
@@ -38,10 +50,11 @@ class SharedExamples:
             if len(self._memories) > 2 * self._num_in_use:
                 self._memories = {place: own for place, own in self._memories.items() if own.sources or own is memory}
                 self._num_in_use = len(self._memories)
-        memory.sources[id(source)] = source
-        if client not in memory.clients:
-            memory.clients.add(client)
-            self.largest = max(self.largest, memory.places.add(rows))
+        memory.sources.update((id(part.source), part.source) for part in parts)
+        if client in memory.clients:
+            return 0
+        memory.clients.add(client)
+        return memory.places.add(np.concatenate([part.rows for part in parts]))
 
 
 @dataclass
@@ -76,20 +89,97 @@ class _Counts:
         return int(totals.max())
 
 
-def _places(dataset: Any) -> tuple[Any, np.ndarray, int]:
-    """The object that holds a data set's examples, a number for the place of each, and one for the memory of all."""
-    rows = np.arange(len(dataset), dtype=np.int64)
-    while True:
-        if isinstance(dataset, Subset):
-            rows, dataset = np.asarray(dataset.indices, dtype=np.int64)[rows], dataset.dataset
-        elif hasattr(dataset, "examples_of"):
-            dataset = dataset.examples_of
-        else:
-            break
-    if isinstance(dataset, TensorDataset) and _row_bytes(dataset.tensors[0]):
+class _Lists:
+    """How often an object is in the lists of clients.
+
+    Nothing tells when a list is freed and the places of its objects are given to others. So it is kept, until nobody
+    else has it.
+    """
+
+    def __init__(self) -> None:
+        self._lists: dict[int, Sequence[Any]] = {}
+        self._numbers: dict[int, int] = {}
+        self._next = count()
+        self._clients: dict[ClientId, tuple[set[int], np.ndarray]] = {}
+        self._places = _Counts()
+
+    def add(self, client: ClientId, parts: Sequence[_Part]) -> int:
+        """Adds the examples that a client has in lists; returns the largest count of one."""
+        self._forget()
+        if client in self._clients:
+            return 0
+        for part in parts:
+            if id(part.source) not in self._lists:
+                self._lists[id(part.source)], self._numbers[id(part.source)] = part.source, next(self._next)
+        places = [self._place(part.source, row) for part in parts for row in part.rows.tolist()]
+        self._clients[client] = {id(part.source) for part in parts}, np.array(places, dtype=np.int64)
+        return self._places.add(self._clients[client][1])
+
+    def _forget(self) -> None:
+        """Leaves out what only this object has still got."""
+        free = {key for key in self._lists if sys.getrefcount(self._lists[key]) <= _REFERENCES}
+        gone = [client for client, (keys, _) in self._clients.items() if keys <= free] if free else []
+        if not gone:
+            return
+        for client in gone:
+            del self._clients[client]
+        kept = set().union(*(keys for keys, _ in self._clients.values()))
+        self._lists = {key: own for key, own in self._lists.items() if key in kept}
+        self._numbers = {key: self._numbers[key] for key in kept}
+        self._places = _Counts()
+        for _, places in self._clients.values():
+            self._places.add(places)
+
+    def _place(self, source: Sequence[Any], row: int) -> int:
+        example = source[row]
+        first = example[0] if isinstance(example, tuple | list) and example else example
+        if isinstance(first, Tensor) and first.numel():
+            return first.data_ptr()
+        if not isinstance(example, _VALUES):
+            return id(example)
+        # Python has one object for all equal small numbers and many words, in whichever list they are.
+        return -(self._numbers[id(source)] << 32) - row - 1
+
+
+class _Part(NamedTuple):
+    """Examples in one memory: the object that holds them, a number for the place of each, and one for the memory."""
+
+    source: Any
+    rows: np.ndarray
+    base: int
+
+
+_LISTS = -1
+"""The number of the memory of all lists."""
+_VALUES = (int, float, complex, str, bytes, type(None))
+_ALONE = [object()]
+_REFERENCES = sys.getrefcount(_ALONE[0])
+"""References to what only a container has."""
+
+
+def _parts(dataset: Any, rows: np.ndarray) -> Iterator[_Part]:
+    """Where some examples of a data set are."""
+    rows = np.where(rows < 0, rows + len(dataset), rows)
+    if isinstance(dataset, Subset):
+        yield from _parts(dataset.dataset, np.asarray(dataset.indices, dtype=np.int64)[rows])
+    elif hasattr(dataset, "examples_of"):
+        yield from _parts(dataset.examples_of, rows)
+    elif isinstance(dataset, ConcatDataset):
+        ends = np.asarray(dataset.cumulative_sizes)
+        places = np.searchsorted(ends, rows, side="right")
+        for place in np.unique(places):
+            own = dataset.datasets[place]
+            yield from _parts(own, rows[places == place] - ends[place] + len(own))
+    elif isinstance(dataset, StackDataset):
+        columns = dataset.datasets
+        yield from _parts(columns[0] if isinstance(columns, tuple) else next(iter(columns.values())), rows)
+    elif isinstance(dataset, TensorDataset) and _row_bytes(dataset.tensors[0]):
         first = dataset.tensors[0]
-        return first, first.data_ptr() + rows * _row_bytes(first), first.untyped_storage().data_ptr()
-    return dataset, rows, id(dataset)
+        yield _Part(first, first.data_ptr() + rows * _row_bytes(first), first.untyped_storage().data_ptr())
+    elif isinstance(dataset, list | tuple):
+        yield _Part(dataset, rows, _LISTS)
+    elif type(dataset).__weakrefoffset__:  # without, nothing would tell when its place is given to another
+        yield _Part(dataset, rows, id(dataset))
 
 
 def _row_bytes(tensor: Tensor) -> int:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import time
 import warnings
+import weakref
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, StackDataset, Subset, TensorDataset
 
 import lightning_fl as fl
 from lightning_fl.privacy import Gaussian, Ledger, Poisson
@@ -60,6 +61,78 @@ def test_places_in_memory() -> None:
     twice.add("a", Subset(views, [0, 1, 1]))
     twice.add("b", [1, 2, 3])
     assert twice.largest == 2
+
+
+class Indexed(Dataset):
+    """A data set that knows nothing of memory."""
+
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.full((3,), float(index))
+
+
+ITEMS = [(torch.zeros(3), place) for place in range(20)]
+WORDS = [{"text": f"{place} words"} for place in range(20)]
+ROWS = torch.zeros(20, 3)
+
+
+@pytest.mark.parametrize(
+    "own", [Indexed(), TensorDataset(ROWS), ITEMS, WORDS, list(ROWS)], ids=["object", "tensor", "list", "dicts", "rows"]
+)
+@pytest.mark.parametrize(
+    ("times", "clients"),
+    [
+        (4, lambda own: [ConcatDataset([own] * 4)]),
+        (2, lambda own: [own, ConcatDataset([TensorDataset(torch.ones(5, 3)), own])]),
+        (3, lambda own: [Subset(ConcatDataset([own, own]), [0, 20, 25, 25]), Subset(own, range(5))]),
+        (2, lambda own: [Subset(own, [-1]), Subset(own, [19])]),
+        (2, lambda own: [StackDataset(own, list(range(20))), StackDataset(text=own)]),
+        (2, lambda own: [own, own]),
+        (1, lambda own: [Subset(own, range(10)), Subset(ConcatDataset([own, own]), [10, 31])]),
+        (1, lambda own: [Subset(own, range(10)), ConcatDataset([Subset(own, range(10, 20)), [1, 2, 2]])]),
+    ],
+)
+def test_what_holds_data_sets_is_looked_through(own: Any, times: int, clients: Any) -> None:
+    shared = SharedExamples()
+    # Kept, as clients keep their data.
+    held = clients(own)
+    for _ in range(2):
+        for client, data in enumerate(held):
+            shared.add(client, data)
+    assert shared.largest == times
+
+
+def test_a_part_of_a_list_is_of_the_same_objects() -> None:
+    shared = SharedExamples()
+    parts = ITEMS[:12], ITEMS[8:]
+    for client, part in enumerate(parts):
+        shared.add(client, part)
+    assert shared.largest == 2
+    # Equal numbers are one object in Python, but not one example.
+    numbers = SharedExamples()
+    lists = [list(range(10)), list(range(10)), [1, 1, 1]]
+    for client, part in enumerate(lists):
+        numbers.add(client, part)
+    assert numbers.largest == 1
+
+
+def test_lists_that_nobody_else_has_are_freed() -> None:
+    class Example:
+        pass
+
+    shared, kept = SharedExamples(), [Example()]
+    shared.add("kept", kept)
+    seen = []
+    for client in range(20):
+        data = [Example() for _ in range(5)]
+        seen.append(weakref.ref(data[0]))
+        shared.add(client, data)
+    assert shared.largest == 1
+    assert sum(own() is not None for own in seen) <= 2
+    shared.add("again", kept)
+    assert shared.largest == 2
 
 
 def test_a_view_that_is_made_anew_is_counted_once() -> None:

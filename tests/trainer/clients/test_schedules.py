@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,9 +83,10 @@ def test_known_answers(name: str, engine: str) -> None:
     assert trace(schedule, durations, len(expected), engine=engine)[0] == pytest.approx(expected, abs=1e-9)
 
 
-def test_two_ranks_give_the_same(run_ranks: Any) -> None:
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_ranks_give_the_same(run_ranks: Any, world_size: int) -> None:
     for schedule, durations, expected in ANSWERS.values():
-        outcomes = run_ranks(2, trace, schedule, durations, len(expected))
+        outcomes = run_ranks(world_size, trace, schedule, durations, len(expected))
         for found, _ in outcomes:
             assert found == pytest.approx(expected, abs=1e-9)
         assert outcomes[0][0] == outcomes[1][0]
@@ -262,6 +264,25 @@ def test_a_resumed_run_needs_the_versions_that_are_in_flight(tmp_path: Path) -> 
         version["server"]["params"] = {name: checkpoint["state_dict"][name] for name in version["server"]["params"]}
     torch.save(checkpoint, path)
     assert not torch.equal(fit_images(**options, module=Plain(), rounds=5, ckpt_path=path)[1], expected)
+
+
+def run_of_rank(folder: Path, done: int | None) -> Tensor:
+    saving = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
+    path = None if done is None else folder / f"epoch={done}.ckpt"
+    more = {"callbacks": [saving], "enable_checkpointing": True} if done is None else {}
+    options = {"durations": HEAVY, **STRATEGIES["fedbuff"]}
+    with warnings.catch_warnings():  # the filters of this module are not those of the ranks
+        warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`")
+        return fit_images(**options, module=Plain(), rounds=5, ckpt_path=path, trainer=more)[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_resume_bit_for_bit(run_ranks: Any, tmp_path: Path, world_size: int) -> None:
+    whole = run_ranks(world_size, run_of_rank, tmp_path, None)
+    for done in range(4):
+        for found, expected in zip(run_ranks(world_size, run_of_rank, tmp_path, done), whole, strict=True):
+            assert torch.equal(found, expected), done
 
 
 def outcome(name: str, dtype: torch.dtype) -> tuple[Tensor, dict[str, float]]:
