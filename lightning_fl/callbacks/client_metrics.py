@@ -180,8 +180,13 @@ def _summary(name: str, values: Sequence[float]) -> dict[str, float]:
     }
 
 
-_ARROW_TYPES = {frozenset({kind}): alias for kind, alias in ((bool, "bool"), (int, "int64"), (str, "string"))}
-_ARROW_TYPES |= {frozenset({float}): "double", frozenset({int, float}): "double"}
+_ARROW_TYPES: dict[frozenset[type], str] = {
+    frozenset({bool}): "bool",
+    frozenset({int}): "int64",
+    frozenset({float}): "double",
+    frozenset({int, float}): "double",
+    frozenset({str}): "string",
+}
 """By the types of a column's values its type in the table."""
 
 

@@ -515,7 +515,7 @@ class FederatedStrategy(internals.ReusableStrategy):
         if self.network is not None and trainer.state.fn == TrainerFn.FITTING:
             common = {**settings_of_training(trainer), **columns}
             tensors = FederatedTensors(self.lightning_module, self.personal, may_be_spread=self.federation.is_spread)
-            protections = protections_of(self, trainer.callbacks)
+            protections = protections_of(self, trainer.callbacks)  # type: ignore[attr-defined]
             own = settings_of_silo(self)
             secure, is_asynchronous = secure_of(self), self.schedule is not None
             self.network.join(tensors, own, common, versions(), protections, secure, self.weighting, is_asynchronous)
