@@ -5,10 +5,11 @@
 
 One line a workload and engine, as a Markdown table: milliseconds of a round beside those of the plain loop on the same
 GPU, of the first round, the share of a round's time in which a kernel ran, the peak of the GPU's memory, and how many
-steps were replays of CUDA graphs. `captured` is `auto` with `capture_steps=True`, an empty line where that can't train
-a workload. It fails if the final weights differ from the plain loop's by more than 1e-5; those of W2 and CIFAR, where a
-rounding grows within a round, are compared in float64. ``--device cpu --rounds 2 --per-round 4`` tries the script where
-no GPU is; ``--workloads W1 W3`` measures some.
+steps were replays of CUDA graphs. `captured` is the vectorized engine with `capture_steps=True`, an empty line where it
+can't train a workload; `pfl` are the rounds of pfl-research, where it is installed (`pip install pfl`). It fails if the
+final weights differ from the plain loop's by more than 1e-5; those of W2 and CIFAR, where a rounding grows within a
+round, are compared in float64. ``--workloads W1 W3`` measures some, and
+``--device cpu --rounds 2 --per-round 4`` tries the script where no GPU is.
 """
 
 from __future__ import annotations
@@ -17,14 +18,16 @@ import argparse
 import os
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from pfl_rounds import pfl_round_ms
 from simulation import TOLERANCE, make_parser, run
 from torch.profiler import ProfilerActivity, profile
-from workloads import WORKLOADS, prepare_process
+from workloads import WORKLOADS, make_data, prepare_process
 
 ENGINES = ("auto", "captured", "sequential")
 COLUMNS = (
@@ -77,6 +80,19 @@ def measure(workload: str, engine: str, options: argparse.Namespace) -> dict[str
     return {"replayed_steps": "", **result, "engine": engine, "busy": f"{busy.share:.0%}"}
 
 
+def measure_pfl(workload: str, options: argparse.Namespace) -> dict[str, Any] | None:
+    """The figures of pfl-research, in one process."""
+    work = WORKLOADS[workload]
+    work = replace(work, rounds=options.rounds or work.rounds, per_round=options.per_round or work.per_round)
+    inputs, labels = make_data(work)
+    milliseconds = pfl_round_ms(work, (inputs.to(options.device), labels.to(options.device)))
+    return None if milliseconds is None else {"workload": workload, "engine": "pfl", "round_ms": milliseconds}
+
+
+def show(result: dict[str, Any]) -> None:
+    print("|", " | ".join(str(result.get(column, "")) for column in COLUMNS), "|", flush=True)
+
+
 def main() -> None:
     parser = make_parser()
     parser.description = __doc__
@@ -100,9 +116,11 @@ def main() -> None:
                     raise
                 result = {"workload": workload, "engine": engine}
             if is_first:
-                print("|", " | ".join(str(result.get(column, "")) for column in COLUMNS), "|", flush=True)
+                show(result)
                 if not result.get("largest_difference", 0.0) <= TOLERANCE:
                     differing.append(f"{workload} ({engine})")
+        if is_first and (result := measure_pfl(workload, options)) is not None:
+            show(result)
     if differing:
         sys.exit(f"The final weights differ from the plain loop's by more than {TOLERANCE}: {', '.join(differing)}.")
 

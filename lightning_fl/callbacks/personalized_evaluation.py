@@ -33,7 +33,8 @@ class PersonalizedEvaluation(L.Callback):
 
     These models are trained without the algorithm, schedules, callbacks and logging, with a fresh optimizer at the
     learning rates of the last round's start. Federated training is not affected. Each client is evaluated on its home
-    rank, also if it has not taken part yet.
+    rank, also if it has not taken part yet. ``limit_train_batches``, ``limit_val_batches`` and ``fast_dev_run`` apply
+    to each of these passes; ``limit_val_batches=0`` turns off the validation of the global model alone.
 
     Args:
         val: For each client the loader of its validation data, or a function that makes it. None: those of the
@@ -176,7 +177,7 @@ class PersonalizedEvaluation(L.Callback):
         randomness.seed_loader(loader, seed, len(view.history), client, "evaluation loader")
         try:
             with view.trainer.optimizers.borrowed_optimizer() as optimizer:
-                train_out_of_loop(trainer, loader, optimizer, num_epochs)
+                train_out_of_loop(trainer, loader, optimizer, num_epochs, _pass_length(view, client))
         finally:
             randomness.exit()
 
@@ -223,5 +224,11 @@ def _num_passes(view: RoundView, client: ClientId) -> int:
     work = view.max_work
     if work.steps is None:
         return len(view.history) * work.epochs
-    num_batches = count_batches(view.population.loaders[client]) or 1
+    num_batches = _pass_length(view, client) or 1
     return max(1, round(len(view.history) * work.steps * work.accumulate / num_batches))
+
+
+def _pass_length(view: RoundView, client: ClientId) -> int | None:
+    """The most batches of one pass over a client's data, as in training; None if there is no bound."""
+    work, num_batches = view.max_work, count_batches(view.population.loaders[client])
+    return work.max_pass_length if num_batches is None else work.pass_length(num_batches)

@@ -18,6 +18,7 @@ from lightning_fl.engines.buffers import contributions, where_both_finite
 from lightning_fl.engines.gradient_at import BatchGradient
 from lightning_fl.engines.isolation import Isolation
 from lightning_fl.engines.optimizer_states import OptimizerStates, Schedule, ScheduleEnd
+from lightning_fl.engines.parameter_marks import ParameterMarks
 from lightning_fl.engines.spread import is_spread, local, locals_of
 from lightning_fl.engines.tensors import FederatedTensors, clones, is_same, load
 from lightning_fl.engines.within_silo import WithinSilo
@@ -149,6 +150,7 @@ class LocalTrainer(ABC):
         self.moved: set[str] = set()
         """Frozen parameters that local training has written to in the current round."""
         self._round_start: RoundStart | None = None
+        self._marks: ParameterMarks | None = None
         self.start_buffers: Tree = {}
         """The shared buffers with which the next group starts."""
 
@@ -190,6 +192,7 @@ class LocalTrainer(ABC):
         self.is_alone, self.is_shared, self.is_private = is_alone, is_shared, is_private
         self.moved = set()
         self.isolation.begin_round()
+        self._marks = None
         self._round_start = RoundStart(tensors, clones(tensors.buffers), clones(tensors.personal), counts_known)
         self.start_buffers = self._round_start.buffers
         self.optimizers.begin_round(schedules)
@@ -362,6 +365,8 @@ class LocalTrainer(ABC):
         """
         if also_alone or not self.is_alone:
             self.tensors.still.put_back()
+            if self._marks is not None:
+                self.isolation.changed |= self._marks.put_back()
 
     def seed(self, seed: int) -> None:
         """Seeds the random generators that the module holds, once a client has been started."""
@@ -374,6 +379,8 @@ class LocalTrainer(ABC):
         if self.is_shared:
             schedulers = (schedule.scheduler for schedule in self.optimizers.schedules)
             self.isolation.start_client(self.tensors.all.values(), [*self.optimizers.optimizers, *schedulers])
+        if self._marks is None:
+            self._marks = ParameterMarks(self.module.named_parameters(), looks_at_hooks=not self.within.is_spread)
         self.put_back()
 
     def _personal_of(self, client_state: Mapping[str, Tree]) -> Tree:

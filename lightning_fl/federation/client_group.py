@@ -20,6 +20,30 @@ from lightning_fl.types import ClientId, Context, GradientAt, LocalRun, Phase, S
 Transform = Callable[[Tree, Tree, Context], Tree]
 
 
+class GroupTransform:
+    """The transform of the gradients of the clients that train in a step.
+
+    Args:
+        group: Selects these clients, from step to step.
+        run: Maps gradients, parameters and contexts to gradients; all are stacked, unless the group is a client alone.
+        reads_more: Whether it looks at more than these.
+    """
+
+    def __init__(self, group: ClientGroup, run: Transform, reads_more: bool) -> None:
+        self._group = group
+        self._run = run
+        self._reads_more = reads_more
+
+    def __call__(self, grads: Tree, params: Tree) -> Tree:
+        # Read when it is called, because `select` replaces it from step to step.
+        return self._run(grads, params, self._group.selected)
+
+    @property
+    def context(self) -> Context | None:
+        """What it reads beside gradients and parameters; None if that is not all."""
+        return None if self._reads_more else self._group.selected
+
+
 @dataclass(frozen=True)
 class GroupUpdate:
     """What a client group contributes to a round.
@@ -118,6 +142,12 @@ class ClientGroup:
             self._mask = tuple(mask)
             self._selected = pytree.tree_map(lambda x, dim: x if dim is None else x[index], self._stacked, self._dims)
 
+    @property
+    def selected(self) -> Context:
+        """The contexts of the clients that train in the next step, stacked."""
+        selected: Context = self._selected
+        return selected
+
     def grad_transform(self, phase: Phase, gradient_at: GradientAt | None = None) -> GradTransform | None:
         """The transform of the gradients in a phase; None if they stay as they are.
 
@@ -135,8 +165,8 @@ class ClientGroup:
         several = len(self.clients) > 1
         run = vmap(transform, in_dims=(0, 0, self._dims)) if several else transform
         fits = _with_zeros if self.algorithm.adds_to_gradients else _with_gradients
-        # The lambda reads `_selected` when it is called, because `select` replaces it from step to step.
-        return lambda grads, params: run(*fits(grads, params), self._selected)
+        reads_more = self.algorithm.needs_gradient_at
+        return GroupTransform(self, lambda grads, params, ctx: run(*fits(grads, params), ctx), reads_more)
 
     def finish(self, result: LocalResult, runs: Sequence[LocalRun]) -> GroupUpdate:
         """Calls the algorithm's ``client_finish`` for each client.

@@ -628,7 +628,7 @@ class FederatedStrategy(internals.ReusableStrategy):
         self.active_driver.personal, self.active_driver.sticky = self.personal, self._clients_keep_state
         self._resume()
         # It hooks into the user's optimizers, and the hooks must not outlive a start that fails.
-        optimizers = OptimizerStates(self.optimizers)
+        optimizers = OptimizerStates(self.optimizers, getattr(self.precision_plugin, "scaler", None))
         try:
             self.active_driver.num_bytes_before, self._bytes_of_frozen = self._bytes_of_frozen, 0
             self.active_driver.start(*select_engine(self, trainer, optimizers))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import lightning as L
@@ -13,9 +14,11 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 from torchmetrics import Metric, MetricCollection
 
+from lightning_fl.data.client_loaders import count_batches
 from lightning_fl.engines.isolation import DATA_AND_HANDLES
 from lightning_fl.engines.module_state import Snapshot, capture
 from lightning_fl.strategies import internals
@@ -64,7 +67,9 @@ def out_of_loop(trainer: L.Trainer, training: bool) -> Iterator[ResultCollection
         state.restore()
 
 
-def train_out_of_loop(trainer: L.Trainer, loader: Iterable[Any], optimizer: Optimizer, num_epochs: int) -> None:
+def train_out_of_loop(
+    trainer: L.Trainer, loader: Iterable[Any], optimizer: Optimizer, num_epochs: int, pass_length: int | None = None
+) -> None:
     """Trains the module on a loader as a plain Trainer would, without callbacks, schedules and logging.
 
     Args:
@@ -72,12 +77,13 @@ def train_out_of_loop(trainer: L.Trainer, loader: Iterable[Any], optimizer: Opti
         loader: One client's data.
         optimizer: The module's optimizer.
         num_epochs: Passes over the data.
+        pass_length: The most batches of a pass. None: all.
     """
     module, window = trainer.lightning_module, trainer.accumulate_grad_batches
     with out_of_loop(trainer, training=True):
         for _ in range(num_epochs):
             optimizer.zero_grad(set_to_none=True)
-            batches = iter(loader)
+            batches = islice(loader, pass_length)
             batch, index = next(batches, None), 0
             while batch is not None:
                 # Read one ahead, because the last batch ends its accumulation window early and an iterator has no
@@ -100,8 +106,13 @@ def train_out_of_loop(trainer: L.Trainer, loader: Iterable[Any], optimizer: Opti
 def validate_out_of_loop(trainer: L.Trainer, loader: Iterable[Any]) -> tuple[dict[str, float], int]:
     """Runs the module's ``validation_step`` on a loader, in evaluation mode and without callbacks.
 
+    The Trainer's ``limit_val_batches`` applies, except for 0, which turns off the validation of the Trainer alone.
+
     Returns:
         The logged values by name, and the number of examples.
+
+    Raises:
+        MisconfigurationException: If the limit is a share that leaves no batch, or of an unknown length.
     """
     module, num_examples = trainer.lightning_module, 0
     # By submodule: a user may keep single layers, such as a frozen BatchNorm, in evaluation mode during training.
@@ -112,7 +123,7 @@ def validate_out_of_loop(trainer: L.Trainer, loader: Iterable[Any]) -> tuple[dic
             for metric in (part for part in module.modules() if isinstance(part, Metric)):
                 metric.reset()
             internals.hook_out_of_loop(trainer, "on_validation_epoch_start")
-            for index, fetched in enumerate(loader):
+            for index, fetched in enumerate(islice(loader, _num_val_batches(trainer, loader))):
                 _, batch = internals.step_out_of_loop(trainer, "validation_step", fetched, index)
                 num_examples += batch_size(results, batch)[0]
             internals.hook_out_of_loop(trainer, "on_validation_epoch_end")
@@ -120,3 +131,22 @@ def validate_out_of_loop(trainer: L.Trainer, loader: Iterable[Any]) -> tuple[dic
     finally:
         for part, was_training in modes:
             part.training = was_training
+
+
+def _num_val_batches(trainer: L.Trainer, loader: Iterable[Any]) -> int | None:
+    """The most batches of a validation; None: all."""
+    limit = trainer.limit_val_batches
+    if isinstance(limit, int):
+        return limit or None
+    if limit in (0.0, 1.0):
+        return None
+    # Rounded down, as Lightning does.
+    num_batches = count_batches(loader)
+    found = int((num_batches or 0) * limit)
+    if not found:
+        known = "an unknown number of" if num_batches is None else num_batches
+        raise MisconfigurationException(
+            f"limit_val_batches={limit} leaves none of {known} batches. Give a count such as limit_val_batches=1, or a "
+            "larger share."
+        )
+    return found

@@ -45,9 +45,9 @@ class Validated(Plain):
         self.log("worst", max(self.outputs))
 
 
-def validated(module: L.LightningModule, client: int) -> dict[str, float]:
+def validated(module: L.LightningModule, client: int, **options: Any) -> dict[str, float]:
     data = DataLoader(images(VAL_SIZES[client], 10 + client), batch_size=4)
-    return trainer("auto").validate(module, data, verbose=False)[0]
+    return trainer("auto", **options).validate(module, data, verbose=False)[0]
 
 
 def plain_fit(module: L.LightningModule, client: int, epochs: int, **options: Any) -> L.LightningModule:
@@ -76,6 +76,32 @@ def test_the_three_models_are_what_they_are_called() -> None:
     assert evaluation.num_examples == dict(enumerate(VAL_SIZES))
     total = sum(n * evaluation.metrics[client]["local"]["worst"] for client, n in enumerate(VAL_SIZES))
     assert evaluation.means()["local/worst"] == pytest.approx(total / sum(VAL_SIZES))
+
+
+@pytest.mark.parametrize(
+    "limits", [{"limit_train_batches": 0.5, "limit_val_batches": 0.7}, {"fast_dev_run": 2}, {"overfit_batches": 1}]
+)
+@pytest.mark.filterwarnings("ignore:Trainer.tune", "ignore:You requested to overfit")
+def test_the_trainers_limits_apply(limits: dict[str, Any]) -> None:
+    evaluation, module = PersonalizedEvaluation(finetune_epochs=1), Validated()
+    trainer("fedavg", 1, callbacks=[evaluation], **limits).fit(module, clients())
+    shares, sizes = limits.get("limit_val_batches"), [2, 3, 3]
+    passes = [1, 1, 3] if shares else [2, 2, 6]
+    counts = [int(size * shares) if shares else min(size, *limits.values()) for size in sizes]
+    for client, count in enumerate(counts):
+        own = validated(module, client, limit_val_batches=count)
+        assert evaluation.metrics[client]["global"] == pytest.approx(own, rel=1e-6)
+        length = passes[client] if shares else min(passes[client], *limits.values())
+        local = plain_fit(Validated(), client, 1, limit_train_batches=length)
+        own = validated(local, client, limit_val_batches=count)
+        assert evaluation.metrics[client]["local"] == pytest.approx(own, rel=1e-6)
+        assert evaluation.num_examples[client] == min(4 * count, VAL_SIZES[client])
+
+
+def test_a_share_that_leaves_nothing_to_validate_is_refused() -> None:
+    run = trainer("fedavg", callbacks=[PersonalizedEvaluation()], limit_val_batches=0.4)
+    with pytest.raises(MisconfigurationException, match=r"limit_val_batches=0\.4 leaves none of 2 batches"):
+        run.fit(Validated(), clients())
 
 
 def test_personal_tensors_are_put_in_place_and_not_trained_further() -> None:

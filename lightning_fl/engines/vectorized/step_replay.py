@@ -78,9 +78,9 @@ class CapturedStep:
 class StepReplays:
     """Captures the steps of an engine's client groups, and replays them.
 
-    Forward and backward pass are captured. So are clipping and the optimizer's step where every step does the same
-    operations: SGD whose momentum has begun, or another optimizer with ``capturable=True``, as long as its options stay
-    what they are and the algorithm leaves the gradients alone; elsewhere these run by themselves. Whatever can't be
+    Forward and backward pass are captured. So are the algorithm's correction of the gradients, clipping and the
+    optimizer's step where every step does the same operations: SGD whose momentum has begun, or another optimizer with
+    ``capturable=True``, as long as its options stay what they are; elsewhere these run by themselves. Whatever can't be
     captured is trained as if there were no replays, and a line of level DEBUG says why.
 
     Args:
@@ -99,6 +99,7 @@ class StepReplays:
         self._seen: Counter[Any] = Counter()
         self._version: Any = None
         self._options_change = False
+        self._last_context: tuple[Any, Any] = (None, None)
         self._pool: Any = None
 
     def step(self, batch: StackedBatch, position: BatchPosition) -> Tensor | None:
@@ -133,8 +134,10 @@ class StepReplays:
         if version != self._version:
             self._captured, self._version = {}, version
         optimizer = self._optimizer
-        steps = not self._options_change and self.engine.grad_transform is None and _repeats_itself(optimizer)
-        key = signature(batch.content), len(batch.mask), *self.engine.stacked_params, steps
+        is_known = self.engine.grad_transform is None or self._context is not None
+        steps = is_known and not self._options_change and _repeats_itself(optimizer)
+        of_context = self._context_signature() if steps else None
+        key = signature(batch.content), len(batch.mask), *self.engine.stacked_params, steps, of_context
         step = self._captured.get(key)
         if step is not None and steps and step.options != options_of(optimizer):
             log.debug("Options of the optimizer change, so that its steps are not replayed.")
@@ -232,8 +235,21 @@ class StepReplays:
     def _tensors(self, content: Any, steps: bool) -> list[Tensor]:
         """What a step reads and writes; first come those that it changes in place."""
         states = _states(self._optimizer) if steps else []
-        leaves = [leaf for leaf in pytree.tree_leaves(content) if isinstance(leaf, Tensor)]
+        read = (content, self._context) if steps else content
+        leaves = [leaf for leaf in pytree.tree_leaves(read) if isinstance(leaf, Tensor)]
         return [*self.engine.stacked_params.values(), *states, *self.engine.stacked_buffers.values(), *leaves]
+
+    @property
+    def _context(self) -> Any:
+        """What the algorithm's correction of gradients reads beside them; None if it is unknown or there is none."""
+        return getattr(self.engine.grad_transform, "context", None)
+
+    def _context_signature(self) -> Any:
+        context = self._context
+        # Found once for each selection of clients: it takes long, and the context is the same object until the next.
+        if context is not self._last_context[0]:
+            self._last_context = context, signature(context)
+        return self._last_context[1]
 
     def _changed(self, steps: bool) -> int:
         return len(self.engine.stacked_params) + len(_states(self._optimizer)) if steps else 0
@@ -255,7 +271,7 @@ class StepReplays:
 
     def close(self) -> None:
         """Lets go of all that has been captured."""
-        self._captured = {}
+        self._captured, self._last_context = {}, (None, None)
 
 
 def _states(optimizer: Optimizer) -> list[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from lightning_fl.engines.vectorized.grouping_memory import GroupingMemory
 GIB = 2**30
 
 
-def grouping(features: int = 511, **settings: int) -> Grouping:
+def grouping(features: int = 511, **settings: Any) -> Grouping:
     """For a model of ``features + 1`` MiB in steps of 2 KiB."""
     module = nn.Linear(features, 512)
     return Grouping(
@@ -83,7 +84,9 @@ def test_a_group_that_does_not_fit_is_halved(on_gpu: SimpleNamespace) -> None:
 
 def test_large_clients_of_unequal_work_train_side_by_side_on_a_gpu_only(request: pytest.FixtureRequest) -> None:
     # The clients of NIID-Bench's Fashion-MNIST: batches of 64 in 10 epochs.
-    works = {client: (64,) * (10 * size // 64) for client, size in enumerate((3032, 4500, 5200, 5900, 6400, 10231))}
+    works: dict[int | str, Any] = {
+        client: (64,) * (10 * size // 64) for client, size in enumerate((3032, 4500, 5200, 5900, 6400, 10231))
+    }
     assert len(grouping(2047).split(works)) == 6
     request.getfixturevalue("on_gpu")
     assert len(grouping(2047).split(works)) == 1

@@ -23,7 +23,7 @@ class Net(nn.Module):
 
     def loss(self, x: Tensor) -> Tensor:
         if self.packs:
-            x = pack_padded_sequence(x, torch.tensor([TIME, TIME, TIME, 2]))  # type: ignore[assignment]
+            x = pack_padded_sequence(x, torch.tensor([TIME, TIME, TIME, 2]))
         output, last = self.layer(x)
         last = last if isinstance(last, tuple) else (last,)
         return sum((own**2).mean() * (index + 1) for index, own in enumerate((output, *last)))  # type: ignore[return-value]

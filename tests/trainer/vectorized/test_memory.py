@@ -20,7 +20,7 @@ class Hungry(Plain):
     first_round = 0
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        stacked = unwrap(self.net[1].weight)
+        stacked = unwrap(next(self.net.parameters()))
         if stacked is not None and len(stacked[0]) > 2 and self.current_epoch >= self.first_round:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
         return super().training_step(batch, batch_idx)
@@ -34,7 +34,7 @@ class Groups(fl.callbacks.FederatedCallback):
     def __init__(self) -> None:
         self.sizes: list[int] = []
 
-    def on_group_end(self, trainer: Any, pl_module: Any, clients: Any) -> None:
+    def on_group_end(self, trainer: Any, module: Any, clients: Any) -> None:  # type: ignore[override]
         self.sizes.append(len(clients))
 
 

@@ -54,6 +54,8 @@ def both(make: Callable[[], L.LightningModule], **options: Any) -> Fit:
 class Logging(Plain):
     """Has buffers, and logs a mean and a torchmetric."""
 
+    num_seen: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.BatchNorm2d(1, dtype=torch.float64)
@@ -107,7 +109,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "Adam": (optimizer(torch.optim.Adam), {}),
     "an ordinary module": (Ordinary, {}),
     "fedprox": (Plain, {"algorithm": fl.algorithms.FedProx(1.0)}),
-    "scaffold": (Plain, {"algorithm": "scaffold"}),
+    "scaffold": (Plain, {"algorithm": "scaffold", "sizes": (32, 32, 32, 24), "rounds": 3}),
     "perfedavg": (Plain, {"algorithm": fl.algorithms.PerFedAvg(0.1)}),
     "clipping by value": (Plain, {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}),
     "a recurrent layer": (Recurrent, {}),
@@ -121,6 +123,19 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
 def test_replays_change_nothing(name: str) -> None:
     make, options = CASES[name]
     assert both(make, **options).num_replays > 5
+
+
+@pytest.mark.parametrize(("name", "with_step"), [("scaffold", True), ("perfedavg", False), ("Adam", False)])
+@pytest.mark.slow
+def test_the_optimizers_step_is_captured_where_it_repeats_itself(
+    name: str, with_step: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    make, options = CASES[name]
+    with caplog.at_level(logging.DEBUG, LOG):
+        Fit(make, True, **options)
+    captured = [record.message for record in caplog.records if record.message.startswith("Captured")]
+    assert captured
+    assert all((", with their" in message) == with_step for message in captured)
 
 
 # ---- what can't be replayed
