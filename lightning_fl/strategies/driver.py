@@ -767,6 +767,7 @@ class RoundDriver:
         self.warnings.words(trainer, words(self.history[-1]))
         trainer.should_stop |= result.closing.stop_reason is not None
         self.call_hook("on_aggregate_end", result.aggregate)
+        self.check_released("in on_aggregate_end")
         # Only now that the round is closed is there a global model to save or to average.
         internals.resume_by_step(opened.paused)
         # A client alone trains as in a plain Trainer, where the callback has averaged at each step.
@@ -829,7 +830,11 @@ class RoundDriver:
 
     def settle(self) -> None:
         """Called after the hooks of the round's last batch: brings what they changed to all ranks."""
-        self.check_released("in on_aggregate_end or on_train_batch_end, after the last batch")
+        # The hook also runs after all other batches, where it may be a part of training that is clipped and noised,
+        # such as a teacher that follows.
+        if not self.settings.protects_examples:
+            self.warnings.put_back_after_round(self.plan.round, self.released.put_back())
+        self.check_released("in on_train_batch_end, after the last batch")
         # Lightning calls this also for a resumed loop that has nothing left to train; a collective may follow a round
         # only.
         is_new, self._is_unsettled = self._is_unsettled, False

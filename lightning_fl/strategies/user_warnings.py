@@ -126,6 +126,15 @@ class UserWarnings:
                 "over clients is logged with self.log, or a torchmetric."
             )
 
+    def put_back_after_round(self, round: int, names: Sequence[str]) -> None:
+        """Warns, once, of what a hook has written to the global model after the round's last batch."""
+        if names and self._is_new("put back after the round"):
+            rank_zero_warn(
+                f"on_train_batch_end has changed {some(names)} after the last batch of round {round}, when the module "
+                "held the global model. It was put back, because nothing clips such a change or adds noise to it. What "
+                "the hook does after all other batches is part of the clients' updates."
+            )
+
     def not_consulted(self, round: int, judge: str, metric: str) -> None:
         """Informs that a callback or a schedule is not consulted in a round that has not measured what it monitors."""
         if self._is_new(("not consulted", round, judge)):
