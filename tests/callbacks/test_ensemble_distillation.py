@@ -104,7 +104,8 @@ def distilled() -> Tensor:
     return weights(distil(Squared(), rounds=2))
 
 
-@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_distil_what_one_does(run_ranks: Any, world_size: int) -> None:
     expected = distilled()
     for found in run_ranks(world_size, distilled):
