@@ -148,6 +148,8 @@ class LocalTrainer(ABC):
         self.is_shared = True
         self.moved: set[str] = set()
         """Frozen parameters that local training has written to in the current round."""
+        self._is_compared = False
+        """Whether all frozen parameters have been compared since a client of the round has trained."""
         self._round_start: RoundStart | None = None
         self.start_buffers: Tree = {}
         """The shared buffers with which the next group starts."""
@@ -186,9 +188,10 @@ class LocalTrainer(ABC):
         # Sorted anew in each round, because callbacks freeze and unfreeze layers between rounds.
         if self.within.is_spread:
             self.within.free_gathered(self.module)
-        tensors = FederatedTensors(self.module, self.personal, moving, self.within.is_spread, moves)
+        before = None if self._round_start is None else self.tensors
+        tensors = FederatedTensors(self.module, self.personal, moving, self.within.is_spread, moves, before)
         self.is_alone, self.is_shared, self.is_private = is_alone, is_shared, is_private
-        self.moved = set()
+        self.moved, self._is_compared = set(), False
         self.isolation.begin_round()
         self._round_start = RoundStart(tensors, clones(tensors.buffers), clones(tensors.personal), counts_known)
         self.start_buffers = self._round_start.buffers
@@ -363,6 +366,12 @@ class LocalTrainer(ABC):
         if also_alone or not self.is_alone:
             self.tensors.still.put_back()
 
+    def all_moved(self) -> list[str]:
+        """The frozen parameters that the round's clients have written to, after a comparison of each as a whole."""
+        if not self.is_alone:
+            self.moved.update(self.tensors.still.put_back())
+        return sorted(self.moved)
+
     def seed(self, seed: int) -> None:
         """Seeds the random generators that the module holds, once a client has been started."""
         self.isolation.seed(seed)
@@ -374,7 +383,8 @@ class LocalTrainer(ABC):
         if self.is_shared:
             schedulers = (schedule.scheduler for schedule in self.optimizers.schedules)
             self.isolation.start_client(self.tensors.all.values(), [*self.optimizers.optimizers, *schedulers])
-        self.put_back()
+        if not self.is_alone:
+            self.tensors.still.put_back(whole=False, suspects=self.moved)
 
     def _personal_of(self, client_state: Mapping[str, Tree]) -> Tree:
         """The client's personal tensors; what its state lacks, as a tensor unfrozen since then, has its start value."""
@@ -425,6 +435,14 @@ class LocalTrainer(ABC):
         """The device of the module's parameters."""
         return next(self.module.parameters()).device
 
+    @property
+    def _compares(self) -> bool:
+        """Whether to compare all frozen parameters as a whole after a client, which takes long for large ones.
+
+        What writes to them does so for each client as a rule, so that the round's first client shows it.
+        """
+        return self.is_private or not self._is_compared
+
     def _note_moved(self) -> None:
         """Notes which frozen parameters the client has written to, and puts back those that are not averaged."""
         tensors, start = self.tensors, self.start_buffers
@@ -435,7 +453,8 @@ class LocalTrainer(ABC):
         }
         if self.is_alone and not self.is_private:
             return
-        found = tensors.still.put_back()
+        found = tensors.still.put_back(self._compares, self.moved)
+        self._is_compared = True
         self.moved.update(found)
         lost = tensors.still.lost()
         if self.is_private and (found or lost):
