@@ -218,11 +218,15 @@ class WatchedTensors:
         for name in sorted(tensors, key=lambda name: num_bytes([tensors[name]])):
             max_bytes -= num_bytes([tensors[name]])
             if max_bytes >= 0:
-                now, copy = tensors[name].detach(), known.pop(name, None)
+                now, copy = tensors[name].detach(), known.get(name)
                 # Compared as a whole: it may have been given another value between the rounds.
                 is_known = copy is not None and copy.device == now.device and is_same(now, copy)
                 self._copies[name] = copy if copy is not None and is_known else now.clone()
-        self._marks = {name: self._mark(name) for name in tensors}
+        self._marks = {
+            name: self._mark(name)
+            for name, tensor in tensors.items()
+            if name not in self._copies or num_bytes([tensor]) > QUICK
+        }
 
     def put_back(self, whole: bool = True, suspects: Collection[str] = ()) -> list[str]:
         """Restores the tensors that have a copy; returns the names of those that had changed.
@@ -233,12 +237,12 @@ class WatchedTensors:
         """
         compared = [
             name
-            for name, copy in self._copies.items()
-            if whole or name in suspects or num_bytes([copy]) <= QUICK or self._has_other_mark(name)
+            for name in self._copies
+            if whole or name in suspects or name not in self._marks or self._has_other_mark(name)
         ]
         changed = [name for name in compared if not is_same(self.tensors[name].detach(), self._copies[name])]
         load({name: self.tensors[name] for name in changed}, self._copies)
-        self._marks.update({name: self._mark(name) for name in compared})
+        self._marks.update({name: self._mark(name) for name in compared if name in self._marks})
         return changed
 
     def lost(self) -> list[str]:
@@ -254,7 +258,7 @@ class WatchedTensors:
         elements = tensor.detach().reshape(-1)
         # Compared as bytes, a NaN equals itself.
         sample = elements[:: max(1, len(elements) // 1000)].clone().view(torch.uint8)
-        return version_counter(tensor), tensor.data_ptr(), sample
+        return 0 if tensor.is_inference() else version_counter(tensor), tensor.data_ptr(), sample
 
 
 def is_same(now: Tensor, before: Tensor) -> bool:
