@@ -18,7 +18,15 @@ from pathlib import Path
 REPEATS = 5
 IMPORTS = ("pass", "import torch", "import lightning", "import lightning, lightning_fl")
 COMMANDS = ("--help", "--version", "recipes", "algorithms", "algorithms scaffold", "compare --help", "keys --help")
-COMMANDS += ("init --help", "partition --help", "analyze --help", "privacy --help", "export --help", "report --help")
+COMMANDS += (
+    "fit --help",
+    "init --help",
+    "partition --help",
+    "analyze --help",
+    "privacy --help",
+    "export --help",
+    "report --help",
+)
 
 CONFIG = ("--config", "first/config.yaml", "--data.path", "first/readings.csv")
 FIRST = (("init", "first"), ("partition", *CONFIG), ("fit", *CONFIG), ("report", "logs/sites"))

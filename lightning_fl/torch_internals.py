@@ -42,9 +42,25 @@ def version_counter(tensor: Tensor) -> int:
     return tensor._version
 
 
+_GRADIENT_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+
+
 def has_gradient_hooks(param: Tensor) -> bool:
     """Whether hooks would see the parameter's gradient; torch adds and removes such hooks, but does not list them."""
-    return any(getattr(param, name) for name in ("_backward_hooks", "_post_accumulate_grad_hooks"))
+    return any(getattr(param, name) for name in _GRADIENT_HOOKS)
+
+
+def gradient_hooks(param: Tensor) -> tuple[int, ...]:
+    """What identifies the hooks that would see the parameter's gradient."""
+    return tuple(key for name in _GRADIENT_HOOKS for key in getattr(param, name) or ())
+
+
+def keep_gradient_hooks(param: Tensor, hooks: tuple[int, ...]) -> None:
+    """Removes the hooks that are not among those that :func:`gradient_hooks` has identified."""
+    for name in _GRADIENT_HOOKS:
+        registered = getattr(param, name) or {}
+        for key in [key for key in registered if key not in hooks]:
+            del registered[key]
 
 
 def has_backward_hooks(module: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import lightning as L
 import numpy as np
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_fl.callbacks.federated import FederatedCallback
 from lightning_fl.callbacks.run_record import run_folder
@@ -43,11 +43,8 @@ class ClientMetrics(FederatedCallback):
     differential privacy or secure aggregation is to protect clients from those who see this run's files.
 
     Args:
-        folder: Where to write. None: the folder of the first logger.
+        folder: Where to write. None: the folder of the first logger; without a logger there is no table.
         names: The logged values to summarize under ``clients/``, besides loss and drift.
-
-    Raises:
-        MisconfigurationException: When training starts, if there is neither a logger nor a ``folder``.
 
     Example:
         >>> import lightning as L
@@ -76,7 +73,13 @@ class ClientMetrics(FederatedCallback):
             return
         view = strategy.view
         forbid_client_disclosure("ClientMetrics", view.settings)
-        self._path = run_folder(trainer, self.folder)
+        if trainer.loggers or self.folder is not None:
+            self._path = run_folder(trainer, self.folder)
+        else:
+            rank_zero_warn(
+                "ClientMetrics writes no table, because the Trainer has no logger whose folder it could use. Give the "
+                "callback one, such as ClientMetrics(folder='runs/first'), or leave it out."
+            )
         self._rank = strategy.federation.rank
         self._only_numbers = all(isinstance(client, int) for client in view.population.ids)
         if self._path is not None and trainer.is_global_zero:
@@ -177,8 +180,13 @@ def _summary(name: str, values: Sequence[float]) -> dict[str, float]:
     }
 
 
-_ARROW_TYPES = {frozenset({kind}): alias for kind, alias in ((bool, "bool"), (int, "int64"), (str, "string"))}
-_ARROW_TYPES |= {frozenset({float}): "double", frozenset({int, float}): "double"}
+_ARROW_TYPES: dict[frozenset[type], str] = {
+    frozenset({bool}): "bool",
+    frozenset({int}): "int64",
+    frozenset({float}): "double",
+    frozenset({int, float}): "double",
+    frozenset({str}): "string",
+}
 """By the types of a column's values its type in the table."""
 
 

@@ -86,7 +86,7 @@ class RunRecord(L.Callback):
         """Where this rank writes: the run's folder, that of its own silo, or nowhere."""
         self._start = 0.0
         self._last_step = 0
-        self._autologs = False
+        self._autologs = self._is_secret = False
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keeps Lightning from logging the hyper-parameters, which :meth:`on_train_start` logs with the settings."""
@@ -106,6 +106,7 @@ class RunRecord(L.Callback):
         settings = describe_settings(trainer)
         summary = None
         if isinstance(strategy, FederatedStrategy):
+            self._is_secret = strategy.view.settings.hides_clients
             population, federation = strategy.view.population, strategy.view.settings
             # Under weighting by examples silos learn each other's sizes in any case, unless secure aggregation hides
             # them.
@@ -129,7 +130,7 @@ class RunRecord(L.Callback):
         self._last_step = trainer.global_step
         if self._own is not None:
             write_file(self._own / RUN_FILE, to_json(self._facts) + "\n")
-            write_file(self._own / ROUNDS_FILE, "".join(to_json(row) + "\n" for row in self._rows))
+            self._write_rounds()
         loggers.log_settings(trainer, settings, own)
         if summary is not None:
             loggers.log_partition(trainer, summary)
@@ -170,13 +171,19 @@ class RunRecord(L.Callback):
             return
         last = found[-1]
         self._rows[-1]["metrics"] = {**self._rows[-1]["metrics"], **last.means()}
-        write_file(self._own / ROUNDS_FILE, "".join(to_json(row) + "\n" for row in self._rows))
+        self._write_rounds()
         rows = [
             {"client": client, "num_examples": last.num_examples[client], "model": model, "metrics": metrics}
             for client, models in last.metrics.items()
             for model, metrics in models.items()
         ]
         write_file(self._own / CLIENT_EVALUATIONS_FILE, "".join(to_json(row) + "\n" for row in rows))
+
+    def _write_rounds(self) -> None:
+        assert self._own is not None
+        # It has the exact counts of rounds whose clients noise hides.
+        text = "".join(to_json(row) + "\n" for row in self._rows)
+        write_file(self._own / ROUNDS_FILE, text, is_secret=self._is_secret)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Records the exception that ended the run."""
@@ -301,7 +308,8 @@ def describe_settings(trainer: L.Trainer) -> dict[str, str]:
             algorithm=repr(algorithm),
             clients=kind,
             num_clients=str(len(view.population)),
-            clients_per_round=str(len(view.cohort)),
+            # How many it was is secret where noise hides who takes part.
+            clients_per_round=f"{view.expected_cohort_size if view.settings.hides_clients else len(view.cohort):g}",
             ranks=str(strategy.federation.size),
             seed=str(view.settings.seed),
         )

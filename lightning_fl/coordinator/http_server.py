@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakSet
 
 from aiohttp import web
@@ -23,6 +23,7 @@ from lightning_fl.coordinator.meetings import Meetings
 from lightning_fl.coordinator.service import PROTOCOL, START, Coordinator, Refused
 from lightning_fl.coordinator.store import Upload
 
+T = TypeVar("T")
 HOLD_S = 20.0
 """How long a call is held that waits for something to happen."""
 IDLE_S = 30.0
@@ -146,8 +147,12 @@ class HttpServer:
     async def _in_thread(self, function: Callable[..., None], *args: Any) -> None:
         await asyncio.get_running_loop().run_in_executor(self._worker, function, *args)
 
-    def _may_hold(self, until: float) -> bool:
-        return time.monotonic() < until and not self._is_ending
+    async def _hold(self, ask: Callable[[], T | None]) -> T | None:
+        """Asks again and again until there is an answer, or the call has been held for long enough."""
+        until = time.monotonic() + HOLD_S
+        while (answer := ask()) is None and time.monotonic() < until and not self._is_ending:
+            await asyncio.sleep(TICK_S)
+        return answer
 
     def _can_not_write(self, error: OSError) -> None:
         log.error("The coordinator can't write: %s; it tries again.", error)
@@ -221,13 +226,8 @@ class HttpServer:
 
     async def _rounds(self, request: web.Request) -> web.StreamResponse:
         after = _integer(request.query.get("after", ""), minimum=-1)
-        until = time.monotonic() + HOLD_S
-        while self._may_hold(until):
-            opening = self.coordinator.next_round(request[SILO], after, time.monotonic())
-            if opening is not None:
-                return web.Response(body=opening.encode(), content_type="application/octet-stream")
-            await asyncio.sleep(TICK_S)
-        return web.Response(status=204)
+        opening = await self._hold(lambda: self.coordinator.next_round(request[SILO], after, time.monotonic()))
+        return _bytes(None if opening is None else opening.encode())
 
     async def _state(self, request: web.Request) -> web.StreamResponse:
         digest = request.match_info["digest"]
@@ -237,13 +237,8 @@ class HttpServer:
 
     async def _outcome(self, request: web.Request) -> web.StreamResponse:
         round, topic = _integer(request.match_info["round"]), request.match_info["topic"]
-        until = time.monotonic() + HOLD_S
-        while self._may_hold(until):
-            path = self.coordinator.outcome(round, topic, request[SILO])
-            if path is not None:
-                return await self._send(request, path)
-            await asyncio.sleep(TICK_S)
-        return web.Response(status=204)
+        path = await self._hold(lambda: self.coordinator.outcome(round, topic, request[SILO]))
+        return web.Response(status=204) if path is None else await self._send(request, path)
 
     async def _send(self, request: web.Request, path: Path) -> web.StreamResponse:
         """Sends a file, or what of it follows on what the silo has.
@@ -339,12 +334,12 @@ class HttpServer:
         silo, content = request[SILO], await _json(request)
         if content.get("protocol") != PROTOCOL:
             raise Refused(422, f"Silo {silo!r} speaks another protocol: install the same version of lightning_fl.")
-        until = time.monotonic() + HOLD_S
-        while True:
-            found = self.meetings.come(silo, content.get("token"), time.monotonic())
-            if found["meeting"] is not None or not self._may_hold(until):
-                return web.json_response(found)
-            await asyncio.sleep(TICK_S)
+
+        def come() -> dict[str, Any]:
+            return self.meetings.come(silo, content.get("token"), time.monotonic())
+
+        met = await self._hold(lambda: found if (found := come())["meeting"] is not None else None)
+        return web.json_response(met or come())
 
     async def _tell(self, request: web.Request) -> web.StreamResponse:
         place = request[SILO], request.match_info["meeting"], _integer(request.match_info["step"])
@@ -354,13 +349,7 @@ class HttpServer:
 
     async def _told(self, request: web.Request) -> web.StreamResponse:
         place = request[SILO], request.match_info["meeting"], _integer(request.match_info["step"])
-        until = time.monotonic() + HOLD_S
-        while self._may_hold(until):
-            outcome = self.meetings.get(*place)
-            if outcome is not None:
-                return web.Response(body=outcome, content_type="application/octet-stream")
-            await asyncio.sleep(TICK_S)
-        return web.Response(status=204)
+        return _bytes(await self._hold(lambda: self.meetings.get(*place)))
 
     async def _leave_meeting(self, request: web.Request) -> web.StreamResponse:
         content = await _json(request)
@@ -408,6 +397,12 @@ def _integer(text: str, minimum: int = 0) -> int:
     if int(text) < minimum:
         raise Refused(400, f"A number is less than {minimum}.")
     return int(text)
+
+
+def _bytes(content: bytes | None) -> web.Response:
+    """Bytes; none: the silo is to ask again."""
+    kind = "application/octet-stream"
+    return web.Response(status=204) if content is None else web.Response(body=content, content_type=kind)
 
 
 async def _json(request: web.Request) -> dict[str, Any]:

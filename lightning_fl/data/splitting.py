@@ -8,7 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, Subset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+)
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_fl.data.client_loaders import ClientLoaders
@@ -159,8 +167,13 @@ def partition_loader(
 
 
 def in_order(loader: Any) -> Any:
-    """An unshuffled ``DataLoader`` over the same data; a loader that is not shuffled is returned as it is."""
-    if not isinstance(loader, DataLoader) or not isinstance(loader.sampler, RandomSampler):
+    """A ``DataLoader`` over the same data that reads it in order, as Lightning's for ``overfit_batches``.
+
+    One that does so already, or has no sampler to replace, is returned as it is.
+    """
+    if not isinstance(loader, DataLoader) or isinstance(loader.sampler, SequentialSampler):
+        return loader
+    if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__len__"):
         return loader
     return _rebuild(loader, loader.dataset, None, {"shuffle": False})
 

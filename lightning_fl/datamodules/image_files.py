@@ -166,7 +166,8 @@ class ImageDataset(Dataset):
 
     def to(self, device: torch.device) -> ImageDataset:
         """The same images on another device, where they are still bytes."""
-        return ImageDataset(*(tensor.to(device) for tensor in self.tensors), transform=self.transform)
+        images, targets, mean, std = (tensor.to(device) for tensor in self.tensors)
+        return ImageDataset(images, targets, mean, std, self.transform)
 
     @property
     def row_spec(self) -> Any:

@@ -18,6 +18,7 @@ from lightning_fl.engines.buffers import contributions, where_both_finite
 from lightning_fl.engines.gradient_at import BatchGradient
 from lightning_fl.engines.isolation import Isolation
 from lightning_fl.engines.optimizer_states import OptimizerStates, Schedule, ScheduleEnd
+from lightning_fl.engines.parameter_marks import ParameterMarks
 from lightning_fl.engines.spread import is_spread, local, locals_of
 from lightning_fl.engines.tensors import FederatedTensors, clones, is_same, load
 from lightning_fl.engines.within_silo import WithinSilo
@@ -151,6 +152,7 @@ class LocalTrainer(ABC):
         self._is_compared = False
         """Whether all frozen parameters have been compared since a client of the round has trained."""
         self._round_start: RoundStart | None = None
+        self._marks: ParameterMarks | None = None
         self.start_buffers: Tree = {}
         """The shared buffers with which the next group starts."""
 
@@ -193,6 +195,7 @@ class LocalTrainer(ABC):
         self.is_alone, self.is_shared, self.is_private = is_alone, is_shared, is_private
         self.moved, self._is_compared = set(), False
         self.isolation.begin_round()
+        self._marks = None
         self._round_start = RoundStart(tensors, clones(tensors.buffers), clones(tensors.personal), counts_known)
         self.start_buffers = self._round_start.buffers
         self.optimizers.begin_round(schedules)
@@ -357,14 +360,17 @@ class LocalTrainer(ABC):
         self.put_back()
         self.optimizers.end_round(schedule_end)
 
-    def put_back(self, also_alone: bool = False) -> None:
+    def put_back(self, also_alone: bool = False, whole: bool = True) -> None:
         """Restores what training has changed in the module beside the tensors that :meth:`start` loads.
 
         Args:
             also_alone: Whether to restore it also where the federation has one client only, which may keep it.
+            whole: Whether each frozen parameter is compared as a whole.
         """
         if also_alone or not self.is_alone:
-            self.tensors.still.put_back()
+            self.tensors.still.put_back(whole, self.moved)
+            if self._marks is not None:
+                self.isolation.changed |= self._marks.put_back()
 
     def all_moved(self) -> list[str]:
         """The frozen parameters that the round's clients have written to, after a comparison of each as a whole."""
@@ -383,8 +389,9 @@ class LocalTrainer(ABC):
         if self.is_shared:
             schedulers = (schedule.scheduler for schedule in self.optimizers.schedules)
             self.isolation.start_client(self.tensors.all.values(), [*self.optimizers.optimizers, *schedulers])
-        if not self.is_alone:
-            self.tensors.still.put_back(whole=False, suspects=self.moved)
+        if self._marks is None:
+            self._marks = ParameterMarks(self.module.named_parameters(), looks_at_hooks=not self.within.is_spread)
+        self.put_back(whole=False)
 
     def _personal_of(self, client_state: Mapping[str, Tree]) -> Tree:
         """The client's personal tensors; what its state lacks, as a tensor unfrozen since then, has its start value."""

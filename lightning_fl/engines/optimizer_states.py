@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -29,12 +29,15 @@ class Schedule:
         scheduler: Any scheduler that steps without a metric.
         step: Steps it once.
         by_user: Whether the user's own code steps it, so that its steps must be read from ``last_epoch``.
+        by_state: Whether it can't be stepped again by a number of steps, because the user's code steps it with a metric
+            or it does not count, so that its state is taken over instead.
         num_steps: Steps taken in the local training of the current client.
     """
 
     scheduler: Any
     step: Callable[[], Any]
     by_user: bool = False
+    by_state: bool = False
     num_steps: int = 0
 
     def take_step(self) -> None:
@@ -51,11 +54,15 @@ class ScheduleEnd:
         num_steps: Steps of each schedule.
         options: Each optimizer's options (learning rate, momentum, ...), one mapping per parameter group.
         num_optimizer_steps: Steps of the optimizers; the next round continues from the client with the most.
+        scaler: The state of the gradient scaler; empty if there is none, or if it is not told.
+        states: The state of each schedule that is ``by_state``, by its number.
     """
 
     num_steps: list[int]
     options: list[list[dict[str, Any]]]
     num_optimizer_steps: int
+    scaler: dict[str, Any] = field(default_factory=dict)
+    states: dict[int, dict[str, Any]] = field(default_factory=dict)
 
 
 class FedNovaNormalizer:
@@ -93,9 +100,13 @@ class OptimizerStates:
 
     Args:
         optimizers: The user's optimizers. Clients start with the states that they have now.
+        scaler: What scales the gradients, such as a ``torch.amp.GradScaler``: it is restarted as schedules are.
     """
 
-    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
+    def __init__(self, optimizers: Sequence[Optimizer], scaler: Any = None) -> None:
+        self._scaler = scaler
+        self.scaler_at_start: dict[str, Any] = {}
+        """The state of the gradient scaler at the round's start; empty if there is none."""
         self.schedules: list[Schedule] = []
         self.num_steps = 0
         self.lr_sums: list[list[float]] = []
@@ -150,6 +161,7 @@ class OptimizerStates:
         """Saves the options and schedules from which every client of the round starts."""
         self.schedules = list(schedules)
         self._options = [options_of(optimizer) for optimizer in self.optimizers]
+        self.scaler_at_start = self._scaler_state()
         self._first_epochs = [getattr(schedule.scheduler, "last_epoch", 0) for schedule in self.schedules]
         # `state_dict` holds the scheduler's own containers, which its steps may change.
         self._schedule_states = [copy.deepcopy(schedule.scheduler.state_dict()) for schedule in self.schedules]
@@ -250,7 +262,7 @@ class OptimizerStates:
     def schedule_end(self) -> ScheduleEnd:
         """The progress of the schedules in the current client's local training."""
         steps = [
-            schedule.scheduler.last_epoch - first if schedule.by_user else schedule.num_steps
+            schedule.scheduler.last_epoch - first if schedule.by_user and not schedule.by_state else schedule.num_steps
             for schedule, first in zip(self.schedules, self._first_epochs, strict=True)
         ]
         # What steps change is left out: the rank that goes on from here may not have seen one.
@@ -258,7 +270,20 @@ class OptimizerStates:
             [{name: value for name, value in group.items() if name not in own} for group in options_of(optimizer)]
             for optimizer, own in zip(self.optimizers, self._own_options, strict=True)
         ]
-        return ScheduleEnd(steps, options, self.num_steps)
+        states = {
+            number: copy.deepcopy(schedule.scheduler.state_dict())
+            for number, schedule in enumerate(self.schedules)
+            if schedule.by_state
+        }
+        return ScheduleEnd(steps, options, self.num_steps, self._scaler_state(), states)
+
+    def _scaler_state(self) -> dict[str, Any]:
+        return {} if self._scaler is None else self._scaler.state_dict()
+
+    def _set_scaler(self, state: dict[str, Any]) -> None:
+        # A client of another rank may have had no scaler, and one that is not enabled has no state.
+        if self._scaler is not None and state:
+            self._scaler.load_state_dict(state)
 
     def end_round(self, end: ScheduleEnd | None) -> None:
         """Sets schedules and options for the next round.
@@ -274,11 +299,14 @@ class OptimizerStates:
                 for schedule, num_steps in zip(self.schedules, end.num_steps, strict=True):
                     for _ in range(num_steps):
                         schedule.step()
+            for number, state in end.states.items():
+                self.schedules[number].scheduler.load_state_dict(copy.deepcopy(state))
             for optimizer, options in zip(self.optimizers, end.options, strict=True):
                 for group, reached in zip(optimizer.param_groups, options, strict=True):
                     # The options as they were reached, because not only schedules change them: callbacks and the module
                     # may, too.
                     group.update({name: _like(value, group.get(name)) for name, value in reached.items()})
+            self._set_scaler(end.scaler)
         # A checkpoint at the round's end must not hold the state of whichever client this rank has trained last.
         for optimizer, fresh in zip(self.optimizers, self._fresh, strict=True):
             optimizer.state.clear()
@@ -317,7 +345,7 @@ class OptimizerStates:
             The optimizer. Afterwards its options and the schedules are restored.
         """
         (optimizer,) = self.optimizers
-        options = [options_of(optimizer) for optimizer in self.optimizers]
+        options, scaler = [options_of(optimizer) for optimizer in self.optimizers], self._scaler_state()
         states = [copy.deepcopy(schedule.scheduler.state_dict()) for schedule in self.schedules]
         try:
             self.restart(None)
@@ -326,9 +354,10 @@ class OptimizerStates:
             # `end_round` goes back to what these attributes hold, so they are those of the entry for the length of the
             # call.
             self._options, before = options, self._options
+            self.scaler_at_start, scaler = scaler, self.scaler_at_start
             self._schedule_states, first = states, self._schedule_states
             self.end_round(None)
-            self._options, self._schedule_states = before, first
+            self._options, self._schedule_states, self.scaler_at_start = before, first, scaler
 
     def lr_sum(self, params: Mapping[str, Tensor]) -> dict[str, float]:
         """For each parameter, the learning rates of the client's steps summed."""
@@ -388,6 +417,7 @@ class OptimizerStates:
             self._is_counting = True
 
     def _restore(self) -> None:
+        self._set_scaler(self.scaler_at_start)
         for optimizer, options in zip(self.optimizers, self._options, strict=True):
             for group, saved in zip(optimizer.param_groups, options, strict=True):
                 group.update({name: _copied(value) for name, value in saved.items()})

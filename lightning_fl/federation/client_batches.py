@@ -100,6 +100,8 @@ class ClientBatches:
             if phase:
                 next_phase()
             window, is_last_phase = work.accumulate, phase + 1 == len(self.works)
+            # Without a length the end of a pass is seen where the loader ends; cycled by steps, it is not.
+            ends_unseen = pass_length is None and work.steps is None
             for batch, index, place, ends_segment, ends_phase in batches:
                 # The index starts at 0 in each segment, so that no accumulation window straddles two passes.
                 yield (
@@ -109,7 +111,7 @@ class ClientBatches:
                         starts_window=index % window == 0,
                         ends_window=(index + 1) % window == 0 or ends_segment,
                         window=window,
-                        ends_pass=place.offset + 1 == pass_length,
+                        ends_pass=place.offset + 1 == pass_length or (ends_unseen and ends_segment),
                         ends_phase=ends_phase,
                         is_last=ends_phase and is_last_phase,
                         ends_epoch=ends_segment or place.offset + 1 == place.length,

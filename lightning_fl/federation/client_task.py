@@ -138,8 +138,8 @@ class ClientTask:
             ValueError: If it weights the client, and can't be told.
         """
         if self._sizes_are_known:
-            # Without a length, or with fewer steps than a pass has batches, no end of a pass is seen; the client is
-            # then weighted by what it has processed.
+            # By steps without a length, or with fewer steps than a pass has batches, no end of a pass is seen; the
+            # client is then weighted by what it has processed.
             return self._examples_seen if self._examples_of_pass is None else self._examples_of_pass
         likely = likely_examples(self.loader)
         if likely is None and self.group.settings.weighting == "examples":

@@ -147,11 +147,13 @@ class RankReport:
 
     def without_steps(self) -> RankReport:
         """The report without the number of optimizer steps, if no schedule has stepped and so nobody needs it."""
-        # The largest number of optimizer steps on a rank tells the size of its largest client.
         end = self.schedule_end
-        if end is None or any(end.num_steps):
+        if end is None:
             return self
-        return replace(self, schedule_end=replace(end, num_optimizer_steps=0))
+        # These tell whether gradients have overflowed, and how small a loss has become.
+        end = replace(end, scaler={}, states={})
+        # The largest number of optimizer steps on a rank tells the size of its largest client.
+        return replace(self, schedule_end=end if any(end.num_steps) else replace(end, num_optimizer_steps=0))
 
 
 SECRET_FIELDS = tuple(name.name for name in fields(RankReport) if name.metadata["is_secret"])

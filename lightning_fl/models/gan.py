@@ -45,7 +45,7 @@ class GAN(L.LightningModule):
     def draw(self, number: int, generator: torch.Generator | None = None) -> Tensor:
         """New examples, ``[number, features]``."""
         noise = torch.randn(number, self.latent, generator=generator)
-        drawn: Tensor = self.generator(noise.to(self.device, self.dtype))
+        drawn: Tensor = self.generator(noise.to(next(self.parameters())))
         return drawn
 
     def training_step(self, batch: Any, batch_idx: int) -> None:

@@ -174,7 +174,7 @@ class RoundDriver:
         self.num_batches_trained = 0
         """Batches, or stacked batches, that this rank has trained in the last round."""
         self.view = RoundView(self)
-        self.loader = RoundLoader(lambda: self.num_batches)
+        self.loader = RoundLoader(self._loader_length)
         self._session: Any = None
         self._found = GroupingMemory()
         self._last = last
@@ -428,6 +428,7 @@ class RoundDriver:
         # `on_train_epoch_start`; the number of batches of an optimizer step depends on it.
         self.plan_round()
         check_gradient_at(self.settings.algorithm, self.trainer)  # for the same reason
+        self._take_optimizers()
         loop.is_round_done = False
         if not averages_models(trainer):  # which may put the mean of the rounds' models in at the epoch's start
             self.check_released("at the epoch's start")
@@ -485,6 +486,21 @@ class RoundDriver:
         self.call_hook("on_round_start", index, self.cohort)
         return opened
 
+    @property
+    def _has_new_optimizers(self) -> bool:
+        assert self.local_trainer is not None
+        return [*map(id, self.local_trainer.optimizers.optimizers)] != [*map(id, self.trainer.optimizers)]
+
+    def _take_optimizers(self) -> None:
+        """Goes on with other optimizers, if a callback has replaced them since the last round."""
+        if not self._has_new_optimizers:
+            return
+        assert self.local_trainer is not None
+        self.settings.algorithm.check_optimizers(self.trainer.optimizers)
+        self.local_trainer.optimizers.take(self.trainer.optimizers)
+        for phase in range(len(self.settings.algorithm.phases())):
+            self.store.drop_entry(optimizer_entry(phase))  # they are those of other optimizers
+
     def _make_steps(self, loop: RoundEpochLoop, values: LoggedValues) -> BatchSteps:
         assert self.local_trainer is not None
         hook = batch_hook(self.trainer, self.strategy_type)
@@ -523,6 +539,11 @@ class RoundDriver:
         # rank has trained before.
         opened.steps.loop.set_global_step(opened.first_step)
         opened.steps.loop.position = OUTSIDE_CLIENTS
+        if self._has_new_optimizers:
+            raise MisconfigurationException(
+                f"The Trainer's optimizers were replaced inside round {self.plan.round}, so that clients would train "
+                "differently. Replace them between rounds, as in on_train_epoch_start."
+            )
         if len(group.clients) > 1:
             return self._start_group(opened, group)
         (client,) = group.clients
@@ -738,6 +759,7 @@ class RoundDriver:
         assert self.local_trainer is not None
         self.warnings.put_back(self.local_trainer.isolation.changed)
         self._take_grouping(joined_memory(self.grouping, result.report.grouping) if tells else found)
+        self.warnings.max_steps(trainer, [config for config, _ in self.schedules], result.report)
         self.history.append(history_entry(index, result, self.plan.dropped, self.plan.flush))
         if has_hooks(trainer, "on_train_batch_end"):  # which may look at the global model, and change it
             self.join_nodes()
@@ -745,6 +767,7 @@ class RoundDriver:
         self.warnings.words(trainer, words(self.history[-1]))
         trainer.should_stop |= result.closing.stop_reason is not None
         self.call_hook("on_aggregate_end", result.aggregate)
+        self.check_released("in on_aggregate_end")
         # Only now that the round is closed is there a global model to save or to average.
         internals.resume_by_step(opened.paused)
         # A client alone trains as in a plain Trainer, where the callback has averaged at each step.
@@ -807,7 +830,11 @@ class RoundDriver:
 
     def settle(self) -> None:
         """Called after the hooks of the round's last batch: brings what they changed to all ranks."""
-        self.check_released("in on_aggregate_end or on_train_batch_end, after the last batch")
+        # The hook also runs after all other batches, where it may be a part of training that is clipped and noised,
+        # such as a teacher that follows.
+        if not self.settings.protects_examples:
+            self.warnings.put_back_after_round(self.plan.round, self.released.put_back())
+        self.check_released("in on_train_batch_end, after the last batch")
         # Lightning calls this also for a resumed loop that has nothing left to train; a collective may follow a round
         # only.
         is_new, self._is_unsettled = self._is_unsettled, False
@@ -838,6 +865,8 @@ class RoundDriver:
                 os.unlink(path)
         for path, weights_only in {**outdated, **deferred}.items():
             self.trainer.save_checkpoint(path, weights_only)
+        if is_own:
+            internals.renew_named_last_checkpoints(self.trainer)
         internals.save_passed_steps(self.trainer, *self._last_steps)
 
     def may_consult(self, judge: Any, metric: str) -> bool:
@@ -936,6 +965,9 @@ class RoundDriver:
         held = checkpoint["state_dict"]
         held.update({name: value for name, value in start.items() if name in held})
         checkpoint["optimizer_states"] = trainer.optimizers.state_dicts_of_start()
+        precision = type(self.trainer.precision_plugin).__qualname__
+        if checkpoint.get(precision):
+            checkpoint[precision] = trainer.optimizers.scaler_at_start
         states = iter(trainer.optimizers.schedule_states_of_start)
         inside = {id(config): next(states) for config, _ in self.schedules}
         checkpoint["lr_schedulers"] = [
@@ -969,6 +1001,20 @@ class RoundDriver:
         total = sum(length for length in lengths if length is not None)
         # Lightning ends the whole fit if a rank has 0 batches, and the other ranks would wait for it.
         return max(1, total + (0 if opened is None else opened.num_batches_done))
+
+    def _loader_length(self) -> int | None:
+        """The length of the loader that Lightning gets, None if unknown.
+
+        Raises:
+            TypeError: If it is asked for before training starts, and clients have loaders without a length.
+        """
+        if self.has_started or internals.is_setting_up_data(self.trainer):
+            return self.num_batches
+        # The user's module asks, for a schedule by step, which goes on with the largest client.
+        largest = self.largest_num_batches()
+        if largest == float("inf"):
+            raise TypeError("The training loaders of some clients have no length, and so the largest is unknown.")
+        return int(largest)
 
     def set_length(self) -> None:
         """Sets the round's number of batches in Lightning's loops."""

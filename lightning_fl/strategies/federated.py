@@ -515,7 +515,7 @@ class FederatedStrategy(internals.ReusableStrategy):
         if self.network is not None and trainer.state.fn == TrainerFn.FITTING:
             common = {**settings_of_training(trainer), **columns}
             tensors = FederatedTensors(self.lightning_module, self.personal, may_be_spread=self.federation.is_spread)
-            protections = protections_of(self, trainer.callbacks)
+            protections = protections_of(self, trainer.callbacks)  # type: ignore[attr-defined]
             own = settings_of_silo(self)
             secure, is_asynchronous = secure_of(self), self.schedule is not None
             self.network.join(tensors, own, common, versions(), protections, secure, self.weighting, is_asynchronous)
@@ -628,7 +628,7 @@ class FederatedStrategy(internals.ReusableStrategy):
         self.active_driver.personal, self.active_driver.sticky = self.personal, self._clients_keep_state
         self._resume()
         # It hooks into the user's optimizers, and the hooks must not outlive a start that fails.
-        optimizers = OptimizerStates(self.optimizers)
+        optimizers = OptimizerStates(self.optimizers, getattr(self.precision_plugin, "scaler", None))
         try:
             self.active_driver.num_bytes_before, self._bytes_of_frozen = self._bytes_of_frozen, 0
             self.active_driver.start(*select_engine(self, trainer, optimizers))

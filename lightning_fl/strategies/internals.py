@@ -34,6 +34,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_fl.engines.optimizer_states import Schedule
 from lightning_fl.engines.vectorized.stacking import StackedBatch
@@ -47,12 +48,32 @@ def outdated_last_checkpoints(trainer: Trainer) -> dict[str, bool]:
     With ``monitor``, Lightning's last checkpoint is that of the last improvement: a run that goes on from it would
     train all rounds since then again. When a callback has saved last it says nowhere else.
     """
-    checkpoints = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
     return {
         callback.last_model_path: callback.save_weights_only
-        for callback in checkpoints
-        if callback.save_last and callback.last_model_path and callback._last_global_step_saved != trainer.global_step
+        for callback in _outdated(trainer)
+        if "{" not in callback.CHECKPOINT_NAME_LAST
     }
+
+
+def renew_named_last_checkpoints(trainer: Trainer) -> None:
+    """Writes the outdated last checkpoints whose names tell the round, in place of those of older rounds."""
+    for callback in _outdated(trainer):
+        if "{" in callback.CHECKPOINT_NAME_LAST:
+            callback._save_last_checkpoint(trainer, callback._monitor_candidates(trainer))
+
+
+def _outdated(trainer: Trainer) -> list[ModelCheckpoint]:
+    return [
+        callback
+        for callback in trainer.checkpoint_callbacks
+        if isinstance(callback, ModelCheckpoint)
+        and callback.save_last
+        and callback.last_model_path
+        and callback._last_global_step_saved != trainer.global_step
+        # By steps or by the clock it is written elsewhere, and between every so many rounds it may be old.
+        and callback._every_n_epochs >= 1
+        and (trainer.current_epoch + 1) % callback._every_n_epochs == 0
+    ]
 
 
 class ReusableStrategy(ParallelStrategy):
@@ -146,6 +167,11 @@ def set_round_length(trainer: Trainer, num_batches: int | None, fetch_limit: int
     length = fetch_limit if num_batches is None else num_batches
     fit_loop._combined_loader.limits = [length]
     fit_loop._data_fetcher.length = length
+
+
+def is_setting_up_data(trainer: Trainer) -> bool:
+    """Whether the fit loop itself is reading lengths, of the round and not of the largest client."""
+    return trainer.fit_loop.__dict__.get("is_read_by_loop", False)
 
 
 def has_train_loader(trainer: Trainer) -> bool:
@@ -307,7 +333,9 @@ def client_schedules(trainer: Trainer) -> list[tuple[LRSchedulerConfig, Schedule
             )
         if not config.reduce_on_plateau and (config.interval == "step" or not automatic):
             step = partial(call._call_lightning_module_hook, trainer, "lr_scheduler_step", config.scheduler, None)
-            schedules.append((config, Schedule(config.scheduler, step, by_user=not automatic)))
+            scheduler: Any = config.scheduler
+            by_state = isinstance(scheduler, ReduceLROnPlateau) or not hasattr(scheduler, "last_epoch")
+            schedules.append((config, Schedule(scheduler, step, not automatic, by_state and not automatic)))
     return schedules
 
 

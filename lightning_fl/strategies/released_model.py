@@ -55,8 +55,19 @@ class ReleasedModel:
         Raises:
             PrivacyError: If something has changed.
         """
+        # Put back too, for a checkpoint that a callback may save because of the error.
+        changed = self.put_back()
+        if changed:
+            raise PrivacyError(
+                f"A hook has changed {changed[0]} {when}, past the clipping and the noise, so it can reveal an example "
+                "exactly. The run stops, with the model put back. Under differential privacy only the server changes "
+                "the model between rounds: a hook may write to a copy, and to the model once fit has returned."
+            )
+
+    def put_back(self) -> list[str]:
+        """Puts back what has changed, except for what has taken another's place; returns the names of all of it."""
         if self._module is None or self._tensors is None:
-            return
+            return []
         still = self._tensors.still
         params = dict(self._module.named_parameters())
         changed = [name for name, param in self._frozen.items() if params.get(name) is not param]
@@ -66,16 +77,10 @@ class ReleasedModel:
             if known is not None and is_same(now, known):
                 continue
             changed.append(name)
-            # Put back too, for a checkpoint that a callback may save because of the error.
             if known is not None and known.shape == now.shape:
                 with torch.no_grad():
                     now.copy_(known)
-        if changed:
-            raise PrivacyError(
-                f"A hook has changed {changed[0]} {when}, past the clipping and the noise, so it can reveal an example "
-                "exactly. The run stops, with the model put back. Under differential privacy only the server changes "
-                "the model between rounds: a hook may write to a copy, and to the model once fit has returned."
-            )
+        return changed
 
     def _present(self) -> Iterator[tuple[str, Tensor]]:
         """Everything that is sent or saved, except for frozen parameters, as the module holds it now."""

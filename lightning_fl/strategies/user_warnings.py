@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import warnings
 from collections.abc import Collection, Mapping, Sequence
@@ -125,12 +126,47 @@ class UserWarnings:
                 "over clients is logged with self.log, or a torchmetric."
             )
 
+    def put_back_after_round(self, round: int, names: Sequence[str]) -> None:
+        """Warns, once, of what a hook has written to the global model after the round's last batch."""
+        if names and self._is_new("put back after the round"):
+            rank_zero_warn(
+                f"on_train_batch_end has changed {some(names)} after the last batch of round {round}, when the module "
+                "held the global model. It was put back, because nothing clips such a change or adds noise to it. What "
+                "the hook does after all other batches is part of the clients' updates."
+            )
+
     def not_consulted(self, round: int, judge: str, metric: str) -> None:
         """Informs that a callback or a schedule is not consulted in a round that has not measured what it monitors."""
         if self._is_new(("not consulted", round, judge)):
             rank_zero_info(
                 f"Round {round}: {judge} is not consulted, because no client took part and {metric!r} was not measured."
             )
+
+    def max_steps(self, trainer: L.Trainer, configs: Sequence[Any], report: RankReport) -> None:
+        """Warns of schedules by step that may have been made for ``max_steps``, which the steps of all clients use up.
+
+        Args:
+            trainer: The Trainer.
+            configs: Lightning's records of the schedules that step inside local training.
+            report: The reports of all ranks of a round, joined.
+        """
+        limit, end, last = trainer.max_steps, report.schedule_end, trainer.max_epochs
+        if limit < 1 or end is None or not any(end.num_steps) or report.num_steps <= end.num_optimizer_steps:
+            return
+        rounds = math.ceil(limit / report.num_steps)
+        if last is not None and 0 <= last < rounds:
+            return
+        for config, steps in zip(configs, end.num_steps, strict=True):
+            found = (getattr(config.scheduler, name, None) for name in ("total_steps", "T_max", "total_iters"))
+            total, reach = next((own for own in found if own is not None), limit), rounds * steps
+            if total > reach and self._is_new(("max_steps", type(config.scheduler))):
+                rank_zero_warn(
+                    f"max_steps={limit} counts the steps of all clients, {report.num_steps} in this round, so the run "
+                    f"ends after about {rounds} rounds. {type(config.scheduler).__name__} goes on with the largest "
+                    f"client only and will have taken about {reach} steps, fewer than the {total} that it may be made "
+                    "for. Give max_epochs in place of max_steps: trainer.estimated_stepping_batches then counts the "
+                    f"largest client's steps. Or make the schedule for {reach} steps."
+                )
 
     def untold_refusals(self, round: int, clients: Sequence[ClientId]) -> None:
         """Warns, on this rank only, of its updates that were refused."""

@@ -238,6 +238,12 @@ def check_trainer(trainer: L.Trainer) -> None:
         raise MisconfigurationException(
             "The tuner (lr_find, scale_batch_size) trains batch by batch and has no rounds. Tune with strategy='auto'."
         )
+    if getattr(trainer.strategy, "_layer_sync", None) is not None:
+        raise MisconfigurationException(
+            "Trainer(sync_batchnorm=True) would be ignored: a client's BatchNorm must not see the batches of other "
+            "clients, and the processes of a silo keep their own statistics, of which the first one's are sent. Leave "
+            "it out, or put a layer that needs no batch, such as GroupNorm, in its place."
+        )
     if not trainer.enable_validation:
         return  # some packages set an interval though there is nothing to validate
     val_check_interval = getattr(trainer, "val_check_interval", "a time")  # Lightning sets none if it is a time

@@ -39,11 +39,18 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, str | bool | int) else str(value)
 
 
-def write_file(path: Path, text: str) -> None:
-    """Writes a file atomically: a reader sees the old content or the new, never a part."""
+def write_file(path: Path, text: str, is_secret: bool = False) -> None:
+    """Writes a file atomically: a reader sees the old content or the new, never a part.
+
+    Args:
+        path: The file.
+        text: Its content.
+        is_secret: Whether only its owner may read it, also what is appended later.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder, because a rename is atomic only within a file system.
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.touch(mode=0o600 if is_secret else 0o666)
     unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(path)
 

@@ -163,3 +163,9 @@ def test_the_table_keeps_what_the_rows_say_and_needs_no_pandas() -> None:
     assert done.returncode == 0, done.stderr
     whole = {"client": None, "round": None, "loss": None, "refused": None, "note": None, "norm": None}
     assert ast.literal_eval(done.stdout) == [whole | row for row in rows]
+
+
+def test_without_a_logger_there_is_no_table_and_a_warning_says_so() -> None:
+    with pytest.warns(UserWarning, match="ClientMetrics writes no table, because the Trainer has no logger"):
+        trainer("fedavg", 1, callbacks=[ClientMetrics()]).fit(Plain(), image_clients((4, 8)))
+    assert not list(Path().rglob("clients.*"))

@@ -10,6 +10,7 @@ import lightning as L
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lightning_fl as fl
@@ -62,6 +63,38 @@ def test_label_counts_are_left_out_where_privacy_protects_the_data(protected: st
     assert partition is not None
     assert list(partition.sizes) == [1, 7, 23]
     assert (list(partition.labels) == [], list(partition.counts) == []) == (protected != "nobody",) * 2
+
+
+class Told(Logger):
+    """Keeps the hyper-parameters that it is given."""
+
+    name, version = "told", 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, Any] = {}
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        self.found.update(params)
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        pass
+
+
+@pytest.mark.parametrize("is_private", [True, False])
+def test_how_many_took_part_is_told_only_where_nothing_hides_it(is_private: bool) -> None:
+    transforms = [fl.privacy.ClientLevelDP(clip=0.1, noise_multiplier=1.0)] if is_private else []
+    # In no round 1.5 of 3 clients take part.
+    cohort: Any = {"cohort": fl.clients.Poisson(0.5)} if is_private else {"clients_per_round": 2}
+    told = Told()
+    strategy = fl.FederatedStrategy("fedavg", transforms=transforms, **cohort)
+    run = trainer(strategy, 1, logger=told, callbacks=[RunRecord("run")])
+    run.fit(Plain(), image_clients())
+    expected = "1.5" if is_private else "2"
+    assert Run.read(Path("run")).settings["clients_per_round"] == expected
+    assert told.found["fl/clients_per_round"] == float(expected)
+    rights = [Path("run", name).stat().st_mode & 0o777 for name in ("rounds.jsonl", "run.json")]
+    assert rights == [0o600, rights[1]] if is_private else rights[0] == rights[1] != 0o600
 
 
 def test_a_centralised_run_is_recorded_to_be_compared() -> None:

@@ -131,7 +131,7 @@ def test_the_number_of_steps_is_left_out_where_no_schedule_stepped() -> None:
     end = still.without_steps().schedule_end
     assert end is not None
     assert end.num_optimizer_steps == 0
-    assert FIRST.without_steps() is FIRST
+    assert FIRST.without_steps() == FIRST
     assert RankReport().without_steps() == RankReport()
 
 

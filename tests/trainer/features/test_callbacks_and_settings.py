@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -25,10 +26,11 @@ from lightning.pytorch.callbacks import (
 from torch import Tensor
 from torch.optim import SGD
 from torch.optim.lr_scheduler import ExponentialLR
+from torch.utils.data import DataLoader, SubsetRandomSampler
 
 import lightning_fl as fl
 from lightning_fl import FederatedStrategy
-from tests.helpers.training import Ordinary, Plain, image_clients, loader, trainer, weights
+from tests.helpers.training import Ordinary, Plain, image_clients, images, loader, trainer, weights
 
 Options = Callable[[], dict[str, Any]]
 
@@ -229,3 +231,20 @@ def test_time_that_is_up_on_one_rank_stops_all(run_ranks: Any) -> None:
         assert events == ["batch"] * 2 + ["validation"]
         assert rounds == 1
     assert torch.equal(first[2], second[2])
+
+
+def test_overfit_batches_reads_in_order_whatever_the_sampler() -> None:
+    class Seeing(Plain):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            seen.append(batch[0].sum().item())
+            return super().training_step(batch, batch_idx)
+
+    data, found = images(32), {}
+    for strategy in ("auto", "fedavg"):
+        seen: list[float] = []
+        own = DataLoader(data, 4, sampler=SubsetRandomSampler(range(32)))
+        clients = own if strategy == "auto" else fl.datamodules.ClientLoaders([own])
+        with pytest.warns(UserWarning, match="overfit") if strategy == "auto" else nullcontext():
+            trainer(strategy, 2, overfit_batches=2).fit(Seeing(), clients)
+        found[strategy] = seen
+    assert found["fedavg"] == found["auto"]

@@ -41,6 +41,11 @@ def test_tuners(name: str) -> None:
         TUNINGS[name](Tunable())
 
 
+def test_batchnorm_over_several_processes() -> None:
+    with pytest.raises(MisconfigurationException, match=r"sync_batchnorm=True\) would be ignored"):
+        trainer("fedavg", sync_batchnorm=True).fit(Plain(), image_clients())
+
+
 class PlateauByStep(Ordinary):
     def configure_optimizers(self) -> Any:
         optimizer = SGD(self.parameters(), lr=0.1)

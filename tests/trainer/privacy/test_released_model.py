@@ -38,7 +38,6 @@ def holds_the_example(module: Net) -> bool:
 @pytest.mark.parametrize(
     ("hook", "at", "names"),
     [
-        ("on_train_batch_end", 1, "on_train_batch_end, after the last batch of round 0"),
         ("on_aggregate_end", 0, "on_aggregate_end"),
         ("on_train_epoch_end", 0, "at the epoch's end of round 0"),
         ("on_train_epoch_start", 1, "at the epoch's start"),
@@ -53,6 +52,21 @@ def test_what_a_hook_writes_after_a_round_is_put_back_and_stops_the_run(
     with pytest.raises(PrivacyError, match=names) as error:
         fit(module, Writes(hook, at), privacy=privacy)
     assert "net.0.bias" in str(error.value)
+    assert not holds_the_example(module)
+
+
+def test_examples_are_kept_from_what_follows_the_last_batch() -> None:
+    module = Net()
+    with pytest.raises(PrivacyError, match=r"net.0.bias in on_train_batch_end, after the last batch of round 0"):
+        fit(module, Writes("on_train_batch_end", 1))
+    assert not holds_the_example(module)
+
+
+def test_clients_are_kept_from_what_follows_the_last_batch() -> None:
+    # A hook that belongs to training, such as that of a teacher, runs there too, so the run goes on.
+    module = Net()
+    with pytest.warns(UserWarning, match=r"changed 'net.0.bias' after the last batch of round 0.* It was put back"):
+        fit(module, Writes("on_train_batch_end", 1), privacy="client", rounds=1)
     assert not holds_the_example(module)
 
 

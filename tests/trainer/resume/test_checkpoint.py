@@ -206,6 +206,24 @@ def test_clients_do_not_start_with_the_moments_of_a_plain_checkpoint() -> None:
         assert seen.seen == expected
 
 
+def test_the_last_checkpoint_is_as_old_as_every_n_epochs_says() -> None:
+    saved = ModelCheckpoint("ckpt", filename="{epoch}", save_top_k=-1, save_last=True, every_n_epochs=2)
+    trainer("fedavg", 3, enable_checkpointing=True, callbacks=[saved]).fit(Plain(), image_clients((5, 7)))
+    assert torch.load("ckpt/last.ckpt", weights_only=True)["epoch"] == 1
+
+
+def test_a_last_checkpoint_whose_name_tells_the_round_holds_that_round() -> None:
+    class Named(ModelCheckpoint):
+        CHECKPOINT_NAME_LAST = "{epoch}-last"
+
+    saved = Named("ckpt", monitor="val_badness", filename="best", save_last=True)
+    run = trainer("fedavg", 3, enable_checkpointing=True, callbacks=[saved])
+    run.fit(WorseAndWorse(), image_clients((5, 7), validate=True))
+    assert [path.name for path in Path("ckpt").glob("*last*.ckpt")] == ["epoch=2-last.ckpt"]
+    assert torch.load("ckpt/epoch=2-last.ckpt", weights_only=True)["epoch"] == 2
+    assert torch.load("ckpt/best.ckpt", weights_only=True)["epoch"] == 0
+
+
 def test_another_algorithm_does_not_go_on() -> None:
     fit("scaffold", 1, **every_round())
     with pytest.raises(MisconfigurationException, match="written by Scaffold, whose state FedAvg can't continue from"):
