@@ -52,7 +52,9 @@ def has_gradient_hooks(param: Tensor) -> bool:
 
 def gradient_hooks(param: Tensor) -> tuple[int, ...]:
     """What identifies the hooks that would see the parameter's gradient."""
-    return tuple(key for name in _GRADIENT_HOOKS for key in getattr(param, name) or ())
+    # Without a loop over the names: it runs for each parameter of each client.
+    before, after = param._backward_hooks, param._post_accumulate_grad_hooks
+    return (*(before or ()), *(after or ())) if before or after else ()
 
 
 def keep_gradient_hooks(param: Tensor, hooks: tuple[int, ...]) -> None:

@@ -149,6 +149,8 @@ class LocalTrainer(ABC):
         self.is_shared = True
         self.moved: set[str] = set()
         """Frozen parameters that local training has written to in the current round."""
+        self._is_compared = False
+        """Whether all frozen parameters have been compared since a client of the round has trained."""
         self._round_start: RoundStart | None = None
         self._marks: ParameterMarks | None = None
         self.start_buffers: Tree = {}
@@ -188,9 +190,10 @@ class LocalTrainer(ABC):
         # Sorted anew in each round, because callbacks freeze and unfreeze layers between rounds.
         if self.within.is_spread:
             self.within.free_gathered(self.module)
-        tensors = FederatedTensors(self.module, self.personal, moving, self.within.is_spread, moves)
+        before = None if self._round_start is None else self.tensors
+        tensors = FederatedTensors(self.module, self.personal, moving, self.within.is_spread, moves, before)
         self.is_alone, self.is_shared, self.is_private = is_alone, is_shared, is_private
-        self.moved = set()
+        self.moved, self._is_compared = set(), False
         self.isolation.begin_round()
         self._marks = None
         self._round_start = RoundStart(tensors, clones(tensors.buffers), clones(tensors.personal), counts_known)
@@ -357,16 +360,23 @@ class LocalTrainer(ABC):
         self.put_back()
         self.optimizers.end_round(schedule_end)
 
-    def put_back(self, also_alone: bool = False) -> None:
+    def put_back(self, also_alone: bool = False, whole: bool = True) -> None:
         """Restores what training has changed in the module beside the tensors that :meth:`start` loads.
 
         Args:
             also_alone: Whether to restore it also where the federation has one client only, which may keep it.
+            whole: Whether each frozen parameter is compared as a whole.
         """
         if also_alone or not self.is_alone:
-            self.tensors.still.put_back()
+            self.tensors.still.put_back(whole, self.moved)
             if self._marks is not None:
                 self.isolation.changed |= self._marks.put_back()
+
+    def all_moved(self) -> list[str]:
+        """The frozen parameters that the round's clients have written to, after a comparison of each as a whole."""
+        if not self.is_alone:
+            self.moved.update(self.tensors.still.put_back())
+        return sorted(self.moved)
 
     def seed(self, seed: int) -> None:
         """Seeds the random generators that the module holds, once a client has been started."""
@@ -381,7 +391,7 @@ class LocalTrainer(ABC):
             self.isolation.start_client(self.tensors.all.values(), [*self.optimizers.optimizers, *schedulers])
         if self._marks is None:
             self._marks = ParameterMarks(self.module.named_parameters(), looks_at_hooks=not self.within.is_spread)
-        self.put_back()
+        self.put_back(whole=False)
 
     def _personal_of(self, client_state: Mapping[str, Tree]) -> Tree:
         """The client's personal tensors; what its state lacks, as a tensor unfrozen since then, has its start value."""
@@ -432,6 +442,14 @@ class LocalTrainer(ABC):
         """The device of the module's parameters."""
         return next(self.module.parameters()).device
 
+    @property
+    def _compares(self) -> bool:
+        """Whether to compare all frozen parameters as a whole after a client, which takes long for large ones.
+
+        What writes to them does so for each client as a rule, so that the round's first client shows it.
+        """
+        return self.is_private or not self._is_compared
+
     def _note_moved(self) -> None:
         """Notes which frozen parameters the client has written to, and puts back those that are not averaged."""
         tensors, start = self.tensors, self.start_buffers
@@ -442,7 +460,8 @@ class LocalTrainer(ABC):
         }
         if self.is_alone and not self.is_private:
             return
-        found = tensors.still.put_back()
+        found = tensors.still.put_back(self._compares, self.moved)
+        self._is_compared = True
         self.moved.update(found)
         lost = tensors.still.lost()
         if self.is_private and (found or lost):

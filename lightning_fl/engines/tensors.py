@@ -15,6 +15,8 @@ from lightning_fl.types import Tree
 
 SMALL = 2**28
 """Bytes of frozen tensors of which there may be copies, however small the trainable ones are."""
+QUICK = 2**16
+"""Bytes of a tensor that is compared as fast as its mark."""
 
 
 class FederatedTensors:
@@ -31,6 +33,7 @@ class FederatedTensors:
             teacher do.
         may_be_spread: Whether parameters may be spread over the processes of a silo.
         moves: Names frozen parameters that the server moves, from the names of all and the shared parameters.
+        before: Those of the last round, whose copies of frozen parameters are taken over where they still hold.
 
     Raises:
         ValueError: If a glob matches nothing, or nothing trainable is left to share.
@@ -43,6 +46,7 @@ class FederatedTensors:
         moving: Collection[str] | None = (),
         may_be_spread: bool = False,
         moves: Callable[[Sequence[str], Mapping[str, Tensor]], Sequence[str]] | None = None,
+        before: FederatedTensors | None = None,
     ) -> None:
         check_tensors(module, may_be_spread)
         # Buffers that are not persistent, such as caches and the states of metrics, belong to no model and never
@@ -77,7 +81,8 @@ class FederatedTensors:
         self.moving = {name: param for name, param in frozen.items() if name in found}
         trained_bytes = num_bytes(list(params.values()))
         still = {name: param for name, param in frozen.items() if name not in found}
-        self.still = WatchedTensors(still, max_bytes=max(2 * trained_bytes, SMALL))
+        known = None if before is None else before.still
+        self.still = WatchedTensors(still, max(2 * trained_bytes, SMALL), known)
         if not self.params:
             raise ValueError(
                 "No trainable parameter is left to share: each is frozen or personal. Unfreeze some, or narrow "
@@ -197,42 +202,63 @@ class WatchedTensors:
     """Tensors that training leaves as they are, as a rule; finds those that it has written to, and puts them back.
 
     Copies are made of the smallest ones first, as far as memory allows, since a large frozen model would otherwise take
-    its memory twice. Of the others a write is noticed: by the version counter, which misses writes through
-    ``tensor.data``, and by a sample of the elements.
+    its memory twice. Each tensor has a mark: its version counter, which misses writes through ``tensor.data``, its
+    place in memory, and a sample of its elements. For tensors without a copy the mark is all there is.
 
     Args:
         tensors: The tensors.
         max_bytes: The most memory of the copies.
+        before: An earlier watch, whose copies are taken over where they still hold.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], max_bytes: float) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], max_bytes: float, before: WatchedTensors | None = None) -> None:
         self.tensors = tensors = locals_of(tensors)
         self._copies: Tree = {}
-        self._marks: dict[str, tuple[int, Tensor]] = {}
+        known = {} if before is None else before._copies
         for name in sorted(tensors, key=lambda name: num_bytes([tensors[name]])):
             max_bytes -= num_bytes([tensors[name]])
             if max_bytes >= 0:
-                self._copies[name] = tensors[name].detach().clone()
-            else:
-                self._marks[name] = self._mark(name)
+                now, copy = tensors[name].detach(), known.get(name)
+                # Compared as a whole: it may have been given another value between the rounds.
+                is_known = copy is not None and copy.device == now.device and is_same(now, copy)
+                self._copies[name] = copy if copy is not None and is_known else now.clone()
+        self._marks = {
+            name: self._mark(name)
+            for name, tensor in tensors.items()
+            if name not in self._copies or num_bytes([tensor]) > QUICK
+        }
 
-    def put_back(self) -> list[str]:
-        """Restores the tensors that have a copy; returns the names of those that had changed."""
-        changed = [name for name, before in self._copies.items() if not is_same(self.tensors[name].detach(), before)]
+    def put_back(self, whole: bool = True, suspects: Collection[str] = ()) -> list[str]:
+        """Restores the tensors that have a copy; returns the names of those that had changed.
+
+        Args:
+            whole: Whether each is compared with its copy; else only those whose mark has changed, and small ones.
+            suspects: Names of those that are compared in any case.
+        """
+        compared = [
+            name
+            for name in self._copies
+            if whole or name in suspects or name not in self._marks or self._has_other_mark(name)
+        ]
+        changed = [name for name in compared if not is_same(self.tensors[name].detach(), self._copies[name])]
         load({name: self.tensors[name] for name in changed}, self._copies)
+        self._marks.update({name: self._mark(name) for name in compared if name in self._marks})
         return changed
 
     def lost(self) -> list[str]:
         """Names of tensors that have changed and have no copy."""
-        marks = ((name, self._mark(name), before) for name, before in self._marks.items())
-        return [name for name, now, before in marks if now[0] != before[0] or not torch.equal(now[1], before[1])]
+        return [name for name in self.tensors if name not in self._copies and self._has_other_mark(name)]
 
-    def _mark(self, name: str) -> tuple[int, Tensor]:
+    def _has_other_mark(self, name: str) -> bool:
+        (*place, sample), (*place_before, sample_before) = self._mark(name), self._marks[name]
+        return place != place_before or not torch.equal(sample, sample_before)
+
+    def _mark(self, name: str) -> tuple[int, int, Tensor]:
         tensor = self.tensors[name]
         elements = tensor.detach().reshape(-1)
         # Compared as bytes, a NaN equals itself.
         sample = elements[:: max(1, len(elements) // 1000)].clone().view(torch.uint8)
-        return version_counter(tensor), sample
+        return 0 if tensor.is_inference() else version_counter(tensor), tensor.data_ptr(), sample
 
 
 def is_same(now: Tensor, before: Tensor) -> bool:

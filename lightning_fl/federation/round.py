@@ -579,7 +579,7 @@ class Round:
             refused=[] if self.settings.hides_refusals else totals.refused,
             lost=totals.lost,
             client_seconds=totals.client_seconds,
-            moved=sorted(self.trainer.moved),
+            moved=self.trainer.all_moved(),
         )
 
     def merge(self, report: RankReport) -> list[RankReport]:

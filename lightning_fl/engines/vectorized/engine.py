@@ -350,7 +350,8 @@ class VectorizedEngine(SequentialEngine):
         if not self._stacked:
             return super().finish()
         tensors = self.tensors
-        moved = self.restore_frozen()
+        moved = self.restore_frozen(self._compares)
+        self._is_compared = True
         if moved:
             raise ValueError(
                 f"A step of {self.num_clients} clients has changed the frozen parameter {moved[0]!r}, which they share."
@@ -380,12 +381,16 @@ class VectorizedEngine(SequentialEngine):
         self.leave()
         return result
 
-    def restore_frozen(self) -> list[str]:
-        """Puts back the frozen parameters, which a group shares; returns the names of those that had changed."""
+    def restore_frozen(self, whole: bool = True) -> list[str]:
+        """Puts back the frozen parameters, which a group shares; returns the names of those that had changed.
+
+        Args:
+            whole: Whether each is compared as a whole.
+        """
         moving, start = self.tensors.moving, self.start_buffers
         moved = [name for name, param in moving.items() if not is_same(param.detach(), start[name])]
         load(moving, start)
-        return [*moved, *self.tensors.still.put_back(), *self.tensors.still.lost()]
+        return [*moved, *self.tensors.still.put_back(whole, self.moved), *self.tensors.still.lost()]
 
     def _facts(self, num_steps: int, params: Tree) -> ClientFacts:
         optimizers = self.optimizers

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import lightning_fl as fl
 from lightning_fl import FederatedStrategy
 from lightning_fl.datamodules import ClientLoaders
+from lightning_fl.engines.tensors import is_same
 from tests.helpers.training import Plain, image_clients, loader, trainer, weights
 from tests.trainer.features.test_callbacks_and_settings import assert_equals_plain
 
@@ -212,6 +213,50 @@ def test_a_large_frozen_parameter_that_moves_is_refused_by_name(monkeypatch: pyt
     alone = LargeBase()
     trainer("fedavg").fit(alone, ClientLoaders([loader(8)]))
     assert (alone.base == 2).all()
+
+
+class Base(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Parameter(torch.zeros(200_000), requires_grad=False)
+
+
+class SlyWrite(fl.callbacks.FederatedCallback):
+    """Writes to one element of a frozen tensor for one client; neither version counter nor sample shows it."""
+
+    def __init__(self, writer: int) -> None:
+        self.writer = writer
+        self.seen: list[float] = []
+
+    def on_client_start(self, trainer: Any, module: Any, client: Any) -> None:
+        self.seen.append(float(module.base[1]))
+        if client == self.writer:
+            module.base.data[1] = 1.0
+
+
+@pytest.mark.parametrize(("writer", "seen"), [(0, [0.0, 0.0, 0.0]), (1, [0.0, 0.0, 1.0]), (2, [0.0, 0.0, 0.0])])
+def test_no_write_to_a_frozen_parameter_is_missed(writer: int, seen: list[float]) -> None:
+    """The round's first client is looked at in full, the others at the round's end; then it is told and undone."""
+    module, callback = Base(), SlyWrite(writer)
+    with pytest.warns(UserWarning, match=r"Round 0: training has changed frozen parameters.*'base'"):
+        trainer(FederatedStrategy(engine="sequential"), callbacks=[callback]).fit(module, image_clients((4, 4, 4)))
+    assert callback.seen == seen
+    assert not module.base.any()
+
+
+def test_frozen_parameters_are_compared_and_copied_a_few_times_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, compared, copies = Base(), [], set()
+
+    def note(now: Tensor, before: Tensor) -> bool:
+        if now.shape == module.base.shape:
+            compared.append(before.data_ptr())
+            copies.add(before.data_ptr())
+        return is_same(now, before)
+
+    monkeypatch.setattr("lightning_fl.engines.tensors.is_same", note)
+    trainer(FederatedStrategy(engine="sequential"), 2).fit(module, image_clients((8,) * 10))
+    assert len(copies) == 1
+    assert len(compared) <= 2 * 4
 
 
 def test_changing_a_frozen_parameter_between_rounds_is_allowed() -> None:
