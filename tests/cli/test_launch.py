@@ -80,7 +80,7 @@ def test_a_sky_task_starts_torchrun_on_every_machine(capsys: pytest.CaptureFixtu
         (["slurm", "--silos", "3"], "Name the configuration"),
         (["slurm", "--silos", "3", *FIT, "--trainer.devices", "4"], "follows from --silos and --nproc"),
         (["slurm", "--silos", "3", *FIT, "--time", "soon"], "must be such as 30"),
-        (["slurm", "--silos", "3", *FIT, "--partition", "a\nrm -rf /"], "no name of partitions"),
+        (["slurm", "--silos", "3", *FIT, "--partition", "a\nrm -rf /"], "is not a partition name"),
         (["slurm", "--silos", "3", *FIT, "--gpus", "A100"], "must be a number for slurm"),
         (["slurm", "--silos", "3", *FIT, "--image", "a"], "option of kubernetes"),
         (["slurm", "--silos", "3", *FIT, "--name", "My Job"], "small letters"),
