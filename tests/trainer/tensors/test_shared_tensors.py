@@ -161,7 +161,9 @@ def test_a_layer_of_dittos_own_model_that_is_frozen_stays_its_clients() -> None:
 
 
 def test_a_phase_whose_personal_tensors_are_all_frozen_says_so() -> None:
-    with pytest.raises(ValueError, match=r"'personal' is no trainable parameter. All personal ones are frozen \(net.3"):
+    with pytest.raises(
+        ValueError, match=r"'personal' is not a trainable parameter. All personal ones are frozen \(net.3"
+    ):
         freeze_in([0], [3], 1, algorithm="fedrep", personal=["net.3.*"])
 
 
