@@ -86,6 +86,8 @@ class _ScheduleEnd(_Fields):
     num_steps: list[Count]
     options: list[list[dict[str, Any]]]
     num_optimizer_steps: Count
+    scaler: dict[str, Any]
+    states: dict[int, dict[str, Any]]
 
 
 def read_report(message: Message, silo: str) -> RankReport:

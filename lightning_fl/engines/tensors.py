@@ -81,8 +81,8 @@ class FederatedTensors:
         self.moving = {name: param for name, param in frozen.items() if name in found}
         trained_bytes = num_bytes(list(params.values()))
         still = {name: param for name, param in frozen.items() if name not in found}
-        known = None if before is None else before.still
-        self.still = WatchedTensors(still, max(2 * trained_bytes, SMALL), known)
+        known: WatchedTensors | None = None if before is None else before.still
+        self.still: WatchedTensors = WatchedTensors(still, max(2 * trained_bytes, SMALL), known)
         if not self.params:
             raise ValueError(
                 "No trainable parameter is left to share: each is frozen or personal. Unfreeze some, or narrow "

@@ -42,7 +42,9 @@ REPORT = RankReport(
     num_clients=1,
     weight=2.5,
     num_steps=3,
-    schedule_end=ScheduleEnd([1], [[{"lr": 0.1, "betas": (0.9, 0.999), "fused": None}]], 3),
+    schedule_end=ScheduleEnd(
+        [1], [[{"lr": 0.1, "betas": (0.9, 0.999), "fused": None}]], 3, {"scale": 65536.0}, {0: {"best": 0.5}}
+    ),
     failed=[("east", "row 17")],
     client_seconds=[("east", 1.5)],
     metrics={"loss": ENTRY},
