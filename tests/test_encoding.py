@@ -21,7 +21,7 @@ def without_encoding(source: str) -> Iterator[ast.Call]:
         if not isinstance(node, ast.Call) or any(keyword.arg == "encoding" for keyword in node.keywords):
             continue
         given = [arg.value if isinstance(arg, ast.Constant) else None for arg in node.args]
-        mode = next((ast.literal_eval(word.value) for word in node.keywords if word.arg == "mode"), None)
+        mode = next((getattr(word.value, "value", None) for word in node.keywords if word.arg == "mode"), None)
         if isinstance(node.func, ast.Name) and node.func.id == "open":
             mode = mode or (given[1] if len(given) > 1 else "r")
         elif not isinstance(node.func, ast.Attribute):

@@ -157,7 +157,7 @@ def test_the_check_names_what_is_wrong_with_certificates_and_balancers(tmp_path:
     authority.renew_coordinator(["localhost"])
     # A balancer with the right certificate that answers for the coordinator.
     with answers(server_context(own), b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}") as port:
-        assert "is no coordinator. Is a load balancer" in failure(f"https://localhost:{port}", kit)
+        assert "but is not a coordinator. Is a load balancer" in failure(f"https://localhost:{port}", kit)
     old = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     old.load_cert_chain(own.cert, own.key)
     old.maximum_version = ssl.TLSVersion.TLSv1_2

@@ -191,5 +191,5 @@ def test_every_argument_of_a_dataloader_reaches_the_clients() -> None:
     assert clients["a"].worker_init_fn is print
     assert count_examples(clients["a"]) == 5
     assert list(data.val_dataloader()) == [2, 2, 2]
-    with pytest.raises(ValueError, match="no argument of a DataLoader"):
+    with pytest.raises(ValueError, match="is not an argument of a DataLoader"):
         ClientDatasets([TensorDataset(torch.arange(9))], collat_fn=len)

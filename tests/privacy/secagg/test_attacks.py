@@ -191,7 +191,7 @@ def test_another_list_for_each_client() -> None:
     shares[2] = Shares.decode(federation.clients[2].share(Roster(other).encode()))
     client = federation.clients[1]
     bundle = Shares(1, {2: shares[2].sealed[1], 3: shares[3].sealed[1]})
-    assert_ended(client, lambda: client.send(bundle.encode(), federation.inputs[1], VECTOR_ID), "changed on its way")
+    assert_ended(client, lambda: client.send(bundle.encode(), federation.inputs[1], VECTOR_ID), "changed in transit")
 
 
 # ---- shares
@@ -208,7 +208,7 @@ def test_a_flipped_bit_in_a_share() -> None:
     bundle = Shares.decode(federation.bundles()[1])
     flipped = bytearray(bundle.sealed[2])
     flipped[5] ^= 1
-    assert_bundle_refused(federation, Shares(1, {**bundle.sealed, 2: bytes(flipped)}).encode(), "changed on its way")
+    assert_bundle_refused(federation, Shares(1, {**bundle.sealed, 2: bytes(flipped)}).encode(), "changed in transit")
 
 
 def test_a_truncated_share() -> None:
@@ -227,7 +227,7 @@ def test_the_shares_of_one_in_the_name_of_another() -> None:
     federation = Federation()
     bundle = Shares.decode(federation.bundles()[1])
     wrong = {**bundle.sealed, 2: bundle.sealed[3], 3: bundle.sealed[2]}
-    assert_bundle_refused(federation, Shares(1, wrong).encode(), "changed on its way")
+    assert_bundle_refused(federation, Shares(1, wrong).encode(), "changed in transit")
 
 
 def test_a_bundle_of_somebody_else() -> None:
@@ -252,7 +252,7 @@ def test_too_few_have_shared() -> None:
 def test_replayed_shares_of_an_earlier_session() -> None:
     old, federation = Federation(), Federation()
     federation.bundles()
-    assert_bundle_refused(federation, old.bundles()[1], "changed on its way")
+    assert_bundle_refused(federation, old.bundles()[1], "changed in transit")
 
 
 # ---- survivors

@@ -117,7 +117,8 @@ def all_of_them() -> list[float]:
     return [*amp(), *ifca(3), *nodes.flatten().tolist()]
 
 
-@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow  # the contract trains each of them on ranks too
+@pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_do_what_one_does(run_ranks: Any, world_size: int) -> None:
     expected = all_of_them()
     for found in run_ranks(world_size, all_of_them):

@@ -212,7 +212,7 @@ EQUAL = dict.fromkeys(range(5), 3.0)
 
 
 @pytest.mark.parametrize("engine", ["sequential", "auto"])
-@pytest.mark.parametrize("size", [5, 2])
+@pytest.mark.parametrize("size", [pytest.param(5, marks=pytest.mark.slow), 2])
 @pytest.mark.spread(2)
 def test_equal_speeds_are_fedavg_bit_for_bit(engine: str, size: int) -> None:
     _, found = fit_images(Buffered(size, concurrency=size), EQUAL, Ordinary(), engine=engine)

@@ -197,7 +197,7 @@ def test_attackers_are_drawn_by_the_seed_and_counted() -> None:
     assert adversary.attackers(list(reversed(ids)), 3) == drawn[3]
     assert Adversary(SignFlip(), clients=3).attackers(ids, 0).__len__() == 3
     assert Adversary(SignFlip(), clients=["hospital 3"]).attackers(ids, 0) == {"hospital 3"}
-    for wrong, message in ((["nobody"], "no client"), (21, "21 attackers")):
+    for wrong, message in ((["nobody"], "is not a client"), (21, "21 attackers")):
         with pytest.raises(ValueError, match=message):
             Adversary(SignFlip(), clients=wrong).attackers(ids, 0)
 
