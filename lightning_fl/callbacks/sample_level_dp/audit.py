@@ -27,6 +27,7 @@ from lightning_fl.privacy.sample_level.poisson_loader import PoissonBatches
 from lightning_fl.privacy.sample_level.self_check import unlike_examples
 from lightning_fl.privacy.sample_level.tensor_watch import TensorWatch
 from lightning_fl.strategies import FederatedStrategy
+from lightning_fl.strategies.round_view import RoundView
 from lightning_fl.types import ClientId, LocalRun, Update
 
 CONFIDENCE = 0.999
@@ -224,9 +225,15 @@ class _Unchecked(SampleLevelDP):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._params = self._buffers = TensorWatch(dict, "")
+        self._buffers = TensorWatch(dict, "")
         if self._gradients is not None:
             self._gradients.tolerance = math.inf
+
+    def on_round_start(
+        self, trainer: L.Trainer, module: L.LightningModule, round: int, cohort: Sequence[ClientId], view: RoundView
+    ) -> None:
+        super().on_round_start(trainer, module, round, cohort, view)
+        self._params = TensorWatch(dict, "")
 
     def on_client_end(self, *args: Any, **kwargs: Any) -> None:
         self._training = None
