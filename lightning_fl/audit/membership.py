@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from lightning_fl.engines.evaluation_mode import evaluating
+
 
 def losses_of(
     module: nn.Module,
@@ -25,14 +27,8 @@ def losses_of(
     Returns:
         The losses ``[examples]`` on the CPU.
     """
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        with torch.no_grad():
-            return torch.cat([loss(module(x), y, reduction="none").detach().cpu() for x, y in batches])
-    finally:
-        for part, was_training in modes:
-            part.training = was_training
+    with evaluating(module), torch.no_grad():
+        return torch.cat([loss(module(x), y, reduction="none").detach().cpu() for x, y in batches])
 
 
 def membership_auc(members: Tensor, others: Tensor) -> float:

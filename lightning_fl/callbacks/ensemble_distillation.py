@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -17,6 +16,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from lightning_fl.callbacks.federated import FederatedCallback
 from lightning_fl.engines.buffers import moved
+from lightning_fl.engines.evaluation_mode import evaluating
 from lightning_fl.engines.tensors import clones, load
 from lightning_fl.seeding import isolated_randomness
 from lightning_fl.strategies import FederatedStrategy
@@ -178,15 +178,3 @@ class EnsembleDistillation(FederatedCallback):
     def _batches(self) -> Sequence[Tensor]:
         assert self._inputs is not None
         return self._inputs.split(1024)
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Puts a module into evaluation mode inside the block, and each of its parts back into its own mode after it."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, was_training in modes:
-            part.training = was_training

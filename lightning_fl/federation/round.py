@@ -21,6 +21,7 @@ from lightning_fl.clients.local_work import BatchPosition
 from lightning_fl.data.client_loaders import Loader, batch_size
 from lightning_fl.engines import ClientFacts, LocalTrainer, Schedule, ScheduleEnd
 from lightning_fl.engines.buffers import moved
+from lightning_fl.engines.evaluation_mode import evaluating
 from lightning_fl.engines.local_trainer import GradTransform
 from lightning_fl.engines.vectorized.stacking import StackedBatch, are_finite, part
 from lightning_fl.federation.client_batches import ClientBatches
@@ -546,15 +547,8 @@ class Round:
         tensors = {**trainer.round_start.personal, **own, **moved(self.opened.buffers, update.buffers)}
 
         def predict(*inputs: Any) -> Any:
-            # By submodule: a user may keep single layers, such as a frozen BatchNorm, in evaluation mode.
-            modes = [(part, part.training) for part in trainer.module.modules()]
-            trainer.module.eval()
-            try:
-                with torch.no_grad():
-                    return functional_call(trainer.module, tensors, inputs)
-            finally:
-                for part, was_training in modes:
-                    part.training = was_training
+            with evaluating(trainer.module), torch.no_grad():
+                return functional_call(trainer.module, tensors, inputs)
 
         return predict
 

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torchmetrics import Metric, MetricCollection
 
 from lightning_fl.data.client_loaders import count_batches
+from lightning_fl.engines.evaluation_mode import evaluating
 from lightning_fl.engines.isolation import DATA_AND_HANDLES
 from lightning_fl.engines.module_state import Snapshot, capture
 from lightning_fl.strategies import internals
@@ -115,22 +116,15 @@ def validate_out_of_loop(trainer: L.Trainer, loader: Iterable[Any]) -> tuple[dic
         MisconfigurationException: If the limit is a share that leaves no batch, or of an unknown length.
     """
     module, num_examples = trainer.lightning_module, 0
-    # By submodule: a user may keep single layers, such as a frozen BatchNorm, in evaluation mode during training.
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        with out_of_loop(trainer, training=False) as results:
-            for metric in (part for part in module.modules() if isinstance(part, Metric)):
-                metric.reset()
-            internals.hook_out_of_loop(trainer, "on_validation_epoch_start")
-            for index, fetched in enumerate(islice(loader, _num_val_batches(trainer, loader))):
-                _, batch = internals.step_out_of_loop(trainer, "validation_step", fetched, index)
-                num_examples += batch_size(results, batch)[0]
-            internals.hook_out_of_loop(trainer, "on_validation_epoch_end")
-            return internals.logged_out_of_loop(results), num_examples
-    finally:
-        for part, was_training in modes:
-            part.training = was_training
+    with evaluating(module), out_of_loop(trainer, training=False) as results:
+        for metric in (part for part in module.modules() if isinstance(part, Metric)):
+            metric.reset()
+        internals.hook_out_of_loop(trainer, "on_validation_epoch_start")
+        for index, fetched in enumerate(islice(loader, _num_val_batches(trainer, loader))):
+            _, batch = internals.step_out_of_loop(trainer, "validation_step", fetched, index)
+            num_examples += batch_size(results, batch)[0]
+        internals.hook_out_of_loop(trainer, "on_validation_epoch_end")
+        return internals.logged_out_of_loop(results), num_examples
 
 
 def _num_val_batches(trainer: L.Trainer, loader: Iterable[Any]) -> int | None:
