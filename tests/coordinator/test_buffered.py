@@ -136,12 +136,6 @@ def test_a_transfer_outlasts_the_round_in_which_it_has_begun() -> None:
 # ---- the coordinator
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    make_kits(tmp_path)
-    return tmp_path
-
-
 def coordinator(folder: Path, schedule: Any, **options: Any) -> Any:
     return live_coordinator(folder, rules(**options), replace(settings(), schedule=schedule))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,25 +22,12 @@ from tests.helpers.network import (
     TinySilo,
     in_threads,
     live_coordinator,
-    make_kits,
     rules,
     settings,
     wait_until,
 )
 
 Make = Callable[..., TinySilo]
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    make_kits(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def live(folder: Path) -> Iterator[LiveCoordinator]:
-    with live_coordinator(folder, rules(), settings()) as own:
-        yield own
 
 
 def silos_of(live: LiveCoordinator, **steps: float) -> list[TinySilo]:

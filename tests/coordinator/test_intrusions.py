@@ -7,7 +7,6 @@ import json
 import shutil
 import socket
 import ssl
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,20 +23,10 @@ from tests.helpers.network import (
     LiveCoordinator,
     TinySilo,
     in_threads,
-    live_coordinator,
     make_kit,
     make_kits,
-    rules,
-    settings,
     wait_until,
 )
-
-
-@pytest.fixture
-def live(tmp_path: Path) -> Iterator[LiveCoordinator]:
-    make_kits(tmp_path)
-    with live_coordinator(tmp_path, rules(), settings()) as own:
-        yield own
 
 
 def try_to_call(live: LiveCoordinator, context: ssl.SSLContext) -> int:

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
@@ -50,18 +49,6 @@ from tests.helpers.network import (
 )
 
 STEPS = {"east": 1.0, "north": 2.0, "south": 6.0}
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    make_kits(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def live(folder: Path) -> Iterator[LiveCoordinator]:
-    with live_coordinator(folder, rules(), settings()) as own:
-        yield own
 
 
 def silos_at(live: LiveCoordinator, address: str | None = None) -> list[TinySilo]:

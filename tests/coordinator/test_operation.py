@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import urllib.request
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -36,25 +35,11 @@ from tests.helpers.network import (
     TinySilo,
     in_threads,
     live_coordinator,
-    make_kits,
     rules,
     settings,
     wait_until,
 )
 from tests.helpers.training import Plain, images, trainer
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    make_kits(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def live(folder: Path) -> Iterator[LiveCoordinator]:
-    with live_coordinator(folder, rules(), settings()) as own:
-        yield own
-
 
 # ---- the admin port
 

@@ -27,12 +27,9 @@ from tests.helpers.network import (
     ENTRY,
     EVALUATION,
     HOST,
+    LiveCoordinator,
     TinySilo,
     in_threads,
-    live_coordinator,
-    make_kits,
-    rules,
-    settings,
     wait_until,
 )
 
@@ -143,89 +140,80 @@ def damaged(fields: dict[str, Any], dtype: str, content: bytes) -> bytes:
     return len(header).to_bytes(8, "little") + header + content
 
 
-def test_what_is_damaged_ends_neither_the_round_nor_the_coordinator(tmp_path: Path) -> None:
-    make_kits(tmp_path)
+def test_what_is_damaged_ends_neither_the_round_nor_the_coordinator(live: LiveCoordinator, tmp_path: Path) -> None:
     evaluation = {"message": EVALUATION}
-    with live_coordinator(tmp_path, rules(), settings()) as live:
-        silos = [TinySilo(tmp_path, live.address, name).join() for name in ("east", "north", "south")]
-        openings = in_threads(*(silo.open for silo in silos))
-        client, file = silos[0].federation.client, tmp_path / "file"
-        report = {**RankReport(num_clients=1).to_message().fields, "metrics": [1]}
-        wire.write(file, wire.flatten({"delta": {"x": torch.ones(3)}}), {"report": report, "weight": 1.0})
-        with pytest.raises(CallRefused, match="metrics: Input should be a valid dictionary"):
-            client.upload("/v1/rounds/0/update", file)
-        in_threads(*(lambda s=s, o=o: s.send(o) for s, o in zip(silos, openings, strict=True)))
-        for fields, dtype, content in (
-            (evaluation, "F32", b"\0" * 3),
-            (evaluation, "F8_E4M3", b"\0" * 16),
-            ({"message": {"metrics": {"a": {}}}}, "F32", b"\0" * 16),
-        ):
-            file.write_bytes(damaged(fields, dtype, content))
-            with pytest.raises(CallRefused, match="is refused") as caught:
-                client.upload("/v1/rounds/0/evaluation.0", file)
-            assert caught.value.status == 422
-        for topic in ("junk.0", "evaluation.1", "evaluation.0.share"):
-            with pytest.raises(CallRefused) as caught:
-                client.upload(f"/v1/rounds/0/{topic}", file)
-            assert caught.value.status == 400
-        assert in_threads(*(silo.round for silo in silos)) == [2.0] * 3
+    silos = [TinySilo(tmp_path, live.address, name).join() for name in ("east", "north", "south")]
+    openings = in_threads(*(silo.open for silo in silos))
+    client, file = silos[0].federation.client, tmp_path / "file"
+    report = {**RankReport(num_clients=1).to_message().fields, "metrics": [1]}
+    wire.write(file, wire.flatten({"delta": {"x": torch.ones(3)}}), {"report": report, "weight": 1.0})
+    with pytest.raises(CallRefused, match="metrics: Input should be a valid dictionary"):
+        client.upload("/v1/rounds/0/update", file)
+    in_threads(*(lambda s=s, o=o: s.send(o) for s, o in zip(silos, openings, strict=True)))
+    for fields, dtype, content in (
+        (evaluation, "F32", b"\0" * 3),
+        (evaluation, "F8_E4M3", b"\0" * 16),
+        ({"message": {"metrics": {"a": {}}}}, "F32", b"\0" * 16),
+    ):
+        file.write_bytes(damaged(fields, dtype, content))
+        with pytest.raises(CallRefused, match="is refused") as caught:
+            client.upload("/v1/rounds/0/evaluation.0", file)
+        assert caught.value.status == 422
+    for topic in ("junk.0", "evaluation.1", "evaluation.0.share"):
+        with pytest.raises(CallRefused) as caught:
+            client.upload(f"/v1/rounds/0/{topic}", file)
+        assert caught.value.status == 400
+    assert in_threads(*(silo.round for silo in silos)) == [2.0] * 3
 
 
-def test_a_start_whose_tensors_are_nested_is_refused_and_another_taken(tmp_path: Path) -> None:
-    make_kits(tmp_path)
-    with live_coordinator(tmp_path, rules(), settings()) as live:
-        client, file = Client(live.address, Kit(tmp_path / "east")), tmp_path / "start"
-        wire.write(file, {"params\x1fx": torch.zeros(3), "params\x1fa\x1fb": torch.zeros(3)}, {"common": {}})
-        with pytest.raises(CallRefused, match="its tensors are nested"):
-            client.upload("/v1/start", file)
-        client.close()
-        silos = [TinySilo(tmp_path, live.address, name).join() for name in ("east", "north", "south")]
-        assert in_threads(*(silo.round for silo in silos)) == [1.0] * 3
+def test_a_start_whose_tensors_are_nested_is_refused_and_another_taken(live: LiveCoordinator, tmp_path: Path) -> None:
+    client, file = Client(live.address, Kit(tmp_path / "east")), tmp_path / "start"
+    wire.write(file, {"params\x1fx": torch.zeros(3), "params\x1fa\x1fb": torch.zeros(3)}, {"common": {}})
+    with pytest.raises(CallRefused, match="its tensors are nested"):
+        client.upload("/v1/start", file)
+    client.close()
+    silos = [TinySilo(tmp_path, live.address, name).join() for name in ("east", "north", "south")]
+    assert in_threads(*(silo.round for silo in silos)) == [1.0] * 3
 
 
-def test_what_is_being_taken_in_is_not_added_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_being_taken_in_is_not_added_to(
+    live: LiveCoordinator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What counts is the file that was checked."""
-    make_kits(tmp_path)
     is_busy = threading.Event()
     is_busy.set()
     monkeypatch.setattr(Coordinator, "is_busy", lambda coordinator, topic: topic == "update" and is_busy.is_set())
-    with live_coordinator(tmp_path, rules(), settings()) as live:
-        silos = [TinySilo(tmp_path, live.address, name).join() for name in ("east", "north", "south")]
-        openings = in_threads(*(silo.open for silo in silos))
-        file = tmp_path / "update"
-        fields = {"report": RankReport(num_clients=1).to_message().fields, "weight": 1.0}
-        digest = wire.write(file, wire.flatten({"delta": {"x": torch.ones(3)}}), fields)
-        size = file.stat().st_size
-        own = threading.Thread(
-            target=lambda: silos[0].federation.client.upload("/v1/rounds/0/update", file), daemon=True
-        )
-        own.start()
-        wait_until(lambda: bool(live.server._taken_in), "the check")
-        context = identity.client_context(Kit(tmp_path / "east"))
-        connection = http.client.HTTPSConnection(HOST, live.port, context=context, timeout=PATIENCE)
-        headers = {"Upload-Length": str(size + 4), "Upload-Offset": str(size)}
-        connection.request("PUT", f"/v1/rounds/0/update/{digest}", b"evil", headers)
-        assert connection.getresponse().status == 409
-        connection.close()
-        is_busy.clear()
-        own.join(PATIENCE)
-        (kept,) = (tmp_path / "federation" / "rounds" / "000000" / "update").glob("east.*.ok")
-        assert wire.sha256(kept) == digest
-        in_threads(*(lambda s=s, o=o: s.send(o) for s, o in zip(silos, openings, strict=True)))
+    silos = [TinySilo(tmp_path, live.address, name).join() for name in ("east", "north", "south")]
+    openings = in_threads(*(silo.open for silo in silos))
+    file = tmp_path / "update"
+    fields = {"report": RankReport(num_clients=1).to_message().fields, "weight": 1.0}
+    digest = wire.write(file, wire.flatten({"delta": {"x": torch.ones(3)}}), fields)
+    size = file.stat().st_size
+    own = threading.Thread(target=lambda: silos[0].federation.client.upload("/v1/rounds/0/update", file), daemon=True)
+    own.start()
+    wait_until(lambda: bool(live.server._taken_in), "the check")
+    context = identity.client_context(Kit(tmp_path / "east"))
+    connection = http.client.HTTPSConnection(HOST, live.port, context=context, timeout=PATIENCE)
+    headers = {"Upload-Length": str(size + 4), "Upload-Offset": str(size)}
+    connection.request("PUT", f"/v1/rounds/0/update/{digest}", b"evil", headers)
+    assert connection.getresponse().status == 409
+    connection.close()
+    is_busy.clear()
+    own.join(PATIENCE)
+    (kept,) = (tmp_path / "federation" / "rounds" / "000000" / "update").glob("east.*.ok")
+    assert wire.sha256(kept) == digest
+    in_threads(*(lambda s=s, o=o: s.send(o) for s, o in zip(silos, openings, strict=True)))
 
 
-def test_a_broken_tls_record_is_no_fault_of_the_disk(tmp_path: Path) -> None:
-    make_kits(tmp_path)
-    with live_coordinator(tmp_path, rules(), settings()) as live:
-        for name in ("east", "north", "south"):
-            TinySilo(tmp_path, live.address, name).join()
-        before = len(live.events("restart"))
-        context = identity.client_context(Kit(tmp_path / "east"))
-        raw = socket.create_connection(("127.0.0.1", live.port))
-        with context.wrap_socket(raw, server_hostname=HOST) as tls:
-            lengths = "Upload-Length: 1000\r\nUpload-Offset: 0\r\nContent-Length: 1000"
-            tls.sendall(f"PUT /v1/start/{'a' * 64} HTTP/1.1\r\nHost: x\r\n{lengths}\r\n\r\n0123456789".encode())
-            os.write(tls.fileno(), b"\x17\x03\x03\x00\x20" + b"g" * 32)
-            wait_until(lambda: not live.server._num_answering, "the end of the call")
-        assert len(live.events("restart")) == before
-        assert not live.server._has_failed
+def test_a_broken_tls_record_is_no_fault_of_the_disk(live: LiveCoordinator, tmp_path: Path) -> None:
+    before = len(live.events("restart"))
+    context = identity.client_context(Kit(tmp_path / "east"))
+    raw = socket.create_connection(("127.0.0.1", live.port))
+    with context.wrap_socket(raw, server_hostname=HOST) as tls:
+        lengths = "Upload-Length: 1000\r\nUpload-Offset: 0\r\nContent-Length: 1000"
+        tls.sendall(f"PUT /v1/start/{'a' * 64} HTTP/1.1\r\nHost: x\r\n{lengths}\r\n\r\n0123456789".encode())
+        wait_until(lambda: bool(live.server._num_answering), "the beginning of the call")
+        os.write(tls.fileno(), b"\x17\x03\x03\x00\x20" + b"g" * 32)
+        wait_until(lambda: not live.server._num_answering, "the end of the call")
+    assert len(live.events("restart")) == before
+    assert not live.server._has_failed
