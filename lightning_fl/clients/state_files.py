@@ -174,7 +174,7 @@ class StateFiles:
 
 def _check_name(name: str) -> None:
     if not re.fullmatch(r"\w[\w.-]*", name):
-        raise ValueError(f"A checkpoint names {name!r} as a file of client states, which is not a plain name.")
+        raise ValueError(f"A checkpoint names {name!r} as a file of client states, which is no plain name.")
 
 
 def folder_name(client: ClientId) -> str:
