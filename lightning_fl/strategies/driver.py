@@ -664,7 +664,7 @@ class RoundDriver:
             logged = session.finish([True] if self.settings.hides_refusals else outcome.accepted)
             self.call_hook("on_client_end", clients[0], replace(outcome.runs[0], logged=logged), outcome.update)
         self.call_hook("on_group_end", clients)
-        if self.plan.num_batches(clients) is None:
+        if self.plan.num_batches(opened.current) is None:
             self.set_length()
 
     def _leave_out(self, opened: OpenRound, failed: LoaderFailed) -> None:
@@ -995,7 +995,7 @@ class RoundDriver:
             return None
         opened = self.open_round
         groups = self.plan.planned if opened is None else opened.pending
-        lengths = [self.plan.num_batches(group.clients) for group in groups]
+        lengths = [self.plan.num_batches(group) for group in groups]
         if None in lengths:
             return None
         total = sum(length for length in lengths if length is not None)
