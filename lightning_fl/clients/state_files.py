@@ -15,6 +15,7 @@ from urllib.parse import quote
 from safetensors.torch import load, save
 from torch import Tensor
 
+from lightning_fl.files import write_whole
 from lightning_fl.types import ClientId, State
 
 # Joins the names of nested mappings. Names of tensors contain dots, but not this control character.
@@ -153,19 +154,7 @@ class StateFiles:
         if path.exists() and not replace:
             return
         self._make_folder(path.parent)
-        # Renaming is atomic: a reader finds the whole file or none, even if this process is killed half way. With the
-        # process id in its name, ranks that write the same file at the same time do not write into one another's.
-        unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
-        unfinished.unlink(missing_ok=True)
-        try:
-            with os.fdopen(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                file.write(data)
-                if durable:
-                    file.flush()
-                    os.fsync(file.fileno())
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        write_whole(path, data, durable=durable)
 
     def _path(self, client: ClientId, name: str) -> Path:
         _check_name(name)

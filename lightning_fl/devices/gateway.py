@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import secrets
 import threading
@@ -39,6 +38,7 @@ from lightning_fl.federation import (
     open_server,
 )
 from lightning_fl.federation.server import update_templates
+from lightning_fl.files import write_whole
 from lightning_fl.schedules import Asynchronous
 from lightning_fl.tree import to_sum_dtype, update_trees
 from lightning_fl.types import Tree, Update
@@ -536,13 +536,7 @@ class Gateway:
         """The key that signs tasks; it outlives a restart, so that devices which train meanwhile are not refused."""
         path = self.store.root / "secret"
         if not path.exists():
-            unfinished = path.with_suffix(".unfinished")
-            unfinished.unlink(missing_ok=True)
-            file = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            os.write(file, secrets.token_bytes(32))
-            os.fsync(file)
-            os.close(file)
-            self.store.disk.replace(unfinished, path)
+            write_whole(path, secrets.token_bytes(32))
         return path.read_bytes()
 
     # ---- other
