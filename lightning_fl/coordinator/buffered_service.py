@@ -9,7 +9,8 @@ from typing import Any
 from lightning_fl.aggregation import RoundContext
 from lightning_fl.communication import Message
 from lightning_fl.coordinator.buffered_machine import BufferedMachine
-from lightning_fl.coordinator.service import UPDATE, Coordinator, Refused
+from lightning_fl.coordinator.refused import Refused
+from lightning_fl.coordinator.service import UPDATE, Coordinator
 from lightning_fl.coordinator.store import OUTCOME, Upload
 from lightning_fl.federation import Closing, FederationState, RankReport
 from lightning_fl.federation.server import update_templates

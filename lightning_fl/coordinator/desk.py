@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from lightning_fl.communication.line import NOTHING
-from lightning_fl.coordinator.service import START, Coordinator, Refused
+from lightning_fl.coordinator.refused import Refused
+from lightning_fl.coordinator.service import START, Coordinator
 
 HOLD_S = 20.0
 """How long a call is held that waits for something to happen."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import ssl
@@ -20,7 +19,8 @@ from aiohttp import web
 from lightning_fl.coordinator import identity
 from lightning_fl.coordinator.identity import IdentityError, Kit
 from lightning_fl.coordinator.meetings import Meetings
-from lightning_fl.coordinator.service import PROTOCOL, START, Coordinator, Refused
+from lightning_fl.coordinator.refused import Refused, json_object
+from lightning_fl.coordinator.service import PROTOCOL, START, Coordinator
 from lightning_fl.coordinator.store import Upload
 
 T = TypeVar("T")
@@ -406,10 +406,4 @@ def _bytes(content: bytes | None) -> web.Response:
 
 
 async def _json(request: web.Request) -> dict[str, Any]:
-    try:
-        value = json.loads(await asyncio.wait_for(request.read(), IDLE_S))
-    except (ValueError, RecursionError) as error:
-        raise Refused(400, "The body is no JSON.") from error
-    if not isinstance(value, dict):
-        raise Refused(400, "The body is not a JSON object.")
-    return value
+    return json_object(await asyncio.wait_for(request.read(), IDLE_S))

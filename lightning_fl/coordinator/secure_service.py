@@ -15,9 +15,10 @@ from lightning_fl.aggregation.weighted_mean import WeightedSum
 from lightning_fl.communication import Message
 from lightning_fl.coordinator import wire
 from lightning_fl.coordinator.machine import Exchange, RoundMachine
+from lightning_fl.coordinator.refused import Refused
 from lightning_fl.coordinator.report_check import check_evaluation, read_report
 from lightning_fl.coordinator.secure_sum import ROSTER, VECTOR, Advert, SecureSum, check_advert, in_order
-from lightning_fl.coordinator.service import EVALUATION, MAX_REPORT_BYTES, UPDATE, Coordinator, Refused
+from lightning_fl.coordinator.service import EVALUATION, MAX_REPORT_BYTES, UPDATE, Coordinator
 from lightning_fl.coordinator.store import OUTCOME, Upload
 from lightning_fl.federation import Closing, RankReport, ServerRound, close_server
 from lightning_fl.federation.report_masking import unmask

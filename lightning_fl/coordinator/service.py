@@ -23,6 +23,7 @@ from lightning_fl.communication import LocalGroup, Message
 from lightning_fl.coordinator import wire
 from lightning_fl.coordinator.audit import AuditLog
 from lightning_fl.coordinator.machine import Exchange, RoundMachine, Rules
+from lightning_fl.coordinator.refused import Refused
 from lightning_fl.coordinator.report_check import check_evaluation, read_report
 from lightning_fl.coordinator.store import OUTCOME, Store, Upload
 from lightning_fl.federation import (
@@ -49,21 +50,6 @@ MAX_REASON = 2000
 """Characters of a reason in the audit log."""
 _TOPIC = re.compile(r"[a-z]{1,32}(\.[0-9]{1,6}(\.[a-z]{1,32})?)?")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-
-
-class Refused(Exception):
-    """A call that is not answered.
-
-    Args:
-        status: The HTTP status.
-        reason: Why, as the silo and the audit log read it.
-        facts: More, for the silo's program.
-    """
-
-    def __init__(self, status: int, reason: str, **facts: Any) -> None:
-        super().__init__(reason)
-        self.status = status
-        self.facts = {"error": reason, **facts}
 
 
 @dataclass

@@ -24,7 +24,7 @@ from lightning_fl.aggregation import RoundContext
 from lightning_fl.communication import LocalGroup, Message
 from lightning_fl.coordinator import wire
 from lightning_fl.coordinator.audit import AuditLog
-from lightning_fl.coordinator.service import Refused
+from lightning_fl.coordinator.refused import Refused
 from lightning_fl.coordinator.store import Store, Upload
 from lightning_fl.devices.admission import DAY_S, Admission, AdmissionRules, Refusals
 from lightning_fl.devices.registry import Registry

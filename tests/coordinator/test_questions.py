@@ -17,7 +17,7 @@ from lightning_fl.communication import Message
 from lightning_fl.coordinator.audit import AuditLog, verify
 from lightning_fl.coordinator.meetings import MAX_ENDED, SUM, Meetings, split_messages
 from lightning_fl.coordinator.network_group import MeetingOver, NetworkGroup
-from lightning_fl.coordinator.service import Refused
+from lightning_fl.coordinator.refused import Refused
 from lightning_fl.privacy import SecureAggregation
 from tests.helpers.network import (
     NAMES,

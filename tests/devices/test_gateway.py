@@ -17,7 +17,7 @@ from lightning_fl.coordinator import wire
 from lightning_fl.coordinator.audit import verify
 from lightning_fl.coordinator.disk import Disk
 from lightning_fl.coordinator.export import read_model
-from lightning_fl.coordinator.service import Refused
+from lightning_fl.coordinator.refused import Refused
 from lightning_fl.devices.admission import AdmissionRules
 from lightning_fl.devices.registry import Registry
 from lightning_fl.schedules import Buffered, Deadline, FedAsync, Polynomial
