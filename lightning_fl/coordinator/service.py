@@ -422,8 +422,7 @@ class Coordinator:
         Raises:
             Refused: 400 for names that are none, 404, 410 if it comes too late, 413 if it is too large.
         """
-        if not _DIGEST.fullmatch(digest) or not _TOPIC.fullmatch(topic):
-            raise Refused(400, "There is no such place.")
+        check_names(topic, digest)
         limit = MAX_REPORT_BYTES
         if topic == START:
             folder = self.store.root / "states" / "incoming"
@@ -506,8 +505,7 @@ class Coordinator:
         tensors, message = wire.read(upload.part), header.fields.get("message")
         if not isinstance(message, dict):
             raise wire.BadFile("it holds no message")
-        if topic.startswith(f"{EVALUATION}."):
-            check_evaluation(message, tensors)
+        check_evaluation(message, tensors)
 
     def accept(self, upload: Upload, round: int | None, topic: str, now: float) -> None:
         """Takes in a file that is sound.
@@ -597,8 +595,7 @@ class Coordinator:
         Raises:
             Refused: 410 if it is too long ago, 400 for names that are none.
         """
-        if not _TOPIC.fullmatch(topic):
-            raise Refused(400, "There is no such place.")
+        check_names(topic)
         if topic == UPDATE and round >= self.machine.round:
             return None
         path = self.store.folder(round, topic) / OUTCOME
@@ -715,6 +712,16 @@ class _Alone(LocalGroup):
 
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
         return tensor if op == "sum" else super().all_reduce(tensor, op)
+
+
+def check_names(topic: str, digest: str = "0" * 64) -> None:
+    """Looks at what becomes part of a path.
+
+    Raises:
+        Refused: 400 if it is no name, such as one of a file elsewhere.
+    """
+    if not _DIGEST.fullmatch(digest) or not _TOPIC.fullmatch(topic):
+        raise Refused(400, "There is no such place.")
 
 
 def is_exchange(topic: str) -> bool:
