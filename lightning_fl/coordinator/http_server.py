@@ -19,7 +19,7 @@ from aiohttp import web
 from lightning_fl.coordinator import identity
 from lightning_fl.coordinator.identity import IdentityError, Kit
 from lightning_fl.coordinator.meetings import Meetings
-from lightning_fl.coordinator.refused import Refused, json_object
+from lightning_fl.coordinator.refused import Refused, integer, json_object
 from lightning_fl.coordinator.service import PROTOCOL, START, Coordinator
 from lightning_fl.coordinator.store import Upload
 
@@ -225,7 +225,7 @@ class HttpServer:
         return web.json_response({**answer, "time": time.time()})
 
     async def _rounds(self, request: web.Request) -> web.StreamResponse:
-        after = _integer(request.query.get("after", ""), minimum=-1)
+        after = integer(request.query.get("after", ""), minimum=-1)
         opening = await self._hold(lambda: self.coordinator.next_round(request[SILO], after, time.monotonic()))
         return _bytes(None if opening is None else opening.encode())
 
@@ -236,7 +236,7 @@ class HttpServer:
         return await self._send(request, self.coordinator.store.state_path(digest))
 
     async def _outcome(self, request: web.Request) -> web.StreamResponse:
-        round, topic = _integer(request.match_info["round"]), request.match_info["topic"]
+        round, topic = integer(request.match_info["round"]), request.match_info["topic"]
         path = await self._hold(lambda: self.coordinator.outcome(round, topic, request[SILO]))
         return web.Response(status=204) if path is None else await self._send(request, path)
 
@@ -277,8 +277,8 @@ class HttpServer:
     async def _put(self, request: web.Request) -> web.StreamResponse:
         coordinator, silo = self.coordinator, request[SILO]
         round, topic, digest = _place(request)
-        length = _integer(request.headers.get("Upload-Length", ""), minimum=1)
-        offset = _integer(request.headers.get("Upload-Offset", ""))
+        length = integer(request.headers.get("Upload-Length", ""), minimum=1)
+        offset = integer(request.headers.get("Upload-Offset", ""))
         upload = coordinator.target(silo, round, topic, digest, length)
         if upload.ok.exists():  # the answer to an earlier call was lost
             return web.json_response({"complete": True})
@@ -342,13 +342,13 @@ class HttpServer:
         return web.json_response(met or come())
 
     async def _tell(self, request: web.Request) -> web.StreamResponse:
-        place = request[SILO], request.match_info["meeting"], _integer(request.match_info["step"])
+        place = request[SILO], request.match_info["meeting"], integer(request.match_info["step"])
         data = await asyncio.wait_for(request.read(), IDLE_S)
         self.meetings.put(*place, request.query.get("kind", ""), data, time.monotonic())
         return web.json_response({})
 
     async def _told(self, request: web.Request) -> web.StreamResponse:
-        place = request[SILO], request.match_info["meeting"], _integer(request.match_info["step"])
+        place = request[SILO], request.match_info["meeting"], integer(request.match_info["step"])
         return _bytes(await self._hold(lambda: self.meetings.get(*place)))
 
     async def _leave_meeting(self, request: web.Request) -> web.StreamResponse:
@@ -388,15 +388,7 @@ def _place(request: web.Request) -> tuple[int | None, str, str]:
         return None, START, match["digest"]
     if match["topic"] == START:
         raise Refused(400, "There is no such place.")
-    return _integer(match["round"]), match["topic"], match["digest"]
-
-
-def _integer(text: str, minimum: int = 0) -> int:
-    if not (text.removeprefix("-").isascii() and text.removeprefix("-").isdigit()) or len(text) > 15:
-        raise Refused(400, "A number is missing.")
-    if int(text) < minimum:
-        raise Refused(400, f"A number is less than {minimum}.")
-    return int(text)
+    return integer(match["round"]), match["topic"], match["digest"]
 
 
 def _bytes(content: bytes | None) -> web.Response:

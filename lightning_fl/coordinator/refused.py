@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 
@@ -34,3 +35,14 @@ def json_object(body: bytes, **facts: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise Refused(400, "The body is not a JSON object.", **facts)
     return value
+
+
+def integer(text: str, minimum: int = 0) -> int:
+    """A number in the address or headers of a call.
+
+    Raises:
+        Refused: 400 if it is none, has more than 15 digits, or is less than ``minimum``.
+    """
+    if not re.fullmatch(r"-?[0-9]{1,15}", text) or int(text) < minimum:
+        raise Refused(400, f"A number of at least {minimum} is missing.")
+    return int(text)
