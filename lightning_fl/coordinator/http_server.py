@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import ssl
 import time
@@ -33,6 +34,8 @@ ENDING_S = 1.0
 """How long calls that are being answered may go on when the server ends."""
 DISK_S = 1.0
 """How long the coordinator waits when it could not write, before it tries again."""
+SAID_S = 60.0
+"""How long a handshake that fails for the same reason as another is not written down."""
 MAX_JSON_BYTES = 1 << 24
 PIECE = 1 << 20
 log = logging.getLogger("lightning_fl.coordinator")
@@ -67,6 +70,8 @@ class HttpServer:
         self._transports: WeakSet[asyncio.WriteTransport] = WeakSet()
         self._taken_in: set[Path] = set()
         self._num_answering = 0
+        self._failures: dict[str, float] = {}
+        """When a handshake that has failed was written down last, by the reason, one of OpenSSL's."""
         self._is_ending = False
 
     async def start(self, host: str | list[str] | None, port: int, admin_port: int | None = None) -> int:
@@ -213,7 +218,11 @@ class HttpServer:
         return web.json_response(refused.facts, status=refused.status)
 
     def _handshake_failed(self, reason: str) -> None:
-        self.coordinator.audit.append("connection refused", reason=reason)
+        # Anybody can fail: a line for each would fill the disk, and the silos would wait while it is written.
+        now = time.monotonic()
+        if now - self._failures.get(reason, -math.inf) >= SAID_S:
+            self._failures[reason] = now
+            self.coordinator.audit.append("connection refused", reason=reason)
 
     # ---- calls
 
