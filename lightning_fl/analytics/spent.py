@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lightning_fl.files import write_whole
+from lightning_fl.os_differences import flush_folder
 from lightning_fl.privacy.accounting.ledger import Gaussian, Ledger
 
 FORMAT = 1
@@ -72,12 +73,8 @@ class Spent:
         }
         self._content = json.dumps(content, indent=1)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.path.with_name(f"{self.path.name}.unfinished")
-        with unfinished.open("w", encoding="utf-8") as file:
-            file.write(self._content)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(self.path)
+        write_whole(self.path, self._content.encode(), mode=0o666)
+        flush_folder(self.path.parent)  # what was spent must not be forgotten once the answer is known
 
     def divide(self, cuts: Mapping[str, tuple[Any, ...]]) -> None:
         """Notes how a question divides columns.

@@ -7,18 +7,16 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 from safetensors.torch import load, save
-from torch import Tensor
 
+from lightning_fl.files import write_whole
+from lightning_fl.tree import flatten, unflatten
 from lightning_fl.types import ClientId, State
 
-# Joins the names of nested mappings. Names of tensors contain dots, but not this control character.
-_SEPARATOR = "\x1f"
 _MAX_FOLDER_NAME = 100
 Manifest = dict[ClientId, str]
 """The name of the version of each client that has a state."""
@@ -48,7 +46,9 @@ class StateFiles:
         Raises:
             TypeError: If the state holds anything but tensors in nested mappings.
         """
-        data = save(_flatten(state))
+        # Cloned, because safetensors refuses tensors that share memory, as views of one buffer and tied tensors do.
+        tensors = {name: value.detach().cpu().contiguous().clone() for name, value in flatten(state).items()}
+        data = save(tensors)
         name = hashlib.blake2b(data, digest_size=16).hexdigest()
         # Named by content, an existing file is the same version already.
         self._write(self._path(client, name), data, durable=self.durable)
@@ -66,7 +66,7 @@ class StateFiles:
                 f"The state of client {client!r} is not at {path}. Client states are in the folder `client_states` "
                 "beside the checkpoint; copy it along with the checkpoint."
             )
-        return _unflatten(load(path.read_bytes()))
+        return unflatten(load(path.read_bytes()))
 
     def remove(self, client: ClientId, name: str) -> None:
         """Removes a version."""
@@ -153,19 +153,7 @@ class StateFiles:
         if path.exists() and not replace:
             return
         self._make_folder(path.parent)
-        # Renaming is atomic: a reader finds the whole file or none, even if this process is killed half way. With the
-        # process id in its name, ranks that write the same file at the same time do not write into one another's.
-        unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
-        unfinished.unlink(missing_ok=True)
-        try:
-            with os.fdopen(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                file.write(data)
-                if durable:
-                    file.flush()
-                    os.fsync(file.fileno())
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        write_whole(path, data, durable=durable)
 
     def _path(self, client: ClientId, name: str) -> Path:
         _check_name(name)
@@ -185,27 +173,3 @@ def folder_name(client: ClientId) -> str:
         return name
     # File systems take 255 bytes, of which a letter beyond ASCII is up to 12 when quoted.
     return f"{name[:32]}~{hashlib.blake2b(name.encode(), digest_size=16).hexdigest()}"
-
-
-def _flatten(state: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
-    flat: dict[str, Tensor] = {}
-    for name, value in state.items():
-        if isinstance(value, Mapping):
-            flat.update(_flatten(value, f"{prefix}{name}{_SEPARATOR}"))
-        elif isinstance(value, Tensor):
-            # Cloned, because safetensors refuses tensors that share memory, as views of one buffer and tied tensors do.
-            flat[prefix + name] = value.detach().cpu().contiguous().clone()
-        else:
-            raise TypeError(f"A client's state holds a {type(value).__name__} as {name!r}; it may hold tensors only.")
-    return flat
-
-
-def _unflatten(flat: Mapping[str, Tensor]) -> dict[str, Any]:
-    state: dict[str, Any] = {}
-    for path, tensor in flat.items():
-        *parents, name = path.split(_SEPARATOR)
-        place = state
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[name] = tensor
-    return state

@@ -36,7 +36,7 @@ from lightning_fl.federation import (
 )
 from lightning_fl.federation.agreement import differences, several
 from lightning_fl.federation.server import nothing, update_templates
-from lightning_fl.tree import to_sum_dtype, update_trees
+from lightning_fl.tree import SEPARATOR, flatten, to_sum_dtype, unflatten, update_trees
 from lightning_fl.types import Tree, Update
 
 PROTOCOL = 1
@@ -288,7 +288,7 @@ class Coordinator:
             "accepted": self.progress.accepted.get(silo),
             "facts": facts,
         }
-        return Message(fields, wire.flatten({str(index): state for index, state in enumerate(states)}))
+        return Message(fields, flatten({str(index): state for index, state in enumerate(states)}))
 
     def _note_member(self, silo: str) -> None:
         """Writes down that a silo has become a member of the open round, before it is told."""
@@ -373,7 +373,7 @@ class Coordinator:
             "facts": dict(closing.facts),
             "stop_reason": closing.stop_reason,
         }
-        tensors = wire.flatten({silo: reports[silo].tensors for silo in members})
+        tensors = flatten({silo: reports[silo].tensors for silo in members})
         self.store.write_outcome(self.store.folder(machine.round, UPDATE), tensors, fields)
         self._save(*shared, machine.round + 1)
         self.audit.append(
@@ -568,7 +568,7 @@ class Coordinator:
     def _read_update(self, silo: str, path: Any) -> tuple[Update | None, RankReport]:
         header = wire.read_header(path)
         # Names of tensors of the report begin with it; all others are the update's.
-        is_report = {name: name.startswith(f"report{wire.SEPARATOR}") for name in header.shapes}
+        is_report = {name: name.startswith(f"report{SEPARATOR}") for name in header.shapes}
         own = {name: shape for name, shape in header.shapes.items() if is_report[name]}
         if wire.num_bytes(own) > MAX_REPORT_BYTES:
             raise wire.BadFile(f"its report has {wire.num_bytes(own)} bytes, at most {MAX_REPORT_BYTES} are taken")
@@ -582,11 +582,11 @@ class Coordinator:
                 raise wire.BadFile(f"its weight is {weight!r}, but all clients weigh 1")
         elif not all(is_report.values()):
             raise wire.BadFile("it holds tensors without a weight")
-        trees = wire.unflatten(wire.read(path))
+        trees = unflatten(wire.read(path))
         tensors = trees.pop("report", {})
         update = None
         if has_update:
-            bad = wire.finite_error(wire.flatten(trees))
+            bad = wire.finite_error(flatten(trees))
             if bad is not None:
                 raise wire.BadFile(f"{wire.readable(bad)!r} holds NaN or Inf")
             aux = {name.removeprefix("aux/"): tree for name, tree in trees.items() if name.startswith("aux/")}
@@ -614,7 +614,7 @@ class Coordinator:
             path = Upload(folder, silo, exchange.done[silo]).ok
             messages.append(wire.read_header(path).fields["message"])
             tensors[silo] = wire.read(path)
-        self.store.write_outcome(folder, wire.flatten(tensors), {"members": members, "messages": messages})
+        self.store.write_outcome(folder, flatten(tensors), {"members": members, "messages": messages})
         exchange.is_over = True
 
     def outcome(self, round: int, topic: str, silo: str = "") -> Path | None:
@@ -641,14 +641,14 @@ class Coordinator:
     # ---- the model
 
     def _check_start(self, upload: Upload, header: wire.Header) -> None:
-        tensors = wire.unflatten(wire.read(upload.part))
-        if any(isinstance(tensor, dict) for tree in tensors.values() for tensor in dict(tree).values()):
+        if any(name.count(SEPARATOR) != 1 for name in header.shapes):
             raise wire.BadFile("its tensors are nested")
+        tensors = unflatten(wire.read(upload.part))
         if not isinstance(header.fields.get("common"), dict):
             raise wire.BadFile("it says nothing of its settings")
         if not tensors.get("params") or not tensors.keys() <= {"params", "buffers", "rest"}:
             raise wire.BadFile("it holds no parameters")
-        bad = wire.finite_error(wire.flatten({"params": tensors["params"]}))
+        bad = wire.finite_error(flatten({"params": tensors["params"]}))
         if bad is not None:
             raise wire.BadFile(f"{wire.readable(bad)!r} holds NaN or Inf")
 
@@ -656,7 +656,7 @@ class Coordinator:
         """Takes a silo's model as the one from which all begin."""
         with upload.part.open("rb"):
             self.store.disk.replace(upload.part, self.store.state_path(upload.digest))
-        tensors = wire.unflatten(self.store.read_state(upload.digest))
+        tensors = unflatten(self.store.read_state(upload.digest))
         params = to_sum_dtype(tensors["params"])
         server = self.settings.algorithm.server_init(params, self.settings.population)
         state = FederationState(server, [{} for _ in self.settings.transforms])
@@ -679,9 +679,9 @@ class Coordinator:
         seen = {key: value for key, value in state.server.items() if key in keys}
         rest = {key: value for key, value in state.server.items() if key not in keys}
         transforms = {str(index): own for index, own in enumerate(state.transforms)}
-        shared = self.store.write_state(wire.flatten({"server": seen, "buffers": buffers}))
+        shared = self.store.write_state(flatten({"server": seen, "buffers": buffers}))
         private = {"server": rest, "transforms": transforms, "memory": state.memory}
-        return shared, self.store.write_state(wire.flatten(private))
+        return shared, self.store.write_state(flatten(private))
 
     def _save(self, shared: str, private: str, round: int) -> None:
         self.store.commit(
@@ -698,8 +698,8 @@ class Coordinator:
 
     def _set_model(self, shared: str, private: str) -> None:
         # Read back from the files: their pages are in memory only while they are used.
-        seen = wire.unflatten(self.store.read_state(shared))
-        rest = wire.unflatten(self.store.read_state(private))
+        seen = unflatten(self.store.read_state(shared))
+        rest = unflatten(self.store.read_state(private))
         server = {**seen["server"], **rest.get("server", {})}
         saved = rest.get("transforms", {})
         transforms = [saved.get(str(index), {}) for index in range(len(self.settings.transforms))]
@@ -708,7 +708,7 @@ class Coordinator:
         if self._template is None:
             self._templates = update_templates(self.settings, server["params"], self._model.buffers)
             self._template = self._templates[-1]
-            self._shapes = wire.shapes_of(wire.flatten(update_trees(self._template)))
+            self._shapes = wire.shapes_of(flatten(update_trees(self._template)))
 
     # ---- other
 

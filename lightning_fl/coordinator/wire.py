@@ -19,6 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from lightning_fl.tree import SEPARATOR, unflatten
 from lightning_fl.types import Tree
 
 MAX_HEADER_BYTES = 1 << 25
@@ -41,7 +42,6 @@ _DTYPES = {
     "C64": torch.complex64,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-SEPARATOR = "\x1f"  # joins the names of nested mappings; no name of a tensor holds this control character
 
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
 """By name a tensor's dtype, as safetensors calls it, and its shape."""
@@ -124,6 +124,7 @@ def read_header(path: Path) -> Header:
         for name, (dtype, shape) in shapes.items():
             if dtype not in _DTYPES or min(shape, default=0) < 0:
                 raise ValueError(f"{readable(name)!r} is {dtype} {list(shape)}")
+        unflatten(shapes)  # names that can't be nested are found here, before there are tensors
     except Exception as error:  # untrusted bytes raise many types: deep nesting, wrong kinds, ...
         raise BadFile(f"its header can't be read: {type(error).__name__}: {error}") from error
     return Header(fields, shapes)
@@ -154,7 +155,7 @@ def check_shapes(expected: Shapes, found: Shapes) -> None:
 
 
 def readable(name: str) -> str:
-    """A name that :func:`flatten` made, as people read it."""
+    """A name that :func:`~lightning_fl.tree.flatten` made, as people read it."""
     return name.replace(SEPARATOR, " ")
 
 
@@ -165,31 +166,6 @@ def sha256(path: Path) -> str:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def flatten(state: Mapping[str, Any], prefix: str = "") -> Tree:
-    """The tensors of nested mappings under joined names."""
-    flat: Tree = {}
-    for name, value in state.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{name}{SEPARATOR}"))
-        else:
-            flat[prefix + name] = value
-    return flat
-
-
-def unflatten(flat: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The nested mappings that :func:`flatten` made flat."""
-    state: dict[str, Any] = {}
-    for path, tensor in flat.items():
-        *parents, name = path.split(SEPARATOR)
-        place = state
-        for parent in parents:
-            place = place.setdefault(parent, {})
-            if not isinstance(place, dict):
-                raise BadFile(f"{path!r} lies below a tensor")
-        place[name] = tensor
-    return state
 
 
 def _bytes_of(tensor: Tensor) -> Any:

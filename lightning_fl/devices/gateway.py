@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import secrets
 import threading
@@ -39,8 +38,9 @@ from lightning_fl.federation import (
     open_server,
 )
 from lightning_fl.federation.server import update_templates
+from lightning_fl.files import write_whole
 from lightning_fl.schedules import Asynchronous
-from lightning_fl.tree import to_sum_dtype, update_trees
+from lightning_fl.tree import flatten, to_sum_dtype, unflatten, update_trees
 from lightning_fl.types import Tree, Update
 
 PROTOCOL = 1
@@ -341,8 +341,8 @@ class Gateway:
             raise wire.BadFile(f"it has num_steps {steps!r}, expected a positive number")
         if isinstance(loss, bool) or not isinstance(loss, int | float) or not abs(loss) < MAX_LOSS:
             raise wire.BadFile(f"its loss is {loss!r}; is that NaN?")
-        trees = wire.unflatten(wire.read(path))
-        bad = wire.finite_error(wire.flatten(trees))
+        trees = unflatten(wire.read(path))
+        bad = wire.finite_error(flatten(trees))
         if bad is not None:
             raise wire.BadFile(f"{wire.readable(bad)!r} holds NaN or Inf")
         norm = math.hypot(*(float(own.double().norm()) for own in trees["delta"].values()))
@@ -403,7 +403,7 @@ class Gateway:
         acc, _ = aggregator.merge(acc, LocalGroup(), Message(), ctx)
         joined = RankReport.join(reports)
         closing = close_server(ServerRound(self.settings, state, {}, self._templates[-1], ctx), acc, joined)
-        bad = wire.finite_error(wire.flatten({"server": closing.state.server, "memory": closing.state.memory}))
+        bad = wire.finite_error(flatten({"server": closing.state.server, "memory": closing.state.memory}))
         if bad is not None:
             self._drop(dict.fromkeys(self.arrived, f"{wire.readable(bad)!r} would hold NaN or Inf"))
             return
@@ -475,7 +475,7 @@ class Gateway:
     def _start_of(self, version: int) -> Update | None:
         if version == self.round or not self._needs_start:
             return None
-        trees = wire.unflatten(self.store.read_state(self.progress.models[str(version)]))
+        trees = unflatten(self.store.read_state(self.progress.models[str(version)]))
         return Update(trees["server"]["params"])
 
     def _present(self) -> Update:
@@ -492,7 +492,7 @@ class Gateway:
 
     def _begin(self) -> None:
         params = load_file(self.plan.step.with_suffix(START))
-        self.start = self.store.write_state(wire.flatten({"params": params, "buffers": {}, "rest": {}}))
+        self.start = self.store.write_state(flatten({"params": params, "buffers": {}, "rest": {}}))
         self.round, self.progress = 0, Progress()
         server = self.settings.algorithm.server_init(to_sum_dtype(params), self.settings.population)
         shared, private = self._write(FederationState(server, [{} for _ in self.settings.transforms]))
@@ -504,8 +504,8 @@ class Gateway:
     def _write(self, state: FederationState) -> tuple[str, str]:
         """Writes the files of a state; returns the digests of the model and of the rest."""
         rest = {key: value for key, value in state.server.items() if key != "params"}
-        shared = self.store.write_state(wire.flatten({"server": {"params": state.server["params"]}}))
-        return shared, self.store.write_state(wire.flatten({"server": rest, "memory": state.memory}))
+        shared = self.store.write_state(flatten({"server": {"params": state.server["params"]}}))
+        return shared, self.store.write_state(flatten({"server": rest, "memory": state.memory}))
 
     def _save(self, shared: str, private: str) -> None:
         self.store.commit(
@@ -521,13 +521,13 @@ class Gateway:
         self._set_model(shared, private)
 
     def _set_model(self, shared: str, private: str) -> None:
-        model = wire.unflatten(self.store.read_state(shared))
-        rest = wire.unflatten(self.store.read_state(private))
+        model = unflatten(self.store.read_state(shared))
+        rest = unflatten(self.store.read_state(private))
         params: Tree = model["server"]["params"]
         server = {"params": params, **rest.get("server", {})}
         self.state = FederationState(server, [{} for _ in self.settings.transforms], memory=rest.get("memory", {}))
         self._templates = update_templates(self.settings, params, {})
-        self._shapes = wire.shapes_of(wire.flatten(update_trees(self._templates[-1])))
+        self._shapes = wire.shapes_of(flatten(update_trees(self._templates[-1])))
         self._shared, self._private = shared, private
         newest = {**self.downloads, self.round: save({name: own.contiguous() for name, own in params.items()})}
         self.downloads = dict(sorted(newest.items())[-KEPT_MODELS:])
@@ -536,13 +536,7 @@ class Gateway:
         """The key that signs tasks; it outlives a restart, so that devices which train meanwhile are not refused."""
         path = self.store.root / "secret"
         if not path.exists():
-            unfinished = path.with_suffix(".unfinished")
-            unfinished.unlink(missing_ok=True)
-            file = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            os.write(file, secrets.token_bytes(32))
-            os.fsync(file)
-            os.close(file)
-            self.store.disk.replace(unfinished, path)
+            write_whole(path, secrets.token_bytes(32))
         return path.read_bytes()
 
     # ---- other

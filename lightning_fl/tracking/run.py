@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from lightning_fl.files import write_whole
 from lightning_fl.tracking.partition import PartitionSummary
 
 RUN_FILE = "run.json"
@@ -48,11 +48,7 @@ def write_file(path: Path, text: str, is_secret: bool = False) -> None:
         is_secret: Whether only its owner may read it, also what is appended later.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, because a rename is atomic only within a file system.
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.touch(mode=0o600 if is_secret else 0o666)
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
+    write_whole(path, text.encode(), mode=0o600 if is_secret else 0o666, durable=False)
 
 
 def append_rows(path: Path, rows: Iterable[Row]) -> None:

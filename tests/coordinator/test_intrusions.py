@@ -18,6 +18,7 @@ from lightning_fl.coordinator import identity, wire
 from lightning_fl.coordinator.client import CallRefused, Client, NotAdmitted
 from lightning_fl.coordinator.identity import Authority, Kit, make_request
 from lightning_fl.federation import RankReport
+from lightning_fl.tree import flatten
 from tests.helpers.network import (
     HOST,
     LiveCoordinator,
@@ -144,7 +145,7 @@ def test_a_silo_speaks_for_itself_only(live: LiveCoordinator) -> None:
     client = Client(live.address, Kit(live.folder / "east"))
     client.ask("POST", "/v1/leave", {"reason": "x", "silo": "north"})
     assert live.coordinator.machine.left == {"east"}
-    tensors = wire.flatten({"delta": {"x": torch.ones(3)}})
+    tensors = flatten({"delta": {"x": torch.ones(3)}})
     for field in ("refused", "lost", "empty"):
         report = replace(RankReport(), **{field: ["north"]}).to_message().fields
         wire.write(east.folder.update, tensors, {"report": report, "weight": 1.0})
