@@ -151,7 +151,7 @@ class FederatedCLI(LightningCLI):
         print(f"checkpoint: {found[-1]}")
 
     def predict(self, **kwargs: Any) -> None:
-        """Predicts, and saves what ``predict_step`` returned for the batches, as one tensor if their shapes allow it."""
+        """Predicts, and saves what ``predict_step`` returned, as one tensor if the shapes allow it."""
         found = self.trainer.predict(**kwargs)
         if not found:
             return
