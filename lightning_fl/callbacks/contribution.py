@@ -97,6 +97,11 @@ class Contribution(FederatedCallback):
         self._start: Tree = {}
         self._own: list[tuple[ClientId, float, Tree]] = []
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Forgets an earlier run of another Trainer; a checkpoint's state comes after this."""
+        if stage == "fit" and trainer.current_epoch == 0:
+            self.totals = {}
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Makes sure that there are clients, and that nothing is to hide them."""
         if not isinstance(trainer.strategy, FederatedStrategy):
