@@ -45,6 +45,16 @@ class FederatedProgressBar(RoundEndCallback, ProgressBar, FederatedCallback):
         self._bars: _Bars | None = None
         self._num_rounds: int | None = None
 
+    @property
+    def is_enabled(self) -> bool:
+        """Whether the bar is on, which decides where ``LightningModule.print`` prints."""
+        return self._enabled
+
+    @property
+    def is_disabled(self) -> bool:
+        """Whether the bar is off."""
+        return not self._enabled
+
     def enable(self) -> None:
         """Turns the bar on."""
         self._enabled = True
@@ -93,7 +103,9 @@ class FederatedProgressBar(RoundEndCallback, ProgressBar, FederatedCallback):
         elif self._enabled and self._is_due(done):
             of = "" if self._num_rounds is None else f"/{self._num_rounds}"
             # Without soft_wrap rich would break the line at the width that it assumes for a file.
-            self.console.print(f"round {done}{of}  {self._shown(trainer)}", highlight=False, soft_wrap=True)
+            self.console.print(
+                f"round {done}{of}  {self._shown(trainer)}", markup=False, highlight=False, soft_wrap=True
+            )
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leaves the rounds' bar on the screen."""
@@ -103,9 +115,9 @@ class FederatedProgressBar(RoundEndCallback, ProgressBar, FederatedCallback):
         """Removes the cohort's bar and stops drawing."""
         self._close()
 
-    def print(self, *args: Any, **kwargs: Any) -> None:
+    def print(self, *args: Any, sep: str = " ", end: str = "\n", **kwargs: Any) -> None:
         """Prints above the bars."""
-        self.console.print(*args, highlight=False)
+        self.console.print(*args, sep=sep, end=end, markup=False, highlight=False)
 
     def _close(self) -> None:
         bars, self._bars = self._bars, None
@@ -136,7 +148,7 @@ class _Bars:
     """A bar for the rounds and one for the current cohort."""
 
     def __init__(self, console: Console, num_rounds: int | None, done: int) -> None:
-        text = TextColumn("{task.fields[text]}")
+        text = TextColumn("{task.fields[text]}", markup=False)
         columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), _TimeLeft(), text)
         self._progress = Progress(*columns, console=console, speed_estimate_period=SECONDS_OF_SPEED)
         self._rounds = self._progress.add_task("rounds", total=num_rounds, completed=done, text="")

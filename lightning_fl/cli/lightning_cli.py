@@ -104,6 +104,7 @@ class FederatedCLI(LightningCLI):
             self._add_record()
         # Lightning adds its own progress bar by default; replace it, but not one that the user has chosen.
         configured = self.config[self.subcommand].trainer.callbacks or []
+        configured = configured if isinstance(configured, list) else [configured]
         is_chosen = any("ProgressBar" in callback.class_path for callback in configured)
         if isinstance(self.trainer.strategy, FederatedStrategy) and not is_chosen:
             for index, callback in enumerate(callbacks):
@@ -150,16 +151,17 @@ class FederatedCLI(LightningCLI):
         print(f"checkpoint: {found[-1]}")
 
     def predict(self, **kwargs: Any) -> None:
-        """Predicts, and saves what ``predict_step`` has returned for the batches, in one tensor if they are tensors."""
+        """Predicts, and saves what ``predict_step`` returned, as one tensor if the shapes allow it."""
         found = self.trainer.predict(**kwargs)
         if not found:
             return
-        tensors = all(isinstance(batch, torch.Tensor) and batch.ndim for batch in found)
+        shapes = [batch.shape[1:] if isinstance(batch, torch.Tensor) and batch.ndim else None for batch in found]
+        are_joined = shapes[0] is not None and all(shape == shapes[0] for shape in shapes)
         folder = run_folder(self.trainer, None) if self.trainer.loggers else None
         rank = f"_rank{self.trainer.global_rank}" if self.trainer.world_size > 1 else ""
         path = (folder or Path(self.trainer.default_root_dir)) / f"predictions{rank}.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(torch.cat(found) if tensors else found, path)  # type: ignore[arg-type]
+        torch.save(torch.cat(found) if are_joined else found, path)  # type: ignore[arg-type]
         print(f"predictions: {path}")
 
     def after_fit(self) -> None:

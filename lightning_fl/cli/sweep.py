@@ -67,11 +67,11 @@ def run(args: argparse.Namespace) -> None:
     if args.trials is not None and not args.tune:
         raise ValueError("--trials is the number of settings that --tune tries; give --tune.")
     choices = dict(sweep_runs.parse_choices(text) for text in args.vary)
-    sweep_runs.claim(args.out, args.rest)
-    groups = tune(args, seeds) if args.tune else _trained(args, seeds, sweep_runs.grid(choices))
-    if not groups:
-        raise ValueError("No run has finished; the lines above say why.")
-    summarise(groups, args)
+    with sweep_runs.claimed(args.out, args.rest):
+        groups = tune(args, seeds) if args.tune else _trained(args, seeds, sweep_runs.grid(choices))
+        if not groups:
+            raise ValueError("No run has finished; the lines above say why.")
+        summarise(groups, args)
 
 
 def _seeds(text: str) -> list[int]:

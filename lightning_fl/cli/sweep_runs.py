@@ -14,11 +14,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
+from lightning_fl.os_differences import lock_file
 from lightning_fl.tracking import Run
 from lightning_fl.tracking.run import RUN_FILE, write_file
 
@@ -45,7 +47,7 @@ def parse_choices(text: str) -> tuple[str, list[str]]:
         except yaml.YAMLError:
             found = None
     chosen = (
-        [json.dumps(one) if isinstance(one, list | dict) else str(one) for one in found]
+        [one if isinstance(one, str) else json.dumps(one) for one in found]
         if isinstance(found, list)
         else [one.strip() for one in values.split(",")]
     )
@@ -176,12 +178,27 @@ def train_all(
     return [run for run in runs if run in done]
 
 
-def claim(folder: Path, common: Sequence[str]) -> None:
-    """Notes in a sweep's folder what all its runs share, so that no run of another sweep is taken for one of it.
+@contextmanager
+def claimed(folder: Path, common: Sequence[str]) -> Iterator[None]:
+    """A block in which no other process runs a sweep in the folder.
+
+    What all its runs share is noted there, so that no run of another sweep is taken for one of this.
 
     Raises:
-        ValueError: If the folder belongs to another sweep.
+        ValueError: If the folder belongs to another sweep, or the same sweep runs there already.
     """
+    _claim(folder, common)
+    with (folder / SWEEP_FILE).open("rb+") as file:
+        try:
+            lock_file(file.fileno(), wait=False)
+        except OSError:
+            raise ValueError(
+                f"Another process runs this sweep in {folder}. Wait for it, or give another --out."
+            ) from None
+        yield
+
+
+def _claim(folder: Path, common: Sequence[str]) -> None:
     facts = {"options": list(common), "configs": dict(_digests(common))}
     path = folder / SWEEP_FILE
     if path.is_file():

@@ -145,9 +145,14 @@ def _difference(runner: Runner, module: L.LightningModule, inputs: Inputs) -> fl
         for found, expected in zip(runner(batch), run(module, batch), strict=True):
             if found.shape != expected.shape:
                 raise ValueError(f"its output has shape {tuple(found.shape)}, not {tuple(expected.shape)}")
-            scale = expected.abs().max().clamp_min(1e-12) if expected.numel() else torch.tensor(1.0)
-            error = (found.to(expected.dtype) - expected).abs().max() / scale if expected.numel() else 0.0
-            largest = max(largest, float(error) if error == error else float("inf"))
+            found, expected = found.double(), expected.double()
+            is_finite = expected.isfinite()
+            if not torch.allclose(found[~is_finite], expected[~is_finite], equal_nan=True):
+                return float("inf")
+            found, expected = found[is_finite], expected[is_finite]
+            if len(expected):
+                error = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+                largest = max(largest, error if error == error else float("inf"))
     return largest
 
 

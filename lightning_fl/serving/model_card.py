@@ -40,7 +40,7 @@ def model_card(checkpoint: Mapping[str, Any], module: L.LightningModule, is_pers
         history = federated["history"]
         lines = [f"Trained by federated learning with `{federated['algorithm']}`."]
         rows.append(("rounds", f"{len(history):,}"))
-        if history:
+        if history and "fl/dp_epsilon" not in federated["metrics"]:  # which the size of the cohort would weaken
             rows.append(("clients in the last round", f"{history[-1]['num_clients']:,}"))
         metrics = {key: float(value) for key, value in federated["metrics"].items() if isinstance(value, Tensor)}
         for key, unit in (("dp", ""), ("dp_example", " of examples")):

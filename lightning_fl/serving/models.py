@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import random
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -36,14 +37,15 @@ class Version:
         module: A module of the same class, for comparison; its frozen parameters stand in for those left out.
 
     Raises:
-        ValueError: If the file can't be loaded safely, its tensors have other names, shapes or dtypes than the
-            module's, or one of them is not finite.
+        ValueError: If the file can't be loaded safely, its tensors have other names or shapes than the module's, or
+            one of them is not finite. A buffer may be infinite where the module's is, as masks are.
     """
 
     def __init__(self, checkpoint: Path, module: L.LightningModule) -> None:
         content = read(checkpoint)
         self.checkpoint = checkpoint
-        state = _checked(whole_state(content, module, checkpoint), module.state_dict(), checkpoint)
+        self._buffers = {name for name, _ in module.named_buffers(remove_duplicate=False)}
+        state = self._checked(whole_state(content, module, checkpoint), module.state_dict())
         self.digest = _digest(state)
         self.device = next(iter(module.state_dict().values()), torch.zeros(())).device
         self.state: Tree = move(state, self.device)
@@ -72,13 +74,34 @@ class Version:
             if known not in self._names:
                 raise ValueError(f"{self.checkpoint} holds no state of client {client!r}.")
             personal = self._files.read(known, self._names[known]).get("personal", {})
-            found = _checked({**self.state, **personal}, self.state, self.checkpoint)
+            found = self._checked({**self.state, **personal}, self.state)
             # What is not personal is held once, or the models of 64 clients would need the memory of 64 models.
             self._of_clients[client] = move(found, self.device)
         self._of_clients.move_to_end(client)
         if len(self._of_clients) > NUM_CLIENTS_KEPT:
             self._of_clients.popitem(last=False)
         return self._of_clients[client]
+
+    def _checked(self, state: Tree, expected: Tree) -> Tree:
+        if state.keys() != expected.keys():
+            differing = sorted(state.keys() ^ expected.keys())
+            raise ValueError(f"{self.checkpoint} holds another model: {', '.join(differing[:5])} differ.")
+        checked = {}
+        for name, own in expected.items():
+            value = state[name]
+            if isinstance(value, Tensor) and value.is_floating_point() and own.is_floating_point():
+                value = value.to(own.dtype)  # as load_state_dict does: a run in another precision has another dtype
+            if not isinstance(value, Tensor) or value.shape != own.shape or value.dtype != own.dtype:
+                raise ValueError(
+                    f"{self.checkpoint} holds another model: {name} is not {tuple(own.shape)} of {own.dtype}."
+                )
+            is_bad = ~torch.isfinite(value)
+            if name in self._buffers:
+                is_bad &= ~((value == own.to(value.device)) & value.isinf())
+            if is_bad.any():
+                raise ValueError(f"{self.checkpoint} has values in {name} that are not finite.")
+            checked[name] = value
+        return checked
 
 
 class ServedModels:
@@ -134,9 +157,11 @@ class ServedModels:
         threading.Thread(target=follow, name="watch", daemon=True).start()
 
     def choose(self, request_id: str | None) -> Version:
-        """The version that answers a request; the same id is always answered by the same one."""
-        if self.canary is None or request_id is None:
+        """The version that answers a request; the same id is always answered by the same one, without one by chance."""
+        if self.canary is None:
             return self.current
+        if request_id is None:
+            return self.canary if random.random() < self.share else self.current
         place = int.from_bytes(hashlib.blake2b(request_id.encode(), digest_size=8).digest(), "big") / 2**64
         return self.canary if place < self.share else self.current
 
@@ -158,19 +183,6 @@ def _identity(path: Path) -> tuple[int, int] | None:
     except FileNotFoundError:
         return None
     return found.st_ino, found.st_mtime_ns
-
-
-def _checked(state: Tree, expected: Tree, checkpoint: Path) -> Tree:
-    if state.keys() != expected.keys():
-        differing = sorted(state.keys() ^ expected.keys())
-        raise ValueError(f"{checkpoint} holds another model: {', '.join(differing[:5])} differ.")
-    for name, value in state.items():
-        own = expected[name]
-        if not isinstance(value, Tensor) or value.shape != own.shape or value.dtype != own.dtype:
-            raise ValueError(f"{checkpoint} holds another model: {name} is not {tuple(own.shape)} of {own.dtype}.")
-        if not torch.isfinite(value).all():
-            raise ValueError(f"{checkpoint} has values in {name} that are not finite.")
-    return state
 
 
 def _digest(state: Tree) -> str:
@@ -200,12 +212,15 @@ def decode(inputs: object, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[t
     for one, shape, dtype in zip(given, shapes, dtypes, strict=True):
         try:
             tensor = torch.tensor(one, dtype=dtype)
+            is_exact = dtype.is_floating_point or torch.equal(tensor, torch.tensor(one))
         except (TypeError, ValueError, RuntimeError, OverflowError):
             raise ValueError(f"Expected numbers of shape {expected}, as nested lists.") from None
         if tuple(tensor.shape[1:]) != shape or tensor.ndim != len(shape) + 1 or not len(tensor):
             raise ValueError(f"Expected numbers of shape {expected}, found {list(tensor.shape)}.")
         if not torch.isfinite(tensor).all():
             raise ValueError("Expected finite numbers.")
+        if not is_exact:
+            raise ValueError(f"Expected whole numbers ({dtype}), found fractions.")
         found.append(tensor)
     if len({len(one) for one in found}) != 1:
         raise ValueError("All inputs need the same number of examples.")

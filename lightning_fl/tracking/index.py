@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from urllib.parse import quote
 
 from lightning_fl.tracking.interactive import side_by_side
 from lightning_fl.tracking.markup import number, page
@@ -42,10 +43,11 @@ def write_index(runs: Sequence[Run], path: Path) -> None:
 
 
 def _cells(run: Run, name: str) -> str:
+    address = escape(f"./{quote(name)}/{REPORT}")
     name = escape(name)
     box = f'<input type="checkbox" checked data-run aria-label="{name}"> '
     if (run.path / REPORT).is_file():
-        name = f'<a href="{name}/{REPORT}">{name}</a>'
+        name = f'<a href="{address}">{name}</a>'
     facts = [started(run), str(run.facts.get("status", "?")), run.algorithm]
     facts += [run.settings.get("num_clients", "-"), f"{len(run.rounds):,}", *_metric(run)]
     facts.append("-" if run.seconds is None else duration(run.seconds))
