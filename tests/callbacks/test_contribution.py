@@ -142,7 +142,7 @@ def test_the_report_shows_who_contributes_what() -> None:
     strategy = FederatedStrategy("fedavg", local_steps=5)
     trainer(strategy, 3, callbacks=[callback, record]).fit(Rooted(), clients_of(E, H, (10, 30, 20)))
     page = render(Run.read("run"))
-    assert "Who contributes what" in page
+    assert "Contributions of clients" in page
     for client, share in callback.totals.items():
         row = f'<tr><td>{client}</td><td class="number">{share:.4g}</td><td class="number">3</td></tr>'
         assert row in page
@@ -154,7 +154,7 @@ def test_the_report_shows_who_contributes_what() -> None:
         assert line["y"] == pytest.approx(np.cumsum(shares).tolist())
     plain = fl.callbacks.RunRecord("plain")
     trainer("fedavg", 1, callbacks=[plain]).fit(Rooted(), clients_of(E, H, (10, 30, 20)))
-    assert "Who contributes what" not in render(Run.read("plain"))
+    assert "Contributions of clients" not in render(Run.read("plain"))
 
 
 def totals() -> Tensor:
@@ -177,7 +177,7 @@ def test_what_cannot_be_measured_is_refused() -> None:
         trainer("fedavg", callbacks=[fl.callbacks.Contribution()]).fit(Rooted(), many)
     for strategy, match in [
         (FederatedStrategy("fedavg", transforms=[fl.privacy.ClientLevelDP(1.0, 1.0)]), "Contribution"),
-        (FederatedStrategy("dsgd"), "DSGD has one for each"),
+        (FederatedStrategy("dsgd"), "DSGD has one model per client"),
     ]:
         with pytest.raises(MisconfigurationException, match=match):
             trainer(strategy, callbacks=[fl.callbacks.Contribution()]).fit(Rooted(), clients_of(E, H, (1, 1, 1)))

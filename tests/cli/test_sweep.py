@@ -91,7 +91,7 @@ def test_a_sweep_goes_on_grows_and_survives_a_run_that_fails(
         (["--seeds", "0,0"], "whole numbers, each once"),
         (["--jobs", "0"], "must be at least 1"),
         (["--vary", "model.lr"], "names no values to try"),
-        (["--vary", "model.lr=1,1"], "each once"),
+        (["--vary", "model.lr=1,1"], "without duplicates"),
         (["--seed_everything", "3"], "set by the sweep itself"),
         (["--trainer.logger=false"], "set by the sweep itself"),
         (["--trials", "3"], "give --tune"),
