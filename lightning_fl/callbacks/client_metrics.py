@@ -68,6 +68,8 @@ class ClientMetrics(FederatedCallback):
         """Finds the folder, and keeps the rows of a run that is resumed there."""
         strategy = trainer.strategy
         self._path = None
+        if trainer.current_epoch == 0:  # another Trainer may have used this object
+            self._last = {}
         if not isinstance(strategy, FederatedStrategy):
             rank_zero_info(f"ClientMetrics records nothing: {type(strategy).__name__} has no clients.")
             return

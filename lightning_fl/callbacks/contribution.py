@@ -96,6 +96,11 @@ class Contribution(FederatedCallback):
         self._start: Tree = {}
         self._own: list[tuple[ClientId, float, Tree]] = []
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Forgets an earlier run of another Trainer; a checkpoint's state comes after this."""
+        if stage == "fit" and trainer.current_epoch == 0:
+            self.totals = {}
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Checks that there are clients, and that nothing has to hide their updates."""
         if not isinstance(trainer.strategy, FederatedStrategy):

@@ -101,6 +101,14 @@ def test_a_round_has_the_known_contributions(method: str, expected: list[float])
         assert sum(callback.totals.values()) == pytest.approx(28.7891107137, rel=1e-9)
 
 
+def test_a_second_run_begins_anew() -> None:
+    callback = fl.callbacks.Contribution(method="leave_one_out")
+    for _ in range(2):
+        fit = trainer(FederatedStrategy("fedavg", local_steps=5), 1, callbacks=[callback])
+        fit.fit(Rooted(), clients_of(E, H, (10, 30, 20)))
+    assert list(callback.totals.values()) == pytest.approx(LEFT_OUT, rel=1e-8)
+
+
 def test_root_data_of_its_own() -> None:
     root = DataLoader(TensorDataset(torch.full((4,), 3.0, dtype=torch.float64)), batch_size=2)
     assert measure("shapley")[0].totals != measure("shapley", root=root)[0].totals
