@@ -19,6 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from lightning_fl.communication.message import FIELDS, fields_of
 from lightning_fl.tree import SEPARATOR, unflatten
 from lightning_fl.types import Tree
 
@@ -27,7 +28,6 @@ MAX_HEADER_BYTES = 1 << 25
 CHUNK = 1 << 22
 FINITE_CHUNK = 1 << 18
 """Elements that are looked at together, so that what that takes stays small."""
-_FIELDS = "__fields__"
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -79,7 +79,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], fields: Mapping[str, Any] |
 
     The same content gives the same bytes. It is on the disk when the function returns.
     """
-    header: dict[str, Any] = {"__metadata__": {_FIELDS: json.dumps(dict(fields or {}), sort_keys=True)}}
+    header: dict[str, Any] = {"__metadata__": {FIELDS: json.dumps(dict(fields or {}), sort_keys=True)}}
     # Aligned as safetensors aligns them: larger elements first.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     offset = 0
@@ -114,13 +114,12 @@ def read_header(path: Path) -> Header:
         raw = file.read(size)
     try:
         header = json.loads(raw)
-        fields = json.loads(header.pop("__metadata__")[_FIELDS])
+        fields = fields_of(header)
         shapes = {
             name: (str(entry["dtype"]), tuple(int(length) for length in entry["shape"]))
             for name, entry in header.items()
+            if name != "__metadata__"
         }
-        if not isinstance(fields, dict):
-            raise TypeError(f"its fields are a {type(fields).__name__}")
         for name, (dtype, shape) in shapes.items():
             if dtype not in _DTYPES or min(shape, default=0) < 0:
                 raise ValueError(f"{readable(name)!r} is {dtype} {list(shape)}")

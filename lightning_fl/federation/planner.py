@@ -93,6 +93,12 @@ class RankPlan:
         """The number of steps that a group takes; None if it is known only after training."""
         return self.lengths[group.clients[0]] if group.num_steps is None else group.num_steps
 
+    def alone(self, groups: Sequence[PlannedGroup]) -> list[PlannedGroup]:
+        """The clients as groups of one, in the order in which they would train if no group had been formed."""
+        order = {client: place for place, client in enumerate(self.sizes)}
+        alone = [group.of([client]) for group in groups for client in group.clients]
+        return sorted(alone, key=lambda group: (group.number, group.version, order[group.clients[0]]))
+
 
 class Planner:
     """Plans the rounds of one rank.

@@ -17,7 +17,7 @@ from lightning_fl.coordinator import wire
 from lightning_fl.coordinator.audit import verify
 from lightning_fl.coordinator.disk import Disk
 from lightning_fl.coordinator.export import read_model
-from lightning_fl.coordinator.service import Refused
+from lightning_fl.coordinator.refused import Refused
 from lightning_fl.devices.admission import AdmissionRules
 from lightning_fl.devices.registry import Registry
 from lightning_fl.schedules import Buffered, Deadline, FedAsync, Polynomial
@@ -393,4 +393,4 @@ def test_the_last_update_is_not_lost_between_its_arrival_and_the_end_of_its_roun
     own.store.close()
     own = gateway(tmp_path, Buffered(2))
     assert (own.round, model(own)) == (1, [2.0] * 3)
-    assert wire.shapes_of(own.state.server["params"]) == {"x": ("F32", (3,))}
+    assert wire.shapes_of(own.model.state.server["params"]) == {"x": ("F32", (3,))}

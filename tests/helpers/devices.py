@@ -94,7 +94,7 @@ def send(own: Gateway, device: str, task: dict[str, Any], delta: float | Tensor,
 
 
 def model(own: Gateway) -> list[float]:
-    return own.state.server["params"]["x"].tolist()
+    return own.model.state.server["params"]["x"].tolist()
 
 
 class LiveGateway:

@@ -320,7 +320,7 @@ def test_what_would_be_ignored_or_diverge_is_refused() -> None:
     params = {"x": torch.zeros(1)}
     for algorithm, size, match in [
         (D2(Hypercube()), 8, "Lazy"),
-        (D2(Random(0.5)), 5, "stays"),
+        (D2(Random(0.5)), 5, "static"),
         (DSGD(Graph([(0, 1), (2, 3)])), 4, "does not connect"),
         (DSGD(Graph([(0, 1), (1, 0)], directed=True)), 2, "pushsum"),
     ]:
