@@ -1,4 +1,4 @@
-"""Names that a package offers without importing where they are from until they are used."""
+"""Names that a package exports and imports only when they are first used."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def lazy_names(package: str) -> tuple[Callable[[str], Any], Callable[[], list[st
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         home = homes[name]
         value = import_module(f"{package}.{name}") if home == package else getattr(import_module(home), name)
-        setattr(module, name, value)  # found there the next time
+        setattr(module, name, value)  # found there next time
         return value
 
     return get, lambda: sorted({*vars(module), *homes})
 
 
 def _names_for_type_checkers(source: str) -> dict[str, str]:
-    """By name the module that ``if TYPE_CHECKING:`` imports it from."""
+    """For each name, the module from which ``if TYPE_CHECKING:`` imports it."""
     blocks = [
         node
         for node in ast.parse(source).body

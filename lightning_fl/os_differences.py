@@ -1,4 +1,4 @@
-"""What Windows does in another way than POSIX, in one place. Written by its documentation; the tests run on Linux."""
+"""Differences between Windows and POSIX, in one place. Based on Windows' documentation; the tests run on Linux."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 IS_WINDOWS = os.name == "nt"
 _FAR = 0x7FFF0000
-"""Where a file is locked on Windows: beyond its content, because a lock there keeps others from reading."""
+"""Offset of the locked byte on Windows: beyond the content, because a lock prevents others from reading it."""
 
 
 def lock_file(descriptor: int, wait: bool) -> None:
@@ -15,10 +15,10 @@ def lock_file(descriptor: int, wait: bool) -> None:
 
     Args:
         descriptor: The file.
-        wait: Whether to wait for another process that has it; on Windows for at most 10 seconds.
+        wait: Whether to wait for another process that has locked it; on Windows for at most 10 seconds.
 
     Raises:
-        OSError: If another process has it.
+        OSError: If another process has locked it.
     """
     if IS_WINDOWS:
         import msvcrt
@@ -36,7 +36,7 @@ def lock_file(descriptor: int, wait: bool) -> None:
 
 
 def flush_folder(path: Path) -> None:
-    """Puts the names in a folder onto the disk; Windows does so by itself, and opens no folders."""
+    """Flushes a folder's entries to the disk; Windows does so itself, and can't open folders."""
     if IS_WINDOWS:
         return
     folder = os.open(path, os.O_RDONLY)
@@ -47,10 +47,10 @@ def flush_folder(path: Path) -> None:
 
 
 def rights(status: os.stat_result) -> int:
-    """The rights of a file's owner, group and others; on Windows none, because its lists of rights aren't looked at."""
+    """The permission bits of a file's owner, group and others; 0 on Windows, whose access control lists aren't read."""
     return 0 if IS_WINDOWS else status.st_mode & 0o777
 
 
 def is_of_another(status: os.stat_result) -> bool:
-    """Whether a file belongs to another user than this one and root."""
+    """Whether a file belongs to a user other than this one and root."""
     return not IS_WINDOWS and status.st_uid not in (os.geteuid(), 0)

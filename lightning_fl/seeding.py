@@ -1,4 +1,4 @@
-"""Randomness from (seed, round, client): the same on whichever rank and in whichever order a client is trained."""
+"""Randomness from (seed, round, client), independent of the rank and the order in which clients are trained."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def derive_seed(*parts: int | str) -> int:
 
 
 def round_rng(seed: int, round: int, purpose: str) -> np.random.Generator:
-    """A NumPy generator for a choice about the whole round, such as its cohort."""
+    """A NumPy generator for choices about a whole round, such as its cohort."""
     return np.random.default_rng(derive_seed(seed, round, purpose))
 
 
@@ -85,7 +85,7 @@ class ClientRandomness:
             cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
             own, state = np.random.get_bit_generator(), np.random.get_state(legacy=False)  # type: ignore[attr-defined]
             self._saved = [torch.get_rng_state(), cuda, random.getstate(), own, state]
-            # NumPy's functions get another generator, because to copy the state of theirs back takes 25 us a client.
+            # NumPy's functions get another generator, because copying the state of theirs back takes 25 us per client.
             np.random.set_bit_generator(self._numpy)  # type: ignore[attr-defined]
         client_seed = derive_seed(seed, round, purpose, client)
         torch.default_generator.manual_seed(client_seed)
@@ -114,7 +114,7 @@ class ClientRandomness:
             if cuda is not None:
                 torch.cuda.set_rng_state(cuda)
             np.random.set_bit_generator(numpy_generator)  # type: ignore[attr-defined]
-            if numpy_state["has_gauss"]:  # NumPy keeps the second of a pair of normal numbers beside the generator
+            if numpy_state["has_gauss"]:  # NumPy caches the second of a pair of normal numbers next to the generator
                 np.random.set_state(numpy_state)
             random.setstate(python_state)
             self._saved = []

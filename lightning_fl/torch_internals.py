@@ -1,4 +1,4 @@
-"""Every touch of torch's private and experimental parts, in one place. Holds for torch >= 2.6, < 3.
+"""Every use of torch's private and experimental API, in one place. Valid for torch >= 2.6, < 3.
 
 Each name says why it is needed and has no public counterpart up to torch 2.13; ``tests/test_torch_internals.py`` fails
 when what it relies on has changed.
@@ -51,14 +51,14 @@ def has_gradient_hooks(param: Tensor) -> bool:
 
 
 def gradient_hooks(param: Tensor) -> tuple[int, ...]:
-    """What identifies the hooks that would see the parameter's gradient."""
+    """Identifiers of the hooks that would see the parameter's gradient."""
     # Without a loop over the names: it runs for each parameter of each client.
     before, after = param._backward_hooks, param._post_accumulate_grad_hooks
     return (*(before or ()), *(after or ())) if before or after else ()
 
 
 def keep_gradient_hooks(param: Tensor, hooks: tuple[int, ...]) -> None:
-    """Removes the hooks that are not among those that :func:`gradient_hooks` has identified."""
+    """Removes the hooks that are not among those identified by :func:`gradient_hooks`."""
     for name in _GRADIENT_HOOKS:
         registered = getattr(param, name) or {}
         for key in [key for key in registered if key not in hooks]:
@@ -93,7 +93,7 @@ def step_hooks(optimizer: Optimizer) -> list[Callable[..., Any]]:
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
     """The dict that holds the module's own parameters, with those that are None.
 
-    A tensor put in it takes a parameter's place even if it is no ``nn.Parameter``, which ``setattr`` refuses.
+    A tensor put in it replaces a parameter even if it is not an ``nn.Parameter``, which ``setattr`` refuses.
     """
     return module._parameters
 
@@ -112,8 +112,8 @@ def own_modules(module: nn.Module) -> dict[str, nn.Module | None]:
 
 
 RECURRENT_COPIES = ("_flat_weights", "_flat_weight_refs")
-"""Attributes in which a recurrent layer keeps its weights a second time; its ``forward`` makes them anew when it finds
-other tensors in their places."""
+"""Attributes in which a recurrent layer keeps its weights a second time; its ``forward`` recreates them when it finds
+that the weights have been replaced."""
 
 
 def set_timeout(options: Any, timeout: timedelta) -> None:
@@ -125,11 +125,11 @@ def gloo_group(store: dist.Store, rank: int, size: int, timeout: timedelta, addr
     """A Gloo group whose ranks reach this one at ``address``; the public constructor takes no address.
 
     Args:
-        store: Where the ranks exchange their addresses.
+        store: The store in which the ranks exchange their addresses.
         rank: Index of this process.
         size: Number of processes.
         timeout: How long a collective waits.
-        address: This process's address. None: what ``GLOO_SOCKET_IFNAME`` or the machine's name says.
+        address: This process's address. None: the one given by ``GLOO_SOCKET_IFNAME`` or the machine's name.
     """
     if address is None:
         return dist.ProcessGroupGloo(store, rank, size, timeout)
@@ -140,7 +140,7 @@ def gloo_group(store: dist.Store, rank: int, size: int, timeout: timedelta, addr
 
 
 def flat_vmap(function: Callable[..., Any], tensors: Sequence[Tensor], randomness: str) -> Any:
-    """``torch.func.vmap(function, randomness=randomness)(*tensors)``, without its checks, which a small step feels."""
+    """``torch.func.vmap(function, randomness=randomness)(*tensors)`` without its checks, which slow small steps."""
     lazy_load_decompositions()
     size = len(tensors[0])
     with vmap_increment_nesting(size, randomness) as level:
@@ -149,7 +149,7 @@ def flat_vmap(function: Callable[..., Any], tensors: Sequence[Tensor], randomnes
 
 
 def unwrap(*tensors: Tensor) -> list[Tensor] | None:
-    """The stacked tensors, clients first, that one ``vmap`` shows as those of a client.
+    """The stacked tensors, clients first, behind the tensors that one ``vmap`` presents as a single client's.
 
     A batching rule in Python needs them: an ``autograd.Function`` with a ``vmap`` method takes ten times as long.
 
@@ -171,18 +171,18 @@ def unwrap_or_spread(tensors: Sequence[Tensor], size: int) -> list[Tensor] | Non
 
 
 def wrap(stacked: Tensor) -> Tensor:
-    """The reverse of :func:`unwrap`: makes a batching rule's result a tensor of one client again."""
+    """The inverse of :func:`unwrap`: makes a batching rule's result a tensor of one client again."""
     wrapped: Tensor = functorch._add_batch_dim(stacked, 0, 1)
     return wrapped
 
 
 def outside_vmap() -> AbstractContextManager[None]:
-    """Inside the block, operations are those on plain tensors: a batching rule works on what it has unwrapped."""
+    """Inside the block, operations act on plain tensors: a batching rule works on the unwrapped tensors."""
     return temporarily_pop_interpreter_stack()
 
 
 def num_references(storage: torch.UntypedStorage) -> int:
-    """How many tensors and storage objects refer to the memory; autograd's are not visible to Python's counts."""
+    """Number of tensors and storage objects that refer to the memory; Python's counts don't include autograd's."""
     count: int = torch._C._storage_Use_Count(storage._cdata)
     return count
 
@@ -194,34 +194,35 @@ def copy_tensors(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 
 
 def record_operations(function: Callable[[], list[Tensor]], tensors: Sequence[Tensor]) -> Callable[..., Any]:
-    """What a function does with tensors; ``torch.fx`` alone can't see into autograd, ``vmap`` and optimizers.
+    """Records a function's tensor operations; ``torch.fx`` alone can't trace autograd, ``vmap`` and optimizers.
 
     Args:
-        function: Reads and writes ``tensors`` by itself.
-        tensors: Are replaced by what the result is called with; other tensors are read from where they are.
+        function: Takes no arguments; reads and writes ``tensors``.
+        tensors: The tensors that the arguments of the result replace; other tensors are read in place.
 
     Raises:
         RuntimeError: If the function turns one of the tensors into a number.
     """
     from torch.fx.experimental.proxy_tensor import make_fx  # here, because it imports sympy, which takes long
 
-    # The arguments reach the function as the objects that they are, which the function knows.
+    # The function holds references to these tensor objects, so they are traced themselves.
     return make_fx(lambda *own: function())(*tensors)
 
 
 def decompositions(operators: Sequence[Any]) -> dict[Any, Callable[..., Any]]:
-    """How torch computes operators from others; the public table of ``torch.export`` has no choice of operators."""
+    """How torch computes operators from others; the public table of ``torch.export`` can't be limited to operators."""
     from torch._decomp import get_decompositions  # here, because it imports sympy, which takes long
 
     return dict(get_decompositions(operators))
 
 
 class _AnyBatch(TorchFunctionMode):
-    """Keeps two functions from fixing the batch's size.
+    """Prevents two functions from fixing the batch's size.
 
-    ``len(tensor)`` is the example's, because Python wants a plain number: ``self.log(..., batch_size=len(y))`` is
-    common. A loss that rests on it computes something else at other sizes. ``linear`` of more than two dimensions is a
-    product, because torch's own way through ``addmm`` reads the sizes as plain numbers.
+    ``len(tensor)`` is that of the example input, because Python needs a plain number: ``self.log(...,
+    batch_size=len(y))`` is common. A loss that depends on it would be wrong at other sizes. ``linear`` of more than two
+    dimensions is computed as a product, because torch's own implementation through ``addmm`` reads the sizes as plain
+    numbers.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -241,12 +242,12 @@ def export_with_any_batch(
     constants: list[Tensor],
     decompositions: Mapping[Any, Callable[..., Any]],
 ) -> torch.export.ExportedProgram:
-    """A function with gradients inside as a program; ``torch.export`` alone does not look into ``torch.func.grad``.
+    """Exports a function that computes gradients; ``torch.export`` alone does not trace into ``torch.func.grad``.
 
     Args:
         step: Maps parameters, state, a batch, a number and the constants to tensors.
-        inputs: An example of all but the constants; the first dimension of the batch's tensors may be any.
-        constants: What is put into the program.
+        inputs: Example inputs except the constants; the first dimension of the batch's tensors becomes dynamic.
+        constants: Tensors that are stored in the program.
         decompositions: How operators are computed from others.
     """
     from torch._subclasses import FakeTensorMode
@@ -255,7 +256,7 @@ def export_with_any_batch(
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
     params, state, batch, scalar = inputs
-    # Not plain tensors: with symbols for the shapes of parameters, too, it takes ten times as long.
+    # Not plain tensors: symbolic shapes for the parameters too would take ten times as long.
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
 
     def static(tensor: Tensor) -> Tensor:
@@ -270,8 +271,8 @@ def export_with_any_batch(
             return step(*given)
 
     fake = ([*map(static, params)], [*map(static, state)], [*map(any_batch, batch)], static(scalar))
-    # Fused attention and oneDNN have backward operators of their own, which no other runtime has. Without duck shapes a
-    # batch that is as long as another dimension is wide is still a batch.
+    # Fused attention and oneDNN have their own backward operators, which no other runtime has. Without duck shapes, a
+    # batch dimension stays dynamic even if another dimension happens to have the same size.
     plain = torch.backends.mkldnn.flags(enabled=False)
     any_size = _config.patch(use_duck_shape=False)  # type: ignore[attr-defined]
     with sdpa_kernel(SDPBackend.MATH), plain, any_size:

@@ -58,7 +58,7 @@ def squared_norms(stacked: Tree, num_clients: int) -> list[float]:
 
     Args:
         stacked: Trees of several clients, each tensor ``[num_clients, ...]``.
-        num_clients: How many.
+        num_clients: The number of clients.
     """
     totals = [0.0] * num_clients
     for tensor in stacked.values():
@@ -77,7 +77,7 @@ def norm(tree: Tree) -> float:
 
 def joint_norm(trees: Iterable[Tree]) -> float:
     """Euclidean norm of all elements of all trees together, accumulated in float64; 0 if there are none."""
-    # Privacy bounds rest on this norm, so float32 rounding must not make it too small.
+    # Privacy bounds depend on this norm, so float32 rounding must not make it too small.
     norms = [
         torch.linalg.vector_norm(as_real(tensor), dtype=torch.float64) for tree in trees for tensor in tree.values()
     ]
@@ -222,7 +222,7 @@ class Layout:
         return {dtype: torch.zeros(self.size(dtype), dtype=dtype, device=device) for dtype in self.dtypes}
 
     def check(self, trees: Mapping[str, Tree]) -> None:
-        """Makes sure that the trees have this layout.
+        """Checks that the trees have this layout.
 
         Raises:
             ValueError: If a tensor is missing, unexpected, or of another shape.
@@ -269,7 +269,7 @@ class Layout:
 
 def is_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether no element is NaN or infinite."""
-    # A sum that is finite has finite terms; one that is not may have overflowed, so that each term is looked at.
+    # A finite sum has finite terms; one that is not finite may have overflowed, so then each term is checked.
     return all(bool(tensor.sum().isfinite()) or bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
 

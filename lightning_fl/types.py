@@ -1,4 +1,4 @@
-"""The data types of the framework: what a client contributes and what a round makes of it."""
+"""The data types of the framework: clients' updates, their aggregate, and local training."""
 
 from __future__ import annotations
 
@@ -14,26 +14,27 @@ ClientId: TypeAlias = int | str
 Tree: TypeAlias = dict[str, Tensor]
 """Tensors keyed by ``state_dict`` name."""
 State: TypeAlias = Mapping[str, Any]
-"""What an algorithm keeps between rounds: only trees and tensors, so that it can be checkpointed and moved."""
+"""An algorithm's state between rounds: only trees and tensors, so that it can be checkpointed and moved."""
 Context: TypeAlias = Mapping[str, Any]
-"""What an algorithm passes from ``client_init`` to its later methods, for the same client and round."""
+"""Values that an algorithm passes from ``client_init`` to its later methods, for the same client and round."""
 
 
 class GradientAt(Protocol):
     """Gradients of the loss on the batch of the current step, at parameters of the algorithm's choice.
 
-    What the module logs meanwhile, its metrics and its buffers leave no trace. A forward pass and a backward pass each.
+    Logged values, metrics and buffers are not affected. A gradient costs a forward and a backward pass, a product with
+    the Hessian another backward pass.
     """
 
     def __call__(self, params: Tree) -> Tree:
-        """The gradient at ``params``, which may be some of the shared parameters; the others stay as they are."""
+        """The gradient at ``params``, which may be some of the shared parameters; the others keep their values."""
 
     def hessian_product(self, params: Tree, vector: Tree) -> Tree:
         """The Hessian of the loss at ``params`` times ``vector``, exact, by differentiating the gradient."""
 
 
 def as_client_id(name: Any) -> ClientId:
-    """A client's id as a plain integer or string, which files and messages of ranks hold as it is.
+    """A client's id as a plain integer or string, the form in which files and messages contain it.
 
     Args:
         name: An integer or a string of any kind, such as NumPy's, or a ``UUID``, which becomes a string.
@@ -58,12 +59,12 @@ def as_client_id(name: Any) -> ClientId:
 
 @dataclass(frozen=True)
 class Update:
-    """What one client contributes to a round.
+    """One client's contribution to a round.
 
     Args:
         delta: Change of the trainable shared parameters over local training, ``y_i - x``.
         buffers: Change of the shared persistent buffers. Always weighted-averaged; no algorithm sees them.
-        weight: The client's share in the weighted mean, filled in by the strategy.
+        weight: The client's weight in the mean, set by the strategy.
         aux: Side channels such as SCAFFOLD's ``c_i' - c_i``: summed, never weighted.
     """
 
@@ -81,7 +82,7 @@ class Update:
         return self.map(lambda tensor: tensor[chosen])
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Update:
-        """The update with each tensor replaced by what ``function`` makes of it."""
+        """The update with ``function`` applied to each tensor."""
 
         def map_tree(tree: Tree) -> Tree:
             return {name: function(tensor) for name, tensor in tree.items()}
@@ -99,14 +100,14 @@ class Aggregate:
         buffers: ``sum_i w_i (b_i - b)``.
         weight: ``sum_i w_i``; a differential-privacy transform replaces it by its expected value.
         aux: Unweighted sums of the side channels.
-        num_clients: Updates accepted in this round.
+        num_clients: Number of updates accepted in this round.
         population: Number of clients in the federation.
-        nodes: For algorithms that ``keep_nodes`` the clients' own ``y_i - x_i``, in the order of their ids: each tensor
-            ``[population, ...]``, zeros for a client that has sent nothing.
+        nodes: For algorithms with ``keeps_nodes``, the clients' own ``y_i - x_i``, in the order of their ids: each
+            tensor ``[population, ...]``, zeros for a client that has sent nothing.
         node_weights: The clients' weights by their data, which add up to 1, whether or not they have sent anything:
             float64 ``[population]``.
-        neighbours: Where each rank knows the row of its own node only: the way to those of others. None: each rank
-            knows all rows.
+        neighbours: Exchanges rows with other ranks, if each rank knows only its own node's row. None: each rank knows
+            all rows.
     """
 
     delta: Tree
@@ -125,22 +126,22 @@ class Aggregate:
 
 
 class Neighbours(Protocol):
-    """The way between nodes of which each is on a rank of its own."""
+    """Exchanges rows between nodes, each of which is on its own rank."""
 
     @property
     def place(self) -> int:
         """The node of this rank."""
 
     def mix(self, matrix: Tensor, nodes: Tree) -> Tree:
-        """``matrix @ nodes``, of which only this rank's rows are right; nodes send to their neighbours only.
+        """``matrix @ nodes``, of which only this rank's row is valid; nodes send to their neighbours only.
 
         Args:
             matrix: A mixing matrix ``[n, n]``.
-            nodes: Tensors ``[n, ...]`` of which this rank's row is right.
+            nodes: Tensors ``[n, ...]`` of which this rank's row is valid.
         """
 
     def gather(self, nodes: Tree) -> Tree:
-        """The same with all rows; all ranks send to all."""
+        """The tensors with all rows valid; all ranks send to all."""
 
 
 @dataclass(frozen=True)
@@ -156,8 +157,8 @@ class Phase:
             a whole model of the client, which it keeps between rounds and never sends; it starts as the global model of
             the client's first round.
         grad_transform: Replaces the algorithm's ``grad_transform`` in this phase. None: the algorithm's.
-        start: Where a phase of the client's own model starts, ``(own, trained, ctx) -> own``: from the shared tensors
-            of that model, and of the one that is sent as the phases before have trained it. None: at the own model.
+        start: The start of a phase of the client's own model, ``(own, trained, ctx) -> own``: computed from the shared
+            tensors of that model, and of the model to send as trained by earlier phases. None: the own model.
     """
 
     trains: str | tuple[str, ...] = "all"
@@ -175,11 +176,11 @@ class Phase:
 
 @dataclass(frozen=True)
 class LocalRun:
-    """Facts about one client's local training, measured by the engine; only phases that train what is sent count.
+    """Facts about one client's local training, measured by the engine, in phases that train the model that is sent.
 
     Args:
         num_steps: Optimizer steps actually taken (a ``GradScaler`` can skip one).
-        num_examples: Examples that one pass of the client's loader yields.
+        num_examples: Number of examples in one pass over the client's loader.
         weight: The client's weight in the mean.
         loss: Mean training loss over the examples processed; NaN if the module returned none.
         lr_sum: For each tensor, the sum of the learning rates of its optimizer steps.

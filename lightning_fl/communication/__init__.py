@@ -1,4 +1,4 @@
-"""How ranks reach each other: process groups, collectives and messages."""
+"""Communication between ranks: process groups, collectives and messages."""
 
 from lightning_fl.communication.equality import all_hold_the_same
 from lightning_fl.communication.group import Group, LocalGroup, RankLost, TorchGroup

@@ -1,4 +1,4 @@
-"""Who has come to a federation, who is waited for, and who has left it with which words."""
+"""Tracks which ranks have joined a federation, which ones are waited for, and why ranks left."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import torch.distributed as dist
 
 NAME_VARIABLE = "LIGHTNING_FL_SILO_NAME"
 FIRST_NOTICE, LONGEST_NOTICE = 3.0, 600.0
-"""Seconds of waiting before it is said for whom; each time it takes twice as long, so that a log does not fill."""
+"""Seconds of waiting before the missing ranks are logged; doubled each time, so that the log does not fill up."""
 GRACE = 2.0
-"""Seconds that ranks give one another to note that they have seen a failure."""
+"""Seconds that a failing rank waits for the others to read its failure."""
 MAX_SENTENCE = 500
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
@@ -23,7 +23,7 @@ log = logging.getLogger("lightning_fl.communication")
 
 
 def check_silo_name(name: str) -> str:
-    """Returns a name that is fit for a folder and a log; the rule is that of a coordinator's certificates.
+    """Returns the name if it is suitable for folders and logs; the rule is that of a coordinator's certificates.
 
     Raises:
         ValueError: If it is not.
@@ -34,9 +34,9 @@ def check_silo_name(name: str) -> str:
 
 
 class Attendance:
-    """What the ranks of a federation leave for one another in their store, besides the collectives.
+    """Notes that the ranks of a federation leave for each other in their store, besides the collectives.
 
-    The store is asked only while a rank waits, so that rounds without waiting cost nothing.
+    The store is read only while a rank waits, so that rounds without waiting cost nothing.
 
     Args:
         store: The rendezvous store of the ranks.
@@ -49,18 +49,18 @@ class Attendance:
         self.names: list[str] = [""] * size
         self.has_failed = False
         self._patience = FIRST_NOTICE
-        # One line a machine: the ranks of one write to the same terminal.
+        # One line per machine, because its ranks write to the same terminal.
         self._speaks = os.environ.get("LOCAL_RANK", "0") == "0"
 
     def arrive(self, name: str, timeout: timedelta) -> None:
-        """Tells the others that this rank is here, and waits for them, saying for whom.
+        """Announces this rank to the others and waits for them; logs the missing ones.
 
         Args:
             name: The silo's name; empty if it has none.
-            timeout: How long to wait.
+            timeout: Maximum time to wait.
 
         Raises:
-            TimeoutError: If some have not come in time.
+            TimeoutError: If some ranks have not joined in time.
             ValueError: On every rank, if some have a name and others have none, or two have the same.
         """
         self.store.set(f"here/{self.rank}", name)
@@ -70,8 +70,8 @@ class Attendance:
             here = ", ".join(self.who(rank) for rank in range(self.size) if rank not in absent)
             if now - start > timeout.total_seconds():
                 raise TimeoutError(
-                    f"{self._missing(absent)} after {timeout.total_seconds():g} s; {here} came. Have all been started, "
-                    "with the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE?"
+                    f"{self._missing(absent)} after {timeout.total_seconds():g} s; {here} joined. Start all ranks with "
+                    "the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE."
                 )
             if now - said > self._patience:
                 said = now
@@ -82,32 +82,32 @@ class Attendance:
         _check_names(self.names)
 
     def who(self, rank: int) -> str:
-        """A rank by the name of its silo, if it has one."""
+        """The rank's display name, with the name of its silo if it has one."""
         return f"silo {self.names[rank]}" if self.names[rank] else f"rank {rank}"
 
     @property
     def patience(self) -> timedelta:
-        """How long to wait before the next notice."""
+        """Time to wait before the next notice."""
         return timedelta(seconds=self._patience)
 
     def notice(self, number: int) -> None:
-        """Says for whom this rank waits in its collective of that number; the others that wait have noted it too."""
+        """Logs which ranks this one waits for in the collective ``number``; other waiting ranks have left a note."""
         self.store.set(f"waits/{self.rank}", str(number))
         late = self._absent("waits", number)
-        # Ranks of a simulation on one machine wait for one another all the time; nobody needs to be told.
+        # Ranks of a simulation on one machine wait for each other all the time; that needs no log.
         if late and (any(self.names) or int(os.environ.get("LOCAL_WORLD_SIZE", 1)) < self.size):
             self._tell(f"Waiting for {self._missing(late)}.")
 
     def note_failure(self, sentence: str) -> None:
-        """Leaves word for the others why this rank leaves."""
+        """Leaves a note for the others why this rank leaves."""
         self.has_failed = True
         self.store.set(f"failed/{self.rank}", sentence[:MAX_SENTENCE])
 
     def explain_loss(self, number: int) -> str:
-        """Who has left, by its own words, or else because it does not notice in time that somebody has.
+        """Which rank has left: one that left a note, or one that did not report the failure in time.
 
         Args:
-            number: That of the collective which has failed.
+            number: Number of the collective that failed.
         """
         try:
             self.store.set(f"seen/{self.rank}", str(number))
@@ -118,14 +118,14 @@ class Attendance:
                 time.sleep(0.05)
             if words := self._failures():
                 return words
-        except RuntimeError:  # rank 0 keeps the store, unless torchrun does
+        except RuntimeError:  # rank 0 hosts the store, unless torchrun does
             absent = [0] if self.rank else []
         if not absent:
             return "Another rank has left the federation"
         return f"{' or '.join(map(self.who, absent)).capitalize()} has left the federation"
 
     def wait_until_seen(self) -> None:
-        """Keeps this process, and with it the store, until the others have read why it leaves."""
+        """Keeps this process, and with it the store, alive until the others have read why it leaves."""
         end = time.monotonic() + GRACE
         try:
             while self._absent("seen", 0) and time.monotonic() < end:
@@ -138,12 +138,12 @@ class Attendance:
         return "; ".join(f"{self.who(rank).capitalize()} has failed: {self._words_of(rank)}" for rank in failed)
 
     def _words_of(self, rank: int) -> str:
-        # Another organisation wrote it: nothing of it may move the cursor or begin a line of the log.
+        # Another organisation wrote it: it must not contain control characters or line breaks.
         words = self.store.get(f"failed/{rank}").decode(errors="replace")[:MAX_SENTENCE]
         return "".join(letter if letter.isprintable() else " " for letter in words)
 
     def _absent(self, what: str, number: int) -> list[int]:
-        """The ranks that have not noted something, or for an earlier collective only; names of those here are read."""
+        """The ranks without a note, or with one for an earlier collective only; also reads the names of the others."""
         absent = []
         for rank in range(self.size):
             key = f"{what}/{rank}"

@@ -1,4 +1,4 @@
-"""Whether all ranks hold the same content, found out without showing it."""
+"""Tests whether all ranks hold the same content, without revealing it."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def all_hold_the_same(group: Group, content: bytes, topic: str) -> bool:
     Rank i maps its content to a square :math:`h_i` modulo a safe prime and sends :math:`h_i^{a_i}` for a secret
     :math:`a_i` of this call. Its neighbour j raises that to :math:`a_j`, and i the neighbour's to :math:`a_i`:
     the results are equal if and only if :math:`h_i = h_j`. Ranks that follow the protocol learn which neighbours hold
-    the same, and nothing else if the decisional Diffie-Hellman problem is hard: no message confirms a guess of the
-    content, unlike a hash. A rank that does not can test one guess a call, by claiming to hold it.
+    the same content, and nothing else if the decisional Diffie-Hellman problem is hard: unlike a hash, no message
+    confirms a guess of the content. A rank that deviates can test one guess per call, by claiming to hold it.
 
     Args:
         group: The ranks.
-        content: What this rank holds.
-        topic: What the content is; the same on every rank.
+        content: This rank's content.
+        topic: The subject of the content; the same on every rank.
 
     Raises:
         ValueError: If a rank sends something that is not an element of the group.
@@ -41,7 +41,7 @@ def all_hold_the_same(group: Group, content: bytes, topic: str) -> bool:
     secret = secrets.randbits(SECRET_BITS - 1) + (1 << (SECRET_BITS - 1))
     own = pow(_to_square(content), secret, PRIME)
     masked = [_element(message) for message in group.all_gather(Message({"element": f"{own:x}"}), topic)]
-    # In a ring, so that each rank answers two of the others however many there are.
+    # In a ring, so that each rank answers two others for any number of ranks.
     before, after = masked[group.rank - 1], masked[(group.rank + 1) % group.size]
     answers = {"before": f"{pow(before, secret, PRIME):x}", "after": f"{pow(after, secret, PRIME):x}"}
     found = [message.fields for message in group.all_gather(Message(answers), topic)]
@@ -49,14 +49,14 @@ def all_hold_the_same(group: Group, content: bytes, topic: str) -> bool:
 
 
 def _to_square(content: bytes) -> int:
-    # Squares, because they form the subgroup of prime order. Longer than the prime, so that the remainder has no bias.
+    # Squares form the subgroup of prime order. The hash is longer than the prime, so that the remainder is unbiased.
     return pow(int.from_bytes(hashlib.shake_256(content).digest(NUM_BYTES + 32), "big"), 2, PRIME)
 
 
 def _element(message: Message) -> int:
     text = message.fields.get("element")
     value = int(text, 16) if isinstance(text, str) and len(text) <= 2 * NUM_BYTES else 0
-    # 1 and -1 stay what they are under every exponent, so that a rank could pretend to hold what all others hold.
+    # 1 and -1 stay 1 or -1 under every exponent, so a rank could pretend to hold the same content as all others.
     if not 1 < value < PRIME - 1:
         raise ValueError(f"A rank sent {str(text)[:20]!r}, which is not in the group modulo the common prime.")
     return value

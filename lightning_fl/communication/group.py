@@ -59,47 +59,47 @@ class Group(ABC):
         self.size = size
         self.traffic = Traffic()
         self.names: Sequence[str] = ()
-        """The names of the ranks, if each is a silo that has one."""
+        """The names of the ranks, if each is a silo with a name."""
 
     @property
     def inner(self) -> Group:
-        """The processes of this rank, where a rank is a silo of several; all of them make the same calls."""
+        """The processes of this rank, if a rank is a silo of several processes; all of them make the same calls."""
         return LocalGroup()
 
     @property
     def talks(self) -> bool:
-        """Whether this process speaks for its rank; the other processes of a silo are told what it hears."""
+        """Whether this process communicates for its rank; it passes on messages to the silo's other processes."""
         return True
 
     @property
     def shards(self) -> Group:
-        """The processes over which the silo's parameters are spread; one where each process holds them whole."""
+        """The processes over which the silo's parameters are sharded; one if each process holds all parameters."""
         return LocalGroup()
 
     @property
     def is_spread(self) -> bool:
-        """Whether parameters are spread over :attr:`shards`."""
+        """Whether parameters are sharded over :attr:`shards`."""
         return False
 
     @property
     def is_alone(self) -> bool:
-        """Whether there is no other process, neither in the federation nor in this silo."""
+        """Whether there is no other process, in the federation or in this silo."""
         return self.size == 1 and self.inner.size == 1
 
     def who(self, rank: int) -> str:
-        """A rank for people to read: by the name of its silo, if it has one."""
+        """The rank's display name, with the name of its silo if it has one."""
         return f"silo {self.names[rank]}" if self.names else f"rank {rank}"
 
     def leave(self, reason: str) -> None:
-        """Tells the other ranks why this one is about to leave, if the transport can, which it need not."""
+        """Tells the other ranks why this one is about to leave, if the transport supports it."""
         return
 
     @abstractmethod
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
         """The element-wise sum, mean, min or max (``op``) of the ranks' tensors, as a new tensor.
 
-        ``tensor`` is not modified: an in-place all-reduce that fails leaves its buffer undefined, and with the input
-        intact the caller can retry.
+        ``tensor`` is not modified: a failed in-place all-reduce leaves its buffer undefined, and with the input intact
+        the caller can retry.
         """
 
     @abstractmethod
@@ -108,7 +108,7 @@ class Group(ABC):
 
         Args:
             message: This rank's message.
-            topic: What the message is about, such as ``"end of round 3"``. The ranks compare it.
+            topic: The subject of the message, such as ``"end of round 3"``. The ranks compare it.
 
         Raises:
             RuntimeError: If another rank's message has another topic: the ranks are out of sync.
@@ -131,12 +131,12 @@ class Group(ABC):
         return torch.stack([part.tensors["part"].to(tensor.device) for part in parts])
 
     def all_to_all(self, parts: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
-        """Sends ``parts[rank]`` to each rank, and returns what each rank has sent to this one.
+        """Sends ``parts[rank]`` to each rank, and returns the parts that the ranks sent to this one.
 
-        A transport that can send to a single rank overrides it: here each rank hears everything.
+        A transport that can send to a single rank overrides it: here each rank receives everything.
 
         Args:
-            parts: A flat tensor for each rank, all of one dtype.
+            parts: A flat tensor for each rank, all of the same dtype.
             sizes: For each rank the number of elements that it sends to this one.
         """
         own = {str(rank): part for rank, part in enumerate(parts)}
@@ -148,9 +148,9 @@ class Group(ABC):
     def send(self, tensor: Tensor, rank: int) -> None:
         """Sends a tensor to one rank, which calls :meth:`receive` with one of the same shape and dtype.
 
-        Not every transport can.
+        Not every transport supports it.
         """
-        raise NotImplementedError(f"{type(self).__name__} can't send to a single rank; join the ranks by a TorchGroup.")
+        raise NotImplementedError(f"{type(self).__name__} can't send to a single rank; use a TorchGroup.")
 
     def receive(self, like: Tensor, rank: int) -> Tensor:
         """The tensor that one rank sends, as a new one with the shape and dtype of ``like``."""
@@ -158,7 +158,7 @@ class Group(ABC):
 
     def broadcast_message(self, message: Message, root: int = 0) -> Message:
         """The message of rank ``root``."""
-        # The other ranks don't know the size of the message, which a broadcast would need. So gather, with empty ones.
+        # The other ranks don't know the size of the message, which a broadcast would need. So gather empty ones.
         return self.all_gather(message if self.rank == root else Message(), "broadcast")[root]
 
 
@@ -207,14 +207,14 @@ class TorchGroup(Group):
         store: The rendezvous store of the ranks.
         rank: Index of this process, from 0.
         size: Number of processes.
-        device: Device of the tensors. CUDA tensors travel over NCCL if each rank has a GPU of its own; everything else
-            travels over Gloo, through main memory.
-        timeout: How long a collective waits for the other ranks.
-        address: Where the other ranks reach this one. None: Gloo finds out.
+        device: Device of the tensors. CUDA tensors are sent over NCCL if each rank has its own GPU; everything else is
+            sent over Gloo, through main memory.
+        timeout: Maximum time that a collective waits for the other ranks.
+        address: The address at which the other ranks reach this one. None: Gloo determines it.
         name: The name of this rank's silo; empty if it has none.
 
     Raises:
-        TimeoutError: If some ranks have not come in time.
+        TimeoutError: If some ranks have not joined in time.
         ValueError: On every rank, if not all or none have a name, or two have the same.
     """
 
@@ -248,17 +248,17 @@ class TorchGroup(Group):
         num_gpus = len(set(gpus))
         if num_gpus < self.size and self.rank == 0:
             # NCCL refuses two ranks on one GPU.
-            log.warning(f"{self.size} ranks share {num_gpus} GPU(s): between them tensors travel over Gloo, not NCCL.")
+            log.warning(f"{self.size} ranks share {num_gpus} GPU(s): tensors are sent over Gloo, not NCCL.")
         return num_gpus == self.size
 
     def leave(self, reason: str) -> None:
-        with suppress(RuntimeError):  # the store has gone with the rank that keeps it
+        with suppress(RuntimeError):  # the store is gone with the rank that hosts it
             self.attendance.note_failure(reason)
 
     def _wait(self, work: Any, tensor: Tensor) -> None:
         self._num_collectives += 1
         try:
-            # On a GPU `wait` with a time would block the CPU, which otherwise goes on.
+            # On a GPU, `wait` with a timeout would block the CPU, which otherwise continues.
             while self._backend(tensor) is self._backends["cpu"]:
                 try:
                     return work.wait(self.attendance.patience)
@@ -276,13 +276,13 @@ class TorchGroup(Group):
             ) from error
 
     def _wait_for_one(self, begin: Callable[[], Any], rank: int) -> None:
-        # No collective, so it does not count as one: the ranks make different numbers of these. If the other end is
-        # known to be gone, Gloo raises where the operation begins.
+        # Not counted as a collective, because ranks make different numbers of these calls. If the other end is known to
+        # be gone, Gloo raises when the operation begins.
         try:
             begin().wait()
         except RuntimeError as error:
             raise RankLost(
-                f"Rank {rank} has left, or has not answered within {self.timeout.total_seconds():g} s "
+                f"Rank {rank} has left or has not answered within {self.timeout.total_seconds():g} s "
                 f"({str(error).splitlines()[0]}). Look for an error in its output."
             ) from error
 
@@ -290,7 +290,7 @@ class TorchGroup(Group):
         return self._backends[tensor.device.type]
 
     def _sendable(self, tensor: Tensor) -> Tensor:
-        """The tensor, in main memory if no backend takes it from its device."""
+        """The tensor, copied to main memory if no backend supports its device."""
         return tensor.detach() if tensor.device.type in self._backends else tensor.detach().cpu()
 
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
@@ -316,20 +316,20 @@ class TorchGroup(Group):
         if max(sizes) > MAX_MESSAGE_BYTES:
             raise ValueError(
                 f"{self.who(sizes.index(max(sizes))).capitalize()} wants to send a message of {max(sizes)} bytes; at "
-                f"most {MAX_MESSAGE_BYTES} are taken. Does a metric keep every prediction? Use its binned form."
+                f"most {MAX_MESSAGE_BYTES} are allowed. If a metric keeps every prediction, use its binned form."
             )
         padded = torch.zeros(max(sizes), dtype=torch.uint8)
         padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         parts = self._gather(padded)
         messages = [Message.decode(bytes(part[:size].numpy())) for part, size in zip(parts, sizes, strict=True)]
-        # Ranks get out of sync if, say, one has another callback. Without this check a rank would take a message for
-        # something else, and fail much later or compute nonsense.
+        # Ranks get out of sync if, for example, one has another callback. Without this check a rank would misinterpret
+        # a message, and fail much later or compute wrong results.
         for rank, other in enumerate(messages):
             if other.fields["topic"] != topic:
                 raise RuntimeError(
                     f"The ranks are out of sync: {self.who(rank)} is at {other.fields['topic']!r}, "
-                    f"{self.who(self.rank)} at {topic!r}. Do all ranks have the same callbacks, and do these behave "
-                    "the same on each rank?"
+                    f"{self.who(self.rank)} at {topic!r}. All ranks need the same callbacks, which must behave the "
+                    "same on each rank."
                 )
         return [Message(other.fields["fields"], other.tensors) for other in messages]
 
@@ -376,7 +376,7 @@ class TorchGroup(Group):
 
 
 def _identify(gpu: torch.device) -> str:
-    """What no other GPU of any machine is called."""
+    """An identifier of a GPU that is unique across machines."""
     return str(torch.cuda.get_device_properties(gpu).uuid)
 
 

@@ -1,7 +1,7 @@
-"""Calls from the ranks of a launch to its first one, which takes them in as they come.
+"""Remote calls from the ranks of a launch to the first one, which answers them in the order of arrival.
 
-No collective: a rank that calls waits for its own answer and for no other rank. Each has a line of its own to the first
-rank, so that one that dies cuts nothing but its line, and the process that replaces it gets another.
+These are not collectives: a calling rank waits for its own answer and for no other rank. Each rank has its own
+connection to the first one, so that a rank that dies breaks no other connection, and its replacement gets a new one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lightning_fl.torch_internals import gloo_group
 
 Transport = Literal["gloo", "rpc"]
 MAX_FIELDS = 1 << 26
-"""64 MiB: the most that the fields of a call may take."""
+"""64 MiB: maximum size of a call's fields."""
 NOTHING = torch.empty(0, dtype=torch.uint8)
 _LOOKS_EVERY_S = 0.1
 log = logging.getLogger("lightning_fl.communication")
@@ -38,17 +38,17 @@ class Called(Protocol):
 
     @property
     def limit(self) -> int:
-        """The most bytes that a call may bring."""
+        """Maximum number of bytes in a call's body."""
 
     def answer(self, rank: int, fields: Mapping[str, Any], body: Tensor) -> tuple[Mapping[str, Any], Tensor]:
-        """What the call of a rank is answered; fields are JSON, bodies bytes."""
+        """The answer to a rank's call; fields are JSON, bodies bytes."""
 
     def lost(self, rank: int) -> None:
-        """A rank's process has ended."""
+        """Called when a rank's process has ended."""
 
 
 class Line(ABC):
-    """A rank's way to the first one; a call at a time, from any thread."""
+    """A rank's connection to the first one; one call at a time, from any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -57,8 +57,8 @@ class Line(ABC):
         """The answer to a call.
 
         Args:
-            fields: What JSON can represent.
-            body: Bytes.
+            fields: Values that JSON can represent.
+            body: Bytes, uint8.
 
         Raises:
             RankLost: If the first rank has left.
@@ -68,7 +68,7 @@ class Line(ABC):
                 return self._call(fields, body)
             except RuntimeError as error:
                 raise RankLost(
-                    f"Rank 0, which keeps the model, has left ({str(error).splitlines()[0]}). Look for an error in its "
+                    f"Rank 0, which holds the model, has left ({str(error).splitlines()[0]}). Look for an error in its "
                     "output."
                 ) from error
 
@@ -76,12 +76,12 @@ class Line(ABC):
     def _call(self, fields: Mapping[str, Any], body: Tensor) -> tuple[dict[str, Any], Tensor]: ...
 
     def close(self) -> None:
-        """Ends the line."""
+        """Closes the connection."""
         return
 
 
 class OwnLine(Line):
-    """The first rank's line to itself."""
+    """The first rank's connection to itself."""
 
     def __init__(self, called: Called) -> None:
         super().__init__()
@@ -93,26 +93,26 @@ class OwnLine(Line):
 
 
 class Lines(ABC):
-    """The first rank's end of all lines."""
+    """The first rank's end of all connections."""
 
     @abstractmethod
     def close(self) -> None:
-        """Ends all lines."""
+        """Closes all connections."""
 
 
 class Meeting:
-    """Where the ranks of a launch find each other, also those that come later.
+    """The rendezvous of the ranks of a launch, including those that join later.
 
     Args:
         rank: Index of this process, from 0.
         size: Number of processes.
         address: Host of the store: ``MASTER_ADDR`` under torchrun.
         port: Port of the store.
-        timeout: How long the ranks wait for one another at the start, and for an answer.
+        timeout: Maximum time that the ranks wait for each other at the start, and for an answer.
         name: The name of this rank's silo; empty if silos have none.
 
     Raises:
-        TimeoutError: If some ranks have not come in time.
+        TimeoutError: If some ranks have not joined in time.
         ValueError: If not all or none have a name, or two have the same.
     """
 
@@ -125,27 +125,27 @@ class Meeting:
         self.names = [own or str(other) for other, own in enumerate(attendance.names)]
 
     def tell(self, word: str) -> None:
-        """Leaves a word of the first rank for the others, also for those that come later."""
+        """Stores a message of the first rank for the others, including those that join later."""
         self.store.set("word", word)
 
     def told(self) -> str:
-        """Waits for the first rank's word."""
+        """Waits for the first rank's message."""
         return self.store.get("word").decode()
 
     def listen(self, transport: Transport, called: Called) -> Lines:
-        """The first rank's end of the lines."""
+        """The first rank's end of the connections."""
         return GlooLines(self, called) if transport == "gloo" else RpcLines(self, called)
 
     def line(self, transport: Transport) -> Line:
-        """This rank's line to the first one."""
+        """This rank's connection to the first one."""
         return GlooLine(self) if transport == "gloo" else RpcLine(self)
 
 
-# ---- Gloo: a group of two for each line
+# ---- Gloo: a group of two for each connection
 
 
 def _pair(meeting: Meeting, store: dist.Store, rank: int, number: int, end: int) -> Any:
-    # A group of all ranks can't take in a process that replaces one of them. A group of two is made anew.
+    # A group of all ranks can't admit a process that replaces one of them, but a group of two can be recreated.
     prefix = dist.PrefixStore(f"lines/{rank}/{number}", store)
     return gloo_group(prefix, end, 2, meeting.timeout, meeting.own_address)
 
@@ -175,7 +175,7 @@ def _receive(pair: Any, source: int, limit: int) -> tuple[dict[str, Any], Tensor
 
 
 class GlooLine(Line):
-    """A line over Gloo."""
+    """A connection over Gloo."""
 
     def __init__(self, meeting: Meeting) -> None:
         super().__init__()
@@ -191,7 +191,7 @@ class GlooLine(Line):
 
 
 class GlooLines(Lines):
-    """The first rank's ends of lines over Gloo: a thread for each, and one that looks for new ones."""
+    """The first rank's ends of connections over Gloo: one thread each, and one that accepts new ones."""
 
     def __init__(self, meeting: Meeting, called: Called) -> None:
         self._meeting, self._called = meeting, called
@@ -205,9 +205,9 @@ class GlooLines(Lines):
 
     def _look(self) -> None:
         meeting, seen = self._meeting, dict.fromkeys(range(1, self._meeting.size), 0)
-        # One for each thread: a store that waits holds up whoever else asks it.
+        # One store per thread, because a waiting store blocks other threads that use it.
         store = meeting.store.clone()  # type: ignore[attr-defined]
-        with suppress(RuntimeError):  # the store has gone with the agent that kept it
+        with suppress(RuntimeError):  # the store is gone with the agent that hosted it
             while not self._ends.wait(_LOOKS_EVERY_S):
                 for rank, before in seen.items():
                     number = store.add(f"came/{rank}", 0)
@@ -221,8 +221,8 @@ class GlooLines(Lines):
             while True:
                 fields, body = _receive(pair, 1, self._called.limit)
                 _send(pair, 1, *self._called.answer(rank, fields, body))
-        except Exception as error:  # whoever has called: what it sends may be anything
-            log.debug("The line of rank %d has ended: %s", rank, error)
+        except Exception as error:  # a caller may send anything
+            log.debug("The connection of rank %d has ended: %s", rank, error)
             if store.add(f"came/{rank}", 0) == number:  # no other process has taken its place meanwhile
                 self._called.lost(rank)
 
@@ -234,7 +234,7 @@ class GlooLines(Lines):
 # ---- torch.distributed.rpc
 
 _called: list[Called] = []
-"""Who answers the calls that reach this process by RPC, which knows functions only."""
+"""The object that answers RPC calls to this process; RPC can only call functions."""
 
 
 def _answer(rank: int, fields: str, body: Tensor) -> tuple[str, Tensor]:
@@ -247,19 +247,19 @@ def _init_rpc(meeting: Meeting) -> Any:
 
     if meeting.rank and meeting.store.add(f"came/{meeting.rank}", 1) > 1:
         raise ValueError(
-            f"Rank {meeting.rank} has come back, but the agents of torch.distributed.rpc are those of the start. "
-            "The others go on without it. Use transport='gloo', over which ranks come back."
+            f"Rank {meeting.rank} has been restarted, but torch.distributed.rpc can't admit it again. The others "
+            "continue without it. Use transport='gloo', which allows ranks to rejoin."
         )
     seconds = int(meeting.timeout.total_seconds())
     place = rpc.TensorPipeRpcBackendOptions(rpc_timeout=seconds, init_method=meeting.place)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch about its own group
+        warnings.simplefilter("ignore")  # torch's warnings about its own group
         rpc.init_rpc(f"rank{meeting.rank}", rank=meeting.rank, world_size=meeting.size, rpc_backend_options=place)
     return rpc
 
 
 class RpcLine(Line):
-    """A line over ``torch.distributed.rpc``, which pickles and has no authentication: for one's own cluster only."""
+    """A connection over ``torch.distributed.rpc``, which pickles without authentication: only for your own cluster."""
 
     def __init__(self, meeting: Meeting) -> None:
         super().__init__()
@@ -274,7 +274,7 @@ class RpcLine(Line):
 
 
 class RpcLines(Lines):
-    """The first rank's end of lines over RPC, whose threads are torch's."""
+    """The first rank's end of connections over RPC, whose threads are torch's."""
 
     def __init__(self, meeting: Meeting, called: Called) -> None:
         _called.append(called)

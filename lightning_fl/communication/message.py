@@ -1,6 +1,6 @@
 """Messages between ranks: JSON fields and tensors.
 
-Never pickles: unpickling runs code of the sender's choice, and a message may come from another organisation.
+Pickle is never used: unpickling runs code of the sender's choice, and a message may come from another organisation.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ class Message:
 
     @classmethod
     def decode(cls, data: bytes) -> Message:
-        """The message that :meth:`encode` encoded.
+        """Decodes the result of :meth:`encode`.
 
         Raises:
-            ValueError: If the bytes are not such a message.
+            ValueError: If the bytes are not a valid message.
         """
         try:
             # safetensors does not return the metadata, so the header is read here: its length, then its JSON.
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
             return cls(fields_of(header), load(data))
         except Exception as error:  # untrusted bytes raise many types: deep nesting, shapes that overflow, ...
-            raise ValueError(f"A rank sent {len(data)} bytes that are no message of ours: {error}") from error
+            raise ValueError(f"A rank sent {len(data)} bytes that are not a valid message: {error}") from error
 
 
 def fields_of(header: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Plain Python objects as JSON that preserves their types: what Lightning's ``broadcast`` sends without pickle."""
+"""Plain Python objects as JSON that preserves their types, so that Lightning's ``broadcast`` needs no pickle."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def encode(value: Any, tensors: Tree | None = None) -> Any:
 
 
 def decode(value: Any, tensors: Tree | None = None) -> Any:
-    """The object that :func:`encode` encoded."""
+    """Decodes the result of :func:`encode`."""
     if isinstance(value, list):
         return [decode(item, tensors) for item in value]
     if not isinstance(value, dict):
@@ -74,5 +74,5 @@ def encode_object(value: Any) -> Message:
 
 
 def decode_object(message: Message) -> Any:
-    """The object that :func:`encode_object` encoded."""
+    """Decodes the result of :func:`encode_object`."""
     return decode(message.fields["object"], message.tensors)

@@ -1,4 +1,4 @@
-"""Rendezvous: how the processes of a federation find each other."""
+"""Rendezvous of the processes of a federation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lightning_fl.communication.silo import SiloGroup
 _federations: Counter[str] = Counter()
 _meetings: Counter[str] = Counter()
 _default_groups: list[dist.Store] = []
-"""The stores of the default groups that this module has made, which it may replace."""
+"""The stores of the default groups that this module created and may replace."""
 
 
 def connect(
@@ -41,7 +41,7 @@ def connect(
         address: Host of the store: ``MASTER_ADDR`` under torchrun.
         port: Port of the store.
         device: Device of the model.
-        timeout: How long a collective waits for the other ranks.
+        timeout: Maximum time that a collective waits for the other ranks.
         name: The name of this rank's silo, unique among the ranks; empty if silos have none.
     """
     if size == 1:
@@ -61,23 +61,23 @@ def connect_silos(
     timeout: timedelta = timedelta(minutes=30),
     name: str = "",
 ) -> SiloGroup:
-    """Joins processes to silos of several, and the silos to a federation; each process must call it.
+    """Joins processes to silos of several processes, and the silos to a federation; each process must call it.
 
     Torch's default process group becomes that of the silo.
 
     Args:
-        rank: Index of this process among all, from 0; those of a silo follow one another.
+        rank: Index of this process among all, from 0; the processes of a silo are consecutive.
         size: Number of processes of all silos.
         ranks: Number of processes of this silo.
-        is_spread: Whether parameters are spread over the processes of a silo.
+        is_spread: Whether parameters are sharded over the processes of a silo.
         address: Host of the store.
         port: Port of the store.
         device: Device of the model.
-        timeout: How long a collective waits for the other processes.
+        timeout: Maximum time that a collective waits for the other processes.
         name: The name of this silo; empty if silos have none.
 
     Raises:
-        ValueError: On every process, if the silos' sizes don't add up, or differ where parameters are spread.
+        ValueError: On every process, if the silos' sizes don't add up, or differ although parameters are sharded.
     """
     if size == 1:
         _own_default_group(dist.HashStore(), 0, 1, device, timeout)
@@ -92,15 +92,15 @@ def connect_silos(
     of_silos = [sizes[first:end] for first, end in pairwise(firsts)]
     if firsts[-1] != size or any(min(each) != max(each) for each in of_silos):
         raise ValueError(
-            f"The processes say that their silos have {sizes} processes, in the order of the ranks. Those of a silo "
-            "follow one another; start as many as silo=fl.silos.DDP(ranks=...) says, or leave ranks out if each silo "
-            "is one machine."
+            f"The processes report silos of {sizes} processes, in the order of the ranks. The processes of a silo must "
+            "be consecutive; start as many as silo=fl.silos.DDP(ranks=...) has, or leave ranks out if each silo is one "
+            "machine."
         )
     if is_spread and len({len(each) for each in of_silos}) > 1:
         raise ValueError(
-            f"The silos have {[len(each) for each in of_silos]} processes. Where the parameters are spread over them, "
-            "all silos need the same number, so that each part has its counterparts. Use fl.silos.DDP(), or start as "
-            "many in each."
+            f"The silos have {[len(each) for each in of_silos]} processes. If parameters are sharded over them, all "
+            "silos need the same number, so that each shard has its counterparts. Use fl.silos.DDP(), or start the "
+            "same number in each."
         )
     silo = next(place for place, first in enumerate(firsts[1:]) if rank < first)
     place, num_silos = rank - firsts[silo], len(of_silos)
@@ -122,12 +122,12 @@ def connect_silos(
 
 
 def _own_default_group(store: dist.Store, rank: int, size: int, device: torch.device, timeout: timedelta) -> None:
-    """Makes torch's default group that of the silo, for what a model does inside it: FSDP, SyncBatchNorm."""
+    """Makes the silo's group torch's default group, for operations inside the silo such as FSDP and SyncBatchNorm."""
     if dist.is_initialized():
         if not _default_groups:
             raise ValueError(
-                "torch.distributed is initialised already, but its default group has to be that of this silo. Leave "
-                "init_process_group out; the strategy calls it."
+                "torch.distributed is already initialised, but its default group has to be that of this silo. Don't "
+                "call init_process_group; the strategy does."
             )
         dist.destroy_process_group()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -150,7 +150,7 @@ def _meet(rank: int, size: int, address: str, port: int, timeout: timedelta) -> 
 
 
 def meet_again(rank: int, size: int, address: str, port: int, timeout: timedelta) -> tuple[dist.Store, str | None]:
-    """As :func:`_meet`, but a process that torchrun has restarted meets those that have gone on without it."""
+    """Like :func:`_meet`, but a process that torchrun restarted rejoins those that continued without it."""
     run = os.environ.get("TORCHELASTIC_RUN_ID", "")
     keeps_it = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "") != "True"
     store = _open_store(address, port, size, keeps_it, timeout)
@@ -166,14 +166,14 @@ def _open_store(address: str, port: int, size: int, keeps_it: bool, timeout: tim
     while True:
         left = timedelta(seconds=max(min(patience, end - time.monotonic()), 1.0))
         try:
-            # Who has come is asked later, with names, rather than waited for in here without a word.
+            # Waiting for the ranks happens later, with log messages and names, not silently in here.
             store = dist.TCPStore(
                 address, port, size, keeps_it, timeout=left, multi_tenant=True, wait_for_workers=False
             )
         except RuntimeError:
             if keeps_it or time.monotonic() > end:
                 raise
-            log.warning(f"Waiting for the rank that hosts the rendezvous, {address}:{port}; it does not answer yet.")
+            log.warning(f"Waiting for the rank that hosts the rendezvous, {address}:{port}, which does not answer yet.")
             patience = min(2 * patience, LONGEST_NOTICE)
             continue
         store.set_timeout(timeout)
@@ -181,10 +181,10 @@ def _open_store(address: str, port: int, size: int, keeps_it: bool, timeout: tim
 
 
 def launched_group(timeout: timedelta = timedelta(minutes=30)) -> Group:
-    """The group of the processes that torchrun, or a launcher with the same variables, has started; else of this one.
+    """The group of the processes started by torchrun or a launcher with the same variables; otherwise a local group.
 
     Args:
-        timeout: How long a collective waits for the other ranks.
+        timeout: Maximum time that a collective waits for the other ranks.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -200,7 +200,7 @@ def launched_group(timeout: timedelta = timedelta(minutes=30)) -> Group:
 def own_address(address: str, port: int, size: int) -> str:
     """This machine's address on the route to the store, at which the other ranks can reach it.
 
-    Gloo would take what the machine's own name resolves to, which often is 127.0.0.1.
+    Gloo would use the address to which the machine's own name resolves, which is often 127.0.0.1.
 
     Args:
         address: Host of the store.
@@ -211,8 +211,8 @@ def own_address(address: str, port: int, size: int) -> str:
     on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     several = on_this_machine < size or int(os.environ.get("SLURM_NNODES", 1)) > 1
     if several and found.startswith("127."):
-        # The store is on this machine, under a name that only here means the machine itself. The address of nobody in
-        # particular is reached by the default route, if there is one.
+        # The store is on this machine, under a name that is local to it. An arbitrary external address gives the
+        # default route, if there is one.
         with suppress(OSError):
             return _source_of_route("192.0.2.1", port)
     return found
@@ -221,5 +221,5 @@ def own_address(address: str, port: int, size: int) -> str:
 def _source_of_route(address: str, port: int) -> str:
     family, kind, protocol, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind, protocol) as connection:
-        connection.connect(place)  # sends nothing, but chooses the route
+        connection.connect(place)  # sends nothing, but selects the route
         return str(connection.getsockname()[0])

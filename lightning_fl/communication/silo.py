@@ -1,4 +1,4 @@
-"""The group of silos of which each is several processes."""
+"""The group of silos with several processes each."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _ERRORS: dict[str, type[Exception]] = {"RankLost": RankLost, "ValueError": Value
 
 
 class SiloGroup(Group):
-    """Silos as the ranks of a federation: all processes of a silo make the same calls and get the same answers.
+    """Silos as the ranks of a federation: all processes of a silo make the same calls and get the same results.
 
-    What a silo says is what its first process says. Where each process holds the whole model, the first one alone talks
-    to the other silos and tells the rest of its silo the answer. Where the parameters are spread over the silo's
-    processes, tensors go from each process to those of the other silos that hold the same part.
+    Messages of a silo are those of its first process. If each process holds the whole model, only the first one
+    communicates with the other silos, and broadcasts the result within its silo. If the parameters are sharded over the
+    silo's processes, each process exchanges tensors with those of the other silos that hold the same shards.
 
     Args:
         inner: The processes of this silo.
         outer: The first processes of all silos; None on the others.
-        mates: The processes of all silos that hold the same part of the parameters as this one. None: each holds all.
+        mates: The processes of all silos that hold the same shards as this one. None: each holds all parameters.
         rank: Index of this silo.
         size: Number of silos.
         names: The silos' names, if they have any.
@@ -36,7 +36,7 @@ class SiloGroup(Group):
         super().__init__(rank, size)
         self._inner, self._outer, self._mates = inner, outer, mates
         self.names = names
-        # What goes out of the silo, and not what its processes tell each other.
+        # Traffic that leaves the silo, not that between its processes.
         talker = mates or outer
         self.traffic = self.traffic if talker is None else talker.traffic
 
@@ -69,7 +69,7 @@ class SiloGroup(Group):
         if self._outer is not None:
             try:
                 answer = _pack(self._outer.all_gather(message, topic))
-            except (RuntimeError, ValueError) as raised:  # the rest of the silo is told, instead of waiting for it
+            except (RuntimeError, ValueError) as raised:  # tell the rest of the silo, which would otherwise wait
                 error, answer = raised, Message({"error": type(raised).__name__, "text": str(raised)})
         with self._within():
             answer = self._inner.broadcast_message(answer)

@@ -1,4 +1,4 @@
-"""An audit log in which no line can be changed, taken out or put in without breaking those after it."""
+"""An audit log in which changing, removing or inserting a line breaks the chain of the lines after it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class AuditLog:
         self._lock = threading.Lock()
         if path.exists():
             data = path.read_bytes()
-            # A line without an end was being written when the process died; what it told was never done.
+            # A line without an end was being written when the process died; its event never happened.
             whole = data[: data.rfind(b"\n") + 1]
             if whole != data:
                 with path.open("r+b") as file:
@@ -38,7 +38,7 @@ class AuditLog:
             self._last = hashlib.sha256(lines[-1]).hexdigest() if lines else START
 
     def append(self, event: str, **facts: Any) -> None:
-        """Writes a line and waits until it is on the disk."""
+        """Appends a line and waits until it is on the disk."""
         with self._lock:
             self._append(event, facts)
 
@@ -52,7 +52,7 @@ class AuditLog:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 os.fsync(file.fileno())
             except OSError:
-                file.truncate(end)  # a line that was not written whole would break the chain
+                file.truncate(end)  # a line that was not written completely would break the chain
                 raise
         self._last = hashlib.sha256(line).hexdigest()
 
@@ -65,7 +65,7 @@ def verify(path: Path) -> tuple[int, str]:
         at the end.
 
     Raises:
-        ValueError: If a line was changed, taken out or put in; it is named.
+        ValueError: If a line was changed, removed or inserted; the message names the first one.
     """
     previous, number = START, 0
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):

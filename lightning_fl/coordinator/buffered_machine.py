@@ -1,4 +1,4 @@
-"""The life of rounds that nobody waits for, as a pure state machine."""
+"""Asynchronous rounds as a pure state machine."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from lightning_fl.coordinator.machine import RoundMachine, Step
 
 @dataclass
 class BufferedMachine(RoundMachine):
-    """A round closes when ``size`` updates have come, whatever the model from which each silo has started.
+    """A round closes when ``size`` updates have arrived, whatever the model from which each silo started.
 
-    Only the first round gathers. After it a silo that asks starts at once, from the newest model. When its update has
-    come it waits for the model that holds it, so a round has one update of a silo at most. With fewer than ``size``
-    updates a round closes at its deadline, or when nobody is left who could send another.
+    Only the first round waits for silos to gather. After it, a silo that asks starts at once, from the newest model.
+    Once its update has been accepted, it waits for the model that contains it, so a round has at most one update of
+    each silo. With fewer than ``size`` updates a round closes at its deadline, or when no silo is left that could send
+    another.
 
     Args:
-        size: Updates with which a round closes.
-        max_staleness: By how many rounds an update may be older than the round that takes it in. None: any.
-        versions: For each silo that trains, or whose update the open round has, the round with whose model it started.
-        too_stale: The silos whose update was too old for the open round.
+        size: Number of updates with which a round closes.
+        max_staleness: Maximum staleness of an update, in rounds. None: no limit.
+        versions: For each silo that trains, or whose update is in the open round, the round of the model from which it
+            started.
+        too_stale: The silos whose update was too stale for the open round.
     """
 
     size: int = field(default=1, kw_only=True)
@@ -29,7 +31,7 @@ class BufferedMachine(RoundMachine):
     too_stale: list[str] = field(default_factory=list, kw_only=True)
 
     def ask(self, silo: str, now: float) -> bool:
-        """A silo is ready; returns whether it starts from a model from which it has not started before."""
+        """Notes that a silo is ready; returns whether it starts from a model from which it has not started before."""
         if self.phase == "gathering" and self.round == 0:
             return super().ask(silo, now)
         self.join(silo)
@@ -50,15 +52,15 @@ class BufferedMachine(RoundMachine):
 
     @property
     def is_busy(self) -> bool:
-        """Whether updates have to wait until the next round is open."""
+        """Whether updates must wait until the next round is open."""
         return self.phase in ("gathering", "closing") or (self.phase == "training" and len(self.done) >= self.size)
 
     def is_too_stale(self, silo: str) -> bool:
-        """Whether the update of a silo that trains is too old for the open round."""
+        """Whether the update of a training silo is too stale for the open round."""
         return self.max_staleness is not None and self.round - self.versions[silo] > self.max_staleness
 
     def drop(self, silo: str) -> None:
-        """A silo's update is too old: it starts again from the newest model."""
+        """Drops a silo's update that is too stale: the silo starts again from the newest model."""
         self.too_stale.append(silo)
         self.sending.pop(silo, None)
         self._forget(silo)
@@ -87,7 +89,7 @@ class BufferedMachine(RoundMachine):
         self.sending = sending
 
     def closed(self, is_last: bool = False) -> None:
-        if len(self.done) < self.size:  # who had not come by the deadline is waited for again once it comes
+        if len(self.done) < self.size:  # silos that missed the deadline are waited for again once they return
             self.expected &= self.done.keys()
         for silo in self.done:
             del self.versions[silo]
@@ -97,7 +99,7 @@ class BufferedMachine(RoundMachine):
         self.too_stale = []  # here and not in `resume`: one may be refused before the next round is open
 
     def lost(self, members: Collection[str]) -> list[str]:
-        """Nobody: who has not come trains on, for a later round."""
+        """Nobody: the others continue to train, for a later round."""
         return []
 
     def _forget(self, silo: str) -> None:

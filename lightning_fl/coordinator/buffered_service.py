@@ -1,4 +1,4 @@
-"""A coordinator whose rounds nobody waits for: each silo trains from the newest model that there is when it asks."""
+"""A coordinator with asynchronous rounds: each silo trains from the model that is newest when it asks."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ from lightning_fl.types import Tree, Update
 class BufferedCoordinator(Coordinator):
     """A coordinator of a federation under :class:`~lightning_fl.schedules.Buffered` or ``FedAsync``.
 
-    An update is of the round with whose model its silo has started, and goes into the round that is open when it comes.
-    The history has, for each round, the version from which each member started: all that a replay needs.
+    An update belongs to the round of the model from which its silo started, and is aggregated in the round that is open
+    when it arrives. The history holds, for each round, the version from which each member started, which suffices for a
+    replay.
 
     Args:
         settings: The federation's settings.
         expected: The settings by name that every silo must have.
-        rules: When rounds open, and when one closes that has fewer updates than the schedule wants.
+        rules: When rounds open, and when a round closes with fewer updates than the schedule's size.
         store: The federation's folder.
-        audit: Where every join, refusal and round is written down.
-        now: The time, in seconds of a clock that never goes back.
+        audit: Log of every join, refusal and round.
+        now: The current time, in seconds of a monotonic clock.
     """
 
     machine: BufferedMachine
@@ -46,7 +47,7 @@ class BufferedCoordinator(Coordinator):
                 "expected min_silos <= size <= number of silos."
             )
         self.told: dict[str, str] = {}
-        """For each silo that has read an outcome the model that it may be loading."""
+        """For each silo that has read an outcome, the model that it may be loading."""
 
     def load(self, now: float) -> None:
         super().load(now)
@@ -82,14 +83,14 @@ class BufferedCoordinator(Coordinator):
         if message is None:
             return None
         self.told.pop(silo, None)
-        # Who will be in the round with this silo is not known yet, but how many at least.
+        # The other members of this silo's round are not known yet, but their minimum number is.
         own = {"cohort": sorted(self.machine.expected - self.machine.left), "fewest": self.rules.min_silos}
         return Message({**message.fields, **own}, message.tensors)
 
     def outcome(self, round: int, topic: str, silo: str = "") -> Path | None:
         if topic != UPDATE:
             return super().outcome(round, topic, silo)
-        # What a silo waits for is a model that holds its update, or any newer one if there is no such update.
+        # A silo waits for a model that contains its update, or for any newer one if there is no such update.
         if self._model is None or silo in self.machine.done or round >= self.machine.round:
             return None
         self.told[silo] = self._model.shared
@@ -155,7 +156,7 @@ class BufferedCoordinator(Coordinator):
         return replace(super()._context(), cohort=sorted(self.machine.done))
 
     def _received(self, update: Update, silo: str, ctx: RoundContext) -> Update:
-        """The update with the weight of its age, which only the coordinator knows."""
+        """The update with its staleness weight, which only the coordinator knows."""
         version, start = self.machine.versions[silo], None
         staleness = ctx.round - version
         if staleness and any(transform.needs_start for transform in self.schedule.transforms):

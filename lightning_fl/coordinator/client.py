@@ -20,9 +20,9 @@ from lightning_fl.coordinator import identity, wire
 from lightning_fl.coordinator.identity import Kit
 
 TIMEOUT_S = 60.0
-"""Longer than the coordinator holds a call."""
+"""Timeout of a call in seconds; longer than the coordinator holds a call open."""
 CLOCK_S = 60.0
-"""By how much clocks may differ before a silo is told."""
+"""Difference of clocks, in seconds, above which a silo is warned."""
 PART = 1 << 25
 PIECE = 1 << 20
 MAX_WAIT_S = 10.0
@@ -30,11 +30,11 @@ log = logging.getLogger("lightning_fl.network")
 
 
 class CallRefused(RuntimeError):
-    """The coordinator has answered that it does not do what it was asked.
+    """The coordinator has refused a call.
 
     Args:
         status: The HTTP status.
-        facts: Its answer.
+        facts: The fields of its answer.
     """
 
     def __init__(self, status: int, facts: Mapping[str, Any]) -> None:
@@ -53,7 +53,7 @@ class Client:
     Args:
         address: Its address, ``https://host`` or ``https://host:port``.
         kit: Key and certificate of this silo.
-        gives_up_after: Seconds after which a call that gets no answer raises. None: never.
+        gives_up_after: Seconds after which a call without an answer raises an error. None: never.
 
     Raises:
         ValueError: If the address is not of this form.
@@ -95,11 +95,11 @@ class Client:
 
         Args:
             method: The HTTP method.
-            path: What is called.
-            body: JSON, or a function that makes the bytes for each try.
-            headers: More headers.
-            read: Reads the body of a good answer. None: all of it.
-            before_retry: Called before each try but the first.
+            path: The path of the URL.
+            body: A JSON value, or a function that yields the bytes for each attempt.
+            headers: Further headers.
+            read: Reads the body of a successful answer. None: reads all of it.
+            before_retry: Called before each attempt but the first.
 
         Returns:
             Status, headers and body of the answer.
@@ -125,7 +125,7 @@ class Client:
                         "%s does not answer (%s: %s); still trying. `lightning-fl network check %s --kit %s` says why.",
                         *(self.address, type(error).__name__, error, self.address, self.kit.folder),
                     )
-                # At random, so that silos do not all come back at the same moment.
+                # Random, so that silos do not all come back at the same moment.
                 time.sleep(min(MAX_WAIT_S, 0.1 * 2 ** min(failures, 7)) * random.uniform(0.5, 1.0))
                 before_retry()
 
@@ -147,7 +147,7 @@ class Client:
             raise http.client.HTTPException(f"status {response.status} {content[:200]!r}")
         if response.status >= 400:
             content = b"" if method == "HEAD" else response.read()
-            self.close()  # a body that was not read would be taken for the next call
+            self.close()  # a body that was not read completely would be taken for the next answer
             raise CallRefused(response.status, _facts(content))
         answer = response.read() if read is None else read(response)
         return response.status, dict(response.headers), answer
@@ -160,14 +160,14 @@ class Client:
     # ---- files
 
     def upload(self, path: str, file: Path) -> None:
-        """Sends a file in parts; after a break it goes on where the coordinator has got to.
+        """Uploads a file; after an interruption it resumes at the byte that the coordinator has reached.
 
         Args:
-            path: Where to, without the digest of the content, which is added.
+            path: The URL's path, without the digest of the content, which is appended.
             file: The file.
 
         Raises:
-            CallRefused: If it is not taken.
+            CallRefused: If the coordinator does not accept it.
         """
         length, digest = file.stat().st_size, wire.sha256(file)
         place, headers = f"{path}/{digest}", {"Upload-Length": str(length)}
@@ -203,11 +203,11 @@ class Client:
         return int(headers.get("Upload-Offset", "0"))
 
     def download(self, path: str, file: Path, digest: str) -> None:
-        """Loads a file; after a break it goes on where it was.
+        """Downloads a file; after an interruption it resumes where it was.
 
         Args:
-            path: Where from.
-            file: Where to; it appears there only when it is whole.
+            path: The URL's path.
+            file: The target, which appears only when it is complete.
             digest: SHA-256 of the content.
         """
         part = file.with_name(f"{digest}.part")
@@ -263,14 +263,14 @@ def connect(host: str, port: int, kit: Kit, timeout: float = TIMEOUT_S) -> http.
 
 
 class _Connection(http.client.HTTPSConnection):
-    """A connection on which the death of the other side is noticed."""
+    """A connection that detects when the other side has died."""
 
     def connect(self) -> None:
         super().connect()
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
 
-# TLS 1.3 alerts by which the coordinator says what it has against this silo's certificate.
+# TLS 1.3 alerts by which the coordinator says why it rejects this silo's certificate.
 _ALERTS = {
     "CERTIFICATE_REQUIRED": "it asks for a certificate and got none",
     "UNKNOWN_CA": "it does not know the authority that has signed this silo's certificate",
@@ -283,7 +283,7 @@ _ALERTS = {
 
 
 def why_not_admitted(error: BaseException) -> str | None:
-    """What one side has against the other's certificate; None if the error is of another kind."""
+    """Why one side rejects the other's certificate; None if the error is of another kind."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"its certificate is not accepted: {error.verify_message}"
     if isinstance(error, ssl.SSLError) and error.reason is not None and "ALERT" in error.reason:

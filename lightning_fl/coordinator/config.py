@@ -1,4 +1,4 @@
-"""``federation.yaml``: who may take part, and when rounds open and close."""
+"""``federation.yaml``: the silos that may take part, and when rounds open and close."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class FederationConfig:
     Args:
         rules: When rounds open and close.
         kit: The folder with the coordinator's key and certificate.
-        folder: Where the federation's files go.
+        folder: The folder for the federation's files.
         host: The address to listen on. None: all, of IPv4 and IPv6.
         port: The port.
         admin_port: A port on 127.0.0.1 for health, status and metrics.
@@ -38,7 +38,7 @@ _PLACES = ("kit", "folder", "host", "port", "admin_port")
 
 
 def read_config(path: Path) -> FederationConfig:
-    """Reads ``federation.yaml``; paths in it start from its folder.
+    """Reads ``federation.yaml``; paths in it are relative to its folder.
 
     Raises:
         ValueError: If an entry is missing, unknown or of the wrong kind.
@@ -60,11 +60,11 @@ def read_entries(
     Args:
         path: The file.
         known: The names that it may hold.
-        needed: Those that it must hold.
-        hints: What the error adds where one of them is missing.
+        needed: The names that it must hold.
+        hints: Text to add to the error message if an entry is missing, by entry.
 
     Raises:
-        ValueError: If it holds no mapping, an unknown entry, or not all that are needed.
+        ValueError: If it is not a mapping, has an unknown entry, or lacks a required one.
     """
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(content, Mapping):

@@ -1,4 +1,4 @@
-"""A coordinator in a rank's own process: it answers the calls of the ranks, which its threads bring."""
+"""A coordinator in a rank's own process: its threads answer the calls of the ranks."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from lightning_fl.coordinator.refused import Refused, integer
 from lightning_fl.coordinator.service import START, Coordinator
 
 HOLD_S = 20.0
-"""How long a call is held that waits for something to happen."""
+"""Seconds for which a call that waits for an event is held open."""
 TICK_S = 0.05
 SILENT_S = 90.0
-"""A rank that trains says every half minute that it is there; one that is silent for so long is not waited for."""
+"""Seconds of silence after which a rank is no longer waited for; a training rank sends a heartbeat every 30 s."""
 T = TypeVar("T")
 log = logging.getLogger("lightning_fl.network")
 
 
 class Desk:
-    """Answers the calls of ranks, as :class:`~lightning_fl.coordinator.http_server.HttpServer` those over a network.
+    """Answers the calls of ranks, as :class:`~lightning_fl.coordinator.http_server.HttpServer` does over a network.
 
     Args:
-        coordinator: Whose answers they are.
-        names: The silos, in the order of the ranks.
+        coordinator: The coordinator that answers.
+        names: The silos' names, in the order of the ranks.
     """
 
     def __init__(self, coordinator: Coordinator, names: Sequence[str]) -> None:
         self.coordinator = coordinator
         self.names = names
         self.present: set[str] = set()
-        """The silos that have joined, and neither left nor died."""
+        """The silos that have joined and have neither left nor died."""
         self._lock = threading.RLock()
         self._ends = threading.Event()
         self._thread = threading.Thread(target=self._run, name="coordinator", daemon=True)
@@ -51,15 +51,15 @@ class Desk:
                     if self.coordinator.step(time.monotonic()):
                         self.coordinator.begin_close()
                         self.coordinator.close()
-        except BaseException as error:  # told to whoever calls
+        except BaseException as error:  # reported to callers
             log.exception("The rounds can't go on.")
             self._error = error
 
     def close(self, error: BaseException | None = None) -> None:
-        """Ends the coordinator, once the other ranks have read what the last round has become.
+        """Ends the coordinator, once the other ranks have read the last round's outcome.
 
         Args:
-            error: Why this rank ends before its time; the others are told instead of waited for.
+            error: The error with which this rank ends early; the others are told instead of waited for.
         """
         self._error = self._error or error
         while self._error is None and any(map(self._is_there, self.present.copy())):
@@ -71,15 +71,15 @@ class Desk:
     def _is_there(self, silo: str) -> bool:
         return time.monotonic() - self.coordinator.seen.get(silo, 0.0) < SILENT_S
 
-    # ---- what lines ask of it
+    # ---- calls that arrive over lines
 
     @property
     def limit(self) -> int:
-        """The most bytes that a call may bring."""
+        """Maximum size of a call's body in bytes."""
         return 1 << 40 if self.coordinator.start is None else self.coordinator.max_update_bytes
 
     def answer(self, rank: int, fields: Mapping[str, Any], body: Tensor) -> tuple[Mapping[str, Any], Tensor]:
-        """The answer to a call, whose fields are those of HTTP: method, path and, where it has one, JSON."""
+        """The answer to a call, whose fields are those of HTTP: method, path and an optional JSON body."""
         silo = self.names[rank]
         try:
             if self._error is not None:
@@ -90,7 +90,7 @@ class Desk:
         return {"status": status, "facts": facts}, content
 
     def lost(self, rank: int) -> None:
-        """A rank's process has ended."""
+        """Handles the end of a rank's process."""
         silo = self.names[rank]
         with self._lock:
             if silo in self.present and not self._ends.is_set():
@@ -143,7 +143,7 @@ class Desk:
         raise Refused(404, "There is no such place.")
 
     def _hold(self, ask: Callable[[], Any], then: Callable[[Any], T] = lambda found: found) -> T | None:
-        """Asks until there is an answer; None if there is none for long."""
+        """Polls until there is an answer; None if there is none within the maximum time."""
         until = time.monotonic() + HOLD_S
         while time.monotonic() < until and not self._ends.is_set():
             with self._lock:
@@ -175,7 +175,7 @@ class Desk:
 
 
 def bytes_of(data: bytes) -> Tensor:
-    """Bytes as a line takes them."""
+    """Bytes as a tensor, as lines send them."""
     return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else NOTHING
 
 

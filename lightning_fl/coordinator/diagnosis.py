@@ -1,4 +1,4 @@
-"""Why a silo can't reach its coordinator, in one sentence a cause."""
+"""Diagnoses why a silo can't reach its coordinator, in one sentence per cause."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from lightning_fl.coordinator.identity import Kit, names_in
 
 
 def diagnose(address: str, folder: str | Path) -> Iterator[str]:
-    """Yields what works, step by step.
+    """Yields a line for each step that works.
 
     Raises:
-        ValueError: With the cause and what to do, at the first step that fails.
+        ValueError: At the first step that fails, with the cause and the remedy.
     """
     parts = urlsplit(address)
     if parts.scheme != "https" or not parts.hostname:

@@ -1,4 +1,4 @@
-"""File operations that survive a power failure: each file appears whole or not at all."""
+"""File operations that survive a power failure: each file appears completely or not at all."""
 
 from __future__ import annotations
 
@@ -13,38 +13,38 @@ from lightning_fl.os_differences import flush_folder
 
 
 class Disk:
-    """Every change that the coordinator, or a silo, makes to its folder.
+    """Performs every change that the coordinator, or a silo, makes to its folder.
 
     Args:
-        before: Called with the name of each operation before it happens; tests let the process die there.
+        before: Called with the name of each operation before it happens; tests kill the process there.
     """
 
     def __init__(self, before: Callable[[str], None] = lambda operation: None) -> None:
         self.before = before
 
     def make_folder(self, path: Path) -> Path:
-        """Makes a folder that only its owner can read."""
+        """Creates a folder that only its owner can read."""
         if not path.is_dir():
             self.before(f"make {path.name}")
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
         return path
 
     def replace(self, source: Path, target: Path) -> None:
-        """Gives a file its final name; the file must be on the disk already."""
+        """Renames a file to its final name; the file must have been synced to disk."""
         self.before(f"rename {target.name}")
         source.replace(target)
         self.before(f"flush {target.parent.name}")
         flush_folder(target.parent)
 
     def write_json(self, path: Path, value: Any) -> None:
-        """Replaces a file."""
+        """Writes a JSON file, replacing an existing one."""
         self.before(f"write {path.name}")
         write_whole(path, json.dumps(value).encode(), mode=0o666)
         self.before(f"flush {path.parent.name}")
         flush_folder(path.parent)
 
     def delete(self, path: Path) -> None:
-        """Deletes a file or a folder, if it is there."""
+        """Deletes a file or a folder if it exists."""
         self.before(f"delete {path.name}")
         if path.is_dir():
             shutil.rmtree(path)

@@ -1,4 +1,4 @@
-"""The federation's model out of the coordinator's folder."""
+"""Reads the federation's model from the coordinator's folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_fl.types import Tree
 
 
 def read_model(folder: Path) -> tuple[Tree, dict[str, Any]]:
-    """The newest model as a ``state_dict``; personal tensors have the values with which all began.
+    """The newest model as a ``state_dict``; personal tensors have their initial values.
 
     Returns:
         The ``state_dict``, and the number of finished rounds as ``round`` with ``global_step``.

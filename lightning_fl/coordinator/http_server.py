@@ -1,4 +1,4 @@
-"""The coordinator's HTTPS server: it knows who speaks, takes bytes in and leaves the rest to the service."""
+"""The coordinator's HTTPS server: it authenticates silos, receives bytes, and leaves the rest to the service."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from lightning_fl.coordinator.store import Upload
 
 T = TypeVar("T")
 HOLD_S = 20.0
-"""How long a call is held that waits for something to happen."""
+"""Seconds for which a call that waits for an event is held open."""
 IDLE_S = 30.0
-"""A body that does not go on for so long is ended; the silo resumes it."""
+"""Seconds without a byte after which an upload is cut off; the silo resumes it."""
 TICK_S = 0.05
 ENDING_S = 1.0
-"""How long calls that are being answered may go on when the server ends."""
+"""Seconds that open calls get to finish when the server stops."""
 DISK_S = 1.0
-"""How long the coordinator waits when it could not write, before it tries again."""
+"""Seconds after which the coordinator retries a failed write."""
 SAID_S = 60.0
-"""How long a handshake that fails for the same reason as another is not written down."""
+"""Seconds for which further handshakes that fail for the same reason are not logged."""
 MAX_JSON_BYTES = 1 << 24
 PIECE = 1 << 20
 log = logging.getLogger("lightning_fl.coordinator")
@@ -47,8 +47,8 @@ class HttpServer:
     """Serves a coordinator.
 
     Args:
-        coordinator: What is served.
-        kit: The coordinator's key and certificate, and the authority whose silos may come.
+        coordinator: The coordinator to serve.
+        kit: The coordinator's key and certificate, and the authority whose silos are admitted.
     """
 
     def __init__(self, coordinator: Coordinator, kit: Kit) -> None:
@@ -63,15 +63,15 @@ class HttpServer:
         self._writers: dict[Path, object] = {}
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._runners: list[web.AppRunner] = []
-        # One thread for all that reads whole updates, so that no two of them are in memory at once.
+        # A single thread reads whole updates, so that no two of them are in memory at once.
         self._worker = ThreadPoolExecutor(1)
-        # One for all that is sent, since each thread keeps memory of its own for the pieces.
+        # A single thread sends files, since each thread keeps its own memory for the pieces.
         self._reader = ThreadPoolExecutor(1)
         self._transports: WeakSet[asyncio.WriteTransport] = WeakSet()
         self._taken_in: set[Path] = set()
         self._num_answering = 0
         self._failures: dict[str, float] = {}
-        """When a handshake that has failed was written down last, by the reason, one of OpenSSL's."""
+        """When a failed handshake was last logged, by the reason, one of OpenSSL's."""
         self._is_ending = False
 
     async def start(self, host: str | list[str] | None, port: int, admin_port: int | None = None) -> int:
@@ -114,25 +114,25 @@ class HttpServer:
         return int(runner.addresses[0][1])
 
     async def run(self) -> None:
-        """Does what is due, until the federation is over and everybody has been told, or it is cancelled."""
+        """Runs due steps until the federation is over and all silos have been told, or until it is cancelled."""
         while True:
             try:
-                if self._has_failed:  # as after a crash: what the folder says counts, and nothing else
+                if self._has_failed:  # as after a crash: only the folder's content counts
                     await asyncio.sleep(DISK_S)
                     self.coordinator.load(time.monotonic())
                     self._has_failed = False
                 if self.coordinator.step(time.monotonic()):
                     self.coordinator.begin_close()
-                    # In a thread: to add up large updates takes seconds, in which silos must still get answers.
+                    # In a thread: adding up large updates takes seconds, during which silos must still get answers.
                     await self._in_thread(self.coordinator.close)
                 self.meetings.step(time.monotonic())
                 self._read_kit_again()
-            except OSError as error:  # the disk is full, say: silos try on meanwhile
+            except OSError as error:  # e.g. the disk is full: silos keep trying meanwhile
                 self._can_not_write(error)
             await asyncio.sleep(TICK_S)
 
     async def stop(self) -> None:
-        """Ends all connections."""
+        """Closes all connections."""
         self._is_ending = True
         self._worker.shutdown(wait=False, cancel_futures=True)
         for site in [site for runner in self._runners for site in runner.sites]:
@@ -140,20 +140,20 @@ class HttpServer:
         until = time.monotonic() + ENDING_S
         while self._num_answering and time.monotonic() < until:
             await asyncio.sleep(TICK_S)
-        # TLS would wait for the other sides' farewells. Before aiohttp closes the connections: one that has been closed
-        # twice can't be aborted.
+        # TLS would wait for the peers' close alerts. Aborted before aiohttp closes the connections: one that has been
+        # closed twice can't be aborted.
         for transport in list(self._transports):
             transport.abort()
         await asyncio.sleep(0.01)
         for runner in self._runners:
             await runner.cleanup()
-        self._reader.shutdown(wait=False, cancel_futures=True)  # last, because what is being answered needs it
+        self._reader.shutdown(wait=False, cancel_futures=True)  # last, because open calls need it
 
     async def _in_thread(self, function: Callable[..., None], *args: Any) -> None:
         await asyncio.get_running_loop().run_in_executor(self._worker, function, *args)
 
     async def _hold(self, ask: Callable[[], T | None]) -> T | None:
-        """Asks again and again until there is an answer, or the call has been held for long enough."""
+        """Polls until there is an answer, or the call has been held for the maximum time."""
         until = time.monotonic() + HOLD_S
         while (answer := ask()) is None and time.monotonic() < until and not self._is_ending:
             await asyncio.sleep(TICK_S)
@@ -171,17 +171,17 @@ class HttpServer:
             assert self._context is not None
             identity.load(self._context, self.kit)
             self._revoked = self.kit.revoked()
-        except (OSError, ValueError) as error:  # half of the files are new: the next look finds them all
+        except (OSError, ValueError) as error:  # only some files have been replaced: the next check finds them all
             log.warning("The kit can't be read: %s", error)
             return
         self._kit_version = version
         self.coordinator.audit.append("kit read again")
 
-    # ---- who speaks
+    # ---- authentication
 
     @web.middleware
     async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        # From the connection itself, and at each request: a certificate may be revoked or end meanwhile.
+        # From the connection itself, and at each request: a certificate may be revoked or expire in between.
         peer = None
         if request.transport is not None:
             self._transports.add(request.transport)
@@ -211,14 +211,14 @@ class HttpServer:
             self._num_answering -= 1
 
     def _refuse(self, request: web.Request, refused: Refused) -> web.Response:
-        quiet = refused.status in (409, 410)  # what a silo meets that comes late or resumes
+        quiet = refused.status in (409, 410)  # normal for a silo that is late or resumes
         if not quiet:
             who = request.get(SILO) or request.remote
             self.coordinator.audit.append("refused", silo=who, call=request.path[:200], reason=str(refused)[:500])
         return web.json_response(refused.facts, status=refused.status)
 
     def _handshake_failed(self, reason: str) -> None:
-        # Anybody can fail: a line for each would fill the disk, and the silos would wait while it is written.
+        # Anybody can cause a failed handshake: logging each would fill the disk and delay the silos.
         now = time.monotonic()
         if now - self._failures.get(reason, -math.inf) >= SAID_S:
             self._failures[reason] = now
@@ -250,7 +250,7 @@ class HttpServer:
         return web.Response(status=204) if path is None else await self._send(request, path)
 
     async def _send(self, request: web.Request, path: Path) -> web.StreamResponse:
-        """Sends a file, or what of it follows on what the silo has.
+        """Sends a file, or the rest of it after the part that the silo has.
 
         aiohttp's own ``FileResponse`` sends pieces of 32 KiB over TLS, which takes three times as long.
         """
@@ -291,7 +291,7 @@ class HttpServer:
         upload = coordinator.target(silo, round, topic, digest, length)
         if upload.ok.exists():  # the answer to an earlier call was lost
             return web.json_response({"complete": True})
-        # A connection that takes over ends the one before, which may be half open.
+        # A new connection replaces the previous one, which may be half open.
         mine = self._writers[upload.part] = object()
         if offset != upload.size:
             raise Refused(409, f"The file has {upload.size} bytes here.", offset=upload.size)
@@ -306,7 +306,7 @@ class HttpServer:
                 coordinator.progressed(silo, time.monotonic())
         if upload.size < length:
             return web.json_response({"complete": False, "offset": upload.size})
-        # A call that its silo has given up may still be here when the silo repeats it.
+        # A call that its silo has abandoned may still be running when the silo repeats it.
         async with self._locks[silo]:
             upload = coordinator.target(silo, round, topic, digest, length)
             if not upload.ok.exists():
@@ -315,7 +315,7 @@ class HttpServer:
 
     async def _take_in(self, upload: Upload, round: int | None, topic: str) -> None:
         coordinator = self.coordinator
-        # What counts is what was checked: until it is accepted, nobody adds to it.
+        # Nobody may append to the file between its check and its acceptance.
         self._taken_in.add(upload.part)
         try:
             await self._in_thread(coordinator.check, upload, topic)
@@ -365,7 +365,7 @@ class HttpServer:
         self.meetings.leave(request[SILO], content.get("token"), content.get("reason", ""), time.monotonic())
         return web.json_response({})
 
-    # ---- for the people who run it
+    # ---- for operators
 
     async def _health(self, request: web.Request) -> web.StreamResponse:
         return web.json_response({"phase": self.coordinator.machine.phase})
@@ -401,7 +401,7 @@ def _place(request: web.Request) -> tuple[int | None, str, str]:
 
 
 def _bytes(content: bytes | None) -> web.Response:
-    """Bytes; none: the silo is to ask again."""
+    """A response with the bytes; without any, the silo is to ask again."""
     kind = "application/octet-stream"
     return web.Response(status=204) if content is None else web.Response(body=content, content_type=kind)
 

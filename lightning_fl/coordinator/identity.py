@@ -1,7 +1,7 @@
-"""Who is who: a certificate authority of one federation, kits of files, and what TLS is to accept.
+"""Identities: a certificate authority for each federation, kits of files, and TLS contexts.
 
-A name stands in the certificate as ``spiffe://<federation>/silo/<name>``, so that a hospital's own PKI, step-ca or
-SPIRE can write the files as well. Keys are made where they are used and never travel.
+The certificate contains a name as ``spiffe://<federation>/silo/<name>``, so that a hospital's own PKI, step-ca or SPIRE
+can write the files as well. Keys are created where they are used and are never sent.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ _BACKDATED = timedelta(minutes=15)  # so that a silo whose clock is behind can u
 
 
 class IdentityError(ValueError):
-    """A certificate is not one that may be used here."""
+    """A certificate or name may not be used here."""
 
 
 def check_name(name: str) -> str:
-    """Returns a name that is fit for a file, a host name and a certificate.
+    """Returns the name if it is suitable for a file, a host name and a certificate.
 
     Raises:
         IdentityError: If it is not.
@@ -49,12 +49,12 @@ def check_name(name: str) -> str:
 
 
 class Kit:
-    """What a party shows and trusts: ``key.pem``, ``cert.pem``, ``ca.pem`` and, where there is one, ``crl.pem``.
+    """A party's credentials: ``key.pem``, ``cert.pem``, ``ca.pem`` and, where there is one, ``crl.pem``.
 
     The files are read when they are needed, so that they may be replaced while the program runs.
 
     Args:
-        folder: Where the files are.
+        folder: The folder with the files.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -97,15 +97,15 @@ class Kit:
         return x509.load_pem_x509_certificate(self.cert.read_bytes())
 
     def version(self) -> tuple[float, ...]:
-        """Changes when a file does."""
+        """A value that changes when a file does."""
         paths = (self.key, self.cert, self.ca, self.crl)
         return tuple(path.stat().st_mtime if path.exists() else 0.0 for path in paths)
 
     def revoked(self) -> Revoked:
-        """The certificates that must not be accepted any more, of all lists in ``crl.pem``, one an authority.
+        """The revoked certificates, from all lists in ``crl.pem``, one per authority.
 
         Raises:
-            ValueError: If the file holds no list.
+            ValueError: If the file contains no list.
         """
         if not self.crl.exists():
             return set()
@@ -150,7 +150,7 @@ def peer_name(der: bytes | None, kit: Kit, revoked: Revoked) -> str:
     """The silo that a connection's certificate names; TLS has verified its signature.
 
     Raises:
-        IdentityError: If it has expired meanwhile, was revoked, or names no silo of this federation.
+        IdentityError: If it has expired, was revoked, or names no silo of this federation.
     """
     if der is None:
         raise IdentityError("it showed no certificate")
@@ -190,7 +190,7 @@ def server_context(kit: Kit, failed: Callable[[str], None] = lambda reason: None
 
     Args:
         kit: The coordinator's kit.
-        failed: Told why a handshake has failed, which the other side does not learn in TLS 1.3.
+        failed: Called with the reason of a failed handshake, which the other side does not learn in TLS 1.3.
     """
     kit.check()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -214,7 +214,7 @@ def server_context(kit: Kit, failed: Callable[[str], None] = lambda reason: None
 
 
 def client_context(kit: Kit) -> ssl.SSLContext:
-    """A silo's side of the same."""
+    """TLS 1.3 with certificates on both sides, for a silo."""
     kit.check()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
@@ -223,7 +223,7 @@ def client_context(kit: Kit) -> ssl.SSLContext:
 
 
 def load(context: ssl.SSLContext, kit: Kit) -> None:
-    """Reads a kit's files into a context, also into one that is in use."""
+    """Loads a kit's files into a context, which may be in use."""
     context.load_cert_chain(kit.cert, kit.key)
     context.load_verify_locations(kit.ca)
     if kit.crl.exists():
@@ -250,13 +250,13 @@ class Authority:
 
     @classmethod
     def create(cls, folder: str | Path, federation: str, hosts: Sequence[str]) -> Authority:
-        """Makes an authority and the coordinator's kit; what is there already stays.
+        """Creates an authority and the coordinator's kit; existing files are kept.
 
-        Only a coordinator's certificate for other hosts, or half of whose time is over, is replaced by another for the
-        same key.
+        Only a coordinator's certificate for other hosts, or past half of its validity, is replaced by another one for
+        the same key.
 
         Args:
-            folder: Where.
+            folder: The authority's folder.
             federation: The federation's name.
             hosts: Names and addresses under which silos reach the coordinator.
         """
@@ -304,7 +304,7 @@ class Authority:
         """Signs a silo's request; returns its name, the fingerprint of its key and the folder for it.
 
         Raises:
-            IdentityError: If it is no valid request.
+            IdentityError: If it is not a valid request.
         """
         try:
             found = x509.load_pem_x509_csr(request.read_bytes())
@@ -327,7 +327,7 @@ class Authority:
         """Revokes every certificate that a silo was given; returns how many.
 
         Raises:
-            IdentityError: If it was given none.
+            IdentityError: If it has none.
         """
         path = self.folder / "federation.json"
         content = read_json(path)
@@ -366,7 +366,7 @@ class Authority:
         now = datetime.now(timezone.utc)
         purpose = ExtendedKeyUsageOID.SERVER_AUTH if is_server else ExtendedKeyUsageOID.CLIENT_AUTH
         names = [*map(_host, hosts), *map(x509.UniformResourceIdentifier, uris)]
-        # Only the key and the name are taken from the request; everything else is decided here.
+        # Only the key and the name are taken from the request; everything else is set here.
         certificate = (
             x509.CertificateBuilder()
             .subject_name(found.subject)
@@ -395,7 +395,7 @@ class Authority:
 
 
 def make_request(folder: str | Path, name: str) -> Path:
-    """Makes a key, unless there is one, and a request for a certificate; returns the request's path."""
+    """Creates a key, unless there is one, and a request for a certificate; returns the request's path."""
     folder = Path(folder)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     check_name(name)
@@ -410,7 +410,7 @@ def make_request(folder: str | Path, name: str) -> Path:
 
 
 def fingerprint(key: Any) -> str:
-    """The SHA-256 of a public key, to be compared by telephone."""
+    """The SHA-256 of a public key, for comparison by telephone."""
     data = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
     digest = hashes.Hash(hashes.SHA256())
     digest.update(data)
@@ -422,13 +422,13 @@ def _subject(name: str) -> x509.Name:
 
 
 def hosts_of(certificate: x509.Certificate) -> set[x509.GeneralName]:
-    """The names and addresses for which a certificate holds."""
+    """The names and addresses for which a certificate is valid."""
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     return {name for name in names if isinstance(name, x509.DNSName | x509.IPAddress)}
 
 
 def is_half_over(certificate: x509.Certificate) -> bool:
-    """Whether half of the time is over for which a certificate holds."""
+    """Whether half of a certificate's validity is over."""
     start, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     return datetime.now(timezone.utc) > start + (end - start) / 2
 

@@ -1,4 +1,4 @@
-"""Which coordinator a federation has."""
+"""Chooses a federation's coordinator class."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lightning_fl.federation import FederationSettings
 
 
 def kind_of(settings: FederationSettings) -> type[Coordinator]:
-    """The class of the coordinator of a federation with these settings."""
+    """The coordinator class for a federation with these settings."""
     if settings.aggregator.hides_reports:
         return SecureCoordinator
     return Coordinator if settings.schedule is None else BufferedCoordinator

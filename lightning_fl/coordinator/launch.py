@@ -1,4 +1,4 @@
-"""The ranks of a launch as silos that nobody waits for: the first rank keeps the model, and trains as the others do."""
+"""The ranks of a launch as asynchronous silos: the first rank keeps the model, and trains like the others."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ MakeCoordinator = Callable[[Rules, Store, AuditLog, float], BufferedCoordinator]
 
 
 class LaunchFederation(NetworkFederation):
-    """A rank of a launch in rounds that nobody waits for.
+    """A rank of a launch in asynchronous rounds.
 
-    The first rank answers the others in threads beside its training. Its folder, ``asynchronous/<number>``, is that of
-    a coordinator: the journal of who has come when, from which version, for
+    The first rank answers the others in threads while it trains. Its folder, ``asynchronous/<number>``, is that of a
+    coordinator; it records which update arrived when and from which version it started, for
     :class:`~lightning_fl.schedules.Recorded`.
 
     Args:
-        meeting: Where the ranks have met.
-        transport: How they talk to the first one.
-        root: Where the folder goes.
-        resumes: Whether the first rank goes on with its last folder.
+        meeting: The meeting of the ranks.
+        transport: The transport to the first rank.
+        root: The parent of the folder.
+        resumes: Whether the first rank continues in its last folder.
         rounds: Number of rounds.
-        make: Makes the coordinator.
+        make: Creates the coordinator.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class LaunchFederation(NetworkFederation):
         if meeting.rank == 0:
             number = next_number(root / FOLDER, resumes)
             journal = root / FOLDER / str(number)
-            # The first round begins with all ranks; after it none is waited for longer than the schedule says.
+            # The first round begins with all ranks; later ones wait for no rank longer than the schedule says.
             start_s = meeting.timeout.total_seconds()
             rules = Rules(tuple(meeting.names), rounds, 1, start_s, YEAR_S, YEAR_S)
             coordinator = make(rules, Store(journal), AuditLog(journal / "audit.jsonl"), time.monotonic())
@@ -78,6 +78,6 @@ class LaunchFederation(NetworkFederation):
 
 
 def next_number(folder: Path, resumes: bool) -> int:
-    """The number of a run's folder: a new one, or the last one if the run goes on."""
+    """The number of a run's folder: a new one, or the last one if the run is resumed."""
     numbers = [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
     return max(numbers, default=-1) + (not (resumes and numbers))

@@ -16,10 +16,10 @@ from lightning_fl.coordinator.client import CallRefused
 
 
 class LineClient:
-    """What :class:`~lightning_fl.coordinator.client.Client` does over HTTPS, over a line.
+    """Like :class:`~lightning_fl.coordinator.client.Client`, over a line instead of HTTPS.
 
     Args:
-        line: The way to the first rank.
+        line: The connection to the first rank.
     """
 
     address = "rank 0"
@@ -28,7 +28,7 @@ class LineClient:
         self.line = line
 
     def close(self) -> None:
-        """Does nothing: the line is closed where it was made."""
+        """Does nothing: the line is closed by its owner."""
 
     def impatient(self) -> LineClient:
         """A client for calls that need not reach the coordinator."""

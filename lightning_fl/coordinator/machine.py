@@ -1,15 +1,15 @@
-"""The life of the rounds as a pure state machine: no files, no sockets, and the time is passed in.
+"""The rounds as a pure state machine: no files, no sockets, and the time is passed in.
 
 ::
 
     gathering --open--> training --begin_close--> closing --closed--> gathering ... --> over
 
-- Gathering: silos ask for the round. It opens when all that are expected have asked, or ``gather_s`` after the first.
-- Training: the cohort's updates come in. A silo that asks late joins while there is time. It closes when the whole
-  cohort has sent, or at the deadline with at least ``min_silos`` updates; with fewer it waits.
-- Closing: the updates are being added; nothing more is taken in.
+- Gathering: silos ask for the round. It opens when all expected silos have asked, or ``gather_s`` after the first.
+- Training: the cohort's updates arrive. A silo that asks late joins while there is time. The round closes when the
+  whole cohort has sent its updates, or at the deadline with at least ``min_silos`` updates; with fewer it waits.
+- Closing: the updates are being aggregated; nothing more is accepted.
 
-Silence never excludes a silo: only the round's deadline does, and a silo that says that it leaves.
+A silent silo is excluded only by the round's deadline, or by saying that it leaves.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Literal
 Phase = Literal["gathering", "training", "closing", "over"]
 Step = Literal["open", "close"]
 GRACE = 60.0
-"""Seconds after its last piece for which a transfer that goes on holds a round open, up to ``max_deadline_s``."""
+"""Seconds after its last piece for which a transfer keeps a round open, up to ``max_deadline_s``."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class Rules:
     Args:
         silos: The names of all silos that may take part.
         rounds: Number of rounds.
-        min_silos: The fewest updates with which a round closes.
+        min_silos: Minimum number of updates with which a round closes.
         gather_s: How long a round waits to open for silos that have not asked, once one has.
         deadline_s: How long a round waits for updates.
-        max_deadline_s: How long it waits at most, for transfers that go on.
-        evaluation_s: How long the exchange of evaluations waits, once one has come.
+        max_deadline_s: How long it waits at most for transfers in progress.
+        evaluation_s: How long the exchange of evaluations waits after the first one.
     """
 
     silos: tuple[str, ...]
@@ -66,23 +66,23 @@ class Rules:
 
 @dataclass
 class RoundMachine:
-    """Where a federation is in its rounds.
+    """The state of a federation's rounds.
 
     Args:
         rules: When rounds open and close.
-        fewest: The fewest updates with which a round of so many silos closes, if that is more than ``min_silos``.
+        fewest: Minimum number of updates for a round with this many silos, if it is more than ``min_silos``.
         takes_late: Whether a silo that asks late joins the open round.
         round: The round that is open or will open next.
-        phase: Where it is.
+        phase: The round's phase.
         cohort: The silos of the open round.
         done: The silos whose update was accepted, each with its digest.
         refused: The silos whose update was refused, each with the reason.
         expected: The silos for which the next round waits to open.
-        left: The silos that have said that they leave.
+        left: The silos that have left.
         asked: The silos that are ready for the next round.
-        sending: The silos whose update is on its way, each with the time of its last piece.
+        sending: The silos whose update is being uploaded, each with the time of its last piece.
         gather_until: When the next round opens without those that have not asked.
-        deadline: When the open round closes, unless a transfer goes on.
+        deadline: When the open round closes, unless a transfer is in progress.
         max_deadline: When it closes even then.
     """
 
@@ -107,22 +107,22 @@ class RoundMachine:
         if self.round >= self.rules.rounds:
             self.phase = "over"
 
-    # ---- what silos do
+    # ---- events from silos
 
     def join(self, silo: str) -> None:
-        """A silo has joined, or come back: the next round waits for it."""
+        """Handles a silo that has joined or come back: the next round waits for it."""
         self.left.discard(silo)
         self.expected.add(silo)
 
     def leave(self, silo: str) -> None:
-        """A silo leaves: nothing waits for it any more. An update that was accepted counts."""
+        """Handles a silo that leaves: nothing waits for it any more. Its accepted update still counts."""
         self.left.add(silo)
         self.sending.pop(silo, None)
         self.expected.discard(silo)
         self.asked.discard(silo)
 
     def ask(self, silo: str, now: float) -> bool:
-        """A silo is ready for the next round; returns whether this has made it a member of the open round."""
+        """Notes that a silo is ready for the next round; returns whether it has thereby joined the open round."""
         self.join(silo)
         if self.phase == "gathering":
             if not self.asked:
@@ -136,27 +136,27 @@ class RoundMachine:
         return False
 
     def progress(self, silo: str, now: float) -> None:
-        """A piece of a silo's update has come."""
+        """Notes that a piece of a silo's update has arrived."""
         if self.phase == "training" and silo in self.cohort:
             self.sending[silo] = now
 
     def takes(self, silo: str, round: int) -> bool:
-        """Whether an update of a silo for a round may still come."""
+        """Whether an update of a silo for a round may still arrive."""
         return self.phase == "training" and round == self.round and silo in self.cohort
 
     def accept(self, silo: str, digest: str) -> None:
-        """A silo's update is whole and sound."""
+        """Notes that a silo's update is complete and valid."""
         self.done[silo] = digest
         self.refused.pop(silo, None)
         self.sending.pop(silo, None)
 
     def refuse(self, silo: str, reason: str) -> None:
-        """A silo's update is not sound: the round does not wait for another, but takes one."""
+        """Notes that a silo's update is invalid: the round does not wait for another one, but accepts it."""
         self.sending.pop(silo, None)
         if silo not in self.done:
             self.refused[silo] = reason
 
-    # ---- what time does
+    # ---- time
 
     def due(self, now: float) -> Step | None:
         """The step that is due: to open the round, or to close it."""
@@ -171,13 +171,13 @@ class RoundMachine:
 
     @property
     def closes_at(self) -> float:
-        """The deadline, put off by transfers that go on."""
+        """The deadline, extended by transfers in progress."""
         goes_on = max(self.sending.values(), default=0.0) + GRACE
         return max(self.deadline, min(goes_on, self.max_deadline)) if self.sending else self.deadline
 
     @property
     def lacks(self) -> int:
-        """How many silos the step that is next still lacks."""
+        """Number of silos that the next step still needs."""
         if self.phase not in ("gathering", "training"):
             return 0
         have, silos = (self.asked, self.asked) if self.phase == "gathering" else (self.done, self.cohort)
@@ -189,34 +189,34 @@ class RoundMachine:
         self.resume(self.asked, {}, now)
 
     def resume(self, cohort: Iterable[str], done: dict[str, str], now: float, age: float = 0.0) -> None:
-        """Opens a round, or opens it again after a restart; the deadline starts anew.
+        """Opens a round, or opens it again after a restart; the deadline is restarted.
 
         Args:
             cohort: Its silos.
             done: The silos whose update was accepted, each with its digest.
-            now: The time.
-            age: For how many seconds it has been open already: restarts do not put off ``max_deadline_s``.
+            now: The current time, in seconds.
+            age: Seconds for which it has been open already: restarts do not extend ``max_deadline_s``.
         """
         self.phase, self.cohort, self.asked = "training", set(cohort), set()
         self.done, self.refused, self.sending = dict(done), {}, {}
         self._set_deadline(now, age)
 
     def reopen(self) -> None:
-        """Gives the open round up, so that it opens again with the silos that ask for it."""
+        """Abandons the open round, so that it opens again with the silos that ask for it."""
         self.phase = "gathering"
         self.cohort, self.done, self.refused, self.asked, self.sending = set(), {}, {}, set(), {}
 
     def begin_close(self) -> None:
-        """Takes nothing more in."""
+        """Accepts nothing more."""
         self.phase = "closing"
 
     def closed(self, is_last: bool = False) -> None:
-        """The round has become part of the model: the next one may open.
+        """Notes that the round has become part of the model: the next one may open.
 
         Args:
             is_last: Whether it was the last, whatever the number of rounds.
         """
-        # Who has not delivered may be gone: the next round waits for those that have, and for those that came since.
+        # Silos that have not delivered may be gone: the next round waits for those that have, and for new ones.
         came = self.expected - self.cohort
         self.expected = (self.done.keys() | came) - self.left or set(self.rules.silos)
         self.round += 1
@@ -224,7 +224,7 @@ class RoundMachine:
         self.cohort, self.done, self.refused, self.asked = set(), {}, {}, set()
 
     def lost(self, members: Collection[str]) -> list[str]:
-        """Those of whom the round has nothing.
+        """The cohort's silos without an update in the round.
 
         Args:
             members: The silos whose update is in it.
@@ -238,12 +238,12 @@ class RoundMachine:
 
 @dataclass
 class Exchange:
-    """Messages about one topic after a round, such as evaluations: it ends when all have come, or in time.
+    """Messages about one topic after a round, such as evaluations: it ends when all have arrived, or after a time.
 
     Args:
         expected: The silos that are waited for.
-        seconds: How long it waits, once one message has come.
-        done: The silos whose message has come, each with its digest.
+        seconds: How long it waits after the first message.
+        done: The silos whose message has arrived, each with its digest.
     """
 
     expected: set[str]
@@ -253,11 +253,11 @@ class Exchange:
     is_over: bool = False
 
     def accept(self, silo: str, digest: str, now: float) -> None:
-        """A silo's message has come."""
+        """Notes that a silo's message has arrived."""
         self.done[silo] = digest
         self.until = now + self.seconds if self.until is None else self.until
 
     def due(self, now: float, left: set[str]) -> bool:
-        """Whether it is to end now."""
+        """Whether it should end now."""
         in_time = self.until is not None and now >= self.until
         return not self.is_over and bool(self.done) and (self.expected - left <= self.done.keys() or in_time)

@@ -1,7 +1,7 @@
-"""Meetings of all silos outside the rounds: the coordinator passes their messages on, or sums, for questions.
+"""Meetings of all silos outside the rounds, for questions: the coordinator relays their messages, or sums them.
 
-A meeting lasts seconds and lives in memory. It begins when all silos have come, and ends when each has left, or when
-one starts again, answers something else or not in time; the others are then told why. The time is passed in.
+A meeting lasts seconds and is kept in memory. It begins when all silos have come, and ends when each has left, or when
+one restarts, sends something else or is too late; the others are then told why. The time is passed in.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from lightning_fl.coordinator.wire import finite_error
 
 Kind = Literal["gather", "sum"]
 SUM = "sum"
-"""Name of the tensor that is summed."""
+"""Name of the summed tensor."""
 SILENT_S = 60.0
-"""A silo that has not asked for so long is not waiting for the others any more."""
+"""Seconds without a call after which a silo is no longer considered to be waiting for the others."""
 MAX_ENDED = 100
 _TOKEN = re.compile(r"[0-9a-f]{32}")
 
@@ -34,16 +34,16 @@ class Meeting:
     """A meeting of silos.
 
     Args:
-        name: Its name, which nobody can guess.
+        name: Its unguessable name.
         tokens: The token of each silo's process.
-        seen: When each was last here.
-        step: The number of the step that is open.
-        kind: What becomes of its messages; None before the first has come.
-        messages: Those that have come, by silo.
-        outcome: What the last step has become.
+        seen: When each silo last called.
+        step: The number of the open step.
+        kind: How its messages are combined; None before the first has arrived.
+        messages: The messages that have arrived, by silo.
+        outcome: The outcome of the last step.
         until: When the open step ends without those that have not answered.
-        has_begun: Whether all have come.
-        left: Those that have all answers.
+        has_begun: Whether all silos have come.
+        left: The silos that have finished.
     """
 
     name: str
@@ -62,9 +62,9 @@ class Meetings:
     """The meetings of a federation, one after the other.
 
     Args:
-        silos: The silos, all of which meet.
+        silos: The silos, all of which must meet.
         seconds: How long a step waits for them.
-        audit: Where beginnings and ends are written down.
+        audit: Log of the meetings' beginnings and ends.
     """
 
     def __init__(self, silos: Sequence[str], seconds: float, audit: AuditLog) -> None:
@@ -74,15 +74,15 @@ class Meetings:
         """Why a meeting has ended, by its name and by its silos' tokens."""
 
     def come(self, silo: str, token: object, now: float) -> dict[str, object]:
-        """A silo's process comes, or asks whether the others have.
+        """Handles a silo's process that comes to a meeting, or asks whether the others have come.
 
         Args:
             silo: The silo.
-            token: 32 hexadecimal digits, which the process has drawn.
-            now: The time.
+            token: 32 hexadecimal digits, drawn by the process.
+            now: The current time, in seconds.
 
         Raises:
-            Refused: 400 for another token, 410 if the meeting has ended.
+            Refused: 400 for an invalid token, 410 if the meeting has ended.
         """
         if not isinstance(token, str) or not _TOKEN.fullmatch(token):
             raise Refused(400, "A meeting needs a token of 32 hexadecimal digits.")
@@ -103,7 +103,7 @@ class Meetings:
         return {"meeting": None if waits_for else meeting.name, "silos": self.silos, "waits_for": waits_for}
 
     def put(self, silo: str, name: str, step: int, kind: str, data: bytes, now: float) -> None:
-        """Takes a silo's message for a step.
+        """Accepts a silo's message for a step.
 
         Raises:
             Refused: 410 if the meeting is over, 422 if the message does not fit.
@@ -124,10 +124,10 @@ class Meetings:
             self._finish_step(meeting, now)
 
     def get(self, silo: str, name: str, step: int) -> bytes | None:
-        """What a step has become; None while others are waited for.
+        """The outcome of a step; None while it waits for others.
 
         Raises:
-            Refused: 410 if the meeting is over or the step too long ago.
+            Refused: 410 if the meeting is over or the step was too long ago.
         """
         meeting = self._of(name)
         if step == meeting.step - 1:
@@ -137,13 +137,13 @@ class Meetings:
         return None
 
     def leave(self, silo: str, token: object, reason: object, now: float) -> None:
-        """A silo leaves.
+        """Handles a silo that leaves.
 
         Args:
             silo: The silo.
-            token: What it has come with.
-            reason: Why it leaves early; empty if it has all answers.
-            now: The time.
+            token: The token with which it came.
+            reason: Why it leaves early; empty if it has finished.
+            now: The current time, in seconds.
         """
         meeting = self.meeting
         if meeting is None or meeting.tokens.get(silo) != token:
@@ -159,7 +159,7 @@ class Meetings:
                 self.meeting = None
 
     def step(self, now: float) -> None:
-        """Does what is due."""
+        """Runs due steps."""
         meeting = self.meeting
         if meeting is None:
             return
@@ -217,10 +217,10 @@ def _summand(silo: str, data: bytes) -> torch.Tensor:
 
 
 def split_messages(data: bytes, count: int) -> list[bytes]:
-    """The messages that were joined into one.
+    """Splits joined messages.
 
     Raises:
-        ValueError: If there are not as many.
+        ValueError: If there are not ``count`` messages.
     """
     found, place = [], 0
     for _ in range(count):

@@ -15,13 +15,13 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Model:
-    """The federation's state between rounds, and what it was saved as.
+    """The federation's state between rounds, and the digests of its files.
 
     Args:
         state: The server's state.
         buffers: The shared buffers.
-        shared: Digest of what clients load: the model and what the algorithm's clients read.
-        private: Digest of the rest; it never leaves the coordinator.
+        shared: Digest of the file that clients load: the model and the state that the algorithm's clients read.
+        private: Digest of the rest, which never leaves the coordinator.
     """
 
     state: FederationState
@@ -42,7 +42,7 @@ class ModelFiles:
         self.store, self.settings = store, settings
 
     def begin(self, params: Tree) -> FederationState:
-        """The state with which all begins."""
+        """The federation's initial state."""
         server = self.settings.algorithm.server_init(to_sum_dtype(params), self.settings.population)
         return FederationState(server, [{} for _ in self.settings.transforms])
 
@@ -57,19 +57,19 @@ class ModelFiles:
         return self.read(digest, self.store.write_state(flatten({**private, "memory": state.memory})))
 
     def commit(self, model: Model, round: int, start: str | None, progress: Any) -> None:
-        """Makes a model the federation's.
+        """Makes a model the federation's current one.
 
         Args:
-            model: What :meth:`write` returned.
-            round: The round that comes next.
-            start: Digest of the file with which all began.
-            progress: What else is to be found after a restart, a data class.
+            model: The model that :meth:`write` returned.
+            round: The next round.
+            start: Digest of the initial model's file.
+            progress: Further state for a restart, a data class.
         """
         digests = {"start": start, "shared": model.shared, "private": model.private}
         self.store.commit({"format": FORMAT, "round": round, **digests, "progress": vars(progress)})
 
     def read(self, shared: str, private: str) -> Model:
-        """Reads a model from its files, whose pages are in memory only while they are used."""
+        """Memory-maps a model from its files."""
         seen, rest = (unflatten(self.store.read_state(digest)) for digest in (shared, private))
         saved = rest.get("transforms", {})
         transforms = [saved.get(str(index), {}) for index in range(len(self.settings.transforms))]
@@ -78,6 +78,6 @@ class ModelFiles:
         return Model(state, seen.get("buffers", {}), shared, private)
 
     def start_of(self, shared: str) -> Update:
-        """The parameters and buffers from which a client has started."""
+        """The parameters and buffers from which a client started."""
         trees = unflatten(self.store.read_state(shared))
         return Update(trees["server"]["params"], to_sum_dtype(trees.get("buffers", {})))

@@ -1,4 +1,4 @@
-"""Silos that meet at a coordinator, as a group: what runs between ranks runs between them."""
+"""Silos that meet at a coordinator, as a group: collectives between ranks run between them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lightning_fl.coordinator.policy import PolicyBroken, read_policy
 from lightning_fl.coordinator.service import PROTOCOL
 
 MAX_BYTES = 1 << 24
-"""16 MiB, of a message to the others or a sum."""
+"""16 MiB: maximum size of a message to the others, or of a tensor to sum."""
 SAY_S = 30.0
 log = logging.getLogger("lightning_fl.network")
 
@@ -32,18 +32,17 @@ class MeetingOver(RuntimeError):
 
 
 class NetworkGroup(Group):
-    """All silos of a federation, which the coordinator brings together.
+    """All silos of a federation, connected by the coordinator.
 
-    It passes messages on, so it reads them, and it adds up what is to be summed, so that a silo learns the sum alone:
-    under ``SecureAggregation`` the coordinator adds numbers under masks. Used as a context it tells the others
-    why it leaves.
+    The coordinator relays messages, so it can read them, and computes sums, so that a silo learns only the sum; under
+    ``SecureAggregation`` it adds masked numbers. Used as a context manager, the group tells the others why it leaves.
 
     Args:
         address: The coordinator's address, ``https://host`` or ``https://host:port``.
         kit: The folder with the silo's key and certificate.
 
     Raises:
-        ValueError: If address or kit can't be used.
+        ValueError: If the address or the kit is invalid.
         PolicyBroken: If this silo's policy does not name all others.
         NotAdmitted: If one side does not accept the other's certificate.
     """
@@ -53,7 +52,7 @@ class NetworkGroup(Group):
         self.client, self._token, self._step = Client(address, own), secrets.token_hex(16), 0
         self.policy = read_policy(own.folder / "policy.yaml")
         folder = Disk().make_folder(own.folder / "state")
-        # A file of its own: a training of this silo may write to the other at the same time.
+        # A separate file: this silo's training may write to the other one at the same time.
         self.audit = AuditLog(folder / "questions.jsonl")
         try:
             self._meeting, silos = self._come()
@@ -80,7 +79,7 @@ class NetworkGroup(Group):
                 said = time.monotonic()
 
     def leave(self, reason: str) -> None:
-        """Tells the others why this silo leaves; an empty reason: it has all it wanted."""
+        """Tells the others why this silo leaves; an empty reason means that it has finished."""
         client = Client(self.client.address, self.client.kit, gives_up_after=0)
         with suppress(OSError, RuntimeError, ValueError, json.JSONDecodeError):
             client.ask("POST", "/v1/meeting/leave", {"token": self._token, "reason": reason})

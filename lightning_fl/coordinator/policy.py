@@ -1,4 +1,4 @@
-"""A silo's own rules: what it refuses, whatever the coordinator says."""
+"""A silo's own rules: what it refuses, whatever the coordinator asks for."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ class PolicyBroken(RuntimeError):
 
 @dataclass(frozen=True)
 class Policy:
-    """What a silo allows, as its file ``policy.yaml`` says; what is left out is allowed.
+    """What a silo allows, according to its file ``policy.yaml``; omitted entries allow everything.
 
     Args:
-        algorithms: The names of the algorithms' classes that it takes part in, such as ``FedAvg``.
-        start: SHA-256 of the model from which all begin.
-        min_cohort: The fewest silos with whose updates a round may close in which it sends its own.
-        max_rounds: The updates that it sends at most, one a round; one that is trained again after a crash is another.
-        require: ``"differential privacy"``, ``"secure aggregation"`` or a list of both: only in runs that have it.
+        algorithms: Class names of the algorithms that it takes part in, such as ``FedAvg``.
+        start: SHA-256 of the initial model.
+        min_cohort: Minimum number of updates in a round to which it sends its own.
+        max_rounds: Maximum number of updates that it sends, one per round; an update that is trained again after a
+            crash counts again.
+        require: ``"differential privacy"``, ``"secure aggregation"`` or a list of both: the silo only takes part in
+            runs that have it.
         silos: The silos with which it trains.
         questions: The names of the questions that it answers, such as ``Mean``.
-        min_count: The fewest rows that an answer must rest on.
+        min_count: Minimum number of rows behind an answer.
     """
 
     algorithms: Sequence[str] | None = None
@@ -47,18 +49,18 @@ class Policy:
 
     @property
     def required(self) -> Sequence[str]:
-        """What must protect the silo."""
+        """The protections that the silo requires."""
         return [self.require] if isinstance(self.require, str) else self.require or []
 
     def check_algorithm(self, algorithm: str, protections: Collection[str]) -> None:
-        """Makes sure that the silo trains what it may.
+        """Checks that the silo may take part in a run.
 
         Args:
             algorithm: The algorithm, as ``Name(...)``.
-            protections: What protects the silo, of :data:`PROTECTIONS`.
+            protections: The run's protections, of :data:`PROTECTIONS`.
 
         Raises:
-            PolicyBroken: If it does not.
+            PolicyBroken: If it may not.
         """
         name = algorithm.partition("(")[0]
         if self.algorithms is not None and name not in self.algorithms:
@@ -68,15 +70,15 @@ class Policy:
                 raise PolicyBroken(f"policy.yaml requires {name}, but this run trains without it.")
 
     def check_questions(self, questions: Sequence[str], min_count: int, protections: Collection[str]) -> None:
-        """Makes sure that the silo answers what it may.
+        """Checks that the silo may answer questions.
 
         Args:
             questions: The names of the questions.
-            min_count: The fewest rows that an answer rests on.
-            protections: What protects the silo, of :data:`PROTECTIONS`.
+            min_count: Minimum number of rows behind an answer.
+            protections: The run's protections, of :data:`PROTECTIONS`.
 
         Raises:
-            PolicyBroken: If it does not.
+            PolicyBroken: If it may not.
         """
         for name in questions:
             if self.questions is not None and name not in self.questions:
@@ -88,7 +90,7 @@ class Policy:
                 raise PolicyBroken(f"policy.yaml requires {name}, but these questions are asked without it.")
 
     def check_silos(self, silos: Sequence[str]) -> None:
-        """Makes sure that the policy names all silos of the federation.
+        """Checks that the policy names all silos of the federation.
 
         Raises:
             PolicyBroken: If it does not.
@@ -98,7 +100,7 @@ class Policy:
             raise PolicyBroken(f"policy.yaml does not name the silos {', '.join(strangers)}.")
 
     def check_start(self, start: str) -> None:
-        """Makes sure that the federation starts from the model that the policy names.
+        """Checks that the federation starts from the model that the policy names.
 
         Raises:
             PolicyBroken: If it does not.
@@ -107,10 +109,10 @@ class Policy:
             raise PolicyBroken(f"The federation starts from the model {start}; policy.yaml has start: {self.start}.")
 
     def check_rounds(self, num_sent: int) -> None:
-        """Makes sure that the silo may send another update.
+        """Checks that the silo may send another update.
 
         Args:
-            num_sent: The updates that it has sent so far, whatever has become of them.
+            num_sent: Number of updates that it has sent so far, accepted or not.
 
         Raises:
             PolicyBroken: If it may not.
@@ -119,14 +121,14 @@ class Policy:
             raise PolicyBroken(f"This silo has sent {num_sent} update(s), all that policy.yaml allows.")
 
     def check_cohort(self, cohort: Sequence[str], fewest: int | None = None) -> None:
-        """Makes sure that a round has enough silos.
+        """Checks that a round has enough silos.
 
         Args:
-            cohort: Those that train.
-            fewest: With how many updates the round may close. None: with those of the whole cohort.
+            cohort: The silos that train.
+            fewest: Number of updates with which the round may close. None: those of the whole cohort.
 
         Raises:
-            PolicyBroken: If it has not.
+            PolicyBroken: If it has too few.
         """
         if len(cohort) < self.min_cohort:
             raise PolicyBroken(f"A round has {len(cohort)} silos; policy.yaml has min_cohort: {self.min_cohort}.")

@@ -1,4 +1,4 @@
-"""Calls that are not answered."""
+"""Refused calls."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 
 class Refused(Exception):
-    """A call that is not answered.
+    """A refused call.
 
     Args:
         status: The HTTP status.
-        reason: Why, as the silo and the audit log read it.
-        facts: More, for the silo's program.
+        reason: The reason, for the silo's user and the audit log.
+        facts: Further fields, for the silo's program.
     """
 
     def __init__(self, status: int, reason: str, **facts: Any) -> None:
@@ -26,7 +26,7 @@ def json_object(body: bytes, **facts: Any) -> dict[str, Any]:
     """The JSON object in the body of a call.
 
     Raises:
-        Refused: 400 with the facts, if it holds something else.
+        Refused: 400 with the facts, if the body is not a JSON object.
     """
     try:
         value = json.loads(body)
@@ -41,7 +41,7 @@ def integer(text: str, minimum: int = 0) -> int:
     """A number in the address or headers of a call.
 
     Raises:
-        Refused: 400 if it is none, has more than 15 digits, or is less than ``minimum``.
+        Refused: 400 if it is not a number, has more than 15 digits, or is less than ``minimum``.
     """
     if not re.fullmatch(r"-?[0-9]{1,15}", text) or int(text) < minimum:
         raise Refused(400, f"A number of at least {minimum} is missing.")

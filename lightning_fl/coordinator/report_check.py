@@ -1,4 +1,4 @@
-"""What silos may report: JSON from the network has any shape, and is added up and passed on to the other silos."""
+"""Validates silos' reports: JSON from the network can have any shape, and is summed and relayed to other silos."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class _Entry(_Fields):
 
 
 class _MetricState(_Fields):
-    """A torchmetric's state; its tensors travel beside it."""
+    """A torchmetric's state; its tensors are sent separately."""
 
     count: Count
     lengths: dict[str, Count | None]
@@ -94,7 +94,7 @@ def read_report(message: Message, silo: str) -> RankReport:
     """Reads the report that came with a silo's update.
 
     Raises:
-        BadFile: If a field is not of its kind, or the report speaks of another silo.
+        BadFile: If a field has the wrong type, or the report is about another silo.
     """
     try:
         _check(_Report, message.fields, message.tensors)
@@ -104,7 +104,7 @@ def read_report(message: Message, silo: str) -> RankReport:
             _ScheduleEnd.model_validate(vars(end))
     except BadFile as error:
         raise BadFile(f"its report can't be read: {error}") from error
-    except Exception as error:  # what decodes a schedule's options meets JSON of any kind
+    except Exception as error:  # decoding a schedule's options can meet JSON of any shape
         raise BadFile(f"its report can't be read: schedule_end: {type(error).__name__}: {error}") from error
     if not all(isinstance(tensor, Tensor) for tensor in message.tensors.values()):
         raise BadFile("its report can't be read: its tensors are nested")
@@ -116,14 +116,14 @@ def read_report(message: Message, silo: str) -> RankReport:
 
 
 def check_evaluation(fields: Mapping[str, Any], tensors: Collection[str]) -> None:
-    """Checks what a silo has measured on its validation data.
+    """Checks a silo's metrics on its validation data.
 
     Args:
         fields: The message.
         tensors: The names of the tensors that came with it.
 
     Raises:
-        BadFile: If a field is not of its kind.
+        BadFile: If a field has the wrong type.
     """
     _check(_Evaluation, fields, tensors)
 
@@ -138,7 +138,7 @@ def _check(kind: type[_Evaluation], fields: Mapping[str, Any], tensors: Collecti
         if isinstance(state, _SecretState):
             continue
         for key, length in state.lengths.items():
-            # The number of tensors first: one that is claimed to be huge is not counted to its end.
+            # The number of tensors first, so that a huge claimed number is not counted to its end.
             count = 1 if length is None else length
             if count > len(tensors) or any(f"{name}/{key}/{index}" not in tensors for index in range(count)):
                 raise BadFile(f"the tensors of the state {key!r} of the metric {name!r} are missing")

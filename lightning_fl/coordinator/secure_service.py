@@ -1,4 +1,4 @@
-"""A coordinator that learns the sum of updates and no single one: silos send keys, sealed shares and masked vectors."""
+"""A coordinator that learns only the sum of updates: silos send keys, encrypted shares and masked vectors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from lightning_fl.tree import Layout
 class SecureCoordinator(Coordinator):
     """A coordinator of a federation under :class:`~lightning_fl.privacy.SecureAggregation`.
 
-    A round's ``update`` holds keys instead of tensors. When all of the cohort have sent theirs, or at the deadline, the
+    A round's ``update`` holds keys instead of tensors. When the whole cohort has sent its keys, or at the deadline, the
     sum begins; if it fails, nothing was revealed, and the round opens again with the silos that ask for it.
 
     Args:
@@ -39,8 +39,8 @@ class SecureCoordinator(Coordinator):
         expected: The settings by name that every silo must have.
         rules: When rounds open and close; at least three silos.
         store: The federation's folder.
-        audit: Where every join, refusal and round is written down.
-        now: The time, in seconds of a clock that never goes back.
+        audit: Log of every join, refusal and round.
+        now: The current time, in seconds of a monotonic clock.
     """
 
     def prepare(self) -> None:
@@ -71,11 +71,11 @@ class SecureCoordinator(Coordinator):
         return RoundMachine(self.rules, round=round, expected=expected, fewest=fewest, takes_late=False)
 
     def _context(self) -> RoundContext:
-        # What the silos' noise is made for, whatever cohort a sum ends with.
+        # The number for which the silos' noise is calibrated, whatever cohort a sum ends with.
         fewest = self.secure.min_clients_of(0)
         return replace(super()._context(), min_clients=fewest, integer_bits=self.secure.integer_bits)
 
-    # ---- what the calls do besides
+    # ---- additions to the calls
 
     def join(self, silo: str, request: Mapping[str, Any], now: float) -> dict[str, Any]:
         answer = super().join(silo, request, now)
@@ -92,7 +92,7 @@ class SecureCoordinator(Coordinator):
     def step(self, now: float) -> bool:
         machine = self.machine
         if machine.phase == "training" and now >= machine.closes_at and machine.lacks:
-            # The silos that are there may do without those that are not.
+            # The silos that are present may proceed without the others.
             self._give_up(f"Round {machine.round} lacks {machine.lacks} silos at its deadline.")
         if super().step(now):
             self._begin_sum_of_round(now)
@@ -179,7 +179,7 @@ class SecureCoordinator(Coordinator):
             own.check(upload.silo, _message_of(header))
 
     def _check_advert(self, upload: Upload, header: wire.Header, topic: str) -> None:
-        """Looks at what a silo has sent as an update or an evaluation: its keys, and what of it is no secret."""
+        """Checks what a silo has sent as an update or an evaluation: its keys, and the fields that are not secret."""
         if header.shapes:
             raise wire.BadFile("it holds tensors, but in a secure sum they come with masks")
         machine, is_update = self.machine, topic == UPDATE
@@ -217,9 +217,9 @@ class SecureCoordinator(Coordinator):
         return report
 
     def _adverts(self, folder: Path, digests: Mapping[str, str]) -> dict[str, Advert | None]:
-        """By silo its key advertisement; None if it has no update."""
+        """Each silo's key advertisement; None if it has no update."""
         found: dict[str, Advert | None] = {}
-        for silo, digest in dict(digests).items():  # a copy: others may come while this thread reads
+        for silo, digest in dict(digests).items():  # a copy: others may arrive while this thread reads
             advert = wire.read_header(Upload(folder, silo, digest).ok).fields.get("advert")
             found[silo] = None if advert is None else Advert.read(advert)
         return found
@@ -265,7 +265,7 @@ class SecureCoordinator(Coordinator):
         return Packing(in_order(self._template), self.ranges)
 
     def _resume_sum(self, round: int, base: str, now: float) -> bool:
-        """Goes on with a sum whose roster was written before the process died; returns whether there is one."""
+        """Continues a sum whose roster was written before the process died; returns whether there is one."""
         path = self.store.folder(round, f"{base}.{ROSTER}") / OUTCOME
         if not path.exists() or (self.store.folder(round, base) / OUTCOME).exists():
             return False
@@ -290,7 +290,7 @@ class SecureCoordinator(Coordinator):
         return True
 
     def _advance_sums(self, now: float) -> bool:
-        """Ends the steps that are due; returns whether the round's sum can be made."""
+        """Ends the steps that are due; returns whether the round's sum can be computed."""
         is_whole = False
         for (round, base), own in list(self.sums.items()):
             is_update = base.startswith(f"{UPDATE}.")
@@ -298,7 +298,7 @@ class SecureCoordinator(Coordinator):
                 if own.due(now, self.machine.left):
                     folder = self.store.disk.make_folder(self.store.folder(round, f"{base}.{own.step}"))
                     outcome = own.finish_step(partial(_read_message, folder), now)
-                    if own.step is not None:  # nobody asks for that of the last step, but for the sum
+                    if own.step is not None:  # silos don't ask for the last step's outcome, but for the sum
                         self.store.write_outcome(folder, {}, outcome)
                 if own.step is None and is_update:
                     is_whole = True
@@ -332,7 +332,7 @@ class SecureCoordinator(Coordinator):
         }
         reports[first] = replace(reports[first], num_clients=sums.num_clients, weight=sums.weight)
         reports.update({silo: self._read_report(silo, public[silo]) for silo in silos if silo not in reports})
-        # What is left to do is what the weighted mean does with its sums.
+        # The rest is what the weighted mean does with its sums.
         acc = WeightedSum(Layout.of({}), {}, sums.trees, sums.weight, sums.num_clients)
         settings = replace(self.settings, aggregator=WeightedMean())
         opened = ServerRound(settings, self._model.state, self._model.buffers, self._template, self._context())

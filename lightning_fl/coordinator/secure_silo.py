@@ -1,4 +1,4 @@
-"""A silo's side of secure sums over a coordinator, of which it trusts only what other silos have signed."""
+"""A silo's side of secure sums over a coordinator; it trusts only data that other silos have signed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lightning_fl.privacy.secagg.session import KEYS_VARIABLE
 from lightning_fl.types import Tree, Update
 
 Post = Callable[[str, Mapping[str, Tensor], Mapping[str, Any]], bool]
-"""Sends tensors and fields about a topic; returns False if it comes too late."""
+"""Sends tensors and fields about a topic; returns False if it is too late."""
 Get = Callable[[str], Mapping[str, Any] | None]
 """The outcome of a topic; None if the round is over."""
 
@@ -35,13 +35,13 @@ class SumDropped(RuntimeError):
 
 
 class SecureSums:
-    """What a silo needs for the secure sums of a run.
+    """A silo's keys and settings for the secure sums of a run.
 
     Args:
-        aggregator: Its settings.
+        aggregator: The settings of secure aggregation.
         weighting: How the federation weighs its silos.
         keys: The folder with the silo's identity, unless the aggregator or ``$LIGHTNING_FL_KEYS`` names another.
-        start: SHA-256 of the model from which the federation has started.
+        start: SHA-256 of the federation's initial model.
 
     Raises:
         ValueError: If the silo has no identity, or trusts too few others; the message has the commands to run.
@@ -60,18 +60,17 @@ class SecureSums:
                 f"lightning-fl keys trust {folder.path} <identity.pub> ..."
             )
         self.journal = Journal(folder.journal_path)
-        # Not random, as it is between ranks: the keys of each sum are new, and all that is derived or signed is bound
-        # to them.
+        # Not random as between ranks: the keys of each sum are new, and everything derived or signed is bound to them.
         self.session = digest(b"coordinator", bytes.fromhex(start))
 
-    # ---- what a sum is about
+    # ---- a sum's parameters and vectors
 
     def model_id(self, template: Update) -> bytes:
-        """Identifies, in the journal, what is trained from a model."""
+        """The journal's identifier for updates trained from a model."""
         return model_digest(in_order(template))
 
     def check_model(self, template: Update) -> None:
-        """Makes sure, before a silo trains, that it may send what it will have trained from a model.
+        """Checks, before a silo trains, that it may send an update trained from a model.
 
         Raises:
             RetryRefused: If it has sent an update from this model before.
@@ -106,7 +105,7 @@ class SecureSums:
     # ---- a sum
 
     def advertise(self, params: SessionParams, number: int, names: Sequence[str]) -> tuple[BonawitzClient, Advert]:
-        """Makes the keys of a sum.
+        """Creates the keys of a sum.
 
         Args:
             params: The sum's parameters.
@@ -129,22 +128,22 @@ class SecureSums:
         post: Post,
         get: Get,
     ) -> None:
-        """Goes through the steps of a sum, as far as the coordinator lets this silo.
+        """Takes part in the steps of a sum, as long as the coordinator includes this silo.
 
         Args:
-            name: This silo.
+            name: This silo's name.
             base: The topic of the sum.
-            params: Its parameters.
+            params: The sum's parameters.
             client: This silo's keys, which it has advertised.
-            vector: What it adds.
-            scalars: More that it adds, of which those are summed that enough silos list.
+            vector: The silo's summand; masked in place.
+            scalars: Further summands; those that enough silos list are summed.
             vector_id: Identifies the vector in the journal.
             post: Sends a message.
             get: Waits for the outcome of a step.
 
         Raises:
             SumDropped: If the sum was dropped.
-            ProtocolError: If the coordinator says what an honest one would not. Nothing more is sent.
+            ProtocolError: If the coordinator sends something that an honest one would not. Nothing more is sent.
             RetryRefused: If the vector was sent before.
         """
 
@@ -176,7 +175,7 @@ class SecureSums:
 
         try:
             steps()
-            outcome("unmask")  # also of a silo that came too late: the others may need it, if the sum is dropped
+            outcome("unmask")  # also for a silo that was too late: the others may need it if the sum is dropped
         except (KeyError, TypeError) as error:
             raise ProtocolError(f"The coordinator's answer lacks something: {error!r}") from error
         finally:

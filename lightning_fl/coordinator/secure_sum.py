@@ -1,8 +1,8 @@
-"""The coordinator's side of secure sums: it relays keys and sealed shares, and adds vectors that are masked.
+"""The coordinator's side of secure sums: it relays keys and encrypted shares, and adds masked vectors.
 
-A sum begins when key advertisements have come, with the update's file or an evaluation's message. Each step after it is
-an exchange of one message a silo; what all of them may read of it, the outcome, is a file. So the coordinator can be
-started again at any moment: files and outcomes say how far the sum is.
+A sum begins when key advertisements have arrived, with the update's file or an evaluation's message. Each step after
+it is an exchange of one message per silo; its outcome, which all silos may read, is a file. So the coordinator can be
+restarted at any moment: files and outcomes tell how far the sum has got.
 
 ::
 
@@ -39,7 +39,7 @@ ROSTER = "roster"
 STEPS = ("share", "send", "agree", "unmask")
 """The messages of a silo after its key advertisement, in order."""
 VECTOR = "vector"
-"""The tensor in the file of the step ``send``; the messages of other steps are text."""
+"""Name of the tensor in the file of the step ``send``; the messages of other steps are text."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Advert:
     Args:
         keys: Its key advertisement.
         names: The scalars that it adds.
-        signature: Over both, by the identity in the advertisement.
+        signature: Signature of both by the identity in the advertisement.
     """
 
     keys: bytes
@@ -65,7 +65,7 @@ class Advert:
         """Reads what :meth:`fields` returned.
 
         Raises:
-            BadFile: If it is something else.
+            BadFile: If the fields are not an advertisement.
         """
         try:
             names = found["names"]  # type: ignore[index]
@@ -77,26 +77,27 @@ class Advert:
 
 
 def in_order(update: Update) -> Update:
-    """The update with its tensors in the order of their names: a module's own order is lost in files."""
+    """The update with its tensors sorted by name, since files do not keep a module's own order."""
     delta, buffers = dict(sorted(update.delta.items())), dict(sorted(update.buffers.items()))
     aux = {name: dict(sorted(tree.items())) for name, tree in sorted(update.aux.items())}
     return replace(update, delta=delta, buffers=buffers, aux=aux)
 
 
 def signed_names(keys: bytes, names: Sequence[str]) -> bytes:
-    """What a silo signs, so that nobody can make it add a scalar that others do not list.
+    """The bytes that a silo signs, so that nobody can make it add a scalar that others do not list.
 
-    With its key advertisement, which is new in each sum: names of an earlier run of the same round would fit otherwise.
+    They contain its key advertisement, which is new in each sum; otherwise the names of an earlier attempt of the same
+    round could be replayed.
     """
     return b"lightning_fl secagg names" + keys + json.dumps(names).encode()
 
 
 def summed_names(listed: Collection[Sequence[str]], threshold: int) -> list[str]:
-    """The scalars that are summed: those of at least three silos, even if as many drop out as may.
+    """The scalars that are summed: those listed by at least three silos even if as many drop out as allowed.
 
     Args:
-        listed: For each silo of the roster the scalars that it lists.
-        threshold: The fewest silos that must stay.
+        listed: For each silo of the roster, the scalars that it lists.
+        threshold: Minimum number of silos that must remain.
     """
     needed = len(listed) - threshold + MIN_CLIENTS
     counts: dict[str, int] = {}
@@ -112,11 +113,11 @@ class SecureSum:
 
     Args:
         adverts: The key advertisements, by silo.
-        vector_size: Elements of the packed updates; scalars and checks come after them.
-        dtype: Their type.
-        seconds: How long each step waits for silos, unless a transfer goes on.
+        vector_size: Number of elements of the packed updates; scalars and checks follow them.
+        dtype: Their dtype.
+        seconds: How long each step waits for silos, unless a transfer is in progress.
         max_seconds: How long it waits even then.
-        now: The time.
+        now: The current time, in seconds.
     """
 
     adverts: Mapping[str, Advert]
@@ -127,7 +128,7 @@ class SecureSum:
     now: float
     place: int = field(default=0, init=False)
     messages: list[dict[str, bytes]] = field(default_factory=list, init=False)
-    """For each step that is over the silos' messages; for ``send`` the digests of the vectors' files."""
+    """For each finished step, the silos' messages; for ``send``, the digests of the vectors' files."""
     gone: set[str] = field(default_factory=set, init=False)
     """Silos whose process has died, with the secrets that its next message needs."""
 
@@ -149,10 +150,10 @@ class SecureSum:
         return STEPS[self.place] if self.place < len(STEPS) else None
 
     def roster(self) -> dict[str, object]:
-        """What the silos get first.
+        """The roster, the first message to the silos.
 
         Raises:
-            SecureAggregationError: If there are too few.
+            SecureAggregationError: If there are too few silos.
         """
         roster = self._server().roster([advert.keys for advert in self.adverts.values()])
         return {
@@ -162,10 +163,10 @@ class SecureSum:
         }
 
     def check(self, silo: str, message: bytes) -> None:
-        """Makes sure that a silo's message is one of the open step, and its own.
+        """Checks that a silo's message belongs to the open step and to this silo.
 
         Raises:
-            BadFile: If it is not.
+            BadFile: If it does not.
         """
         try:
             if self.step == "share":
@@ -174,7 +175,7 @@ class SecureSum:
                 if not is_whole:
                     raise BadFile("it has not sealed a share for each of the others")
             elif self.step == "agree":
-                # What it says of others would take the place of their own signatures, and stop all silos.
+                # Its entries for others would replace their own signatures, and stop all silos.
                 number, *others = [*Signatures.decode(message).by_number] or [0]
                 if others:
                     raise BadFile("it has signed for others")
@@ -193,12 +194,12 @@ class SecureSum:
         return {self.numbers[silo] for silo in silos}
 
     def progressed(self, silo: str, now: float) -> None:
-        """A piece of a silo's message has come: the step waits for the rest."""
+        """Notes that a piece of a silo's message has arrived: the step waits for the rest."""
         if silo in self.exchange.expected and self.exchange.until is not None:
             self.exchange.until = max(self.exchange.until, min(now + GRACE, self._latest))
 
     def due(self, now: float, left: set[str]) -> bool:
-        """Whether the open step is to end."""
+        """Whether the open step should end."""
         exchange = self.exchange
         in_time = exchange.until is not None and now >= exchange.until
         return self.step is not None and (in_time or exchange.expected - left - self.gone <= exchange.done.keys())
@@ -207,8 +208,8 @@ class SecureSum:
         """Ends the open step; returns its outcome.
 
         Args:
-            read: The message of a silo in the open step, by silo and digest of its file.
-            now: The time.
+            read: Reads the message of a silo in the open step, given the silo and the digest of its file.
+            now: The current time, in seconds.
 
         Raises:
             SecureAggregationError: If too few silos are left. No update was revealed.
@@ -238,10 +239,10 @@ class SecureSum:
         return outcome
 
     def total(self, read_vector: Callable[[str, str], Tensor]) -> tuple[Tensor, list[str]]:
-        """The sum, and the silos whose vectors are in it; once the last step is over.
+        """The sum, and the silos whose vectors are in it; available once the last step is over.
 
         Args:
-            read_vector: A silo's masked vector, by silo and digest of its file.
+            read_vector: Reads a silo's masked vector, given the silo and the digest of its file.
 
         Raises:
             SecureAggregationError: If the masks can't be removed.
@@ -258,20 +259,20 @@ class SecureSum:
         return total, list(vectors)
 
     def _server(self) -> BonawitzServer:
-        # The vectors are added when all of them have come: until then the server needs none.
+        # The vectors are added when all of them have arrived: until then the server needs none.
         return BonawitzServer(self.params, self.size if self.step is None else 0, self.dtype)
 
 
 def check_advert(advert: Advert, expected: Mapping[str, int], others: Iterable[Advert]) -> None:
-    """Makes sure that a key advertisement is for the sum that is about to begin.
+    """Checks that a key advertisement is for the sum that is about to begin.
 
     Args:
-        advert: What the silo has sent.
-        expected: What it has to say, by name: ``number``, ``round``, ``attempt``, ``num_clients`` and ``threshold``.
-        others: Those of other silos that were accepted.
+        advert: The silo's key advertisement.
+        expected: The expected values of ``number``, ``round``, ``attempt``, ``num_clients`` and ``threshold``.
+        others: The accepted advertisements of other silos.
 
     Raises:
-        BadFile: If it is for another one.
+        BadFile: If it is for another sum.
     """
     try:
         keys = KeyAdvertisement.decode(advert.keys)

@@ -1,6 +1,6 @@
-"""What the coordinator answers: one method a call, without sockets. The time is passed in.
+"""The coordinator's answers: one method per call, without sockets. The time is passed in.
 
-It joins the state machine, the folder and the server's half of the mathematics: the same ``close_server`` that every
+It connects the state machine, the folder and the server's part of the algorithm: the same ``close_server`` that every
 other federation runs.
 """
 
@@ -43,28 +43,28 @@ from lightning_fl.types import Tree, Update
 
 PROTOCOL = 1
 MAX_REPORT_BYTES = 1 << 26
-"""64 MiB: what a silo may send beside its update, such as the states of metrics."""
+"""64 MiB: maximum size of what a silo sends besides its update, such as the states of metrics."""
 START = "start"
 UPDATE = "update"
 EVALUATION = "evaluation"
 MAX_REASON = 2000
-"""Characters of a reason in the audit log."""
+"""Maximum number of characters of a reason in the audit log."""
 _TOPIC = re.compile(r"[a-z]{1,32}(\.[0-9]{1,6}(\.[a-z]{1,32})?)?")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass
 class Progress:
-    """What silos need to catch up, and what people want to see.
+    """The federation's progress: what silos need to catch up, and what is shown to people.
 
     Args:
         global_step: Optimizer steps of all silos so far.
-        logger_steps: How far the loggers' x-axis has come.
-        members: Who took part in the last round.
-        accepted: For each silo the last round in which it took part, and the digest of what it sent.
+        logger_steps: Current position on the loggers' x-axis.
+        members: The silos that took part in the last round.
+        accepted: For each silo, the last round in which it took part, and the digest of its update.
         history: One entry for each finished round.
-        over: Why no other round follows, before the last one.
-        models: Where rounds are asynchronous, the digests of the models from which silos train, by round.
+        over: Why the federation ended before its last round. None: it has not.
+        models: In asynchronous rounds, the digests of the models from which silos train, by round.
     """
 
     global_step: int = 0
@@ -84,8 +84,8 @@ class Coordinator:
         expected: The settings by name that every silo must have.
         rules: When rounds open and close.
         store: The federation's folder.
-        audit: Where every join, refusal and round is written down.
-        now: The time, in seconds of a clock that never goes back.
+        audit: Log of every join, refusal and round.
+        now: The current time, in seconds of a monotonic clock.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Coordinator:
         self.audit = audit
         self.seen: dict[str, float] = {}
         self._joined: dict[str, int] = {}
-        """By silo the round in which it has joined last: it knows nothing of those before."""
+        """For each silo, the round in which it last joined: it knows nothing of the rounds before."""
         self._template: Update | None = None
         self._templates: list[Update] = []
         self._shapes: wire.Shapes = {}
@@ -114,14 +114,14 @@ class Coordinator:
         self.load(now)
 
     def prepare(self) -> None:
-        """Looks at settings and rules before anything is read or written.
+        """Checks settings and rules before anything is read or written.
 
         Raises:
-            ValueError: If they don't go together.
+            ValueError: If they are incompatible.
         """
 
     def load(self, now: float) -> None:
-        """Reads from its folder how far the federation is: at the start, and when a change could not be written."""
+        """Loads the federation's progress from its folder: at the start, and after a failed write."""
         self.exchanges: dict[tuple[int, str], Exchange] = {}
         self.start: str | None = None
         self.manifest: wire.Shapes = {}
@@ -154,16 +154,16 @@ class Coordinator:
         self.audit.append("restart", round=round, phase=self.machine.phase, cohort=sorted(self.machine.cohort))
 
     def make_machine(self, round: int, expected: set[str]) -> RoundMachine:
-        """The state machine of the rounds from ``round`` on."""
+        """Creates the state machine for the rounds from ``round`` on."""
         return RoundMachine(self.rules, round=round, expected=expected)
 
     # ---- joining
 
     def join(self, silo: str, request: Mapping[str, Any], now: float) -> dict[str, Any]:
-        """A silo introduces itself.
+        """Handles a silo's request to join.
 
         Raises:
-            Refused: 403 if it is not of this federation, 422 if it would train something else.
+            Refused: 403 if it is not a member of this federation, 422 if it would train something else.
         """
         try:
             self._check_join(silo, request)
@@ -222,7 +222,7 @@ class Coordinator:
     # ---- rounds
 
     def next_round(self, silo: str, after: int, now: float) -> Message | None:
-        """A silo asks for the round after ``after``; None if it is to ask again later.
+        """Answers a silo that asks for the round after ``after``; None if it should ask again later.
 
         Raises:
             Refused: 410 if no other round follows, 409 if the silo is ahead.
@@ -262,12 +262,12 @@ class Coordinator:
         return Message(fields, flatten({str(index): state for index, state in enumerate(states)}))
 
     def _note_member(self, silo: str) -> None:
-        """Writes down that a silo has become a member of the open round, before it is told."""
+        """Records that a silo has become a member of the open round, before the silo is told."""
         self.store.write_cohort(self.machine.round, self.machine.cohort)
         self.audit.append("late join", silo=silo, round=self.machine.round)
 
     def step(self, now: float) -> bool:
-        """Does what is due; returns whether the open round is to be closed."""
+        """Runs due steps; returns whether the open round should be closed."""
         due = self.machine.due(now)
         for (round, topic), exchange in list(self.exchanges.items()):
             if exchange.due(now, self.machine.left):
@@ -286,10 +286,10 @@ class Coordinator:
         machine, model = self.machine, self._model
         try:
             opened = open_server(self.settings, model.state, model.state.server["params"], self._context())
-        except Exception as error:  # a transform that must not take part any more, such as a spent privacy budget
+        except Exception as error:  # a transform that refuses another round, such as a spent privacy budget
             self._end(str(error))
             return
-        # What a round spends stays spent, whatever becomes of it: written down before any silo knows of the round.
+        # A round's privacy cost counts even if the round fails: recorded before any silo knows of the round.
         if self.settings.transforms:
             self._commit(opened, model.buffers, machine.round)
         self.store.write_cohort(machine.round, machine.asked)
@@ -297,11 +297,11 @@ class Coordinator:
         self.audit.append("round opened", round=machine.round, cohort=sorted(machine.cohort))
 
     def begin_close(self) -> None:
-        """Takes nothing more in for the open round."""
+        """Accepts nothing more for the open round."""
         self.machine.begin_close()
 
     def close(self) -> None:
-        """Adds up the round's updates and makes the result the federation's model."""
+        """Aggregates the round's updates and makes the result the federation's model."""
         assert self._model is not None
         machine, model = self.machine, self._model
         reports, digests, closing = self._aggregate()
@@ -358,7 +358,7 @@ class Coordinator:
         )
 
     def _aggregate(self) -> tuple[dict[str, RankReport], dict[str, str], Closing]:
-        """The reports and digests of those whose update was accepted, and what the round has become."""
+        """The reports and digests of the silos whose update was accepted, and the round's result."""
         assert self._model is not None
         assert self._template is not None
         aggregator, ctx, round = self.settings.aggregator, self._context(), self.machine.round
@@ -374,26 +374,26 @@ class Coordinator:
         joined = RankReport.join(list(reports.values()))
         if joined.num_clients or self.settings.hides_clients:
             return reports, digests, close_server(opened, acc, joined)
-        # Every silo has refused its own update, and will say so: the model stays.
+        # Every silo has rejected its own update, and will say so: the model stays.
         return reports, digests, Closing(self._model.state, self._model.buffers, nothing(opened), 0.0, {}, None)
 
     def _in_file(self, acc: Any) -> Any:
-        """The accumulator with its sums in a file, so that of a large model less has to be in memory."""
+        """The accumulator with its sums in a memory-mapped file, so that large models need less memory."""
         if not isinstance(acc, WeightedSum):
             return acc
         sums = {dtype: self.store.zeros_like(flat) for dtype, flat in acc.sums.items()}
         return replace(acc, sums=sums, views=acc.layout.unflatten(sums))
 
     def _received(self, update: Update, silo: str, ctx: RoundContext) -> Update:
-        """What of an update is added."""
+        """The part of an update that is aggregated."""
         return update
 
     def _models_to_keep(self, newest: str) -> dict[str, str]:
-        """The models of which a round that closes leaves the files, by round, beside the last two."""
+        """The models, by round, whose files are kept besides the last two when a round closes."""
         return {}
 
     def _models_in_use(self) -> set[str]:
-        """Digests of models beside the last two that silos may still read."""
+        """Digests of models, besides the last two, that silos may still read."""
         return set()
 
     def _context(self) -> RoundContext:
@@ -413,14 +413,14 @@ class Coordinator:
 
     @property
     def max_update_bytes(self) -> int:
-        """The most bytes that an update may have."""
+        """Maximum size of an update in bytes."""
         return wire.num_bytes(self._shapes) + wire.MAX_HEADER_BYTES + MAX_REPORT_BYTES
 
     def target(self, silo: str, round: int | None, topic: str, digest: str, length: int) -> Upload:
-        """Where a file that a silo sends goes.
+        """The upload of a file that a silo sends.
 
         Raises:
-            Refused: 400 for names that are none, 404, 410 if it comes too late, 413 if it is too large.
+            Refused: 400 for invalid names, 404 for unknown ones, 410 if it is too late, 413 if it is too large.
         """
         check_names(topic, digest)
         limit = MAX_REPORT_BYTES
@@ -449,10 +449,10 @@ class Coordinator:
         return upload
 
     def _check_topic(self, round: int, topic: str) -> None:
-        """Makes sure that silos do not fill the disk with exchanges that nobody waits for.
+        """Prevents silos from filling the disk with exchanges that nobody waits for.
 
         Raises:
-            Refused: 400 for another topic than those that silos exchange, or if the exchange before it is not over.
+            Refused: 400 for a topic that silos don't exchange, or if the previous exchange is not over.
         """
         name, _, number = topic.partition(".")
         if name != EVALUATION or not number.isdigit():
@@ -462,29 +462,29 @@ class Coordinator:
             raise Refused(400, f"The exchange before {topic} is not over.")
 
     def _place_of_update(self, silo: str, round: int, digest: str) -> Path:
-        """The folder into which an update comes.
+        """The folder for an update.
 
         Raises:
-            Refused: 410 if it comes too late.
+            Refused: 410 if it is too late.
         """
         if self.machine.done.get(silo) != digest and not self.machine.takes(silo, round):
             raise Refused(410, f"Round {round} takes no update of {silo!r}.", newest=self.machine.round - 1)
         return self.store.folder(self.machine.round, UPDATE)
 
     def is_busy(self, topic: str) -> bool:
-        """Whether a file that has come whole has to wait before it is taken in."""
+        """Whether a complete upload must wait before it is accepted."""
         return False
 
     def progressed(self, silo: str, now: float) -> None:
-        """A piece of a file has come."""
+        """Notes that a piece of a file has arrived."""
         self.seen[silo] = now
         self.machine.progress(silo, now)
 
     def check(self, upload: Upload, topic: str) -> None:
-        """Looks at a file that has come whole.
+        """Checks a complete upload.
 
         Raises:
-            Refused: 422 if it is not what it has to be; silo and field are named.
+            Refused: 422 if its content is invalid; silo and field are named.
         """
         try:
             if wire.sha256(upload.part) != upload.digest:
@@ -508,10 +508,10 @@ class Coordinator:
         check_evaluation(message, tensors)
 
     def accept(self, upload: Upload, round: int | None, topic: str, now: float) -> None:
-        """Takes in a file that is sound.
+        """Accepts a valid file.
 
         Raises:
-            Refused: 410 if it has become too late meanwhile.
+            Refused: 410 if it has become too late in the meantime.
         """
         if topic == START:
             if self.start is None:
@@ -539,7 +539,7 @@ class Coordinator:
 
     def _read_update(self, silo: str, path: Any) -> tuple[Update | None, RankReport]:
         header = wire.read_header(path)
-        # Names of tensors of the report begin with it; all others are the update's.
+        # Names of the report's tensors begin with this prefix; all others belong to the update.
         is_report = {name: name.startswith(f"report{SEPARATOR}") for name in header.shapes}
         own = {name: shape for name, shape in header.shapes.items() if is_report[name]}
         if wire.num_bytes(own) > MAX_REPORT_BYTES:
@@ -590,10 +590,10 @@ class Coordinator:
         exchange.is_over = True
 
     def outcome(self, round: int, topic: str, silo: str = "") -> Path | None:
-        """The file with what a round, or an exchange after it, has become; None before it is there.
+        """The file with the outcome of a round, or of an exchange after it; None before it exists.
 
         Raises:
-            Refused: 410 if it is too long ago, 400 for names that are none.
+            Refused: 410 if it was too long ago, 400 for invalid names.
         """
         check_names(topic)
         if topic == UPDATE and round >= self.machine.round:
@@ -624,7 +624,7 @@ class Coordinator:
             raise wire.BadFile(f"{wire.readable(bad)!r} holds NaN or Inf")
 
     def _begin(self, upload: Upload) -> None:
-        """Takes a silo's model as the one from which all begin."""
+        """Uses a silo's model as the initial global model."""
         with upload.part.open("rb"):
             self.store.disk.replace(upload.part, self.store.state_path(upload.digest))
         tensors = unflatten(self.store.read_state(upload.digest))
@@ -656,17 +656,17 @@ class Coordinator:
     # ---- other
 
     def leave(self, silo: str, reason: str) -> None:
-        """A silo leaves."""
+        """Handles a silo that leaves."""
         self.machine.leave(silo)
         self.audit.append("leave", silo=silo, round=self.machine.round, reason=reason[:200])
 
     def alive(self, silo: str, now: float) -> int:
-        """A silo says that it is there; returns the round."""
+        """Handles a silo's heartbeat; returns the round."""
         self.seen[silo] = now
         return self.machine.round
 
     def status(self, now: float) -> dict[str, Any]:
-        """What people want to see."""
+        """The federation's status, for people."""
         machine = self.machine
         return {
             "round": machine.round,
@@ -682,7 +682,7 @@ class Coordinator:
         }
 
     def _has_space(self) -> bool:
-        """Whether the updates of a round and the next state fit onto the disk."""
+        """Whether the updates of a round and the next state fit on the disk."""
         needed = wire.num_bytes(self._shapes) * (self._num_awaited() + 2)
         free = self.store.free_bytes()
         if free < needed:
@@ -690,11 +690,11 @@ class Coordinator:
         return free >= needed
 
     def _num_awaited(self) -> int:
-        """How many updates the round that opens may get."""
+        """Maximum number of updates that the next round may receive."""
         return len(self.machine.asked)
 
     def _say(self, what: str) -> None:
-        """Writes down what keeps the federation waiting, once."""
+        """Logs once what the federation is waiting for."""
         if what not in self._said:
             self._said.add(what)
             self.audit.append("waiting", reason=what)
@@ -708,17 +708,17 @@ class Coordinator:
 
 
 class _Alone(LocalGroup):
-    """Merges what one process has, without a copy: there is no other attempt."""
+    """Merges within one process, without a copy, since a merge is never repeated."""
 
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
         return tensor if op == "sum" else super().all_reduce(tensor, op)
 
 
 def check_names(topic: str, digest: str = "0" * 64) -> None:
-    """Looks at what becomes part of a path.
+    """Checks names that become part of a path.
 
     Raises:
-        Refused: 400 if it is no name, such as one of a file elsewhere.
+        Refused: 400 if a name is invalid, such as a path to another folder.
     """
     if not _DIGEST.fullmatch(digest) or not _TOPIC.fullmatch(topic):
         raise Refused(400, "There is no such place.")
@@ -730,6 +730,6 @@ def is_exchange(topic: str) -> bool:
 
 
 def _short(versions: Any) -> dict[str, str]:
-    """What a silo says of its versions, no longer than an audit log bears."""
+    """The versions that a silo has reported, shortened for the audit log."""
     found = versions if isinstance(versions, Mapping) else {}
     return {str(name)[:64]: str(version)[:64] for name, version in list(found.items())[:32]}

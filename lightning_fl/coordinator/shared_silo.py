@@ -1,4 +1,4 @@
-"""A silo of several processes in a federation over a network: the first one talks, and tells the others."""
+"""A silo of several processes in a federation over a network: the first one talks to the coordinator."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ from lightning_fl.types import Aggregate, State, Tree, Update
 
 
 class SharedSilo(Federation):
-    """A silo whose processes train together: the first one talks to the coordinator, and tells the others.
+    """A silo whose processes train together: the first one talks to the coordinator and informs the others.
 
-    Where the parameters are spread over the processes, what goes out is put together, and each keeps its part of what
-    comes in.
+    If the parameters are sharded over the processes, outgoing tensors are assembled from the shards, and each process
+    keeps its shard of incoming ones.
 
     Args:
         group: The processes of the silo; a federation of one rank.
-        module: The module, whose parameters may be spread.
-        talker: The way to the coordinator; None on all processes but the first.
+        module: The module, whose parameters may be sharded.
+        talker: The connection to the coordinator; None on all processes but the first.
     """
 
     knows_all_clients = False
@@ -54,7 +54,7 @@ class SharedSilo(Federation):
         self.name: str = self._tell(lambda own: own.name)
 
     def _tell(self, ask: Callable[[NetworkFederation], Any]) -> Any:
-        """What the first process has found out, on all of them."""
+        """The first process's result, on all of them."""
         found = None if self.talker is None else ask(self.talker)
         return decode_object(self.group.inner.broadcast_message(encode_object(found)))
 
@@ -94,14 +94,14 @@ class SharedSilo(Federation):
         return whole(local(tensor), held[name]).detach() if name in held else tensor
 
     def restore(self, store: ClientStore, optimizers: Sequence[Optimizer] = ()) -> None:
-        """Gives the client's state, or the part that a process holds, to the stores of all processes."""
+        """Puts the client's state, or this process's shard of it, into the stores of all processes."""
         self.store, self._optimizers = store, optimizers
         if self.talker is not None:
             self.talker.restore(store)
         self._share_state()
 
     def _share_state(self) -> None:
-        """Gives all processes what the first one has found in its folder, if it has looked."""
+        """Gives all processes the state that the first one has read from its folder, if it has read it."""
         store = self.store
         if store is None or not self._tell(lambda own: own.went_back):
             return
@@ -112,11 +112,11 @@ class SharedSilo(Federation):
             self.talker.went_back = False
 
     def _params_of(self, client_state: State) -> Mapping[str, Tensor]:
-        """The parameters by the names that tensors of a client's state have."""
+        """The parameters under the names that tensors have in a client's state."""
         return {**self._held, **params_of_kept(client_state.get("optimizer", {}), self._optimizers)}
 
     def leave(self, reason: str, error: BaseException | None = None) -> None:
-        """Tells the coordinator, if it can be reached, that this silo does not go on."""
+        """Tells the coordinator, if it can be reached, that this silo leaves."""
         if self.talker is not None:
             self.talker.leave(reason, error)
 

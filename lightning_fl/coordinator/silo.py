@@ -50,15 +50,15 @@ log = logging.getLogger("lightning_fl.network")
 
 
 class SiloFolder:
-    """What a silo must remember when its process dies: the client state of the update that it is sending.
+    """The state that a silo keeps on disk in case its process dies: the client state of the update it is sending.
 
-    The state is staged before the update is sent. By the round's outcome it becomes the client's state or is dropped,
-    also after a restart.
+    The state is staged before the update is sent. Depending on the round's outcome it becomes the client's state or is
+    dropped, also after a restart.
 
     Args:
         root: The folder.
-        name: The silo.
-        disk: Does every change.
+        name: The silo's name.
+        disk: Performs every change. None: a new :class:`Disk`.
     """
 
     def __init__(self, root: Path, name: str, disk: Disk | None = None) -> None:
@@ -71,7 +71,7 @@ class SiloFolder:
 
     @property
     def update(self) -> Path:
-        """The file that is sent."""
+        """The file with the update to send."""
         return self.root / "update.safetensors"
 
     @property
@@ -80,19 +80,19 @@ class SiloFolder:
         return self.root / "model.safetensors"
 
     def stage(self, round: int, digest: str, state: Mapping[str, Any] | None) -> None:
-        """Notes what belongs to an update, before it is sent."""
+        """Stages the client state of an update before it is sent."""
         version = None if not state else self.files.write(self.name, state)
         self.disk.write_json(self.root / "staged.json", {"round": round, "digest": digest, "version": version})
 
     def staged(self) -> dict[str, Any] | None:
-        """What was noted; None if nothing waits for an outcome."""
+        """The staged entry; None if nothing waits for an outcome."""
         return read_json(self.root / "staged.json")
 
     def settle(self, accepted: Sequence[Any] | None) -> bool:
-        """Makes the staged state the client's if its update counts, else drops it; returns whether it counts.
+        """Makes the staged state the client's if its update was accepted, else drops it; returns whether it was.
 
         Args:
-            accepted: The last round in which an update of this silo counts, and its digest; None if none does yet.
+            accepted: The last round that accepted an update of this silo, and its digest; None if none has yet.
         """
         round, digest = accepted or (-1, None)
         staged = self.staged()
@@ -114,11 +114,11 @@ class SiloFolder:
             self.disk.write_json(self.root / "sent.json", [*sent, update])
 
     def sent(self) -> list[str]:
-        """The updates that have left the silo, or tried to."""
+        """The updates that the silo has sent or tried to send."""
         return read_json(self.root / "sent.json") or []
 
     def restore(self, store: ClientStore) -> None:
-        """Gives the client's state to a store."""
+        """Puts the client's state into a store."""
         state = read_json(self.root / "state.json")
         if state is not None:
             store.restore(self.files, {self.name: state["version"]})
@@ -140,10 +140,10 @@ class NetworkFederation(Federation):
     Args:
         address: The coordinator's address, ``https://host`` or ``https://host:port``.
         kit: The folder with the silo's key and certificate.
-        folder: What the silo must remember between starts. None: ``state`` in the kit.
+        folder: The folder for the silo's state between starts. None: ``state`` in the kit.
 
     Raises:
-        ValueError: If address or kit can't be used.
+        ValueError: If the address or the kit is invalid.
     """
 
     knows_all_clients = False
@@ -164,10 +164,10 @@ class NetworkFederation(Federation):
         self.silos: Sequence[str] = (self.name,)
         self.store: ClientStore | None = None
         self.went_back = False
-        """Whether the store has been given the state that the folder holds, since somebody last set this to False."""
+        """Whether the store has the state that the folder holds; callers set it to False to request it again."""
         self._next_state: State | None = None
         self.update_counts = False
-        """Whether this silo's update counts in the last round."""
+        """Whether this silo's update was accepted in the last round."""
         self._loaded: tuple[str, FederationState, Tree] | None = None
         self._last = -1
         self._num_gathered = 0
@@ -193,12 +193,13 @@ class NetworkFederation(Federation):
         weighting: str = "examples",
         is_asynchronous: bool = False,
     ) -> None:
-        """Introduces this silo, and loads the model from which all begin.
+        """Joins the federation, and loads the initial global model.
 
         Args:
             tensors: The module's tensors.
-            settings: The settings that must be those of the coordinator.
-            common: What must be the same at all silos, and the coordinator does not know: that of the first one counts.
+            settings: The settings that must match the coordinator's.
+            common: Values that must be the same on all silos and that the coordinator does not know; the first silo's
+                apply.
             versions: The versions of the libraries.
             protections: What protects this silo: ``"differential privacy"``, ``"secure aggregation"``.
             aggregator: The settings of secure sums. None: the coordinator sees each update.
@@ -207,8 +208,8 @@ class NetworkFederation(Federation):
 
         Raises:
             ValueError: If this silo has no keys for secure sums.
-            PolicyBroken: If this silo's policy forbids to take part.
-            CallRefused: If the coordinator does not take this silo, with the reason.
+            PolicyBroken: If this silo's policy forbids it to take part.
+            CallRefused: If the coordinator does not admit this silo, with the reason.
             NotAdmitted: If one side does not accept the other's certificate.
         """
         own = {
@@ -274,7 +275,7 @@ class NetworkFederation(Federation):
         """Keeps or drops what was staged before the process died; returns whether it was kept.
 
         Args:
-            told: The coordinator's ``round``, what it has ``accepted`` last, and what it has ``already_sent`` to it.
+            told: The coordinator's answer: its ``round``, the last ``accepted`` update, and those ``already_sent``.
         """
         staged = self.folder.staged()
         if staged is None or staged["round"] >= told["round"] or staged["digest"] == told["already_sent"]:
@@ -282,12 +283,12 @@ class NetworkFederation(Federation):
         return self.folder.settle(told["accepted"])
 
     def restore(self, store: ClientStore, optimizers: Sequence[Optimizer] = ()) -> None:
-        """Gives the client's state of the last round that counted to a store, which is then the client's.
+        """Puts the client's state of the last accepted round into a store.
 
         Args:
             store: The store.
-            optimizers: The module's optimizers; parts of their states are put together where a silo's parameters are
-                spread over its processes.
+            optimizers: The module's optimizers; their states are assembled from shards where a silo's parameters are
+                sharded over its processes.
         """
         self.store = store
         self._go_back()
@@ -298,11 +299,11 @@ class NetworkFederation(Federation):
             self.went_back = True
 
     def leave(self, reason: str, error: BaseException | None = None) -> None:
-        """Tells the coordinator, if it can be reached, that this silo does not go on.
+        """Tells the coordinator, if it can be reached, that this silo leaves.
 
         Args:
-            reason: Why, in words for the others.
-            error: The error by which it ends, if it does.
+            reason: The reason, shown to the others.
+            error: The error with which it ends, if any.
         """
         if self._alive is not None:
             self._alive.stop()
@@ -320,7 +321,7 @@ class NetworkFederation(Federation):
     # ---- rounds
 
     def open_round(self, done: int) -> Opening | None:
-        if self.folder.staged() is None:  # else it asks what has become of its last update
+        if self.folder.staged() is None:  # else it asks for the outcome of its last update
             self._refuse_unless(self._check_rounds)
         while True:
             try:
@@ -335,7 +336,7 @@ class NetworkFederation(Federation):
                 continue
             message = Message.decode(body)
             fields = message.fields
-            # A silo that has joined while the round was being added up has not been told what became of its update.
+            # A silo that joined while the round was being aggregated has not been told whether its update counts.
             if self._settle_staged(fields):
                 self._go_back()
             if fields["already_sent"] is None:
@@ -347,7 +348,7 @@ class NetworkFederation(Federation):
                 except CallRefused as refused:
                     if refused.status != 404 or not self.is_asynchronous:
                         raise
-                    continue  # rounds went on while it was loading: the model is gone, and there is a newer one
+                    continue  # rounds have closed while it was loading: the model has been replaced by a newer one
             # The process died after its update had been accepted: the update counts, and nothing is trained again.
             self._wait_for_outcome(fields["round"])
             done = self._last
@@ -381,7 +382,7 @@ class NetworkFederation(Federation):
 
         Args:
             opened: The round.
-            acc: What the silo has accumulated.
+            acc: The silo's accumulator.
             report: The silo's report.
             client_state: The client's next state. None: what is staged in the store.
         """
@@ -400,7 +401,7 @@ class NetworkFederation(Federation):
         if not counts:
             log.warning("Round %d was closed without this silo's update.", round)
             self.store.roll_back()
-        # What another silo wishes for itself, or wants to save where, is no concern of this one.
+        # Another silo's requests to stop or to save a checkpoint do not apply to this one.
         reports = [
             replace(own, should_stop=report.should_stop, deferred_checkpoints=report.deferred_checkpoints)
             for own in (RankReport.from_message(message) for message in outcome["reports"])
@@ -408,7 +409,7 @@ class NetworkFederation(Federation):
         return outcome, reports
 
     def _send_update(self, opened: ServerRound, acc: Any, report: RankReport) -> None:
-        """Sends this silo's update, for the coordinator to add."""
+        """Sends this silo's update to the coordinator, which aggregates it."""
         round = opened.ctx.round
         trees: dict[str, Tree] = {} if acc is None else update_trees(acc)
         tensors = flatten({**{name: _cpu(tree) for name, tree in trees.items()}, "report": report.tensors})
@@ -428,10 +429,10 @@ class NetworkFederation(Federation):
         self._upload(f"/v1/rounds/{round}/update", self.folder.update)
 
     def _add_up(self, opened: ServerRound, acc: Any, report: RankReport) -> None:
-        """Adds this silo's update to those of the others under masks.
+        """Adds this silo's masked update to those of the others.
 
         Raises:
-            SecureAggregationError: If the federation has ended because the sum could not be made.
+            SecureAggregationError: If the federation has ended because the sum could not be computed.
             RetryRefused: If this silo has sent its vector for a sum that was dropped.
         """
         secure, round, cohort = self.secure, opened.ctx.round, list(self._opening["cohort"])
@@ -449,7 +450,7 @@ class NetworkFederation(Federation):
                 fields["advert"] = advert.fields()
             digest = wire.write(self.folder.update, {}, fields)
             self.folder.stage(round, digest, self._next_state)
-            # One of all attempts of a round: no other than the first is sent a vector.
+            # The same in all attempts of a round: a vector is sent in the first attempt only.
             self.folder.note_sending(f"round {round}")
             size = self.folder.update.stat().st_size
             names = sorted({str(entry["name"]) for entry in report.metrics.values()})
@@ -515,7 +516,7 @@ class NetworkFederation(Federation):
         return Closing(state, buffers, aggregate, acc["norm"], facts, acc["stop_reason"])
 
     def gather(self, message: Message, topic: str) -> list[Message]:
-        # Outside the rounds, and where each silo has rounds of its own, there is nothing that all have in common.
+        # Outside the rounds, and in asynchronous rounds, silos exchange nothing.
         if self._last < 0 or not self._has_joined or self.is_asynchronous:
             return [message]
         place = f"/v1/rounds/{self._last}/{topic}.{self._num_gathered}"
@@ -559,7 +560,7 @@ class NetworkFederation(Federation):
     # ---- parts
 
     def _upload(self, place: str, file: Path) -> bool:
-        """Sends a file; returns False if it comes too late."""
+        """Sends a file; returns False if it is too late."""
         self.group.traffic.num_bytes += file.stat().st_size
         try:
             self.client.upload(place, file)
@@ -570,14 +571,14 @@ class NetworkFederation(Federation):
         return True
 
     def _post(self, round: int, topic: str, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> bool:
-        """Sends a message about a topic; returns False if it comes too late."""
+        """Sends a message about a topic; returns False if it is too late."""
         file = self.folder.root / "message.safetensors"
         digest = wire.write(file, _cpu(tensors), fields)
         self.folder.audit.append("sending", round=round, topic=topic, digest=digest, bytes=file.stat().st_size)
         return self._upload(f"/v1/rounds/{round}/{topic}", file)
 
     def _step_outcome(self, round: int, topic: str) -> dict[str, Any] | None:
-        """What a step of a secure sum has become; None if its round is over."""
+        """The outcome of a step of a secure sum; None if its round is over."""
         try:
             return wire.read_header(self._read_outcome(f"/v1/rounds/{round}/{topic}")).fields
         except CallRefused as refused:
@@ -586,7 +587,7 @@ class NetworkFederation(Federation):
             return None
 
     def _wait_for_outcome(self, round: int) -> bool:
-        """Waits until a round is closed and settles this silo's state; returns whether its update counts.
+        """Waits until a round is closed and settles this silo's state; returns whether its update was accepted.
 
         If the round was closed so long ago that its outcome is gone, it reads the newest one.
         """
@@ -604,7 +605,7 @@ class NetworkFederation(Federation):
         return self.folder.settle(fields["accepted"].get(self.name))
 
     def _load_outcome(self) -> tuple[FederationState, Tree]:
-        """The model after the round that is closed; in asynchronous rounds the newest one that there is."""
+        """The model after the closed round; in asynchronous rounds the newest model."""
         while True:
             try:
                 return self._load(self._outcome["state"])
@@ -622,7 +623,7 @@ class NetworkFederation(Federation):
         return fields, messages
 
     def _read_outcome(self, place: str) -> Path:
-        """Waits for an outcome; returns the file with it."""
+        """Waits for an outcome; returns its file."""
         file = self.folder.root / "outcome.safetensors"
         while True:
             file.unlink(missing_ok=True)  # tensors of the last one may still be read from it
@@ -645,7 +646,7 @@ class NetworkFederation(Federation):
 
 
 class _Alive:
-    """Says every half minute that the silo is there, also while it trains."""
+    """Sends a heartbeat to the coordinator every 30 seconds, also during training."""
 
     def __init__(self, client: Client | LineClient) -> None:
         self._client = client.impatient()

@@ -3,12 +3,12 @@
 ::
 
     state.json                                   the commit: round, digests of the state, history
-    states/<sha256>.safetensors                  what it refers to
+    states/<sha256>.safetensors                  the states that it refers to
     rounds/000012/cohort.json                    written before a silo is told that the round is open
-    rounds/000012/update/<silo>.<sha256>.part    an update that is coming
-    rounds/000012/update/<silo>.<sha256>.ok      one that is whole and sound
-    rounds/000012/update/outcome.safetensors     what every silo may read of the closed round
-    versions.json  arriving/                     of asynchronous rounds: where each silo has started, what is coming
+    rounds/000012/update/<silo>.<sha256>.part    an update that is being uploaded
+    rounds/000012/update/<silo>.<sha256>.ok      an update that is complete and valid
+    rounds/000012/update/outcome.safetensors     the outcome of the closed round, which every silo may read
+    versions.json  arriving/                     asynchronous rounds: each silo's start version, incoming updates
     audit.jsonl  lock
 """
 
@@ -31,16 +31,16 @@ from lightning_fl.os_differences import lock_file
 from lightning_fl.types import Tree
 
 OUTCOME = "outcome.safetensors"
-"""What silos may read of a round, an exchange or a step of a secure sum."""
+"""The outcome of a round, an exchange or a step of a secure sum, which silos may read."""
 
 
 @dataclass(frozen=True)
 class Upload:
-    """A file on its way from a silo.
+    """A file that a silo uploads.
 
     Args:
-        folder: Where it goes.
-        silo: Who sends it.
+        folder: The target folder.
+        silo: The sender.
         digest: SHA-256 of the whole file.
     """
 
@@ -50,17 +50,17 @@ class Upload:
 
     @property
     def part(self) -> Path:
-        """The file while it is coming."""
+        """The file during the upload."""
         return self.folder / f"{self.silo}.{self.digest}.part"
 
     @property
     def ok(self) -> Path:
-        """The file once it is whole and sound."""
+        """The file once it is complete and valid."""
         return self.folder / f"{self.silo}.{self.digest}.ok"
 
     @property
     def size(self) -> int:
-        """How many bytes have come."""
+        """Number of bytes received."""
         return self.part.stat().st_size if self.part.exists() else 0
 
 
@@ -69,7 +69,7 @@ class Store:
 
     Args:
         root: Its folder.
-        disk: Does every change.
+        disk: Performs every change. None: a new :class:`Disk`.
 
     Raises:
         ValueError: If another coordinator uses the folder.
@@ -115,11 +115,11 @@ class Store:
         return wire.read(self.state_path(digest))
 
     def state_path(self, digest: str) -> Path:
-        """Where the tensors of a digest are."""
+        """The file with the tensors of a digest."""
         return self.root / "states" / f"{digest}.safetensors"
 
     def collect(self, keep: set[str], round: int) -> None:
-        """Deletes states that nothing names any more, and rounds before the last two."""
+        """Deletes states that are no longer referred to, and rounds before the last two."""
         for path in (self.root / "states").iterdir():
             if path.stem not in keep:
                 self.disk.delete(path)
@@ -130,59 +130,59 @@ class Store:
     # ---- a round
 
     def folder(self, round: int, topic: str = "") -> Path:
-        """The folder of a round, or of what silos send in it about a topic."""
+        """The folder of a round, or of the silos' messages in it about a topic."""
         return self.root / "rounds" / f"{round:06d}" / topic
 
     def write_cohort(self, round: int, cohort: set[str]) -> None:
-        """Writes down who takes part, and, the first time, when the round has opened."""
+        """Records the cohort and, the first time, when the round was opened."""
         self.disk.make_folder(self.folder(round, "update"))
         path = self.folder(round) / "cohort.json"
         opened = (read_json(path) or {"opened": time.time()})["opened"]
         self.disk.write_json(path, {"silos": sorted(cohort), "opened": opened, "attempt": self.attempt(round)})
 
     def attempt(self, round: int) -> int:
-        """How often a round was given up and has to open again."""
+        """How often a round was abandoned and must open again."""
         return int((read_json(self.folder(round) / "attempt.json") or {"attempt": 0})["attempt"])
 
     def give_up(self, round: int) -> None:
-        """Writes down that a round is to open again, with other files from all silos."""
+        """Records that a round must open again, with new files from all silos."""
         self.disk.write_json(self.folder(round) / "attempt.json", {"attempt": self.attempt(round) + 1})
         self.disk.delete(self.folder(round) / "cohort.json")
         self.forget_updates(round)
 
     def forget_updates(self, round: int) -> None:
-        """Deletes what silos have sent for a round that is not open."""
+        """Deletes the silos' files for a round that is not open."""
         for path in self.folder(round, "update").glob("*.ok"):
             self.disk.delete(path)
 
     def read_cohort(self, round: int) -> tuple[set[str], float] | None:
-        """Who takes part, and the seconds since the round has opened; None if it has not been opened."""
+        """The cohort, and the seconds since the round was opened; None if it has not been opened."""
         found = read_json(self.folder(round) / "cohort.json")
         if found is not None and found.get("attempt", 0) != self.attempt(round):
-            return None  # the process died while it gave the round up
-        # By the wall clock, since no other outlives a restart; it may have been set back.
+            return None  # the process died while it abandoned the round
+        # By the wall clock, since no other survives a restart; it may have been set back.
         return None if found is None else (set(found["silos"]), max(0.0, time.time() - found["opened"]))
 
     def whole(self, folder: Path) -> dict[str, str]:
-        """The silos whose file in a folder is whole and sound, each with its digest."""
+        """The silos whose file in a folder is complete and valid, each with its digest."""
         found = (path.name.split(".") for path in folder.glob("*.ok"))
         return {silo: digest for silo, digest, _ in found}
 
     def write_versions(self, round: int, versions: Mapping[str, int], too_stale: Sequence[str]) -> None:
-        """Writes down from which round's model each silo trains, and whose update was too old for the open round."""
+        """Records each silo's start version, and the silos whose update was too stale for the open round."""
         content = {"round": round, "versions": dict(versions), "too_stale": list(too_stale)}
         self.disk.write_json(self.root / "versions.json", content)
 
     def read_versions(self) -> dict[str, Any]:
-        """What :meth:`write_versions` wrote."""
+        """Reads the record that :meth:`write_versions` wrote."""
         return read_json(self.root / "versions.json") or {"round": -1, "versions": {}, "too_stale": []}
 
     def keep(self, upload: Upload, folder: Path | None = None) -> None:
-        """Marks a file as whole and sound; parts of other files of the silo are deleted.
+        """Marks a file as complete and valid; partial uploads of the silo are deleted.
 
         Args:
             upload: The file.
-            folder: Where it goes. None: it stays where it is.
+            folder: The folder to move it to. None: it stays where it is.
         """
         ok = upload.ok if folder is None else replace(upload, folder=folder).ok
         with upload.part.open("rb") as file:
@@ -194,19 +194,21 @@ class Store:
                 self.disk.delete(other)
 
     def write_outcome(self, folder: Path, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> None:
-        """Writes what all silos may read."""
+        """Writes an outcome, which all silos may read."""
         unfinished = folder / "outcome.unfinished"
         self.disk.before("write outcome")
         wire.write(unfinished, tensors, fields)
         self.disk.replace(unfinished, folder / OUTCOME)
 
     def zeros_like(self, tensor: Tensor) -> Tensor:
-        """Zeros in a file that has no name any more: the system may take their pages out of memory.
+        """Zeros in an unlinked memory-mapped file, so that the system may page them out.
 
         Raises:
             OSError: If the disk has no space for them.
         """
-        if not tensor.numel() or not hasattr(os, "posix_fallocate"):  # where a full disk would end the process later
+        if not tensor.numel() or not hasattr(
+            os, "posix_fallocate"
+        ):  # without it a full disk would kill the process later
             return tensor
         path = self.root / "sums"
         with path.open("wb") as file:

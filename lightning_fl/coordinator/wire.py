@@ -1,6 +1,6 @@
-"""Tensors and JSON fields in one file, in the safetensors format: what travels, and what the coordinator keeps.
+"""Tensors and JSON fields in one safetensors file: the format of messages and of the coordinator's own files.
 
-A file from the network is read in two steps: :func:`read_header` looks at names, shapes, dtypes and fields, and only a
+A file from the network is read in two steps: :func:`read_header` reads names, shapes, dtypes and fields, and only a
 file with the expected ones is opened with :func:`read`. Nothing is unpickled.
 """
 
@@ -24,10 +24,10 @@ from lightning_fl.tree import SEPARATOR, unflatten
 from lightning_fl.types import Tree
 
 MAX_HEADER_BYTES = 1 << 25
-"""32 MiB: names and shapes of 100,000 tensors, and what clients have logged."""
+"""32 MiB: enough for names and shapes of 100,000 tensors, and logged values of clients."""
 CHUNK = 1 << 22
 FINITE_CHUNK = 1 << 18
-"""Elements that are looked at together, so that what that takes stays small."""
+"""Number of elements that are checked together, to limit the memory that the check takes."""
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -44,16 +44,16 @@ _DTYPES = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
-"""By name a tensor's dtype, as safetensors calls it, and its shape."""
+"""The dtype, as safetensors calls it, and the shape of each tensor, by name."""
 
 
 class BadFile(ValueError):
-    """A file is not what it has to be."""
+    """A file has invalid content."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of itself.
+    """A file's header.
 
     Args:
         fields: Any value that JSON can represent.
@@ -70,7 +70,7 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> Shapes:
 
 
 def num_bytes(shapes: Shapes) -> int:
-    """Bytes of the elements of tensors."""
+    """Total bytes of the tensors' elements."""
     return sum(math.prod(shape) * _DTYPES[dtype].itemsize for dtype, shape in shapes.values())
 
 
@@ -102,10 +102,10 @@ def write(path: Path, tensors: Mapping[str, Tensor], fields: Mapping[str, Any] |
 
 
 def read_header(path: Path) -> Header:
-    """Reads what a file says of itself.
+    """Reads a file's header.
 
     Raises:
-        BadFile: If it is not such a file.
+        BadFile: If the file is not in this format.
     """
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
@@ -143,10 +143,10 @@ def read(path: Path) -> Tree:
 
 
 def check_shapes(expected: Shapes, found: Shapes) -> None:
-    """Makes sure that a file has the expected tensors and no others.
+    """Checks that a file has the expected tensors and no others.
 
     Raises:
-        BadFile: If it has not; the first difference is named.
+        BadFile: If it differs; the message names the first difference.
     """
     for name in [*expected, *found]:
         if expected.get(name) != found.get(name):
@@ -154,7 +154,7 @@ def check_shapes(expected: Shapes, found: Shapes) -> None:
 
 
 def readable(name: str) -> str:
-    """A name that :func:`~lightning_fl.tree.flatten` made, as people read it."""
+    """A readable form of a name that :func:`~lightning_fl.tree.flatten` made."""
     return name.replace(SEPARATOR, " ")
 
 

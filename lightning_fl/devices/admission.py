@@ -1,4 +1,4 @@
-"""Who may train now: conditions, quotas, and tasks that are signed instead of remembered."""
+"""Admission of devices: conditions, quotas, and tasks that are signed instead of stored."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _UNKNOWN = "unknown"
 
 @dataclass(frozen=True)
 class AdmissionRules:
-    """Who may train when.
+    """The rules by which devices may train.
 
     Args:
-        conditions: What a device has to say of itself, such as ``("charging", "unmetered")``. It may lie.
-        updates_per_day: Updates that are taken of a device in 24 hours. None: any number.
-        requests_per_minute: Requests that a device may make in a minute.
-        task_s: How long a task is good for, in seconds.
-        max_examples: The most examples that a device may claim, which is its weight. Default 10,000.
-        max_norm: The largest L2 norm of an update's change. Default 1e9, which only keeps sums finite.
+        conditions: Conditions that a device has to report, such as ``("charging", "unmetered")``. It may lie.
+        updates_per_day: Maximum number of updates accepted from a device in 24 hours. None: no limit.
+        requests_per_minute: Maximum number of a device's requests per minute.
+        task_s: Validity of a task, in seconds.
+        max_examples: Maximum number of examples that a device may report, which is its weight. Default 10,000.
+        max_norm: Maximum L2 norm of an update's change. Default 1e9, which only keeps sums finite.
 
     Raises:
         ValueError: If a number is not positive.
@@ -52,7 +52,7 @@ class Admission:
 
     Args:
         rules: The rules.
-        secret: Signs tasks; 32 bytes that only the gateway knows.
+        secret: The key that signs tasks; 32 bytes that only the gateway knows.
     """
 
     rules: AdmissionRules
@@ -60,7 +60,7 @@ class Admission:
     _requests: dict[str, deque[float]] = field(default_factory=dict)
 
     def check_rate(self, device: str, now: float) -> None:
-        """Counts a request.
+        """Counts a request, and checks the rate.
 
         Raises:
             Refused: 429 if there are too many.
@@ -75,7 +75,7 @@ class Admission:
         recent.append(now)
 
     def check_conditions(self, conditions: Collection[str]) -> None:
-        """Makes sure that what a device says of itself is enough.
+        """Checks the conditions that a device reports.
 
         Raises:
             Refused: 412 if a condition does not hold.
@@ -85,11 +85,11 @@ class Admission:
             raise Refused(412, f"The device is not {' and not '.join(lacking)}.", kind="condition")
 
     def check_quota(self, updates: Collection[float], time: float) -> None:
-        """Makes sure that a device has not trained enough for today.
+        """Checks that a device has not reached its daily quota.
 
         Args:
-            updates: When its updates were taken, by the wall clock.
-            time: The wall clock.
+            updates: Times at which its updates were accepted, by the wall clock.
+            time: The current time, by the wall clock.
 
         Raises:
             Refused: 429 if it has.
@@ -97,29 +97,29 @@ class Admission:
         limit, recent = self.rules.updates_per_day, sorted(at for at in updates if time - DAY_S < at)
         if limit is not None and len(recent) >= limit:
             wait = math.ceil(recent[-limit] + DAY_S - time)
-            reason = f"{limit} updates of this device were taken in the last 24 hours."
+            reason = f"{limit} updates of this device were accepted in the last 24 hours."
             raise Refused(429, reason, kind="quota", retry_after=wait)
 
     # ---- tasks
 
     def sign(self, device: str, version: int, time: float) -> str:
-        """A task: that this device trains from this version, until its time is over."""
+        """A signed task: this device may train from this version, until the task expires."""
         return self._signed(device, version, int(time + self.rules.task_s))
 
     def read(self, device: str, task: str, time: float) -> int:
         """The version of a task.
 
         Raises:
-            Refused: 403 if the gateway has not given it to this device, 410 if its time is over.
+            Refused: 403 if the gateway did not issue it to this device, 410 if it has expired.
         """
         version, _, rest = task.partition(".")
         expires = rest.partition(".")[0]
         is_number = all(part.isascii() and part.isdigit() and len(part) < 16 for part in (version, expires))
-        # First whether it is ASCII: `compare_digest` takes no other text.
+        # First check that it is ASCII, as `compare_digest` requires.
         if not (is_number and task.isascii()) or not hmac.compare_digest(
             self._signed(device, int(version), int(expires)), task
         ):
-            raise Refused(403, "This device was not given this task.", kind="task")
+            raise Refused(403, "This task was not issued to this device.", kind="task")
         if int(expires) < time:
             raise Refused(410, "This task has expired.", kind="late")
         return int(version)
@@ -130,9 +130,9 @@ class Admission:
 
 
 class Refusals:
-    """Counts refusals by kind, and lets the first of each device and kind in a round into the audit log.
+    """Counts refusals by kind, and selects the first of each device and kind in a round for the audit log.
 
-    A device that is refused all the time would fill the disk.
+    Otherwise a device that is refused repeatedly would fill the disk.
     """
 
     def __init__(self) -> None:
@@ -140,7 +140,7 @@ class Refusals:
         self._said: set[tuple[str, str]] = set()
 
     def note(self, device: str | None, facts: Mapping[str, object]) -> bool:
-        """Counts a refusal; returns whether it is to be written down."""
+        """Counts a refusal; returns whether to log it."""
         kind = str(facts.get("kind", "malformed"))
         self.counts[kind] = self.counts.get(kind, 0) + 1
         key = (device or _UNKNOWN, kind)
@@ -149,5 +149,5 @@ class Refusals:
         return is_new
 
     def new_round(self) -> None:
-        """Lets them into the log again."""
+        """Allows each device and kind to be logged again."""
         self._said.clear()

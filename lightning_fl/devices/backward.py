@@ -1,4 +1,4 @@
-"""Gradients of layers in terms of operations that ONNX has."""
+"""Gradients of layers expressed in operations that ONNX has."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _Maybe = Tensor | None
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
-    """By operator the function that computes it from others."""
-    # torch's ONNX exporter takes the second output of `nll_loss_forward` for the number of examples, which is wrong
-    # under weights, and knows none of the backward operators.
+    """The function that computes each operator from others."""
+    # torch's ONNX exporter treats the second output of `nll_loss_forward` as the number of examples, which is wrong
+    # with class weights, and supports none of the backward operators.
     found = torch_internals.decompositions([_aten.nll_loss_forward, _aten.nll_loss_backward])
     return {
         **found,
@@ -27,7 +27,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 
 
 def _missing(size: int, out: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
-    """By how much a transposed convolution falls short of the input's size."""
+    """The number of elements by which a transposed convolution is smaller than the input."""
     return size - ((out - 1) * stride - 2 * padding + dilation * (kernel - 1) + 1)
 
 
@@ -45,7 +45,7 @@ def _convolution_backward(
     wanted: Sequence[bool],
 ) -> tuple[_Maybe, _Maybe, _Maybe]:
     if transposed:
-        raise NotImplementedError("a training step has no transposed convolutions")
+        raise NotImplementedError("a training step does not support transposed convolutions")
     dims = range(len(stride))
     of_x = of_weight = of_bias = None
     if wanted[0]:
@@ -55,7 +55,7 @@ def _convolution_backward(
         ]
         of_x = _aten.convolution(grad, weight, None, stride, padding, dilation, True, rest, groups)
     if wanted[1]:
-        # The batch takes the place of the channels, group by group, and the stride that of the dilation.
+        # Batch and channels are swapped, group by group, and so are stride and dilation.
         batch, channels, *size = x.shape
         grouped = x.reshape(batch, groups, channels // groups, *size).transpose(0, 2)
         turned = grouped.reshape(channels // groups, groups * batch, *size), grad.transpose(0, 1)
@@ -79,11 +79,13 @@ def _avg_pool2d_backward(
     divisor: int | None,
 ) -> Tensor:
     if x.dim() != 4 or ceil_mode or divisor or (any(padding) and not count_include_pad):
-        raise NotImplementedError("a training step has average pooling of batches with torch's default settings only")
+        raise NotImplementedError(
+            "a training step supports average pooling of batches with torch's default settings only"
+        )
     stride = stride or kernel
     batch, channels, *size = x.shape
     out = grad.shape[2:]
     share = torch.full((1, 1, *kernel), 1 / (kernel[0] * kernel[1]), dtype=grad.dtype)
     rest = [_missing(size[i], out[i], kernel[i], stride[i], padding[i], 1) for i in range(2)]
-    alone = grad.reshape(batch * channels, 1, *out)  # each channel is pooled by itself
+    alone = grad.reshape(batch * channels, 1, *out)  # each channel is pooled separately
     return _aten.convolution(alone, share, None, stride, padding, [1, 1], True, rest, 1).reshape(x.shape)

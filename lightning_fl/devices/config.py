@@ -1,4 +1,4 @@
-"""``gateway.yaml``: the strategy, what devices do, and who may train when."""
+"""``gateway.yaml``: the strategy, the devices' local training, and the admission rules."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ class GatewayConfig:
         strategy: As ``trainer.strategy`` of a training configuration: a name, or ``class_path`` and ``init_args``.
         schedule: ``class_path`` and ``init_args`` of ``Buffered`` or ``FedAsync``.
         step: The file of the training step.
-        folder: Where the federation's files go.
-        rounds: How many rounds there are.
+        folder: The folder of the federation's files.
+        rounds: Number of rounds.
         lr: Learning rate of the devices.
-        batch_size: Examples of a step.
-        shuffle: Whether devices draw the order of their examples.
-        rules: Who may train when.
-        devices: The file with the devices. None: ``devices.json`` in the folder.
-        pages: A folder with a web page. None: none.
+        batch_size: Number of examples in a step.
+        shuffle: Whether devices shuffle their examples.
+        rules: The admission rules.
+        devices: The registry file of the devices. None: ``devices.json`` in the folder.
+        pages: A folder with a web page. None: there is none.
         host: The address to listen on.
-        port: The port; 0 for any.
-        admin_port: A port on 127.0.0.1 for health, status and metrics. None: none.
+        port: The port; 0 for any free one.
+        admin_port: A port on 127.0.0.1 for health, status and metrics. None: there is none.
         certificate: A file with the certificate chain, for HTTPS. None: HTTP, on this machine only.
-        key: The certificate's key.
+        key: The file of the certificate's private key.
     """
 
     strategy: Any
@@ -58,18 +58,16 @@ class GatewayConfig:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected a positive number.")
         if (self.certificate is None) != (self.key is None):
-            raise ValueError("certificate and key go together; one of them is missing.")
+            raise ValueError("Give certificate and key together; one of them is missing.")
         secrets = [self.folder, *(own for own in (self.devices, self.key) if own is not None)]
         pages = self.pages.resolve() if self.pages is not None else None
         for own in secrets:
             if pages is not None and pages in (own.resolve(), *own.resolve().parents):
-                raise ValueError(
-                    f"pages is {self.pages}, with {own} in it, which nobody may read. Give it another folder."
-                )
+                raise ValueError(f"pages is {self.pages}, which contains the private {own}. Give it another folder.")
         if self.certificate is None and self.host not in LOOPBACK:
             raise ValueError(
-                f"host is {self.host!r}, but there is no certificate: tokens and models would travel in the open. Give "
-                "certificate and key, or let a proxy with TLS listen and keep host: 127.0.0.1."
+                f"host is {self.host!r}, but there is no certificate: tokens and models would be sent unencrypted. "
+                "Give certificate and key, or put a TLS proxy in front and keep host: 127.0.0.1."
             )
 
 
@@ -91,18 +89,18 @@ _PATHS = ("step", "folder", "devices", "pages", "certificate", "key")
 
 
 def read_config(path: Path) -> GatewayConfig:
-    """Reads ``gateway.yaml``; paths in it start from its folder.
+    """Reads ``gateway.yaml``; paths in it are relative to its folder.
 
     Raises:
-        ValueError: If an entry is missing, unknown or of the wrong kind.
+        ValueError: If an entry is missing, unknown or of the wrong type.
     """
-    hints = {"max_examples": "The more examples a device says it has, the more it weighs."}
+    hints = {"max_examples": "A device's weight is the number of examples that it reports."}
     content = read_entries(path, _KINDS, _NEEDED, hints)
     for name, value in content.items():
         if name == "admin_port" and value is None:
             continue
         if not isinstance(value, _KINDS[name]) or (isinstance(value, bool) and name != "shuffle"):
-            raise ValueError(f"{path} has {name}: {value!r}; that is no {_shown(_KINDS[name])}.")
+            raise ValueError(f"{path} has {name}: {value!r}; expected a {_shown(_KINDS[name])}.")
     values: dict[str, Any] = {name: path.parent / value if name in _PATHS else value for name, value in content.items()}
     if "conditions" in values:
         values["conditions"] = tuple(map(str, values["conditions"]))

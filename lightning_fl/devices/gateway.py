@@ -1,7 +1,7 @@
-"""What the gateway answers to devices: one method a call, without sockets. The time is passed in.
+"""The gateway's answers to devices: one method per call, without sockets; the time is passed in.
 
-It keeps nothing of a device that trains: a task is signed, and names the version of the model from which the device has
-started. A device sends one update of a version, so a task counts once, whatever becomes of device or gateway.
+It stores nothing about a device that is training: a task is signed, and names the version of the model from which the
+device started. A device may send one update per version, so a task counts once, even if device or gateway restart.
 """
 
 from __future__ import annotations
@@ -45,27 +45,27 @@ from lightning_fl.types import Update
 
 PROTOCOL = 1
 ROOM_FOR_FIELDS = 1 << 16
-"""Bytes of an update beside its tensors and their names."""
+"""Bytes of an update besides its tensors and their names."""
 MAX_LOSS = 1e30
-"""Far from where a mean of losses overflows."""
+"""Largest accepted loss, far below where a mean of losses overflows."""
 KEPT_ROUNDS = 100
-"""Newest rounds in the commit, which is written anew with each."""
+"""Number of newest rounds in the commit, which is rewritten with each update."""
 KEPT_MODELS = 3
-"""Newest models that a device may load, since a round may close between a task and the download."""
+"""Number of newest models that a device may load, since a round may close between a task and the download."""
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
 class LocalPlan:
-    """What a device does with a task.
+    """The local training of a task.
 
     Args:
-        step: The file of the training step; the parameters with which all begins are beside it.
+        step: The file of the training step; the initial parameters are in the file next to it.
         lr: Learning rate.
-        batch_size: Examples of a step; the last batch of an epoch may be smaller.
+        batch_size: Number of examples in a step; the last batch of an epoch may be smaller.
         epochs: Passes over the device's data.
         steps: Steps instead of passes. None: passes.
-        shuffle: Whether a device draws the order of its examples, from seed, version, its name and the epoch.
+        shuffle: Whether a device shuffles its examples, by seed, version, its name and the epoch.
         seed: The seed.
     """
 
@@ -78,22 +78,22 @@ class LocalPlan:
     seed: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """What a device is told."""
+        """The plan as sent to a device."""
         names = ("lr", "batch_size", "epochs", "steps", "shuffle", "seed")
         return {name: getattr(self, name) for name in names}
 
 
 @dataclass
 class Progress:
-    """How far the federation is; a commit holds it.
+    """The progress of the federation, part of a commit.
 
     Args:
         global_step: Optimizer steps of all devices so far.
-        accepted: For each device the newest version of which the model holds its update, and the update's digest.
-        updates: For each device when its updates were taken, in the last 24 hours, by the wall clock.
+        accepted: For each device, the newest version whose update is in the model, and the update's digest.
+        updates: For each device, the times at which its updates of the last 24 hours were accepted, by the wall clock.
         history: One entry for each of the newest finished rounds; the audit log has all.
         models: Digests of the models from which devices may still train, by round, if the schedule needs them.
-        over: Why the algorithm has ended before the last round.
+        over: Why the algorithm has ended before the last round; None if it has not.
     """
 
     global_step: int = 0
@@ -109,7 +109,7 @@ class Arrived:
     """An update that waits for its round to close.
 
     Args:
-        version: The version of the model from which its device has started.
+        version: The version of the model from which its device started.
         digest: SHA-256 of the file.
     """
 
@@ -122,16 +122,16 @@ class Gateway:
 
     Args:
         settings: The federation's settings.
-        plan: What devices do.
-        rounds: How many rounds there are.
-        rules: Who may train when.
+        plan: The devices' local training.
+        rounds: Number of rounds.
+        rules: The admission rules.
         store: The federation's folder.
-        audit: Where every round and refusal is written down.
+        audit: The log of rounds and refusals.
         registry: The devices.
         clock: The wall clock, in seconds.
 
     Raises:
-        ValueError: If devices can't do what the settings ask for.
+        ValueError: If devices can't do what the settings require.
     """
 
     def __init__(
@@ -158,12 +158,12 @@ class Gateway:
         self.arrived: dict[str, Arrived] = {}
         self.downloads: dict[int, bytes] = {}
         self._training: dict[str, float] = {}
-        self._lock = threading.Lock()  # updates are taken in by another thread than check-ins
+        self._lock = threading.Lock()  # updates are handled by another thread than check-ins
         self.store.disk.delete(self.store.root / "arriving")  # devices send those again
         self.load()
 
     def load(self) -> None:
-        """Reads from the folder how far the federation is: at the start, and when a change could not be written."""
+        """Reads the federation's progress from the folder: at the start, and after a failed write."""
         self._fault: str | None = None
         commit = self.store.load()
         if not commit:
@@ -173,7 +173,7 @@ class Gateway:
         self.progress = Progress(**commit["progress"])
         self._use(self.files.read(commit["shared"], commit["private"]))
         whole = self.store.whole(self._folder).items()
-        # Assigned at once: check-ins go on while a folder is read again.
+        # Assigned at once, because check-ins continue while the folder is read again.
         self.arrived = {name: self._arrived(Upload(self._folder, name, digest)) for name, digest in whole}
         if self.progress.history and not self._is_noted():
             self._note_round()
@@ -185,14 +185,14 @@ class Gateway:
             version = wire.read_header(upload.ok).fields.get("version")
         except wire.BadFile:
             version = None
-        # One that can't be used is dropped when its round closes.
+        # An unusable update is dropped when its round closes.
         return Arrived(version if type(version) is int else -1, upload.digest)
 
     @property
     def over(self) -> str | None:
         """Why no other round follows; None if one does.
 
-        A round that can't be closed is tried again after a restart, by which time the settings may be others.
+        A round that can't be closed is tried again after a restart, possibly with changed settings.
         """
         done = f"All {self.rounds} rounds are done." if self.round >= self.rounds else None
         return self.progress.over or self._fault or done
@@ -206,14 +206,14 @@ class Gateway:
     def _folder(self) -> Path:
         return self.store.folder(self.round, "update")
 
-    # ---- what devices ask
+    # ---- requests of devices
 
     def who(self, authorization: str, now: float) -> str:
         """The device that makes a request.
 
         Args:
-            authorization: The header of that name.
-            now: Seconds of a clock that never goes back.
+            authorization: The header ``Authorization``.
+            now: Seconds of a monotonic clock.
 
         Raises:
             Refused: 401 if no device has this token, 429 if it makes too many requests.
@@ -225,24 +225,24 @@ class Gateway:
         return device
 
     def check_in(self, device: str, request: Mapping[str, Any]) -> dict[str, Any] | None:
-        """A device wants to train; returns its task, or None if it is to ask again later.
+        """Handles a device that wants to train; returns its task, or None if it has to ask again later.
 
         Raises:
-            Refused: 410 if the federation is over, 400 or 422 for a request that is none, 401 if the device was revoked
-                meanwhile, and as :class:`~lightning_fl.devices.admission.Admission` says.
+            Refused: 410 if the federation is over, 400 or 422 for an invalid request, 401 if the device was revoked
+                meanwhile, and if :class:`~lightning_fl.devices.admission.Admission` refuses it.
         """
         self._check_known(device)
         if request.get("protocol") != PROTOCOL:
-            raise Refused(422, f"The device speaks protocol {request.get('protocol')!r}, the gateway {PROTOCOL}.")
+            raise Refused(422, f"The device uses protocol {request.get('protocol')!r}, the gateway {PROTOCOL}.")
         conditions = request.get("conditions", [])
         if not isinstance(conditions, list) or not all(isinstance(own, str) for own in conditions):
-            raise Refused(400, "conditions is not a list of words.")
+            raise Refused(400, "conditions is not a list of strings.")
         if self.over is not None:
             raise Refused(410, self.over, kind="over")
         wall = self.clock()
         self.admission.check_conditions(conditions)
         self.admission.check_quota(self.progress.updates.get(device, ()), wall)
-        # Its next update is of a model that holds its last one.
+        # Its next update must start from a model that contains its last one.
         if device in self.arrived or not self._starts(device, wall):
             return None
         version = self.round
@@ -265,28 +265,28 @@ class Gateway:
         return may_start
 
     def max_bytes(self) -> int:
-        """The largest update that is taken."""
+        """Maximum size of an update."""
         names = sum(len(name) + 200 for name in self._shapes)
         return wire.num_bytes(self._shapes) + names + ROOM_FOR_FIELDS
 
     def arriving(self, device: str) -> Path:
-        """Where the bytes of a device's update go while they come."""
+        """The file for a device's update while it is being received."""
         return self.store.disk.make_folder(self.store.root / "arriving") / f"{device}.part"
 
     def receive(self, device: str, task: str, path: Path) -> dict[str, Any]:
-        """Takes an update in, which is in a file, and closes the round if it is the last one that it wants.
+        """Accepts an update from a file, and closes the round if it is complete.
 
         Returns:
-            The round into which it has gone.
+            The round that contains the update.
 
         Raises:
-            Refused: 401, 403, 409, 410, 422 or 429 if it is not taken; then it counts nowhere.
+            Refused: 401, 403, 409, 410, 422 or 429 if it is refused; then it has no effect.
         """
         self._check_known(device)
         version = self.admission.read(device, task, self.clock())
         digest = wire.sha256(path)
         self._check_version(device, version, digest)
-        # Here, too: a device may have kept many tasks.
+        # Checked here too, because a device may have collected many tasks.
         self.admission.check_quota(self.progress.updates.get(device, ()), self.clock())
         try:
             self._read(path, version)
@@ -312,20 +312,20 @@ class Gateway:
     def _check_version(self, device: str, version: int, digest: str) -> None:
         own = self.arrived.get(device)
         last = self.progress.accepted.get(device)
-        # The digest tells a device whose answer was lost that its own update is in.
+        # The digest tells a device that lost the response that its own update was accepted.
         if own is not None:
-            reason = f"An update of {device!r} waits for round {self.round} already."
+            reason = f"An update of {device!r} is already waiting for round {self.round}."
             raise Refused(409, reason, kind="replay", digest=own.digest)
         if last is not None and version <= last[0]:
-            reason = f"The update of {device!r} from version {last[0]} is in the model already."
+            reason = f"The update of {device!r} from version {last[0]} is already in the model."
             raise Refused(409, reason, kind="replay", digest=last[1])
         if self.is_over:
             raise Refused(410, "The federation is over.", kind="over")
-        if version > self.round:  # a model that could not be written
-            raise Refused(410, f"There is no version {version}, the newest is {self.round}.", kind="stale")
+        if version > self.round:  # the model could not be written
+            raise Refused(410, f"There is no version {version}; the newest is {self.round}.", kind="stale")
         limit = self.schedule.max_staleness
         if limit is not None and self.round - version > limit:
-            reason = f"The update has started from version {version}, the newest is {self.round}; {limit} is the limit."
+            reason = f"The update started from version {version}, the newest is {self.round}; max_staleness is {limit}."
             raise Refused(410, reason, kind="stale")
 
     def _read(self, path: Path, version: int) -> tuple[Update, RankReport, float]:
@@ -333,7 +333,7 @@ class Gateway:
         fields = header.fields
         wire.check_shapes(self._shapes, header.shapes)
         if type(fields.get("version")) is not int or fields["version"] != version:
-            raise wire.BadFile(f"it is of version {fields.get('version')!r}, its task of {version}")
+            raise wire.BadFile(f"its version is {fields.get('version')!r}, but its task has {version}")
         examples, steps, loss = (fields.get(name) for name in ("num_examples", "num_steps", "loss"))
         limit = self.admission.rules.max_examples
         if type(examples) is not int or not 0 < examples <= limit:
@@ -341,7 +341,7 @@ class Gateway:
         if type(steps) is not int or not 0 < steps < 1 << 31:
             raise wire.BadFile(f"it has num_steps {steps!r}, expected a positive number")
         if isinstance(loss, bool) or not isinstance(loss, int | float) or not abs(loss) < MAX_LOSS:
-            raise wire.BadFile(f"its loss is {loss!r}; is that NaN?")
+            raise wire.BadFile(f"its loss is {loss!r}, expected a finite number")
         trees = unflatten(wire.read(path))
         bad = wire.finite_error(flatten(trees))
         if bad is not None:
@@ -367,14 +367,14 @@ class Gateway:
             self.audit.append("stopped", round=self.round, reason=self._fault)
 
     def _drop(self, reasons: Mapping[str, str]) -> None:
-        """Forgets updates of the open round; their devices may send others."""
+        """Drops updates of the open round; their devices may send others."""
         self.audit.append("dropped", round=self.round, reasons=dict(reasons))
         for device in reasons:
             self.store.disk.delete(Upload(self._folder, device, self.arrived[device].digest).ok)
         self.arrived = {device: own for device, own in self.arrived.items() if device not in reasons}
 
     def _close(self) -> None:
-        """Closes the round, or drops what can't be in it."""
+        """Closes the round, or drops updates that can't be part of it."""
         revoked = [device for device in self.arrived if device not in self.registry]
         if revoked:
             self._drop(dict.fromkeys(revoked, "revoked"))
@@ -388,7 +388,7 @@ class Gateway:
             own = self.arrived[device]
             path = Upload(folder, device, own.digest).ok
             try:
-                # Again, since the rules may be others than when it came.
+                # Checked again, since the rules may have changed since its arrival.
                 update, report, loss = self._read(path, own.version)
             except wire.BadFile as error:
                 unusable[device] = str(error)
@@ -443,10 +443,10 @@ class Gateway:
         self.store.collect({self.start, newest.shared, newest.private, old, *self.progress.models.values()}, self.round)
 
     def _note_round(self) -> None:
-        """Writes the last round into the audit log."""
+        """Writes the last round to the audit log."""
         figures = dict(self.progress.history[-1])
         del figures["versions"]
-        # One line for all members, since a line for each would be one more wait for the disk with each update.
+        # One line for all members, since one line per update would cost another disk write each.
         members = {device: self.progress.accepted[device] for device in figures.pop("members")}
         number = figures.pop("round")
         self.audit.append("round closed", round=number, members=members, state=self.model.shared, figures=figures)
@@ -511,7 +511,7 @@ class Gateway:
         self.downloads = dict(sorted(newest.items())[-KEPT_MODELS:])
 
     def _secret(self) -> bytes:
-        """The key that signs tasks; it outlives a restart, so that devices which train meanwhile are not refused."""
+        """The key that signs tasks; it survives a restart, so that devices that are training are not refused."""
         path = self.store.root / "secret"
         if not path.exists():
             write_whole(path, secrets.token_bytes(32))
@@ -520,14 +520,14 @@ class Gateway:
     # ---- other
 
     def refuse(self, device: str | None, refused: Refused) -> None:
-        """Counts a refusal, and writes it down if it is the first of its kind by this device in the round."""
-        if refused.facts.get("kind") == "over":  # an answer like any other
+        """Counts a refusal, and logs it if it is the first of its kind for this device in the round."""
+        if refused.facts.get("kind") == "over":  # a normal answer
             return
         if self.refusals.note(device, refused.facts):
             self.audit.append("refused", device=device, kind=refused.facts.get("kind"), reason=str(refused)[:500])
 
     def status(self) -> dict[str, Any]:
-        """What people want to see."""
+        """The state of the federation for its operators."""
         wall = self.clock()
         with self._lock:
             training = sum(until > wall for until in self._training.values())
@@ -546,22 +546,22 @@ class Gateway:
 
 
 def check_settings(settings: FederationSettings) -> None:
-    """Makes sure that devices, which can run a training step and no more, can do what the settings ask for.
+    """Checks that devices, which can only run training steps, can do what the settings require.
 
     Raises:
-        ValueError: If not.
+        ValueError: If they can't.
     """
     from lightning_fl.algorithms import Algorithm
 
     if not isinstance(settings.schedule, Asynchronous):
         raise ValueError(
-            f"The schedule is {settings.schedule!r}, but a gateway waits for no single device. Set it to "
-            "Buffered(size), as {class_path: Buffered, init_args: {size: 10}} in YAML."
+            f"The schedule is {settings.schedule!r}, but a gateway can't wait for single devices. Set it to "
+            "Buffered(size), which is {class_path: Buffered, init_args: {size: 10}} in YAML."
         )
     if any(transform.needs_start for transform in settings.schedule.transforms) and (
         settings.schedule.max_staleness is None
     ):
-        raise ValueError(f"{settings.schedule!r} needs the models from which devices have started: set max_staleness.")
+        raise ValueError(f"{settings.schedule!r} needs the models from which devices started. Set max_staleness.")
     own = type(settings.algorithm)
     on_clients = [
         name
@@ -579,17 +579,17 @@ def check_settings(settings: FederationSettings) -> None:
     if on_clients or own.probe or own.keeps_client_state or own.keeps_nodes:
         raise ValueError(
             f"Clients of {own.__name__} do more than training steps ({', '.join(on_clients) or 'a probe'}), which "
-            "devices can't. Use an algorithm of the server, such as FedAvg, FedAvgM or FedAdam."
+            "devices can't. Use a server-side algorithm, such as FedAvg, FedAvgM or FedAdam."
         )
     if settings.transforms:
         names = ", ".join(type(transform).__name__ for transform in settings.transforms)
-        raise ValueError(f"{names} would have to run on the devices, which can't. Leave transforms out.")
+        raise ValueError(f"{names} would have to run on the devices, which is not supported. Leave transforms out.")
     aggregator = settings.aggregator
     if aggregator.hides_reports:
-        raise ValueError("Secure aggregation needs devices that mask their updates, which there are not yet.")
+        raise ValueError("Secure aggregation needs devices that mask their updates, which is not supported yet.")
     if aggregator.needs_server or aggregator.moves_frozen:
         raise ValueError(
-            f"{aggregator!r} needs the module, which the gateway has not. Use the mean or a rule on updates."
+            f"{aggregator!r} needs the module, which the gateway does not have. Use the mean or a rule on updates."
         )
     aggregator.check(settings.algorithm)
     aggregator.check_cohort(settings.schedule.size)

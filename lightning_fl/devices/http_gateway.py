@@ -1,4 +1,4 @@
-"""The gateway's HTTP server: it knows which device speaks, takes bytes in and leaves the rest to the gateway."""
+"""The gateway's HTTP server: it authenticates devices, receives bytes and leaves the rest to the gateway."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from lightning_fl.devices.config import LOOPBACK
 from lightning_fl.devices.gateway import Gateway
 
 HOLD_S = 20.0
-"""How long a check-in is held while there is no task."""
+"""Seconds for which a check-in is held while there is no task."""
 IDLE_S = 30.0
-"""A body, or an answer, that does not go on for so long is given up."""
+"""Seconds without progress after which a request or response body is given up."""
 HEADER_S = 10.0
-"""A connection on which no whole request has come by then is closed."""
+"""Seconds after which a connection without a complete request is closed."""
 REQUESTS = 4
-"""Requests of a device at the same time; each may keep a piece of a file in memory."""
+"""Maximum number of concurrent requests of a device; each may hold a chunk of a file in memory."""
 MAX_JSON_BYTES = 1 << 16
 PIECE = 1 << 18
 DISK_S = 1.0
-"""How long the gateway waits when it could not write, before it reads its folder again."""
+"""Seconds that the gateway waits after a failed write before it reads its folder again."""
 DEVICE = web.RequestKey("device", str)
 T = TypeVar("T")
 log = logging.getLogger("lightning_fl.devices")
@@ -41,8 +41,8 @@ class HttpGateway:
     """Serves a gateway.
 
     Args:
-        gateway: What is served.
-        pages: A folder with a web page that trains, served at ``/``. None: none.
+        gateway: The gateway.
+        pages: A folder with a web page that trains, served at ``/``. None: there is none.
     """
 
     def __init__(self, gateway: Gateway, pages: Path | None = None) -> None:
@@ -56,25 +56,25 @@ class HttpGateway:
         self._watchers: list[asyncio.Task[None]] = []
         self._runners: list[web.AppRunner] = []
         self._changed = asyncio.Event()
-        # One thread for all that changes the folder: updates are taken in one after the other.
+        # One thread for everything that changes the folder: updates are handled one after another.
         self._worker = ThreadPoolExecutor(1)
 
     async def start(
         self, host: str | None, port: int, admin_port: int | None = None, context: ssl.SSLContext | None = None
     ) -> int:
-        """Begins to serve; returns the port.
+        """Starts serving; returns the port.
 
         Args:
             host: The address to listen on. None: all.
-            port: The port; 0 for any.
-            admin_port: A port on 127.0.0.1 for health, status and metrics. None: none.
+            port: The port; 0 for any free one.
+            admin_port: A port on 127.0.0.1 for health, status and metrics. None: there is none.
             context: Key and certificate. None: without TLS.
 
         Raises:
-            ValueError: If others could listen to what travels.
+            ValueError: If traffic would be unencrypted.
         """
         if context is None and host not in LOOPBACK:
-            raise ValueError(f"host is {host!r}, but without a certificate a gateway is served on this machine only.")
+            raise ValueError(f"host is {host!r}, but without a certificate a gateway serves on this machine only.")
         app = web.Application(middlewares=[self._answer], client_max_size=MAX_JSON_BYTES)
         app.router.add_post("/v1/checkin", self._check_in)
         app.router.add_get("/v1/step", self._get_step)
@@ -112,7 +112,7 @@ class HttpGateway:
             await asyncio.sleep(HEADER_S / 10)
 
     async def stop(self) -> None:
-        """Ends all connections."""
+        """Closes all connections."""
         for watcher in self._watchers:
             watcher.cancel()
         for runner in self._runners:
@@ -122,7 +122,7 @@ class HttpGateway:
     async def _in_thread(self, function: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._worker, function, *args)
 
-    # ---- who speaks
+    # ---- authentication
 
     @web.middleware
     async def _answer(
@@ -134,7 +134,7 @@ class HttpGateway:
                 return await handler(request)
             device = request[DEVICE] = self.gateway.who(request.headers.get("Authorization", ""), time.monotonic())
             if self._requests[device] >= REQUESTS:
-                raise Refused(429, f"More than {REQUESTS} requests at a time.", kind="quota", retry_after=1)
+                raise Refused(429, f"More than {REQUESTS} concurrent requests.", kind="quota", retry_after=1)
             self._requests[device] += 1
             try:
                 return await handler(request)
@@ -149,7 +149,7 @@ class HttpGateway:
             return self._refuse(request, Refused(error.status, error.reason, kind=kind))
         except web.RequestPayloadError as error:
             return self._refuse(request, Refused(400, f"The body can't be read: {error}", kind="malformed"))
-        except Gone:  # nobody reads the answer
+        except Gone:  # nobody reads the response
             return web.Response(status=408)
         except OSError as error:
             if request.path.startswith("/v1/"):  # devices try again
@@ -163,7 +163,7 @@ class HttpGateway:
         return web.json_response(refused.facts, status=refused.status, headers=headers)
 
     def _read_folder_again(self) -> None:
-        while True:  # as after a crash: what the folder says counts, and nothing else
+        while True:  # as after a crash, only the folder's content counts
             try:
                 self.gateway.load()
                 return
@@ -176,7 +176,7 @@ class HttpGateway:
         content = json_object(await _in_time(request.read()), kind="malformed")
         until = time.monotonic() + HOLD_S
         while True:
-            changed = self._changed  # before the look, so that no round that closes meanwhile is missed
+            changed = self._changed  # before checking, so that no round that closes meanwhile is missed
             task = self.gateway.check_in(request[DEVICE], content)
             if task is not None:
                 return web.json_response({**task, "step_digest": self._step_digest})
@@ -195,12 +195,12 @@ class HttpGateway:
         version = request.match_info["version"]
         body = self.gateway.downloads.get(int(version)) if _is_number(version) else None
         if body is None:
-            raise Refused(410, f"There is no model {version[:20]!r} any more.", kind="late")
+            raise Refused(410, f"The model {version[:20]!r} is no longer available.", kind="late")
         return await _send(request, body)
 
     async def _put(self, request: web.Request) -> web.StreamResponse:
         device, gateway = request[DEVICE], self.gateway
-        # A device whose connection has broken sends again before the gateway knows: what comes later counts.
+        # A device whose connection broke may send again before the gateway notices: the later upload counts.
         number = self._uploading[device] = next(self._numbers)
         path: Path | None = None
         try:
@@ -211,8 +211,8 @@ class HttpGateway:
             if gateway.round != before or gateway.schedule.concurrency is not None:  # there may be a task now
                 self._changed.set()
                 self._changed = asyncio.Event()
-        except OSError as error:  # of the disk; what the network raises is `Gone` or `Refused`
-            log.error("The gateway can't write: %s; devices try again.", error)
+        except OSError as error:  # a disk error; network errors are `Gone` or `Refused`
+            log.error("The gateway can't write: %s; devices will try again.", error)
             await self._in_thread(self._read_folder_again)
             return web.json_response({"error": f"The gateway can't write: {error.strerror}."}, status=507)
         finally:
@@ -226,10 +226,12 @@ class HttpGateway:
         limit, until = self.gateway.max_bytes(), time.monotonic() + self.gateway.admission.rules.task_s
         with path.open("wb") as file:
             if (request.content_length or 0) > limit:
-                raise Refused(413, f"The update has {request.content_length} bytes, at most {limit} are taken.", **BIG)
+                raise Refused(
+                    413, f"The update has {request.content_length} bytes; at most {limit} are allowed.", **BIG
+                )
             while piece := await _in_time(request.content.read(PIECE), min(IDLE_S, until - time.monotonic())):
                 if self._uploading.get(request[DEVICE]) != number:
-                    raise Refused(429, "Another update of this device is coming.", kind="quota", retry_after=1)
+                    raise Refused(429, "Another update of this device is being received.", kind="quota", retry_after=1)
                 if file.tell() + len(piece) > limit:
                     raise Refused(413, f"The update has more than {limit} bytes.", **BIG)
                 file.write(piece)
@@ -238,13 +240,13 @@ class HttpGateway:
         assert self.pages is not None
         return web.FileResponse(self.pages / "index.html")
 
-    # ---- for the people who run it
+    # ---- for operators
 
     async def _status(self, request: web.Request) -> web.StreamResponse:
         return web.json_response(self.gateway.status())
 
     def metrics(self) -> str:
-        """What Prometheus reads."""
+        """The metrics in Prometheus's text format."""
         status = self.gateway.status()
         gauges = ("round", "devices", "training", "arrived", "wanted")
         lines = [f"# TYPE lightning_fl_{name} gauge\nlightning_fl_{name} {status[name]}" for name in gauges]
@@ -258,7 +260,7 @@ class HttpGateway:
         return web.Response(text=self.metrics(), headers={"Content-Type": "text/plain; version=0.0.4"})
 
 
-# The page holds a token: nothing from elsewhere runs in it, and no other page shows it.
+# The page holds a token: no external code may run in it, and no other page may embed it.
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; script-src 'self' 'wasm-unsafe-eval'; style-src 'unsafe-inline'; "
     "frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
@@ -275,7 +277,7 @@ BIG = {"kind": "oversized"}
 
 
 class Gone(Exception):
-    """The connection of a device has broken."""
+    """Raised when the connection of a device breaks."""
 
 
 async def _in_time(awaited: Awaitable[T], seconds: float | None = None) -> T:
@@ -288,7 +290,7 @@ async def _in_time(awaited: Awaitable[T], seconds: float | None = None) -> T:
 
 
 async def _send(request: web.Request, body: bytes) -> web.StreamResponse:
-    """Answers piece by piece, so that a device which reads slowly keeps no copy of the file in memory."""
+    """Responds in chunks, so that a device that reads slowly does not keep the file in memory."""
     response = web.StreamResponse(headers={"Content-Type": "application/octet-stream"})
     response.content_length = len(body)
     await response.prepare(request)
@@ -297,7 +299,7 @@ async def _send(request: web.Request, body: bytes) -> web.StreamResponse:
             await _in_time(response.write(memoryview(body)[start : start + PIECE]))
     except Refused as error:
         assert request.transport is not None
-        request.transport.abort()  # half an answer can't be taken back
+        request.transport.abort()  # a partial response can't be withdrawn
         raise Gone from error
     return response
 

@@ -1,4 +1,4 @@
-"""Which devices there are: a file with the digest of each one's token."""
+"""The registry of devices: a file with the digest of each device's token."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Registry:
     """The devices of a federation. Tokens are shown once and never stored.
 
     Args:
-        path: The file; a change of it by another process is seen at the next look.
+        path: The file; changes by another process are noticed at the next access.
     """
 
     def __init__(self, path: Path) -> None:
@@ -38,10 +38,10 @@ class Registry:
         return name in self._read()
 
     def enrol(self, name: str) -> str:
-        """Takes a device in, or gives one a new token; returns the token.
+        """Enrols a device, or gives it a new token; returns the token.
 
         Raises:
-            ValueError: If the name has other characters than small letters, digits, ``-`` and ``_``.
+            ValueError: If the name has other characters than lower-case letters, digits, ``-`` and ``_``.
         """
         if not NAME.fullmatch(name):
             raise ValueError(f"A device can't be called {name!r}; expected up to 63 of a-z, 0-9, - and _.")
@@ -51,10 +51,10 @@ class Registry:
         return f"{name}.{secret}"
 
     def revoke(self, name: str) -> None:
-        """Takes a device out.
+        """Revokes a device.
 
         Raises:
-            ValueError: If there is none of this name.
+            ValueError: If there is no device of this name.
         """
         with self._alone():
             known = self._read()
@@ -65,7 +65,7 @@ class Registry:
     def device_of(self, token: str) -> str | None:
         """The name of the device with a token; None if there is none."""
         name, _, secret = token.partition(".")
-        # A digest without a salt: the secrets are 256 random bits.
+        # A digest without salt, because the tokens are 256 random bits.
         found = hmac.compare_digest(self._read().get(name, ""), _digest(secret))
         return name if found else None
 
@@ -80,7 +80,7 @@ class Registry:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """No other process changes the file meanwhile."""
+        """Keeps other processes from changing the file in the block."""
         Disk().make_folder(self.path.parent)
         file = os.open(self.path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o600)
         try:
@@ -94,4 +94,4 @@ class Registry:
 
 
 def _digest(secret: str) -> str:
-    return hashlib.sha256(secret.encode(errors="surrogatepass")).hexdigest()  # a header may hold any byte
+    return hashlib.sha256(secret.encode(errors="surrogatepass")).hexdigest()  # a header may contain any byte

@@ -26,11 +26,11 @@ TOLERANCE = 1e-4
 RULES: dict[str, UpdateRule] = {"sgd": SGD(), "momentum": SGD(momentum=0.9), "adam": Adam()}
 """The optimizers by name, with torch's default settings and a momentum of 0.9."""
 PARAMETER, STATE, BATCH, LR = "parameter.", "optimizer.", "batch.", "lr"
-"""How the names of inputs begin."""
+"""Prefixes of the names of inputs."""
 LOSS, NEXT = "loss", "next."
-"""The names of outputs: ``next.X`` is what the input ``X`` is in the next step."""
+"""Prefix of the names of outputs: ``next.X`` is the input ``X`` of the next step."""
 START = ".safetensors"
-"""The ending of the file with the parameters."""
+"""The suffix of the file with the parameters."""
 METADATA = "lightning_fl"
 """The entry of the file's metadata."""
 _ROWS = 13  # of the batch that is traced; any number may come later
@@ -43,10 +43,10 @@ Pack = Callable[[Sequence[Tensor]], Any]
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """What was written.
+    """An exported training step.
 
     Args:
-        path: The file; the parameters are in the one beside it that ends with ``.safetensors``.
+        path: The file; the parameters are in the file next to it with the suffix ``.safetensors``.
         parameters: Names of the trained parameters.
         state: Names of the optimizer's tensors.
         batch: Names of the batch's tensors.
@@ -67,7 +67,7 @@ def export_training_step(
     optimizer: str | torch.optim.Optimizer | None = None,
     loss: Loss | None = None,
 ) -> TrainingStep:
-    r"""Writes one step of training as an ONNX file, which any ONNX runtime can run, and runs it against torch.
+    r"""Exports one training step as an ONNX file, which any ONNX runtime can run, and compares it with torch.
 
     .. math::
         (x, s, B, \eta) \mapsto (\ell, x', s'), \qquad \ell = f(x; B), \quad (x', s') = u(x, s, \nabla f, \eta)
@@ -75,20 +75,20 @@ def export_training_step(
     Inputs are the trained parameters, as ``parameter.NAME``, the optimizer's state, as ``optimizer.NAME``, zeros before
     the first step, the batch, as ``batch.0``, ``batch.1`` or ``batch.KEY``, and the learning rate ``lr``. Outputs are
     ``loss`` and for each parameter and state ``next.`` and the input's name. The batch may have any number of examples.
-    Frozen parameters and buffers are constants in the file. The parameters that the module has now, with which a
-    federation of devices begins, are written beside it, as ``step.safetensors``.
+    Frozen parameters and buffers are constants in the file. The module's current parameters, from which a federation of
+    devices starts, are written next to it, as ``step.safetensors``.
 
     Args:
         module: A LightningModule, or any module with ``loss``; it is not changed.
         example: A batch: tensors ``[examples, ...]`` as a sequence or by name.
-        path: The file, as ``step.onnx``.
+        path: The file, such as ``step.onnx``.
         optimizer: ``"sgd"``, ``"momentum"`` (0.9), ``"adam"``, or an optimizer of torch with its settings: SGD, Adam or
             AdamW. None: what the module's ``configure_optimizers`` returns.
         loss: Computes the loss, from the module and a batch. None: the module's ``training_step``.
 
     Raises:
-        ValueError: If the step can't be written, or the file computes something else; then nothing is left behind.
-            Steps that change buffers (BatchNorm) or draw random numbers (dropout) are refused.
+        ValueError: If the step can't be exported, or the file's results differ; then nothing is left behind. Steps that
+            change buffers (BatchNorm) or draw random numbers (dropout) are refused.
         ImportError: If a package is missing.
     """
     own = copy.deepcopy(module).cpu().train()
@@ -108,15 +108,15 @@ def export_training_step(
         except ImportError as error:
             needed = 'pip install "lightning-fl[export]"'
             raise ImportError(f"A training step needs more packages: {needed}. ({error})") from error
-        # An exporter may raise anything for a model that it does not know.
+        # An exporter may raise any exception for a model that it does not support.
         except Exception as error:
             reason = str(error).partition("\n")[0]
             raise ValueError(f"The training step of {type(module).__name__} can't be written: {reason}") from error
         if not difference <= TOLERANCE:
             raise ValueError(
                 f"The file does not train like {type(module).__name__}: its parameters differ by {difference:.2g} of "
-                f"the largest, more than {TOLERANCE:g}. Nothing was written. Does the loss divide by len(y)? Write "
-                "y.shape[0], which is that of each batch."
+                f"the largest, more than {TOLERANCE:g}. Nothing was written. If the loss divides by len(y), use "
+                "y.shape[0] instead, which follows the size of each batch."
             )
         start = unfinished.with_suffix(START)
         save_file({name: own.contiguous() for name, own in step.params.items()}, start)
@@ -153,10 +153,10 @@ class _Step:
         return functional_call(self._wrapped, tensors, (batch,))
 
     def check(self, batch: Any) -> None:
-        """Makes sure that a step changes nothing but the parameters, and is the same at each call.
+        """Checks that a step changes nothing but the parameters, and is deterministic.
 
         Raises:
-            ValueError: If not.
+            ValueError: If it does or is not.
         """
         before = {name: own.clone() for name, own in self.module.named_buffers()}
         state = torch.get_rng_state()
@@ -166,16 +166,18 @@ class _Step:
         changed = [name for name, own in self.module.named_buffers() if not torch.equal(own, before[name])]
         if changed:
             raise ValueError(
-                f"A step changes the buffers {', '.join(changed[:3])}, as BatchNorm does, but a file of a training "
-                "step has none. Use GroupNorm or LayerNorm."
+                f"A step changes the buffers {', '.join(changed[:3])}, as BatchNorm does, which an exported training "
+                "step can't. Use GroupNorm or LayerNorm."
             )
         if not torch.equal(torch.get_rng_state(), state):
             torch.set_rng_state(state)
-            raise ValueError("A step draws random numbers, as dropout does; the file of a training step has none.")
+            raise ValueError(
+                "A step draws random numbers, as dropout does, which an exported training step can't. Remove it."
+            )
 
 
 class _Loss(nn.Module):
-    """A module's loss as its ``forward``, which ``functional_call`` wants."""
+    """A module's loss as its ``forward``, as ``functional_call`` requires."""
 
     def __init__(self, module: nn.Module, loss: Loss) -> None:
         super().__init__()
@@ -189,7 +191,7 @@ def _training_step(module: nn.Module) -> Loss:
     if not callable(getattr(module, "training_step", None)):
         raise ValueError(f"{type(module).__name__} has no training_step; give loss=, which computes it.")
     if not getattr(module, "automatic_optimization", True):
-        raise ValueError(f"{type(module).__name__} steps its optimizers itself, which a training step can't.")
+        raise ValueError(f"{type(module).__name__} uses manual optimization, which a training step can't.")
     # A device has no logger.
     for name in ("log", "log_dict"):
         setattr(module, name, lambda *args, **kwargs: None)
@@ -202,14 +204,14 @@ def _training_step(module: nn.Module) -> Loss:
 
 
 def _unpack(example: Batch) -> tuple[tuple[str, ...], tuple[Tensor, ...], Pack]:
-    """Names and tensors of a batch, and what makes a batch of tensors again."""
+    """Names and tensors of a batch, and a function that rebuilds a batch from tensors."""
     by_name = isinstance(example, Mapping)
     names = tuple(map(str, example)) if by_name else tuple(map(str, range(len(example))))
     values = tuple(example.values()) if isinstance(example, Mapping) else tuple(example)
     if not values or not all(isinstance(own, Tensor) and own.dim() for own in values):
         raise ValueError("The example is not a batch; expected tensors [examples, ...], as a tuple or by name.")
     if len({len(own) for own in values}) != 1 or not len(values[0]):
-        raise ValueError(f"The example's tensors have {[len(own) for own in values]} examples; expected as many each.")
+        raise ValueError(f"The example's tensors have {[len(own) for own in values]} examples; expected equal numbers.")
 
     def pack(tensors: Sequence[Tensor]) -> Any:
         return dict(zip(names, tensors, strict=True)) if by_name else tuple(tensors)
@@ -221,7 +223,7 @@ def _rule(module: nn.Module, optimizer: str | torch.optim.Optimizer | None) -> t
     if isinstance(optimizer, str):
         if optimizer not in RULES:
             raise ValueError(
-                f"There is no optimizer {optimizer!r}; expected one of {', '.join(RULES)}, or one of torch."
+                f"Unknown optimizer {optimizer!r}; expected one of {', '.join(RULES)}, or a torch optimizer."
             )
         return RULES[optimizer], 0.001 if optimizer == "adam" else 0.01
     if optimizer is None:
@@ -257,23 +259,23 @@ def _write(step: _Step, names: Sequence[str], tensors: Sequence[Tensor], lr: flo
     program = torch_internals.export_with_any_batch(step, inputs, constants, decompositions())
     found = _input_names(step, names)
     kept = [NEXT + name for name in found[: len(step.params) + len(step.state)]]
-    # Not optimized: onnxscript takes an addition of 1e-8, as in Adam, for one of zero and leaves it out.
+    # Not optimized: onnxscript treats adding 1e-8, as in Adam, like adding zero and removes it.
     options: dict[str, Any] = {"dynamo": True, "optimize": False, "verbose": False}
     written = torch.onnx.export(program, input_names=found, output_names=[LOSS, *kept], **options)
     assert written is not None
     model = written.model
     for node in model.graph:
-        node.metadata_props.clear()  # where in Python each node comes from
+        node.metadata_props.clear()  # the source locations of the nodes
     model.metadata_props[METADATA] = json.dumps({"lr": lr, "rule": repr(step.rule)})
     written.save(path)
 
 
 def _difference(path: Path, step: _Step, names: Sequence[str], tensors: Sequence[Tensor], lr: float) -> float:
-    """How far the file and torch's own autograd and rule are apart after steps of several batch sizes."""
+    """The difference between the file and torch's autograd and update rule after steps of several batch sizes."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # not what it can't simplify
+    options.log_severity_level = 3  # hides notes about nodes that can't be simplified
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     outputs = [given.name for given in session.get_outputs()]
     feeds = {PARAMETER + name: own.numpy() for name, own in step.params.items()}

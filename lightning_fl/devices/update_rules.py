@@ -1,4 +1,4 @@
-"""The updates of optimizers as pure functions, which can be traced into a file."""
+"""The update rules of optimizers as pure functions, which can be exported."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from lightning_fl.types import Tree
 
 
 class UpdateRule(ABC):
-    """How an optimizer moves a parameter. Its state starts with zeros."""
+    """An optimizer's update rule. Its state starts at zero."""
 
     @abstractmethod
     def state(self, params: Tree) -> Tree:
-        """The state before the first step: by name tensors of zeros."""
+        """The initial state: tensors of zeros by name."""
 
     @abstractmethod
     def step(self, params: Tree, grads: Tree, state: Tree, lr: Tensor) -> tuple[Tree, Tree]:
-        """The next parameters and the next state."""
+        """The updated parameters and state."""
 
 
 @dataclass(frozen=True)
 class SGD(UpdateRule):
-    """As ``torch.optim.SGD`` without dampening.
+    """Like ``torch.optim.SGD`` without dampening.
 
     Args:
-        momentum: What is kept of the last steps. Default 0: there is no state.
-        nesterov: Whether the momentum looks ahead.
+        momentum: The momentum. Default 0: there is no state.
+        nesterov: Whether to use Nesterov momentum.
         weight_decay: Multiple of the parameters that is added to the gradients.
     """
 
@@ -56,13 +56,13 @@ class SGD(UpdateRule):
 
 @dataclass(frozen=True)
 class Adam(UpdateRule):
-    """As ``torch.optim.Adam`` and ``AdamW`` without AMSGrad.
+    """Like ``torch.optim.Adam`` and ``AdamW`` without AMSGrad.
 
     Args:
-        betas: Decay of the means of gradients and of their squares.
+        betas: Decay rates of the moving averages of the gradients and their squares.
         eps: Added to the denominator.
-        weight_decay: Multiple of the parameters that is added to the gradients, or taken off the parameters.
-        decoupled: Whether it is taken off the parameters, as AdamW does.
+        weight_decay: Multiple of the parameters that is added to the gradients, or subtracted from the parameters.
+        decoupled: Whether it is subtracted from the parameters, as in AdamW.
     """
 
     betas: tuple[float, float] = (0.9, 0.999)
@@ -97,18 +97,18 @@ def rule_of(optimizer: torch.optim.Optimizer) -> UpdateRule:
     """The rule of an optimizer.
 
     Raises:
-        ValueError: If it is another one than SGD, Adam and AdamW, or has settings that the rules lack.
+        ValueError: If it is not SGD, Adam or AdamW, or has settings that the rules don't support.
     """
     if len(optimizer.param_groups) != 1:
         raise ValueError(
-            f"The optimizer has {len(optimizer.param_groups)} groups of parameters; expected one, since a step has one "
+            f"The optimizer has {len(optimizer.param_groups)} parameter groups; expected one, since a step has one "
             "learning rate."
         )
     group: dict[str, Any] = optimizer.param_groups[0]
     lacking = [name for name in ("dampening", "maximize", "amsgrad") if group.get(name)]
     if lacking or type(optimizer) not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
         found = f"{type(optimizer).__name__} with {', '.join(lacking)}" if lacking else type(optimizer).__name__
-        raise ValueError(f"There is no training step for {found}; expected SGD, Adam or AdamW.")
+        raise ValueError(f"A training step does not support {found}; expected SGD, Adam or AdamW.")
     decay = group["weight_decay"]
     if isinstance(optimizer, torch.optim.SGD):
         return SGD(group["momentum"], group["nesterov"], decay)

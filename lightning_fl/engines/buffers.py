@@ -1,4 +1,4 @@
-"""What clients contribute to the shared buffers, and the buffers that come of it.
+"""Clients' contributions to the shared buffers, and the buffers that result from them.
 
 A buffer is averaged by its change, except where it starts as infinity or NaN, as a running minimum does: from there no
 change leads to a number. There a client sends the value itself, and beside it 1 if it has one; the mean is over those.
@@ -19,7 +19,7 @@ _EXACT = 2**52  # integers beyond it have no neighbours in float64
 
 
 def contributions_like(start: Mapping[str, Tensor], counts_known: bool = True) -> Tree:
-    """Tensors of the names, shapes and dtypes of :func:`contributions`.
+    """Tensors with the names, shapes and dtypes of :func:`contributions`.
 
     Args:
         start: The buffers at the round's start.
@@ -51,7 +51,7 @@ def contributions(stacked: Tree, start: Tree, counts_known: bool = True) -> Tree
                 "training, as by a forward pass on one batch; or let it stay with its client: register it with "
                 f"persistent=False, or set FederatedStrategy(personal=[{name!r}])."
             )
-        if not _is_float(before):  # subtracted as integers, of which large ones are no floats
+        if not _is_float(before):  # subtracted as integers: large ones can't be represented as floats
             found[name] = (buffers.detach().long() - before.long()).to(dtype)
             continue
         now, then = buffers.detach().to(dtype), before.to(dtype)
@@ -75,7 +75,7 @@ def where_both_finite(old: Tensor, present: Tensor) -> Tensor:
 
 
 def moved(start: Tree, means: Tree) -> Tree:
-    """The buffers after a round; bit for bit those of the start where nothing changed.
+    """The buffers after a round; bitwise identical to the start where nothing changed.
 
     Args:
         start: The buffers at the round's start.

@@ -15,11 +15,11 @@ from lightning_fl.torch_internals import copy_tensors, record_operations
 NUM_WARM_UPS = 3
 """Runs before a CUDA graph is captured: libraries allocate and choose kernels in the first ones."""
 Function = Callable[[], list[Tensor]]
-"""Reads and writes tensors by itself, and returns new ones."""
+"""Takes no arguments: reads and writes tensors that it knows, and returns new ones."""
 
 
 class CapturedFunction(ABC):
-    """A function that has been captured; only what it does with tensors is done again, not its Python.
+    """A function that has been captured; a replay repeats its tensor operations, not its Python code.
 
     Args:
         inputs: The tensors that it reads and writes; their memory is the same in each replay.
@@ -29,7 +29,7 @@ class CapturedFunction(ABC):
         self.inputs = list(inputs)
 
     def __call__(self, values: Sequence[Tensor]) -> list[Tensor]:
-        """Runs it on other values.
+        """Replays the function on other values.
 
         Args:
             values: One tensor for each of ``inputs``, into which they are copied.
@@ -67,7 +67,7 @@ class CudaGraph(CapturedFunction):
 
 
 class RecordedFunction(CapturedFunction):
-    """The function's operations one after the other; no faster, but what a CUDA graph would do can be tested by it."""
+    """The function's operations one after the other; no faster, but it tests on a CPU what a CUDA graph would do."""
 
     def __init__(self, function: Function, tensors: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
         super().__init__(inputs)
@@ -79,7 +79,7 @@ class RecordedFunction(CapturedFunction):
 
 
 def capture(function: Function, tensors: Sequence[Tensor], pool: Any = None) -> CapturedFunction:
-    """Captures a function; the values of ``tensors`` and the random numbers are afterwards what they were.
+    """Captures a function; the values of ``tensors`` and the random state are the same afterwards as before.
 
     Args:
         function: Is called several times.
@@ -88,7 +88,7 @@ def capture(function: Function, tensors: Sequence[Tensor], pool: Any = None) -> 
         pool: From ``torch.cuda.graph_pool_handle()``: functions with the same pool share memory. Default None.
 
     Raises:
-        RuntimeError: If it does what can't be replayed, such as deciding by a tensor's values.
+        RuntimeError: If it does something that can't be replayed, such as branching on a tensor's values.
     """
     device = tensors[0].device
     with separate(tensors) as inputs, unchanged_randomness(device):
@@ -99,7 +99,7 @@ def capture(function: Function, tensors: Sequence[Tensor], pool: Any = None) -> 
 
 @contextmanager
 def separate(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """A block in which the tensors have memory of their own, so that writing to them is undone at its end.
+    """A block in which the tensors have separate memory, so that writes to them are undone at its end.
 
     Yields:
         Tensors that share this memory, also after the block.
@@ -117,23 +117,23 @@ def separate(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def unchanged_randomness(device: torch.device) -> AbstractContextManager[None]:
-    """A block at whose end the default generators of the CPU and of ``device`` are what they were."""
+    """Restores the default generators of the CPU and of ``device`` at the end of the block."""
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 def slack(device: torch.device) -> int:
-    """By how much rounding errors on a device exceed those on a CPU.
+    """Factor by which rounding errors on a device exceed those on a CPU.
 
-    A GPU adds in another order, and cuDNN may transform convolutions: errors of more than the last digits.
+    A GPU adds in another order, and cuDNN may transform convolutions, so more than the last digits can differ.
     """
     return 1 if device.type == "cpu" else 10
 
 
 def tolerances(expected: Tensor, largest: float) -> tuple[float, float]:
-    """The ``rtol`` and ``atol`` within which two ways of computing a tensor count as equal.
+    """The ``rtol`` and ``atol`` within which the results of two ways of computing a tensor count as equal.
 
     Args:
-        expected: The tensor; its dtype and device count.
+        expected: The tensor; its dtype and device determine the tolerances.
         largest: Absolute value of the largest of the terms that were added up. An element near 0 carries the rounding
             errors of the large terms that have cancelled in it.
     """
@@ -142,13 +142,13 @@ def tolerances(expected: Tensor, largest: float) -> tuple[float, float]:
 
 
 def agree(found: Tensor, expected: Tensor, before: Tensor | None = None) -> bool:
-    """Whether two ways of computing a tensor have given the same to rounding, NaN for NaN.
+    """Whether two ways of computing a tensor agree up to rounding; NaN equals NaN.
 
     Args:
-        found: The tensor to be judged.
-        expected: The right one.
-        before: What both started from, if the tensor was changed: then the changes are compared, of which a whole
-            tensor may hide the last digits.
+        found: The tensor to check.
+        expected: The correct tensor.
+        before: The tensor from which both started, if it was updated: then the changes are compared, whose last digits
+            can be lost in the updated values.
     """
     if found.shape != expected.shape or found.dtype != expected.dtype:
         return False

@@ -1,4 +1,4 @@
-"""How much memory a device has."""
+"""A device's total and free memory."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class DeviceMemory:
     """A device's memory, in bytes.
 
     Args:
-        total: All of it.
-        free: What this process could allocate, with what PyTorch keeps for later.
+        total: Total memory.
+        free: Memory that this process could allocate, including what PyTorch's caching allocator holds unused.
     """
 
     total: int
@@ -21,7 +21,7 @@ class DeviceMemory:
 
 
 def device_memory(device: torch.device) -> DeviceMemory | None:
-    """The memory of a GPU; None for other devices, which share the machine's."""
+    """The memory of a GPU; None for other devices, which use the machine's memory."""
     if device.type != "cuda":
         return None
     free, total = torch.cuda.mem_get_info(device)

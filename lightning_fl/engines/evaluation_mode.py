@@ -1,4 +1,4 @@
-"""Evaluation mode for the length of a block."""
+"""Evaluation mode for the duration of a block."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import nn
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Puts a module into evaluation mode inside the block, and each of its parts back into its own mode after it."""
-    # By part: a user may keep single layers, such as a frozen BatchNorm, in evaluation mode during training.
+    """Puts a module into evaluation mode inside the block, and restores each submodule's own mode after it."""
+    # Per submodule: a user may keep single layers, such as a frozen BatchNorm, in evaluation mode during training.
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:

@@ -1,4 +1,4 @@
-"""Gradients of the current step's batch at other parameters than the module's, for algorithms that look around."""
+"""Gradients on the current step's batch at parameters other than the module's, for algorithms such as FedSAM."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_fl.types import Tree
 
 
 class _Trainer(Protocol):
-    """What is needed of a :class:`~lightning_fl.engines.LocalTrainer`."""
+    """The part of :class:`~lightning_fl.engines.LocalTrainer` that is used here."""
 
     @property
     def tensors(self) -> FederatedTensors: ...
@@ -30,12 +30,12 @@ class _Trainer(Protocol):
 
 
 class BatchGradient:
-    """The gradient of the batch that is being trained on, at any point; a :class:`~lightning_fl.types.GradientAt`.
+    """The gradient on the current training batch at any parameters; a :class:`~lightning_fl.types.GradientAt`.
 
-    Under ``torch.func.vmap`` it is that of each client of a group on its own batch, all of them in one step.
+    Under ``torch.func.vmap`` it is each client's gradient on its own batch, for the whole group in one step.
 
     Args:
-        trainer: Trains the clients, and knows the batch.
+        trainer: Trains the clients, and holds the current batch.
     """
 
     def __init__(self, trainer: _Trainer) -> None:
@@ -60,14 +60,15 @@ class BatchGradient:
         return {name: wrap(grad) for name, grad in zip(names, found, strict=True)}
 
     def _differentiate(self, names: list[str], tensors: list[Tensor]) -> list[Tensor]:
-        """The gradient at the first ``len(names)`` tensors; with as many more, the Hessian there times these."""
+        """The gradient at the first ``len(names)`` tensors; given as many more, the Hessian times those."""
         trainer, point, vector = self._trainer, tensors[: len(names)], tensors[len(names) :]
         held = {name: trainer.shared_params[name] for name in names}
-        # Frozen parameters that a step writes to, such as a teacher's, must not move once more.
+        # Frozen parameters that a step writes to, such as a teacher's, must not be updated a second time.
         before = clones({**trainer.tensors.moving, **held})
         load(held, dict(zip(names, point, strict=True)))
         try:
-            # Differentiated inside: what is put back afterwards, such as BatchNorm's statistics, the gradients need.
+            # Differentiated inside the block: the gradients need values that are restored at its end, such as
+            # BatchNorm's statistics.
             with torch.enable_grad(), trainer.loss_without_trace() as loss:
                 inputs = list(held.values())
                 if loss is None:
@@ -79,7 +80,7 @@ class BatchGradient:
                     along = sum((grad * own.detach()).sum() for grad, own in zip(grads, vector, strict=True))
                     assert isinstance(along, Tensor)
                     grads = tuple(torch.zeros_like(own) for own in inputs)
-                    if along.requires_grad:  # it does not where the loss is linear
+                    if along.requires_grad:  # not where the loss is linear
                         grads = torch.autograd.grad(along, inputs, allow_unused=True, materialize_grads=True)
             return [grad.detach() for grad in grads]
         finally:

@@ -1,4 +1,4 @@
-"""Puts a module's state outside its ``state_dict`` back before each client, so that no client finds another's."""
+"""Restores a module's state outside its ``state_dict`` before each client, so that no client sees another's."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from lightning_fl.engines.module_state import GENERATORS, Snapshot, capture
 from lightning_fl.seeding import derive_seed
 
 DATA_AND_HANDLES = (DataLoader, Dataset, threading.Thread, io.IOBase)
-"""Types of objects that are no part of what a client trains."""
+"""Types of objects that are not part of what a client trains."""
 
 
 class Isolation:
-    """What a client's training changes in a module beside the tensors that engines load is put back for the next.
+    """Restores, before each client, the state of a module that training has changed besides the tensors engines load.
 
     That is: attributes of the module, of its submodules and of the objects that they hold, down to the elements of
     containers; buffers that are not in the ``state_dict``; other tensors, arrays and random generators. What clients
-    have added at the end of a list is hidden from the other clients and is there again when the round has ended,
-    because many modules collect outputs or losses so.
+    have appended to a list is hidden from the other clients and reappears at the end of the round, because many modules
+    collect outputs or losses that way.
 
     Args:
         module: The user's module.
-        outside: Types of objects that are left alone, with what only they hold.
-        ignored: Returns names of attributes of an object that are left alone.
+        outside: Types of objects that are left alone, with everything that only they refer to.
+        ignored: Returns the names of an object's attributes that are left alone.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Isolation:
         self.ignored = ignored
         self.outside = (*outside, *DATA_AND_HANDLES)
         self.changed: set[str] = set()
-        """Paths of what has been put back in the current round, without random generators, which are seeded."""
+        """Paths of the state restored in the current round, without random generators, which are seeded."""
         self._snapshot = Snapshot()
         self._managed: list[Tensor] = []
         self._known: list[Any] = []
@@ -54,18 +54,18 @@ class Isolation:
         self._lists: dict[int, _Collected] = {}
 
     def begin_round(self) -> None:
-        """Hides what the clients of earlier rounds have added to lists."""
+        """Hides the items that clients of earlier rounds have added to lists."""
         self.changed = set()
         self._is_captured = False
         for collected in self._lists.values():
             collected.hide()
 
     def start_client(self, managed: Iterable[Tensor], known: Iterable[Any]) -> None:
-        """Puts the state back to what it was when the first client of the round started.
+        """Restores the state at which the first client of the round started.
 
         Args:
             managed: Tensors that the engine loads itself.
-            known: Objects that it looks after, such as optimizers.
+            known: Objects that the engine handles itself, such as optimizers.
 
         Raises:
             ValueError: If the module holds an iterator that can't be copied.
@@ -73,7 +73,7 @@ class Isolation:
         if self._is_captured:
             self.put_back()
             return
-        # With the first client and not with the round: callbacks may change the module when a round has begun.
+        # At the first client, not at the round's start: callbacks may change the module when a round has begun.
         self._is_captured, before = True, self._managed
         self._managed, self._known = list(managed), list(known)
         self._capture(is_stale=[*map(id, before)] != [*map(id, self._managed)])
@@ -84,14 +84,14 @@ class Isolation:
         self._snapshot = capture(self.module, self._managed, self._known, self.outside, self.ignored, reads_code=False)
         for path, kind in self._snapshot.iterators.items():
             raise ValueError(
-                f"The module holds a {kind} in {path!r}, which can't be put back to where it was, so that each client "
-                "would go on where another has stopped. Keep a list and an index instead."
+                f"The module holds a {kind} in {path!r}, which can't be rewound, so each client would continue where "
+                "another one stopped. Keep a list and an index instead."
             )
         reached = {id(part.owner) for part in self._snapshot.parts}
         self._lists = {key: collected for key, collected in self._lists.items() if key in reached}
 
     def put_back(self) -> None:
-        """Restores the state, and keeps what was added to lists for the round's end."""
+        """Restores the state, and saves the items added to lists for the round's end."""
         if self._is_captured and self._snapshot.has_changed():
             self._restore()
 
@@ -101,19 +101,19 @@ class Isolation:
             part.restore()
 
     def _collect(self, part: Any) -> None:
-        """Keeps what clients have added to a list, or notes that something else is to be put back."""
+        """Saves what clients have added to a list, or notes that something else must be restored."""
         # A deque with a maximum length is a queue.
         is_list = isinstance(part.owner, list | deque) and getattr(part.owner, "maxlen", None) is None
         if is_list and _starts_with(part.owner, part.saved):
             collected = self._lists.setdefault(id(part.owner), _Collected(part.owner, part.saved))
             collected.full += list(part.owner)[len(part.saved) :]
         elif not isinstance(part.owner, GENERATORS):
-            # Those who load the managed tensors put them back also where a module has assigned another in their place.
+            # The engine restores managed tensors even where a module has assigned another tensor in their place.
             managed = set(map(id, self._managed))
             self.changed.update(path for path, before in part.changes().items() if id(before) not in managed)
 
     def end_round(self) -> None:
-        """Restores the state, and shows what was added to lists."""
+        """Restores the state, and puts the items that clients added back into the lists."""
         self.put_back()
         self._is_captured = False
         for collected in self._lists.values():
@@ -121,9 +121,9 @@ class Isolation:
 
     @contextmanager
     def after_round(self) -> Iterator[None]:
-        """A block for the hooks of the round's last batch, which run when the round has ended: puts their changes back.
+        """A block for the hooks of the round's last batch, which run after the round's end: undoes their changes.
 
-        They see a batch of a client, and other ranks' clients must not be able to tell of which.
+        They see a client's batch, and clients on other ranks must not be able to tell whose.
         """
         if not self._snapshot.parts:  # no client has trained here
             yield
@@ -135,7 +135,7 @@ class Isolation:
             collected.show()
 
     def seed(self, seed: int) -> None:
-        """Seeds the module's own random generators for a client, which otherwise would all draw the same numbers."""
+        """Seeds the module's own random generators for a client; otherwise all clients would draw the same numbers."""
         for index, generator in enumerate(self._snapshot.generators):
             own = derive_seed(seed, index)
             if isinstance(generator, torch.Generator):
@@ -160,9 +160,9 @@ class _Collected:
         self.full = list(start)
 
     def hide(self) -> None:
-        """Leaves in the list what it would hold without the clients."""
+        """Removes the clients' items from the list."""
         now = list(self.owner)
-        # Whatever the user has put in place of the clients' items between rounds is there to stay.
+        # Items that the user has put in place of the clients' items between rounds stay.
         is_kept = _starts_with(now, self.full)
         self.start = [*self.start, *now[len(self.full) :]] if is_kept else now
         self.full = now

@@ -41,7 +41,7 @@ class StepFunctions:
         context: Returns the context in which ``training_step`` runs, such as autocast.
         backward: Computes the gradients of a loss.
         unscale: Unscales the gradients of an optimizer before they are read. None: there is nothing to unscale.
-        clip: Clips the gradients that an optimizer is about to step; None: they are not clipped.
+        clip: Clips the gradients of an optimizer before its step. None: they are not clipped.
         optimizer_step: Takes the step.
         group_step: The step of several clients: called with their stacked batch, returns the sum of their losses, to be
             differentiated, and the loss of each. None: ``training_step`` of each, under ``torch.func.vmap``.
@@ -65,8 +65,8 @@ class ClientFacts:
     """Facts of one client's local training.
 
     Args:
-        num_steps: Optimizer steps actually taken, in the phases that train what is sent.
-        lr_sum: For each shared parameter, the learning rates of its steps summed.
+        num_steps: Optimizer steps actually taken, in the phases that train the shared parameters.
+        lr_sum: For each shared parameter, the sum of the learning rates of its steps.
         normalizer: FedNova's ``|a_i|_1``, or None if it is unknown for the optimizer.
         schedule_end: The progress of the schedules at the end of the longest phase.
         num_steps_of_all: Optimizer steps of all phases.
@@ -81,7 +81,7 @@ class ClientFacts:
 
 @dataclass(frozen=True)
 class LocalResult:
-    """The result of a group's local training; each tensor is stacked over the clients, ``[num_clients, ...]``.
+    """The result of a client group's local training; tensors are stacked over the clients, ``[num_clients, ...]``.
 
     Args:
         params: The trained shared parameters, in the dtype in which they are summed.
@@ -120,8 +120,9 @@ class LocalTrainer(ABC):
             last round.
         functions: The parts of a step. None: :meth:`step` is not called, because another loop runs the steps and calls
             :meth:`prepare_gradients` in each.
-        isolation: Puts the rest of the module's state back before each client. None: all of it.
-        within: What the processes of a silo agree on. None: there is one.
+        isolation: Restores the rest of the module's state before each client. None: an :class:`Isolation` of the whole
+            module.
+        within: Collectives among the processes of a silo. None: it is a single process.
     """
 
     def __init__(
@@ -148,7 +149,7 @@ class LocalTrainer(ABC):
         self.is_alone = self.is_private = False
         self.is_shared = True
         self.moved: set[str] = set()
-        """Frozen parameters that local training has written to in the current round."""
+        """Names of the frozen parameters that local training has written to in the current round."""
         self._is_compared = False
         """Whether all frozen parameters have been compared since a client of the round has trained."""
         self._round_start: RoundStart | None = None
@@ -169,10 +170,10 @@ class LocalTrainer(ABC):
         is_private: bool = False,
         moves: Callable[[Sequence[str], Mapping[str, Tensor]], Sequence[str]] | None = None,
     ) -> Tree:
-        """Takes the module's tensors as the round's start.
+        """Begins a round from the module's tensors.
 
-        Changes of the module between rounds take precedence: a value of ``server_params`` (in at least float32) is used
-        only where the module still holds its cast.
+        Changes made to the module between rounds take precedence: a value of ``server_params`` (in at least float32) is
+        used only where the module still holds that value cast to its own dtype.
 
         Args:
             server_params: The global parameters of the last round; None if there are none.
@@ -180,14 +181,14 @@ class LocalTrainer(ABC):
             counts_known: Whether clients say which values they have where a shared buffer starts as infinity or NaN.
             moving: Names of frozen parameters that local training writes to; see :class:`FederatedTensors`.
             is_alone: Whether the federation has one client only, whose state can reach no other.
-            is_shared: Whether several clients train on this module, one after the other. A silo has it for itself.
+            is_shared: Whether several clients train on this module, one after the other; a silo has its own module.
             is_private: Whether differential privacy protects the data, so that frozen parameters may not move.
             moves: Names frozen parameters that the server moves.
 
         Returns:
             The global parameters, in the dtype in which they are summed.
         """
-        # Sorted anew in each round, because callbacks freeze and unfreeze layers between rounds.
+        # Sorted again in each round, because callbacks freeze and unfreeze layers between rounds.
         if self.within.is_spread:
             self.within.free_gathered(self.module)
         before = None if self._round_start is None else self.tensors
@@ -208,10 +209,10 @@ class LocalTrainer(ABC):
         return params
 
     def start_from(self, buffers: Tree) -> None:
-        """Lets the next group start with other shared buffers than the round: those of an older model.
+        """Starts the next group from other shared buffers than the round's: those of an older model.
 
         Args:
-            buffers: The buffers of that model; the round's own stand for those that it did not share.
+            buffers: The buffers of that model; the round's own buffers are used for those that it did not share.
         """
         present = self.round_start.buffers
         is_present = buffers is present
@@ -243,7 +244,7 @@ class LocalTrainer(ABC):
         Args:
             phase: The next phase.
             grad_transform: The algorithm's transform of the gradients in it.
-            context: What the phase's ``start`` gets.
+            context: The context passed to the phase's ``start``.
         """
 
     def step(self, batch: Any, position: BatchPosition) -> Tensor | None:
@@ -284,8 +285,8 @@ class LocalTrainer(ABC):
         functions = self.functions
         assert functions is not None
         if functions.unscale is not None:
-            # An algorithm's correction has the scale of true gradients, and clipping bounds what is stepped: unscale,
-            # correct, clip.
+            # An algorithm's correction has the scale of unscaled gradients, and clipping bounds the gradients that are
+            # applied: unscale, correct, clip.
             functions.unscale(optimizer)
         self.prepare_gradients(optimizer)
         if functions.clip is not None:
@@ -312,10 +313,10 @@ class LocalTrainer(ABC):
 
     @contextmanager
     def loss_without_trace(self) -> Iterator[Tensor | None]:
-        """The loss on the current step's batch with the parameters as they are now, to be differentiated in the block.
+        """The loss on the current step's batch at the current parameters, to be differentiated in the block.
 
-        Summed over the clients; None if the module skips the batch. After the block logs, metrics and buffers are what
-        they were.
+        Summed over the clients; None if the module skips the batch. After the block, logs, metrics and buffers are the
+        same as before it.
         """
         assert self.functions is not None
         assert self.batch is not None
@@ -332,8 +333,8 @@ class LocalTrainer(ABC):
             num_steps: How many steps each client of a group has taken. None: all have taken every step.
 
         Raises:
-            ValueError: If training has changed a frozen parameter of which there is no copy, so that the next client
-                would inherit it.
+            ValueError: If training has changed a frozen parameter that has no copy to restore it from, so that the next
+                client would inherit the change.
         """
 
     @abstractmethod
@@ -361,10 +362,10 @@ class LocalTrainer(ABC):
         self.optimizers.end_round(schedule_end)
 
     def put_back(self, also_alone: bool = False, whole: bool = True) -> None:
-        """Restores what training has changed in the module beside the tensors that :meth:`start` loads.
+        """Restores the module's state that training has changed besides the tensors that :meth:`start` loads.
 
         Args:
-            also_alone: Whether to restore it also where the federation has one client only, which may keep it.
+            also_alone: Whether to restore it even if the federation has only one client, which may keep its state.
             whole: Whether each frozen parameter is compared as a whole.
         """
         if also_alone or not self.is_alone:
@@ -394,7 +395,7 @@ class LocalTrainer(ABC):
         self.put_back(whole=False)
 
     def _personal_of(self, client_state: Mapping[str, Tree]) -> Tree:
-        """The client's personal tensors; what its state lacks, as a tensor unfrozen since then, has its start value."""
+        """The client's personal tensors; those missing from its state, e.g. since unfrozen, get their start values."""
         own = client_state.get("personal", {})
         return {name: own.get(name, start) for name, start in self.round_start.personal.items()}
 
@@ -446,12 +447,12 @@ class LocalTrainer(ABC):
     def _compares(self) -> bool:
         """Whether to compare all frozen parameters as a whole after a client, which takes long for large ones.
 
-        What writes to them does so for each client as a rule, so that the round's first client shows it.
+        Code that writes to them usually does so for every client, so the round's first client shows it.
         """
         return self.is_private or not self._is_compared
 
     def _note_moved(self) -> None:
-        """Notes which frozen parameters the client has written to, and puts back those that are not averaged."""
+        """Notes which frozen parameters the client has written to, and restores those that are not averaged."""
         tensors, start = self.tensors, self.start_buffers
         self.moved |= {
             name
@@ -467,9 +468,10 @@ class LocalTrainer(ABC):
         if self.is_private and (found or lost):
             raise ValueError(
                 f"Training has written to the frozen parameter {[*found, *lost][0]!r}, which is neither clipped nor "
-                "noised, so under differential privacy it may not move: even its name would tell of the data. The run "
-                "stops before anything of it is released. Keep training from writing to it; under ClientLevelDP what "
-                "follows the training, such as a teacher, can be a buffer, which is clipped and noised."
+                "noised, so under differential privacy it must not change: even its name would reveal something about "
+                "the data. The run stops before anything of it is released. Keep training from writing to it; under "
+                "ClientLevelDP, tensors that training updates, such as a teacher, can be buffers, which are clipped "
+                "and noised."
             )
         if lost:
             raise ValueError(
@@ -509,7 +511,7 @@ def loss_of(output: Any) -> Tensor | None:
 def transform_gradients(
     transform: GradTransform, params: Mapping[str, Tensor], optimizer: Optimizer, frozen: Collection[int] = ()
 ) -> None:
-    """Replaces the gradients of those of ``params`` that ``optimizer`` steps by ``transform(grads, params)``.
+    """Replaces the gradients of the ``params`` that ``optimizer`` steps by ``transform(grads, params)``.
 
     Args:
         transform: The transform. Its ``grads`` have an entry for each parameter with a gradient, ``params`` one for
@@ -545,7 +547,7 @@ def transform_gradients(
 
 
 def trained_value(param: Tensor, start: Tensor) -> Tensor:
-    """The trained parameter in the dtype of ``start``, of which only what training has changed counts."""
+    """The trained parameter in the dtype of ``start``: ``start`` plus the change made by training."""
     if param.dtype == start.dtype:
         return param.clone()
     # The module started from `start` rounded to its own dtype. The difference to that rounded value leaves a client

@@ -1,7 +1,7 @@
-"""The Python state that a training step can reach: whether it has changed, and how to put it back.
+"""The Python state that a training step can reach: detects changes and restores it.
 
 A step reads and writes more than the module's tensors: attributes, containers, closures, attributes of functions,
-globals of the user's files, random generators. :func:`capture` walks over all of it once.
+globals of the user's files, random generators. :func:`capture` traverses all of it once.
 """
 
 from __future__ import annotations
@@ -59,13 +59,13 @@ _SEEDED_BY_ENGINES = (torch.default_generator, random.random.__self__, np.random
 
 
 class Snapshot:
-    """What :func:`capture` has found.
+    """The state found by :func:`capture`.
 
     Attributes:
-        names: The names of all that the user's functions which were found use.
+        names: All names that the user's functions found on the way use.
         opaque: Objects whose state can't be compared: path and kind. They are not restored, except for iterators that
             can be copied.
-        iterators: Those iterators that can't be copied: path and kind.
+        iterators: Iterators that can't be copied: path and kind.
         aliases: Paths of ``managed`` tensors, and of views of them, outside the places where ``nn.Module`` keeps them.
     """
 
@@ -84,7 +84,7 @@ class Snapshot:
         return [part.owner for part in self.parts if isinstance(part.owner, GENERATORS)]
 
     def seal(self) -> None:
-        """Prepares :meth:`has_changed`, once everything has been captured."""
+        """Prepares :meth:`has_changed`; called once everything has been captured."""
         whole = [part for part in self.parts if isinstance(part, _Items) and part.is_whole and not part.iterators]
         owners = [part.owner for part in whole]
         # The lengths tell whether something has been added to those that are empty, as most dicts of hooks are.
@@ -95,14 +95,14 @@ class Snapshot:
         self._others = [part for part in self.parts if id(part) not in known]
 
     def has_changed(self) -> bool:
-        """Whether anything is no longer as it was; takes little time where containers still hold the same objects."""
+        """Whether anything has changed; fast where containers still hold the same objects."""
         _, owners, lengths, views, items = self._whole
         if list(map(len, owners)) != lengths or not all(map(operator.is_, chain.from_iterable(views), items)):
             return bool(self.changed())
         return any(part.has_changed() for part in self._others)
 
     def changed(self) -> list[_Items | _Values]:
-        """The parts that are no longer as they were."""
+        """The parts that have changed."""
         whole, owners, lengths, *_ = self._whole
         found: list[_Items | _Values] = [
             part
@@ -112,11 +112,11 @@ class Snapshot:
         return found + [part for part in self._others if part.has_changed()]
 
     def differences(self) -> Iterator[str]:
-        """Paths of what is no longer as it was, such as ``"counter.steps"``."""
+        """Paths of what has changed, such as ``"counter.steps"``."""
         return (part.where() for part in self.changed())
 
     def restore(self) -> None:
-        """Puts the state back into the objects that held it; ``managed`` tensors are left as they are."""
+        """Restores the state of the objects in place; ``managed`` tensors are left as they are."""
         for part in self.changed():
             part.restore()
 
@@ -135,13 +135,13 @@ def capture(
 
     Args:
         root: The object, or several in a tuple.
-        managed: Tensors whose values somebody else restores; of these only the places that hold them are compared.
-        known: Objects that are not looked into, because somebody else looks after them.
-        outside: Types of objects that are opaque, because they are no part of the module.
-        ignored: Returns names of attributes of an object or class that are not looked at.
+        managed: Tensors whose values the caller restores; only the references to them are compared.
+        known: Objects that are skipped, because the caller handles them.
+        outside: Types of objects that are opaque, because they are not part of the module.
+        ignored: Returns the names of attributes of an object or class that are skipped.
         name: The object's name, with which the paths begin.
         values: Whether the values of tensors and arrays are copied and compared.
-        reads_code: Whether also what functions and classes hold is captured: closures, attributes, globals.
+        reads_code: Whether the state of functions and classes is captured too: closures, attributes, globals.
     """
     walk = _Walk(root, managed, known, outside, ignored, values, reads_code)
     walk.push(name, root)
@@ -169,7 +169,7 @@ class _Items:
         self.write = write
         self.names = names
         self.is_whole = is_whole
-        """Whether all items of a container are looked at, and nothing else."""
+        """Whether exactly the items of a container are compared: all of them and nothing else."""
         # This keeps the items alive: the address of one that is freed could be given to its successor.
         self.saved = read(owner)
         copies = ((index, _copy_iterator(item)) for index, item in enumerate(self.saved) if _is_iterator(item))
@@ -182,7 +182,7 @@ class _Items:
         return any(_position(now[index]) != _position(start) for index, start in self.iterators.items())
 
     def changes(self) -> dict[str, Any]:
-        """Paths of what has changed, with the keys of a dict, and what was there before."""
+        """Paths of the changed items, including a dict's keys, and their former values."""
         if not isinstance(self.owner, dict) or not all(isinstance(key, str) for key in self.owner):
             return {self.path: self.owner}
         before, now = _as_dict(self.saved), _as_dict(self.read(self.owner))
@@ -190,7 +190,7 @@ class _Items:
         return {f"{self.path}.{name}" if self.path else name: before.get(name) for name in names}
 
     def where(self) -> str:
-        """The path of what has changed: of the first entry that has, if the owner holds its items under names."""
+        """The path of the change: that of the first changed entry, if the owner holds its items under names."""
         before, now = self.saved, self.read(self.owner)
         pairs = zip_longest(before, now, fillvalue=_MISSING)
         place = next((place for place, pair in enumerate(pairs) if not _is_same(*pair)), 0)
@@ -279,19 +279,19 @@ class _Walk:
         managed = list(managed)
         self._managed = {id(tensor) for tensor in managed}
         self._memory = {_memory(tensor) for tensor in managed} - {None}
-        # Several clients side by side share the object; one after the other, each may find it as it was.
+        # Clients that train in one step share the object; one after the other, each may find it as it was.
         self._outside = (*outside, Optimizer, LRScheduler, contextvars.ContextVar) if reads_code else outside
         self._ignored = ignored
         self._reads_code = reads_code
         self._iterators: dict[str, Any] = {}
         self._waiting: list[tuple[str, Any]] = []
-        # The objects too: those that the walk itself makes would be freed, and their ids used again.
+        # The objects too: those that the walk itself creates would be freed, and their ids reused.
         known = list(known)
         self._known = set(map(id, known))
         self._seen: dict[int, Any] = {id(own): own for own in (*known, *_SEEDED_BY_ENGINES)}
         roots = root if isinstance(root, tuple) else (root,)
         modules = [own for held in roots if isinstance(held, nn.Module) for own in held.modules()]
-        # An installed package that defines one of the modules is the user's code, wherever it lies.
+        # An installed package that defines one of the modules is the user's code, wherever it is located.
         self._of_user = {_package(cls.__module__) for own in modules for cls in type(own).__mro__}
 
     def run(self) -> None:
@@ -319,7 +319,7 @@ class _Walk:
             self.push(path, item)
 
     def _add_names(self, path: str, owner: Any, names: Collection[str], access: type[_Names]) -> None:
-        """Adds what an object holds under some names."""
+        """Adds the objects that an object holds under some names."""
         own = access(names)
         part = _Items(path, owner, own.read, own.write, own.names)
         self.found.parts.append(part)
@@ -339,7 +339,7 @@ class _Walk:
             if self._reads_code:
                 self._visit_class(value)
         elif isinstance(value, types.MethodType):
-            # Whoever looks after an object does not see calls of a method that was taken from it before.
+            # The caller that handles an object does not see calls of a method that was taken from it before.
             if id(value.__self__) in self._known:
                 self.found.opaque[path] = f"method of a {type(value.__self__).__name__}"
             self.push(path, value.__self__)
@@ -359,7 +359,7 @@ class _Walk:
             self._visit_attributes(path, value)
         elif _is_of_python(kind):
             self._visit_attributes(path, value)
-        # Objects in C that have a hash of their own are values, such as dates, patterns and dtypes.
+        # Objects implemented in C that define their own hash are values, such as dates, patterns and dtypes.
         elif kind.__hash__ is None or kind.__hash__ is object.__hash__:
             self.found.opaque[path] = kind.__name__
             if _is_iterator(value):
@@ -434,11 +434,11 @@ class _Walk:
         return package in _LIBRARIES or (package not in self._of_user and _is_installed(package))
 
 
-# ---- how the items of an object are read and written
+# ---- reading and writing an object's items
 
 
 class _Names:
-    """Reads and writes what an object holds under some names; the others are not looked at."""
+    """Reads and writes the items that an object holds under some names; others are ignored."""
 
     def __init__(self, names: Collection[str]) -> None:
         self.names = tuple(names)
@@ -597,7 +597,7 @@ def _access_to(value: Any) -> tuple[Read, Write] | None:
 
 
 def _parts_of(value: Any) -> Iterable[Any] | None:
-    """What an object that never changes itself holds; None for other objects."""
+    """The contents of an object that itself never changes; None for other objects."""
     if isinstance(value, tuple | frozenset):
         return value
     if isinstance(value, functools.partial):
@@ -619,7 +619,7 @@ def _parts_of(value: Any) -> Iterable[Any] | None:
     return None
 
 
-# ---- what is known of types and names
+# ---- types and names
 
 GENERATORS = (random.Random, np.random.RandomState, np.random.BitGenerator, torch.Generator)
 _HANDLES = (
@@ -648,7 +648,7 @@ def _is_iterator(value: Any) -> bool:
 
 
 def _copy_iterator(value: Any) -> Any:
-    """An iterator that yields what another has left; None if there can be none."""
+    """An iterator that yields the remaining items of another; None if it can't be copied."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Python 3.12: those of `itertools` can't be copied from 3.14 on
@@ -659,7 +659,7 @@ def _copy_iterator(value: Any) -> Any:
 
 
 def _position(value: Any) -> Any:
-    """What differs if an iterator has yielded something: the numbers in what it is made of again."""
+    """An iterator's position: the numbers in its pickled form, which change when it yields something."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -28,8 +28,8 @@ class Schedule:
         scheduler: Any scheduler that steps without a metric.
         step: Steps it once.
         by_user: Whether the user's own code steps it, so that its steps must be read from ``last_epoch``.
-        by_state: Whether it can't be stepped again by a number of steps, because the user's code steps it with a metric
-            or it does not count, so that its state is taken over instead.
+        by_state: Whether its state is transferred instead of a number of steps to repeat, because the user's code steps
+            it with a metric or it does not count its steps.
         num_steps: Steps taken in the local training of the current client.
     """
 
@@ -53,8 +53,8 @@ class ScheduleEnd:
         num_steps: Steps of each schedule.
         options: Each optimizer's options (learning rate, momentum, ...), one mapping per parameter group.
         num_optimizer_steps: Steps of the optimizers; the next round continues from the client with the most.
-        scaler: The state of the gradient scaler; empty if there is none, or if it is not told.
-        states: The state of each schedule that is ``by_state``, by its number.
+        scaler: The state of the gradient scaler; empty if there is none or if it was not sent.
+        states: The state of each schedule that is ``by_state``, by its index.
     """
 
     num_steps: list[int]
@@ -80,7 +80,7 @@ class StartingPoint:
 
 
 class FedNovaNormalizer:
-    """FedNova's normalizer: how far SGD moves under a constant gradient of 1, in units of its first learning rate.
+    """FedNova's normalizer: the distance SGD moves under a constant gradient of 1, in units of its first learning rate.
 
     Takes momentum, dampening and schedules into account; weight decay counts as part of the loss.
     """
@@ -107,14 +107,14 @@ class OptimizerStates:
     """Restarts optimizers and schedules for each client, and counts the steps they take.
 
     A round begins with the options (learning rate, momentum, ...) that the schedules have reached. Each client starts
-    from these; the next round starts after the steps of the client that took the most.
+    from these; the next round continues from the client that took the most steps.
 
-    What an optimizer's own step changes in its options, as Prodigy's estimate of the step size, is a part of its state:
-    it goes neither from client to client nor into the next round.
+    Options that an optimizer's own step changes, such as Prodigy's estimate of the step size, are part of its state:
+    they are passed on neither from client to client nor to the next round.
 
     Args:
-        optimizers: The user's optimizers. Clients start with the states that they have now.
-        scaler: What scales the gradients, such as a ``torch.amp.GradScaler``: it is restarted as schedules are.
+        optimizers: The user's optimizers. Clients start with the optimizers' current states.
+        scaler: The gradient scaler, such as a ``torch.amp.GradScaler``; it is restarted like the schedules.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer], scaler: Any = None) -> None:
@@ -131,10 +131,10 @@ class OptimizerStates:
         self.take(optimizers)
 
     def take(self, optimizers: Sequence[Optimizer]) -> None:
-        """Goes on with other optimizers from the next round on."""
+        """Uses other optimizers from the next round on."""
         self.close()
         self.optimizers = list(optimizers)
-        # Not always empty: Adagrad, for one, makes its accumulators when it is constructed.
+        # Not always empty: Adagrad, for one, creates its accumulators when it is constructed.
         self._fresh = [_copy_state(optimizer.state) for optimizer in self.optimizers]
         self._own_options: list[set[str]] = [set() for _ in self.optimizers]
         self._depth = 0
@@ -169,7 +169,7 @@ class OptimizerStates:
             hook.remove()
 
     def begin_round(self, schedules: Sequence[Schedule] = ()) -> None:
-        """Saves the options and schedules from which every client of the round starts."""
+        """Saves the options and schedules with which every client of the round starts."""
         self.schedules = list(schedules)
         self.start = self._present()
         self._first_epochs = [getattr(schedule.scheduler, "last_epoch", 0) for schedule in self.schedules]
@@ -185,7 +185,7 @@ class OptimizerStates:
         if kept is not None:
             load_kept(kept, self.optimizers)
         # An empty `kept` is that of SGD without momentum, which starts as if it were fresh. Momentum of an earlier
-        # round would move the parameters in a way that the normalizer does not know.
+        # round would move the parameters in a way that the normalizer does not include.
         self._start_counting(not kept and all(type(optimizer) is SGD for optimizer in self.optimizers))
 
     def restart_stacked(self, stacked: Mapping[int, Tensor]) -> None:
@@ -215,7 +215,7 @@ class OptimizerStates:
         self._own_params = []
 
     def replace_params(self, replaced: Mapping[int, Tensor]) -> None:
-        """Lets the optimizers step other tensors, with empty states.
+        """Makes the optimizers step other tensors, with empty states.
 
         Args:
             replaced: By ``id`` of a tensor, the one that replaces it.
@@ -227,7 +227,7 @@ class OptimizerStates:
 
     @property
     def num_steps_apart(self) -> float:
-        """The number of a client's first steps that it can take only together with clients that are at the same step.
+        """Number of a client's first steps that it can take only together with clients that are at the same step.
 
         Plain SGD has no state; momentum and what others average begin with the first step. Where the number of steps is
         in the formula, all must be at the same one, except for Adam, which takes a number for each client.
@@ -253,7 +253,7 @@ class OptimizerStates:
             schedule.scheduler.last_epoch - first if schedule.by_user and not schedule.by_state else schedule.num_steps
             for schedule, first in zip(self.schedules, self._first_epochs, strict=True)
         ]
-        # What steps change is left out: the rank that goes on from here may not have seen one.
+        # Options that steps change are left out: the rank that continues from here may not have taken a step.
         options = [
             [{name: value for name, value in group.items() if name not in own} for group in options_of(optimizer)]
             for optimizer, own in zip(self.optimizers, self._own_options, strict=True)
@@ -279,7 +279,7 @@ class OptimizerStates:
         Args:
             end: Their progress on the client with the most steps. None: back to the round's start.
         """
-        # A checkpoint at the round's end must not hold the states of whichever client this rank has trained last.
+        # A checkpoint at the round's end must not hold the states of the client that this rank trained last.
         self._go_to(self.start)
         if end is not None:
             with schedules_ahead_of_optimizers():
@@ -332,7 +332,7 @@ class OptimizerStates:
             self._go_to(before)
 
     def lr_sum(self, params: Mapping[str, Tensor]) -> dict[str, float]:
-        """For each parameter, the learning rates of the client's steps summed."""
+        """For each parameter, the sum of the learning rates of the client's steps."""
         of_param = {
             id(param): total
             for optimizer, totals in zip(self.optimizers, self.lr_sums, strict=True)
@@ -345,7 +345,7 @@ class OptimizerStates:
         """FedNova's normalizer of the client's local training.
 
         Returns:
-            None if it is unknown: for other optimizers than ``torch.optim.SGD``, for momentum of an earlier round, and
+            None if it is unknown: for optimizers other than ``torch.optim.SGD``, with momentum of an earlier round, and
             if it differs between parameter groups.
         """
         if self._normalizers is None:
@@ -381,7 +381,7 @@ class OptimizerStates:
 
     @contextmanager
     def not_counting(self) -> Iterator[None]:
-        """A block in which steps are only tried, and do not count."""
+        """A block whose steps are only trials and are not counted."""
         self._is_counting = False
         try:
             yield
@@ -391,17 +391,17 @@ class OptimizerStates:
     def _go_to(self, start: StartingPoint) -> None:
         """Goes to these options, schedules and scaler, with fresh states of the optimizers."""
         self._set_scaler(start.scaler)
-        # The optimizers are restarted instead of made anew: Lightning's wrappers and the schedulers refer to them.
+        # The optimizers are restarted, not recreated: Lightning's wrappers and the schedulers refer to them.
         for optimizer, options, fresh in zip(self.optimizers, start.options, self._fresh, strict=True):
             for group, saved in zip(optimizer.param_groups, options, strict=True):
                 group.update({name: _copied(value) for name, value in saved.items()})
-                # Also under manual optimization, where the module may add to gradients that it finds.
+                # Also under manual optimization, where the module may add to existing gradients.
                 for param in group["params"]:
                     param.grad = None
             optimizer.state.clear()
             optimizer.state.update(_copy_state(fresh))
         for schedule, state in zip(self.schedules, start.schedules, strict=True):
-            # `load_state_dict` takes over the objects that it is given, and the next client needs them unchanged.
+            # `load_state_dict` keeps the objects that it is given, and the next client needs them unchanged.
             schedule.scheduler.load_state_dict(copy.deepcopy(state))
             schedule.num_steps = 0
 
@@ -427,7 +427,7 @@ def _num_steps_apart(optimizer: Optimizer) -> float:
 
 @contextmanager
 def schedules_ahead_of_optimizers() -> Iterator[None]:
-    """A block in which PyTorch does not warn of schedules that step before their optimizers.
+    """A block in which PyTorch does not warn about schedules that step before their optimizers.
 
     A rank without clients steps its schedules although its optimizers have not stepped.
     """
@@ -437,11 +437,11 @@ def schedules_ahead_of_optimizers() -> Iterator[None]:
 
 
 _OF_SCHEDULES = ("params", "lr", "initial_lr", "momentum", "betas", "weight_decay")
-"""What schedules, callbacks and modules change in a group, perhaps in the closure that an optimizer's step calls."""
+"""Options that schedules, callbacks and modules change in a group, perhaps in the closure passed to ``step``."""
 
 
 def _marks(group: Mapping[str, Any]) -> dict[str, Any]:
-    """What tells whether an option has changed: a number itself, and the version of what is changed in place."""
+    """Marks that show whether an option has changed: its value for numbers, the version counter for tensors."""
     return {
         name: (id(value), version_counter(value)) if isinstance(value, Tensor) else value
         for name, value in group.items()
@@ -454,7 +454,7 @@ def _is_of_torch(optimizer: Optimizer) -> bool:
 
 
 class AsMade:
-    """What an optimizer is when it has just been made.
+    """The state of an optimizer at its creation.
 
     Args:
         optimizer: The optimizer.
@@ -465,7 +465,7 @@ class AsMade:
         self._state, self._options = _copy_state(optimizer.state), options_of(optimizer)
 
     def put_back(self) -> None:
-        """Undoes all steps; what schedules change, such as the learning rate, stays."""
+        """Undoes all steps; options that schedules change, such as the learning rate, stay."""
         self.optimizer.state.clear()
         self.optimizer.state.update(_copy_state(self._state))
         if _is_of_torch(self.optimizer):
@@ -478,7 +478,7 @@ _IMMUTABLE = (int, float, bool, str, type(None))
 
 
 def _copied(value: Any) -> Any:
-    # deepcopy takes as long as a small client's whole step, and this runs for each option of each client
+    # deepcopy takes as long as a small client's whole step, and this runs for each option of each client.
     return value if type(value) in _IMMUTABLE else copy.deepcopy(value)
 
 

@@ -1,4 +1,4 @@
-"""What training changes in parameters beside their values: whether they need gradients, the gradients, and hooks."""
+"""Attributes of parameters that training can change besides their values: ``requires_grad``, ``grad``, and hooks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning_fl.torch_internals import gradient_hooks, keep_gradient_hooks
 
 
 class ParameterMarks:
-    """Notes what parameters are beside their values, to put it back before the next client.
+    """Notes the parameters' attributes besides their values, to restore them before the next client.
 
     Args:
         params: The parameters by their names.
@@ -24,10 +24,10 @@ class ParameterMarks:
         ]
 
     def put_back(self) -> set[str]:
-        """Restores it without a gradient; returns the names of what had changed."""
+        """Restores the parameters without a gradient; returns the names of those that had changed."""
         changed = set()
         for name, param, requires_grad, hooks in self._marks:
-            # Also of parameters that no optimizer steps: clipping by norm and the module's code may read them.
+            # Also for parameters that no optimizer steps: clipping by norm and the module's code may read them.
             param.grad = None
             if param.requires_grad != requires_grad:
                 param.requires_grad_(requires_grad)

@@ -1,4 +1,4 @@
-"""The phases of a client's local training: which tensors each phase trains, and the facts of all phases together."""
+"""The phases of a client's local training: the tensors that each phase trains, and the facts of all phases together."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class LocalPhases:
         self._phase = phase
         self._trained = self.tensors.select(phase.trains)
         trainable = self.tensors.trainable
-        # An empty set spares `mask_frozen_grads`, which runs in every step, the way through all parameters.
+        # An empty set spares `mask_frozen_grads`, which runs in every step, a loop over all parameters.
         if len(self._trained) == len(trainable):
             self.frozen = set()
         else:
@@ -63,7 +63,7 @@ class LocalPhases:
         self._model = phase.model
 
     def start_at(self, start: Callable[[Tree, Tree, Context], Tree], ctx: Context) -> None:
-        """Moves the client's own model, which has just been loaded, to where its phase starts; see ``Phase.start``."""
+        """Sets the client's own model, which has just been loaded, to the start of its phase; see ``Phase.start``."""
         shared = self.tensors.params
         load(shared, start(clones(shared), {name: self._global_model[name] for name in shared}, ctx))
 
@@ -89,7 +89,7 @@ class LocalPhases:
         end = optimizers.schedule_end()
         if self._end is None or self._end.num_optimizer_steps < end.num_optimizer_steps:
             self._end = end
-        # What a client does to its own model must not count as work on the model that it sends.
+        # Training of the client's own model must not count as work on the model that it sends.
         sent = {name: param for name, param in self.tensors.params.items() if name in self._trained}
         if self._phase.model == "own" or not sent:
             return
@@ -119,7 +119,7 @@ class LocalPhases:
     @property
     def _all(self) -> Tree:
         tensors, own = self.tensors, self._own_model
-        # What was trained in an earlier round and is frozen in this one goes on being the client's own.
+        # Parameters trained in an earlier round and frozen in this one remain the client's own.
         frozen = {name: tensor for name, tensor in tensors.frozen.items() if name in own}
         return {**tensors.trainable, **tensors.buffers, **tensors.personal, **frozen}
 

@@ -78,7 +78,7 @@ class SequentialEngine(LocalTrainer):
         return self.tensors.params
 
     def prepare_gradients(self, optimizer: Optimizer) -> None:
-        # None while several clients are trained side by side by the subclass, which knows no phases.
+        # None while the subclass trains several clients in one step, which has no phases.
         frozen: Collection[int] = ()
         if self._phases is not None:
             self._phases.mask_frozen_grads(optimizer)
@@ -96,7 +96,7 @@ class SequentialEngine(LocalTrainer):
         self._note_moved()
         client_state: dict[str, Tree] = dict(phases.next_state)
         if self.personal or own_model:
-            # The module's personal tensors are the next client's soon; the own model was copied when it left the
+            # The next client will overwrite the module's personal tensors; the own model was copied when it left the
             # module.
             client_state["personal"] = {**lent, **(own_model or clones(tensors.personal))}
         facts = ClientFacts(
@@ -115,13 +115,13 @@ class SequentialEngine(LocalTrainer):
         return result
 
     def _lend(self, frozen: Tree, own: Tree) -> None:
-        """Puts the client's own values into frozen parameters that were trained in an earlier round."""
+        """Loads the client's own values of frozen parameters that were trained in an earlier round."""
         kept = {name: tensor for name, tensor in frozen.items() if name in own}
         self._common = clones(kept)
         load(kept, own)
 
     def _take_back(self) -> Tree:
-        """Puts the common values back into them; returns the client's."""
+        """Restores their common values; returns the client's own."""
         common, self._common = self._common or {}, None
         tensors = {name: self.tensors.personal_frozen[name] for name in common}
         own = clones(tensors)

@@ -1,4 +1,4 @@
-"""Tensors that are spread over the processes of a silo, torch's ``DTensor``: their parts, and the whole again."""
+"""Tensors sharded over the processes of a silo (torch's ``DTensor``): their local parts, and the full tensors."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from lightning_fl.types import Tree
 
 
 def is_spread(tensor: Tensor) -> bool:
-    """Whether each process holds a part of the tensor only."""
+    """Whether each process holds only a part of the tensor."""
     return isinstance(tensor, DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process holds, in the same memory; all of it, unless it is spread over several."""
+    """The part of a tensor that this process holds, in the same memory; the whole tensor if it is not sharded."""
     if not isinstance(tensor, DTensor):
         return tensor
     with torch.no_grad():
@@ -31,7 +31,7 @@ def locals_of(tensors: Mapping[str, Tensor]) -> Tree:
 
 
 def spread_like(part: Tensor, like: Tensor) -> Tensor:
-    """A tensor that is spread as ``like``, of which this process holds ``part``."""
+    """A tensor that is sharded like ``like``, with ``part`` as this process's part."""
     if not isinstance(like, DTensor):
         return part
     return DTensor.from_local(
@@ -40,13 +40,13 @@ def spread_like(part: Tensor, like: Tensor) -> Tensor:
 
 
 def whole(part: Tensor, like: Tensor) -> Tensor:
-    """The tensor that is spread as ``like``; a collective of the processes that hold its parts."""
+    """The full tensor of parts sharded like ``like``; a collective of the processes that hold them."""
     spread = spread_like(part, like)
     return spread.full_tensor() if isinstance(spread, DTensor) else part
 
 
 def part_of(value: Tensor, like: Tensor) -> Tensor:
-    """This process's part of a whole tensor; the reverse of :func:`whole`, and no collective."""
+    """This process's part of a full tensor; the inverse of :func:`whole`, without communication."""
     if not isinstance(like, DTensor):
         return value
     mesh = like.device_mesh
@@ -55,17 +55,17 @@ def part_of(value: Tensor, like: Tensor) -> Tensor:
 
 
 def gather_state(state: Any, like: Mapping[str, Tensor]) -> Any:
-    """A state with the whole tensors in place of the parts, by the names of those that are spread.
+    """A state with full tensors in place of the parts of those parameters that are sharded.
 
     Args:
         state: Trees, nested to any depth.
-        like: The parameters.
+        like: The parameters, by their names.
     """
     return _map(state, like, whole, lambda own: local(own).shape)
 
 
 def scatter_state(state: Any, like: Mapping[str, Tensor]) -> Any:
-    """The reverse of :func:`gather_state`."""
+    """The inverse of :func:`gather_state`."""
     return _map(state, like, part_of, lambda own: own.shape)
 
 

@@ -14,9 +14,9 @@ from lightning_fl.tree import cast_like, num_bytes
 from lightning_fl.types import Tree
 
 SMALL = 2**28
-"""Bytes of frozen tensors of which there may be copies, however small the trainable ones are."""
+"""Bytes of frozen tensors that may be copied, however small the trainable ones are."""
 QUICK = 2**16
-"""Bytes of a tensor that is compared as fast as its mark."""
+"""Size in bytes up to which comparing a whole tensor is as fast as comparing its mark."""
 
 
 class FederatedTensors:
@@ -28,12 +28,11 @@ class FederatedTensors:
         module: The user's module.
         personal: ``fnmatch`` globs on ``state_dict`` names: tensors that never leave their client. A tied tensor
             matches by each of its names.
-        moving: Names of frozen parameters that local training writes to, such as a teacher that follows by an
-            exponential moving average; they count as shared buffers. None: not known yet, so those that may be such a
-            teacher do.
-        may_be_spread: Whether parameters may be spread over the processes of a silo.
-        moves: Names frozen parameters that the server moves, from the names of all and the shared parameters.
-        before: Those of the last round, whose copies of frozen parameters are taken over where they still hold.
+        moving: Names of frozen parameters that local training writes to, such as a teacher updated as an exponential
+            moving average; they count as shared buffers. None: not known yet, so all that may be such a teacher count.
+        may_be_spread: Whether parameters may be sharded over the processes of a silo.
+        moves: Names frozen parameters that the server updates, from the names of all and the shared parameters.
+        before: The tensors of the last round, whose copies of frozen parameters are reused where they are still valid.
 
     Raises:
         ValueError: If a glob matches nothing, or nothing trainable is left to share.
@@ -49,8 +48,8 @@ class FederatedTensors:
         before: FederatedTensors | None = None,
     ) -> None:
         check_tensors(module, may_be_spread)
-        # Buffers that are not persistent, such as caches and the states of metrics, belong to no model and never
-        # travel.
+        # Buffers that are not persistent, such as caches and the states of metrics, are not part of the model and are
+        # never sent.
         persistent = set(module.state_dict())
         params = {name: param for name, param in module.named_parameters() if param.requires_grad}
         buffers = {name: owner(module, name) for name, _ in module.named_buffers() if name in persistent}
@@ -75,7 +74,7 @@ class FederatedTensors:
         self._buffers = {name: place for name, place in buffers.items() if name not in own}
         self._personal_buffers = {name: place for name, place in buffers.items() if name in own}
         self.personal_frozen: Tree = {name: param for name, param in frozen.items() if name in own}
-        """Frozen parameters that stay with their client, as far as it has a value of its own from rounds before."""
+        """Frozen parameters that stay with their client, if it has its own value from earlier rounds."""
         found = _may_follow(params, frozen) if moving is None else frozen.keys() & set(moving)
         found = found.union(() if moves is None else moves(list(frozen), self.params))
         self.moving = {name: param for name, param in frozen.items() if name in found}
@@ -91,7 +90,7 @@ class FederatedTensors:
 
     @property
     def buffers(self) -> dict[str, Tensor]:
-        """What is averaged beside trainable parameters: shared persistent buffers, and frozen parameters that move."""
+        """Tensors averaged besides trainable parameters: shared persistent buffers, and frozen parameters that move."""
         return {**locals_of(self.moving), **{name: getattr(owner, key) for name, (owner, key) in self._buffers.items()}}
 
     @property
@@ -143,14 +142,14 @@ class FederatedTensors:
 
 
 def check_tensors(module: nn.Module, may_be_spread: bool = False) -> None:
-    """Makes sure that the module's tensors can be averaged and sent.
+    """Checks that the module's tensors can be averaged and sent.
 
     Args:
         module: The module.
-        may_be_spread: Whether parameters may be spread over the processes of a silo.
+        may_be_spread: Whether parameters may be sharded over the processes of a silo.
 
     Raises:
-        ValueError: If one is of a kind that can't; the message names it and the remedy.
+        ValueError: If a tensor can't; the message names it and the remedy.
     """
     persistent = set(module.state_dict())
     buffers = [(name, own) for name, own in module.named_buffers() if name in persistent]
@@ -168,7 +167,7 @@ def _why_not(tensor: Tensor) -> str | None:
         )
     if is_spread(tensor):
         return (
-            "is a DTensor, which is spread over processes, but a federation's rank trains a whole model. Set "
+            "is a DTensor, which is sharded over processes, but a federation's rank trains a whole model. Set "
             "silo=fl.silos.FSDP2() if those are the processes of a silo, or leave out fully_shard and "
             "parallelize_module."
         )
@@ -199,16 +198,16 @@ def clones(tensors: Mapping[str, Tensor]) -> Tree:
 
 
 class WatchedTensors:
-    """Tensors that training leaves as they are, as a rule; finds those that it has written to, and puts them back.
+    """Tensors that training normally leaves unchanged; finds those that it has written to, and restores them.
 
-    Copies are made of the smallest ones first, as far as memory allows, since a large frozen model would otherwise take
-    its memory twice. Each tensor has a mark: its version counter, which misses writes through ``tensor.data``, its
-    place in memory, and a sample of its elements. For tensors without a copy the mark is all there is.
+    The smallest tensors are copied first, as far as ``max_bytes`` allows, since a large frozen model would otherwise
+    take its memory twice. Each tensor has a mark: its version counter, which misses writes through ``tensor.data``, its
+    address in memory, and a sample of its elements. Tensors without a copy are compared by their mark only.
 
     Args:
         tensors: The tensors.
-        max_bytes: The most memory of the copies.
-        before: An earlier watch, whose copies are taken over where they still hold.
+        max_bytes: Maximum memory of the copies, in bytes.
+        before: An earlier watch, whose copies are reused where they are still valid.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], max_bytes: float, before: WatchedTensors | None = None) -> None:
@@ -233,7 +232,7 @@ class WatchedTensors:
 
         Args:
             whole: Whether each is compared with its copy; else only those whose mark has changed, and small ones.
-            suspects: Names of those that are compared in any case.
+            suspects: Names of tensors that are compared in any case.
         """
         compared = [
             name

@@ -1,4 +1,4 @@
-"""What the processes of a silo agree on while they train one client together."""
+"""Collectives among the processes of a silo that train one client together."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from lightning_fl.tree import sum_dtype
 
 
 class WithinSilo:
-    """What the processes of a silo agree on while they train one client together; of one process, what it does.
+    """Collectives among the processes of a silo that train one client together; without effect for a single process.
 
     Args:
-        group: The ranks of the federation, each of which may be a silo of several processes. None: there is one.
+        group: The ranks of the federation, each of which may be a silo of several processes. None: a single process.
     """
 
     def __init__(self, group: Group | None = None) -> None:
@@ -33,16 +33,16 @@ class WithinSilo:
 
     @staticmethod
     def free_gathered(module: nn.Module) -> None:
-        """Frees the whole parameters that a pass without gradients, such as validation, has left behind."""
+        """Frees the unsharded parameters that a pass without gradients, such as validation, has left in memory."""
         for part in module.modules():
             if isinstance(part, FSDPModule):
                 part.reshard()
 
     def refuse_skipping(self) -> None:
-        """Refuses a batch without a loss, for which the other processes would wait.
+        """Refuses a batch without a loss, because the other processes would wait for its gradients.
 
         Raises:
-            ValueError: If there are others.
+            ValueError: If the silo has several processes.
         """
         if not self.is_alone:
             raise ValueError(
@@ -53,7 +53,7 @@ class WithinSilo:
     def average_gradients(self, params: Iterable[Tensor]) -> None:
         """Replaces each gradient by its mean over the silo; without effect where ``fully_shard`` has done so.
 
-        A gradient that some processes do not have counts as 0 there; one that none has stays None.
+        A missing gradient counts as 0 unless it is missing on every process, in which case it stays None.
 
         Args:
             params: The trainable parameters, in the same order on each process.
@@ -72,7 +72,7 @@ class WithinSilo:
                 param.grad = part.view(param.shape)
 
     def join_buffers(self, buffers: Mapping[str, Tensor]) -> None:
-        """Gives all processes the same buffers: those of the first, or where parameters are spread, the mean of floats.
+        """Gives all processes the same buffers: the first one's, or where parameters are sharded, the mean of floats.
 
         Args:
             buffers: The shared and personal buffers, which are changed in place.
@@ -89,23 +89,23 @@ class WithinSilo:
         load(buffers, joined)
 
     def joint_squares(self, squares: list[float]) -> list[float]:
-        """Squared norms of whole tensors, from those of the parts that the processes hold."""
+        """Squared norms of full tensors, from those of the parts that the processes hold."""
         if self.shards.size == 1:
             return squares
         return self.shards.all_reduce(torch.tensor(squares, dtype=torch.float64)).tolist()
 
     def joint_norm(self, own: float) -> float:
-        """The norm of whole tensors, from that of the parts that this process holds."""
+        """The norm of full tensors, from that of the parts that this process holds."""
         return own if self.shards.size == 1 else float(self.joint_squares([own**2])[0] ** 0.5)
 
     def all_agree(self, own: list[bool]) -> list[bool]:
-        """What holds on every process of the silo."""
+        """For each flag, whether it is True on every process of the silo."""
         if self.is_alone:
             return own
         return [bool(one) for one in self.inner.all_reduce(torch.tensor(own, dtype=torch.uint8), "min").tolist()]
 
     def mean_of(self, measured: Any) -> Any:
-        """The mean over the silo of a tensor, or of each tensor of a tree."""
+        """The mean over the silo of a tensor, or of each tensor in a tree."""
         if self.is_alone:
             return measured
         if isinstance(measured, Mapping):
@@ -113,7 +113,7 @@ class WithinSilo:
         return self.inner.all_reduce(measured) / self.inner.size
 
     def mean(self, value: float) -> float:
-        """The mean of a number over the silo; of those that have one."""
+        """The mean of a number over the silo's processes that have one."""
         if self.is_alone:
             return value
         known = not math.isnan(value)

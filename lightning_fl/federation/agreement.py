@@ -1,4 +1,4 @@
-"""In words, what two parties who are about to train together do not have in common."""
+"""Describes in words how two parties that are about to train together differ."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Disagreement(ValueError):
-    """Parties that are to train together do not train the same thing."""
+    """Raised if parties that are about to train together would not train the same thing."""
 
 
 MAX_DIFFERENCES = 8
@@ -18,13 +18,13 @@ _MAX_NAMES = 12
 def differences(expected: Mapping[str, Any], found: Mapping[str, Any], who: str, reference: str) -> list[str]:
     """A phrase for each name whose values differ.
 
-    Lists, such as the names of a table's columns, are told by what one of them has and lacks, or by their order.
+    Lists, such as the names of a table's columns, are described by the added and missing items, or by their order.
 
     Args:
-        expected: What one party has, by name.
-        found: What the other has.
-        who: What to call the other.
-        reference: What to call the first.
+        expected: One party's values, by name.
+        found: The other party's values.
+        who: The other party's name in the phrases.
+        reference: The first party's name in the phrases.
     """
     names = dict.fromkeys([*expected, *found])
     return [
@@ -35,7 +35,7 @@ def differences(expected: Mapping[str, Any], found: Mapping[str, Any], who: str,
 
 
 def several(phrases: list[str]) -> str:
-    """The first of the phrases as one, and how many more there are."""
+    """Joins the first phrases, and adds the number of further ones."""
     more = len(phrases) - MAX_DIFFERENCES
     return "; ".join(phrases[:MAX_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
 

@@ -34,7 +34,7 @@ class _Read(NamedTuple):
 
 def _place(index: int, length: int, pass_length: int | None) -> _Place:
     """The place of the batch at ``index`` of ``length`` batches that are read in passes over a loader."""
-    if pass_length is None:  # without a length of its own nobody knows where one pass ends
+    if pass_length is None:  # without a length, the end of a pass is unknown
         return _Place(index, length)
     offset = index % pass_length
     return _Place(offset, min(pass_length, length - index + offset))
@@ -62,7 +62,7 @@ class ClientBatches:
         loader: The client's loader.
         works: The client's local work in each phase.
         round: Number of the round.
-        max_work: The largest local work of any client. Passes are numbered over all rounds, for samplers that shuffle
+        max_work: The largest local work of any client: passes are numbered over all rounds, for samplers that shuffle
             by epoch, and no number may repeat.
         on_first_batch: Called once the first batch has been read.
     """
@@ -83,7 +83,7 @@ class ClientBatches:
         self.max_work = max_work
         self.on_first_batch = on_first_batch
         self.seconds_waiting = 0.0
-        """Seconds in which training has waited for the loader."""
+        """Seconds that training has waited for the loader."""
         # At least as many passes as any client makes in any round, so that no pass number repeats.
         self.first_pass = round * sum(max(work.epochs, max_work.epochs) for work in works)
 
@@ -220,8 +220,8 @@ class ClientBatches:
 
     def _cycle(self, pass_length: int | None, round: int) -> Iterator[Any]:
         for number in count():
-            # How many passes a number of steps takes is not known beforehand; room for 65,536 of them keeps the numbers
-            # of different rounds and phases apart.
+            # The number of passes that the steps take is not known beforehand; room for 65,536 of them keeps the
+            # numbers of different rounds and phases apart.
             begin_pass(self.loader, (round << 16) + number)
             batch = _END
             for batch in islice(self.loader, pass_length):
@@ -233,7 +233,7 @@ class ClientBatches:
 
 
 def begin_pass(loader: Any, number: int) -> None:
-    """Calls ``set_epoch`` of samplers that have it, such as ``DistributedSampler``."""
+    """Calls ``set_epoch`` on samplers that have it, such as ``DistributedSampler``."""
     # A DataLoader that was given a batch sampler has an unused default as its `sampler`; the one that shuffles is
     # inside the batch sampler. Otherwise both are the same object, which is called once.
     samplers: tuple[Any, Any] = (

@@ -21,12 +21,12 @@ Transform = Callable[[Tree, Tree, Context], Tree]
 
 
 class GroupTransform:
-    """The transform of the gradients of the clients that train in a step.
+    """The gradient transform for the clients that train in a step.
 
     Args:
         group: Selects these clients, from step to step.
         run: Maps gradients, parameters and contexts to gradients; all are stacked, unless the group is a client alone.
-        reads_more: Whether it looks at more than these.
+        reads_more: Whether it reads anything besides these.
     """
 
     def __init__(self, group: ClientGroup, run: Transform, reads_more: bool) -> None:
@@ -40,13 +40,13 @@ class GroupTransform:
 
     @property
     def context(self) -> Context | None:
-        """What it reads beside gradients and parameters; None if that is not all."""
+        """The context that it reads besides gradients and parameters; None if it reads more."""
         return None if self._reads_more else self._group.selected
 
 
 @dataclass(frozen=True)
 class GroupUpdate:
-    """What a client group contributes to a round.
+    """A client group's contribution to a round.
 
     Args:
         updates: The clients' updates, each tensor stacked, ``[num_clients, ...]``; ``weights`` replaces their
@@ -70,7 +70,7 @@ class GroupUpdate:
 
 
 class ClientGroup:
-    """Clients that train side by side; a client alone is a group of one.
+    """Clients that train together; a client alone is a group of one.
 
     The algorithm's methods are written for one client. For several they run under ``torch.func.vmap`` on stacked
     tensors.
@@ -80,9 +80,9 @@ class ClientGroup:
         server: The algorithm's server state.
         clients: The clients.
         client_states: Each client's state from its last round.
-        probe: What the algorithm's ``probe`` has measured; only for a client alone.
-        version: The round with whose first model the clients start. None: the present one.
-        number: How many other visits of these clients in the round come before.
+        probe: The result of the algorithm's ``probe``; only for a client alone.
+        version: The round with whose initial model the clients start. None: the current one.
+        number: Number of earlier visits of these clients in the round.
 
     Raises:
         NotStackable: If the contexts that the algorithm returns for the clients can't be stacked.
@@ -131,7 +131,7 @@ class ClientGroup:
 
     @property
     def context(self) -> Context:
-        """The context of a client alone, or those of several, stacked."""
+        """The context of a client alone, or the stacked contexts of several clients."""
         context: Context = self._stacked
         return context
 
@@ -153,7 +153,7 @@ class ClientGroup:
 
         Args:
             phase: The phase.
-            gradient_at: What an algorithm that ``needs_gradient_at`` finds in its context under this name.
+            gradient_at: The context's entry of this name, for algorithms that ``needs_gradient_at``.
         """
         transform = phase.grad_transform
         if transform is None and self.settings.transforms_gradients:
@@ -233,7 +233,7 @@ class ClientGroup:
 
 
 def _with_zeros(grads: Tree, params: Tree) -> tuple[Tree, Tree]:
-    """The same with a gradient of 0 for each parameter that has none."""
+    """The gradients and parameters, with a gradient of 0 for each parameter that has none."""
     if len(grads) == len(params):
         return grads, params
     # Without it a correction that all clients share would be left out where a client does not use a parameter, and the
@@ -242,7 +242,7 @@ def _with_zeros(grads: Tree, params: Tree) -> tuple[Tree, Tree]:
 
 
 def _with_gradients(grads: Tree, params: Tree) -> tuple[Tree, Tree]:
-    """The same with the parameters that have a gradient only."""
+    """The gradients and parameters, with only the parameters that have a gradient."""
     return grads, params if len(grads) == len(params) else {name: params[name] for name in grads}
 
 

@@ -1,4 +1,4 @@
-"""The local training of a client group in a round: its batches, its phases, and what is measured."""
+"""The local training of a client group in a round: its batches, its phases, and its measurements."""
 
 from __future__ import annotations
 
@@ -23,9 +23,8 @@ class ClientTask:
         group: Calls the algorithm for the group.
         batches: The group's batches, each with its position.
         phases: The phases of its training.
-        known_sizes: The number of examples that one pass over each client's data yields; None if it is known only
-            after training.
-        loader: The loader of a client alone, whose length counts where its batches don't tell how many examples they
+        known_sizes: Number of examples in one pass over each client's data; None if it is known only after training.
+        loader: The loader of a client alone, whose length is used if its batches don't tell how many examples they
             hold.
     """
 
@@ -61,12 +60,12 @@ class ClientTask:
 
     @property
     def counts(self) -> bool:
-        """Whether the current phase trains the model that is sent, so that its losses and logged values count."""
+        """Whether the current phase trains the model that is sent, so that its losses and logged values are used."""
         return self.phase.model == "global"
 
     def next_phase(self) -> Phase:
         """Starts the next phase."""
-        # Each phase reads the data anew: with the examples of earlier phases in the count, the pass that ends in this
+        # Each phase reads the data again: with the examples of earlier phases in the count, the pass that ends in this
         # phase would seem larger than it is.
         self._phase_index += 1
         self.phase = self.phases[self._phase_index]
@@ -88,8 +87,8 @@ class ClientTask:
             num_examples: Examples in the batch of one client.
             losses: The loss of a client alone, or of each of several; None if the batch was skipped.
             mask: The positions in the group of the clients that trained. None: all.
-            is_known: Whether the batch, or the module, has told how many examples it holds; if not, ``num_examples``
-                is only a weight of its loss.
+            is_known: Whether the batch, or the module, specifies its number of examples; if not, ``num_examples`` is
+                only a weight of its loss.
         """
         self._sizes_are_known &= is_known
         # Examples count in every phase, because a client's weight is the size of its data, whichever model a phase
@@ -99,8 +98,8 @@ class ClientTask:
             self._examples_of_pass = self._examples_seen
         if not self.counts:
             return
-        # Reading a loss on a CPU costs nothing, and a running sum needs no memory for each step. A skipped batch takes
-        # this way on a GPU too: it has no loss to wait for.
+        # Reading a loss on a CPU costs nothing, and a running sum needs no memory for each step. A skipped batch is
+        # added here on a GPU too: it has no loss to wait for.
         if mask is None and len(self._every) == 1 and (losses is None or losses.is_cpu):
             self._examples_of_losses += num_examples
             if losses is not None:
@@ -135,11 +134,11 @@ class ClientTask:
         """Examples of one pass, as counted in training.
 
         Raises:
-            ValueError: If it weights the client, and can't be told.
+            ValueError: If the client is weighted by it, and it can't be determined.
         """
         if self._sizes_are_known:
-            # By steps without a length, or with fewer steps than a pass has batches, no end of a pass is seen; the
-            # client is then weighted by what it has processed.
+            # With work in steps and no length, or fewer steps than a pass has batches, the end of a pass is never seen;
+            # the client is then weighted by the number of examples that it has processed.
             return self._examples_seen if self._examples_of_pass is None else self._examples_of_pass
         likely = likely_examples(self.loader)
         if likely is None and self.group.settings.weighting == "examples":

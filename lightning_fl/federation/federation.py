@@ -25,7 +25,7 @@ class Opening:
         cohort: The clients of the round. None: the ranks draw them.
         state: The federation's state with which the round starts. None: the ranks have it.
         buffers: The shared buffers that belong to ``state``.
-        facts: What a party that has missed rounds needs to catch up, such as the optimizer steps so far.
+        facts: Values that a party needs to catch up after missed rounds, such as the optimizer steps so far.
     """
 
     round: int
@@ -36,16 +36,16 @@ class Opening:
 
 
 class Federation(ABC):
-    """A party's way to the others between its local phases.
+    """A party's communication with the others between its local phases.
 
     Args:
         group: The ranks of this launch.
-        place: This process's place among all that hold clients, from 0.
-        size: How many processes hold clients.
+        place: This process's index among all that hold clients, from 0.
+        size: Number of processes that hold clients.
     """
 
     knows_all_clients: ClassVar[bool] = True
-    """Whether this launch knows the data of all clients, or of all that its ranks have told each other about."""
+    """Whether this launch holds the data of all clients, or of all that its ranks have told each other about."""
 
     def __init__(self, group: Group, place: int, size: int) -> None:
         self.group = group
@@ -76,15 +76,15 @@ class Federation(ABC):
 
     @abstractmethod
     def merge(self, opened: ServerRound, acc: Any, report: RankReport) -> tuple[Any, list[RankReport]]:
-        """Joins what all parties have accumulated; returns it with the parties' reports."""
+        """Merges the accumulators of all parties; returns the result and the parties' reports."""
 
     @abstractmethod
     def close_round(self, opened: ServerRound, acc: Any, joined: RankReport) -> Closing:
-        """Moves the global model.
+        """Updates the global model.
 
         Args:
             opened: The round.
-            acc: What :meth:`merge` returned.
+            acc: The accumulator that :meth:`merge` returned.
             joined: The parties' reports, joined.
 
         Raises:
@@ -97,18 +97,18 @@ class Federation(ABC):
 
     @abstractmethod
     def gather_sums(self, aggregator: Aggregator, session: Any, message: Message, topic: str) -> list[Message]:
-        """The same by an aggregator that reveals only the sums of the messages' field ``"sums"``.
+        """As :meth:`gather`, but the aggregator reveals only the sums of the messages' field ``"sums"``.
 
         Args:
-            aggregator: It hides reports.
-            session: What its ``open`` returned.
+            aggregator: An aggregator that hides reports.
+            session: The session that its ``open`` returned.
             message: This party's message.
-            topic: What it is about.
+            topic: The message's topic.
         """
 
 
 class GroupFederation(Federation):
-    """Ranks that are joined by collectives; each of them computes the server's side.
+    """Ranks that communicate by collectives; each of them computes the server's side.
 
     Args:
         group: The ranks.

@@ -1,4 +1,4 @@
-"""The batches of clients that train side by side: read before they train, stacked step by step."""
+"""The batches of clients that train together: read before they train, stacked step by step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_fl.types import ClientId
 
 
 class GroupSplit(Exception):
-    """Raised when the clients of a planned group can't train together, or would be slower than apart.
+    """Raised when the clients of a planned group can't train together, or would be slower than separately.
 
     Args:
         parts: The groups in which they train instead.
@@ -60,7 +60,7 @@ class StackedData:
 
     @cached_property
     def masks(self) -> list[StepMask] | None:
-        """Who trains in each step; None if all clients train in each."""
+        """The clients that train in each step; None if all clients train in each."""
         return self.grouping.masks(list(self.works.values()))
 
     def read(self, next_phase: Callable[[], None]) -> Iterator[tuple[StackedBatch, BatchPosition]]:
@@ -105,7 +105,7 @@ def read_group(
     """Reads the batches of a group.
 
     Args:
-        grouping: Decides who may train together.
+        grouping: Decides which clients may train together.
         clients: The clients of the group.
         open_client: Opens a client's batches, to be read with the client's random numbers.
         num_batches: Returns the number of batches that a client has in the round.
@@ -129,7 +129,7 @@ def read_group(
         if len(passes) > 1:
             continue
         # Only a batch that has been read shows how much memory batches take, and reading all of them first would
-        # already take it.
+        # already take that memory.
         if pairs:
             parts = grouping.affordable(clients, passes[client], map(num_batches, clients))
             if len(parts) > 1:
@@ -139,7 +139,7 @@ def read_group(
     data = StackedData(grouping, passes, next(iter(positions.values()), []), [sizes[client] for client in passes])
     parts = grouping.split(data.works)
     if parts == [list(clients)] and data.masks is None:
-        # One pass over six batches and two over three are the same batches, but not for who looks at `batch_idx`.
+        # One pass over six batches and two passes over three are the same batches, but `batch_idx` differs.
         alike: dict[Any, list[ClientId]] = {}
         for client in clients:
             alike.setdefault(tuple(positions[client]), []).append(client)

@@ -1,4 +1,4 @@
-"""The entry of a finished round in ``strategy.history``, and what of it goes to the loggers."""
+"""The entry of a finished round in ``strategy.history``, and the figures in it that go to the loggers."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from lightning_fl.schedules import Flush
 from lightning_fl.types import ClientId
 
 CLIENT_FIGURES = ("num_clients", "num_examples", "num_steps", "update_spread", "num_bytes")
-"""Figures that disclose exact facts about the clients of a round; so does the time that it took."""
+"""Figures that disclose exact facts about the clients of a round; so does its duration."""
 
 RANK_FIGURES = ("fl/num_bytes", "fl/seconds_")
-"""How the names of the figures begin that each rank has of its own."""
+"""Prefixes of the figures that differ from rank to rank."""
 
 
 class History(list[dict[str, Any]]):
-    """One entry for each finished round, which a notebook shows as a table."""
+    """One entry for each finished round; a notebook shows it as a table."""
 
     MAX_ROWS = 20
-    """Rounds that are shown; of more the last ones."""
+    """Maximum number of rounds in the table, the last ones."""
 
     def _repr_html_(self) -> str:
         shown = self[-self.MAX_ROWS :]
@@ -32,7 +32,7 @@ class History(list[dict[str, Any]]):
 
 
 def html_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A plain table, with all text escaped: names of clients may be anything."""
+    """A plain HTML table; all text is escaped, since clients' names may contain anything."""
 
     def cell(value: Any) -> str:
         if isinstance(value, list):
@@ -47,14 +47,15 @@ def html_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 def history_entry(
     round: int, result: RoundResult, dropped: Sequence[ClientId], flush: Flush | None = None
 ) -> dict[str, Any]:
-    """The entry of a round in ``strategy.history``: plain values, the same on every rank except for the seconds.
+    """The entry of a round in ``strategy.history``: plain values, the same on every rank except for the times.
 
     Args:
         round: Number of the round.
         result: The round's result.
         dropped: Stragglers that were left out.
-        flush: What the round has taken in on the simulated clock; None if there is none. ``clock`` is then the second
-            at which the round has closed, ``staleness`` how many updates were 0, 1, 2, ... server updates old.
+        flush: The updates that the round has received on the simulated clock; None if there is none. In the entry,
+            ``clock`` is the second at which the round closed, and ``staleness`` the number of updates that were 0, 1,
+            2, ... server updates old.
     """
     report = result.report
     return {
@@ -86,16 +87,16 @@ def figures(entry: Mapping[str, Any], hides_clients: bool = False) -> dict[str, 
     hidden = CLIENT_FIGURES if hides_clients else ()
     left_out = {"fl/left_out": len(entry["left_out"])} if "left_out" in entry else {}
     numbers = {name: value for name, value in entry.items() if isinstance(value, int | float) and name not in hidden}
-    # The time that a round takes grows with the number of its clients.
+    # The duration of a round grows with the number of its clients.
     seconds = {} if hides_clients else {f"fl/seconds_{phase}": value for phase, value in entry["seconds"].items()}
     return {**{f"fl/{name}": value for name, value in numbers.items()}, **left_out, **seconds}
 
 
 def left_out(entry: Mapping[str, Any]) -> dict[str, int]:
-    """How many clients of a round's cohort do not count, by reason."""
+    """Number of clients of a round's cohort that were left out, by reason."""
     return {reason: len(entry[reason]) for reason in ("refused", "failed", "empty", "dropped", "lost")}
 
 
 def words(entry: Mapping[str, Any]) -> dict[str, str]:
-    """The text values of a round's entry, which the loggers get once."""
+    """The text values of a round's entry, which are passed to the loggers once."""
     return {f"fl/{name}": value for name, value in entry.items() if isinstance(value, str)}

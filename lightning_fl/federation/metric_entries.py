@@ -15,15 +15,14 @@ Entries = dict[str, Entry]
 def add_entry(entries: Entries, key: str, entry: Entry) -> None:
     """Adds a value to those logged under the same key, by its own reduction."""
     if key not in entries:
-        # A copy, because later values are added in place, and the caller's entry is not ours to change.
+        # A copy, because later values are added in place, and the caller's entry must not change.
         entries[key] = dict(entry)
         return
     total, reduction = entries[key], entry["reduction"]
     if reduction in ("mean", "sum"):
         total["value"] = total["value"] + entry["value"]
     else:
-        # Unlike Python's `min` and `max`, torch's give NaN in either order, so that the result does not depend on who
-        # comes first.
+        # Unlike Python's `min` and `max`, torch's give NaN in either order, so the result does not depend on the order.
         both = torch.as_tensor(total["value"]), torch.as_tensor(entry["value"])
         total["value"] = (torch.minimum if reduction == "min" else torch.maximum)(*both)
     total["weight"] = total["weight"] + entry["weight"]

@@ -1,4 +1,4 @@
-"""Plans what one rank does in a round, before the round begins."""
+"""Plans one rank's part of a round before the round begins."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from lightning_fl.types import ClientId
 
 @dataclass(frozen=True)
 class PlannedGroup:
-    """Clients that train side by side, from the same version of the model.
+    """Clients that train together, from the same version of the model.
 
     Args:
         clients: The clients.
-        version: The round with whose first model they start.
-        number: How many other visits of these clients in the round come before.
+        version: The round with whose initial model they start.
+        number: Number of earlier visits of these clients in the round.
         num_steps: The number of steps that clients with unequal work take; None: as many as each client has batches.
     """
 
@@ -36,28 +36,28 @@ class PlannedGroup:
     num_steps: int | None = None
 
     def of(self, clients: Sequence[ClientId]) -> PlannedGroup:
-        """Some of the clients as a group."""
+        """A group of some of the clients."""
         return replace(self, clients=tuple(clients), num_steps=None)
 
 
 @dataclass(frozen=True)
 class RankPlan:
-    """A round as one rank sees it.
+    """One rank's plan of a round.
 
     Args:
         round: Number of the round.
         max_work: The largest local work of any client.
         works: The local work of each client of the cohort.
-        visits: Who trains in the round, on all ranks, without dropped stragglers.
+        visits: The training clients of the round, on all ranks, without dropped stragglers.
         dropped: Stragglers and late clients that are left out.
-        flush: What the round takes in on the simulated clock; None if there is none.
+        flush: The updates that the round receives on the simulated clock; None if there is none.
         clock: The clock after the round.
         planned: This rank's client groups, in the order of training; each client has at least one batch.
         sizes: For each client of this rank, the number of examples in one pass; None if known only after training.
         lengths: For each client of this rank, its number of batches in the round; None if known only after training.
         empty: Clients of this rank without data.
         failed: For each client of this rank whose loader raised, the description of the error.
-        loaders: Loaders that were made while planning, to be used by the clients that train first.
+        loaders: Loaders that were created while planning, for the clients that train first.
     """
 
     round: int
@@ -76,7 +76,7 @@ class RankPlan:
 
     @cached_property
     def cohort(self) -> Sequence[ClientId]:
-        """The clients of the round, on all ranks; one that comes twice stands twice."""
+        """The clients of the round, on all ranks; a client with two visits is listed twice."""
         return [visit.client for visit in self.visits]
 
     @property
@@ -105,7 +105,7 @@ class Planner:
 
     Args:
         population: All clients.
-        participation: Who takes part in a round, and how much each client trains.
+        participation: Which clients take part in a round, and the local work of each.
         settings: The federation's settings.
         group: The ranks of the federation.
         describe_failure: Describes the error of a client's loader, or raises it.
@@ -124,7 +124,7 @@ class Planner:
         self.group = group
         self.describe_failure = describe_failure
         self.sampler = ParticipationSampler(participation, population, settings.seed, group)
-        # The estimate costs a collective and, with work by epochs, every client's loader, but it may be asked for
+        # Cached: the estimate costs a collective and, with work in epochs, every client's loader, but may be requested
         # repeatedly.
         self._largest: int | float | None = None
 
@@ -142,21 +142,21 @@ class Planner:
         Args:
             index: Number of the round.
             max_work: The largest local work of any client.
-            grouping: Forms groups of clients that train side by side. None: each client trains alone.
+            grouping: Forms groups of clients that train together. None: each client trains alone.
             sticky: Whether clients keep state and so must train on their home rank.
             clock: The simulated clock. None: it begins with this round, if there is one.
 
         Raises:
-            ConfigurationError: If a client comes twice in the round and may not.
+            ConfigurationError: If a client takes part twice in the round and may not.
         """
         plan = self._draw(index, max_work, sticky, clock)
-        # Only those that train are placed; dropped stragglers would count as load on their ranks.
+        # Only training clients are placed; dropped stragglers would count as load on their ranks.
         own = self.population.place(list(plan.works), self.group.size, sticky, plan.works)[self.group.rank]
         plan, forecasts = self._inspect(plan, own, grouping)
         return replace(plan, planned=_form_groups(plan.visits, forecasts, grouping))
 
     def _draw(self, index: int, max_work: LocalWork, sticky: bool, clock: Clock | None) -> RankPlan:
-        """Who trains in the round, on all ranks, and how much."""
+        """The training clients of the round, on all ranks, and their local work."""
         schedule = self.settings.schedule
         if schedule is None:
             drawn = self.sampler.cohort(index)
@@ -175,7 +175,7 @@ class Planner:
     def _inspect(
         self, plan: RankPlan, clients: Sequence[ClientId], grouping: Grouping | None
     ) -> tuple[RankPlan, dict[ClientId, BatchForecast | None]]:
-        """Adds what the loaders of this rank's clients tell; returns also a forecast for each client with batches."""
+        """Adds sizes and lengths from the loaders of this rank's clients; returns also each client's batch forecast."""
         sizes: dict[ClientId, int | None] = {}
         lengths: dict[ClientId, int | None] = {}
         forecasts: dict[ClientId, BatchForecast | None] = {}
@@ -203,14 +203,14 @@ class Planner:
                 continue
             if sizes[client] is not None:
                 forecasts[client] = forecast_batches(loader, segments[0], work.pass_length(num_batches))
-            # The first group finds its loaders ready; to keep all would cost memory in the number of clients.
+            # The first group finds its loaders ready; keeping all would cost memory proportional to the clients.
             if len(loaders) < grouping.max_clients:
                 loaders[client] = loader
         found = replace(plan, sizes=sizes, lengths=lengths, empty=empty, failed=failed, loaders=loaders)
         return found, forecasts
 
     def _works(self, index: int, visits: Sequence[Visit], max_work: LocalWork) -> dict[ClientId, LocalWork]:
-        """The local work of the clients that a round takes in, in the order of clients."""
+        """The local work of the clients whose updates a round receives, in the order of clients."""
         clients = sorted({visit.client for visit in visits}, key=self.population.position)
         works = dict(self.sampler.works(index, clients, max_work))
         parts = {visit.client: visit.part for visit in visits if visit.part < 1}
@@ -221,13 +221,13 @@ class Planner:
         return [work.for_phase(phase) for phase in self.settings.algorithm.phases()]
 
     def largest_num_batches(self, work: LocalWork) -> int | float:
-        """Batches of the client with the most in a round, rounded up to whole optimizer steps."""
+        """Largest number of batches of any client in a round, rounded up to whole optimizer steps."""
         if self._largest is None:
             check_steps("trainer.estimated_stepping_batches", self.settings, work)
             loaders = self.population.loaders
             phases = self.phases(work)
             all_by_steps = all(phase.steps is not None for phase in phases)
-            clients = [next(iter(loaders))] if all_by_steps else loaders  # by steps, every client takes equally many
+            clients = [next(iter(loaders))] if all_by_steps else loaders  # work in steps is the same for every client
             steps = [phase.num_steps(count_batches(loaders[client])) for client in clients for phase in phases]
             # Infinity rather than None: it survives `max` over clients and ranks if any of them has no length.
             own = float("inf") if None in steps else float(max(step for step in steps if step is not None))
@@ -242,7 +242,7 @@ class Planner:
 def _form_groups(
     visits: Sequence[Visit], forecasts: Mapping[ClientId, BatchForecast | None], grouping: Grouping | None
 ) -> list[PlannedGroup]:
-    # Clients that train side by side start from one model, and none of them twice.
+    # Clients that train together start from one model, and each of them appears once.
     together: dict[tuple[int, int], set[ClientId]] = {}
     for visit in visits:
         together.setdefault((visit.number, visit.version), set()).add(visit.client)
@@ -257,7 +257,7 @@ def _form_groups(
 
 
 def check_visits(index: int, visits: Sequence[Visit]) -> None:
-    """Makes sure that no client comes twice in a round.
+    """Checks that no client takes part twice in a round.
 
     Raises:
         ConfigurationError: If one does.

@@ -32,21 +32,21 @@ def verify_ranks(
     versions: Mapping[str, str],
     columns: Mapping[str, str] | None = None,
 ) -> None:
-    """Compares what the ranks are about to train; every rank raises the same error.
+    """Compares the ranks' modules, settings and versions; every rank raises the same error.
 
     Args:
         group: The ranks of the federation.
         module: This rank's module.
         settings: This rank's settings by name.
         versions: The versions of the libraries on which the results depend.
-        columns: What the positions of features and classes mean on this rank, for data that says so.
+        columns: The meaning of the positions of features and classes on this rank, if its data specifies it.
 
     Raises:
         ValueError: If two ranks differ; the message names the differences and the rank.
     """
     # Every rank compares all descriptions with the first, so that all of them raise: if only the rank that differs did,
     # the others would wait for it in the next collective.
-    # Tensors come last: columns that differ show in their shapes too, but say less there.
+    # Tensors come last: differing columns also show in their shapes, but less clearly.
     own = {
         "version": dict(versions),
         "data": dict(columns or {}),
@@ -74,8 +74,8 @@ def synchronize_module(group: Group, module: nn.Module, broadcast_frozen: bool =
     Args:
         group: The ranks of the federation.
         module: This rank's module.
-        broadcast_frozen: Whether frozen parameters are broadcast too. They may be most of a large model, and a silo may
-            have loaded others on purpose, so that by default their digests are compared.
+        broadcast_frozen: Whether frozen parameters are broadcast too. If not, their digests are compared: they may be
+            most of a large model, and a silo may have loaded different ones on purpose.
 
     Returns:
         Bytes of the frozen parameters that were broadcast.
@@ -101,12 +101,12 @@ def synchronize_module(group: Group, module: nn.Module, broadcast_frozen: bool =
                 )
     num_sent = 0
     with torch.no_grad():
-        # Everything else, not only what is averaged: the common start of personal ones must agree too, and no later
-        # step would make them equal.
+        # Everything else, not only the averaged tensors: the initial values of personal ones must agree too, and no
+        # later step would make them equal.
         for name, tensor in module.state_dict().items():
             if isinstance(tensor, Tensor) and (broadcast_frozen or name not in frozen):
                 own = local(tensor)
-                if group.is_spread and own is tensor:  # otherwise it would come from the same process of each silo only
+                if group.is_spread and own is tensor:  # otherwise only the same process of each silo would receive it
                     own.copy_(group.inner.broadcast(own))
                 own.copy_(group.broadcast(own))
                 num_sent += num_bytes([tensor]) if name in frozen else 0
@@ -114,14 +114,14 @@ def synchronize_module(group: Group, module: nn.Module, broadcast_frozen: bool =
 
 
 def frozen_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that are not trained, by each of their names."""
+    """The parameters that are not trained, under each of their names."""
     return {name: own for name, own in module.named_parameters(remove_duplicate=False) if not own.requires_grad}
 
 
 def digest(batch: Any) -> bytes:
     """A digest of the content of a batch or a tensor.
 
-    It would confirm a guess of the content, so that those of data are compared by :func:`all_hold_the_same` only.
+    It would confirm a guess of the content, so digests of data are only compared, by :func:`all_hold_the_same`.
     """
     content = hashlib.blake2b(digest_size=16)
     for leaf in pytree.tree_leaves(batch):

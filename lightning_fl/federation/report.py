@@ -19,7 +19,7 @@ def _joined(default: Any, join: Callable[[list[Any]], Any], *, is_secret: bool =
     """A field of a report.
 
     Args:
-        default: The default value, or a type to be called for it.
+        default: The default value, or a type that is called to create it.
         join: Joins the values of all ranks into one.
         is_secret: Whether it reveals something about a client's data; under secure aggregation only its sum over all
             ranks is then revealed.
@@ -56,25 +56,25 @@ class RankReport:
         num_clients: Number of accepted updates.
         weight: The sum of their weights.
         num_steps: Optimizer steps of all clients.
-        num_examples: Number of examples of all clients, in one pass each.
+        num_examples: Total number of examples of all clients, in one pass each.
         squared_norm: The weighted sum of the updates' squared norms.
         schedule_end: The progress of the schedules on the client with the most steps.
         refused: Clients whose update was not finite.
         lost: Clients that dropped out before their update was added.
         empty: Clients without data.
         failed: Clients whose loader raised, each with a description of the error.
-        client_seconds: The seconds that clients have trained, if a clock goes by them.
+        client_seconds: Training time of each client in seconds, if the simulated clock uses it.
         moved: Frozen parameters that the clients' training has written to.
         metrics: The values that the clients have logged.
         metric_states: For each torchmetric that was updated, a description of its state, which is in ``tensors``.
             Joined by :class:`~lightning_fl.strategies.metric_states.MetricStates`, from the reports of all ranks.
         has_late_values: Whether values are still logged after the round has been closed.
         logger_steps: The steps by which the loggers' x-axis advances.
-        should_stop: Whether training is to stop.
+        should_stop: Whether training should stop.
         deferred_checkpoints: The checkpoints requested inside the round, the same on all ranks: by path, whether they
             hold weights only.
-        grouping: What the ranks have found out about training clients side by side.
-        tensors: Tensors that travel with the report.
+        grouping: What the ranks have found out about training clients together.
+        tensors: Tensors that are sent with the report.
     """
 
     num_clients: int = _joined(0, sum)
@@ -101,8 +101,7 @@ class RankReport:
     def to_message(self) -> Message:
         """The report as a message; the aggregator adds ``num_clients`` and ``weight``."""
         own = {name.name: getattr(self, name.name) for name in fields(self) if name.name != "tensors"}
-        # Encoded, because options hold tuples, such as Adam's betas, and tensors, which a message's JSON would change
-        # or refuse.
+        # Encoded, because options hold tuples, such as Adam's betas, and tensors, which JSON would change or refuse.
         own["schedule_end"] = None if self.schedule_end is None else encode(asdict(self.schedule_end))
         return Message(own, self.tensors)
 
@@ -135,7 +134,7 @@ class RankReport:
 
     @classmethod
     def of_silo(cls, reports: Sequence[RankReport]) -> RankReport:
-        """The report of a silo from those of its processes, which have trained one client together."""
+        """The report of a silo from the reports of its processes, which have trained one client together."""
         joined = cls.join(reports)
         return replace(
             reports[0],
@@ -146,13 +145,13 @@ class RankReport:
         )
 
     def without_steps(self) -> RankReport:
-        """The report without the number of optimizer steps, if no schedule has stepped and so nobody needs it."""
+        """The report without the number of optimizer steps, which is not needed if no schedule has stepped."""
         end = self.schedule_end
         if end is None:
             return self
-        # These tell whether gradients have overflowed, and how small a loss has become.
+        # These reveal whether gradients have overflowed, and how small a loss has become.
         end = replace(end, scaler={}, states={})
-        # The largest number of optimizer steps on a rank tells the size of its largest client.
+        # The largest number of optimizer steps on a rank reveals the size of its largest client.
         return replace(self, schedule_end=end if any(end.num_steps) else replace(end, num_optimizer_steps=0))
 
 

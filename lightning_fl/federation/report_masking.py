@@ -20,8 +20,8 @@ from lightning_fl.federation.settings import FederationSettings
 def mask(report: Message) -> Message:
     """Moves everything that reveals something about a client's data into the field ``"sums"``: numbers by name.
 
-    What stays public: names and settings of metrics, shapes of their states, who was refused, empty or failed, and
-    requests to stop or to save.
+    The following stays public: names and settings of metrics, shapes of their states, which clients were refused, empty
+    or failed, and requests to stop or to save a checkpoint.
 
     Raises:
         ConfigurationError: If a metric is neither a mean nor a sum, so that it can't be computed from a sum.
@@ -41,7 +41,7 @@ def mask(report: Message) -> Message:
 
 
 def unmask(reports: list[Message]) -> list[Message]:
-    """Replaces what :func:`mask` removed by the sums over all ranks, which the first report holds.
+    """Replaces the values that :func:`mask` removed by the sums over all ranks, which the first report holds.
 
     Raises:
         ConfigurationError: On every rank, if one of them logs values after the sum.
@@ -89,7 +89,7 @@ def unmask(reports: list[Message]) -> list[Message]:
             for name, state in updated.items()
         },
     }
-    # The sums stand in the first report only: joining adds up the metrics of all reports and would count them once a
+    # The sums are in the first report only: joining adds up the metrics of all reports and would count them once per
     # rank.
     empty: dict[str, Any] = {"metrics": {}, "metric_states": {}}
     return [Message(joined, tensors), *(Message({**message.fields, **empty}, {}) for message in others)]
@@ -107,13 +107,13 @@ def forbid_client_disclosure(what: str, settings: FederationSettings) -> None:
     """
     if settings.hides_silos:
         raise ConfigurationError(
-            f"{what} shows every silo's own figures to the others, which secure aggregation is there to prevent. Leave "
-            "it out, or the secure aggregation."
+            f"{what} shows every silo's own figures to the others, which secure aggregation is meant to prevent. Leave "
+            "out one of them."
         )
     if settings.hides_clients:
         names = ", ".join(type(transform).__name__ for transform in settings.transforms if transform.hides_clients)
         raise ConfigurationError(
-            f"{what} shows exact figures of single clients, which {names} is there to prevent. Leave out one of them."
+            f"{what} shows exact figures of single clients, which {names} is meant to prevent. Leave out one of them."
         )
 
 

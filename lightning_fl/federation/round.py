@@ -1,4 +1,4 @@
-"""One round on one rank: open it, start and finish each client group, then close it."""
+"""One round on one rank: it is opened, each client group is started and finished, and it is closed."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from lightning_fl.tree import (
 from lightning_fl.types import Aggregate, ClientId, LocalRun, Phase, State, Update
 
 Probe = Callable[[ProbeKind, Iterator[Any], Mapping[str, Tensor]], Any]
-"""Measures what an algorithm's ``probe`` asks for: ``(kind, batches, params)``; the module holds the global model."""
+"""Computes the quantity that an algorithm's ``probe`` requests: ``(kind, batches, params)``, at the global model."""
 
 
 UNTOLD_ERROR = "an error that it alone has seen"
@@ -129,13 +129,13 @@ class RoundResult:
     """The result of a round, the same on every rank except for ``seconds``.
 
     Args:
-        closing: What the round has become.
+        closing: The result of the server's side.
         report: The joined report of all ranks.
         seconds: This rank's seconds of ``read`` (waiting for the clients' data), ``train``, ``wait`` (for other ranks),
-            ``communicate``, ``server``, and ``transform`` (clip, noise, accounting, compression), none part of another.
+            ``communicate``, ``server``, and ``transform`` (clip, noise, accounting, compression); they don't overlap.
         num_bytes: Bytes that this rank has sent to the others.
         hides_clients: Whether exact facts about the clients must not reach the loggers.
-        unsent: Frozen parameters that clients have moved for the first time, and so without sending their movement.
+        unsent: Names of frozen parameters that clients have changed for the first time; the change was not sent.
     """
 
     closing: Closing
@@ -162,7 +162,7 @@ class RoundResult:
 
     @property
     def spread(self) -> float:
-        """How much the clients' updates differ, ``1 - |mean|^2 / mean |update|^2``: 0 if they are equal."""
+        """Relative variance of the clients' updates, ``1 - |mean|^2 / mean |update|^2``: 0 if they are equal."""
         mean_square = self.report.squared_norm / max(self.report.weight, 1e-300)
         return 1 - self.norm**2 / mean_square if mean_square > 0 else 0.0
 
@@ -189,13 +189,13 @@ class RankTotals:
 
 
 class Round:
-    """One round on one rank; made by :meth:`open`.
+    """One round on one rank; created by :meth:`open`.
 
     Args:
-        opened: The round as the server's side sees it.
+        opened: The server's side of the round.
         trainer: Trains this rank's clients; it has begun the round.
         store: The states of the clients that live on this rank.
-        federation: The way to the other parties.
+        federation: The communication with the other parties.
         totals: This rank's sums, with an empty accumulator.
     """
 
@@ -221,7 +221,7 @@ class Round:
         self._randomness = ClientRandomness()
         self._opened = self._trained = time.perf_counter()
         self._transforming = 0.0
-        # A copy, because the group goes on counting in the same object; a round's figures are differences.
+        # A copy, because the group continues to count in the same object; a round's figures are differences.
         self._traffic = replace(federation.group.traffic)
 
     @classmethod
@@ -244,25 +244,25 @@ class Round:
             state: The federation's state before the round.
             trainer: Trains this rank's clients.
             store: The states of the clients that live on this rank.
-            federation: The way to the other parties.
+            federation: The communication with the other parties.
             index: Number of the round, from 0.
             cohort: The clients of the round, on all ranks.
             schedules: The learning-rate schedules that step inside local training.
-            session: What the aggregator's ``open`` returned.
+            session: The session that the aggregator's ``open`` returned.
 
         Raises:
             ValueError: If the shared tensors have changed under an algorithm whose clients keep state for each of them.
         """
         # Before the server is opened: the server's state starts from the tensors that the module holds now.
         moving = state.moving
-        # Under differential privacy none may move: which ones do would tell of the data.
+        # Under differential privacy none may move: which ones do would reveal something about the data.
         if moving is None and settings.is_differentially_private:
             moving = ()
         is_alone = settings.population == 1
         params = trainer.begin_round(
             state.server.get("params"),
             schedules,
-            counts_known=not settings.hides_clients,  # noise would turn what no client knows into a value
+            counts_known=not settings.hides_clients,  # noise would turn a value that no client has into a number
             moving=moving,
             is_alone=is_alone,
             is_shared=not is_alone and not settings.silos,
@@ -304,16 +304,16 @@ class Round:
 
         Args:
             data: The group's clients and their batches.
-            probe: Measures what the algorithm's ``probe`` asks for.
-            version: The round with whose first model the clients start. None: this one.
-            number: How many other visits of these clients in this round come before.
+            probe: Computes the quantity that the algorithm's ``probe`` requests.
+            version: The round with whose initial model the clients start. None: this one.
+            number: Number of earlier visits of these clients in this round.
             on_next_phase: Called when a phase other than the first has been loaded, before its data are read.
 
         Raises:
             LoaderFailed: If the loader raises in the pass that the probe needs.
             NotStackable: If the contexts that the algorithm returns for several clients can't be stacked.
         """
-        # Seeded before anything of the client runs, so that nothing it draws depends on who was trained before it.
+        # Seeded before any of the client's code runs, so that its draws don't depend on the clients trained before it.
         seeds_by_version = self.settings.schedule is not None and self.settings.schedule.seeds_by_version
         index = version if seeds_by_version and version is not None else self.ctx.round
         seed = partial(self._seed, index, data.clients[0], data.loader, number)
@@ -377,31 +377,31 @@ class Round:
     def finish(self, task: ClientTask) -> GroupOutcome:
         """Ends a group's training: adds its updates to the sum, and stages its states until the round is closed.
 
-        An update, or a client's next state, that is not finite is refused: it reaches neither the sum nor the store.
+        A client whose update or next state is not finite is refused: they reach neither the sum nor the store.
         The random generators stay the client's until the next client starts; :meth:`merge` restores the process's own.
         """
         result = self.trainer.finish(task.steps_by_client)
         if self.settings.measures_clients:
-            # Clients that train side by side share the time.
+            # Clients that train together share the time.
             seconds = (time.perf_counter() - task.started) / len(task.clients)
             self.totals.client_seconds += [(client, seconds) for client in task.clients]
         within = self.trainer.within
-        # Algorithms may look at the loss, and all processes of a silo must compute the same.
+        # Algorithms may use the loss, and all processes of a silo must compute the same.
         runs = [replace(run, loss=within.mean(run.loss)) for run in task.runs(result.facts)]
         group_update = task.group.finish(result, runs)
         totals = self.totals
-        # Steps count for refused clients too, because they were taken and the schedules have advanced with them;
-        # examples count below only where they have reached the model.
+        # Steps count for refused clients too, because they were taken and have advanced the schedules; examples count
+        # below only if they have reached the model.
         for facts in result.facts:
             totals.count(facts)
-        # Transforms have state and random numbers of their own for each client, so they see one update at a time.
+        # Transforms have separate state and random numbers for each client, so they process one update at a time.
         if self.settings.transforms or not self.settings.aggregator.adds_groups:
             updates = [self._add_one(task.group, group_update, index) for index in range(len(runs))]
             accepted = [update is not None for update in updates]
         else:
             accepted = self._add_group(task.group, group_update)
             updates = [group_update.update_of(0) if accepted[0] else None]
-        # Where clients are hidden, a refused one has sent zeros and counts like any other.
+        # If clients are hidden, a refused one has sent zeros and counts like any other.
         counted = [True] * len(runs) if self.settings.hides_clients else accepted
         totals.num_examples += sum(run.num_examples for run in compress(runs, counted))
         num_steps = sum(facts.num_steps_of_all for facts in result.facts)
@@ -412,7 +412,7 @@ class Round:
         totals, size = self.totals, len(group.clients)
         squares = self.trainer.within.joint_squares(squared_norms(own.updates.delta, size))
         rest = self._must_be_finite(own.updates, own.client_states)
-        # A norm that is not finite proves nothing, since finite elements may overflow it; the elements then decide.
+        # A norm that is not finite proves nothing, since it may overflow for finite elements; the elements then decide.
         if all(map(math.isfinite, squares)):
             del rest["delta"]  # finite norms imply finite elements
         accepted = [is_finite(leaves(rest))] if size == 1 else are_finite(rest, size).tolist()
@@ -432,7 +432,7 @@ class Round:
         return accepted
 
     def _add_one(self, group: ClientGroup, own: GroupUpdate, index: int) -> Update | None:
-        """Adds the update of one client, on its way through the transforms; None if it was not accepted."""
+        """Transforms and adds the update of one client; returns None if it was not accepted."""
         client, update, client_state = group.clients[index], own.update_of(index), own.state_of(index)
         within, totals = self.trainer.within, self.totals
         is_sound = is_sendable = is_finite(leaves(self._must_be_finite(update, client_state)))
@@ -446,7 +446,7 @@ class Round:
         is_sound, is_sendable = within.all_agree([is_sound, is_sendable])
         if not is_sound:
             totals.refused.append(client)
-        # Where clients are hidden, a refused one still sends zeros: to leave it out would show that it was there.
+        # If clients are hidden, a refused one still sends zeros: leaving it out would reveal that it took part.
         if not is_sendable or not (is_sound or self.settings.hides_clients):
             return None
         try:
@@ -455,8 +455,8 @@ class Round:
             # The client's state is not staged either: the server never got the update that it belongs to.
             totals.lost.append(client)
             return None
-        # The norm of an update in integers is in other units than the model's; and as long as each has a share of the
-        # noise only, it would be a release of its own.
+        # The norm of an integer update is in other units than the model's; and while an update has only its share of
+        # the noise, revealing its norm would be a release of its own.
         if all(tensor.is_floating_point() for tensor in update.delta.values()):
             (square,) = within.joint_squares([norm(update.delta) ** 2])
             totals.squared_norm += update.weight * square
@@ -488,7 +488,7 @@ class Round:
         return update, {key: state for key, state in states.items() if state}
 
     def _must_be_finite(self, update: Update, client_state: Mapping[str, Any]) -> dict[str, Any]:
-        """The tensors of a client that must be finite; a personal buffer, such as a mask, may hold an infinity."""
+        """A client's tensors that must be finite; a personal buffer, such as a mask, may hold infinities."""
         found = {**client_state, "delta": update.delta, "buffers": update.buffers, "aux": update.aux}
         if "personal" in client_state:
             trainable = self.trainer.tensors.trainable
@@ -496,7 +496,7 @@ class Round:
         return found
 
     def restore_randomness(self) -> None:
-        """Puts the random generators back to where they were before the round's first client."""
+        """Restores the random generators' states from before the round's first client."""
         self._randomness.exit()
 
     def leave(self) -> None:
@@ -507,26 +507,26 @@ class Round:
     # ---- the server's own data
 
     def start_root(self, batches: ClientBatches) -> ClientTask:
-        """Lets the server train on data of its own, as a client without state does."""
+        """Starts training on the server's own data, as for a client without state."""
         return self.start(ClientData(batches, None))
 
     def finish_root(self, task: ClientTask) -> Update:
-        """Ends that training; the update counts for nothing but what the aggregator does with it.
+        """Ends the training on the server's own data; the update is used by the aggregator only.
 
         Raises:
-            ValueError: If it holds NaN or Inf.
+            ValueError: If the update holds NaN or Inf.
         """
         result = self.trainer.finish(task.steps_by_client)
         update = task.group.finish(result, task.runs(result.facts)).update_of(0)
         if not is_finite(leaves(self._must_be_finite(update, {}))):
             raise ValueError(
-                "Training on the server's own data has led to NaN or Inf, so no client can be measured by it. Lower "
+                "Training on the server's own data has led to NaN or Inf, so clients can't be compared with it. Lower "
                 "the learning rate, or check these data."
             )
         return update
 
     def take_root(self, update: Update | None) -> None:
-        """Gives the aggregator the update of the server's data.
+        """Passes the update from the server's data to the aggregator.
 
         Args:
             update: The update on the first rank, which sends it to the others; None on those.
@@ -539,7 +539,7 @@ class Round:
         self.opened = replace(self.opened, ctx=replace(self.opened.ctx, root=root))
 
     def model_of(self, update: Update) -> Callable[..., Any]:
-        """The model that an update leads to, in evaluation mode, as a function of its input."""
+        """The model after an update, in evaluation mode, as a function of its input."""
         trainer, start = self.trainer, self.state.server["params"]
         own = {n: cast_like(start[n] + update.delta[n], param) for n, param in trainer.tensors.params.items()}
         tensors = {**trainer.round_start.personal, **own, **moved(self.opened.buffers, update.buffers)}
@@ -575,7 +575,7 @@ class Round:
         )
 
     def merge(self, report: RankReport) -> list[RankReport]:
-        """Joins the ranks' accumulators and exchanges their reports; every rank calls it once a round.
+        """Merges the ranks' accumulators and exchanges their reports; every rank calls it once per round.
 
         Args:
             report: The fields of this rank's report that the caller fills in.
@@ -598,8 +598,8 @@ class Round:
         """Computes the next global model from the merged updates, as :func:`~lightning_fl.federation.close_server`.
 
         Args:
-            reports: What :meth:`merge` returned.
-            seconds_reading: Seconds since the round was opened in which it has waited for the clients' data.
+            reports: The reports that :meth:`merge` returned.
+            seconds_reading: Seconds spent waiting for the clients' data since the round was opened.
 
         Raises:
             ValueError: If the updates of all clients were refused.
@@ -624,7 +624,7 @@ class Round:
         return RoundResult(closing, joined, seconds, num_bytes, self.settings.hides_clients, unsent)
 
     def abandon(self) -> None:
-        """Restores the module and the clients' states of the round's start, because the round can't be finished."""
+        """Restores the module and the clients' states from the round's start, because the round can't be finished."""
         self.restore_randomness()
         self.store.roll_back()
         self.trainer.put_back(also_alone=True)

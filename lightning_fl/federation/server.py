@@ -20,11 +20,11 @@ from lightning_fl.types import Aggregate, State, Tree, Update
 
 @dataclass(frozen=True)
 class ServerRound:
-    """An open round, as the server's side sees it.
+    """The server's side of an open round.
 
     Args:
         settings: The federation's settings.
-        state: What :func:`open_server` returned.
+        state: The state that :func:`open_server` returned.
         buffers: The shared buffers at the round's start.
         template: An update with the names and shapes that every update of the round has.
         ctx: Facts of the round.
@@ -39,16 +39,16 @@ class ServerRound:
 
 @dataclass(frozen=True)
 class Closing:
-    """What a round has become.
+    """The result of a round.
 
     Args:
         state: The federation's next state.
         buffers: The next shared buffers.
         aggregate: The round's aggregate after the transforms.
         norm: Euclidean norm of the mean update.
-        facts: What the transforms report.
-        stop_reason: Why no other round may follow; None if one may.
-        seconds_transforming: Seconds that the server halves of the transforms have taken in this process.
+        facts: Facts reported by the transforms.
+        stop_reason: Why no further round may follow; None if one may.
+        seconds_transforming: Seconds that the server halves of the transforms took in this process.
     """
 
     state: FederationState
@@ -91,13 +91,13 @@ def update_template(settings: FederationSettings, params: Tree, buffers: Mapping
 def update_templates(
     settings: FederationSettings, params: Tree, buffers: Mapping[str, Tensor], server: State | None = None
 ) -> list[Update]:
-    """For each transform, an update like those that its client half is given, and one like those that are sent."""
-    # Noise would turn what no client knows into a value.
+    """For each transform, an update like those that its client half receives; last, one like those that are sent."""
+    # Noise would turn a value that no client has into a number.
     like = contributions_like(buffers, counts_known=not settings.hides_clients)
     algorithm = settings.algorithm
     aux = {**algorithm.aux_like(params), **algorithm.aux_of_clients(settings.population)}
     templates = [Update(algorithm.delta_like(params, server or {}), like, aux=aux)]
-    # What the client halves send may have other shapes than the model.
+    # The client halves' outputs may have other shapes than the model.
     for transform in settings.transforms:
         templates.append(transform.like(templates[-1]))
     return templates
@@ -116,47 +116,47 @@ def server_step(
     ctx: RoundContext,
     seconds: dict[str, float] | None = None,
 ) -> tuple[FederationState, Aggregate, dict[str, Any]]:
-    """Moves the global model by the aggregate of a round.
+    """Updates the global model by the aggregate of a round.
 
-    The server halves of the transforms run in reverse, then the algorithm's ``server_update``. An aggregate whose
-    weight is still 0 leaves the algorithm's state as it is.
+    The server halves of the transforms run in reverse order, then the algorithm's ``server_update``. If the aggregate's
+    weight is still 0, the algorithm's state does not change.
 
     Args:
         settings: The federation's settings.
-        state: What :func:`open_server` returned.
+        state: The state that :func:`open_server` returned.
         aggregate: The sums of the round's updates, not yet divided.
         ctx: Facts of the round.
-        seconds: Where to note how long the transforms take, as ``"transform"``.
+        seconds: A dict in which the transforms' seconds are stored as ``"transform"``.
 
     Returns:
         The next state, the aggregate after the transforms, and the facts that the transforms report.
     """
-    # The caller's state is not changed: it is the one to go back to if the round can't be closed.
+    # The caller's state is not changed: it is restored if the round can't be closed.
     states, contexts = list(state.transforms), contexts_of(settings, ctx)
     start = time.perf_counter()
-    # What the last client half did to an update has to be undone first.
+    # The last client half's change must be undone first.
     for index, transform in reversed(list(enumerate(settings.transforms))):
         aggregate, states[index] = transform.server(aggregate, states[index], contexts[index])
     if seconds is not None:
         seconds["transform"] = time.perf_counter() - start
     if aggregate.neighbours is not None and not settings.algorithm.mixes_neighbours:
         aggregate = replace(aggregate, nodes=aggregate.neighbours.gather(aggregate.nodes), neighbours=None)
-    # Asked after the transforms, since one that adds noise gives weight to a round that had no client.
+    # Checked after the transforms, since one that adds noise gives weight to a round without clients.
     server = settings.algorithm.server_update(state.server, aggregate) if aggregate.weight else state.server
     facts: dict[str, Any] = {}
     start = time.perf_counter()
     for transform, own, context in zip(settings.transforms, states, contexts, strict=True):
         facts.update(transform.report(own, context))
-    if seconds is not None:  # to account for privacy may take longer than the noise
+    if seconds is not None:  # privacy accounting may take longer than the noise
         seconds["transform"] += time.perf_counter() - start
     return replace(state, server=server, transforms=states), aggregate, facts
 
 
 def close_server(opened: ServerRound, acc: Any, joined: RankReport) -> Closing:
-    """Moves the global model and the shared buffers by a round's updates.
+    """Updates the global model and the shared buffers by a round's updates.
 
-    A round without clients leaves the model and the algorithm's state as they are, unless a transform gives it weight,
-    as one that adds noise for differential privacy does.
+    A round without clients does not change the model or the algorithm's state, unless a transform gives it weight, as
+    one that adds noise for differential privacy does.
 
     Args:
         opened: The round.
@@ -173,7 +173,7 @@ def close_server(opened: ServerRound, acc: Any, joined: RankReport) -> Closing:
             f"Round {ctx.round} has no update left: those of all its clients ({some(joined.refused)}) hold NaN or Inf. "
             "The global model is unchanged. Lower the learning rate, clip gradients, or check the clients' data."
         )
-    # If all clients were to take part and none has contributed, something is wrong: the aggregator's `result` then
+    # If all clients should take part and none has contributed, something is wrong: the aggregator's `result` then
     # raises.
     may_be_empty = settings.hides_clients or len(ctx.cohort) < ctx.population
     is_empty = may_be_empty and not joined.num_clients
@@ -214,7 +214,7 @@ def stop_reason(settings: FederationSettings, state: FederationState, ctx: Round
 def _continue(settings: FederationSettings, server: State, params: Tree) -> State:
     if not server:
         return settings.algorithm.server_init(params, settings.population)
-    # The module's values win over the state's, because users and callbacks may change the model between rounds.
+    # The module's values take precedence over the state's: users and callbacks may change the model between rounds.
     if server["params"].keys() == params.keys():
         return {**server, "params": params}
     if settings.algorithm.keeps_client_state:
@@ -224,14 +224,14 @@ def _continue(settings: FederationSettings, server: State, params: Tree) -> Stat
             f"{type(settings.algorithm).__name__} keep state for each of them. Freeze and unfreeze before `fit`, or "
             "use an algorithm without client state."
         )
-    # Layers were frozen or unfrozen: what is still shared keeps its entries, such as momentum, and the rest starts
-    # afresh.
+    # Layers were frozen or unfrozen: parameters that are still shared keep their entries, such as momentum, and the
+    # others start afresh.
     fresh = settings.algorithm.server_init(params, settings.population)
     return {key: _complete(server.get(key), value) for key, value in fresh.items()} | {"params": params}
 
 
 def continued(settings: FederationSettings, old: State, present: State) -> State:
-    """The server state of an earlier round with entries for what is shared now."""
+    """The server state of an earlier round, with entries for the parameters that are shared now."""
     params = present["params"]
     if old["params"].keys() == params.keys():
         return old

@@ -1,4 +1,4 @@
-"""The settings of a federation, and the state that it carries from round to round."""
+"""The settings of a federation, and its state between rounds."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class FederationSettings:
         aggregator: Combines the updates of a round.
         transforms: Change each update between client and server, in order.
         weighting: How clients are weighted in the mean.
-        seed: Seed of all random numbers except those that privacy depends on.
+        seed: Seed of all random numbers except those on which privacy depends.
         population: Number of clients in the federation.
         sampling: How the cohorts are drawn.
         silos: Whether each rank is a silo with its own data.
         protects_examples: Whether local training hides each example of a client, by differential privacy.
         schedule: When rounds close on a simulated clock. None: there is no clock.
-        durations: How long clients take on it.
-        clients: All clients in order; for algorithms that ``know_index`` only.
+        durations: How long clients take on the simulated clock.
+        clients: All clients in order; only for algorithms that ``know_index``.
     """
 
     algorithm: Algorithm
@@ -46,18 +46,18 @@ class FederationSettings:
 
     @property
     def hides_clients(self) -> bool:
-        """Whether a transform must not disclose who has taken part; a refused client then counts as zeros."""
+        """Whether a transform hides which clients took part; a refused client then counts as zeros."""
         return any(transform.hides_clients for transform in self.transforms)
 
     @property
     def hides_silos(self) -> bool:
         """Whether silos must not reveal anything about their data to each other."""
-        # In a simulation one party holds all data, so there is nobody to hide it from.
+        # In a simulation one party holds all data, so nothing needs to be hidden.
         return self.silos and self.aggregator.hides_reports
 
     @property
     def hides_refusals(self) -> bool:
-        """Whether silos are not told whose update was not finite, which the noise does not cover."""
+        """Whether silos are not told whose update was not finite, a fact that the noise does not hide."""
         return self.silos and self.hides_clients
 
     @property
@@ -72,12 +72,12 @@ class FederationSettings:
 
     @property
     def measures_clients(self) -> bool:
-        """Whether the simulated clock goes by how long clients have trained."""
+        """Whether the simulated clock uses the clients' measured training time."""
         return self.durations is not None and self.durations.is_measured
 
     @property
     def takes_repeats(self) -> bool:
-        """Whether a client may come twice in a round."""
+        """Whether a client may take part twice in a round."""
         return self.aggregator.is_sum and not self.protects_examples
 
     @property
@@ -101,8 +101,8 @@ class Version:
     """A model from which clients have started.
 
     Args:
-        server: The algorithm's server state of that round's start.
-        buffers: The shared buffers.
+        server: The algorithm's server state at that round's start.
+        buffers: The shared buffers at that round's start.
     """
 
     server: State
@@ -116,10 +116,9 @@ class FederationState:
     Args:
         server: The algorithm's server state; empty before the first round.
         transforms: The state of each transform's server half.
-        moving: Names of frozen parameters that local training has written to, such as a teacher that follows its
-            student by an exponential moving average; they are averaged like buffers. None before a round has shown
-            which.
-        memory: What the aggregator has kept of the rounds before.
+        moving: Names of frozen parameters that local training has written to, such as a teacher that is an exponential
+            moving average of its student; they are averaged like buffers. None before a round has shown which.
+        memory: The aggregator's state from earlier rounds.
         clock: The simulated clock, if the federation has a schedule; None before the first round.
         versions: The models of earlier rounds from which clients are still training, by round.
     """
@@ -132,5 +131,5 @@ class FederationState:
     versions: Mapping[int, Version] = field(default_factory=dict)
 
     def of_transforms(self, settings: FederationSettings) -> list[State]:
-        """The state of each transform; an empty one for those that have not begun."""
+        """The state of each transform; empty for those that have not begun."""
         return [*self.transforms, *({} for _ in settings.transforms[len(self.transforms) :])]

@@ -1,4 +1,4 @@
-"""The aggregator of a party that is one client, and whose update others add to theirs."""
+"""The aggregator of a silo that is a single client and whose update is aggregated elsewhere."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_fl.types import Aggregate, Update
 
 
 class SingleUpdate(Aggregator):
-    """Keeps a silo's own update, which the coordinator adds to those of the others."""
+    """Keeps a silo's own update, which the coordinator aggregates with the others'."""
 
     is_sum = True
 
@@ -33,10 +33,10 @@ class SingleUpdate(Aggregator):
 
 
 class HiddenUpdate(SingleUpdate):
-    """The same for an update that nobody else sees.
+    """Keeps a silo's own update, which nobody else sees.
 
     Args:
-        aggregator: What adds it to those of the others.
+        aggregator: The aggregator that adds it to the others' in secret.
     """
 
     hides_reports = True
@@ -49,10 +49,10 @@ class HiddenUpdate(SingleUpdate):
         return self.aggregator.integer_bits
 
     def min_clients_of(self, cohort_size: int) -> int:
-        # The fewest of any cohort: the round may open again with fewer silos, and then adds up the same updates.
+        # The minimum over all cohorts: the round may open again with fewer silos, and then adds up the same updates.
         return self.aggregator.min_clients_of(0)
 
 
 def single_update(aggregator: Aggregator) -> SingleUpdate:
-    """What stands for an aggregator at a silo whose update others add to theirs."""
+    """The replacement of an aggregator on a silo whose update is aggregated elsewhere."""
     return HiddenUpdate(aggregator) if aggregator.hides_reports else SingleUpdate()

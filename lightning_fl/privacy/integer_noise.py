@@ -16,7 +16,7 @@ from lightning_fl.privacy.noise import SecureNoise
 
 Mechanism = Literal["discrete_gaussian", "skellam"]
 DOUBT = 1e-9
-"""How close to a probability a uniform number is decided in exact arithmetic; float64 errs by less than 1e-12 here."""
+"""Uniform numbers this close to a probability are decided in exact arithmetic; float64 errs by less than 1e-12 here."""
 MAX_VARIANCE = 1 << 52  # values of 40 deviations and their squares then keep float64's errors below DOUBT
 
 
@@ -24,14 +24,14 @@ class IntegerNoise:
     r"""A stream of integer samples with mean 0.
 
     ``discrete_gaussian`` is sampled exactly: the probability of k is proportional to :math:`e^{-k^2 / (2 \sigma^2)}`.
-    Candidates from the discrete Laplace distribution are accepted by uniform numbers; where float64 can't tell on which
-    side of the probability one lies, more of its bits are drawn and compared in exact arithmetic.
+    Candidates from the discrete Laplace distribution are accepted by uniform numbers; if float64 can't decide on which
+    side of the probability a number lies, more of its bits are drawn and compared in exact arithmetic.
 
     ``skellam``, the difference of two Poisson samples, has sums that are Skellam again. Its Poisson samples come from
     Hörmann's rejection method in float64, which changes probabilities by a share of about 1e-8 at a variance of 1e8.
 
     Args:
-        insecure_test_seed: A seed that makes the samples repeat; they then protect nothing.
+        insecure_test_seed: A seed that makes the samples reproducible; they then protect nothing.
         purpose: Separates streams of the same test seed.
 
     References:
@@ -60,7 +60,7 @@ class IntegerNoise:
         if not 1 <= variance <= MAX_VARIANCE:
             raise ValueError(f"The variance {variance} of integer noise must be between 1 and 2^52.")
         draw = self._discrete_gaussian if mechanism == "discrete_gaussian" else self._skellam
-        # More than needed, since candidates may be rejected; without a second look at which, so the rest is unbiased.
+        # More than needed, since candidates may be rejected; surplus samples are dropped independently of their values.
         parts, missing = [], size
         while missing > 0:
             parts.append(draw(missing + missing // 2 + 16, variance)[:missing])
@@ -95,7 +95,7 @@ class IntegerNoise:
         return np.asarray(np.where(is_negative, -values, values)[~(is_negative & (values == 0))])
 
     def _geometric(self, size: int) -> np.ndarray:
-        """How often a coin of probability 1/e succeeds before it fails."""
+        """The number of successes of a coin of probability 1/e before it fails."""
         counts, going = np.zeros(size, dtype=np.int64), np.arange(size)
         while len(going):
             going = going[self._bernoulli_exp(np.ones(len(going)), lambda index: Fraction(1))]
@@ -104,7 +104,7 @@ class IntegerNoise:
 
     def _below(self, limit: int, size: int) -> np.ndarray:
         """Uniform integers from 0 to below ``limit``."""
-        # Words beyond the last whole multiple are drawn again, as they would favour small remainders.
+        # Words beyond the last full multiple are drawn again, because they would favour small remainders.
         accepted = (1 << 63) - (1 << 63) % limit
         values = self._source.words(size) >> np.uint64(1)
         while (wrong := np.flatnonzero(values >= np.uint64(accepted))).size:

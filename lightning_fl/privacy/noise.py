@@ -19,7 +19,7 @@ MAX_DEVIATIONS = 8.0
 
 
 class PrivacyError(RuntimeError):
-    """A condition of the privacy guarantee does not hold, so the run stops."""
+    """Raised if a condition of the privacy guarantee does not hold; the run stops."""
 
 
 class InsecureNoiseWarning(UserWarning):
@@ -46,7 +46,7 @@ class SecureNoise:
     integer noise.
 
     Args:
-        insecure_test_seed: A seed that makes the samples repeat. They are then predictable and protect nothing.
+        insecure_test_seed: A seed that makes the samples reproducible. They are then predictable and protect nothing.
         purpose: Separates streams of the same test seed.
 
     Raises:
@@ -105,7 +105,7 @@ def check_source() -> None:
         PrivacyError: If they do not, so that noise would repeat.
     """
     if torch.equal(SecureNoise().normal(16), SecureNoise().normal(16)):
-        raise PrivacyError("The noise repeats: two fresh streams gave the same samples. The run stops.")
+        raise PrivacyError("The noise repeats: two new streams gave the same samples. The run stops.")
 
 
 def check_deviation(noise: Tensor, std: float) -> None:
@@ -126,9 +126,9 @@ def check_deviation(noise: Tensor, std: float) -> None:
     slack = MAX_DEVIATIONS / math.sqrt(2 * size)
     if not found > 0 or not 1 - slack <= found <= 1 + slack:
         raise PrivacyError(
-            f"The noise added to {size} values has standard deviation {found * std:.6g}, recorded is {std:.6g}. The "
-            "run stops before anything is released. If the values are very large compared with the noise, they "
-            "swallow it: lower the clip, or train in float32 or float64."
+            f"The noise added to {size} values has standard deviation {found * std:.6g}, but {std:.6g} is recorded. "
+            "The run stops before anything is released. If the values are very large compared with the noise, rounding "
+            "removes it: lower the clip, or train in float32 or float64."
         )
 
 
@@ -146,8 +146,7 @@ def add_noise(flat: Flat, std: float, source: SecureNoise) -> Flat:
     for dtype, values in flat.items():
         real = as_real(values)
         noise = source.normal(real.numel(), std).to(real.device).view_as(real)
-        # Rounded only after the addition: what is done to the noisy value, without another look at the data, costs no
-        # privacy.
+        # Rounded only after the addition: post-processing of the noisy value costs no privacy.
         result = (real.double() + noise).to(real.dtype)
         noisy[dtype] = torch.view_as_complex(result) if values.is_complex() else result
     return noisy
@@ -156,7 +155,7 @@ def add_noise(flat: Flat, std: float, source: SecureNoise) -> Flat:
 def check_added(before: Flat, after: Flat, std: float) -> None:
     """Checks that the noise added to flat tensors has the standard deviation that the ledger records.
 
-    It compares the tensors after rounding to their dtype, so noise that rounding has swallowed is noticed.
+    It compares the tensors after rounding to their dtype, so noise that was lost by rounding is detected.
 
     Raises:
         PrivacyError: If it has not.

@@ -24,9 +24,9 @@ class ScalingRelease:
     """A release of mean and standard deviation, for the ledgers of the runs that use it.
 
     Args:
-        id: Random text that tells releases apart, so that a ledger counts each once.
+        id: A random string that identifies the release, so that a ledger counts each once.
         noise_multiplier: Its noise, relative to the largest contribution.
-        unit: What it protects: a ``"client"`` with all its rows, or an ``"example"``.
+        unit: The protected unit: a ``"client"`` with all its rows, or an ``"example"``.
     """
 
     id: str
@@ -50,14 +50,15 @@ class PrivateScaling:
         (n, s, q) = \sum_i (1, u_i, u_i^2) + \mathcal{N}(0, z^2 C^2), \qquad
         \text{mean} = s / n, \quad \text{std}^2 = q / n - (s / n)^2
 
-    are mapped back. A client adds the means over its rows, so that all clients weigh the same. Missing values count as
-    the middle of their range.
+    are mapped back. With ``unit="client"`` a client adds the means over its rows, so that all clients weigh the same.
+    Missing values count as the middle of their range.
 
     Args:
         ranges: The smallest and largest value of each column, from public knowledge and not from the data.
-        noise_multiplier: The noise :math:`z`. Each mean is off by about :math:`z C / n` half ranges. 0: NOT PRIVATE.
-        unit: What is protected, a ``"client"`` or an ``"example"``: what the training protects as well.
-        insecure_test_seed: Makes the noise repeat, for tests.
+        noise_multiplier: The noise :math:`z`. The error of each mean is about :math:`z C / n` half ranges. 0: NOT
+            PRIVATE.
+        unit: The protected unit, a ``"client"`` or an ``"example"``, the same as in training.
+        insecure_test_seed: Makes the noise reproducible, for tests. The release is then NOT PRIVATE.
 
     Raises:
         ValueError: If a range is empty or not finite, or an argument is out of range.
@@ -93,7 +94,7 @@ class PrivateScaling:
     def fit(
         self, values: Mapping[str, np.ndarray], owners: np.ndarray
     ) -> tuple[dict[str, tuple[float, float]], ScalingRelease]:
-        """Releases mean and standard deviation once; each call is another release.
+        """Releases mean and standard deviation; each call is another release.
 
         Args:
             values: The values of each column of ``ranges``, shape ``[num_rows]``.

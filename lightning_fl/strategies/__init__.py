@@ -1,4 +1,4 @@
-"""The Lightning plug-in: the strategy, and the names under which a Trainer finds it."""
+"""The Lightning plug-in: the strategy, and the names under which a Trainer accepts it."""
 
 from typing import Any
 
@@ -13,9 +13,9 @@ __all__ = ["FederatedStrategy", "register_strategies"]
 
 
 def register_strategies() -> None:
-    """Makes each registered algorithm known as ``Trainer(strategy=name)``, and ``secagg``: FedAvg over secure sums.
+    """Registers each algorithm as ``Trainer(strategy=name)``, and ``secagg``: FedAvg with secure aggregation.
 
-    The names are known to ``pytorch_lightning`` too.
+    The names are registered with ``pytorch_lightning`` too.
     """
     for name, algorithm in registered().items():
         if name not in StrategyRegistry:

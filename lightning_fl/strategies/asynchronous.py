@@ -1,4 +1,4 @@
-"""What the strategy does where each rank of the launch is a silo, and rounds wait for none of them."""
+"""Asynchronous rounds in which each rank of the launch is a silo: checks of the settings, and the connection."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
 
 def check_transport(strategy: Any, transport: str | None, address: str | None) -> None:
-    """Makes sure that the strategy's settings have an effect where rounds wait for no rank.
+    """Checks that the strategy's settings are effective in asynchronous rounds.
 
     Raises:
-        ValueError: If one would be ignored, or can't be.
+        ValueError: If a setting would be ignored, or is not supported.
     """
     check_choice("transport", transport, (None, "gloo", "rpc"))
     if transport is None:
         return
     if strategy.schedule is None:
         raise ValueError(
-            f"transport={transport!r} is for rounds that wait for no rank: give schedule=fl.schedules.Buffered(...) "
+            f"transport={transport!r} is for asynchronous rounds: give schedule=fl.schedules.Buffered(...) "
             "or FedAsync(...) too. Without it ranks meet in collectives, and transport would be ignored."
         )
     check_asynchronous(strategy)
@@ -63,20 +63,20 @@ def open_launch(
     name: str,
     seed: int,
 ) -> LaunchFederation:
-    """Joins the ranks of a launch, of which the first one keeps the model.
+    """Joins the ranks of a launch; the first one keeps the model.
 
     Args:
         strategy: The strategy.
-        trainer: The Trainer, which fits.
+        trainer: The Trainer, in ``fit``.
         rank: Index of this process.
         size: Number of processes.
         address: Host of the ranks' store.
-        port: Its port.
+        port: Port of the ranks' store.
         name: The name of this rank's silo, empty if silos have none.
         seed: Seed of the federation.
 
     Raises:
-        MisconfigurationException: If there is one rank only, the rounds have no number, or a library is missing.
+        MisconfigurationException: If there is only one rank, ``max_epochs`` is not set, or a library is missing.
     """
     if size == 1:
         raise MisconfigurationException(
@@ -87,7 +87,7 @@ def open_launch(
     if rounds < 1:
         raise MisconfigurationException(f"max_epochs={trainer.max_epochs}: rounds that wait for nobody need a number.")
     try:
-        # Here, because `cryptography`, which all of this room imports, comes with the extra "network".
+        # Here, because `cryptography`, which the package `coordinator` imports, comes with the extra "network".
         from lightning_fl.communication.line import Meeting
         from lightning_fl.coordinator.buffered_service import BufferedCoordinator
         from lightning_fl.coordinator.launch import LaunchFederation

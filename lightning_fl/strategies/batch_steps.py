@@ -1,4 +1,4 @@
-"""The two forms of a training step, with the same result: with Lightning's hooks around each batch, and without."""
+"""The two forms of a training step, which give the same result: with and without Lightning's hooks for each batch."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from lightning_fl.strategies.out_of_loop import out_of_loop
 
 
 class BatchOfOne(ValueError):
-    """Raised for a batch of one example in front of a BatchNorm, which needs two to train."""
+    """Raised for a batch of one example in a module with BatchNorm, which needs two to train."""
 
 
 @contextmanager
 def naming_batches_of_one() -> Iterator[None]:
-    """Raises torch's error about a batch of one as :class:`BatchOfOne`: it is the client's data that do not fit."""
+    """Raises torch's error about a batch of one as :class:`BatchOfOne`, since it is caused by the client's data."""
     try:
         yield
     except ValueError as error:
@@ -45,8 +45,8 @@ def naming_batches_of_one() -> Iterator[None]:
 class BatchSteps(ABC):
     """Trains on the batches of a round, one after the other.
 
-    Call ``train`` for each batch, and ``end_batch`` after it: for a client's last batch when the client has finished,
-    for the round's last batch when the round has been closed.
+    Call ``train`` for each batch, and then ``end_batch``: for a client's last batch when the client has finished, for
+    the round's last batch when the round has been closed.
 
     Args:
         loop: Lightning's epoch loop.
@@ -71,18 +71,18 @@ class BatchSteps(ABC):
 
     @abstractmethod
     def flush_logs(self) -> None:
-        """Passes logged values that were held back on to Lightning."""
+        """Passes deferred logged values on to Lightning."""
 
     @abstractmethod
     def drop_logs(self) -> None:
-        """Drops logged values that were held back."""
+        """Drops deferred logged values."""
 
     def hold(self) -> None:
-        """Called before a group trains whose steps may have to be undone."""
+        """Called before training a group whose steps may have to be undone."""
         self.loop.hold()
 
     def release(self) -> None:
-        """Called when the group has trained, and its steps stay."""
+        """Called when the group has trained and its steps are final."""
         self.loop.release()
 
     def undo(self) -> None:
@@ -92,7 +92,7 @@ class BatchSteps(ABC):
         self.loop.rewind()
 
     def skip(self) -> None:
-        """Counts a batch that was not there, because this rank ends the round without one."""
+        """Counts a missing batch, because this rank ends the round without one."""
         self.loop.skip_batch()
 
     def end_round(self) -> None:
@@ -109,7 +109,7 @@ class BatchSteps(ABC):
 
 
 class HookedSteps(BatchSteps):
-    """Each batch passes Lightning's batch hooks, those of the module and of every callback."""
+    """Runs Lightning's batch hooks for each batch, those of the module and of every callback."""
 
     def train(self, task: ClientTask, batch: Any, position: BatchPosition, ends_round: bool) -> None:
         self.results.forget_sizes()
@@ -122,7 +122,7 @@ class HookedSteps(BatchSteps):
             loss = None if outputs is None else outputs.get("loss")
             # Lightning has divided it by the number of batches in the accumulation window.
             losses = loss.detach() * position.window if isinstance(loss, Tensor) else None
-            # The batch as the hooks have changed it, which is the one that `self.log` weighs its values by.
+            # The batch as changed by the hooks, whose size `self.log` uses as the weight of its values.
             (size, is_known), mask = logged.batch_size(self.results, self.loop.batch), None
         task.record(position, size, losses, mask, is_known)
         self.values.after_batch(self.results, size * (1 if mask is None else len(mask)))
@@ -139,7 +139,7 @@ class HookedSteps(BatchSteps):
 
 
 class TightSteps(BatchSteps):
-    """Each batch goes straight to the trainer's step, since no hook looks at batches; others run by client group."""
+    """Passes each batch directly to the trainer's step, since no hook needs batches; others run per client group."""
 
     def __init__(self, loop: RoundEpochLoop, trainer: LocalTrainer, values: LoggedValues) -> None:
         super().__init__(loop, trainer, values)
@@ -196,11 +196,11 @@ class TightSteps(BatchSteps):
 
 
 def _obvious_size(batch: Any, dim: int = 0) -> int | None:
-    """What Lightning would infer as the size of a batch, found without its recursion; None if that takes more.
+    """The size that Lightning would infer for a batch, without its recursion; None if it is not that simple.
 
     Args:
         batch: The batch.
-        dim: The dimension of its tensors that counts the examples: 1 if they are stacked over clients.
+        dim: The examples' dimension of its tensors: 1 if they are stacked over clients.
     """
     leaves = batch if type(batch) in (list, tuple) else [batch]
     if not all(isinstance(leaf, Tensor) and leaf.dim() > dim for leaf in leaves):
@@ -233,8 +233,8 @@ def step_functions(
             module.clip_gradients(optimizer, trainer.gradient_clip_val, trainer.gradient_clip_algorithm)
 
     def training_step(batch: Any, offset: int) -> Any:
-        # Past `strategy.training_step`: `batch_hook` has ruled out wrappers, overrides and callbacks that replace the
-        # step, and the precision plug-in's context is entered by the engine.
+        # Bypasses `strategy.training_step`: `batch_hook` has ruled out wrappers, overrides and callbacks that replace
+        # the step, and the engine enters the precision plug-in's context.
         return module.training_step(batch, offset) if takes_index else module.training_step(batch)
 
     def of_group(run: Callable[..., tuple[Tensor, Tensor]] | None) -> Any:
@@ -242,7 +242,7 @@ def step_functions(
 
     @contextmanager
     def silence(batch: Any) -> Iterator[None]:
-        # A `log` that holds values back, or one of the user's, would not write to the collection out of the loop.
+        # A deferring `log`, or a user-defined one, would not write to the collection outside the loop.
         held = vars(module).pop("log", None)
         try:
             with out_of_loop(trainer, training=True) as results:
@@ -259,7 +259,7 @@ def step_functions(
 
     functions = StepFunctions(
         training_step,
-        # The plain plug-in's context does nothing but is built from generators, which costs in every step.
+        # The plain plug-in's context does nothing, but is built from generators, which costs time in every step.
         context=nullcontext if is_plain else precision.train_step_context,
         clip=clip,
         group_step=of_group(run_group),

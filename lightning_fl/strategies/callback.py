@@ -1,4 +1,4 @@
-"""The strategy's own callback, through which Lightning's hooks reach the strategy."""
+"""The strategy's own callback, which forwards Lightning's hooks to the strategy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 
 class _Strategy(Protocol):
-    """The strategy, as the callback needs it."""
+    """The part of the strategy that the callback uses."""
 
     @property
     def active_driver(self) -> Any:
@@ -20,7 +20,7 @@ class _Strategy(Protocol):
         """Called when training starts."""
 
     def join_nodes(self) -> None:
-        """Called before the global model is looked at."""
+        """Called before the global model is used."""
 
     def interrupt(self) -> None:
         """Called when an exception ends the run."""

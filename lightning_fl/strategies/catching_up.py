@@ -1,4 +1,4 @@
-"""Takes a party that has missed rounds to where the federation is."""
+"""Brings a party that has missed rounds up to date with the federation."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from lightning_fl.strategies.loops import RoundEpochLoop
 
 
 def catch_up(trainer: L.Trainer, opening: Opening, personal: Sequence[str], is_spread: bool = False) -> None:
-    """Loads the model with which a round starts, and sets Lightning's counters and schedules to the round.
+    """Loads the initial model of a round, and sets Lightning's counters and schedules to the round.
 
     Args:
         trainer: The Trainer.
         opening: The round.
         personal: ``fnmatch`` globs of tensors that stay with their client.
-        is_spread: Whether parameters are spread over the processes of a silo.
+        is_spread: Whether parameters are sharded over the processes of a silo.
     """
     assert opening.state is not None
     if is_spread:

@@ -1,4 +1,4 @@
-"""What a federation adds to a Lightning checkpoint, and the client states in files next to it."""
+"""A federation's additions to a Lightning checkpoint, and the client states in files next to it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def state_files(checkpoint_path: str | Path) -> StateFiles:
 
 
 def pack(algorithm: Algorithm, state: FederationState, module: nn.Module) -> dict[str, Any]:
-    """The federation's state as tensors and plain values, to be loaded with ``weights_only=True``.
+    """The federation's state as tensors and plain values, loadable with ``weights_only=True``.
 
     The global parameters are left out where the module's own ``state_dict`` holds the same values.
     """
@@ -72,7 +72,7 @@ def unpack(packed: Mapping[str, Any], algorithm: Algorithm, module: nn.Module) -
             f"The checkpoint's federated state has format {packed['format']}, but this version reads format {FORMAT}. "
             "Load it with the version that wrote it, or load the weights only: MyModule.load_from_checkpoint(...)."
         )
-    # Only the class must agree: a user may resume with another learning rate of the server.
+    # Only the class must match: a user may resume with another learning rate of the server.
     written_by = packed["algorithm"].partition("(")[0]
     if written_by != type(algorithm).__name__:
         raise MisconfigurationException(
@@ -85,7 +85,7 @@ def unpack(packed: Mapping[str, Any], algorithm: Algorithm, module: nn.Module) -
     params = {**to_sum_dtype(locals_of({name: held[name] for name in packed["params"]})), **master}
     server: State = {"params": params, **rest} if params else {}
     clock = packed.get("clock")
-    # Checkpoints of older versions do not say what moves, and hold no memory and no clock.
+    # Checkpoints of older versions don't list moving parameters, and hold no aggregator memory and no clock.
     return FederationState(
         server,
         [move(state, device) for state in packed["transforms"]],
@@ -100,7 +100,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
     """Writes checkpoints atomically: a file appears under its name only when it is complete and on the disk.
 
     Lightning writes to the system's temporary folder first and copies from there if that is another file system. If the
-    disk is full or the process is killed meanwhile, half a file remains in the place of the last checkpoint.
+    disk is full or the process is killed during the copy, half a file replaces the last checkpoint.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
@@ -114,7 +114,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
             with unfinished.open("rb") as file:
                 # A rename may reach the disk before the content does; after a power failure the file would be empty.
                 os.fsync(file.fileno())
-            # It holds what differential privacy hides from others: exact counts, and noise of which more is to come.
+            # It holds secrets of differential privacy: exact counts, and noise that later rounds reuse.
             if checkpoint.get(KEY, {}).get("is_secret"):
                 unfinished.chmod(0o600)
             unfinished.replace(path)
@@ -123,15 +123,14 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
 
 def silo_folder(root: str | Path, rank: int, process: int = 0) -> Path:
-    """The folder of a silo's client states, one a process, in its own Trainer's ``default_root_dir``."""
+    """The folder of a silo's client states, one per process, in its own Trainer's ``default_root_dir``."""
     return Path(root, "client_states", f"silo{rank}-{process}" if process else f"silo{rank}")
 
 
 class ClientStateFiles:
     """Writes the clients' states next to a checkpoint, each rank those of its own clients.
 
-    Where a checkpoint goes is what rank 0 says. A silo on another rank therefore writes its states to a folder of its
-    own.
+    Rank 0 chooses a checkpoint's path. A silo on another rank therefore writes its states to its own folder.
 
     Args:
         group: The ranks of the federation.
@@ -150,7 +149,7 @@ class ClientStateFiles:
             )
         self.group = group
         self.is_own = folder is not None
-        # In a folder of all runs, checkpoints of the same name in different folders must not replace one another.
+        # In a folder shared by all runs, checkpoints of the same name must not replace one another.
         self.name = Path(path).name if folder is None else hashlib.blake2b(str(path).encode()).hexdigest()[:32]
         self.files = state_files(path) if folder is None else StateFiles(folder)
 
@@ -172,17 +171,17 @@ class ClientStateFiles:
         sent = Message({"manifests": [message.fields["manifest"] for message in in_silo]})
         of_silos = [message.fields["manifests"] for message in self.group.all_gather(sent, "checkpoint")]
         manifests = [name for names in of_silos for name in names]
-        # The checkpoint that is still under this name needs its own manifests until it is replaced.
+        # The existing checkpoint of this name needs its own manifests until it is replaced.
         self.files.name(self.name, manifests, also_old=True)
         return manifests
 
     def finish(self, manifests: list[str]) -> None:
-        """Deletes the states that no checkpoint refers to any more, once the checkpoint has been written."""
+        """Deletes states that no checkpoint refers to any more; called once the checkpoint has been written."""
         self.files.name(self.name, manifests, also_old=False)
         self.files.collect()
 
     def forget(self) -> None:
-        """Deletes the states of the checkpoint, which has been removed, unless another one needs them."""
+        """Deletes the states of a removed checkpoint, unless another one needs them."""
         if self.files.root.exists():
             self.files.forget(self.name)
             self.files.collect()
@@ -204,10 +203,10 @@ def read_client_states(
         store: The store to fill.
         population: All clients.
         group: The ranks of the federation.
-        folder: This silo's own folder, in which they are looked for first.
+        folder: This silo's own folder, which is searched first.
 
     Raises:
-        MisconfigurationException: If they are not next to the checkpoint; a silo needs only its own.
+        MisconfigurationException: If the states are not next to the checkpoint; a silo needs only its own.
     """
     files = state_files(path)
     if folder is not None and any(StateFiles(folder).read_manifest(name) is not None for name in manifests):
@@ -220,8 +219,7 @@ def read_client_states(
             "checkpoint."
         )
     for manifest in found:
-        # The number of ranks may have changed since, and with it each client's home rank, so every manifest is looked
-        # through.
+        # The number of ranks, and with it each client's home rank, may have changed, so every manifest is searched.
         at_home = {
             client: name
             for client, name in (manifest or {}).items()
@@ -231,15 +229,15 @@ def read_client_states(
 
 
 def bytes_of_first_rank(path: str | Path, group: Group) -> bytes | None:
-    """A checkpoint's file as rank 0 has it, where this rank has none; every rank must call it.
+    """Rank 0's copy of a checkpoint's file, if this rank has none; every rank must call it.
 
-    Silos on machines of their own find no file under the path at which rank 0 has written it.
+    Silos on other machines find no file under the path at which rank 0 has written it.
 
     Returns:
-        None if this rank has the file, or none has.
+        None if this rank has the file, or no rank has it.
 
     Raises:
-        ValueError: On every rank, if one names a size that cannot be.
+        ValueError: On every rank, if one reports an impossible size.
     """
     if group.size == 1 or "://" in str(path):
         return None
@@ -248,7 +246,7 @@ def bytes_of_first_rank(path: str | Path, group: Group) -> bytes | None:
     sizes: list[Any] = [
         message.fields.get("size") for message in group.all_gather(Message({"size": size}), "checkpoint file")
     ]
-    # Memory is taken for what another organisation says.
+    # Memory is allocated for a size that another organisation reports.
     if not all(type(one) is int and -1 <= one <= MAX_RECEIVED_BYTES for one in sizes):
         raise ValueError(
             f"The ranks say that their checkpoint files have {str(sizes)[:200]} bytes; expected whole numbers up to "
@@ -279,7 +277,7 @@ def load_client(
     Args:
         checkpoint_path: A checkpoint that a federation has written, with its folder ``client_states`` next to it.
         client_id: The client.
-        folder: Where the client states are, if not next to the checkpoint: those of a silo on rank r > 0 are in
+        folder: The folder of client states, if it is not next to the checkpoint: a silo on rank r > 0 has them in
             ``client_states/silo{r}`` of its Trainer's ``default_root_dir``.
 
     Returns:

@@ -37,7 +37,7 @@ def build_population(
         seed: Seed of the split.
         callbacks: The Trainer's callbacks; those with a method ``wrap_loaders`` may replace the clients' loaders.
         silo: The name of this launch in a federation over a network. None: there is no network.
-        is_of_several: Whether a silo is of several processes, which share its training data.
+        is_of_several: Whether a silo consists of several processes, which share its training data.
 
     Raises:
         MisconfigurationException: If the loader does not fit the settings or can't be split.
@@ -62,7 +62,7 @@ def build_population(
 def _of_several(
     loader: Any, group: Group, num_clients: int | None, partition: Partitioner | None, seed: int, silo: str | None
 ) -> Population:
-    """This rank's silo, of whose examples each of its processes reads an equal part."""
+    """This rank's silo; each of its processes reads an equal part of the examples."""
     if isinstance(loader, ClientLoaders) or num_clients is not None or partition is not None:
         found = f"the training loader names {len(loader)} clients" if isinstance(loader, ClientLoaders) else ""
         raise MisconfigurationException(
@@ -74,7 +74,7 @@ def _of_several(
         own = share_among(loader, group.inner.rank, group.inner.size, seed)
     except ValueError as error:
         raise MisconfigurationException(str(error)) from error
-    # A part may be padded by examples that another one has too.
+    # A part may be padded with examples that another one has too.
     num_examples = min(len(loader.dataset), group.inner.size * (count_examples(own) or 0))
     if silo is not None:
         return Population.of_silo(silo, own, num_examples)

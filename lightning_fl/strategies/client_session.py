@@ -29,7 +29,7 @@ class ClientSession:
         """Ends a phase of local training.
 
         Args:
-            counts: Whether it trained the model that is sent, so that what was logged counts.
+            counts: Whether it trained the model that is sent, so that its logged values are used.
             is_last: Whether no other phase follows.
         """
         self.values.after_phase(self.results, counts)
@@ -47,8 +47,7 @@ class ClientSession:
 
         Args:
             accepted: For each client, whether its update was accepted.
-            restrict_to: Updates the torchmetrics with the accepted clients only and returns the values that those have
-                logged.
+            restrict_to: Updates the torchmetrics with the accepted clients only, and returns their logged values.
 
         Returns:
             The logged values by name.

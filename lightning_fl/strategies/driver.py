@@ -78,7 +78,7 @@ OnClientError = Literal["raise", "skip"]
 
 @dataclass(frozen=True)
 class LastFit:
-    """What remains of a fit when it is over; another fit of the same module continues from it.
+    """The state that remains after a fit; another fit of the same module continues from it.
 
     Args:
         module: The module that was trained; None if training has not started.
@@ -86,7 +86,7 @@ class LastFit:
         store: The clients' states.
         history: One entry for each finished round.
         silos: Whether the clients were silos.
-        grouping: What has been found out about training side by side.
+        grouping: What has been found out about training clients together.
     """
 
     module: L.LightningModule | None
@@ -103,9 +103,9 @@ class RoundDriver:
     Args:
         trainer: The Trainer.
         population: All clients.
-        federation: The way to the other parties.
+        federation: The communication with the other parties.
         settings: The federation's settings.
-        participation: Who takes part in a round, and how much each client trains.
+        participation: Which clients take part in a round, and the local work of each.
         limit: The Trainer's ``limit_train_batches``, for one pass of a client: a count or a share.
         personal: ``fnmatch`` globs of tensors that stay with their client.
         strategy_type: The strategy's class as this package defines it.
@@ -143,7 +143,7 @@ class RoundDriver:
         self.history: list[dict[str, Any]] = []
         self.vectorized: VectorizedDriver | None = None
         self.grouping = GroupingMemory()
-        """What was known about training side by side when the round began."""
+        """What was known about training clients together when the round began."""
         self.has_started = False
         self.opening: Opening | None = None
         self.apart: Aggregate | None = None
@@ -159,12 +159,12 @@ class RoundDriver:
         self.released = ReleasedModel()
         self.has_late_values = False
         self.num_bytes_before = 0
-        """Bytes sent before the first round, which are counted with it."""
+        """Bytes sent before the first round, which are added to its count."""
         self.is_closing = False
         """Whether the round is half closed, so that there is neither its start nor its end to save."""
         self.once_closed: Callable[[], None] | None = None
         self.client_metrics: set[str] = set()
-        """Names under which clients have logged values, as monitors look them up."""
+        """Names under which clients have logged values, as used by ``monitor`` arguments."""
         self.ends_round = False
         """Whether a round has been closed whose epoch has not ended yet."""
         self._last_steps = (0, 0)
@@ -241,13 +241,13 @@ class RoundDriver:
 
     @property
     def moving(self) -> Collection[str]:
-        """Names of the frozen parameters that rounds move."""
+        """Names of the frozen parameters that rounds change."""
         of_server = () if self.local_trainer is None else self.local_trainer.moving
         return {*(self.state.moving or ()), *of_server}
 
     @property
     def in_local_phase(self) -> bool:
-        """Whether this rank trains its clients, which it does on its own."""
+        """Whether this rank is training its clients, which it does without other ranks."""
         return self.open_round is not None
 
     @property
@@ -295,7 +295,7 @@ class RoundDriver:
         self._session = self.settings.aggregator.open(self.group, self.facts)
 
     def _take_grouping(self, memory: GroupingMemory) -> None:
-        """Lets the groups of the next rounds depend on what has been found out."""
+        """Uses the findings for the groups of the next rounds."""
         self.grouping = self._found = memory
         if self.vectorized is None:
             return
@@ -315,7 +315,7 @@ class RoundDriver:
             self.state = replace(self.state, transforms=booked)
 
     def plan_round(self) -> None:
-        """Draws the current round's cohort, and sets this rank's number of batches in Lightning's loops."""
+        """Samples the current round's cohort, and sets this rank's number of batches in Lightning's loops."""
         index, plan, work = internals.current_round(self.trainer), self._plan, self.max_work
         if plan is None or plan.round != index or plan.max_work != work:
             grouping = None if self.vectorized is None else self.vectorized.grouping
@@ -324,7 +324,7 @@ class RoundDriver:
         self.set_length()
 
     def open_next(self) -> None:
-        """Waits for the next round, and catches up with the federation if it has gone on without this party.
+        """Waits for the next round, and catches up if the federation has continued without this party.
 
         Raises:
             StopIteration: If no other round follows for this party.
@@ -518,7 +518,7 @@ class RoundDriver:
         return self.federation.size == 1 and len(self.population) == 1
 
     def _tasks(self, opened: OpenRound) -> Iterator[ClientTask]:
-        """Yields the client groups of this rank, each loaded when its turn comes."""
+        """Yields the client groups of this rank; each is loaded just before it trains."""
         while opened.pending:
             opened.current = opened.pending.popleft()
             try:
@@ -616,7 +616,7 @@ class RoundDriver:
         return data
 
     def _look_at_first(self, opened: OpenRound, batch: Any) -> None:
-        """Records the first batch of a silo's first round, to warn of silos that have the same data."""
+        """Records the first batch of a silo's first round, to warn about silos with the same data."""
         if not opened.first_batch and self._compares_first_batches:
             opened.first_batch = digest(batch)
 
@@ -666,11 +666,11 @@ class RoundDriver:
     def _describe_failure(self, failed: LoaderFailed) -> str:
         if self.on_client_error == "raise":
             raise_to_user(failed)
-        error = failed.error.with_traceback(None)  # its frames would keep the loader's workers alive
+        error = failed.error.with_traceback(None)  # the frames would keep the loader's workers alive
         return f"{type(error).__name__}: {error}"
 
     def _train_root(self, opened: OpenRound) -> None:
-        """Trains on the server's own data, if the aggregator has such: on the first rank, with the work of a client."""
+        """Trains on the server's own data, if the aggregator has any: on the first rank, with a client's local work."""
         loader, update = self.settings.aggregator.server_data, None
         if loader is None:
             return
@@ -686,7 +686,7 @@ class RoundDriver:
     def _close(self, opened: OpenRound) -> None:
         """Turns what all ranks have trained into the next global model, and tells Lightning and the callbacks of it."""
         found = self._found if self.vectorized is None else self.vectorized.grouping.memory
-        # What batches look like is a client's own affair where clients are private, and a silo trains alone.
+        # The shapes of batches are a client's secret where clients are private, and a silo trains alone.
         tells = not self.settings.is_private and not self.settings.silos
         reports, result = self._join(opened, found.since(self.grouping) if tells else GroupingMemory())
         self._note_released()
@@ -701,7 +701,7 @@ class RoundDriver:
         self.deferred_checkpoints = dict(reports[0].deferred_checkpoints)
         self._last_steps = opened.first_step, opened.first_step + result.report.num_steps
         self._publish(opened, reports, result)
-        # A rank that stopped alone would leave the others waiting in the next round.
+        # If a rank stopped alone, the others would wait for it in the next round.
         self.trainer.should_stop = result.report.should_stop or result.closing.stop_reason is not None
         self.call_hook("on_aggregate_end", result.aggregate)
         self.check_released("in on_aggregate_end")
@@ -768,9 +768,9 @@ class RoundDriver:
         self.metric_states.merge([(message.fields, message.tensors) for message in messages], self.module.device)
 
     def join_nodes(self) -> None:
-        """Brings the models of all nodes to all silos, and their mean into the module; a collective.
+        """Sends the models of all nodes to all silos, and loads their mean into the module; a collective.
 
-        After a round each silo knows its own only, so that it talks to its neighbours and to nobody else.
+        After a round each silo knows only its own model, since it communicates only with its neighbours.
         """
         aggregate, self.apart = self.apart, None
         if aggregate is None:
@@ -802,17 +802,17 @@ class RoundDriver:
             self.released.note(self.module, self._active_trainer.tensors)
 
     def check_released(self, when: str) -> None:
-        """Under differential privacy, makes sure that nothing but the server has changed the model since the round."""
+        """Under differential privacy, checks that only the server has changed the model since the round."""
         self.released.check(f"{when} of round {self.history[-1]['round']}" if self.history else when)
 
     def end_training(self) -> None:
-        """Called before the hooks of the training's end."""
+        """Called before the hooks at the end of training."""
         self.check_released("in validation or at the epoch's end")
         if averages_models(self.trainer):
             self.released.forget()
 
     def settle(self) -> None:
-        """Called after the hooks of the round's last batch: brings what they changed to all ranks."""
+        """Called after the hooks of the round's last batch: sends their changes to all ranks."""
         # The hook also runs after all other batches, where it may be a part of training that is clipped and noised,
         # such as a teacher that follows.
         if not self.settings.protects_examples:
@@ -836,7 +836,7 @@ class RoundDriver:
             self.publish(merge_entries(self.rank_sync.gather(self.plan.round, late, "late metrics")))
 
     def end_round(self) -> None:
-        """Called when all that monitors the round has seen it: writes the checkpoints that have waited for its end."""
+        """Called when all callbacks have seen the round: writes the checkpoints deferred to its end."""
         self.ends_round = False
         deferred, self.deferred_checkpoints = self.deferred_checkpoints, {}
         # What is left of a round that a checkpoint was written in ends here too; that checkpoint stays as it is.
@@ -852,7 +852,7 @@ class RoundDriver:
         internals.save_passed_steps(self.trainer, *self._last_steps)
 
     def may_consult(self, judge: Any, metric: str) -> bool:
-        """Whether a callback or a schedule may decide by a metric, because the last round has measured it.
+        """Whether a callback or a schedule may use a metric, because the last round has measured it.
 
         A round without clients measures nothing in training.
         """
@@ -895,28 +895,28 @@ class RoundDriver:
 
     @property
     def so_far(self) -> LastFit:
-        """What stays of this fit."""
+        """The state of this fit for a later one."""
         silos = self.population.silos is not None
         return LastFit(self.module_trained, self.state, self.store, self.history, silos, self.grouping)
 
     def forget_last_fit(self) -> None:
-        """Takes nothing over from the last fit of the same objects, because this one starts from a checkpoint."""
+        """Discards the state of the last fit of the same objects, because this one starts from a checkpoint."""
         self._last = None
 
     def progress(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the rounds so far, beside the federation's state."""
+        """The rounds' progress for a checkpoint, besides the federation's state."""
         metrics = internals.monitored_metrics(self.trainer, training=self.ends_round)
         return {
             "history": self.history,
             "metrics": {name: value.detach().cpu() for name, value in metrics.items()},
             "client_metrics": sorted(self.client_metrics),
             "ends_round": self.ends_round,
-            # What batches look like may tell who has taken part. A private run can't be repeated bit for bit anyway.
+            # The shapes of batches may reveal who has taken part. A private run can't be repeated exactly anyway.
             "grouping": (GroupingMemory() if self.settings.is_private else self.grouping).pack(),
         }
 
     def resume(self, state: FederationState, progress: Mapping[str, Any]) -> None:
-        """Restores the federation's state and what :meth:`progress` returned from a checkpoint."""
+        """Restores the federation's state and progress from a checkpoint."""
         self.state, self.history = state, progress["history"]
         self.client_metrics = set(progress.get("client_metrics", ()))
         internals.restore_metrics(self.trainer, progress.get("metrics", {}))
@@ -929,7 +929,7 @@ class RoundDriver:
 
     @property
     def defers_checkpoints(self) -> bool:
-        """Whether a checkpoint waits for the round's end, because there is no whole round to resume from yet."""
+        """Whether a checkpoint must wait for the round's end, because there is no complete round to resume from yet."""
         return self.open_round is not None or self._is_unsettled
 
     def rewind(self, checkpoint: dict[str, Any]) -> None:
@@ -953,7 +953,7 @@ class RoundDriver:
 
     @property
     def num_batches(self) -> int | None:
-        """Batches of this rank in the round, None if unknown; a rank that trains nobody counts one."""
+        """Number of batches of this rank in the round, None if unknown; 1 for a rank without clients."""
         if self._plan is None:
             return None
         opened = self.open_round
@@ -973,7 +973,7 @@ class RoundDriver:
         """
         if self.has_started or internals.is_setting_up_data(self.trainer):
             return self.num_batches
-        # The user's module asks, for a schedule by step, which goes on with the largest client.
+        # The user's module asks, for a step schedule, which continues from the largest client.
         largest = self.largest_num_batches()
         if largest == float("inf"):
             raise TypeError("The training loaders of some clients have no length, and so the largest is unknown.")
@@ -984,7 +984,7 @@ class RoundDriver:
         internals.set_round_length(self.trainer, self.num_batches, UNKNOWN_LENGTH)
 
     def largest_num_batches(self) -> int | float:
-        """Batches of the client with the most in a round, rounded up to whole optimizer steps.
+        """Largest number of batches of any client in a round, rounded up to whole optimizer steps.
 
         Raises:
             MisconfigurationException: If that depends on the data of silos on other machines.
@@ -1003,7 +1003,7 @@ class RoundDriver:
     def join_gradients(self) -> None:
         """Called after a backward pass that Lightning runs: averages the gradients over the processes of the silo."""
         opened = self.open_round
-        # By hand the module may step after any of its backward passes.
+        # With manual optimization the module may step after any of its backward passes.
         if opened is not None and (opened.steps.loop.position.ends_window or not self.module.automatic_optimization):
             opened.round.trainer.join_gradients()
 

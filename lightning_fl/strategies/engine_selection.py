@@ -21,7 +21,7 @@ from lightning_fl.strategies.vectorized.driver import VectorizedDriver
 def select_engine(
     strategy: Any, trainer: L.Trainer, optimizers: OptimizerStates
 ) -> tuple[LocalTrainer, VectorizedDriver | None]:
-    """The engine for the strategy's ``engine`` setting, and the driver of client groups if clients train side by side.
+    """The engine for the strategy's ``engine`` setting, and the driver of client groups if clients train together.
 
     Raises:
         MisconfigurationException: If the vectorized engine is requested but can't train these clients.

@@ -27,9 +27,9 @@ class EvaluationMetrics:
     union in any case.
 
     Args:
-        federation: The way to the other parties.
+        federation: The communication with the other parties.
         module: The user's module.
-        aggregator: Joins the reports of ranks with data of their own, and may hide them.
+        aggregator: Joins the reports of ranks that have their own data, and may hide them.
     """
 
     def __init__(self, federation: Federation, module: LightningModule, aggregator: Aggregator) -> None:
@@ -51,7 +51,7 @@ class EvaluationMetrics:
 
         Args:
             results: Lightning's collection of the logged values.
-            per_rank: Whether ranks may have data of their own.
+            per_rank: Whether each rank may have its own data.
             silos: Whether each rank is a silo.
             is_private: Whether differential privacy or secure aggregation protects the ranks' data.
         """
@@ -59,7 +59,7 @@ class EvaluationMetrics:
         # One session for all evaluations: opening it is a handshake of all ranks.
         if self.hides and self._session is None and self.group.size > 1:
             self._session = self.aggregator.open(self.group, FederationFacts(silos, self.group.size, is_training=False))
-        # They carry other ranks' settings, which `self.log` of the same name on this rank would not match.
+        # They have other ranks' settings, which `self.log` of the same name on this rank would not match.
         for key in self._placeholders:
             results.pop(key, None)
         self._placeholders = []
@@ -74,8 +74,8 @@ class EvaluationMetrics:
         if self._is_alone:
             yield
             return
-        # The union is for Lightning to read only. A metric that spans several loaders goes on with this rank's own
-        # share; otherwise the next merge would count the other ranks' batches twice.
+        # The union is only for Lightning to read. A metric that spans several loaders continues with this rank's own
+        # part; otherwise the next merge would count the other ranks' batches twice.
         own = self.states.snapshot()
         reports = self._gather(as_numbers(evaluation_entries(results)))
         self.states.merge(_states(reports), self.module.device)
@@ -91,7 +91,7 @@ class EvaluationMetrics:
 
     @property
     def _is_alone(self) -> bool:
-        # Not only because of the others' values: Lightning would warn that a silo's processes do not share theirs.
+        # Not only because of other ranks' values: Lightning would warn that a silo's processes don't sync theirs.
         return self.federation.size == 1 and self.group.is_alone
 
     def _gather(self, entries: Entries) -> list[Message]:
@@ -103,7 +103,7 @@ class EvaluationMetrics:
         return reports if self.per_rank and not self._have_same_data() else reports[:1]
 
     def _have_same_data(self) -> bool:
-        """Whether silos validate on a common set, which would otherwise count once for each silo."""
+        """Whether silos validate on the same data, which would otherwise count once for each silo."""
         if self._is_same is None:
             self._is_same = self.compares and all_hold_the_same(self.group, self.first_batch, "evaluation data")
         return self._is_same

@@ -117,18 +117,18 @@ class FederatedStrategy(internals.ReusableStrategy):
     Args:
         algorithm: A registered name such as ``"fedavg"``, or an object with its hyper-parameters.
         num_clients: Simulated clients among which a plain training loader is split.
-        clients_per_round: Clients that take part in a round: a count (int), a share (float), or None for all.
-        local_epochs: Passes of each client over its data in a round. None: 1. An uneven amount is an
-            :class:`~lightning_fl.clients.Amount`, such as ``fl.clients.Between(1, 5)``.
+        clients_per_round: Clients that take part in a round: a count (int), a fraction (float), or None for all.
+        local_epochs: Passes of each client over its data in a round. None: 1. For amounts that differ between clients,
+            an :class:`~lightning_fl.clients.Amount`, such as ``fl.clients.Between(1, 5)``.
         local_steps: Optimizer steps of each client in a round, instead of passes; its loader is cycled.
         partition: How a plain training loader is split among simulated clients. None: IID.
         weighting: How clients are weighted in the mean: by ``"examples"``, ``"uniform"``, or None for the algorithm's
-            own.
+            own weighting.
         client_optimizer: ``"reset"``: each client starts a round with a fresh optimizer state; ``"keep"``: with the
             state of its last round.
         aggregator: Combines the updates of a round. None: :class:`~lightning_fl.aggregation.WeightedMean`.
         transforms: Change each update between client and server, in order.
-        personal: ``fnmatch`` globs on ``state_dict`` names: tensors that never leave their client, also while they are
+        personal: ``fnmatch`` globs on ``state_dict`` names: tensors that never leave their client, even while they are
             frozen.
         engine: How a rank trains its clients: ``"sequential"``, one after the other; ``"vectorized"`` (or an
             ``fl.engines.Vectorized(...)``), many in one step; ``"auto"`` for the faster one where it is exact.
@@ -139,28 +139,29 @@ class FederatedStrategy(internals.ReusableStrategy):
         cohort: How the clients of a round are chosen. None: :class:`~lightning_fl.clients.Uniform`.
         stragglers: Clients that do not finish their local training. None: all clients finish.
         timeout: Seconds that a collective waits for the other ranks.
-        frozen: What happens to frozen parameters, which don't travel in rounds, before the first one: ``"compare"``:
+        frozen: What happens before the first round to frozen parameters, which are not sent in rounds: ``"compare"``:
             they must be the same on all ranks; ``"broadcast"``: all ranks get those of rank 0.
         checkpoint_frozen: Whether checkpoints hold frozen parameters. If not, they hold digests of them, and are loaded
-            into a module that has the same base.
-        adversary: Lets some simulated clients attack, as ``fl.attacks.Adversary(fl.attacks.ALIE())``. None: nobody.
-        schedule: When a round closes, and whom it waits for, on a simulated clock, as
+            into a module that has the same base model.
+        adversary: Simulated attackers among the clients, such as ``fl.attacks.Adversary(fl.attacks.ALIE())``. None: no
+            attackers.
+        schedule: When a round closes, and which clients it waits for, on a simulated clock, such as
             ``fl.schedules.Buffered(size=10, concurrency=30)``; with ``federation`` or ``transport``, in real time.
             None: a round waits for all its clients.
         durations: How long clients take on that clock: seconds by client, a distribution such as
             ``fl.clients.Lognormal(median=20)``, or ``"measured"``. None: there is no clock.
-        topology: Who mixes its model with whom, as ``fl.topologies.Ring()``, instead of a server for all; with
-            ``"fedavg"``, ``"dsgd"``, ``"d2"``, ``"gradienttracking"`` or ``"pushsum"``; ``Swarm()`` with any.
+        topology: Which clients mix their models, such as ``fl.topologies.Ring()``, instead of a server for all; with
+            ``"fedavg"``, ``"dsgd"``, ``"d2"``, ``"gradienttracking"`` or ``"pushsum"``; ``Swarm()`` with any algorithm.
         federation: The coordinator's address, ``"https://host:port"``: this launch is then one silo of a federation
-            over a network, and its training loader that silo's data.
+            over a network, and its training loader holds that silo's data.
         kit: The folder with the silo's key and certificate, for ``federation``.
-        silo_name: The name of this silo, where each rank is one: in messages, history and records it stands in place
-            of the rank. None: the environment variable ``LIGHTNING_FL_SILO_NAME``, if it is set.
-        transport: How ranks that are silos reach the first one, which keeps the model, in rounds that wait for none of
-            them: ``"gloo"``, or ``"rpc"`` for ``torch.distributed.rpc``, which pickles and has no authentication: for
-            one's own cluster only. Needs a ``schedule``. None: the ranks meet in collectives.
-        silo: How several processes train one silo together, as ``fl.silos.DDP(ranks=2)`` or ``fl.silos.FSDP2()``. None:
-            a silo is one process.
+        silo_name: The name of this silo if each rank is a silo: it replaces the rank in messages, history and records.
+            None: the environment variable ``LIGHTNING_FL_SILO_NAME``, if it is set.
+        transport: How ranks that are silos reach the first rank, which keeps the model, in asynchronous rounds:
+            ``"gloo"``, or ``"rpc"`` for ``torch.distributed.rpc``, which pickles and has no authentication: only for
+            your own cluster. Needs a ``schedule``. None: the ranks communicate by collectives.
+        silo: How several processes train one silo together, such as ``fl.silos.DDP(ranks=2)`` or ``fl.silos.FSDP2()``.
+            None: a silo is one process.
 
     Raises:
         ValueError: If an argument is out of range, or two contradict each other.
@@ -257,7 +258,7 @@ class FederatedStrategy(internals.ReusableStrategy):
                 self.aggregator,
             )
             # First, because the others may give updates a form that can't be scaled. In real time the coordinator
-            # weighs updates, which alone knows how old they are when they come.
+            # weights updates, since only it knows how stale they are when they arrive.
             if not is_in_real_time:
                 transforms = (*self.schedule.transforms, *transforms)
         self.weighting: Weighting = choose_weighting(weighting, self.aggregator, transforms, self.algorithm)
@@ -301,7 +302,7 @@ class FederatedStrategy(internals.ReusableStrategy):
         self.limit_train_batches: int | float = 1.0
         self._as_made: list[AsMade] = []
         self.group_losses: Tensor | None = None
-        """The losses of the clients that train side by side, in their last step."""
+        """The losses of the clients that train together, in their last step."""
         self._works_alone = False
         self._error: BaseException | None = None
         self._is_requeued = False
@@ -337,8 +338,8 @@ class FederatedStrategy(internals.ReusableStrategy):
 
     @property
     def world_size(self) -> int:
-        """Number of ranks; 1 while a rank trains its clients, which needs no other rank."""
-        # With more than one rank Lightning refuses a `training_step` that returns None, and on SIGTERM it broadcasts
+        """Number of ranks; 1 while a rank trains its clients, for which it needs no other rank."""
+        # With more than one rank, Lightning refuses a `training_step` that returns None, and on SIGTERM it broadcasts
         # over the default process group, if there is one, to ranks that are busy with other clients.
         return 1 if self.in_local_phase else super().world_size
 
@@ -413,7 +414,7 @@ class FederatedStrategy(internals.ReusableStrategy):
         self.network = open_network(self.address, self.kit, self.federation, self._module)
 
     def _open_launch(self) -> None:
-        """Joins ranks that no round waits for: each is alone but for its line to the first one."""
+        """Joins the ranks for asynchronous rounds: each is alone except for its line to the first one."""
         environment = self.cluster_environment
         assert environment is not None
         self.network = open_launch(
@@ -440,7 +441,7 @@ class FederatedStrategy(internals.ReusableStrategy):
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         if self.in_local_phase or self.federation.is_alone or not isinstance(tensor, Tensor):
             return tensor
-        # Callers give a name or torch's `ReduceOp`, whose text has the class in front.
+        # Callers pass a name or torch's `ReduceOp`, whose text begins with the class name.
         name = str(reduce_op).lower().rpartition(".")[2]
         name = {"avg": "mean"}.get(name, name)
         check_choice("reduce_op", name, ("sum", "mean", "min", "max"))
@@ -453,7 +454,7 @@ class FederatedStrategy(internals.ReusableStrategy):
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         if self.in_local_phase or self.federation.is_alone:
             return obj
-        # Not torch's `broadcast_object_list`, which unpickles what a peer has sent and so would run its code.
+        # Not torch's `broadcast_object_list`, which unpickles the peer's message and so could run its code.
         return decode_object(self.federation.broadcast_message(encode_object(obj), src))
 
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
@@ -471,8 +472,8 @@ class FederatedStrategy(internals.ReusableStrategy):
         # Lightning connects for each fit, validate and test.
         self._last_fit, self.driver = self._fit_so_far, None
         self._works_alone = False
-        # Lightning cuts loaders up by rank wherever `is_distributed` holds, which `sync_dist` needs; the clients are
-        # spread over the ranks instead.
+        # Lightning shards loaders by rank wherever `is_distributed` holds, which `sync_dist` needs; the clients are
+        # distributed over the ranks instead.
         internals.keep_samplers(trainer)
         internals.adopt_signals(trainer)
         adopt_loops(trainer)
@@ -534,7 +535,7 @@ class FederatedStrategy(internals.ReusableStrategy):
             )
 
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        # The first batch only: it tells whether the ranks evaluate the same data, and a digest of every batch would
+        # Only the first batch: it shows whether the ranks evaluate the same data, and a digest of every batch would
         # cost time.
         if self._works_alone and self.evaluation_metrics.compares and not self.evaluation_metrics.first_batch:
             self.evaluation_metrics.first_batch = digest(batch)
@@ -542,8 +543,8 @@ class FederatedStrategy(internals.ReusableStrategy):
 
     def process_dataloader(self, dataloader: object) -> object:
         trainer = self._trainer
-        # Lightning hands over every loader without saying what it is for; `training` is true only for the training
-        # loader, not for those of the sanity check.
+        # Lightning passes every loader without its purpose; `training` is true only for the training loader, not for
+        # those of the sanity check.
         if not trainer.training:
             if self.split_validation and not trainer.predicting and not self._validation_is_per_rank:
                 return shard(dataloader, self.federation.rank, self.federation.size)
@@ -596,7 +597,7 @@ class FederatedStrategy(internals.ReusableStrategy):
         size = len(population) if self.network is None else self.network.size
         sampling = describe_sampling(self.cohort, size, self.clients_per_round)
         if self.schedule is not None and not self.schedule.draws_cohorts:
-            sampling = replace(sampling, kind="other")  # speed decides
+            sampling = replace(sampling, kind="other")  # the clients' speed decides
         return FederationSettings(
             self.algorithm,
             self.aggregator if self.network is None else single_update(self.aggregator),
@@ -627,7 +628,7 @@ class FederatedStrategy(internals.ReusableStrategy):
         check_learning_rates(self.schedule, trainer)
         self.active_driver.personal, self.active_driver.sticky = self.personal, self._clients_keep_state
         self._resume()
-        # It hooks into the user's optimizers, and the hooks must not outlive a start that fails.
+        # It registers hooks on the user's optimizers, which must be removed if the start fails.
         optimizers = OptimizerStates(self.optimizers, getattr(self.precision_plugin, "scaler", None))
         try:
             self.active_driver.num_bytes_before, self._bytes_of_frozen = self._bytes_of_frozen, 0
@@ -659,7 +660,7 @@ class FederatedStrategy(internals.ReusableStrategy):
         assert vectorized is not None
         with self.precision_plugin.train_step_context():
             loss, losses = vectorized.step(*args, **kwargs)
-        # Lightning's closure passes only the sum on; the hooked steps find each client's loss here.
+        # Lightning's closure passes on only the sum; the hooked steps find each client's loss here.
         self.group_losses = losses.detach()
         return loss
 
@@ -711,11 +712,11 @@ class FederatedStrategy(internals.ReusableStrategy):
         self.evaluation_metrics.end()
 
     def check_evaluation_data(self, num_loaders: int) -> None:
-        """Makes sure that all ranks have the same number of loaders to evaluate."""
+        """Checks that all ranks have the same number of loaders to evaluate."""
         check_same_on_ranks(self.federation, "loaders with batches to evaluate", num_loaders)
 
     def on_exception(self, exception: BaseException) -> None:
-        """Leaves word for the other ranks, which would only see that this one is gone."""
+        """Leaves a message for the other ranks, which would otherwise only see that this one is gone."""
         self._error = exception
         if not self.federation.is_alone and (self.silo is not None or not isinstance(exception, RankLost)):
             hides = is_private(self.aggregator, self.transforms, self._protects_examples)
@@ -733,14 +734,14 @@ class FederatedStrategy(internals.ReusableStrategy):
     # ---- checkpoints
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        # Lightning does not pass `save_weights_only` on; it shows in what the checkpoint holds.
+        # Lightning does not pass `save_weights_only` on; it is inferred from the checkpoint's entries.
         weights_only = "optimizer_states" not in checkpoint
         driver = self.driver
         if driver is not None and driver.defers_checkpoints and not self._is_requeued:
             driver.defer_checkpoint(str(filepath), weights_only)
             return
         if self._is_requeued and self.federation.is_spread:
-            return  # the parts are on processes that get the signal at other places; there is the last round's
+            return  # the shards are on processes that get the signal elsewhere; the last round's checkpoint exists
         if driver is not None and driver.apart is not None:  # the others can't be asked
             rank_zero_warn(
                 f"{filepath} was not written: this silo knows only its own model, and a checkpoint holds those of all. "
@@ -767,7 +768,8 @@ class FederatedStrategy(internals.ReusableStrategy):
             self.barrier()
             if self.is_global_zero or client_states.is_own:
                 self._unfinished[str(filepath)] = client_states, checkpoint[KEY]["manifests"]
-                # Written in the background, the checkpoint may reach the disk later than its predecessor's states go.
+                # Written in the background, the checkpoint may be complete only after its predecessor's states have
+                # been deleted.
                 if not isinstance(self.checkpoint_io, AsyncCheckpointIO):
                     self._finish_client_states()
 
@@ -788,7 +790,7 @@ class FederatedStrategy(internals.ReusableStrategy):
         Args:
             handle: Lightning's handler, which saves a checkpoint and queues the job.
         """
-        # Ranks get the signal at different places, so that none may wait for another.
+        # Ranks get the signal at different places, so none may wait for another.
         driver = self.driver
         if driver is not None and driver.is_closing:
             driver.once_closed = lambda: self.requeue(handle)
@@ -811,7 +813,7 @@ class FederatedStrategy(internals.ReusableStrategy):
             ClientStateFiles(self.federation, filepath, own).forget()
 
     def join_nodes(self) -> None:
-        """Brings the mean of all nodes' models into the module, where silos without a centre know their own only."""
+        """Loads the mean of all nodes' models into the module; silos without a server know only their own model."""
         if self.driver is not None and not self.in_local_phase:
             self.driver.join_nodes()
 
@@ -865,7 +867,7 @@ class FederatedStrategy(internals.ReusableStrategy):
         self.driver = self._last_fit = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """The settings and what stays of the last fit, to copy or pickle; connections stay with their process."""
+        """The settings and the state of the last fit, to copy or pickle; connections stay with their process."""
         state = super().__getstate__() | {"driver": None, "_last_fit": self._fit_so_far}
         return state | {
             "federation": LocalGroup(),
@@ -885,7 +887,7 @@ class FederatedStrategy(internals.ReusableStrategy):
         return History() if last is None else History(last.history)
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: the settings that differ from their defaults, and the last rounds."""
+        """The table for notebooks: the settings that differ from their defaults, and the last rounds."""
         names = [name for name in inspect.signature(FederatedStrategy).parameters if hasattr(self, name)]
         own, default = (settings_in_words(strategy, names) for strategy in (self, FederatedStrategy(self.algorithm)))
         rows = [[name, own[name]] for name in names if name == "algorithm" or own[name] != default[name]]
@@ -897,24 +899,24 @@ class FederatedStrategy(internals.ReusableStrategy):
 
     @property
     def active_driver(self) -> RoundDriver:
-        """Drives the rounds of the current fit."""
+        """The driver of the current fit's rounds."""
         assert self.driver is not None
         return self.driver
 
     @property
     def evaluation_metrics(self) -> EvaluationMetrics:
-        """Joins the metrics of evaluations over the ranks."""
+        """The object that joins the metrics of evaluations over the ranks."""
         assert self._evaluation_metrics is not None
         return self._evaluation_metrics
 
     @property
     def view(self) -> RoundView:
-        """The current round, or between rounds the next one, as callbacks see it."""
+        """The current round, or between rounds the next one, for callbacks."""
         return self.active_driver.view
 
     @property
     def _parties(self) -> Federation:
-        """The way to the other parties of the federation."""
+        """The communication with the other parties of the federation."""
         return GroupFederation(self.federation) if self.network is None else self.network
 
     @property
@@ -928,13 +930,13 @@ class FederatedStrategy(internals.ReusableStrategy):
 
     @property
     def _own_name(self) -> str:
-        """The name of this launch as a silo, empty if it has none or may be a part of a simulation."""
+        """The name of this launch as a silo; empty if it has none or may be part of a simulation."""
         name = self.silo_name if self.silo_name is not None else os.environ.get(NAME_VARIABLE, "")
         return check_silo_name(name) if name and (self.started_by_launcher or self.silo is not None) else ""
 
     @property
     def _silo_folder(self) -> Path | None:
-        """This silo's own folder of client states; None beside the checkpoint, whose path rank 0 chooses."""
+        """This silo's own folder of client states; None: next to the checkpoint, whose path rank 0 chooses."""
         is_silo = self.driver is not None and self.driver.population.silos is not None
         if not is_silo or self.is_global_zero:
             return None
@@ -948,7 +950,7 @@ class FederatedStrategy(internals.ReusableStrategy):
 
     @property
     def _seed(self) -> int:
-        # Read at each use: `seed_everything` may be called after the strategy was made.
+        # Read at each use: `seed_everything` may be called after the strategy was created.
         return int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed
 
     @property
@@ -958,7 +960,7 @@ class FederatedStrategy(internals.ReusableStrategy):
             return last.silos
         if self.network is not None:
             return True
-        # Without a fit there is no driver to ask, so this decides as `build_population` would.
+        # Without a fit there is no driver, so this decides as `build_population` would.
         simulated = getattr(getattr(self._trainer, "datamodule", None), "gives_clients", False)
         is_launched = self.started_by_launcher or self.silo is not None
         return is_launched and self.num_clients is None and self.partition is None and not simulated

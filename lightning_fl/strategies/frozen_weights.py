@@ -15,19 +15,19 @@ KEY = "lightning_fl_frozen"
 
 
 class FrozenWeights:
-    """Leaves frozen parameters out of a module's checkpoints; their digests stand in for them."""
+    """Replaces frozen parameters in a module's checkpoints by their digests."""
 
     def __init__(self) -> None:
-        # Computed once: to hash a large model at every checkpoint would take longer than to write the rest.
+        # Computed once: hashing a large model at every checkpoint would take longer than writing the rest.
         self._digests: dict[str, str] = {}
 
     def leave_out(self, checkpoint: dict[str, Any], module: nn.Module, moving: Collection[str]) -> None:
-        """Takes the frozen parameters out of a checkpoint's ``state_dict``.
+        """Removes the frozen parameters from a checkpoint's ``state_dict``.
 
         Args:
             checkpoint: The checkpoint, which is changed.
             module: The module.
-            moving: Frozen parameters that training writes to; they stay.
+            moving: Names of the frozen parameters that training writes to; they are kept.
         """
         own = frozen_parameters(module)
         names = [name for name in checkpoint["state_dict"] if name in own and name not in moving]
@@ -41,14 +41,14 @@ class FrozenWeights:
 
 
 def put_in(checkpoint: Mapping[str, Any], whole: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The checkpoint with the module's own frozen parameters where it left them out.
+    """The checkpoint, with the module's own frozen parameters in place of the omitted ones.
 
     Args:
         checkpoint: The checkpoint.
         whole: Returns the module's ``state_dict``.
 
     Raises:
-        MisconfigurationException: If the module holds others than those that the checkpoint was trained with.
+        MisconfigurationException: If the module's frozen parameters differ from those used in training.
     """
     names = checkpoint.get(KEY) or {}
     own = whole() if names else {}

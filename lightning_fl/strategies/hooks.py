@@ -1,4 +1,4 @@
-"""Finds and calls the hooks of the user's module and callbacks, and tells whether one of them looks at batches."""
+"""Finds and calls the hooks of the user's module and callbacks, and tells whether one of them needs single batches."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ BATCH_HOOKS = (
 """Hooks that see a batch, its gradients or its optimizer step."""
 STRATEGY_HOOKS = ("training_step", "backward", "optimizer_step", "batch_to_device", "on_train_batch_start")
 SERVED_BY_GROUP = (ModelCheckpoint, Timer, TQDMProgressBar, RichProgressBar)
-"""Lightning's callbacks whose batch hooks work as well at the end of each client group."""
+"""Lightning's callbacks whose batch hooks work equally well at the end of each client group."""
 PRECISIONS = (Precision, DoublePrecision, HalfPrecision, MixedPrecision)
 
 
 def batch_hook(trainer: L.Trainer, strategy_type: type) -> str | None:
-    """Names a hook that looks at single batches, so that each must pass Lightning's batch hooks; None if none does.
+    """Names a hook that needs single batches, so that Lightning's batch hooks must run for each; None if none does.
 
     Args:
         trainer: The Trainer.
-        strategy_type: The strategy's class as this package defines it; a subclass may look at batches.
+        strategy_type: The strategy's class as this package defines it; a subclass may use batches.
     """
     return next(_batch_hooks(trainer, strategy_type), None)
 
@@ -70,7 +70,7 @@ def _batch_hooks(trainer: L.Trainer, strategy_type: type) -> Iterator[str]:
         # A subclass of the strategy by the user; the package's own methods are served by the tight loop.
         if getattr(type(strategy), hook) is not getattr(strategy_type, hook):
             yield f"{type(strategy).__name__}.{hook}"
-    # A wrapper's forward pass must run, which the tight loop would go around.
+    # A wrapper's forward pass must run, which the tight loop would bypass.
     if strategy.model is not module:
         yield "a wrapper around the module"
     if type(trainer.precision_plugin) not in PRECISIONS:
@@ -91,8 +91,8 @@ def _batch_hooks(trainer: L.Trainer, strategy_type: type) -> Iterator[str]:
 
 
 def hooks_of(callback: L.Callback) -> Iterator[str]:
-    """Names a callback's hooks that look at single batches."""
-    # The exact type: a subclass may look at batches in the same hooks.
+    """Names a callback's hooks that need single batches."""
+    # The exact type: a subclass may use batches in the same hooks.
     if type(callback) in SERVED_BY_GROUP or getattr(callback, "serves_batches_by_group", False):
         return
     if type(callback) is LearningRateMonitor and callback.logging_interval == "epoch":
@@ -102,19 +102,19 @@ def hooks_of(callback: L.Callback) -> Iterator[str]:
         if hasattr(L.Callback, hook) and is_overridden(callback, hook, L.Callback):
             yield f"{type(callback).__name__}.{hook}"
     step = getattr(callback, "run_training_step", None)
-    # By name, because `callbacks` stands above this room and its base class can't be imported here.
+    # By name, because this package must not import `callbacks`.
     if step is not None and not getattr(step, "__qualname__", "").startswith("FederatedCallback."):
         yield f"{type(callback).__name__}.run_training_step"
 
 
 def is_overridden(holder: Any, hook: str, base: type) -> bool:
-    """Whether an object has a hook of its own, by its class or set on the object itself."""
-    # On the object too: `PartitionedDataModule` forwards the hooks of its datamodule in this way.
+    """Whether an object overrides a hook, in its class or on the object itself."""
+    # On the object too: `PartitionedDataModule` forwards the hooks of its datamodule that way.
     return hook in vars(holder) or getattr(type(holder), hook, None) is not getattr(base, hook, None)
 
 
 def has_hooks(trainer: L.Trainer, *names: str) -> bool:
-    """Whether the user's module or callbacks have one of these hooks; Lightning's own act alike on all ranks."""
+    """Whether the user's module or callbacks have one of these hooks; Lightning's own act the same on all ranks."""
     holders = [trainer.lightning_module, *trainer.callbacks]  # type: ignore[attr-defined]
     return any(_is_of_user(getattr(holder, name, None)) for holder in holders for name in names)
 
@@ -131,16 +131,16 @@ def run_training_step(trainer: L.Trainer, step: Callable[..., Any], *args: Any, 
 def call_federated_hook(trainer: L.Trainer, view: Any, hook: str, *args: Any) -> None:
     """Calls a hook of :class:`~lightning_fl.callbacks.FederatedCallback`, with ``view`` if it is a parameter."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    # What guards the clients' examples brackets local training, so that it sees what other callbacks write.
+    # The callback that protects examples runs first and last, so that it sees the changes of other callbacks.
     if hook in ("on_client_start", "on_next_phase", "on_phase_end"):
         callbacks = sorted(
             callbacks, key=lambda own: getattr(own, "protects_examples", False), reverse=hook != "on_phase_end"
         )
     for callback in callbacks:
-        # By name, because `callbacks` stands above this room and its base class can't be imported here.
+        # By name, because this package must not import `callbacks`.
         method: Callable[..., None] | None = getattr(callback, hook, None)
         if method is not None:
-            # The cache gets the plain function: a bound method in it would keep the callback alive.
+            # The plain function is cached: a bound method would keep the callback alive.
             keywords = {"view": view} if _takes_view(getattr(method, "__func__", method)) else {}
             method(trainer, trainer.lightning_module, *args, **keywords)
 

@@ -1,4 +1,4 @@
-"""Every touch of Lightning's private parts, in one place. Holds for lightning >= 2.6, < 2.7.
+"""Every use of Lightning's private API, in one place. Valid for lightning >= 2.6, < 2.7.
 
 Each function and class says why it is needed; ``tests/trainer/test_internals.py`` fails when what it
 relies on has changed.
@@ -45,8 +45,8 @@ SubprocessLauncher = _SubprocessScriptLauncher
 def outdated_last_checkpoints(trainer: Trainer) -> dict[str, bool]:
     """The last checkpoints that are older than the round, and whether they hold weights only.
 
-    With ``monitor``, Lightning's last checkpoint is that of the last improvement: a run that goes on from it would
-    train all rounds since then again. When a callback has saved last it says nowhere else.
+    With ``monitor``, Lightning's last checkpoint is that of the last improvement: a run resumed from it would train all
+    rounds since then again. When a callback last saved is recorded nowhere else.
     """
     return {
         callback.last_model_path: callback.save_weights_only
@@ -56,7 +56,7 @@ def outdated_last_checkpoints(trainer: Trainer) -> dict[str, bool]:
 
 
 def renew_named_last_checkpoints(trainer: Trainer) -> None:
-    """Writes the outdated last checkpoints whose names tell the round, in place of those of older rounds."""
+    """Writes the outdated last checkpoints whose names contain the round, replacing those of older rounds."""
     for callback in _outdated(trainer):
         if "{" in callback.CHECKPOINT_NAME_LAST:
             callback._save_last_checkpoint(trainer, callback._monitor_candidates(trainer))
@@ -70,27 +70,27 @@ def _outdated(trainer: Trainer) -> list[ModelCheckpoint]:
         and callback.save_last
         and callback.last_model_path
         and callback._last_global_step_saved != trainer.global_step
-        # By steps or by the clock it is written elsewhere, and between every so many rounds it may be old.
+        # With intervals in steps or time it is written elsewhere; with intervals of several rounds it may be old.
         and callback._every_n_epochs >= 1
         and (trainer.current_epoch + 1) % callback._every_n_epochs == 0
     ]
 
 
 class ReusableStrategy(ParallelStrategy):
-    """A strategy object that serves any number of Trainers, one after the other, each with settings of its own.
+    """A strategy object that serves any number of Trainers, one after the other, each with its own settings.
 
-    A Trainer leaves its accelerator, devices, plugins and launcher in its strategy, and Lightning takes them for the
+    A Trainer leaves its accelerator, devices, plugins and launcher in its strategy, and Lightning treats them as the
     user's choice when another Trainer gets the strategy: it refuses to set them twice, or keeps the old ones.
     """
 
     default_checkpoint_io: type[CheckpointIO] = TorchCheckpointIO
-    """What writes checkpoints if neither the user nor the Trainer has given a plug-in."""
+    """Creates the checkpoint plug-in if neither the user nor the Trainer has given one."""
     _as_built: dict[str, Any] | None = None
 
     @property
     def _accelerator(self) -> Accelerator | None:
-        # Since `accelerator` below has a place of its own, only a Trainer that takes the strategy reads this, and
-        # before anything else.
+        # Since `accelerator` below has its own attribute, only a Trainer that takes the strategy reads this, before
+        # anything else.
         if self._as_built is not None:
             self.take_new_trainer()
         return self.accelerator
@@ -105,7 +105,7 @@ class ReusableStrategy(ParallelStrategy):
 
     @accelerator.setter
     def accelerator(self, accelerator: Accelerator | None) -> None:
-        # The first thing that a Trainer sets: what is there before is the user's.
+        # The first thing that a Trainer sets: an earlier value is the user's.
         if self._as_built is None:
             flags = ("_own_accelerator", "_precision_plugin", "_checkpoint_io", "cluster_environment")
             names = (*flags, "_parallel_devices", "_launcher", "num_nodes")
@@ -113,7 +113,7 @@ class ReusableStrategy(ParallelStrategy):
         self._own_accelerator = accelerator
 
     def take_new_trainer(self) -> None:
-        """Called when another Trainer takes the strategy, which then is as it was before the first one."""
+        """Called when another Trainer takes the strategy: restores its state from before the first one."""
         vars(self).update(self._as_built or {})
 
     @property
@@ -129,13 +129,13 @@ class ReusableStrategy(ParallelStrategy):
 
 
 def keep_samplers(trainer: Trainer) -> None:
-    """Stops Lightning from cutting loaders up by rank with a ``DistributedSampler``."""
+    """Prevents Lightning from sharding loaders by rank with a ``DistributedSampler``."""
     # Lightning does so wherever a strategy is distributed, and `sync_dist` has no effect where it is not.
     trainer._accelerator_connector.use_distributed_sampler = False
 
 
 class RequeueConnector(_SignalConnector):
-    """Lightning's handlers of signals, of which that of a SLURM requeue saves what a federation can go on from."""
+    """Lightning's signal handlers; the one for a SLURM requeue saves a checkpoint that a federation can resume from."""
 
     def _slurm_sigusr_handler_fn(self, signum: Any, frame: Any) -> None:
         handler = super()._slurm_sigusr_handler_fn
@@ -190,7 +190,7 @@ def current_round(trainer: Trainer) -> int:
 
 
 def set_round(trainer: Trainer, round: int) -> None:
-    """Lets the loops go on with a round that is not the next one."""
+    """Makes the loops continue with a round that is not the next one."""
     progress = trainer.fit_loop.epoch_progress
     for count in (progress.current, progress.total):
         count.ready = count.completed = round
@@ -222,7 +222,7 @@ def set_logger_steps(trainer: Trainer, steps: int) -> None:
 
 def loops_before_round(trainer: Trainer) -> dict[str, Any]:
     """The loops' progress as it was at the end of the previous round; the current one has only just started."""
-    # A copy, because the loops go on counting while this is kept for an exception.
+    # A copy, because the loops continue to count while this is kept for an exception.
     state = copy.deepcopy(trainer.fit_loop.state_dict())
     for count in state["epoch_progress"].values():
         count["ready"] = count["started"] = count["processed"]
@@ -244,7 +244,7 @@ def pause_by_step(trainer: Trainer, averages: bool) -> list[tuple[Callback, dict
 
 
 def resume_by_step(paused: list[tuple[Callback, dict[str, Any]]]) -> None:
-    """Ends what :func:`pause_by_step` began."""
+    """Undoes :func:`pause_by_step`."""
     for callback, settings in paused:
         vars(callback).update(settings)
 
@@ -256,8 +256,8 @@ def save_passed_steps(trainer: Trainer, before: int, after: int) -> None:
         every = callback._every_n_train_steps
         if every < 1 or before // every == after // every or callback._should_skip_saving_checkpoint(trainer):
             continue
-        # The rest is what the callback does in `on_train_batch_end`, which saves only at exact multiples of n; the end
-        # of a round jumps over them.
+        # The rest repeats the callback's `on_train_batch_end`, which saves only at exact multiples of n; the end of a
+        # round skips them.
         candidates = callback._monitor_candidates(trainer)
         if callback.monitor is not None and callback.monitor not in candidates:
             callback._defer_save_until_validation = True
@@ -267,19 +267,19 @@ def save_passed_steps(trainer: Trainer, before: int, after: int) -> None:
 
 
 def average_passed_steps(trainer: Trainer, before: int, after: int) -> None:
-    """Lets ``WeightAveraging`` average the global model in, if it would have averaged at a step of the round."""
+    """Lets ``WeightAveraging`` add the global model to its mean, if it would have done so at a step of the round."""
     callbacks = [c for c in trainer.callbacks if isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
     for callback in callbacks:
         if any(callback.should_update(step_idx=step) for step in range(before, after)):
             assert callback._average_model is not None
             callback._average_model.update_parameters(trainer.lightning_module)
-        # Also where nothing was averaged: the callback must not take the jump of `global_step` for a step of its own.
+        # Also if nothing was averaged: the callback must not mistake the jump of `global_step` for a new step.
         callback._latest_update_step = after
 
 
 @contextmanager
 def consulting(trainer: Trainer, may_consult: Callable[[Any, str], bool]) -> Iterator[None]:
-    """A block in which ``EarlyStopping`` looks at its metric only if ``may_consult(callback, metric)``.
+    """A block in which ``EarlyStopping`` reads its metric only if ``may_consult(callback, metric)``.
 
     Lightning raises if the metric has never been logged, and counts an old value once more if it was not logged again.
     """
@@ -312,7 +312,7 @@ def is_ending_resumed_round(trainer: Trainer) -> bool:
 
 
 def restore_metrics(trainer: Trainer, metrics: dict[str, Tensor]) -> None:
-    """Restores ``trainer.callback_metrics`` of a checkpoint; Lightning's own do not hold them."""
+    """Restores ``trainer.callback_metrics`` from a checkpoint; Lightning's own checkpoints don't contain them."""
     device = trainer.strategy.root_device
     trainer._logger_connector._callback_metrics.update({name: value.to(device) for name, value in metrics.items()})
 
@@ -326,7 +326,7 @@ def client_schedules(trainer: Trainer) -> list[tuple[LRSchedulerConfig, Schedule
     """The schedules that step inside a client's local training, as the user's module steps them.
 
     Raises:
-        MisconfigurationException: If one of them needs a metric, of which there is none inside a round.
+        MisconfigurationException: If one of them needs a metric, since there is none inside a round.
     """
     automatic = trainer.lightning_module.automatic_optimization
     schedules = []
@@ -383,14 +383,14 @@ def hook_out_of_loop(trainer: Trainer, hook: str) -> None:
 
 
 def logged_out_of_loop(results: _ResultCollection) -> dict[str, float]:
-    """What was logged by epoch since :func:`logging_out_of_loop` began, under the names that the user gave."""
+    """The epoch's logged values since :func:`logging_out_of_loop` began, under the names that the user gave."""
     return {name: float(value) for name, value in results.metrics(on_step=False)["callback"].items()}
 
 
 def own_hyperparameters(trainer: Trainer) -> dict[str, Any]:
-    """The hyper-parameters of module and datamodule that Lightning gives to the loggers when a fit starts.
+    """The hyper-parameters of module and datamodule that Lightning passes to the loggers when a fit starts.
 
-    Taken by Lightning's own function with a stand-in for the loggers, because only it knows which are to be logged.
+    Collected by Lightning's own function with a substitute logger, because only it knows which are to be logged.
     """
     found: dict[str, Any] = {}
     logger = SimpleNamespace(log_hyperparams=found.update, log_graph=lambda module: None, save=lambda: None)
@@ -405,7 +405,7 @@ def log_figures(trainer: Trainer, figures: dict[str, float], of_rank: tuple[str,
     Args:
         trainer: The Trainer.
         figures: The figures by name.
-        of_rank: How the names of figures begin that differ between ranks, so that callbacks must not decide by them.
+        of_rank: Prefixes of figures that differ between ranks, so that callbacks must not depend on them.
     """
     connector = trainer._logger_connector
     connector.log_metrics(dict(figures))  # type: ignore[arg-type]
@@ -414,14 +414,14 @@ def log_figures(trainer: Trainer, figures: dict[str, float], of_rank: tuple[str,
 
 
 def active_results(trainer: Trainer) -> _ResultCollection:
-    """The collection to which ``self.log`` adds at the moment."""
+    """The collection to which ``self.log`` currently adds."""
     results = trainer._results
     assert results is not None
     return results
 
 
 def clip_norms_with(precision: Any, clip: Callable[[torch.optim.Optimizer, float], bool]) -> None:
-    """Lets ``clip`` clip gradients by norm in Lightning's place, if it returns that it has."""
+    """Lets ``clip`` clip gradients by norm instead of Lightning, if it returns True."""
 
     def clip_grad_by_norm(optimizer: torch.optim.Optimizer, clip_val: int | float) -> None:
         if not clip(optimizer, float(clip_val)):
@@ -431,7 +431,7 @@ def clip_norms_with(precision: Any, clip: Callable[[torch.optim.Optimizer, float
 
 
 def clip_norms_as_before(precision: Any) -> None:
-    """Ends what :func:`clip_norms_with` began."""
+    """Undoes :func:`clip_norms_with`."""
     vars(precision).pop("clip_grad_by_norm", None)
 
 
@@ -461,8 +461,8 @@ def _is_on_cpu(batch: Any) -> bool:
 
 @contextmanager
 def running_training_step(module: Any) -> Iterator[None]:
-    """A block in which ``self.log`` takes ``training_step`` to be running, where Lightning does not call it."""
-    attributes = vars(module)  # past the checks of `nn.Module`, which cost more than this in each step
+    """A block in which ``self.log`` assumes that ``training_step`` is running, if Lightning does not call it."""
+    attributes = vars(module)  # bypasses the checks of `nn.Module`, which cost more than this in each step
     attributes["_current_fx_name"] = "training_step"
     try:
         yield
@@ -471,7 +471,7 @@ def running_training_step(module: Any) -> Iterator[None]:
 
 
 def bookkeeping(owner: Any) -> tuple[str, ...]:
-    """Names of a module's attributes in which Lightning keeps what no step computes with."""
+    """Names of a module's attributes that Lightning uses for bookkeeping and that no step computes with."""
     # The hook that is running, and a cache of the names of logged metrics.
     return ("_current_fx_name", "_metric_attributes") if isinstance(owner, LightningModule) else ()
 
@@ -490,15 +490,15 @@ def trainer_replaced(module: LightningModule, stand_in: Any) -> Iterator[None]:
 
 
 def warn_of_no_loss() -> None:
-    """Gives Lightning's warning of a ``training_step`` that returned None, once in a process as there."""
+    """Gives Lightning's warning about a ``training_step`` that returned None, once per process as in Lightning."""
     Closure.warning_cache.warn("`training_step` returned `None`. If this was on purpose, ignore this warning...")
 
 
 def skips_backward(trainer: Trainer) -> bool:
-    """Whether steps run forward only, as when ``StochasticWeightAveraging`` updates BatchNorm statistics."""
+    """Whether steps run only the forward pass, as when ``StochasticWeightAveraging`` updates BatchNorm statistics."""
     return trainer.fit_loop.epoch_loop.automatic_optimization._skip_backward
 
 
 def fetches_itself(trainer: Trainer) -> bool:
-    """Whether ``training_step`` takes ``dataloader_iter`` and so fetches its batches itself."""
+    """Whether ``training_step`` takes a ``dataloader_iter``, and so fetches its batches itself."""
     return isinstance(trainer.fit_loop._data_fetcher, _DataLoaderIterDataFetcher)

@@ -1,4 +1,4 @@
-"""Sums up a client's logged values, so that Lightning's ``log`` runs once a client instead of once a batch."""
+"""Sums up a client's logged values, so that Lightning's ``log`` runs once per client instead of once per batch."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class _Entry:
 
 
 class LogBuffer:
-    """Stands for a module's ``log`` while ``training_step`` runs without Lightning's hooks around it.
+    """Replaces a module's ``log`` while ``training_step`` runs without Lightning's hooks.
 
-    Only means over the epoch are held back: one call with the mean of several batches has the same result as one call
-    a batch. All other calls go to Lightning directly.
+    Only means over the epoch are deferred: one call with the mean of several batches has the same result as one call
+    per batch. All other calls go to Lightning directly.
 
     Args:
         module: The user's module.
@@ -41,7 +41,7 @@ class LogBuffer:
         self.module = module
         self._is_plain = type(module).log is L.LightningModule.log and "log" not in vars(module)
         self._log = module.log
-        # As Lightning does with its own `log`: a compiled training_step must not trace what is collected here.
+        # As Lightning does with its own `log`: a compiled training_step must not trace this method.
         self._held_log = torch.compiler.disable(self._note)
         self._entries: dict[tuple[Any, ...], _Entry] = {}
         self._num_examples = 0
@@ -53,7 +53,7 @@ class LogBuffer:
         Args:
             num_examples: Examples in its batch. None: only Lightning can tell.
         """
-        attributes = vars(self.module)  # past `nn.Module.__setattr__`, which takes longer
+        attributes = vars(self.module)  # bypasses `nn.Module.__setattr__`, which takes longer
         if self._is_plain and num_examples is not None:
             self._num_examples = num_examples
             attributes["log"] = self._held_log
@@ -101,7 +101,7 @@ class LogBuffer:
 
 @contextmanager
 def _as_default_dtype(value: Tensor | float) -> Iterator[None]:
-    """A block in which the default dtype, to which Lightning casts what is logged, is that of ``value``."""
+    """A block in which the default dtype, to which Lightning casts logged values, is that of ``value``."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(value.dtype if isinstance(value, Tensor) else before)
     try:
@@ -112,7 +112,7 @@ def _as_default_dtype(value: Tensor | float) -> Iterator[None]:
 
 _DEFAULTS = {name: own.default for name, own in inspect.signature(L.LightningModule.log).parameters.items()}
 _FREE = {"on_step", "on_epoch", "prog_bar", "logger"}
-"""Arguments that may have any value; of all others only the default is held back."""
+"""Arguments that may have any value; calls with non-default values of other arguments are not deferred."""
 
 
 def _is_epoch_mean(kwargs: dict[str, Any]) -> bool:

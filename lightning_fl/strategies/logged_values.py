@@ -13,7 +13,7 @@ from lightning_fl.strategies import results as logged
 from lightning_fl.strategies.results import ResultCollection
 
 LATE_HOOK = "on_train_batch_end"
-"""Runs once more after the round has been closed; what it logs is joined at the epoch's end."""
+"""A hook that runs once more after the round has been closed; its logged values are joined at the epoch's end."""
 
 
 class LoggedValues:
@@ -30,7 +30,7 @@ class LoggedValues:
 
         Args:
             results: Lightning's collection of the logged values.
-            num_ranks: On how many ranks the hook has run for the same clients; a sum counts it once.
+            num_ranks: Number of ranks on which the hook has run for the same clients; a sum counts it once.
         """
         self.after_phase(results, counts=True)
         for key, entry in self._client.items():
@@ -47,13 +47,12 @@ class LoggedValues:
                     add_entry(self._phase, key, entry)
 
     def after_phase(self, results: ResultCollection, counts: bool) -> None:
-        """Adds the values that a client has logged in a phase, or drops them if they do not count."""
+        """Adds the values that a client has logged in a phase, or drops them if the phase does not count."""
         for key, result in results.items():
             of_training = result.is_tensor and result.meta.on_epoch and result.meta.fx != LATE_HOOK
             if of_training and not result.has_reset and self._was_updated(key, result):
                 add_entry(self._phase, key, logged.entry(result))
-                # Taken over into this class's sums; what stayed in Lightning's would be counted again with the next
-                # client.
+                # Moved into this class's sums; values left in Lightning's would be counted again with the next client.
                 logged.empty(result)
         if counts:
             for key, entry in self._phase.items():
@@ -131,7 +130,7 @@ def publish(entries: Entries, results: ResultCollection, module: nn.Module, devi
     """Writes joined values into the result collection, where Lightning reads them.
 
     Returns:
-        Keys that this rank had not logged itself; they are to be removed before it logs again.
+        Keys that this rank had not logged itself; they must be removed before it logs again.
     """
     added = []
     for key, entry in entries.items():

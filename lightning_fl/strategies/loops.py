@@ -1,7 +1,7 @@
-"""Lightning's loops, changed so that an epoch is a round of several clients. Holds for lightning >= 2.6, < 2.7.
+"""Lightning's loops, changed so that an epoch is a round of several clients. Valid for lightning >= 2.6, < 2.7.
 
-Besides ``internals.py`` and ``results.py``, only this module uses private parts of Lightning; ``tests/trainer`` fails
-when they change.
+Besides ``internals.py`` and ``results.py``, only this module uses Lightning's private API; ``tests/trainer`` fails when
+it changes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lightning_fl.strategies.internals import consulting
 from lightning_fl.strategies.results import ClientResults
 
 OUTSIDE_CLIENTS = BatchPosition(0)
-"""The position while no client trains: a window of its own, so that nothing waits for more batches."""
+"""The position while no client trains: a separate window, so that nothing waits for more batches."""
 
 
 class RoundEpochLoop(_TrainingEpochLoop):
@@ -40,8 +40,8 @@ class RoundEpochLoop(_TrainingEpochLoop):
     - ``max_steps`` and ``should_stop`` take effect at the round's end only, where all ranks decide together; so does
       validation.
     - Accumulation windows, the frequency of step schedules, ``batch_idx`` and ``trainer.is_last_batch`` are counted
-      within a client's pass over its data, so that they do not depend on which rank trains it, or when. Only progress
-      bars are given the batch's index in the round.
+      within a client's pass over its data, so that they don't depend on which rank trains it, or when. Only progress
+      bars get the batch's index in the round.
     - Epoch schedules step when the round is closed.
     - A rank without clients runs the round without the user's batch hooks.
     """
@@ -57,7 +57,7 @@ class RoundEpochLoop(_TrainingEpochLoop):
     _held_counters: list[tuple[Any, dict[str, Any]]]
 
     def prepare(self) -> None:
-        """Initializes what ``__init__`` would; it has run as Lightning's before :func:`adopt_loops` set the class."""
+        """Does the work of ``__init__``, since only Lightning's has run before :func:`adopt_loops` set the class."""
         self._results.__class__ = ClientResults
         self.position = OUTSIDE_CLIENTS
         self.is_round_done = None
@@ -71,7 +71,7 @@ class RoundEpochLoop(_TrainingEpochLoop):
         assert isinstance(self._results, ClientResults)
         return self._results
 
-    # ---- when it ends
+    # ---- the end
 
     def _num_ready_batches_reached(self) -> bool:
         if self.is_round_done is None:  # a checkpoint holds complete rounds only
@@ -87,8 +87,8 @@ class RoundEpochLoop(_TrainingEpochLoop):
         return self._is_training_done and self._is_validation_done
 
     def _should_check_val_fx(self, data_fetcher: _DataFetcher) -> bool:
-        # Without Lightning's other occasions, such as `should_stop` in mid-epoch: there is no global model to validate
-        # then.
+        # Lightning's other occasions, such as `should_stop` within an epoch, are left out: there is no global model to
+        # validate then.
         return self._num_ready_batches_reached() and self._should_check_val_epoch()
 
     def _accumulated_batches_reached(self) -> bool:
@@ -97,8 +97,8 @@ class RoundEpochLoop(_TrainingEpochLoop):
     def reset(self) -> None:
         fit_loop = self.trainer.fit_loop
         length = fit_loop.max_batches
-        # A checkpoint holds whole rounds, so the round that it ended with had the batches that were counted. The plan
-        # in force may be another round's, by which Lightning would take the round to be unfinished, or warn of it.
+        # A checkpoint holds complete rounds, so its last round had the batches that were counted. The current plan may
+        # be another round's, by which Lightning would consider the round unfinished, or warn about it.
         fit_loop.max_batches = max(1, self.batch_progress.current.ready) if self.restarting else length
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
@@ -110,7 +110,7 @@ class RoundEpochLoop(_TrainingEpochLoop):
     # ---- a round
 
     def advance(self, data_fetcher: _DataFetcher) -> None:
-        # The restart logic is Lightning's own. Lightning's broadcast of SIGTERM before each batch is left out on
+        # The restart logic is Lightning's own. Lightning's broadcast of SIGTERM before each batch is omitted on
         # purpose: ranks have different numbers of batches, so it would pair up different batches or hang.
         if self.restarting and self._should_check_val_fx(data_fetcher):
             if self.val_loop.restarted_mid_evaluation:
@@ -137,7 +137,7 @@ class RoundEpochLoop(_TrainingEpochLoop):
             ends_round: Whether it is this rank's last batch of the round.
 
         Returns:
-            What Lightning's optimization loop returns for the output of ``training_step``.
+            The value that Lightning's optimization loop returns for the output of ``training_step``.
         """
         trainer = self.trainer
         module, connector = trainer.lightning_module, trainer._logger_connector
@@ -224,7 +224,7 @@ class RoundEpochLoop(_TrainingEpochLoop):
         self.batch_progress.increment_completed()
         trainer._logger_connector.update_train_step_metrics()
 
-    # ---- the same without the hooks, for the tight loop
+    # ---- without the hooks, for the tight loop
 
     def count_start(self, batch: Any, position: BatchPosition, ends_round: bool) -> None:
         """Counts a batch that begins outside Lightning's hooks; ``self.log`` in its step finds the batch."""
@@ -253,7 +253,7 @@ class RoundEpochLoop(_TrainingEpochLoop):
         """Counts the end of a batch, and logs its values if ``log_every_n_steps`` says so."""
         self.batch_progress.increment_completed()
         connector = self.trainer._logger_connector
-        # Without loggers the values would be computed for nothing: progress bars are told once a group, by
+        # Without loggers the values would be computed for nothing: progress bars are updated once per group, by
         # `show_group`.
         if self.trainer.loggers and connector.should_update_logs:
             if self._held_rows is None:
@@ -265,7 +265,7 @@ class RoundEpochLoop(_TrainingEpochLoop):
     # ---- a group of clients whose steps may have to be undone
 
     def hold(self) -> None:
-        """Notes all counters, and keeps what is logged by step from the loggers until :meth:`release`."""
+        """Notes all counters, and withholds values logged by step from the loggers until :meth:`release`."""
         self._held_rows = []
         progress = (
             self.batch_progress,
@@ -276,7 +276,7 @@ class RoundEpochLoop(_TrainingEpochLoop):
         self._held_counters = [(own, {name: vars(own)[name] for name in _counters(own)}) for own in owners]
 
     def release(self) -> None:
-        """Passes on to the loggers what was held back; the steps are not undone any more."""
+        """Passes the withheld values on to the loggers; the steps can no longer be undone."""
         rows, self._held_rows, self._held_counters = self._held_rows or [], None, []
         step = self._batches_that_stepped
         for self._batches_that_stepped, metrics in rows:
@@ -284,7 +284,7 @@ class RoundEpochLoop(_TrainingEpochLoop):
         self._batches_that_stepped = step
 
     def rewind(self) -> None:
-        """Undoes what was counted and held back since :meth:`hold`."""
+        """Undoes what was counted and withheld since :meth:`hold`."""
         for owner, counters in self._held_counters:
             vars(owner).update(counters)
         self._held_rows, self._held_counters = None, []
@@ -318,7 +318,7 @@ class RoundEpochLoop(_TrainingEpochLoop):
         # a rank without a batch; `step_epoch_schedules` does it when the round is closed.
         if interval == "epoch" and update_plateau_schedulers:
             self.step_plateau_schedules()
-            # Nothing is left of the round that a run which resumes from here would miss.
+            # A run resumed from here would miss nothing of the round.
             self.trainer.strategy.driver.end_round()  # type: ignore[attr-defined]
         elif interval == "step" and not update_plateau_schedulers and self.position.ends_window:
             self.step_client_schedules()
@@ -335,12 +335,12 @@ class RoundEpochLoop(_TrainingEpochLoop):
                 self.scheduler_progress.increment_completed()
 
     def step_epoch_schedules(self) -> None:
-        """Steps the schedules that step once a round."""
+        """Steps the schedules that step once per round."""
         with schedules_ahead_of_optimizers():
             self._update_learning_rates("epoch", update_plateau_schedulers=False)
 
     def step_plateau_schedules(self) -> None:
-        """Steps the schedules that monitor a metric, once a round."""
+        """Steps the schedules that monitor a metric, once per round."""
         strategy: Any = self.trainer.strategy
         configs = strategy.lr_scheduler_configs
         strategy.lr_scheduler_configs = [
@@ -355,7 +355,7 @@ class RoundEpochLoop(_TrainingEpochLoop):
 
     def set_global_step(self, step: int) -> None:
         """Sets ``trainer.global_step``, which Lightning counts per process, so that all ranks agree."""
-        # Lightning reads the one or the other, depending on `automatic_optimization`, so both are kept equal.
+        # Lightning reads one or the other, depending on `automatic_optimization`, so both are kept equal.
         for total in (
             self.automatic_optimization.optim_progress.optimizer.step.total,
             self.manual_optimization.optim_step_progress.total,
@@ -378,8 +378,8 @@ class RoundFitLoop(_FitLoop):
 
     While a client trains, ``trainer.num_training_batches`` is the length of its own pass, whichever rank trains it.
 
-    ``trainer.estimated_stepping_batches`` multiplies ``max_batches`` by the epochs. Until training starts, it must get
-    the batches of the largest client, on which schedules depend, and not the sum over a rank's clients.
+    ``trainer.estimated_stepping_batches`` multiplies ``max_batches`` by the epochs. Until training starts, it must be
+    the number of batches of the largest client, on which schedules depend, not the sum over a rank's clients.
     """
 
     @property
@@ -435,8 +435,8 @@ class RoundFitLoop(_FitLoop):
         driver.agree_to_stop()
 
     def end_resumed_round(self) -> None:
-        """Does what was left of the round after whose training the checkpoint was written."""
-        # Where validation was the last that happened, Lightning goes on with the end of the epoch itself.
+        """Completes a round whose checkpoint was written right after its training."""
+        # If validation happened last, Lightning itself continues with the end of the epoch.
         if not self.restarted_mid_epoch:
             # The round's own number: schedules with a frequency count by it.
             self.epoch_progress.current.completed -= 1
@@ -445,8 +445,8 @@ class RoundFitLoop(_FitLoop):
 
     def setup_data(self) -> None:
         strategy: Any = self.trainer.strategy
-        # Lightning would cut this rank's round off at the limit, which here applies to one pass of each client. The
-        # driver applies it, so Lightning must see a limit that has no effect.
+        # Lightning would end this rank's round at the limit, which here applies to one pass of each client. The driver
+        # applies it, so Lightning must see a limit that has no effect.
         limit, self.trainer.limit_train_batches = self.trainer.limit_train_batches, 1.0
         # An interval other than 1.0 is allowed only where nothing is validated.
         interval = getattr(self.trainer, "val_check_interval", 1.0)
@@ -463,7 +463,7 @@ class RoundFitLoop(_FitLoop):
 
 
 class RoundEvaluationLoop(_EvaluationLoop):
-    """Lightning's evaluation loop, with metrics that are joined over the ranks before Lightning reads them.
+    """Lightning's evaluation loop, in which metrics are joined over the ranks before Lightning reads them.
 
     The loaders are set up without collectives: Lightning compares their lengths over the ranks one by one, but silos
     may have different numbers of loaders.
@@ -473,7 +473,7 @@ class RoundEvaluationLoop(_EvaluationLoop):
         last = self._combined_loader
         with self.trainer.strategy.local_phase():  # type: ignore[attr-defined]
             super().setup_data()
-        # Only where loaders have been made anew: the check is a collective, and all ranks make theirs at the same time.
+        # Only if loaders were recreated: the check is a collective, and all ranks recreate theirs at the same time.
         if self._combined_loader is not last:
             num_loaders = sum(num_batches > 0 for num_batches in self._max_batches)
             self.trainer.strategy.check_evaluation_data(num_loaders)  # type: ignore[attr-defined]
@@ -492,14 +492,14 @@ _OF_LOOP = ("position", "is_round_done", "batch_idx_in_round", "_batches_that_st
 
 
 def _counters(owner: Any) -> Iterable[str]:
-    """The names of what counts in a loop, or in one of its records of progress."""
+    """The names of the counters in a loop, or in one of its progress records."""
     if isinstance(owner, RoundEpochLoop):
         return _OF_LOOP
     return [name for name, value in vars(owner).items() if isinstance(value, int)]
 
 
 def adopt_loops(trainer: Trainer) -> None:
-    """Turns the Trainer's loops into those above; a Trainer does not accept custom loops."""
+    """Converts the Trainer's loops to the classes above; a Trainer does not accept custom loops."""
     epoch_loop = trainer.fit_loop.epoch_loop
     # The class is changed in place, because the Trainer's connectors and the loops themselves already refer to these
     # objects.

@@ -22,7 +22,7 @@ class MetricStates:
 
     Args:
         module: The user's module.
-        rank: This process's place in the federation.
+        rank: This process's index in the federation.
     """
 
     def __init__(self, module: nn.Module, rank: int) -> None:
@@ -49,7 +49,7 @@ class MetricStates:
         }
 
     def restore(self, snapshot: Mapping[str, tuple[int, dict[str, Any]]]) -> None:
-        """Puts back what :meth:`snapshot` copied."""
+        """Restores a :meth:`snapshot`."""
         for name, (count, states) in snapshot.items():
             set_states(self.metrics[name], states, count)
 
@@ -74,7 +74,7 @@ class MetricStates:
         """Joins the ranks' states into the metrics of this rank.
 
         Args:
-            reports: What :meth:`report` returned on each rank.
+            reports: The :meth:`report` of each rank.
             device: The device of the joined states.
 
         Raises:

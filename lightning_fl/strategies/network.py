@@ -1,4 +1,4 @@
-"""What the strategy does where this launch is one silo of a federation over a network."""
+"""A launch that is one silo of a federation over a network: checks of the settings, and the connection."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 
 def check_network(strategy: Any, address: str | None, kit: str | Path | None) -> None:
-    """Makes sure that the strategy's settings have an effect in a federation over a network.
+    """Checks that the strategy's settings are effective in a federation over a network.
 
     Raises:
-        ValueError: If one would be ignored.
+        ValueError: If a setting would be ignored, or is not supported.
     """
     if address is None:
         if kit is not None:
@@ -61,7 +61,7 @@ def check_network(strategy: Any, address: str | None, kit: str | Path | None) ->
     aggregator = strategy.aggregator
     if aggregator.needs_server:
         raise ValueError(
-            f"{aggregator!r} looks at updates with data of the server, but a coordinator holds no model to "
+            f"{aggregator!r} evaluates updates on the server's own data, but a coordinator holds no model to "
             "try them on. Let one silo hold the data, as FLTrust(root='hospital-a'), or use another rule."
         )
     if not aggregator.hides_reports:
@@ -74,10 +74,10 @@ def check_network(strategy: Any, address: str | None, kit: str | Path | None) ->
 
 
 def check_asynchronous(strategy: Any) -> None:
-    """Makes sure that rounds that nobody waits for can be those of a coordinator.
+    """Checks that a coordinator supports the strategy's asynchronous rounds.
 
     Raises:
-        ValueError: If they can't.
+        ValueError: If it does not.
     """
     if not isinstance(strategy.schedule, Buffered | FedAsync):
         raise ValueError(
@@ -87,8 +87,8 @@ def check_asynchronous(strategy: Any) -> None:
     if strategy.transforms:
         names = ", ".join(type(transform).__name__ for transform in strategy.transforms)
         raise ValueError(
-            f"The coordinator weighs each update by its age, and can't do so with what {names} makes of it at the "
-            "silo. Leave transforms or schedule out."
+            f"The coordinator weights each update by its staleness, which is impossible after {names} has changed it "
+            "at the silo. Leave transforms or schedule out."
         )
 
 
@@ -102,7 +102,7 @@ def open_network(address: str, kit: str | Path, group: Group, module: nn.Module)
         module: The module.
 
     Raises:
-        MisconfigurationException: If address or kit can't be used, or a library is missing.
+        MisconfigurationException: If the address or the kit is invalid, or a library is missing.
     """
     try:
         # Here, because `cryptography` comes with the extra "network".
@@ -120,7 +120,7 @@ def open_network(address: str, kit: str | Path, group: Group, module: nn.Module)
 
 
 def settings_of_silo(strategy: Any) -> dict[str, str]:
-    """The settings that silos and coordinator must share; the personal tensors as the user has named them."""
+    """The settings that silos and coordinator must share; personal tensors by the user's globs."""
     own = {"personal": repr(strategy.named_personal), "schedule": repr(strategy.schedule)}
     return {**settings_of_strategy(strategy), **own}
 
@@ -131,7 +131,7 @@ def secure_of(strategy: Any) -> SecureAggregation | None:
 
 
 def protections_of(strategy: Any, callbacks: Sequence[Any]) -> list[str]:
-    """What protects a silo, as its policy may require it."""
+    """The protections of a silo that its policy may require."""
     is_private = any(getattr(own, "is_private", False) for own in (*strategy.transforms, *callbacks))
     found = {"differential privacy": is_private, "secure aggregation": strategy.aggregator.hides_reports}
     return [name for name, holds in found.items() if holds]

@@ -1,4 +1,4 @@
-"""Makes ``pytorch_lightning`` and ``lightning.pytorch``, which are the same code installed twice, one package."""
+"""Makes ``pytorch_lightning`` and ``lightning.pytorch``, the same code installed twice, a single package."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ IMPORTED_FIRST = (
 
 
 class OnePackage(MetaPathFinder, Loader):
-    """Finds ``lightning.pytorch`` where ``pytorch_lightning`` is imported, if both are installed in the same version.
+    """Imports ``lightning.pytorch`` for ``pytorch_lightning``, if both are installed in the same version.
 
-    Otherwise each has classes, registries and loggers of its own, which do not accept those of the other.
+    Otherwise each has its own classes, registries and loggers, which do not accept those of the other.
     """
 
     def find_spec(
@@ -58,13 +58,13 @@ def _are_the_same() -> bool:
 
 
 def is_imported_apart() -> bool:
-    """Whether ``pytorch_lightning`` has been imported as a package of its own."""
+    """Whether ``pytorch_lightning`` has been imported as a separate package."""
     module = sys.modules.get("pytorch_lightning")
     return module is not None and module is not sys.modules.get("lightning.pytorch")
 
 
 def unite(strategy_type: type, names: Sequence[str]) -> None:
-    """Makes the two packages one, or where it is too late lets ``pytorch_lightning`` say what to write.
+    """Unites the two packages, or if it is too late makes ``pytorch_lightning`` explain what to write instead.
 
     Args:
         strategy_type: The federated strategy.
@@ -75,7 +75,7 @@ def unite(strategy_type: type, names: Sequence[str]) -> None:
             sys.meta_path.insert(0, OnePackage())
         return
     warnings.warn(IMPORTED_FIRST, stacklevel=2)
-    # Its Trainer would call both a name and an object an "invalid strategy"; accepted, they come to `refuse_apart`.
+    # Its Trainer would call both a name and an object an "invalid strategy"; once accepted, they reach `refuse_apart`.
     apart: Any = import_module("pytorch_lightning.strategies")
     apart.Strategy.register(strategy_type)
     for name in names:
@@ -84,10 +84,10 @@ def unite(strategy_type: type, names: Sequence[str]) -> None:
 
 
 def refuse_apart(accelerator: object) -> None:
-    """Refuses the Trainer of another ``pytorch_lightning``, by the accelerator that it has made.
+    """Refuses a Trainer of a separate ``pytorch_lightning``, recognised by its accelerator.
 
     Raises:
-        MisconfigurationException: If it is one.
+        MisconfigurationException: If the Trainer is one.
     """
     if type(accelerator).__module__.startswith("pytorch_lightning"):
         raise MisconfigurationException(IMPORTED_FIRST)

@@ -1,4 +1,4 @@
-"""A round in progress on this rank, as Lightning sees it."""
+"""A round in progress on this rank, from Lightning's point of view."""
 
 from __future__ import annotations
 

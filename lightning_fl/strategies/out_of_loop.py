@@ -1,4 +1,4 @@
-"""Steps of the user's module outside Lightning's loops, which leave no trace in training."""
+"""Runs steps of the user's module outside Lightning's loops, without a trace in training."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ from lightning_fl.strategies.results import ResultCollection, batch_size
 
 OUTSIDE = (
     *(L.Trainer, L.Callback, L.LightningDataModule, Strategy, LightningOptimizer, Logger, Profiler, Fabric),
-    *(Metric, MetricCollection),  # they go on over a round's clients, see `metric_states.py`
+    *(Metric, MetricCollection),  # they continue over a round's clients, see `metric_states.py`
 )
-"""Types of objects that a module may hold without their being a state of its training."""
+"""Types of objects that a module may hold and that are not part of its training state."""
 
 
 def state_of_training(trainer: L.Trainer, managed: Iterable[torch.Tensor] = (), known: Iterable[Any] = ()) -> Snapshot:
-    """The state of the module as training finds it, without optimizers and metrics.
+    """The state of the module in training, without optimizers and metrics.
 
     Args:
         trainer: The Trainer.
         managed: Tensors that the caller restores.
-        known: Other objects that the caller looks after.
+        known: Other objects that the caller handles.
     """
     outside = (*OUTSIDE, *DATA_AND_HANDLES)
     return capture(trainer.lightning_module, managed, (*trainer.optimizers, *known), outside, reads_code=False)
@@ -48,7 +48,7 @@ def state_of_training(trainer: L.Trainer, managed: Iterable[torch.Tensor] = (), 
 
 @contextmanager
 def out_of_loop(trainer: L.Trainer, training: bool) -> Iterator[ResultCollection]:
-    """Collects what the module logs inside the block separately; then restores its metrics, buffers and attributes.
+    """Collects values logged inside the block separately; then restores the module's metrics, buffers and attributes.
 
     Args:
         trainer: The Trainer.
@@ -79,7 +79,7 @@ def train_out_of_loop(
         loader: One client's data.
         optimizer: The module's optimizer.
         num_epochs: Passes over the data.
-        pass_length: The most batches of a pass. None: all.
+        pass_length: Maximum number of batches of a pass. None: all.
     """
     module, window = trainer.lightning_module, trainer.accumulate_grad_batches
     with out_of_loop(trainer, training=True):
@@ -129,7 +129,7 @@ def validate_out_of_loop(trainer: L.Trainer, loader: Iterable[Any]) -> tuple[dic
 
 
 def _num_val_batches(trainer: L.Trainer, loader: Iterable[Any]) -> int | None:
-    """The most batches of a validation; None: all."""
+    """Maximum number of batches of a validation; None: all."""
     limit = trainer.limit_val_batches
     if isinstance(limit, int):
         return limit or None

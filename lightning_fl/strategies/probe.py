@@ -51,7 +51,7 @@ def probe(trainer: L.Trainer, kind: ProbeKind, batches: Iterable[Any], params: M
             if kind == "loss":
                 total += loss.detach().double() * size
                 continue
-            # Not `backward`, which would write into `.grad`; a probe leaves no trace.
+            # Not `backward`, which would write to `.grad`; a probe leaves no trace.
             found = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
             for sums, grad in zip(grads.values(), found, strict=True):
                 if grad is not None:

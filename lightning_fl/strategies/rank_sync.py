@@ -19,7 +19,7 @@ HOOKS_AFTER_THE_ROUND = ("on_train_batch_end", "on_validation_end", "on_validati
 
 @contextmanager
 def naming_round(when: str, what: str = "") -> Iterator[None]:
-    """Adds the round and the remedy to the error about a lost rank."""
+    """Adds the round and the remedy to errors about lost ranks."""
     try:
         yield
     except RankLost as error:
@@ -47,16 +47,16 @@ class RankSync:
             return [gathered.fields for gathered in self.group.all_gather(message, topic)]
 
     def settle(self, round: int, tensors: Mapping[str, Tensor], has_trained: bool) -> None:
-        """Broadcasts what the user's hooks have changed in the global model after the round's last batch.
+        """Broadcasts the changes that the user's hooks have made to the global model after the round's last batch.
 
         These hooks do not run on a rank without clients, which has no batch.
         """
         if self.group.is_alone or not has_hooks(self.trainer, "on_train_batch_end"):
             return
-        # Fingerprints first: as a rule nothing has changed, and then no tensor travels.
+        # Fingerprints first: usually nothing has changed, and then no tensor is sent.
         own = {name: fingerprint(tensor) for name, tensor in tensors.items()}
         ranks = self.gather(round, Message({"own": own, "trained": has_trained}), "after the last batch")
-        # A rank that has trained has run the hooks, whose changes are to be kept.
+        # A rank that has trained has run the hooks, whose changes must be kept.
         source = next((rank for rank, fields in enumerate(ranks) if fields["trained"]), 0)
         with torch.no_grad():
             for name, tensor in tensors.items():

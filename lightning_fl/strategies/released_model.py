@@ -1,4 +1,4 @@
-"""Between two rounds under differential privacy the model stays what the server has made of noisy updates."""
+"""Under differential privacy, prevents changes to the model between rounds other than the server's."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from lightning_fl.types import Tree
 
 
 class ReleasedModel:
-    """Notices, and undoes, what hooks write to the global model once a round is closed.
+    """Detects and undoes changes that hooks make to the global model after a round is closed.
 
-    They have seen batches of clients, and nothing clips what they write or adds noise to it. It keeps a copy of all
-    trainable tensors and buffers from one round to the next.
+    Hooks have seen clients' batches, and their changes are neither clipped nor noised. A copy of all trainable tensors
+    and buffers is kept from one round to the next.
     """
 
     def __init__(self) -> None:
@@ -30,32 +30,32 @@ class ReleasedModel:
         self._tensors: FederatedTensors | None = None
 
     def note(self, module: nn.Module, tensors: FederatedTensors) -> None:
-        """Takes the model of now for the right one.
+        """Notes the current model as the right one.
 
         Args:
             module: The module.
             tensors: Its tensors.
         """
         self._module, self._tensors = module, tensors
-        # The parameters themselves: put_back and lost compare their values.
+        # The parameters themselves: `put_back` and `lost` compare their values.
         self._frozen = {name: param for name, param in module.named_parameters() if name in tensors.still.tensors}
         self._copies = {name: local(tensor).detach().clone() for name, tensor in self._present()}
 
     def forget(self) -> None:
-        """Lets the model change, because clients train, and frees the copies."""
+        """Allows changes while clients train, and frees the copies."""
         self._module = self._tensors = None
         self._copies, self._frozen = {}, {}
 
     def check(self, when: str) -> None:
-        """Compares the model with what was noted, and puts back what has changed.
+        """Compares the model with the noted one, and restores what has changed.
 
         Args:
-            when: When it may have changed.
+            when: When it may have changed, for the message.
 
         Raises:
             PrivacyError: If something has changed.
         """
-        # Put back too, for a checkpoint that a callback may save because of the error.
+        # Restored too, for a checkpoint that a callback may save because of the error.
         changed = self.put_back()
         if changed:
             raise PrivacyError(
@@ -65,7 +65,7 @@ class ReleasedModel:
             )
 
     def put_back(self) -> list[str]:
-        """Puts back what has changed, except for what has taken another's place; returns the names of all of it."""
+        """Restores what has changed, except for replaced tensors; returns the names of all changes."""
         if self._module is None or self._tensors is None:
             return []
         still = self._tensors.still
@@ -83,7 +83,7 @@ class ReleasedModel:
         return changed
 
     def _present(self) -> Iterator[tuple[str, Tensor]]:
-        """Everything that is sent or saved, except for frozen parameters, as the module holds it now."""
+        """The module's current tensors that are sent or saved, except for frozen parameters."""
         assert self._module is not None
         persistent = set(self._module.state_dict())
         named = chain(self._module.named_parameters(), self._module.named_buffers())
@@ -91,6 +91,6 @@ class ReleasedModel:
 
 
 def averages_models(trainer: Trainer) -> bool:
-    """Whether a callback of Lightning's puts the mean of the rounds' models into the module."""
+    """Whether one of Lightning's callbacks loads the mean of the rounds' models into the module."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return any(isinstance(own, StochasticWeightAveraging | WeightAveraging) for own in callbacks)

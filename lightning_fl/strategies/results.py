@@ -1,4 +1,4 @@
-"""The private parts of Lightning's collection of logged values, in one place. Holds for lightning >= 2.6, < 2.7."""
+"""The private API of Lightning's collection of logged values, in one place. Valid for lightning >= 2.6, < 2.7."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def placeholder(settings: dict[str, Any], device: torch.device) -> _ResultMetric
     settings = dict(settings)
     is_tensor, _ = settings.pop("is_tensor"), settings.pop("dtype")
     meta = _Metadata(reduce_fx=REDUCTIONS[settings.pop("reduction")], **settings)
-    # Without a function of its own: the value is joined already, and syncing it again would be a collective of this
+    # Without its own sync function: the value is joined already, and syncing it again would be a collective on this
     # rank alone.
     meta.sync = _Sync()
     result = _ResultMetric(meta, is_tensor).to(device)
@@ -75,7 +75,7 @@ def step_entry(result: _ResultMetric, num_examples: int) -> dict[str, Any] | Non
 
 
 def num_updates(result: _ResultMetric) -> int:
-    """How often something was logged under the name since the epoch began."""
+    """Number of values logged under the name since the epoch began."""
     return result._update_count
 
 
@@ -85,7 +85,7 @@ def is_computed(result: _ResultMetric) -> bool:
 
 
 def empty(result: _ResultMetric) -> None:
-    """Resets the accumulated value; that of the last step stays."""
+    """Resets the accumulated value; the last step's value stays."""
     # The default itself, not a copy: Lightning never updates a value in place.
     result.value = result._defaults["value"].to(result.value.device)  # type: ignore[union-attr]
     if result.meta.is_mean_reduction:
@@ -105,7 +105,7 @@ def show(result: _ResultMetric, value: float, dtype: str) -> None:
 
 
 def show_metric(result: _ResultMetric, metric: Any) -> None:
-    """Lets Lightning read the value of epoch and step from a torchmetric, also if one of an earlier epoch is cached."""
+    """Makes Lightning read the epoch's and step's value from a torchmetric, even if an earlier epoch's is cached."""
     result.has_reset = False
     result.value = metric
     result._computed = None
@@ -125,9 +125,9 @@ def step_arguments(module: LightningModule, batch_idx: int) -> tuple[Any, ...]:
 
 
 class _StayingMetric(_ResultMetric):
-    """A logged value that is moved only to another device.
+    """A logged value that is moved only if the device differs.
 
-    Lightning moves it each time that the value is logged, and a move walks through all of its attributes and copies its
+    Lightning moves it each time the value is logged, and a move traverses all of its attributes and copies its
     settings: most of the cost of ``self.log``.
     """
 
@@ -137,10 +137,10 @@ class _StayingMetric(_ResultMetric):
 
 
 class ClientResults(_ResultCollection):
-    """Lightning's collection of logged values, which notes the batch sizes that the module gives."""
+    """Lightning's collection of logged values, which also notes the batch sizes that the module specifies."""
 
     def log(self, *args: Any, batch_size: int | None = None, **kwargs: Any) -> None:
-        """Notes ``batch_size``, of which Lightning keeps nothing for values that it does not accumulate."""
+        """Notes ``batch_size``, which Lightning does not keep for values that it does not accumulate."""
         if batch_size is not None:
             self.given_sizes.add(batch_size)
         super().log(*args, batch_size=batch_size, **kwargs)
@@ -162,10 +162,10 @@ class ClientResults(_ResultCollection):
 
 
 def batch_size(results: _ResultCollection, batch: Any) -> tuple[int, bool]:
-    """Number of examples in the batch of the step that has just run, and whether it is sure.
+    """Number of examples in the batch of the step that has just run, and whether it is certain.
 
-    It is what the batch shows, else the one size with which the module has logged. If it is not sure, the number is
-    what Lightning has inferred for ``self.log``, or 1.
+    It is read from the batch, else it is the only size with which the module has logged. If it is uncertain, the number
+    is the one that Lightning has inferred for ``self.log``, or 1.
     """
     found = _size_of_batch(batch)
     given = results.given_sizes if isinstance(results, ClientResults) else ()
@@ -177,6 +177,6 @@ def batch_size(results: _ResultCollection, batch: Any) -> tuple[int, bool]:
 
 
 def count_examples(batch: Any) -> int:
-    """Number of examples in any other batch; 1 if it does not show."""
+    """Number of examples in any other batch; 1 if it is unknown."""
     found = _size_of_batch(batch)
     return 1 if found is None else found

@@ -1,4 +1,4 @@
-"""The server trains on data of its own, as a client does, without a trace in the training of the clients."""
+"""Trains on the server's own data, like a client, without a trace in the clients' training."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from lightning_fl.strategies.out_of_loop import out_of_loop
 from lightning_fl.types import Update
 
 ROOT = "\x1froot"
-"""The id under which random numbers are drawn for it; no client of a user has this name."""
+"""The client id used for its random numbers; no real client has this name."""
 
 
 def check_root(trainer: L.Trainer) -> None:
-    """Makes sure that the server can train on data of its own.
+    """Checks that the server can train on its own data.
 
     Raises:
         MisconfigurationException: If it can't.
     """
     if not trainer.lightning_module.automatic_optimization or len(trainer.optimizers) != 1:
         raise MisconfigurationException(
-            "The aggregator trains on data of the server, which takes automatic optimization with one optimizer. Use a "
-            "module of this kind, or let a client hold the data, as FLTrust(root=client_id)."
+            "The aggregator trains on the server's own data, which needs automatic optimization with one optimizer. "
+            "Change the module, or let a client hold the data, as FLTrust(root=client_id)."
         )
 
 
 def train_root(trainer: L.Trainer, round: Round, batches: ClientBatches) -> Update:
-    """Trains on the server's data from the global model; what the module logs, counts or keeps meanwhile is dropped."""
+    """Trains on the server's data from the global model; the module's logged values, counters and state are dropped."""
     task = round.start_root(batches)
     with out_of_loop(trainer, training=True) as results, internals.running_training_step(trainer.lightning_module):
         for fetched, position in task.batches:

@@ -29,11 +29,11 @@ def rank_report(
         plan: This rank's plan of the round.
         metric_states: The module's torchmetrics.
         deferred_checkpoints: The checkpoints that were requested inside the round.
-        found: What this rank has found out about training side by side, and tells the others.
+        found: What this rank has found out about training clients together, to send to the others.
     """
     results = internals.train_results(trainer)
     descriptions, tensors = metric_states.report()
-    # A rank without clients has counted one batch that was not there, which must not move the x-axis.
+    # A rank without clients has counted one batch that does not exist, which must not advance the x-axis.
     own_steps = internals.logger_steps(trainer) - opened.first_logger_step + opened.more_logger_steps
     return RankReport(
         metrics=as_numbers({**opened.values.entries, **logged_metric_entries(results)}),

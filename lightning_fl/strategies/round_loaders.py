@@ -1,4 +1,4 @@
-"""Opens the clients' loaders when their turn comes, and starts the next client's workers in advance."""
+"""Opens the clients' loaders when they are needed, and starts the next client's workers in advance."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from lightning_fl.types import ClientId
 UNKNOWN_LENGTH = sys.maxsize // 2
 
 VISITS_APART = 1 << 24
-"""More rounds than any run has."""
+"""A number of rounds larger than that of any run."""
 ClientVisit = tuple[ClientId, int]
-"""A client, and how many other visits of it in the round come before."""
+"""A client, and the number of its earlier visits in the round."""
 
 
 class RoundLoaders:
@@ -33,9 +33,9 @@ class RoundLoaders:
         population: All clients.
         seed: Seed of the federation.
         following: Returns the client's visit that trains after a given one; None if there is none.
-        restore_randomness: Restores the random generators' states of before the round's first client.
+        restore_randomness: Restores the random generators' states from before the round's first client.
         keep_order: Whether loaders that shuffle are read in order, as ``overfit_batches`` requires.
-        warnings: Checks each loader for settings to warn of.
+        warnings: Checks each loader for settings that need a warning.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class RoundLoaders:
 
     @property
     def seconds_waiting(self) -> float:
-        """Seconds in which training has waited for the clients' data."""
+        """Seconds that training has waited for the clients' data."""
         return sum(batches.seconds_waiting for batches in self._read)
 
     def open(self, client: ClientId, works: Any, number: int = 0) -> ClientBatches:
@@ -71,18 +71,23 @@ class RoundLoaders:
         Args:
             client: The client.
             works: Its local work, phase by phase.
-            number: How many other visits of the client in the round come before.
+            number: Number of earlier visits of the client in the round.
 
         Raises:
-            LoaderFailed: If its loader can't be made.
+            LoaderFailed: If its loader can't be created.
         """
         return self._batches((client, number), self._take((client, number)), works)
 
     def open_ahead(self, client: ClientId, works: Any, number: int = 0) -> ClientBatches:
         """A client's batches, to be read before it trains; the random generators are the client's until :meth:`leave`.
 
+        Args:
+            client: The client.
+            works: Its local work, phase by phase.
+            number: Number of earlier visits of the client in the round.
+
         Raises:
-            LoaderFailed: If its loader can't be made.
+            LoaderFailed: If its loader can't be created.
         """
         loader, seed = self._take((client, number)), visit_seed(self.seed, number)
         if type(loader) not in (list, tuple):  # reading these draws no random numbers
@@ -106,11 +111,11 @@ class RoundLoaders:
     def _take(self, visit: ClientVisit) -> Loader:
         client, _ = visit
         try:
-            # The user's code makes the loader, so that anything may be raised; the error names the client.
+            # The user's code creates the loader, so any error may be raised; the message names the client.
             loader = self._ahead.pop(visit) if visit in self._ahead else self._make(client)
         except Exception as error:
             raise LoaderFailed(client, error) from error
-        # Only where workers read: without them a loader made early would save nothing and keep its data in memory.
+        # Only with workers: without them an early loader would save nothing and keep its data in memory.
         if isinstance(loader, PrefetchedLoader) or can_prefetch(loader):
             self._make_next(visit)
         self.warnings.loader(loader)
@@ -119,7 +124,7 @@ class RoundLoaders:
     def _make(self, client: ClientId) -> Loader:
         if client in self._planned:
             return self._planned.pop(client)
-        # What draws random numbers when it is made must not draw those of the client before.
+        # Loaders that draw random numbers at their creation must not draw the previous client's.
         self.leave()
         self.restore_randomness()
         return self.population.loaders[client]
@@ -128,11 +133,11 @@ class RoundLoaders:
         # Runs before this client is seeded, so that a loader made here does not draw this client's random numbers.
         following = self.following(visit)
         if following is not None and not self._ahead:
-            with suppress(Exception):  # raised again, with the client named, when its turn comes
+            with suppress(Exception):  # raised again, with the client named, when the loader is needed
                 self._ahead[following] = self._make(following[0])
 
     def _start_workers(self) -> None:
-        """Lets the next client's workers read while the current client trains."""
+        """Starts the next client's workers, which read while the current client trains."""
         for visit, loader in self._ahead.items():
             if self.keep_order or not can_prefetch(loader):
                 continue
@@ -142,7 +147,7 @@ class RoundLoaders:
                 self._ahead[visit] = PrefetchedLoader(loader)
 
     def close(self) -> None:
-        """Drops the loaders that were made in advance, because the round ends."""
+        """Drops the loaders that were created in advance, because the round ends."""
         self._ahead.clear()
         self.leave()
 
@@ -165,7 +170,7 @@ class RoundLoader:
         return iter(())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A Trainer keeps its loader after a fit; a copy of it has no part in the rounds.
+        # A Trainer keeps its loader after a fit; a copy does not take part in the rounds.
         return RoundLoader, (_unknown,)
 
 

@@ -45,10 +45,10 @@ class _Driver(Protocol):
 
 
 class RoundView:
-    """The current round, or between rounds the next one, as callbacks see it.
+    """The current round, or between rounds the next one, for callbacks.
 
     The hooks of ``FederatedCallback`` get it as ``view`` if they have a parameter of that name; other hooks find it as
-    ``trainer.strategy.view``. Do not change what it returns, unless a method says otherwise.
+    ``trainer.strategy.view``. Do not modify the objects it returns, unless a method says otherwise.
     """
 
     def __init__(self, driver: _Driver) -> None:
@@ -58,17 +58,17 @@ class RoundView:
 
     @property
     def settings(self) -> FederationSettings:
-        """Algorithm, aggregator, transforms, weighting, seed: what does not change from round to round."""
+        """Algorithm, aggregator, transforms, weighting, seed: settings that don't change from round to round."""
         return self._driver.settings
 
     @property
     def population(self) -> Population:
-        """All clients and, as far as this rank has them, their loaders."""
+        """All clients and, where this rank has them, their loaders."""
         return self._driver.population
 
     @property
     def participation(self) -> Participation:
-        """Who takes part in a round, and how much each client trains."""
+        """Which clients take part in a round, and the local work of each."""
         return self._driver.participation
 
     @property
@@ -78,7 +78,7 @@ class RoundView:
 
     @property
     def expected_cohort_size(self) -> float:
-        """Clients of a round, on average where the number is random."""
+        """Number of clients in a round, on average if it is random."""
         return self._driver.planner.sampler.sampling.size
 
     @property
@@ -110,7 +110,7 @@ class RoundView:
 
     @property
     def groups(self) -> Sequence[tuple[ClientId, ...]]:
-        """The same clients, in the groups that are planned to train side by side."""
+        """The same clients, in the groups that are planned to train together."""
         return self._driver.plan.groups
 
     @property
@@ -119,7 +119,7 @@ class RoundView:
         return self._driver.max_work
 
     def work_of(self, client: ClientId) -> list[LocalWork]:
-        """The local work of a client of the cohort, phase by phase; for other clients, the largest of any."""
+        """The local work of a client of the cohort, phase by phase; for other clients, the largest of any client."""
         work = self._driver.plan.works.get(client, self._driver.max_work)
         return self._driver.planner.phases(work)
 
@@ -140,19 +140,19 @@ class RoundView:
 
     @property
     def trains_groups(self) -> bool:
-        """Whether clients may train side by side, so that hooks do not see each of them by itself."""
+        """Whether clients may train together, so that hooks don't see each of them separately."""
         return self._driver.vectorized is not None
 
     # ---- the model
 
     @property
     def params(self) -> Mapping[str, Tensor]:
-        """The shared parameters of the module as they are at the moment, under their ``state_dict`` names."""
+        """The module's current shared parameters, under their ``state_dict`` names."""
         return self.trainer.tensors.params
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:
-        """All parameters and persistent buffers of the module as they are at the moment."""
+        """All current parameters and persistent buffers of the module."""
         return self.trainer.tensors.all
 
     @property
@@ -173,7 +173,7 @@ class RoundView:
         return move(self._driver.store.get(client) or {}, device)
 
     def record_ledger(self, client: ClientId, ledger: Tensor) -> None:
-        """Stores a client's privacy ledger at once, so that it stays even if the round fails."""
+        """Stores a client's privacy ledger immediately, so that it is kept even if the round fails."""
         self._driver.store.record(client, ledger)
 
     # ---- the history

@@ -1,4 +1,4 @@
-"""Which schedules fit the strategy's other settings."""
+"""Checks that schedules fit the strategy's other settings."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ def choose_schedule(
     durations: Durations | Mapping[int | str, float] | str | None,
     in_real_time: bool = False,
 ) -> tuple[RoundSchedule | None, Durations | None]:
-    """The schedule and the durations that two settings of the strategy stand for.
+    """The schedule and the durations for the strategy's settings ``schedule`` and ``durations``.
 
     Args:
         schedule: The strategy's ``schedule``.
         durations: The strategy's ``durations``.
-        in_real_time: Whether silos arrive when they arrive, so that there are no durations.
+        in_real_time: Whether silos train in real time, so that there are no durations.
 
     Raises:
-        ValueError: If one is of the wrong kind, or a schedule has no durations.
+        ValueError: If one has the wrong type, or a schedule has no durations.
     """
     if schedule is not None and not isinstance(schedule, RoundSchedule):
         raise ValueError(
@@ -38,7 +38,7 @@ def choose_schedule(
         raise ValueError(f"With {schedule!r} durations={durations!r} would be ignored. Leave it out.")
     if schedule is not None and schedule.needs_durations and chosen is None and not in_real_time:
         raise ValueError(
-            f"schedule={schedule!r} needs durations, by which clients arrive: seconds by client such as "
+            f"schedule={schedule!r} needs durations, which determine when clients arrive: seconds by client such as "
             "{0: 1.5, 1: 20}, "
             'fl.clients.Lognormal(median=20), or "measured". Where each rank is a silo that trains in real time, give '
             'transport="gloo" instead.'
@@ -56,7 +56,7 @@ def check_schedule(
     transforms: Sequence[Transform],
     aggregator: Aggregator,
 ) -> None:
-    """Makes sure that a schedule fits the other settings of a strategy.
+    """Checks that a schedule fits the other settings of a strategy.
 
     Raises:
         ValueError: If it does not.
@@ -66,32 +66,32 @@ def check_schedule(
     schedule.check_work(local_steps, local_epochs)
     if stragglers is not None:
         raise ValueError(
-            f"stragglers={stragglers!r} says who is late, and so do the durations of {schedule!r}. Leave stragglers "
+            f"stragglers={stragglers!r} decides who is late, and so do the durations of {schedule!r}. Leave stragglers "
             'out; fl.schedules.Deadline(seconds, late="partial") is their counterpart on a clock.'
         )
     hiding = next((own for own in transforms if own.hides_clients or own.needs_secure_sampling), None)
     if hiding is not None:
         raise ValueError(
-            f"{type(hiding).__name__} hides who takes part in a round, and its privacy rests on how the cohort is "
-            f"drawn. With {schedule!r} the speed of clients decides. Leave schedule and durations out."
+            f"{type(hiding).__name__} hides who takes part in a round, and its privacy depends on how the cohort is "
+            f"sampled. With {schedule!r} the speed of clients decides. Leave schedule and durations out."
         )
     if schedule.draws_cohorts:
         return
     if not (isinstance(cohort, Uniform) and not cohort.secure):
         raise ValueError(
-            f"{schedule!r} has no cohorts, so cohort={cohort!r} would be ignored: whoever returns is taken in. "
-            "Leave it out."
+            f"{schedule!r} has no cohorts, so cohort={cohort!r} would be ignored: every client that returns is "
+            "accepted. Leave it out."
         )
     if aggregator.hides_reports:
         raise ValueError(
             f"{type(aggregator).__name__} sums updates that nobody sees, but those of a round of {schedule!r} start "
-            "from different versions, and each has to be weighted by its age. Use a synchronous schedule, or another "
-            "aggregator."
+            "from different versions, and each must be weighted by its staleness. Use a synchronous schedule, or "
+            "another aggregator."
         )
 
 
 def check_learning_rates(schedule: RoundSchedule | None, trainer: L.Trainer) -> None:
-    """Makes sure that learning-rate schedules mean the same in a replay.
+    """Checks that learning-rate schedules have the same effect in a replay.
 
     Raises:
         MisconfigurationException: If they do not.
@@ -102,10 +102,10 @@ def check_learning_rates(schedule: RoundSchedule | None, trainer: L.Trainer) -> 
 
 
 def check_clients(schedule: RoundSchedule, durations: Durations | None, population: Population) -> None:
-    """Makes sure that schedule and durations fit the clients.
+    """Checks that schedule and durations fit the clients.
 
     Raises:
-        MisconfigurationException: If the clients are silos, which have a clock of their own.
+        MisconfigurationException: If the clients are silos, which train in real time.
         ValueError: If they do not fit.
     """
     if population.silos is not None:

@@ -21,7 +21,7 @@ from lightning_fl.strategies.validation import check_type
 
 
 def check_silo(strategy: Any) -> None:
-    """Makes sure that a strategy's settings fit silos of several processes.
+    """Checks that a strategy's settings fit silos of several processes.
 
     Raises:
         ValueError: If one does not.
@@ -55,7 +55,7 @@ def connect_processes(silo: Silo | None, rank: int, size: int, together: int, wh
         silo: How several processes share a silo. None: each process is a rank.
         rank: Index of this process.
         size: Number of all processes.
-        together: Number of processes of a silo that does not say how many it has.
+        together: Number of processes of a silo that does not specify it.
         where: The further arguments of :func:`~lightning_fl.communication.connect`.
 
     Raises:
@@ -82,7 +82,7 @@ def check_module(silo: Silo, module: nn.Module, protects_examples: bool) -> None
     """
     if protects_examples:
         raise MisconfigurationException(
-            f"With silo={silo} each process would add noise of its own, and they would train different models. Leave "
+            f"With silo={silo} each process would add its own noise, so they would train different models. Leave "
             "SampleLevelDP out, or let a silo be one process."
         )
     try:
@@ -106,24 +106,24 @@ def keep_metrics_apart(module: nn.Module) -> None:
 
 
 def let_metrics_sync(module: nn.Module) -> None:
-    """Ends what :func:`keep_metrics_apart` began."""
+    """Undoes :func:`keep_metrics_apart`."""
     for part in module.modules():
         if isinstance(part, Metric) and part.distributed_available_fn is _never:
             part.distributed_available_fn = jit_distributed_available
 
 
-# ---- checkpoints of whole tensors, whatever they were spread over
+# ---- checkpoints of full tensors, however they are sharded
 
 
 def whole_state_dict(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
-    """A module's ``state_dict`` with whole tensors; a collective of the silo."""
+    """A module's ``state_dict`` with full tensors; a collective of the silo."""
     WithinSilo.free_gathered(module)
     held = dict(module.named_parameters(remove_duplicate=False))
     return {name: whole(local(held[name]), held[name]) if name in held else value for name, value in state.items()}
 
 
 def spread_state_dict(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
-    """A ``state_dict`` of whole tensors with this process's parts, spread as the module's."""
+    """A ``state_dict`` of full tensors with this process's shards, sharded like the module's tensors."""
     held = dict(module.named_parameters(remove_duplicate=False))
     return {
         name: spread_like(part_of(value, held[name]), held[name]) if name in held else value
@@ -132,7 +132,7 @@ def spread_state_dict(module: nn.Module, state: Mapping[str, Any]) -> dict[str, 
 
 
 def whole_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """An optimizer's ``state_dict`` with whole tensors; a collective of the silo."""
+    """An optimizer's ``state_dict`` with full tensors; a collective of the silo."""
 
     def gathered(value: Any) -> Any:
         return whole(local(value), value) if isinstance(value, Tensor) else value
@@ -142,7 +142,7 @@ def whole_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> dict[s
 
 
 def spread_optimizer_states(optimizers: Sequence[Optimizer]) -> None:
-    """Spreads the whole tensors that a checkpoint has put into the optimizers as their parameters."""
+    """Shards the full tensors that a checkpoint has loaded into the optimizers like their parameters."""
     for optimizer in optimizers:
         for param, entries in optimizer.state.items():
             for name, value in entries.items():

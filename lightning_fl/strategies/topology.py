@@ -1,4 +1,4 @@
-"""The strategy's argument ``topology``: what it makes of the algorithm and the cohorts, and what it refuses."""
+"""The strategy's argument ``topology``: its effect on the algorithm and the cohorts, and unsupported combinations."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from lightning_fl.topologies import Cyclic, Swarm, Topology
 
 @dataclass(frozen=True)
 class Placed:
-    """The settings that a topology takes part in.
+    """The settings that a topology affects.
 
     Args:
         algorithm: The algorithm on the topology.
         weighting: How clients are weighted; None for the algorithm's own.
         cohort: How the clients of a round are chosen; None for uniformly.
-        clients_per_round: How many take part.
+        clients_per_round: How many clients take part in a round.
     """
 
     algorithm: Algorithm
@@ -29,10 +29,10 @@ class Placed:
 
 
 def place(settings: Placed, topology: Topology | None) -> Placed:
-    """Puts an algorithm onto a topology.
+    """Places an algorithm on a topology.
 
     Raises:
-        ValueError: If it is not one for topologies, or takes part in rounds in a way that the topology does not allow.
+        ValueError: If the algorithm does not support topologies, or a setting of the cohort contradicts the topology.
     """
     algorithm = settings.algorithm
     if isinstance(topology, Swarm):
@@ -41,7 +41,7 @@ def place(settings: Placed, topology: Topology | None) -> Placed:
     if isinstance(topology, Cyclic):
         if settings.cohort is not None or settings.clients_per_round is not None:
             raise ValueError(
-                f"topology={topology!r} says who takes part in a round. Leave cohort and clients_per_round out."
+                f"topology={topology!r} decides who takes part in a round. Leave cohort and clients_per_round out."
             )
         _check_has_one_model(algorithm, topology)
         return replace(settings, cohort=RoundRobin(reverse=topology.reverse), clients_per_round=1)
@@ -71,7 +71,7 @@ def _check_has_one_model(algorithm: Algorithm, topology: Topology) -> None:
 
 
 def elect(topology: Topology | None, aggregator: Aggregator | None, is_in_real_time: bool) -> Aggregator | None:
-    """The aggregator of a swarm, or what the user gives.
+    """The aggregator of a swarm, or the user's.
 
     Raises:
         ValueError: If updates do not go to the elected client.
@@ -80,7 +80,7 @@ def elect(topology: Topology | None, aggregator: Aggregator | None, is_in_real_t
         return aggregator
     if is_in_real_time:
         raise ValueError(
-            f"topology={topology!r} elects who averages, but with federation or transport one party does for good. "
+            f"topology={topology!r} elects who averages, but with federation or transport one party always does. "
             "Leave one of them out."
         )
     if aggregator is not None:
@@ -109,10 +109,10 @@ def check_nodes(
     schedule: object | None,
     address: str | None,
 ) -> Aggregator:
-    """The aggregator to use: what the user gives, else that of the algorithm.
+    """The aggregator to use: the user's, else the algorithm's.
 
     Raises:
-        ValueError: If something stands between client and server, of which there is none.
+        ValueError: If a setting acts between client and server, but there is no server.
     """
     name = type(algorithm).__name__
     if address is not None and (algorithm.knows_index or algorithm.keeps_nodes):
@@ -131,7 +131,7 @@ def check_nodes(
     found = [f"{key}={value!r}" for key, value in given.items() if value is not None and not isinstance(value, Nodes)]
     if found:
         raise ValueError(
-            f"{name} has no server, between which and the clients {found[0]} could act: it would be ignored. Leave it "
+            f"{name} has no server, so {found[0]}, which acts between clients and server, would be ignored. Leave it "
             "out, or use an algorithm with a server."
         )
     return aggregator or Nodes()

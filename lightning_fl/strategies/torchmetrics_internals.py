@@ -1,7 +1,7 @@
-"""Every touch of torchmetrics' private parts, in one place. Holds for torchmetrics >= 1.4, < 2.
+"""Every use of torchmetrics' private API, in one place. Valid for torchmetrics >= 1.4, < 2.
 
 Each function says why it is needed; ``tests/trainer/test_torchmetrics_internals.py`` fails when what it relies on has
-changed. What Lightning logs is a torchmetric too, whose private parts Lightning uses itself: see ``results.py``.
+changed. Lightning's logged values are torchmetrics too; Lightning itself uses their private API: see ``results.py``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torchmetrics import Metric
 
 
 def reductions(metric: Metric) -> Mapping[str, Callable[[Tensor], Any] | None]:
-    """By state the ``dist_reduce_fx`` given to ``add_state``, which torchmetrics does not make public."""
+    """The ``dist_reduce_fx`` given to ``add_state``, by state; torchmetrics does not make it public."""
     return metric._reductions  # type: ignore[return-value]
 
 
@@ -26,7 +26,7 @@ def is_list_state(metric: Metric, name: str) -> bool:
 def set_states(metric: Metric, states: Mapping[str, Any], num_updates: int) -> None:
     """Replaces states as if ``num_updates`` updates had led to them; torchmetrics has only ``merge_state``, since 1.5.
 
-    Drops what ``compute`` returned before, which it would return again.
+    Drops the cached result of ``compute``, which it would return again.
     """
     for name, state in states.items():
         setattr(metric, name, state)

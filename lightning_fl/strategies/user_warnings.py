@@ -19,7 +19,7 @@ from lightning_fl.federation.server import some
 from lightning_fl.strategies.logged_values import monitor_names
 from lightning_fl.types import ClientId
 
-# Weak, because to remember a module must not keep its tensors in memory.
+# Weak, because remembering a module must not keep its tensors in memory.
 _TRAINED: WeakSet[nn.Module] = WeakSet()
 """Modules that have been trained with hidden clients."""
 
@@ -45,7 +45,7 @@ class UserWarnings:
     def deferred_checkpoint(self) -> None:
         """Warns that a checkpoint requested inside a round is deferred."""
         if self._is_new("deferred"):
-            rank_zero_warn("A checkpoint asked for inside a round is written at its end, when there is a global model.")
+            rank_zero_warn("A checkpoint requested inside a round is written at its end, when there is a global model.")
 
     def personal(self, trainer: L.Trainer, personal: Sequence[str]) -> None:
         """Warns that the global model is validated with the start values of personal tensors."""
@@ -57,7 +57,7 @@ class UserWarnings:
             )
 
     def loader(self, loader: Any) -> None:
-        """Warns of a loader whose random numbers are not those of the round, or whose workers start too slowly."""
+        """Warns about a loader whose random numbers are not those of the round, or whose workers start slowly."""
         if getattr(loader, "persistent_workers", False) and self._is_new("persistent workers"):
             rank_zero_warn(
                 "A client's loader has persistent_workers=True: their random numbers are not those of the round and "
@@ -66,14 +66,14 @@ class UserWarnings:
 
         if getattr(loader, "num_workers", 0) and _spawns(loader) and self._is_new("spawned workers"):
             rank_zero_warn(
-                f"The client loaders have num_workers={loader.num_workers}. Workers start anew for each client, and "
-                "here as new Python processes (start method 'spawn' or 'forkserver'), each of which first imports "
-                "torch: seconds per client. Set num_workers=0, which is faster unless reading is slow, or where no "
-                "threads are about multiprocessing_context='fork'."
+                f"The client loaders have num_workers={loader.num_workers}. Workers are started again for each client, "
+                "and here as new Python processes (start method 'spawn' or 'forkserver'), each of which first imports "
+                "torch: seconds per client. Set num_workers=0, which is faster unless reading is slow, or, if the "
+                "process has no threads, multiprocessing_context='fork'."
             )
 
     def data(self, round: int, reports: Sequence[RankReport]) -> None:
-        """Warns of clients without data and of loaders that raised."""
+        """Warns about clients without data and loaders that raised."""
         joined = RankReport.join(reports)
         for client in joined.empty:
             if self._is_new(("empty", client)):
@@ -85,14 +85,14 @@ class UserWarnings:
             rank_zero_warn(f"Round {round}: the loader of client {client!r} raised {error}, so it was left out.")
 
     def same_data(self, num_ranks: int) -> None:
-        """Warns of silos with the same data."""
+        """Warns about silos with the same data."""
         rank_zero_warn(
             f"All {num_ranks} ranks trained on the same first batch. Started by a launcher, each rank is a silo "
             "with its own data. To split one data set among simulated clients, give num_clients or partition."
         )
 
     def untold_failures(self, round: int, failed: Mapping[ClientId, str]) -> None:
-        """Warns, on this rank only, of its loaders that raised, whose errors the other ranks are not told."""
+        """Warns, on this rank only, about its loaders that raised; the other ranks are not told their errors."""
         for client, error in failed.items():
             warnings.warn(
                 f"Round {round}: the loader of client {client!r} raised {error}, so it was left out. The other ranks "
@@ -101,7 +101,7 @@ class UserWarnings:
             )
 
     def result(self, round: int, result: RoundResult) -> None:
-        """Warns of refused updates, and of frozen parameters that move; informs of empty and last rounds."""
+        """Warns about refused updates and frozen parameters that move; reports empty and last rounds."""
         if result.report.refused:
             rank_zero_warn(_refused(round, result.report.refused))
         if result.unsent:
@@ -115,35 +115,35 @@ class UserWarnings:
             rank_zero_info(result.closing.stop_reason)
 
     def put_back(self, paths: Collection[str]) -> None:
-        """Names, once, what clients' training has changed in the module and what then was put back."""
+        """Reports, once, which state of the module clients' training has changed and the engine has restored."""
         new = sorted(path for path in paths if self._is_new(("put back", path)))
         if new:
             names = ", ".join(f"self.{path}" for path in new[:8]) + (", ..." if len(new) > 8 else "")
             rank_zero_info(
-                f"Each client starts with {names} as they were when the round started: what training changes in the "
-                "module outside its state_dict is put back, so that it does not reach other clients or rounds. What is "
-                "to last from round to round is a buffer in the state_dict, which is averaged; what is to be summed up "
-                "over clients is logged with self.log, or a torchmetric."
+                f"Each client starts with {names} as they were when the round started: changes that training makes to "
+                "the module outside its state_dict are put back, so that they don't reach other clients or rounds. To "
+                "keep a value from round to round, make it a buffer in the state_dict, which is averaged; to sum a "
+                "value over clients, log it with self.log, or use a torchmetric."
             )
 
     def put_back_after_round(self, round: int, names: Sequence[str]) -> None:
-        """Warns, once, of what a hook has written to the global model after the round's last batch."""
+        """Warns, once, about a hook's changes to the global model after the round's last batch."""
         if names and self._is_new("put back after the round"):
             rank_zero_warn(
                 f"on_train_batch_end has changed {some(names)} after the last batch of round {round}, when the module "
-                "held the global model. It was put back, because nothing clips such a change or adds noise to it. What "
-                "the hook does after all other batches is part of the clients' updates."
+                "held the global model. It was put back, because such a change is neither clipped nor noised. The "
+                "hook's changes after all other batches are part of the clients' updates."
             )
 
     def not_consulted(self, round: int, judge: str, metric: str) -> None:
-        """Informs that a callback or a schedule is not consulted in a round that has not measured what it monitors."""
+        """Reports that a callback or schedule is not consulted, because the round has not measured its metric."""
         if self._is_new(("not consulted", round, judge)):
             rank_zero_info(
                 f"Round {round}: {judge} is not consulted, because no client took part and {metric!r} was not measured."
             )
 
     def max_steps(self, trainer: L.Trainer, configs: Sequence[Any], report: RankReport) -> None:
-        """Warns of schedules by step that may have been made for ``max_steps``, which the steps of all clients use up.
+        """Warns about step schedules that may have been built for ``max_steps``, which counts the steps of all clients.
 
         Args:
             trainer: The Trainer.
@@ -162,19 +162,19 @@ class UserWarnings:
             if total > reach and self._is_new(("max_steps", type(config.scheduler))):
                 rank_zero_warn(
                     f"max_steps={limit} counts the steps of all clients, {report.num_steps} in this round, so the run "
-                    f"ends after about {rounds} rounds. {type(config.scheduler).__name__} goes on with the largest "
-                    f"client only and will have taken about {reach} steps, fewer than the {total} that it may be made "
-                    "for. Give max_epochs in place of max_steps: trainer.estimated_stepping_batches then counts the "
-                    f"largest client's steps. Or make the schedule for {reach} steps."
+                    f"ends after about {rounds} rounds. {type(config.scheduler).__name__} follows only the largest "
+                    f"client and will have taken about {reach} steps, fewer than the {total} that it may be built for. "
+                    "Give max_epochs instead of max_steps: trainer.estimated_stepping_batches then counts the largest "
+                    f"client's steps. Or build the schedule for {reach} steps."
                 )
 
     def untold_refusals(self, round: int, clients: Sequence[ClientId]) -> None:
-        """Warns, on this rank only, of its updates that were refused."""
+        """Warns, on this rank only, about its refused updates."""
         if clients:
             warnings.warn(_refused(round, clients) + " The other ranks do not see this warning.", stacklevel=2)
 
     def monitors(self, trainer: L.Trainer, logged: Entries) -> None:
-        """Warns of callbacks and schedules that monitor an exact figure of data which differential privacy protects."""
+        """Warns about callbacks and schedules that monitor exact figures of data protected by differential privacy."""
         names = monitor_names(logged)
         schedules = [(config.scheduler, config.monitor) for config in trainer.lr_scheduler_configs if config.monitor]
         callbacks = [(c, getattr(c, "monitor", None)) for c in trainer.callbacks]  # type: ignore[attr-defined]
@@ -187,7 +187,7 @@ class UserWarnings:
                 )
 
     def new_ledger(self, module: nn.Module) -> None:
-        """Warns if hidden clients train a module that has been trained before, whose spent epsilon is not known."""
+        """Warns if hidden clients train a module that has been trained before, whose spent epsilon is unknown."""
         if module in _TRAINED:
             rank_zero_warn(
                 "This module has been trained with differential privacy before, and its epsilon starts at 0 again, "

@@ -116,11 +116,11 @@ def versions() -> dict[str, str]:
 
 
 def described_columns(datamodule: Any, is_private: bool) -> dict[str, str]:
-    """What the positions of features and classes mean, for a datamodule that says so.
+    """The meaning of the positions of features and classes, if the datamodule specifies it.
 
     Args:
         datamodule: The datamodule or None.
-        is_private: Whether the data is protected; then names that were learned from it stay here.
+        is_private: Whether the data is protected; then names learned from it are not shared.
     """
     learned: str = getattr(datamodule, "learned_from_data", "")
     if is_private and learned:
@@ -129,9 +129,9 @@ def described_columns(datamodule: Any, is_private: bool) -> dict[str, str]:
 
 
 def settings_of_training(trainer: L.Trainer) -> dict[str, str]:
-    """What the module trains with, as far as it is numbers: its hyper-parameters and those of its optimizers.
+    """The numeric hyper-parameters of the module and its optimizers.
 
-    Text is left out, since silos rightly have paths and names of their own.
+    Text is left out, since silos legitimately have their own paths and names.
     """
     module = trainer.lightning_module
     found = {f"model.{name}": value for name, value in module.hparams.items()}
@@ -146,13 +146,13 @@ def settings_of_training(trainer: L.Trainer) -> dict[str, str]:
 
 
 def _numbers_of(transform: Transform) -> str:
-    """A transform's type and the numbers it was made with; its other attributes may differ between ranks."""
+    """A transform's type and its numeric settings; its other attributes may differ between ranks."""
     numbers = {name: value for name, value in vars(transform).items() if type(value) in (int, float, bool)}
     return f"{type(transform).__name__}({numbers})"
 
 
 def check_types(partition: Any, aggregator: Any, transforms: Any, personal: Any) -> None:
-    """Makes sure that the strategy's parts are of the right kind.
+    """Checks that the strategy's components have the right types.
 
     Raises:
         ValueError: If one is not.
@@ -173,10 +173,10 @@ def check_types(partition: Any, aggregator: Any, transforms: Any, personal: Any)
 def choose_weighting(
     weighting: Weighting | None, aggregator: Aggregator, transforms: Sequence[Transform], algorithm: Algorithm
 ) -> Weighting:
-    """How clients are weighted: as the user says, else as the aggregator or a transform requires, else the algorithm's.
+    """The weighting of clients: the user's, else what the aggregator or a transform requires, else the algorithm's.
 
     Raises:
-        ValueError: If the user says something else than the aggregator requires.
+        ValueError: If the user's choice is not the one that the aggregator requires.
     """
     if weighting is not None and aggregator.weighting not in (None, weighting):
         raise ValueError(
@@ -188,10 +188,10 @@ def choose_weighting(
 
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
-    """Makes sure that a setting has one of its values.
+    """Checks that a setting has one of its allowed values.
 
     Raises:
-        ValueError: If it has not.
+        ValueError: If it does not.
     """
     if value not in choices:
         raise ValueError(f"{name}={value!r} is not known; expected one of {', '.join(map(repr, choices))}.")
@@ -245,7 +245,7 @@ def check_trainer(trainer: L.Trainer) -> None:
             "it out, or put a layer that needs no batch, such as GroupNorm, in its place."
         )
     if not trainer.enable_validation:
-        return  # some packages set an interval though there is nothing to validate
+        return  # some packages set an interval although there is nothing to validate
     val_check_interval = getattr(trainer, "val_check_interval", "a time")  # Lightning sets none if it is a time
     # The integer 1 equals 1.0, but to Lightning it means after every batch.
     if val_check_interval != 1.0 or isinstance(val_check_interval, int):
@@ -261,14 +261,14 @@ def check_trainer(trainer: L.Trainer) -> None:
 
 
 _NUM_STARTED = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_NTASKS")
-"""Variables in which launchers say how many processes they have started."""
+"""Environment variables in which launchers store the number of processes they have started."""
 
 
 def check_launcher() -> None:
-    """Makes sure that a process which trains alone has been started alone.
+    """Checks that a process which trains alone has been started alone.
 
     Raises:
-        MisconfigurationException: If a launcher has started several, of which each would train a federation of its own.
+        MisconfigurationException: If a launcher has started several, each of which would train its own federation.
     """
     for name in _NUM_STARTED:
         started = os.environ.get(name, "")
@@ -306,7 +306,7 @@ def warn_of_processes(num_processes: int, device: torch.device) -> None:
 
 
 def check_phases(algorithm: Algorithm, local_epochs: Any, local_steps: Any) -> None:
-    """Makes sure that the strategy's amount of local work has an effect on the algorithm.
+    """Checks that the strategy's amount of local work has an effect on the algorithm.
 
     Raises:
         ValueError: If it would be ignored.
@@ -315,7 +315,7 @@ def check_phases(algorithm: Algorithm, local_epochs: Any, local_steps: Any) -> N
     name, value = next(((name, value) for name, value in given.items() if value is not None), ("", None))
     if value is not None and all(phase.has_own_work for phase in algorithm.phases()):
         raise ValueError(
-            f"{type(algorithm).__name__} sets itself how much a client trains, so {name}={value!r} would be ignored. "
+            f"{type(algorithm).__name__} itself sets how much a client trains, so {name}={value!r} would be ignored. "
             f"Leave {name} out."
         )
 
@@ -369,7 +369,7 @@ def check_gradient_at(algorithm: Algorithm, trainer: L.Trainer) -> None:
 
 
 def check_same_on_ranks(group: Group, what: str, own: int) -> None:
-    """Makes sure that all ranks have the same number of something; otherwise some would wait for the others forever.
+    """Checks that all ranks have the same number of something; otherwise some would wait for the others forever.
 
     Raises:
         MisconfigurationException: On every rank, if they differ.
@@ -384,11 +384,11 @@ def check_same_on_ranks(group: Group, what: str, own: int) -> None:
 
 
 def describe_failure(exception: BaseException, hides: bool) -> str:
-    """What the other parties are told about an exception that ends this party's run.
+    """The message to the other parties about an exception that ends this party's run.
 
     Args:
         exception: The exception.
-        hides: Whether its words stay here, since those of an error in reading data may show some of it.
+        hides: Whether its text is withheld, since an error in reading data may quote it.
     """
     if isinstance(exception, KeyboardInterrupt):
         return "its user has stopped it."
@@ -397,10 +397,10 @@ def describe_failure(exception: BaseException, hides: bool) -> str:
 
 
 def check_type(name: str, value: Any, kind: type, example: str) -> None:
-    """Makes sure that an argument is None or an instance of ``kind``.
+    """Checks that an argument is None or an instance of ``kind``.
 
     Raises:
-        ValueError: If it has not.
+        ValueError: If it is neither.
     """
     if value is not None and not isinstance(value, kind):
         raise ValueError(f"{name}={value!r} is a {type(value).__name__}; expected {example}.")

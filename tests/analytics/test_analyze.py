@@ -463,7 +463,7 @@ def test_refused(question: Question, options: dict[str, Any], message: str) -> N
 
 
 def test_a_secure_sum_of_two_is_refused() -> None:
-    with pytest.raises(ValueError, match="no sum over fewer than 3"):
+    with pytest.raises(ValueError, match="needs at least 3"):
         analyze([Mean("age")], {"a": LUNG[:100], "b": LUNG[100:]}, aggregator=SecureAggregation())
 
 

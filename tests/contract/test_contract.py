@@ -341,7 +341,7 @@ def test_clients_train_together_as_they_do_alone(name: str, sizes: tuple[int, ..
     algorithm = ENTRIES[name].algorithm
     _, alone = fit(algorithm, sizes=sizes, engine="sequential")
     if algorithm.probe is not None or len(algorithm.phases()) > 1:
-        with pytest.raises(MisconfigurationException, match="looks at each client's data by itself"):
+        with pytest.raises(MisconfigurationException, match="reads each client's data separately"):
             fit(algorithm, sizes=sizes, engine="vectorized")
         return
     run, together = fit(algorithm, sizes=sizes, engine="vectorized")

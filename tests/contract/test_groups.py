@@ -387,7 +387,7 @@ def test_bytes_that_are_no_message_are_refused_on_every_rank(entry: Entry, monke
     monkeypatch.setattr(Message, "encode", encode_or_attack)
 
     def gather(group: Group) -> None:
-        with pytest.raises(ValueError, match=r"A rank sent \d+ bytes that are no message of ours"):
+        with pytest.raises(ValueError, match=r"A rank sent \d+ bytes that are not a valid message"):
             group.all_gather(Message({"attack": True} if group.rank == 1 else {}))
 
     entry.run(2, gather)

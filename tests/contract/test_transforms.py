@@ -28,7 +28,7 @@ from tests.helpers.training import minimise
 NUM_CLIENTS = 4
 pytestmark = [
     pytest.mark.filterwarnings("ignore:insecure_test_seed makes the noise predictable"),
-    pytest.mark.filterwarnings("ignore:Under ClientLevelDP buffers"),
+    pytest.mark.filterwarnings("ignore:ClientLevelDP clips buffers"),
 ]
 
 
@@ -117,7 +117,7 @@ NEUTRAL = {"clip": 1e6, "noise_multiplier": 0.0}
 OF_PRIVACY: dict[str, Any] = {
     "beside": {"transforms": [KeepsNorm()]},
     "refuses": [
-        ({"weighting": "examples"}, "weighting='examples' lets one client weigh more.*Leave weighting out"),
+        ({"weighting": "examples"}, "weighting='examples' allows a client to weigh more.*Leave weighting out"),
         ({"transforms": [Lengthens()]}, r"Lengthens comes after ClientLevelDP and may .*Put ClientLevelDP last"),
         ({"transforms": [ClientLevelDP(1.0, 1.0)]}, "ClientLevelDP comes after ClientLevelDP"),
         ({"aggregator": NoSum()}, r"NoSum is not a sum\. Use fl\.aggregation\.WeightedMean\(\)"),

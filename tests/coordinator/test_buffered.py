@@ -434,7 +434,7 @@ def test_a_replay_of_what_was_recorded_gives_the_model_of_the_silos(
         ({"schedule": Buffered(2, concurrency=2)}, "concurrency"),
         ({"schedule": Buffered(2), "durations": {0: 1.0}}, "durations"),
         ({"schedule": fl.schedules.Deadline(10)}, "simulated clock"),
-        ({"schedule": Buffered(2), "transforms": [fl.compression.LowRank(1)]}, "weighs each update by its age"),
+        ({"schedule": Buffered(2), "transforms": [fl.compression.LowRank(1)]}, "weights each update by its staleness"),
         ({"schedule": Buffered(2), "aggregator": fl.privacy.SecureAggregation("bonawitz")}, "different versions"),
     ],
 )

@@ -331,17 +331,17 @@ def test_a_configuration_that_is_wrong_is_named(tmp_path: Path, digits_step: Pat
     for more, message in (
         ("host: 0.0.0.0\n", "there is no certificate"),
         ("condition: [charging]\n", "unknown entries 'condition'"),
-        ("task_s: soon\n", "that is no int or float"),
+        ("task_s: soon\n", "expected a int or float"),
         ("rounds: 0\n", "expected a positive number"),
-        ("pages: .\n", "which nobody may read"),
-        ("pages: federation/pages\ndevices: federation/pages/devices.json\n", "which nobody may read"),
+        ("pages: .\n", "which contains the private"),
+        ("pages: federation/pages\ndevices: federation/pages/devices.json\n", "which contains the private"),
     ):
         with pytest.raises(SystemExit):
             main(["gateway", "--config", str(write_config(tmp_path, digits_step, 0, 1, more))])
         assert message in capsys.readouterr().err
     path = write_config(tmp_path, digits_step, 0, 1)
     path.write_text(path.read_text().replace("max_examples: 100\n", ""))
-    with pytest.raises(ValueError, match=r"lacks max_examples\. The more examples"):
+    with pytest.raises(ValueError, match=r"lacks max_examples\. A device's weight"):
         read_config(path)
     (path := tmp_path / "documented.yaml").write_text(blocks(REPOSITORY / "docs" / "howto" / "devices.md", "text")[0])
     assert read_config(path).rules == AdmissionRules(("charging", "unmetered"), updates_per_day=4, max_norm=1000)

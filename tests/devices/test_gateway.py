@@ -284,8 +284,8 @@ def test_the_federation_ends(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("message", "schedule", "options"),
     [
-        ("waits for no single device", None, {}),
-        ("waits for no single device", Deadline(1.0), {}),
+        ("can't wait for single devices", None, {}),
+        ("can't wait for single devices", Deadline(1.0), {}),
         ("set max_staleness", FedAsync(), {}),
         ("Clients of Scaffold do more than training steps", Buffered(2), {"algorithm": Scaffold()}),
         ("needs the module", Buffered(2), {"aggregator": FLTrust(TensorDataset(torch.zeros(1)))}),

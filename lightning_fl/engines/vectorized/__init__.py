@@ -1,4 +1,4 @@
-"""Trains many clients at once: one step of a module whose tensors are stacked over the clients."""
+"""Trains many clients together: one step of a module whose tensors are stacked over the clients."""
 
 from lightning_fl.engines.vectorized.engine import Vectorized, VectorizedEngine
 

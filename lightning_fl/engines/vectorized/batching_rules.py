@@ -17,10 +17,10 @@ from lightning_fl.engines.vectorized.recurrent import RULES
 from lightning_fl.engines.vectorized.stacking import NotVectorizable
 from lightning_fl.torch_internals import outside_vmap, unwrap, wrap
 
-_ASKS = "asks whether a tensor gets a gradient, which none does for several clients"
+_ASKS = "asks whether a tensor requires a gradient, which none does when several clients train in one step"
 _HOOKS = "puts a hook on a tensor's gradient"
 _OF_OWN_TENSORS: dict[Any, str] = {
-    Tensor.grad.__get__: "looks at the gradients of the last step",  # type: ignore[union-attr]
+    Tensor.grad.__get__: "reads the gradients of the last step",  # type: ignore[union-attr]
     Tensor.requires_grad.__set__: "changes which tensors get a gradient",  # type: ignore[attr-defined]
     Tensor.requires_grad.__get__: _ASKS,  # type: ignore[attr-defined]
     Tensor.is_leaf.__get__: _ASKS,  # type: ignore[attr-defined]
@@ -37,7 +37,8 @@ class BatchingRules(TorchFunctionMode):
     A rule applies where ``vmap`` is the only transform and all tensors are batched; elsewhere nothing changes.
 
     Raises:
-        NotVectorizable: Inside the block, for what ``vmap`` would silently do in another way than a client alone.
+        NotVectorizable: Inside the block, for operations that ``vmap`` would silently compute differently than for a
+            single client.
 
     Args:
         pool: Provides the memory of the weights' gradients. None: PyTorch's allocator.
@@ -88,7 +89,7 @@ class StackedLinear(Function):
         x, weight = ctx.saved_tensors
         weight_grad = None
         if ctx.needs_input_grad[1]:
-            # With create_graph the backward pass is recorded itself, which writing to `out` does not allow.
+            # With create_graph the backward pass is itself recorded, which writing to `out` does not allow.
             out = ctx.pool.empty(weight.shape, weight) if ctx.pool and not torch.is_grad_enabled() else None
             weight_grad = torch.bmm(grad.transpose(1, 2), x, out=out)
         return (

@@ -14,7 +14,7 @@ MIN_BYTES = 128 * 2**10
 
 
 class BufferPool:
-    """Allocates CPU tensors, and reuses their memory once nothing refers to it any more.
+    """Allocates CPU tensors, and reuses their memory once nothing refers to it.
 
     Returning megabytes to the operating system and allocating them again in each step can take longer than the step's
     arithmetic. For CUDA tensors, PyTorch has a caching allocator already.
@@ -33,13 +33,13 @@ class BufferPool:
         free = [own for own in self._buffers if num_references(own[1]) == own[2]]
         fitting = [own for own in free if own[0].numel() >= num_bytes]
         if not fitting:
-            # Free memory that is too small is given up; otherwise sizes that are no longer asked for would add up.
+            # Free memory that is too small is released; otherwise sizes that are no longer requested would add up.
             too_small = set(map(id, free))
             self._buffers = [own for own in self._buffers if id(own) not in too_small]
             memory = torch.empty(num_bytes, dtype=torch.uint8)
             storage = memory.untyped_storage()
             fitting = [(memory, storage, num_references(storage))]
             self._buffers += fitting
-        # The smallest that fits leaves the large ones to large tensors.
+        # The smallest block that fits leaves the large ones for large tensors.
         memory = min(fitting, key=lambda own: own[0].numel())[0]
         return memory[:num_bytes].view(like.dtype).view(size)

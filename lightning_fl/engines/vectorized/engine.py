@@ -1,4 +1,4 @@
-"""Trains many clients at once: one step of a module whose tensors are stacked over the clients."""
+"""Trains many clients together: one step of a module whose tensors are stacked over the clients."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ from lightning_fl.tree import cast_like, num_bytes
 from lightning_fl.types import Phase, Tree
 
 BYTES_ON_CPU = 16 * 2**20
-"""Of the stacked parameters: what a CPU's cache holds."""
+"""Default bytes of the stacked parameters: the size of a CPU's cache."""
 
 Step = Callable[..., tuple[Any, Any]]
-"""Calls the user's step; returns the loss and other tensors to return with it."""
+"""Calls the user's step; returns the loss and further tensors."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,12 @@ class Vectorized:
     """The engine that advances many clients in one step, with its settings.
 
     Args:
-        clients_per_step: The most clients that train in one step. None: as many as fit in ``stacked_bytes``.
-        stacked_bytes: The most bytes of the clients' stacked parameters. None: 16 MiB on a CPU, for its cache; on a GPU
-            a sixteenth of its memory, or an eighth of what is free if that is less.
-        batch_bytes: The most bytes of their batches in memory at once. Default 1 GiB.
-        data_bytes: The most bytes of data sets in memory that stay on a GPU, where their batches are then gathered.
-            None: a quarter of what is free; 0: none.
+        clients_per_step: Maximum number of clients that train in one step. None: as many as fit in ``stacked_bytes``.
+        stacked_bytes: Maximum size of the clients' stacked parameters, in bytes. None: 16 MiB on a CPU, to fit in its
+            cache; on a GPU a sixteenth of its memory, or an eighth of its free memory if that is less.
+        batch_bytes: Maximum size of their batches in memory at one time, in bytes. Default 1 GiB.
+        data_bytes: Maximum size, in bytes, of in-memory data sets that are kept on a GPU, where their batches are then
+            gathered. None: a quarter of its free memory; 0: none.
         capture_steps: Whether a GPU captures each shape of step once, as a CUDA graph, and replays it; steps of one
             shape that follow each other are replayed at once. Default False: it has not been measured on a GPU. On a
             CPU the recorded operations are repeated one after the other, which is no faster and only a way of testing
@@ -87,7 +87,7 @@ class Vectorized:
 
 @dataclass(frozen=True)
 class StepAlone:
-    """What a step gives that a client makes alone."""
+    """The results of a step of a single client."""
 
     loss: Tensor
     grads: Tree
@@ -99,8 +99,8 @@ class VectorizedEngine(SequentialEngine):
     """Advances several clients in one step, each with its own parameters, buffers and optimizer state.
 
     The first dimension of stacked tensors is that of the clients; ``torch.func.vmap`` runs the user's step over it, and
-    the user's own optimizer steps the stacked parameters, which is correct for every optimizer that treats each element
-    alone. A client alone is trained as by :class:`SequentialEngine`.
+    the user's own optimizer steps the stacked parameters, which is correct for every elementwise optimizer. A client
+    alone is trained as by :class:`SequentialEngine`.
     """
 
     def __init__(
@@ -158,14 +158,14 @@ class VectorizedEngine(SequentialEngine):
         """``value`` in the dtype of ``like``, repeated for each client unless it is stacked already.
 
         Raises:
-            NotStackable: If it has another shape, as a client's own buffer that grows.
+            NotStackable: If it has another shape, such as a client's own buffer that grows.
         """
         if value.shape not in (like.shape, (size, *like.shape)):
             raise NotStackable("a buffer changes its shape")
         return self.pool.empty((size, *like.shape), like).copy_(cast_like(value, like))
 
     def choose(self, rows: Sequence[int]) -> None:
-        """Lets only some of the loaded clients train in the next step.
+        """Chooses the loaded clients that train in the next step.
 
         Args:
             rows: Their positions among those passed to :meth:`start`, in order.
@@ -176,7 +176,7 @@ class VectorizedEngine(SequentialEngine):
 
     @property
     def num_clients(self) -> int:
-        """How many clients the next step trains."""
+        """The number of clients that the next step trains."""
         return len(next(iter(self._stacked.values()))) if self._stacked else 1
 
     def step(self, batch: Any, position: BatchPosition) -> Tensor | None:
@@ -233,7 +233,8 @@ class VectorizedEngine(SequentialEngine):
             The losses, of shape ``[clients]``, and the other tensors, stacked.
 
         Raises:
-            NotVectorizable: If the step does what has another meaning for several clients, or has caught an error.
+            NotVectorizable: If the step does something that would have another meaning for several clients, or has
+                caught an error.
         """
         leaves, spec = pytree.tree_flatten(batch)
         places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
@@ -256,7 +257,7 @@ class VectorizedEngine(SequentialEngine):
         others = _apart_from(stacked[: len(names)], others)
         if rules.error is not None:
             raise NotVectorizable("training_step catches an error, which may have another cause for several clients")
-        # Detached, or the graphs of all steps would hang on the buffers.
+        # Detached, or the buffers would keep the graphs of all steps alive.
         self._stacked_buffers.update({name: value.detach().contiguous() for name, value in replaced.items()})
         return losses, others
 
@@ -292,7 +293,7 @@ class VectorizedEngine(SequentialEngine):
 
     @contextmanager
     def buffers_kept(self) -> Iterator[None]:
-        """A block at whose end the clients' buffers are the tensors that they were."""
+        """Restores the clients' buffers, as the same tensors, at the end of the block."""
         before, self._stacked_buffers = self._stacked_buffers, dict(self._stacked_buffers)
         try:
             yield
@@ -319,16 +320,16 @@ class VectorizedEngine(SequentialEngine):
         return num_bytes([param for param in self.module.parameters() if param.requires_grad])
 
     def max_clients(self, stacked_bytes: int | None, looks_at_free: bool = True) -> int:
-        """How many clients' parameters take no more than ``stacked_bytes``, or the device's default; at least 1.
+        """Number of clients whose parameters take no more than ``stacked_bytes`` or the device's default; at least 1.
 
         Args:
-            stacked_bytes: The most bytes. None: the default.
-            looks_at_free: Whether the default counts what is free on a GPU.
+            stacked_bytes: Maximum size in bytes. None: the default.
+            looks_at_free: Whether the default depends on a GPU's free memory.
         """
         memory = device_memory(self.device)
         if stacked_bytes is None and memory is not None:
-            # The first bound is the same in each run, and with it the groups and so the last bits of the result. The
-            # second one counts only where others use the GPU too.
+            # The first bound is the same in each run, and so are the groups and the last bits of the result. The second
+            # one applies only where others use the GPU too.
             stacked_bytes = memory.total // 16
             if looks_at_free:
                 stacked_bytes = min(stacked_bytes, memory.free // 8)
@@ -360,7 +361,7 @@ class VectorizedEngine(SequentialEngine):
                 f"A step of {self.num_clients} clients has changed the frozen parameter {moved[0]!r}, which they share."
                 " Let each client train alone with FederatedStrategy(engine='sequential')."
             )
-        # Rows that trained by themselves are written back before the result is read.
+        # Rows that trained separately are written back before the result is read.
         if self._subset is not None:
             self._stacked, self._stacked_buffers = self._subset.choose(None, self._stacked, self._stacked_buffers)
             self._subset.close()
@@ -386,7 +387,7 @@ class VectorizedEngine(SequentialEngine):
         return result
 
     def restore_frozen(self, whole: bool = True) -> list[str]:
-        """Puts back the frozen parameters, which a group shares; returns the names of those that had changed.
+        """Restores the frozen parameters, which a group shares; returns the names of those that had changed.
 
         Args:
             whole: Whether each is compared as a whole.
@@ -404,7 +405,7 @@ class VectorizedEngine(SequentialEngine):
         return ClientFacts(num_steps, lr_sum, normalizer, optimizers.schedule_end(), num_steps)
 
     def leave(self) -> None:
-        # The optimizers must not go on holding the stacked tensors, which the module does not have.
+        # The optimizers must not keep the stacked tensors, which are not part of the module.
         self.optimizers.unstack()
         if self.replays is not None:
             self.replays.leave()

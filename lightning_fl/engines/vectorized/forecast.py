@@ -1,4 +1,4 @@
-"""Forecasts what a client's batches will look like without reading them."""
+"""Forecasts the shapes of a client's batches without reading them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lightning_fl.engines.vectorized.stacking import signature
 
 @dataclass(frozen=True)
 class BatchForecast:
-    """What is known of a client's batches before they are read.
+    """What is known about a client's batches before they are read.
 
     Args:
-        family: Clients can train side by side only if this is equal.
+        family: Only clients with equal values can train together.
         work: The signature or size of each of its batches in the round.
         segments: The number of batches of each segment; gradients do not accumulate across segments.
     """
@@ -28,7 +28,7 @@ class BatchForecast:
 
 
 def forecast_batches(loader: Loader, segments: Sequence[int | None], pass_length: int | None) -> BatchForecast | None:
-    """The forecast for a client, or None if its batches have to be read to know.
+    """The forecast for a client, or None if its batches must be read first.
 
     Args:
         loader: The client's loader.
@@ -49,8 +49,8 @@ def forecast_batches(loader: Loader, segments: Sequence[int | None], pass_length
     elif isinstance(loader, Sequence) and len(loader):
         family = "in memory"
         try:
-            # Only the ends are looked at, since a look at each batch would read all data. If others differ, the group
-            # is split once its batches have been read.
+            # Only the first and last batches are examined, since examining each would read all data. If others differ,
+            # the group is split once its batches have been read.
             own = [signature(loader[0])] * (len(loader) - 1) + [signature(loader[-1])]
         except Exception:  # raised again, with the client named, when the loader is read
             return None

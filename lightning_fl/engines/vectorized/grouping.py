@@ -1,4 +1,4 @@
-"""Decides which clients train side by side, and stacks their batches."""
+"""Decides which clients train together, and stacks their batches."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class Grouping:
 
     Args:
         engine: Trains the groups.
-        settings: How many clients train together.
+        settings: The engine's settings, such as the number of clients that train together.
         equal_work_only: Returns whether only clients with equal work may train together, because their steps share more
-            than a shape: an accumulation window, a schedule.
+            than a shape, such as an accumulation window or a schedule.
         convert: Converts a stacked batch before it is used, for example to another precision.
     """
 
@@ -51,27 +51,27 @@ class Grouping:
         self.equal_work_only = equal_work_only
         self.convert = convert
         self.rows: RowsOnDevice | None = None
-        """Data sets that are read from a GPU; None before the first batch, and on a CPU."""
+        """Data sets in GPU memory; None before the first batch, and on a CPU."""
         self.memory = GroupingMemory()
-        """What is known from earlier rounds, and from this one."""
+        """What earlier rounds and this one have found out."""
 
     @property
     def max_clients(self) -> int:
-        """The most clients that train together."""
+        """Maximum number of clients that train together."""
         if self.settings.clients_per_step is not None:
             most = self.settings.clients_per_step
         else:
             usual, most = (self.engine.max_clients(self.settings.stacked_bytes, looks) for looks in (False, True))
-            if most < usual:  # a resumed run may find more free, and must form the same groups
+            if most < usual:  # a resumed run may find more free memory, and must form the same groups
                 self.learn(max_clients=most)
         known = self.memory.max_clients
         return most if known is None else min(most, known)
 
     def group(self, forecasts: Mapping[ClientId, BatchForecast | None]) -> list[list[ClientId]]:
-        """Forms groups of clients that may train side by side.
+        """Forms groups of clients that may train together.
 
         Args:
-            forecasts: What is known of each client's batches before they are read.
+            forecasts: The forecast of each client's batches; None where there is none.
         """
         max_clients, wants_equal, kinds = self.max_clients, self.equal_work_only(), self.memory.kinds
         families: dict[Any, list[ClientId]] = {}
@@ -107,20 +107,20 @@ class Grouping:
         """
         clients = list(works)
         on_gpu = self.engine.device.type != "cpu"
-        # A GPU that one client does not fill computes for several in the same time.
+        # A GPU that one client does not saturate takes the same time for several.
         compute_bound = 0.0 if on_gpu else min(1.0, self.engine.bytes_of_one / COMPUTE_BOUND_BYTES)
         apart = self.engine.optimizers.num_steps_apart
         groups = group_clients(list(works.values()), apart, self.equal_work_only(), compute_bound, on_gpu)
         return [[clients[place] for place in group] for group in groups]
 
     def halve(self, clients: Sequence[ClientId]) -> list[list[ClientId]]:
-        """Divides a group whose step does not fit in memory; no later group is larger than its parts."""
+        """Splits a group whose step does not fit in memory; no later group is larger than its parts."""
         size = (len(clients) + 1) // 2
         self.learn(max_clients=size)
         return [list(clients[start : start + size]) for start in range(0, len(clients), size)]
 
     def remember(self, works: Mapping[ClientId, Sequence[Any]], parts: Sequence[Sequence[ClientId]]) -> None:
-        """Notes that clients could not train as planned, so that their data is not read twice in the next rounds.
+        """Notes that clients could not train as planned, so that later rounds do not read their data twice.
 
         Args:
             works: For each client, the signatures of its batches.
@@ -129,7 +129,7 @@ class Grouping:
         kinds = {}
         for part in parts:
             for client in part:
-                # One that is split off again has batches that change from round to round.
+                # A client that is split off again has batches that change from round to round.
                 is_alone = len(part) == 1 or client in self.memory.kinds
                 kinds[client] = digest([client] if is_alone else set(works[client]))
         self.learn(kinds=kinds)
@@ -143,7 +143,7 @@ class Grouping:
         self.memory = self.memory.with_(GroupingMemory(**facts))
 
     def masks(self, works: Sequence[Sequence[Any]]) -> list[StepMask] | None:
-        """Who trains in each step of a group; None if all of its clients train in each."""
+        """The clients that train in each step of a group; None if all of its clients train in each."""
         return None if are_equal(works) else step_masks(works, self.engine.optimizers.num_steps_apart)
 
     def num_steps(self, forecasts: Iterable[BatchForecast]) -> int | None:
@@ -173,7 +173,7 @@ class Grouping:
         return groups
 
     def stacked(self, passes: Sequence[Sequence[Any]], masks: Sequence[StepMask] | None) -> Iterator[StackedBatch]:
-        """Yields the stacked batches of clients that :meth:`split` leaves together, each made when its turn comes.
+        """Yields the stacked batches of clients that :meth:`split` leaves together, each created when it is needed.
 
         Args:
             passes: Each client's batches.
@@ -205,7 +205,7 @@ class Grouping:
         return asked if asked is not None else 0 if memory is None else memory.free // 4
 
     def close(self) -> None:
-        """Lets go of data sets on a GPU."""
+        """Frees the data sets in GPU memory."""
         self.rows = None
 
 

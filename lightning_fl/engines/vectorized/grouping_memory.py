@@ -1,4 +1,4 @@
-"""What later rounds know of earlier ones when they decide which clients train side by side."""
+"""Findings of earlier rounds that later ones use to decide which clients train together."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from lightning_fl.types import ClientId
 
 @dataclass(frozen=True)
 class GroupingMemory:
-    """What has been found out about training side by side.
+    """What has been found out about training clients together.
 
-    Side by side and alone give the same to rounding only. For a resumed run to give the same bits it must form the same
-    groups, so this is the same on all ranks when a round starts, and part of the checkpoint.
+    Training together and alone give the same result only up to rounding. A resumed run gives the same bits only if it
+    forms the same groups, so this is the same on all ranks when a round starts, and part of the checkpoint.
 
     Args:
         kinds: For clients that could not train as planned, what their batches look like; only clients of one kind are
             planned together.
         gradients: For each shape of batch in groups of unequal work, which parameters get a gradient; None if the step
             may do something else the next time.
-        is_tried: Whether a step of several clients has been found to pay off.
+        is_tried: Whether a step of several clients has been found to be worthwhile.
         is_alone: Whether a group has failed, so that all clients train alone.
-        max_clients: The most clients whose step has fitted in a GPU's memory, or is expected to; None if that is not
-            known.
+        max_clients: The largest number of clients whose step has fitted, or is expected to fit, in a GPU's memory; None
+            if unknown.
     """
 
     kinds: Mapping[ClientId, str] = field(default_factory=dict)
@@ -35,7 +35,7 @@ class GroupingMemory:
     max_clients: int | None = None
 
     def with_(self, other: GroupingMemory) -> GroupingMemory:
-        """This and what ``other`` adds; where both know of a client, ``other`` holds."""
+        """The union of this and ``other``; ``other`` takes precedence where both have an entry."""
         return GroupingMemory(
             {**self.kinds, **other.kinds},
             {**self.gradients, **other.gradients},
@@ -71,11 +71,11 @@ class GroupingMemory:
 
 
 def joined_memory(memory: GroupingMemory, news: Iterable[Mapping[str, Any]]) -> GroupingMemory:
-    """What is known after a round.
+    """The memory after a round.
 
     Args:
-        memory: What was known before it.
-        news: What each rank has found out, packed.
+        memory: The memory before the round.
+        news: The findings of each rank, packed.
     """
     for packed in news:
         memory = memory.with_(GroupingMemory.unpack(packed))

@@ -12,7 +12,7 @@ from lightning_fl.torch_internals import outside_vmap, unwrap, unwrap_or_spread,
 
 State = tuple[Tensor, ...]
 Cell = Callable[[Tensor, State, Tensor, Tensor | None], State]
-"""Maps the input's part of the gates, the state, the hidden weight (transposed) and its bias to the next state."""
+"""Maps the gates' input part, the state, the hidden weight (transposed) and its bias to the next state."""
 
 
 def _lstm_cell(gates: Tensor, state: State, weight: Tensor, bias: Tensor | None) -> State:
@@ -101,4 +101,4 @@ RULES: dict[Any, Callable[..., Any]] = {
     torch.rnn_tanh: batched(_plain_cell(torch.tanh)),
     torch.rnn_relu: batched(_plain_cell(torch.relu)),
 }
-"""By function, its batching rule."""
+"""The batching rule of each function."""

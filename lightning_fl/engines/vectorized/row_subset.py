@@ -1,4 +1,4 @@
-"""Stacked clients of which only some train: their rows are gathered, stepped by themselves, and written back."""
+"""Steps of only some of the stacked clients: their rows are gathered, stepped separately, and written back."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class RowSubset:
         self._other_states: dict[int, dict[tuple[str, str], Any]] = {}
 
     def choose(self, rows: Sequence[int] | None, params: Tree, buffers: Tree) -> tuple[Tree, Tree]:
-        """Lets the optimizers step the clients at ``rows``.
+        """Makes the optimizers step only the clients at ``rows``.
 
         Args:
             rows: The clients' positions, in order. None: all clients.
@@ -55,7 +55,7 @@ class RowSubset:
         chosen = None if rows is None or len(rows) == self._num_clients else rows
         if chosen == self.rows:
             return params, buffers
-        # Before the optimizers get other tensors, which empties their states.
+        # Before the optimizers are given other tensors, which empties their states.
         self._write_back(params, buffers)
         self.rows = chosen
         if chosen is None:
@@ -97,8 +97,8 @@ class RowSubset:
             self._stacked_states[key] = value
             return
         if key not in self._stacked_states:
-            # No step uses the zeros: a row that has not been stepped yet takes its first steps with others at the same
-            # step only.
+            # No step uses the zeros: a row that has not been stepped yet takes its first steps only with others at the
+            # same step.
             self._stacked_states[key] = value.new_zeros(self._num_clients, *value.shape[1:])
         self._stacked_states[key].index_copy_(0, index, value)
 

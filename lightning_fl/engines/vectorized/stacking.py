@@ -1,4 +1,4 @@
-"""Stacks the values of several clients along a new first dimension, and takes them apart again."""
+"""Stacks the values of several clients along a new first dimension, and splits them again."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def select(value: Any, indices: Tensor) -> Any:
 
 
 def signature(value: Any) -> Any:
-    """What must be equal for values to be stacked: structure, shapes, dtypes, and leaves that are no tensors."""
+    """The properties that must be equal for stacking: structure, shapes, dtypes, and leaves that are not tensors."""
     if isinstance(value, Tensor):
         return value.shape, value.dtype
     if type(value) in (tuple, list):

@@ -1,4 +1,4 @@
-"""Schedules clients with unequal work side by side: which clients train in which step."""
+"""Schedules clients with unequal work that train together: which clients train in which step."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ StepMask = tuple[int, ...]
 def step_masks(works: Sequence[Sequence[Hashable]], num_steps_apart: float = 0) -> list[StepMask]:
     """Schedules clients with unequal work: which clients train in each step.
 
-    Each client trains its batches in their order; clients whose next batches have the same shape train together. The
-    shape whose longest client has the most batches left goes first, so that the others catch up meanwhile. With one
-    pass each, that takes the fewest steps.
+    Each client trains on its batches in order; clients whose next batches have the same shape train together. The shape
+    of the client with the most batches left goes first, so that the others can join its later steps. With one pass per
+    client, that takes the fewest steps.
 
     Args:
         works: For each client, the signatures of its batches, in order.
@@ -50,7 +50,7 @@ def step_masks(works: Sequence[Sequence[Hashable]], num_steps_apart: float = 0) 
 
 
 def are_equal(works: Sequence[Sequence[Hashable]]) -> bool:
-    """Whether clients have the same work, so that all of them train in each step."""
+    """Whether clients have equal work, so that all of them train in each step."""
     return all(work == works[0] for work in works)
 
 
@@ -68,7 +68,7 @@ def group_clients(
         num_steps_apart: Initial steps for which clients must share a step index to train together.
         wants_equal: Whether only clients with equal work may train together.
         compute_bound: Share of a single-client step that is arithmetic, which grouping does not make faster.
-        on_gpu: Whether rows are gathered in almost no time.
+        on_gpu: Whether the clients train on a GPU, where gathering rows takes almost no time.
     """
     subset_cost = ALL_COST if on_gpu else SUBSET_COST
     equal: dict[Hashable, list[int]] = {}

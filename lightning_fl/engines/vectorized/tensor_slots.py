@@ -36,7 +36,7 @@ class TensorSlots:
 
         Yields:
             An empty tree. When the block ends, it is filled with the tensors that the module itself has assigned to
-            slots meanwhile, such as a new value of a buffer.
+            slots in the block, such as a new value of a buffer.
         """
         replaced: Tree = {}
         before = [owner[key] for owner, key, _ in self._slots]

@@ -1,4 +1,4 @@
-"""Privacy accounting: the ledger of releases, and the epsilon it amounts to."""
+"""Privacy accounting: the ledger of releases, and the resulting epsilon."""
 
 from lightning_fl.privacy.accounting.calibration import noise_multiplier_for
 from lightning_fl.privacy.accounting.ledger import Epsilon, Gaussian, Ledger

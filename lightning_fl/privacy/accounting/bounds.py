@@ -34,9 +34,9 @@ Entry = tuple[float, Sampling, int]
 INTEGER_ORDERS = (*range(2, 257), 384, 512, 1024, 2048, 4096)
 GRID = 1e-4
 MAX_FINE_EPSILON, MAX_EPSILON = 50.0, 1e5
-"""In between the grid is proportionally coarser, to bound time and memory; beyond, sampling is not counted."""
+"""Up to this, the grid is proportionally coarser, to bound time and memory; beyond it, sampling is not counted."""
 MAX_SLACK = 1e-3
-"""The most that distributed noise of all releases together may differ from Gaussian noise to be counted as such."""
+"""Maximum total slack with which distributed noise of all releases is accounted as Gaussian noise."""
 MAX_FINE_LOSS = 400.0
 """The largest privacy loss of one release that is kept on the finest grid."""
 
@@ -65,12 +65,13 @@ def check_relation(entries: Sequence[Entry], relation: Relation) -> None:
     """Checks that there is a bound for the relation.
 
     Raises:
-        ValueError: If there is none: in a draw of fixed size, another contributor takes the place of a removed one.
+        ValueError: If there is none: in a draw of fixed size, another contributor replaces a removed one.
     """
     if relation == "add_or_remove_one" and any(map(_is_fixed_size, entries)):
         raise ValueError(
-            "relation='add_or_remove_one' has no bound where something was drawn with FixedSize: removing one brings "
-            "in another, which moves the sum by up to twice the clip norm. Ask for 'replace_one', or draw by Poisson."
+            "relation='add_or_remove_one' has no bound for draws with FixedSize: if one contributor is removed, "
+            "another is drawn, which changes the sum by up to twice the clip norm. Use 'replace_one', or Poisson "
+            "sampling."
         )
 
 
@@ -91,7 +92,7 @@ def epsilon_of(
         method: The accountant.
         relation: How neighbouring data sets differ.
         grid: Discretization interval of the privacy loss for PLD; a coarser one is faster and looser.
-        group: In how many contributors the data sets differ.
+        group: The number of contributors in which the data sets differ.
 
     Raises:
         ValueError: If there is no bound for these neighbours.
@@ -114,14 +115,14 @@ def epsilon_of(
     about = _about(entries, relation)
     loss = max(_largest_loss(sigma / _group_of(sampling), relation) for sigma, sampling, _ in entries)
     if max(about, loss) > MAX_EPSILON:
-        # Nothing is private here, so that what sampling amplifies is not worth a distribution of gigabytes.
+        # There is practically no privacy, so amplification by sampling is not worth a distribution of gigabytes.
         entries = tuple(
             (sigma / _group_of(sampling), _without_amplification(sampling), count * _num_steps(sampling))
             for sigma, sampling, count in entries
         )
     if method == "rdp":
         return _rdp(entries, delta, relation)
-    # The exact answer in closed form, which no accountant improves on.
+    # The exact result in closed form, which no accountant improves.
     if all(isinstance(sampling, Full) for _, sampling, _ in entries):
         return _analytic(entries, delta, relation)
     # Rounded up to a power of two, so that cached distributions on the same grid are found again.
@@ -130,7 +131,7 @@ def epsilon_of(
 
 
 def usable_method(entries: Sequence[Entry], method: Method) -> Method:
-    """Returns the method, or ``"rdp"`` where releases with distributed noise have a bound for that only."""
+    """Returns the method, or ``"rdp"`` if releases with distributed noise have only that bound."""
     return "rdp" if _slack(entries) > MAX_SLACK else method
 
 
@@ -145,7 +146,7 @@ def _scale(relation: Relation) -> float:
 
 
 def _about(entries: Sequence[Entry], relation: Relation) -> float:
-    """Estimates epsilon by the central limit of many releases. Not a bound; only used to choose a grid."""
+    """Estimates epsilon by the central limit theorem for many releases. Not a bound; only used to choose a grid."""
     total = 0.0
     for sigma, sampling, count in entries:
         rate = 1.0 if isinstance(sampling, LocalSteps) else client_rate(sampling)
@@ -156,7 +157,7 @@ def _about(entries: Sequence[Entry], relation: Relation) -> float:
 
 @dataclass(frozen=True)
 class _Group(Poisson):
-    """Poisson sampling of ``size`` contributors that neighbours differ in, each by itself."""
+    """Independent Poisson sampling of each of the ``size`` contributors in which neighbours differ."""
 
     size: int = 1
 
@@ -166,10 +167,10 @@ def _group_of(sampling: Sampling) -> int:
 
 
 def _of_group(entry: Entry, group: int, method: Method, relation: Relation) -> Entry:
-    """Returns releases with which neighbours that differ in one contributor cost what a group of them does here.
+    """Returns releases that cost as much for neighbours that differ in one contributor as these do for a group.
 
-    Where no bound for groups is known, sampling counts as no amplification; noise is then relative to ``group`` times
-    the largest norm.
+    If no bound for groups is known, sampling counts as no amplification; noise is then relative to ``group`` times the
+    largest norm.
     """
     sigma, sampling, count = entry
     if isinstance(sampling, LocalSteps):
@@ -180,7 +181,7 @@ def _of_group(entry: Entry, group: int, method: Method, relation: Relation) -> E
 
 
 def _without_amplification(sampling: Sampling) -> Sampling:
-    # What is known of distributed noise is its Rényi divergences only, and they grow with the distance as a Gaussian's.
+    # Only the Rényi divergences of distributed noise are known, and they grow with the distance like a Gaussian's.
     return sampling if isinstance(sampling, Distributed) else Full()
 
 
@@ -307,7 +308,7 @@ def _mixture(sigma: float, rate: float, group: int, grid: float) -> Any:
     def loss(x: np.ndarray) -> np.ndarray:
         return np.asarray(logsumexp(log_chance + (sizes * x[:, None] - sizes**2 / 2) / sigma**2, axis=1))
 
-    # The loss rises with x, from the probability that nobody contributes.
+    # The loss increases with x, from the probability that nobody contributes.
     low, high = np.array([-12.0 * sigma]), np.array([group + 12.0 * sigma])
     bottom, top = math.floor(float(log_chance[0]) / grid), math.ceil(float(loss(high)[0]) / grid)
     epsilon = np.arange(bottom, top + 1) * grid
@@ -316,7 +317,7 @@ def _mixture(sigma: float, rate: float, group: int, grid: float) -> Any:
         middle = (low + high) / 2
         is_above = loss(middle) > epsilon
         low, high = np.where(is_above, low, middle), np.where(is_above, middle, high)
-    # A threshold that is a little off changes the difference in second order only.
+    # A small error of the threshold changes the difference only in second order.
     over = np.exp(log_chance)[:, None] * ndtr((sizes[:, None] - high) / sigma)
     removed = over.sum(0) - np.exp(epsilon + log_ndtr(-high / sigma))
     below = np.exp(log_chance)[:, None] * ndtr((high - sizes[:, None]) / sigma)

@@ -30,7 +30,7 @@ def noise_multiplier_for(
         sampling: How the contributors to each release are drawn. None: everybody contributes.
         method: As for :meth:`Ledger.epsilon`.
         relation: As for :meth:`Ledger.epsilon`.
-        tolerance: How far above the smallest one the answer may lie; it is never below.
+        tolerance: Maximum distance of the answer above the smallest one; it is never below. Default 1e-4.
 
     Raises:
         ValueError: If an argument is out of range, or no noise multiplier up to a million is enough.
@@ -52,7 +52,7 @@ def noise_multiplier_for(
     while excess(high) > 0:
         high *= 2
         if high > MAX_NOISE:
-            raise ValueError(f"epsilon={epsilon} at delta={delta} is out of reach; raise one, or release less often.")
+            raise ValueError(f"epsilon={epsilon} at delta={delta} can't be reached; raise one, or release less often.")
     high = _smallest(excess, high, tolerance if method == "rdp" else 0.01 * high)
     if method == "pld":
         high = _smallest(lambda sigma: excess(sigma, "pld", COARSE_GRID), high, 10 * tolerance)

@@ -1,4 +1,4 @@
-"""The ledger of releases, and the epsilon it amounts to."""
+"""The ledger of releases, and the resulting epsilon."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lightning_fl.privacy.accounting.bounds import (
 from lightning_fl.privacy.accounting.sampling import Full, Sampling, load_sampling
 
 Adversary = Literal["model", "server"]
-"""Whom noise hides contributors from: whoever sees the models, or also the server and whoever sees updates."""
+"""The adversary from which noise hides contributors: anyone who sees the models, or also the server."""
 
 
 class Epsilon(float):
@@ -27,9 +27,9 @@ class Epsilon(float):
 
     Attributes:
         delta: The delta at which it holds.
-        method: How it was computed.
+        method: The method by which it was computed.
         relation: How two neighbouring data sets differ.
-        group: In how many contributors.
+        group: The number of contributors in which they differ.
     """
 
     delta: float
@@ -56,12 +56,12 @@ class Gaussian:
 
     Args:
         noise_multiplier: The standard deviation of the noise :math:`z`, relative to the largest norm :math:`C` of
-            one contribution. This holds for ``"replace_one"`` too, although replacing one contribution moves the sum
+            one contribution. This holds for ``"replace_one"`` too, although replacing one contribution changes the sum
             by up to 2C. 0: no noise.
-        sampling: How the contributors were drawn. Default: everybody contributes, or it is unknown who does.
-        adversary: The strongest party from which the noise hides the contributors: ``"server"``: everybody, because it
-            was added before anyone saw the contribution; ``"model"``: whoever sees the models, but not the server,
-            which added it.
+        sampling: How the contributors were sampled. Default: everybody contributes, or it is unknown who does.
+        adversary: The strongest party from which the noise hides the contributors. ``"server"``: everybody, because the
+            noise was added before anyone saw the contribution; ``"model"``: anyone who sees the models, except the
+            server, which added the noise.
 
     Raises:
         ValueError: If the noise multiplier is negative or not finite, or another argument is not known.
@@ -114,7 +114,7 @@ class Ledger:
         if not isinstance(event, Gaussian):
             raise ValueError(f"A ledger records fl.privacy.Gaussian(...), found {event!r}.")
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"count={count!r} must be a whole number, at least 1.")
+            raise ValueError(f"count={count!r} must be a whole number of at least 1.")
         key = event, event.adversary
         self._counts[key] = self._counts.get(key, 0) + count
 
@@ -136,16 +136,16 @@ class Ledger:
                 zero), or ``"replace_one"``. None: the first, unless something was drawn without replacement.
             grid: Discretization interval of the privacy loss for ``"pld"``. A coarser one is faster and gives a larger
                 bound.
-            group: In how many contributors they differ, such as the number of examples of one person; also the number
-                of clients that hold the same example, each with a ledger that costs no more than this one.
-            adversary: Who looks: ``"model"``: whoever sees the models; ``"server"``: also the server, from which noise
-                that it added itself hides nothing.
+            group: The number of contributors in which they differ, such as the number of examples of one person; also
+                the number of clients that hold the same example, each with a ledger that costs no more than this one.
+            adversary: ``"model"``: anyone who sees the models; ``"server"``: also the server, from which noise that it
+                added itself hides nothing.
 
         Returns:
             A float with the attributes ``delta``, ``method``, ``relation`` and ``group``.
 
         Raises:
-            ValueError: If an argument is out of range, or ``"add_or_remove_one"`` is asked for of draws of fixed size.
+            ValueError: If an argument is out of range, or ``"add_or_remove_one"`` is requested for draws of fixed size.
             ImportError: If dp-accounting is not installed.
         """
         if not 0 < delta < 1:
@@ -155,7 +155,7 @@ class Ledger:
         if relation not in (None, "add_or_remove_one", "replace_one"):
             raise ValueError(f"relation={relation!r} is not known; expected 'add_or_remove_one' or 'replace_one'.")
         if isinstance(group, bool) or not isinstance(group, int) or group < 1:
-            raise ValueError(f"group={group!r} must be a whole number of contributors, at least 1.")
+            raise ValueError(f"group={group!r} must be a whole number of at least 1 contributor.")
         if adversary not in ("model", "server"):
             raise ValueError(f"adversary={adversary!r} is not known; expected 'model' or 'server'.")
         entries = self._entries(adversary)
@@ -183,15 +183,15 @@ class Ledger:
         return {"events": [[event.state_dict(), count] for event, count in self]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Replaces everything recorded by a :meth:`state_dict`.
+        """Replaces everything recorded by the contents of a :meth:`state_dict`.
 
         Raises:
-            ValueError: If ``state`` is not one; the ledger is then unchanged.
+            ValueError: If ``state`` is not valid; the ledger is then unchanged.
         """
         loaded = Ledger()
         try:
             for event, count in state["events"]:
-                # Ledgers of before did not say who added the noise; that it was the server claims the least.
+                # Older ledgers did not record who added the noise; the server is the weakest claim.
                 adversary = event.get("adversary", "model")
                 sampling = load_sampling(event["sampling"])
                 loaded.record(Gaussian(event["noise_multiplier"], sampling, adversary), count)

@@ -1,4 +1,4 @@
-"""Accounting for many ledgers, one per client: the largest epsilon, and the noise that keeps it within a budget."""
+"""Accounting for many ledgers, one per client: the largest epsilon, and the noise for a budget."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def exceeding(
 
 
 def dominating(ledgers: Iterable[Ledger]) -> Ledger:
-    """Returns a ledger that costs at least as much as each: for each noise the largest rate and the most releases."""
+    """Returns a ledger that costs at least as much as each: for each noise, the largest rate and number of releases."""
     most: dict[float, tuple[float, int]] = {}
     for ledger in ledgers:
         own: dict[float, tuple[float, int]] = {}
@@ -128,7 +128,7 @@ def noise_multiplier_for_all(
     while max(rough(high).values()) > epsilon:
         low, high = high, 2 * high
         if high > MAX_NOISE:
-            raise ValueError(f"target_epsilon={epsilon} at delta={delta} is out of reach; raise it, or train less.")
+            raise ValueError(f"target_epsilon={epsilon} at delta={delta} can't be reached; raise it, or train less.")
     while high - low > 0.02 * high:
         middle = (low + high) / 2
         low, high = (low, middle) if max(rough(middle).values()) <= epsilon else (middle, high)

@@ -1,4 +1,4 @@
-"""Descriptions of how contributors are drawn, for privacy accounting. They draw nothing themselves."""
+"""Descriptions of how contributors are sampled, for privacy accounting. They draw nothing themselves."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 FALSE_ALARM_PROBABILITY = 1e-12
-"""Probability with which a sound sampler is taken for a broken one."""
+"""Probability with which a correct sampler is reported as broken."""
 
 Participation = Literal["visible", "hidden"]
 
@@ -53,13 +53,13 @@ class Full(Sampling):
 class Distributed(Full):
     """Everybody contributes, each with a share of integer noise.
 
-    The Rényi divergences are at most those of a Gaussian with the recorded noise multiplier. With a ``slack``, all
-    probabilities are also nearly those of something that is computed from a release with such Gaussian noise; without
-    one, a ledger answers by ``"rdp"``, whatever it is asked for.
+    The Rényi divergences are at most those of a Gaussian with the recorded noise multiplier. With a ``slack``, the
+    probabilities are also close to those of post-processing a release with such Gaussian noise; without one, a ledger
+    uses ``"rdp"``, whatever method is requested.
 
     Args:
         noise: The kind of noise. For ``"skellam"`` the bound holds for integer orders only.
-        slack: How far the logarithms of the probabilities may be from those. None: not known.
+        slack: Maximum difference of the logarithms of these probabilities. None: unknown.
     """
 
     noise: Literal["discrete_gaussian", "skellam"] = "discrete_gaussian"
@@ -128,16 +128,16 @@ class FixedSize(Sampling):
 class LocalSteps(Sampling):
     r"""A round of local training under example-level privacy: clients are drawn once, then each draws its batches.
 
-    All steps of a round share the draw of their client, so they are composed first and the sampling of clients is
-    applied to the result. A rate of :math:`q_\text{client} q_\text{batch}` for every step would claim too much.
+    All steps of a round share the draw of their client, so they are composed first, and the sampling of clients is
+    applied to the result. A rate of :math:`q_\text{client} q_\text{batch}` for every step would overstate privacy.
 
     Args:
         clients: How the clients of a round are drawn.
         batches: How a client draws the batch of a step.
         num_steps: Steps of a client in a round.
         participation: ``"visible"``: the adversary may know in which rounds a client took part. This holds in general,
-            because participation can show through the client's other examples. ``"hidden"``: nobody can tell, which
-            requires clients that hold nothing but the protected example.
+            because the client's other examples can reveal it. ``"hidden"``: nobody can know, which requires clients
+            that hold nothing but the protected example.
 
     Raises:
         ValueError: If ``num_steps`` is not positive, or one of the draws is itself a :class:`LocalSteps`.

@@ -1,4 +1,4 @@
-"""Differential privacy for clients: each update is clipped, their sum is noised."""
+"""Client-level differential privacy: each update is clipped, and noise is added to the sum."""
 
 from lightning_fl.privacy.client_level.band_mf import BandMF
 from lightning_fl.privacy.client_level.clipping import AdaptiveClip

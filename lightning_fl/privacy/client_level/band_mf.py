@@ -1,4 +1,4 @@
-"""Correlated noise between rounds, of which later rounds take back a part of what earlier ones have added."""
+"""Noise that is correlated between rounds: later rounds cancel a part of the noise of earlier ones."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ from lightning_fl.types import ClientId, State
 class BandMF:
     r"""Banded matrix factorization: DP-FTRL for clients that take part in turns.
 
-    The model after t rounds holds the sum of all noises so far, so they are chosen to cancel in sums. Let A be the
-    matrix of prefix sums, factored into :math:`A = B C` with C lower triangular and Toeplitz, of coefficients
+    The model after t rounds contains the sum of all noises so far, so they are chosen to cancel in sums. Let A be the
+    matrix of prefix sums, factored into :math:`A = B C` with C lower triangular and Toeplitz, with coefficients
 
     .. math::
         c_j = \binom{2j}{j} 4^{-j} \;(j < b), \qquad c_j = 0 \;(j \ge b),
 
-    those of the square root of A, cut to b bands. With :math:`z_t \sim \mathcal{N}(0, z^2 C_\text{clip}^2 \lVert c
-    \rVert^2)` independent, the noise of round t is
+    those of the square root of A, truncated to b bands. With independent
+    :math:`z_t \sim \mathcal{N}(0, z^2 C_\text{clip}^2 \lVert c \rVert^2)`, the noise of round t is
 
     .. math::
         w_t = (C^{-1} z)_t = z_t - \sum_{j=1}^{b-1} c_j w_{t-j}.
 
-    **Privacy.** The noised sums are a linear image of :math:`C x + z`, a Gaussian mechanism, also if the clients'
-    updates depend on the models so far (Denisov et al., theorem 2.1). A client that takes part in rounds at least b
-    apart moves :math:`C x` by columns that share no row, so k rounds move it by at most :math:`\sqrt{k} \lVert c
-    \rVert` clip norms, and cost what k rounds of independent noise with noise multiplier z cost. Whoever takes part at
-    most once in s rounds takes part in at most :math:`\lceil r / s \rceil` of r rounds; that many are in the ledger.
-    The coefficients need no number of rounds; those that are optimal for a given number lower the error a little, by 3
-    percent for 10 bands and 100 rounds.
+    **Privacy.** The noisy sums are a linear image of :math:`C x + z`, a Gaussian mechanism, even if the clients'
+    updates depend on the earlier models (Denisov et al., theorem 2.1). A client that takes part in rounds at least b
+    apart changes :math:`C x` by columns that share no row, so k rounds change it by at most :math:`\sqrt{k} \lVert c
+    \rVert` clip norms, and cost as much as k rounds of independent noise with noise multiplier z. A client that takes
+    part at most once in s rounds takes part in at most :math:`\lceil r / s \rceil` of r rounds; that many are in the
+    ledger. The coefficients don't depend on the number of rounds; those that are optimal for a given number reduce the
+    error a little, by 3 percent for 10 bands and 100 rounds.
 
-    What breaks the sequence starts a new one, with noise of its own: a round without this mechanism, other trainable
-    tensors, or another setting. A round that is run again counts once more, since its noise may have been seen twice.
+    A round without this mechanism, other trainable tensors, or another setting start a new sequence of noises. A round
+    that is run again counts again, since its noise may have been seen twice.
 
     Args:
-        bands: The number b of bands: a round's noise depends on those of the ``bands - 1`` rounds before, and no client
-            may return within ``bands`` rounds. 1: independent noise.
+        bands: The number b of bands: a round's noise depends on that of the previous ``bands - 1`` rounds, and no
+            client may return within ``bands`` rounds. 1: independent noise.
 
     Raises:
         ValueError: If ``bands`` is not a whole number of at least 1.
@@ -73,11 +73,11 @@ class BandMF:
 
     @property
     def norm(self) -> float:
-        r"""The length of a column of C, :math:`\lVert c \rVert`: what one participation moves :math:`C x` by."""
+        r"""The norm of a column of C, :math:`\lVert c \rVert`: by how much one participation changes :math:`C x`."""
         return math.hypot(*self.coefficients)
 
     def error(self, rounds: int) -> float:
-        r"""The noise on the model of an average round, relative to that of one round of independent noise.
+        r"""The root mean square noise on the models of all rounds, relative to one round of independent noise.
 
         .. math::
             \lVert c \rVert \, \lVert A C^{-1} \rVert_F / \sqrt{n}
@@ -93,15 +93,15 @@ class BandMF:
         repeats = torch.arange(rounds, 0, -1, dtype=torch.float64)
         return self.norm * math.sqrt(float((repeats * sums**2).sum()) / rounds)
 
-    # ---- the state: what later rounds need to know of earlier ones
+    # ---- the state that later rounds need of earlier ones
 
     def start_round(self, state: State, ctx: RoundContext, noises: Sequence[float]) -> tuple[State, bool]:
-        """Returns the mechanism's part of the state, and whether the round begins what a client may take part in again.
+        """Returns the mechanism's part of the state, and whether clients may take part again from this round on.
 
         Args:
             state: The transform's state after the last round.
             ctx: Facts of the round.
-            noises: What else may not change within a sequence: the noises that the round will add.
+            noises: The noises that the round will add, which must not change within a sequence.
 
         Raises:
             ValueError: If clients may return too soon.
@@ -110,8 +110,8 @@ class BandMF:
         separation = 1 if ctx.sampling is None else ctx.sampling.separation
         if separation < self.bands:
             raise ValueError(
-                f"BandMF(bands={self.bands}) takes back noise of the {self.bands - 1} rounds before, so no client may "
-                f"take part twice in {self.bands} rounds, but these cohorts promise only once in {separation}. Use "
+                f"BandMF(bands={self.bands}) cancels noise of the previous {self.bands - 1} rounds, so no client may "
+                f"take part twice in {self.bands} rounds, but these cohorts guarantee only once in {separation}. Use "
                 "cohort=fl.clients.RoundRobin() with a clients_per_round of at most 1 / bands of the clients, or fewer "
                 "bands."
             )
@@ -121,7 +121,7 @@ class BandMF:
             "noises": list(map(float, noises)),
             "separation": separation,
             "population": ctx.population,
-            # By name: freezing one tensor and unfreezing another of the same size must not take back the noise of both.
+            # By name: freezing one tensor and unfreezing another of the same size must not cancel the noise of both.
             "tensors": blake2b(repr(layout.entries).encode()).hexdigest(),
         }
         turns = unpack(state["turns"]) if "turns" in state else {}
@@ -136,7 +136,7 @@ class BandMF:
         return of_mechanism, is_again or (ctx.round - turns["first"]) % separation == 0
 
     def books_next(self, state: State) -> bool:
-        """Whether the round after the last one will begin what a client may take part in again."""
+        """Whether clients may take part again from the next round on."""
         turns = unpack(state["turns"])
         return bool((turns["last"] + 1 - turns["first"]) % turns["setting"]["separation"] == 0)
 
@@ -151,12 +151,12 @@ class BandMF:
         }
 
     def end_round(self, state: State, before: Flat, after: Flat, clip: float, round: int) -> State:
-        """Returns the state with the noise that was added to the sums, rounding included, relative to the clip norm.
+        """Returns the state with the noise that was added to the sums, including rounding, relative to the clip norm.
 
         Args:
             state: The state of the round.
             before: The sums without noise.
-            after: Those that are released.
+            after: The released sums.
             clip: The clip norm of the round.
             round: Number of the round.
         """
@@ -183,7 +183,7 @@ def _see(seen: Tensor, separation: int, ctx: RoundContext) -> Tensor:
     """The clients of the last rounds, int64 ``[n, 2]`` of (hash of the id, round), with those of this round.
 
     Raises:
-        PrivacyError: If one of them was among them already.
+        PrivacyError: If a client takes part again too soon.
     """
     if separation == 1:
         return seen
@@ -200,5 +200,5 @@ def _see(seen: Tensor, separation: int, ctx: RoundContext) -> Tensor:
 
 
 def _number(client: ClientId) -> int:
-    # Of the same size for ids of any length; two that collide by chance stop the run, and change nothing else.
+    # Fixed size for ids of any length; a chance collision stops the run, and has no other effect.
     return int.from_bytes(blake2b(repr(client).encode(), digest_size=8).digest(), "big", signed=True)

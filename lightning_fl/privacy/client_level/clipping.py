@@ -14,7 +14,7 @@ from lightning_fl.tree import joint_norm, scale, update_trees, zeros_like
 from lightning_fl.types import Tree, Update
 
 ROUNDING = 1e-6
-"""A clipped update is shortened by this share more, so that rounding does not lift its norm above the clip norm."""
+"""A clipped update is scaled down by this extra share, so that rounding does not lift its norm above the clip norm."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class AdaptiveClip:
             cohort: The expected number of clients.
         """
         moved = clip * math.exp(-self.learning_rate * (0.5 + bits / cohort - self.quantile))
-        return min(max(moved, 1e-12), 1e12)  # a run of bad noise must not take it to 0 or infinity
+        return min(max(moved, 1e-12), 1e12)  # a sequence of extreme noise must not drive it to 0 or infinity
 
 
 def noise_on_model(noise_multiplier: float, bit_noise: float) -> float:
@@ -89,8 +89,8 @@ def noise_on_model(noise_multiplier: float, bit_noise: float) -> float:
         return 0.0
     if not 2 * bit_noise > noise_multiplier:
         raise ValueError(
-            f"AdaptiveClip(bit_noise={bit_noise:g}) is too little for noise_multiplier={noise_multiplier:g}: the bits "
-            f"alone would cost more than that. Use more than {noise_multiplier / 2:g}, or leave bit_noise out."
+            f"AdaptiveClip(bit_noise={bit_noise:g}) is too small for noise_multiplier={noise_multiplier:g}: the bits "
+            f"alone would cost more privacy. Use more than {noise_multiplier / 2:g}, or leave bit_noise out."
         )
     return (noise_multiplier**-2 - (2 * bit_noise) ** -2) ** -0.5
 
@@ -105,8 +105,8 @@ def clip_update(update: Update, clip: float) -> Update:
     """Scales the update down to norm ``clip`` if it is longer; returns zeros if it holds NaN or infinities."""
     trees = update_trees(update)
     norm = joint_norm(trees.values())
-    # Negated, because every comparison with NaN is false. Zeros instead of a refusal: who is left out would depend on
-    # the clients' data, which the noise on the sum does not cover.
+    # Negated, because every comparison with NaN is false. Zeros instead of a refusal: the set of refused clients would
+    # depend on the clients' data, which the noise on the sum does not cover.
     if not norm < math.inf:
         return with_trees(update, {name: zeros_like(tree) for name, tree in trees.items()})
     if norm <= clip:

@@ -1,4 +1,4 @@
-"""Distributed noise: each client adds a share of integer noise to its update, and a secure sum adds up the shares."""
+"""Distributed noise: each client adds a share of integer noise to its update before secure aggregation."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ MARGIN = 12.0
 
 @dataclass(frozen=True)
 class Grid:
-    r"""How updates become integers, and how much noise each client adds.
+    r"""The grid on which updates are rounded to integers, and the noise that each client adds.
 
-    An update x of norm at most C becomes the integers :math:`q` by rounding :math:`x / \gamma` at random, up with the
-    probability that keeps the mean, again and again until
+    An update x of norm at most C is rounded to the integers :math:`q` by unbiased stochastic rounding of
+    :math:`x / \gamma`, repeated until
 
     .. math::
         \lVert q \rVert^2 \le \Delta^2 = G^2 + \frac{d}{4} + G + \frac{\sqrt{d}}{2}, \qquad G = C / \gamma
 
-    which an attempt fulfils with a probability of at least :math:`1 - e^{-1/2}`. A client adds noise of variance
+    which an attempt satisfies with a probability of at least :math:`1 - e^{-1/2}`. A client adds noise of variance
     :math:`\lceil (z \Delta)^2 / n \rceil`, where n is the number of clients whose noise the adversary does not know.
 
     Args:
@@ -57,7 +57,7 @@ class Grid:
 
     @property
     def levels(self) -> int:
-        """Steps of the grid within the clip norm, :math:`G`: so many that rounding adds less than 1e-3 to the norm."""
+        """Number :math:`G` of grid steps within the clip norm, such that rounding adds less than 1e-3 to the norm."""
         of_noise = MIN_LEVELS_OF_NOISE * math.sqrt(self.num_honest) / max(self.noise_multiplier, 1e-2)
         # A power of two, so that dividing by it is exact.
         return 1 << math.ceil(math.log2(max(1024.0, LEVELS_BY_DIMENSION * math.sqrt(self.size), of_noise)))
@@ -88,11 +88,11 @@ class Grid:
 
     @property
     def slack(self) -> float | None:
-        """How far the noise is from one that is computed from a Gaussian's; None if that is not known."""
+        """The slack of :func:`gaussian_slack` for this noise; None if it is not known."""
         return gaussian_slack(self.mechanism, self.size, self.variance, self.num_honest)
 
     def check_modulus(self, num_clients: int, bits: int) -> None:
-        """Checks that the sum of all clients fits into integers of so many bits.
+        """Checks that the sum of all clients fits into integers of ``bits`` bits.
 
         Raises:
             ValueError: If it does not, so that a coordinate could wrap around.
@@ -100,7 +100,7 @@ class Grid:
         largest = num_clients * math.sqrt(self.max_square) + MARGIN * math.sqrt(num_clients * self.variance)
         if largest >= 2 ** (bits - 1):
             raise ValueError(
-                f"The noised sum of {num_clients} clients may reach {largest:.3g}, beyond integers of {bits} bits. Use "
+                f"The noisy sum of {num_clients} clients may reach {largest:.3g}, beyond integers of {bits} bits. Use "
                 "SecureAggregation(modulus_bits=64), or fewer clients in a round."
             )
 
@@ -128,10 +128,10 @@ class Grid:
             rounded = (floor + (noise.uniform(len(share)) < share)).long()
             if int(rounded.square().sum()) <= self.max_square:
                 return rounded
-        raise PrivacyError(f"{MAX_ATTEMPTS} attempts at rounding an update were longer than the bound. The run stops.")
+        raise PrivacyError(f"{MAX_ATTEMPTS} attempts at rounding an update exceeded the norm bound. The run stops.")
 
     def decode(self, total: Tensor, template: Update) -> dict[str, Tree]:
-        """Returns the trees that a sum of encoded updates stands for, in the template's shapes and dtypes."""
+        """Decodes a sum of encoded updates to trees with the template's shapes and dtypes."""
         values = total.cpu().double() * self.step
         own = update_trees(template)
         trees: dict[str, Tree] = {name: {} for name in own}
@@ -161,8 +161,8 @@ def gaussian_bound(mechanism: Mechanism, max_square: int, size: int, variance: i
         \frac{\alpha \Delta^2}{2 \mu} + \frac{(2 \alpha - 1) \Delta^2 + 6 \Delta_1}{4 \mu^2}, \qquad
         \Delta_1 \le \min(\Delta^2, \sqrt{d} \Delta)
 
-    for integer updates (Agarwal et al., theorem 3.5); here the part without :math:`\alpha` is multiplied by it. Noise
-    of further clients is independent of all this, so it can only lower the divergence.
+    for integer updates (Agarwal et al., theorem 3.5); here the terms without :math:`\alpha` are multiplied by it. Noise
+    of further clients is independent, so it can only lower the divergence.
 
     Args:
         mechanism: The distribution of each client's noise.
@@ -183,7 +183,7 @@ def gaussian_bound(mechanism: Mechanism, max_square: int, size: int, variance: i
 
 
 def gaussian_slack(mechanism: Mechanism, size: int, variance: int, count: int) -> float | None:
-    r"""Returns how far, in logarithms of probabilities, a release is from a function of one with Gaussian noise.
+    r"""Returns the maximum difference, in log-probabilities, between a release and a function of a Gaussian release.
 
     Let :math:`D_v` be the discrete Gaussian of parameter v, and :math:`r(v) = \log \frac{1 + t}{1 - t}` with :math:`t =
     2 \sum_{k \ge 1} e^{-2 \pi^2 v k^2}`. By Poisson summation :math:`\sum_{x \in \mathbb{Z}} e^{-(x - y)^2 / 2 v}` is
@@ -195,7 +195,7 @@ def gaussian_slack(mechanism: Mechanism, size: int, variance: int, count: int) -
       :math:`e^{-(x - y)^2 / 2 u}`, has probabilities within :math:`e^{\pm r(u)}` of those of :math:`D_{n v}`. This
       rounding commutes with adding integers.
 
-    So an integer sum with this noise is, up to the slack, computed from the sum with Gaussian noise of variance
+    So an integer sum with this noise is, up to the slack, a function of the sum with Gaussian noise of variance
     :math:`n v - u`, and each coordinate adds :math:`r(u) + \sum_{k < n} r(v k / (k + 1))` to the slack.
 
     Args:
@@ -220,7 +220,7 @@ def _ratio(variance: float) -> float:
 
 
 def encoded_like(update: Update) -> Update:
-    """A template of encoded updates; it holds the bits of the original's values, by which the model is recognised."""
+    """A template of encoded updates; it holds the bits of the original values, by which the model is identified."""
     values = _vector(update_trees(update))
     return Update({ENCODED: values.view(torch.int64)}, {}, update.weight)
 
@@ -235,7 +235,7 @@ def _vector(trees: Mapping[str, Tree]) -> Tensor:
 
 
 def _entries(trees: Mapping[str, Tree]) -> list[tuple[str, str, Tensor]]:
-    """The tensors by name: a coordinator, which decodes the sum, does not know the module's own order."""
+    """The tensors sorted by name, because a coordinator, which decodes the sum, does not know the module's order."""
     return [(name, key, trees[name][key]) for name in sorted(trees) for key in sorted(trees[name])]
 
 

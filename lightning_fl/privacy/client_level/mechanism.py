@@ -40,7 +40,7 @@ from lightning_fl.types import Aggregate, State, Tree, Update
 BITS = "privacy"
 _NO_BITS = torch.zeros((), dtype=torch.float64)
 GRID = 5e-4
-"""Grid for the epsilon of each round: five times as fast as the ledger's own, and at most about 1e-3 larger."""
+"""Grid for the epsilon of each round: five times as fast as the ledger's default, with an epsilon about 1e-3 larger."""
 ADVERSARIES = {
     "central": "whoever sees the global model of every round, but not the server, nor who takes part",
     "distributed": (
@@ -52,7 +52,7 @@ ADVERSARIES = {
 
 
 class PrivacyBudgetExceeded(PrivacyError):
-    """The next round would exceed ``max_epsilon``."""
+    """Raised if the next round would exceed ``max_epsilon``."""
 
 
 @dataclass(frozen=True)
@@ -63,47 +63,48 @@ class ClientLevelDP(Transform):
         \Delta_i \leftarrow \Delta_i \min(1, C / \lVert \Delta_i \rVert), \qquad
         \Delta = \frac{1}{m} \Bigl(\sum_i \Delta_i + \mathcal{N}(0, z^2 C^2)\Bigr)
 
-    :math:`\Delta_i` is everything a client contributes: parameters, buffers and side channels together; one that holds
-    NaN counts as zero. All clients have the same weight, and the sum is divided by the expected number :math:`m` of
-    clients, even when nobody takes part. The guarantee protects a client with all its data, in the global models of all
-    rounds. It does not cover logged training metrics, step counts, and client states beside a checkpoint. The number of
-    examples and steps of a client counts as public.
+    :math:`\Delta_i` is everything that a client contributes: parameters, buffers and side channels together; a
+    contribution with NaN counts as zero. All clients have the same weight, and the sum is divided by the expected
+    number :math:`m` of clients, even if nobody takes part. The guarantee protects a client with all its data, in the
+    global models of all rounds. It does not cover logged training metrics, step counts, or client states next to a
+    checkpoint.
+    The numbers of examples and steps of a client count as public.
 
     The noise comes from the operating system. In ``"central"`` mode the server draws it once for the federation; a
     federation of silos has no server that could be trusted with it. In ``"local"`` mode each client adds noise to its
-    own update, so nobody has to be trusted, at the price of :math:`\sqrt{m}` times the noise on the mean. The server
+    own update, so nobody has to be trusted, at the cost of :math:`\sqrt{m}` times the noise on the mean. The server
     then sees who takes part and may compare any two updates of a client, so there is no amplification, and neighbouring
     data sets replace one client's data. Silos exchange logged metrics and counts exactly: log nothing about a silo's
-    data that the others may not know.
+    data that must stay secret.
 
     In ``"distributed"`` mode each client adds a share of integer noise to its update, rounded to a grid, and
-    ``SecureAggregation`` shows nobody more than the sum of all. So many shares have the noise of ``"central"`` together
-    that the fewest clients in a secure sum are enough; with fewer the round is given up. A client knows its own share,
-    which therefore does not count against it: the shares of all but ``num_colluding`` must be enough. There is no
-    amplification, since the server knows who takes part. Discrete Gaussian noise costs what Gaussian noise costs, up to
-    less than rounding shows; for Skellam noise the accountant is Rényi's; see :class:`Grid` for the bounds. The sum is
-    divided by the number of clients in it.
+    ``SecureAggregation`` reveals only the sum of all. The shares of the smallest allowed number of clients in a secure
+    sum, minus ``num_colluding``, together have the noise of ``"central"``; with fewer clients the round is dropped. A
+    client knows its own share, which therefore does not protect against it. There is no amplification, since the server
+    knows who takes part. Discrete Gaussian noise costs the same as Gaussian noise, up to a negligible slack; Skellam
+    noise is accounted with Rényi divergences; see :class:`Grid` for the bounds. The sum is divided by the number of
+    clients in it.
 
-    With ``mechanism=BandMF(bands)`` the noise of a round cancels a part of that of the rounds before, for clients that
-    take part in turns and not by chance.
+    With ``mechanism=BandMF(bands)`` the noise of a round cancels a part of that of earlier rounds, for clients that
+    take part in turns and not at random.
 
-    Cohorts are drawn from the operating system's randomness; Poisson cohorts amplify the most. A round is in the ledger
-    before its clients train. It stays there if the round fails and the same Trainer runs it again, and checkpoints
-    written from then on hold it.
+    Cohorts are drawn from the operating system's randomness; Poisson cohorts amplify privacy the most. A round is in
+    the ledger before its clients train. It stays there if the round fails and the same Trainer runs it again, and
+    checkpoints written from then on contain it.
 
     Args:
         clip: The clip norm :math:`C`, or :class:`AdaptiveClip`.
         noise_multiplier: The noise :math:`z`, relative to the clip norm. 0 only clips, which is NOT PRIVATE.
         mode: ``"central"``, ``"local"`` or ``"distributed"``.
         delta: The delta of the logged epsilon. None: 1e-5, or ``population ** -1.1`` if that is less.
-        max_epsilon: Training stops before a round that would make epsilon larger. None: no limit.
+        max_epsilon: Training stops before a round that would raise epsilon above it. None: no limit.
         method: The accountant, as for :meth:`Ledger.epsilon`.
         noise: In distributed mode ``"discrete_gaussian"`` or ``"skellam"``.
-        num_colluding: In distributed mode, how many clients may tell the adversary their noise. Default 1: each client
-            knows its own.
+        num_colluding: In distributed mode, the number of clients that may reveal their noise to the adversary. Default
+            1: each client knows its own.
         mechanism: In central mode :class:`BandMF`, for noise that is correlated between rounds. None: independent.
-        insecure_test_seed: Makes the noise repeat, for tests. The run is then NOT PRIVATE, and stays so if it continues
-            without the seed.
+        insecure_test_seed: Makes the noise reproducible, for tests. The run is then NOT PRIVATE, and stays so if it
+            continues without the seed.
 
     Raises:
         ValueError: If an argument is out of range; or, when the strategy is built, if the combination breaks the bound.
@@ -158,12 +159,12 @@ class ClientLevelDP(Transform):
             )
         if self.mode != "central" and self.mechanism is not None:
             raise ValueError(
-                f"mechanism={self.mechanism} correlates the noise that a server adds, and in mode={self.mode!r} the "
+                f"mechanism={self.mechanism} correlates the noise that a server adds, but in mode={self.mode!r} the "
                 "clients add it. Leave it out, or use mode='central'."
             )
         if self.mode == "distributed" and isinstance(self.clip, AdaptiveClip):
             raise ValueError(
-                "mode='distributed' takes a fixed clip norm: AdaptiveClip would change the grid. Give one."
+                "mode='distributed' needs a fixed clip norm, because AdaptiveClip would change the grid. Give one."
             )
         if self.method not in ("pld", "rdp"):
             raise ValueError(f"ClientLevelDP got method={self.method!r}; expected 'pld' or 'rdp'.")
@@ -179,7 +180,7 @@ class ClientLevelDP(Transform):
 
     @property
     def is_private(self) -> bool:  # type: ignore[override]
-        """Whether there is noise, and nobody can compute it."""
+        """Whether there is noise, and it is unpredictable."""
         return self.noise_multiplier > 0 and self.insecure_test_seed is None
 
     # ---- when the strategy is built
@@ -187,16 +188,16 @@ class ClientLevelDP(Transform):
     def check(self, later: Sequence[Transform], aggregator: Aggregator, weighting: str) -> None:
         if weighting != "uniform":
             raise ValueError(
-                f"weighting={weighting!r} lets one client weigh more than the noise covers. Leave weighting out: under "
-                "ClientLevelDP all clients have the same weight."
+                f"weighting={weighting!r} allows a client to weigh more than the noise covers. Leave weighting out: "
+                "with ClientLevelDP all clients have the same weight."
             )
         if self.mode == "distributed":
             self._check_distributed(later, aggregator)
             return
         if not aggregator.is_sum:
             raise ValueError(
-                f"ClientLevelDP bounds what a client adds to a sum, but {type(aggregator).__name__} is not a sum. Use "
-                "fl.aggregation.WeightedMean()."
+                f"ClientLevelDP bounds a client's contribution to a sum, but {type(aggregator).__name__} is not a sum. "
+                "Use fl.aggregation.WeightedMean()."
             )
         for transform in later:
             if not transform.keeps_norm_bound:
@@ -208,7 +209,7 @@ class ClientLevelDP(Transform):
     def _check_distributed(self, later: Sequence[Transform], aggregator: Aggregator) -> None:
         if aggregator.integer_bits is None:
             raise ValueError(
-                "mode='distributed' gives each client a share of the noise, which is enough only where nobody sees a "
+                "mode='distributed' gives each client a share of the noise, which is enough only if nobody sees a "
                 f"single update, but {type(aggregator).__name__} does. Use aggregator=fl.privacy.SecureAggregation()."
             )
         if later:
@@ -220,10 +221,10 @@ class ClientLevelDP(Transform):
     def like(self, update: Update) -> Update:
         if update.buffers:
             warnings.warn(
-                f"Under ClientLevelDP buffers ({', '.join(update.buffers)}) are clipped and noised like parameters. "
+                f"ClientLevelDP clips buffers ({', '.join(update.buffers)}) and adds noise to them like to parameters. "
                 "Noise may make a running variance negative, and changes masks and counters. Replace BatchNorm by "
                 "GroupNorm, keep the buffers personal, or register them with persistent=False, so that each client "
-                "starts with their values of the round's start.",
+                "starts with their values at the round's start.",
                 stacklevel=2,
             )
         if self.mode == "distributed":
@@ -252,8 +253,8 @@ class ClientLevelDP(Transform):
     def start_round(self, state: State, ctx: RoundContext) -> State:
         if self.mode == "central" and ctx.silos:
             raise ValueError(
-                "ClientLevelDP(mode='central') needs a server that adds the noise and keeps it secret. A federation of "
-                "silos has none: each silo would know the noise, or the sum without it, and so the others' share. Use "
+                "ClientLevelDP(mode='central') needs a server that adds secret noise. A federation of silos has none: "
+                "each silo would know the noise, or the sum without it, and so the others' share. Use "
                 "mode='distributed' with SecureAggregation, mode='local', or simulate the clients."
             )
         if self.insecure_test_seed is None:
@@ -281,11 +282,11 @@ class ClientLevelDP(Transform):
         if self.mechanism is not None:
             of_mechanism, begins = self.mechanism.start_round(state, ctx, self._noises(self.cohort(ctx)))
         if begins:
-            ledger.record(event)  # before training: a round that crashes halfway may have released something already
+            ledger.record(event)  # before training: a round that crashes midway may already have released something
         if self.max_epsilon is not None and self._epsilon(ledger, ctx) > self.max_epsilon:
             raise PrivacyBudgetExceeded(
-                f"Round {ctx.round} would make epsilon {self._epsilon(ledger, ctx):.4g}, more than "
-                f"max_epsilon={self.max_epsilon:g}. Stop here, or raise max_epsilon or the noise before you start."
+                f"Round {ctx.round} would raise epsilon to {self._epsilon(ledger, ctx):.4g}, above "
+                f"max_epsilon={self.max_epsilon:g}. Stop here, or start with a larger max_epsilon or more noise."
             )
         clip = self.clip.initial if isinstance(self.clip, AdaptiveClip) else self.clip
         adapts = isinstance(self.clip, AdaptiveClip) and "clip" in state
@@ -325,7 +326,7 @@ class ClientLevelDP(Transform):
             return self._decode(aggregate, ctx), state
         clip, cohort = float(state["clip"]), self.cohort(ctx)
         aux = dict(aggregate.aux)
-        # Taken out, because the bits get noise of another scale than the update.
+        # Removed, because the bits get noise of another scale than the update.
         channel = aux.pop(BITS, None)
         bits = _NO_BITS if channel is None else channel["unclipped"].double()
         flat, layout = _flatten(update_trees(replace(aggregate, aux=aux)))
@@ -363,7 +364,7 @@ class ClientLevelDP(Transform):
             "dp_epsilon": float(epsilon),
             "dp_delta": epsilon.delta,
             "dp_noise_multiplier": float(self.noise_multiplier),
-            # `clip` is already the one of the next round.
+            # `clip` is already that of the next round.
             "dp_clip": float(state.get("last_clip", state["clip"])),
             "dp_is_private": float(is_private),
             "dp_guarantee": f"epsilon-delta, {epsilon.relation}" if is_private else f"NOT PRIVATE{seed}",
@@ -387,7 +388,7 @@ class ClientLevelDP(Transform):
         )
 
     def sampling(self, ctx: RoundContext) -> Sampling:
-        """Returns the draw of a round's clients as the ledger records it; an unknown one counts as :class:`Full`."""
+        """Returns the sampling of a round's clients as the ledger records it; :class:`Full` if it is unknown."""
         drawn = ctx.sampling
         if self.mode == "distributed":
             return Distributed(self.noise, self._grid(ctx).slack)
@@ -412,15 +413,15 @@ class ClientLevelDP(Transform):
         num_honest = ctx.min_clients - self.num_colluding
         if num_honest < 1:
             raise ValueError(
-                f"A secure sum may have {ctx.min_clients} clients, of which num_colluding={self.num_colluding} leaves "
-                "nobody whose noise is secret. Raise SecureAggregation(min_clients=...), or lower num_colluding."
+                f"A secure sum may have only {ctx.min_clients} clients, and with num_colluding={self.num_colluding} "
+                "none of them has secret noise. Raise SecureAggregation(min_clients=...), or lower num_colluding."
             )
         return Grid(self.clip, num_coordinates(ctx.template), self.noise_multiplier, num_honest, self.noise)
 
     def _decode(self, aggregate: Aggregate, ctx: RoundContext) -> Aggregate:
         if aggregate.num_clients < ctx.min_clients:
             raise PrivacyError(
-                f"The sum of round {ctx.round} has {aggregate.num_clients} clients, and {ctx.min_clients} must add "
+                f"The sum of round {ctx.round} has {aggregate.num_clients} clients, but {ctx.min_clients} must add "
                 "noise. The run stops."
             )
         assert ctx.template is not None
@@ -435,10 +436,10 @@ class ClientLevelDP(Transform):
         )
 
     def _epsilon(self, ledger: Ledger, ctx: RoundContext) -> Epsilon:
-        # Well below 1 / clients: with a delta of that size, publishing one client outright would count as private.
+        # Well below 1 / clients: with a delta of that size, publishing one client's data would count as private.
         delta = min(1e-5, max(ctx.population, 1) ** -1.1) if self.delta is None else self.delta
         relation: Relation | None = "replace_one" if self.mode == "local" else None
-        # In local mode the server is one of those who look, and rounds whose noise it added hide nothing from it.
+        # In local mode the server is an adversary, and rounds whose noise it added hide nothing from it.
         return ledger.epsilon(delta, self.method, relation, GRID, adversary=self._adversary)
 
     @property
@@ -448,7 +449,7 @@ class ClientLevelDP(Transform):
     def _release(
         self, flat: Flat, bits: Tensor, clip: float, cohort: float, source: SecureNoise
     ) -> tuple[Flat, Tensor]:
-        """Adds noise to the clipped values and to the bits of an adaptive clip; one budget covers both."""
+        """Adds noise to the clipped values and to the bits of an adaptive clip; both share one budget."""
         on_model, on_bits = self._noises(cohort)
         flat_bits = {bits.dtype: bits[None]}
         noisy, noisy_bits = add_noise(flat, on_model * clip, source), add_noise(flat_bits, on_bits, source)
@@ -465,7 +466,7 @@ class ClientLevelDP(Transform):
         return on_model if self.mechanism is None else on_model * self.mechanism.norm, on_bits
 
     def _check_cohort(self, before: Tensor | None, sampling: Sampling, ctx: RoundContext) -> dict[str, Any]:
-        """Counts the clients drawn since the sampling last changed, and checks that the sampling allows so many."""
+        """Counts the clients drawn since the sampling last changed, and checks the count against the sampling."""
         drawn: dict[str, Any] = {"sampling": sampling.state_dict(), "drawn": 0, "of": 0}
         if before is not None and unpack(before)["sampling"] == drawn["sampling"]:
             drawn = unpack(before)

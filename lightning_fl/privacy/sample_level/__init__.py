@@ -1,1 +1,1 @@
-"""Differential privacy for examples: DP-SGD inside each client."""
+"""Sample-level differential privacy: DP-SGD inside each client."""

@@ -24,15 +24,15 @@ class NoiseWatch:
         self._last_fresh = torch.empty(0)
 
     def check(self, added: Flat, source: SecureNoise, std: float) -> None:
-        """Compares the noise that was added with that of the last step.
+        """Compares the added noise with that of the last step.
 
         Args:
             added: Some of the noise, by dtype.
-            source: The stream that it came from.
+            source: The stream of the noise.
             std: Its standard deviation.
 
         Raises:
-            PrivacyError: If it is the same.
+            PrivacyError: If they are equal.
         """
         # A broken generator can repeat in two ways: the stream restarts, or the noise on the gradient is reused.
         fresh = source.normal(MIN_COMPARED)
@@ -43,7 +43,7 @@ class NoiseWatch:
                 repeats |= bool(torch.allclose(noise, last, rtol=0.0, atol=1e-2 * std))
         self._last, self._last_fresh = added, fresh
         if repeats:
-            raise PrivacyError("The noise repeats: two steps were given the same. The run stops.")
+            raise PrivacyError("The noise repeats: two steps got the same noise. The run stops.")
 
 
 class NoisySum:
@@ -57,7 +57,7 @@ class NoisySum:
         clip: The clip norm :math:`C`.
         expected: The expected number :math:`m` of gradients.
         watch: Checks that noise does not repeat.
-        insecure_test_seed: A seed that makes the noise repeat, for tests.
+        insecure_test_seed: A seed that makes the noise reproducible, for tests.
         purpose: Separates streams of the same test seed.
     """
 
@@ -108,10 +108,10 @@ class NoisySum:
         layout = Layout.of({"gradient": tree})
         flat = layout.flatten({"gradient": tree})
         noisy = add_noise(flat, self.std, self._source)
-        # On what is released, after rounding: noise that rounding has swallowed protects nobody.
+        # On the released values, after rounding: noise that was lost by rounding protects nobody.
         check_added(flat, noisy, self.std)
         if self.std:
-            # A few values are enough to notice a repetition; all of them would be another model in memory.
+            # A few values are enough to detect a repetition; all of them would take the memory of another model.
             added = {dtype: (noisy[dtype] - flat[dtype])[:NUM_COMPARED] for dtype in flat}
             self._watch.check(added, self._source, self.std)
         released = layout.unflatten(noisy)["gradient"]

@@ -55,7 +55,7 @@ def opacus_hooks() -> Any:
 
 
 def why_mixed(module: nn.Module) -> str | None:
-    """Returns which layer mixes the examples of a batch, with the remedy; None if none is known to."""
+    """Returns which layer mixes the examples of a batch, with a remedy; None if none is known to."""
     for name, layer in module.named_modules():
         if isinstance(layer, BatchNorm) and layer.training:
             return (
@@ -66,7 +66,7 @@ def why_mixed(module: nn.Module) -> str | None:
 
 
 def why_not_per_sample(module: nn.Module) -> str | None:
-    """Returns why a module has no per-sample gradients, with the remedy; None if nothing is known against it."""
+    """Returns why a module has no per-sample gradients, with a remedy; None if no reason is known."""
     reason = why_mixed(module)
     if reason is not None:
         return reason
@@ -80,7 +80,7 @@ def why_not_per_sample(module: nn.Module) -> str | None:
     direct = [name for name, param in module.named_parameters(recurse=False) if param.requires_grad]
     if direct:
         return (
-            f"the parameter {direct[0]} belongs to the LightningModule itself, which has no forward pass of its own. "
+            f"the parameter {direct[0]} belongs to the LightningModule itself, not to a layer with a forward pass. "
             "Move it into a layer: an nn.Module whose forward takes the batch"
         )
     from opacus.validators import ModuleValidator
@@ -106,7 +106,7 @@ class PerSampleGradients:
         module: The module; unchanged except for hooks.
         params: The trained parameters by name.
         mode: ``"hooks"``: Opacus's rules for known layers, functorch for others; ``"functorch"``: functorch for all.
-        tolerance: How far the gradient may be from the mean of the per-sample ones, relative to their mean norm.
+        tolerance: Tolerance between the gradient and the mean of the per-sample ones, relative to their mean norm.
 
     Raises:
         ValueError: If Opacus can't compute per-sample gradients of the module.
@@ -184,8 +184,7 @@ class PerSampleGradients:
         samples = {}
         for name, param in self.params.items():
             sample = getattr(param, "grad_sample", None)
-            # A gradient of zero needs no clipping: it may come from a part of the loss that does not depend on the
-            # parameter.
+            # A gradient of zero needs no clipping, for example if the loss does not depend on the parameter.
             if sample is None and param.grad is not None and bool(param.grad.count_nonzero()):
                 raise PrivacyError(
                     f"{name} has a gradient, but none per sample, so it can't be clipped. The run stops. Use "
@@ -199,12 +198,12 @@ class PerSampleGradients:
                 found = tuple(sample.shape) if isinstance(sample, Tensor) else f"{len(sample)} parts"
                 if found == (1, *param.shape):
                     raise PrivacyError(
-                        f"The per-sample gradients of {name} are of one example for a batch of {size}: its layer was "
-                        "given one row for all examples. The run stops. Repeat it for each, as position ids of shape "
-                        "[1, n] by position_ids.expand(len(batch), -1)."
+                        f"The per-sample gradients of {name} are for one example instead of a batch of {size}: its "
+                        "layer got one row for all examples. The run stops. Repeat the row for each example, such as "
+                        "position ids of shape [1, n] with position_ids.expand(len(batch), -1)."
                     )
                 raise PrivacyError(
-                    f"The per-sample gradients of {name} have the form {found}, expected {(size, *param.shape)}. The "
+                    f"The per-sample gradients of {name} have the shape {found}, expected {(size, *param.shape)}. The "
                     "run stops. A batch must go through the network as a whole, example by example along the first "
                     "dimension, and backward once."
                 )
@@ -217,13 +216,13 @@ class PerSampleGradients:
         """Checks that the gradient of the loss is the mean of the per-sample gradients, on some of its entries.
 
         Raises:
-            PrivacyError: If it is not, because a part of the loss reaches a parameter past its layer.
+            PrivacyError: If it is not, because a part of the loss uses a parameter outside its layer.
         """
         for name, sample in samples.items():
             grad = self.params[name].grad
             if grad is None or not sample.numel():
                 continue
-            # Entries that nobody can foresee, of which there are few enough not to be felt in a step.
+            # Unpredictable entries, few enough not to slow down a step.
             start = random.SystemRandom().randrange(max(1, grad.numel() - NUM_COMPARED + 1))
             part = slice(start, start + NUM_COMPARED)
             rows = sample.reshape(len(sample), -1)[:, part].double()
@@ -231,16 +230,16 @@ class PerSampleGradients:
             distance = float((grad.detach().reshape(-1)[part].double() - rows.mean(0)).norm())
             if math.isfinite(scale) and distance > self.tolerance * scale + 1e-12:
                 raise PrivacyError(
-                    f"The gradient of {name} differs from the mean of those of the examples, by "
-                    f"{distance / (scale or 1.0):.2g} of their norm: a part of the loss reaches the parameter past its "
-                    "layer, so it can be neither clipped nor covered by the noise. The run stops. Let training_step "
-                    "penalise no weights: that is the optimizer's weight_decay. Otherwise use parameters only in the "
+                    f"The gradient of {name} differs from the mean of the per-sample gradients by "
+                    f"{distance / (scale or 1.0):.2g} of their norm: a part of the loss uses the parameter outside its "
+                    "layer, so it can be neither clipped nor covered by the noise. The run stops. Use the optimizer's "
+                    "weight_decay instead of a weight penalty in training_step. Otherwise use parameters only in the "
                     "forward pass of their layer, or set SampleLevelDP(strict=True)."
                 )
 
     def _clear(self) -> None:
         # Opacus keeps its state on the parameters and layers, and resets it in its own optimizer, which is not used
-        # here. What a failed pass left behind would be mixed into the next one.
+        # here. Leftovers of a failed pass would be mixed into the next one.
         self._quiet.close()
         for param in self.params.values():
             param.grad_sample = None  # type: ignore[attr-defined]
@@ -253,7 +252,7 @@ class PerSampleGradients:
 
 
 def _check_rules(module: nn.Module, params: Mapping[str, nn.Parameter]) -> None:
-    """Refuses layers for which Opacus's own rules give other gradients than autograd."""
+    """Refuses layers for which Opacus's own rules differ from autograd's gradients."""
     trained = {id(param) for param in params.values()}
     for name, layer in module.named_modules():
         found = ""
@@ -264,7 +263,7 @@ def _check_rules(module: nn.Module, params: Mapping[str, nn.Parameter]) -> None:
         if found and any(id(param) in trained for param in layer.parameters(recurse=False)):
             raise ValueError(
                 f"{name} is {found}, which Opacus's own rules ignore, so its per-sample gradients would be wrong. Set "
-                'SampleLevelDP(grad_sample_mode="functorch"), which is right for it and slower.'
+                'SampleLevelDP(grad_sample_mode="functorch"), which is correct for it but slower.'
             )
 
 
@@ -359,12 +358,12 @@ def check_per_sample(
     scale = max([norm for norm in norms if math.isfinite(norm)], default=0.0)
     for gradient, other in zip(expected, found, strict=True):
         if not gradient.isfinite().all() and not other.isfinite().all():
-            continue  # clipping counts such a gradient as zero
+            continue  # clipping treats such a gradient as zero
         distance = float((gradient - other).norm())
         if not distance <= tolerance * scale + 1e-12:
             raise PrivacyError(
-                f"The gradient of an example changes with the others in its batch, by {distance / (scale or 1.0):.2g} "
-                f"of its norm, so one example moves more than the noise covers. The run stops. {REMEDY}"
+                f"The gradient of an example depends on the others in its batch, by {distance / (scale or 1.0):.2g} "
+                f"of its norm, so one example has more influence than the noise covers. The run stops. {REMEDY}"
             )
     usable = [(gradient, norm) for gradient, norm in zip(expected, norms, strict=True) if 0 < norm < math.inf]
     if usable:

@@ -59,7 +59,7 @@ class PoissonLoader(DataLoader):
         alone: Whether each example is read and collated alone, so that it can't depend on others.
 
     Raises:
-        ValueError: If the loader makes its batches in another way.
+        ValueError: If the loader is not a plain DataLoader.
     """
 
     def __init__(
@@ -99,8 +99,8 @@ class PoissonLoader(DataLoader):
         return self.rate * self.num_examples
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        # Workers prefetch, so several batches are drawn before the first is yielded; the queue pairs them up.
-        # A pass that was broken off has left draws whose batches were never yielded.
+        # Workers prefetch, so several batches are drawn before the first is yielded; the queue matches them up.
+        # An interrupted pass leaves draws whose batches were never yielded.
         self._draws.drawn.clear()
         for batch in super().__iter__():
             chosen = self._draws.drawn.popleft()
@@ -113,7 +113,7 @@ class OneByOne(Dataset):
 
     Args:
         dataset: The data set of examples.
-        collate_fn: Makes a batch of a list of examples.
+        collate_fn: Makes a batch from a list of examples.
     """
 
     def __init__(self, dataset: Any, collate_fn: Callable[[list[Any]], Any]) -> None:
@@ -135,8 +135,8 @@ def _joined(batches: list[Any]) -> Any:
     kinds = {(spec, tuple(getattr(leaf, "shape", None) for leaf in leaves)) for leaves, spec in flat}
     if len(kinds) > 1:
         raise ValueError(
-            "Examples that are collated alone have different shapes, as SampleLevelDP(strict=True) does so that none "
-            "depends on another. Let the data set or collate_fn pad all of them to one length."
+            "SampleLevelDP(strict=True) collates each example alone, so that none depends on another, but the examples "
+            "have different shapes. Let the data set or collate_fn pad all of them to the same length."
         )
     columns = zip(*(leaves for leaves, _ in flat), strict=True)
     return pytree.tree_unflatten(
@@ -231,7 +231,7 @@ class DrawCheck:
             if total.is_wrong:
                 noun = "often" if total is self._of_examples else "large"
                 ratio = total.found / total.expected
-                return f"how {noun} {what} varies {ratio:.2g} times as much as Poisson sampling gives"
+                return f"how {noun} {what} varies {ratio:.2g} times as much as with Poisson sampling"
         return None
 
 
@@ -269,7 +269,7 @@ def _add_squares(total: _Sum, counts: np.ndarray, trials: int, rate: float) -> N
 
 
 def check_sampler() -> None:
-    """Checks that the sampler draws Poisson batches, and not the same ones twice.
+    """Checks that the sampler draws Poisson batches, and not the same batches twice.
 
     Raises:
         PrivacyError: If it does not.

@@ -20,7 +20,7 @@ def num_rows(batch: Any) -> int:
         found = f"tensors whose first dimensions are {sizes}" if sizes else f"no tensor in a {type(batch).__name__}"
         raise ValueError(
             f"A batch holds {found}; to tell its examples apart, sample-level privacy needs tensors, possibly in lists "
-            "and dicts, whose first dimension is the example. Collate batches so."
+            "and dicts, whose first dimension is the example. Change the collation accordingly."
         )
     return sizes[0]
 
@@ -50,14 +50,14 @@ def take_rows(batch: Any, rows: slice | list[int]) -> Any:
             return value
         raise ValueError(
             f"A batch holds a {type(value).__name__}, which can't be divided into examples; sample-level privacy needs "
-            "batches of tensors, possibly in lists, tuples and dicts. Collate batches so."
+            "batches of tensors, possibly in lists, tuples and dicts. Change the collation accordingly."
         )
 
     return take(batch)
 
 
 def labels_of(batch: Any) -> Tensor | None:
-    """What looks like the labels of a batch: its last tensor with one number an example, whole numbers first."""
+    """The likely labels of a batch: its last tensor with one number per example, preferably integers."""
     flat = [tensor for tensor in _tensors(batch) if tensor.dim() and tensor[:1].numel() == 1]
     whole = [tensor for tensor in flat if not tensor.is_floating_point()]
     chosen = (whole or flat)[-1:]

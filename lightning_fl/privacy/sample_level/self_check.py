@@ -1,8 +1,8 @@
-r"""The check that one example moves nothing but its own gradient, from the data set to the gradient.
+r"""Checks that an example influences only its own gradient, from the data set to the gradient.
 
 The noise covers a sum of clipped gradients only if each of them is a function of one example:
 :math:`\sum_{i \in B} g_i = \sum_{i \in B \setminus r} g_i + g_r` for every example r. So batches are compared
-with the same batches less one example.
+with the same batches without one example.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from lightning_fl.privacy.sample_level.tensor_watch import TensorWatch
 from lightning_fl.types import Tree
 
 NUM_EXAMPLES = 8
-"""The most examples that are read from the data set for a check."""
+"""Maximum number of examples that are read from the data set for a check."""
 NUM_DIRECTIONS = 8
 MAX_TOTAL = 0.01
-"""The most that all other examples together may change, in clip norms, beyond rounding."""
+"""Maximum change of all other gradients together, in clip norms, beyond rounding."""
 LARGE = 1e3
-"""From here on, products in float32 may differ by more than the tolerance where large ones cancel."""
+"""From this magnitude on, float32 products may differ by more than the tolerance if large ones cancel."""
 CHUNK = 1 << 20
 
 
 class WithoutClassWeights(WithoutDropout):
-    """The same, and refuses a loss that is divided by the sum of the batch's class weights."""
+    """Also refuses a loss that is divided by the sum of the batch's class weights."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (functional.cross_entropy, functional.nll_loss):
@@ -52,8 +52,8 @@ class WithoutClassWeights(WithoutDropout):
             if weight is not None and given.get("reduction", "mean") == "mean" and bool((weight != weight[0]).any()):
                 raise PrivacyError(
                     f"{func.__name__}(weight=...) divides by the sum of the class weights in the batch, so an example "
-                    "of a heavy class shrinks the gradients of all others, and one more moves them by more than the "
-                    "noise covers. The run stops. Weigh each example's own loss: "
+                    "of a class with a large weight reduces the gradients of all others by more than the noise covers. "
+                    "The run stops. Weight each example's own loss: "
                     f"(class_weights[y] * {func.__name__}(logits, y, reduction='none')).mean()."
                 )
         return super().__torch_function__(func, types, args, kwargs)
@@ -93,15 +93,15 @@ class Gradients(Protocol):
 
 @dataclass
 class SelfCheck:
-    """Compares gradients of examples in different company.
+    """Compares gradients of examples in different batches.
 
     Args:
         gradients: The per-sample gradients to be checked.
         loss_of: Returns the loss of a batch.
         step: Runs a whole training step on a batch, with the module's hooks around it, for its side effects.
         reseed: Sets all random generators to the same state.
-        state: The module's state, to which each comparison returns.
-        params: Notices writes to the parameters.
+        state: The module's state, which is restored after each comparison.
+        params: Detects writes to the parameters.
         clip: The clip norm.
         tolerance: The largest difference of two gradients that counts as rounding, relative to the largest norm.
     """
@@ -116,7 +116,7 @@ class SelfCheck:
     tolerance: float
 
     def run(self, batch: Any, read: Callable[[Sequence[int]], Any], examples: Sequence[int]) -> None:
-        """Runs all comparisons, and leaves the module as it was.
+        """Runs all comparisons, and leaves the module unchanged.
 
         Args:
             batch: The batch of the current step.
@@ -133,7 +133,7 @@ class SelfCheck:
                 if self.gradients.is_exact:
                     return
                 if len(examples) > 1:
-                    # The step's own batch may lack the label that makes the difference.
+                    # The step's own batch may lack the label that reveals the difference.
                     self._of_step(self._pass(lambda: read(examples)))
                 self._of_step(batch)
                 if len(examples) > 1:
@@ -149,16 +149,16 @@ class SelfCheck:
                 param.grad = None
 
     def _if_large(self, batch: Any) -> str:
-        """What else may be the reason, if values are so large that rounding depends on the size of the batch."""
+        """Another possible reason, if values are so large that rounding depends on the size of the batch."""
         if any(param.dtype == torch.float64 for param in self.gradients.params.values()):
             return ""
         largest = largest_value(batch)
         if largest < LARGE:
             return ""
         return (
-            f" Or it is rounding: the batch holds values up to {largest:.2g}, and products of so large ones in float32 "
-            "depend on the size of the batch. Then scale the features to about 1, or train with precision='64-true', "
-            "in which the check tells the two apart."
+            f" Or it is rounding: the batch holds values up to {largest:.2g}, and float32 products of such large "
+            "values depend on the size of the batch. Then scale the features to about 1, or train with "
+            "precision='64-true', with which the check can distinguish the two."
         )
 
     def _of_step(self, batch: Any) -> None:
@@ -181,7 +181,7 @@ class SelfCheck:
         whole = self._measure(lambda: read(examples))
         for some in (examples[:-1], examples[:1]):
             part = self._measure(lambda some=some: read(some))
-            # A collate function may sort its examples, so each is compared with the one that is most like it.
+            # A collate function may sort its examples, so each is compared with the most similar one.
             apart = torch.cdist(part.projected, whole.projected).nan_to_num(torch.inf)
             # Those that are not finite are like each other.
             apart[~part.norms.isfinite()[:, None] & ~whole.norms.isfinite()] = 0.0
@@ -189,8 +189,8 @@ class SelfCheck:
                 whole[apart.argmin(1)],
                 part,
                 "reading a batch (collate_fn, on_before_batch_transfer, on_after_batch_transfer)",
-                "Let collate_fn and the transfer hooks treat each example by itself: no MixUp, no statistics of the "
-                "batch, and padding only where the loss masks it; or move it into the data set.",
+                "Let collate_fn and the transfer hooks process each example separately: no MixUp, no batch statistics, "
+                "and padding only where the loss masks it; or move such processing into the data set.",
             )
 
     def _of_history(self, batch: Any) -> None:
@@ -207,8 +207,8 @@ class SelfCheck:
             found[0],
             found[1],
             where,
-            "Training must not depend on what earlier batches have left in buffers, whether persistent or not, or in "
-            "attributes: no running statistics, memory banks or queues. Counters of steps may stay.",
+            "Training must not depend on values that earlier batches stored in buffers, persistent or not, or in "
+            "attributes: no running statistics, memory banks or queues. Step counters are allowed.",
             by="those of an earlier batch",
         )
 
@@ -224,12 +224,12 @@ class SelfCheck:
         except Exception as error:
             raise PrivacyError(
                 f"A batch of other examples or another size raised {type(error).__name__}: {error}. The run stops. "
-                "Poisson batches are of any size, and sample-level privacy checks that each example's gradient is its "
-                "own: training_step and collate_fn must work with a single example."
+                "Poisson batches can have any size, and sample-level privacy checks that each example's gradient "
+                "depends on it alone: training_step and collate_fn must work with a single example."
             ) from error
 
     def _measure(self, batch: Any, is_fresh: bool = True) -> _Rows:
-        """The gradients of the examples in a batch, or in what a function returns, in the state of before."""
+        """The gradients of the examples in a batch, or in a function's result, computed from the original state."""
         if is_fresh:
             self.state.restore()
         self.reseed()
@@ -238,7 +238,7 @@ class SelfCheck:
             rows = batch() if callable(batch) else batch
             return self.gradients.of(self.loss_of, rows), num_rows(rows)
 
-        # Where examples are alone, the sum of the class weights is that of one example.
+        # If examples are processed alone, the sum of the class weights is that of one example.
         mode = WithoutDropout() if self.gradients.is_exact else WithoutClassWeights()
         with quiet_hooks(), mode, torch.enable_grad():
             found, size = self._pass(samples)
@@ -249,7 +249,7 @@ class SelfCheck:
         self, found: _Rows, expected: _Rows, where: str, remedy: str, by: str = "the others in its batch"
     ) -> None:
         finite = found.norms.isfinite() & expected.norms.isfinite()
-        # Clipping counts a gradient that is not finite as zero; one that is finite only in other company is caught.
+        # Clipping treats a non-finite gradient as zero; one that is finite only in another batch is detected.
         agrees = finite | (~found.norms.isfinite() & ~expected.norms.isfinite())
         found, expected = found[finite], expected[finite]
         scale = float(torch.cat([found.norms, expected.norms, torch.zeros(1)]).max())
@@ -260,19 +260,19 @@ class SelfCheck:
         if bool(agrees.all()) and largest <= self.tolerance and moved <= MAX_TOTAL + rounding:
             return
         raise PrivacyError(
-            f"The gradient of an example changes with {by}, by {largest:.2g} of its norm, through "
-            f"{where}: all of them move by {1 + moved:.3g} clip norms where the noise covers 1. The run stops. {remedy}"
+            f"The gradient of an example depends on {by}, by {largest:.2g} of its norm, through {where}: all gradients "
+            f"together change by {1 + moved:.3g} clip norms, but the noise covers 1. The run stops. {remedy}"
         )
 
 
 def unlike_rows(batch: Any) -> list[int]:
-    """The rows of a batch in an order in which rare labels come first, one of each label before a second of any."""
+    """The rows of a batch, rare labels first, and one of each label before a second of any."""
     size, labels = num_rows(batch), labels_of(batch)
     return by_rarity(list(range(size)) if labels is None else labels.tolist())
 
 
 def by_rarity(labels: Sequence[Any]) -> list[int]:
-    """Positions in an order in which rare labels come first, one of each label before a second of any."""
+    """Positions ordered with rare labels first, and one of each label before a second of any."""
     order = random.SystemRandom().sample(range(len(labels)), len(labels))
     seen: dict[Any, list[int]] = {}
     for position in order:
@@ -282,7 +282,7 @@ def by_rarity(labels: Sequence[Any]) -> list[int]:
 
 
 def unlike_examples(dataset: Any) -> list[int]:
-    """A few examples of a data set in random order but for the last one, whose label is the rarest if it is known."""
+    """A few random examples of a data set; the last one has the rarest label, if labels are known."""
     labels = stored_labels(dataset)
     if labels is None or not len(labels):
         return random.SystemRandom().sample(range(len(dataset)), min(NUM_EXAMPLES, len(dataset)))
@@ -297,7 +297,7 @@ def unlike_examples(dataset: Any) -> list[int]:
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """Products in full float32: with TF32, batches of different sizes differ by a thousandth."""
+    """Computes products in full float32: with TF32, batches of different sizes differ by a thousandth."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

@@ -1,4 +1,4 @@
-"""Finds examples that several clients hold, or one of them several times; each time they are paid for once."""
+"""Finds examples that several clients hold, or one client several times, each of which costs privacy again."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from lightning_fl.types import ClientId
 class SharedExamples:
     """Counts how often the same example is in the data of the clients that this process knows.
 
-    Two examples are the same if they are the same place in memory: the same row of a tensor, the same index of the same
-    data set, or the same object in a list. Subsets, concatenated and stacked data sets are looked through. What one
-    client holds several times counts as often. Copies are not found. Nothing that it knows leaves the process.
+    Two examples are the same if they share a place in memory: the same row of a tensor, the same index of the same data
+    set, or the same object in a list. Subsets, concatenated and stacked data sets are unwrapped. An example that a
+    client holds several times counts as often. Copies are not found. No information leaves the process.
     """
 
     def __init__(self) -> None:
@@ -29,14 +29,14 @@ class SharedExamples:
         self._num_in_use = 100
         self._lists = _Lists()
         self.largest = 1
-        """The most copies of an example so far."""
+        """The largest number of copies of an example so far."""
 
     def add(self, client: ClientId, dataset: Any) -> None:
         """Adds the data of a client, unless it is known already."""
         found: dict[int, list[_Part]] = {}
         for part in _parts(dataset, np.arange(len(dataset), dtype=np.int64)):
             found.setdefault(part.base, []).append(part)
-        # All that lies in one memory at once, because there a client counts once only.
+        # All examples in one memory at once, because a client is counted only once per memory.
         for base, parts in found.items():
             add = self._lists.add(client, parts) if base == _LISTS else self._add(client, base, parts)
             self.largest = max(self.largest, add)
@@ -44,7 +44,7 @@ class SharedExamples:
     def _add(self, client: ClientId, base: int, parts: Sequence[_Part]) -> int:
         """Adds a client's examples in one memory; returns the largest count of one."""
         memory = self._memories.get(base)
-        # What is freed gives its place in memory to others.
+        # Freed memory may be reused for other examples.
         if memory is None or not memory.sources:
             memory = self._memories[base] = _Memory()
             if len(self._memories) > 2 * self._num_in_use:
@@ -59,7 +59,7 @@ class SharedExamples:
 
 @dataclass
 class _Memory:
-    """A stretch of memory that holds examples, as long as one of the objects that lie there is in use."""
+    """A region of memory that holds examples, while one of its objects is in use."""
 
     sources: weakref.WeakValueDictionary[int, Any] = field(default_factory=weakref.WeakValueDictionary)
     clients: set[ClientId] = field(default_factory=set)
@@ -67,13 +67,13 @@ class _Memory:
 
 
 class _Counts:
-    """How often numbers have been added, in sorted arrays each at most half as long as the one before."""
+    """Counts numbers, in sorted arrays that are each at most half as long as the one before."""
 
     def __init__(self) -> None:
         self._arrays: list[tuple[np.ndarray, np.ndarray]] = []
 
     def add(self, numbers: np.ndarray) -> int:
-        """Adds numbers, in time that hardly depends on how many there are already; returns the largest count of one."""
+        """Adds numbers, in time that hardly depends on how many there are; returns the largest count of a number."""
         if not len(numbers):
             return 0
         own, times = np.unique(numbers, return_counts=True)
@@ -90,10 +90,10 @@ class _Counts:
 
 
 class _Lists:
-    """How often an object is in the lists of clients.
+    """Counts how often an object is in the lists of clients.
 
-    Nothing tells when a list is freed and the places of its objects are given to others. So it is kept, until nobody
-    else has it.
+    There is no notification when a list is freed and its objects' addresses are reused. So the list is kept until it
+    has no other references.
     """
 
     def __init__(self) -> None:
@@ -116,7 +116,7 @@ class _Lists:
         return self._places.add(self._clients[client][1])
 
     def _forget(self) -> None:
-        """Leaves out what only this object has still got."""
+        """Drops lists that have no other references."""
         free = {key for key in self._lists if sys.getrefcount(self._lists[key]) <= _REFERENCES}
         gone = [client for client, (keys, _) in self._clients.items() if keys <= free] if free else []
         if not gone:
@@ -137,12 +137,12 @@ class _Lists:
             return first.data_ptr()
         if not isinstance(example, _VALUES):
             return id(example)
-        # Python has one object for all equal small numbers and many words, in whichever list they are.
+        # Python shares one object for all equal small integers and many strings.
         return -(self._numbers[id(source)] << 32) - row - 1
 
 
 class _Part(NamedTuple):
-    """Examples in one memory: the object that holds them, a number for the place of each, and one for the memory."""
+    """Examples in one memory: the object that holds them, a number for each example's place, and one for the memory."""
 
     source: Any
     rows: np.ndarray
@@ -154,11 +154,11 @@ _LISTS = -1
 _VALUES = (int, float, complex, str, bytes, type(None))
 _ALONE = [object()]
 _REFERENCES = sys.getrefcount(_ALONE[0])
-"""References to what only a container has."""
+"""Number of references to an object that only a container holds."""
 
 
 def _parts(dataset: Any, rows: np.ndarray) -> Iterator[_Part]:
-    """Where some examples of a data set are."""
+    """The places in memory of some examples of a data set."""
     rows = np.where(rows < 0, rows + len(dataset), rows)
     if isinstance(dataset, Subset):
         yield from _parts(dataset.dataset, np.asarray(dataset.indices, dtype=np.int64)[rows])
@@ -178,7 +178,7 @@ def _parts(dataset: Any, rows: np.ndarray) -> Iterator[_Part]:
         yield _Part(first, first.data_ptr() + rows * _row_bytes(first), first.untyped_storage().data_ptr())
     elif isinstance(dataset, list | tuple):
         yield _Part(dataset, rows, _LISTS)
-    elif type(dataset).__weakrefoffset__:  # without, nothing would tell when its place is given to another
+    elif type(dataset).__weakrefoffset__:  # without it, reuse of its address could not be detected
         yield _Part(dataset, rows, id(dataset))
 
 

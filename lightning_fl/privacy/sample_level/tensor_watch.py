@@ -1,4 +1,4 @@
-"""Notices writes to tensors that only a private step may change."""
+"""Detects writes to tensors that only a private step may change."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_fl.types import Tree
 
 
 class TensorWatch:
-    """Compares tensors with what they were. It keeps a copy of each.
+    """Compares tensors with their earlier values, of which it keeps copies.
 
     Args:
         tensors: Returns the tensors by name.
@@ -25,7 +25,7 @@ class TensorWatch:
         self._copies: Tree = {}
 
     def note(self) -> None:
-        """Takes the values of now for the right ones."""
+        """Records the current values as correct."""
         for name, tensor in self._tensors().items():
             known = self._copies.get(name)
             if known is not None and known.shape == tensor.shape and known.dtype == tensor.dtype:
@@ -34,17 +34,17 @@ class TensorWatch:
                 self._copies[name] = tensor.detach().clone()
 
     def check(self, when: str) -> None:
-        """Compares with the values last noted.
+        """Compares with the values last recorded.
 
         Raises:
             PrivacyError: If one has changed.
         """
         for name, tensor in self._tensors().items():
             known = self._copies.get(name)
-            # A NaN counts as equal to itself: a client that diverges is left out elsewhere.
+            # NaN counts as equal to itself: a client that diverges is left out elsewhere.
             if known is None or is_same(tensor.detach(), known):
                 continue
             raise PrivacyError(
-                f"{name} was changed {when}, past the clipping and the noise, so it can reveal an example exactly. The "
-                f"run stops. {self._remedy}"
+                f"{name} was changed {when}, bypassing the clipping and the noise, so it can reveal an example "
+                f"exactly. The run stops. {self._remedy}"
             )

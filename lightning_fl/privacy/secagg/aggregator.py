@@ -42,7 +42,7 @@ class SecureSum:
         vector: The sum of the vectors of this rank's clients; it never leaves the rank unmasked.
         model: Hash of the global model from which the clients train.
         clients: This rank's clients whose update is in the sum.
-        simulation: The clients of the double-masking protocol, once the first has finished; used for one sum.
+        simulation: The clients of the double-masking protocol, after the first has finished; used for one sum.
         sums: The sums over all clients, after the merge.
     """
 
@@ -74,12 +74,12 @@ class SecureAggregation(Aggregator):
         max_weight: Upper bound on a client's weight, which the federation may know. None: 1 under
             ``weighting="uniform"``, the largest number of examples of a simulated client, 65536 between silos.
         modulus_bits: 32, or 64 for twice the bytes and finer steps.
-        min_clients: The fewest clients in a sum: a count of at least 3, or a share of the round's cohort, of which
-            it is at least 3 too. Default two thirds, so that nobody gets the sum of a few by making the others fail.
+        min_clients: Smallest number of clients in a sum: a count of at least 3, or a share of the round's cohort, but
+            at least 3. Default two thirds, so that nobody can get the sum of a few by making the others fail.
         keys: Folder of the silo's keys, in which ``{rank}`` stands for its rank. None: the variable
             ``LIGHTNING_FL_KEYS``, or ``keys/silo{rank}``. Simulated clients need none.
-        dropout: For simulations: the share of each round's clients that drop out, at random stages.
-        dropout_seed: Seed of who drops out when.
+        dropout: For simulations: the share of each round's clients that drop out, at random stages. Default 0.
+        dropout_seed: Seed of the dropouts. Default 0.
         aggregator: None or the weighted mean, the only aggregator that can be computed from a sum.
 
     Raises:
@@ -109,8 +109,8 @@ class SecureAggregation(Aggregator):
             raise ValueError(f"protocol={protocol!r} is not known; expected 'pairwise' or 'bonawitz'.")
         if aggregator is not None and type(aggregator) is not WeightedMean:
             raise ValueError(
-                f"{type(aggregator).__name__} has to see each client's update, and secure aggregation shows only their "
-                "sum. Use either that aggregator alone, or SecureAggregation() with the weighted mean."
+                f"{type(aggregator).__name__} has to see each client's update, but secure aggregation reveals only "
+                "their sum. Use either that aggregator alone, or SecureAggregation() with the weighted mean."
             )
         if isinstance(min_clients, float):
             if not 0 < min_clients <= 1:
@@ -143,7 +143,7 @@ class SecureAggregation(Aggregator):
     def fewest(self, cohort_size: int) -> int:
         """Returns the fewest clients in a sum over a cohort."""
         if isinstance(self.min_clients, float):
-            # Less a trifle, because 2 / 3 of 6 is 4 and not a rounding error more.
+            # Slightly less, because 2 / 3 of 6 is 4 and not 5 by a rounding error.
             return max(MIN_CLIENTS, math.ceil(self.min_clients * cohort_size - 1e-9))
         return self.min_clients
 
@@ -177,7 +177,7 @@ class SecureAggregation(Aggregator):
         """Returns the value ranges of an update.
 
         Args:
-            max_weight: Returns the largest weight of a client, or None if nobody may know it.
+            max_weight: Returns the largest weight of a client, or None if it must stay unknown.
         """
         if self.max_weight is not None:
             return self.ranges
@@ -186,9 +186,9 @@ class SecureAggregation(Aggregator):
 
     def init(self, template: Update, device: torch.device, session: Session | None = None) -> SecureSum:
         if session is None:
-            raise ValueError("SecureAggregation.init got no session. Pass the one that open(group, facts) returned.")
+            raise ValueError("SecureAggregation.init got no session. Pass the result of open(group, facts).")
         packing = Packing(template, session.ranges)
-        # In the double-masking protocol each client's vector is masked by itself, so there is no running sum.
+        # In the double-masking protocol each client's vector is masked separately, so there is no running sum.
         size = packing.vector_size if self.protocol == "pairwise" else 0
         vector = torch.zeros(size, dtype=packing.dtype, device=device)
         return SecureSum(session, packing, vector, model_digest(template))
@@ -273,18 +273,18 @@ class SecureAggregation(Aggregator):
         fewest = self.fewest(cohort_size)
         if cohort_size < fewest:
             raise ValueError(
-                f"A round has {cohort_size} client(s), and secure aggregation makes no sum over fewer than "
-                f"{fewest}: each could subtract its own update. Use more clients."
+                f"A round has {cohort_size} client(s), but secure aggregation needs at least {fewest}: otherwise each "
+                "could subtract its own update. Use more clients."
             )
         if silos and self.dropout:
-            raise ValueError(f"dropout={self.dropout} is for simulations; silos vanish by themselves. Leave it out.")
+            raise ValueError(f"dropout={self.dropout} is for simulations, but the clients are silos. Leave it out.")
         for tree in ("delta", "aux"):
             self.ranges.quantizer(tree, cohort_size)
         left = cohort_size - num_dropouts(self.dropout, cohort_size)
         needed = self.min_clients_of(cohort_size)
         if left < needed:
             raise ValueError(
-                f"dropout={self.dropout} leaves {left} of {cohort_size} clients, and protocol={self.protocol!r} needs "
+                f"dropout={self.dropout} leaves {left} of {cohort_size} clients, but protocol={self.protocol!r} needs "
                 f"{needed}. Use a smaller dropout."
             )
         if self.protocol == "bonawitz" and (silos or group.size > 1):
@@ -296,17 +296,17 @@ class SecureAggregation(Aggregator):
     def _check_min_cohort(self, min_cohort_size: int | None) -> None:
         if min_cohort_size is not None and min_cohort_size < self.fewest(min_cohort_size):
             raise ValueError(
-                f"Rounds may have {min_cohort_size} client(s) by chance, and secure aggregation makes no sum over "
-                f"fewer than {self.fewest(min_cohort_size)}, so training would end in the middle. Draw cohorts of a "
-                "fixed size: clients_per_round=... without cohort=Poisson(...)."
+                f"Rounds may have {min_cohort_size} client(s) by chance, but secure aggregation needs at least "
+                f"{self.fewest(min_cohort_size)}, so training could end early. Draw cohorts of a fixed size: "
+                "clients_per_round=... without cohort=Poisson(...)."
             )
 
     def _session_params(self, acc: SecureSum, ctx: RoundContext, threshold: int) -> SessionParams:
         session, num_clients = acc.session, len(ctx.cohort)
         settings = digest(repr(self).encode(), acc.packing.digest)
         attempt = session.next_attempt(ctx.round)
-        # With the frozen tensors: clients whose frozen layers differ would train different models and sum what does not
-        # belong together.
+        # Includes the frozen tensors: clients whose frozen layers differ would train different models, whose updates
+        # must not be summed.
         model = digest(acc.model, tensors_digest(ctx.frozen))
         return SessionParams(session.id, model, settings, ctx.round, attempt, num_clients, threshold)
 
@@ -343,8 +343,8 @@ class SecureAggregation(Aggregator):
         accepted = len(with_update(roster_of(advertisements)))
         if accepted < fewest:
             raise SecureAggregationError(
-                f"Round {ctx.round} has {accepted} update(s) left, and a secure sum is not made over fewer than "
-                f"{fewest}. Nothing has left its client, and the global model is as it was."
+                f"Round {ctx.round} has {accepted} update(s) left, but a secure sum needs at least {fewest}. No update "
+                "has left its client, and the global model is unchanged."
             )
         vector = with_report(acc.vector, names, scalars, len(clients))
         vector_id = session.vector_id(acc.model, ctx.round)

@@ -3,7 +3,7 @@
     advertise -> share -> send -> agree -> unmask
 
 Each step takes the coordinator's message and returns the client's answer, once. A message that an honest coordinator
-would not have sent ends the client: it forgets its secrets and answers nothing more.
+would not have sent ends the client: it deletes its secrets and answers no further message.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ class BonawitzClient(Secret):
         terms: The parameters it agrees to. The threshold must be at least floor(2n/3) + 1 for n clients.
         trusted: The identities it accepts; None in simulations.
         journal: Records which vectors were sent. Here a vector is sent only once, because the set of survivors is known
-            only afterwards. Where the shares of all are needed, it is the shares that are given once: without this
-            client's own ones nobody opens its vector, which may then be sent again.
+            only afterwards. If the shares of all clients are needed, the shares are given out only once instead:
+            without this client's shares nobody can unmask its vector, which may then be sent again.
 
     Raises:
         SecureAggregationError: If the parameters would let the coordinator isolate an update.
@@ -93,8 +93,8 @@ class BonawitzClient(Secret):
     ) -> None:
         if params.num_clients < 3 or params.threshold < two_thirds(params.num_clients):
             raise SecureAggregationError(
-                f"A sum over {params.num_clients} clients with threshold {params.threshold} could tell single updates; "
-                f"at least 3 clients and a threshold of {two_thirds(max(3, params.num_clients))} are needed."
+                f"A sum over {params.num_clients} clients with threshold {params.threshold} could reveal single "
+                f"updates; at least 3 clients and a threshold of {two_thirds(max(3, params.num_clients))} are needed."
             )
         self._params = params
         self._journal = journal
@@ -112,7 +112,7 @@ class BonawitzClient(Secret):
         return None if self._secrets is None or self._num_steps == len(STAGES) else STAGES[self._num_steps]
 
     def end(self) -> None:
-        """Forgets all secrets."""
+        """Deletes all secrets."""
         self._secrets = None
 
     @property
@@ -225,7 +225,7 @@ class BonawitzClient(Secret):
             {number: of_mask for number, (of_mask, _) in shares.items() if number in survivors},
             {number: of_key for number, (_, of_key) in shares.items() if number not in survivors},
         )
-        # Asked again with another list, it would give away the other share of a client.
+        # With another list, a second answer would reveal the other share of a client.
         self.end()
         return answer.encode()
 

@@ -25,7 +25,7 @@ from lightning_fl.privacy.secagg.shamir import combine
 class BonawitzServer:
     """The coordinator of one secure sum: a state machine that is used for one sum.
 
-    It holds one vector in all, and per client only keys and sealed shares.
+    It holds a single vector, and per client only keys and sealed shares.
 
     All steps raise :class:`ProtocolError` for an invalid message, and :class:`SecureAggregationError` if fewer clients
     than the threshold are left.
@@ -103,7 +103,7 @@ class BonawitzServer:
             masks.append((_recover({answer.number: answer.self_masks.get(number) for answer in decoded}, number), -1))
         for number in set(self._shared) - set(self._survivors):
             key = AgreementKey(_recover({answer.number: answer.mask_keys.get(number) for answer in decoded}, number))
-            # Wrong shares still give some key, whose masks would leave the sum as noise without an error.
+            # Wrong shares still yield a key, whose masks would leave noise in the sum without an error.
             if key.public != self._roster.advertisements[number].mask_key:
                 raise ProtocolError(f"The shares of the mask key of participant {number} do not reconstruct it.")
             others = [self._roster.advertisements[other] for other in self._survivors]

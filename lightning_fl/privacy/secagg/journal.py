@@ -13,8 +13,8 @@ from lightning_fl.privacy.secagg.errors import RetryRefused
 _LINE = re.compile(r"([0-9a-f]+) ([0-9a-f]{64})")
 _SENT_BEFORE = (
     "An update trained from this global model was sent before, to be summed with those of other participants. If it "
-    "were sent again, the difference of the two sums would tell single updates. Continue with the same participants as "
-    "before, each with an update, or from another model: another seed helps, an earlier checkpoint does not."
+    "were sent again, the difference of the two sums could reveal single updates. Continue with the same participants "
+    "as before, each with an update, or from another model: another seed helps, an earlier checkpoint does not."
 )
 
 
@@ -46,7 +46,7 @@ class Journal:
 
         Raises:
             RetryRefused: If the vector may have been summed with a different set of clients before.
-            ValueError: If the file is damaged.
+            ValueError: If the file is corrupt.
         """
         if self.path is None:
             self._check_and_note(vector_id.hex(), roster.hex())
@@ -60,7 +60,7 @@ class Journal:
 
         Raises:
             RetryRefused: If it was.
-            ValueError: If the file is damaged.
+            ValueError: If the file is corrupt.
         """
         if self.path is not None and self.path.exists():
             self._rosters = self._parse(self.path.read_bytes())

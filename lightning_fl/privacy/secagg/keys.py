@@ -23,7 +23,7 @@ class PublicIdentity:
 
     Args:
         key: The Ed25519 key, 32 bytes.
-        name: A label for people; it is not authenticated.
+        name: A display name; it is not authenticated.
     """
 
     key: bytes
@@ -34,7 +34,7 @@ class PublicIdentity:
 
     @property
     def fingerprint(self) -> str:
-        """A short hash of the key, for people to compare."""
+        """A short hash of the key, to be compared by people."""
         return fingerprint(self.key)
 
     @classmethod
@@ -50,7 +50,7 @@ class PublicIdentity:
         except (IndexError, binascii.Error):
             key = b""
         if len(key) != KEY_BYTES:
-            raise ValueError(f"{line.strip()[:80]!r} is no public key; expected a line '{PREFIX} <key> <name>'.")
+            raise ValueError(f"{line.strip()[:80]!r} is not a public key; expected a line '{PREFIX} <key> <name>'.")
         return cls(key, _printable(vector[2].strip()) if len(vector) > 2 else "")
 
 
@@ -88,8 +88,8 @@ class KeyFolder:
         """
         if self.exists():
             raise ValueError(
-                f"{self.path / IDENTITY} exists and stays as it is: others trust that key. Use another folder, or "
-                "set it aside and make a new one with --force; the others then have to trust the new key."
+                f"{self.path / IDENTITY} exists and is not overwritten, because others trust that key. Use another "
+                "folder, or rename it and create a new one with --force; the others then have to trust the new key."
             )
         key = SigningKey()
         self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -98,7 +98,7 @@ class KeyFolder:
         try:
             write_whole(self.path / IDENTITY, base64.b64encode(key.private_bytes()) + b"\n", replaces=False)
         except FileExistsError:
-            raise ValueError(f"{self.path / IDENTITY} was made by somebody else just now; it stays.") from None
+            raise ValueError(f"{self.path / IDENTITY} was just created by another process and is kept.") from None
         write_whole(self.path / PUBLIC, f"{public}\n".encode(), mode=0o644)
         return public
 
@@ -110,12 +110,12 @@ class KeyFolder:
         """
         path = self.path / IDENTITY
         if not path.exists():
-            raise ValueError(f"{path} does not exist. Make an identity: lightning-fl keys create {self.path}")
+            raise ValueError(f"{path} does not exist. Create an identity: lightning-fl keys create {self.path}")
         _check_mode(path)
         try:
             return SigningKey(base64.b64decode(path.read_text(encoding="utf-8").strip(), validate=True))
         except ValueError:
-            raise ValueError(f"{path} holds no identity. Restore it, or make a new one in another folder.") from None
+            raise ValueError(f"{path} holds no identity. Restore it, or create a new one in another folder.") from None
 
     def public(self) -> PublicIdentity:
         """Reads the silo's public key, to be given to the other silos."""
@@ -164,7 +164,7 @@ def _check_owner(path: Path, status: os.stat_result) -> None:
 
 
 def _check_mode(path: Path) -> None:
-    # Whoever may write into the folder may replace the file, whatever its own mode.
+    # A user who may write to the folder may replace the file, whatever its own mode.
     _check_folder(path.parent)
     status = path.stat()
     _check_owner(path, status)

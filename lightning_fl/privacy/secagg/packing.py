@@ -1,4 +1,4 @@
-"""The vector that a client sends: its update, weight and scalars as integers; and how a sum is unpacked."""
+"""Packs a client's update, weight and scalars into an integer vector, and unpacks a sum of vectors."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ class Ranges:
 
 
 class Packing:
-    """The layout of the vector: where each tensor of an update stands.
+    """The layout of the vector: the position of each tensor of an update.
 
-    A coordinate takes one element; those of integer tensors are sent as they are, modulo 2^32 or 2^64, and must have
-    the weight 1. Buffers and scalar tensors, such as counters and running variances, have no common
-    range to clip to, so they are sent exactly, as six limbs each. So are three numbers for each client: 1, to count it;
+    A coordinate takes one element; those of integer tensors are sent unchanged, modulo 2^32 or 2^64, and must have the
+    weight 1. Buffers and scalar tensors, such as counters and running variances, have no common range to which they
+    could be clipped, so they are sent exactly, as six limbs each. So are three numbers for each client: 1, to count it;
     1 if it clipped a coordinate; and its weight.
 
     Args:
@@ -113,14 +113,16 @@ class Packing:
         trees, weight = update_trees(update), update.weight
         self.layout.check(trees)
         if not is_finite(leaves(trees)):
-            raise ValueError("The update holds NaN or Inf, which a sum would spread; it was not sent.")
+            raise ValueError("The update holds NaN or Inf, which would make the sum NaN or Inf; it was not sent.")
         if self.integers and weight != 1:
-            raise ValueError(f"An update of integers weighs {weight:g}; they are summed as they are, with weight 1.")
+            raise ValueError(
+                f"An update of integers has weight {weight:g}; integers are summed exactly, with weight 1."
+            )
         if not 0 <= weight <= self.ranges.max_weight:
             raise ValueError(
                 f"A client weighs {weight:g}, but the vector is laid out for weights from 0 to max_weight="
-                f"{self.ranges.max_weight:g}. Give SecureAggregation(max_weight=...) a bound that holds for every "
-                "client, or weigh them alike with weighting='uniform'."
+                f"{self.ranges.max_weight:g}. Set SecureAggregation(max_weight=...) to a bound that holds for every "
+                "client, or use weighting='uniform'."
             )
         # `torch.cat` refuses an empty list, and there may be no such tensor.
         exact = [torch.empty(0, dtype=torch.float64, device=vector.device)] + [
@@ -200,7 +202,7 @@ def with_report(vector: Tensor, names: Sequence[str], scalars: Mapping[str, floa
     """
     for name, scalar in scalars.items():
         if not math.isfinite(scalar):
-            raise ValueError(f"{name!r} is {scalar}; a secure sum would spread it to everyone, so it was not sent.")
+            raise ValueError(f"{name!r} is {scalar}, which would make the secure sum {scalar}, so it was not sent.")
         if not abs(scalar) < MAX_SCALAR:
             raise ValueError(f"{name!r} is {scalar:g}; in a secure sum the largest is {MAX_SCALAR:g}.")
     limbs = to_limbs(torch.tensor([scalars.get(name, 0.0) for name in names], dtype=torch.float64), vector.dtype)

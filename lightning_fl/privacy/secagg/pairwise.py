@@ -1,4 +1,4 @@
-"""Pairwise masks over an all-reduce: each vector on its own looks random, and the masks cancel in the sum of all."""
+"""Pairwise masks over an all-reduce: each single vector looks random, and the masks cancel in the sum of all."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ class PairwiseClient(Secret):
         """
         participant = self._participant
         if self._is_done:
-            raise ProtocolError("A client was asked for the masks of a sum again; they are used once.")
-        # Before anything can fail: a caller could otherwise try one roster after the other.
+            raise ProtocolError("The masks of a sum were requested from a client twice; they are used only once.")
+        # Before anything can fail: otherwise a caller could try several rosters.
         self._is_done = True
         roster = roster_of(advertisements)
         participant.check(roster, participant.params.threshold)
@@ -98,7 +98,7 @@ def roster_of(advertisements: list[bytes]) -> Roster:
     """
     decoded = [KeyAdvertisement.decode(advertisement) for advertisement in advertisements]
     roster = Roster({advertisement.number: advertisement for advertisement in decoded})
-    # Of two with the same number the mapping keeps one, and the masks of the other would not cancel.
+    # For duplicate numbers the mapping keeps only one, and the masks of the other would not cancel.
     if len(roster.advertisements) != len(decoded):
         raise ProtocolError("Two participants have the same number.")
     return roster

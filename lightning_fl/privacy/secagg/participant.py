@@ -1,4 +1,4 @@
-"""What both protocols share: participants advertise keys, check those of the others and derive pairwise keys."""
+"""The common part of both protocols: participants advertise keys, check each other's and derive pairwise keys."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Participant(Secret):
 
         Args:
             roster: The list of participants as received.
-            minimum: The fewest participants that are accepted.
+            minimum: Smallest accepted number of participants.
 
         Raises:
             ProtocolError: If a participant is not trusted, its signature or parameters are wrong, two share a key, or
@@ -70,7 +70,7 @@ class Participant(Secret):
         advertisements = roster.advertisements
         local = advertisements.get(self.number)
         sent = self.identity.public, self.mask_key.public, self.has_update
-        # With other keys in its place the others would derive masks that do not cancel with its own, or that somebody
+        # With other keys in its entry, the others would derive masks that do not cancel with its own, or that somebody
         # else knows.
         if local is None or (local.identity, local.mask_key, local.has_update) != sent:
             raise ProtocolError(f"The list of participants lacks number {self.number} with the keys that it has sent.")
@@ -86,7 +86,7 @@ class Participant(Secret):
             _check_params(self.params, advertisement.params, whose)
             if self.trusted is not None and advertisement.identity not in self.trusted:
                 raise ProtocolError(
-                    f"{whose} is not among the trusted identities. Do you know it? lightning-fl keys trust"
+                    f"{whose} is not among the trusted identities. If you know it, use lightning-fl keys trust"
                 )
             verify(advertisement.identity, advertisement.signature, advertisement.signed, whose)
         keys = [
@@ -94,7 +94,7 @@ class Participant(Secret):
         ]
         if self.channel_key is not None:
             keys += [advertisement.channel_key for advertisement in advertisements.values()]
-        # One party under two numbers would count twice towards the fewest participants.
+        # One party under two numbers would count twice towards the minimum.
         if len(set(keys)) != len(keys):
             raise ProtocolError("Two participants have the same key.")
 
@@ -137,7 +137,7 @@ def context_of(params: SessionParams, roster: Roster) -> bytes:
 
 
 def fingerprint(identity: bytes) -> str:
-    """Returns 128 bits of an identity's hash, for people to compare."""
+    """Returns 128 bits of an identity's hash, to be compared by people."""
     return digest(b"identity", identity).hex()[:32]
 
 

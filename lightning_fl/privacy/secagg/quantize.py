@@ -25,16 +25,16 @@ _MASK = (1 << LIMB_BITS) - 1
 
 @dataclass(frozen=True)
 class Quantizer:
-    r"""Clips a coordinate to ``[-clip, clip]`` and rounds it at random to one of :math:`2^{b+1} - 1` levels.
+    r"""Clips a coordinate to ``[-clip, clip]`` and rounds it stochastically to one of :math:`2^{b+1} - 1` levels.
 
     .. math::
         q = \lfloor x / s \rfloor + \mathrm{Bernoulli}(x / s - \lfloor x / s \rfloor), \qquad
         s = \mathrm{clip} / (2^b - 1)
 
-    ``b`` is the largest with which the sum over all clients stays in the modulus, so a sum of n clients is within
-    :math:`n \, \mathrm{clip} / (2^b - 1)` of the exact one. The rounding's randomness comes from AES-256-CTR under a
-    key of the operating system. It has no bias but that of its arithmetic, with numbers of 32 bits in float64: of the
-    order of :math:`2^{-32} + 2^{b-53}` levels, which at b = 44 is 1/512.
+    ``b`` is the largest for which the sum over all clients fits the modulus, so a sum of n clients is within
+    :math:`n \, \mathrm{clip} / (2^b - 1)` of the exact one. The rounding's randomness comes from AES-256-CTR with a key
+    from the operating system. Its only bias is that of its arithmetic, with 32-bit numbers in float64: of the order of
+    :math:`2^{-32} + 2^{b-53}` levels, which at b = 44 is 1/512.
 
     Args:
         num_clients: The largest number of clients in a sum.

@@ -1,4 +1,4 @@
-"""What lasts for all secure sums of a run: identities, trusted peers, a shared session id, the journal."""
+"""The state shared by all secure sums of a run: identities, trusted peers, a session id, the journal."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Session(Secret):
     Args:
         session_id: 32 bytes to which every rank has contributed.
         is_simulated: Whether the clients are simulated; each client's identity is then made on first use.
-        identity: The silo's identity, on the process that talks for it.
+        identity: The silo's identity, on the process that communicates for it.
         trusted: The identities that may take part; None in simulations.
         journal: Records with which clients each vector was summed.
         ranges: The value ranges of an update, the same on all ranks.
@@ -71,7 +71,7 @@ class Session(Secret):
         return self.next_attempt(("warning", topic)) == 0
 
     def vector_id(self, model: bytes, round: int) -> bytes:
-        """Returns what identifies, in the journal, the vector trained from a model.
+        """Returns the journal's id of the vector trained from a model.
 
         In a simulation the round is part of it, because many rounds may start from the same model there.
         """
@@ -91,7 +91,7 @@ def open_session(group: Group, silos: bool, keys: str | None, ranges: Ranges) ->
     Raises:
         ValueError: On every rank, if a silo lacks keys or does not trust another; the message has the commands to run.
     """
-    # A problem is gathered rather than raised at once, so that all ranks stop together and none waits for another.
+    # A problem is gathered rather than raised immediately, so that all ranks stop together.
     nonce, problem = os.urandom(32), ""
     identity, trusted = None, None
     place = (keys or os.environ.get(KEYS_VARIABLE) or DEFAULT_KEYS).replace("{rank}", str(group.rank))
@@ -120,7 +120,7 @@ def open_session(group: Group, silos: bool, keys: str | None, ranges: Ranges) ->
 
 
 def _untrusted_peers(gathered: list[dict[str, str]], group: Group, trusted: Trusted, place: str) -> str:
-    """Says which peers this rank does not trust, and what to do; empty if it trusts all."""
+    """Describes which peers this rank does not trust, and what to do; empty if it trusts all."""
     own = group.who(group.rank).capitalize()
     identities = [bytes.fromhex(fields["identity"]) for fields in gathered]
     strangers = [other for other, identity in enumerate(identities) if identity not in (trusted or ())]
@@ -131,7 +131,7 @@ def _untrusted_peers(gathered: list[dict[str, str]], group: Group, trusted: Trus
             f"run: lightning-fl keys trust {place} <identity.pub>"
         )
     if len(set(identities)) != len(identities):
-        return f"{own} sees two ranks with the same identity; each silo needs one of its own."
+        return f"{own} sees two ranks with the same identity; each silo needs its own."
     return ""
 
 

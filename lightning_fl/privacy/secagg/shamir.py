@@ -26,7 +26,7 @@ def split(secret: bytes, numbers: list[int], threshold: int) -> dict[int, bytes]
     if len(secret) != 32 or not 1 <= threshold <= len(numbers):
         raise ValueError(f"Can't share {len(secret)} bytes among {len(numbers)} with threshold {threshold}.")
     _check_numbers(numbers)
-    # Uniform over the whole field: otherwise fewer shares than the threshold would say something about the secret.
+    # Uniform over the whole field: otherwise fewer shares than the threshold would leak information about the secret.
     coefficients = [int.from_bytes(secret, "little"), *(secrets.randbelow(PRIME) for _ in range(threshold - 1))]
     return {number: _evaluate(coefficients, number).to_bytes(SHARE_BYTES, "little") for number in numbers}
 

@@ -1,1 +1,1 @@
-"""Client groups whose clients train side by side, in Lightning's loop."""
+"""Client groups whose clients train together, in Lightning's loop."""

@@ -1,4 +1,4 @@
-"""Checks whether several clients can train in one step with the result that each has alone."""
+"""Checks whether several clients can train in one step with the same result as each alone."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ from lightning_fl.torch_internals import has_backward_hooks, has_gradient_hooks,
 from lightning_fl.types import Phase
 
 ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop")
-"""Optimizers of ``torch.optim`` that treat each element alone, so that they can step stacked parameters."""
+"""Elementwise optimizers of ``torch.optim``, which can step stacked parameters."""
 MAX_FLOPS_ON_CPU = 3e7
 """FLOPs per client step above which vectorizing no longer pays on a CPU."""
 
 
 def unsupported_reason(trainer: L.Trainer, module: L.LightningModule, strategy: Any) -> str | None:
-    """Why this fit's clients can't train in one step; None if nothing is known against it."""
+    """Why this fit's clients can't train in one step; None if no obstacle is known."""
     optimizers, algorithm = strategy.optimizers, strategy.algorithm
     names = [type(optimizer).__name__ for optimizer in optimizers]
     if not module.automatic_optimization:
         return "the module optimizes by hand (automatic_optimization=False)"
     if not all(_is_elementwise(optimizer) for optimizer in optimizers):
-        return f"{', '.join(names)} is not known to treat each element of a parameter alone"
+        return f"{', '.join(names)} is not known to treat each element of a parameter separately"
     if any(group.get("fused") for optimizer in optimizers for group in optimizer.param_groups):
         return f"{names[0]}(fused=True) counts its steps on the device"
     if any(_has_hooks_of_user(optimizer) for optimizer in optimizers):
@@ -56,24 +56,24 @@ def unsupported_reason(trainer: L.Trainer, module: L.LightningModule, strategy: 
     if any(id(param) not in of_module for o in optimizers for group in o.param_groups for param in group["params"]):
         return "an optimizer has parameters that are not the module's"
     if type(module).log is not L.LightningModule.log:
-        return "the module logs in a way of its own"
+        return "the module overrides `log`"
     if type(module).clip_gradients is not L.LightningModule.clip_gradients:
-        return "the module clips gradients in a way of its own"
+        return "the module overrides gradient clipping"
     if strategy.client_optimizer == "keep":
         return "client_optimizer='keep' gives each client its own number of steps"
     if algorithm.probe is not None or algorithm.phases() != (Phase(),):
-        return f"{type(algorithm).__name__} looks at each client's data by itself"
+        return f"{type(algorithm).__name__} reads each client's data separately"
     if trainer.precision == "16-mixed":
         return "precision='16-mixed' skips a step when one client's gradients overflow"
     hooks = [name for name in BATCH_HOOKS if has_hooks(trainer, name)]
     for hook in hooks + _transfer_hooks(getattr(trainer, "datamodule", None)):
         return f"the hook {hook} would see several clients at once"
-    # A monitor of learning rates does not look at the batch that it is given.
+    # A monitor of learning rates does not use the batch that it is given.
     own = [hook for c in trainer.callbacks if type(c) is not LearningRateMonitor for hook in hooks_of(c)]  # type: ignore[attr-defined]
     for hook in own:
         return f"{hook} would see several clients at once"
     for hook in _client_hooks(trainer):
-        return f"{hook} looks at each client by itself"
+        return f"{hook} reads each client separately"
     return None
 
 
@@ -123,16 +123,16 @@ def check_equivalence(
 ) -> str:
     """Compares one step of several clients with the same step of two of them alone.
 
-    The clients' tensors are not what they were afterwards, so the group is to be loaded anew; nothing else is changed.
+    The clients' tensors are changed afterwards, so the group must be loaded again; nothing else is changed.
 
     Args:
         engine: The engine, with the clients loaded.
         capture: Records what the clients log.
-        watch: Sees and puts back what else the step changes.
+        watch: Detects and restores other changes made by the step.
         batch: Their batches, stacked.
         args: The other arguments of ``training_step``.
         allows_random: Whether random numbers may differ from those that a client alone would draw.
-        max_flops: The floating-point operations of one client's step above which training together does not pay off.
+        max_flops: The floating-point operations of one client's step above which training together is not worthwhile.
 
     Returns:
         The ``randomness`` of ``torch.func.vmap``: ``"error"``, or ``"different"`` if the step draws random numbers and
@@ -151,8 +151,9 @@ def check_equivalence(
         if not allows_random or str(error) != DRAWS:
             raise
         rank_zero_warn(
-            "training_step draws random numbers (dropout, say). Clients that train together draw others than alone: "
-            "the results are equal in distribution, not in value. engine='sequential' draws each client's own."
+            "training_step draws random numbers (e.g. for dropout). Clients that train together draw different ones "
+            "than alone: the results are equal in distribution, not in value. engine='sequential' draws each client's "
+            "own."
         )
         trial("different")
         return "different"
@@ -161,7 +162,7 @@ def check_equivalence(
 
 @contextmanager
 def _repeatable_kernels(device: torch.device) -> Iterator[None]:
-    """A block in which a GPU computes float32 in full, and the same in each call: TF32 keeps 10 bits of 23."""
+    """A block in which a GPU computes float32 in full precision and reproducibly: TF32 keeps 10 bits of 23."""
     if device.type != "cuda":
         yield
         return
@@ -227,7 +228,7 @@ def _versions(engine: VectorizedEngine, batch: Any) -> list[int]:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What a step of several clients has given, stacked."""
+    """The results of a step of several clients, stacked."""
 
     losses: Tensor
     grads: Any
@@ -246,11 +247,11 @@ def _compare(
 ) -> None:
     losses, grads = together.losses, together.grads
     for client in (0, len(losses) - 1):
-        # With random numbers of its own, which also shows draws after which the step puts the generators back.
+        # With different random numbers, which also reveals draws after which the step restores the generators.
         with FlopCounterMode(display=False) as counter, isolated_randomness(0, 0, client):
             alone = engine.step_alone(capture, client, part(batch, client), *args)
         if counter.get_total_flops() > max_flops:
-            raise NotVectorizable("the arithmetic of a step takes longer than what a step of several would save")
+            raise NotVectorizable("the arithmetic of a step takes longer than a step of several clients would save")
         loss, own = alone.loss, alone.grads
         rtol = max(1e-3, 4 * torch.finfo(loss.dtype).eps)
         if not torch.allclose(losses[client], loss, rtol=rtol, atol=1e-5, equal_nan=True):
@@ -280,11 +281,11 @@ def _is_close(together: Tensor, alone: Tensor) -> bool:
     return torch.allclose(together.double(), alone.double(), rtol=1e-3, atol=1e-5, equal_nan=True)
 
 
-DRAWS = "training_step draws random numbers (dropout, say), and clients together would draw others than alone"
+DRAWS = "training_step draws random numbers (e.g. for dropout), and clients together would draw others than alone"
 _REASONS = {
     "random operation": DRAWS,
     "item()": "training_step reads a number out of a tensor (.item(), float()), and several clients have several",
-    "data-dependent control flow": "training_step decides by a tensor's values (`if loss > 1`), which differ",
+    "data-dependent control flow": "training_step branches on a tensor's values (`if loss > 1`), which differ",
     "dynamic shape": "an operation's result has another shape for each client",
     "data-dependent": "an operation's result has another shape for each client",
     "in-place": "training_step writes a client's values into a tensor that all share",
@@ -294,10 +295,10 @@ _REASONS = {
 
 
 def reason_of(error: Exception) -> str:
-    """What prevents a step of several clients, in a sentence for users."""
+    """The reason against a step of several clients, in a sentence for users."""
     if isinstance(error, NotVectorizable):
         return str(error)
-    # What `vmap` can't do shows as errors of many types, raised deep inside torch; its text asks to file an issue.
+    # Limitations of `vmap` appear as errors of many types, raised deep inside torch; their text asks to file an issue.
     text = str(error)
     found = next((reason for word, reason in _REASONS.items() if word in text), None)
     rank_zero_debug(f"A step of several clients raised {type(error).__name__}: {text}")

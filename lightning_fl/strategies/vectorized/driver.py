@@ -44,7 +44,7 @@ class VectorizedDriver:
     Args:
         trainer: The Trainer.
         engine: Trains the groups.
-        settings: How many clients train together.
+        settings: The settings of the engine, such as the number of clients that train together.
         is_asked_for: Whether the user has requested the vectorized engine, so that an obstacle is an error.
         allows_random: Whether random numbers in a step may differ from those that a client alone would draw, and
             depend on the other clients of the group.
@@ -67,7 +67,7 @@ class VectorizedDriver:
         self.capture = LogCapture(trainer.lightning_module)
         self.task: ClientTask | None = None
         self.logs_may_wait = False
-        """Whether nobody looks at what is logged before :meth:`flush_logs`."""
+        """Whether logged values are not read before :meth:`flush_logs`."""
         self.watch = StepWatch(trainer, engine, self.capture)
         self._is_checked = False
         self._has_equal_steps = True
@@ -100,9 +100,9 @@ class VectorizedDriver:
             self.engine.replays.stop(f"batches pass Lightning's hooks because of {hook}", logging.WARNING)
 
     def note_loader(self, loader: Any) -> None:
-        """Notes the state of a loader that is about to be read, for the case that it has to be read again."""
-        # Data sets that augment with a generator of their own, or count. Whether this one does is known once the first
-        # group has been read; rows of tensors and batches in memory are read without the user's code.
+        """Notes the state of a loader that is about to be read, in case it must be read again."""
+        # Data sets may augment with their own generator, or count. Whether this one does is known once the first group
+        # has been read; rows of tensors and batches in memory are read without the user's code.
         if self._reading_changes_loaders is not False and not isinstance(loader, LazyLoader | list | tuple):
             self._loaders.append(capture(loader, known=loader_generators(loader), values=False))
 
@@ -112,7 +112,7 @@ class VectorizedDriver:
             self._reading_changes_loaders = any(any(own.differences()) for own in self._loaders)
 
     def undo_reading(self) -> None:
-        """Puts the loaders back to where they were, because the clients' data will be read again."""
+        """Restores the loaders' states, because the clients' data will be read again."""
         for own in reversed(self._loaders):
             own.restore()
         self._loaders = []
@@ -127,7 +127,7 @@ class VectorizedDriver:
         """Called when the clients of a group have been loaded into the engine.
 
         Returns:
-            Whether a step has been tried, so that the clients are to be loaded anew.
+            Whether a step has been tried, so that the clients must be loaded again.
 
         Raises:
             NotVectorizable: If one step of the group would not do what a step of each client does; only the first
@@ -142,7 +142,7 @@ class VectorizedDriver:
         obstacle = None if self.is_asked_for else self.watch.obstacle()
         if obstacle is not None:
             raise NotVectorizable(obstacle)
-        # A copy of its own: a training_step may change its batch in place.
+        # A copy: a training_step may change its batch in place.
         first = next(self.grouping.stacked(list(data.passes.values()), data.masks))
         self.select(first.mask)
         self._check(first)
@@ -151,7 +151,8 @@ class VectorizedDriver:
         return True
 
     def _check(self, batch: StackedBatch) -> None:
-        # Whether training together pays off is judged once a run, by its first group, which a resumed run does not see.
+        # Whether training together is worthwhile is decided once per run, by its first group, which a resumed run does
+        # not see.
         is_judged = self.engine.device.type == "cpu" and not self.is_asked_for and not self.grouping.memory.is_tried
         max_flops = MAX_FLOPS_ON_CPU if is_judged else math.inf
         with self._in_step(batch) as (content, args), self._view():
@@ -160,7 +161,8 @@ class VectorizedDriver:
             )
 
     def _view(self) -> AbstractContextManager[None]:
-        # Whoever has asked for the engine may read the Trainer; that it is the same for all clients is up to them.
+        # If the user has requested the engine, steps may read the Trainer; the user must make sure that the values are
+        # the same for all clients.
         return nullcontext() if self.is_asked_for else self.watch.view(self._has_equal_steps)
 
     def try_new_shapes(self, data: StackedData) -> bool:
@@ -198,13 +200,13 @@ class VectorizedDriver:
             yield content, logged.step_arguments(self.trainer.lightning_module, 0)
 
     def halve(self, clients: Sequence[ClientId]) -> list[list[ClientId]]:
-        """Divides a group whose step does not fit in a GPU's memory, and says so."""
+        """Splits a group whose step does not fit in a GPU's memory, and warns."""
         parts = self.grouping.halve(clients)
         rank_zero_info(
             f"A step of {len(clients)} clients does not fit in the GPU's memory; from here on at most {len(parts[0])} "
-            "train side by side. Vectorized(clients_per_step=...) says so from the start."
+            "train together. Vectorized(clients_per_step=...) sets the limit from the start."
         )
-        torch.cuda.empty_cache()  # what the step has used is in blocks of sizes that the next ones do not ask for
+        torch.cuda.empty_cache()  # the step's memory is in blocks of sizes that the next steps don't need
         return parts
 
     def leave(self) -> None:
@@ -212,7 +214,7 @@ class VectorizedDriver:
         self.task, self._loaders = None, []
 
     def close(self) -> None:
-        """Called at the end of the fit: lets go of the module's state and of what clients have logged."""
+        """Called at the end of the fit: frees the noted state of the module and the clients' logged values."""
         self.leave()
         self.watch.close()
         self.capture.clear()
@@ -221,7 +223,7 @@ class VectorizedDriver:
             self.engine.replays.close()
 
     def undo(self) -> None:
-        """Puts back what the steps of the group, which is trained again client by client, have changed.
+        """Restores what the steps of a group have changed, because it is trained again client by client.
 
         Raises:
             ValueError: If that is not possible.
@@ -234,11 +236,11 @@ class VectorizedDriver:
         """Reports why clients do not train together.
 
         Args:
-            reason: Why, as a sentence without its stop.
-            round: The round from which on they do not.
+            reason: The reason, as a sentence without a full stop.
+            round: The round from which on they don't.
 
         Raises:
-            MisconfigurationException: If the user has requested that they do.
+            MisconfigurationException: If the user has requested the vectorized engine.
         """
         self.leave()
         if self.is_asked_for:
@@ -294,7 +296,7 @@ class VectorizedDriver:
         self._emit(batch, tensors, calls)
 
     def flush_logs(self) -> None:
-        """Passes the group's logged values that were held back on to Lightning."""
+        """Passes the group's deferred logged values on to Lightning."""
         with internals.running_training_step(self.trainer.lightning_module):
             self.capture.flush()
 
@@ -314,16 +316,16 @@ class VectorizedDriver:
         return losses, tensors
 
     def check(self) -> None:
-        """Called when the group has trained: makes sure that its steps have done nothing else.
+        """Called when the group has trained: checks that its steps had no side effects.
 
         Raises:
-            NotVectorizable: If they have.
+            NotVectorizable: If they had.
         """
         self.watch.check(draws=self._randomness != "error")
 
     def error_of(self, error: Exception) -> Exception:
-        """What to raise for an error in a step of several clients, if the user has requested such steps."""
-        # `vmap` raises plain RuntimeErrors; only their text tells them from the user's own.
+        """The error to raise for an error in a step of several clients, if the user has requested such steps."""
+        # `vmap` raises plain RuntimeErrors; only their text distinguishes them from the user's own.
         if not isinstance(error, NotVectorizable) and not any(word in str(error) for word in ("vmap", "functorch")):
             return error
         assert self.task is not None
@@ -339,7 +341,7 @@ class VectorizedDriver:
         return self.task is not None
 
     def restrict_to(self, accepted: Sequence[bool]) -> Mapping[str, Mapping[str, Any]]:
-        """Repeats the updates of torchmetrics for the accepted clients only; returns the values that these logged."""
+        """Repeats the updates of torchmetrics for the accepted clients only; returns their logged values."""
         chosen = torch.tensor(accepted)
         entries = self.capture.entries(chosen)
         self.capture.update_metrics(chosen)

@@ -31,7 +31,7 @@ _REDUCTIONS: dict[Any, Callable[[Tensor], Tensor]] = {
 
 
 class _MetricResult:
-    """Placeholder for what a torchmetric's ``forward`` returns when its call is replayed."""
+    """Placeholder for the value that a torchmetric's ``forward`` returns when its call is replayed."""
 
     def __init__(self) -> None:
         self.is_used = False
@@ -60,7 +60,7 @@ class LogCalls:
 
     Args:
         calls: The calls.
-        made: What is compared of them.
+        made: The parts of the calls that are compared.
     """
 
     calls: list[_Call] = field(compare=False)
@@ -83,7 +83,7 @@ class _Step:
 
     @cached_property
     def form(self) -> list[Any]:
-        """What two steps must share for their calls to be made as one: all but values, clients and examples."""
+        """What two steps must share for their calls to be merged: everything except values, clients and examples."""
         calls = [
             (
                 call.metric,
@@ -137,7 +137,7 @@ class LogCapture:
 
     @property
     def made(self) -> list[tuple[Any, ...]]:
-        """The calls of the last step, with all arguments that are no tensors."""
+        """The calls of the last step, with all arguments that are not tensors."""
         return [
             (
                 id(call.metric),
@@ -150,10 +150,10 @@ class LogCapture:
 
     @property
     def calls(self) -> LogCalls:
-        """The calls of the last step, to be made again with other tensors.
+        """The calls of the last step, to be repeated with other tensors.
 
         Raises:
-            NotVectorizable: If one of them shows what a torchmetric has returned, which each step needs for itself.
+            NotVectorizable: If one of them logs the value that a torchmetric has returned, which differs in each step.
         """
         if any(call.result.is_used for call in self._calls):
             raise NotVectorizable("training_step logs what a torchmetric has returned")
@@ -170,10 +170,10 @@ class LogCapture:
         """Makes the calls of the step that has just run, once for all its clients.
 
         Args:
-            tensors: What the step returned, stacked over the clients.
-            rows: Their places in the group, shape ``[num_clients]``.
-            batch_size: Examples in the batch of one client.
-            may_wait: Whether the calls may be held back until :meth:`flush`, because nothing reads the values earlier.
+            tensors: The tensors that the step returned, stacked over the clients.
+            rows: The clients' positions in the group, shape ``[num_clients]``.
+            batch_size: Number of examples in the batch of one client.
+            may_wait: Whether the calls may be deferred until :meth:`flush`, because nothing reads the values earlier.
             calls: The calls, if the step was replayed. None: those of the step that has just run.
         """
         own = self._calls if calls is None else calls.calls
@@ -189,7 +189,7 @@ class LogCapture:
             self.flush()
 
     def flush(self) -> None:
-        """Makes the calls that were held back: one for all steps."""
+        """Makes the deferred calls: one for all steps."""
         steps, self._waiting = self._waiting, []
         for made in zip(*map(_with_tensors, steps), strict=True):
             call, args, kwargs = made[0]
@@ -209,11 +209,11 @@ class LogCapture:
                 self.module.log(**{**kwargs, "value": joined["value"] / joined["weight"], "batch_size": size})
 
     def clear(self) -> None:
-        """Drops the notes of the group."""
+        """Drops the recorded calls of the group."""
         self.steps, self._waiting = [], []
 
     def entries(self, accepted: Tensor) -> Entries:
-        """By key of Lightning's results, value and weight of what the ``accepted`` clients have logged."""
+        """Value and weight of the ``accepted`` clients' logged values, by key of Lightning's results."""
         logged: dict[str, list[tuple[Any, Tensor, float]]] = {}
         for step in self.steps:
             chosen = step.of(accepted)
@@ -240,7 +240,7 @@ class LogCapture:
         patched: list[tuple[Any, str, Any]] = []
 
         def patch(owner: Any, name: str, record: Callable[..., Any]) -> None:
-            # The list itself marks a name that the object had no attribute of its own for; None could be one's value.
+            # The list itself marks a name for which the object had no attribute; None could be an attribute's value.
             patched.append((owner, name, vars(owner).get(name, patched)))
             object.__setattr__(owner, name, record)
 

@@ -1,8 +1,8 @@
-"""What a training step of several clients may read and change, and whether it has kept to that.
+"""Checks what a training step of several clients reads and changes.
 
-The user's Python runs once in a step of several clients. It does what it would do in a step of each if it is a function
-of the clients' tensors and of what is the same for all of them: it must change nothing, draw no random numbers, and
-read of the Trainer only what does not depend on the client.
+The user's Python code runs once in a step of several clients. The result is the same as in a step of each client if the
+code is a function of the clients' tensors and of values that are the same for all of them: it must change nothing, draw
+no random numbers, and read only values of the Trainer that do not depend on the client.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ _OF_LIGHTNING = vars(L.LightningModule()).keys() - vars(nn.Module()).keys()
 _NOT_IN_STEPS = {"__init__", "prepare_data", "setup"} | {
     name for name in dir(L.LightningModule) if name.startswith(("on_", "configure_")) or name.endswith("_dataloader")
 }
-"""What runs outside steps; what it uses, such as data, is left alone."""
+"""Methods that run outside steps; the objects they use, such as data, are ignored."""
 SAME_FOR_ALL_CLIENTS = {
     *("current_epoch", "max_epochs", "min_epochs", "max_steps", "min_steps", "max_time", "estimated_stepping_batches"),
     *("world_size", "global_rank", "local_rank", "node_rank", "num_nodes", "num_devices", "is_global_zero"),
     *("training", "validating", "testing", "predicting", "evaluating", "sanity_checking", "precision", "barebones"),
     *("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "log_every_n_steps", "fast_dev_run"),
 }
-"""What a step may read of the Trainer."""
+"""Attributes of the Trainer that a step may read."""
 TAKES_DRAWS_BACK = {"setstate", "set_state", "set_rng_state", "fork_rng", "isolate_rng", "set_bit_generator"}
-"""Functions after whose use a generator does not show that something was drawn."""
+"""Functions that can hide a draw from a random generator."""
 SAME_IN_EQUAL_STEPS = {"global_step"}
-"""What it may read besides if all clients of a group are at the same step."""
+"""Further attributes that it may read if all clients of a group are at the same step."""
 
 
 class OpaqueProxy:
@@ -59,11 +59,11 @@ class OpaqueProxy:
 
 
 class TrainerView:
-    """Replaces the Trainer in a step: only what is the same for all clients can be read.
+    """Replaces the Trainer in a step: only attributes that are the same for all clients can be read.
 
     Args:
         trainer: The Trainer.
-        names: What can be read.
+        names: The readable attributes.
     """
 
     def __init__(self, trainer: L.Trainer, names: Collection[str]) -> None:
@@ -84,7 +84,7 @@ class TrainerView:
 
 
 class StepWatch:
-    """Watches what steps of several clients do beside computing with tensors.
+    """Watches for side effects of steps of several clients.
 
     Args:
         trainer: The Trainer.
@@ -98,7 +98,7 @@ class StepWatch:
         self.module = capture.module
         self.metrics = capture.metrics
         self.version = 0
-        """Counts how often the state has been found changed by others than steps."""
+        """Number of times that the state was changed by code other than steps."""
         self._snapshot: Snapshot | None = None
         self._trial = Snapshot()
         self._managed: set[int] = set()
@@ -109,7 +109,7 @@ class StepWatch:
         """Notes the state before a group's data is read."""
         managed = self.engine.tensors.all
         ids = set(map(id, managed.values()))
-        # Hooks between two groups or rounds may have changed it, which is their right.
+        # Hooks between two groups or rounds may legitimately have changed it.
         if self._snapshot is None or ids != self._managed or any(self._snapshot.differences()):
             self._managed, self._snapshot = ids, self._capture(managed.values())
             self.version += 1
@@ -129,20 +129,20 @@ class StepWatch:
         )
 
     def begin_trial(self) -> None:
-        """Notes the state before a step that is only tried, of which no trace may remain."""
+        """Notes the state before a trial step, which must leave no trace."""
         # Everything, also frozen parameters and torchmetrics, which no step of several clients may touch itself.
         tensors = self.engine.tensors
         trained = {**tensors.trainable, **tensors.personal, **tensors.buffers}
         self._trial = self._capture(trained.values(), known=())
 
     def end_trial(self) -> str | None:
-        """Puts everything back; returns what the step has changed."""
+        """Restores everything; returns what the step has changed."""
         changed = next(self._trial.differences(), None)
         self._trial.restore()
         return changed
 
     def obstacle(self) -> str | None:
-        """What the module holds that can't be watched."""
+        """Describes state of the module that can't be watched; None if there is none."""
         assert self._snapshot is not None
         for path, kind in self._snapshot.opaque.items():
             return f"{path} holds a {kind}, of which each client would need its own"
@@ -161,13 +161,13 @@ class StepWatch:
         self._drawn = random_states()
 
     def check(self, draws: bool = False) -> None:
-        """Makes sure that the steps since :meth:`start` have changed nothing beside the clients' tensors.
+        """Checks that the steps since :meth:`start` have changed nothing besides the clients' tensors.
 
         Args:
-            draws: Whether torch's random numbers may have been drawn.
+            draws: Whether the steps may draw torch's random numbers.
 
         Raises:
-            NotVectorizable: If they have.
+            NotVectorizable: If they have changed anything else.
         """
         assert self._snapshot is not None
         changed = next(self._snapshot.differences(), None)
@@ -184,10 +184,10 @@ class StepWatch:
         return next((name for name, own, version in self._frozen if version_counter(own) != version), None)
 
     def restore(self) -> None:
-        """Puts the module's state back to what it was before the group.
+        """Restores the module's state from before the group.
 
         Raises:
-            ValueError: If a frozen parameter was written to, of which no copy is kept.
+            ValueError: If a frozen parameter was written to, since no copy of it is kept.
         """
         assert self._snapshot is not None
         if self._written is not None:
@@ -198,12 +198,12 @@ class StepWatch:
         self._snapshot.restore()
 
     def close(self) -> None:
-        """Lets go of all that it has noted."""
+        """Frees all noted state."""
         self._snapshot, self._trial, self._frozen = None, Snapshot(), []
 
     @contextmanager
     def view(self, equal_steps: bool) -> Iterator[None]:
-        """A block in which the module sees of the Trainer only what is the same for all clients."""
+        """A block in which the module sees only those attributes of the Trainer that are the same for all clients."""
         view = TrainerView(self.trainer, SAME_FOR_ALL_CLIENTS | (SAME_IN_EQUAL_STEPS if equal_steps else set()))
         with trainer_replaced(self.module, view):
             yield
@@ -220,7 +220,7 @@ def _ignored(owner: Any) -> Collection[str]:
 
 
 def random_states() -> tuple[Any, ...]:
-    """What shows a draw from the global generators of torch, NumPy and Python."""
+    """States that reveal a draw from the global generators of torch, NumPy and Python."""
     # A draw from NumPy or Python moves the generator's position or replaces all its 624 words: one of them is enough.
     _, words, *numpy = np.random.get_state()
     _, python, spare = random.getstate()

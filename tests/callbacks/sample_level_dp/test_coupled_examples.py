@@ -75,7 +75,7 @@ def test_features_so_large_that_rounding_may_be_the_reason_are_named(scale: floa
         scale * torch.randn(40, 4, generator=generator, dtype=dtype), torch.randint(0, 2, (40,), generator=generator)
     )
     run = trainer("fedavg", callbacks=[SampleLevelDP(noise_multiplier=1.0, method="rdp")], precision=precision)
-    with pytest.raises(PrivacyError, match="changes with the others in its batch") as error:
+    with pytest.raises(PrivacyError, match="depends on the others in its batch") as error:
         run.fit(Centred(), ClientLoaders([DataLoader(data, 8)]))
     names_scale = "Or it is rounding: the batch holds values up to" in str(error.value)
     assert names_scale == (scale > 1 and precision == "32-true")

@@ -111,7 +111,7 @@ def test_a_penalty_is_honoured() -> None:
         (Case(RunningMean), "must not write to buffers"),
         (Case(RunningMeanInAnAttribute), "mean"),
         (Case(RunningMeanInAHook), "next (mean)"),
-        (UNSOUND["padding to the longest, mean over time"], "pad all of them to one length"),
+        (UNSOUND["padding to the longest, mean over time"], "pad all of them to the same length"),
         (SOUND["losses kept"], "last"),
     ],
 )

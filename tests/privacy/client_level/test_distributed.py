@@ -90,7 +90,7 @@ def test_rounding_keeps_the_mean() -> None:
 
 
 def test_a_longer_update_is_not_sent() -> None:
-    with pytest.raises(PrivacyError, match="longer than the bound"):
+    with pytest.raises(PrivacyError, match="exceeded the norm bound"):
         GRID.round(on_the_sphere(40, 0.6, "random"), IntegerNoise())
 
 

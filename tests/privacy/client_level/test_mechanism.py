@@ -70,7 +70,7 @@ def flat(aggregate: Update | Aggregate) -> Tensor:
     return torch.cat([tensor.double().reshape(-1) for name in sorted(trees) for tensor in trees[name].values()])
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:Under ClientLevelDP buffers")
+pytestmark = pytest.mark.filterwarnings("ignore:ClientLevelDP clips buffers")
 HUGE = [update(1e30, 1), update(1e-30, 2), update(0.0), update(float("nan")), update(float("inf")), update(3.0, 4)]
 TINY_CLIP = ClientLevelDP(clip=0.5, noise_multiplier=0.0)
 
@@ -281,7 +281,7 @@ def test_the_budget_is_never_exceeded() -> None:
         context = RoundContext(number, [0], 10)
         state = transform.start_round(state, context)
         assert (transform.stop_reason(state, context) is None) == (number < 2)
-    with pytest.raises(PrivacyBudgetExceeded, match="Round 3 would make epsilon"):
+    with pytest.raises(PrivacyBudgetExceeded, match="Round 3 would raise epsilon"):
         transform.start_round(state, RoundContext(3, [0], 10))
 
 
@@ -357,7 +357,7 @@ def test_central_noise_among_silos_is_refused_and_says_why() -> None:
     ],
 )
 def test_wrong_arguments_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"ClientLevelDP got|Gaussian got|is too little"):
+    with pytest.raises(ValueError, match=r"ClientLevelDP got|Gaussian got|is too small"):
         ClientLevelDP(**{"clip": 1.0, "noise_multiplier": 1.0, **wrong})
 
 

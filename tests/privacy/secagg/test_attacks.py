@@ -49,7 +49,7 @@ def test_an_honest_coordinator_gets_the_sum() -> None:
 
 @pytest.mark.parametrize(("num_clients", "threshold"), [(2, 2), (1, 1), (4, 2), (5, 3), (9, 6), (4, 1)])
 def test_a_threshold_or_round_that_is_too_small(num_clients: int, threshold: int) -> None:
-    with pytest.raises(SecureAggregationError, match="could tell single updates"):
+    with pytest.raises(SecureAggregationError, match="could reveal single updates"):
         BonawitzClient(1, SigningKey(), session_params(num_clients, threshold), None, Journal())
 
 

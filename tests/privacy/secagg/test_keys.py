@@ -52,7 +52,7 @@ def test_an_identity_is_never_overwritten(tmp_path: Path, capsys: pytest.Capture
     with pytest.raises(SystemExit) as error:
         run("create", str(tmp_path))
     assert error.value.code == 2
-    assert "exists and stays as it is" in capsys.readouterr().err
+    assert "exists and is not overwritten" in capsys.readouterr().err
     assert (tmp_path / "identity.key").read_bytes() == before
 
 
@@ -66,7 +66,7 @@ def test_a_folder_without_identity(words: tuple[str, ...], capsys: pytest.Captur
 
 @pytest.mark.parametrize("line", ["", "ssh-ed25519 AAAA x", "lightning-fl-ed25519 AAAA x", "lightning-fl-ed25519 !!!"])
 def test_lines_that_are_no_public_keys(line: str) -> None:
-    with pytest.raises(ValueError, match="is no public key"):
+    with pytest.raises(ValueError, match="is not a public key"):
         PublicIdentity.parse(line)
 
 
@@ -106,7 +106,7 @@ def test_of_two_that_create_at_once_one_wins(tmp_path: Path, monkeypatch: pytest
     folder = KeyFolder(tmp_path / "silo")
     monkeypatch.setattr(KeyFolder, "exists", lambda self: False)
     first = folder.create("first")
-    with pytest.raises(ValueError, match="made by somebody else just now"):
+    with pytest.raises(ValueError, match="was just created by another process"):
         folder.create("second")
     assert folder.identity().public == first.key
     assert PublicIdentity.parse((tmp_path / "silo" / "identity.pub").read_text()) == first

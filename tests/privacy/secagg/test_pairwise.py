@@ -253,7 +253,7 @@ def test_the_same_vector_never_leaves_among_others(tmp_path: Path) -> None:
     journals = {number: Journal(tmp_path / str(number)) for number in keys}
     total = torch.stack(attempt(keys, journals, [1, 2, 3, 4], 0)).sum(0, dtype=torch.int32)
     assert total.tolist() == [10] * 4
-    with pytest.raises(RetryRefused, match="the difference of the two sums would tell single updates"):
+    with pytest.raises(RetryRefused, match="the difference of the two sums could reveal single updates"):
         attempt(keys, journals, [1, 2, 3], 1)
     restarted = {number: Journal(tmp_path / str(number)) for number in keys}
     with pytest.raises(RetryRefused):

@@ -309,10 +309,10 @@ def test_what_would_be_ignored_or_diverge_is_refused() -> None:
         ({"algorithm": "dsgd", "transforms": [fl.privacy.ClientLevelDP(1.0, 1.0)]}, "no server"),
         ({"algorithm": "fedavg", "aggregator": fl.aggregation.Nodes()}, "Leave aggregator out"),
         ({"algorithm": "dsgd", "topology": Cyclic()}, "one per client"),
-        ({"topology": Cyclic(), "clients_per_round": 2}, "says who takes part"),
+        ({"topology": Cyclic(), "clients_per_round": 2}, "decides who takes part"),
         ({"algorithm": "dsgd", "topology": Swarm()}, "one model for all"),
         ({"topology": Swarm(), "aggregator": fl.aggregation.Median()}, "would be ignored"),
-        ({"topology": Swarm(), "federation": "https://localhost", "kit": "kit"}, "one party does for good"),
+        ({"topology": Swarm(), "federation": "https://localhost", "kit": "kit"}, "one party always does"),
         ({"topology": "ring"}, "fl.topologies.Ring"),
     ]:
         with pytest.raises(ValueError, match=match):

@@ -260,7 +260,7 @@ def test_fedsgd_is_one_step_on_all_the_data_whatever_the_batches(options: dict[s
 
 @pytest.mark.parametrize("options", [{"local_epochs": 2}, {"local_steps": 3}], ids=str)
 def test_local_work_that_would_be_ignored_is_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"FedSGD sets itself how much a client trains, so local_.* would be ignored"):
+    with pytest.raises(ValueError, match=r"FedSGD itself sets how much a client trains, so local_.* would be ignored"):
         FederatedStrategy("fedsgd", **options)
 
 

@@ -354,7 +354,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"schedule": Buffered(2), "durations": Q3, "cohort": fl.clients.Poisson(0.5)},
         "cohort=.*would be ignored",
     ),
-    "stragglers": ({"durations": Q3, "stragglers": fl.clients.Stragglers(0.5)}, "says who is late"),
+    "stragglers": ({"durations": Q3, "stragglers": fl.clients.Stragglers(0.5)}, "decides who is late"),
     "too many": (
         {"schedule": Buffered(2, concurrency=4), "durations": Q3, "num_clients": 3},
         "Lower concurrency",

@@ -130,7 +130,7 @@ def test_who_joins_late_is_named_from_the_first_seconds(
 
 def test_who_never_joins_is_an_error_with_a_sentence() -> None:
     alone = Attendance(dist.HashStore(), 0, 2)
-    with pytest.raises(TimeoutError, match=r"rank 1, 1 of 2 missing after 0.2 s; rank 0 came. Have all been started"):
+    with pytest.raises(TimeoutError, match=r"rank 1, 1 of 2 missing after 0.2 s; rank 0 joined. Start all ranks"):
         alone.arrive("", timedelta(seconds=0.2))
 
 

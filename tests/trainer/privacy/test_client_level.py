@@ -360,7 +360,7 @@ def silos(mode: str) -> tuple[str, Tensor]:
 
 def test_silos_take_local_noise_only(run_ranks: Any) -> None:
     for error, _ in run_ranks(2, silos, "central"):
-        assert "needs a server that adds the noise" in error
+        assert "needs a server that adds secret noise" in error
     (error, first), (_, second) = run_ranks(2, silos, "local")
     assert error == ""
     assert torch.equal(first, second)

@@ -194,7 +194,7 @@ def test_what_breaks_the_guarantee_is_refused(options: Any, of_strategy: Any, me
 
 
 def test_nobody_left_whose_noise_is_secret_is_refused() -> None:
-    with pytest.raises(ValueError, match="nobody whose noise is secret"):
+    with pytest.raises(ValueError, match="none of them has secret noise"):
         fit(Still(), min_clients=3, num_colluding=3)
 
 

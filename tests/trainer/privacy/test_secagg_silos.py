@@ -209,7 +209,7 @@ def test_one_identity_for_two_silos(run_ranks: RunRanks, keys: str) -> None:
 @pytest.mark.slow
 def test_two_silos_are_refused(run_ranks: RunRanks, keys: str) -> None:
     for message in run_ranks(2, expect_error, ValueError, "with_keys", keys):
-        assert "no sum over fewer than 3" in message
+        assert "needs at least 3" in message
 
 
 def with_largest(keys: str) -> None:
@@ -281,4 +281,4 @@ def test_a_restart_with_fewer_silos_is_refused(run_ranks: RunRanks, keys: str, t
     assert run_ranks(4, restart, keys) == ["trained"] * 4
     assert (tmp_path / "silo0" / "sent").stat().st_mode & 0o077 == 0
     for told in run_ranks(3, restart, keys):
-        assert "the difference of the two sums would tell single updates" in told
+        assert "the difference of the two sums could reveal single updates" in told

@@ -192,7 +192,7 @@ def test_over_rpc_a_killed_rank_is_refused_and_the_others_train_on(tmp_path: Pat
         assert ranks[2].wait(PATIENCE) == -signal.SIGKILL
         ranks[2] = start(tmp_path, store.port, 2, "rpc", "again")
         assert ranks[2].wait(PATIENCE) == 1
-        assert "Rank 2 has come back, but the agents of torch.distributed.rpc" in (tmp_path / "2.log").read_text()
+        assert "Rank 2 has been restarted, but torch.distributed.rpc" in (tmp_path / "2.log").read_text()
         (tmp_path / "back").touch()  # east waits for it
         assert [process.wait(PATIENCE) for process in ranks[:2]] == [0, 0], (tmp_path / "0.log").read_text()
     finally:
@@ -304,7 +304,7 @@ def test_one_process_is_refused() -> None:
         ({"schedule": Buffered(2), "durations": {0: 1.0}}, "durations"),
         ({"schedule": Buffered(2, concurrency=2)}, "concurrency"),
         ({"schedule": Buffered(2), "num_clients": 4}, "num_clients"),
-        ({"schedule": Buffered(2), "transforms": [fl.compression.LowRank(1)]}, "weighs each update by its age"),
+        ({"schedule": Buffered(2), "transforms": [fl.compression.LowRank(1)]}, "weights each update by its staleness"),
         ({"schedule": Buffered(2), "aggregator": fl.privacy.SecureAggregation("bonawitz")}, "different versions"),
         ({"schedule": Buffered(2), "silo": fl.silos.DDP()}, "schedule"),
         ({"schedule": Buffered(2), "federation": "https://localhost", "kit": "kit"}, "federation"),

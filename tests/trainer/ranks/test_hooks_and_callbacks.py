@@ -162,7 +162,7 @@ def test_ranks_with_different_trainers_are_refused(run_ranks: Any, name: str) ->
 def test_ranks_that_lose_step_are_told_where_they_are(run_ranks: Any) -> None:
     for message in run_ranks(2, broadcasts_on_one_rank):
         assert "The ranks are out of sync: rank 1 is at 'broadcast'" in message or "rank 0 is at" in message
-        assert "Do all ranks have the same callbacks" in message
+        assert "All ranks need the same callbacks" in message
 
 
 def train_with_an_empty_client() -> tuple[list[str], list[Any]]:

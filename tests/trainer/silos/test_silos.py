@@ -562,9 +562,9 @@ def test_what_does_not_fit_is_refused_on_ranks(run_ranks: Any) -> None:
         assert "'net.1.weight' is not sharded over the silo" in whole
         assert "names 1 clients" in clients
         assert "a stream, which processes can't share" in stream
-        assert "their silos have [1, 2] processes" in sizes
+        assert "report silos of [1, 2] processes" in sizes
         assert "returned None to skip a batch" in skips
-        assert "each process would add noise of its own" in private
+        assert "each process would add its own noise" in private
 
 
 def spread_unequally() -> str:
