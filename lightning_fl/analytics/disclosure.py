@@ -16,7 +16,7 @@ def withhold(answer: Answer, min_count: int) -> Answer:
 
     Args:
         answer: The answer.
-        min_count: The fewest rows.
+        min_count: Minimum number of rows.
     """
     if min_count <= 1:
         return answer
@@ -59,7 +59,7 @@ def too_small(counts: Mapping[str, float], min_count: int) -> set[str]:
 
     Args:
         counts: The rows of each part; those of no part are ``(other or missing)``, which is never shown.
-        min_count: The fewest rows of a part that is shown, and of all together that are not.
+        min_count: Minimum number of rows of each part that is shown, and of all hidden parts together.
     """
     hidden = {name for name, count in counts.items() if 0 < count < min_count}
     unseen = hidden | {OTHER}

@@ -43,7 +43,8 @@ def diagnose(address: str, folder: str | Path) -> Iterator[str]:
             found = sorted({str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)})
         except socket.gaierror as error:
             raise ValueError(
-                f"The name {host!r} is not known here ({error.strerror}). Ask whoever runs the DNS, or give an address."
+                f"The name {host!r} can't be resolved here ({error.strerror}). Ask the DNS administrator, or give an "
+                "address."
             ) from error
         yield f"name: {host} is {', '.join(found)}"
     else:
@@ -103,7 +104,7 @@ def _cause(error: Exception, host: str, port: int, proxy: str | None) -> str:
             return f"{where} does not speak TLS 1.3: a balancer that ends TLS, or no coordinator."
         return f"{where}: {why_not_admitted(error) or error}"
     if isinstance(error, socket.gaierror):
-        return f"The proxy's name is not known here: {error.strerror}."
+        return f"The proxy's name can't be resolved here: {error.strerror}."
     if isinstance(error, TimeoutError):
         return f"{where} does not answer: a firewall drops it. Ask for outbound TCP to this one name and port."
     if isinstance(error, ConnectionRefusedError):

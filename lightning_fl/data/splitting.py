@@ -246,7 +246,7 @@ def with_dataset(
         dataset: The data set, whose samples are those of the loader's data set with the indices ``part``.
         part: Indices. None: all, in order.
         options: Arguments that replace those of ``loader``.
-        evaluate: Whether the samples are to be evaluated.
+        evaluate: Whether the samples are used for evaluation.
     """
     options = dict(options or {})
     if evaluate:

@@ -100,7 +100,7 @@ def read_config(path: Path) -> GatewayConfig:
         if name == "admin_port" and value is None:
             continue
         if not isinstance(value, _KINDS[name]) or (isinstance(value, bool) and name != "shuffle"):
-            raise ValueError(f"{path} has {name}: {value!r}; expected a {_shown(_KINDS[name])}.")
+            raise ValueError(f"{path} has {name}: {value!r}; expected {_shown(_KINDS[name])}.")
     values: dict[str, Any] = {name: path.parent / value if name in _PATHS else value for name, value in content.items()}
     if "conditions" in values:
         values["conditions"] = tuple(map(str, values["conditions"]))

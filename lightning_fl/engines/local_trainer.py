@@ -489,7 +489,7 @@ class LocalTrainer(ABC):
 
 
 def loss_of(output: Any) -> Tensor | None:
-    """The loss in what a ``training_step`` has returned; None if the batch is to be skipped.
+    """The loss in the output of a ``training_step``; None if the batch should be skipped.
 
     Raises:
         ValueError: If it returned something else.

@@ -66,7 +66,7 @@ class ScheduleEnd:
 
 @dataclass(frozen=True)
 class StartingPoint:
-    """From where every client of a round starts, beside the states of the optimizers.
+    """The state from which every client of a round starts, besides the states of the optimizers.
 
     Args:
         options: Each optimizer's options (learning rate, momentum, ...), one mapping per parameter group.
@@ -229,8 +229,8 @@ class OptimizerStates:
     def num_steps_apart(self) -> float:
         """Number of a client's first steps that it can take only together with clients that are at the same step.
 
-        Plain SGD has no state; momentum and what others average begin with the first step. Where the number of steps is
-        in the formula, all must be at the same one, except for Adam, which takes a number for each client.
+        Plain SGD has no state; momentum and other averages begin with the first step. If the formula contains the
+        number of steps, all clients must be at the same one, except for Adam, which accepts a number for each client.
         """
         return max(map(_num_steps_apart, self.optimizers), default=0)
 
@@ -389,7 +389,7 @@ class OptimizerStates:
             self._is_counting = True
 
     def _go_to(self, start: StartingPoint) -> None:
-        """Goes to these options, schedules and scaler, with fresh states of the optimizers."""
+        """Restores these options, schedules and scaler, with fresh states of the optimizers."""
         self._set_scaler(start.scaler)
         # The optimizers are restarted, not recreated: Lightning's wrappers and the schedulers refer to them.
         for optimizer, options, fresh in zip(self.optimizers, start.options, self._fresh, strict=True):
@@ -407,8 +407,8 @@ class OptimizerStates:
 
 
 def takes_counts(optimizer: Optimizer) -> bool:
-    """Whether it is an Adam that can take a number of steps for each client, as a tensor in its state."""
-    # In its other forms torch wants one number for each parameter.
+    """Whether it is an Adam that accepts a number of steps for each client, as a tensor in its state."""
+    # In its other forms, torch needs one number for each parameter.
     return type(optimizer) in (Adam, AdamW) and not any(
         optimizer.defaults["differentiable"] or group["foreach"] or group["capturable"] or group["fused"]
         for group in optimizer.param_groups

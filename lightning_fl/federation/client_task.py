@@ -143,7 +143,7 @@ class ClientTask:
         likely = likely_examples(self.loader)
         if likely is None and self.group.settings.weighting == "examples":
             raise ValueError(
-                f"Client {self.clients[0]!r} is to be weighted by its examples, but its loader has no length in "
+                f"Client {self.clients[0]!r} should be weighted by its examples, but its loader has no length in "
                 "examples, and its batches have no first dimension that counts them. Give "
                 "fl.datamodules.ClientLoaders(..., num_examples=...), log with self.log(..., batch_size=...), or set "
                 'FederatedStrategy(weighting="uniform").'

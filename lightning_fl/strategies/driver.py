@@ -267,15 +267,15 @@ class RoundDriver:
 
         Args:
             local_trainer: Trains the client groups.
-            vectorized: Lets clients train side by side. None: each client trains alone.
+            vectorized: Trains clients together. None: each client trains alone.
         """
         last, self._last = self._last, None
         index = internals.current_round(self.trainer)
         if last is not None and last.module is self.module and index > 0:
             self.state, self.store, self.history, self.grouping = last.state, last.store, last.history, last.grouping
             for phase in range(len(self.settings.algorithm.phases())):
-                # Each fit configures its optimizers anew, as with a plain Trainer, so the states of the last fit's are
-                # not taken over.
+                # Each fit creates its optimizers again, as with a plain Trainer, so those of the last fit don't pass on
+                # their states.
                 self.store.drop_entry(optimizer_entry(phase))
         if self.settings.hides_clients and not self.state.transforms:
             self.warnings.new_ledger(self.module)
@@ -301,7 +301,7 @@ class RoundDriver:
             return
         self.vectorized.grouping.memory = memory
         if memory.is_alone and not self.vectorized.is_asked_for:
-            self.vectorized.refuse("some could not train side by side in an earlier round", len(self.history))
+            self.vectorized.refuse("some could not train together in an earlier round", len(self.history))
             self.vectorized = None
 
     def _book_release(self) -> None:
@@ -367,7 +367,7 @@ class RoundDriver:
             self._finish(opened, task)
             if opened.pending:
                 steps.end_batch()
-        # A resumed loop that has counted no batch is taken for one whose round has not begun.
+        # Lightning treats a resumed loop without a counted batch as one whose round has not begun.
         if not steps.is_open:
             steps.skip()
         self._close(opened)
@@ -421,7 +421,7 @@ class RoundDriver:
         self._found = replace(self._active_vectorized.grouping.memory, is_alone=True)
         self._active_vectorized.refuse(reason, self.plan.round)
         self.vectorized = None
-        # The plan's remaining groups were formed for training side by side too.
+        # The plan's remaining groups were also formed for training together.
         opened.pending = deque(self.plan.alone([opened.current, *opened.pending]))
         self.set_length()
 
@@ -452,8 +452,8 @@ class RoundDriver:
         # Privacy budget that the transforms have spent stays spent, even if the round fails.
         self.state = replace(self.state, transforms=round.state.transforms)
         results = internals.train_results(trainer)
-        # They stand for values that only other ranks have logged, with settings from these ranks. `self.log` of the
-        # same name on this rank would find settings that are not its own.
+        # They represent values that only other ranks have logged, with those ranks' settings. `self.log` of the same
+        # name on this rank would find settings that are not its own.
         for key in self._placeholders:
             results.pop(key, None)
         self._placeholders = []
@@ -495,13 +495,13 @@ class RoundDriver:
         return [*map(id, self._active_trainer.optimizers.optimizers)] != [*map(id, self.trainer.optimizers)]
 
     def _take_optimizers(self) -> None:
-        """Goes on with other optimizers, if a callback has replaced them since the last round."""
+        """Uses other optimizers if a callback has replaced them since the last round."""
         if not self._has_new_optimizers:
             return
         self.settings.algorithm.check_optimizers(self.trainer.optimizers)
         self._active_trainer.optimizers.take(self.trainer.optimizers)
         for phase in range(len(self.settings.algorithm.phases())):
-            self.store.drop_entry(optimizer_entry(phase))  # they are those of other optimizers
+            self.store.drop_entry(optimizer_entry(phase))  # they belong to other optimizers
 
     def _make_steps(self, loop: RoundEpochLoop, values: LoggedValues) -> BatchSteps:
         hook = batch_hook(self.trainer, self.strategy_type)
@@ -536,8 +536,8 @@ class RoundDriver:
 
     def _start(self, opened: OpenRound, group: PlannedGroup) -> ClientTask:
         opened.session = ClientSession(internals.train_results(self.trainer), opened.values, self.metric_states)
-        # Each client starts at the round's step, so that what reads `global_step` does not depend on which clients this
-        # rank has trained before.
+        # Each client starts at the round's step, so that code that reads `global_step` does not depend on the clients
+        # that this rank has trained before.
         opened.steps.loop.set_global_step(opened.first_step)
         opened.steps.loop.position = OUTSIDE_CLIENTS
         if self._has_new_optimizers:
@@ -643,7 +643,7 @@ class RoundDriver:
             # The loggers' x-axis advances as if the clients had trained one after the other.
             opened.more_logger_steps += outcome.num_steps - num_shared_steps
         else:
-            # A silo whose refusal is hidden must not show it by metrics that are missing.
+            # A silo whose refusal is hidden must not reveal it by missing metrics.
             logged = session.finish([True] if self.settings.hides_refusals else outcome.accepted)
             self.call_hook("on_client_end", clients[0], replace(outcome.runs[0], logged=logged), outcome.update)
         self.call_hook("on_group_end", clients)
@@ -684,7 +684,7 @@ class RoundDriver:
         opened.round.take_root(update)
 
     def _close(self, opened: OpenRound) -> None:
-        """Turns what all ranks have trained into the next global model, and tells Lightning and the callbacks of it."""
+        """Aggregates all ranks' updates into the next global model, and notifies Lightning and the callbacks."""
         found = self._found if self.vectorized is None else self.vectorized.grouping.memory
         # The shapes of batches are a client's secret where clients are private, and a silo trains alone.
         tells = not self.settings.is_private and not self.settings.silos
@@ -716,7 +716,7 @@ class RoundDriver:
 
         Args:
             opened: The round.
-            news: What this rank tells the others of training side by side.
+            news: What this rank has found out about training clients together.
         """
         index, round = self.plan.round, opened.round
         self._train_root(opened)
@@ -727,7 +727,7 @@ class RoundDriver:
         report = rank_report(self.trainer, opened, self.plan, self.metric_states, self.deferred_checkpoints, news)
         with naming_round(f"Round {index}", "The round is dropped. "), misconfiguration():
             reports = round.merge(report)
-            # A rank without a batch holds what no other holds.
+            # A rank without a batch never matches the others.
             if self._compares_first_batches and all_hold_the_same(
                 self.group, opened.first_batch or os.urandom(16), "first batch"
             ):
@@ -743,7 +743,7 @@ class RoundDriver:
         return reports, replace(result, num_bytes=num_bytes)
 
     def _publish(self, opened: OpenRound, reports: Sequence[RankReport], result: RoundResult) -> None:
-        """Passes what the clients have logged and the round's figures on to Lightning, with the warnings they give."""
+        """Passes the clients' logged values and the round's figures on to Lightning, and gives their warnings."""
         trainer, index, warnings = self.trainer, self.plan.round, self.warnings
         logged = advance_trainer(trainer, opened, result.report, self._last_steps[1])
         self.metric_states.merge([(own.metric_states, own.tensors) for own in reports], self.module.device)

@@ -56,7 +56,7 @@ def batch_hook(trainer: L.Trainer, strategy_type: type) -> str | None:
 def _batch_hooks(trainer: L.Trainer, strategy_type: type) -> Iterator[str]:
     module, strategy = trainer.lightning_module, trainer.strategy
     if not module.automatic_optimization:
-        yield f"{type(module).__name__} optimizes by hand"
+        yield f"{type(module).__name__} uses manual optimization"
     for hook in BATCH_HOOKS:
         if is_overridden(module, hook, L.LightningModule):
             yield f"{type(module).__name__}.{hook}"

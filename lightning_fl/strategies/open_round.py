@@ -34,7 +34,7 @@ class OpenRound:
         first_logger_step: The x-axis of the loggers when the round began.
         loops_before: The progress of Lightning's loops before the round.
         schedules: The schedules that step inside local training, each with Lightning's record of it.
-        paused: What :func:`~lightning_fl.strategies.internals.pause_by_step` has paused.
+        paused: The callbacks paused by :func:`~lightning_fl.strategies.internals.pause_by_step`.
         current: The group that is being trained, once one is.
         session: Its logged values and torchmetrics.
         failed: For each client of this rank whose loader has raised, the description of the error.

@@ -108,7 +108,7 @@ def failure(address: str, kit: Path) -> str:
 
 def test_the_check_names_the_fault(live: LiveCoordinator, tmp_path: Path) -> None:
     kit = live.folder / "east"
-    assert "is not known here" in failure("https://no-such-name.invalid:1", kit)
+    assert "can't be resolved here" in failure("https://no-such-name.invalid:1", kit)
     assert "is not an address" in failure("http://localhost:1", kit)
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
@@ -190,7 +190,7 @@ def test_the_check_names_a_proxy_that_lets_nothing_through(
         monkeypatch.setenv("HTTPS_PROXY", proxy.address.replace("secret", "wrong"))
         assert "The proxy does not let this silo through" in failure(live.address, live.folder / "east")
     monkeypatch.setenv("HTTPS_PROXY", "http://no-such-proxy.invalid:3128")
-    assert "The proxy's name is not known here" in failure(live.address, live.folder / "east")
+    assert "The proxy's name can't be resolved here" in failure(live.address, live.folder / "east")
 
 
 def test_the_check_names_a_firewall(live: LiveCoordinator, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -331,7 +331,7 @@ def test_a_configuration_that_is_wrong_is_named(tmp_path: Path, digits_step: Pat
     for more, message in (
         ("host: 0.0.0.0\n", "there is no certificate"),
         ("condition: [charging]\n", "unknown entries 'condition'"),
-        ("task_s: soon\n", "expected a int or float"),
+        ("task_s: soon\n", "expected int or float"),
         ("rounds: 0\n", "expected a positive number"),
         ("pages: .\n", "which contains the private"),
         ("pages: federation/pages\ndevices: federation/pages/devices.json\n", "which contains the private"),

@@ -257,4 +257,4 @@ class Manual(Plain):
 
 
 def test_manual_optimization(reason: Any) -> None:
-    assert reason(Manual()) == "Manual optimizes by hand"
+    assert reason(Manual()) == "Manual uses manual optimization"

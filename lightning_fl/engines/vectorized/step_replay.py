@@ -24,36 +24,36 @@ from lightning_fl.types import Tree
 log = logging.getLogger("lightning_fl.engines")
 
 NUM_UNCAPTURED = 2
-"""How often a run of steps is trained before it is captured: not every run comes again."""
+"""How often a run of steps is trained before it is captured: not every run occurs again."""
 CHECKED = (0, 1, 32)
 """The replays of a run that are compared with the steps themselves."""
 MAX_CAPTURED = 32
-"""Runs that are captured; each holds the memory of a step, and its batches."""
+"""Maximum number of captured runs; each holds the memory of a step, and its batches."""
 MAX_STEPS = 64
-"""Steps of a run: all of them are in the graph."""
+"""Maximum number of steps in a run, since the graph contains all of them."""
 MAX_BYTES = 2**25
-"""Of the batches of a run."""
+"""Maximum size of a run's batches, in bytes."""
 
 
 class GroupStep(Protocol):
-    """What is needed of whoever runs the user's step for a client group."""
+    """Interface of the object that runs the user's step for a client group."""
 
     @property
     def version(self) -> Any:
-        """Differs if anything but tensors has changed that a step depends on."""
+        """A value that changes if anything except tensors has changed that a step depends on."""
 
     @property
     def obstacle(self) -> str | None:
-        """Why a change of what a step depends on could be missed."""
+        """Why a change that affects a step could be missed; None if it could not."""
 
     def select(self, mask: Sequence[int]) -> None:
-        """Lets the clients at the positions ``mask`` train in the next step."""
+        """Selects the clients at the positions ``mask`` for the next step."""
 
     def run_captured(self, content: Any) -> tuple[Tensor, list[Tensor], Any]:
-        """The losses, the tensors that were logged, and what else there is to know of the calls that logged them.
+        """The losses, the logged tensors, and the calls that logged them.
 
         Raises:
-            NotVectorizable: If the step looks at what may differ in the next one.
+            NotVectorizable: If the step reads values that may differ in the next one.
         """
 
     def emit_captured(self, batch: StackedBatch, tensors: list[Tensor], calls: Any) -> None:
@@ -62,13 +62,13 @@ class GroupStep(Protocol):
 
 @dataclass
 class CapturedRun:
-    """Steps of one shape that follow each other, captured together.
+    """Consecutive steps of the same shape, captured together.
 
     Args:
         function: Replays them.
-        calls: The calls in each step that logged something, and how many tensors they logged.
-        options: The optimizer's options at the time if its steps are part of the replay; else None.
-        grads: Names of the parameters that get a gradient, if the optimizer's step is not part of it.
+        calls: The calls in each step that logged something, and the number of tensors they logged.
+        options: The optimizer's options at the time of the capture if its steps are part of the replay; else None.
+        grads: Names of the parameters that get a gradient, if the optimizer's step is not part of the replay.
         num_replays: How often it has been replayed.
     """
 
@@ -84,10 +84,9 @@ class StepReplays:
 
     Forward and backward pass are captured. So are the algorithm's correction of the gradients, clipping and the
     optimizer's step where every step does the same operations: SGD whose momentum has begun, or another optimizer with
-    ``capturable=True``, as long as its options stay what they are; elsewhere these run by themselves. Steps that follow
-    each other with the same clients and shapes are then captured as one run: the first of them replays all, and the
-    others only log what they would have logged. Whatever can't be captured is trained as if there were no replays, and
-    a line of level DEBUG says why.
+    ``capturable=True``, as long as its options don't change; otherwise these run without a capture. Consecutive steps
+    with the same clients and shapes are then captured as one run: the first of them replays all, and the others only
+    log their values. Steps that can't be captured are trained as usual, and a line of level DEBUG says why.
 
     Args:
         engine: Trains the groups.
@@ -110,7 +109,7 @@ class StepReplays:
         self._last_context: tuple[Any, Any] = (None, None)
         self._pool: Any = None
         self._ahead: deque[tuple[Tensor, list[Tensor], Any]] = deque()
-        """Of steps that have been replayed and not yet asked for: losses, logged tensors, and the calls that logged."""
+        """Losses, logged tensors and logging calls of steps that have been replayed but not yet requested."""
 
     def read_ahead(self, batches: Iterable[StackedBatch]) -> Iterator[StackedBatch]:
         """The same batches; the first of those that may be replayed as one run has the others as its ``following``."""
@@ -118,7 +117,7 @@ class StepReplays:
         if self.reason is not None or optimizers.schedules or not _is_capturable(self._optimizer):
             yield from batches
             return
-        # A state that the first step makes is no input of that step.
+        # A state that the first step creates is not an input of that step.
         has_begun = not optimizers.num_steps_apart
         for _, alike in groupby(batches, lambda batch: (batch.mask, signature(batch.content))):
             for batch in alike:
@@ -129,7 +128,7 @@ class StepReplays:
                 yield from batch.following
 
     def step(self, batch: StackedBatch, position: BatchPosition) -> Tensor | None:
-        """Trains on a batch by a replay.
+        """Trains on a batch by replaying a captured step.
 
         Returns:
             The loss of each client, ``[num_clients]``; None if nothing was done, because this step can't be replayed.
@@ -162,14 +161,16 @@ class StepReplays:
                 self.stop("a replay differs from the step itself", logging.WARNING)
                 return False
             outputs = captured.function(tensors)
-        except Exception as error:  # capturing fails in many ways; a fault of the user's is raised again by the step
+        except (
+            Exception
+        ) as error:  # capturing fails in many ways; an error in the user's code is raised by the step again
             self.stop(f"{type(error).__name__}: {error}")
             return False
         self._finish(captured, tensors, outputs)
         return True
 
     def _find(self, run: Sequence[StackedBatch]) -> CapturedRun | None:
-        """The captured run for batches, captured now if it is time to."""
+        """The captured run for batches, captured now if it is due."""
         version = self.group_step.version
         if version != self._version:
             self._captured, self._version = {}, version
@@ -183,7 +184,7 @@ class StepReplays:
         key = of_batch, len(run), *self.engine.stacked_params, steps, of_context
         captured = self._captured.get(key)
         if captured is not None and steps and captured.options != options_of(optimizer):
-            log.debug("Options of the optimizer change, so that its steps are not replayed.")
+            log.debug("The optimizer's options change, so its steps are not replayed.")
             self._options_change, self._captured = True, {}
             return None
         if captured is None:
@@ -236,7 +237,7 @@ class StepReplays:
                         self._set_gradients({})
                     grads = {}
             buffers = engine.stacked_buffers
-        # Detached also where they are inputs, whose memory is another after the capture.
+        # Detached also if they are inputs, whose memory is different after the capture.
         outputs = [tensor.detach() for tensor in (*outputs, *buffers.values(), *grads.values())]
         return outputs, made, list(grads)
 
@@ -257,7 +258,7 @@ class StepReplays:
         )
 
     def _finish(self, captured: CapturedRun, tensors: list[Tensor], outputs: list[Tensor]) -> None:
-        """Takes over what a replay has computed."""
+        """Uses the results of a replay."""
         engine, optimizer = self.engine, self._optimizer
         captured.num_replays += 1
         self.num_replays += len(captured.calls)
@@ -279,7 +280,7 @@ class StepReplays:
             engine.optimizers.count(0, optimizer)
 
     def _tensors(self, run: Sequence[StackedBatch], steps: bool) -> list[Tensor]:
-        """What a run reads and writes; first come those that it changes in place."""
+        """The tensors that a run reads and writes, beginning with those that it changes in place."""
         states = _states(self._optimizer) if steps else []
         contents = [batch.content for batch in run]
         read = (contents, self._context) if steps else contents
@@ -288,12 +289,12 @@ class StepReplays:
 
     @property
     def _context(self) -> Any:
-        """What the algorithm's correction of gradients reads beside them; None if it is unknown or there is none."""
+        """The context that the algorithm's gradient correction reads; None if it is unknown or there is none."""
         return getattr(self.engine.grad_transform, "context", None)
 
     def _context_signature(self) -> Any:
         context = self._context
-        # Found once for each selection of clients: it takes long, and the context is the same object until the next.
+        # Computed once per selection of clients: it is slow, and the context is the same object until the next one.
         if context is not self._last_context[0]:
             self._last_context = context, signature(context)
         return self._last_context[1]
@@ -317,11 +318,11 @@ class StepReplays:
         self.reason, self._captured = reason, {}
 
     def leave(self) -> None:
-        """Forgets the steps of a group, which may have been given up between them."""
+        """Forgets the steps of a group, which may have been abandoned between steps."""
         self._ahead.clear()
 
     def close(self) -> None:
-        """Lets go of all that has been captured."""
+        """Frees everything that was captured."""
         self._captured, self._last_context = {}, (None, None)
 
 
@@ -335,7 +336,7 @@ def _num_bytes(batch: StackedBatch) -> int:
 
 
 def _is_capturable(optimizer: Optimizer) -> bool:
-    """Whether the optimizer's steps, once it has a state, do the same operations as long as its options stay."""
+    """Whether the optimizer's steps, once it has a state, do the same operations while its options don't change."""
     groups = optimizer.param_groups
     if type(optimizer) is not SGD:
         return all(group.get("capturable") for group in groups)
@@ -343,7 +344,7 @@ def _is_capturable(optimizer: Optimizer) -> bool:
 
 
 def _repeats_itself(optimizer: Optimizer) -> bool:
-    """Whether the optimizer's next step and all later ones with the same options are the same operations on tensors."""
+    """Whether the optimizer's next step and all later ones with the same options do the same tensor operations."""
     groups = optimizer.param_groups
     if type(optimizer) is SGD:
         momenta = [param for group in groups if group["momentum"] for param in group["params"]]

@@ -106,7 +106,7 @@ class SessionParams:
         round: Number of the round.
         attempt: How often the sum of this round was tried before.
         num_clients: Number of clients in the round; determines quantization and threshold.
-        threshold: The fewest clients that must stay until the sum is revealed.
+        threshold: Minimum number of clients that must stay until the sum is revealed.
     """
 
     session: bytes

@@ -39,7 +39,7 @@ def unsupported_reason(trainer: L.Trainer, module: L.LightningModule, strategy: 
     optimizers, algorithm = strategy.optimizers, strategy.algorithm
     names = [type(optimizer).__name__ for optimizer in optimizers]
     if not module.automatic_optimization:
-        return "the module optimizes by hand (automatic_optimization=False)"
+        return "the module uses manual optimization (automatic_optimization=False)"
     if not all(_is_elementwise(optimizer) for optimizer in optimizers):
         return f"{', '.join(names)} is not known to treat each element of a parameter separately"
     if any(group.get("fused") for optimizer in optimizers for group in optimizer.param_groups):
