@@ -38,8 +38,8 @@ class RegisterModel(L.Callback):
 
     Raises:
         ValueError: If ``mode`` is unknown.
-        MisconfigurationException: When training starts, if the Trainer has no ``MLFlowLogger``, or if ``mode`` is ``"auto"`` and
-            unclear.
+        MisconfigurationException: When training starts, if the Trainer has no ``MLFlowLogger``, or if ``mode`` is
+            ``"auto"`` and unclear.
 
     Example:
         >>> register = RegisterModel("digits", if_better="val_acc")

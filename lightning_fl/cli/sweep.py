@@ -241,8 +241,8 @@ def tune(args: argparse.Namespace, seeds: Sequence[int]) -> list[Group]:
             groups[group.name] = group
             if args.mode is None and mode_of(args.metric, group.runs) != mode:
                 raise ValueError(
-                    f"By its name the {mode} of {args.metric!r} is the best, but the runs' ModelCheckpoint has the other "
-                    "mode. Give --mode, or correct the checkpoint's mode."
+                    f"By its name the {mode} of {args.metric!r} is the best, but the runs' ModelCheckpoint has the "
+                    "other mode. Give --mode, or correct the checkpoint's mode."
                 )
             study.tell(trial, _mean(group, args.metric))
         tried += together
