@@ -139,13 +139,14 @@ class FederatedCLI(LightningCLI):
         folder = Path(self.trainer.default_root_dir)
         if logger is not None and logger.save_dir is not None:
             folder = Path(logger.save_dir, str(logger.name or ""))
-        found = sorted(folder.rglob("checkpoints/last*.ckpt"), key=lambda path: path.stat().st_mtime)
+        kept = sorted(folder.rglob("checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime)
+        found = [path for path in kept if path.name.startswith("last")] or kept
         if not found and rank_zero_only.rank != 0:
             given.ckpt_path = str(folder / "checkpoints" / "last.ckpt")  # a silo, which rank 0 sends its own file
             return
         if not found:
             raise ConfigurationError(
-                f"--ckpt_path last found no last.ckpt below {folder}. Name a checkpoint, or leave the option out to "
+                f"--ckpt_path last found no checkpoint below {folder}. Name a checkpoint, or leave the option out to "
                 "start from the first round."
             )
         given.ckpt_path = str(found[-1])
