@@ -27,6 +27,7 @@ from lightning_fl.callbacks.personalized_evaluation import PersonalizedEvaluatio
 from lightning_fl.strategies import FederatedStrategy
 from lightning_fl.strategies.internals import own_hyperparameters
 from lightning_fl.tracking import loggers
+from lightning_fl.tracking.metrics import best_metric
 from lightning_fl.tracking.partition_reading import summarise
 from lightning_fl.tracking.run import (
     CLIENT_EVALUATIONS_FILE,
@@ -34,6 +35,7 @@ from lightning_fl.tracking.run import (
     ROUNDS_FILE,
     RUN_FILE,
     Row,
+    Run,
     append_rows,
     to_json,
     write_file,
@@ -86,6 +88,7 @@ class RunRecord(L.Callback):
         """Where this rank writes: the run's folder, that of its own silo, or nowhere."""
         self._start = 0.0
         self._last_step = 0
+        self._measured: dict[str, Any] = {}
         self._autologs = self._is_secret = False
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -128,6 +131,7 @@ class RunRecord(L.Callback):
         # The time of a resumed run goes on from its last row.
         self._start = time.perf_counter() - (self._rows[-1]["time"] if self._rows else 0.0)
         self._last_step = trainer.global_step
+        self._measured = dict(trainer.callback_metrics)
         if self._own is not None:
             write_file(self._own / RUN_FILE, to_json(self._facts) + "\n")
             self._write_rounds()
@@ -140,8 +144,10 @@ class RunRecord(L.Callback):
         if self.path is None:
             return
         # Without the federation's own figures, which the row has already.
-        measured = {n: value for n, value in trainer.callback_metrics.items() if not n.startswith("fl/")}
-        metrics = {name: float(value) for name, value in measured.items()}
+        known = {n: value for n, value in trainer.callback_metrics.items() if not n.startswith("fl/")}
+        # What a round does not measure, as with `check_val_every_n_epoch=5`, Lightning keeps from an earlier one.
+        metrics = {name: float(value) for name, value in known.items() if value is not self._measured.get(name)}
+        self._measured = known
         row: Row = {"round": trainer.current_epoch, "num_steps": trainer.global_step - self._last_step}
         if isinstance(trainer.strategy, FederatedStrategy):
             row.update(trainer.strategy.history[-1])
@@ -162,6 +168,8 @@ class RunRecord(L.Callback):
             if self._own is not None and keeps_model:
                 torch.save(model, self._own / MODEL_FILE)
         self._close(trainer, "finished")
+        if self._own is not None and (run := Run(self._own, self._facts, self._rows, [])).metric_names:
+            loggers.log_outcome(trainer, run.metric(best_metric([run]))[1][-1])
 
     def _record_clients(self, trainer: L.Trainer) -> None:
         """Adds what was evaluated after the last round to its row, and writes what was found for each client."""
