@@ -4,11 +4,11 @@
     torchrun --standalone --nproc-per-node=2 benchmarks/gpu.py
 
 One line a workload and engine, as a Markdown table: milliseconds of a round beside those of the plain loop on the same
-GPU, of the first round, the share of a round's time in which a kernel ran, the peak of the GPU's memory, and how many
-steps were replays of CUDA graphs. `captured` is the vectorized engine with `capture_steps=True`, an empty line where it
-can't train a workload; `pfl` are the rounds of pfl-research, where it is installed (`pip install pfl`). It fails if the
-final weights differ from the plain loop's by more than 1e-5; those of W2 and CIFAR, where a rounding grows within a
-round, are compared in float64. ``--workloads W1 W3`` measures some, and
+GPU, of the first round, the share of a round's time in which a kernel ran, the peak of the GPU's memory, how many steps
+were replays of CUDA graphs, and in how many launches. `captured` is the vectorized engine with `capture_steps=True`, an
+empty line where it can't train a workload; `pfl` are the rounds of pfl-research, where it is installed (`pip install
+pfl`). It fails if the final weights differ from the plain loop's by more than 1e-5; those of W2 and CIFAR, where a
+rounding grows within a round, are compared in float64. ``--workloads W1 W3`` measures some, and
 ``--device cpu --rounds 2 --per-round 4`` tries the script where no GPU is.
 """
 
@@ -39,6 +39,7 @@ COLUMNS = (
     "busy",
     "peak_growth_mb",
     "replayed_steps",
+    "launches",
     "largest_difference",
 )
 CHAOTIC = ("W2", "CIFAR")
@@ -77,7 +78,7 @@ def measure(workload: str, engine: str, options: argparse.Namespace) -> dict[str
         exact = run(argparse.Namespace(**{**own, "rounds": 2, "check": True, "double": True}))
         torch.set_default_dtype(before)
         result["largest_difference"] = exact.get("largest_difference")
-    return {"replayed_steps": "", **result, "engine": engine, "busy": f"{busy.share:.0%}"}
+    return {"replayed_steps": "", "launches": "", **result, "engine": engine, "busy": f"{busy.share:.0%}"}
 
 
 def measure_pfl(workload: str, options: argparse.Namespace) -> dict[str, Any] | None:

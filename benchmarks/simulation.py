@@ -201,6 +201,7 @@ def run(args: argparse.Namespace, callbacks: tuple[L.Callback, ...] = ()) -> dic
         vectorized = strategy.active_driver.vectorized
         replays = None if vectorized is None else vectorized.engine.replays
         result["replayed_steps"] = 0 if replays is None else replays.num_replays
+        result["launches"] = 0 if replays is None else replays.num_launches
     if args.check and strategy.is_global_zero:
         result["largest_difference"] = largest_difference(module, clock.plain, clock.cohorts)
     return result

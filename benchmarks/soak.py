@@ -52,6 +52,7 @@ from lightning_fl.engines.tensors import FederatedTensors
 from lightning_fl.federation import FederationSettings, FederationState, RankReport, ServerRound
 from lightning_fl.federation.server import close_server, update_template
 from lightning_fl.schedules import Buffered, Polynomial
+from lightning_fl.tree import flatten
 from lightning_fl.types import Tree, Update
 
 DEADLINE_S = 20.0
@@ -230,7 +231,7 @@ def replay(folder: Path, args: argparse.Namespace) -> int:
         acc, _ = own.aggregator.merge(acc, LocalGroup(), Message(), ctx)
         joined = RankReport(num_clients=len(entry["members"]))
         state = close_server(ServerRound(own, state, {}, template, ctx), acc, joined).state
-        digest = wire.write(folder / "replayed", wire.flatten({"server": state.server, "buffers": {}}))
+        digest = wire.write(folder / "replayed", flatten({"server": state.server, "buffers": {}}))
         if states.get(round, digest) != digest:
             raise SystemExit(f"The model of round {round} is not that of the recorded participation.")
     if read_state(folder)["shared"] != digest:

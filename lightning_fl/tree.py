@@ -12,6 +12,9 @@ from torch import Tensor
 from lightning_fl.types import Aggregate, Tree, Update
 
 Flat = dict[torch.dtype, Tensor]
+SEPARATOR = "\x1f"
+"""Joins the names of nested mappings. Names of tensors hold dots, but not this control character."""
+MAX_DEPTH = 32
 
 
 def tree_map(function: Callable[..., Tensor], tree: Tree, *others: Tree) -> Tree:
@@ -138,6 +141,43 @@ def move(state: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]
 def clone(state: Mapping[str, Any]) -> dict[str, Any]:
     """The state with copies of its tensors."""
     return {name: clone(value) if isinstance(value, Mapping) else value.clone() for name, value in state.items()}
+
+
+def flatten(state: Mapping[str, Any], prefix: str = "") -> Tree:
+    """The tensors of nested mappings by their joined names.
+
+    Raises:
+        TypeError: If the mappings hold anything but tensors.
+    """
+    flat: Tree = {}
+    for name, value in state.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{name}{SEPARATOR}"))
+        elif isinstance(value, Tensor):
+            flat[prefix + name] = value
+        else:
+            raise TypeError(f"A state holds a {type(value).__name__} as {name!r}; it may hold tensors only.")
+    return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested mappings that :func:`flatten` made flat.
+
+    Raises:
+        ValueError: If a name lies below that of a tensor, or is nested too deeply; it may come from another party.
+    """
+    state: dict[str, Any] = {}
+    for path, tensor in flat.items():
+        if path.count(SEPARATOR) > MAX_DEPTH:
+            raise ValueError(f"a name has {path.count(SEPARATOR) + 1} parts, at most {MAX_DEPTH + 1} are taken")
+        *parents, name = path.split(SEPARATOR)
+        place = state
+        for parent in parents:
+            place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise ValueError(f"{path!r} lies below a tensor")
+        place[name] = tensor
+    return state
 
 
 def leaves(state: Mapping[str, Any]) -> list[Tensor]:

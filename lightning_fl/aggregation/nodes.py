@@ -1,4 +1,4 @@
-"""Keeps the updates of a round apart, for federations in which each client has a model of its own."""
+"""Keeps the updates of a round separate, for federations in which each client has a model of its own."""
 
 # No `from __future__ import annotations`: jsonargparse would resolve the strings in the modules of the subclasses.
 from collections.abc import Mapping, Sequence
@@ -26,10 +26,10 @@ class NodeRows:
     Args:
         rows: This rank's rows; after the merge those of all ranks, in the order of the nodes.
         weights: The weight of each row.
-        nodes: All clients of the federation, in order; the position of a row is a place among them.
-        all_weights: Between silos, which keep their rows to themselves: the weight of each silo's update, by place.
-        shared: Between silos the sums of the trees that all have in common, such as the buffers.
-        neighbours: Between silos the way from one to the others.
+        nodes: All clients of the federation, in order; a row's position is an index into them.
+        all_weights: Between silos, which don't share their rows: the weight of each silo's update, by position.
+        shared: Between silos, the sums of the trees that all have in common, such as the buffers.
+        neighbours: Between silos, exchanges rows with the others.
     """
 
     rows: Rows
@@ -41,7 +41,7 @@ class NodeRows:
 
 
 class SiloNeighbours:
-    """Silos of which each is a node: see :class:`~lightning_fl.types.Neighbours`.
+    """Implements :class:`~lightning_fl.types.Neighbours` where each silo is a node.
 
     Args:
         group: The silos, in the order of the nodes.
@@ -52,11 +52,11 @@ class SiloNeighbours:
 
     @property
     def place(self) -> int:
-        """The node of this silo."""
+        """The index of this silo's node."""
         return self.group.rank
 
     def mix(self, matrix: Tensor, nodes: Tree) -> Tree:
-        """Sends this node's rows to those that mix them, and returns the mixture of those that have come."""
+        """Sends this node's rows to the nodes that mix them, and returns the mixture of the rows it received."""
         place, ranks = self.place, range(self.group.size)
         row, column = matrix[place].tolist(), matrix[:, place].tolist()
         found = {}
@@ -94,16 +94,17 @@ class SiloNeighbours:
 class Nodes(Aggregator):
     r"""Passes on the update of every client, along with their weighted mean.
 
-    For algorithms that ``keep_nodes``, in which each client has a model of its own: they are the aggregate's ``nodes``
-    and ``node_weights``. Each rank of a simulation holds all of them: the memory is that of the clients' models. A silo
-    keeps its own to itself; ``neighbours`` of the aggregate send what the algorithm mixes to the silos that mix it.
+    For algorithms with ``keeps_nodes``, in which each client has a model of its own. The updates are the aggregate's
+    ``nodes``, their weights its ``node_weights``. In a simulation each rank holds all of them, which takes the memory
+    of one model per client. A silo keeps its update to itself; through the aggregate's ``neighbours`` the algorithm
+    sends rows to the silos that mix them.
     """
 
     def check(self, algorithm: Algorithm) -> None:
         if not algorithm.keeps_nodes:
             raise ValueError(
-                f"Nodes() hands on each client's own update, but {type(algorithm).__name__} moves one model by their "
-                "mean. Leave aggregator out, or use a decentralised algorithm such as 'dsgd'."
+                f"Nodes() passes on each client's own update, but {type(algorithm).__name__} updates one model by "
+                "their mean. Leave aggregator out, or use a decentralised algorithm such as 'dsgd'."
             )
 
     def open(self, group: Group, facts: FederationFacts) -> Sequence[ClientId]:
@@ -142,7 +143,7 @@ class Nodes(Aggregator):
         return NodeRows(whole, tuple(weights[row] for row in order), acc.nodes), messages
 
     def _between_silos(self, acc: NodeRows, group: Group, weights: Mapping[int, float]) -> NodeRows:
-        """The silo's own row, and the sums of what is not a node's: buffers and side channels."""
+        """The silo's own row, and the sums of the trees that are not per node: buffers and side channels."""
         shared: dict[str, Tree] = {}
         if any(tree != "delta" for tree, *_ in acc.rows.layout.entries):
             own = next(acc.rows.trees(), {})
@@ -177,7 +178,7 @@ class Nodes(Aggregator):
         return replace(aggregate, nodes=stacked.get("delta", {}), node_weights=weights / total)
 
     def _own_result(self, acc: NodeRows, neighbours: SiloNeighbours, ctx: RoundContext) -> Aggregate:
-        """What a silo knows: its own change, and the weights of all."""
+        """The aggregate as one silo knows it: its own change, and the weights of all."""
         total, rows = sum(acc.all_weights.values()), acc.rows
         weights = torch.zeros(len(acc.nodes), dtype=torch.float64, device=rows.device)
         for place, weight in acc.all_weights.items():
@@ -189,14 +190,14 @@ class Nodes(Aggregator):
                 nodes[name] = torch.zeros(len(acc.nodes), *shape, dtype=dtype, device=rows.device)
                 if name in own:
                     nodes[name][neighbours.place] = own[name]
-        # As if all had changed as this one has: the norm in the history is that of its own change.
+        # As if all nodes had changed like this one: the norm in the history is then that of its own change.
         delta = {name: total * rows_of[neighbours.place] for name, rows_of in nodes.items()}
         aggregate = aggregate_of({"delta": delta, **acc.shared}, total, len(acc.all_weights), ctx)
         return replace(aggregate, nodes=nodes, node_weights=weights / total, neighbours=neighbours)
 
 
 def _place(acc: NodeRows, client: ClientId, ctx: RoundContext) -> int:
-    # Outside a fit nobody has told who the nodes are: then they are those of the round.
+    # Outside a fit the nodes are not known: use the clients of the round.
     return (acc.nodes or ctx.cohort).index(client)
 
 

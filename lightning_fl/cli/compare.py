@@ -55,7 +55,7 @@ class Group:
     """Runs that are one row of the table.
 
     Args:
-        name: What the row is called.
+        name: The name of the row.
         runs: At least one run.
     """
 
@@ -66,7 +66,7 @@ class Group:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's own options."""
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the folders of the runs")
-    parser.add_argument("--metric", help="what to compare (default: validation accuracy if there is one, else loss)")
+    parser.add_argument("--metric", help="the metric (default: validation accuracy if there is one, else loss)")
     parser.add_argument("--target", type=float, help="also show the round in which the metric first reached this")
     parser.add_argument("--group-by", metavar="SETTING", help="one row for the runs that share this setting")
     parser.add_argument("--baseline", metavar="NAME", help="a row's name: the others show their difference from it")
@@ -141,7 +141,7 @@ def make_groups(runs: Sequence[Run], setting: str | None) -> list[Group]:
         return [Group(name, [one]) for name, one in zip(short_names(runs), runs, strict=True)]
     if not any(setting in one.settings for one in runs):
         known = ", ".join(dict.fromkeys(key for one in runs for key in one.settings))
-        raise ValueError(f"No run has a setting {setting!r} to group by. There are {known}.")
+        raise ValueError(f"No run has a setting {setting!r} to group by. The settings are {known}.")
     values = dict.fromkeys(one.settings.get(setting, "centralised") for one in runs)
     return [
         Group(value, [one for one in runs if one.settings.get(setting, "centralised") == value]) for value in values
@@ -219,7 +219,7 @@ def show(columns: Columns, kind: str) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for name in columns:
         is_word = name in ("run", "algorithm", "status", "setting") or "setting" in columns
-        # Words may wrap in a narrow terminal; a number that is cut off would be another number.
+        # Words may wrap in a narrow terminal; a number must not be cut off.
         table.add_column(escape(name), justify="left" if is_word else "right", no_wrap=not is_word, overflow="fold")
     for row in zip(*columns.values(), strict=True):
         table.add_row(*map(escape, row))

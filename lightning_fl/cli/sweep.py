@@ -4,7 +4,7 @@ All other options are passed to `lightning-fl fit`. Each run has a folder of its
 with the unfinished runs when it is started again, and more seeds or values may be added. At the end the folder holds
 table.csv, table.md, table.tex, curves.png, and index.html with all runs side by side.
 
---vary tries every combination of values. --tune searches for the best ones with Optuna instead, within NAME=LOW:HIGH,
+--vary tries every combination of values. --tune searches for the best ones with Optuna, within NAME=LOW:HIGH,
 NAME=LOW:HIGH:log or a list NAME=A,B.
 
 Examples:
@@ -45,9 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's own options."""
     parser.add_argument("--seeds", default="0", help="such as 0,1,2 (default: %(default)s)")
     parser.add_argument("--vary", action="append", default=[], metavar="OPTION=A,B", help="values of an option of fit")
-    parser.add_argument("--tune", action="append", default=[], metavar="OPTION=LOW:HIGH", help="where to look for one")
-    parser.add_argument("--trials", type=int, help="how many settings --tune tries (default: 20)")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once (default: %(default)s)")
+    parser.add_argument(
+        "--tune", action="append", default=[], metavar="OPTION=LOW:HIGH", help="search range of an option"
+    )
+    parser.add_argument("--trials", type=int, help="number of settings that --tune tries (default: 20)")
+    parser.add_argument("--jobs", type=int, default=1, help="number of parallel runs (default: %(default)s)")
     parser.add_argument("--metric", help="what to compare (default: validation accuracy if there is one, else loss)")
     parser.add_argument("--baseline", metavar="NAME", help="a row's name: the others show their difference from it")
     parser.add_argument("--format", choices=compare.FORMATS, default="table", help="how to print (%(default)s)")
@@ -55,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Trains what is not trained, then compares."""
+    """Trains the unfinished runs, then compares all."""
     seeds = _seeds(args.seeds)
     if args.jobs < 1:
         raise ValueError(f"--jobs {args.jobs} must be at least 1.")
@@ -67,11 +69,11 @@ def run(args: argparse.Namespace) -> None:
     if args.trials is not None and not args.tune:
         raise ValueError("--trials is the number of settings that --tune tries; give --tune.")
     choices = dict(sweep_runs.parse_choices(text) for text in args.vary)
-    sweep_runs.claim(args.out, args.rest)
-    groups = tune(args, seeds) if args.tune else _trained(args, seeds, sweep_runs.grid(choices))
-    if not groups:
-        raise ValueError("No run has finished; the lines above say why.")
-    summarise(groups, args)
+    with sweep_runs.claimed(args.out, args.rest):
+        groups = tune(args, seeds) if args.tune else _trained(args, seeds, sweep_runs.grid(choices))
+        if not groups:
+            raise ValueError("No run has finished; the lines above say why.")
+        summarise(groups, args)
 
 
 def _seeds(text: str) -> list[int]:
@@ -91,7 +93,7 @@ def _runs(args: argparse.Namespace, seeds: Sequence[int], point: Point) -> list[
 
 def _trained(args: argparse.Namespace, seeds: Sequence[int], points: Sequence[Point]) -> list[Group]:
     """A group for each point, with its seeds that have finished."""
-    # Seed by seed, so that a sweep that is stopped has something of everything.
+    # Seed by seed, so that a stopped sweep has some runs of every point.
     by_point = [_runs(args, seeds, point) for point in points]
     everything = [one for together in zip(*by_point, strict=True) for one in together]
     told = 0
@@ -129,12 +131,12 @@ def summarise(groups: Sequence[Group], args: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class Range:
-    """Where to look for the value of an option.
+    """The search range of an option.
 
     Args:
         low: The lowest value.
-        high: The highest.
-        is_log: Whether all orders of magnitude are as likely.
+        high: The highest value.
+        is_log: Whether values are drawn uniformly on a logarithmic scale.
     """
 
     low: float
@@ -142,17 +144,17 @@ class Range:
     is_log: bool
 
     def suggest(self, trial: Trial, name: str) -> str:
-        """A value as text; a whole number if both ends are."""
+        """A value as a string; an integer if both ends are."""
         if isinstance(self.low, int) and isinstance(self.high, int):
             return str(trial.suggest_int(name, self.low, self.high, log=self.is_log))
         return f"{trial.suggest_float(name, self.low, self.high, log=self.is_log):.6g}"
 
 
 def parse_space(text: str) -> tuple[str, Range | list[str]]:
-    """An option and where to look for its value, from ``name=low:high``, ``name=low:high:log`` or ``name=a,b``.
+    """An option and its search range, from ``name=low:high``, ``name=low:high:log`` or ``name=a,b``.
 
     Raises:
-        ValueError: If it is something else.
+        ValueError: If the text has another form.
     """
     name, _, values = text.partition("=")
     ends = values.split(":")
@@ -169,16 +171,16 @@ def parse_space(text: str) -> tuple[str, Range | list[str]]:
 
 
 def tune(args: argparse.Namespace, seeds: Sequence[int]) -> list[Group]:
-    """Looks for the best settings with Optuna, whose journal in the sweep's folder lets it go on.
+    """Searches for the best settings with Optuna; its journal in the sweep's folder allows resuming.
 
-    What counts is the mean of the metric in the last round over the seeds.
+    The objective is the mean over the seeds of the metric in the last round.
 
     Returns:
         A group for each setting that was tried, the best first.
 
     Raises:
         ImportError: If Optuna is not installed.
-        ValueError: If there is no metric, or a range is none.
+        ValueError: If there is no metric, or a range is not valid.
     """
     try:
         import optuna
@@ -186,7 +188,7 @@ def tune(args: argparse.Namespace, seeds: Sequence[int]) -> list[Group]:
     except ImportError as error:
         raise ImportError('--tune needs Optuna: pip install "lightning-fl[sweep]"') from error
     if args.metric is None:
-        raise ValueError("--tune needs to know what to look for: give --metric, such as --metric val_acc.")
+        raise ValueError("--tune needs an objective: give --metric, such as --metric val_acc.")
     space = dict(map(parse_space, args.tune))
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = optuna.storages.JournalStorage(JournalFileBackend(str(args.out / JOURNAL)))
@@ -197,7 +199,7 @@ def tune(args: argparse.Namespace, seeds: Sequence[int]) -> list[Group]:
         direction="maximize" if is_higher else "minimize",
         load_if_exists=True,
     )
-    # A study that goes on draws other numbers than at its beginning.
+    # A resumed study draws different numbers than at its beginning.
     study.sampler = optuna.samplers.TPESampler(seed=seeds[0] + len(study.trials))
     state = optuna.trial.TrialState
     for stopped in study.get_trials(states=(state.RUNNING,)):  # its seeds that have finished are kept

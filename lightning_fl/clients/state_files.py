@@ -7,18 +7,16 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 from safetensors.torch import load, save
-from torch import Tensor
 
+from lightning_fl.files import write_whole
+from lightning_fl.tree import flatten, unflatten
 from lightning_fl.types import ClientId, State
 
-# Joins the names of nested mappings. Names of tensors contain dots, but not this control character.
-_SEPARATOR = "\x1f"
 _MAX_FOLDER_NAME = 100
 Manifest = dict[ClientId, str]
 """The name of the version of each client that has a state."""
@@ -28,8 +26,8 @@ class StateFiles:
     """A folder of client states.
 
     A version is a safetensors file named by the digest of its content, so it never changes: a checkpoint stays valid
-    while training goes on, and clients that did not train since cost no further space. A manifest lists one version of
-    each client; each checkpoint refers to its manifests. :meth:`collect` removes what no checkpoint refers to.
+    while training goes on, and clients that have not trained since take no further space. A manifest lists one version
+    of each client; each checkpoint refers to its manifests. :meth:`collect` removes files that no checkpoint refers to.
 
     Files and folders are readable by their owner only: a state may hold a client's own gradient.
 
@@ -48,9 +46,11 @@ class StateFiles:
         Raises:
             TypeError: If the state holds anything but tensors in nested mappings.
         """
-        data = save(_flatten(state))
+        # Cloned, because safetensors refuses tensors that share memory, such as views of a buffer or tied tensors.
+        tensors = {name: value.detach().cpu().contiguous().clone() for name, value in flatten(state).items()}
+        data = save(tensors)
         name = hashlib.blake2b(data, digest_size=16).hexdigest()
-        # Named by content, an existing file is the same version already.
+        # Files are named by content, so an existing file is the same version.
         self._write(self._path(client, name), data, durable=self.durable)
         return name
 
@@ -66,7 +66,7 @@ class StateFiles:
                 f"The state of client {client!r} is not at {path}. Client states are in the folder `client_states` "
                 "beside the checkpoint; copy it along with the checkpoint."
             )
-        return _unflatten(load(path.read_bytes()))
+        return unflatten(load(path.read_bytes()))
 
     def remove(self, client: ClientId, name: str) -> None:
         """Removes a version."""
@@ -79,14 +79,14 @@ class StateFiles:
             self._make_folder(target.parent)
             try:
                 os.link(other._path(client, name), target)
-            except FileExistsError:  # another process was faster; the content is the same
+            except FileExistsError:  # another process was faster, with the same content
                 return
             except OSError:  # another file system, or one without hard links
                 shutil.copyfile(other._path(client, name), target)
                 target.chmod(0o600)
 
     def write_manifest(self, manifest: Manifest, name: str | None = None) -> str:
-        """Writes a manifest and returns its name, which is that of its content if none is given."""
+        """Writes a manifest and returns its name; by default the digest of its content."""
         # Sorted, so that equal manifests have equal digests; by repr, because ids may be both numbers and strings.
         data = json.dumps(sorted(manifest.items(), key=repr)).encode()
         digest = hashlib.blake2b(data, digest_size=16).hexdigest()
@@ -97,7 +97,7 @@ class StateFiles:
         """Reads a manifest; None if there is no such file.
 
         Raises:
-            ValueError: If the name is none that :meth:`write_manifest` returns, such as a path.
+            ValueError: If the name is not a plain file name, such as a path.
         """
         # It comes from a checkpoint, which another party may have written.
         _check_name(name)
@@ -110,8 +110,8 @@ class StateFiles:
         Args:
             checkpoint: File name of the checkpoint.
             manifests: Names of its manifests.
-            also_old: Whether to keep the manifests recorded before, because the checkpoint of the same name that needs
-                them has not been overwritten yet.
+            also_old: Whether to keep the manifests recorded before, because the existing checkpoint of the same name
+                still needs them.
         """
         path = self.root / "checkpoints" / f"{checkpoint}.json"
         old = json.loads(path.read_text(encoding="utf-8")) if also_old and path.exists() else []
@@ -143,7 +143,7 @@ class StateFiles:
                     path.parent.rmdir()
 
     def _make_folder(self, folder: Path) -> None:
-        # One by one, because `parents=True` gives the others the default mode. What lies above the root is the user's.
+        # One by one, because `parents=True` gives the parents the default mode. Folders above the root are the user's.
         self.root.parent.mkdir(parents=True, exist_ok=True)
         below = [folder, *folder.parents]
         for missing in reversed(below[: below.index(self.root) + 1]):
@@ -153,19 +153,7 @@ class StateFiles:
         if path.exists() and not replace:
             return
         self._make_folder(path.parent)
-        # Renaming is atomic: a reader finds the whole file or none, even if this process is killed half way. With the
-        # process id in its name, ranks that write the same file at the same time do not write into one another's.
-        unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
-        unfinished.unlink(missing_ok=True)
-        try:
-            with os.fdopen(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                file.write(data)
-                if durable:
-                    file.flush()
-                    os.fsync(file.fileno())
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        write_whole(path, data, durable=durable)
 
     def _path(self, client: ClientId, name: str) -> Path:
         _check_name(name)
@@ -174,7 +162,7 @@ class StateFiles:
 
 def _check_name(name: str) -> None:
     if not re.fullmatch(r"\w[\w.-]*", name):
-        raise ValueError(f"A checkpoint names {name!r} as a file of client states, which is no plain name.")
+        raise ValueError(f"A checkpoint names {name!r} as a file of client states, which is not a plain file name.")
 
 
 def folder_name(client: ClientId) -> str:
@@ -183,29 +171,5 @@ def folder_name(client: ClientId) -> str:
     name = quote(repr(client), safe="")
     if len(name) <= _MAX_FOLDER_NAME:
         return name
-    # File systems take 255 bytes, of which a letter beyond ASCII is up to 12 when quoted.
+    # File systems allow 255 bytes; a quoted non-ASCII character takes up to 12.
     return f"{name[:32]}~{hashlib.blake2b(name.encode(), digest_size=16).hexdigest()}"
-
-
-def _flatten(state: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
-    flat: dict[str, Tensor] = {}
-    for name, value in state.items():
-        if isinstance(value, Mapping):
-            flat.update(_flatten(value, f"{prefix}{name}{_SEPARATOR}"))
-        elif isinstance(value, Tensor):
-            # Cloned, because safetensors refuses tensors that share memory, as views of one buffer and tied tensors do.
-            flat[prefix + name] = value.detach().cpu().contiguous().clone()
-        else:
-            raise TypeError(f"A client's state holds a {type(value).__name__} as {name!r}; it may hold tensors only.")
-    return flat
-
-
-def _unflatten(flat: Mapping[str, Tensor]) -> dict[str, Any]:
-    state: dict[str, Any] = {}
-    for path, tensor in flat.items():
-        *parents, name = path.split(_SEPARATOR)
-        place = state
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[name] = tensor
-    return state

@@ -13,7 +13,7 @@ from safetensors.torch import load, save
 
 from lightning_fl.types import Tree
 
-_FIELDS = "__fields__"
+FIELDS = "__fields__"
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Message:
         """The message as bytes, in the safetensors format."""
         # Clones, because safetensors refuses tensors that share memory.
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self.tensors.items()}
-        return save(tensors, metadata={_FIELDS: json.dumps(self.fields)})
+        return save(tensors, metadata={FIELDS: json.dumps(self.fields)})
 
     @classmethod
     def decode(cls, data: bytes) -> Message:
@@ -44,9 +44,14 @@ class Message:
         try:
             # safetensors does not return the metadata, so the header is read here: its length, then its JSON.
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-            fields = json.loads(header["__metadata__"][_FIELDS])
-            if not isinstance(fields, dict):
-                raise TypeError(f"its fields are a {type(fields).__name__}, expected a dict")
-            return cls(fields, load(data))
+            return cls(fields_of(header), load(data))
         except Exception as error:  # untrusted bytes raise many types: deep nesting, shapes that overflow, ...
             raise ValueError(f"A rank sent {len(data)} bytes that are no message of ours: {error}") from error
+
+
+def fields_of(header: Any) -> dict[str, Any]:
+    """The JSON fields in the header of a safetensors file, which may be anything."""
+    fields = json.loads(header["__metadata__"][FIELDS])
+    if not isinstance(fields, dict):
+        raise TypeError(f"its fields are a {type(fields).__name__}, expected a dict")
+    return fields

@@ -8,14 +8,13 @@ from typing import Any
 
 from lightning_fl.aggregation import RoundContext
 from lightning_fl.communication import Message
-from lightning_fl.coordinator import wire
 from lightning_fl.coordinator.buffered_machine import BufferedMachine
-from lightning_fl.coordinator.service import UPDATE, Coordinator, Refused
+from lightning_fl.coordinator.refused import Refused
+from lightning_fl.coordinator.service import UPDATE, Coordinator
 from lightning_fl.coordinator.store import OUTCOME, Upload
 from lightning_fl.federation import Closing, FederationState, RankReport
 from lightning_fl.federation.server import update_templates
 from lightning_fl.schedules import Asynchronous
-from lightning_fl.tree import to_sum_dtype
 from lightning_fl.types import Tree, Update
 
 
@@ -110,9 +109,9 @@ class BufferedCoordinator(Coordinator):
         return {**kept, str(round): newest}
 
     def _commit(self, state: FederationState, buffers: Tree, round: int) -> None:
-        shared, private = self._write(state, buffers)
-        self.progress = replace(self.progress, models={**self.progress.models, str(round): shared})
-        self._save(shared, private, round)
+        model = self.files.write(state, buffers)
+        self.progress = replace(self.progress, models={**self.progress.models, str(round): model.shared})
+        self._save(model, round)
 
     def _num_awaited(self) -> int:
         return self.schedule.size
@@ -161,8 +160,7 @@ class BufferedCoordinator(Coordinator):
         staleness = ctx.round - version
         if staleness and any(transform.needs_start for transform in self.schedule.transforms):
             assert self._model is not None
-            trees = wire.unflatten(self.store.read_state(self.progress.models[str(version)]))
-            start = Update(trees["server"]["params"], to_sum_dtype(trees.get("buffers", {})))
+            start = self.files.start_of(self.progress.models[str(version)])
             present = update_templates(self.settings, self._model.state.server["params"], self._model.buffers)
             ctx = replace(ctx, template=present[0])
         ctx = replace(ctx, client=silo, staleness=staleness, start=start)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,17 +13,14 @@ import torch
 from torch import Tensor
 
 from lightning_fl.communication.line import NOTHING
-from lightning_fl.coordinator.service import START, Coordinator, Refused
+from lightning_fl.coordinator.refused import Refused, integer
+from lightning_fl.coordinator.service import START, Coordinator
 
 HOLD_S = 20.0
 """How long a call is held that waits for something to happen."""
 TICK_S = 0.05
 SILENT_S = 90.0
 """A rank that trains says every half minute that it is there; one that is silent for so long is not waited for."""
-_PUT = re.compile(r"/v1/(?:rounds/(?P<round>\d{1,9})/)?(?P<topic>[a-z]+)/(?P<digest>[0-9a-f]{64})")
-_OUTCOME = re.compile(r"/v1/rounds/(?P<round>\d{1,9})/(?P<topic>[a-z.0-9]+)")
-_STATE = re.compile(r"/v1/states/(?P<digest>[0-9a-f]{64})")
-_ROUNDS = re.compile(r"/v1/rounds\?after=(?P<after>-?\d{1,9})")
 T = TypeVar("T")
 log = logging.getLogger("lightning_fl.network")
 
@@ -108,35 +104,42 @@ class Desk:
     def _answer(
         self, silo: str, method: str, path: str, fields: Mapping[str, Any], body: Tensor
     ) -> tuple[int, dict[str, Any], Tensor]:
-        coordinator, content = self.coordinator, fields.get("json") or {}
-        if method == "GET" and (found := _ROUNDS.fullmatch(path)):
-            after = int(found["after"])
-            opening = self._hold(lambda: coordinator.next_round(silo, after, time.monotonic()))
-            return (204, {}, NOTHING) if opening is None else (200, {}, bytes_of(opening.encode()))
-        if method == "GET" and (found := _STATE.fullmatch(path)):
-            digest = found["digest"]
-            with self._lock:
-                if not coordinator.may_read(digest):
-                    raise Refused(404, "There is no such state.")
-                return 200, {}, _read(coordinator.store.state_path(digest))
-        if method == "GET" and (found := _OUTCOME.fullmatch(path)):
-            round, topic = int(found["round"]), found["topic"]
-            file = self._hold(lambda: coordinator.outcome(round, topic, silo), _read)
-            return (204, {}, NOTHING) if file is None else (200, {}, file)
-        if method == "PUT" and (found := _PUT.fullmatch(path)):
-            place = None if found["round"] is None else int(found["round"])
-            self._take_in(silo, place, found["topic"], found["digest"], body)
-            return 200, {}, NOTHING
-        with self._lock:
-            if (method, path) == ("POST", "/v1/join"):
-                answer = coordinator.join(silo, content, time.monotonic())
-                self.present.add(silo)
-                return 200, {**answer, "time": time.time()}, NOTHING
-            if (method, path) == ("POST", "/v1/alive"):
-                return 200, {"round": coordinator.alive(silo, time.monotonic())}, NOTHING
-            if (method, path) == ("POST", "/v1/leave"):
-                self._leave(silo, str(content.get("reason", "")))
+        coordinator, place, _, query = self.coordinator, *path.partition("?")
+        match [method, *place.removeprefix("/v1/").split("/")]:
+            case ["GET", "rounds"]:
+                after = integer(query.removeprefix("after="), minimum=-1)
+                opening = self._hold(lambda: coordinator.next_round(silo, after, time.monotonic()))
+                return (204, {}, NOTHING) if opening is None else (200, {}, bytes_of(opening.encode()))
+            case ["GET", "rounds", number, topic]:
+                round = integer(number)
+                file = self._hold(lambda: coordinator.outcome(round, topic, silo), _read)
+                return (204, {}, NOTHING) if file is None else (200, {}, file)
+            case ["GET", "states", digest]:
+                with self._lock:
+                    if not coordinator.may_read(digest):
+                        raise Refused(404, "There is no such state.")
+                    return 200, {}, _read(coordinator.store.state_path(digest))
+            case ["PUT", "start", digest]:
+                self._take_in(silo, None, START, digest, body)
                 return 200, {}, NOTHING
+            case ["PUT", "rounds", number, topic, digest] if topic != START:
+                self._take_in(silo, integer(number), topic, digest, body)
+                return 200, {}, NOTHING
+            case ["POST", what]:
+                with self._lock:
+                    return 200, self._note(silo, what, fields.get("json") or {}), NOTHING
+        raise Refused(404, "There is no such place.")
+
+    def _note(self, silo: str, what: str, content: Mapping[str, Any]) -> dict[str, Any]:
+        if what == "join":
+            answer = self.coordinator.join(silo, content, time.monotonic())
+            self.present.add(silo)
+            return {**answer, "time": time.time()}
+        if what == "alive":
+            return {"round": self.coordinator.alive(silo, time.monotonic())}
+        if what == "leave":
+            self._leave(silo, str(content.get("reason", "")))
+            return {}
         raise Refused(404, "There is no such place.")
 
     def _hold(self, ask: Callable[[], Any], then: Callable[[Any], T] = lambda found: found) -> T | None:
@@ -152,8 +155,6 @@ class Desk:
 
     def _take_in(self, silo: str, round: int | None, topic: str, digest: str, body: Tensor) -> None:
         coordinator = self.coordinator
-        if (topic == START) != (round is None):
-            raise Refused(400, "There is no such place.")
         with self._lock:
             upload = coordinator.target(silo, round, topic, digest, len(body))
             if upload.ok.exists():

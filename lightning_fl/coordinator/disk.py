@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lightning_fl.files import write_whole
 from lightning_fl.os_differences import flush_folder
 
 
@@ -38,13 +38,10 @@ class Disk:
 
     def write_json(self, path: Path, value: Any) -> None:
         """Replaces a file."""
-        unfinished = path.with_suffix(".unfinished")
         self.before(f"write {path.name}")
-        with unfinished.open("w", encoding="utf-8") as file:
-            json.dump(value, file)
-            file.flush()
-            os.fsync(file.fileno())
-        self.replace(unfinished, path)
+        write_whole(path, json.dumps(value).encode(), mode=0o666)
+        self.before(f"flush {path.parent.name}")
+        flush_folder(path.parent)
 
     def delete(self, path: Path) -> None:
         """Deletes a file or a folder, if it is there."""

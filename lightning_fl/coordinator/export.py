@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning_fl.coordinator import wire
 from lightning_fl.coordinator.disk import read_json
-from lightning_fl.tree import cast_like
+from lightning_fl.tree import cast_like, unflatten
 from lightning_fl.types import Tree
 
 
@@ -25,7 +25,7 @@ def read_model(folder: Path) -> tuple[Tree, dict[str, Any]]:
         raise ValueError(f"{folder} holds no model: no silo has joined yet, or it is not a coordinator's folder.")
 
     def read(digest: str) -> dict[str, Any]:
-        return wire.unflatten(wire.read(folder / "states" / f"{digest}.safetensors"))
+        return unflatten(wire.read(folder / "states" / f"{digest}.safetensors"))
 
     start, shared = read(commit["start"]), read(commit["shared"])
     held = {**start.get("rest", {}), **start.get("buffers", {}), **start["params"]}

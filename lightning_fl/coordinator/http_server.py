@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
+import math
 import os
 import ssl
 import time
@@ -20,7 +20,8 @@ from aiohttp import web
 from lightning_fl.coordinator import identity
 from lightning_fl.coordinator.identity import IdentityError, Kit
 from lightning_fl.coordinator.meetings import Meetings
-from lightning_fl.coordinator.service import PROTOCOL, START, Coordinator, Refused
+from lightning_fl.coordinator.refused import Refused, integer, json_object
+from lightning_fl.coordinator.service import PROTOCOL, START, Coordinator
 from lightning_fl.coordinator.store import Upload
 
 T = TypeVar("T")
@@ -33,6 +34,8 @@ ENDING_S = 1.0
 """How long calls that are being answered may go on when the server ends."""
 DISK_S = 1.0
 """How long the coordinator waits when it could not write, before it tries again."""
+SAID_S = 60.0
+"""How long a handshake that fails for the same reason as another is not written down."""
 MAX_JSON_BYTES = 1 << 24
 PIECE = 1 << 20
 log = logging.getLogger("lightning_fl.coordinator")
@@ -67,6 +70,8 @@ class HttpServer:
         self._transports: WeakSet[asyncio.WriteTransport] = WeakSet()
         self._taken_in: set[Path] = set()
         self._num_answering = 0
+        self._failures: dict[str, float] = {}
+        """When a handshake that has failed was written down last, by the reason, one of OpenSSL's."""
         self._is_ending = False
 
     async def start(self, host: str | list[str] | None, port: int, admin_port: int | None = None) -> int:
@@ -213,7 +218,11 @@ class HttpServer:
         return web.json_response(refused.facts, status=refused.status)
 
     def _handshake_failed(self, reason: str) -> None:
-        self.coordinator.audit.append("connection refused", reason=reason)
+        # Anybody can fail: a line for each would fill the disk, and the silos would wait while it is written.
+        now = time.monotonic()
+        if now - self._failures.get(reason, -math.inf) >= SAID_S:
+            self._failures[reason] = now
+            self.coordinator.audit.append("connection refused", reason=reason)
 
     # ---- calls
 
@@ -225,7 +234,7 @@ class HttpServer:
         return web.json_response({**answer, "time": time.time()})
 
     async def _rounds(self, request: web.Request) -> web.StreamResponse:
-        after = _integer(request.query.get("after", ""), minimum=-1)
+        after = integer(request.query.get("after", ""), minimum=-1)
         opening = await self._hold(lambda: self.coordinator.next_round(request[SILO], after, time.monotonic()))
         return _bytes(None if opening is None else opening.encode())
 
@@ -236,7 +245,7 @@ class HttpServer:
         return await self._send(request, self.coordinator.store.state_path(digest))
 
     async def _outcome(self, request: web.Request) -> web.StreamResponse:
-        round, topic = _integer(request.match_info["round"]), request.match_info["topic"]
+        round, topic = integer(request.match_info["round"]), request.match_info["topic"]
         path = await self._hold(lambda: self.coordinator.outcome(round, topic, request[SILO]))
         return web.Response(status=204) if path is None else await self._send(request, path)
 
@@ -277,8 +286,8 @@ class HttpServer:
     async def _put(self, request: web.Request) -> web.StreamResponse:
         coordinator, silo = self.coordinator, request[SILO]
         round, topic, digest = _place(request)
-        length = _integer(request.headers.get("Upload-Length", ""), minimum=1)
-        offset = _integer(request.headers.get("Upload-Offset", ""))
+        length = integer(request.headers.get("Upload-Length", ""), minimum=1)
+        offset = integer(request.headers.get("Upload-Offset", ""))
         upload = coordinator.target(silo, round, topic, digest, length)
         if upload.ok.exists():  # the answer to an earlier call was lost
             return web.json_response({"complete": True})
@@ -342,13 +351,13 @@ class HttpServer:
         return web.json_response(met or come())
 
     async def _tell(self, request: web.Request) -> web.StreamResponse:
-        place = request[SILO], request.match_info["meeting"], _integer(request.match_info["step"])
+        place = request[SILO], request.match_info["meeting"], integer(request.match_info["step"])
         data = await asyncio.wait_for(request.read(), IDLE_S)
         self.meetings.put(*place, request.query.get("kind", ""), data, time.monotonic())
         return web.json_response({})
 
     async def _told(self, request: web.Request) -> web.StreamResponse:
-        place = request[SILO], request.match_info["meeting"], _integer(request.match_info["step"])
+        place = request[SILO], request.match_info["meeting"], integer(request.match_info["step"])
         return _bytes(await self._hold(lambda: self.meetings.get(*place)))
 
     async def _leave_meeting(self, request: web.Request) -> web.StreamResponse:
@@ -388,15 +397,7 @@ def _place(request: web.Request) -> tuple[int | None, str, str]:
         return None, START, match["digest"]
     if match["topic"] == START:
         raise Refused(400, "There is no such place.")
-    return _integer(match["round"]), match["topic"], match["digest"]
-
-
-def _integer(text: str, minimum: int = 0) -> int:
-    if not (text.removeprefix("-").isascii() and text.removeprefix("-").isdigit()) or len(text) > 15:
-        raise Refused(400, "A number is missing.")
-    if int(text) < minimum:
-        raise Refused(400, f"A number is less than {minimum}.")
-    return int(text)
+    return integer(match["round"]), match["topic"], match["digest"]
 
 
 def _bytes(content: bytes | None) -> web.Response:
@@ -406,10 +407,4 @@ def _bytes(content: bytes | None) -> web.Response:
 
 
 async def _json(request: web.Request) -> dict[str, Any]:
-    try:
-        value = json.loads(await asyncio.wait_for(request.read(), IDLE_S))
-    except (ValueError, RecursionError) as error:
-        raise Refused(400, "The body is no JSON.") from error
-    if not isinstance(value, dict):
-        raise Refused(400, "The body is not a JSON object.")
-    return value
+    return json_object(await asyncio.wait_for(request.read(), IDLE_S))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ipaddress
 import json
-import os
 import re
 import ssl
 from collections.abc import Callable, Sequence
@@ -21,6 +20,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from lightning_fl.coordinator.disk import read_json
+from lightning_fl.files import write_whole
 from lightning_fl.os_differences import rights
 
 DAYS = 90
@@ -278,9 +279,9 @@ class Authority:
                 .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
                 .sign(key, hashes.SHA256())
             )
-            _write(folder / "ca.pem", certificate.public_bytes(serialization.Encoding.PEM))
+            write_whole(folder / "ca.pem", certificate.public_bytes(serialization.Encoding.PEM))
             _write_json(folder / "federation.json", {"federation": federation, "revoked": []})
-            _write(folder / "ca.key", _private(key))  # last: the authority exists when its key does
+            write_whole(folder / "ca.key", _private(key))  # last: the authority exists when its key does
         authority = cls(folder)
         if authority.federation != federation:
             raise IdentityError(f"{folder} is the authority of {authority.federation!r}, not of {federation!r}.")
@@ -297,7 +298,7 @@ class Authority:
     @property
     def federation(self) -> str:
         """The federation's name."""
-        return str(json.loads((self.folder / "federation.json").read_text(encoding="utf-8"))["federation"])
+        return str(read_json(self.folder / "federation.json")["federation"])
 
     def approve(self, request: Path, days: int = DAYS) -> tuple[str, str, Path]:
         """Signs a silo's request; returns its name, the fingerprint of its key and the folder for it.
@@ -329,7 +330,7 @@ class Authority:
             IdentityError: If it was given none.
         """
         path = self.folder / "federation.json"
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         serials = content.get("issued", {}).get(name, [])
         if not serials:
             raise IdentityError(f"No certificate was approved for {name!r} here.")
@@ -340,7 +341,7 @@ class Authority:
 
     def write_crl(self) -> None:
         """Writes the list of revoked certificates, also into the coordinator's kit beside the authority."""
-        revoked = json.loads((self.folder / "federation.json").read_text(encoding="utf-8"))["revoked"]
+        revoked = read_json(self.folder / "federation.json")["revoked"]
         now = datetime.now(timezone.utc)
         builder = (
             x509.CertificateRevocationListBuilder()
@@ -354,7 +355,7 @@ class Authority:
             builder = builder.add_revoked_certificate(entry)
         data = builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
         for folder in (self.folder, self.folder / "coordinator"):
-            _write(folder / "crl.pem", data)
+            write_whole(folder / "crl.pem", data)
 
     def _issue(
         self, request: Path, folder: Path, uris: Sequence[str], hosts: Sequence[str], is_server: bool, days: int = DAYS
@@ -385,12 +386,12 @@ class Authority:
             .sign(self._key, hashes.SHA256())
         )
         path = self.folder / "federation.json"
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         issued = content.setdefault("issued", {}).setdefault(folder.name, [])
         issued.append(certificate.serial_number)
         _write_json(path, content)
-        _write(folder / "cert.pem", certificate.public_bytes(serialization.Encoding.PEM))
-        _write(folder / "ca.pem", (self.folder / "ca.pem").read_bytes())
+        write_whole(folder / "cert.pem", certificate.public_bytes(serialization.Encoding.PEM))
+        write_whole(folder / "ca.pem", (self.folder / "ca.pem").read_bytes())
 
 
 def make_request(folder: str | Path, name: str) -> Path:
@@ -400,11 +401,11 @@ def make_request(folder: str | Path, name: str) -> Path:
     check_name(name)
     kit = Kit(folder)
     if not kit.key.exists():
-        _write(kit.key, _private(ec.generate_private_key(ec.SECP256R1())))
+        write_whole(kit.key, _private(ec.generate_private_key(ec.SECP256R1())))
     key: Any = serialization.load_pem_private_key(kit.key.read_bytes(), None)
     builder = x509.CertificateSigningRequestBuilder().subject_name(_subject(name))
     path = folder / "request.csr"
-    _write(path, builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
+    write_whole(path, builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
     return path
 
 
@@ -451,15 +452,5 @@ def _private(key: ec.EllipticCurvePrivateKey) -> bytes:
     )
 
 
-def _write(path: Path, data: bytes) -> None:
-    """Replaces a file that only its owner can read."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    with open(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
-
-
 def _write_json(path: Path, content: Any) -> None:
-    _write(path, json.dumps(content, indent=1).encode())
+    write_whole(path, json.dumps(content, indent=1).encode())

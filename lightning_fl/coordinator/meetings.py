@@ -17,7 +17,7 @@ import torch
 
 from lightning_fl.communication import Message
 from lightning_fl.coordinator.audit import AuditLog
-from lightning_fl.coordinator.service import Refused
+from lightning_fl.coordinator.refused import Refused
 from lightning_fl.coordinator.wire import finite_error
 
 Kind = Literal["gather", "sum"]

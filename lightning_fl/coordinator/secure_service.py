@@ -15,9 +15,10 @@ from lightning_fl.aggregation.weighted_mean import WeightedSum
 from lightning_fl.communication import Message
 from lightning_fl.coordinator import wire
 from lightning_fl.coordinator.machine import Exchange, RoundMachine
+from lightning_fl.coordinator.refused import Refused
 from lightning_fl.coordinator.report_check import check_evaluation, read_report
 from lightning_fl.coordinator.secure_sum import ROSTER, VECTOR, Advert, SecureSum, check_advert, in_order
-from lightning_fl.coordinator.service import EVALUATION, MAX_REPORT_BYTES, UPDATE, Coordinator, Refused
+from lightning_fl.coordinator.service import MAX_REPORT_BYTES, UPDATE, Coordinator, check_names
 from lightning_fl.coordinator.store import OUTCOME, Upload
 from lightning_fl.federation import Closing, RankReport, ServerRound, close_server
 from lightning_fl.federation.report_masking import unmask
@@ -112,6 +113,7 @@ class SecureCoordinator(Coordinator):
             own.progressed(silo, now)
 
     def target(self, silo: str, round: int | None, topic: str, digest: str, length: int) -> Upload:
+        check_names(topic, digest)
         upload = super().target(silo, round, topic, digest, length) if topic.count(".") < 2 else None
         return upload or self._target_of_step(silo, round, topic, digest, length)
 
@@ -130,6 +132,7 @@ class SecureCoordinator(Coordinator):
             self._check_advert(upload, header, topic)
 
     def outcome(self, round: int, topic: str, silo: str = "") -> Path | None:
+        check_names(topic)
         base = topic.rpartition(".")[0]
         if topic.count(".") < 2 or (self.store.folder(round, topic) / OUTCOME).exists():
             return super().outcome(round, topic, silo)
@@ -179,29 +182,22 @@ class SecureCoordinator(Coordinator):
         """Looks at what a silo has sent as an update or an evaluation: its keys, and what of it is no secret."""
         if header.shapes:
             raise wire.BadFile("it holds tensors, but in a secure sum they come with masks")
-        report = header.fields.get("report" if topic == UPDATE else "message")
+        machine, is_update = self.machine, topic == UPDATE
+        report, found = header.fields.get("report" if is_update else "message"), header.fields.get("advert")
         if not isinstance(report, dict):
             raise wire.BadFile("it holds no report")
-        if topic == UPDATE:
+        if is_update:
             self._read_report(upload.silo, report)
-        elif topic.startswith(f"{EVALUATION}."):
-            check_evaluation(report, ())
-        found = header.fields.get("advert")
-        if found is None:
-            if topic != UPDATE:
-                raise wire.BadFile("it holds no keys")
-            return
-        if topic == UPDATE:
-            cohort, round, attempt, done = (
-                sorted(self.machine.cohort),
-                self.machine.round,
-                self.attempt,
-                self.machine.done,
-            )
+            cohort, round, attempt, done = sorted(machine.cohort), machine.round, self.attempt, machine.done
             threshold = self.secure.min_clients_of(len(cohort))
         else:
-            cohort, round, attempt = self.progress.members, self.machine.round - 1, 0
+            check_evaluation(report, ())
+            cohort, round, attempt = self.progress.members, machine.round - 1, 0
             done, threshold = self._exchange(round, topic).done, two_thirds(len(cohort))
+        if found is None and is_update:  # the silo has refused its own
+            return
+        if found is None:
+            raise wire.BadFile("it holds no keys")
         if upload.silo not in cohort:
             raise wire.BadFile("it is not among the silos of the round")
         expected = {
@@ -324,10 +320,8 @@ class SecureCoordinator(Coordinator):
         total, survivors = own.total(partial(self._read_vector, machine.round, base))
         packed, scalars = split_report(total, own.names, len(survivors))
         sums = self._template_packing().unpack(packed, len(machine.cohort))
-        folder, silos = (
-            self.store.folder(machine.round, UPDATE),
-            sorted({*survivors, *(silo for silo in machine.done if silo not in own.adverts)}),
-        )
+        folder = self.store.folder(machine.round, UPDATE)
+        silos = sorted({*survivors, *(machine.done.keys() - own.adverts.keys())})
         digests = {silo: machine.done[silo] for silo in silos}
         public = {silo: wire.read_header(Upload(folder, silo, digests[silo]).ok).fields["report"] for silo in silos}
         first, *others = survivors

@@ -23,6 +23,8 @@ from lightning_fl.communication import LocalGroup, Message
 from lightning_fl.coordinator import wire
 from lightning_fl.coordinator.audit import AuditLog
 from lightning_fl.coordinator.machine import Exchange, RoundMachine, Rules
+from lightning_fl.coordinator.model_files import Model, ModelFiles
+from lightning_fl.coordinator.refused import Refused
 from lightning_fl.coordinator.report_check import check_evaluation, read_report
 from lightning_fl.coordinator.store import OUTCOME, Store, Upload
 from lightning_fl.federation import (
@@ -36,7 +38,7 @@ from lightning_fl.federation import (
 )
 from lightning_fl.federation.agreement import differences, several
 from lightning_fl.federation.server import nothing, update_templates
-from lightning_fl.tree import to_sum_dtype, update_trees
+from lightning_fl.tree import SEPARATOR, flatten, unflatten, update_trees
 from lightning_fl.types import Tree, Update
 
 PROTOCOL = 1
@@ -49,38 +51,6 @@ MAX_REASON = 2000
 """Characters of a reason in the audit log."""
 _TOPIC = re.compile(r"[a-z]{1,32}(\.[0-9]{1,6}(\.[a-z]{1,32})?)?")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-
-
-class Refused(Exception):
-    """A call that is not answered.
-
-    Args:
-        status: The HTTP status.
-        reason: Why, as the silo and the audit log read it.
-        facts: More, for the silo's program.
-    """
-
-    def __init__(self, status: int, reason: str, **facts: Any) -> None:
-        super().__init__(reason)
-        self.status = status
-        self.facts = {"error": reason, **facts}
-
-
-@dataclass
-class Model:
-    """The federation's state between rounds, and what it was saved as.
-
-    Args:
-        state: The server's state.
-        buffers: The shared buffers.
-        shared: Digest of what silos load: the model and what the algorithm's clients read.
-        private: Digest of the rest; it never leaves the coordinator.
-    """
-
-    state: FederationState
-    buffers: Tree
-    shared: str
-    private: str
 
 
 @dataclass
@@ -131,6 +101,7 @@ class Coordinator:
         self.expected = dict(expected)
         self.rules = rules
         self.store = store
+        self.files = ModelFiles(store, self.settings)
         self.audit = audit
         self.seen: dict[str, float] = {}
         self._joined: dict[str, int] = {}
@@ -164,7 +135,7 @@ class Coordinator:
         self.start = commit["start"]
         self._read_start()
         self.progress = Progress(**commit["progress"])
-        self._set_model(commit["shared"], commit["private"])
+        self._use(self.files.read(commit["shared"], commit["private"]))
         round = commit["round"]
         self.machine = self.make_machine(round, set(self.progress.members) & set(self.rules.silos))
         cohort = self.store.read_cohort(round)
@@ -288,7 +259,7 @@ class Coordinator:
             "accepted": self.progress.accepted.get(silo),
             "facts": facts,
         }
-        return Message(fields, wire.flatten({str(index): state for index, state in enumerate(states)}))
+        return Message(fields, flatten({str(index): state for index, state in enumerate(states)}))
 
     def _note_member(self, silo: str) -> None:
         """Writes down that a silo has become a member of the open round, before it is told."""
@@ -348,7 +319,8 @@ class Coordinator:
             "update_norm": closing.norm,
             **closing.facts,
         }
-        shared = self._write(closing.state, closing.buffers)
+        newest = self.files.write(closing.state, closing.buffers)
+        shared = newest.shared
         self.progress = Progress(
             global_step=progress.global_step + joined.num_steps,
             logger_steps=progress.logger_steps + joined.logger_steps,
@@ -356,7 +328,7 @@ class Coordinator:
             accepted={**progress.accepted, **{silo: [machine.round, digests[silo]] for silo in members}},
             history=[*progress.history, entry],
             over=closing.stop_reason,
-            models=self._models_to_keep(shared[0]),
+            models=self._models_to_keep(shared),
         )
         fields = {
             "round": machine.round,
@@ -365,7 +337,7 @@ class Coordinator:
             "accepted": self.progress.accepted,
             "lost": lost,
             "refused": machine.refused,
-            "state": shared[0],
+            "state": shared,
             "reports": [reports[silo].to_message().fields for silo in members],
             "weight": closing.aggregate.weight,
             "num_clients": closing.aggregate.num_clients,
@@ -373,15 +345,17 @@ class Coordinator:
             "facts": dict(closing.facts),
             "stop_reason": closing.stop_reason,
         }
-        tensors = wire.flatten({silo: reports[silo].tensors for silo in members})
+        tensors = flatten({silo: reports[silo].tensors for silo in members})
         self.store.write_outcome(self.store.folder(machine.round, UPDATE), tensors, fields)
-        self._save(*shared, machine.round + 1)
+        self._save(newest, machine.round + 1)
         self.audit.append(
-            "round closed", round=machine.round, members=digests, lost=lost, refused=machine.refused, state=shared[0]
+            "round closed", round=machine.round, members=digests, lost=lost, refused=machine.refused, state=shared
         )
         machine.closed(is_last=closing.stop_reason is not None)
         self.exchanges = {key: value for key, value in self.exchanges.items() if key[0] >= machine.round - 1}
-        self.store.collect({self.start or "", *shared, model.shared, *self._models_in_use()}, machine.round)
+        self.store.collect(
+            {self.start or "", shared, newest.private, model.shared, *self._models_in_use()}, machine.round
+        )
 
     def _aggregate(self) -> tuple[dict[str, RankReport], dict[str, str], Closing]:
         """The reports and digests of those whose update was accepted, and what the round has become."""
@@ -448,8 +422,7 @@ class Coordinator:
         Raises:
             Refused: 400 for names that are none, 404, 410 if it comes too late, 413 if it is too large.
         """
-        if not _DIGEST.fullmatch(digest) or not _TOPIC.fullmatch(topic):
-            raise Refused(400, "There is no such place.")
+        check_names(topic, digest)
         limit = MAX_REPORT_BYTES
         if topic == START:
             folder = self.store.root / "states" / "incoming"
@@ -532,8 +505,7 @@ class Coordinator:
         tensors, message = wire.read(upload.part), header.fields.get("message")
         if not isinstance(message, dict):
             raise wire.BadFile("it holds no message")
-        if topic.startswith(f"{EVALUATION}."):
-            check_evaluation(message, tensors)
+        check_evaluation(message, tensors)
 
     def accept(self, upload: Upload, round: int | None, topic: str, now: float) -> None:
         """Takes in a file that is sound.
@@ -568,7 +540,7 @@ class Coordinator:
     def _read_update(self, silo: str, path: Any) -> tuple[Update | None, RankReport]:
         header = wire.read_header(path)
         # Names of tensors of the report begin with it; all others are the update's.
-        is_report = {name: name.startswith(f"report{wire.SEPARATOR}") for name in header.shapes}
+        is_report = {name: name.startswith(f"report{SEPARATOR}") for name in header.shapes}
         own = {name: shape for name, shape in header.shapes.items() if is_report[name]}
         if wire.num_bytes(own) > MAX_REPORT_BYTES:
             raise wire.BadFile(f"its report has {wire.num_bytes(own)} bytes, at most {MAX_REPORT_BYTES} are taken")
@@ -582,11 +554,11 @@ class Coordinator:
                 raise wire.BadFile(f"its weight is {weight!r}, but all clients weigh 1")
         elif not all(is_report.values()):
             raise wire.BadFile("it holds tensors without a weight")
-        trees = wire.unflatten(wire.read(path))
+        trees = unflatten(wire.read(path))
         tensors = trees.pop("report", {})
         update = None
         if has_update:
-            bad = wire.finite_error(wire.flatten(trees))
+            bad = wire.finite_error(flatten(trees))
             if bad is not None:
                 raise wire.BadFile(f"{wire.readable(bad)!r} holds NaN or Inf")
             aux = {name.removeprefix("aux/"): tree for name, tree in trees.items() if name.startswith("aux/")}
@@ -614,7 +586,7 @@ class Coordinator:
             path = Upload(folder, silo, exchange.done[silo]).ok
             messages.append(wire.read_header(path).fields["message"])
             tensors[silo] = wire.read(path)
-        self.store.write_outcome(folder, wire.flatten(tensors), {"members": members, "messages": messages})
+        self.store.write_outcome(folder, flatten(tensors), {"members": members, "messages": messages})
         exchange.is_over = True
 
     def outcome(self, round: int, topic: str, silo: str = "") -> Path | None:
@@ -623,8 +595,7 @@ class Coordinator:
         Raises:
             Refused: 410 if it is too long ago, 400 for names that are none.
         """
-        if not _TOPIC.fullmatch(topic):
-            raise Refused(400, "There is no such place.")
+        check_names(topic)
         if topic == UPDATE and round >= self.machine.round:
             return None
         path = self.store.folder(round, topic) / OUTCOME
@@ -641,14 +612,14 @@ class Coordinator:
     # ---- the model
 
     def _check_start(self, upload: Upload, header: wire.Header) -> None:
-        tensors = wire.unflatten(wire.read(upload.part))
-        if any(isinstance(tensor, dict) for tree in tensors.values() for tensor in dict(tree).values()):
+        if any(name.count(SEPARATOR) != 1 for name in header.shapes):
             raise wire.BadFile("its tensors are nested")
+        tensors = unflatten(wire.read(upload.part))
         if not isinstance(header.fields.get("common"), dict):
             raise wire.BadFile("it says nothing of its settings")
         if not tensors.get("params") or not tensors.keys() <= {"params", "buffers", "rest"}:
             raise wire.BadFile("it holds no parameters")
-        bad = wire.finite_error(wire.flatten({"params": tensors["params"]}))
+        bad = wire.finite_error(flatten({"params": tensors["params"]}))
         if bad is not None:
             raise wire.BadFile(f"{wire.readable(bad)!r} holds NaN or Inf")
 
@@ -656,10 +627,8 @@ class Coordinator:
         """Takes a silo's model as the one from which all begin."""
         with upload.part.open("rb"):
             self.store.disk.replace(upload.part, self.store.state_path(upload.digest))
-        tensors = wire.unflatten(self.store.read_state(upload.digest))
-        params = to_sum_dtype(tensors["params"])
-        server = self.settings.algorithm.server_init(params, self.settings.population)
-        state = FederationState(server, [{} for _ in self.settings.transforms])
+        tensors = unflatten(self.store.read_state(upload.digest))
+        state = self.files.begin(tensors["params"])
         self.start = upload.digest
         self._read_start()
         self._commit(state, tensors.get("buffers", {}), 0)
@@ -671,44 +640,18 @@ class Coordinator:
         self.manifest, self.common = header.shapes, header.fields["common"]
 
     def _commit(self, state: FederationState, buffers: Tree, round: int) -> None:
-        self._save(*self._write(state, buffers), round)
+        self._save(self.files.write(state, buffers), round)
 
-    def _write(self, state: FederationState, buffers: Tree) -> tuple[str, str]:
-        """Writes the files of a state; returns the digests of what silos read and of the rest."""
-        keys = self.settings.algorithm.client_keys
-        seen = {key: value for key, value in state.server.items() if key in keys}
-        rest = {key: value for key, value in state.server.items() if key not in keys}
-        transforms = {str(index): own for index, own in enumerate(state.transforms)}
-        shared = self.store.write_state(wire.flatten({"server": seen, "buffers": buffers}))
-        private = {"server": rest, "transforms": transforms, "memory": state.memory}
-        return shared, self.store.write_state(wire.flatten(private))
+    def _save(self, model: Model, round: int) -> None:
+        self.files.commit(model, round, self.start, self.progress)
+        self._use(model)
 
-    def _save(self, shared: str, private: str, round: int) -> None:
-        self.store.commit(
-            {
-                "format": PROTOCOL,
-                "round": round,
-                "start": self.start,
-                "shared": shared,
-                "private": private,
-                "progress": vars(self.progress),
-            }
-        )
-        self._set_model(shared, private)
-
-    def _set_model(self, shared: str, private: str) -> None:
-        # Read back from the files: their pages are in memory only while they are used.
-        seen = wire.unflatten(self.store.read_state(shared))
-        rest = wire.unflatten(self.store.read_state(private))
-        server = {**seen["server"], **rest.get("server", {})}
-        saved = rest.get("transforms", {})
-        transforms = [saved.get(str(index), {}) for index in range(len(self.settings.transforms))]
-        state = FederationState(server, transforms, memory=rest.get("memory", {}))
-        self._model = Model(state, seen.get("buffers", {}), shared, private)
+    def _use(self, model: Model) -> None:
+        self._model = model
         if self._template is None:
-            self._templates = update_templates(self.settings, server["params"], self._model.buffers)
+            self._templates = update_templates(self.settings, model.state.server["params"], model.buffers)
             self._template = self._templates[-1]
-            self._shapes = wire.shapes_of(wire.flatten(update_trees(self._template)))
+            self._shapes = wire.shapes_of(flatten(update_trees(self._template)))
 
     # ---- other
 
@@ -760,7 +703,7 @@ class Coordinator:
         self.progress = replace(self.progress, over=reason)
         self.machine.phase = "over"
         if self._model is not None:
-            self._save(self._model.shared, self._model.private, self.machine.round)
+            self._save(self._model, self.machine.round)
         self.audit.append("over", round=self.machine.round, reason=reason)
 
 
@@ -769,6 +712,16 @@ class _Alone(LocalGroup):
 
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
         return tensor if op == "sum" else super().all_reduce(tensor, op)
+
+
+def check_names(topic: str, digest: str = "0" * 64) -> None:
+    """Looks at what becomes part of a path.
+
+    Raises:
+        Refused: 400 if it is no name, such as one of a file elsewhere.
+    """
+    if not _DIGEST.fullmatch(digest) or not _TOPIC.fullmatch(topic):
+        raise Refused(400, "There is no such place.")
 
 
 def is_exchange(topic: str) -> bool:

@@ -42,7 +42,7 @@ from lightning_fl.federation.report_masking import mask
 from lightning_fl.privacy.secagg import RetryRefused, SecureAggregation, SecureAggregationError
 from lightning_fl.privacy.secagg.participant import MIN_CLIENTS
 from lightning_fl.privacy.secagg.primitives import digest as hash_of
-from lightning_fl.tree import to_sum_dtype, update_trees
+from lightning_fl.tree import flatten, to_sum_dtype, unflatten, update_trees
 from lightning_fl.types import Aggregate, State, Tree
 
 ALIVE_S = 30.0
@@ -221,7 +221,7 @@ class NetworkFederation(Federation):
             "settings": dict(settings),
             "common": dict(common),
             "versions": dict(versions),
-            "manifest": wire.shapes_of(wire.flatten(own)),
+            "manifest": wire.shapes_of(flatten(own)),
         }
         self.is_asynchronous = is_asynchronous
         self._refuse_unless(lambda: self.policy.check_algorithm(settings.get("algorithm", ""), protections))
@@ -231,7 +231,7 @@ class NetworkFederation(Federation):
         self._refuse_unless(lambda: self.policy.check_silos(answer["silos"]))
         while answer["start"] is None:
             start = self.folder.root / "start.safetensors"
-            wire.write(start, wire.flatten(own), {"common": dict(common)})
+            wire.write(start, flatten(own), {"common": dict(common)})
             try:
                 self.client.upload("/v1/start", start)
             except CallRefused as refused:
@@ -249,7 +249,7 @@ class NetworkFederation(Federation):
             )
         path = self.folder.root / "start.safetensors"
         self.client.download(f"/v1/states/{answer['start']}", path, answer["start"])
-        start_tensors = wire.unflatten(wire.read(path))
+        start_tensors = unflatten(wire.read(path))
         for kind, found in (("params", tensors.params), ("buffers", tensors.buffers)):
             load(found, start_tensors.get(kind, {}))
         load({**tensors.frozen, **tensors.personal}, start_tensors.get("rest", {}))
@@ -352,7 +352,7 @@ class NetworkFederation(Federation):
             self._wait_for_outcome(fields["round"])
             done = self._last
             self._go_back()
-        transforms = wire.unflatten(message.tensors)
+        transforms = unflatten(message.tensors)
         own = [transforms.get(str(index), {}) for index in range(len(transforms))]
         if self._alive is None:
             self._alive = _Alive(self.client)
@@ -411,7 +411,7 @@ class NetworkFederation(Federation):
         """Sends this silo's update, for the coordinator to add."""
         round = opened.ctx.round
         trees: dict[str, Tree] = {} if acc is None else update_trees(acc)
-        tensors = wire.flatten({**{name: _cpu(tree) for name, tree in trees.items()}, "report": report.tensors})
+        tensors = flatten({**{name: _cpu(tree) for name, tree in trees.items()}, "report": report.tensors})
         fields = {"report": report.to_message().fields, "weight": None if acc is None else acc.weight}
         digest = wire.write(self.folder.update, tensors, fields)
         self.folder.stage(round, digest, self._next_state)
@@ -616,7 +616,7 @@ class NetworkFederation(Federation):
     def _outcome_of(self, place: str) -> tuple[dict[str, Any], list[Message]]:
         file = self._read_outcome(place)
         fields = wire.read_header(file).fields
-        tensors = wire.unflatten(wire.read(file))
+        tensors = unflatten(wire.read(file))
         reports = fields["reports"] if "reports" in fields else fields["messages"]
         messages = [Message(own, tensors.get(silo, {})) for silo, own in zip(fields["members"], reports, strict=True)]
         return fields, messages
@@ -639,7 +639,7 @@ class NetworkFederation(Federation):
     def _load(self, digest: str) -> tuple[FederationState, Tree]:
         if self._loaded is None or self._loaded[0] != digest:
             self.client.download(f"/v1/states/{digest}", self.folder.model, digest)
-            trees = wire.unflatten(wire.read(self.folder.model))
+            trees = unflatten(wire.read(self.folder.model))
             self._loaded = digest, FederationState(trees["server"]), trees.get("buffers", {})
         return self._loaded[1], self._loaded[2]
 

@@ -19,6 +19,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from lightning_fl.communication.message import FIELDS, fields_of
+from lightning_fl.tree import SEPARATOR, unflatten
 from lightning_fl.types import Tree
 
 MAX_HEADER_BYTES = 1 << 25
@@ -26,7 +28,6 @@ MAX_HEADER_BYTES = 1 << 25
 CHUNK = 1 << 22
 FINITE_CHUNK = 1 << 18
 """Elements that are looked at together, so that what that takes stays small."""
-_FIELDS = "__fields__"
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -41,7 +42,6 @@ _DTYPES = {
     "C64": torch.complex64,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-SEPARATOR = "\x1f"  # joins the names of nested mappings; no name of a tensor holds this control character
 
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
 """By name a tensor's dtype, as safetensors calls it, and its shape."""
@@ -79,7 +79,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], fields: Mapping[str, Any] |
 
     The same content gives the same bytes. It is on the disk when the function returns.
     """
-    header: dict[str, Any] = {"__metadata__": {_FIELDS: json.dumps(dict(fields or {}), sort_keys=True)}}
+    header: dict[str, Any] = {"__metadata__": {FIELDS: json.dumps(dict(fields or {}), sort_keys=True)}}
     # Aligned as safetensors aligns them: larger elements first.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     offset = 0
@@ -114,16 +114,16 @@ def read_header(path: Path) -> Header:
         raw = file.read(size)
     try:
         header = json.loads(raw)
-        fields = json.loads(header.pop("__metadata__")[_FIELDS])
+        fields = fields_of(header)
         shapes = {
             name: (str(entry["dtype"]), tuple(int(length) for length in entry["shape"]))
             for name, entry in header.items()
+            if name != "__metadata__"
         }
-        if not isinstance(fields, dict):
-            raise TypeError(f"its fields are a {type(fields).__name__}")
         for name, (dtype, shape) in shapes.items():
             if dtype not in _DTYPES or min(shape, default=0) < 0:
                 raise ValueError(f"{readable(name)!r} is {dtype} {list(shape)}")
+        unflatten(shapes)  # names that can't be nested are found here, before there are tensors
     except Exception as error:  # untrusted bytes raise many types: deep nesting, wrong kinds, ...
         raise BadFile(f"its header can't be read: {type(error).__name__}: {error}") from error
     return Header(fields, shapes)
@@ -154,7 +154,7 @@ def check_shapes(expected: Shapes, found: Shapes) -> None:
 
 
 def readable(name: str) -> str:
-    """A name that :func:`flatten` made, as people read it."""
+    """A name that :func:`~lightning_fl.tree.flatten` made, as people read it."""
     return name.replace(SEPARATOR, " ")
 
 
@@ -165,31 +165,6 @@ def sha256(path: Path) -> str:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def flatten(state: Mapping[str, Any], prefix: str = "") -> Tree:
-    """The tensors of nested mappings under joined names."""
-    flat: Tree = {}
-    for name, value in state.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{name}{SEPARATOR}"))
-        else:
-            flat[prefix + name] = value
-    return flat
-
-
-def unflatten(flat: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The nested mappings that :func:`flatten` made flat."""
-    state: dict[str, Any] = {}
-    for path, tensor in flat.items():
-        *parents, name = path.split(SEPARATOR)
-        place = state
-        for parent in parents:
-            place = place.setdefault(parent, {})
-            if not isinstance(place, dict):
-                raise BadFile(f"{path!r} lies below a tensor")
-        place[name] = tensor
-    return state
 
 
 def _bytes_of(tensor: Tensor) -> Any:

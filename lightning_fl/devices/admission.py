@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from lightning_fl.coordinator.service import Refused
+from lightning_fl.coordinator.refused import Refused
 
 DAY_S = 86_400.0
 MINUTE_S = 60.0

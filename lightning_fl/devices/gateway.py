@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import secrets
 import threading
@@ -25,23 +24,24 @@ from lightning_fl.aggregation import RoundContext
 from lightning_fl.communication import LocalGroup, Message
 from lightning_fl.coordinator import wire
 from lightning_fl.coordinator.audit import AuditLog
-from lightning_fl.coordinator.service import Refused
+from lightning_fl.coordinator.model_files import Model, ModelFiles
+from lightning_fl.coordinator.refused import Refused
 from lightning_fl.coordinator.store import Store, Upload
 from lightning_fl.devices.admission import DAY_S, Admission, AdmissionRules, Refusals
 from lightning_fl.devices.registry import Registry
 from lightning_fl.devices.training_step import START
 from lightning_fl.federation import (
     FederationSettings,
-    FederationState,
     RankReport,
     ServerRound,
     close_server,
     open_server,
 )
 from lightning_fl.federation.server import update_templates
+from lightning_fl.files import write_whole
 from lightning_fl.schedules import Asynchronous
-from lightning_fl.tree import to_sum_dtype, update_trees
-from lightning_fl.types import Tree, Update
+from lightning_fl.tree import flatten, unflatten, update_trees
+from lightning_fl.types import Update
 
 PROTOCOL = 1
 ROOM_FOR_FIELDS = 1 << 16
@@ -151,6 +151,7 @@ class Gateway:
         self.plan, self.rounds, self.registry = plan, rounds, registry
         self.store, self.audit, self.clock = store, audit, clock
         self.settings = replace(settings, population=max(1, len(registry.names)))
+        self.files = ModelFiles(store, self.settings)
         self.admission = Admission(rules, self._secret())
         self.refusals = Refusals()
         self.accepted = 0
@@ -170,7 +171,7 @@ class Gateway:
             return
         self.start, self.round = commit["start"], commit["round"]
         self.progress = Progress(**commit["progress"])
-        self._set_model(commit["shared"], commit["private"])
+        self._use(self.files.read(commit["shared"], commit["private"]))
         whole = self.store.whole(self._folder).items()
         # Assigned at once: check-ins go on while a folder is read again.
         self.arrived = {name: self._arrived(Upload(self._folder, name, digest)) for name, digest in whole}
@@ -341,8 +342,8 @@ class Gateway:
             raise wire.BadFile(f"it has num_steps {steps!r}, expected a positive number")
         if isinstance(loss, bool) or not isinstance(loss, int | float) or not abs(loss) < MAX_LOSS:
             raise wire.BadFile(f"its loss is {loss!r}; is that NaN?")
-        trees = wire.unflatten(wire.read(path))
-        bad = wire.finite_error(wire.flatten(trees))
+        trees = unflatten(wire.read(path))
+        bad = wire.finite_error(flatten(trees))
         if bad is not None:
             raise wire.BadFile(f"{wire.readable(bad)!r} holds NaN or Inf")
         norm = math.hypot(*(float(own.double().norm()) for own in trees["delta"].values()))
@@ -379,7 +380,8 @@ class Gateway:
             self._drop(dict.fromkeys(revoked, "revoked"))
             return
         ctx, folder, aggregator = self._context(), self._folder, self.settings.aggregator
-        state = open_server(self.settings, self.state, self.state.server["params"], ctx)
+        params = self.model.state.server["params"]
+        state, present = open_server(self.settings, self.model.state, params, ctx), Update(params)
         acc, reports, losses = aggregator.init(self._templates[-1], torch.device("cpu")), [], []
         unusable: dict[str, str] = {}
         for device in map(str, ctx.cohort):
@@ -392,9 +394,10 @@ class Gateway:
                 unusable[device] = str(error)
                 continue
             losses.append((report.num_examples, loss))
-            aged = replace(ctx, client=device, staleness=ctx.round - own.version, start=self._start_of(own.version))
+            staleness, start = ctx.round - own.version, self._start_of(own.version)
+            aged = replace(ctx, client=device, staleness=staleness, start=start, template=present)
             for transform in self.schedule.transforms:
-                update, _ = transform.client(update, {}, replace(aged, template=self._present()))
+                update, _ = transform.client(update, {}, aged)
             acc = aggregator.add(acc, update, replace(ctx, client=device))
             reports.append(report)
         if unusable:
@@ -403,7 +406,7 @@ class Gateway:
         acc, _ = aggregator.merge(acc, LocalGroup(), Message(), ctx)
         joined = RankReport.join(reports)
         closing = close_server(ServerRound(self.settings, state, {}, self._templates[-1], ctx), acc, joined)
-        bad = wire.finite_error(wire.flatten({"server": closing.state.server, "memory": closing.state.memory}))
+        bad = wire.finite_error(flatten({"server": closing.state.server, "memory": closing.state.memory}))
         if bad is not None:
             self._drop(dict.fromkeys(self.arrived, f"{wire.readable(bad)!r} would hold NaN or Inf"))
             return
@@ -419,7 +422,7 @@ class Gateway:
             "update_norm": closing.norm,
             **closing.facts,
         }
-        shared, private = self._write(closing.state)
+        newest = self.files.write(closing.state, {})
         before, wall = self.progress, self.clock()
         recent = {name: [at for at in times if at > wall - DAY_S] for name, times in before.updates.items()}
         recent |= {name: [*recent.get(name, []), wall] for name in self.arrived}
@@ -428,16 +431,16 @@ class Gateway:
             {**before.accepted, **{name: [own.version, own.digest] for name, own in self.arrived.items()}},
             {name: times for name, times in recent.items() if times},
             [*before.history, entry][-KEPT_ROUNDS:],
-            self._models_to_keep(shared),
+            self._models_to_keep(newest.shared),
             closing.stop_reason,
         )
-        old = self._shared
+        old = self.model.shared
         self.round += 1
-        self._save(shared, private)
+        self._save(newest)
         self._note_round()
         self.arrived = {}
         self.refusals.new_round()
-        self.store.collect({self.start, shared, private, old, *self.progress.models.values()}, self.round)
+        self.store.collect({self.start, newest.shared, newest.private, old, *self.progress.models.values()}, self.round)
 
     def _note_round(self) -> None:
         """Writes the last round into the audit log."""
@@ -446,7 +449,7 @@ class Gateway:
         # One line for all members, since a line for each would be one more wait for the disk with each update.
         members = {device: self.progress.accepted[device] for device in figures.pop("members")}
         number = figures.pop("round")
-        self.audit.append("round closed", round=number, members=members, state=self._shared, figures=figures)
+        self.audit.append("round closed", round=number, members=members, state=self.model.shared, figures=figures)
 
     def _is_noted(self) -> bool:
         # The process may have died between the commit and the line about it.
@@ -465,7 +468,7 @@ class Gateway:
             settings.population,
             seed=settings.seed,
             templates=self._templates,
-            memory=self.state.memory,
+            memory=self.model.state.memory,
         )
 
     @property
@@ -475,11 +478,7 @@ class Gateway:
     def _start_of(self, version: int) -> Update | None:
         if version == self.round or not self._needs_start:
             return None
-        trees = wire.unflatten(self.store.read_state(self.progress.models[str(version)]))
-        return Update(trees["server"]["params"])
-
-    def _present(self) -> Update:
-        return Update(self.state.server["params"])
+        return self.files.start_of(self.progress.models[str(version)])
 
     def _models_to_keep(self, newest: str) -> dict[str, str]:
         if not self._needs_start:
@@ -492,43 +491,22 @@ class Gateway:
 
     def _begin(self) -> None:
         params = load_file(self.plan.step.with_suffix(START))
-        self.start = self.store.write_state(wire.flatten({"params": params, "buffers": {}, "rest": {}}))
+        self.start = self.store.write_state(flatten({"params": params, "buffers": {}, "rest": {}}))
         self.round, self.progress = 0, Progress()
-        server = self.settings.algorithm.server_init(to_sum_dtype(params), self.settings.population)
-        shared, private = self._write(FederationState(server, [{} for _ in self.settings.transforms]))
+        model = self.files.write(self.files.begin(params), {})
         if self._needs_start:
-            self.progress.models["0"] = shared
-        self._save(shared, private)
+            self.progress.models["0"] = model.shared
+        self._save(model)
         self.audit.append("start", digest=self.start)
 
-    def _write(self, state: FederationState) -> tuple[str, str]:
-        """Writes the files of a state; returns the digests of the model and of the rest."""
-        rest = {key: value for key, value in state.server.items() if key != "params"}
-        shared = self.store.write_state(wire.flatten({"server": {"params": state.server["params"]}}))
-        return shared, self.store.write_state(wire.flatten({"server": rest, "memory": state.memory}))
+    def _save(self, model: Model) -> None:
+        self.files.commit(model, self.round, self.start, self.progress)
+        self._use(model)
 
-    def _save(self, shared: str, private: str) -> None:
-        self.store.commit(
-            {
-                "format": PROTOCOL,
-                "round": self.round,
-                "start": self.start,
-                "shared": shared,
-                "private": private,
-                "progress": vars(self.progress),
-            }
-        )
-        self._set_model(shared, private)
-
-    def _set_model(self, shared: str, private: str) -> None:
-        model = wire.unflatten(self.store.read_state(shared))
-        rest = wire.unflatten(self.store.read_state(private))
-        params: Tree = model["server"]["params"]
-        server = {"params": params, **rest.get("server", {})}
-        self.state = FederationState(server, [{} for _ in self.settings.transforms], memory=rest.get("memory", {}))
+    def _use(self, model: Model) -> None:
+        self.model, params = model, model.state.server["params"]
         self._templates = update_templates(self.settings, params, {})
-        self._shapes = wire.shapes_of(wire.flatten(update_trees(self._templates[-1])))
-        self._shared, self._private = shared, private
+        self._shapes = wire.shapes_of(flatten(update_trees(self._templates[-1])))
         newest = {**self.downloads, self.round: save({name: own.contiguous() for name, own in params.items()})}
         self.downloads = dict(sorted(newest.items())[-KEPT_MODELS:])
 
@@ -536,13 +514,7 @@ class Gateway:
         """The key that signs tasks; it outlives a restart, so that devices which train meanwhile are not refused."""
         path = self.store.root / "secret"
         if not path.exists():
-            unfinished = path.with_suffix(".unfinished")
-            unfinished.unlink(missing_ok=True)
-            file = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            os.write(file, secrets.token_bytes(32))
-            os.fsync(file)
-            os.close(file)
-            self.store.disk.replace(unfinished, path)
+            write_whole(path, secrets.token_bytes(32))
         return path.read_bytes()
 
     # ---- other

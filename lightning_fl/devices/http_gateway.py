@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import logging
 import ssl
 import time
@@ -16,7 +15,7 @@ from typing import Any, TypeVar
 
 from aiohttp import web
 
-from lightning_fl.coordinator.service import Refused
+from lightning_fl.coordinator.refused import Refused, json_object
 from lightning_fl.coordinator.wire import sha256
 from lightning_fl.devices.config import LOOPBACK
 from lightning_fl.devices.gateway import Gateway
@@ -174,7 +173,7 @@ class HttpGateway:
     # ---- calls
 
     async def _check_in(self, request: web.Request) -> web.StreamResponse:
-        content = await _json(request)
+        content = json_object(await _in_time(request.read()), kind="malformed")
         until = time.monotonic() + HOLD_S
         while True:
             changed = self._changed  # before the look, so that no round that closes meanwhile is missed
@@ -305,13 +304,3 @@ async def _send(request: web.Request, body: bytes) -> web.StreamResponse:
 
 def _is_number(word: str) -> bool:
     return word.isascii() and word.isdigit() and len(word) < 10
-
-
-async def _json(request: web.Request) -> dict[str, Any]:
-    try:
-        value = json.loads(await _in_time(request.read()))
-    except (ValueError, RecursionError, LookupError) as error:
-        raise Refused(400, "The body is no JSON.", kind="malformed") from error
-    if not isinstance(value, dict):
-        raise Refused(400, "The body is not a JSON object.", kind="malformed")
-    return value

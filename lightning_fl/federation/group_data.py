@@ -87,7 +87,8 @@ class StackedData:
 
     @cached_property
     def _batches(self) -> Iterator[StackedBatch]:
-        return self.grouping.stacked(list(self.passes.values()), self.masks)
+        batches, replays = self.grouping.stacked(list(self.passes.values()), self.masks), self.grouping.engine.replays
+        return batches if replays is None else replays.read_ahead(batches)
 
     def read_once(self) -> Iterator[Any]:
         raise AssertionError("an algorithm with a probe trains its clients alone")

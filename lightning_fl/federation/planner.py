@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from lightning_fl.clients import LocalWork, Participation, ParticipationSampler, Population
 from lightning_fl.communication import Group, Message
@@ -26,15 +27,17 @@ class PlannedGroup:
         clients: The clients.
         version: The round with whose first model they start.
         number: How many other visits of these clients in the round come before.
+        num_steps: The number of steps that clients with unequal work take; None: as many as each client has batches.
     """
 
     clients: tuple[ClientId, ...]
     version: int
     number: int = 0
+    num_steps: int | None = None
 
     def of(self, clients: Sequence[ClientId]) -> PlannedGroup:
         """Some of the clients as a group."""
-        return replace(self, clients=tuple(clients))
+        return replace(self, clients=tuple(clients), num_steps=None)
 
 
 @dataclass(frozen=True)
@@ -43,35 +46,38 @@ class RankPlan:
 
     Args:
         round: Number of the round.
-        cohort: The clients of the round, on all ranks, without dropped stragglers; one that comes twice stands twice.
-        planned: This rank's client groups, in the order of training; each client has at least one batch.
-        works: The local work of each client of the cohort.
         max_work: The largest local work of any client.
+        works: The local work of each client of the cohort.
+        visits: Who trains in the round, on all ranks, without dropped stragglers.
         dropped: Stragglers and late clients that are left out.
+        flush: What the round takes in on the simulated clock; None if there is none.
+        clock: The clock after the round.
+        planned: This rank's client groups, in the order of training; each client has at least one batch.
         sizes: For each client of this rank, the number of examples in one pass; None if known only after training.
         lengths: For each client of this rank, its number of batches in the round; None if known only after training.
-        steps_of_group: The number of steps of each group whose clients have unequal work.
         empty: Clients of this rank without data.
         failed: For each client of this rank whose loader raised, the description of the error.
         loaders: Loaders that were made while planning, to be used by the clients that train first.
-        flush: What the round takes in on the simulated clock; None if there is none.
-        clock: The clock after the round.
     """
 
     round: int
-    cohort: Sequence[ClientId]
-    planned: Sequence[PlannedGroup]
-    works: Mapping[ClientId, LocalWork]
     max_work: LocalWork
+    works: Mapping[ClientId, LocalWork]
+    visits: Sequence[Visit]
     dropped: Sequence[ClientId]
-    sizes: Mapping[ClientId, int | None]
-    lengths: Mapping[ClientId, int | None]
-    steps_of_group: Mapping[tuple[ClientId, ...], int]
-    empty: Sequence[ClientId]
-    failed: Mapping[ClientId, str]
-    loaders: Mapping[ClientId, Loader]
     flush: Flush | None = None
     clock: Clock | None = None
+    planned: Sequence[PlannedGroup] = ()
+    sizes: Mapping[ClientId, int | None] = field(default_factory=dict)
+    lengths: Mapping[ClientId, int | None] = field(default_factory=dict)
+    empty: Sequence[ClientId] = ()
+    failed: Mapping[ClientId, str] = field(default_factory=dict)
+    loaders: Mapping[ClientId, Loader] = field(default_factory=dict)
+
+    @cached_property
+    def cohort(self) -> Sequence[ClientId]:
+        """The clients of the round, on all ranks; one that comes twice stands twice."""
+        return [visit.client for visit in self.visits]
 
     @property
     def groups(self) -> list[tuple[ClientId, ...]]:
@@ -83,9 +89,15 @@ class RankPlan:
         """This rank's clients."""
         return [client for group in self.groups for client in group]
 
-    def num_batches(self, group: Sequence[ClientId]) -> int | None:
+    def num_batches(self, group: PlannedGroup) -> int | None:
         """The number of steps that a group takes; None if it is known only after training."""
-        return self.steps_of_group.get(tuple(group), self.lengths[group[0]])
+        return self.lengths[group.clients[0]] if group.num_steps is None else group.num_steps
+
+    def alone(self, groups: Sequence[PlannedGroup]) -> list[PlannedGroup]:
+        """The clients as groups of one, in the order in which they would train if no group had been formed."""
+        order = {client: place for place, client in enumerate(self.sizes)}
+        alone = [group.of([client]) for group in groups for client in group.clients]
+        return sorted(alone, key=lambda group: (group.number, group.version, order[group.clients[0]]))
 
 
 class Planner:
@@ -137,31 +149,45 @@ class Planner:
         Raises:
             ConfigurationError: If a client comes twice in the round and may not.
         """
-        population = self.population
-        flush, next_clock = self._take_in(index, clock)
-        if flush is None:
+        plan = self._draw(index, max_work, sticky, clock)
+        # Only those that train are placed; dropped stragglers would count as load on their ranks.
+        own = self.population.place(list(plan.works), self.group.size, sticky, plan.works)[self.group.rank]
+        plan, forecasts = self._inspect(plan, own, grouping)
+        return replace(plan, planned=_form_groups(plan.visits, forecasts, grouping))
+
+    def _draw(self, index: int, max_work: LocalWork, sticky: bool, clock: Clock | None) -> RankPlan:
+        """Who trains in the round, on all ranks, and how much."""
+        schedule = self.settings.schedule
+        if schedule is None:
             drawn = self.sampler.cohort(index)
             works = self.sampler.works(index, drawn, max_work)
-            visits: Sequence[Visit] = [Visit(client, index) for client in works]
-            dropped: Sequence[ClientId] = [client for client in drawn if client not in works]
-        else:
-            visits, dropped = flush.visits, flush.dropped
-            works = self._works(index, visits, max_work)
-            if sticky or not self.settings.takes_repeats:
-                check_visits(index, visits)
-        forecasts: dict[ClientId, BatchForecast | None] = {}
-        loaders: dict[ClientId, Loader] = {}
+            dropped = [client for client in drawn if client not in works]
+            return RankPlan(index, max_work, works, [Visit(client, index) for client in works], dropped)
+        if clock is None or clock.version != index:
+            clock = Clock(version=index, time=0 if clock is None else clock.time)
+        clients = Clients(self.population, self.settings.durations, self.sampler.cohort, self.settings.seed)
+        flush, clock = schedule.next(clock, clients)
+        if sticky or not self.settings.takes_repeats:
+            check_visits(index, flush.visits)
+        works = self._works(index, flush.visits, max_work)
+        return RankPlan(index, max_work, works, flush.visits, flush.dropped, flush, clock)
+
+    def _inspect(
+        self, plan: RankPlan, clients: Sequence[ClientId], grouping: Grouping | None
+    ) -> tuple[RankPlan, dict[ClientId, BatchForecast | None]]:
+        """Adds what the loaders of this rank's clients tell; returns also a forecast for each client with batches."""
         sizes: dict[ClientId, int | None] = {}
         lengths: dict[ClientId, int | None] = {}
+        forecasts: dict[ClientId, BatchForecast | None] = {}
+        loaders: dict[ClientId, Loader] = {}
         empty: list[ClientId] = []
         failed: dict[ClientId, str] = {}
-        num_kept = 0 if grouping is None else grouping.max_clients
-        # Only those that train are placed; dropped stragglers would count as load on their ranks.
-        for client in population.place(list(works), self.group.size, sticky, works)[self.group.rank]:
+        for client in clients:
+            work = plan.works[client]
             try:
-                loader = population.loaders[client]
+                loader = self.population.loaders[client]
                 num_batches = count_batches(loader)
-                segments = [phase.segments(num_batches) for phase in self.phases(works[client])]
+                segments = [phase.segments(num_batches) for phase in self.phases(work)]
             # Loaders, and their `__len__`, are the user's code and may raise anything.
             except Exception as error:
                 failed[client] = self.describe_failure(LoaderFailed(client, error))
@@ -171,55 +197,17 @@ class Planner:
                 continue
             known = [length for of_phase in segments for length in of_phase if length is not None]
             lengths[client] = sum(known) if len(known) == sum(map(len, segments)) else None
-            sizes[client] = population.num_examples(client, loader)
+            sizes[client] = self.population.num_examples(client, loader)
             forecasts[client] = None
-            if grouping is not None:
-                if sizes[client] is not None:
-                    forecasts[client] = forecast_batches(loader, segments[0], works[client].pass_length(num_batches))
-                # The first group finds its loaders ready; to keep all would cost memory in the number of clients.
-                if len(loaders) < num_kept:
-                    loaders[client] = loader
-        # Clients that train side by side start from one model, and none of them twice.
-        together: dict[tuple[int, int], set[ClientId]] = {}
-        for visit in visits:
-            together.setdefault((visit.number, visit.version), set()).add(visit.client)
-        planned: list[PlannedGroup] = []
-        steps_of_group: dict[tuple[ClientId, ...], int] = {}
-        for (number, version), clients in sorted(together.items()):
-            own = {client: forecast for client, forecast in forecasts.items() if client in clients}
-            groups = [[client] for client in own] if grouping is None else grouping.group(own)
-            planned += [PlannedGroup(tuple(group), version, number) for group in groups]
-        for group in (planned_group.clients for planned_group in planned if len(planned_group.clients) > 1):
-            assert grouping is not None
-            num_steps = grouping.num_steps([forecast for c in group if (forecast := forecasts[c]) is not None])
-            if num_steps is not None:
-                steps_of_group[group] = num_steps
-        return RankPlan(
-            index,
-            [visit.client for visit in visits],
-            planned,
-            works,
-            max_work,
-            dropped,
-            sizes,
-            lengths,
-            steps_of_group,
-            empty,
-            failed,
-            loaders,
-            flush,
-            next_clock,
-        )
-
-    def _take_in(self, index: int, clock: Clock | None) -> tuple[Flush | None, Clock | None]:
-        """What the round takes in on the simulated clock, and the clock after it."""
-        schedule, durations = self.settings.schedule, self.settings.durations
-        if schedule is None:
-            return None, None
-        if clock is None or clock.version != index:
-            clock = Clock(version=index, time=0 if clock is None else clock.time)
-        clients = Clients(self.population, durations, self.sampler.cohort, self.settings.seed)
-        return schedule.next(clock, clients)
+            if grouping is None:
+                continue
+            if sizes[client] is not None:
+                forecasts[client] = forecast_batches(loader, segments[0], work.pass_length(num_batches))
+            # The first group finds its loaders ready; to keep all would cost memory in the number of clients.
+            if len(loaders) < grouping.max_clients:
+                loaders[client] = loader
+        found = replace(plan, sizes=sizes, lengths=lengths, empty=empty, failed=failed, loaders=loaders)
+        return found, forecasts
 
     def _works(self, index: int, visits: Sequence[Visit], max_work: LocalWork) -> dict[ClientId, LocalWork]:
         """The local work of the clients that a round takes in, in the order of clients."""
@@ -249,6 +237,23 @@ class Planner:
             # Counted in batches, because Lightning divides by the accumulation again.
             self._largest = largest if largest == float("inf") else max(int(largest), 1) * work.accumulate
         return self._largest
+
+
+def _form_groups(
+    visits: Sequence[Visit], forecasts: Mapping[ClientId, BatchForecast | None], grouping: Grouping | None
+) -> list[PlannedGroup]:
+    # Clients that train side by side start from one model, and none of them twice.
+    together: dict[tuple[int, int], set[ClientId]] = {}
+    for visit in visits:
+        together.setdefault((visit.number, visit.version), set()).add(visit.client)
+    planned = []
+    for (number, version), clients in sorted(together.items()):
+        own = {client: forecast for client, forecast in forecasts.items() if client in clients}
+        for group in [[client] for client in own] if grouping is None else grouping.group(own):
+            known = [forecast for client in group if (forecast := own[client]) is not None]
+            num_steps = grouping.num_steps(known) if grouping is not None and len(group) > 1 else None
+            planned.append(PlannedGroup(tuple(group), version, number, num_steps))
+    return planned
 
 
 def check_visits(index: int, visits: Sequence[Visit]) -> None:

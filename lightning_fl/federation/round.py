@@ -7,6 +7,7 @@ import operator
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import compress
 from typing import Any, Protocol
 
@@ -312,11 +313,11 @@ class Round:
             LoaderFailed: If the loader raises in the pass that the probe needs.
             NotStackable: If the contexts that the algorithm returns for several clients can't be stacked.
         """
-        client = data.clients[0]
         # Seeded before anything of the client runs, so that nothing it draws depends on who was trained before it.
         seeds_by_version = self.settings.schedule is not None and self.settings.schedule.seeds_by_version
         index = version if seeds_by_version and version is not None else self.ctx.round
-        self._seed(index, client, data.loader, number)
+        seed = partial(self._seed, index, data.clients[0], data.loader, number)
+        seed()
         server = self._server_of(version)
         self.trainer.start_from(self.versions[self.ctx.round if version is None else version].buffers)
         states = [move(self.store.get(own) or {}, self.trainer.device) for own in data.clients]
@@ -325,19 +326,18 @@ class Round:
             found = []
             for params in self.settings.algorithm.candidates(server):
                 self.trainer.start([params], states)
-                self._seed(index, client, data.loader, number, "probe")
+                seed("probe")
                 own: ProbeKind = "loss" if kind == "losses" else kind
                 found.append(self.trainer.within.mean_of(probe(own, data.read_once(), self.trainer.tensors.params)))
             measured = torch.stack(found) if kind == "losses" else found[0]
-            self._seed(index, client, data.loader, number)  # training draws the same random numbers as without a probe
+            seed()  # training draws the same random numbers as without a probe
         group = ClientGroup(self.settings, server, data.clients, states, measured, version, number)
         phases = self.settings.algorithm.phases()
         # Task and batches need each other: a change of phase while reading acts on the task.
         task = ClientTask(group, iter(()), phases, data.sizes, data.loader)
         self.trainer.start(group.starts, states, phases[0], self._transform_of(group, phases[0]))
         if self.trainer.is_shared:
-            seed = visit_seed(self.settings.seed, number)
-            self.trainer.seed(derive_seed(seed, index, "module", client))
+            self.trainer.seed(derive_seed(visit_seed(self.settings.seed, number), index, "module", data.clients[0]))
 
         def next_phase() -> None:
             self._next_phase(task)
@@ -400,7 +400,7 @@ class Round:
             accepted = [update is not None for update in updates]
         else:
             accepted = self._add_group(task.group, group_update)
-            updates = [group_update.update_of(0) if accepted[0] else None] if len(runs) == 1 else []
+            updates = [group_update.update_of(0) if accepted[0] else None]
         # Where clients are hidden, a refused one has sent zeros and counts like any other.
         counted = [True] * len(runs) if self.settings.hides_clients else accepted
         totals.num_examples += sum(run.num_examples for run in compress(runs, counted))
@@ -428,34 +428,26 @@ class Round:
             totals.squared_norm += sum(map(operator.mul, weights, compress(squares, accepted)))
         if own.client_states:
             for index in compress(range(size), accepted):
-                state = own.state_of(index)
-                # A part of a stacked state is a view: stored without a copy, it would keep the states of the whole
-                # group in memory.
-                self.store.stage(group.clients[index], move(state if size == 1 else clone(state), "cpu"))
+                self._stage(group, index, own.state_of(index))
         return accepted
 
     def _add_one(self, group: ClientGroup, own: GroupUpdate, index: int) -> Update | None:
         """Adds the update of one client, on its way through the transforms; None if it was not accepted."""
-        client, update, totals = group.clients[index], own.update_of(index), self.totals
-        # Copied for the same reason as in `_add_group`.
-        client_state = clone(own.state_of(index))
-        within = self.trainer.within
-        (is_sound,) = within.all_agree([is_finite(leaves(self._must_be_finite(update, client_state)))])
-        is_sendable = is_sound
+        client, update, client_state = group.clients[index], own.update_of(index), own.state_of(index)
+        within, totals = self.trainer.within, self.totals
+        is_sound = is_sendable = is_finite(leaves(self._must_be_finite(update, client_state)))
         transform_states: dict[str, State] = {}
         if self.settings.transforms:
             start = time.perf_counter()
             update, transform_states = self._transform(group, index, update)
             self._transforming += time.perf_counter() - start
-            is_kept, is_sendable = within.all_agree(
-                [is_finite(leaves(transform_states)), is_finite(leaves(self._must_be_finite(update, {})))]
-            )
-            is_sound = is_sound and is_kept
-            # Where clients are hidden, a refused one still sends zeros: to leave it out would show that it was there.
-            is_sendable = is_sendable and (is_sound or self.settings.hides_clients)
+            is_sound = is_sound and is_finite(leaves(transform_states))
+            is_sendable = is_finite(leaves(self._must_be_finite(update, {})))
+        is_sound, is_sendable = within.all_agree([is_sound, is_sendable])
         if not is_sound:
             totals.refused.append(client)
-        if not is_sendable:
+        # Where clients are hidden, a refused one still sends zeros: to leave it out would show that it was there.
+        if not is_sendable or not (is_sound or self.settings.hides_clients):
             return None
         try:
             totals.acc = self.settings.aggregator.add(totals.acc, update, replace(self.ctx, client=client))
@@ -469,8 +461,14 @@ class Round:
             (square,) = within.joint_squares([norm(update.delta) ** 2])
             totals.squared_norm += update.weight * square
         if is_sound and (client_state or transform_states):
-            self.store.stage(client, move({**client_state, **transform_states}, "cpu"))
+            self._stage(group, index, {**client_state, **transform_states})
         return update if is_sound else None
+
+    def _stage(self, group: ClientGroup, index: int, state: Mapping[str, Any]) -> None:
+        # A part of a stacked state is a view: stored without a copy, it would keep the states of the whole group in
+        # memory.
+        own = state if len(group.clients) == 1 else clone(state)
+        self.store.stage(group.clients[index], move(own, "cpu"))
 
     def _transform(self, group: ClientGroup, place: int, update: Update) -> tuple[Update, dict[str, State]]:
         client, before = group.clients[place], group.client_states[place]

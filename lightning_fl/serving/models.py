@@ -1,9 +1,10 @@
-"""The models that a server holds: the newest round's, a canary, and those of single clients."""
+"""The models of a server: the newest round's, a canary, and those of single clients."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import random
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -23,34 +24,35 @@ from lightning_fl.types import ClientId, Tree
 logger = logging.getLogger(__name__)
 
 NUM_CLIENTS_KEPT = 64
-"""Clients whose tensors stay in memory; those asked for least recently are dropped."""
+"""Number of clients whose tensors stay in memory; the least recently used are dropped."""
 MAX_DIGITS = 19
-"""Of a simulated client's number; Python refuses to read thousands of them."""
+"""Maximum number of digits of a simulated client's number; Python refuses to parse thousands of them."""
 
 
 class Version:
-    """One checkpoint's model, and those of its clients, whose files are read when somebody asks for one.
+    """One checkpoint's model, and those of its clients, whose files are read when they are requested.
 
     Args:
         checkpoint: The file.
-        module: A module of the same class, for comparison; its frozen parameters stand in for those left out.
+        module: A module of the same class, for comparison; its frozen parameters replace those that the file lacks.
 
     Raises:
-        ValueError: If the file can't be loaded safely, its tensors have other names, shapes or dtypes than the
-            module's, or one of them is not finite.
+        ValueError: If the file can't be loaded safely, its tensors have other names or shapes than the module's, or
+            one of them is not finite. A buffer may be infinite where the module's is, as masks are.
     """
 
     def __init__(self, checkpoint: Path, module: L.LightningModule) -> None:
         content = read(checkpoint)
         self.checkpoint = checkpoint
-        state = _checked(whole_state(content, module, checkpoint), module.state_dict(), checkpoint)
+        self._buffers = {name for name, _ in module.named_buffers(remove_duplicate=False)}
+        state = self._checked(whole_state(content, module, checkpoint), module.state_dict())
         self.digest = _digest(state)
         self.device = next(iter(module.state_dict().values()), torch.zeros(())).device
         self.state: Tree = move(state, self.device)
         history = content.get(KEY, {}).get("history") or []
         self.round = len(history) if history else int(content.get("epoch", 0)) + 1
         self._files = state_files(checkpoint)
-        # Read now: once a newer checkpoint has replaced this one, its manifests are deleted.
+        # Read now, because the manifests are deleted when a newer checkpoint replaces this one.
         manifests = [self._files.read_manifest(name) or {} for name in content.get(KEY, {}).get("manifests") or []]
         self._names = {client: name for manifest in manifests for client, name in manifest.items()}
         self._of_clients: OrderedDict[str, Tree] = OrderedDict()
@@ -65,30 +67,51 @@ class Version:
         if client is None:
             return self.state
         if client not in self._of_clients:
-            # No file is read for clients that it does not have: anybody may name others, as often as they like.
+            # No file is read for unknown clients, which anybody could request as often as they like.
             known: ClientId = client
             if client not in self._names and client.isdecimal() and len(client) < MAX_DIGITS:
                 known = int(client)
             if known not in self._names:
                 raise ValueError(f"{self.checkpoint} holds no state of client {client!r}.")
             personal = self._files.read(known, self._names[known]).get("personal", {})
-            found = _checked({**self.state, **personal}, self.state, self.checkpoint)
-            # What is not personal is held once, or the models of 64 clients would need the memory of 64 models.
+            found = self._checked({**self.state, **personal}, self.state)
+            # Shared tensors are held once; otherwise the models of 64 clients would need the memory of 64 models.
             self._of_clients[client] = move(found, self.device)
         self._of_clients.move_to_end(client)
         if len(self._of_clients) > NUM_CLIENTS_KEPT:
             self._of_clients.popitem(last=False)
         return self._of_clients[client]
 
+    def _checked(self, state: Tree, expected: Tree) -> Tree:
+        if state.keys() != expected.keys():
+            differing = sorted(state.keys() ^ expected.keys())
+            raise ValueError(f"{self.checkpoint} holds another model: {', '.join(differing[:5])} differ.")
+        checked = {}
+        for name, own in expected.items():
+            value = state[name]
+            if isinstance(value, Tensor) and value.is_floating_point() and own.is_floating_point():
+                value = value.to(own.dtype)  # as load_state_dict does: a run in another precision has another dtype
+            if not isinstance(value, Tensor) or value.shape != own.shape or value.dtype != own.dtype:
+                raise ValueError(
+                    f"{self.checkpoint} holds another model: {name} is not {tuple(own.shape)} of {own.dtype}."
+                )
+            is_bad = ~torch.isfinite(value)
+            if name in self._buffers:
+                is_bad &= ~((value == own.to(value.device)) & value.isinf())
+            if is_bad.any():
+                raise ValueError(f"{self.checkpoint} has values in {name} that are not finite.")
+            checked[name] = value
+        return checked
+
 
 class ServedModels:
-    """The models of a server, which may be replaced while it answers.
+    """The models of a server, which may be replaced while it is running.
 
     Args:
         module: The module.
         checkpoint: Its checkpoint.
         canary: Another checkpoint of the same module, which answers a share of the requests.
-        share: The canary's share, from 0 to 1.
+        share: The canary's share of the requests, from 0 to 1. Default 0.
     """
 
     def __init__(
@@ -104,7 +127,7 @@ class ServedModels:
         self._refreshing = threading.Lock()
 
     def refresh(self) -> bool:
-        """Takes a checkpoint that has been replaced since; one that is not sound is left alone with a warning.
+        """Reloads the checkpoint if its file was replaced; an invalid one is skipped with a warning.
 
         Returns:
             Whether there is a new model.
@@ -115,16 +138,16 @@ class ServedModels:
                 return False
             self._seen = seen
             try:
-                # Loaded aside: requests in the meantime are answered by the old model.
+                # Loaded separately: meanwhile requests are answered by the old model.
                 self.current = Version(self.checkpoint, self.module)
             except ValueError as error:
-                logger.warning(f"The model of round {self.current.round} goes on answering: {error}")
+                logger.warning(f"Still serving round {self.current.round}: {error}")
                 return False
         logger.info(f"Now serving round {self.current.round}.")
         return True
 
     def watch(self, seconds: float = 0.5) -> None:
-        """Calls :meth:`refresh` again and again in a thread that ends with the process."""
+        """Calls :meth:`refresh` periodically in a daemon thread."""
 
         def follow() -> None:
             while True:
@@ -134,9 +157,11 @@ class ServedModels:
         threading.Thread(target=follow, name="watch", daemon=True).start()
 
     def choose(self, request_id: str | None) -> Version:
-        """The version that answers a request; the same id is always answered by the same one."""
-        if self.canary is None or request_id is None:
+        """The version that answers a request: the same one for the same id, a random one without an id."""
+        if self.canary is None:
             return self.current
+        if request_id is None:
+            return self.canary if random.random() < self.share else self.current
         place = int.from_bytes(hashlib.blake2b(request_id.encode(), digest_size=8).digest(), "big") / 2**64
         return self.canary if place < self.share else self.current
 
@@ -160,19 +185,6 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return found.st_ino, found.st_mtime_ns
 
 
-def _checked(state: Tree, expected: Tree, checkpoint: Path) -> Tree:
-    if state.keys() != expected.keys():
-        differing = sorted(state.keys() ^ expected.keys())
-        raise ValueError(f"{checkpoint} holds another model: {', '.join(differing[:5])} differ.")
-    for name, value in state.items():
-        own = expected[name]
-        if not isinstance(value, Tensor) or value.shape != own.shape or value.dtype != own.dtype:
-            raise ValueError(f"{checkpoint} holds another model: {name} is not {tuple(own.shape)} of {own.dtype}.")
-        if not torch.isfinite(value).all():
-            raise ValueError(f"{checkpoint} has values in {name} that are not finite.")
-    return state
-
-
 def _digest(state: Tree) -> str:
     found = hashlib.blake2b(digest_size=8)
     for name in sorted(state):
@@ -185,12 +197,12 @@ def decode(inputs: object, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[t
     """Nested lists as a batch of inputs.
 
     Args:
-        inputs: For one input the examples; for several a list with the examples of each.
-        shapes: The shape of an example of each input.
-        dtypes: Their dtypes.
+        inputs: The examples if there is one input; for several inputs, a list with the examples of each.
+        shapes: For each input, the shape of an example.
+        dtypes: The dtype of each input.
 
     Raises:
-        ValueError: If they are not numbers of these shapes; the message says what was expected.
+        ValueError: If they are not numbers of these shapes; the message has the expected shapes.
     """
     given = [inputs] if len(shapes) == 1 else inputs
     expected = " and ".join(f"[examples, {', '.join(map(str, shape))}]" for shape in shapes)
@@ -200,12 +212,15 @@ def decode(inputs: object, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[t
     for one, shape, dtype in zip(given, shapes, dtypes, strict=True):
         try:
             tensor = torch.tensor(one, dtype=dtype)
+            is_exact = dtype.is_floating_point or torch.equal(tensor, torch.tensor(one))
         except (TypeError, ValueError, RuntimeError, OverflowError):
             raise ValueError(f"Expected numbers of shape {expected}, as nested lists.") from None
         if tuple(tensor.shape[1:]) != shape or tensor.ndim != len(shape) + 1 or not len(tensor):
             raise ValueError(f"Expected numbers of shape {expected}, found {list(tensor.shape)}.")
         if not torch.isfinite(tensor).all():
             raise ValueError("Expected finite numbers.")
+        if not is_exact:
+            raise ValueError(f"Expected whole numbers ({dtype}), found fractions.")
         found.append(tensor)
     if len({len(one) for one in found}) != 1:
         raise ValueError("All inputs need the same number of examples.")

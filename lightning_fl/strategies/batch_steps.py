@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -119,7 +119,7 @@ class HookedSteps(BatchSteps):
             losses: Tensor | None = self.loop.trainer.strategy.group_losses  # type: ignore[attr-defined]
             size, is_known, mask = logged.count_examples(part(batch.content, 0)), True, batch.mask
         else:
-            loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+            loss = None if outputs is None else outputs.get("loss")
             # Lightning has divided it by the number of batches in the accumulation window.
             losses = loss.detach() * position.window if isinstance(loss, Tensor) else None
             # The batch as the hooks have changed it, which is the one that `self.log` weighs its values by.

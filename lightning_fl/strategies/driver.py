@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, Literal
 
 import lightning as L
@@ -20,7 +19,7 @@ from lightning_fl.aggregation import FederationFacts
 from lightning_fl.algorithms import Decentralized
 from lightning_fl.clients import ClientStore, LocalWork, Participation, Population
 from lightning_fl.communication import Group, Message, all_hold_the_same
-from lightning_fl.engines import LocalTrainer, Schedule
+from lightning_fl.engines import LocalTrainer
 from lightning_fl.engines.phases import optimizer_entry
 from lightning_fl.engines.spread import locals_of
 from lightning_fl.engines.tensors import load
@@ -36,6 +35,7 @@ from lightning_fl.federation import (
     Opening,
     Planner,
     RankPlan,
+    RankReport,
     Round,
     RoundResult,
 )
@@ -49,7 +49,7 @@ from lightning_fl.strategies import internals
 from lightning_fl.strategies.batch_steps import BatchOfOne, BatchSteps, HookedSteps, TightSteps, naming_batches_of_one
 from lightning_fl.strategies.catching_up import catch_up
 from lightning_fl.strategies.client_session import ClientSession
-from lightning_fl.strategies.hooks import batch_hook, has_hooks
+from lightning_fl.strategies.hooks import batch_hook, call_federated_hook, has_hooks
 from lightning_fl.strategies.logged_values import LoggedValues, late_entries, monitor_names, publish
 from lightning_fl.strategies.loops import OUTSIDE_CLIENTS, RoundEpochLoop
 from lightning_fl.strategies.metric_states import MetricStates
@@ -59,7 +59,7 @@ from lightning_fl.strategies.rank_sync import RankSync, naming_round
 from lightning_fl.strategies.released_model import ReleasedModel, averages_models
 from lightning_fl.strategies.root import ROOT, check_root, train_root
 from lightning_fl.strategies.round_end import advance_trainer, rank_report
-from lightning_fl.strategies.round_loaders import UNKNOWN_LENGTH, ClientVisit, RoundLoader, RoundLoaders
+from lightning_fl.strategies.round_loaders import UNKNOWN_LENGTH, RoundLoader, RoundLoaders
 from lightning_fl.strategies.round_view import RoundView
 from lightning_fl.strategies.user_warnings import UserWarnings
 from lightning_fl.strategies.validation import (
@@ -154,7 +154,6 @@ class RoundDriver:
         self.local_trainer: LocalTrainer | None = None
         self.module_trained: L.LightningModule | None = None
         self.metric_states = MetricStates(trainer.lightning_module, federation.place or federation.group.inner.rank)
-        self.schedules: list[tuple[Any, Schedule]] = []
         self.warnings = UserWarnings()
         self.rank_sync = RankSync(trainer, federation.group)
         self.released = ReleasedModel()
@@ -245,6 +244,16 @@ class RoundDriver:
     def in_local_phase(self) -> bool:
         """Whether this rank trains its clients, which it does on its own."""
         return self.open_round is not None
+
+    @property
+    def _active_trainer(self) -> LocalTrainer:
+        assert self.local_trainer is not None
+        return self.local_trainer
+
+    @property
+    def _active_vectorized(self) -> VectorizedDriver:
+        assert self.vectorized is not None
+        return self.vectorized
 
     # ---- the fit
 
@@ -357,8 +366,7 @@ class RoundDriver:
         if not steps.is_open:
             steps.skip()
         self._close(opened)
-        assert self.local_trainer is not None
-        with self.local_trainer.isolation.after_round():
+        with opened.round.trainer.isolation.after_round():
             steps.end_round()
         loop.position = OUTSIDE_CLIENTS
 
@@ -374,13 +382,14 @@ class RoundDriver:
                 steps.train(task, batch, position, ends_round=position.is_last and not opened.pending)
             opened.num_batches_done += 1
             if not position.is_last:
-                self._end_phase(opened, task, position.ends_phase)
+                if position.ends_phase:
+                    self._flush_logs(opened)
+                    opened.session.end_phase(task.counts)
                 steps.end_batch()
             if position.ends_phase and not is_group:
                 self.call_hook("on_phase_end", *task.clients)
         if is_group:
-            assert self.vectorized is not None
-            self.vectorized.check()
+            self._active_vectorized.check()
             steps.release()
 
     def _undo(self, opened: OpenRound, task: ClientTask, error: Exception) -> None:
@@ -389,10 +398,7 @@ class RoundDriver:
         Raises:
             Exception: If the user has requested that they train together: the error.
         """
-        vectorized = self.vectorized
-        assert vectorized is not None
-        assert opened.session is not None
-        is_too_large = isinstance(error, torch.OutOfMemoryError)
+        vectorized, is_too_large = self._active_vectorized, isinstance(error, torch.OutOfMemoryError)
         if vectorized.is_asked_for and not is_too_large:
             raise vectorized.error_of(error) from error
         opened.round.leave()
@@ -401,28 +407,20 @@ class RoundDriver:
         opened.num_batches_done = opened.num_batches_before
         vectorized.undo()
         if is_too_large:
-            self._split(opened, opened.current, vectorized.halve(task.clients))
+            self._split(opened, vectorized.halve(task.clients))
         else:
             self._train_alone(opened, reason_of(error))
 
     def _train_alone(self, opened: OpenRound, reason: str) -> None:
         """Lets the clients of the current group, and all later ones, train one after the other."""
-        assert self.vectorized is not None
-        self._found = replace(self.vectorized.grouping.memory, is_alone=True)
-        self.vectorized.refuse(reason, self.plan.round)
+        self._found = replace(self._active_vectorized.grouping.memory, is_alone=True)
+        self._active_vectorized.refuse(reason, self.plan.round)
         self.vectorized = None
         # The plan's remaining groups were formed for training side by side too.
-        opened.pending = deque(self._alone([opened.current, *opened.pending]))
+        opened.pending = deque(self.plan.alone([opened.current, *opened.pending]))
         self.set_length()
 
-    def _alone(self, groups: Sequence[PlannedGroup]) -> list[PlannedGroup]:
-        """The clients as groups of one, in the order in which the plan would have them train one after the other."""
-        order = {client: place for place, client in enumerate(self.plan.sizes)}
-        alone = [group.of([client]) for group in groups for client in group.clients]
-        return sorted(alone, key=lambda group: (group.number, group.version, order[group.clients[0]]))
-
     def _open(self, loop: RoundEpochLoop) -> OpenRound:
-        assert self.local_trainer is not None
         trainer, index = self.trainer, internals.current_round(self.trainer)
         # Again, because a callback such as `GradientAccumulationScheduler` may have changed the accumulation window in
         # `on_train_epoch_start`; the number of batches of an optimizer step depends on it.
@@ -434,16 +432,16 @@ class RoundDriver:
             self.check_released("at the epoch's start")
         self.released.forget()
         loops_before = internals.loops_before_round(trainer)
-        self.schedules = check_schedules(internals.client_schedules(trainer), self.settings, self.max_work)
+        schedules = check_schedules(internals.client_schedules(trainer), self.settings, self.max_work)
         round = Round.open(
             self.settings,
             self.state,
-            self.local_trainer,
+            self._active_trainer,
             self.store,
             self.federation,
             index,
             self.cohort,
-            [schedule for _, schedule in self.schedules],
+            [schedule for _, schedule in schedules],
             self._session,
         )
         # Privacy budget that the transforms have spent stays spent, even if the round fails.
@@ -464,7 +462,7 @@ class RoundDriver:
                 self.plan,
                 self.population,
                 self.settings.seed,
-                self._following,
+                lambda visit: opened.following(visit),
                 round.restore_randomness,
                 trainer.overfit_batches > 0,  # type: ignore[attr-defined]
                 self.warnings,
@@ -472,6 +470,7 @@ class RoundDriver:
             steps=self._make_steps(loop, values),
             values=values,
             pending=deque(),
+            schedules=schedules,
             first_step=trainer.global_step,
             first_logger_step=internals.logger_steps(trainer),
             loops_before=loops_before,
@@ -479,7 +478,7 @@ class RoundDriver:
             failed=dict(self.plan.failed),
         )
         # After the form of the steps has been chosen, which may let each client train alone.
-        opened.pending.extend(self.plan.planned if self.vectorized is not None else self._alone(self.plan.planned))
+        opened.pending.extend(self.plan.planned if self.vectorized is not None else self.plan.alone(self.plan.planned))
         self.open_round = opened
         self.set_length()
         self.trained_groups = []
@@ -488,21 +487,18 @@ class RoundDriver:
 
     @property
     def _has_new_optimizers(self) -> bool:
-        assert self.local_trainer is not None
-        return [*map(id, self.local_trainer.optimizers.optimizers)] != [*map(id, self.trainer.optimizers)]
+        return [*map(id, self._active_trainer.optimizers.optimizers)] != [*map(id, self.trainer.optimizers)]
 
     def _take_optimizers(self) -> None:
         """Goes on with other optimizers, if a callback has replaced them since the last round."""
         if not self._has_new_optimizers:
             return
-        assert self.local_trainer is not None
         self.settings.algorithm.check_optimizers(self.trainer.optimizers)
-        self.local_trainer.optimizers.take(self.trainer.optimizers)
+        self._active_trainer.optimizers.take(self.trainer.optimizers)
         for phase in range(len(self.settings.algorithm.phases())):
             self.store.drop_entry(optimizer_entry(phase))  # they are those of other optimizers
 
     def _make_steps(self, loop: RoundEpochLoop, values: LoggedValues) -> BatchSteps:
-        assert self.local_trainer is not None
         hook = batch_hook(self.trainer, self.strategy_type)
         rank_zero_debug("The local loop is tight." if hook is None else f"Batches pass Lightning's hooks: {hook}.")
         if self.vectorized is not None and hook is not None and not self.vectorized.is_asked_for:
@@ -510,7 +506,7 @@ class RoundDriver:
             self.vectorized = None
         if self.vectorized is not None:
             self.vectorized.choose_steps(hook)
-        return (TightSteps if hook is None else HookedSteps)(loop, self.local_trainer, values)
+        return (TightSteps if hook is None else HookedSteps)(loop, self._active_trainer, values)
 
     @property
     def _is_alone(self) -> bool:
@@ -519,18 +515,18 @@ class RoundDriver:
     def _tasks(self, opened: OpenRound) -> Iterator[ClientTask]:
         """Yields the client groups of this rank, each loaded when its turn comes."""
         while opened.pending:
-            opened.current = group = opened.pending.popleft()
+            opened.current = opened.pending.popleft()
             try:
-                yield self._start(opened, group)
+                yield self._start(opened, opened.current)
             except GroupSplit as split:
-                opened.round.leave()
-                self._split(opened, group, split.parts)
+                self._split(opened, split.parts)
+            except (NotStackable, NotVectorizable) as error:
+                self._train_alone(opened, str(error))
             except LoaderFailed as failed:
                 self._leave_out(opened, failed)
 
-    def _split(self, opened: OpenRound, group: PlannedGroup, parts: Sequence[Sequence[ClientId]]) -> None:
-        """Lets the parts of a group train in its place."""
-        opened.pending.extendleft(group.of(part) for part in reversed(parts))
+    def _split(self, opened: OpenRound, parts: Sequence[Sequence[ClientId]]) -> None:
+        opened.split(parts)
         self.set_length()
 
     def _start(self, opened: OpenRound, group: PlannedGroup) -> ClientTask:
@@ -560,41 +556,28 @@ class RoundDriver:
         return task
 
     def _start_group(self, opened: OpenRound, group: PlannedGroup) -> ClientTask:
-        vectorized = self.vectorized
-        assert vectorized is not None
+        vectorized = self._active_vectorized
         vectorized.begin()
         try:
             data = self._read_group(opened, group)
-        except GroupSplit as split:
-            vectorized.undo_reading()
-            vectorized.tell_of_split(split.parts)
-            raise
-        try:
             task = opened.round.start(data, version=group.version, number=group.number)
             if vectorized.start(task, data):
                 opened.round.leave()
                 task = opened.round.start(data, version=group.version, number=group.number)
                 vectorized.start(task, data)
-            changes_groups = data.masks is not None and vectorized.try_new_shapes(data)
-        except torch.OutOfMemoryError as error:
+            if data.masks is not None and vectorized.try_new_shapes(data):
+                raise GroupSplit(vectorized.grouping.split(data.works))
+        except (GroupSplit, torch.OutOfMemoryError, NotStackable, NotVectorizable) as error:
             opened.round.leave()
             vectorized.undo_reading()
             vectorized.leave()
-            raise GroupSplit(vectorized.halve(group.clients)) from error
-        except (NotStackable, NotVectorizable) as error:
-            opened.round.leave()
-            vectorized.undo_reading()
-            self._train_alone(opened, str(error))
-            raise GroupSplit([]) from error
-        if changes_groups:
-            vectorized.undo_reading()
-            vectorized.leave()
-            raise GroupSplit(vectorized.grouping.split(data.works))
+            if isinstance(error, torch.OutOfMemoryError):
+                raise GroupSplit(vectorized.halve(group.clients)) from error
+            raise
         return task
 
     def _read_group(self, opened: OpenRound, group: PlannedGroup) -> StackedData:
-        vectorized, loaders, clients = self.vectorized, opened.loaders, group.clients
-        assert vectorized is not None
+        vectorized, loaders, clients = self._active_vectorized, opened.loaders, group.clients
 
         def open_client(client: ClientId) -> ClientBatches:
             batches = loaders.open_ahead(client, self.planner.phases(self.plan.works[client]), group.number)
@@ -610,6 +593,9 @@ class RoundDriver:
                 self.plan.sizes,
                 lambda failed: self._note_failure(opened, failed),
             )
+        except GroupSplit as split:
+            vectorized.tell_of_split(split.parts)
+            raise
         finally:
             loaders.leave()
         vectorized.end_reading()
@@ -620,6 +606,7 @@ class RoundDriver:
         except NotStackable as error:
             parts = [[client] for client in clients]
             vectorized.grouping.remember(data.works, parts)
+            vectorized.tell_of_split(parts)
             raise GroupSplit(parts) from error
         return data
 
@@ -632,31 +619,22 @@ class RoundDriver:
     def _compares_first_batches(self) -> bool:
         return self.group.size > 1 and self.settings.silos and not self.history and not self.settings.is_private
 
-    def _end_phase(self, opened: OpenRound, task: ClientTask, ends_phase: bool) -> None:
-        if ends_phase:
-            assert opened.session is not None
-            self._flush_logs(opened)
-            opened.session.end_phase(task.counts)
-
     def _flush_logs(self, opened: OpenRound) -> None:
         opened.steps.flush_logs()
         if self.vectorized is not None:
             self.vectorized.flush_logs()
 
     def _finish(self, opened: OpenRound, task: ClientTask) -> None:
-        assert opened.session is not None
-        assert self.local_trainer is not None
         session, clients = opened.session, task.clients
-        num_shared_steps = self.local_trainer.optimizers.num_steps
+        num_shared_steps = opened.round.trainer.optimizers.num_steps
         self._flush_logs(opened)
         session.end_phase(task.counts, is_last=True)
         outcome = opened.round.finish(task)
         opened.has_trained = True
         self.trained_groups.append(clients)
         if len(clients) > 1:
-            assert self.vectorized is not None
-            logged = session.finish(outcome.accepted, self.vectorized.restrict_to)
-            self.vectorized.leave()
+            logged = session.finish(outcome.accepted, self._active_vectorized.restrict_to)
+            self._active_vectorized.leave()
             # The loggers' x-axis advances as if the clients had trained one after the other.
             opened.more_logger_steps += outcome.num_steps - num_shared_steps
         else:
@@ -664,7 +642,7 @@ class RoundDriver:
             logged = session.finish([True] if self.settings.hides_refusals else outcome.accepted)
             self.call_hook("on_client_end", clients[0], replace(outcome.runs[0], logged=logged), outcome.update)
         self.call_hook("on_group_end", clients)
-        if self.plan.num_batches(clients) is None:
+        if self.plan.num_batches(opened.current) is None:
             self.set_length()
 
     def _leave_out(self, opened: OpenRound, failed: LoaderFailed) -> None:
@@ -672,8 +650,7 @@ class RoundDriver:
         self._note_failure(opened, failed)
         opened.round.leave()
         opened.steps.drop_logs()
-        if opened.session is not None:
-            opened.session.drop()
+        opened.session.drop()
         if opened.steps.is_open:
             opened.steps.end_batch()
         self.set_length()
@@ -686,14 +663,6 @@ class RoundDriver:
             raise_to_user(failed)
         error = failed.error.with_traceback(None)  # its frames would keep the loader's workers alive
         return f"{type(error).__name__}: {error}"
-
-    def _following(self, visit: ClientVisit) -> ClientVisit | None:
-        """The client, and the number of its visit, that trains after ``visit``."""
-        opened = self.open_round
-        assert opened is not None
-        in_turn = [(other, group.number) for group in (opened.current, *opened.pending) for other in group.clients]
-        after = in_turn[in_turn.index(visit) + 1 :] if visit in in_turn else in_turn
-        return next(iter(after), None)
 
     def _train_root(self, opened: OpenRound) -> None:
         """Trains on the server's own data, if the aggregator has such: on the first rank, with the work of a client."""
@@ -710,17 +679,47 @@ class RoundDriver:
         opened.round.take_root(update)
 
     def _close(self, opened: OpenRound) -> None:
-        trainer, index, round = self.trainer, self.plan.round, opened.round
-        self._train_root(opened)
-        # Before the merge, which restores the process's own random generators: the loaders' were entered after them.
-        opened.loaders.close()
+        """Turns what all ranks have trained into the next global model, and tells Lightning and the callbacks of it."""
         found = self._found if self.vectorized is None else self.vectorized.grouping.memory
         # What batches look like is a client's own affair where clients are private, and a silo trains alone.
         tells = not self.settings.is_private and not self.settings.silos
-        news = found.since(self.grouping) if tells else GroupingMemory()
+        reports, result = self._join(opened, found.since(self.grouping) if tells else GroupingMemory())
+        self._note_released()
+        # This ends the local phase: from here on the strategy's collectives concern all ranks, which the checkpoints
+        # and the logged figures below need.
+        self.state, self.open_round = self._on_clock(result, opened.round), None
+        self.apart = None if result.aggregate.neighbours is None else result.aggregate
+        self._take_grouping(joined_memory(self.grouping, result.report.grouping) if tells else found)
+        self.num_batches_trained = opened.num_batches_done
+        self._is_unsettled, self._trained_last_round = True, opened.has_trained
+        self.ends_round = True
+        self.deferred_checkpoints = dict(reports[0].deferred_checkpoints)
+        self._last_steps = opened.first_step, opened.first_step + result.report.num_steps
+        self._publish(opened, reports, result)
+        # A rank that stopped alone would leave the others waiting in the next round.
+        self.trainer.should_stop = result.report.should_stop or result.closing.stop_reason is not None
+        self.call_hook("on_aggregate_end", result.aggregate)
+        self.check_released("in on_aggregate_end")
+        # Only now that the round is closed is there a global model to save or to average.
+        internals.resume_by_step(opened.paused)
+        # A client alone trains as in a plain Trainer, where the callback has averaged at each step.
+        if not self._is_alone:
+            internals.average_passed_steps(self.trainer, *self._last_steps)
+
+    def _join(self, opened: OpenRound, news: GroupingMemory) -> tuple[list[RankReport], RoundResult]:
+        """Joins the updates and reports of all ranks; the module then holds the next global model.
+
+        Args:
+            opened: The round.
+            news: What this rank tells the others of training side by side.
+        """
+        index, round = self.plan.round, opened.round
+        self._train_root(opened)
+        # Before the merge, which restores the process's own random generators: the loaders' were entered after them.
+        opened.loaders.close()
         if self.group.inner.size > 1:
             self._join_metrics(self.group.inner)
-        report = rank_report(trainer, opened, self.plan, self.metric_states, self.deferred_checkpoints, news)
+        report = rank_report(self.trainer, opened, self.plan, self.metric_states, self.deferred_checkpoints, news)
         with naming_round(f"Round {index}", "The round is dropped. "), misconfiguration():
             reports = round.merge(report)
             # A rank without a batch holds what no other holds.
@@ -735,46 +734,27 @@ class RoundDriver:
             self.warnings.data(index, reports)
             self.is_closing = True
             result = round.close(reports, opened.loaders.seconds_waiting)
-        self._note_released()
-        result = replace(result, num_bytes=result.num_bytes + self.num_bytes_before)
-        self.num_bytes_before = 0
-        # This ends the local phase: from here on the strategy's collectives concern all ranks, which the checkpoints
-        # and the logged figures below need.
-        self.state, self.open_round = self._on_clock(result, round), None
-        self.apart = None if result.aggregate.neighbours is None else result.aggregate
-        self.num_batches_trained = opened.num_batches_done
-        self._is_unsettled, self._trained_last_round = True, opened.has_trained
-        self.ends_round = True
-        last_step = opened.first_step + result.report.num_steps
-        logged = advance_trainer(trainer, opened, result.report, last_step)
+        num_bytes, self.num_bytes_before = result.num_bytes + self.num_bytes_before, 0
+        return reports, replace(result, num_bytes=num_bytes)
+
+    def _publish(self, opened: OpenRound, reports: Sequence[RankReport], result: RoundResult) -> None:
+        """Passes what the clients have logged and the round's figures on to Lightning, with the warnings they give."""
+        trainer, index, warnings = self.trainer, self.plan.round, self.warnings
+        logged = advance_trainer(trainer, opened, result.report, self._last_steps[1])
         self.metric_states.merge([(own.metric_states, own.tensors) for own in reports], self.module.device)
         self.publish(logged)
         self.client_metrics |= monitor_names(logged)
         self.has_late_values = result.report.has_late_values
-        # A rank that stopped alone would leave the others waiting in the next round.
-        trainer.should_stop = result.report.should_stop
         if self.settings.is_differentially_private:
-            self.warnings.monitors(trainer, logged)
-        self.warnings.result(index, result)
-        assert self.local_trainer is not None
-        self.warnings.put_back(self.local_trainer.isolation.changed)
-        self._take_grouping(joined_memory(self.grouping, result.report.grouping) if tells else found)
-        self.warnings.max_steps(trainer, [config for config, _ in self.schedules], result.report)
+            warnings.monitors(trainer, logged)
+        warnings.result(index, result)
+        warnings.put_back(opened.round.trainer.isolation.changed)
+        warnings.max_steps(trainer, [config for config, _ in opened.schedules], result.report)
         self.history.append(history_entry(index, result, self.plan.dropped, self.plan.flush))
         if has_hooks(trainer, "on_train_batch_end"):  # which may look at the global model, and change it
             self.join_nodes()
         internals.log_figures(trainer, figures(self.history[-1], result.hides_clients), RANK_FIGURES)
-        self.warnings.words(trainer, words(self.history[-1]))
-        trainer.should_stop |= result.closing.stop_reason is not None
-        self.call_hook("on_aggregate_end", result.aggregate)
-        self.check_released("in on_aggregate_end")
-        # Only now that the round is closed is there a global model to save or to average.
-        internals.resume_by_step(opened.paused)
-        # A client alone trains as in a plain Trainer, where the callback has averaged at each step.
-        if not self._is_alone:
-            internals.average_passed_steps(trainer, opened.first_step, last_step)
-        self.deferred_checkpoints = dict(reports[0].deferred_checkpoints)
-        self._last_steps = opened.first_step, last_step
+        warnings.words(trainer, words(self.history[-1]))
 
     def _join_metrics(self, inner: Group) -> None:
         """Joins the torchmetrics of the processes of a silo, which report as one."""
@@ -792,11 +772,10 @@ class RoundDriver:
             return
         algorithm = self.settings.algorithm
         assert isinstance(algorithm, Decentralized)
-        assert self.local_trainer is not None
         self.check_released("after the round")
         server = algorithm.join(self.state.server, aggregate)
         self.state = replace(self.state, server=server)
-        load(self.local_trainer.tensors.params, server["params"])
+        load(self._active_trainer.tensors.params, server["params"])
         self._note_released()
         found = algorithm.report(server)
         self.history[-1].update(found)
@@ -815,8 +794,7 @@ class RoundDriver:
 
     def _note_released(self) -> None:
         if self.settings.is_differentially_private:
-            assert self.local_trainer is not None
-            self.released.note(self.module, self.local_trainer.tensors)
+            self.released.note(self.module, self._active_trainer.tensors)
 
     def check_released(self, when: str) -> None:
         """Under differential privacy, makes sure that nothing but the server has changed the model since the round."""
@@ -839,8 +817,7 @@ class RoundDriver:
         # only.
         is_new, self._is_unsettled = self._is_unsettled, False
         if is_new:
-            assert self.local_trainer is not None
-            tensors = locals_of(self.local_trainer.tensors.all)
+            tensors = locals_of(self._active_trainer.tensors.all)
             self.rank_sync.settle(self.plan.round, tensors, self._trained_last_round)
         self.is_closing = False
         if self.once_closed is not None:
@@ -896,10 +873,7 @@ class RoundDriver:
         if self.vectorized is not None:
             self.vectorized.leave()
         if opened is not None:
-            opened.loaders.close()
-            opened.round.abandon()
-            opened.steps.loop.set_global_step(opened.first_step)
-            internals.resume_by_step(opened.paused)
+            opened.abandon()
             # A callback that saves on an exception saves after this one; with the loops inside the round, a resume
             # would skip the rest of the round although the model is back at its start.
             self.interrupted_loops = opened.loops_before
@@ -954,27 +928,11 @@ class RoundDriver:
         return self.open_round is not None or self._is_unsettled
 
     def rewind(self, checkpoint: dict[str, Any]) -> None:
-        """Puts the round's start into a checkpoint that was made while clients train, for a job that is about to end.
-
-        Training itself goes on undisturbed.
-        """
-        opened, trainer = self.open_round, self.local_trainer
-        assert opened is not None
-        assert trainer is not None
-        start = trainer.state_of_start(opened.round.state.server["params"])
-        held = checkpoint["state_dict"]
-        held.update({name: value for name, value in start.items() if name in held})
-        checkpoint["optimizer_states"] = trainer.optimizers.state_dicts_of_start()
-        precision = type(self.trainer.precision_plugin).__qualname__
-        if checkpoint.get(precision):
-            checkpoint[precision] = trainer.optimizers.scaler_at_start
-        states = iter(trainer.optimizers.schedule_states_of_start)
-        inside = {id(config): next(states) for config, _ in self.schedules}
-        checkpoint["lr_schedulers"] = [
-            inside.get(id(config), state)
-            for config, state in zip(self.trainer.lr_scheduler_configs, checkpoint["lr_schedulers"], strict=True)
-        ]
-        checkpoint["loops"]["fit_loop"] = opened.loops_before
+        """Puts the start of an unfinished round into a checkpoint; training itself goes on undisturbed."""
+        if self.open_round is not None:
+            self.open_round.rewind(checkpoint, self.trainer)
+        if self.interrupted_loops is not None:
+            checkpoint["loops"]["fit_loop"] = self.interrupted_loops
 
     def defer_checkpoint(self, path: str, weights_only: bool) -> None:
         """Records a checkpoint to be written at the round's end."""
@@ -995,7 +953,7 @@ class RoundDriver:
             return None
         opened = self.open_round
         groups = self.plan.planned if opened is None else opened.pending
-        lengths = [self.plan.num_batches(group.clients) for group in groups]
+        lengths = [self.plan.num_batches(group) for group in groups]
         if None in lengths:
             return None
         total = sum(length for length in lengths if length is not None)
@@ -1039,38 +997,18 @@ class RoundDriver:
 
     def join_gradients(self) -> None:
         """Called after a backward pass that Lightning runs: averages the gradients over the processes of the silo."""
-        if self.open_round is None or self.local_trainer is None:
-            return
+        opened = self.open_round
         # By hand the module may step after any of its backward passes.
-        if self.open_round.steps.loop.position.ends_window or not self.module.automatic_optimization:
-            self.local_trainer.join_gradients()
+        if opened is not None and (opened.steps.loop.position.ends_window or not self.module.automatic_optimization):
+            opened.round.trainer.join_gradients()
 
     def prepare_gradients(self, optimizer: Optimizer) -> None:
         """Called in a step that Lightning runs, when the gradients are unscaled and not yet clipped."""
-        if self.open_round is not None and self.local_trainer is not None:
-            loop = self.open_round.steps.loop
-            self.local_trainer.batch = loop.batch, loop.position.offset
-            self.local_trainer.prepare_gradients(optimizer)
+        if self.open_round is not None:
+            trainer, loop = self.open_round.round.trainer, self.open_round.steps.loop
+            trainer.batch = loop.batch, loop.position.offset
+            trainer.prepare_gradients(optimizer)
 
     def call_hook(self, hook: str, *args: Any) -> None:
-        """Calls a hook of :class:`~lightning_fl.callbacks.FederatedCallback`, with ``view`` if it is a parameter."""
-        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-        # What guards the clients' examples brackets local training, so that it sees what other callbacks write.
-        if hook in ("on_client_start", "on_next_phase", "on_phase_end"):
-            callbacks = sorted(callbacks, key=_protects_examples, reverse=hook != "on_phase_end")
-        for callback in callbacks:
-            # By name, because `callbacks` stands above this room and its base class can't be imported here.
-            method: Callable[..., None] | None = getattr(callback, hook, None)
-            if method is not None:
-                # The cache gets the plain function: a bound method in it would keep the callback alive.
-                view = {"view": self.view} if _takes_view(getattr(method, "__func__", method)) else {}
-                method(self.trainer, self.module, *args, **view)
-
-
-def _protects_examples(callback: Any) -> bool:
-    return getattr(callback, "protects_examples", False)
-
-
-@lru_cache(maxsize=256)
-def _takes_view(function: Callable[..., Any]) -> bool:
-    return "view" in inspect.signature(function).parameters
+        """Calls a hook of :class:`~lightning_fl.callbacks.FederatedCallback`."""
+        call_federated_hook(self.trainer, self.view, hook, *args)

@@ -742,7 +742,6 @@ class FederatedStrategy(internals.ReusableStrategy):
         # Lightning does not pass `save_weights_only` on; it shows in what the checkpoint holds.
         weights_only = "optimizer_states" not in checkpoint
         driver = self.driver
-        is_in_round = driver is not None and driver.open_round is not None
         if driver is not None and driver.defers_checkpoints and not self._is_requeued:
             driver.defer_checkpoint(str(filepath), weights_only)
             return
@@ -759,10 +758,7 @@ class FederatedStrategy(internals.ReusableStrategy):
         if driver is None or weights_only:
             self._write_checkpoint(checkpoint, filepath, storage_options)
             return
-        if is_in_round:
-            driver.rewind(checkpoint)
-        if driver.interrupted_loops is not None:
-            checkpoint["loops"]["fit_loop"] = driver.interrupted_loops
+        driver.rewind(checkpoint)
         checkpoint[KEY] = {**pack(self.algorithm, driver.state, self._module), **driver.progress()}
         checkpoint[KEY]["is_secret"] = driver.settings.hides_clients
         # After an exception the other ranks may be gone, or may not save at all.

@@ -1,9 +1,10 @@
-"""Finds the hooks of the user's module and callbacks, and whether one of them looks at batches."""
+"""Finds and calls the hooks of the user's module and callbacks, and tells whether one of them looks at batches."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import lightning as L
@@ -125,6 +126,28 @@ def run_training_step(trainer: L.Trainer, step: Callable[..., Any], *args: Any, 
         if own is not None:
             step = partial(own, trainer, trainer.lightning_module, step)
     return step(*args, **kwargs)
+
+
+def call_federated_hook(trainer: L.Trainer, view: Any, hook: str, *args: Any) -> None:
+    """Calls a hook of :class:`~lightning_fl.callbacks.FederatedCallback`, with ``view`` if it is a parameter."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    # What guards the clients' examples brackets local training, so that it sees what other callbacks write.
+    if hook in ("on_client_start", "on_next_phase", "on_phase_end"):
+        callbacks = sorted(
+            callbacks, key=lambda own: getattr(own, "protects_examples", False), reverse=hook != "on_phase_end"
+        )
+    for callback in callbacks:
+        # By name, because `callbacks` stands above this room and its base class can't be imported here.
+        method: Callable[..., None] | None = getattr(callback, hook, None)
+        if method is not None:
+            # The cache gets the plain function: a bound method in it would keep the callback alive.
+            keywords = {"view": view} if _takes_view(getattr(method, "__func__", method)) else {}
+            method(trainer, trainer.lightning_module, *args, **keywords)
+
+
+@lru_cache(maxsize=256)
+def _takes_view(function: Callable[..., Any]) -> bool:
+    return "view" in inspect.signature(function).parameters
 
 
 def _is_of_user(hook: Any) -> bool:

@@ -328,7 +328,7 @@ class RoundEpochLoop(_TrainingEpochLoop):
         # With manual optimization it is the module that steps its schedules, as in Lightning.
         if not self.trainer.lightning_module.automatic_optimization:
             return
-        for config, schedule in self.trainer.strategy.driver.schedules:  # type: ignore[attr-defined]
+        for config, schedule in self.trainer.strategy.driver.open_round.schedules:  # type: ignore[attr-defined]
             if config.interval == "step" and (self.position.offset + 1) % config.frequency == 0:
                 self.scheduler_progress.increment_ready()
                 schedule.take_step()

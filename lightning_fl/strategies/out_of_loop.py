@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -21,6 +21,7 @@ from torchmetrics import Metric, MetricCollection
 from lightning_fl.data.client_loaders import count_batches
 from lightning_fl.engines.evaluation_mode import evaluating
 from lightning_fl.engines.isolation import DATA_AND_HANDLES
+from lightning_fl.engines.local_trainer import loss_of
 from lightning_fl.engines.module_state import Snapshot, capture
 from lightning_fl.strategies import internals
 from lightning_fl.strategies.metric_states import MetricStates
@@ -91,7 +92,7 @@ def train_out_of_loop(
                 # length.
                 following = next(batches, None)
                 outputs, _ = internals.step_out_of_loop(trainer, "training_step", batch, index)
-                loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+                loss = loss_of(outputs)
                 if loss is not None:
                     (loss / window).backward()
                 batch, index = following, index + 1

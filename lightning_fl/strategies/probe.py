@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_fl.algorithms import ProbeKind
+from lightning_fl.engines.local_trainer import loss_of
 from lightning_fl.strategies import internals
 from lightning_fl.strategies import results as logged
 from lightning_fl.strategies.out_of_loop import out_of_loop
@@ -42,7 +43,7 @@ def probe(trainer: L.Trainer, kind: ProbeKind, batches: Iterable[Any], params: M
     with out_of_loop(trainer, training=True) as results:
         for index, fetched in enumerate(batches):
             outputs, batch = internals.step_out_of_loop(trainer, "training_step", fetched, index)
-            loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+            loss = loss_of(outputs)
             if loss is None:
                 continue
             size, _ = logged.batch_size(results, batch)

@@ -1,4 +1,4 @@
-"""A self-contained HTML page with a row for each of several runs, and chosen ones side by side."""
+"""A self-contained HTML page with one row per run, and a comparison of selected runs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from urllib.parse import quote
 
 from lightning_fl.tracking.interactive import side_by_side
 from lightning_fl.tracking.markup import number, page
@@ -19,7 +20,7 @@ COLUMNS = ("run", "started", "status", "algorithm", "clients", "rounds", "metric
 
 
 def write_index(runs: Sequence[Run], path: Path) -> None:
-    """Writes the page, the newest run first; a run's name leads to its report, where there is one.
+    """Writes the page, the newest run first; a run's name links to its report, if there is one.
 
     Args:
         runs: The runs.
@@ -31,21 +32,22 @@ def write_index(runs: Sequence[Run], path: Path) -> None:
     head = "".join(f"<th>{name}</th>" for name in COLUMNS)
     table = f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{rows}\n</tbody></table></div>'
     title = f"{len(runs)} runs in {path.parent.resolve().name}"
-    hint = "<p>A name leads to a run's page, once <code>lightning-fl report RUN</code> has written it.</p>"
+    hint = "<p>A name links to a run's report, if <code>lightning-fl report RUN</code> has written it.</p>"
     measured = [run for run in newest_first if run.metric_names]
     try:
         metric = best_metric(measured) if measured else None
-    except ValueError:  # no metric is in all of them
+    except ValueError:  # the runs have no common metric
         metric = best_metric(measured[:1])
     compared = f"<section><h2>Side by side</h2>{side_by_side(newest_first, names, metric)}</section>\n"
     write_file(path, page(title, f"<h1>{escape(title)}</h1>\n<section>{table}{hint}</section>\n{compared}"))
 
 
 def _cells(run: Run, name: str) -> str:
+    address = escape(f"./{quote(name)}/{REPORT}")
     name = escape(name)
     box = f'<input type="checkbox" checked data-run aria-label="{name}"> '
     if (run.path / REPORT).is_file():
-        name = f'<a href="{name}/{REPORT}">{name}</a>'
+        name = f'<a href="{address}">{name}</a>'
     facts = [started(run), str(run.facts.get("status", "?")), run.algorithm]
     facts += [run.settings.get("num_clients", "-"), f"{len(run.rounds):,}", *_metric(run)]
     facts.append("-" if run.seconds is None else duration(run.seconds))

@@ -1,4 +1,4 @@
-"""Which metric to show by default, and whether higher is better."""
+"""Choice of the default metric, and whether higher is better."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ HIGHER_IS_BETTER = ("acc", "f1", "auroc", "auc", "precision", "recall", "score",
 
 
 def is_higher_better(name: str) -> bool:
-    """Whether higher is better for a metric of that name, as for an accuracy; a guess from parts of the name."""
+    """Whether higher is better for a metric, as for an accuracy; guessed from parts of its name."""
     return any(word in name.lower() for word in HIGHER_IS_BETTER)
 
 
 def best_metric(runs: Sequence[Run]) -> str:
     """The most informative metric that all runs have: personalized models, then validation, then training.
 
-    Of each of these an accuracy comes before a loss. Where models are personalized, the global one is not what clients
-    use.
+    Within each of these groups, an accuracy comes before a loss. With personalized models, clients don't use the global
+    one.
 
     Raises:
         ValueError: If the runs have no metric in common.

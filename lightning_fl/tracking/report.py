@@ -15,7 +15,7 @@ from lightning_fl.tracking.run import Run, write_file
 
 MAX_PANELS = 8
 EVALUATED = ("personalized/", "global/", "local/")
-"""What begins the names of figures of :class:`~lightning_fl.callbacks.PersonalizedEvaluation`."""
+"""Prefix of the metrics of :class:`~lightning_fl.callbacks.PersonalizedEvaluation`."""
 CONTRIBUTION = "contribution/"
 LEAST_SECONDS = 0.005
 """Less than that, over a whole run, is not shown: what a run does not do takes some microseconds too."""
@@ -50,7 +50,7 @@ def render(run: Run) -> str:
         markup.section("On the simulated clock", _clock(run)),
         markup.section("Privacy", _privacy(run)),
         markup.section("Clients, round by round", _clients(run)),
-        markup.section("Who contributes what", _contributions(run)),
+        markup.section("Contributions of clients", _contributions(run)),
         markup.section("Who has what", _partition(run)),
         markup.section("Questions about the data", _answers(run)),
         markup.section("Updates, time and traffic", _costs(run)),
@@ -103,12 +103,12 @@ def _clients_in_words(run: Run) -> str:
 
 
 def _is_global(name: str) -> bool:
-    """Whether a metric is of the global model: those of training are of the clients' models while they train."""
+    """Whether a metric is of the global model; training metrics are of the clients' models during local training."""
     return not name.startswith(("train", "fl/", "clients/", *EVALUATED))
 
 
 def _privacy(run: Run) -> str:
-    """What was guaranteed after the last round, to whom and against whom, and how epsilon has grown."""
+    """The privacy guarantee after the last round, for its unit and adversary, and epsilon by round."""
     facts = {name: value for name, value in run.rounds[-1].items() if name.startswith("dp_")}
     if not facts:
         return ""
@@ -126,7 +126,7 @@ def _words_of(name: str) -> str:
 
 
 def _place_of(name: str) -> int:
-    """The unit, the adversary and the two numbers are what a guarantee is; the rest is how it is reached."""
+    """Sorts the unit, the adversary, epsilon and delta, which state the guarantee, before the settings behind it."""
     order = ("epsilon", "delta", "unit", "adversary")
     return next((place for place, word in enumerate(order) if name.endswith(word)), len(order))
 
@@ -142,7 +142,7 @@ def _or_nan(value: float | None) -> float:
 
 
 def _client_evaluations(run: Run) -> str:
-    """How well the models serve each client: by round, from the worst to the best served one, and one by one."""
+    """The performance for each client: by round, from the worst to the best client, and one by one."""
     by_round: dict[str, dict[str, Any]] = {}
     for name in run.metric_names:
         if name.startswith(EVALUATED) and len(run.metric(name)[0]) > 1:
@@ -164,11 +164,11 @@ def _after_the_last_round(run: Run) -> str:
     curves = {model: (list(range(1, len(values) + 1)), values) for model, values in ordered.items()}
     label = f"{name} of a client"
     figure = markup.image(
-        plots.curves_figure(curves, label, xlabel="clients, the worst served first"),
-        f"{name} on each client's own validation data, the worst served client first",
+        plots.curves_figure(curves, label, xlabel="clients, the worst first"),
+        f"{name} on each client's own validation data, the worst client first",
         curves,
         label,
-        "clients, the worst served first",
+        "clients, the worst first",
     )
     summary = markup.table(
         ["model", f"mean {name} over clients", "worst client", "median client", "best client"],
@@ -202,7 +202,7 @@ def _by_round(kinds: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _clock(run: Run) -> str:
-    """What the simulated clock shows: how soon the metrics get better, and how old the updates are."""
+    """Metrics over the time of the simulated clock, and the staleness of the updates."""
     rows = [row for row in run.rounds if "clock" in row]
     if not rows:
         return ""
@@ -215,7 +215,7 @@ def _clock(run: Run) -> str:
     ages = [row.get("staleness", []) for row in rows]
     counts = [sum(own[age] for own in ages if age < len(own)) for age in range(max(map(len, ages)))]
     if len(counts) > 1:
-        caption = "how many server updates old the updates of all rounds were"
+        caption = "staleness of the updates of all rounds, in server updates"
         figures.append(markup.image(plots.counts_figure(counts, "staleness", "updates"), caption))
     words = f"{len(rows)} rounds in {rows[-1]['clock']:,.1f} simulated seconds."
     return f"<p>{words}</p>{markup.figures(figures)}"
@@ -228,8 +228,8 @@ def _clients(run: Run) -> str:
             return ""
         return "<p>Add the callback <code>fl.callbacks.ClientMetrics()</code> to see loss and drift of each client.</p>"
     captions = {
-        "loss": "training loss: a row that stays bright is a client that the model does not serve well",
-        "drift": "how far local training moved the model: clients with much brighter rows pull it towards themselves",
+        "loss": "training loss: a row that stays bright is a client that the model does not fit well",
+        "drift": "how far local training moved the model: clients with much brighter rows pull it towards their data",
     }
     figures = [
         markup.image(plots.heat_map_figure(run.clients, name, name), caption)
@@ -254,7 +254,7 @@ def _worst_clients(run: Run) -> str:
 
 
 def _contributions(run: Run) -> str:
-    """The shares that :class:`~lightning_fl.callbacks.Contribution` has measured, added up over the rounds."""
+    """The contributions measured by :class:`~lightning_fl.callbacks.Contribution`, summed over the rounds."""
     rows = [row for row in run.rounds if any(name.startswith(CONTRIBUTION) for name in row)]
     if not rows:
         return ""
@@ -296,10 +296,10 @@ def _partition(run: Run) -> str:
     sizes = summary.known_sizes
     words = f"{summary.num_clients:,} clients with {min(sizes):,} to {max(sizes):,} examples"
     if len(summary.ids) < summary.num_clients:
-        words += f" (of {len(summary.ids):,} looked at)"
+        words += f" (of {len(summary.ids):,} that were read)"
     if summary.label_skew is not None and summary.label_skew_if_iid is not None:
         words += (
-            f". Label skew {summary.label_skew:.2f}: 0 if all had the same mix of labels, 1 if none had one in common; "
+            f". Label skew {summary.label_skew:.2f}: 0 if all have the same mix of labels, 1 if no two share a label; "
             f"with labels drawn at random it would be {summary.label_skew_if_iid:.2f}"
         )
     columns = ["client", "examples", *summary.labels]
@@ -320,7 +320,7 @@ def _costs(run: Run) -> str:
     norms = {"norm of the mean update": [row.get("update_norm") for row in rows]}
     spread = {"spread of the updates": [row.get("update_spread") for row in rows]}
     shown = [(norms, "how far the global model moved; it should fall as training converges")]
-    if not any(value is not None and value < 0 for value in spread["spread of the updates"]):  # so where noise is added
+    if not any(value is not None and value < 0 for value in spread["spread of the updates"]):  # negative under noise
         shown.append((spread, "0: all clients pull in the same direction; near 1: they cancel out"))
     for curves, caption in shown:
         drawn = {name: (rounds, [float("nan") if v is None else v for v in values]) for name, values in curves.items()}
@@ -328,9 +328,7 @@ def _costs(run: Run) -> str:
         figures.append(markup.image(plots.curves_figure(drawn, name, height=2.8), caption, drawn, name))
     phases = {label: [row["seconds"].get(name) or 0.0 for row in rows] for name, label in PHASES.items()}
     phases = {label: values for label, values in phases.items() if sum(values) >= LEAST_SECONDS}
-    figures.append(
-        markup.image(plots.phases_figure(rounds, phases), "where the time of each round went, without validation")
-    )
+    figures.append(markup.image(plots.phases_figure(rounds, phases), "time of each round by phase, without validation"))
     totals = {label: sum(values) for label, values in phases.items()}
     everything = run.seconds or sum(totals.values())
     totals["validation, saving, logging"] = max(0.0, everything - sum(totals.values()))
@@ -345,7 +343,7 @@ def _costs(run: Run) -> str:
         else "One process simulated all clients, so nothing was sent."
     )
     if rows[-1].get("dp_unit") == "example":
-        words += " Gradients of single examples, their clipping and noise are part of local training."
+        words += " Per-example gradients, clipping and noise are part of local training."
     return f"{markup.figures(figures)}<p>{words}</p>{table}"
 
 
@@ -403,7 +401,7 @@ def started(run: Run) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time for people to read."""
+    """A human-readable duration."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

@@ -101,6 +101,14 @@ def test_a_round_has_the_known_contributions(method: str, expected: list[float])
         assert sum(callback.totals.values()) == pytest.approx(28.7891107137, rel=1e-9)
 
 
+def test_a_second_run_begins_anew() -> None:
+    callback = fl.callbacks.Contribution(method="leave_one_out")
+    for _ in range(2):
+        fit = trainer(FederatedStrategy("fedavg", local_steps=5), 1, callbacks=[callback])
+        fit.fit(Rooted(), clients_of(E, H, (10, 30, 20)))
+    assert list(callback.totals.values()) == pytest.approx(LEFT_OUT, rel=1e-8)
+
+
 def test_root_data_of_its_own() -> None:
     root = DataLoader(TensorDataset(torch.full((4,), 3.0, dtype=torch.float64)), batch_size=2)
     assert measure("shapley")[0].totals != measure("shapley", root=root)[0].totals
@@ -134,7 +142,7 @@ def test_the_report_shows_who_contributes_what() -> None:
     strategy = FederatedStrategy("fedavg", local_steps=5)
     trainer(strategy, 3, callbacks=[callback, record]).fit(Rooted(), clients_of(E, H, (10, 30, 20)))
     page = render(Run.read("run"))
-    assert "Who contributes what" in page
+    assert "Contributions of clients" in page
     for client, share in callback.totals.items():
         row = f'<tr><td>{client}</td><td class="number">{share:.4g}</td><td class="number">3</td></tr>'
         assert row in page
@@ -146,7 +154,7 @@ def test_the_report_shows_who_contributes_what() -> None:
         assert line["y"] == pytest.approx(np.cumsum(shares).tolist())
     plain = fl.callbacks.RunRecord("plain")
     trainer("fedavg", 1, callbacks=[plain]).fit(Rooted(), clients_of(E, H, (10, 30, 20)))
-    assert "Who contributes what" not in render(Run.read("plain"))
+    assert "Contributions of clients" not in render(Run.read("plain"))
 
 
 def totals() -> Tensor:
@@ -169,7 +177,7 @@ def test_what_cannot_be_measured_is_refused() -> None:
         trainer("fedavg", callbacks=[fl.callbacks.Contribution()]).fit(Rooted(), many)
     for strategy, match in [
         (FederatedStrategy("fedavg", transforms=[fl.privacy.ClientLevelDP(1.0, 1.0)]), "Contribution"),
-        (FederatedStrategy("dsgd"), "DSGD has one for each"),
+        (FederatedStrategy("dsgd"), "DSGD has one model per client"),
     ]:
         with pytest.raises(MisconfigurationException, match=match):
             trainer(strategy, callbacks=[fl.callbacks.Contribution()]).fit(Rooted(), clients_of(E, H, (1, 1, 1)))

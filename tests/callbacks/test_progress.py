@@ -13,9 +13,9 @@ from lightning_fl.callbacks import FederatedProgressBar
 from tests.helpers.training import Ordinary, image_clients, trainer, weights
 
 
-def show(terminal: bool, rounds: int = 3, **options: Any) -> tuple[str, torch.Tensor]:
+def show(terminal: bool, rounds: int = 3, module: Ordinary | None = None, **options: Any) -> tuple[str, torch.Tensor]:
     console = Console(file=io.StringIO(), force_terminal=terminal, width=120, legacy_windows=False, _environ={})
-    module = Ordinary()
+    module = module or Ordinary()
     strategy = fl.FederatedStrategy(clients_per_round=2)
     bar = FederatedProgressBar(console=console, **options)
     run = trainer(strategy, rounds, callbacks=[bar], enable_progress_bar=True)
@@ -36,6 +36,20 @@ def test_a_file_gets_a_line_a_round() -> None:
     text, _ = show(False, metrics=["val_acc", "val_loss"])
     assert [line.split("  ")[0] for line in text.splitlines()] == ["round 1/3", "round 2/3", "round 3/3"]
     assert re.search(r"val_acc \S+  val_loss \S+$", text.splitlines()[-1])
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_brackets_are_shown_and_the_module_prints_above_the_bars(terminal: bool) -> None:
+    class Roads(Ordinary):
+        def validation_step(self, *args: Any) -> None:
+            self.log("iou[/road]", 0.5, prog_bar=True)
+
+        def on_validation_epoch_end(self) -> None:
+            self.print("[the end", "of a round]", sep="_")
+
+    text, _ = show(terminal, module=Roads())
+    assert "iou[/road] 0.5" in text
+    assert "[the end_of a round]" in text
 
 
 @pytest.mark.slow

@@ -143,7 +143,7 @@ def test_a_run_that_goes_on_has_all_rounds() -> None:
 
 
 def test_without_a_logger_it_wants_a_folder() -> None:
-    with pytest.raises(MisconfigurationException, match=r"Give the callback one, such as fl\.callbacks.RunRecord"):
+    with pytest.raises(MisconfigurationException, match=r"Give the callback a folder, such as fl\.callbacks.RunRecord"):
         record(logger=False)
     trainer("fedavg", callbacks=[RunRecord("here")]).fit(Plain(), image_clients())
     assert len(Run.read("here").rounds) == 1

@@ -107,7 +107,7 @@ def test_a_copied_recipe_comes_with_its_commands_and_scripts(capsys: pytest.Capt
 
 def test_a_second_project_or_identity_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
     main(["init", "first"])
-    assert refused(capsys, "init", "first").endswith("(lightning-fl init DIR), or write over them with --force.")
+    assert refused(capsys, "init", "first").endswith("(lightning-fl init DIR), or overwrite them with --force.")
     main(["init", "first", "--force"])
     main(["keys", "create", "keys/north"])
     old = capsys.readouterr().out.splitlines()[-1]
@@ -170,7 +170,7 @@ def test_runs_that_share_a_setting_are_one_row(capsys: pytest.CaptureFixture[str
     assert [row["difference"] for row in rows] == ["+0", "-0.15"]
     assert [row["0.85 in round"] for row in rows] == ["2 (1 of 2)", "never"]
     assert [row["runs"] for row in rows] == ["2", "2"]
-    assert refused(capsys, "compare", *runs, "--group-by", "mu").endswith("There are algorithm, seed.")
+    assert refused(capsys, "compare", *runs, "--group-by", "mu").endswith("The settings are algorithm, seed.")
     assert refused(capsys, "compare", *runs, "--baseline", "x").startswith(
         "lightning-fl: error: There is no row 'x' for --baseline; the rows are FedAvg_0, FedAvg_1,"
     )
@@ -265,7 +265,7 @@ def test_a_report_shows_the_simulated_clock() -> None:
     text = render(found)
     assert "2 rounds in 1,234.5 simulated seconds" in text
     assert "by the simulated time" in text
-    assert "how many server updates old" in text
+    assert "staleness of the updates" in text
 
 
 def test_a_report_shows_what_went_wrong_and_escapes_what_it_shows() -> None:
@@ -304,7 +304,7 @@ def test_a_partition_that_the_strategy_makes_is_shown_too(capsys: pytest.Capture
     options = ["--trainer.strategy", "lightning_fl.FederatedStrategy", "--trainer.strategy.num_clients", "40"]
     main(["partition", "--config", config(), *options, "--max-clients", "35", "--out", "who.png"])
     printed = capsys.readouterr().out
-    assert "clients: 40, 35 of them looked at" in printed
+    assert "clients: 40, 35 of them read" in printed
     assert "a client has 35 to 36, the median 36" in printed
     assert printed.count("...") > 3  # 30 rows are shown
     assert Path("who.png").exists()

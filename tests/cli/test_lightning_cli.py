@@ -16,6 +16,7 @@ from lightning_fl.algorithms import FedAvg, Scaffold
 from lightning_fl.cli import FederatedCLI, check_strategy_name, federated_strategy_names, main, recipes_directory
 from lightning_fl.cli.main import RUNS
 from lightning_fl.cli.run_help import HELP_ALL
+from lightning_fl.models import MLPClassifier
 from tests.helpers.distributed import run_script
 
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "max_epochs": 1}
@@ -78,6 +79,22 @@ def test_a_saved_configuration_runs_again_to_the_same_weights() -> None:
     again = FederatedCLI(["fit", "--config", f"{first.trainer.log_dir}/config.yaml"])
     for name, tensor in first.model.state_dict().items():
         assert torch.equal(tensor, again.model.state_dict()[name]), name
+
+
+def test_callbacks_may_be_one_callback() -> None:
+    config = write_config(strategy="fedavg", callbacks={"class_path": "lightning.pytorch.callbacks.ModelSummary"})
+    assert FederatedCLI(["fit", "--config", config]).trainer.current_epoch == 1
+
+
+class Ragged(MLPClassifier):
+    def predict_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return torch.zeros(2, 3 + batch_idx % 2)
+
+
+def test_predictions_of_different_shapes_are_saved_as_a_list() -> None:
+    write_config(logger=False)
+    main(["predict", "--config", "run.yaml", "--model", f"{__name__}.Ragged"])
+    assert {tuple(batch.shape) for batch in torch.load("predictions.pt")} == {(2, 3), (2, 4)}
 
 
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])
@@ -157,5 +174,5 @@ def test_a_dry_run_shows_clients_and_cost_and_trains_nothing(capsys: pytest.Capt
 
 
 def test_a_dry_run_of_a_plain_strategy_is_refused() -> None:
-    with pytest.raises(MisconfigurationException, match="DryRun shows a federation, but the strategy is SingleDevice"):
+    with pytest.raises(MisconfigurationException, match="DryRun needs a federated strategy, found SingleDevice"):
         FederatedCLI(["fit", "--config", write_config(), "--trainer.strategy", "auto", "--dry-run"])

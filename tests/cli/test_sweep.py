@@ -91,7 +91,7 @@ def test_a_sweep_goes_on_grows_and_survives_a_run_that_fails(
         (["--seeds", "0,0"], "whole numbers, each once"),
         (["--jobs", "0"], "must be at least 1"),
         (["--vary", "model.lr"], "names no values to try"),
-        (["--vary", "model.lr=1,1"], "each once"),
+        (["--vary", "model.lr=1,1"], "without duplicates"),
         (["--seed_everything", "3"], "set by the sweep itself"),
         (["--trainer.logger=false"], "set by the sweep itself"),
         (["--trials", "3"], "give --tune"),
@@ -126,8 +126,18 @@ def test_runs_of_another_sweep_are_never_taken_for_ones_own(
         assert "holds the runs of another sweep" in capsys.readouterr().err
 
 
+def test_the_same_sweep_does_not_run_twice_at_once(trainings: Trainings, capsys: pytest.CaptureFixture[str]) -> None:
+    with sweep_runs.claimed(Path("sweep"), SWEEP[1:]), pytest.raises(SystemExit):
+        main(SWEEP)
+    assert "Another process runs this sweep in sweep" in capsys.readouterr().err
+    assert not trainings.trained
+    main(SWEEP)
+    assert trainings.trained
+
+
 def test_values_may_hold_commas_and_every_point_has_its_folder() -> None:
     assert parse_choices("--model.hidden=[[16], [32, 8]]") == ("model.hidden", ["[16]", "[32, 8]"])
+    assert parse_choices("trainer.limit=[null, 2, true]") == ("trainer.limit", ["null", "2", "true"])
     points = grid(
         dict([parse_choices("model.hidden=[[16], [32, 8], [328]]"), parse_choices("config=a/b.yaml,a_b.yaml")])
     )

@@ -13,7 +13,6 @@ import torch
 
 import lightning_fl as fl
 from lightning_fl import FederatedStrategy
-from lightning_fl.coordinator import wire
 from lightning_fl.coordinator.audit import verify
 from lightning_fl.coordinator.buffered_machine import BufferedMachine
 from lightning_fl.coordinator.buffered_service import BufferedCoordinator
@@ -26,6 +25,7 @@ from lightning_fl.coordinator.store import Store
 from lightning_fl.federation import RankReport
 from lightning_fl.schedules import Buffered, FedAsync, Polynomial, Recorded
 from lightning_fl.strategies.network import settings_of_silo
+from lightning_fl.tree import flatten
 from tests.coordinator import test_crash
 from tests.coordinator.test_crash import Power, join_all, send
 from tests.coordinator.test_training import loader_of, validation_of
@@ -316,7 +316,7 @@ def drive(own: BufferedCoordinator, tmp: Path) -> None:
             if round == 0:
                 own.next_round("south", -1, 0.0)
             assert own.machine.versions[name] == version
-            update = wire.flatten({"delta": {"x": torch.full((3,), STEPS[name])}})
+            update = flatten({"delta": {"x": torch.full((3,), STEPS[name])}})
             report = RankReport(num_steps=1).to_message().fields
             send(own, name, version, UPDATE, update, {"report": report, "weight": 1.0}, tmp)
         assert own.step(0.0)

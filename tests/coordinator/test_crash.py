@@ -17,6 +17,7 @@ from lightning_fl.coordinator.disk import Disk
 from lightning_fl.coordinator.service import START, UPDATE, Coordinator
 from lightning_fl.coordinator.store import Store
 from lightning_fl.federation import RankReport
+from lightning_fl.tree import flatten
 from tests.helpers.network import NAMES, Died, rules, settings
 
 STEPS = {"east": 1.0, "north": 2.0, "south": 6.0}
@@ -90,11 +91,11 @@ def send(
 def join_all(own: Coordinator, tmp: Path) -> None:
     """Joins every silo and sends the start, whatever has been done already."""
     tensors = {"params": {"x": torch.zeros(3)}, "buffers": {}, "rest": {}}
-    manifest = wire.shapes_of(wire.flatten(tensors))
+    manifest = wire.shapes_of(flatten(tensors))
     for silo in NAMES:
         own.join(silo, {"protocol": 1, "settings": {}, "common": {}, "manifest": manifest}, 0.0)
     if own.start is None:
-        send(own, "east", None, START, wire.flatten(tensors), {"common": {}}, tmp)
+        send(own, "east", None, START, flatten(tensors), {"common": {}}, tmp)
 
 
 def drive(own: Coordinator, tmp: Path) -> None:
@@ -107,7 +108,7 @@ def drive(own: Coordinator, tmp: Path) -> None:
                 own.next_round(silo, round - 1, 0.0)
             own.step(0.0)
         for silo, step in STEPS.items():
-            update = wire.flatten({"delta": {"x": torch.full((3,), step)}})
+            update = flatten({"delta": {"x": torch.full((3,), step)}})
             report = RankReport(num_steps=1).to_message().fields
             send(own, silo, round, UPDATE, update, {"report": report, "weight": 1.0}, tmp)
         assert own.step(0.0)

@@ -17,7 +17,7 @@ from lightning_fl.communication import Message
 from lightning_fl.coordinator.audit import AuditLog, verify
 from lightning_fl.coordinator.meetings import MAX_ENDED, SUM, Meetings, split_messages
 from lightning_fl.coordinator.network_group import MeetingOver, NetworkGroup
-from lightning_fl.coordinator.service import Refused
+from lightning_fl.coordinator.refused import Refused
 from lightning_fl.privacy import SecureAggregation
 from tests.helpers.network import (
     NAMES,
@@ -170,7 +170,7 @@ def test_the_command(live: LiveCoordinator, capsys: pytest.CaptureFixture[str]) 
         ("questions: [By]", "--mean age --by sex=1,2", "The question is Mean"),
         ("min_count: 10", "--mean age", "policy.yaml has min_count: 10"),
         ("require: secure aggregation", "--mean age", "policy.yaml requires secure aggregation"),
-        ("", "--mean age --client inst", "give its own file alone"),
+        ("", "--mean age --client inst", "Give only its own file"),
     ],
 )
 def test_a_silo_refuses_before_it_meets(

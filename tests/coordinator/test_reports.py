@@ -22,6 +22,7 @@ from lightning_fl.coordinator.service import Coordinator
 from lightning_fl.engines import ScheduleEnd
 from lightning_fl.federation import RankReport
 from lightning_fl.federation.report_masking import mask, unmask
+from lightning_fl.tree import flatten
 from tests.helpers.distributed import PATIENCE
 from tests.helpers.network import (
     ENTRY,
@@ -146,7 +147,7 @@ def test_what_is_damaged_ends_neither_the_round_nor_the_coordinator(live: LiveCo
     openings = in_threads(*(silo.open for silo in silos))
     client, file = silos[0].federation.client, tmp_path / "file"
     report = {**RankReport(num_clients=1).to_message().fields, "metrics": [1]}
-    wire.write(file, wire.flatten({"delta": {"x": torch.ones(3)}}), {"report": report, "weight": 1.0})
+    wire.write(file, flatten({"delta": {"x": torch.ones(3)}}), {"report": report, "weight": 1.0})
     with pytest.raises(CallRefused, match="metrics: Input should be a valid dictionary"):
         client.upload("/v1/rounds/0/update", file)
     in_threads(*(lambda s=s, o=o: s.send(o) for s, o in zip(silos, openings, strict=True)))
@@ -168,9 +169,10 @@ def test_what_is_damaged_ends_neither_the_round_nor_the_coordinator(live: LiveCo
 
 def test_a_start_whose_tensors_are_nested_is_refused_and_another_taken(live: LiveCoordinator, tmp_path: Path) -> None:
     client, file = Client(live.address, Kit(tmp_path / "east")), tmp_path / "start"
-    wire.write(file, {"params\x1fx": torch.zeros(3), "params\x1fa\x1fb": torch.zeros(3)}, {"common": {}})
-    with pytest.raises(CallRefused, match="its tensors are nested"):
-        client.upload("/v1/start", file)
+    for name in ("params\x1fa\x1fb", "params"):
+        wire.write(file, {"buffers\x1fx": torch.zeros(3), name: torch.zeros(3)}, {"common": {}})
+        with pytest.raises(CallRefused, match="its tensors are nested"):
+            client.upload("/v1/start", file)
     client.close()
     silos = [TinySilo(tmp_path, live.address, name).join() for name in ("east", "north", "south")]
     assert in_threads(*(silo.round for silo in silos)) == [1.0] * 3
@@ -187,7 +189,7 @@ def test_what_is_being_taken_in_is_not_added_to(
     openings = in_threads(*(silo.open for silo in silos))
     file = tmp_path / "update"
     fields = {"report": RankReport(num_clients=1).to_message().fields, "weight": 1.0}
-    digest = wire.write(file, wire.flatten({"delta": {"x": torch.ones(3)}}), fields)
+    digest = wire.write(file, flatten({"delta": {"x": torch.ones(3)}}), fields)
     size = file.stat().st_size
     own = threading.Thread(target=lambda: silos[0].federation.client.upload("/v1/rounds/0/update", file), daemon=True)
     own.start()

@@ -17,9 +17,10 @@ from lightning_fl.aggregation import RoundContext
 from lightning_fl.coordinator.audit import AuditLog
 from lightning_fl.coordinator.client import CallRefused
 from lightning_fl.coordinator.policy import PolicyBroken
+from lightning_fl.coordinator.refused import Refused
 from lightning_fl.coordinator.secure_service import SecureCoordinator
 from lightning_fl.coordinator.secure_sum import SecureSum
-from lightning_fl.coordinator.store import Store
+from lightning_fl.coordinator.store import OUTCOME, Store
 from lightning_fl.coordinator.wire import BadFile
 from lightning_fl.federation.server import update_template
 from lightning_fl.privacy.secagg import ProtocolError, RetryRefused, SecureAggregation, SecureAggregationError
@@ -389,6 +390,25 @@ def test_too_few_silos_for_a_sum_are_refused_when_the_coordinator_starts(tmp_pat
     store = Store(tmp_path / "federation")
     with pytest.raises(ValueError, match="a secure sum needs 3"):
         SecureCoordinator(settings(aggregator=SECURE), {}, rules(silos=NAMES[:2]), store, AuditLog(tmp_path / "log"))
+    store.close()
+
+
+def test_names_that_are_none_reach_no_file(tmp_path: Path) -> None:
+    """A topic and a digest become parts of a path: no silo may read other files with them, or stop the coordinator."""
+    store = Store(tmp_path / "federation")
+    own = SecureCoordinator(settings(aggregator=SECURE), {}, rules(silos=NAMES), store, AuditLog(tmp_path / "log"))
+    store.disk.make_folder(store.folder(0, "update"))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / OUTCOME).write_bytes(b"of another federation")
+    (tmp_path / "elsewhere" / "east.x.ok").write_bytes(b"")
+    for topic in ("../../../elsewhere.x", "../../../elsewhere/x.y.z", f"update.0.{'x' * 300}"):
+        with pytest.raises(Refused, match="no such place"):
+            own.outcome(0, topic, "east")
+        with pytest.raises(Refused, match="no such place"):
+            own.target("east", 0, topic, "0" * 64, 1)
+    for digest in ("x", "../../../elsewhere/east.x", "0" * 300):
+        with pytest.raises(Refused, match="no such place"):
+            own.target("east", 0, "update.0.share", digest, 1)
     store.close()
 
 

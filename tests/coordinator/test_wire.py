@@ -12,6 +12,7 @@ import torch
 
 import lightning_fl.coordinator
 from lightning_fl.coordinator import wire
+from lightning_fl.tree import flatten, unflatten
 
 TENSORS = {
     "a": torch.arange(6.0).reshape(2, 3),
@@ -48,8 +49,8 @@ def test_the_same_content_gives_the_same_bytes(tmp_path: Path) -> None:
 
 def test_nested_mappings_become_flat_and_nested_again() -> None:
     state = {"params": {"net.0.weight": torch.ones(2)}, "inner": {"deep": {"x": torch.zeros(1)}}, "t": torch.tensor(3)}
-    flat = wire.flatten(state)
-    again = wire.unflatten(flat)
+    flat = flatten(state)
+    again = unflatten(flat)
     assert again.keys() == state.keys()
     assert torch.equal(again["inner"]["deep"]["x"], torch.zeros(1))
 
@@ -82,6 +83,14 @@ def test_what_is_no_file_is_refused(tmp_path: Path, content: bytes) -> None:
         wire.read_header(path)
 
 
+@pytest.mark.parametrize("names", [["a", "a\x1fb"], ["\x1f" * 1_000_000]])
+def test_names_that_can_not_be_nested_are_refused(tmp_path: Path, names: list[str]) -> None:
+    """A name of a million parts would be a million mappings."""
+    wire.write(tmp_path / "file", dict.fromkeys(names, torch.zeros(1)))
+    with pytest.raises(wire.BadFile, match=r"below a tensor|parts, at most"):
+        wire.read_header(tmp_path / "file")
+
+
 def fuzz(path: Path, number: int) -> None:
     """Files with random changes are read, or refused as such: nothing else is raised."""
     wire.write(path, TENSORS, {"report": {"num_steps": 3}})
@@ -106,7 +115,7 @@ def fuzz(path: Path, number: int) -> None:
         try:
             header = wire.read_header(path)
             wire.check_shapes(wire.shapes_of(TENSORS), header.shapes)
-            wire.unflatten(wire.read(path))
+            unflatten(wire.read(path))
         except wire.BadFile:
             pass
 

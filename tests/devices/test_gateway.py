@@ -17,10 +17,11 @@ from lightning_fl.coordinator import wire
 from lightning_fl.coordinator.audit import verify
 from lightning_fl.coordinator.disk import Disk
 from lightning_fl.coordinator.export import read_model
-from lightning_fl.coordinator.service import Refused
+from lightning_fl.coordinator.refused import Refused
 from lightning_fl.devices.admission import AdmissionRules
 from lightning_fl.devices.registry import Registry
 from lightning_fl.schedules import Buffered, Deadline, FedAsync, Polynomial
+from lightning_fl.tree import flatten
 from tests.helpers.devices import NAMES, Clock, check_in, gateway, model, send
 from tests.helpers.network import Died
 
@@ -121,7 +122,7 @@ def test_updates_that_newer_rules_refuse_are_dropped_and_the_federation_goes_on(
     for name, content in (("b", b"damaged"), ("c", None)):  # c: from before versions had to be whole numbers
         path = folder / f"{name}.{'0' * 64}.ok"
         said = {"version": 0.0, "num_examples": 1, "num_steps": 1, "loss": 0.5}
-        wire.write(path, wire.flatten({"delta": {"x": torch.ones(3)}}), said)
+        wire.write(path, flatten({"delta": {"x": torch.ones(3)}}), said)
         path.write_bytes(content or path.read_bytes())
     own.store.close()
     own = gateway(tmp_path, Buffered(2), rules=AdmissionRules(max_examples=100))
@@ -392,4 +393,4 @@ def test_the_last_update_is_not_lost_between_its_arrival_and_the_end_of_its_roun
     own.store.close()
     own = gateway(tmp_path, Buffered(2))
     assert (own.round, model(own)) == (1, [2.0] * 3)
-    assert wire.shapes_of(own.state.server["params"]) == {"x": ("F32", (3,))}
+    assert wire.shapes_of(own.model.state.server["params"]) == {"x": ("F32", (3,))}

@@ -61,7 +61,7 @@ def test_each_client_trains_alone_in_order_with_known_sizes() -> None:
     assert planned.sizes == SIZES
     assert planned.lengths == {"a": 2, "b": 1, "c": 3, "d": 1, "e": 3}
     assert (planned.empty, planned.failed, planned.dropped, planned.loaders) == ([], {}, [], {})
-    assert [planned.num_batches(group) for group in planned.groups] == [2, 1, 3, 1, 3]
+    assert [planned.num_batches(group) for group in planned.planned] == [2, 1, 3, 1, 3]
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_data_without_a_length_shows_only_in_training() -> None:
     planned = plan(planner(clients=clients))
     assert planned.lengths == {"a": None, "b": 1}
     assert planned.sizes == {"a": None, "b": 4}
-    assert planned.num_batches(("a",)) is None
+    assert planned.num_batches(planned.planned[0]) is None
     by_steps = plan(planner(clients=clients), steps=3)
     assert by_steps.lengths == {"a": 3, "b": 3}
 
@@ -181,6 +181,6 @@ def test_clients_are_put_together_as_the_grouping_says() -> None:
     planned = planner().plan(0, LocalWork(epochs=2), pairs)
     assert planned.groups == [("a", "b"), ("c", "d"), ("e",)]
     assert pairs.seen["a"].work == (4, 3, 4, 3)
-    assert planned.steps_of_group == {("a", "b"): 6, ("c", "d"): 8}
-    assert [planned.num_batches(group) for group in planned.groups] == [6, 8, 6]
+    assert [group.num_steps for group in planned.planned] == [6, 8, None]
+    assert [planned.num_batches(group) for group in planned.planned] == [6, 8, 6]
     assert list(planned.loaders) == ["a", "b"]

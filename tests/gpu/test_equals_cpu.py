@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
 
 import lightning_fl as fl
 from lightning_fl.callbacks import SampleLevelDP
 from lightning_fl.privacy import ClientLevelDP, SecureAggregation
 from tests.contract.test_contract import ENTRIES
-from tests.helpers.training import Ordinary, image_clients, trainer, weights
+from tests.helpers.training import Ordinary, Plain, image_clients, trainer, weights
 
 PLACE = os.environ.get("GPU_TESTS_ON", "gpu")
 pytestmark = [
@@ -68,7 +69,25 @@ def test_captured_steps(name: str, make: Any, caplog: pytest.LogCaptureFixture) 
     torch.testing.assert_close(captured, train("sequential", "cpu"), rtol=0, atol=1e-9)
     # Why a GPU has refused a capture is what this test is for.
     assert "Captured a step" in caplog.text
+    assert ("Captured 8 steps" in caplog.text) == (make is None)
     assert "not replayed" not in caplog.text.replace("so that its steps are not replayed", "")
+
+
+class Dropping(Plain):
+    """Draws random numbers on the GPU in each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.insert(3, nn.Dropout(0.5))
+
+
+@pytest.mark.filterwarnings("ignore:training_step draws random numbers")
+def test_captured_steps_draw_the_same_random_numbers() -> None:
+    def train(captures: bool) -> torch.Tensor:
+        strategy = fl.FederatedStrategy("fedavg", engine=fl.engines.Vectorized(capture_steps=captures), seed=0)
+        return fit(strategy, Dropping(), PLACE, sizes=(32,) * 4, max_epochs=5)
+
+    torch.testing.assert_close(train(True), train(False), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])

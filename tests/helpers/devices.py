@@ -24,6 +24,7 @@ from lightning_fl.devices.http_gateway import HttpGateway
 from lightning_fl.devices.registry import Registry
 from lightning_fl.federation import FederationSettings
 from lightning_fl.schedules import Asynchronous, Buffered
+from lightning_fl.tree import flatten
 from tests.helpers.distributed import PATIENCE
 
 NAMES = ("a", "b", "c")
@@ -88,12 +89,12 @@ def send(own: Gateway, device: str, task: dict[str, Any], delta: float | Tensor,
     tensor = delta if isinstance(delta, Tensor) else torch.full((3,), delta)
     path = own.arriving(device)
     said = {"version": task["version"], "num_examples": 1, "num_steps": 1, "loss": 0.5, **fields}
-    wire.write(path, wire.flatten({"delta": {"x": tensor}}), said)
+    wire.write(path, flatten({"delta": {"x": tensor}}), said)
     return own.receive(device, task["task"], path)
 
 
 def model(own: Gateway) -> list[float]:
-    return own.state.server["params"]["x"].tolist()
+    return own.model.state.server["params"]["x"].tolist()
 
 
 class LiveGateway:

@@ -17,6 +17,8 @@ import lightning_fl as fl
 from lightning_fl import serving
 from lightning_fl.cli.main import main
 from lightning_fl.models import MLPClassifier
+from lightning_fl.serving.model_card import model_card
+from lightning_fl.strategies.checkpoint import KEY
 from tests.helpers.distributed import PATIENCE, run_script
 
 MODULE = "lightning_fl.models.MLPClassifier"
@@ -110,6 +112,26 @@ def test_a_folder_for_the_hub_has_a_card_without_client_names(checkpoint: Path) 
     assert config["hyper_parameters"]["hidden"] == [16]
 
 
+def test_a_card_hides_the_cohort_that_differential_privacy_hides(checkpoint: Path) -> None:
+    content = torch.load(checkpoint, weights_only=True)
+    content[KEY]["metrics"]["fl/dp_epsilon"] = torch.tensor(3.5)
+    card = model_card(content, global_model(checkpoint))
+    assert "epsilon 3.5" in card
+    assert "clients in the last round" not in card
+
+
+class Hidden(MLPClassifier):
+    """Its outputs are infinite in places, as masked scores are; and there are some of another kind."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores = super().forward(x)
+        return scores.masked_fill(scores < 0, -torch.inf), scores > 0
+
+
+def test_infinite_and_boolean_outputs_are_compared() -> None:
+    assert serving.export(Hidden(hidden=[4]), "hidden.pt2", "torch", (torch.rand(2, 64),)) < 1e-5
+
+
 class Coin(MLPClassifier):
     """Its outputs are different at every call."""
 
@@ -118,7 +140,7 @@ class Coin(MLPClassifier):
 
 
 def test_a_file_that_computes_something_else_is_not_kept() -> None:
-    with pytest.raises(ValueError, match="computes something else"):
+    with pytest.raises(ValueError, match=r"outputs of the .* differ from"):
         serving.export(Coin(hidden=[4]), "coin.pt2", "torch", (torch.rand(2, 64),))
     assert list(Path().iterdir()) == []
 
@@ -237,9 +259,9 @@ def test_adapters_merged_and_apart() -> None:
 
 def test_a_model_without_adapters_has_none_to_write_or_merge() -> None:
     module, x = MLPClassifier(hidden=[4]), torch.rand(2, 64)
-    with pytest.raises(ValueError, match="holds no adapters of peft"):
+    with pytest.raises(ValueError, match="contains no peft adapters"):
         serving.export(module, "adapter", "adapter", (x,))
-    with pytest.raises(ValueError, match="holds no adapters of peft"):
+    with pytest.raises(ValueError, match="contains no peft adapters"):
         serving.export(module, "merged.pt2", "torch", (x,), merge_adapters=True)
     assert list(Path().iterdir()) == []
 

@@ -61,14 +61,14 @@ def test_a_last_line_that_was_cut_off_is_left_out() -> None:
 def test_damage_before_the_last_line_is_named(damaged: str) -> None:
     rows = Path("rounds.jsonl")
     rows.write_text('{"round": 0}\n' + damaged + '{"round": 2}\n')
-    with pytest.raises(ValueError, match="line 2, is damaged"):
+    with pytest.raises(ValueError, match="line 2, is corrupt"):
         read_rows(rows)
 
 
 def test_a_damaged_run_file_is_named() -> None:
     folder = write_run(Path("run"), [0.5])
     (folder / "run.json").write_text('["no", "object"]')
-    with pytest.raises(ValueError, match=r"run\.json is damaged: found a list, expected an object"):
+    with pytest.raises(ValueError, match=r"run\.json is corrupt: found a list, expected an object"):
         Run.read(folder)
 
 

@@ -1,4 +1,4 @@
-"""Low-rank updates that add up: products with a basis that all clients share."""
+"""Low-rank updates that can be summed: products with a basis that all clients share."""
 
 from __future__ import annotations
 
@@ -20,24 +20,26 @@ from lightning_fl.types import Aggregate, State, Tree, Update
 
 @dataclass(frozen=True)
 class LowRank(Transform):
-    r"""Low rank through the all-reduce: clients send products of each matrix with a basis that is the same for all.
+    r"""Low-rank updates that can be all-reduced: clients send the product of each matrix with a common basis.
 
     .. math::
         P_t = \operatorname{orth}\Bigl(\sum_i w_i M_i Q_{t-1}\Bigr), \qquad
         Q_{t+1} = \operatorname{orth}\Bigl(\sum_i w_i M_i^\top P_t\Bigr)
 
-    In one round each client sends :math:`M_i Q`, of which the server makes :math:`\sum_i w_i M_i Q Q^\top`; in the next
-    :math:`M_i^\top P`. The rounds alternate, each half a step of the power iteration of :class:`PowerSGD`, whose two
-    products in one round would need each client twice. Products are linear, so they add up in an all-reduce and
-    under masks; a rank sends :math:`r \max(a, b)` numbers for a matrix of a x b. With error feedback each client keeps
-    what was not sent. Tensors with more than two dimensions are matrices by their first; vectors are sent whole.
+    In one round each client sends :math:`M_i Q`, from which the server computes :math:`\sum_i w_i M_i Q Q^\top`; in the
+    next it sends :math:`M_i^\top P`. Each round is half a step of :class:`PowerSGD`'s power iteration; both halves in
+    one round would need two exchanges with each client. The products are linear in the update, so they can be summed in
+    an all-reduce and under the masks of secure aggregation; a rank sends :math:`r \max(a, b)` numbers for a matrix of
+    a x b. With error feedback each client keeps the compression error. A tensor with more than two dimensions is
+    flattened to a matrix that keeps its first dimension; vectors are sent uncompressed.
 
     Args:
         rank: The rank :math:`r`. Default 1.
-        error_feedback: Whether each client keeps what was not sent. Default True.
+        error_feedback: Whether each client keeps the compression error for the next round. Default True.
 
     Raises:
-        ValueError: If ``rank`` is less than 1, or the aggregator compresses by itself or tries whole models.
+        ValueError: If ``rank`` is less than 1; when the strategy is built, if the aggregator compresses updates itself
+            or evaluates whole models.
 
     Reference:
         Zhang et al., "Evaluation and Optimization of Gradient Compression for Distributed Deep Learning" (ACP-SGD),
@@ -61,12 +63,12 @@ class LowRank(Transform):
         refuse_server_data(self, aggregator)
         if isinstance(aggregator, CompressedMean):
             raise ValueError(
-                "CompressedMean would compress LowRank's products once more, with a loss that no residual keeps. Leave "
-                "one of them out."
+                "CompressedMean would compress LowRank's products again, with an error that error feedback does not "
+                "correct. Leave one of them out."
             )
 
     def like(self, update: Update) -> Update:
-        # As many rows as the longer side has, since the two sides take turns.
+        # As many rows as the longer side has, since rounds alternate between the two sides.
         delta = {
             name: tensor.new_zeros(max(_sides(tensor)), self.rank) if self._is_matrix(tensor) else tensor
             for name, tensor in update.delta.items()
@@ -119,7 +121,7 @@ class LowRank(Transform):
             following[name] = torch.linalg.qr(product).Q
         numbers = sum(tensor.numel() for tensor in aggregate.delta.values())
         size = torch.tensor(4 * numbers, dtype=torch.int64)
-        # A round without clients says nothing of where updates point.
+        # A round without clients has no information about the updates' directions.
         kept = {other: following} if aggregate.weight else {key: state[key] for key in state if key != "bytes"}
         return replace(aggregate, delta=found), {**kept, "bytes": size}
 
@@ -127,17 +129,17 @@ class LowRank(Transform):
         return {"bytes_per_client": float(state["bytes"])}
 
     def _is_matrix(self, tensor: Tensor) -> bool:
-        """Whether a low rank saves anything."""
+        """Whether a low-rank product is smaller than the tensor."""
         return tensor.dim() > 1 and tensor.is_floating_point() and self.rank * max(_sides(tensor)) < tensor.numel()
 
 
 def _sides(tensor: Tensor) -> tuple[int, int]:
-    """Rows and columns of a tensor as a matrix."""
+    """Number of rows and columns of a tensor flattened to a matrix."""
     return len(tensor), tensor.numel() // max(1, len(tensor))
 
 
 def _basis(state: State, name: str) -> tuple[Tensor, bool]:
-    """The basis of the round, and whether it stands on the right of the matrix."""
+    """The round's basis, and whether it is multiplied from the right."""
     is_right = "right" in state
     return state["right" if is_right else "left"][name], is_right
 

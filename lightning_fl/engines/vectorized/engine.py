@@ -57,9 +57,10 @@ class Vectorized:
         batch_bytes: The most bytes of their batches in memory at once. Default 1 GiB.
         data_bytes: The most bytes of data sets in memory that stay on a GPU, where their batches are then gathered.
             None: a quarter of what is free; 0: none.
-        capture_steps: Whether a GPU captures each shape of step once, as a CUDA graph, and replays it. Default False:
-            it has not been measured on a GPU. On a CPU the recorded operations are repeated one after the other, which
-            is no faster and only a way of testing it.
+        capture_steps: Whether a GPU captures each shape of step once, as a CUDA graph, and replays it; steps of one
+            shape that follow each other are replayed at once. Default False: it has not been measured on a GPU. On a
+            CPU the recorded operations are repeated one after the other, which is no faster and only a way of testing
+            it.
 
     Raises:
         ValueError: If a number is below 1, or ``data_bytes`` below 0.
@@ -252,6 +253,7 @@ class VectorizedEngine(SequentialEngine):
         rules = BatchingRules(self.pool)
         with rules, sdpa_kernel(SDPBackend.MATH):  # other kernels of attention have no rule for vmap
             losses, others, replaced = flat_vmap(of_one, stacked, randomness)
+        others = _apart_from(stacked[: len(names)], others)
         if rules.error is not None:
             raise NotVectorizable("training_step catches an error, which may have another cause for several clients")
         # Detached, or the graphs of all steps would hang on the buffers.
@@ -270,6 +272,7 @@ class VectorizedEngine(SequentialEngine):
         try:
             params = {name: tensor for name, tensor in tensors.items() if name in self._stacked}
             loss, others = step(batch, *args)
+            others = _apart_from([*tensors.values()], others)
             buffers = {name: tensor for name, tensor in self.tensors.all.items() if name in self._stacked_buffers}
             return StepAlone(loss.detach(), _gradients(loss, params), clones(buffers), others)
         finally:
@@ -360,6 +363,7 @@ class VectorizedEngine(SequentialEngine):
         # Rows that trained by themselves are written back before the result is read.
         if self._subset is not None:
             self._stacked, self._stacked_buffers = self._subset.choose(None, self._stacked, self._stacked_buffers)
+            self._subset.close()
         client_state: dict[str, Tree] = {}
         if self.personal:
             stacked = self._stacked | self._stacked_buffers
@@ -402,6 +406,8 @@ class VectorizedEngine(SequentialEngine):
     def leave(self) -> None:
         # The optimizers must not go on holding the stacked tensors, which the module does not have.
         self.optimizers.unstack()
+        if self.replays is not None:
+            self.replays.leave()
         self._subset = None
         self._start, self._stacked, self._stacked_buffers = {}, {}, {}
         super().leave()
@@ -410,6 +416,15 @@ class VectorizedEngine(SequentialEngine):
 def _trained(param: Tensor, start: Tensor) -> Tensor:
     # No copy is needed: the stacked parameters are not stepped after this.
     return param if param.dtype == start.dtype else trained_value(param, start)
+
+
+def _apart_from(own: Sequence[Tensor], values: Any) -> Any:
+    """The values, copied where they are tensors of a client itself, such as a parameter, which later steps change."""
+    leaves, spec = pytree.tree_flatten(values)
+    if not leaves:
+        return values
+    memory = {tensor.untyped_storage().data_ptr() for tensor in own}
+    return pytree.tree_unflatten([x.clone() if x.untyped_storage().data_ptr() in memory else x for x in leaves], spec)
 
 
 def _gradients(loss: Tensor, params: Tree) -> Tree:

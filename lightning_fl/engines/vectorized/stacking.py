@@ -28,16 +28,18 @@ class StackedBatch:
     Args:
         content: The batches, in which each tensor is stacked over the clients.
         mask: The positions in the group of the clients that train on it, in order.
+        following: The batches of the next steps, if these may be trained together with that on this one.
     """
 
-    def __init__(self, content: Any, mask: Sequence[int]) -> None:
+    def __init__(self, content: Any, mask: Sequence[int], following: Sequence[StackedBatch] = ()) -> None:
         self.content = content
         self.mask = tuple(mask)
+        self.following = following
 
     def to(self, device: torch.device, **kwargs: Any) -> StackedBatch:
         """The batch on ``device``."""
         content = pytree.tree_map_only(Tensor, lambda leaf: leaf.to(device, **kwargs), self.content)
-        return StackedBatch(content, self.mask)
+        return StackedBatch(content, self.mask, self.following)
 
 
 def stack(values: Sequence[Any], share: bool = True, pool: BufferPool | None = None) -> tuple[Any, Any]:

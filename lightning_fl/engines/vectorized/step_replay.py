@@ -1,11 +1,12 @@
-"""Replays the steps of client groups: each shape of step is captured once, and checked against the step itself."""
+"""Replays the steps of client groups: each run of equal steps is captured once, and checked against the steps."""
 
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby, islice
 from typing import Any, Protocol
 
 import torch
@@ -17,16 +18,21 @@ from lightning_fl.engines.capture import CapturedFunction, agree, capture, separ
 from lightning_fl.engines.optimizer_states import options_of
 from lightning_fl.engines.vectorized.stacking import StackedBatch, signature
 from lightning_fl.torch_internals import copy_tensors, pytree
+from lightning_fl.tree import num_bytes
 from lightning_fl.types import Tree
 
 log = logging.getLogger("lightning_fl.engines")
 
 NUM_UNCAPTURED = 2
-"""How often a shape of step is trained before it is captured: not every shape comes again."""
+"""How often a run of steps is trained before it is captured: not every run comes again."""
 CHECKED = (0, 1, 32)
-"""The replays of a shape that are compared with the step itself."""
+"""The replays of a run that are compared with the steps themselves."""
 MAX_CAPTURED = 32
-"""Shapes that are captured; each holds the memory of a step."""
+"""Runs that are captured; each holds the memory of a step, and its batches."""
+MAX_STEPS = 64
+"""Steps of a run: all of them are in the graph."""
+MAX_BYTES = 2**25
+"""Of the batches of a run."""
 
 
 class GroupStep(Protocol):
@@ -55,22 +61,20 @@ class GroupStep(Protocol):
 
 
 @dataclass
-class CapturedStep:
-    """A shape of step that has been captured.
+class CapturedRun:
+    """Steps of one shape that follow each other, captured together.
 
     Args:
-        function: Replays it.
-        calls: The calls that logged something.
-        options: The optimizer's options at the time if its step is part of the replay; else None.
-        num_logged: How many tensors were logged.
-        grads: Names of the parameters that get a gradient.
+        function: Replays them.
+        calls: The calls in each step that logged something, and how many tensors they logged.
+        options: The optimizer's options at the time if its steps are part of the replay; else None.
+        grads: Names of the parameters that get a gradient, if the optimizer's step is not part of it.
         num_replays: How often it has been replayed.
     """
 
     function: CapturedFunction
-    calls: Any
+    calls: list[tuple[Any, int]]
     options: Any
-    num_logged: int
     grads: list[str]
     num_replays: int = field(default=0)
 
@@ -80,8 +84,10 @@ class StepReplays:
 
     Forward and backward pass are captured. So are the algorithm's correction of the gradients, clipping and the
     optimizer's step where every step does the same operations: SGD whose momentum has begun, or another optimizer with
-    ``capturable=True``, as long as its options stay what they are; elsewhere these run by themselves. Whatever can't be
-    captured is trained as if there were no replays, and a line of level DEBUG says why.
+    ``capturable=True``, as long as its options stay what they are; elsewhere these run by themselves. Steps that follow
+    each other with the same clients and shapes are then captured as one run: the first of them replays all, and the
+    others only log what they would have logged. Whatever can't be captured is trained as if there were no replays, and
+    a line of level DEBUG says why.
 
     Args:
         engine: Trains the groups.
@@ -93,14 +99,34 @@ class StepReplays:
         self.group_step = group_step
         self.num_replays = 0
         """Steps that were trained by a replay."""
+        self.num_launches = 0
+        """Replays; one may train several steps."""
         self.reason: str | None = None
         """Why no steps are replayed any more."""
-        self._captured: dict[Any, CapturedStep] = {}
+        self._captured: dict[Any, CapturedRun] = {}
         self._seen: Counter[Any] = Counter()
         self._version: Any = None
         self._options_change = False
         self._last_context: tuple[Any, Any] = (None, None)
         self._pool: Any = None
+        self._ahead: deque[tuple[Tensor, list[Tensor], Any]] = deque()
+        """Of steps that have been replayed and not yet asked for: losses, logged tensors, and the calls that logged."""
+
+    def read_ahead(self, batches: Iterable[StackedBatch]) -> Iterator[StackedBatch]:
+        """The same batches; the first of those that may be replayed as one run has the others as its ``following``."""
+        optimizers = self.engine.optimizers
+        if self.reason is not None or optimizers.schedules or not _is_capturable(self._optimizer):
+            yield from batches
+            return
+        # A state that the first step makes is no input of that step.
+        has_begun = not optimizers.num_steps_apart
+        for _, alike in groupby(batches, lambda batch: (batch.mask, signature(batch.content))):
+            for batch in alike:
+                most = min(MAX_STEPS, MAX_BYTES // max(1, _num_bytes(batch))) if has_begun else 1
+                batch.following = [own.to(self.engine.device) for own in islice(alike, max(0, most - 1))]
+                has_begun = True
+                yield batch
+                yield from batch.following
 
     def step(self, batch: StackedBatch, position: BatchPosition) -> Tensor | None:
         """Trains on a batch by a replay.
@@ -108,134 +134,155 @@ class StepReplays:
         Returns:
             The loss of each client, ``[num_clients]``; None if nothing was done, because this step can't be replayed.
         """
+        self.engine.batch = batch, position.offset
+        if not self._ahead and not self._replay(batch, position):
+            return None
+        losses, logged, calls = self._ahead.popleft()
+        self.group_step.emit_captured(batch, logged, calls)
+        return losses
+
+    def _replay(self, batch: StackedBatch, position: BatchPosition) -> bool:
+        """Replays the run that begins with a batch, or its step alone; returns False if neither is possible."""
         if self.reason is not None:
-            return None
-        if not (position.starts_window and position.ends_window) or self.engine.functions.unscale is not None:
+            return False
+        if position.window != 1 or self.engine.functions.unscale is not None:
             self.stop("gradients accumulate over several batches or are scaled")
-            return None
+            return False
         self.group_step.select(batch.mask)
         try:
-            step = self._find(batch)
-            if step is None:
-                return None
-            tensors = self._tensors(batch.content, step.options is not None)
-            if step.num_replays in CHECKED and not self._is_right(step, batch, tensors):
+            run = [batch, *batch.following]
+            captured = self._find(run)
+            if captured is None and batch.following:
+                run = [batch]
+                captured = self._find(run)
+            if captured is None:
+                return False
+            tensors = self._tensors(run, captured.options is not None)
+            if captured.num_replays in CHECKED and not self._is_right(captured, run, tensors):
                 self.stop("a replay differs from the step itself", logging.WARNING)
-                return None
-            outputs = step.function(tensors)
+                return False
+            outputs = captured.function(tensors)
         except Exception as error:  # capturing fails in many ways; a fault of the user's is raised again by the step
             self.stop(f"{type(error).__name__}: {error}")
-            return None
-        return self._finish(step, batch, position, tensors, outputs)
+            return False
+        self._finish(captured, tensors, outputs)
+        return True
 
-    def _find(self, batch: StackedBatch) -> CapturedStep | None:
-        """The captured step for a batch, captured now if it is time to."""
+    def _find(self, run: Sequence[StackedBatch]) -> CapturedRun | None:
+        """The captured run for batches, captured now if it is time to."""
         version = self.group_step.version
         if version != self._version:
             self._captured, self._version = {}, version
         optimizer = self._optimizer
         is_known = self.engine.grad_transform is None or self._context is not None
         steps = is_known and not self._options_change and _repeats_itself(optimizer)
+        if len(run) > 1 and not steps:
+            return None
         of_context = self._context_signature() if steps else None
-        key = signature(batch.content), len(batch.mask), *self.engine.stacked_params, steps, of_context
-        step = self._captured.get(key)
-        if step is not None and steps and step.options != options_of(optimizer):
+        of_batch = signature(run[0].content), len(run[0].mask)
+        key = of_batch, len(run), *self.engine.stacked_params, steps, of_context
+        captured = self._captured.get(key)
+        if captured is not None and steps and captured.options != options_of(optimizer):
             log.debug("Options of the optimizer change, so that its steps are not replayed.")
             self._options_change, self._captured = True, {}
             return None
-        if step is None:
+        if captured is None:
             self._seen[key] += 1
             if self._seen[key] <= NUM_UNCAPTURED or len(self._captured) == MAX_CAPTURED:
                 return None
-            step = self._captured[key] = self._capture(batch.content, steps)
-        return step
+            captured = self._captured[key] = self._capture(run, steps)
+        return captured
 
-    def _capture(self, content: Any, steps: bool) -> CapturedStep:
+    def _capture(self, run: Sequence[StackedBatch], steps: bool) -> CapturedRun:
         if self.group_step.obstacle is not None:
             raise RuntimeError(self.group_step.obstacle)
-        tensors = self._tensors(content, steps)
+        tensors = self._tensors(run, steps)
         if self._pool is None and tensors[0].is_cuda:
             self._pool = torch.cuda.graph_pool_handle()
         found: list[Any] = []
 
         def function() -> list[Tensor]:
-            outputs, *found[:] = self._run(content, steps)
+            outputs, *found[:] = self._run(run, steps)
             return outputs
 
         captured = capture(function, tensors, self._pool)
         log.debug(
-            "Captured a step of %d clients, %s their optimizer's.",
+            "Captured %s of %d clients, %s their optimizer's.",
+            "a step" if len(run) == 1 else f"{len(run)} steps",
             self.engine.num_clients,
             "with" if steps else "without",
         )
-        return CapturedStep(captured, found[0], options_of(self._optimizer) if steps else None, *found[1:])
+        calls, grads = found
+        return CapturedRun(captured, calls, options_of(self._optimizer) if steps else None, grads)
 
-    def _run(self, content: Any, steps: bool) -> tuple[list[Tensor], Any, int, list[str]]:
-        """The step itself; returns its tensors, the calls that logged, and how many of the tensors are which."""
+    def _run(self, run: Sequence[StackedBatch], steps: bool) -> tuple[list[Tensor], list[tuple[Any, int]], list[str]]:
+        """The steps themselves; returns their tensors, the calls that logged, and names of the gradients among them."""
         engine, optimizer = self.engine, self._optimizer
-        with engine.buffers_kept(), torch.enable_grad():
-            with engine.functions.context():
-                losses, logged, calls = self.group_step.run_captured(content)
-            grads = engine.gradients(losses.sum())
+        outputs: list[Tensor] = []
+        made = []
+        grads: Tree = {}
+        with engine.buffers_kept():
+            for batch in run:
+                with torch.enable_grad():
+                    with engine.functions.context():
+                        losses, logged, calls = self.group_step.run_captured(batch.content)
+                    grads = engine.gradients(losses.sum())
+                outputs += [losses, *logged]
+                made.append((calls, len(logged)))
+                if steps:
+                    with engine.optimizers.not_counting(), torch.no_grad():
+                        self._set_gradients(grads)
+                        engine.apply_gradients(optimizer)
+                        self._set_gradients({})
+                    grads = {}
             buffers = engine.stacked_buffers
-        if steps:
-            with engine.optimizers.not_counting(), torch.no_grad():
-                self._set_gradients(grads)
-                engine.apply_gradients(optimizer)
-                self._set_gradients({})
-            grads = {}
         # Detached also where they are inputs, whose memory is another after the capture.
-        outputs = [tensor.detach() for tensor in (losses, *logged, *buffers.values(), *grads.values())]
-        return outputs, calls, len(logged), list(grads)
+        outputs = [tensor.detach() for tensor in (*outputs, *buffers.values(), *grads.values())]
+        return outputs, made, list(grads)
 
-    def _is_right(self, step: CapturedStep, batch: StackedBatch, tensors: list[Tensor]) -> bool:
-        """Compares a replay with the step itself; leaves nothing changed."""
-        steps, device = step.options is not None, tensors[0].device
+    def _is_right(self, captured: CapturedRun, run: Sequence[StackedBatch], tensors: list[Tensor]) -> bool:
+        """Compares a replay with the steps themselves; leaves nothing changed."""
+        steps, device = captured.options is not None, tensors[0].device
         changed = self._changed(steps)
         with separate(tensors) as copies, unchanged_randomness(device):
-            expected, calls, *_ = self._run(batch.content, steps)
+            expected, calls, _ = self._run(run, steps)
         with unchanged_randomness(device):
-            found = step.function(tensors)
+            found = captured.function(tensors)
         before = [tensor.detach() for tensor in tensors[:changed]]
         return (
-            calls == step.calls
+            calls == captured.calls
             and len(found) == len(expected)
             and all(map(agree, found, expected))
-            and all(map(agree, step.function.inputs[:changed], copies[:changed], before))
+            and all(map(agree, captured.function.inputs[:changed], copies[:changed], before))
         )
 
-    def _finish(
-        self,
-        step: CapturedStep,
-        batch: StackedBatch,
-        position: BatchPosition,
-        tensors: list[Tensor],
-        outputs: list[Tensor],
-    ) -> Tensor:
+    def _finish(self, captured: CapturedRun, tensors: list[Tensor], outputs: list[Tensor]) -> None:
+        """Takes over what a replay has computed."""
         engine, optimizer = self.engine, self._optimizer
-        engine.batch = batch, position.offset
-        step.num_replays += 1
-        self.num_replays += 1
-        # Cloned, because the next replay writes to the same memory; gradients are used up by then.
-        losses, *rest = outputs
-        logged = [own.clone() for own in rest[: step.num_logged]]
-        rest = rest[step.num_logged :]
-        names = list(engine.stacked_buffers)
-        engine.stacked_buffers = {name: own.clone() for name, own in zip(names, rest, strict=False)}
-        if step.options is not None:
-            changed = self._changed(steps=True)
-            copy_tensors([own.detach() for own in tensors[:changed]], step.function.inputs[:changed])
-            engine.optimizers.count(0, optimizer)
-        else:
-            self._set_gradients(dict(zip(step.grads, rest[len(names) :], strict=True)))
+        captured.num_replays += 1
+        self.num_replays += len(captured.calls)
+        self.num_launches += 1
+        # Copied, because the next replay writes to the same memory; gradients are used up by then.
+        num_kept, names = len(outputs) - len(captured.grads), list(engine.stacked_buffers)
+        kept = [torch.empty_like(output) for output in outputs[:num_kept]]
+        copy_tensors(kept, outputs[:num_kept])
+        own = iter(kept)
+        self._ahead.extend((next(own), [*islice(own, num)], calls) for calls, num in captured.calls)
+        engine.stacked_buffers = dict(zip(names, own, strict=True))
+        if captured.options is None:
+            self._set_gradients(dict(zip(captured.grads, outputs[num_kept:], strict=True)))
             engine.apply_gradients(optimizer)
-        self.group_step.emit_captured(batch, logged, step.calls)
-        return losses.clone()
+            return
+        changed = self._changed(steps=True)
+        copy_tensors([tensor.detach() for tensor in tensors[:changed]], captured.function.inputs[:changed])
+        for _ in captured.calls:
+            engine.optimizers.count(0, optimizer)
 
-    def _tensors(self, content: Any, steps: bool) -> list[Tensor]:
-        """What a step reads and writes; first come those that it changes in place."""
+    def _tensors(self, run: Sequence[StackedBatch], steps: bool) -> list[Tensor]:
+        """What a run reads and writes; first come those that it changes in place."""
         states = _states(self._optimizer) if steps else []
-        read = (content, self._context) if steps else content
+        contents = [batch.content for batch in run]
+        read = (contents, self._context) if steps else contents
         leaves = [leaf for leaf in pytree.tree_leaves(read) if isinstance(leaf, Tensor)]
         return [*self.engine.stacked_params.values(), *states, *self.engine.stacked_buffers.values(), *leaves]
 
@@ -269,6 +316,10 @@ class StepReplays:
             log.log(level, "Steps are not replayed: %s.", reason)
         self.reason, self._captured = reason, {}
 
+    def leave(self) -> None:
+        """Forgets the steps of a group, which may have been given up between them."""
+        self._ahead.clear()
+
     def close(self) -> None:
         """Lets go of all that has been captured."""
         self._captured, self._last_context = {}, (None, None)
@@ -279,13 +330,24 @@ def _states(optimizer: Optimizer) -> list[Tensor]:
     return [value for param in params for value in optimizer.state.get(param, {}).values() if isinstance(value, Tensor)]
 
 
+def _num_bytes(batch: StackedBatch) -> int:
+    return num_bytes(leaf for leaf in pytree.tree_leaves(batch.content) if isinstance(leaf, Tensor))
+
+
+def _is_capturable(optimizer: Optimizer) -> bool:
+    """Whether the optimizer's steps, once it has a state, do the same operations as long as its options stay."""
+    groups = optimizer.param_groups
+    if type(optimizer) is not SGD:
+        return all(group.get("capturable") for group in groups)
+    return not any(isinstance(group["lr"], Tensor) or group.get("fused") for group in groups)
+
+
 def _repeats_itself(optimizer: Optimizer) -> bool:
     """Whether the optimizer's next step and all later ones with the same options are the same operations on tensors."""
     groups = optimizer.param_groups
-    if type(optimizer) is not SGD:
+    if type(optimizer) is SGD:
+        momenta = [param for group in groups if group["momentum"] for param in group["params"]]
+        has_begun = all(optimizer.state.get(param, {}).get("momentum_buffer") is not None for param in momenta)
+    else:
         has_begun = all(optimizer.state.get(param) for group in groups for param in group["params"])
-        return has_begun and all(group.get("capturable") for group in groups)
-    if any(isinstance(group["lr"], Tensor) or group.get("fused") for group in groups):
-        return False
-    momenta = [param for group in groups if group["momentum"] for param in group["params"]]
-    return all(optimizer.state.get(param, {}).get("momentum_buffer") is not None for param in momenta)
+    return has_begun and _is_capturable(optimizer)

@@ -31,9 +31,8 @@ def largest_epsilon(
         group: As for :meth:`Ledger.epsilon`.
     """
     largest, of = Ledger().epsilon(delta, method), Ledger()
-    bounds = {ledger.entries: (_rough(ledger, delta, group), ledger) for ledger in ledgers}
-    for bound, ledger in sorted(bounds.values(), key=lambda pair: -pair[0]):
-        # In falling order of the rough bounds, so no ledger after this one can have a larger epsilon.
+    for bound, ledger in _by_rough_bound(ledgers, delta, group):
+        # The bounds fall, so no ledger after this one can have a larger epsilon.
         if bound <= largest:
             break
         found = ledger.epsilon(delta, method, grid=grid, group=group)
@@ -47,8 +46,7 @@ def exceeding(
     ledgers: Iterable[Ledger], budget: float, delta: float, method: Method = "pld", group: int = 1
 ) -> Epsilon | None:
     """Returns the epsilon of a ledger that exceeds ``budget``; None if none does."""
-    bounds = {ledger.entries: (_rough(ledger, delta, group), ledger) for ledger in ledgers}
-    for bound, ledger in sorted(bounds.values(), key=lambda pair: -pair[0]):
+    for bound, ledger in _by_rough_bound(ledgers, delta, group):
         if bound > budget and (found := ledger.epsilon(delta, method, group=group)) > budget:
             return found
     return None
@@ -71,9 +69,10 @@ def dominating(ledgers: Iterable[Ledger]) -> Ledger:
     return total
 
 
-def _rough(ledger: Ledger, delta: float, group: int) -> float:
-    """A fast upper bound; infinite for groups, for which there is none."""
-    return rough_epsilon(ledger.entries, delta) if group == 1 else math.inf
+def _by_rough_bound(ledgers: Iterable[Ledger], delta: float, group: int) -> list[tuple[float, Ledger]]:
+    """Ledgers without repetition, each with a fast upper bound, in falling order; there is none for groups."""
+    found = {own.entries: (rough_epsilon(own.entries, delta) if group == 1 else math.inf, own) for own in ledgers}
+    return sorted(found.values(), key=lambda pair: -pair[0])
 
 
 def rough_epsilon(entries: Sequence[Entry], delta: float) -> float:
@@ -120,19 +119,21 @@ def noise_multiplier_for_all(
         of_client.record(Gaussian(sigma, sampling), counts[sampling])
         return of_client
 
+    def rough(sigma: float) -> dict[Sampling, float]:
+        return {sampling: rough_epsilon(ledger(sigma, sampling).entries, delta) for sampling in counts}
+
     # Exact calibration of every sampling would be slow. A rough one finds the sampling that probably needs the most
     # noise; it is calibrated exactly, then the others are checked, and any that exceeds the budget is calibrated too.
     low, high = MIN_NOISE, 1.0
-    while max(rough_epsilon(ledger(high, sampling).entries, delta) for sampling in counts) > epsilon:
+    while max(rough(high).values()) > epsilon:
         low, high = high, 2 * high
         if high > MAX_NOISE:
             raise ValueError(f"target_epsilon={epsilon} at delta={delta} is out of reach; raise it, or train less.")
     while high - low > 0.02 * high:
         middle = (low + high) / 2
-        enough = max(rough_epsilon(ledger(middle, sampling).entries, delta) for sampling in counts) <= epsilon
-        low, high = (low, middle) if enough else (middle, high)
-    rough = {sampling: rough_epsilon(ledger(high, sampling).entries, delta) for sampling in counts}
-    worst, answer, left = max(rough, key=rough.__getitem__), 0.0, dict(counts)
+        low, high = (low, middle) if max(rough(middle).values()) <= epsilon else (middle, high)
+    bounds = rough(high)
+    worst, answer, left = max(bounds, key=bounds.__getitem__), 0.0, dict(counts)
     while True:
         needed = noise_multiplier_for(epsilon, delta, left.pop(worst), worst, method, tolerance=1e-3)
         answer = max(answer, needed)

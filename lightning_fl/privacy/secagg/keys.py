@@ -5,10 +5,10 @@ from __future__ import annotations
 import base64
 import binascii
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from lightning_fl.files import write_whole
 from lightning_fl.os_differences import is_of_another, rights
 from lightning_fl.privacy.secagg.participant import fingerprint
 from lightning_fl.privacy.secagg.primitives import KEY_BYTES, SigningKey
@@ -96,10 +96,10 @@ class KeyFolder:
         _check_folder(self.path)
         public = PublicIdentity(key.public, _printable(name or self.path.name))
         try:
-            _write(self.path / IDENTITY, base64.b64encode(key.private_bytes()).decode() + "\n", is_new=True)
+            write_whole(self.path / IDENTITY, base64.b64encode(key.private_bytes()) + b"\n", replaces=False)
         except FileExistsError:
             raise ValueError(f"{self.path / IDENTITY} was made by somebody else just now; it stays.") from None
-        _write(self.path / PUBLIC, f"{public}\n", mode=0o644)
+        write_whole(self.path / PUBLIC, f"{public}\n".encode(), mode=0o644)
         return public
 
     def identity(self) -> SigningKey:
@@ -141,28 +141,8 @@ class KeyFolder:
         new = [identity for identity in identities if identity.key not in known]
         new = list({identity.key: identity for identity in new}.values())
         if new:
-            _write(self.path / TRUSTED, "".join(f"{identity}\n" for identity in [*self.trusted(), *new]))
+            write_whole(self.path / TRUSTED, "".join(f"{identity}\n" for identity in [*self.trusted(), *new]).encode())
         return new
-
-
-def _write(path: Path, text: str, mode: int = 0o600, is_new: bool = False) -> None:
-    """Writes a file atomically; with ``is_new``, never over an existing one."""
-    # Readable by its owner only from the first byte on, and in the same folder, because only within a file system a
-    # file gets its name atomically.
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            Path(temporary).chmod(mode)
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        # `replace` would overwrite an identity that another process has made since the check; `link` fails.
-        if is_new:
-            os.link(temporary, path)
-        else:
-            os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
 
 
 def _printable(name: str) -> str:

@@ -283,6 +283,25 @@ def test_a_checkpoint_asked_for_inside_a_round_waits_for_its_end() -> None:
     assert torch.equal(fit("scaffold", 3, "inside-0.ckpt")[1], whole)
 
 
+class SaveOfAggregate(fl.callbacks.FederatedCallback):
+    """Asks for a checkpoint when the round has been aggregated."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def on_aggregate_end(self, trainer: Any, module: Any, aggregate: Any) -> None:
+        trainer.save_checkpoint(self.path)
+
+
+def save_of_aggregate(path: str) -> int:
+    return fit("fedavg", 1, callbacks=[SaveOfAggregate(path)])[0].global_step
+
+
+def test_a_checkpoint_asked_for_at_the_aggregate_is_written_at_the_end(run_ranks: Any, tmp_path: Path) -> None:
+    steps = run_ranks(2, save_of_aggregate, str(tmp_path / "aggregated.ckpt"))[0]
+    assert torch.load(tmp_path / "aggregated.ckpt", weights_only=True)["global_step"] == steps
+
+
 class Fails(L.Callback):
     """Raises in the middle of the third round."""
 

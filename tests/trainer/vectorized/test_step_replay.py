@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -24,13 +25,13 @@ LOG = "lightning_fl.engines"
 
 
 class Fit:
-    """Two rounds of three clients side by side."""
+    """Rounds of three clients side by side, each with a run of eight equal steps; the third round captures the run."""
 
     def __init__(self, make: Callable[[], L.LightningModule], captures: bool, **options: Any) -> None:
         data = image_clients(options.pop("sizes", SIZES), validate=make is Ordinary)
         engine = fl.engines.Vectorized(capture_steps=captures)
         strategy = fl.FederatedStrategy(options.pop("algorithm", "fedavg"), engine=engine, seed=5)
-        run = trainer(strategy, options.pop("rounds", 2), **options)
+        run = trainer(strategy, options.pop("rounds", 3), **options)
         torch.manual_seed(1)
         module = make()
         run.fit(module, data)
@@ -39,7 +40,7 @@ class Fit:
         self.history = [{k: v for k, v in entry.items() if k != "seconds"} for entry in strategy.history]
         replays = strategy.active_driver.vectorized.engine.replays  # type: ignore[union-attr]
         self.num_replays = replays.num_replays if replays is not None else 0
-        self.reason = replays.reason if replays is not None else None
+        self.num_launches = replays.num_launches if replays is not None else 0
 
 
 def both(make: Callable[[], L.LightningModule], **options: Any) -> Fit:
@@ -73,6 +74,21 @@ class Logging(Plain):
         return loss
 
 
+class LoggingItsOwn(Plain):
+    """Logs a parameter and a buffer, which the next steps of a run write to in place."""
+
+    num_seen: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("num_seen", torch.zeros(()))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.num_seen.add_(len(batch[0]))
+        self.log_dict({"seen": self.num_seen, "weight": self.net[1].bias[0]}, on_step=False, on_epoch=True)
+        return super().training_step(batch, batch_idx)
+
+
 class Dropping(Plain):
     def __init__(self) -> None:
         super().__init__()
@@ -100,21 +116,27 @@ def optimizer(kind: Any, interval: str | None = None, **options: Any) -> Callabl
 
 SGD = torch.optim.SGD
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
-    "momentum and clipping": (optimizer(SGD, momentum=0.9, nesterov=True), {"gradient_clip_val": 0.05}),
+    "momentum and clipping": (
+        optimizer(SGD, momentum=0.9, nesterov=True),
+        {"gradient_clip_val": 0.05, "sizes": (16, 16, 16)},
+    ),
     "logs and buffers": (Logging, {"sizes": (31, 31, 31)}),
+    "logs of its own tensors": (LoggingItsOwn, {}),
     "unequal work": (Plain, {"sizes": (31, 31, 25, 13)}),
-    "dropout": (Dropping, {}),
+    "dropout": (Dropping, {"rounds": 5}),
     "schedule by step": (optimizer(SGD, "step", momentum=0.9), {}),
     "schedule by epoch": (optimizer(SGD, "epoch"), {}),
     "Adam": (optimizer(torch.optim.Adam), {}),
     "an ordinary module": (Ordinary, {}),
     "fedprox": (Plain, {"algorithm": fl.algorithms.FedProx(1.0)}),
-    "scaffold": (Plain, {"algorithm": "scaffold", "sizes": (32, 32, 32, 24), "rounds": 3}),
+    "scaffold": (Plain, {"algorithm": "scaffold", "sizes": (32, 32, 32, 24), "rounds": 5}),
     "perfedavg": (Plain, {"algorithm": fl.algorithms.PerFedAvg(0.1)}),
     "clipping by value": (Plain, {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}),
     "a recurrent layer": (Recurrent, {}),
     "float32": (lambda: Plain(torch.float32), {}),
 }
+STEP_BY_STEP = ("schedule by step", "schedule by epoch", "Adam", "an ordinary module", "perfedavg")
+"""Whose optimizer's step is not a part of the replay, so that each step is replayed by itself."""
 
 
 @pytest.mark.filterwarnings("ignore:training_step draws random numbers")
@@ -122,7 +144,18 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
 @pytest.mark.spread(1)
 def test_replays_change_nothing(name: str) -> None:
     make, options = CASES[name]
-    assert both(make, **options).num_replays > 5
+    run = both(make, **options)
+    assert run.num_replays > 5
+    assert (run.num_launches < run.num_replays) == (name not in STEP_BY_STEP)
+
+
+@pytest.mark.slow
+def test_a_capturable_optimizer_is_captured_once_it_has_a_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    # On a CPU torch refuses the option, though its formula is the same.
+    monkeypatch.setattr(sys.modules[torch.optim.Adam.__module__], "_get_capturable_supported_devices", lambda: ["cpu"])
+    run = both(optimizer(torch.optim.Adam, capturable=True), rounds=5)
+    # A round is a step and a run of seven; the first two have none.
+    assert (run.num_replays - run.num_launches) == 3 * 6
 
 
 @pytest.mark.parametrize(("name", "with_step"), [("scaffold", True), ("perfedavg", False), ("Adam", False)])
@@ -164,6 +197,7 @@ class ShowsForward(Logging):
         (AtEpoch, {}, "looks at the Trainer or at batch_idx"),
         (ShowsForward, {}, "logs what a torchmetric has returned"),
         (Plain, {"accumulate_grad_batches": 2}, "accumulate"),
+        (Plain, {"accumulate_grad_batches": 2, "sizes": (4, 4, 4)}, "accumulate"),
     ],
 )
 @pytest.mark.spread(1)
@@ -204,7 +238,7 @@ class Changes(Plain):
 
 
 def test_what_hooks_change_between_rounds_is_seen() -> None:
-    assert both(Changes).num_replays > 5
+    assert both(Changes, rounds=2).num_replays > 5
 
 
 @pytest.mark.slow
@@ -251,25 +285,36 @@ def spoil_a_parameter(function: RecordedFunction, outputs: list[Tensor]) -> None
     function.inputs[0].flatten()[3].mul_(1.001)
 
 
+def spoil_the_second_step(function: RecordedFunction, outputs: list[Tensor]) -> None:
+    if len(outputs) > 1:  # a step alone has a loss and nothing else
+        outputs[1] = outputs[1] * 1.001
+
+
 def fail(function: RecordedFunction, outputs: list[Tensor]) -> None:
     raise RuntimeError("CUDA error: operation not permitted")
 
 
 @pytest.mark.parametrize(
-    ("spoil", "level", "text"),
+    ("spoil", "num_replays", "level", "text"),
     [
-        (spoil_loss, logging.WARNING, "a replay differs from the step itself"),
-        (spoil_a_parameter, logging.WARNING, "a replay differs from the step itself"),
-        (fail, logging.DEBUG, "operation not permitted"),
+        (spoil_loss, 0, logging.WARNING, "a replay differs from the step itself"),
+        (spoil_a_parameter, 0, logging.WARNING, "a replay differs from the step itself"),
+        (fail, 0, logging.DEBUG, "operation not permitted"),
+        (spoil_the_second_step, 14, logging.WARNING, "a replay differs from the step itself"),
     ],
 )
 @pytest.mark.spread(1)
 def test_a_wrong_replay_is_noticed_before_it_counts(
-    spoil: Any, level: int, text: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    spoil: Any,
+    num_replays: int,
+    level: int,
+    text: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     wrong_from(monkeypatch, 0, spoil)
     with caplog.at_level(logging.DEBUG, LOG):
-        assert both(Plain).num_replays == 0
+        assert both(Plain).num_replays == num_replays
     assert [record.message for record in caplog.records if record.levelno == level and text in record.message]
 
 
