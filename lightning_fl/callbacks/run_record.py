@@ -23,6 +23,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_fl.callbacks.monitored import monitored_modes
 from lightning_fl.callbacks.personalized_evaluation import PersonalizedEvaluation
 from lightning_fl.callbacks.round_end import RoundEndCallback
 from lightning_fl.strategies import FederatedStrategy
@@ -123,6 +124,7 @@ class RunRecord(RoundEndCallback):
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "status": "running",
             "settings": settings,
+            "modes": monitored_modes(trainer),
             "versions": _versions(),
             "partition": None if summary is None else summary.as_dict(),
         }

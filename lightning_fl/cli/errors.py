@@ -100,8 +100,9 @@ def in_one_line(message: str) -> str:
 def _is_a_number(leaf: _Leaf, leaves: Iterable[_Leaf]) -> bool:
     """Whether a word that names no class, nor nearly, stands where a number may."""
     found = _CLASS_OF_NAME.match(leaf.text)
-    may_be = {other.expected for other in leaves if other.depth == leaf.depth}
-    return bool(found) and not may_be.isdisjoint({"int", "float", "bool"}) and not _closest(found[1], _known_classes())
+    if found is None or _closest(found[1], _known_classes()):
+        return False
+    return any(other.depth == leaf.depth and other.expected in ("int", "float", "bool") for other in leaves)
 
 
 def _leaves(message: str) -> Iterable[_Leaf]:

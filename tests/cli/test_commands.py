@@ -148,6 +148,25 @@ def test_of_a_loss_the_lowest_is_the_best(capsys: pytest.CaptureFixture[str]) ->
     assert re.search(r"FedAvg +3 +0\.3 +0\.1 +2 +2 ", printed)
 
 
+def test_where_the_direction_is_unknown_both_ends_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(Path("a"), [0.5, 0.1, 0.3], name="val_x")
+    main(["compare", "a", "--format", "csv"])
+    (row,) = csv.DictReader(capsys.readouterr().out.splitlines())
+    assert [row[name] for name in ("highest", "highest in round", "lowest", "lowest in round")] == [
+        "0.5",
+        "1",
+        "0.1",
+        "2",
+    ]
+    assert "give --mode max or --mode min" in refused(capsys, "compare", "a", "--target", "0.2")
+    main(["compare", "a", "--format", "csv", "--mode", "min", "--target", "0.2"])
+    (row,) = csv.DictReader(capsys.readouterr().out.splitlines())
+    assert (row["lowest"], row["0.2 in round"], "highest" in row) == ("0.1", "2", False)
+    main(["report", "a"])
+    page = Path("a/report.html").read_text(encoding="utf-8")
+    assert all(text in page for text in ("highest val_x, round 1", "lowest val_x, round 2"))
+
+
 def test_a_metric_that_a_run_lacks_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     write_run(Path("a"), [0.5])
     assert refused(capsys, "compare", "a", "--metric", "f1").endswith("has no metric 'f1'. Its metrics: val_acc.")
@@ -210,8 +229,8 @@ def test_what_is_no_run_or_has_no_round_is_left_out(capsys: pytest.CaptureFixtur
     printed = capsys.readouterr()
     assert re.findall(r"FedAvg +(\d)", printed.out) == ["1"]
     assert "left out: logs/early has finished no round" in printed.err
-    assert "left out: logs/index.html is no folder" in printed.err
-    assert "logs/god is no folder" in refused(capsys, "compare", "logs/god", "logs/good")
+    assert "left out: logs/index.html is not a folder" in printed.err
+    assert "logs/god is not a folder" in refused(capsys, "compare", "logs/god", "logs/good")
     assert "has finished no round" in refused(capsys, "compare", "logs/early")
 
 

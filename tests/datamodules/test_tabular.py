@@ -111,7 +111,7 @@ def test_silos_share_a_schema(tmp_path: Path) -> None:
     assert y.tolist() == [0, 0]
     assert x[:, 3:].tolist() == [[1, 0, 0], [0, 0, 1]]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["schema.json", "silo.csv", "visits.csv"]
-    with pytest.raises(ValueError, match="leave out features, drop and task"):
+    with pytest.raises(ValueError, match="Leave out features, drop and task"):
         TabularDataModule("silo.csv", "buys", schema="schema.json", drop=["age"])
 
 
