@@ -102,4 +102,4 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert TableSchema.load("schema.json").origin == "data"
     with pytest.raises(SystemExit):
         main(["analyze", "table.csv", "--client", "site", "--schema", "schema.json"])
-    assert "go together" in capsys.readouterr().err
+    assert "Give --schema FILE and --target COLUMN together" in capsys.readouterr().err

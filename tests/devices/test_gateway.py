@@ -286,7 +286,7 @@ def test_the_federation_ends(tmp_path: Path) -> None:
     [
         ("can't wait for single devices", None, {}),
         ("can't wait for single devices", Deadline(1.0), {}),
-        ("set max_staleness", FedAsync(), {}),
+        ("Set max_staleness", FedAsync(), {}),
         ("Clients of Scaffold do more than training steps", Buffered(2), {"algorithm": Scaffold()}),
         ("needs the module", Buffered(2), {"aggregator": FLTrust(TensorDataset(torch.zeros(1)))}),
         ("MultiKrum", Buffered(2), {"aggregator": MultiKrum(num_attackers=1)}),

@@ -70,7 +70,7 @@ def test_captured_steps(name: str, make: Any, caplog: pytest.LogCaptureFixture) 
     # Why a GPU has refused a capture is what this test is for.
     assert "Captured a step" in caplog.text
     assert ("Captured 8 steps" in caplog.text) == (make is None)
-    assert "not replayed" not in caplog.text.replace("so that its steps are not replayed", "")
+    assert "not replayed" not in caplog.text.replace("so its steps are not replayed", "")
 
 
 class Dropping(Plain):

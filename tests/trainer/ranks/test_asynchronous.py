@@ -245,7 +245,7 @@ def test_a_run_whose_first_rank_was_killed_goes_on_with_its_journal(tmp_path: Pa
         assert ranks[0].wait(PATIENCE) == -signal.SIGKILL
         assert all(process.wait(PATIENCE) == 1 for process in ranks[1:])
         assert all(
-            "Rank 0, which keeps the model, has left" in (tmp_path / f"{rank}.log").read_text() for rank in (1, 2)
+            "Rank 0, which holds the model, has left" in (tmp_path / f"{rank}.log").read_text() for rank in (1, 2)
         )
         done = rounds_done(journal)
         again = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
