@@ -341,7 +341,7 @@ class Gateway:
         if type(steps) is not int or not 0 < steps < 1 << 31:
             raise wire.BadFile(f"it has num_steps {steps!r}, expected a positive number")
         if isinstance(loss, bool) or not isinstance(loss, int | float) or not abs(loss) < MAX_LOSS:
-            raise wire.BadFile(f"its loss is {loss!r}, expected a finite number")
+            raise wire.BadFile(f"its loss is {loss!r}, expected a number that is neither NaN nor too large")
         trees = unflatten(wire.read(path))
         bad = wire.finite_error(flatten(trees))
         if bad is not None:

@@ -174,7 +174,7 @@ def test_what_a_device_cant_do_is_refused() -> None:
     flat = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     refused("changes the buffers net.0.running_mean.* as BatchNorm", nn.Sequential(nn.BatchNorm2d(1), *flat))
     refused("draws random numbers, as dropout", nn.Sequential(*flat, nn.Dropout()))
-    refused("no optimizer 'rmsprop'; expected one of sgd, momentum, adam", flat, optimizer="rmsprop")
+    refused("Unknown optimizer 'rmsprop'; expected one of sgd, momentum, adam", flat, optimizer="rmsprop")
     refused("does not support Adagrad", flat, optimizer=torch.optim.Adagrad(flat.parameters()))
     refused("does not support Adam with amsgrad", flat, optimizer=torch.optim.Adam(flat.parameters(), amsgrad=True))
     groups = torch.optim.SGD([{"params": [own]} for own in flat.parameters()], lr=0.1)
