@@ -199,7 +199,7 @@ class HttpServer:
         except Refused as refused:
             return self._refuse(request, refused)
         except (TimeoutError, asyncio.TimeoutError):
-            return self._refuse(request, Refused(408, f"The body did not go on for {IDLE_S:g} s."))
+            return self._refuse(request, Refused(408, f"No data arrived for {IDLE_S:g} s."))
         except web.HTTPException as error:  # no such path or method, or a body that is too large
             return self._refuse(request, Refused(error.status, error.reason))
         except (ConnectionError, ssl.SSLError):  # the silo has gone, or its TLS has broken: nobody reads the answer

@@ -45,7 +45,7 @@ class Federation(ABC):
     """
 
     knows_all_clients: ClassVar[bool] = True
-    """Whether this launch holds the data of all clients, or of all that its ranks have told each other about."""
+    """Whether this launch knows all clients, from its own data or from what its ranks have told each other."""
 
     def __init__(self, group: Group, place: int, size: int) -> None:
         self.group = group
