@@ -266,8 +266,8 @@ class FederatedStrategy(internals.ReusableStrategy):
         self.weighting: Weighting = choose_weighting(weighting, self.aggregator, transforms, self.algorithm)
         if self.weighting == "examples" and isinstance(self.cohort, Weighted) and self.cohort.weights == "examples":
             rank_zero_warn(
-                "cohort=Weighted('examples') draws clients by their number of examples, and weighting='examples' counts "
-                "it once more: a client then counts by its square. Set weighting='uniform'."
+                "cohort=Weighted('examples') draws clients by their number of examples, and weighting='examples' "
+                "counts it once more: a client then counts by its square. Set weighting='uniform'."
             )
         self.client_optimizer: ClientOptimizer = client_optimizer
         self.transforms = tuple(transforms)
